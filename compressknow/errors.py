@@ -1,0 +1,48 @@
+"""The errors that a user may see: what is wrong, why, and what to try."""
+
+from __future__ import annotations
+
+
+class CompressknowError(Exception):
+    """Something that the user can act on; the command line prints it without a traceback.
+
+    Parameters
+    ----------
+    what : what is wrong and where, one sentence.
+    why : the reason, where it is not plain from `what`.
+    hint : what to try.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, why: str | None = None, hint: str | None = None) -> None:
+        self.what, self.why, self.hint = what, why, hint
+        super().__init__("\n".join(part for part in (what, why, hint) if part))
+
+
+class UsageError(CompressknowError):
+    """The request itself makes no sense: an amount out of range, a scope that matches nothing."""
+
+    exit_code = 2
+
+
+class CheckpointError(CompressknowError):
+    """A checkpoint is missing, damaged, or of a kind that cannot be read safely."""
+
+
+class UnsupportedError(CompressknowError):
+    """The checkpoint is sound, but what is asked for has no form that would load and run right."""
+
+
+class OutputError(CompressknowError):
+    """The output cannot be written, or would overwrite something of the user's."""
+
+
+class VerificationError(CompressknowError):
+    """A checkpoint differs from its manifest."""
+
+
+class GateNotMet(CompressknowError):
+    """A threshold that the user set was not met."""
+
+    exit_code = 3

@@ -1,0 +1,53 @@
+"""What a checkpoint is made of: its module tree on the meta device, and the Linear weights in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Group = Literal["attention", "feed-forward", "final", "other"]
+ModuleMap = Literal["structural", "paper"]
+GROUPS: tuple[Group, ...] = ("attention", "feed-forward", "final", "other")
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """One weight matrix, or stack of matrices, of the module tree.
+
+    `parameter` is its name in the tree (``bert.encoder.layer.0.attention.self.query.weight``), `module` the name of
+    the module that holds it, `kind` how the module stores it: ``linear`` (nn.Linear, ``[out, in]``), ``conv1d``
+    (GPT-2's, ``[in, out]``) or ``experts`` (fused, ``[experts, ...]``). `group` is None where no rule places it.
+    `layer` counts the block within its stack, `stack` names the side of an encoder-decoder model (None in a model of
+    one stack), `cross` marks cross-attention. `uses` is how often one forward pass applies it (ALBERT shares layers).
+    """
+
+    parameter: str
+    module: str
+    kind: Literal["linear", "conv1d", "experts"]
+    shape: tuple[int, ...]
+    group: Group | None
+    layer: int | None = None
+    stack: Literal["encoder", "decoder"] | None = None
+    cross: bool = False
+    uses: int = 1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The module tree of a checkpoint, without weights.
+
+    `parameters` maps every name of the state dict (parameters and persistent buffers, tied names included) to its
+    shape; `tied` maps a name to the name that it shares its storage with, as transformers ties them on loading.
+    """
+
+    architecture: str
+    model_type: str
+    module_map: ModuleMap
+    linears: tuple[LinearWeight, ...]
+    parameters: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+
+    @property
+    def unplaced(self) -> tuple[str, ...]:
+        """Modules that hold a Linear weight which no rule places."""
+        return tuple(weight.module for weight in self.linears if weight.group is None)
