@@ -1,0 +1,42 @@
+# `make demo` and `make test` each work alone on a machine that has only python3 (3.10 or later) and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.stamp-demo
+	PATH="$$PWD/$(BIN):$$PATH" bash examples/quickstart.sh
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.stamp-dev
+	@for script in benchmarks/*.py; do \
+	    test -e "$$script" || { echo "No benchmarks yet."; break; }; \
+	    $(BIN)/python "$$script" || exit 1; \
+	done
+
+clean:
+	rm -rf build dist $(VENV)
+
+# A stamp an extra: a second run reuses the environment, a changed pyproject.toml installs again.
+$(VENV)/.stamp-%: pyproject.toml $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("compressknow needs Python 3.10 or later") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
