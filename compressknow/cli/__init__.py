@@ -1,0 +1,34 @@
+"""The command line: options, printing and exit codes. The work is done elsewhere."""
+
+from __future__ import annotations
+
+import click
+
+from compressknow import __version__
+from compressknow.cli.group import LazyGroup
+from compressknow.cli.run import run
+
+COMMANDS = {
+    "inspect": ("compressknow.cli.inspect:inspect", "Show a checkpoint's Linear layers by group and scope."),
+    "convert": ("compressknow.cli.convert:convert", "Prune and quantize a checkpoint into a new folder."),
+    "verify": ("compressknow.cli.verify:verify", "Recount and rehash a converted checkpoint."),
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    commands_at=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+@click.version_option(__version__, message="%(prog)s %(version)s", help="Show the version and exit.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:  # noqa: ARG001 (LazyGroup reads it)
+    """Compress a language model, and know what it forgot.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate that you set was not met, 130 interrupted.
+    """
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; `args` default to those of the process."""
+    return run(cli, args)

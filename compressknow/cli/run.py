@@ -1,0 +1,73 @@
+"""One place where errors become a message and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from types import FrameType
+
+import click
+
+from compressknow.errors import CompressknowError
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+def run(command: click.Command, args: list[str] | None = None) -> int:
+    """Run `command` and return the exit code; whatever goes wrong is one message on stderr."""
+    _exit_orderly_on_signals()
+    try:
+        returned = command.main(args, prog_name="compressknow", standalone_mode=False)
+        sys.stdout.flush()
+    except CompressknowError as error:
+        _print_error(error.what, error.why, error.hint)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted", err=True)
+        return INTERRUPTED
+    except OSError as error:
+        return _os_error(error)
+    except Exception as error:
+        _print_error(
+            f"unexpected {type(error).__name__}: {error}",
+            "This is a fault of compressknow, not of what you asked for.",
+            "Run it again as `compressknow --debug ...` and report the traceback.",
+        )
+        return FAILED
+    return returned if isinstance(returned, int) else 0
+
+
+def _print_error(what: str, *details: str | None) -> None:
+    lines = [f"Error: {what}"]
+    for detail in details:
+        lines += [f"  {line}" for line in (detail or "").splitlines()]
+    click.echo("\n".join(lines), err=True)
+
+
+def _os_error(error: OSError) -> int:
+    if error.errno == errno.EPIPE:
+        # The reader has gone (`| head`). Python flushes stdout once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    where = f": {error.filename}" if error.filename is not None else ""
+    _print_error(f"{error.strerror or error}{where}")
+    return FAILED
+
+
+def _exit_orderly_on_signals() -> None:
+    """Turn a request to end into SystemExit, so that temporary folders are removed on the way out."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # A signal that the caller has chosen to ignore (nohup) stays ignored.
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _exit_orderly)
+
+
+def _exit_orderly(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise SystemExit(128 + number)
