@@ -1,0 +1,147 @@
+"""Opening a checkpoint: a local folder or a hub id, its config and the headers of its weight files."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from compressknow.errors import CheckpointError
+from compressknow.model.safetensors_header import read_header
+from compressknow.model.tensors import StoredTensor
+from compressknow.model.torch_bin import read_torch_file
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# What a conversion needs of a hub repository, beside its weights.
+HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk. `tensors` holds what lies in its weight files, by stored name; it is empty where the
+    folder has a config alone. `shards` names these files in order, `revision` is set for one from a hub."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+    shards: tuple[str, ...]
+    revision: str | None = None
+
+
+def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
+    """Open a local folder or a hub id. Reads headers, never tensor data.
+
+    Parameters
+    ----------
+    revision : branch, tag or commit, for a hub id.
+    weights : False reads the config alone, and downloads nothing more of a hub id.
+
+    Raises
+    ------
+    CheckpointError : no such folder or id, config.json missing or not an object, weight files missing or damaged.
+    """
+    folder, commit = _resolve(model, revision, weights)
+    config = read_json(folder / "config.json")
+    files = weight_files(folder) if weights else {}
+    tensors: dict[str, StoredTensor] = {}
+    for file, wanted in files.items():
+        stored = _read_weights(folder / file)
+        if missing := sorted(set(wanted or ()) - set(stored)):
+            raise CheckpointError(f"{folder / file} lacks {missing[0]}, which the index says it holds.")
+        tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
+    name = str(model) if commit else folder.resolve().name
+    return Checkpoint(name, folder, config, tensors, tuple(files), commit)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError where it is missing, not JSON, or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.", hint="A checkpoint folder has one beside its weights.") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return content
+
+
+def weight_files(folder: Path) -> dict[str, set[str] | None]:
+    """Weight files of a folder, in order, each with the names that its index expects in it (None: all it holds).
+
+    The order of preference is that of transformers: safetensors before .bin, one file before an index.
+
+    Raises CheckpointError where an index names a file that is missing or outside the folder.
+    """
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
+        if (folder / single).is_file():
+            return {single: None}
+        if (folder / index).is_file():
+            return _read_index(folder, folder / index)
+    return {}
+
+
+def _read_index(folder: Path, index: Path) -> dict[str, set[str] | None]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map.", hint="Download or save the checkpoint again.")
+    files: dict[str, set[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or _leaves(file):
+            raise CheckpointError(f"{index} places {name} outside the folder, in {file!r}: refused.")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{index} names {file}, which is missing.", hint="Download the checkpoint again.")
+        wanted = files.setdefault(file, set())
+        assert wanted is not None
+        wanted.add(name)
+    return dict(sorted(files.items()))
+
+
+def _leaves(file: str) -> bool:
+    path = PurePosixPath(file.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or ":" in file or not path.parts
+
+
+def _read_weights(path: Path) -> dict[str, StoredTensor]:
+    return read_header(path) if path.suffix == ".safetensors" else read_torch_file(path)
+
+
+def _resolve(model: str | Path, revision: str | None, weights: bool) -> tuple[Path, str | None]:
+    path = Path(model)
+    if path.is_dir():
+        return path, None
+    if path.exists():
+        raise CheckpointError(f"{model} is a file, not a checkpoint folder.", hint=f"Give its folder: {path.parent}")
+    if isinstance(model, Path) or not HUB_ID.fullmatch(model):
+        raise CheckpointError(f"{model}: no such folder.")
+    return _download(model, revision, weights)
+
+
+def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, str]:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from httpx import HTTPError
+
+    patterns = ["config.json"]
+    offline = (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError)
+    try:
+        if weights:
+            try:
+                files = HfApi().list_repo_files(model, revision=revision)
+                kind = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
+                patterns = [*HUB_PATTERNS, kind]
+            except offline:
+                patterns = [*HUB_PATTERNS, "*.safetensors", "*.bin"]
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, *offline) as error:
+        raise CheckpointError(
+            f"{model} is neither a folder here nor to be had from the hub.",
+            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            hint=f"Download it where the hub can be reached (hf download {model}) and give the folder.",
+        ) from None
+    return folder, folder.name
