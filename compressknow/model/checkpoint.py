@@ -123,22 +123,19 @@ def _resolve(model: str | Path, revision: str | None, weights: bool) -> tuple[Pa
 
 
 def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, str]:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from httpx import HTTPError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = ["config.json"]
-    offline = (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError)
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+
     try:
+        folder = fetch("config.json")
         if weights:
-            try:
-                files = HfApi().list_repo_files(model, revision=revision)
-                kind = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
-                patterns = [*HUB_PATTERNS, kind]
-            except offline:
-                patterns = [*HUB_PATTERNS, "*.safetensors", "*.bin"]
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HFValidationError, *offline) as error:
+            fetch(*HUB_PATTERNS, "model*.safetensors")
+            if not weight_files(folder):
+                fetch("pytorch_model*.bin")
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{model} is neither a folder here nor to be had from the hub.",
             why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
