@@ -22,7 +22,7 @@ COMMANDS = {
 )
 @click.version_option(__version__, message="%(prog)s %(version)s", help="Show the version and exit.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:  # noqa: ARG001 (LazyGroup reads it)
+def cli(debug: bool) -> None:
     """Compress a language model, and know what it forgot.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate that you set was not met, 130 interrupted.

@@ -1,0 +1,36 @@
+"""A recipe printed as TOML is read back as the same recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Where, read_recipe
+from compressknow.report.toml import to_toml
+
+texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=10), max_size=2).map(tuple)
+wheres = st.builds(
+    Where,
+    scope=st.sampled_from([("attention",), ("final", "feed-forward")]),
+    include=texts,
+    exclude=texts,
+    layers=st.sampled_from([None, "0-5"]),
+)
+prunes = st.builds(
+    Prune,
+    amount=st.floats(0.001, 0.999),
+    method=st.sampled_from(["l1-unstructured", "ln-structured"]),
+    where=wheres,
+    per_layer=st.booleans(),
+    norm=st.sampled_from([1, 2.5, float("inf")]),
+)
+
+
+@given(prune=prunes, quantize=st.builds(Quantize, where=wheres))
+def test_recipe_survives_the_way_through_toml(tmp_path_factory, prune: Prune, quantize: Quantize) -> None:
+    recipe = Recipe((prune, quantize), module_map="paper")
+    path: Path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    path.write_text(to_toml(recipe.to_dict()), encoding="utf-8", newline="")
+    assert read_recipe(path) == recipe
