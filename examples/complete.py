@@ -1,0 +1,42 @@
+"""Let two checkpoints of one model complete the same sentences, greedily, and show them side by side.
+
+python examples/complete.py build/smollm2 build/smollm2-att-int8
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+import compressknow
+
+PROMPTS = ("The capital of France is", "The chemical symbol for gold is", "The largest planet in our solar system is")
+COLUMN = 44
+
+
+def main() -> None:
+    original, converted = sys.argv[1:3]
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    models = [compressknow.load(folder) for folder in (original, converted)]
+    print_row("", "original", "converted")
+    for prompt in PROMPTS:
+        print_row(prompt, *(complete(model, tokenizer, prompt) for model in models))
+
+
+def complete(model: Any, tokenizer: Any, prompt: str, tokens: int = 10) -> str:
+    """The `tokens` most likely next tokens, one after the other, on one line."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return " ".join(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]).split())
+
+
+def print_row(*cells: str) -> None:
+    print("".join(cell.ljust(COLUMN) for cell in cells).rstrip())
+
+
+if __name__ == "__main__":
+    main()

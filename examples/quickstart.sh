@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# What `make demo` runs: a real model, converted, verified, and asked for three facts before and after.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+show() { printf '\n$ %s\n' "$*"; "$@"; }
+
+show python examples/smollm2.py build/smollm2
+show compressknow convert build/smollm2 build/smollm2-att-int8 --scope attention --prune 0.2 --quantize int8 --overwrite
+show compressknow verify build/smollm2-att-int8
+show python examples/complete.py build/smollm2 build/smollm2-att-int8

@@ -1,0 +1,11 @@
+"""What holds for every test: no network but where a test is marked for it, one thread a worker."""
+
+from __future__ import annotations
+
+import os
+
+# Set before anything imports huggingface_hub or torch, which read them once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,0 +1,160 @@
+"""load() gives the model that the checkpoint holds, or an error that says why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from compressknow.compress.convert import convert
+from compressknow.compress.recipe import Quantize, Recipe, Where
+from compressknow.engine.load import load, load_tokenizer
+from compressknow.errors import CheckpointError
+
+IDS = torch.tensor([[5, 7, 11, 2]])
+
+
+def bert() -> Any:
+    return BertForMaskedLM(
+        BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    )
+
+
+def llama() -> Any:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=48,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def t5() -> Any:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=64,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+        )
+    )
+
+
+MODELS = {"bert": bert, "llama": llama, "t5": t5}
+
+
+def saved(kind: str, folder: Path) -> Any:
+    torch.manual_seed(0)
+    model = MODELS[kind]().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    decoder = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=IDS, **decoder).logits
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_float_checkpoint_loads_as_it_was(kind: str, tmp_path: Path) -> None:
+    model = saved(kind, tmp_path)
+    loaded = load(tmp_path)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-paper", "int8-weights"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_int8_checkpoint_answers_as_in_plain_transformers(
+    kind: str, scheme: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = saved(kind, tmp_path / "original")
+    convert(tmp_path / "original", tmp_path / "int8", Recipe((Quantize(scheme, Where(("overall",))),)))
+    capfd.readouterr()
+    loaded = load(tmp_path / "int8")
+    assert capfd.readouterr() == ("", "")
+    plain = type(model).from_pretrained(tmp_path / "int8").eval()
+    assert torch.equal(logits(loaded), logits(plain))
+    error = (logits(loaded) - logits(model)).norm() / logits(model).norm()
+    assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-paper"])
+def test_encoder_decoder_in_int8_generates(scheme: Any, tmp_path: Path) -> None:
+    saved("t5", tmp_path / "original")
+    convert(tmp_path / "original", tmp_path / "int8", Recipe((Quantize(scheme),)))
+    loaded = load(tmp_path / "int8")
+    assert loaded.generate(IDS, max_new_tokens=3, do_sample=False).shape[0] == 1
+    assert loaded.encoder(IDS).last_hidden_state.isfinite().all()
+
+
+def test_unknown_architecture_falls_back_to_the_model_type(tmp_path: Path) -> None:
+    model = saved("bert", tmp_path)
+    edit_config(tmp_path, architectures=["SomeonesBertWithAnotherName"])
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_dtype_of_the_float_weights_can_be_chosen(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    assert load(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_missing_weight_is_never_made_up(tmp_path: Path) -> None:
+    saved("bert", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["cls.predictions.transform.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"cls\.predictions\.transform\.dense\.weight"):
+        load(tmp_path)
+
+
+def test_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
+    saved("bert", tmp_path)
+    edit_config(tmp_path, intermediate_size=40)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load(tmp_path)
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    saved("bert", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load(tmp_path)
+
+
+def test_what_is_no_checkpoint_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_tokenizer("someone/not-a-folder")
