@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 Group = Literal["attention", "feed-forward", "final", "other"]
@@ -19,6 +20,7 @@ class LinearWeight:
     (GPT-2's, ``[in, out]``) or ``experts`` (fused, ``[experts, ...]``). `group` is None where no rule places it.
     `layer` counts the block within its stack, `stack` names the side of an encoder-decoder model (None in a model of
     one stack), `cross` marks cross-attention. `uses` is how often one forward pass applies it (ALBERT shares layers).
+    `transposed` says that the last axis is the output (conv1d; the experts of GPT-OSS, Llama 4 and Aria).
     """
 
     parameter: str
@@ -30,6 +32,17 @@ class LinearWeight:
     stack: Literal["encoder", "decoder"] | None = None
     cross: bool = False
     uses: int = 1
+    transposed: bool = False
+
+    @property
+    def stored(self) -> int:
+        """Elements of the tensor."""
+        return prod(self.shape)
+
+    @property
+    def used(self) -> int:
+        """Elements that one forward pass multiplies by: the tensor counted once a use."""
+        return self.stored * self.uses
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,9 @@ class Structure:
 
     `parameters` maps every name of the state dict (parameters and persistent buffers, tied names included) to its
     shape; `tied` maps a name to the name that it shares its storage with, as transformers ties them on loading.
+    `opaque` maps parameters that act as a weight matrix of attention or feed-forward without being a Linear layer
+    (XLNet's q, k, v, o; I-BERT's QuantLinear; SqueezeBERT's convolutions) to the group that they belong to. No scope
+    can take them, so a scope that ought to is refused rather than half compressed.
     """
 
     architecture: str
@@ -46,6 +62,7 @@ class Structure:
     linears: tuple[LinearWeight, ...]
     parameters: dict[str, tuple[int, ...]]
     tied: dict[str, str]
+    opaque: dict[str, Group] = field(default_factory=dict)
 
     @property
     def unplaced(self) -> tuple[str, ...]:

@@ -1,0 +1,221 @@
+"""Reading a module tree: which Linear weights it has, in which group, block and stack each lies."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compressknow.model.placement import Step, is_cross, is_further_head, place
+from compressknow.model.reuse import uses_of
+from compressknow.model.structure import Group, LinearWeight, ModuleMap, Structure
+
+# Llama 4's experts do not say, as others do, that they are stored as [experts, in, out].
+TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
+BERT_ATTENTION_OUTPUT = re.compile(r"^(.*attention\.)output\.dense$")
+PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv2d, nn.Conv3d)
+Kind = Literal["linear", "conv1d", "experts"]
+
+
+def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -> Structure:
+    """Read the structure of a model, as a rule one on the meta device.
+
+    Parameters
+    ----------
+    module_map : ``paper`` counts BERT's and RoBERTa's ``attention.output.dense`` as feed-forward, as the paper's code
+        does; ``structural`` as attention.
+    """
+    tree = _Tree(model)
+    linears = [_placed(tree, module, name, parameter) for module, name, parameter in _linear_parameters(model)]
+    if module_map == "paper":
+        linears = [_as_in_the_paper(weight, tree.modules) for weight in linears]
+    return Structure(
+        architecture=type(model).__name__,
+        model_type=model.config.model_type,
+        module_map=module_map,
+        linears=tuple(linears),
+        parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        tied=_tied_names(model),
+        opaque=dict(_opaque_parameters(tree)),
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module hangs: the modules above it, the repeated block around it, and its index in the stack."""
+
+    steps: tuple[Step, ...]
+    block: str | None
+    layer: int | None
+
+
+class _Tree:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.classes = {name: type(module).__name__ for name, module in self.modules.items()}
+        self.layers = self._number_blocks()
+        self.heads = _output_weights(model)
+        # A weight of several names (Zamba's shared block) is applied once under each of them.
+        self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+
+    def place(self, name: str) -> _Place:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:count]) for count in range(1, len(parts))]
+        steps = tuple(Step(prefix.rpartition(".")[2], self.classes[prefix]) for prefix in prefixes)
+        block = next((prefix for prefix in [*prefixes, name] if prefix in self.layers), None)
+        root = Step("", self.classes[""])
+        return _Place((root, *steps), block, self.layers[block] if block else None)
+
+    def _number_blocks(self) -> dict[str, int]:
+        """Outermost blocks -> index in their stack. Lists of lists (Funnel's) are one stack."""
+        layers: dict[str, int] = {}
+        counts: Counter[str] = Counter()
+        for name in self.modules:
+            if not self._is_block(name) or any(parent in layers for parent in _parents(name)):
+                continue
+            stack = re.split(r"\.\d+(?:\.|$)", name)[0]
+            layers[name] = counts[stack]
+            counts[stack] += 1
+        return layers
+
+    def _is_block(self, name: str) -> bool:
+        parent, _, attribute = name.rpartition(".")
+        module = self.modules[name]
+        own_class = not type(module).__module__.startswith("torch.nn")
+        in_list = isinstance(self.modules[parent], (nn.ModuleList, nn.Sequential))
+        return attribute.isdigit() and in_list and own_class and any(True for _ in module.children())
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def _output_weights(model: PreTrainedModel) -> set[int]:
+    # FSMT names its embedding, which its output projection shares; MusicGen a list of heads.
+    head = model.get_output_embeddings()
+    modules = head.modules() if isinstance(head, nn.Module) else ()
+    return {id(module.weight) for module in modules if hasattr(module, "weight")}
+
+
+def _linear_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Kind, str]]:
+    """Module, kind and name of every Linear weight, in tree order; one of several names under its first."""
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for kind, name, parameter in _weights_of(module):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield module_name, kind, name
+
+
+def _weights_of(module: nn.Module) -> Iterator[tuple[Kind, str, torch.Tensor]]:
+    if isinstance(module, nn.Linear):
+        yield "linear", "weight", module.weight
+    elif isinstance(module, Conv1D):
+        yield "conv1d", "weight", module.weight
+    elif type(module).__name__.endswith("Experts"):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 3 and "bias" not in name:
+                yield "experts", name, parameter
+
+
+def _placed(tree: _Tree, module: str, kind: Kind, name: str) -> LinearWeight:
+    holder = tree.modules[module]
+    parameter: torch.Tensor = getattr(holder, name)
+    place_ = tree.place(module)
+    group = _group(tree, module, parameter, place_)
+    return LinearWeight(
+        parameter=f"{module}.{name}" if module else name,
+        module=module,
+        kind=kind,
+        shape=tuple(parameter.shape),
+        group=group,
+        layer=place_.layer,
+        stack=_stack(tree.model, module),
+        cross=group == "attention" and is_cross(place_.steps),
+        uses=1 if group == "final" else _uses(tree, module, parameter, place_.layer),
+        transposed=_is_transposed(holder, kind),
+    )
+
+
+def _group(tree: _Tree, module: str, parameter: torch.Tensor, place_: _Place) -> Group | None:
+    leaf = module.rpartition(".")[2]
+    if id(parameter) in tree.heads:
+        return "final"
+    if place_.block is None and is_further_head(place_.steps, module, leaf):
+        return "final"
+    return place(place_.steps, leaf, place_.block is not None)
+
+
+def _stack(model: PreTrainedModel, module: str) -> Literal["encoder", "decoder"] | None:
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return None
+    side = re.search(r"(?:^|\.|_)(encoder|decoder)(?=\.)", module)
+    return None if side is None else "encoder" if side.group(1) == "encoder" else "decoder"
+
+
+def _uses(tree: _Tree, module: str, parameter: torch.Tensor, layer: int | None) -> int:
+    # Each part of a composite model brings its own config: the nearest one knows how its blocks are run.
+    holders = (tree.modules[parent] for parent in (*_parents(module), ""))
+    config = next(holder.config for holder in holders if hasattr(holder, "config"))
+    return tree.names[id(parameter)] * uses_of(config, module, layer)
+
+
+def _is_transposed(module: nn.Module, kind: Kind) -> bool:
+    if kind == "experts":
+        return bool(getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED_EXPERTS))
+    return kind == "conv1d"
+
+
+def _as_in_the_paper(weight: LinearWeight, modules: dict[str, nn.Module]) -> LinearWeight:
+    output = BERT_ATTENTION_OUTPUT.match(weight.module)
+    if output and f"{output.group(1)}self.query" in modules:
+        return replace(weight, group="feed-forward")
+    return weight
+
+
+def _tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Name -> the name it shares storage with: what the class declares, and modules that hang at several places."""
+    tensors = model.state_dict(keep_vars=True)
+    declared = model.all_tied_weights_keys
+    tied = {name: source for name, source in declared.items() if name in tensors and source in tensors}
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        source = first.setdefault(id(tensor), name)
+        if source != name and name not in tied and source not in tied:
+            tied[name] = source
+    return tied
+
+
+def _opaque_parameters(tree: _Tree) -> Iterator[tuple[str, Group]]:
+    """Parameters that serve attention or feed-forward as a matrix, but are not a Linear layer's weight."""
+    text = tree.model.config.get_text_config(decoder=True)
+    width = int(getattr(text, "hidden_size", 0) or 0)
+    for module_name, module in tree.modules.items():
+        if isinstance(module, PLAIN_MODULES) or type(module).__name__.endswith("Experts"):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if not _is_matrix(module, name, parameter, width):
+                continue
+            place_ = tree.place(f"{module_name}.{name}")
+            group = place(place_.steps, name, place_.block is not None)
+            if group in ("attention", "feed-forward"):
+                yield f"{module_name}.{name}", group
+
+
+def _is_matrix(module: nn.Module, name: str, parameter: torch.Tensor, width: int) -> bool:
+    if isinstance(module, nn.Conv1d):
+        return name == "weight" and module.kernel_size == (1,)
+    if parameter.dim() < 2 or "bias" in name:
+        return False
+    rows = parameter.shape[0]
+    # A table (of relative positions, of segments) has a side far narrower than the model.
+    return min(rows, parameter.numel() // rows) * 8 >= max(width, 8)

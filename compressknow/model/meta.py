@@ -1,0 +1,197 @@
+"""A checkpoint's module tree on the meta device: built from its config alone, without weights."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from compressknow.errors import CheckpointError
+
+LANGUAGE_MODEL_CLASSES = (
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+
+
+def meta_model(
+    config_folder: Path, *, trust_remote_code: bool = False, tensor_names: Collection[str] = ()
+) -> PreTrainedModel:
+    """Build the model that a folder's config.json describes, on the meta device.
+
+    Parameters
+    ----------
+    config_folder : a folder with a config.json; weights are neither needed nor read.
+    trust_remote_code : run the folder's own Python code where its config asks for that.
+    tensor_names : names in the checkpoint's weight files. They decide which class is meant where the config names one
+        that transformers does not have.
+
+    Raises
+    ------
+    CheckpointError : config.json is missing, damaged, names no architecture, or describes none that can be built.
+    """
+    path = Path(config_folder) / "config.json"
+    with _quiet():
+        raw = _read(path)
+        architecture = _architecture(path, raw)
+        if architecture in _remote_classes(raw) and not _is_builtin(architecture):
+            return _remote_model(path, raw, architecture, trust_remote_code)
+        config = _config(path, raw, trust_remote_code)
+        if not _is_builtin(architecture):
+            return _best_match(path, config, architecture, tensor_names)
+        return _build(path, getattr(transformers, architecture), config)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.", hint="Name a folder that holds a checkpoint.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read.", str(error)) from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return raw
+
+
+def _architecture(path: Path, raw: dict[str, Any]) -> str:
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        known = _candidates(raw.get("model_type")) or ["BertForMaskedLM"]
+        raise CheckpointError(
+            f"{path} names no architecture.",
+            "Which class the weights belong to decides which layers there are.",
+            f'Add the one that they belong to, for example "architectures": ["{known[0]}"].',
+        )
+    return str(names[0])
+
+
+def _remote_classes(raw: dict[str, Any]) -> dict[str, str]:
+    auto_map = raw.get("auto_map")
+    if not isinstance(auto_map, dict):
+        return {}
+    references = [entry for entry in auto_map.values() if isinstance(entry, str)]
+    return {reference.rpartition(".")[2]: reference for reference in references}
+
+
+def _is_builtin(architecture: str) -> bool:
+    candidate = getattr(transformers, architecture, None)
+    return isinstance(candidate, type) and issubclass(candidate, PreTrainedModel)
+
+
+def _remote_model(path: Path, raw: dict[str, Any], architecture: str, trust_remote_code: bool) -> PreTrainedModel:
+    if not trust_remote_code:
+        raise CheckpointError(
+            f"{architecture} is not part of transformers: the checkpoint brings its own Python code.",
+            f"Building it would run the code that {path} refers to in `auto_map`.",
+            "Read that code, then pass --trust-remote-code.",
+        )
+    config = _config(path, raw, trust_remote_code)
+    try:
+        model_class = get_class_from_dynamic_module(_remote_classes(raw)[architecture], str(path.parent))
+    except Exception as error:  # Whatever the checkpoint's own code raises is a fault of the checkpoint.
+        raise CheckpointError(f"The code of {architecture} cannot be loaded.", _reason(error)) from error
+    return _build(path, model_class, config)
+
+
+def _config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{path} names no model_type.", hint='Add it, for example "model_type": "bert".')
+    remote = isinstance(raw.get("auto_map"), dict) and "AutoConfig" in raw["auto_map"] and trust_remote_code
+    if model_type not in CONFIG_MAPPING_NAMES and not remote:
+        raise CheckpointError(
+            f'{path} has model_type "{model_type}", which transformers {transformers.__version__} does not know.',
+            hint="A newer transformers may, or the checkpoint brings its own code: --trust-remote-code.",
+        )
+    try:
+        return AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # Configs validate themselves with errors of every kind.
+        raise CheckpointError(f"{path} is no valid config of a {model_type} model.", _reason(error)) from error
+
+
+def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device. Nothing is initialised, so that it takes no time and no random numbers."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model: PreTrainedModel = model_class(_config_for(model_class, config)).eval()
+            return model
+    except Exception as error:  # A wrong size may fail anywhere inside transformers.
+        what = f"{path} describes no {model_class.__name__} that can be built."
+        raise CheckpointError(what, _reason(error)) from error
+
+
+def _config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
+    # The text part of a multimodal checkpoint, as the auto classes of transformers take it.
+    wanted = getattr(model_class, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    text = config.get_text_config()
+    return text if isinstance(text, wanted) else config
+
+
+def _best_match(
+    path: Path, config: PreTrainedConfig, architecture: str, tensor_names: Collection[str]
+) -> PreTrainedModel:
+    """The language model of the config's type whose parameters best cover the stored tensors.
+
+    Some checkpoints name a class of their authors' own (AntiBERTy) though their layers are a known model's.
+    """
+    names = set(tensor_names)
+    candidates = _candidates(config.model_type)
+    models = [_build(path, getattr(transformers, name), config) for name in candidates if _is_builtin(name)]
+    fitting = [model for model in models if _head_is_stored(model, names)]
+    if not fitting:
+        raise CheckpointError(
+            f'{path} names the architecture "{architecture}", which transformers {transformers.__version__} lacks.',
+            "No language model of its type has an output layer among the stored tensors."
+            if names
+            else "The folder holds no weights that could tell which class is meant.",
+            f"Put the class that the weights belong to into `architectures`: {', '.join(candidates) or 'none known'}.",
+        )
+    return max(fitting, key=lambda model: _coverage(model, names))
+
+
+def _candidates(model_type: Any) -> list[str]:
+    names = [mapping[model_type] for mapping in LANGUAGE_MODEL_CLASSES if model_type in mapping]
+    return list(dict.fromkeys(names))
+
+
+def _head_is_stored(model: PreTrainedModel, names: set[str]) -> bool:
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    return any(tensor is weight and name in names for name, tensor in model.state_dict(keep_vars=True).items())
+
+
+def _coverage(model: PreTrainedModel, names: set[str]) -> int:
+    own = set(model.state_dict())
+    return len(own & names) - len(own - names)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers: it warns of optional packages and of generation settings that do not matter here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
