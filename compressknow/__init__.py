@@ -1,3 +1,175 @@
-"""compressknow: compress a language model, and know what it forgot."""
+"""compressknow: compress a language model, and know what it forgot.
+
+>>> import compressknow
+>>> manifest = compressknow.convert("bert-base-uncased", "bert-att-int8", scope="attention", prune=0.2,
+...                                 quantize="int8")  # doctest: +SKIP
+>>> manifest["setup"]  # doctest: +SKIP
+'Att_GPQ 20%'
+>>> model = compressknow.load("bert-att-int8")  # doctest: +SKIP
+
+Importing this module is quick: torch and transformers are imported by the first call that needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from compressknow.compress.recipe import PruneMethod, Recipe, Scheme
+    from compressknow.model.structure import ModuleMap
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "convert", "inspect", "load", "verify"]
+
+
+def inspect(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    module_map: ModuleMap = "structural",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Count a checkpoint's Linear layers by group and by scope, from its configuration; no weights are read.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    module_map : ``structural``, or ``paper`` for the split that the paper's authors use in BERT and RoBERTa.
+
+    Returns
+    -------
+    What ``compressknow inspect --json`` prints: groups, scopes, parameters stored and used, tied and unplaced weights.
+    """
+    from compressknow.model.checkpoint import open_checkpoint
+    from compressknow.model.summary import summarize
+
+    checkpoint = open_checkpoint(model, revision, weights=False)
+    return summarize(checkpoint, module_map=module_map, trust_remote_code=trust_remote_code)
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    *,
+    scope: str | Sequence[str] = ("overall",),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    prune: float | None = None,
+    prune_method: PruneMethod = "l1-unstructured",
+    per_layer: bool = False,
+    norm: float = 1,
+    dim: int = 0,
+    seed: int = 0,
+    quantize: Scheme | None = None,
+    module_map: ModuleMap = "structural",
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Prune and quantize a checkpoint into a new folder of safetensors, with a manifest and a model card.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    output : the folder to write; it appears only when it is whole.
+    scope : which Linear layers, by group: ``attention``, ``feed-forward``, ``final``, ``overall`` and the finer ones.
+    include, exclude, layers : regular expressions on module names, and a range of blocks (``0-5``), that narrow it.
+    prune : share of the weights to zero, between 0 and 1.
+    prune_method : ``l1-unstructured``, ``ln-structured``, ``random-unstructured`` or ``random-structured``.
+    per_layer, norm, dim, seed : see `compressknow.compress.recipe.Prune`.
+    quantize : ``int8``, ``int8-paper`` or ``int8-weights``.
+    recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
+        or a converted folder.
+    overwrite : replace `output` where it exists, once the new one is whole.
+
+    Returns
+    -------
+    The manifest: what was done, in total, by group and by tensor.
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : with what is wrong, why, and what to try.
+    """
+    from compressknow.compress.convert import convert as convert_checkpoint
+    from compressknow.compress.recipe import Prune, Quantize, Recipe, Where
+    from compressknow.errors import UsageError
+    from compressknow.report.model_card import card_renderer
+
+    where = Where((scope,) if isinstance(scope, str) else tuple(scope), tuple(include), tuple(exclude), layers)
+    steps: list[Prune | Quantize] = []
+    if prune is not None:
+        steps.append(Prune(prune, prune_method, where, per_layer, norm, dim, seed))
+    if quantize is not None:
+        steps.append(Quantize(quantize, where))
+    if recipe is not None and (steps or where != Where()):
+        raise UsageError("A recipe says it all: give it or the single options, not both.")
+    return convert_checkpoint(
+        model,
+        output,
+        Recipe(tuple(steps), module_map) if recipe is None else _as_recipe(recipe),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        threads=threads,
+        progress=progress,
+        render_card=card_renderer(model, revision),
+    )
+
+
+def verify(folder: str | Path) -> Any:
+    """Recount and rehash a converted checkpoint against its manifest.
+
+    Raises
+    ------
+    compressknow.errors.VerificationError : the weights differ from what the manifest says.
+    """
+    from compressknow.compress.verify import verify as verify_checkpoint
+
+    return verify_checkpoint(folder)
+
+
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A checkpoint, converted or not, as a transformers model in eval mode that computes what the checkpoint says.
+
+    Use it rather than ``from_pretrained`` for an int8 checkpoint of an encoder-decoder model: there, plain transformers
+    fails in ``generate``.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    dtype : dtype of the weights that are not quantized; the checkpoint's own by default.
+    trust_remote_code : run modelling code that lies in the checkpoint.
+
+    Raises
+    ------
+    compressknow.errors.CheckpointError : it cannot be loaded whole; no weight is ever filled in at random.
+    """
+    from compressknow.engine.load import load as load_folder
+    from compressknow.model.checkpoint import open_checkpoint
+
+    folder = open_checkpoint(model, revision).folder
+    return load_folder(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _as_recipe(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:
+    from compressknow.compress.recipe import Recipe, read_recipe
+
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.from_dict(recipe) if isinstance(recipe, dict) else read_recipe(Path(recipe))

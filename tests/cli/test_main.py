@@ -1,0 +1,158 @@
+"""How the command line starts, lists its commands and ends, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from compressknow import __version__
+from compressknow.cli import COMMANDS, cli, main
+from compressknow.cli.group import LazyGroup
+from compressknow.cli.run import run
+from compressknow.errors import CompressknowError, GateNotMet, UsageError
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def group_with(callback: object) -> click.Group:
+    """The real group's manners around one command that does what `callback` does."""
+    group = LazyGroup(commands_at={"act": ("nowhere:nothing", "Act.")}, params=cli.params, callback=cli.callback)
+    command = click.Command("act", callback=callback)  # type: ignore[arg-type]
+    group.get_command = lambda _ctx, name: command if name == "act" else None  # type: ignore[method-assign]
+    return group
+
+
+def raiser(error: BaseException) -> object:
+    def callback() -> None:
+        raise error
+
+    return callback
+
+
+def test_help_lists_every_command_without_importing_one(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; from compressknow.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.split())
+    for name, (address, short_help) in COMMANDS.items():
+        assert f"  {name} " in done.stdout
+        assert short_help in done.stdout
+        assert address.split(":")[0] not in loaded
+    assert not loaded & {"torch", "transformers", "numpy", "jinja2", "huggingface_hub"}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"compressknow {__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_has_help_and_stands_in_the_readme(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    assert command.name == name
+    assert command.help
+    assert f"compressknow {name}" in README
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"{name} {parameter.opts[0]} has no help text"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_does_not_wait_for_torch(name: str) -> None:
+    code = f"import sys; from compressknow.cli import main; main(['{name}', '--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"Usage: compressknow {name} ")
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("args", [["no-such-command"], ["--no-such-option"], ["inspect"], ["convert", "a", "b", "--x"]])
+def test_wrong_usage_ends_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    assert "Error: " in capsys.readouterr().err
+
+
+def test_unknown_command_lists_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["prune"])
+    assert "inspect, convert, verify" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (CompressknowError("It broke.", "Because.", "Mend it."), 1),
+        (UsageError("It broke.", "Because.", "Mend it."), 2),
+        (GateNotMet("It broke.", "Because.", "Mend it."), 3),
+    ],
+)
+def test_error_is_one_message_on_stderr(
+    error: CompressknowError, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(group_with(raiser(error)), ["act"]) == code
+    assert capsys.readouterr() == ("", "Error: It broke.\n  Because.\n  Mend it.\n")
+
+
+def test_traceback_comes_with_debug_only(capsys: pytest.CaptureFixture[str]) -> None:
+    group = group_with(raiser(ZeroDivisionError("by zero")))
+    assert run(group, ["act"]) == 1
+    assert "Traceback" not in (plain := capsys.readouterr().err)
+    assert "unexpected ZeroDivisionError: by zero" in plain
+    assert run(group, ["--debug", "act"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_error_of_the_system_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(group_with(lambda: open("/no/such/file").close()), ["act"]) == 1  # noqa: PTH123
+    assert capsys.readouterr().err == "Error: No such file or directory: /no/such/file\n"
+
+
+def test_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(group_with(raiser(KeyboardInterrupt())), ["act"]) == 130
+    assert capsys.readouterr().err.split() == ["Interrupted"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_request_to_end_lets_temporary_folders_be_removed(number: signal.Signals, tmp_path: Path) -> None:
+    script = textwrap.dedent("""
+        import sys, tempfile, time, click
+        from compressknow.cli.run import run
+
+        def work():
+            with tempfile.TemporaryDirectory(dir=sys.argv[1]):
+                print("working", flush=True)
+                time.sleep(60)
+
+        sys.exit(run(click.Command("work", callback=work), []))
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "working\n"
+    assert list(tmp_path.iterdir())
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number
+    assert not list(tmp_path.iterdir())
+
+
+def test_reader_that_has_gone_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*PROGRAM, "--help"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.stderr == ""
