@@ -44,6 +44,7 @@ def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -
         parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         tied=_tied_names(model),
         opaque=dict(_opaque_parameters(tree)),
+        buffers=frozenset(name for name, _ in model.named_buffers()),
     )
 
 

@@ -50,7 +50,8 @@ class Structure:
     """The module tree of a checkpoint, without weights.
 
     `parameters` maps every name of the state dict (parameters and persistent buffers, tied names included) to its
-    shape; `tied` maps a name to the name that it shares its storage with, as transformers ties them on loading.
+    shape, `buffers` are those of them that are no parameters; `tied` maps a name to the name that it shares its storage
+    with, as transformers ties them on loading.
     `opaque` maps parameters that act as a weight matrix of attention or feed-forward without being a Linear layer
     (XLNet's q, k, v, o; I-BERT's QuantLinear; SqueezeBERT's convolutions) to the group that they belong to. No scope
     can take them, so a scope that ought to is refused rather than half compressed.
@@ -63,6 +64,7 @@ class Structure:
     parameters: dict[str, tuple[int, ...]]
     tied: dict[str, str]
     opaque: dict[str, Group] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
 
     @property
     def unplaced(self) -> tuple[str, ...]:

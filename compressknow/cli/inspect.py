@@ -1,0 +1,80 @@
+"""`compressknow inspect`: what a checkpoint is made of, before anything is done to it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+LISTED = 8
+DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8"}
+
+
+@click.command(short_help="Show a checkpoint's Linear layers by group and scope.")
+@click.argument("model")
+@click.option(
+    "--module-map",
+    type=click.Choice(["structural", "paper"]),
+    default="structural",
+    show_default=True,
+    help="`paper` counts attention.output.dense of BERT and RoBERTa as feed-forward, as the paper does.",
+)
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
+    """Show the Linear layers of MODEL by group, and how many parameters each scope takes.
+
+    MODEL is a local folder or a hub id. A folder with only a config.json is enough.
+    """
+    from compressknow.model.summary import inspect_checkpoint
+
+    summary = inspect_checkpoint(model, module_map=module_map, revision=revision, trust_remote_code=trust_remote_code)
+    click.echo(json.dumps(summary, indent=2) if as_json else "\n".join(_page(summary)))
+
+
+def _page(summary: dict[str, Any]) -> Iterator[str]:
+    counts = summary["parameters"]
+    yield f"{summary['model']}: {summary['architecture']} ({summary['model_type']})"
+    used = f", {counts['used']:,} as used" if counts["used"] != counts["stored"] else ""
+    yield f"{counts['stored']:,} parameters stored{used}; module map: {summary['module_map']}"
+    yield from _groups(summary["groups"])
+    yield from _scopes(summary["scopes"])
+    yield from _list("Tied (stored once)", [f"{name} = {source}" for name, source in summary["tied"]])
+    yield from _list("Unplaced (--include or --exclude them by name)", _patterns(summary["unplaced"]))
+    yield from _list("Matrices that are no Linear layers (never compressed)", _patterns(summary["opaque"]))
+
+
+def _groups(groups: dict[str, Any]) -> Iterator[str]:
+    yield f"\n{'Group':<16}{'Modules':>8}{'Stored':>18}{'As used':>18}"
+    for name, group in groups.items():
+        yield f"{name:<16}{group['modules']:>8,}{group['stored']:>18,}{group['used']:>18,}"
+        shapes = Counter((tuple(w["shape"]), w["dtype"], w["uses"]) for w in group["weights"])
+        for (shape, dtype, uses), count in list(shapes.items())[:LISTED]:
+            stored = f" {DTYPE_NAMES.get(dtype, dtype)}" if dtype else ""
+            yield f"  {count} x {list(shape)}{stored}" + (f", each used {uses} times" if uses > 1 else "")
+        if len(shapes) > LISTED:
+            yield f"  and {len(shapes) - LISTED} other shapes"
+
+
+def _scopes(scopes: dict[str, Any]) -> Iterator[str]:
+    yield f"\n{'Scope':<24}{'--prune takes':>18}{'--quantize takes':>18}"
+    for name, takes in scopes.items():
+        yield f"{name:<24}{takes['prune']:>18,}{takes['quantize']:>18,}"
+
+
+def _list(title: str, entries: list[str]) -> Iterator[str]:
+    if entries:
+        yield f"\n{title}"
+        yield from (f"  {entry}" for entry in entries[:LISTED])
+    if len(entries) > LISTED:
+        yield f"  and {len(entries) - LISTED} more: see --json"
+
+
+def _patterns(names: Any) -> list[str]:
+    kinds = Counter(re.sub(r"\d+", "N", name) for name in names)
+    return [f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items()]

@@ -1,0 +1,201 @@
+"""Scopes: named sets of Linear weights, and what narrows them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from compressknow.errors import UnsupportedError, UsageError
+from compressknow.model.structure import LinearWeight, Structure
+
+Action = Literal["prune", "quantize"]
+Patterns = tuple[re.Pattern[str], ...]
+
+SCOPES: dict[str, Callable[[LinearWeight, Action], bool]] = {
+    "attention": lambda weight, _: weight.group == "attention",
+    "feed-forward": lambda weight, _: weight.group == "feed-forward",
+    "final": lambda weight, _: weight.group == "final",
+    # As in the paper: pruning everything spares the final layer, quantizing everything does not.
+    "overall": lambda weight, action: weight.group is not None and (action == "quantize" or weight.group != "final"),
+    "self-attention": lambda weight, _: weight.group == "attention" and not weight.cross,
+    "cross-attention": lambda weight, _: weight.group == "attention" and weight.cross,
+    "encoder-attention": lambda weight, _: weight.group == "attention" and weight.stack == "encoder",
+    "decoder-attention": lambda weight, _: weight.group == "attention" and weight.stack == "decoder",
+    "encoder": lambda weight, _: weight.stack == "encoder" and weight.group not in (None, "final"),
+    "decoder": lambda weight, _: weight.stack == "decoder" and weight.group not in (None, "final"),
+}
+SHOWN = 8
+
+
+def scope_names(structure: Structure) -> tuple[str, ...]:
+    """The scopes that hold at least one weight of this model."""
+    return tuple(name for name in SCOPES if any(SCOPES[name](weight, "quantize") for weight in structure.linears))
+
+
+def scope_parameters(structure: Structure) -> dict[str, dict[Action, int]]:
+    """Parameters that each scope of the model takes, by action, shared layers once a use."""
+    actions: tuple[Action, ...] = ("prune", "quantize")
+    return {
+        name: {action: sum(w.used for w in structure.linears if SCOPES[name](w, action)) for action in actions}
+        for name in scope_names(structure)
+    }
+
+
+def select(
+    structure: Structure,
+    scopes: Sequence[str],
+    action: Action,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+) -> tuple[LinearWeight, ...]:
+    """The weights that an action is to take, in tree order.
+
+    Parameters
+    ----------
+    scopes : names from `SCOPES`; their union.
+    include : regular expressions, searched in module names. They narrow the scopes to what one of them matches, except
+        that one which matches unplaced layers alone adds these to the scopes.
+    exclude : regular expressions; what one of them matches is left out.
+    layers : blocks by number, such as ``0-5``, ``3`` or ``0-2,5``. Weights outside the blocks are left out.
+
+    Raises
+    ------
+    UsageError : a scope, a pattern or a range that matches nothing, or none of which anything is left.
+    UnsupportedError : a scope cannot be told, or not be compressed, in full: layers that no rule places, or matrices
+        that are no Linear layers.
+    """
+    _check_names(structure, scopes)
+    includes, excludes = _compile("--include", include), _compile("--exclude", exclude)
+    in_scope = [w for w in structure.linears if any(SCOPES[scope](w, action) for scope in scopes)]
+    unplaced = [w for w in structure.linears if w.group is None]
+    opaque = _opaque_of(structure, scopes)
+    for pattern in includes:
+        _check_pattern("--include", pattern, [w.module for w in (*in_scope, *unplaced)], structure)
+    for pattern in excludes:
+        _check_pattern("--exclude", pattern, [*(w.module for w in (*in_scope, *unplaced)), *opaque], structure)
+    narrowing = tuple(p for p in includes if any(p.search(w.module) for w in in_scope))
+    _refuse_opaque(opaque, narrowing, excludes)
+    if set(scopes) != {"final"}:
+        _refuse_unplaced(unplaced, (*includes, *excludes))
+    _check_scopes(structure, scopes, action, bool(unplaced))
+    chosen = [w for w in in_scope if not narrowing or _matches(w, narrowing)]
+    chosen += [w for w in unplaced if _matches(w, includes)]
+    chosen = [w for w in chosen if not _matches(w, excludes)]
+    if layers is not None:
+        chosen = _in_layers(chosen, layers)
+    return _in_tree_order(structure, chosen)
+
+
+def _matches(weight: LinearWeight, patterns: Patterns) -> bool:
+    return any(pattern.search(weight.module) for pattern in patterns)
+
+
+def _check_names(structure: Structure, scopes: Sequence[str]) -> None:
+    if not scopes:
+        raise UsageError("No scope is given.", hint=_there_is(structure))
+    for scope in scopes:
+        if scope not in SCOPES:
+            raise UsageError(f'There is no scope "{scope}".', hint=_there_is(structure))
+
+
+def _check_scopes(structure: Structure, scopes: Sequence[str], action: Action, any_unplaced: bool) -> None:
+    for scope in scopes:
+        if not any(SCOPES[scope](weight, action) for weight in structure.linears) and not any_unplaced:
+            raise UsageError(f'The scope "{scope}" is empty in {structure.architecture}.', hint=_there_is(structure))
+
+
+def _there_is(structure: Structure) -> str:
+    counts = scope_parameters(structure)
+    if not counts:
+        return f"{structure.architecture} has no Linear layer at all."
+    return "There is " + ", ".join(f"{name} ({count['quantize']:,} parameters)" for name, count in counts.items()) + "."
+
+
+def _compile(option: str, patterns: Sequence[str]) -> Patterns:
+    return tuple(_compile_one(option, pattern) for pattern in patterns)
+
+
+def _compile_one(option: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{option} {pattern!r} is no regular expression: {error}.") from None
+
+
+def _check_pattern(option: str, pattern: re.Pattern[str], names: list[str], structure: Structure) -> None:
+    if any(pattern.search(name) for name in names):
+        return
+    elsewhere = [w for w in structure.linears if pattern.search(w.module)]
+    why = f"It matches {elsewhere[0].module}, which is {elsewhere[0].group}." if elsewhere else None
+    raise UsageError(
+        f"{option} {pattern.pattern!r} matches no Linear layer of the scope.",
+        why,
+        f"There is, with N for a number: {', '.join(_close(pattern.pattern, names))}.",
+    )
+
+
+def _close(pattern: str, names: Iterable[str]) -> list[str]:
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names))
+    return difflib.get_close_matches(pattern, kinds, n=SHOWN, cutoff=0.3) or kinds[:SHOWN]
+
+
+def _opaque_of(structure: Structure, scopes: Sequence[str]) -> list[str]:
+    groups = {scope if scope in ("feed-forward", "final") else scope.rpartition("-")[2] for scope in scopes}
+    everything = bool(groups & {"overall", "encoder", "decoder"})
+    return [name for name, group in structure.opaque.items() if everything or group in groups]
+
+
+def _refuse_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) -> None:
+    wanted = [name for name in opaque if not narrowing or any(pattern.search(name) for pattern in narrowing)]
+    left = [name for name in wanted if not any(pattern.search(name) for pattern in excludes)]
+    if left:
+        raise UnsupportedError(
+            f"{len(left)} matrices of the scope are no Linear layers, so that they cannot be compressed:\n"
+            + _listed(left),
+            hint=f"Leave them out by name, for example --exclude '{_example(left)}'.",
+        )
+
+
+def _refuse_unplaced(unplaced: list[LinearWeight], resolved: Patterns) -> None:
+    left = list(dict.fromkeys(w.module for w in unplaced if not _matches(w, resolved)))
+    if left:
+        raise UnsupportedError(
+            f"No rule tells which group {len(left)} Linear layers belong to:\n" + _listed(left),
+            hint=f"Take them into the scope with --include '{_example(left)}', or leave them out with --exclude.",
+        )
+
+
+def _listed(names: list[str]) -> str:
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names))
+    return "\n".join([f"  {kind}" for kind in kinds[:SHOWN]] + (["  ..."] if len(kinds) > SHOWN else []))
+
+
+def _example(names: list[str]) -> str:
+    # The end of a name is what the layers of all blocks have in common.
+    return r"\.".join(names[0].split(".")[-2:])
+
+
+def _in_layers(weights: list[LinearWeight], layers: str) -> list[LinearWeight]:
+    there = {w.layer for w in weights if w.layer is not None}
+    known = f"The scope has blocks {min(there)}-{max(there)}." if there else "The scope has no blocks."
+    wanted: set[int] = set()
+    for part in layers.split(","):
+        limits = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if limits is None:
+            raise UsageError(f"{layers!r} is no range of layers.", hint="Write 0-5, 3 or 0-2,5. " + known)
+        first = int(limits.group(1))
+        numbers = range(first, int(limits.group(2) or first) + 1)
+        if not any(number in there for number in numbers):
+            raise UsageError(f"No layer of the scope lies in {part.strip()!r}.", hint=known)
+        wanted |= there.intersection(numbers)
+    return [w for w in weights if w.layer in wanted]
+
+
+def _in_tree_order(structure: Structure, chosen: list[LinearWeight]) -> tuple[LinearWeight, ...]:
+    if not chosen:
+        raise UsageError("No Linear layer is left.", hint="Loosen --exclude, --include or --layers.")
+    names = {weight.parameter for weight in chosen}
+    return tuple(weight for weight in structure.linears if weight.parameter in names)

@@ -1,0 +1,122 @@
+"""What `inspect` tells of a checkpoint: counts by group and scope, as plain records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressknow.model.scopes import scope_parameters
+from compressknow.model.structure import GROUPS, LinearWeight, ModuleMap, Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compressknow.model.checkpoint import Checkpoint
+
+Ties = dict[str, str]
+
+
+def inspect_checkpoint(
+    model: str | Path,
+    *,
+    module_map: ModuleMap = "structural",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Open a checkpoint, or a folder with only its config.json, and summarize what it is made of.
+
+    Reads headers alone, except where the weight files hold both names of a tie: then it compares the two, since a
+    config may call them tied when they are not.
+
+    Raises
+    ------
+    CheckpointError : the checkpoint is missing or damaged, or its config describes no model that can be built.
+    """
+    from compressknow.model.checkpoint import open_checkpoint
+    from compressknow.model.groups import structure_of
+    from compressknow.model.meta import meta_model
+
+    checkpoint = open_checkpoint(model, revision)
+    tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
+    structure = structure_of(tree, module_map)
+    if not checkpoint.tensors:
+        return summarize(structure, checkpoint.name, None)
+    dtypes, ties = _stored_dtypes(checkpoint, tree, structure)
+    return summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
+
+
+def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> dict[str, Any]:
+    """The record behind `inspect` and its `--json`.
+
+    Parameters
+    ----------
+    source_name : what the checkpoint is called.
+    stored_dtypes : names of the module tree -> dtype in the weight files (``F32``, ``BF16``); None without weights.
+
+    Returns
+    -------
+    dict of plain values. Counts are elements: `stored` counts a tensor once, `used` once a use in one forward pass
+    (ALBERT's shared layer). A final layer tied to the embedding counts in `final`, and once in `parameters`.
+    """
+    stored = _stored_parameters(structure)
+    shared = sum(weight.used - weight.stored for weight in structure.linears)
+    groups = {group: [w for w in structure.linears if w.group == group] for group in GROUPS}
+    return {
+        "model": source_name,
+        "architecture": structure.architecture,
+        "model_type": structure.model_type,
+        "module_map": structure.module_map,
+        "groups": {group: _group(weights, structure, stored_dtypes) for group, weights in groups.items()},
+        "scopes": scope_parameters(structure),
+        "parameters": {"stored": stored, "used": stored + shared},
+        "tied": sorted([name, source] for name, source in structure.tied.items()),
+        "unplaced": list(dict.fromkeys(structure.unplaced)),
+        "opaque": dict(structure.opaque),
+    }
+
+
+def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[str, str] | None) -> dict[str, Any]:
+    return {
+        "modules": len({weight.module for weight in weights}),
+        "stored": sum(weight.stored for weight in weights),
+        "used": sum(weight.used for weight in weights),
+        "weights": [_weight(weight, structure, dtypes) for weight in weights],
+    }
+
+
+def _weight(weight: LinearWeight, structure: Structure, dtypes: Mapping[str, str] | None) -> dict[str, Any]:
+    dtype = None
+    if dtypes is not None:
+        # A checkpoint may hold a tied weight under its other name alone.
+        dtype = dtypes.get(weight.parameter) or dtypes.get(structure.tied.get(weight.parameter, ""))
+    return {
+        "name": weight.parameter,
+        "shape": list(weight.shape),
+        "dtype": dtype,
+        "kind": weight.kind,
+        "layer": weight.layer,
+        "stack": weight.stack,
+        "cross": weight.cross,
+        "uses": weight.uses,
+    }
+
+
+def _stored_parameters(structure: Structure) -> int:
+    left_out = structure.buffers | structure.tied.keys()
+    return sum(prod(shape) for name, shape in structure.parameters.items() if name not in left_out)
+
+
+def _stored_dtypes(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> tuple[dict[str, str], Ties]:
+    """Dtype of each parameter as stored, and the ties that the weight files bear out."""
+    from compressknow.model.naming import Naming, suppliers
+
+    naming = Naming(model)
+    bindings = {stored: naming.bind(stored) for stored in checkpoint.tensors}
+    bound = {stored: binding.parameter for stored, binding in bindings.items() if binding is not None}
+    supply = suppliers(checkpoint, bound, structure.tied)
+    dtypes = {parameter: checkpoint.tensors[stored].dtype for parameter, stored in supply.items()}
+    ties = {name: source for name, source in structure.tied.items() if supply.get(name) == supply.get(source)}
+    return dtypes, ties
