@@ -6,7 +6,7 @@ tensor an expert is now one stack), where a base model's checkpoint lacks its pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,11 +95,3 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     with OpenFiles() as files:
         chunks = zip(files.chunks(one, COMPARE_BYTES), files.chunks(other, COMPARE_BYTES), strict=True)
         return all(left == right for left, right in chunks)
-
-
-def aliases(tensors: Iterable[StoredTensor]) -> dict[tuple, list[str]]:
-    """Stored names by the bytes that they share; a PyTorch file may hold one storage under several names."""
-    shared: dict[tuple, list[str]] = {}
-    for tensor in tensors:
-        shared.setdefault((tensor.file, tensor.offset, tensor.nbytes), []).append(tensor.name)
-    return shared

@@ -1,0 +1,171 @@
+"""convert: a checkpoint in, a compressed checkpoint and its manifest out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from compressknow.compress.layout import INDEX_NAME, lay_out
+from compressknow.compress.manifest import build_manifest, serialize
+from compressknow.compress.plan import Plan, make_plan
+from compressknow.compress.pool import Pool
+from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
+from compressknow.compress.prune import Mask, choose
+from compressknow.compress.quantize import quantization_config
+from compressknow.compress.recipe import MANIFEST_NAME, Prune, Recipe
+from compressknow.compress.staging import Staging, refuse_output, write_file
+from compressknow.model.checkpoint import open_checkpoint
+from compressknow.model.meta import meta_model
+from compressknow.model.streaming import OpenFiles
+from compressknow.model.groups import structure_of
+
+CARD_NAME = "README.md"
+# Weights in any form, and what only training needs: not carried along.
+WEIGHT_SUFFIXES = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data"),
+    *(".tflite", ".mlmodel", ".npz", ".pkl", ".pickle"),
+}
+# What depends on the weights that were converted: written anew.
+REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, INDEX_NAME, "pytorch_model.bin.index.json"}
+
+
+def plan_conversion(
+    model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Plan:
+    """Open a checkpoint and plan a recipe on it, from its headers alone."""
+    checkpoint = open_checkpoint(model, revision)
+    tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
+    return make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe)
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    render_card: Callable[[Mapping[str, Any], Path], str] | None = None,
+) -> dict[str, Any]:
+    """Prune and quantize a checkpoint into a new folder.
+
+    Tensors stream through blocks of a fixed size: memory depends neither on the model nor on its largest tensor.
+    The output appears whole, by one rename at the end, or not at all.
+
+    Parameters
+    ----------
+    model : folder or hub id; `output` a folder that does not exist, or one that convert wrote, with `overwrite`.
+    threads : tensors worked on at a time, by default one a core. The output's bytes do not depend on it.
+    progress : told the bytes read so far, and in all.
+    render_card : the model card's text for a manifest and the source folder; no card is written without it.
+
+    Returns
+    -------
+    The manifest, as `compressknow.json` in the output holds it.
+
+    Raises
+    ------
+    UsageError, CheckpointError, UnsupportedError : see `make_plan`; a weight in scope is NaN or infinite.
+    OutputError : the output exists, overlaps the input, or cannot be written.
+    """
+    output = Path(output)
+    refuse_output(output, overwrite=overwrite, source=Path(model))
+    plan = plan_conversion(model, recipe, revision=revision, trust_remote_code=trust_remote_code)
+    layout = lay_out(plan.tensors, plan.checkpoint.shards)
+    source = plan.checkpoint.folder
+    carried = list(carried_files(source))
+    with (
+        Staging(output, overwrite=overwrite, source=source) as staging,
+        Pool(threads) as pool,
+        OpenFiles() as files,
+    ):
+        outputs = OutputFiles(staging.folder, layout)
+        try:
+            work = Work(pool, files, _Reporter(progress, _bytes_to_read(plan)), outputs)
+            hashes, measured = _write_weights(work, plan, _masks(work, plan))
+            outputs.sync(pool)
+        finally:
+            outputs.close()
+        written = {"config.json": write_file(staging.folder / "config.json", _json(_config(plan)))}
+        if layout.index:
+            written[INDEX_NAME] = write_file(staging.folder / INDEX_NAME, _json(layout.index))
+        copied = {name: write_file(staging.folder / name, (source / name).read_bytes()) for name in carried}
+        config_hash = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
+        manifest = build_manifest(plan, measured, hashes | copied | {"config.json": config_hash}, written | copied)
+        write_file(staging.folder / MANIFEST_NAME, serialize(manifest))
+        if render_card:
+            write_file(staging.folder / CARD_NAME, render_card(manifest, source).encode())
+        staging.commit()
+    return manifest
+
+
+def carried_files(folder: Path) -> Iterator[str]:
+    """The small files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not hidden and path.suffix not in WEIGHT_SUFFIXES and str(name) not in REPLACED:
+            yield name.as_posix()
+
+
+def _masks(work: Work, plan: Plan) -> dict[str, Mask]:
+    masks: dict[str, Mask] = {}
+    for index, step in enumerate(plan.recipe.steps):
+        if isinstance(step, Prune):
+            tensors = plan.pruned_by(index)
+            chosen = choose(work, step, [tensor.source for tensor in tensors])
+            masks |= {tensor.name: mask for tensor, mask in zip(tensors, chosen, strict=True)}
+    return masks
+
+
+def _write_weights(work: Work, plan: Plan, masks: Mapping[str, Mask]) -> tuple[dict[str, str], dict[str, Measured]]:
+    """Write all tensors, and hash the source files beside that: both keep every core busy, largest task first."""
+    shards = [plan.checkpoint.folder / name for name in plan.checkpoint.shards]
+    hashing = [(path.stat().st_size, lambda path=path: hash_file(work.pool, path, work.progress)) for path in shards]
+    writing = [(t.source.nbytes, lambda t=t: work.write(t, masks.get(t.name))) for t in plan.tensors]
+    tasks = [*hashing, *writing]
+    order = sorted(range(len(tasks)), key=lambda i: -tasks[i][0])
+    results = dict(zip(order, work.pool.map(lambda i: tasks[i][1](), order), strict=True))
+    hashes = {path.name: str(results[i]) for i, path in enumerate(shards)}
+    return hashes, {t.name: results[len(shards) + i] for i, t in enumerate(plan.tensors)}
+
+
+def _config(plan: Plan) -> dict[str, Any]:
+    """The output's config.json."""
+    if not plan.targets:
+        return plan.config
+    version = importlib.metadata.version("compressed-tensors")
+    return plan.config | {"quantization_config": quantization_config(plan.targets, plan.ignore, version)}
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+class _Reporter:
+    """Adds up the bytes that all threads have read."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+        self._lock = threading.Lock()
+
+    def __call__(self, count: int) -> None:
+        if self._progress is not None:
+            with self._lock:
+                self._done += count
+                self._progress(min(self._done, self._total), self._total)
+
+
+def _bytes_to_read(plan: Plan) -> int:
+    hashed = sum((plan.checkpoint.folder / name).stat().st_size for name in plan.checkpoint.shards)
+    # A threshold takes one pass over 16-bit weights and two over 32-bit ones.
+    thresholds = sum(t.source.nbytes * (t.source.itemsize // 2) for t in plan.tensors if t.prune is not None)
+    return hashed + thresholds + sum(tensor.source.nbytes for tensor in plan.tensors)

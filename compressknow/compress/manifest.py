@@ -1,0 +1,135 @@
+"""compressknow.json: what a conversion was made of and what it did, tensor by tensor."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from compressknow.compress.plan import NOT_LINEAR, Plan, PlannedTensor
+from compressknow.compress.process import Measured
+from compressknow.compress.recipe import MANIFEST_NAME
+from compressknow.model.structure import GROUPS
+
+SCHEMA = 1
+LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
+COUNTS = ("parameters", "in_scope", "pruned", "zeros_before", "zeros_after", "quantized", "bytes_before", "bytes_after")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the tool and of the libraries whose arithmetic and formats it relies on."""
+    from compressknow import __version__
+
+    return {"compressknow": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def dry_run(plan: Plan) -> dict[str, Any]:
+    """What the manifest of a plan will hold, as far as headers tell it: no zeros, errors or hashes, and `pruned` by
+    tensor only where no threshold over several tensors decides it."""
+    known, total = plan.pruned_counts()
+    rows = [{**_planned_row(tensor), "pruned": known.get(tensor.name, 0)} for tensor in plan.tensors]
+    summary = _summary(plan, rows)
+    groups_known = len(known) == sum(tensor.prune is not None for tensor in plan.tensors)
+    for counts in (summary["totals"], *summary["groups"].values()):
+        del counts["zeros_before"], counts["zeros_after"]
+        if not groups_known and counts["in_scope"]:
+            counts["pruned"] = None
+    summary["totals"]["pruned"] = total
+    return {**summary, "tensors": [row | {"pruned": known.get(row["name"])} for row in rows]}
+
+
+def build_manifest(
+    plan: Plan, measured: Mapping[str, Measured], source_files: Mapping[str, str], files: Mapping[str, str]
+) -> dict[str, Any]:
+    """The manifest as plain values.
+
+    Parameters
+    ----------
+    measured : by name, every tensor of the plan.
+    source_files, files : SHA-256 of the files that were read, and of those written beside the weights.
+    """
+    rows = [_row(tensor, measured[tensor.name]) for tensor in plan.tensors]
+    return {**_summary(plan, rows, source_files), "files": dict(sorted(files.items())), "tensors": rows}
+
+
+def serialize(manifest: Mapping[str, Any]) -> bytes:
+    """JSON of a manifest, the same bytes for the same content."""
+    return (json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _summary(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, str] | None = None) -> dict[str, Any]:
+    checkpoint = plan.checkpoint
+    source = {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "architecture": plan.structure.architecture,
+        "model_type": plan.structure.model_type,
+        "files": dict(sorted((source_files or {}).items())),
+    }
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "source": source,
+        "recipe": plan.recipe.to_dict(),
+        "setup": plan.recipe.setup,
+        "totals": _counts(rows),
+        "groups": {
+            group: _counts(row for row in rows if row["group"] == group)
+            for group in (*GROUPS, NOT_LINEAR)
+            if any(row["group"] == group for row in rows)
+        },
+        "untied": [asdict(untied) for untied in plan.untied],
+    }
+
+
+def _counts(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
+    total = dict.fromkeys(COUNTS, 0)
+    for row in rows:
+        total["parameters"] += row["numel"]
+        total["in_scope"] += row["numel"] if row["in_scope"] else 0
+        total["pruned"] += row["pruned"]
+        total["zeros_before"] += row.get("zeros_before", 0)
+        total["zeros_after"] += row.get("zeros", 0)
+        total["quantized"] += row["numel"] if row["scheme"] else 0
+        total["bytes_before"] += row["bytes_before"]
+        total["bytes_after"] += row["bytes_after"]
+    return total
+
+
+def _planned_row(tensor: PlannedTensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "group": tensor.group,
+        "shape": list(tensor.source.shape),
+        "dtype_before": tensor.source.dtype,
+        "dtype_after": tensor.dtype,
+        "numel": tensor.source.numel,
+        "in_scope": tensor.in_scope,
+        "scheme": tensor.scheme,
+        "bytes_before": tensor.bytes_before,
+        "bytes_after": tensor.bytes_after,
+    }
+
+
+def _row(tensor: PlannedTensor, measured: Measured) -> dict[str, Any]:
+    row = _planned_row(tensor) | {
+        "pruned": measured.pruned,
+        "zeros_before": measured.zeros_before,
+        "zeros": measured.zeros,
+        # Nine digits say all that float32 sums hold; more would look like knowledge.
+        "relative_error": float(f"{measured.relative_error:.9g}"),
+        "sha256": measured.sha256,
+    }
+    if tensor.scheme:
+        row["scale"] = {
+            "name": tensor.scale_name,
+            "shape": list(tensor.scale_shape),
+            "dtype": tensor.source.dtype,
+            "sha256": measured.scale_sha256,
+        }
+    return row
+
+
+__all__ = ["MANIFEST_NAME", "build_manifest", "dry_run", "serialize", "versions"]

@@ -1,0 +1,203 @@
+"""What a recipe does to a checkpoint, decided from headers alone: every tensor of the output, its dtype and bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from compressknow.compress.prune import pruned_count
+from compressknow.compress.quantize import scale_shape
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme
+from compressknow.compress.sources import Sources
+from compressknow.compress.untie import Untied, missing_when_untied, untied_config
+from compressknow.errors import UsageError
+from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.scopes import select
+from compressknow.model.structure import LinearWeight, Structure
+from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The group of every tensor that is not a Linear weight: embeddings, norms, biases.
+NOT_LINEAR = "not-linear"
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the output. `module` is the Linear that it is the weight of, where it is changed; `prune` is the
+    position of its prune step in the recipe; `created` marks one that the source holds only under a tied name, `weight` one that
+    the module tree has as a parameter (not a buffer, nor something that it does not know)."""
+
+    name: str
+    source: StoredTensor
+    group: str
+    module: str | None = None
+    prune: int | None = None
+    scheme: Scheme | None = None
+    created: bool = False
+    weight: bool = True
+
+    @property
+    def dtype(self) -> str:
+        return "I8" if self.scheme else self.source.dtype
+
+    @property
+    def scale_name(self) -> str:
+        return self.name + "_scale"
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        assert self.scheme is not None
+        return scale_shape(self.scheme, self.source.shape[0])
+
+    @property
+    def in_scope(self) -> bool:
+        return self.prune is not None or self.scheme is not None
+
+    @property
+    def bytes_before(self) -> int:
+        return 0 if self.created else self.source.nbytes
+
+    @property
+    def bytes_after(self) -> int:
+        scale_bytes = math.prod(self.scale_shape) * self.source.itemsize if self.scheme else 0
+        return self.source.numel * DTYPE_SIZES[self.dtype] + scale_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a conversion will do. `targets` names the modules that each scheme quantizes, `ignore` the Linear
+    modules that stay as they are, `config` is the output's config.json without its quantization."""
+
+    checkpoint: Checkpoint
+    structure: Structure
+    recipe: Recipe
+    tensors: tuple[PlannedTensor, ...]
+    targets: dict[Scheme, tuple[str, ...]]
+    ignore: tuple[str, ...]
+    untied: tuple[Untied, ...]
+    config: dict[str, Any] = field(repr=False)
+
+    def pruned_by(self, step: int) -> list[PlannedTensor]:
+        """The tensors that a prune step acts on, in the order in which it breaks ties."""
+        return [tensor for tensor in self.tensors if tensor.prune == step]
+
+    def pruned_counts(self) -> tuple[dict[str, int], int]:
+        """Weights that will be pruned: by tensor name, where shapes alone tell it, and in all."""
+        known: dict[str, int] = {}
+        total = 0
+        for index, step in enumerate(self.recipe.steps):
+            if isinstance(step, Prune):
+                tensors = self.pruned_by(index)
+                counts, in_all = pruned_count(step, [tensor.source.shape for tensor in tensors])
+                total += in_all
+                known |= {} if counts is None else dict(zip((t.name for t in tensors), counts, strict=True))
+        return known, total
+
+
+@dataclass(frozen=True)
+class _Action:
+    weight: LinearWeight
+    prune: int | None = None
+    scheme: Scheme | None = None
+
+
+def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure, recipe: Recipe) -> Plan:
+    """Plan a conversion. `model` is the checkpoint's module tree on the meta device, `structure` what is read off it.
+
+    Raises
+    ------
+    UsageError : a scope, pattern or layer range matches nothing, or two steps prune or quantize the same weight.
+    CheckpointError : a weight in scope is missing, or its shape disagrees with the config.
+    UnsupportedError : the input is quantized already, or a weight has no int8 form that loads and runs right.
+    """
+    sources = Sources(checkpoint, model, structure)
+    actions = _actions(structure, recipe)
+    for action in actions.values():
+        sources.check(action.weight, quantized=action.scheme is not None)
+    changed = [tensor for action in actions.values() for tensor in _changed(action, sources)]
+    shared = {action.weight.parameter: sources.tied_embedding(action.weight) for action in actions.values()}
+    shared_with = {parameter: embedding for parameter, embedding in shared.items() if embedding}
+    config = untied_config(checkpoint.config, model) if shared_with else dict(checkpoint.config)
+    extra = missing_when_untied(model, config, set(sources.supply)) if shared_with else {}
+    kept = _kept(sources, structure, {t.name for t in changed}, [*extra.items(), *_pairs(shared_with)])
+    tensors = tuple(sorted([*changed, *kept], key=lambda t: sources.order(t.source, t.created, t.name)))
+    targets = _targets(changed)
+    quantized = {module for modules in targets.values() for module in modules}
+    return Plan(
+        checkpoint,
+        structure,
+        recipe,
+        tensors,
+        targets,
+        tuple(w.module for w in structure.linears if w.kind == "linear" and w.module not in quantized),
+        tuple(_untied(changed, shared_with)),
+        config,
+    )
+
+
+def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
+    actions: dict[str, _Action] = {}
+    for index, step in enumerate(recipe.steps):
+        kind = "prune" if isinstance(step, Prune) else "quantize"
+        where = step.where
+        for weight in select(structure, where.scope, kind, where.include, where.exclude, where.layers):
+            before = actions.get(weight.parameter, _Action(weight))
+            if (before.scheme if isinstance(step, Quantize) else before.prune) is not None:
+                raise UsageError(
+                    f"{weight.module} would be {kind}d by two steps.",
+                    hint="Let the scopes of a recipe's steps not overlap: --exclude, or layers, narrow them.",
+                )
+            actions[weight.parameter] = (
+                _Action(weight, before.prune, step.scheme) if isinstance(step, Quantize) else _Action(weight, index)
+            )
+    return actions
+
+
+def _changed(action: _Action, sources: Sources) -> Iterator[PlannedTensor]:
+    weight = action.weight
+    for stored in sources.of(weight):
+        name = stored.name if sources.is_stored(weight.parameter) else weight.parameter
+        created = sources.is_borrowed(weight, stored)
+        group = weight.group or "other"
+        yield PlannedTensor(name, stored, group, weight.module, action.prune, action.scheme, created)
+
+
+def _kept(
+    sources: Sources, structure: Structure, changed: set[str], needed: list[tuple[str, str]]
+) -> Iterator[PlannedTensor]:
+    """What is written as it is: all that is stored and not changed, and the `needed` parameters that the source
+    holds only under the name of one tied to them, given with it."""
+    groups = {weight.parameter: weight.group or "other" for weight in structure.linears}
+    for stored in sources.distinct():
+        binding = sources.bound.get(stored.name)
+        if stored.name not in changed:
+            parameter = binding.parameter if binding else ""
+            group = groups.get(parameter, NOT_LINEAR)
+            yield PlannedTensor(stored.name, stored, group, weight=parameter in sources.weights)
+    for parameter, source in needed:
+        if parameter not in changed and not sources.is_stored(parameter):
+            yield PlannedTensor(parameter, sources.tensor(source), NOT_LINEAR, created=True)
+
+
+def _pairs(shared_with: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """An embedding, and the weight whose stored values are its own where the checkpoint has no other."""
+    return ((embedding, parameter) for parameter, embedding in shared_with.items())
+
+
+def _untied(changed: list[PlannedTensor], shared_with: Mapping[str, str]) -> Iterator[Untied]:
+    for tensor in changed:
+        embedding = shared_with.get(f"{tensor.module}.weight")
+        if embedding:
+            yield Untied(tensor.name, embedding, tensor.bytes_after)
+
+
+def _targets(changed: list[PlannedTensor]) -> dict[Scheme, tuple[str, ...]]:
+    targets: dict[Scheme, list[str]] = {}
+    for tensor in changed:
+        if tensor.scheme and tensor.module:
+            targets.setdefault(tensor.scheme, []).append(tensor.module)
+    return {scheme: tuple(modules) for scheme, modules in targets.items()}

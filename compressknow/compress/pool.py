@@ -1,0 +1,70 @@
+"""Threads that each work on a tensor of their own, with torch's own threads off: results do not depend on how many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+import torch
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+
+class Map(Protocol):
+    """Applies a task to items, results in their order."""
+
+    def __call__(self, task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]: ...
+
+
+def in_turn(task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]:
+    """One item after the other, in the calling thread."""
+    return [task(item) for item in items]
+
+
+class Pool:
+    """A thread pool whose first error stops the rest: long tasks call `check` between two blocks."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads or _available_cores()
+        self._stopped = False
+        self._torch_threads = torch.get_num_threads()
+        self._executor = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stopped = error is not None
+        self._executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)
+
+    def map(self, task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]:
+        """Results in the order of `items`. Raises the first error, after the tasks under way have ended."""
+        futures = [self._executor.submit(task, item) for item in items]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:
+            self._stopped = True
+            raise
+        if failed := next((f for f in done if not isinstance(f.exception(), (Stopped, type(None)))), None):
+            self._stopped = True
+            self._executor.shutdown(cancel_futures=True)
+            failed.result()
+        return [future.result() for future in futures]
+
+    def check(self) -> None:
+        """Raise Stopped where another task has failed or the user has interrupted."""
+        if self._stopped:
+            raise Stopped
+
+
+class Stopped(Exception):
+    """Ends a task whose result nobody waits for any more."""
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

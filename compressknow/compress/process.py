@@ -1,0 +1,216 @@
+"""The inner loop: one tensor from its source file to its output file, block by block, measured on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compressknow.compress.blocks import (
+    TORCH_DTYPES,
+    Block,
+    Progress,
+    Reader,
+    bits_of,
+    check_finite,
+    magnitude_keys,
+)
+from compressknow.compress.layout import Layout
+from compressknow.compress.plan import PlannedTensor
+from compressknow.compress.pool import Pool
+from compressknow.compress.prune import BlockMask, Mask
+from compressknow.compress.quantize import dequantize, per_channel, quantize, scales_of
+from compressknow.model.tensors import StoredTensor
+
+COPY_BYTES = 1 << 20
+# An element as an integer, and its bits without a float's sign: zero of either sign is 0 in them.
+ZERO_TESTS = {
+    **{"F64": (np.int64, (1 << 63) - 1), "F32": (np.int32, (1 << 31) - 1)},
+    **{name: (np.int16, (1 << 15) - 1) for name in ("F16", "BF16")},
+    **{name: (np.int8, (1 << 7) - 1) for name in ("F8_E4M3", "F8_E5M2")},
+}
+INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found and done in one tensor. `relative_error` is ||written - original|| / ||original|| (Frobenius), the
+    written weights dequantized; `sha256` is that of the written bytes, `scale_sha256` of its scales' where it has any."""
+
+    zeros_before: int
+    zeros: int
+    pruned: int
+    relative_error: float
+    sha256: str
+    scale_sha256: str | None = None
+
+
+class OutputFiles:
+    """The weight files of an output, made at their full size before any work: a full disk shows at once."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self._layout = layout
+        self._descriptors: dict[str, int] = {}
+        for name, size in layout.sizes.items():
+            self._descriptors[name] = os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._descriptors[name], 0, size)
+            _write_all(self._descriptors[name], memoryview(layout.headers[name]), 0)
+
+    def writer(self, tensor_name: str) -> TensorWriter:
+        place = self._layout.places[tensor_name]
+        return TensorWriter(self._descriptors[place.file], place.offset)
+
+    def sync(self, pool: Pool) -> None:
+        """Wait until all that was written would survive a power cut."""
+        pool.map(os.fsync, self._descriptors.values())
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+class TensorWriter:
+    """Writes a tensor's bytes in order to their place, hashing them."""
+
+    def __init__(self, descriptor: int, offset: int) -> None:
+        self._descriptor, self._position = descriptor, offset
+        self._digest = hashlib.sha256()
+
+    def write(self, values: torch.Tensor) -> None:
+        self.write_bytes(memoryview(values.contiguous().view(torch.uint8).numpy()).cast("B"))
+
+    def write_bytes(self, data: memoryview) -> None:
+        self._digest.update(data)
+        _write_all(self._descriptor, data, self._position)
+        self._position += len(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Work(Reader):
+    """A reader that writes what it makes of a tensor into the output's files."""
+
+    output: OutputFiles
+
+    def write(self, planned: PlannedTensor, mask: Mask | None) -> Measured:
+        """Write one tensor of the output. Raises CheckpointError where a weight is NaN or infinite."""
+        if planned.in_scope:
+            return self._compress(planned, mask)
+        return self._copy(planned)
+
+    def _compress(self, planned: PlannedTensor, mask: Mask | None) -> Measured:
+        source, tally = planned.source, _Tally()
+        whole_scale = self._tensor_scale(planned, mask)
+        block_mask = mask.start() if mask else None
+        writer, scales = self.output.writer(planned.name), []
+        for block in self.blocks(source):
+            absmax = tally.prune(block, block_mask, source)
+            if planned.scheme is None:
+                writer.write(tally.keep(block.values))
+            else:
+                scale = scales_of(absmax) if whole_scale is None else whole_scale
+                scales.append(scale)
+                writer.write(tally.quantize(block.values, scale))
+        scale_sha256 = None
+        if planned.scheme is not None:
+            scale_writer = self.output.writer(planned.scale_name)
+            scale_writer.write(torch.cat(scales) if whole_scale is None else whole_scale)
+            scale_sha256 = scale_writer.sha256
+        return tally.measured(writer.sha256, scale_sha256)
+
+    def _tensor_scale(self, planned: PlannedTensor, mask: Mask | None) -> torch.Tensor | None:
+        """The one scale [1] of a tensor whose scheme has one, which takes a pass of its own."""
+        if planned.scheme is None or per_channel(planned.scheme):
+            return None
+        block_mask, largest = mask.start() if mask else None, torch.zeros(1, dtype=TORCH_DTYPES[planned.source.dtype])
+        for block in self.blocks(planned.source):
+            largest = torch.maximum(largest, _Tally().prune(block, block_mask, planned.source).max())
+        return scales_of(largest)
+
+    def _copy(self, planned: PlannedTensor) -> Measured:
+        source, writer, zeros = planned.source, self.output.writer(planned.name), 0
+        integer, magnitude = ZERO_TESTS.get(source.dtype, (INTEGERS[source.itemsize], -1))
+        for piece in self.files.chunks(source, COPY_BYTES):
+            self.pool.check()
+            keys = np.frombuffer(piece, dtype=integer) & integer(magnitude)
+            zeros += keys.size - int(np.count_nonzero(keys))
+            if planned.weight and source.dtype in TORCH_DTYPES:
+                check_finite(int(keys.max(initial=0)), TORCH_DTYPES[source.dtype], source)
+            writer.write_bytes(piece)
+            self.progress(len(piece))
+        return Measured(zeros, zeros, 0, 0.0, writer.sha256)
+
+
+class _Tally:
+    """Counts and energies (sums of squares) of a tensor, added up over its blocks in their order."""
+
+    def __init__(self) -> None:
+        self.zeros_before = self.zeros = self.pruned = 0
+        self.energy = self.kept_energy = self.error_energy = 0.0
+
+    def prune(self, block: Block, mask: BlockMask | None, source: StoredTensor) -> torch.Tensor:
+        """Zero a block's pruned weights in place; its rows' largest magnitudes [rows, 1] after that."""
+        values = block.values
+        keys = magnitude_keys(values)
+        largest = keys.max(axis=1, initial=0)
+        check_finite(int(largest.max(initial=0)), values.dtype, source)
+        self.zeros_before += keys.size - int(np.count_nonzero(keys))
+        energy = kept = _energy(values)
+        if mask is not None:
+            pruned = mask(block)
+            self.pruned += int(np.count_nonzero(pruned))
+            np.copyto(bits_of(values), 0, where=pruned)
+            largest, kept = magnitude_keys(values).max(axis=1, initial=0), _energy(values)
+        self.energy += energy
+        self.kept_energy += kept
+        return torch.from_numpy(largest).view(values.dtype)[:, None]
+
+    def keep(self, values: torch.Tensor) -> torch.Tensor:
+        self.zeros += values.numel() - int(np.count_nonzero(magnitude_keys(values)))
+        return values
+
+    def quantize(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        quantized = quantize(values, scales)
+        self.zeros += quantized.numel() - int(np.count_nonzero(quantized.numpy()))
+        self.error_energy += _energy(dequantize(quantized, scales).sub_(values.to(torch.float32)))
+        return quantized
+
+    def measured(self, sha256: str, scale_sha256: str | None) -> Measured:
+        # What was pruned became an error whole; what was kept, by rounding.
+        lost = self.energy - self.kept_energy + self.error_energy
+        error = math.sqrt(max(lost, 0.0) / self.energy) if self.energy else 0.0
+        return Measured(self.zeros_before, self.zeros, self.pruned, error, sha256, scale_sha256)
+
+
+def _energy(values: torch.Tensor) -> float:
+    """The sum of squares of a block [rows, columns]."""
+    energy = torch.linalg.vector_norm(values, dim=1, dtype=torch.float32).to(torch.float64).square_().sum().item()
+    if math.isinf(energy):
+        energy = values.to(torch.float64).square_().sum().item()
+    return energy
+
+
+def hash_file(pool: Pool, path: Path, progress: Progress = lambda count: None) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            pool.check()
+            digest.update(buffer[:count])
+            progress(count)
+    return digest.hexdigest()
+
+
+def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)

@@ -1,0 +1,85 @@
+"""The int8 schemes: scales, rounding, and their description in the compressed-tensors layout.
+
+Bit for bit what compressed-tensors computes (`calculate_qparams`, `quantize`): symmetric weights, scale =
+absmax / 127.5 in the weight's own dtype, division and rounding in that dtype too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from compressknow.compress.recipe import Scheme
+
+INT8_MIN, INT8_MAX = -128, 127
+# Half the range of 256 levels: what compressed-tensors and torch.ao's observers both divide by.
+HALF_RANGE = 127.5
+
+_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "group_size": None}
+_DYNAMIC = {"type": "int", "dynamic": True, "group_size": None}
+
+# The compressed-tensors description of each scheme. `int8-paper` is what torch.ao.quantization.quantize_dynamic does
+# on x86, which the paper used: one scale a tensor, and activations of 7 bits (its reduce_range is hard-coded), 8 bits
+# being measurably another computation.
+SCHEME_ARGS: dict[Scheme, dict[str, Any]] = {
+    "int8": {
+        "weights": {**_WEIGHTS, "strategy": "channel"},
+        "input_activations": {**_DYNAMIC, "num_bits": 8, "strategy": "token", "symmetric": True},
+    },
+    "int8-paper": {
+        "weights": {**_WEIGHTS, "strategy": "tensor"},
+        "input_activations": {**_DYNAMIC, "num_bits": 7, "strategy": "tensor", "symmetric": False},
+    },
+    "int8-weights": {"weights": {**_WEIGHTS, "strategy": "channel"}, "input_activations": None},
+}
+
+
+def per_channel(scheme: Scheme) -> bool:
+    """Whether the scheme has a scale a row (output channel) of the weight, else one a tensor."""
+    return SCHEME_ARGS[scheme]["weights"]["strategy"] == "channel"
+
+
+def scale_shape(scheme: Scheme, rows: int) -> tuple[int, ...]:
+    return (rows, 1) if per_channel(scheme) else (1,)
+
+
+def scales_of(absmax: torch.Tensor) -> torch.Tensor:
+    """Scales for largest magnitudes, in their dtype; for an all-zero channel the dtype's epsilon, so that it is finite."""
+    scales = absmax / HALF_RANGE
+    return torch.where(scales == 0, torch.finfo(absmax.dtype).eps, scales)
+
+
+def quantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """int8 weights for `values` [rows, columns] and `scales` [rows, 1] or [1] of the same float dtype."""
+    return torch.div(values, scales).clamp_(INT8_MIN, INT8_MAX).round_().to(torch.int8)
+
+
+def dequantize(quantized: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 values of int8 weights."""
+    return quantized.to(torch.float32).mul_(scales.to(torch.float32))
+
+
+def quantization_config(targets: dict[Scheme, Sequence[str]], ignore: Sequence[str], version: str) -> dict[str, Any]:
+    """`quantization_config` of config.json: exactly the named modules a scheme, and by name each Linear module that
+    stays as it is (vLLM refuses a Linear that it finds in neither list)."""
+    groups = {
+        f"group_{i}": {
+            "format": "int-quantized",
+            "targets": sorted(names),
+            **SCHEME_ARGS[scheme],
+            "output_activations": None,
+        }
+        for i, (scheme, names) in enumerate(sorted(targets.items()))
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": version,
+    }

@@ -1,0 +1,157 @@
+"""Which stored tensors hold the weight of which module, and whether a weight can be pruned or quantized there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from compressknow.errors import CheckpointError, UnsupportedError
+from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.naming import Binding, Naming, suppliers
+from compressknow.model.structure import LinearWeight, Structure
+from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NO_INT8_FORM = {
+    "conv1d": "transformers' int8 loader takes nn.Linear modules; a Conv1D would be left with integers for weights.",
+    "experts": "transformers holds all experts of a block as one fused weight, and its int8 loader takes nn.Linear only.",
+    "reshaped": "transformers fuses, splits or transposes it on loading, which a separate scale does not survive.",
+}
+
+
+class Sources:
+    """The stored tensors of a checkpoint by the parameters of its module tree, with ties resolved.
+
+    Raises
+    ------
+    CheckpointError : the folder has no weights.
+    UnsupportedError : they are quantized already.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> None:
+        _refuse_unusable(checkpoint)
+        self._tensors = checkpoint.tensors
+        self._naming = Naming(model)
+        self._shapes = structure.parameters
+        self._embeddings = _embedding_parameters(model)
+        self.weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._position = {name: i for i, name in enumerate(checkpoint.tensors)}
+        bound = {name: self._naming.bind(name) for name in checkpoint.tensors}
+        self.bound: dict[str, Binding] = {name: binding for name, binding in bound.items() if binding}
+        self._parts: dict[str, list[StoredTensor]] = {}
+        for name, binding in self.bound.items():
+            self._parts.setdefault(binding.parameter, []).append(self._tensors[name])
+        whole = {name: b.parameter for name, b in self.bound.items() if not b.reshaped}
+        self.supply = suppliers(checkpoint, whole, structure.tied)
+
+    def of(self, weight: LinearWeight) -> list[StoredTensor]:
+        """The stored tensors that make up a weight: one, but for fused weights that are stored in parts."""
+        if weight.parameter in self._parts:
+            return self._parts[weight.parameter]
+        return [self.tensor(weight.parameter)] if weight.parameter in self.supply else []
+
+    def tensor(self, parameter: str) -> StoredTensor:
+        """The stored tensor that gives a parameter its values."""
+        return self._tensors[self.supply[parameter]]
+
+    def is_stored(self, parameter: str) -> bool:
+        return parameter in self._parts
+
+    def is_borrowed(self, weight: LinearWeight, stored: StoredTensor) -> bool:
+        """Whether the bytes of a weight are those of another parameter, not its own beside them."""
+        own = self.bound.get(stored.name)
+        if own is None or own.parameter != weight.parameter:
+            return True
+        supplier = self.supply.get(weight.parameter, stored.name)
+        return supplier != stored.name and _place(self._tensors[supplier]) == _place(stored)
+
+    def tied_embedding(self, weight: LinearWeight) -> str | None:
+        """The embedding that a weight shares its values with, if it does."""
+        supplier = self.supply.get(weight.parameter)
+        tied = [p for p in self._embeddings if supplier and self.supply.get(p) == supplier]
+        return min(tied, key=lambda p: not self.is_stored(p), default=None)
+
+    def distinct(self) -> Iterator[StoredTensor]:
+        """Stored tensors, but of those that are one storage under several names the one that supplies the others."""
+        seen: dict[tuple[Any, ...], str] = {}
+        for stored in self.supply.values():
+            seen.setdefault(_place(self._tensors[stored]), stored)
+        for name, tensor in self._tensors.items():
+            if seen.setdefault(_place(tensor), name) == name:
+                yield tensor
+
+    def order(self, source: StoredTensor, created: bool, name: str) -> tuple[int, bool, str]:
+        """Sorts output tensors as their sources are stored, created ones behind what they were tied to."""
+        return self._position[source.name], created, name
+
+    def check(self, weight: LinearWeight, quantized: bool) -> None:
+        """Raise where a weight is not stored as the config says, or has no int8 form that loads and runs right."""
+        parts = self.of(weight)
+        if not parts:
+            raise CheckpointError(
+                f"The checkpoint lacks {weight.parameter}, which its config says it has.",
+                hint="Is it a base model without this head? Narrow --scope, or name the right class in `architectures`.",
+            )
+        reshaped = any(self.bound[part.name].reshaped for part in parts if part.name in self.bound)
+        for part in parts:
+            self._check_part(weight, part, reshaped)
+        if quantized and (reason := self._no_int8_form(weight, parts[0], reshaped)):
+            raise UnsupportedError(
+                f"{weight.module} ({parts[0].name}) cannot be quantized to int8.",
+                why=reason,
+                hint="Prune it only, or narrow --scope (or --exclude it) to what has an int8 form.",
+            )
+
+    def _check_part(self, weight: LinearWeight, part: StoredTensor, reshaped: bool) -> None:
+        if part.dtype not in FLOAT_DTYPES:
+            raise UnsupportedError(
+                f"{part.name} is stored as {part.dtype}.",
+                why="Weights of 32 or 16 bits (F32, F16, BF16) can be compressed; this looks quantized already."
+                if part.itemsize == 1
+                else f"Only {', '.join(FLOAT_DTYPES)} can be compressed.",
+                hint="Start from the original checkpoint, or save it in one of these dtypes.",
+            )
+        if not reshaped and part.shape != self._shapes[weight.parameter]:
+            raise CheckpointError(
+                f"{part.name} has shape {list(part.shape)}, but config.json says {list(self._shapes[weight.parameter])}.",
+                hint="Config and weights do not belong together: download or save both again.",
+            )
+
+    def _no_int8_form(self, weight: LinearWeight, part: StoredTensor, reshaped: bool) -> str | None:
+        if weight.kind != "linear":
+            return NO_INT8_FORM[weight.kind]
+        if reshaped or (part.name in self.bound and not self._scale_follows(weight, part)):
+            return NO_INT8_FORM["reshaped"]
+        return None
+
+    def _scale_follows(self, weight: LinearWeight, part: StoredTensor) -> bool:
+        name = part.name if self.bound[part.name].parameter == weight.parameter else weight.parameter
+        return self._naming.scale_follows(name, weight.parameter)
+
+
+def _place(tensor: StoredTensor) -> tuple[Any, ...]:
+    return tensor.file, tensor.offset, tensor.nbytes, tensor.name if not tensor.nbytes else ""
+
+
+def _embedding_parameters(model: PreTrainedModel) -> list[str]:
+    from torch import nn
+
+    modules = model.named_modules(remove_duplicate=False)
+    return sorted(f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding))
+
+
+def _refuse_unusable(checkpoint: Checkpoint) -> None:
+    if not checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
+            hint="Give the folder of a whole checkpoint.",
+        )
+    if quantization := checkpoint.config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise UnsupportedError(
+            f"{checkpoint.name} is quantized already ({method}).",
+            why="Quantizing it again would add its errors up.",
+            hint="Start from the original checkpoint.",
+        )
