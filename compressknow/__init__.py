@@ -45,11 +45,9 @@ def inspect(
     -------
     What ``compressknow inspect --json`` prints: groups, scopes, parameters stored and used, tied and unplaced weights.
     """
-    from compressknow.model.checkpoint import open_checkpoint
-    from compressknow.model.summary import summarize
+    from compressknow.model.summary import inspect_checkpoint
 
-    checkpoint = open_checkpoint(model, revision, weights=False)
-    return summarize(checkpoint, module_map=module_map, trust_remote_code=trust_remote_code)
+    return inspect_checkpoint(model, module_map=module_map, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def convert(
@@ -73,7 +71,7 @@ def convert(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: Callable[..., Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Prune and quantize a checkpoint into a new folder of safetensors, with a manifest and a model card.
 
@@ -90,6 +88,8 @@ def convert(
     recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
         or a converted folder.
     overwrite : replace `output` where it exists, once the new one is whole.
+    threads : tensors worked on at a time, by default one a core; the output does not depend on it.
+    progress : told the bytes read so far, and in all.
 
     Returns
     -------
@@ -102,7 +102,7 @@ def convert(
     from compressknow.compress.convert import convert as convert_checkpoint
     from compressknow.compress.recipe import Prune, Quantize, Recipe, Where
     from compressknow.errors import UsageError
-    from compressknow.report.model_card import card_renderer
+    from compressknow.report.model_card import model_card_for
 
     where = Where((scope,) if isinstance(scope, str) else tuple(scope), tuple(include), tuple(exclude), layers)
     steps: list[Prune | Quantize] = []
@@ -121,7 +121,7 @@ def convert(
         overwrite=overwrite,
         threads=threads,
         progress=progress,
-        render_card=card_renderer(model, revision),
+        render_card=model_card_for,
     )
 
 

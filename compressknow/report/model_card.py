@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,9 @@ _FOLDER = "PATH/TO/THIS/FOLDER"
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
-def card_renderer(model: str | Path, revision: str | None = None) -> Callable[[dict[str, Any]], str]:
-    """A function from manifest to model card, for conversions of this folder or hub id."""
-
-    def render_card(manifest: dict[str, Any]) -> str:
-        from compressknow.model.checkpoint import open_checkpoint
-
-        folder = open_checkpoint(model, revision, weights=False).folder
-        return render_model_card(manifest, source_card_metadata=read_card_metadata(folder / "README.md"))
-
-    return render_card
+def model_card_for(manifest: Mapping[str, Any], source: Path) -> str:
+    """The model card for a conversion of the checkpoint in the folder `source`, whose own card it draws on."""
+    return render_model_card(manifest, source_card_metadata=read_card_metadata(source / "README.md"))
 
 
 def read_card_metadata(card: Path) -> dict[str, Any]:
@@ -44,7 +37,7 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def render_model_card(manifest: dict[str, Any], *, source_card_metadata: dict[str, Any]) -> str:
+def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any]) -> str:
     """The model card as Markdown with front matter for the Hub.
 
     Parameters
@@ -81,7 +74,7 @@ def render_model_card(manifest: dict[str, Any], *, source_card_metadata: dict[st
     )
 
 
-def _metadata(manifest: dict[str, Any], carried: dict[str, Any], schemes: set[str]) -> dict[str, Any]:
+def _metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes: set[str]) -> dict[str, Any]:
     metadata = {key: clean for key in _CARRIED_OVER if (clean := _clean(carried.get(key)))}
     metadata.setdefault("library_name", "transformers")
     if base := _base_model(manifest["source"], carried):
@@ -113,7 +106,7 @@ def _clean(value: object) -> str | list[str] | None:
     return None
 
 
-def _schemes(manifest: dict[str, Any]) -> set[str]:
+def _schemes(manifest: Mapping[str, Any]) -> set[str]:
     return {str(tensor["scheme"]) for tensor in manifest["tensors"] if tensor.get("scheme")}
 
 
@@ -129,8 +122,8 @@ def _deeds(totals: dict[str, Any], schemes: set[str]) -> list[str]:
     return deeds or ["nothing changed"]
 
 
-def _rows(manifest: dict[str, Any]) -> list[dict[str, str]]:
-    groups = manifest["groups"] | {"whole model": manifest["totals"]}
+def _rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    groups = {**manifest["groups"], "whole model": manifest["totals"]}
     return [
         {
             "group": group,

