@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressknow.engine.quiet import quiet
 from compressknow.errors import CheckpointError, CompressknowError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def load(
     CheckpointError : no such folder, or it cannot be loaded whole: a weight that the model needs is missing.
     """
     path = _checkpoint_folder(folder)
-    with _quiet(), _as_checkpoint_error(path):
+    with quiet(), _as_checkpoint_error(path):
         model_class = _model_class(path, trust_remote_code)
         model, report = model_class.from_pretrained(
             path,
@@ -48,8 +48,8 @@ def load(
             local_files_only=True,
             output_loading_info=True,
         )
-    _refuse_missing(path, report)
-    _decompress(model)
+        _refuse_missing(path, report)
+        _decompress(model)
     return model.to(device).eval()
 
 
@@ -116,9 +116,7 @@ def _refuse_missing(path: Path, report: dict[str, Any]) -> None:
 def _decompress(model: Any) -> None:
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None:
-        # Its progress bar knows no switch.
-        with contextlib.redirect_stderr(io.StringIO()):
-            compressor.decompress_model(model)
+        compressor.decompress_model(model)
 
 
 @contextlib.contextmanager
@@ -131,19 +129,3 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"{path} cannot be loaded.", why=lines[0]) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no load report of transformers: what matters in them is checked and raised."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
