@@ -137,7 +137,7 @@ def _config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
     wanted = getattr(model_class, "config_class", None)
     if wanted is None or isinstance(config, wanted):
         return config
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     return text if isinstance(text, wanted) else config
 
 

@@ -29,7 +29,7 @@ def _is(*names: str) -> re.Pattern[str]:
 CLASS_RULES: tuple[tuple[Group, re.Pattern[str]], ...] = (
     ("other", _ends("Router(?:MLP)?", "TopKGating", "MessageGate")),
     ("other", _ends("Mixer", "MambaLayer", "xLSTMLayer", "RecurrentBlock", "ShortConv", "Rwkv\\w*Attention")),
-    ("other", _ends("Adapter", "AltUp", "LaurelBlock", "Bottleneck(?:Layer)?")),
+    ("other", _ends("Adapter", "AltUp", "LaurelBlock", "Bottleneck(?:Layer)?", "GatedResidual")),
     ("attention", _ends("Attention", "Attn", "SelfOutput", "AttentionOutput", "MLA", "MoA", "DeltaNet")),
     ("feed-forward", _ends("MLP", "Mlp", "FFN", "FF", "FeedForward(?:Network)?", "Dense(?:Gated)?Act(?:Dense)?")),
     ("feed-forward", _ends("DenseGatedACT", "Experts?", "MoE", "Moe", "MOE", "MoeBlock", "ExpertGLU")),
@@ -48,9 +48,10 @@ LEAF_RULES: tuple[tuple[Group, re.Pattern[str]], ...] = (
     ("feed-forward", _is("fc_?(?:1|2|in|out)", "ffn", "ffn_output", "(?:gate|up|down|gate_up)_proj", "w[123io]")),
     ("feed-forward", _is("wi_[01]", "lin(?:ear)?[12]", "c_fc", "dense_h_to_4h", "dense_4h_to_h")),
 )
-ROUTER_LEAF = _is("gate", "router", "router_gate", "shared_expert_gate")
-# A norm may hold a small MLP that sets its scale; SqueezeBERT's matrices lie in a class that ends alike.
-NORM_CLASS = re.compile(r"^(?!ConvDropout)\w*Norm$")
+ROUTER = _is("gate", "router", "router_gate", "shared_expert_gate")
+# A norm may hold a small MLP that sets its scale. DBRX's attention and SqueezeBERT's matrices lie in classes that end
+# alike.
+NORM_CLASS = re.compile(r"^(?!ConvDropout|\w*Attention)\w*Norm$")
 CROSS = re.compile(r"^(?:cross_?att(?:entio)?n(?:_layers)?|encoder_attn|EncDecAttention)$")
 CROSS_CLASS = _ends("CrossAttention")
 # Heads that give logits over a vocabulary besides the one that the model names: Luke's entities, BLT's patcher, the
@@ -69,7 +70,7 @@ def place(steps: tuple[Step, ...], leaf: str, in_block: bool) -> Group | None:
     in_block : whether it lies inside a repeated block.
     """
     group = _by_modules(steps, in_block)
-    if group == "feed-forward" and ROUTER_LEAF.search(leaf):
+    if group == "feed-forward" and (ROUTER.search(leaf) or ROUTER.search(steps[-1].attribute)):
         return "other"
     if group is not None:
         return group
