@@ -9,7 +9,9 @@ _TEXT_ENCODER_DECODERS = frozenset(
     pegasus_x plbart prophetnet switch_transformers t5 t5gemma t5gemma2 umt5""".split()
 )
 _BY_ENDING = (("ForMaskedLM", "AutoModelForMaskedLM"), ("ForCausalLM", "AutoModelForCausalLM"))
-_ENCODERS_THAT_CAN_DECODE = re.compile(r"Bert|BERT|RoFormer|Electra|ProphetNet|Bart|Pegasus|Blenderbot|Marian|XLM")
+_ENCODERS_THAT_CAN_DECODE = re.compile(
+    "bert|roformer|electra|prophetnet|bart|pegasus|blenderbot|marian|xlm|data2vec|camembert|ernie|mvp", re.IGNORECASE
+)
 
 
 def auto_class(architecture: str, model_type: str) -> str:
