@@ -1,6 +1,6 @@
 """A stored tensor as a sequence of small blocks of rows, read one at a time into one buffer.
 
-The block size is fixed, so that sums over blocks do not depend on threads or memory; it fits a core's L2 cache, where
+The block size is fixed, so that sums over blocks do not depend on threads or memory; it fits a core's caches, where
 the many passes of pruning and quantizing cost a tenth of what they cost over a whole tensor.
 """
 
@@ -19,7 +19,7 @@ from compressknow.errors import CheckpointError
 from compressknow.model.streaming import OpenFiles
 from compressknow.model.tensors import StoredTensor
 
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 18
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

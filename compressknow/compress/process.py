@@ -23,7 +23,7 @@ from compressknow.compress.blocks import (
 from compressknow.compress.layout import Layout
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
-from compressknow.compress.prune import BlockMask, Mask
+from compressknow.compress.prune import BlockMask, BoolArray, Mask
 from compressknow.compress.quantize import dequantize, per_channel, quantize, scales_of
 from compressknow.model.tensors import StoredTensor
 
@@ -168,7 +168,7 @@ class _Tally:
         if mask is not None:
             pruned = mask(block)
             self.pruned += int(np.count_nonzero(pruned))
-            np.copyto(bits_of(values), 0, where=pruned)
+            _zero(values, pruned)
             largest, kept = magnitude_keys(values).max(axis=1, initial=0), _energy(values)
         self.energy += energy
         self.kept_energy += kept
@@ -191,9 +191,15 @@ class _Tally:
         return Measured(self.zeros_before, self.zeros, self.pruned, error, sha256, scale_sha256)
 
 
+def _zero(values: torch.Tensor, pruned: BoolArray) -> None:
+    # As a product with the inverted mask, on bits: a masked copy of so irregular a mask takes ten times as long.
+    bits = bits_of(values)
+    np.bitwise_and(bits, (pruned.view(np.int8) - np.int8(1)).astype(bits.dtype), out=bits)
+
+
 def _energy(values: torch.Tensor) -> float:
     """The sum of squares of a block [rows, columns]."""
-    energy = torch.linalg.vector_norm(values, dim=1, dtype=torch.float32).to(torch.float64).square_().sum().item()
+    energy = torch.linalg.vector_norm(values.to(torch.float32), dim=1).to(torch.float64).square_().sum().item()
     if math.isinf(energy):
         energy = values.to(torch.float64).square_().sum().item()
     return energy

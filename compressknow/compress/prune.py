@@ -89,7 +89,7 @@ class ChannelMask:
                 pruned = self.channels.reshape(-1)[block.rows, None]
             else:
                 pruned = self.channels[np.arange(block.rows.start, block.rows.stop) // self.rows]
-            return np.broadcast_to(pruned, tuple(block.values.shape))
+            return np.ascontiguousarray(np.broadcast_to(pruned, tuple(block.values.shape)))
 
         return mask
 

@@ -16,7 +16,9 @@ import torch
 
 from compressknow.compress.pool import Map
 
-DIGIT_BITS = 16
+# Wide enough that a float's exponent and some of its mantissa leave few weights to the second pass, narrow enough that
+# adding up the blocks' histograms costs less than counting. 16-bit floats need one pass only.
+DIGITS = {15: (15,), 31: (14, 17)}
 
 Keys = npt.NDArray[np.signedinteger]
 # Blocks of keys (int16 or int32, non-negative, any shape) of the tensor with this position.
@@ -38,22 +40,21 @@ def select_smallest(run: Map, count: int, amount: int, bits: int, keys: KeyReade
     ----------
     run : applies a function to each tensor's position (`Pool.map`, or `in_turn`).
     count : number of tensors, `amount` the weights to select in all of them.
-    bits : width of the keys.
-    keys : the tensors' keys; read two to four times.
+    bits : width of the keys, 15 or 31.
+    keys : the tensors' keys; read one to three times.
     """
-    prefix, known, below = 0, 0, 0
     if amount == 0:
         return Threshold(0, (0,) * count)
-    while known < bits:
-        width = min(DIGIT_BITS, bits - known)
-        shift = bits - known - width
-        digit = _Digit(known == 0, prefix, shift + width, shift, 1 << width)
+    prefix, below, shift = 0, 0, bits
+    for width in DIGITS[bits]:
+        shift -= width
+        digit = _Digit(shift + width == bits, prefix, shift + width, shift, 1 << width)
         histogram = sum(run(lambda i, digit=digit: _histogram(keys(i), digit), range(count)))
         assert isinstance(histogram, torch.Tensor)
         cumulative = histogram.cumsum(0)
         index = int(torch.searchsorted(cumulative, amount - below))
         below += int(cumulative[index]) - int(histogram[index])
-        prefix, known = (prefix << width) | index, known + width
+        prefix = (prefix << width) | index
     wanted, tied = amount - below, int(histogram[index])
     if wanted == tied:
         # All go, wherever they lie: no need to know how many lie where.
@@ -73,15 +74,20 @@ class _Digit:
 
 
 def _histogram(key_blocks: Iterator[Keys], digit: _Digit) -> torch.Tensor:
-    total = torch.zeros(digit.size, dtype=torch.int64)
-    for block in key_blocks:
-        keys = block.reshape(-1)
-        if not digit.leading:
-            keys = keys[(keys >> digit.above) == digit.prefix] & ((1 << digit.above) - 1)
-        if keys.size:
-            # numpy's bincount takes more than twice as long.
-            total += torch.bincount(torch.from_numpy(keys >> digit.shift), minlength=digit.size)
-    return total
+    if digit.leading:
+        total = torch.zeros(digit.size, dtype=torch.int64)
+        for block in key_blocks:
+            total += _count(block.reshape(-1) >> digit.shift, digit.size)
+        return total
+    # Few weights share their leading bits with the threshold.
+    rest = [keys[(keys >> digit.above) == digit.prefix] for keys in key_blocks]
+    matching = np.concatenate(rest) if rest else np.empty(0, dtype=np.int32)
+    return _count((matching & ((1 << digit.above) - 1)) >> digit.shift, digit.size)
+
+
+def _count(values: Keys, size: int) -> torch.Tensor:
+    # numpy's bincount takes more than twice as long.
+    return torch.bincount(torch.from_numpy(values), minlength=size)
 
 
 def _count_equal(key_blocks: Iterator[Keys], key: int) -> int:
