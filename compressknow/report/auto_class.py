@@ -10,7 +10,7 @@ _TEXT_ENCODER_DECODERS = frozenset(
 )
 _BY_ENDING = (("ForMaskedLM", "AutoModelForMaskedLM"), ("ForCausalLM", "AutoModelForCausalLM"))
 _ENCODERS_THAT_CAN_DECODE = re.compile(
-    "bert|roformer|electra|prophetnet|bart|pegasus|blenderbot|marian|xlm|data2vec|camembert|ernie|mvp", re.IGNORECASE
+    r"bert|roformer|electra|prophetnet|bart|pegasus|blenderbot|marian|xlm|data2vec|ernie(?!\d)|mvp", re.IGNORECASE
 )
 
 
