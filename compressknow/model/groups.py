@@ -179,7 +179,7 @@ def _is_transposed(module: nn.Module, kind: Kind) -> bool:
 def _as_in_the_paper(weight: LinearWeight, modules: dict[str, nn.Module]) -> LinearWeight:
     output = BERT_ATTENTION_OUTPUT.match(weight.module)
     if output and f"{output.group(1)}self.query" in modules:
-        return replace(weight, group="feed-forward")
+        return replace(weight, group="feed-forward", cross=False)
     return weight
 
 
@@ -215,7 +215,7 @@ def _opaque_parameters(tree: _Tree) -> Iterator[tuple[str, Group]]:
 def _is_matrix(module: nn.Module, name: str, parameter: torch.Tensor, width: int) -> bool:
     if isinstance(module, nn.Conv1d):
         return name == "weight" and module.kernel_size == (1,)
-    if parameter.dim() < 2 or "bias" in name:
+    if parameter.dim() < 2 or "bias" in name or "embed" in name:
         return False
     rows = parameter.shape[0]
     # A table (of relative positions, of segments) has a side far narrower than the model.

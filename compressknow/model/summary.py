@@ -43,7 +43,7 @@ def inspect_checkpoint(
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure = structure_of(tree, module_map)
     if not checkpoint.tensors:
-        return summarize(structure, checkpoint.name, None)
+        return summarize(_tied_by(checkpoint.config, structure), checkpoint.name, None)
     dtypes, ties = _stored_dtypes(checkpoint, tree, structure)
     return summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
 
@@ -107,6 +107,14 @@ def _weight(weight: LinearWeight, structure: Structure, dtypes: Mapping[str, str
 def _stored_parameters(structure: Structure) -> int:
     left_out = structure.buffers | structure.tied.keys()
     return sum(prod(shape) for name, shape in structure.parameters.items() if name not in left_out)
+
+
+def _tied_by(config: dict[str, Any], structure: Structure) -> Structure:
+    # T5's class ties its head whatever the config says; what Flan-T5's says is true of the weights to come.
+    if config.get("tie_word_embeddings") is not False:
+        return structure
+    heads = {weight.parameter for weight in structure.linears if weight.group == "final"}
+    return replace(structure, tied={name: source for name, source in structure.tied.items() if name not in heads})
 
 
 def _stored_dtypes(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> tuple[dict[str, str], Ties]:

@@ -1,0 +1,331 @@
+"""The exact placement in the architectures that the tool promises to know, each from a small config of its own."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from compressknow.model.groups import structure_of
+from compressknow.model.structure import LinearWeight, ModuleMap, Structure
+
+BERT = {
+    "vocab_size": 90,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+LLAMA = BERT | {"num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
+T5 = {"vocab_size": 90, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+ALBERT = BERT | {"embedding_size": 8, "num_hidden_layers": 6, "num_hidden_groups": 2}
+DEBERTA = BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": False}
+BART = {
+    "vocab_size": 90,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+}
+DISTILBERT = {"vocab_size": 90, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+OPT = BERT | {"ffn_dim": 24, "word_embed_proj_dim": 8}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BERT": ("BertForMaskedLM", BERT),
+    "BERT without a head": ("BertModel", BERT),
+    "RoBERTa": ("RobertaForMaskedLM", BERT),
+    "DistilBERT": ("DistilBertForMaskedLM", DISTILBERT),
+    "ALBERT": ("AlbertForMaskedLM", ALBERT),
+    "ELECTRA": ("ElectraForMaskedLM", BERT | {"embedding_size": 8}),
+    "DeBERTa": ("DebertaForMaskedLM", DEBERTA),
+    "DeBERTa v2": ("DebertaV2ForMaskedLM", DEBERTA),
+    "ModernBERT": ("ModernBertForMaskedLM", BERT | {"pad_token_id": 0}),
+    "T5": ("T5ForConditionalGeneration", T5),
+    "Flan-T5": ("T5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "BART": ("BartForConditionalGeneration", BART),
+    "GPT-2": ("GPT2LMHeadModel", {"vocab_size": 90, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", BERT),
+    "OPT": ("OPTForCausalLM", OPT),
+    "BLOOM": ("BloomForCausalLM", {"vocab_size": 90, "hidden_size": 16, "n_layer": 2, "n_head": 2}),
+    "Llama": ("LlamaForCausalLM", LLAMA),
+    "Mistral": ("MistralForCausalLM", LLAMA),
+    "Qwen2": ("Qwen2ForCausalLM", LLAMA),
+    "Qwen3": ("Qwen3ForCausalLM", LLAMA),
+    "Gemma 2": ("Gemma2ForCausalLM", LLAMA),
+    "Gemma 3": ("Gemma3ForCausalLM", LLAMA),
+    "Phi": ("PhiForCausalLM", BERT),
+    "Mixtral": ("MixtralForCausalLM", LLAMA | {"num_local_experts": 3}),
+}
+
+BERT_LAYERS = {
+    "attention": ["encoder.layer.N.attention.{self.query,self.key,self.value,output.dense}"],
+    "feed-forward": ["encoder.layer.N.{intermediate,output}.dense"],
+}
+LLAMA_GROUPS = {
+    "attention": ["model.layers.N.self_attn.{q,k,v,o}_proj"],
+    "feed-forward": ["model.layers.N.mlp.{gate,up,down}_proj"],
+    "final": ["lm_head"],
+}
+NEOX_GROUPS = {
+    "attention": ["gpt_neox.layers.N.attention.{query_key_value,dense}"],
+    "feed-forward": ["gpt_neox.layers.N.mlp.{dense_h_to_4h,dense_4h_to_h}"],
+    "final": ["lm_head"],
+}
+
+
+def under(prefix: str, groups: dict[str, list[str]], **more: list[str]) -> dict[str, list[str]]:
+    return {group: [f"{prefix}.{name}" for name in names] for group, names in groups.items()} | more
+
+
+def t5(feed_forward: str) -> dict[str, list[str]]:
+    return {
+        "attention": [
+            "encoder.block.N.layer.N.SelfAttention.{q,k,v,o}",
+            "decoder.block.N.layer.N.{SelfAttention,EncDecAttention}.{q,k,v,o}",
+        ],
+        "feed-forward": [f"{{encoder,decoder}}.block.N.layer.N.DenseReluDense.{{{feed_forward},wo}}"],
+        "final": ["lm_head"],
+    }
+
+
+PREDICTIONS = {"other": ["cls.predictions.transform.dense"], "final": ["cls.predictions.decoder"]}
+EXPECTED: dict[str, dict[str, list[str]]] = {
+    "BERT": under("bert", BERT_LAYERS, **PREDICTIONS),
+    "BERT without a head": BERT_LAYERS | {"other": ["pooler.dense"]},
+    "RoBERTa": under("roberta", BERT_LAYERS, other=["lm_head.dense"], final=["lm_head.decoder"]),
+    "DistilBERT": {
+        "attention": ["distilbert.transformer.layer.N.attention.{q,k,v,out}_lin"],
+        "feed-forward": ["distilbert.transformer.layer.N.ffn.{lin1,lin2}"],
+        "other": ["vocab_transform"],
+        "final": ["vocab_projector"],
+    },
+    "ALBERT": {
+        "attention": ["albert.encoder.albert_layer_groups.N.albert_layers.N.attention.{query,key,value,dense}"],
+        "feed-forward": ["albert.encoder.albert_layer_groups.N.albert_layers.N.{ffn,ffn_output}"],
+        "other": ["albert.encoder.embedding_hidden_mapping_in", "predictions.dense"],
+        "final": ["predictions.decoder"],
+    },
+    "ELECTRA": under(
+        "electra",
+        BERT_LAYERS,
+        other=["electra.embeddings_project", "generator_predictions.dense"],
+        final=["generator_lm_head"],
+    ),
+    "DeBERTa": {
+        "attention": ["deberta.encoder.layer.N.attention.{self.in_proj,self.pos_proj,self.pos_q_proj,output.dense}"],
+        "feed-forward": ["deberta.encoder.layer.N.{intermediate,output}.dense"],
+        **PREDICTIONS,
+    },
+    "DeBERTa v2": {
+        "attention": [
+            "deberta.encoder.layer.N.attention.self.{query,key,value,pos_key,pos_query}_proj",
+            "deberta.encoder.layer.N.attention.output.dense",
+        ],
+        "feed-forward": ["deberta.encoder.layer.N.{intermediate,output}.dense"],
+        **PREDICTIONS,
+    },
+    "ModernBERT": {
+        "attention": ["model.layers.N.attn.{Wqkv,Wo}"],
+        "feed-forward": ["model.layers.N.mlp.{Wi,Wo}"],
+        "other": ["head.dense"],
+        "final": ["decoder"],
+    },
+    "T5": t5("wi"),
+    "Flan-T5": t5("wi_0,wi_1"),
+    "BART": {
+        "attention": [
+            "model.encoder.layers.N.self_attn.{q,k,v,out}_proj",
+            "model.decoder.layers.N.{self_attn,encoder_attn}.{q,k,v,out}_proj",
+        ],
+        "feed-forward": ["model.{encoder,decoder}.layers.N.{fc1,fc2}"],
+        "final": ["lm_head"],
+    },
+    "GPT-2": {
+        "attention": ["transformer.h.N.attn.{c_attn,c_proj}"],
+        "feed-forward": ["transformer.h.N.mlp.{c_fc,c_proj}"],
+        "final": ["lm_head"],
+    },
+    "GPT-NeoX": NEOX_GROUPS,
+    "OPT": {
+        "attention": ["model.decoder.layers.N.self_attn.{q,k,v,out}_proj"],
+        "feed-forward": ["model.decoder.layers.N.{fc1,fc2}"],
+        "other": ["model.decoder.{project_in,project_out}"],
+        "final": ["lm_head"],
+    },
+    "BLOOM": {
+        "attention": ["transformer.h.N.self_attention.{query_key_value,dense}"],
+        "feed-forward": ["transformer.h.N.mlp.{dense_h_to_4h,dense_4h_to_h}"],
+        "final": ["lm_head"],
+    },
+    **dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma 2", "Gemma 3"), LLAMA_GROUPS),
+    "Phi": {
+        "attention": ["model.layers.N.self_attn.{q_proj,k_proj,v_proj,dense}"],
+        "feed-forward": ["model.layers.N.mlp.{fc1,fc2}"],
+        "final": ["lm_head"],
+    },
+    "Mixtral": LLAMA_GROUPS | {"feed-forward": ["model.layers.N.mlp.experts.{gate_up_proj,down_proj}"]},
+}
+
+
+def expand(pattern: str) -> list[str]:
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
+        return [pattern]
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [name for choice in braces.group(1).split(",") for name in expand(before + choice + after)]
+
+
+def structure(name: str, module_map: ModuleMap = "structural", **settings: Any) -> Structure:
+    architecture, config = CONFIGS[name]
+    return small(architecture, module_map, **config | settings)
+
+
+def small(architecture: str, module_map: ModuleMap = "structural", **config: Any) -> Structure:
+    model_class = getattr(transformers, architecture)
+    with torch.device("meta"):
+        return structure_of(model_class(model_class.config_class(**config)), module_map)
+
+
+def placement(of: Structure) -> dict[str, str | None]:
+    """Names of modules, or of stacks of experts, with N for every number, and their group."""
+    names = {w.parameter if w.kind == "experts" else w.module: w.group for w in of.linears}
+    return {re.sub(r"(?<=\.)\d+(?=\.)", "N", name): group for name, group in names.items()}
+
+
+def by_module(of: Structure) -> dict[str, LinearWeight]:
+    return {weight.module: weight for weight in of.linears}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_linear_layer_is_where_it_belongs(name: str) -> None:
+    expected = {m: group for group, patterns in EXPECTED[name].items() for each in patterns for m in expand(each)}
+    assert placement(structure(name)) == expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_is_unplaced_or_opaque(name: str) -> None:
+    assert structure(name).unplaced == ()
+    assert structure(name).opaque == {}
+
+
+@pytest.mark.parametrize("name", ["BERT", "RoBERTa", "ELECTRA"])
+def test_the_papers_map_moves_the_attention_output_to_feed_forward(name: str) -> None:
+    structural, paper = by_module(structure(name)), by_module(structure(name, "paper"))
+    moved = {module for module in structural if structural[module].group != paper[module].group}
+    assert moved == {m for m in structural if m.endswith("attention.output.dense")}
+    assert {paper[module].group for module in moved} == {"feed-forward"}
+
+
+@pytest.mark.parametrize("name", ["DistilBERT", "ALBERT", "DeBERTa v2", "T5", "GPT-2", "Llama"])
+def test_the_papers_map_changes_nothing_elsewhere(name: str) -> None:
+    assert structure(name, "paper").linears == structure(name).linears
+
+
+def test_layers_are_counted_within_their_stack() -> None:
+    weights = by_module(structure("T5", num_layers=3, num_decoder_layers=2))
+    assert {w.layer for w in weights.values() if w.stack == "encoder"} == {0, 1, 2}
+    assert {w.layer for w in weights.values() if w.stack == "decoder"} == {0, 1}
+    assert weights["lm_head"].layer is None
+    assert weights["lm_head"].stack is None
+
+
+def test_a_model_of_one_stack_names_no_stack() -> None:
+    for name in ("BERT", "OPT", "GPT-2"):
+        assert {weight.stack for weight in structure(name).linears} == {None}
+
+
+@pytest.mark.parametrize(("name", "attribute"), [("T5", "EncDecAttention"), ("BART", "encoder_attn")])
+def test_cross_attention_is_told(name: str, attribute: str) -> None:
+    for weight in structure(name).linears:
+        assert weight.cross == (attribute in weight.module)
+
+
+def test_cross_attention_of_a_bert_decoder_is_told_and_in_the_papers_map_its_output_moves() -> None:
+    of = structure("BERT", "paper", is_decoder=True, add_cross_attention=True)
+    weights = by_module(of)
+    assert weights["bert.encoder.layer.0.crossattention.self.query"].cross
+    assert weights["bert.encoder.layer.0.crossattention.output.dense"].group == "feed-forward"
+    assert not weights["bert.encoder.layer.0.crossattention.output.dense"].cross
+
+
+def test_two_models_put_together_keep_their_stacks_apart() -> None:
+    encoder, decoder = (transformers.BertConfig(**BERT) for _ in range(2))
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    with torch.device("meta"):
+        of = structure_of(transformers.EncoderDecoderModel(config))
+    weights = by_module(of)
+    assert weights["encoder.encoder.layer.1.attention.self.key"].stack == "encoder"
+    assert weights["decoder.bert.encoder.layer.1.attention.self.key"].stack == "decoder"
+    assert weights["decoder.bert.encoder.layer.0.crossattention.self.key"].cross
+    assert [w.module for w in of.linears if w.group == "final"] == ["decoder.cls.predictions.decoder"]
+
+
+def test_kinds_and_orientation() -> None:
+    assert {(w.kind, w.transposed) for w in structure("BERT").linears} == {("linear", False)}
+    assert {(w.kind, w.transposed) for w in structure("GPT-2").linears if w.group != "final"} == {("conv1d", True)}
+    experts = [w for w in structure("Mixtral").linears if w.kind == "experts"]
+    assert {w.shape for w in experts} == {(3, 48, 16), (3, 16, 24)}
+    assert not any(w.transposed for w in experts)
+    transposed = small("GptOssForCausalLM", **LLAMA, num_local_experts=3, num_experts_per_tok=2)
+    assert [w.shape for w in transposed.linears if w.transposed][:2] == [(3, 16, 48), (3, 24, 16)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ties_are_those_of_the_config(tied: bool) -> None:
+    of = structure("Llama", tie_word_embeddings=tied)
+    assert of.tied == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= of.parameters.keys()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_albert_uses_each_group_of_layers_several_times(groups: int) -> None:
+    of = structure("ALBERT", num_hidden_layers=6, num_hidden_groups=groups)
+    assert {w.uses for w in of.linears if w.group == "attention"} == {6 // groups}
+    assert {w.uses for w in of.linears if w.group in ("other", "final")} == {1}
+    assert {w.layer for w in of.linears if w.layer is not None} == set(range(groups))
+
+
+def test_albert_shares_its_layers_unevenly_where_the_groups_do_not_divide_them() -> None:
+    of = structure("ALBERT", num_hidden_layers=5, num_hidden_groups=2)
+    uses = {w.layer: w.uses for w in of.linears if w.group == "attention"}
+    assert uses == {0: 3, 1: 2}
+
+
+def test_a_block_of_several_names_appears_once_and_is_used_under_each() -> None:
+    kinds = ["mamba", "hybrid", "mamba", "hybrid", "hybrid"]
+    of = small(
+        "ZambaForCausalLM",
+        **BERT | {"num_hidden_layers": 5, "num_key_value_heads": 2, "attention_hidden_size": 32, "pad_token_id": 0},
+        layers_block_type=kinds,
+        attention_head_dim=16,
+        n_mamba_heads=2,
+    )
+    shared = [w for w in of.linears if w.group == "attention"]
+    assert {w.uses for w in shared} == {3}
+    assert len(shared) == 4
+    assert {w.layer for w in shared} == {1}
+    assert {w.uses for w in of.linears if ".mamba." in w.module} == {1}
+
+
+def test_xlnets_raw_attention_is_told_and_not_claimed() -> None:
+    of = small("XLNetLMHeadModel", vocab_size=90, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    assert of.opaque == {f"transformer.layer.0.rel_attn.{name}": "attention" for name in "qkvor"}
+    assert {w.group for w in of.linears} == {"feed-forward", "final"}
+
+
+def test_a_layer_that_no_rule_knows_stays_unplaced() -> None:
+    of = structure_with_stranger()
+    assert of.unplaced == ("bert.encoder.layer.0.stranger",)
+
+
+def structure_with_stranger() -> Structure:
+    with torch.device("meta"):
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
+        model.bert.encoder.layer[0].stranger = torch.nn.Linear(16, 16)
+    return structure_of(model)
