@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compressknow.compress.recipe import PruneMethod, Recipe, Scheme
+    from compressknow.compress.verify import Verification
     from compressknow.model.structure import ModuleMap
 
 __version__ = "0.1.0"
@@ -70,6 +71,7 @@ def convert(
     revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -87,7 +89,8 @@ def convert(
     quantize : ``int8``, ``int8-paper`` or ``int8-weights``.
     recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
         or a converted folder.
-    overwrite : replace `output` where it exists, once the new one is whole.
+    overwrite : replace `output` where convert wrote it, once the new one is whole.
+    dry_run : write nothing; return what the manifest would hold, as far as the headers of the weight files tell it.
     threads : tensors worked on at a time, by default one a core; the output does not depend on it.
     progress : told the bytes read so far, and in all.
 
@@ -100,22 +103,36 @@ def convert(
     compressknow.errors.CompressknowError : with what is wrong, why, and what to try.
     """
     from compressknow.compress.convert import convert as convert_checkpoint
-    from compressknow.compress.recipe import Prune, Quantize, Recipe, Where
+    from compressknow.compress.convert import preview
+    from compressknow.compress.recipe import Where, recipe_of
     from compressknow.errors import UsageError
     from compressknow.report.model_card import model_card_for
 
     where = Where((scope,) if isinstance(scope, str) else tuple(scope), tuple(include), tuple(exclude), layers)
-    steps: list[Prune | Quantize] = []
-    if prune is not None:
-        steps.append(Prune(prune, prune_method, where, per_layer, norm, dim, seed))
-    if quantize is not None:
-        steps.append(Quantize(quantize, where))
-    if recipe is not None and (steps or where != Where()):
+    if recipe is None:
+        chosen = recipe_of(
+            where,
+            prune=prune,
+            prune_method=prune_method,
+            per_layer=per_layer,
+            norm=norm,
+            dim=dim,
+            seed=seed,
+            quantize=quantize,
+            module_map=module_map,
+        )
+    elif prune is not None or quantize is not None or where != Where():
         raise UsageError("A recipe says it all: give it or the single options, not both.")
+    else:
+        chosen = _as_recipe(recipe)
+    if dry_run:
+        return preview(
+            model, output, chosen, revision=revision, trust_remote_code=trust_remote_code, overwrite=overwrite
+        )
     return convert_checkpoint(
         model,
         output,
-        Recipe(tuple(steps), module_map) if recipe is None else _as_recipe(recipe),
+        chosen,
         revision=revision,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
@@ -125,8 +142,12 @@ def convert(
     )
 
 
-def verify(folder: str | Path) -> Any:
+def verify(folder: str | Path) -> Verification:
     """Recount and rehash a converted checkpoint against its manifest.
+
+    Returns
+    -------
+    What was compared: numbers of tensors, files and bytes.
 
     Raises
     ------

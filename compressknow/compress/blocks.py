@@ -17,10 +17,13 @@ import torch
 from compressknow.compress.pool import Pool
 from compressknow.errors import CheckpointError
 from compressknow.model.streaming import OpenFiles
-from compressknow.model.tensors import StoredTensor
+from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 
 BLOCK_ELEMENTS = 1 << 18
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# An element as an integer, and its bits without a float's sign.
+INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 class BitLayout(NamedTuple):
@@ -100,6 +103,13 @@ def magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
     """Non-negative integers that order as the magnitudes of `values` do, of the same shape."""
     bits = bits_of(values)
     return np.bitwise_and(bits, bits.dtype.type((1 << BIT_LAYOUTS[values.dtype].bits) - 1))
+
+
+def raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:
+    """An integer an element of `raw` bytes in a safetensors dtype: 0 where the element is zero, of either sign."""
+    size = DTYPE_SIZES[dtype]
+    elements = np.frombuffer(raw, dtype=INTEGERS[size])
+    return elements & INTEGERS[size]((1 << (8 * size - 1)) - 1) if dtype in FLOATS else elements
 
 
 def check_finite(largest_key: int, values_dtype: torch.dtype, tensor: StoredTensor) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.compress.layout import INDEX_NAME, lay_out
-from compressknow.compress.manifest import build_manifest, serialize
+from compressknow.compress.manifest import build_manifest, dry_run, serialize
 from compressknow.compress.plan import Plan, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
@@ -41,6 +41,20 @@ def plan_conversion(
     checkpoint = open_checkpoint(model, revision)
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     return make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe)
+
+
+def preview(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """What `convert` would do: see `dry_run`. Raises what it would raise before it reads any weight."""
+    refuse_output(Path(output), overwrite=overwrite, source=Path(model))
+    return dry_run(plan_conversion(model, recipe, revision=revision, trust_remote_code=trust_remote_code))
 
 
 def convert(

@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 def dry_run(plan: Plan) -> dict[str, Any]:
     """What the manifest of a plan will hold, as far as headers tell it: no zeros, errors or hashes, and `pruned` by
     tensor only where no threshold over several tensors decides it."""
-    known, total = plan.pruned_counts()
+    known, total = plan.prunedcounts_of()
     rows = [{**_planned_row(tensor), "pruned": known.get(tensor.name, 0)} for tensor in plan.tensors]
     summary = _summary(plan, rows)
     groups_known = len(known) == sum(tensor.prune is not None for tensor in plan.tensors)
@@ -74,9 +74,9 @@ def _summary(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, 
         "source": source,
         "recipe": plan.recipe.to_dict(),
         "setup": plan.recipe.setup,
-        "totals": _counts(rows),
+        "totals": counts_of(rows),
         "groups": {
-            group: _counts(row for row in rows if row["group"] == group)
+            group: counts_of(row for row in rows if row["group"] == group)
             for group in (*GROUPS, NOT_LINEAR)
             if any(row["group"] == group for row in rows)
         },
@@ -84,7 +84,8 @@ def _summary(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, 
     }
 
 
-def _counts(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
+def counts_of(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Totals of manifest rows."""
     total = dict.fromkeys(COUNTS, 0)
     for row in rows:
         total["parameters"] += row["numel"]

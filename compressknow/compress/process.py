@@ -19,6 +19,7 @@ from compressknow.compress.blocks import (
     bits_of,
     check_finite,
     magnitude_keys,
+    raw_keys,
 )
 from compressknow.compress.layout import Layout
 from compressknow.compress.plan import PlannedTensor
@@ -28,13 +29,6 @@ from compressknow.compress.quantize import dequantize, per_channel, quantize, sc
 from compressknow.model.tensors import StoredTensor
 
 COPY_BYTES = 1 << 20
-# An element as an integer, and its bits without a float's sign: zero of either sign is 0 in them.
-ZERO_TESTS = {
-    **{"F64": (np.int64, (1 << 63) - 1), "F32": (np.int32, (1 << 31) - 1)},
-    **{name: (np.int16, (1 << 15) - 1) for name in ("F16", "BF16")},
-    **{name: (np.int8, (1 << 7) - 1) for name in ("F8_E4M3", "F8_E5M2")},
-}
-INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 @dataclass(frozen=True)
@@ -138,10 +132,9 @@ class Work(Reader):
 
     def _copy(self, planned: PlannedTensor) -> Measured:
         source, writer, zeros = planned.source, self.output.writer(planned.name), 0
-        integer, magnitude = ZERO_TESTS.get(source.dtype, (INTEGERS[source.itemsize], -1))
         for piece in self.files.chunks(source, COPY_BYTES):
             self.pool.check()
-            keys = np.frombuffer(piece, dtype=integer) & integer(magnitude)
+            keys = raw_keys(piece, source.dtype)
             zeros += keys.size - int(np.count_nonzero(keys))
             if planned.weight and source.dtype in TORCH_DTYPES:
                 check_finite(int(keys.max(initial=0)), TORCH_DTYPES[source.dtype], source)

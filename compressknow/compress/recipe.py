@@ -150,6 +150,27 @@ class Recipe:
         return cls(parsed, values.get("module_map", "structural"))
 
 
+def recipe_of(
+    where: Where,
+    *,
+    prune: float | None = None,
+    prune_method: PruneMethod = "l1-unstructured",
+    per_layer: bool = False,
+    norm: float = 1,
+    dim: int = 0,
+    seed: int = 0,
+    quantize: Scheme | None = None,
+    module_map: ModuleMap = "structural",
+) -> Recipe:
+    """The recipe of single options: prune, quantize or both, in one place. See `Prune` and `Quantize`."""
+    steps: list[Step] = []
+    if prune is not None:
+        steps.append(Prune(prune, prune_method, where, per_layer, norm, dim, seed))
+    if quantize is not None:
+        steps.append(Quantize(quantize, where))
+    return Recipe(tuple(steps), module_map)
+
+
 def read_recipe(path: Path) -> Recipe:
     """A recipe from a TOML file, a manifest, or a converted folder that holds one."""
     if path.is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from compressknow.errors import CheckpointError
+from compressknow.model.checkpoint import read_json
 
 LANGUAGE_MODEL_CLASSES = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -43,7 +43,7 @@ def meta_model(
     """
     path = Path(config_folder) / "config.json"
     with _quiet():
-        raw = _read(path)
+        raw = read_json(path)
         architecture = _architecture(path, raw)
         if architecture in _remote_classes(raw) and not _is_builtin(architecture):
             return _remote_model(path, raw, architecture, trust_remote_code)
@@ -51,18 +51,6 @@ def meta_model(
         if not _is_builtin(architecture):
             return _best_match(path, config, architecture, tensor_names)
         return _build(path, getattr(transformers, architecture), config)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.", hint="Name a folder that holds a checkpoint.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read.", str(error)) from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return raw
 
 
 def _architecture(path: Path, raw: dict[str, Any]) -> str:

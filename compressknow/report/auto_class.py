@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _TEXT_ENCODER_DECODERS = frozenset(
     """bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
@@ -37,3 +39,15 @@ def is_decoder_only(architecture: str, model_type: str) -> bool:
     return auto_class(architecture, model_type) == "AutoModelForCausalLM" and not _ENCODERS_THAT_CAN_DECODE.search(
         architecture
     )
+
+
+def runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """What loads a converted checkpoint and computes what it says.
+
+    vLLM takes symmetric 8-bit weights with 8-bit activations of decoder-only models, and has no int8 final layer.
+    """
+    source, schemes = manifest["source"], {row["scheme"] for row in manifest["tensors"] if row.get("scheme")}
+    quantized_final = manifest["groups"].get("final", {}).get("quantized")
+    served = is_decoder_only(str(source["architecture"]), str(source["model_type"]))
+    vllm = served and schemes <= {"int8"} and not quantized_final
+    return ("transformers", "compressknow", *(["vLLM"] if vllm else []))

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from compressknow.report.auto_class import auto_class, is_decoder_only, is_encoder_decoder
+from compressknow.report.auto_class import auto_class, is_encoder_decoder, runtimes
 from compressknow.report.figures import count, percent, size
 from compressknow.report.templates import code_span, render
 from compressknow.report.toml import to_toml
@@ -68,7 +68,7 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         transformers_code=_transformers_code(architecture, model_type),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
         load_code=f'import compressknow\n\nmodel = compressknow.load("{_FOLDER}")',
-        vllm=schemes <= {"int8"} and is_decoder_only(architecture, model_type),
+        vllm="vLLM" in runtimes(manifest),
         recipe=to_toml(manifest["recipe"]),
         command=_command(source),
     )

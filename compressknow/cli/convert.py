@@ -1,0 +1,95 @@
+"""`compressknow convert`: options in, a compressed checkpoint out, and a table of what was done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+import compressknow
+from compressknow.cli.manifest_table import manifest_page
+from compressknow.cli.progress import bytes_bar
+
+METHODS = ["l1-unstructured", "ln-structured", "random-unstructured", "random-structured"]
+SCHEMES = ["int8", "int8-paper", "int8-weights"]
+# Options that a recipe says instead.
+RECIPE_OPTIONS = {
+    *("scope", "include", "exclude", "layers", "prune", "prune_method", "per_layer", "norm", "dim", "seed"),
+    *("quantize", "module_map"),
+}
+
+
+@click.command(short_help="Prune and quantize a checkpoint into a new folder.")
+@click.argument("model")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--scope",
+    multiple=True,
+    help="Which Linear layers, repeatable: attention, feed-forward, final, overall (default), and where the model has "
+    "them self-attention, cross-attention, encoder-attention, decoder-attention, encoder, decoder.",
+)
+@click.option("--include", multiple=True, metavar="REGEX", help="Keep only modules whose name matches (repeatable).")
+@click.option("--exclude", multiple=True, metavar="REGEX", help="Leave modules out whose name matches (repeatable).")
+@click.option("--layers", metavar="RANGE", help="Keep only these blocks, such as 0-5 or 0-2,11.")
+@click.option("--prune", type=float, metavar="AMOUNT", help="Zero this share of the weights: 0.2 is 20 %.")
+@click.option(
+    "--prune-method", type=click.Choice(METHODS), default=METHODS[0], show_default=True, help="How to choose them."
+)
+@click.option("--per-layer", is_flag=True, help="The share in each tensor by itself, not one threshold over all.")
+@click.option("--norm", type=float, default=1.0, show_default=True, help="Order of the norm, for ln-structured.")
+@click.option(
+    "--dim",
+    type=click.IntRange(0, 1),
+    default=0,
+    show_default=True,
+    help="0 prunes whole rows, 1 whole columns, for the structured methods.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For the random methods.")
+@click.option(
+    "--quantize",
+    type=click.Choice(SCHEMES),
+    help="int8: to deploy (transformers, vLLM). int8-paper: as the paper's study. int8-weights: activations stay float.",
+)
+@click.option(
+    "--module-map",
+    type=click.Choice(["structural", "paper"]),
+    default="structural",
+    show_default=True,
+    help="`paper` counts attention.output.dense of BERT and RoBERTa as feed-forward, as the paper does.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Do what a TOML file, a manifest or a converted folder says, instead of the options above.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be done, from the headers alone; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT, once the new one is whole, if convert wrote it.")
+@click.option("--threads", type=click.IntRange(1), help="Tensors worked on at a time.  [default: one a core]")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.pass_context
+def convert(ctx: click.Context, model: str, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Prune and quantize MODEL, a local folder or a hub id, into the new folder OUTPUT.
+
+    OUTPUT loads in plain transformers, and with --quantize int8 in vLLM. It holds a manifest, compressknow.json, of all
+    that was done to each tensor. The same input and recipe give the same bytes.
+
+    \b
+    compressknow convert MODEL OUT --scope attention --prune 0.2 --quantize int8
+    compressknow convert MODEL OUT --quantize int8 --exclude '^lm_head$'
+    compressknow convert MODEL OUT --recipe recipe.toml
+    """
+    given = {name for name in RECIPE_OPTIONS if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE}
+    if options["recipe"] and given:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
+        raise click.UsageError(f"--recipe says it all: leave out {named}.")
+    options["scope"] = options["scope"] or ("overall",)
+    with bytes_bar("Converting") as progress:
+        manifest = compressknow.convert(model, output, dry_run=dry_run, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(manifest, indent=1, ensure_ascii=False))
+    else:
+        click.echo("\n".join(manifest_page(manifest, model, output, dry_run=dry_run)))

@@ -1,0 +1,34 @@
+"""`compressknow verify`: whether a converted checkpoint still is what its manifest says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from compressknow.cli.progress import bytes_bar
+from compressknow.errors import CompressknowError
+from compressknow.report.figures import count, size
+
+
+@click.command(short_help="Recount and rehash a converted checkpoint.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--threads", type=click.IntRange(1), help="Tensors worked on at a time.  [default: one a core]")
+@click.option("--json", "as_json", is_flag=True, help="Print what was compared and every difference as JSON.")
+@click.pass_context
+def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool) -> None:
+    """Compare FOLDER, which `compressknow convert` wrote, with its manifest: hashes, zeros, dtypes and shapes.
+
+    The exit code is 1 where anything differs. The model card, README.md, may be edited and is not compared.
+    """
+    from compressknow.compress.verify import compare_to_manifest, raise_if_different
+
+    with bytes_bar("Verifying") as progress:
+        result = compare_to_manifest(folder, threads=threads, progress=progress)
+    if as_json:
+        click.echo(json.dumps(asdict(result), indent=1, ensure_ascii=False))
+        ctx.exit(CompressknowError.exit_code if result.differences else 0)
+    raise_if_different(folder, result)
+    click.echo(f"{folder}: {count(result.tensors)} tensors and {result.files} files as in the manifest ({size(result.bytes)}).")

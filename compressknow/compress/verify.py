@@ -1,0 +1,170 @@
+"""verify: whether a converted checkpoint still is what its manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressknow.compress.blocks import raw_keys
+from compressknow.compress.manifest import SCHEMA, counts_of
+from compressknow.compress.pool import Pool
+from compressknow.compress.process import COPY_BYTES, hash_file
+from compressknow.compress.recipe import MANIFEST_NAME
+from compressknow.errors import CheckpointError, VerificationError
+from compressknow.model.checkpoint import read_json, weight_files
+from compressknow.model.safetensors_header import read_header
+from compressknow.model.streaming import OpenFiles
+from compressknow.model.tensors import StoredTensor
+
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that is not as the manifest says: in which file, and in which tensor where it is one."""
+
+    file: str
+    tensor: str | None
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.tensor + ': ' if self.tensor else ''}{self.what}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and every difference found."""
+
+    tensors: int
+    files: int
+    bytes: int
+    differences: tuple[Difference, ...]
+
+
+def verify(folder: str | Path) -> Verification:
+    """As `compare_to_manifest`, but raises VerificationError listing the differences where there are any."""
+    result = compare_to_manifest(folder)
+    raise_if_different(folder, result)
+    return result
+
+
+def raise_if_different(folder: str | Path, result: Verification) -> None:
+    """Raise VerificationError listing the differences where there are any."""
+    if result.differences:
+        shown = [str(difference) for difference in result.differences[:SHOWN]]
+        more = len(result.differences) - len(shown)
+        raise VerificationError(
+            f"{folder} differs from its manifest in {len(result.differences)} places.",
+            why="\n".join(shown + ([f"and {more} more: see --json"] if more else [])),
+            hint="Convert it again: the manifest holds the recipe (--recipe).",
+        )
+
+
+def compare_to_manifest(
+    folder: str | Path, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> Verification:
+    """Rehash and recount everything in a folder that convert wrote: tensors, scales, the files beside them.
+
+    The model card (README.md) may be edited freely and is not compared.
+
+    Raises
+    ------
+    CheckpointError : no manifest, or one that this version cannot read; a weight file that is not safetensors.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    stored = {name: tensor for file in weight_files(folder) for name, tensor in read_header(folder / file).items()}
+    rows = {name: row for row in manifest["tensors"] for name, row in _expected(row)}
+    total = sum(tensor.nbytes for tensor in stored.values())
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    with Pool(threads) as pool, OpenFiles() as files:
+        checks = pool.map(lambda name: _compare(pool, files, stored.get(name), name, rows.get(name), report), rows | stored)
+        copied = pool.map(lambda name: _compare_file(pool, folder, name, manifest["files"][name]), manifest["files"])
+    differences = [difference for check in [*checks, *copied] for difference in check]
+    differences += _compare_counts(manifest)
+    return Verification(len(rows), len(manifest["files"]), total, tuple(differences))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder.")
+    if not (folder / MANIFEST_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST_NAME}.", hint="verify takes a folder that `compressknow convert` wrote."
+        )
+    manifest = read_json(folder / MANIFEST_NAME)
+    if manifest.get("schema") != SCHEMA or not {"tensors", "files", "totals", "groups"} <= set(manifest):
+        raise CheckpointError(
+            f"{folder / MANIFEST_NAME} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}.",
+            hint="Verify it with the version that wrote it (see `versions` in it).",
+        )
+    return manifest
+
+
+def _expected(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the files must hold for a manifest row: the tensor, and its scale where it has one."""
+    yield row["name"], {**row, "dtype": row["dtype_after"]}
+    if scale := row.get("scale"):
+        yield scale["name"], scale
+
+
+def _compare(
+    pool: Pool,
+    files: OpenFiles,
+    tensor: StoredTensor | None,
+    name: str,
+    expected: dict[str, Any] | None,
+    report: Callable[[int], None],
+) -> list[Difference]:
+    if tensor is None:
+        return [Difference("weights", name, "missing")]
+    if expected is None:
+        return [Difference(tensor.file.name, name, "not in the manifest")]
+    found: dict[str, Any] = {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+    if found != {"dtype": expected["dtype"], "shape": expected["shape"]}:
+        what = f"{tensor.dtype} {list(tensor.shape)}, expected {expected['dtype']} {expected['shape']}"
+        return [Difference(tensor.file.name, name, what)]
+    digest, zeros = hashlib.sha256(), 0
+    for piece in files.chunks(tensor, COPY_BYTES):
+        pool.check()
+        digest.update(piece)
+        keys = raw_keys(piece, tensor.dtype)
+        zeros += keys.size - int(np.count_nonzero(keys))
+        report(len(piece))
+    differences = []
+    if zeros != expected.get("zeros", zeros):
+        differences.append(f"{zeros:,} zeros, expected {expected['zeros']:,}")
+    if digest.hexdigest() != expected["sha256"]:
+        differences.append("its bytes differ (sha256)")
+    return [Difference(tensor.file.name, name, what) for what in differences]
+
+
+def _compare_file(pool: Pool, folder: Path, name: str, sha256: str) -> list[Difference]:
+    if not (folder / name).is_file():
+        return [Difference(name, None, "missing")]
+    return [] if hash_file(pool, folder / name) == sha256 else [Difference(name, None, "its bytes differ (sha256)")]
+
+
+def _compare_counts(manifest: dict[str, Any]) -> list[Difference]:
+    rows = manifest["tensors"]
+    sums = {"totals": (manifest["totals"], counts_of(rows))}
+    for group, counts in manifest["groups"].items():
+        sums[f"groups.{group}"] = (counts, counts_of(row for row in rows if row["group"] == group))
+    return [
+        Difference(MANIFEST_NAME, None, f"{where}.{key} is {said.get(key)}, its tensors add up to {count}")
+        for where, (said, counted) in sums.items()
+        for key, count in counted.items()
+        if said.get(key) != count
+    ]
