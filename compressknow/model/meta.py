@@ -75,7 +75,9 @@ def _remote_classes(raw: dict[str, Any]) -> dict[str, str]:
 
 def _is_builtin(architecture: str) -> bool:
     candidate = getattr(transformers, architecture, None)
-    return isinstance(candidate, type) and issubclass(candidate, PreTrainedModel)
+    # The bases that hold no layers of their own (BertPreTrainedModel) are no architecture.
+    is_base = architecture.endswith("PreTrainedModel")
+    return isinstance(candidate, type) and issubclass(candidate, PreTrainedModel) and not is_base
 
 
 def _remote_model(path: Path, raw: dict[str, Any], architecture: str, trust_remote_code: bool) -> PreTrainedModel:
@@ -111,6 +113,8 @@ def _config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PreTrai
 
 def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device. Nothing is initialised, so that it takes no time and no random numbers."""
+    # A config may ask for a kernel that is not installed here; no layer depends on it.
+    config._attn_implementation = "eager"
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model: PreTrainedModel = model_class(_config_for(model_class, config)).eval()
