@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
 
 LISTED = 8
+WIDTH = 80
 DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8"}
 
 
@@ -44,7 +45,8 @@ def _page(summary: dict[str, Any]) -> Iterator[str]:
     yield f"{counts['stored']:,} parameters stored{used}; module map: {summary['module_map']}"
     yield from _groups(summary["groups"])
     yield from _scopes(summary["scopes"])
-    yield from _list("Tied (stored once)", [f"{name} = {source}" for name, source in summary["tied"]])
+    ties = _patterns(f"{name} = {source}" for name, source in summary["tied"])
+    yield from _list("Tied (stored once)", ties)
     yield from _list("Unplaced (--include or --exclude them by name)", _patterns(summary["unplaced"]))
     yield from _list("Matrices that are no Linear layers (never compressed)", _patterns(summary["opaque"]))
 
@@ -70,11 +72,15 @@ def _scopes(scopes: dict[str, Any]) -> Iterator[str]:
 def _list(title: str, entries: list[str]) -> Iterator[str]:
     if entries:
         yield f"\n{title}"
-        yield from (f"  {entry}" for entry in entries[:LISTED])
+        yield from (_folded(f"  {entry}") for entry in entries[:LISTED])
     if len(entries) > LISTED:
         yield f"  and {len(entries) - LISTED} more: see --json"
 
 
-def _patterns(names: Any) -> list[str]:
+def _folded(line: str) -> str:
+    return line if len(line) <= WIDTH else line.replace(" = ", "\n    = ")
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
     kinds = Counter(re.sub(r"\d+", "N", name) for name in names)
     return [f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items()]

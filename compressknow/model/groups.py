@@ -167,7 +167,7 @@ def _uses(tree: _Tree, module: str, parameter: torch.Tensor, layer: int | None) 
     # Each part of a composite model brings its own config: the nearest one knows how its blocks are run.
     holders = (tree.modules[parent] for parent in (*_parents(module), ""))
     config = next(holder.config for holder in holders if hasattr(holder, "config"))
-    return tree.names[id(parameter)] * uses_of(config, module, layer)
+    return uses_of(config, module, layer, tree.names[id(parameter)])
 
 
 def _is_transposed(module: nn.Module, kind: Kind) -> bool:

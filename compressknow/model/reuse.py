@@ -7,10 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 
-def uses_of(config: Any, module: str, layer: int | None) -> int:
-    """Times that one forward pass applies `module`, a name of the tree, in block `layer` of its stack."""
+def uses_of(config: Any, module: str, layer: int | None, names: int = 1) -> int:
+    """Times that one forward pass applies a weight.
+
+    Parameters
+    ----------
+    config : that of the nearest module around it which has one.
+    module : its name in the tree, in block `layer` of its stack.
+    names : places in the tree where it hangs; it is applied at each.
+    """
+    if "_adapter_list." in module:
+        # Zamba2's shared block holds an adapter for each place where it hangs, and applies that one alone.
+        return 1
     rule = RULES.get(getattr(config, "model_type", ""))
-    return rule(config, module, layer) if rule is not None and layer is not None else 1
+    return names * (rule(config, module, layer) if rule is not None and layer is not None else 1)
 
 
 def _albert(config: Any, module: str, layer: int) -> int:  # noqa: ARG001

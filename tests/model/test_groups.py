@@ -313,6 +313,39 @@ def test_a_block_of_several_names_appears_once_and_is_used_under_each() -> None:
     assert {w.uses for w in of.linears if ".mamba." in w.module} == {1}
 
 
+def test_each_adapter_of_a_shared_block_is_used_at_its_own_place() -> None:
+    of = small(
+        "Zamba2ForCausalLM",
+        **BERT | {"num_hidden_layers": 3, "num_key_value_heads": 2, "attention_head_dim": 16, "pad_token_id": 0},
+        layers_block_type=["mamba", "hybrid", "hybrid"],
+        num_mem_blocks=1,
+        n_mamba_heads=4,
+        mamba_headdim=8,
+        mamba_d_state=8,
+        adapter_rank=4,
+    )
+    uses = {"adapter" in w.module: w.uses for w in of.linears if w.group == "feed-forward"}
+    assert uses == {True: 1, False: 2}
+
+
+LOOPS: list[tuple[str, dict[str, Any], str, int]] = [
+    ("FunnelForMaskedLM", {"block_sizes": [1, 1], "block_repeats": [1, 3]}, "funnel.encoder.blocks.1.0", 3),
+    ("PerceiverForMaskedLM", {"num_blocks": 4, "num_self_attends_per_block": 1}, "perceiver.encoder.self_attends.0", 4),
+    ("HrmTextForCausalLM", {"H_cycles": 2, "L_cycles": 3}, "model.L_module.layers.0", 6),
+    ("HrmTextForCausalLM", {"H_cycles": 2, "L_cycles": 3}, "model.H_module.layers.0", 2),
+    ("DoryForCausalLM", {"n_recurrent_loops": 5}, "model.layers.20", 5),
+    ("DoryForCausalLM", {"n_recurrent_loops": 5}, "model.layers.0", 1),
+]
+
+
+@pytest.mark.parametrize(("architecture", "config", "block", "uses"), LOOPS)
+def test_blocks_that_are_run_in_a_loop_count_once_a_turn(
+    architecture: str, config: dict[str, Any], block: str, uses: int
+) -> None:
+    of = small(architecture, **config)
+    assert {w.uses for w in of.linears if w.module.startswith(f"{block}.")} == {uses}
+
+
 def test_xlnets_raw_attention_is_told_and_not_claimed() -> None:
     of = small("XLNetLMHeadModel", vocab_size=90, d_model=16, n_layer=1, n_head=2, d_inner=24)
     assert of.opaque == {f"transformer.layer.0.rel_attn.{name}": "attention" for name in "qkvor"}
