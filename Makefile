@@ -1,4 +1,4 @@
-# `make demo` and `make test` each work alone on a machine that has only python3 (3.10 or later) and make.
+# `make demo` and `make test` each work alone on a machine that has only python3 (3.11 or later) and make.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -38,5 +38,5 @@ $(VENV)/.stamp-%: pyproject.toml $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit("compressknow needs Python 3.10 or later") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -c 'import sys; sys.exit("compressknow needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv --upgrade-deps $(VENV)

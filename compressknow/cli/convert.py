@@ -50,7 +50,8 @@ RECIPE_OPTIONS = {
 @click.option(
     "--quantize",
     type=click.Choice(SCHEMES),
-    help="int8: to deploy (transformers, vLLM). int8-paper: as the paper's study. int8-weights: activations stay float.",
+    help="int8: to deploy (transformers, vLLM). int8-paper: as in the paper's study. int8-weights: activations stay "
+    "float.",
 )
 @click.option(
     "--module-map",
@@ -71,7 +72,7 @@ RECIPE_OPTIONS = {
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.pass_context
-def convert(ctx: click.Context, model: str, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Prune and quantize MODEL, a local folder or a hub id, into the new folder OUTPUT.
 
     OUTPUT loads in plain transformers, and with --quantize int8 in vLLM. It holds a manifest, compressknow.json, of all
@@ -82,7 +83,9 @@ def convert(ctx: click.Context, model: str, output: Path, dry_run: bool, as_json
     compressknow convert MODEL OUT --quantize int8 --exclude '^lm_head$'
     compressknow convert MODEL OUT --recipe recipe.toml
     """
-    given = {name for name in RECIPE_OPTIONS if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE}
+    given = {
+        name for name in RECIPE_OPTIONS if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+    }
     if options["recipe"] and given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
         raise click.UsageError(f"--recipe says it all: leave out {named}.")

@@ -31,4 +31,6 @@ def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool)
         click.echo(json.dumps(asdict(result), indent=1, ensure_ascii=False))
         ctx.exit(CompressknowError.exit_code if result.differences else 0)
     raise_if_different(folder, result)
-    click.echo(f"{folder}: {count(result.tensors)} tensors and {result.files} files as in the manifest ({size(result.bytes)}).")
+    click.echo(
+        f"{folder}: {count(result.tensors)} tensors and {result.files} files as in the manifest ({size(result.bytes)})."
+    )

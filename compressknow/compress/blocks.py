@@ -6,6 +6,7 @@ the many passes of pruning and quantizing cost a tenth of what they cost over a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import torch
 from compressknow.compress.pool import Pool
 from compressknow.errors import CheckpointError
 from compressknow.model.streaming import OpenFiles
-from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
+from compressknow.model.tensors import DTYPE_SIZES, StoredTensor, byte_view
 
 BLOCK_ELEMENTS = 1 << 18
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -74,19 +75,15 @@ class Block:
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor as a matrix: the last dimension is the columns, stacked matrices follow each other."""
-    columns = shape[-1] if shape else 1
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows, columns
+    """Rows and columns of a tensor as one matrix: columns are its last dimension, stacked matrices follow each other."""
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 def _blocks(files: OpenFiles, tensor: StoredTensor) -> Iterator[Block]:
     rows, columns = matrix_shape(tensor.shape)
     height = max(1, min(rows, BLOCK_ELEMENTS // max(columns, 1)))
     buffer = torch.empty(height, columns, dtype=TORCH_DTYPES[tensor.dtype])
-    raw = memoryview(buffer.view(torch.uint8).numpy()).cast("B")
+    raw = byte_view(buffer)
     row_bytes = columns * tensor.itemsize
     for first in range(0, rows, height):
         count = min(height, rows - first)
@@ -102,7 +99,8 @@ def bits_of(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
 def magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
     """Non-negative integers that order as the magnitudes of `values` do, of the same shape."""
     bits = bits_of(values)
-    return np.bitwise_and(bits, bits.dtype.type((1 << BIT_LAYOUTS[values.dtype].bits) - 1))
+    keys: npt.NDArray[np.signedinteger] = bits & bits.dtype.type((1 << BIT_LAYOUTS[values.dtype].bits) - 1)
+    return keys
 
 
 def raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:

@@ -7,12 +7,13 @@ import importlib.metadata
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from compressknow.compress.layout import INDEX_NAME, lay_out
 from compressknow.compress.manifest import build_manifest, dry_run, serialize
-from compressknow.compress.plan import Plan, make_plan
+from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
 from compressknow.compress.prune import Mask, choose
@@ -20,9 +21,9 @@ from compressknow.compress.quantize import quantization_config
 from compressknow.compress.recipe import MANIFEST_NAME, Prune, Recipe
 from compressknow.compress.staging import Staging, refuse_output, write_file
 from compressknow.model.checkpoint import open_checkpoint
+from compressknow.model.groups import structure_of
 from compressknow.model.meta import meta_model
 from compressknow.model.streaming import OpenFiles
-from compressknow.model.groups import structure_of
 
 CARD_NAME = "README.md"
 # Weights in any form, and what only training needs: not carried along.
@@ -142,14 +143,23 @@ def _masks(work: Work, plan: Plan) -> dict[str, Mask]:
 
 def _write_weights(work: Work, plan: Plan, masks: Mapping[str, Mask]) -> tuple[dict[str, str], dict[str, Measured]]:
     """Write all tensors, and hash the source files beside that: both keep every core busy, largest task first."""
-    shards = [plan.checkpoint.folder / name for name in plan.checkpoint.shards]
-    hashing = [(path.stat().st_size, lambda path=path: hash_file(work.pool, path, work.progress)) for path in shards]
-    writing = [(t.source.nbytes, lambda t=t: work.write(t, masks.get(t.name))) for t in plan.tensors]
-    tasks = [*hashing, *writing]
-    order = sorted(range(len(tasks)), key=lambda i: -tasks[i][0])
-    results = dict(zip(order, work.pool.map(lambda i: tasks[i][1](), order), strict=True))
-    hashes = {path.name: str(results[i]) for i, path in enumerate(shards)}
-    return hashes, {t.name: results[len(shards) + i] for i, t in enumerate(plan.tensors)}
+    hashes: dict[str, str] = {}
+    measured: dict[str, Measured] = {}
+
+    def hash_shard(name: str) -> None:
+        hashes[name] = hash_file(work.pool, plan.checkpoint.folder / name, work.progress)
+
+    def write(tensor: PlannedTensor) -> None:
+        measured[tensor.name] = work.write(tensor, masks.get(tensor.name))
+
+    tasks: list[tuple[int, Callable[[], None]]] = []
+    for name in plan.checkpoint.shards:
+        tasks.append(((plan.checkpoint.folder / name).stat().st_size, partial(hash_shard, name)))
+    for tensor in plan.tensors:
+        tasks.append((tensor.source.nbytes, partial(write, tensor)))
+    tasks.sort(key=lambda task: -task[0])
+    work.pool.map(lambda task: task[1](), tasks)
+    return hashes, measured
 
 
 def _config(plan: Plan) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
         entries.append((tensor.name, tensor.dtype, tensor.source.shape))
         if tensor.scheme:
             entries.append((tensor.scale_name, tensor.source.dtype, tensor.scale_shape))
-    headers, sizes, places = {}, {}, {}
+    headers: dict[str, bytes] = {}
+    sizes: dict[str, int] = {}
+    places: dict[str, Place] = {}
     for file, entries in by_file.items():
         entries.sort(key=lambda entry: -DTYPE_SIZES[entry[1]])
         headers[file], sizes[file], offsets = _file(entries)

@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 def dry_run(plan: Plan) -> dict[str, Any]:
     """What the manifest of a plan will hold, as far as headers tell it: no zeros, errors or hashes, and `pruned` by
     tensor only where no threshold over several tensors decides it."""
-    known, total = plan.prunedcounts_of()
+    known, total = plan.pruned_counts()
     rows = [{**_planned_row(tensor), "pruned": known.get(tensor.name, 0)} for tensor in plan.tensors]
     summary = _summary(plan, rows)
     groups_known = len(known) == sum(tensor.prune is not None for tensor in plan.tensors)

@@ -14,7 +14,7 @@ from compressknow.compress.sources import Sources
 from compressknow.compress.untie import Untied, missing_when_untied, untied_config
 from compressknow.errors import UsageError
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.scopes import select
+from compressknow.model.scopes import Action, select
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 
@@ -27,9 +27,12 @@ NOT_LINEAR = "not-linear"
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the output. `module` is the Linear that it is the weight of, where it is changed; `prune` is the
-    position of its prune step in the recipe; `created` marks one that the source holds only under a tied name, `weight` one that
-    the module tree has as a parameter (not a buffer, nor something that it does not know)."""
+    """A tensor of the output.
+
+    `module` is the Linear that it is the weight of, where it is changed; `prune` is the position of its prune step in
+    the recipe; `created` marks one that the source holds only under a tied name, `weight` one that the module tree has
+    as a parameter (not as a buffer, nor not at all).
+    """
 
     name: str
     source: StoredTensor
@@ -142,7 +145,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
 def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
     actions: dict[str, _Action] = {}
     for index, step in enumerate(recipe.steps):
-        kind = "prune" if isinstance(step, Prune) else "quantize"
+        kind: Action = "prune" if isinstance(step, Prune) else "quantize"
         where = step.where
         for weight in select(structure, where.scope, kind, where.include, where.exclude, where.layers):
             before = actions.get(weight.parameter, _Action(weight))

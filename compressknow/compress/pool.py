@@ -10,8 +10,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
-
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Map(Protocol):
@@ -37,7 +37,9 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stopped = error is not None
         self._executor.shutdown(cancel_futures=True)
         torch.set_num_threads(self._torch_threads)

@@ -26,15 +26,18 @@ from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.prune import BlockMask, BoolArray, Mask
 from compressknow.compress.quantize import dequantize, per_channel, quantize, scales_of
-from compressknow.model.tensors import StoredTensor
+from compressknow.model.tensors import StoredTensor, byte_view
 
 COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found and done in one tensor. `relative_error` is ||written - original|| / ||original|| (Frobenius), the
-    written weights dequantized; `sha256` is that of the written bytes, `scale_sha256` of its scales' where it has any."""
+    """What was found and done in one tensor.
+
+    `relative_error` is ||written - original|| / ||original|| (Frobenius), the written weights dequantized; `sha256` is
+    that of the written bytes, `scale_sha256` that of its scales where it has any.
+    """
 
     zeros_before: int
     zeros: int
@@ -77,7 +80,7 @@ class TensorWriter:
         self._digest = hashlib.sha256()
 
     def write(self, values: torch.Tensor) -> None:
-        self.write_bytes(memoryview(values.contiguous().view(torch.uint8).numpy()).cast("B"))
+        self.write_bytes(byte_view(values.contiguous()))
 
     def write_bytes(self, data: memoryview) -> None:
         self._digest.update(data)
@@ -192,20 +195,19 @@ def _zero(values: torch.Tensor, pruned: BoolArray) -> None:
 
 def _energy(values: torch.Tensor) -> float:
     """The sum of squares of a block [rows, columns]."""
-    energy = torch.linalg.vector_norm(values.to(torch.float32), dim=1).to(torch.float64).square_().sum().item()
-    if math.isinf(energy):
-        energy = values.to(torch.float64).square_().sum().item()
-    return energy
+    energy = float(torch.linalg.vector_norm(values.to(torch.float32), dim=1).to(torch.float64).square_().sum())
+    return energy if math.isfinite(energy) else float(values.to(torch.float64).square_().sum())
 
 
-def hash_file(pool: Pool, path: Path, progress: Progress = lambda count: None) -> str:
+def hash_file(pool: Pool, path: Path, progress: Progress | None = None) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             pool.check()
             digest.update(buffer[:count])
-            progress(count)
+            if progress:
+                progress(count)
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ absmax / 127.5 in the weight's own dtype, division and rounding in that dtype to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ SCHEME_ARGS: dict[Scheme, dict[str, Any]] = {
 
 def per_channel(scheme: Scheme) -> bool:
     """Whether the scheme has a scale a row (output channel) of the weight, else one a tensor."""
-    return SCHEME_ARGS[scheme]["weights"]["strategy"] == "channel"
+    return bool(SCHEME_ARGS[scheme]["weights"]["strategy"] == "channel")
 
 
 def scale_shape(scheme: Scheme, rows: int) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ def scale_shape(scheme: Scheme, rows: int) -> tuple[int, ...]:
 
 
 def scales_of(absmax: torch.Tensor) -> torch.Tensor:
-    """Scales for largest magnitudes, in their dtype; for an all-zero channel the dtype's epsilon, so that it is finite."""
+    """Scales for largest magnitudes, in their dtype. An all-zero channel gets the dtype's epsilon: finite, not 0."""
     scales = absmax / HALF_RANGE
     return torch.where(scales == 0, torch.finfo(absmax.dtype).eps, scales)
 
@@ -61,7 +61,7 @@ def dequantize(quantized: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return quantized.to(torch.float32).mul_(scales.to(torch.float32))
 
 
-def quantization_config(targets: dict[Scheme, Sequence[str]], ignore: Sequence[str], version: str) -> dict[str, Any]:
+def quantization_config(targets: Mapping[Scheme, Sequence[str]], ignore: Sequence[str], version: str) -> dict[str, Any]:
     """`quantization_config` of config.json: exactly the named modules a scheme, and by name each Linear module that
     stays as it is (vLLM refuses a Linear that it finds in neither list)."""
     groups = {

@@ -179,7 +179,9 @@ def read_recipe(path: Path) -> Recipe:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such recipe.", hint="Give a TOML file, a manifest or a converted folder.") from None
+        raise UsageError(
+            f"{path}: no such recipe.", hint="Give a TOML file, a manifest or a converted folder."
+        ) from None
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
     values = values.get("recipe", values) if isinstance(values, dict) else {}

@@ -92,7 +92,7 @@ class Sources:
         if not parts:
             raise CheckpointError(
                 f"The checkpoint lacks {weight.parameter}, which its config says it has.",
-                hint="Is it a base model without this head? Narrow --scope, or name the right class in `architectures`.",
+                hint="Is it a base model without this head? Narrow --scope, or mend `architectures` in its config.",
             )
         reshaped = any(self.bound[part.name].reshaped for part in parts if part.name in self.bound)
         for part in parts:
@@ -115,7 +115,7 @@ class Sources:
             )
         if not reshaped and part.shape != self._shapes[weight.parameter]:
             raise CheckpointError(
-                f"{part.name} has shape {list(part.shape)}, but config.json says {list(self._shapes[weight.parameter])}.",
+                f"{part.name} has shape {list(part.shape)}, config.json says {list(self._shapes[weight.parameter])}.",
                 hint="Config and weights do not belong together: download or save both again.",
             )
 

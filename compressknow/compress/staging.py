@@ -31,7 +31,7 @@ class Staging:
     """
 
     def __init__(self, output: Path, *, overwrite: bool, source: Path) -> None:
-        self.output = Path(os.path.abspath(output))
+        self.output = Path.cwd() / output
         self._overwrite = overwrite
         refuse_output(self.output, overwrite=overwrite, source=source)
         try:
@@ -46,12 +46,16 @@ class Staging:
     def __enter__(self) -> Staging:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._lock)
         shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
-                f"No space left for {self.output}.", why="Nothing was left behind.", hint="Free space, or write elsewhere."
+                f"No space left for {self.output}.",
+                why="Nothing was left behind.",
+                hint="Free space, or write elsewhere.",
             ) from None
 
     def commit(self) -> None:
@@ -76,7 +80,13 @@ def refuse_output(output: Path, *, overwrite: bool, source: Path | None) -> None
     if source is not None:
         here, there = output.resolve(), source.resolve()
         if here == there or there in here.parents or here in there.parents:
-            relation = "the input itself" if here == there else "inside the input" if there in here.parents else "around the input"
+            relation = (
+                "the input itself"
+                if here == there
+                else "inside the input"
+                if there in here.parents
+                else "around the input"
+            )
             raise OutputError(f"OUTPUT {output} is {relation}.", hint="Choose a folder beside it.")
     if not os.path.lexists(output):
         return

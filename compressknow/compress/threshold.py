@@ -7,8 +7,10 @@ depend on the number of weights (numpy.partition, torch.kthvalue and torch.topk 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,7 @@ from compressknow.compress.pool import Map
 # Wide enough that a float's exponent and some of its mantissa leave few weights to the second pass, narrow enough that
 # adding up the blocks' histograms costs less than counting. 16-bit floats need one pass only.
 DIGITS = {15: (15,), 31: (14, 17)}
+BATCH = 1 << 18
 
 Keys = npt.NDArray[np.signedinteger]
 # Blocks of keys (int16 or int32, non-negative, any shape) of the tensor with this position.
@@ -45,17 +48,18 @@ def select_smallest(run: Map, count: int, amount: int, bits: int, keys: KeyReade
     """
     if amount == 0:
         return Threshold(0, (0,) * count)
-    prefix, below, shift = 0, 0, bits
+    prefix, below, shift, at_index = 0, 0, bits, 0
     for width in DIGITS[bits]:
         shift -= width
         digit = _Digit(shift + width == bits, prefix, shift + width, shift, 1 << width)
-        histogram = sum(run(lambda i, digit=digit: _histogram(keys(i), digit), range(count)))
-        assert isinstance(histogram, torch.Tensor)
+        histogram = torch.zeros(digit.size, dtype=torch.int64)
+        run(partial(_add_counts, keys, digit, histogram, threading.Lock()), range(count))
         cumulative = histogram.cumsum(0)
         index = int(torch.searchsorted(cumulative, amount - below))
-        below += int(cumulative[index]) - int(histogram[index])
+        at_index = int(histogram[index])
+        below += int(cumulative[index]) - at_index
         prefix = (prefix << width) | index
-    wanted, tied = amount - below, int(histogram[index])
+    wanted, tied = amount - below, at_index
     if wanted == tied:
         # All go, wherever they lie: no need to know how many lie where.
         return Threshold(prefix + 1, (0,) * count)
@@ -73,21 +77,34 @@ class _Digit:
     size: int
 
 
-def _histogram(key_blocks: Iterator[Keys], digit: _Digit) -> torch.Tensor:
+def _add_counts(keys: KeyReader, digit: _Digit, histogram: torch.Tensor, lock: threading.Lock, index: int) -> None:
+    """Add a tensor's counts to those of all."""
+    matching = (_matching(block, digit) for block in keys(index))
+    for batch in matching if digit.leading else _batches(matching):
+        # numpy's bincount takes more than twice as long.
+        counts = torch.bincount(torch.from_numpy(batch >> digit.shift), minlength=digit.size)
+        with lock:
+            histogram += counts
+
+
+def _matching(block: Keys, digit: _Digit) -> Keys:
+    """The keys of a block that have the digit's prefix, without it."""
     if digit.leading:
-        total = torch.zeros(digit.size, dtype=torch.int64)
-        for block in key_blocks:
-            total += _count(block.reshape(-1) >> digit.shift, digit.size)
-        return total
-    # Few weights share their leading bits with the threshold.
-    rest = [keys[(keys >> digit.above) == digit.prefix] for keys in key_blocks]
-    matching = np.concatenate(rest) if rest else np.empty(0, dtype=np.int32)
-    return _count((matching & ((1 << digit.above) - 1)) >> digit.shift, digit.size)
+        return block.reshape(-1)
+    rest: Keys = block[(block >> digit.above) == digit.prefix] & ((1 << digit.above) - 1)
+    return rest
 
 
-def _count(values: Keys, size: int) -> torch.Tensor:
-    # numpy's bincount takes more than twice as long.
-    return torch.bincount(torch.from_numpy(values), minlength=size)
+def _batches(pieces: Iterator[Keys]) -> Iterator[Keys]:
+    """Pieces put together: few weights of a block share a prefix, and each count costs a pass over the histogram."""
+    batch: list[Keys] = []
+    for piece in pieces:
+        batch.append(piece)
+        if sum(map(len, batch)) > BATCH:
+            yield np.concatenate(batch)
+            batch.clear()
+    if batch:
+        yield np.concatenate(batch)
 
 
 def _count_equal(key_blocks: Iterator[Keys], key: int) -> int:

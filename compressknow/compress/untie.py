@@ -40,7 +40,7 @@ def untied_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, A
     for part in (changed, changed.get("text_config")):
         if isinstance(part, dict) and (part is changed or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
-    # T5 scales what goes into a tied final layer. Its config takes the flag from tie_word_embeddings unless it is named.
+    # T5 scales what goes into a tied final layer; its config derives that from tie_word_embeddings unless told.
     if hasattr(model.config, "scale_decoder_outputs"):
         changed["scale_decoder_outputs"] = model.config.scale_decoder_outputs
     return changed

@@ -90,7 +90,9 @@ def compare_to_manifest(
             progress(done, total)
 
     with Pool(threads) as pool, OpenFiles() as files:
-        checks = pool.map(lambda name: _compare(pool, files, stored.get(name), name, rows.get(name), report), rows | stored)
+        checks = pool.map(
+            lambda name: _compare(pool, files, stored.get(name), name, rows.get(name), report), rows | stored
+        )
         copied = pool.map(lambda name: _compare_file(pool, folder, name, manifest["files"][name]), manifest["files"])
     differences = [difference for check in [*checks, *copied] for difference in check]
     differences += _compare_counts(manifest)

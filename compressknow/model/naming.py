@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.streaming import OpenFiles
@@ -52,13 +52,15 @@ class Naming:
         tree = {**self._tree, parameter + "_scale": self._tree[parameter]}
         return self._rename(stored + "_scale", tree) == (parameter + "_scale", None)
 
-    def _rename(self, stored: str, tree: Mapping) -> tuple[str, str | None]:
+    def _rename(self, stored: str, tree: Mapping[str, Any]) -> tuple[str, str | None]:
         from transformers.core_model_loading import rename_source_key
 
-        renamed = rename_source_key(stored, self._renamings, self._converters, self._prefix, tree)
+        renamed: tuple[str, str | None] = rename_source_key(
+            stored, self._renamings, self._converters, self._prefix, tree
+        )
         if renamed[0] not in tree and stored in tree:
             # As transformers does: a name that the tree has already is not renamed.
-            return rename_source_key(stored, [], [], self._prefix, tree)
+            renamed = rename_source_key(stored, [], [], self._prefix, tree)
         return renamed
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from compressknow.errors import CheckpointError
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
@@ -41,7 +42,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def _tensor(path: Path, name: str, entry: dict, data_start: int) -> StoredTensor:
+def _tensor(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
     start, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
     if entry["dtype"] not in DTYPE_SIZES:

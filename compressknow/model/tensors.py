@@ -6,8 +6,12 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 # Bytes an element, by the safetensors name of the dtype.
 DTYPE_SIZES = {
@@ -15,6 +19,14 @@ DTYPE_SIZES = {
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
 }
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, in the same memory."""
+    import torch
+
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 @dataclass(frozen=True)

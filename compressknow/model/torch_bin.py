@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError
-from compressknow.model.tensors import StoredTensor
+from compressknow.model.tensors import StoredTensor, byte_view
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,6 @@ def _has_offset(tensor: torch.Tensor) -> bool:
 
 
 def _stored(path: Path, name: str, tensor: torch.Tensor, in_place: bool) -> StoredTensor:
-    import torch
 
     dtype = DTYPE_NAMES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
@@ -88,7 +87,8 @@ def _stored(path: Path, name: str, tensor: torch.Tensor, in_place: bool) -> Stor
     shape = tuple(tensor.shape)
     if in_place:
         storage = tensor.untyped_storage()
-        offset = storage._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
+        assert storage._checkpoint_offset is not None
+        offset = storage._checkpoint_offset + int(tensor.storage_offset()) * tensor.element_size()
         return StoredTensor(name, dtype, shape, path, offset)
-    loaded = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    loaded = byte_view(tensor.contiguous())
     return StoredTensor(name, dtype, shape, path, tensor.data_ptr(), loaded)

@@ -1,0 +1,120 @@
+"""Tiny models of real architectures with random weights, for tests of what is done to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers as hf
+from transformers import PreTrainedModel
+
+VOCABULARY = 99
+_BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 40,
+}
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+}
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": VOCABULARY,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 40,
+}
+_DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": VOCABULARY}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 40}
+_OPT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 48,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 40,
+    "word_embed_proj_dim": 24,
+}
+
+BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**_BERT)),
+    "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**_BERT)),
+    "distilbert": lambda: hf.DistilBertForMaskedLM(hf.DistilBertConfig(**_DISTILBERT)),
+    "albert": lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**_BERT, embedding_size=16)),
+    "t5-gated": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    ),
+    "t5-tied": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
+    "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**_BART)),
+    "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**_OPT)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA)),
+    "llama-tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_LLAMA, head_dim=8)),
+    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(
+        hf.GPTNeoXConfig(**{k: v for k, v in _LLAMA.items() if "value" not in k})
+    ),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT2)),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_LLAMA, num_local_experts=4)),
+}
+# Those whose Linear weights all have an int8 form.
+QUANTIZABLE = tuple(name for name in BUILDERS if name not in ("gpt2", "mixtral"))
+
+
+@cache
+def tiny(name: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model in eval mode; its biases and norms are random too, so that a lost one shows. Do not change it."""
+    torch.manual_seed(seed)
+    model = BUILDERS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        if name == "t5-gated":
+            # As Flan-T5: a final layer of its own, which its config cannot say.
+            model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.2)
+    return model
+
+
+def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Path:
+    """Write a tiny model as a checkpoint, by transformers' own save_pretrained."""
+    source = tiny(name)
+    model = BUILDERS[name]()
+    if name == "t5-gated":
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
+    model.load_state_dict(source.state_dict())
+    model.to(dtype).save_pretrained(folder, **options)
+    return folder
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of a model for a fixed batch of 2 x 12 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, VOCABULARY, (2, 12), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :7]
+    with torch.no_grad():
+        return model(**inputs).logits
