@@ -75,7 +75,7 @@ class Block:
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor as one matrix: columns are its last dimension, stacked matrices follow each other."""
+    """Rows and columns of a tensor as one matrix: columns are its last dimension, stacked matrices in turn."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 

@@ -152,12 +152,11 @@ def _write_weights(work: Work, plan: Plan, masks: Mapping[str, Mask]) -> tuple[d
     def write(tensor: PlannedTensor) -> None:
         measured[tensor.name] = work.write(tensor, masks.get(tensor.name))
 
-    tasks: list[tuple[int, Callable[[], None]]] = []
-    for name in plan.checkpoint.shards:
-        tasks.append(((plan.checkpoint.folder / name).stat().st_size, partial(hash_shard, name)))
-    for tensor in plan.tensors:
-        tasks.append((tensor.source.nbytes, partial(write, tensor)))
-    tasks.sort(key=lambda task: -task[0])
+    hashing = [
+        ((plan.checkpoint.folder / name).stat().st_size, partial(hash_shard, name)) for name in plan.checkpoint.shards
+    ]
+    writing = [(tensor.source.nbytes, partial(write, tensor)) for tensor in plan.tensors]
+    tasks = sorted([*hashing, *writing], key=lambda task: -task[0])
     work.pool.map(lambda task: task[1](), tasks)
     return hashes, measured
 

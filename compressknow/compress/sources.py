@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 NO_INT8_FORM = {
     "conv1d": "transformers' int8 loader takes nn.Linear modules; a Conv1D would be left with integers for weights.",
-    "experts": "transformers holds all experts of a block as one fused weight, and its int8 loader takes nn.Linear only.",
+    "experts": "transformers fuses all experts of a block into one weight, and its int8 loader takes nn.Linear modules.",
     "reshaped": "transformers fuses, splits or transposes it on loading, which a separate scale does not survive.",
+    "beside-reshaped": "transformers fuses other weights of this model on loading ({name}), and fails to where the "
+    "checkpoint is int8.",
+    "raw": "Its model multiplies by the weight itself, past the layer, and would leave its inputs unquantized.",
 }
 
 
@@ -40,6 +43,8 @@ class Sources:
         self._position = {name: i for i, name in enumerate(checkpoint.tensors)}
         bound = {name: self._naming.bind(name) for name in checkpoint.tensors}
         self.bound: dict[str, Binding] = {name: binding for name, binding in bound.items() if binding}
+        self._reshaped = next((name for name, binding in self.bound.items() if binding.reshaped), None)
+        self._model_type = structure.model_type
         self._parts: dict[str, list[StoredTensor]] = {}
         for name, binding in self.bound.items():
             self._parts.setdefault(binding.parameter, []).append(self._tensors[name])
@@ -124,7 +129,9 @@ class Sources:
             return NO_INT8_FORM[weight.kind]
         if reshaped or (part.name in self.bound and not self._scale_follows(weight, part)):
             return NO_INT8_FORM["reshaped"]
-        return None
+        if self._reshaped:
+            return NO_INT8_FORM["beside-reshaped"].format(name=self._reshaped)
+        return NO_INT8_FORM["raw"] if self._model_type == "mobilebert" and weight.group == "final" else None
 
     def _scale_follows(self, weight: LinearWeight, part: StoredTensor) -> bool:
         name = part.name if self.bound[part.name].parameter == weight.parameter else weight.parameter
