@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import compressknow
 
 PROMPTS = ("The capital of France is", "The chemical symbol for gold is", "The largest planet in our solar system is")
-COLUMN = 44
+COLUMN = 43
 
 
 def main() -> None:
