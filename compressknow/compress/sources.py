@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NO_INT8_FORM = {
     "conv1d": "transformers' int8 loader takes nn.Linear modules; a Conv1D would be left with integers for weights.",
-    "experts": "transformers fuses all experts of a block into one weight, and its int8 loader takes nn.Linear modules.",
+    "experts": "transformers fuses all experts of a block into one weight; its int8 loader takes nn.Linear modules.",
     "reshaped": "transformers fuses, splits or transposes it on loading, which a separate scale does not survive.",
     "beside-reshaped": "transformers fuses other weights of this model on loading ({name}), and fails to where the "
     "checkpoint is int8.",

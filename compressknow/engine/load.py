@@ -114,9 +114,19 @@ def _refuse_missing(path: Path, report: dict[str, Any]) -> None:
 
 
 def _decompress(model: Any) -> None:
+    """Unpack int8 weights module by module, as `ModelCompressor.decompress_model` does. That one also puts the model
+    under its own device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
+    """
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-    if compressor is not None:
-        compressor.decompress_model(model)
+    if compressor is None:
+        return
+    from compressed_tensors.compressors.base import decompress_module
+    from compressed_tensors.quantization.utils.helpers import is_module_quantized
+
+    for module in model.modules():
+        if is_module_quantized(module):
+            decompress_module(module)
+    compressor.remove_decompression_hook(model)
 
 
 @contextlib.contextmanager

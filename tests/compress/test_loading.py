@@ -1,0 +1,205 @@
+"""What convert writes, plain transformers loads, and it computes what the same weights compressed in memory do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import prune
+
+import compressknow
+from compressknow.errors import UnsupportedError
+from compressknow.model.groups import structure_of
+from compressknow.model.scopes import scope_names, select
+from tests.models import BUILDERS, QUANTIZABLE, logits, save_tiny, tiny
+
+AMOUNT = 0.3
+SCHEMES: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "int8": ("channel", {"num_bits": 8, "strategy": "token", "symmetric": True}),
+    "int8-paper": ("tensor", {"num_bits": 7, "strategy": "tensor", "symmetric": False}),
+    "int8-weights": ("channel", None),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tiny")
+    return {name: save_tiny(name, root / name) for name in BUILDERS}
+
+
+def load(folder: Path) -> transformers.PreTrainedModel:
+    """By transformers alone; nothing may be missing, left over, or filled in at random."""
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def compressed_in_memory(name: str, scope: str, scheme: str | None, pruned: bool) -> transformers.PreTrainedModel:
+    """The same compression by torch's and compressed-tensors' own functions on the model in memory."""
+    model = BUILDERS[name]()
+    separate_final_layer(model)
+    model.load_state_dict(tiny(name).state_dict())
+    structure = structure_of(model)
+    if pruned:
+        weights = [holder(model, weight.parameter) for weight in select(structure, [scope], "prune")]
+        prune.global_unstructured(weights, prune.L1Unstructured, amount=AMOUNT)
+        for module, parameter in weights:
+            prune.remove(module, parameter)
+    if scheme:
+        quantize_in_memory(model, [weight.module for weight in select(structure, [scope], "quantize")], scheme)
+    return model.eval()
+
+
+def separate_final_layer(model: transformers.PreTrainedModel) -> None:
+    """Give a tied final layer a weight of its own, so that compressing it leaves the embedding alone."""
+    final = model.get_output_embeddings()
+    final.weight = nn.Parameter(final.weight.detach().clone())
+
+
+def holder(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+    module, _, name = parameter.rpartition(".")
+    return model.get_submodule(module), name
+
+
+def quantize_in_memory(model: nn.Module, modules: list[str], scheme: str) -> None:
+    strategy, activations = SCHEMES[scheme]
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "strategy": strategy}
+    inputs = {**activations, "type": "int", "dynamic": True} if activations else None
+    group = {"targets": modules, "weights": weights, "input_activations": inputs}
+    config = QuantizationConfig(config_groups={"group_0": group}, quantization_status="frozen")
+    apply_quantization_config(model, config, show_progress=False)
+    over = {"dim": 1, "keepdim": True} if strategy == "channel" else {}
+    for name in modules:
+        module = model.get_submodule(name)
+        low, high = module.weight.detach().amin(**over), module.weight.detach().amax(**over)
+        scale, _ = calculate_qparams(low, high, module.quantization_scheme.weights)
+        module.weight_scale.data = scale.reshape(module.weight_scale.shape)
+        module.quantization_status = QuantizationStatus.FROZEN
+
+
+def setups() -> Iterator[Any]:
+    for name in BUILDERS:
+        structure = structure_of(tiny(name))
+        for scope in scope_names(structure):
+            for scheme in (None, *SCHEMES) if name in QUANTIZABLE else (None,):
+                yield pytest.param(name, scope, scheme, id=f"{name}-{scope}-{scheme}")
+
+
+@pytest.mark.parametrize(("name", "scope", "scheme"), list(setups()))
+def test_logits_are_those_of_the_same_compression_in_memory(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, scope: str, scheme: Any
+) -> None:
+    compressknow.convert(checkpoints[name], tmp_path / "out", scope=scope, prune=AMOUNT, quantize=scheme)
+    expected = logits(compressed_in_memory(name, scope, scheme, pruned=True))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, logits(tiny(name)), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", QUANTIZABLE)
+def test_int8_alone_computes_what_it_does_in_memory(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
+    compressknow.convert(checkpoints[name], tmp_path / "out", quantize="int8")
+    expected = logits(compressed_in_memory(name, "overall", "int8", pruned=False))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bert", "t5-tied", "llama-tied"])
+def test_half_precision_checkpoints_load_as_they_were_stored(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    save_tiny(name, tmp_path / "in", dtype)
+    compressknow.convert(tmp_path / "in", tmp_path / "out", prune=0.3, quantize="int8")
+    model = load(tmp_path / "out")
+    assert model.get_input_embeddings().weight.dtype == dtype
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "t5-tied", "bart", "opt", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("how", [{"prune": 0.5}, {"quantize": "int8"}])
+def test_compressing_a_tied_final_layer_leaves_the_embedding_as_it_was(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, how: Any
+) -> None:
+    manifest = compressknow.convert(checkpoints[name], tmp_path / "out", scope="final", **how)
+    model = compressknow.load(tmp_path / "out")
+    embedding, original = (m.get_input_embeddings().weight for m in (model, tiny(name)))
+    assert torch.equal(embedding, original)
+    assert not torch.equal(model.get_output_embeddings().weight, original)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    (untied,) = manifest["untied"]
+    assert untied["bytes"] > 0
+
+
+def test_a_shared_layer_is_compressed_once_and_stays_shared(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    manifest = compressknow.convert(checkpoints["albert"], tmp_path / "out", scope="attention", prune=0.5)
+    model = load(tmp_path / "out")
+    rows = [row for row in manifest["tensors"] if row["group"] == "attention" and row["in_scope"]]
+    assert len(rows) == 4
+    zeros = sum(int((model.get_parameter(row["name"]) == 0).sum()) for row in rows)
+    assert zeros == manifest["totals"]["pruned"] == round(0.5 * sum(row["numel"] for row in rows))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("scope", ["overall", "attention", "feed-forward"])
+def test_int8_without_a_form_that_runs_right_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, scope: str
+) -> None:
+    with pytest.raises(UnsupportedError, match="cannot be quantized to int8"):
+        compressknow.convert(checkpoints[name], tmp_path / "out", scope=scope, quantize="int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+@pytest.mark.parametrize("name", ["t5-gated", "t5-tied", "bart"])
+def test_generate_and_the_encoder_alone_are_right_after_load(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, scheme: Any
+) -> None:
+    compressknow.convert(checkpoints[name], tmp_path / "out", prune=AMOUNT, quantize=scheme)
+    model, expected = compressknow.load(tmp_path / "out"), compressed_in_memory(name, "overall", scheme, pruned=True)
+    ids = torch.arange(5, 15)[None]
+    hidden, wanted = (m.get_encoder()(input_ids=ids).last_hidden_state for m in (model, expected))
+    torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-5)
+    tokens, same = (m.generate(ids, max_new_tokens=6, do_sample=False) for m in (model, expected))
+    assert torch.equal(tokens, same)
+
+
+def test_a_checkpoint_that_stores_the_tied_weight_under_the_heads_name_alone(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    rewrite(checkpoints["llama-tied"], tmp_path / "in", {"model.embed_tokens.weight": "lm_head.weight"})
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.5)
+    model = load(tmp_path / "out")
+    assert torch.equal(model.get_input_embeddings().weight, tiny("llama-tied").get_input_embeddings().weight)
+    assert float((model.lm_head.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_checkpoint_that_stores_a_tied_weight_twice(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    rewrite(checkpoints["llama-tied"], tmp_path / "in", {}, copies={"lm_head.weight": "model.embed_tokens.weight"})
+    manifest = compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", quantize="int8")
+    model = compressknow.load(tmp_path / "out")
+    assert torch.equal(model.get_input_embeddings().weight, tiny("llama-tied").get_input_embeddings().weight)
+    assert manifest["totals"]["bytes_after"] < manifest["totals"]["bytes_before"]
+
+
+def test_stored_names_of_before_a_refactoring_still_load(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    rewrite(checkpoints["gpt-neox"], tmp_path / "in", {"lm_head.weight": "embed_out.weight"})
+    compressknow.convert(tmp_path / "in", tmp_path / "out", prune=AMOUNT, quantize="int8")
+    expected = logits(compressed_in_memory("gpt-neox", "overall", "int8", pruned=True))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
+
+
+def rewrite(source: Path, target: Path, names: dict[str, str], copies: dict[str, str] | None = None) -> None:
+    """Write a checkpoint anew with some tensors under other names, or under a second one."""
+    tensors = load_file(source / "model.safetensors")
+    target.mkdir()
+    (target / "config.json").write_text((source / "config.json").read_text())
+    renamed = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    renamed |= {copy: tensors[original].clone() for copy, original in (copies or {}).items()}
+    save_file(renamed, target / "model.safetensors", {"format": "pt"})
