@@ -117,7 +117,8 @@ def _planned_row(tensor: PlannedTensor) -> dict[str, Any]:
 def _row(tensor: PlannedTensor, measured: Measured) -> dict[str, Any]:
     row = _planned_row(tensor) | {
         "pruned": measured.pruned,
-        "zeros_before": measured.zeros_before,
+        # A weight that got values of its own was not there before.
+        "zeros_before": 0 if tensor.created else measured.zeros_before,
         "zeros": measured.zeros,
         # Nine digits say all that float32 sums hold; more would look like knowledge.
         "relative_error": float(f"{measured.relative_error:.9g}"),

@@ -39,7 +39,8 @@ def inspect_checkpoint(
     from compressknow.model.groups import structure_of
     from compressknow.model.meta import meta_model
 
-    checkpoint = open_checkpoint(model, revision)
+    # Of a hub id the config alone: nobody wants to download a model to count its parameters.
+    checkpoint = open_checkpoint(model, revision, weights=Path(model).exists())
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure = structure_of(tree, module_map)
     if not checkpoint.tensors:
