@@ -44,7 +44,8 @@ def test_demo_converts_verifies_and_completes(smollm2: Path, tmp_path: Path) -> 
     for step in steps:
         done = run(*step)
         assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Paris") == 2
+    for fact in ("Paris", "Au", "Jupiter"):
+        assert done.stdout.count(fact) >= 2, done.stdout
 
 
 def test_quickstart_names_the_same_conversion_as_the_readme() -> None:

@@ -19,7 +19,7 @@ from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
 from compressknow.compress.prune import Mask, choose
 from compressknow.compress.quantize import quantization_config
 from compressknow.compress.recipe import MANIFEST_NAME, Prune, Recipe
-from compressknow.compress.staging import Staging, refuse_output, write_file
+from compressknow.compress.staging import Staging, copy_file, refuse_output, write_file
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.meta import meta_model
@@ -112,7 +112,7 @@ def convert(
         written = {"config.json": write_file(staging.folder / "config.json", _json(_config(plan)))}
         if layout.index:
             written[INDEX_NAME] = write_file(staging.folder / INDEX_NAME, _json(layout.index))
-        copied = {name: write_file(staging.folder / name, (source / name).read_bytes()) for name in carried}
+        copied = {name: copy_file(source / name, staging.folder / name) for name in carried}
         config_hash = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
         manifest = build_manifest(plan, measured, hashes | copied | {"config.json": config_hash}, written | copied)
         write_file(staging.folder / MANIFEST_NAME, serialize(manifest))
@@ -126,7 +126,7 @@ def carried_files(folder: Path) -> Iterator[str]:
     """The small files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
+        hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
         if path.is_file() and not hidden and path.suffix not in WEIGHT_SUFFIXES and str(name) not in REPLACED:
             yield name.as_posix()
 
