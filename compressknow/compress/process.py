@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from compressknow.compress.quantize import dequantize, per_channel, quantize, sc
 from compressknow.model.tensors import StoredTensor, byte_view
 
 COPY_BYTES = 1 << 20
+FLUSH_SECONDS = 0.1
+# Below it float32 loses digits of the squares it is a sum of.
+SMALLEST_ENERGY = 1e-24
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,15 @@ class OutputFiles:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._descriptors[name], 0, size)
             _write_all(self._descriptors[name], memoryview(layout.headers[name]), 0)
+        self._complete = threading.Event()
+        self._flusher = threading.Thread(target=self._flush, daemon=True)
+        self._flusher.start()
+
+    def _flush(self) -> None:
+        """Send to the disk what is written while the rest is computed, instead of waiting for it all at the end."""
+        while not self._complete.wait(FLUSH_SECONDS):
+            for descriptor in self._descriptors.values():
+                os.fsync(descriptor)
 
     def writer(self, tensor_name: str) -> TensorWriter:
         place = self._layout.places[tensor_name]
@@ -65,9 +78,14 @@ class OutputFiles:
 
     def sync(self, pool: Pool) -> None:
         """Wait until all that was written would survive a power cut."""
+        self._complete.set()
+        self._flusher.join()
         pool.map(os.fsync, self._descriptors.values())
 
     def close(self) -> None:
+        """Close the files, complete or not."""
+        self._complete.set()
+        self._flusher.join()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -151,7 +169,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self.zeros_before = self.zeros = self.pruned = 0
-        self.energy = self.kept_energy = self.error_energy = 0.0
+        self.energy = self.error_energy = 0.0
 
     def prune(self, block: Block, mask: BlockMask | None, source: StoredTensor) -> torch.Tensor:
         """Zero a block's pruned weights in place; its rows' largest magnitudes [rows, 1] after that."""
@@ -160,14 +178,13 @@ class _Tally:
         largest = keys.max(axis=1, initial=0)
         check_finite(int(largest.max(initial=0)), values.dtype, source)
         self.zeros_before += keys.size - int(np.count_nonzero(keys))
-        energy = kept = _energy(values)
+        self.energy += _energy(values)
         if mask is not None:
             pruned = mask(block)
             self.pruned += int(np.count_nonzero(pruned))
-            _zero(values, pruned)
-            largest, kept = magnitude_keys(values).max(axis=1, initial=0), _energy(values)
-        self.energy += energy
-        self.kept_energy += kept
+            # Summed by itself: what the energy falls by is lost in its rounding where little is pruned.
+            self.error_energy += _energy(_take(values, pruned))
+            largest = magnitude_keys(values).max(axis=1, initial=0)
         return torch.from_numpy(largest).view(values.dtype)[:, None]
 
     def keep(self, values: torch.Tensor) -> torch.Tensor:
@@ -181,22 +198,25 @@ class _Tally:
         return quantized
 
     def measured(self, sha256: str, scale_sha256: str | None) -> Measured:
-        # What was pruned became an error whole; what was kept, by rounding.
-        lost = self.energy - self.kept_energy + self.error_energy
-        error = math.sqrt(max(lost, 0.0) / self.energy) if self.energy else 0.0
+        error = math.sqrt(self.error_energy / self.energy) if self.energy else 0.0
         return Measured(self.zeros_before, self.zeros, self.pruned, error, sha256, scale_sha256)
 
 
-def _zero(values: torch.Tensor, pruned: BoolArray) -> None:
+def _take(values: torch.Tensor, pruned: BoolArray) -> torch.Tensor:
+    """Zero the pruned weights of a block; a copy that holds only them."""
     # As a product with the inverted mask, on bits: a masked copy of so irregular a mask takes ten times as long.
     bits = bits_of(values)
+    taken = bits.copy()
     np.bitwise_and(bits, (pruned.view(np.int8) - np.int8(1)).astype(bits.dtype), out=bits)
+    np.bitwise_xor(taken, bits, out=taken)
+    return torch.from_numpy(taken).view(values.dtype)
 
 
 def _energy(values: torch.Tensor) -> float:
     """The sum of squares of a block [rows, columns]."""
     energy = float(torch.linalg.vector_norm(values.to(torch.float32), dim=1).to(torch.float64).square_().sum())
-    return energy if math.isfinite(energy) else float(values.to(torch.float64).square_().sum())
+    in_range = SMALLEST_ENERGY < energy < math.inf
+    return energy if in_range else float(values.to(torch.float64).square_().sum())
 
 
 def hash_file(pool: Pool, path: Path, progress: Progress | None = None) -> str:

@@ -53,7 +53,11 @@ def scales_of(absmax: torch.Tensor) -> torch.Tensor:
 
 def quantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """int8 weights for `values` [rows, columns] and `scales` [rows, 1] or [1] of the same float dtype."""
-    return torch.div(values, scales).clamp_(INT8_MIN, INT8_MAX).round_().to(torch.int8)
+    scaled = torch.div(values.to(torch.float32), scales.to(torch.float32))
+    if values.dtype != torch.float32:
+        # As a division in the dtype itself rounds. The passes that follow are exact, and faster in float32.
+        scaled = scaled.to(values.dtype).to(torch.float32)
+    return scaled.clamp_(INT8_MIN, INT8_MAX).round_().to(torch.int8)
 
 
 def dequantize(quantized: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

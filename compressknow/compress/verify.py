@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,24 @@ from typing import Any
 import numpy as np
 
 from compressknow.compress.blocks import raw_keys
+from compressknow.compress.layout import METADATA
 from compressknow.compress.manifest import SCHEMA, counts_of
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.compress.recipe import MANIFEST_NAME
 from compressknow.errors import CheckpointError, VerificationError
-from compressknow.model.checkpoint import read_json, weight_files
-from compressknow.model.safetensors_header import read_header
+from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
+from compressknow.model.safetensors_header import read_header, read_metadata
 from compressknow.model.streaming import OpenFiles
 from compressknow.model.tensors import StoredTensor
 
 SHOWN = 20
+# What a comparison and its sums read of each tensor in a manifest.
+ROW_TYPES: dict[str, Any] = {
+    **{"name": str, "group": str, "shape": list, "dtype_after": str, "in_scope": bool, "sha256": str},
+    **dict.fromkeys(("numel", "pruned", "zeros", "zeros_before", "bytes_before", "bytes_after"), int),
+    "scheme": str | None,
+}
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,12 @@ def compare_to_manifest(
 
     Raises
     ------
-    CheckpointError : no manifest, or one that this version cannot read; a weight file that is not safetensors.
+    CheckpointError : no manifest, or one that this version cannot read.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
-    stored = {name: tensor for file in weight_files(folder) for name, tensor in read_header(folder / file).items()}
+    places = _places(folder)
+    stored, differences = _stored(folder, places)
     rows = {name: row for row in manifest["tensors"] for name, row in _expected(row)}
     total = sum(tensor.nbytes for tensor in stored.values())
     done = 0
@@ -91,10 +99,13 @@ def compare_to_manifest(
 
     with Pool(threads) as pool, OpenFiles() as files:
         checks = pool.map(
-            lambda name: _compare(pool, files, stored.get(name), name, rows.get(name), report), rows | stored
+            lambda name: _compare(
+                pool, files, stored.get(name), name, places.get(name, SAFETENSORS), rows.get(name), report
+            ),
+            rows | stored,
         )
         copied = pool.map(lambda name: _compare_file(pool, folder, name, manifest["files"][name]), manifest["files"])
-    differences = [difference for check in [*checks, *copied] for difference in check]
+    differences += [difference for check in [*checks, *copied] for difference in check]
     differences += _compare_counts(manifest)
     return Verification(len(rows), len(manifest["files"]), total, tuple(differences))
 
@@ -107,12 +118,62 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MANIFEST_NAME}.", hint="verify takes a folder that `compressknow convert` wrote."
         )
     manifest = read_json(folder / MANIFEST_NAME)
-    if manifest.get("schema") != SCHEMA or not {"tensors", "files", "totals", "groups"} <= set(manifest):
+    if manifest.get("schema") != SCHEMA:
         raise CheckpointError(
             f"{folder / MANIFEST_NAME} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}.",
             hint="Verify it with the version that wrote it (see `versions` in it).",
         )
+    if wrong := _misformed(manifest):
+        raise CheckpointError(
+            f"{folder / MANIFEST_NAME} is damaged: {wrong}.", hint="Convert it again, or fetch the manifest again."
+        )
     return manifest
+
+
+def _misformed(manifest: dict[str, Any]) -> str | None:
+    """What in a manifest is not of the form that convert writes, as far as a comparison needs it."""
+    for key, kind in {"tensors": list, "files": dict, "totals": dict, "groups": dict}.items():
+        if not isinstance(manifest.get(key), kind):
+            return f"it has no {key}"
+    for position, row in enumerate(manifest["tensors"]):
+        if not isinstance(row, dict) or any(not isinstance(row.get(k), t) for k, t in ROW_TYPES.items()):
+            return f"tensor {position} in it lacks one of {', '.join(ROW_TYPES)}"
+        scale = row.get("scale")
+        if scale is not None and not (isinstance(scale, dict) and set(scale) >= {"name", "shape", "dtype", "sha256"}):
+            return f"the scale of {row['name']} lacks its name, shape, dtype or sha256"
+    for group, counts in manifest["groups"].items():
+        if not isinstance(counts, dict):
+            return f"it has no counts of {group}"
+    return next((f"it names {name!r}, outside the folder" for name in manifest["files"] if is_outside(name)), None)
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """The weight file of each tensor by the folder's index; nothing where there is one file for all."""
+    if (folder / SAFETENSORS).is_file() or not (folder / SAFETENSORS_INDEX).is_file():
+        return {}
+    weight_map = read_json(folder / SAFETENSORS_INDEX).get("weight_map")
+    places = weight_map.items() if isinstance(weight_map, dict) else ()
+    return {name: file for name, file in places if isinstance(file, str) and not is_outside(file)}
+
+
+def _stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, StoredTensor], list[Difference]]:
+    """The tensors in the weight files, and what is wrong with these files."""
+    stored: dict[str, StoredTensor] = {}
+    differences = []
+    for file in sorted(set(places.values()) or {SAFETENSORS}):
+        if not (folder / file).is_file():
+            differences.append(Difference(file, None, "missing"))
+            continue
+        try:
+            tensors, metadata = read_header(folder / file), read_metadata(folder / file)
+        except CheckpointError as error:
+            differences.append(Difference(file, None, error.what))
+            continue
+        if metadata != METADATA:
+            differences.append(Difference(file, None, f"says of itself {metadata}, expected {METADATA}"))
+        differences += [Difference(file, name, "stored twice") for name in tensors if name in stored]
+        stored |= tensors
+    return stored, differences
 
 
 def _expected(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -127,11 +188,12 @@ def _compare(
     files: OpenFiles,
     tensor: StoredTensor | None,
     name: str,
+    place: str,
     expected: dict[str, Any] | None,
     report: Callable[[int], None],
 ) -> list[Difference]:
     if tensor is None:
-        return [Difference("weights", name, "missing")]
+        return [Difference(place, name, "missing")]
     if expected is None:
         return [Difference(tensor.file.name, name, "not in the manifest")]
     found: dict[str, Any] = {"dtype": tensor.dtype, "shape": list(tensor.shape)}

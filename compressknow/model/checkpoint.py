@@ -92,9 +92,9 @@ def _read_index(folder: Path, index: Path) -> dict[str, set[str] | None]:
         raise CheckpointError(f"{index} has no weight_map.", hint="Download or save the checkpoint again.")
     files: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or _leaves(file):
+        if not isinstance(file, str) or is_outside(file):
             raise CheckpointError(f"{index} places {name} outside the folder, in {file!r}: refused.")
-        if not (folder / file).is_file():
+        if not _is_file(folder / file):
             raise CheckpointError(f"{index} names {file}, which is missing.", hint="Download the checkpoint again.")
         wanted = files.setdefault(file, set())
         assert wanted is not None
@@ -102,7 +102,15 @@ def _read_index(folder: Path, index: Path) -> dict[str, set[str] | None]:
     return dict(sorted(files.items()))
 
 
-def _leaves(file: str) -> bool:
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # No name that a file could have.
+        return False
+
+
+def is_outside(file: str) -> bool:
+    """Whether a file name that a checkpoint gives leads out of its folder, on any system."""
     path = PurePosixPath(file.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or ":" in file or not path.parts
 

@@ -16,6 +16,7 @@ from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 
 # The reference implementation refuses longer headers too.
 MAX_HEADER_BYTES = 100_000_000
+METADATA = "__metadata__"
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -25,6 +26,27 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     ------
     CheckpointError : the file is truncated, its header is not valid, or its tensors do not fill the data exactly.
     """
+    header, data_start = _load(path)
+    try:
+        tensors = [_tensor(path, name, entry, data_start) for name, entry in header.items() if name != METADATA]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"its header cannot be read ({error})") from None
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_layout(path, tensors, data_start, path.stat().st_size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file says about itself, such as ``{"format": "pt"}``.
+
+    Raises CheckpointError as `read_header` does where the header is not valid.
+    """
+    metadata: dict[str, str] = _load(path)[0].get(METADATA, {})
+    return metadata
+
+
+def _load(path: Path) -> tuple[dict[str, Any], int]:
+    """The header as it stands in the file, and the offset at which the data starts."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -32,24 +54,39 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise _damaged(path, f"its header claims {length:,} bytes, the file has {size:,}")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = [_tensor(path, name, entry, 8 + length) for name, entry in entries.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from None
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    _check_layout(path, tensors, 8 + length, size)
-    return {tensor.name: tensor for tensor in tensors}
+    if not isinstance(header, dict) or not _is_text_by_name(header.get(METADATA, {})):
+        raise _damaged(path, "its header is no object of tensors by name")
+    return header, 8 + length
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a key stands in it twice")
+    return entries
+
+
+def _is_text_by_name(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
 
 
 def _tensor(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
-    start, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
-    if entry["dtype"] not in DTYPE_SIZES:
-        raise ValueError(f"dtype {entry['dtype']!r} of {name} is unknown")
-    if any(size < 0 for size in shape) or end - start != math.prod(shape) * DTYPE_SIZES[entry["dtype"]]:
-        raise ValueError(f"{name} has shape {list(shape)} but {end - start} bytes")
-    return StoredTensor(name, entry["dtype"], shape, path, data_start + start)
+    name.encode()  # Half a surrogate pair is no text: nothing could write it again.
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_SIZES:
+        raise ValueError(f"dtype {dtype!r} of {name} is unknown")
+    if not isinstance(shape, list) or not all(_is_size(number) for number in (*shape, start, end)):
+        raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
+    if end - start != math.prod(shape) * DTYPE_SIZES[dtype]:
+        raise ValueError(f"{name} has shape {shape} but {end - start} bytes")
+    return StoredTensor(name, dtype, tuple(shape), path, data_start + start)
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and number >= 0
 
 
 def _check_layout(path: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:

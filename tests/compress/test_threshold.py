@@ -1,0 +1,209 @@
+"""The threshold over a scope is exact: what goes is what a stable sort of all its weights puts first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressknow.compress import blocks
+from compressknow.compress.blocks import Reader
+from compressknow.compress.convert import convert
+from compressknow.compress.pool import Pool
+from compressknow.compress.prune import choose
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Step
+from compressknow.errors import CheckpointError
+from compressknow.model.streaming import OpenFiles
+from compressknow.model.tensors import StoredTensor, byte_view
+from tests.models import save_tiny
+
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+KINDS = ("normal", "few values", "one value", "zeros", "half zeros", "denormal", "all magnitudes")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A weight to make: drawn by its description, since arrays of examples shrink badly."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str
+    seed: int
+
+    def weight(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        normal = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        info = torch.finfo(self.dtype)
+        values = {
+            "normal": normal,
+            "few values": torch.round(normal * 2) / 2,
+            "one value": torch.sign(normal) * 0.75,
+            "zeros": normal * 0,
+            "half zeros": normal * (torch.rand(self.shape, generator=generator) < 0.5),
+            "denormal": normal * info.tiny / 8,
+            "all magnitudes": torch.sign(normal)
+            * info.max ** (torch.rand(self.shape, generator=generator) * 1.9 - 0.9),
+        }
+        return values[self.kind].to(self.dtype)
+
+
+def sizes(largest: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.tuples(st.integers(1, largest), st.integers(1, largest))
+
+
+shapes = st.one_of(st.just((1, 1)), sizes(6), sizes(60), st.tuples(st.integers(1, 3), st.integers(1, 9), st.just(5)))
+seeds = st.integers(0, 2**32)
+amounts = st.floats(0.01, 0.99)
+block_sizes = st.sampled_from([1, 16, 100, 1 << 18])
+
+
+@st.composite
+def scopes(draw: Any) -> list[Drawn]:
+    """One to eight weights of very unequal size, mostly of one dtype."""
+    dtypes = st.sampled_from(draw(st.sampled_from([(dtype,) for dtype in NAMES] + [tuple(NAMES)])))
+    return draw(st.lists(st.builds(Drawn, shapes, dtypes, st.sampled_from(KINDS), seeds), min_size=1, max_size=8))
+
+
+def pruned(weights: list[Tensor], step: Prune, threads: int = 2) -> list[Tensor]:
+    """Where a step prunes weights that lie in memory, as those of an old PyTorch file do."""
+    names = [f"weight {i}" for i in range(len(weights))]
+    stored = [
+        StoredTensor(name, NAMES[weight.dtype], tuple(weight.shape), Path("old.bin"), loaded=byte_view(weight))
+        for name, weight in zip(names, weights, strict=True)
+    ]
+    with Pool(threads) as pool, OpenFiles() as files:
+        reader = Reader(pool, files, lambda _: None)
+        found = []
+        for tensor, mask in zip(stored, choose(reader, step, stored), strict=True):
+            block_mask = mask.start()
+            rows = [torch.tensor(block_mask(block)) for block in reader.blocks(tensor)]
+            found.append(torch.cat(rows).view(tensor.shape))
+    return found
+
+
+def pruned_by_sorting(weights: list[Tensor], amount: float) -> list[Tensor]:
+    """The same, by a stable sort of all magnitudes put together; float64 holds those of every dtype as they are."""
+    magnitudes = torch.cat([weight.to(torch.float64).abs().flatten() for weight in weights])
+    chosen = torch.zeros(len(magnitudes), dtype=torch.bool)
+    chosen[torch.sort(magnitudes, stable=True).indices[: round(amount * len(magnitudes))]] = True
+    parts = chosen.split([weight.numel() for weight in weights])
+    return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+@settings(max_examples=150, deadline=None)
+@given(scopes(), amounts, block_sizes)
+def test_exactly_the_smallest_go_and_of_equal_ones_the_first(
+    drawn: list[Drawn], amount: float, block_elements: int
+) -> None:
+    weights = [one.weight() for one in drawn]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_ELEMENTS", block_elements)
+        found = pruned(weights, Prune(amount))
+    assert same(found, pruned_by_sorting(weights, amount))
+    chosen = torch.cat([mask.flatten() for mask in found])
+    magnitudes = torch.cat([weight.to(torch.float64).abs().flatten() for weight in weights])
+    assert int(chosen.sum()) == round(amount * len(chosen))
+    if 0 < int(chosen.sum()) < len(chosen):
+        assert magnitudes[chosen].max() <= magnitudes[~chosen].min()
+
+
+@settings(max_examples=50, deadline=None)
+@given(scopes(), amounts, block_sizes)
+def test_each_tensor_has_a_threshold_of_its_own_per_layer(
+    drawn: list[Drawn], amount: float, block_elements: int
+) -> None:
+    weights = [one.weight() for one in drawn]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_ELEMENTS", block_elements)
+        found = pruned(weights, Prune(amount, per_layer=True))
+    assert same(found, [pruned_by_sorting([weight], amount)[0] for weight in weights])
+
+
+@settings(max_examples=30, deadline=None)
+@given(scopes(), amounts, st.sampled_from(["l1-unstructured", "random-unstructured"]), st.booleans())
+def test_choice_does_not_depend_on_the_number_of_threads(
+    drawn: list[Drawn], amount: float, method: Any, per_layer: bool
+) -> None:
+    weights = [one.weight() for one in drawn]
+    step = Prune(amount, method, per_layer=per_layer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_ELEMENTS", 16)
+        one = pruned(weights, step, threads=1)
+        assert same(one, pruned(weights, step, threads=2))
+        assert same(one, pruned(weights, step, threads=5))
+
+
+@pytest.mark.parametrize("amount", [0.01, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+def test_tensor_of_several_full_blocks(dtype: torch.dtype, amount: float) -> None:
+    large = Drawn((700, 900), dtype, "normal", 1).weight()
+    assert large.numel() > 2 * blocks.BLOCK_ELEMENTS
+    weights = [Drawn((3, 5), dtype, "normal", 2).weight(), large, Drawn((1, 1), dtype, "zeros", 3).weight()]
+    assert same(pruned(weights, Prune(amount)), pruned_by_sorting(weights, amount))
+
+
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+def test_row_longer_than_a_block(dtype: torch.dtype) -> None:
+    weights = [Drawn((2, blocks.BLOCK_ELEMENTS + 1), dtype, "few values", 1).weight()]
+    assert same(pruned(weights, Prune(0.3)), pruned_by_sorting(weights, 0.3))
+
+
+def test_large_tensor_of_one_magnitude_loses_its_first_weights() -> None:
+    # Every weight ties, over several blocks.
+    weights = [Drawn((700, 900), torch.float32, "one value", 1).weight()]
+    (found,) = pruned(weights, Prune(0.6))
+    assert torch.equal(found.flatten(), torch.arange(630_000) < 378_000)
+
+
+def test_weights_of_several_dtypes_are_compared_by_value() -> None:
+    weights = [
+        torch.tensor([[1.0, 2**-20]], dtype=torch.float32),
+        torch.tensor([[0.5, 2**-24]], dtype=torch.float16),
+        torch.tensor([[0.25, 2**-130]], dtype=torch.bfloat16),
+    ]
+    found = torch.cat(pruned(weights, Prune(4 / 6)))
+    assert found.tolist() == [[False, True], [False, True], [True, True]]
+
+
+@pytest.mark.parametrize("method", ["l1-unstructured", "ln-structured", "random-unstructured"])
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [(float("nan"), "NaN"), (-float("nan"), "NaN"), (float("inf"), "an infinity"), (-float("inf"), "an infinity")],
+)
+def test_what_is_not_finite_is_refused_and_its_tensor_named(
+    value: float, named: str, dtype: torch.dtype, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 16)
+    weights = [Drawn((9, 9), dtype, "normal", seed).weight() for seed in range(3)]
+    weights[1][8, 8] = value
+    with pytest.raises(CheckpointError, match=rf"weight 1 in old\.bin holds {named}\."):
+        pruned(weights, Prune(0.3, method))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [Prune(0.3), Prune(0.3, "random-structured"), Quantize("int8"), Quantize("int8-paper")],
+    ids=["L1", "random rows", "int8", "int8-paper"],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_nothing_is_written_of_a_checkpoint_that_is_not_finite(step: Step, value: float, tmp_path: Path) -> None:
+    shard = save_tiny("llama", tmp_path / "source") / "model.safetensors"
+    weights = load_file(shard)
+    broken = "model.layers.1.mlp.down_proj.weight"
+    weights[broken][-1, -1] = value
+    save_file(weights, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=broken.replace(".", r"\.")):
+        convert(tmp_path / "source", tmp_path / "output", Recipe((step,)))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -1,0 +1,620 @@
+"""Opening a checkpoint: what is read, from where, and what is refused before anything else happens."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from compressknow.errors import CheckpointError
+from compressknow.model.checkpoint import open_checkpoint
+from compressknow.model.safetensors_header import read_header
+from compressknow.model.streaming import OpenFiles
+from compressknow.model.tensors import StoredTensor
+from compressknow.model.torch_bin import read_torch_file
+from tests.models import save_tiny
+
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
+}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def values(stored: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    """The tensors that a file's offsets, dtypes and shapes lead to."""
+    with OpenFiles() as files:
+        # An odd size, so that pieces end within elements.
+        raw = {name: b"".join(bytes(piece) for piece in files.chunks(t, 7)) for name, t in stored.items()}
+    return {
+        name: torch.frombuffer(bytearray(raw[name]), dtype=DTYPES[t.dtype]).reshape(t.shape)
+        if raw[name]
+        else torch.empty(t.shape, dtype=DTYPES[t.dtype])
+        for name, t in stored.items()
+    }
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        # Bit for bit: a flipped byte may well be NaN.
+        one, other = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (found[name], tensor))
+        assert torch.equal(one, other), name
+
+
+def refused(open_it: Callable[[], object]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_it()
+    return str(caught.value)
+
+
+# --- safetensors headers ----------------------------------------------------------------------------------------------
+
+MIXED = {
+    "b.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "a.weight": torch.linspace(-1, 1, 10, dtype=torch.bfloat16),
+    "half": torch.linspace(-1, 1, 4, dtype=torch.float16).reshape(2, 2),
+    "ids": torch.arange(3),
+    "flag": torch.tensor([True, False, True]),
+    "scalar": torch.tensor(3.5),
+    "empty": torch.empty(0, 4),
+    "ключ": torch.arange(5, dtype=torch.int8),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sound") / "model.safetensors"
+    save_file(MIXED, path, metadata={"format": "pt"})
+    return path
+
+
+def test_header_leads_to_the_values_that_were_saved(sound: Path) -> None:
+    assert_same(values(read_header(sound)), MIXED)
+
+
+def test_every_cut_of_a_file_is_refused(sound: Path, tmp_path: Path) -> None:
+    whole, path = sound.read_bytes(), tmp_path / "cut.safetensors"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert str(path) in refused(lambda: read_header(path))
+
+
+def test_bytes_behind_the_last_tensor_are_refused(sound: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.safetensors"
+    path.write_bytes(sound.read_bytes() + b"\0")
+    assert "truncated or padded" in refused(lambda: read_header(path))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bytes_are_refused_or_read_as_the_reference_reads_them(
+    sound: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    content, path = bytearray(sound.read_bytes()), tmp_path / "flipped.safetensors"
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    for position in data.draw(st.lists(st.integers(0, header_end - 1), min_size=1, max_size=3)):
+        content[position] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        stored = read_header(path)
+    except CheckpointError:
+        return
+    # Nothing is accepted that the reference implementation would refuse or see otherwise.
+    with safe_open(path, framework="pt") as reference:
+        assert set(reference.keys()) == set(stored)
+        for name, tensor in stored.items():
+            part = reference.get_slice(name)
+            assert (part.get_dtype(), tuple(part.get_shape())) == (tensor.dtype, tensor.shape)
+    known = {name: tensor for name, tensor in stored.items() if tensor.dtype in DTYPES}
+    reference_values = load_file(path)
+    assert_same(values(known), {name: reference_values[name] for name in known})
+
+
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": offsets} | more
+
+
+def raw_safetensors(header: bytes, data: bytes = bytes(8)) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+MALFORMED = {
+    "not JSON": b"{",
+    "not UTF-8": b'{"\xff": 1}',
+    "UTF-16": json.dumps({"a": entry()}).encode("utf-16"),
+    "a list": b"[1, 2]",
+    "a number": b"3",
+    "nested beyond all bounds": b"[" * 100_000,
+    "entry is no object": {"a": 3},
+    "entry is a text": {"a": "dtype"},
+    "no dtype": {"a": {"shape": [2], "data_offsets": [0, 8]}},
+    "no shape": {"a": {"dtype": "F32", "data_offsets": [0, 8]}},
+    "no offsets": {"a": {"dtype": "F32", "shape": [2]}},
+    "unknown dtype": {"a": entry("F33")},
+    "dtype is a list": {"a": entry(["F32"])},
+    "shape is a number": {"a": entry(shape=2)},
+    "shape is a text": {"a": entry(shape="2")},
+    "shape holds a text": {"a": entry(shape=["2"])},
+    "shape holds a fraction": {"a": entry(shape=[2.0])},
+    "shape holds a truth": {"a": entry(shape=[2, True])},
+    "shape is infinite": b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 8]}}',
+    "shape is negative": {"a": entry(shape=[-1, -2])},
+    "shape too large": {"a": entry(shape=[3])},
+    "shape too small": {"a": entry(shape=[1])},
+    "one offset": {"a": entry(offsets=[0])},
+    "three offsets": {"a": entry(offsets=[0, 4, 8])},
+    "offsets are texts": {"a": entry(offsets=["0", "8"])},
+    "offsets are fractions": {"a": entry(offsets=[0.0, 8.0])},
+    "offsets in reverse": {"a": entry(offsets=[8, 0])},
+    "starts within the header": {"a": entry(offsets=[-8, 0])},
+    "ends behind the file": {"a": entry(shape=[4], offsets=[0, 16])},
+    "hole before": {"a": entry(shape=[1], offsets=[4, 8])},
+    "hole between": {"a": entry("U8", [3], [0, 3]), "b": entry("U8", [4], [4, 8])},
+    "overlap": {"a": entry(), "b": entry(shape=[1], offsets=[4, 8])},
+    "two in one place": {"a": entry(), "b": entry()},
+    "nothing for the data": {},
+    "same name twice": b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2),
+    "half a surrogate pair": b'{"\\ud800": %s}' % json.dumps(entry()).encode(),
+    "metadata is a list": {"__metadata__": [], "a": entry()},
+    "metadata is not text": {"__metadata__": {"format": 3}, "a": entry()},
+}
+
+
+@pytest.mark.parametrize("header", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_header_is_refused(header: bytes | dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw_safetensors(header if isinstance(header, bytes) else json.dumps(header).encode()))
+    message = refused(lambda: read_header(path))
+    assert message.startswith(f"{path} is not a sound safetensors file: ")
+    assert len(message) < 500
+
+
+def test_header_without_any_of_these_faults_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw_safetensors(json.dumps({"a": entry()}).encode()))
+    assert_same(values(read_header(path)), {"a": torch.zeros(2)})
+
+
+def test_length_beyond_what_the_reference_takes_is_refused_without_reading_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write((200_000_000).to_bytes(8, "little"))
+        file.truncate(300_000_000)
+    assert "its header claims 200,000,000 bytes" in refused(lambda: read_header(path))
+
+
+def test_pointer_that_git_lfs_leaves_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    assert "Download or save it again." in refused(lambda: read_header(path))
+
+
+# --- shards and their index -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return save_tiny("llama", tmp_path / "sharded", max_shard_size="20KB")
+
+
+def edit_index(folder: Path, edit: Callable[[dict[str, str]], Any], name: str = "model.safetensors.index.json") -> None:
+    index = json.loads((folder / name).read_text())
+    edit(index["weight_map"])
+    (folder / name).write_text(json.dumps(index))
+
+
+def test_shards_together_hold_what_one_file_would(sharded: Path, tmp_path: Path) -> None:
+    whole = open_checkpoint(save_tiny("llama", tmp_path / "whole"))
+    parts = open_checkpoint(sharded)
+    assert whole.shards == ("model.safetensors",)
+    assert len(parts.shards) > 2
+    assert list(parts.shards) == sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert_same(values(parts.tensors), values(whole.tensors))
+
+
+def test_one_file_goes_before_an_index(sharded: Path) -> None:
+    # As in transformers; whoever merges shards leaves the index behind.
+    merged = {name: tensor + 1 for name, tensor in values(open_checkpoint(sharded).tensors).items()}
+    save_file(merged, sharded / "model.safetensors")
+    assert_same(values(open_checkpoint(sharded).tensors), merged)
+
+
+def test_safetensors_go_before_bin(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "both")
+    torch.save({"stray": torch.ones(2)}, folder / "pytorch_model.bin")
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.shards == ("model.safetensors",)
+    assert "stray" not in checkpoint.tensors
+
+
+def test_shard_that_the_index_names_must_be_there(sharded: Path) -> None:
+    missing = sorted(sharded.glob("*.safetensors"))[1]
+    missing.unlink()
+    message = refused(lambda: open_checkpoint(sharded))
+    assert f"model.safetensors.index.json names {missing.name}, which is missing." in message
+
+
+def test_tensor_must_lie_in_the_shard_that_the_index_names(sharded: Path) -> None:
+    first, second = (path.name for path in sorted(sharded.glob("*.safetensors"))[:2])
+
+    def move(places: dict[str, str]) -> None:
+        moved = next(name for name, file in places.items() if file == first)
+        places[moved] = second
+
+    edit_index(sharded, move)
+    assert f"{second} lacks " in refused(lambda: open_checkpoint(sharded))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("../model.safetensors", "sub/../../model.safetensors", "/etc/passwd", "..", ".", ""),
+        *("..\\model.safetensors", "\\model.safetensors", "C:model.safetensors", "C:\\model.safetensors"),
+        *("//server/share/model.safetensors", "\\\\server\\share\\model.safetensors", 3, None, ["model.safetensors"]),
+    ],
+)
+def test_index_that_leads_out_of_the_folder_is_refused(sharded: Path, place: object) -> None:
+    # It is refused for its name: the file would be there.
+    for path in (sharded.parent / "model.safetensors", sharded / "..\\model.safetensors"):
+        save_file({"stray": torch.ones(2)}, path)
+    edit_index(sharded, lambda places: places.update({"model.norm.weight": place}))  # type: ignore[dict-item]
+    message = refused(lambda: open_checkpoint(sharded))
+    assert "model.safetensors.index.json places model.norm.weight outside the folder" in message
+    assert repr(place) in message
+
+
+@pytest.mark.parametrize("place", ["model\0.safetensors", "\ud800.safetensors", "x" * 300])
+def test_index_with_a_name_that_no_file_can_have_names_a_missing_file(sharded: Path, place: str) -> None:
+    edit_index(sharded, lambda places: places.update({"model.norm.weight": place}))
+    assert "which is missing." in refused(lambda: open_checkpoint(sharded))
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "[]", "{", "", "null"])
+def test_index_without_a_weight_map_is_refused(sharded: Path, content: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in refused(lambda: open_checkpoint(sharded))
+
+
+# --- folders and their config -----------------------------------------------------------------------------------------
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    assert refused(lambda: open_checkpoint(tmp_path / "none")) == f"{tmp_path}/none: no such folder."
+    assert refused(lambda: open_checkpoint(f"{tmp_path}/none")) == f"{tmp_path}/none: no such folder."
+
+
+def test_file_instead_of_a_folder_says_which_folder_is_meant(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "llama")
+    message = refused(lambda: open_checkpoint(folder / "model.safetensors"))
+    assert message.endswith(f"is a file, not a checkpoint folder.\nGive its folder: {folder}")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "is missing."),
+        (b"", "cannot be read"),
+        (b'{"model_type": "bert"', "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+        (b"[]", "holds no JSON object."),
+        (b'"bert"', "holds no JSON object."),
+        (b"null", "holds no JSON object."),
+    ],
+)
+def test_config_that_is_none_is_refused_by_name(content: bytes | None, why: str, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "llama")
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_bytes(content)
+    message = refused(lambda: open_checkpoint(folder))
+    assert str(folder / "config.json") in message
+    assert why in message
+
+
+def test_config_alone_opens_without_tensors(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "llama")
+    (folder / "model.safetensors").unlink()
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.name, checkpoint.tensors, checkpoint.shards) == ("llama", {}, ())
+    assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
+
+
+# --- the Hub's cache --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A cache folder as huggingface_hub lays it out: content once, by hash, and links to it from each snapshot."""
+    original = save_tiny("llama", tmp_path / "original", max_shard_size="20KB")
+    repository = tmp_path / "hf" / "hub" / "models--org--tiny-llama"
+    snapshot = repository / "snapshots" / COMMIT
+    for folder in (repository / "blobs", repository / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    for number, path in enumerate(sorted(original.iterdir())):
+        path.rename(repository / "blobs" / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    return tmp_path / "hf" / "hub"
+
+
+def test_snapshot_folder_of_links_opens_like_any_other(cache: Path, tmp_path: Path) -> None:
+    folder = cache / "models--org--tiny-llama" / "snapshots" / COMMIT
+    assert (folder / "config.json").is_symlink()
+    checkpoint = open_checkpoint(folder)
+    assert len(checkpoint.shards) > 2
+    expected = open_checkpoint(save_tiny("llama", tmp_path / "llama"))
+    assert_same(values(checkpoint.tensors), values(expected.tensors))
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
+def test_hub_id_is_found_in_the_cache_offline(cache: Path, variable: str, revision: str | None) -> None:
+    code = (
+        "import json, sys; from compressknow.model.checkpoint import open_checkpoint; "
+        f"c = open_checkpoint('org/tiny-llama', {revision!r}); "
+        "print(json.dumps([c.name, c.revision, str(c.folder), sorted(c.tensors)]))"
+    )
+    place = cache.parent if variable == "HF_HOME" else cache
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean | {variable: str(place), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    name, commit, folder, tensors = json.loads(done.stdout)
+    assert (name, commit) == ("org/tiny-llama", COMMIT)
+    assert folder == str(cache / "models--org--tiny-llama" / "snapshots" / COMMIT)
+    assert tensors == sorted(open_checkpoint(folder).tensors)
+
+
+def test_hub_id_out_of_reach_says_how_to_get_it_elsewhere() -> None:
+    message = refused(lambda: open_checkpoint("nobody/no-such-model-anywhere"))
+    assert message.startswith("nobody/no-such-model-anywhere is neither a folder here nor to be had from the hub.\n")
+    assert "hf download nobody/no-such-model-anywhere" in message
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "./none", "../none", "~/none", "a b", "-x", "org/na--me"])
+def test_what_can_be_no_hub_id_is_not_asked_for(name: str) -> None:
+    message = refused(lambda: open_checkpoint(name))
+    assert "no such folder." in message or "neither a folder here" in message
+
+
+# --- PyTorch .bin files -----------------------------------------------------------------------------------------------
+
+
+def mixed_state() -> dict[str, torch.Tensor]:
+    """Tensors in all the ways in which they can share or leave out memory."""
+    torch.manual_seed(0)
+    base = torch.randn(6, 4)
+    return {
+        "whole": base,
+        "shared": base,
+        "rows": base[2:5],
+        "one": base[5, 3],
+        "reshaped": base.view(4, 6),
+        "parameter": torch.nn.Parameter(torch.randn(3, 2)),
+        "half": torch.randn(5, 3).half(),
+        "brain": torch.randn(5, 3).bfloat16()[1:],
+        "ids": torch.arange(7),
+        "flags": torch.tensor([True, False]),
+        "empty": torch.empty(0, 3),
+    }
+
+
+NOT_ROW_MAJOR = {
+    "square": (square := torch.arange(9.0).reshape(3, 3)),
+    "transposed": square.t(),
+    "transposed again": square.t(),
+    "every second": torch.arange(10.0)[::2],
+    "column": torch.arange(12.0).reshape(3, 4)[:, 1],
+    "expanded": torch.ones(1, 3).expand(2, 3),
+    "parameter": torch.nn.Parameter(torch.randn(2, 3)).t(),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("state", [mixed_state(), NOT_ROW_MAJOR], ids=["row-major", "not-row-major"])
+def test_bin_file_holds_what_torch_loads(state: dict[str, torch.Tensor], zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    stored = read_torch_file(path)
+    assert list(stored) == list(state)
+    assert_same(values(stored), torch.load(path, weights_only=True))
+    assert_same(values(stored), state)
+
+
+def test_zip_file_is_read_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(mixed_state(), path)
+    stored = read_torch_file(path)
+    assert all(tensor.loaded is None and tensor.file == path for tensor in stored.values())
+    assert stored["shared"].offset == stored["whole"].offset
+    assert stored["rows"].offset == stored["whole"].offset + 2 * 4 * 4
+    raw = path.read_bytes()[stored["ids"].offset :][: stored["ids"].nbytes]
+    assert torch.equal(torch.frombuffer(bytearray(raw), dtype=torch.int64), torch.arange(7))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_shared_memory_shows_and_transposed_memory_is_another(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    same = torch.randn(4, 4)
+    torch.save({"one": same, "same": same, "turned": same.t()}, path, _use_new_zipfile_serialization=zipped)
+    stored = read_torch_file(path)
+    assert stored["one"].offset == stored["same"].offset
+    assert stored["one"].offset != stored["turned"].offset
+
+
+def rezip(path: Path, edit: Callable[[str, bytes], bytes] = lambda _, content: content, **options: Any) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = [(name, edit(name, archive.read(name))) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in records:
+            archive.writestr(name, content)
+
+
+def test_compressed_zip_file_holds_what_torch_loads(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    state = {"a": torch.arange(64.0), "b": torch.ones(300)}
+    torch.save(state, path)
+    rezip(path, compression=zipfile.ZIP_DEFLATED)
+    assert_same(torch.load(path, weights_only=True), state)
+    assert_same(values(read_torch_file(path)), state)
+
+
+def test_file_of_the_other_byte_order_holds_what_torch_loads(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    state = {"a": torch.arange(64.0), "b": torch.arange(30).half()}
+    torch.save(state, path)
+    other = b"big" if sys.byteorder == "little" else b"little"
+    swapped = {"data/0": 4, "data/1": 2}
+
+    def edit(name: str, content: bytes) -> bytes:
+        if name.endswith("/byteorder"):
+            return other
+        width = next((width for end, width in swapped.items() if name.endswith(end)), 1)
+        return b"".join(content[i : i + width][::-1] for i in range(0, len(content), width))
+
+    rezip(path, edit)
+    assert_same(torch.load(path, weights_only=True), state)
+    assert_same(values(read_torch_file(path)), state)
+
+
+def test_tensor_that_claims_more_than_its_record_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.arange(64.0), "b": torch.ones(64)}, path)
+    rezip(path, lambda name, content: content[:40] if name.endswith("data/0") else content)
+    assert "is not a sound PyTorch checkpoint" in refused(lambda: read_torch_file(path))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_every_cut_of_a_bin_file_is_refused(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.arange(6.0)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        assert str(path) in refused(lambda: read_torch_file(path))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bytes_of_a_bin_file_are_refused_or_read_as_torch_reads_them(
+    zipped: bool, tmp_path: Path, data: st.DataObject
+) -> None:
+    buffer, path = io.BytesIO(), tmp_path / "pytorch_model.bin"
+    state = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16()}
+    torch.save(state, buffer, _use_new_zipfile_serialization=zipped)
+    content = bytearray(buffer.getvalue())
+    for position in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=2)):
+        content[position] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    try:
+        found = read_torch_file(path)
+    except CheckpointError:
+        return
+    try:
+        expected = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # A flipped weight: torch compares the checksums of a zip file, which takes reading it whole.
+        assert zipped
+        assert {name: tensor.shape for name, tensor in found.items()} == {n: tuple(t.shape) for n, t in state.items()}
+        return
+    assert_same(values({name: t for name, t in found.items() if t.dtype in DTYPES}), expected)
+
+
+class WantsToRun:
+    """Creates a file when a careless loader unpickles it."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickle_that_wants_to_run_code_is_refused_and_does_not(zipped: bool, tmp_path: Path) -> None:
+    folder, marker = save_tiny("llama", tmp_path / "llama"), tmp_path / "marker"
+    (folder / "model.safetensors").unlink()
+    state = {"model.norm.weight": torch.ones(32), "payload": WantsToRun(marker)}
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    message = refused(lambda: open_checkpoint(folder))
+    assert "pytorch_model.bin is refused: its pickle asks for more than tensors" in message
+    assert "mkdir" in message
+    assert "safetensors" in message
+    # torch's advice to load it without the check is not passed on.
+    assert "weights_only" not in message
+    assert not marker.exists()
+    # The payload is real: a loader without the check runs it.
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert marker.is_dir()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *([torch.ones(2)], torch.ones(2), {}, {"a": 3}, {"state_dict": {"a": torch.ones(2)}}),
+        *({"a": torch.ones(2), "epoch": 3}, {"a": {"b": torch.ones(2)}}, {3: torch.ones(2)}, None),
+        {"a": torch.ones(3, 3).to_sparse()},
+    ],
+    ids=["list", "tensor", "empty", "number", "nested", "with-epoch", "two-deep", "no-names", "none", "sparse"],
+)
+def test_bin_file_without_a_flat_state_dict_is_refused(content: object, tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(content, path)
+    message = refused(lambda: read_torch_file(path))
+    assert "holds no flat state dict" in message
+    assert "without optimizer or trainer state" in message
+
+
+def test_dtype_that_safetensors_cannot_hold_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(2, dtype=torch.complex128)}, path)
+    assert "a has dtype torch.complex128" in refused(lambda: read_torch_file(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04"])
+def test_bin_file_that_is_something_else_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(content)
+    message = refused(lambda: read_torch_file(path))
+    assert message.startswith(f"{path} is not a sound PyTorch checkpoint: ")
+    assert len(message.splitlines()) == 2
+
+
+def test_sharded_bin_files_hold_what_one_file_would(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "llama")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = list(state)
+    shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, held in shards.items():
+        torch.save({name: state[name] for name in held}, folder / file)
+    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.shards == tuple(shards)
+    assert_same(values(checkpoint.tensors), state)
+    edit_index(folder, lambda places: places.update(extra="../x.bin"), "pytorch_model.bin.index.json")
+    assert "places extra outside the folder" in refused(lambda: open_checkpoint(folder))
