@@ -25,6 +25,8 @@ from compressknow.model.tensors import StoredTensor
 BoolArray = npt.NDArray[np.bool_]
 # The pruned weights of a block, [rows, columns]; asked for each block of a tensor in order.
 BlockMask = Callable[[Block], BoolArray]
+# Starts a tensor anew; what it returns gives the keys of each of its blocks in order.
+KeyMaker = Callable[[], Callable[[Block], Keys]]
 
 FLOAT_ONE_BITS = 0x3F800000
 
@@ -57,7 +59,7 @@ class KeyMask:
 
     key: int
     ties: int
-    keys_of: Callable[[], Callable[[Block], Keys]]
+    keys_of: KeyMaker
 
     def start(self) -> BlockMask:
         left, keys_of = self.ties, self.keys_of()
@@ -104,15 +106,20 @@ def choose(reader: Reader, step: Prune, tensors: Sequence[StoredTensor]) -> list
     """
     if step.structured:
         return list(reader.pool.map(lambda tensor: _channel_mask(reader, step, tensor), tensors))
-    wide = len({tensor.dtype for tensor in tensors}) > 1
-    makers = [_key_maker(step, tensor, wide) for tensor in tensors]
+    # Magnitudes of several dtypes compare in the widest.
+    common = TORCH_DTYPES[tensors[0].dtype] if len({tensor.dtype for tensor in tensors}) == 1 else torch.float32
+    by_magnitude = step.method == "l1-unstructured"
+    makers = [_magnitudes(common) if by_magnitude else _random_keys(step.seed, tensor) for tensor in tensors]
 
     def keys(index: int) -> Iterator[Keys]:
         keys_of = makers[index]()
-        for block in _checked_blocks(reader, tensors[index]):
-            yield keys_of(block)
+        for block in reader.blocks(tensors[index]):
+            found = keys_of(block)
+            if by_magnitude:
+                check_finite(int(found.max(initial=0)), common, tensors[index])
+            yield found
 
-    bits = 31 if wide or step.method != "l1-unstructured" else BIT_LAYOUTS[TORCH_DTYPES[tensors[0].dtype]].bits
+    bits = BIT_LAYOUTS[common].bits if by_magnitude else BIT_LAYOUTS[torch.float32].bits
     counts, total = pruned_count(step, [tensor.shape for tensor in tensors])
     if counts is None:
         chosen = select_smallest(reader.pool.map, len(tensors), total, bits, keys)
@@ -128,30 +135,23 @@ def tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
-def _checked_blocks(reader: Reader, tensor: StoredTensor) -> Iterator[Block]:
-    for block in reader.blocks(tensor):
-        check_finite(int(magnitude_keys(block.values).max(initial=0)), block.values.dtype, tensor)
-        yield block
+def _magnitudes(common: torch.dtype) -> KeyMaker:
+    return lambda: lambda block: magnitude_keys(block.values.to(common))
 
 
-def _key_maker(step: Prune, tensor: StoredTensor, wide: bool) -> Callable[[], Callable[[Block], Keys]]:
-    if step.method == "random-unstructured":
-        return lambda: _random_keys(tensor_seed(step.seed, tensor.name))
-    if wide:
-        return lambda: lambda block: magnitude_keys(block.values.to(torch.float32))
-    return lambda: lambda block: magnitude_keys(block.values)
+def _random_keys(seed: int, tensor: StoredTensor) -> KeyMaker:
+    def start() -> Callable[[Block], Keys]:
+        generator = torch.Generator().manual_seed(tensor_seed(seed, tensor.name))
 
+        def keys(block: Block) -> Keys:
+            # torch prunes where its uniform numbers are largest. It draws them one after the other, so that blocks
+            # get the numbers that the whole tensor would.
+            drawn = torch.rand(block.values.numel(), generator=generator).view(torch.int32).numpy()
+            return (FLOAT_ONE_BITS - drawn).reshape(tuple(block.values.shape))
 
-def _random_keys(seed: int) -> Callable[[Block], Keys]:
-    generator = torch.Generator().manual_seed(seed)
+        return keys
 
-    def keys(block: Block) -> Keys:
-        # torch prunes where its uniform numbers are largest. It draws them one after the other, so that blocks get
-        # the numbers that the whole tensor would.
-        drawn = torch.rand(block.values.numel(), generator=generator).view(torch.int32).numpy()
-        return (FLOAT_ONE_BITS - drawn).reshape(tuple(block.values.shape))
-
-    return keys
+    return start
 
 
 def _channel_mask(reader: Reader, step: Prune, tensor: StoredTensor) -> ChannelMask:
@@ -172,7 +172,8 @@ def _channel_norms(reader: Reader, step: Prune, tensor: StoredTensor) -> torch.T
     """Norms to the power of their order [matrices, channels], float64: they rank as the norms do."""
     number, rows, columns = matrices(tensor.shape)
     total = torch.zeros(number * rows if step.dim == 0 else number, columns if step.dim else 1, dtype=torch.float64)
-    for block in _checked_blocks(reader, tensor):
+    for block in reader.blocks(tensor):
+        check_finite(int(magnitude_keys(block.values).max(initial=0)), block.values.dtype, tensor)
         magnitudes = block.values.to(torch.float64).abs_()
         powers = magnitudes if step.norm in (1, math.inf) else magnitudes.pow_(step.norm)
         if step.dim == 0:
