@@ -115,8 +115,8 @@ def choose(reader: Reader, step: Prune, tensors: Sequence[StoredTensor]) -> list
         keys_of = makers[index]()
         for block in reader.blocks(tensors[index]):
             found = keys_of(block)
-            if by_magnitude:
-                check_finite(int(found.max(initial=0)), common, tensors[index])
+            magnitudes = found if by_magnitude else magnitude_keys(block.values.to(common))
+            check_finite(int(magnitudes.max(initial=0)), common, tensors[index])
             yield found
 
     bits = BIT_LAYOUTS[common].bits if by_magnitude else BIT_LAYOUTS[torch.float32].bits
