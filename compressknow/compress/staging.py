@@ -99,15 +99,13 @@ def refuse_output(output: Path, *, overwrite: bool, source: Path | None) -> None
     (a hub id) is in nobody's way."""
     if source is not None and source.exists():
         here, there = output.resolve(), source.resolve()
-        if here == there or there in here.parents or here in there.parents:
-            relation = (
-                "the input itself"
-                if here == there
-                else "inside the input"
-                if there in here.parents
-                else "around the input"
-            )
-            raise OutputError(f"OUTPUT {output} is {relation}.", hint="Choose a folder beside it.")
+        overlaps = {
+            "is the input itself": here == there,
+            "lies inside the input": there in here.parents,
+            "contains the input": here in there.parents,
+        }
+        if relation := next((words for words, holds in overlaps.items() if holds), None):
+            raise OutputError(f"OUTPUT {output} {relation}.", hint="Choose a folder beside it.")
     if not os.path.lexists(output):
         return
     if not overwrite:

@@ -1,0 +1,178 @@
+"""An output appears whole or not at all, and nothing of the user's is lost, however a run ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import compressknow
+from compressknow.cli import main
+from compressknow.errors import CompressknowError, OutputError
+from compressknow.model.tensors import StoredTensor
+from tests.models import save_tiny
+
+DEADLINE = 60
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("bert", tmp_path_factory.mktemp("tiny") / "bert")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose conversion takes long enough to be interrupted: 270 MB, structured pruning by a slow norm."""
+    folder = tmp_path_factory.mktemp("large") / "llama"
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 5, "num_attention_heads": 8}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=500)).save_pretrained(folder)
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def start(source: Path, output: Path) -> subprocess.Popen[str]:
+    """A conversion in a process of its own, once it is under way."""
+    options = ["--prune", "0.3", "--prune-method", "ln-structured", "--norm", "2.5", "--quantize", "int8"]
+    command = [sys.executable, "-m", "compressknow", "convert", str(source), str(output), "--threads", "1", *options]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    until = time.monotonic() + DEADLINE
+    while not staging_folders(output):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return process
+
+
+def staging_folders(output: Path) -> list[Path]:
+    return sorted(output.parent.glob(f".{output.name}.compressknow-*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing(large: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process = start(large, tmp_path / "out")
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == code
+    assert "Traceback" not in output + errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_one_cleans_up(
+    large: Path, source: Path, tmp_path: Path
+) -> None:
+    process = start(large, tmp_path / "out")
+    process.kill()
+    process.communicate(timeout=DEADLINE)
+    assert not (tmp_path / "out").exists()
+    assert len(staging_folders(tmp_path / "out")) == 1
+    compressknow.convert(source, tmp_path / "out", prune=0.2)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    compressknow.verify(tmp_path / "out")
+
+
+def test_the_staging_folder_of_a_run_still_alive_is_left_alone(source: Path, tmp_path: Path) -> None:
+    alive = tmp_path / ".out.compressknow-new-alive"
+    alive.mkdir()
+    with (alive / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compressknow.convert(source, tmp_path / "out", prune=0.2)
+    assert alive.is_dir()
+
+
+def test_an_interrupted_overwrite_is_put_back(source: Path, tmp_path: Path) -> None:
+    compressknow.convert(source, tmp_path / "out", prune=0.2)
+    before = content(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.compressknow-old-abc")
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.convert(source, tmp_path / "out", prune=0.3)
+    assert content(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_replaces_what_convert_wrote(source: Path, tmp_path: Path) -> None:
+    compressknow.convert(source, tmp_path / "out", prune=0.2)
+    compressknow.convert(source, tmp_path / "out", prune=0.3, overwrite=True)
+    compressknow.convert(source, tmp_path / "other", prune=0.3)
+    assert content(tmp_path / "out") == content(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_failing_overwrite_leaves_the_old_output_as_it_was(source: Path, tmp_path: Path) -> None:
+    compressknow.convert(source, tmp_path / "out", prune=0.2)
+    before = content(tmp_path / "out")
+    damaged = save_tiny("bert", tmp_path / "damaged")
+    put_nan(damaged / "model.safetensors", "bert.encoder.layer.1.output.dense.weight")
+    with pytest.raises(CompressknowError, match=r"bert\.encoder\.layer\.1\.output\.dense\.weight"):
+        compressknow.convert(damaged, tmp_path / "out", prune=0.3, overwrite=True)
+    assert content(tmp_path / "out") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "out"]
+
+
+def put_nan(file: Path, name: str) -> None:
+    from compressknow.model.safetensors_header import read_header
+
+    tensor: StoredTensor = read_header(file)[name]
+    with file.open("r+b") as weights:
+        weights.seek(tensor.offset + 40)
+        weights.write(torch.tensor([float("nan")]).numpy().tobytes())
+
+
+@pytest.mark.parametrize("kind", ["folder of the user's", "file", "link to a folder", "link to nowhere"])
+def test_overwrite_never_takes_what_convert_did_not_write(source: Path, tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "out"
+    if kind == "file":
+        output.write_text("precious")
+    elif kind == "folder of the user's":
+        output.mkdir()
+        (output / "precious").write_text("precious")
+    else:
+        output.symlink_to(source if kind == "link to a folder" else tmp_path / "nowhere")
+    before = content(tmp_path)
+    with pytest.raises(OutputError):
+        compressknow.convert(source, output, prune=0.2, overwrite=True)
+    assert content(tmp_path) == before
+    assert output.is_symlink() == kind.startswith("link")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False) if os.geteuid() == 0 else None
+    if done is None or done.returncode:
+        pytest.skip(f"a small file system cannot be mounted: {done.stderr.strip() if done else 'not root'}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_message_and_nothing_is_left(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = save_tiny("mixtral", small_disk.parent / "mixtral")
+    assert (wide / "model.safetensors").stat().st_size > 200_000
+    capsys.readouterr()
+    assert main(["convert", str(wide), str(small_disk / "out"), "--prune", "0.2"]) == 1
+    assert capsys.readouterr().err.startswith(f"Error: No space left for {small_disk / 'out'}.\n")
+    assert list(small_disk.iterdir()) == []
+
+
+def test_the_output_is_as_open_as_the_users_other_files(source: Path, tmp_path: Path) -> None:
+    compressknow.convert(source, tmp_path / "out", prune=0.2)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "folder").stat().st_mode
+    for path in (tmp_path / "out").iterdir():
+        assert path.stat().st_mode == (tmp_path / "file").stat().st_mode
