@@ -1,0 +1,280 @@
+"""Bad input: one clear message, exit code 1 or 2, nothing written, the input as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from compressknow.cli import main
+from tests.models import save_tiny
+
+PRUNE = ["--prune", "0.2"]
+
+
+@pytest.fixture
+def source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    folder = save_tiny("bert", tmp_path / "in")
+    capsys.readouterr()
+    return folder
+
+
+def state(folder: Path) -> dict[str, str]:
+    """Everything in a folder, hidden files and links included."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        key = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[key] = f"-> {path.readlink()}"
+        else:
+            found[key] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+    return found
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run convert, and give its message: it must refuse, in one message, and change nothing."""
+
+    def run(model: Path | str, *options: str, output: Path | None = None, code: int = 1) -> str:
+        before = state(tmp_path)
+        assert main(["convert", str(model), str(output or tmp_path / "out"), *options]) == code
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.count("Error: ") == 1
+        assert "Traceback" not in printed.err
+        assert state(tmp_path) == before
+        return printed.err
+
+    return run
+
+
+Refused = Callable[..., str]
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.update(changes)
+    kept = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_missing_folder_and_a_file_for_a_folder(source: Path, refused: Refused, tmp_path: Path) -> None:
+    assert "no such folder" in refused(tmp_path / "nowhere", *PRUNE)
+    assert str(source) in refused(source / "config.json", *PRUNE)
+
+
+def test_a_hub_id_out_of_reach_says_what_to_download(refused: Refused) -> None:
+    assert "hf download some-author/some-model" in refused("some-author/some-model", *PRUNE)
+
+
+def test_a_folder_without_weights(source: Path, refused: Refused) -> None:
+    (source / "model.safetensors").unlink()
+    assert "has no weights" in refused(source, *PRUNE)
+
+
+def test_a_config_without_architectures(source: Path, refused: Refused) -> None:
+    edit_config(source, architectures=None)
+    message = refused(source, *PRUNE)
+    assert "names no architecture" in message
+    assert "BertForMaskedLM" in message
+
+
+@pytest.mark.parametrize("cut", [3, 100, -1])
+def test_truncated_weights(source: Path, refused: Refused, cut: int) -> None:
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:cut])
+    assert "model.safetensors is not a sound safetensors file" in refused(source, *PRUNE)
+
+
+def test_a_header_that_is_no_json(source: Path, refused: Refused) -> None:
+    raw = bytearray((source / "model.safetensors").read_bytes())
+    raw[8:12] = b"\xff\xfe{{"
+    (source / "model.safetensors").write_bytes(raw)
+    assert "is not a sound safetensors file" in refused(source, *PRUNE)
+
+
+@pytest.mark.parametrize("file", ["missing.safetensors", "../outside.safetensors", "/etc/passwd", "..\\outside"])
+def test_an_index_that_names_what_is_not_in_the_folder(source: Path, refused: Refused, file: str) -> None:
+    (source / "model.safetensors").rename(source / "part.safetensors")
+    (source.parent / "outside.safetensors").write_bytes((source / "part.safetensors").read_bytes())
+    index = {"weight_map": {"cls.predictions.bias": file}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refused(source, *PRUNE)
+    assert "model.safetensors.index.json" in message
+    assert ("is missing" in message) == (file == "missing.safetensors")
+
+
+def test_shapes_that_disagree_with_the_config(source: Path, refused: Refused) -> None:
+    edit_config(source, intermediate_size=52)
+    message = refused(source, *PRUNE)
+    assert "bert.encoder.layer.0.intermediate.dense.weight has shape [48, 32], config.json says [52, 32]" in message
+
+
+def test_a_weight_that_is_missing(source: Path, refused: Refused) -> None:
+    edit_tensors(source, lambda tensors: tensors.pop("bert.encoder.layer.1.output.dense.weight"))
+    assert "lacks bert.encoder.layer.1.output.dense.weight" in refused(source, *PRUNE)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["bert.encoder.layer.1.output.dense.weight", "bert.embeddings.word_embeddings.weight"])
+@pytest.mark.parametrize("options", [PRUNE, ["--quantize", "int8"], [*PRUNE, "--prune-method", "ln-structured"]])
+def test_a_weight_that_is_no_number_is_named(
+    source: Path, refused: Refused, value: float, name: str, options: list[str]
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][3, 5] = value
+
+    edit_tensors(source, spoil)
+    message = refused(source, *options)
+    assert name in message
+    assert ("NaN" if value != value else "an infinity") in message
+
+
+@pytest.mark.parametrize("amount", ["0", "1", "-0.1", "1.5", "nan", "inf"])
+def test_an_amount_out_of_range(source: Path, refused: Refused, amount: str) -> None:
+    assert "must lie between 0 and 1" in refused(source, "--prune", amount, code=2)
+
+
+@pytest.mark.parametrize("options", [["--prune", "much"], ["--quantize", "int4"], ["--threads", "0"], ["--dim", "2"]])
+def test_an_option_that_makes_no_sense(source: Path, refused: Refused, options: list[str]) -> None:
+    assert options[0] in refused(source, *options, code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "listed"),
+    [
+        (["--scope", "atention"], "feed-forward"),
+        (["--scope", "cross-attention"], "self-attention"),
+        (["--layers", "7-9"], "0-1"),
+        (["--include", "no_such_module"], "attention.self.query"),
+        (["--exclude", "no_such_module"], "attention.self.query"),
+    ],
+)
+def test_what_matches_nothing_lists_what_there_is(
+    source: Path, refused: Refused, options: list[str], listed: str
+) -> None:
+    message = refused(source, *PRUNE, *options, code=2)
+    assert options[1] in message
+    assert listed in message
+
+
+def test_a_pattern_that_is_no_regular_expression(source: Path, refused: Refused) -> None:
+    assert "--include" in refused(source, *PRUNE, "--include", "(", code=2)
+
+
+def test_nothing_to_do(source: Path, refused: Refused) -> None:
+    assert "--prune AMOUNT" in refused(source, code=2)
+
+
+def test_input_that_is_quantized_already(
+    source: Path, refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(source), str(tmp_path / "int8"), "--quantize", "int8"]) == 0
+    capsys.readouterr()
+    assert "is quantized already (compressed-tensors)" in refused(tmp_path / "int8", *PRUNE)
+    edit_config(tmp_path / "int8", quantization_config=None)
+    assert "stored as I8" in refused(tmp_path / "int8", *PRUNE)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link to nowhere"])
+def test_an_output_that_exists(source: Path, refused: Refused, tmp_path: Path, kind: str) -> None:
+    if kind == "folder":
+        (tmp_path / "out").mkdir()
+    elif kind == "file":
+        (tmp_path / "out").write_text("precious")
+    else:
+        (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert "--overwrite" in refused(source, *PRUNE)
+
+
+def test_an_output_that_overlaps_the_input(source: Path, refused: Refused, tmp_path: Path) -> None:
+    for overwrite in ([], ["--overwrite"]):
+        assert "is the input itself" in refused(source, *PRUNE, *overwrite, output=source)
+        assert "lies inside the input" in refused(source, *PRUNE, *overwrite, output=source / "out")
+        assert "contains the input" in refused(source, *PRUNE, *overwrite, output=tmp_path)
+
+
+def test_a_pickle_that_wants_to_run_code(source: Path, refused: Refused, tmp_path: Path) -> None:
+    marker = tmp_path.parent / "ran"
+
+    class Harmful:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (marker,)
+
+    (source / "model.safetensors").unlink()
+    torch.save({"weight": Harmful()}, source / "pytorch_model.bin")
+    assert "loading it could run code" in refused(source, *PRUNE)
+    assert not marker.exists()
+
+
+def test_code_in_the_checkpoint_without_trust(source: Path, refused: Refused, tmp_path: Path) -> None:
+    marker = tmp_path.parent / "ran"
+    (source / "modeling_own.py").write_text(f"open({str(marker)!r}, 'w')\nclass OwnModel: ...\n")
+    edit_config(source, architectures=["OwnModel"], auto_map={"AutoModelForMaskedLM": "modeling_own.OwnModel"})
+    assert "--trust-remote-code" in refused(source, *PRUNE)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("gpt2", "Conv1D"), ("mixtral", "fuses all experts of a block into one weight")]
+)
+def test_int8_without_a_form_that_runs_right(tmp_path: Path, capsys: Any, name: str, reason: str) -> None:
+    folder = save_tiny(name, tmp_path / "in")
+    capsys.readouterr()
+    for options in (["--dry-run"], []):
+        scope = ["--scope", "feed-forward", "--quantize", "int8"]
+        before = state(tmp_path)
+        assert main(["convert", str(folder), str(tmp_path / "out"), *scope, *options]) == 1
+        message = capsys.readouterr().err
+        assert "cannot be quantized to int8" in message
+        assert reason.split()[0] in message
+        assert state(tmp_path) == before
+
+
+def test_a_final_layer_that_its_model_needs_tied(tmp_path: Path, refused: Refused, capsys: Any) -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 99, "num_experts": 2}
+    hf.SwitchTransformersForConditionalGeneration(hf.SwitchTransformersConfig(**sizes)).save_pretrained(tmp_path / "in")
+    capsys.readouterr()
+    assert "cannot be untied" in refused(tmp_path / "in", *PRUNE, "--scope", "final")
+
+
+RECIPES = {
+    "not toml": ("steps = [", "cannot be read"),
+    "no steps": ("module_map = 'paper'", "no list of [[steps]]"),
+    "unknown key": ("[[steps]]\nprune = 0.2\namout = 3", "amout"),
+    "neither": ("[[steps]]\nscope = ['attention']", "either prune = AMOUNT or quantize = SCHEME"),
+    "wrong type": ("[[steps]]\nprune = '20 %'", "must lie between 0 and 1"),
+    "scope of numbers": ("[[steps]]\nprune = 0.2\nscope = [1]", "scope must be a list of text"),
+    "twice": ("[[steps]]\nprune = 0.2\n[[steps]]\nprune = 0.3\nscope = 'attention'", "pruned by two steps"),
+    "order": ("[[steps]]\nquantize = 'int8'\n[[steps]]\nprune = 0.3", "prunes before it quantizes"),
+    "scheme": ("[[steps]]\nquantize = 'int4'", "int8-paper"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_that_makes_no_sense(source: Path, refused: Refused, tmp_path: Path, name: str) -> None:
+    text, message = RECIPES[name]
+    (tmp_path / "recipe.toml").write_text(text)
+    assert message in refused(source, "--recipe", str(tmp_path / "recipe.toml"), code=2)
+
+
+def test_a_recipe_that_is_missing_or_given_beside_options(source: Path, refused: Refused, tmp_path: Path) -> None:
+    assert "no such recipe" in refused(source, "--recipe", str(tmp_path / "none.toml"), code=2)
+    (tmp_path / "recipe.toml").write_text("[[steps]]\nprune = 0.2")
+    message = refused(
+        source, "--recipe", str(tmp_path / "recipe.toml"), "--scope", "attention", "--prune", "0.1", code=2
+    )
+    assert "leave out --prune, --scope" in message
