@@ -16,6 +16,9 @@ from compressknow.model.tensors import StoredTensor, byte_view
 if TYPE_CHECKING:
     import torch
 
+# A record's own header in a zip archive: its signature, and the lengths of the two fields that follow.
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+ENCRYPTED = 0x2061
 DTYPE_NAMES = {
     **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"},
     **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64", "bool": "BOOL"},
@@ -85,10 +88,11 @@ def _records_in_place(path: Path) -> dict[int, int]:
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             entries = archive.infolist()
-            orders = [archive.read(entry).decode() for entry in entries if entry.filename.endswith("/byteorder")]
-            if any(order != sys.byteorder for order in orders):
+            # All but the storages: reading them compares their checksums, which torch does not.
+            small = {entry.filename: archive.read(entry) for entry in entries if "/data/" not in entry.filename}
+            if any(order.decode() != sys.byteorder for name, order in small.items() if name.endswith("/byteorder")):
                 return {}
-            plain = [entry for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
+            plain = [e for e in entries if e.compress_type == zipfile.ZIP_STORED and not e.flag_bits & ENCRYPTED]
             return {_data_offset(file, entry): entry.file_size for entry in plain}
     except Exception:  # A damaged archive may fail anywhere; what is wrong with it, torch will say.
         return {}
@@ -96,9 +100,11 @@ def _records_in_place(path: Path) -> dict[int, int]:
 
 def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     # The local header repeats the name and has extra fields (padding) of its own.
-    file.seek(entry.header_offset + 26)
-    name_length, extra_length = struct.unpack("<HH", file.read(4))
-    return entry.header_offset + 30 + int(name_length) + int(extra_length)
+    file.seek(entry.header_offset)
+    signature, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+    if signature != b"PK\3\4":
+        raise zipfile.BadZipFile
+    return entry.header_offset + LOCAL_HEADER.size + int(name_length) + int(extra_length)
 
 
 def _lies_in(records: dict[int, int], tensor: torch.Tensor) -> bool:

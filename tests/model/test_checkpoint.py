@@ -520,27 +520,30 @@ def test_every_cut_of_a_bin_file_is_refused(zipped: bool, tmp_path: Path) -> Non
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_flipped_bytes_of_a_bin_file_are_refused_or_read_as_torch_reads_them(
+def test_flipped_bytes_of_a_bin_file_are_refused_or_lead_to_tensors_that_torch_sees_too(
     zipped: bool, tmp_path: Path, data: st.DataObject
 ) -> None:
     buffer, path = io.BytesIO(), tmp_path / "pytorch_model.bin"
-    state = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16()}
-    torch.save(state, buffer, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16()}, buffer, _use_new_zipfile_serialization=zipped
+    )
     content = bytearray(buffer.getvalue())
     for position in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=2)):
         content[position] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content)
     try:
-        found = read_torch_file(path)
+        stored = read_torch_file(path)
     except CheckpointError:
         return
+    # Values are not compared: torch fills a tensor with zeros where a checksum in the archive's directory is wrong.
+    found = values({name: tensor for name, tensor in stored.items() if tensor.dtype in DTYPES})
     try:
-        expected = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # A flipped weight: torch compares the checksums of a zip file, which takes reading it whole.
+        seen = torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError:  # Damage beside the tensors, in the names of an archive's records.
         assert zipped
-        assert {name: tensor.shape for name, tensor in found.items()} == {n: tuple(t.shape) for n, t in state.items()}
         return
-    assert_same(values({name: t for name, t in found.items() if t.dtype in DTYPES}), expected)
+    assert set(stored) == set(seen)
+    assert all((t.dtype, t.shape) == (seen[name].dtype, seen[name].shape) for name, t in found.items())
 
 
 class WantsToRun:
