@@ -63,14 +63,19 @@ class OutputFiles:
                 os.posix_fallocate(self._descriptors[name], 0, size)
             _write_all(self._descriptors[name], memoryview(layout.headers[name]), 0)
         self._complete = threading.Event()
+        self._flush_error: OSError | None = None
         self._flusher = threading.Thread(target=self._flush, daemon=True)
         self._flusher.start()
 
     def _flush(self) -> None:
         """Send to the disk what is written while the rest is computed, instead of waiting for it all at the end."""
-        while not self._complete.wait(FLUSH_SECONDS):
-            for descriptor in self._descriptors.values():
-                os.fsync(descriptor)
+        try:
+            while not self._complete.wait(FLUSH_SECONDS):
+                for descriptor in self._descriptors.values():
+                    os.fsync(descriptor)
+        except OSError as error:
+            # Linux tells a descriptor of a failed write once: a later fsync would succeed.
+            self._flush_error = error
 
     def writer(self, tensor_name: str) -> TensorWriter:
         place = self._layout.places[tensor_name]
@@ -80,6 +85,8 @@ class OutputFiles:
         """Wait until all that was written would survive a power cut."""
         self._complete.set()
         self._flusher.join()
+        if self._flush_error is not None:
+            raise self._flush_error
         pool.map(os.fsync, self._descriptors.values())
 
     def close(self) -> None:
