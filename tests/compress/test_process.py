@@ -1,0 +1,167 @@
+"""What the manifest says of each tensor is what a recount of the written weights finds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressknow.compress.convert import convert
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Step, Where
+from compressknow.model.safetensors_header import read_header
+from tests.models import save_tiny
+
+PRUNES = {
+    "5 %": Prune(0.05),
+    "40 %": Prune(0.4),
+    "95 % per layer": Prune(0.95, per_layer=True),
+    "20 % of rows": Prune(0.2, "ln-structured", norm=2),
+    "20 % at random": Prune(0.2, "random-unstructured"),
+}
+STEPS: dict[str, tuple[Step, ...]] = {
+    **{name: (prune,) for name, prune in PRUNES.items()},
+    "int8": (Quantize("int8"),),
+    "int8-paper": (Quantize("int8-paper"),),
+    "5 %, then int8": (Prune(0.05), Quantize("int8")),
+    "40 %, then int8-paper": (Prune(0.4), Quantize("int8-paper")),
+    "20 % of rows, then int8-weights": (PRUNES["20 % of rows"], Quantize("int8-weights")),
+    "40 % of attention, int8 feed-forward": (
+        Prune(0.4, where=Where(("attention",))),
+        Quantize("int8", Where(("feed-forward",))),
+    ),
+}
+every_recipe = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A tiny Llama with zeros of both signs in its weights, embeddings and norms; one weight is all zero."""
+    folder = save_tiny("llama", tmp_path / "source", request.param)
+    weights = load_file(folder / "model.safetensors")
+    for weight in weights.values():
+        weight.view(-1)[::200] = 0.0
+        weight.view(-1)[100::200] = -0.0
+    weights["model.layers.0.self_attn.k_proj.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def values_of(written: dict[str, Tensor], name: str) -> Tensor:
+    """A written weight in float64, int8 ones times their scale."""
+    scale = written.get(f"{name}_scale")
+    return written[name].double() * (1 if scale is None else scale.double())
+
+
+def zeros(weights: Iterable[Tensor]) -> int:
+    return sum(int((weight == 0).sum()) for weight in weights)
+
+
+def relative_error(written: Tensor, original: Tensor) -> float:
+    norm = original.double().norm()
+    return float((written - original.double()).norm() / norm) if norm else 0.0
+
+
+@every_recipe
+def test_relative_errors_are_those_of_the_written_weights(
+    steps: tuple[Step, ...], source: Path, tmp_path: Path
+) -> None:
+    manifest = convert(source, tmp_path / "output", Recipe(steps))
+    before, written = weights_of(source), weights_of(tmp_path / "output")
+    for row in manifest["tensors"]:
+        error = relative_error(values_of(written, row["name"]), before[row["name"]])
+        assert row["relative_error"] == pytest.approx(error, rel=1e-4), row["name"]
+    changed = [row for row in manifest["tensors"] if row["relative_error"]]
+    assert changed
+    assert all(row["in_scope"] for row in changed)
+
+
+@every_recipe
+def test_zeros_are_those_of_the_source_and_of_the_written_weights(
+    steps: tuple[Step, ...], source: Path, tmp_path: Path
+) -> None:
+    manifest = convert(source, tmp_path / "output", Recipe(steps))
+    before, written = weights_of(source), weights_of(tmp_path / "output")
+    assert {row["name"] for row in manifest["tensors"]} == before.keys()
+    for row in manifest["tensors"]:
+        assert row["zeros_before"] == zeros([before[row["name"]]]) > 0, row["name"]
+        assert row["zeros"] == zeros([written[row["name"]]]), row["name"]
+    assert manifest["totals"]["zeros_before"] == zeros(before.values())
+    assert manifest["totals"]["zeros_after"] == zeros(written[name] for name in before)
+
+
+@pytest.mark.parametrize("prune", PRUNES.values(), ids=PRUNES.keys())
+def test_pruned_counts_are_the_chosen_weights_those_that_were_zero_included(prune: Prune, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    once = convert(tmp_path / "source", tmp_path / "once", Recipe((prune,)))
+    written = weights_of(tmp_path / "once")
+    pruned = {row["name"]: row["pruned"] for row in once["tensors"]}
+    assert pruned == {row["name"]: zeros([written[row["name"]]]) for row in once["tensors"]}
+    assert once["totals"]["pruned"] == sum(pruned.values()) > 0
+    # The same weights again: all of them are zero by now.
+    if "random" not in prune.method:
+        again = convert(tmp_path / "once", tmp_path / "again", Recipe((prune,)))
+        assert {row["name"]: row["pruned"] for row in again["tensors"]} == pruned
+        assert all(row["relative_error"] == 0 for row in again["tensors"])
+        assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "once/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("prune", PRUNES.values(), ids=PRUNES.keys())
+@pytest.mark.parametrize("scheme", ["int8", "int8-paper"])
+def test_pruning_then_quantizing_is_quantizing_what_was_pruned(
+    prune: Prune, scheme: Any, source: Path, tmp_path: Path
+) -> None:
+    pruned = convert(source, tmp_path / "pruned", Recipe((prune,)))
+    convert(tmp_path / "pruned", tmp_path / "in two", Recipe((Quantize(scheme),)))
+    both = convert(source, tmp_path / "in one", Recipe((prune, Quantize(scheme))))
+    assert (tmp_path / "in one/model.safetensors").read_bytes() == (tmp_path / "in two/model.safetensors").read_bytes()
+    assert [row["pruned"] for row in both["tensors"]] == [row["pruned"] for row in pruned["tensors"]]
+    before, after = weights_of(tmp_path / "pruned"), weights_of(tmp_path / "in one")
+    for row in both["tensors"]:
+        assert not after[row["name"]][before[row["name"]] == 0].any(), row["name"]
+
+
+def test_hashes_of_scales_are_those_of_the_written_bytes(source: Path, tmp_path: Path) -> None:
+    manifest = convert(source, tmp_path / "output", Recipe((Quantize("int8"),)))
+    path = tmp_path / "output" / "model.safetensors"
+    content, stored = path.read_bytes(), read_header(path)
+    scales = {row["scale"]["name"]: row["scale"]["sha256"] for row in manifest["tensors"] if row["scheme"]}
+    assert scales.keys() == {name for name in stored if name.endswith("_scale")}
+    for name, found in scales.items():
+        assert found == hashlib.sha256(content[stored[name].offset :][: stored[name].nbytes]).hexdigest()
+
+
+@every_recipe
+def test_output_does_not_depend_on_the_number_of_threads(steps: tuple[Step, ...], source: Path, tmp_path: Path) -> None:
+    manifests = [convert(source, tmp_path / f"{n}", Recipe(steps), threads=n) for n in (1, 3)]
+    assert manifests[0] == manifests[1]
+    files = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "3").iterdir())
+    for name in files:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("steps", [STEPS["40 %"], STEPS["int8"], STEPS["5 %, then int8"]], ids=str)
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+def test_errors_hold_where_the_squares_of_weights_leave_float32(
+    steps: tuple[Step, ...], factor: float, tmp_path: Path
+) -> None:
+    shard = save_tiny("llama", tmp_path / "source") / "model.safetensors"
+    scaled = {name: weight * factor for name, weight in load_file(shard).items()}
+    save_file(scaled, shard, metadata={"format": "pt"})
+    manifest = convert(tmp_path / "source", tmp_path / "output", Recipe(steps))
+    written = weights_of(tmp_path / "output")
+    for row in manifest["tensors"]:
+        error = relative_error(values_of(written, row["name"]), scaled[row["name"]])
+        assert bool(row["relative_error"]) == row["in_scope"]
+        assert row["relative_error"] == pytest.approx(error, rel=1e-4), row["name"]
