@@ -57,15 +57,23 @@ class OutputFiles:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self._layout = layout
         self._descriptors: dict[str, int] = {}
-        for name, size in layout.sizes.items():
-            self._descriptors[name] = os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._descriptors[name], 0, size)
-            _write_all(self._descriptors[name], memoryview(layout.headers[name]), 0)
+        try:
+            for name in layout.sizes:
+                self._create(folder, name)
+        except BaseException:
+            self._close_files()
+            raise
         self._complete = threading.Event()
         self._flush_error: OSError | None = None
         self._flusher = threading.Thread(target=self._flush, daemon=True)
         self._flusher.start()
+
+    def _create(self, folder: Path, name: str) -> None:
+        descriptor = os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        self._descriptors[name] = descriptor
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, self._layout.sizes[name])
+        _write_all(descriptor, memoryview(self._layout.headers[name]), 0)
 
     def _flush(self) -> None:
         """Send to the disk what is written while the rest is computed, instead of waiting for it all at the end."""
@@ -93,6 +101,9 @@ class OutputFiles:
         """Close the files, complete or not."""
         self._complete.set()
         self._flusher.join()
+        self._close_files()
+
+    def _close_files(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -201,7 +212,12 @@ class _Tally:
     def quantize(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         quantized = quantize(values, scales)
         self.zeros += quantized.numel() - int(np.count_nonzero(quantized.numpy()))
-        self.error_energy += _energy(dequantize(quantized, scales).sub_(values.to(torch.float32)))
+        error = _energy(dequantize(quantized, scales).sub_(values.to(torch.float32)))
+        if math.isinf(error):
+            # Of a weight near the largest float, the nearest int8 step may lie beyond it.
+            exact = quantized.to(torch.float64) * scales.to(torch.float64) - values.to(torch.float64)
+            error = float(exact.square_().sum())
+        self.error_energy += error
         return quantized
 
     def measured(self, sha256: str, scale_sha256: str | None) -> Measured:

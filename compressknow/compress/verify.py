@@ -29,6 +29,7 @@ ROW_TYPES: dict[str, Any] = {
     **dict.fromkeys(("numel", "pruned", "zeros", "zeros_before", "bytes_before", "bytes_after"), int),
     "scheme": str | None,
 }
+SCALE_TYPES: dict[str, Any] = {"name": str, "shape": list, "dtype": str, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def compare_to_manifest(
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder.")
+        raise CheckpointError(f"{folder}: no such folder.", hint="Give one that `compressknow convert` wrote.")
     if not (folder / MANIFEST_NAME).is_file():
         raise CheckpointError(
             f"{folder} has no {MANIFEST_NAME}.", hint="verify takes a folder that `compressknow convert` wrote."
@@ -136,15 +137,19 @@ def _misformed(manifest: dict[str, Any]) -> str | None:
         if not isinstance(manifest.get(key), kind):
             return f"it has no {key}"
     for position, row in enumerate(manifest["tensors"]):
-        if not isinstance(row, dict) or any(not isinstance(row.get(k), t) for k, t in ROW_TYPES.items()):
+        if not _has_types(row, ROW_TYPES):
             return f"tensor {position} in it lacks one of {', '.join(ROW_TYPES)}"
         scale = row.get("scale")
-        if scale is not None and not (isinstance(scale, dict) and set(scale) >= {"name", "shape", "dtype", "sha256"}):
-            return f"the scale of {row['name']} lacks its name, shape, dtype or sha256"
+        if scale is not None and not _has_types(scale, SCALE_TYPES):
+            return f"the scale of {row['name']} lacks one of {', '.join(SCALE_TYPES)}"
     for group, counts in manifest["groups"].items():
         if not isinstance(counts, dict):
             return f"it has no counts of {group}"
     return next((f"it names {name!r}, outside the folder" for name in manifest["files"] if is_outside(name)), None)
+
+
+def _has_types(values: Any, types: Mapping[str, Any]) -> bool:
+    return isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in types.items())
 
 
 def _places(folder: Path) -> dict[str, str]:
@@ -180,7 +185,7 @@ def _expected(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What the files must hold for a manifest row: the tensor, and its scale where it has one."""
     yield row["name"], {**row, "dtype": row["dtype_after"]}
     if scale := row.get("scale"):
-        yield scale["name"], scale
+        yield scale["name"], {key: scale[key] for key in SCALE_TYPES}
 
 
 def _compare(

@@ -15,6 +15,7 @@ from compressknow.model.torch_bin import read_torch_file
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DOWNLOAD_AGAIN = "Download or save the checkpoint again."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a conversion needs of a hub repository, beside its weights.
 HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken")
@@ -52,7 +53,9 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     for file, wanted in files.items():
         stored = _read_weights(folder / file)
         if missing := sorted(set(wanted or ()) - set(stored)):
-            raise CheckpointError(f"{folder / file} lacks {missing[0]}, which the index says it holds.")
+            raise CheckpointError(
+                f"{folder / file} lacks {missing[0]}, which the index says it holds.", hint=DOWNLOAD_AGAIN
+            )
         tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
     name = str(model) if commit else folder.resolve().name
     return Checkpoint(name, folder, config, tensors, tuple(files), commit)
@@ -65,9 +68,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.", hint="A checkpoint folder has one beside its weights.") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error}", hint=DOWNLOAD_AGAIN) from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
+        raise CheckpointError(f"{path} holds no JSON object.", hint=DOWNLOAD_AGAIN)
     return content
 
 
@@ -89,13 +92,15 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
 def _read_index(folder: Path, index: Path) -> dict[str, set[str] | None]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map.", hint="Download or save the checkpoint again.")
+        raise CheckpointError(f"{index} has no weight_map.", hint=DOWNLOAD_AGAIN)
     files: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or is_outside(file):
-            raise CheckpointError(f"{index} places {name} outside the folder, in {file!r}: refused.")
+            raise CheckpointError(
+                f"{index} places {name} outside the folder, in {file!r}: refused.", hint=DOWNLOAD_AGAIN
+            )
         if not _is_file(folder / file):
-            raise CheckpointError(f"{index} names {file}, which is missing.", hint="Download the checkpoint again.")
+            raise CheckpointError(f"{index} names {file}, which is missing.", hint=DOWNLOAD_AGAIN)
         wanted = files.setdefault(file, set())
         assert wanted is not None
         wanted.add(name)
@@ -126,7 +131,7 @@ def _resolve(model: str | Path, revision: str | None, weights: bool) -> tuple[Pa
     if path.exists():
         raise CheckpointError(f"{model} is a file, not a checkpoint folder.", hint=f"Give its folder: {path.parent}")
     if isinstance(model, Path) or not HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{model}: no such folder.")
+        raise CheckpointError(f"{model}: no such folder.", hint="Give a checkpoint's folder, or a hub id (org/name).")
     return _download(model, revision, weights)
 
 

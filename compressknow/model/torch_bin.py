@@ -117,7 +117,9 @@ def _lies_in(records: dict[int, int], tensor: torch.Tensor) -> bool:
 def _stored(path: Path, name: str, tensor: torch.Tensor, in_place: bool) -> StoredTensor:
     dtype = DTYPE_NAMES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
-        raise CheckpointError(f"{path}: {name} has dtype {tensor.dtype}, which safetensors cannot hold.")
+        raise CheckpointError(
+            f"{path}: {name} has dtype {tensor.dtype}, which safetensors cannot hold.", hint="Save it in another dtype."
+        )
     shape = tuple(tensor.shape)
     if in_place:
         storage = tensor.untyped_storage()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         printed = capsys.readouterr()
         assert printed.out == ""
         assert printed.err.count("Error: ") == 1
+        # What is wrong, and what to try (or how the command is used).
+        assert len(printed.err.splitlines()) > 1 or code == 2
         assert "Traceback" not in printed.err
         assert state(tmp_path) == before
         return printed.err
@@ -78,6 +82,13 @@ def test_a_missing_folder_and_a_file_for_a_folder(source: Path, refused: Refused
 
 def test_a_hub_id_out_of_reach_says_what_to_download(refused: Refused) -> None:
     assert "hf download some-author/some-model" in refused("some-author/some-model", *PRUNE)
+
+
+def test_a_hub_id_is_no_folder_that_an_output_of_its_name_could_overlap(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "hf download author/model" in refused("author/model", *PRUNE, output=Path("author/model"))
 
 
 def test_a_folder_without_weights(source: Path, refused: Refused) -> None:
@@ -129,13 +140,20 @@ def test_a_weight_that_is_missing(source: Path, refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("name", ["bert.encoder.layer.1.output.dense.weight", "bert.embeddings.word_embeddings.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert.encoder.layer.1.output.dense.weight",
+        "bert.embeddings.word_embeddings.weight",
+        "bert.encoder.layer.0.output.LayerNorm.bias",
+    ],
+)
 @pytest.mark.parametrize("options", [PRUNE, ["--quantize", "int8"], [*PRUNE, "--prune-method", "ln-structured"]])
 def test_a_weight_that_is_no_number_is_named(
     source: Path, refused: Refused, value: float, name: str, options: list[str]
 ) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name][3, 5] = value
+        tensors[name].view(-1)[5] = value
 
     edit_tensors(source, spoil)
     message = refused(source, *options)
@@ -207,6 +225,36 @@ def test_an_output_that_overlaps_the_input(source: Path, refused: Refused, tmp_p
         assert "contains the input" in refused(source, *PRUNE, *overwrite, output=tmp_path)
 
 
+def test_an_output_below_a_file(source: Path, refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert "cannot be written" in refused(source, *PRUNE, output=tmp_path / "file" / "out")
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder that nobody may write to: for root, only a file system that is read-only is one."""
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    if os.geteuid():
+        folder.chmod(0o555)
+        yield folder
+        folder.chmod(0o755)
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"root can write to any folder, and none can be mounted read-only: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_an_output_where_nothing_may_be_written(source: Path, refused: Refused, read_only: Path) -> None:
+    for output in (read_only / "out", read_only / "new" / "out"):
+        message = refused(source, *PRUNE, output=output)
+        assert message.startswith(f"Error: {output} cannot be written: ")
+        assert "Choose another OUTPUT." in message
+
+
 def test_a_pickle_that_wants_to_run_code(source: Path, refused: Refused, tmp_path: Path) -> None:
     marker = tmp_path.parent / "ran"
 
@@ -261,18 +309,34 @@ RECIPES = {
     "twice": ("[[steps]]\nprune = 0.2\n[[steps]]\nprune = 0.3\nscope = 'attention'", "pruned by two steps"),
     "order": ("[[steps]]\nquantize = 'int8'\n[[steps]]\nprune = 0.3", "prunes before it quantizes"),
     "scheme": ("[[steps]]\nquantize = 'int4'", "int8-paper"),
+    "no text": (b"[[steps]]\nprune = 0.2 # \xff", "cannot be read"),
+    "unknown key above": ("amount = 0.2\n[[steps]]\nprune = 0.2", "amount"),
+    "steps of numbers": ("steps = [1, 2]", "no list of [[steps]]"),
+    "one step": ("[steps]\nprune = 0.2", "no list of [[steps]]"),
+    "no step": ("steps = []", "Nothing to do"),
+    "module map": ("module_map = 3\n[[steps]]\nprune = 0.2", "structural"),
+    "a truth": ("[[steps]]\nprune = true", "must lie between 0 and 1"),
+    "a method": ("[[steps]]\nprune = 0.2\nmethod = 3", "l1-unstructured"),
+    "a norm": ("[[steps]]\nprune = 0.2\nnorm = 'big'", "norm"),
+    "a seed": ("[[steps]]\nprune = 0.2\nseed = 1.5", "seed"),
+    "per layer": ("[[steps]]\nprune = 0.2\nper_layer = 'yes'", "per_layer must be true or false"),
+    "layers": ("[[steps]]\nprune = 0.2\nlayers = ['1']", "text such as 0-5"),
+    "both in one": ("[[steps]]\nprune = 0.2\nquantize = 'int8'", "either prune = AMOUNT or quantize = SCHEME"),
+    "of a quantize step": ("[[steps]]\nquantize = 'int8'\nnorm = 1", "norm"),
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_that_makes_no_sense(source: Path, refused: Refused, tmp_path: Path, name: str) -> None:
     text, message = RECIPES[name]
-    (tmp_path / "recipe.toml").write_text(text)
+    (tmp_path / "recipe.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert message in refused(source, "--recipe", str(tmp_path / "recipe.toml"), code=2)
 
 
 def test_a_recipe_that_is_missing_or_given_beside_options(source: Path, refused: Refused, tmp_path: Path) -> None:
     assert "no such recipe" in refused(source, "--recipe", str(tmp_path / "none.toml"), code=2)
+    assert "compressknow.json: no such recipe" in refused(source, "--recipe", str(source), code=2)
+    assert "unknown key" in refused(source, "--recipe", str(source / "config.json"), code=2)
     (tmp_path / "recipe.toml").write_text("[[steps]]\nprune = 0.2")
     message = refused(
         source, "--recipe", str(tmp_path / "recipe.toml"), "--scope", "attention", "--prune", "0.1", code=2

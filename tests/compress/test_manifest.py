@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import compressknow
@@ -129,6 +130,56 @@ def test_a_dry_run_tells_what_the_manifest_will_hold(
         assert known.items() <= done["groups"][group].items()
     assert planned["untied"] == done["untied"]
     assert planned["setup"] == done["setup"]
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "sharded"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_bin_checkpoints_become_what_safetensors_become(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, form: str
+) -> None:
+    source = save_tiny(name, tmp_path / "in")
+    state = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    names = sorted(state)
+    parts = {"a.bin": names[::2], "b.bin": names[1::2]} if form == "sharded" else {"pytorch_model.bin": names}
+    for file, held in parts.items():
+        torch.save({n: state[n] for n in held}, source / file, _use_new_zipfile_serialization=form != "legacy")
+    if form == "sharded":
+        index = {"weight_map": {n: file for file, held in parts.items() for n in held}}
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    before = digest(source)
+    manifest = compressknow.convert(source, tmp_path / "out", **BOTH)
+    expected = compressknow.convert(checkpoints[name], tmp_path / "expected", **BOTH)
+    found, wanted = dict(written_tensors(tmp_path / "out")), dict(written_tensors(tmp_path / "expected"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+    assert manifest["totals"] == expected["totals"]
+    assert manifest["source"]["files"] == before
+    assert digest(source) == before
+    assert not list((tmp_path / "out").glob("*.bin*"))
+    compressknow.verify(tmp_path / "out")
+
+
+def test_a_snapshot_of_the_hubs_cache_becomes_files_of_its_own(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, commit = tmp_path / "hub" / "models--org--tiny", "f" * 40
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for path in checkpoints["llama"].iterdir():
+        (repository / "blobs" / path.name).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    named = compressknow.convert("org/tiny", tmp_path / "named", **BOTH)
+    assert (named["source"]["name"], named["source"]["revision"]) == ("org/tiny", commit)
+    compressknow.convert(snapshot, tmp_path / "linked", **BOTH)
+    local = compressknow.convert(checkpoints["llama"], tmp_path / "local", **BOTH)
+    assert named["source"]["files"] == local["source"]["files"]
+    for output in (tmp_path / "named", tmp_path / "linked"):
+        assert not any(path.is_symlink() for path in output.iterdir())
+        assert digest(output)["model.safetensors"] == digest(tmp_path / "local")["model.safetensors"]
 
 
 def test_shards_come_out_as_they_went_in_and_load(tmp_path: Path) -> None:

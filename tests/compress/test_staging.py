@@ -42,10 +42,21 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def start(source: Path, output: Path) -> subprocess.Popen[str]:
+def start(source: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     """A conversion in a process of its own, once it is under way."""
     options = ["--prune", "0.3", "--prune-method", "ln-structured", "--norm", "2.5", "--quantize", "int8"]
-    command = [sys.executable, "-m", "compressknow", "convert", str(source), str(output), "--threads", "1", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "compressknow",
+        "convert",
+        str(source),
+        str(output),
+        "--threads",
+        "1",
+        *options,
+        *more,
+    ]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     until = time.monotonic() + DEADLINE
@@ -81,6 +92,33 @@ def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_one_cleans_up(
     compressknow.convert(source, tmp_path / "out", prune=0.2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     compressknow.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_overwrite_that_does_not_finish_leaves_the_old_output(
+    large: Path, source: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    compressknow.convert(source, tmp_path / "out", prune=0.2)
+    before = content(tmp_path / "out")
+    process = start(large, tmp_path / "out", "--overwrite")
+    process.send_signal(number)
+    process.communicate(timeout=DEADLINE)
+    assert process.returncode != 0
+    assert content(tmp_path / "out") == before
+    compressknow.verify(tmp_path / "out")
+
+
+def test_of_two_runs_for_one_output_the_first_to_finish_writes_it(large: Path, source: Path, tmp_path: Path) -> None:
+    process = start(large, tmp_path / "out")
+    compressknow.convert(source, tmp_path / "out", prune=0.2)
+    before = content(tmp_path / "out")
+    # The second run has not taken the first for a dead one.
+    assert process.poll() is not None or staging_folders(tmp_path / "out")
+    _, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 1
+    assert "exists already" in errors
+    assert content(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_staging_folder_of_a_run_still_alive_is_left_alone(source: Path, tmp_path: Path) -> None:
@@ -119,6 +157,19 @@ def test_a_failing_overwrite_leaves_the_old_output_as_it_was(source: Path, tmp_p
         compressknow.convert(damaged, tmp_path / "out", prune=0.3, overwrite=True)
     assert content(tmp_path / "out") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "out"]
+
+
+def test_folders_above_the_output_are_made_and_a_failing_run_takes_its_own_away(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    damaged = save_tiny("bert", tmp_path / "damaged")
+    put_nan(damaged / "model.safetensors", "bert.encoder.layer.1.output.dense.weight")
+    for parent in (tmp_path / "a" / "b", tmp_path / "there", tmp_path / "there" / "c"):
+        with pytest.raises(CompressknowError, match="NaN"):
+            compressknow.convert(damaged, parent / "out", prune=0.3)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "there"]
+        assert list((tmp_path / "there").iterdir()) == []
+    compressknow.convert(source, tmp_path / "a" / "b" / "out", prune=0.2)
+    compressknow.verify(tmp_path / "a" / "b" / "out")
 
 
 def put_nan(file: Path, name: str) -> None:
@@ -169,7 +220,23 @@ def test_a_full_disk_is_one_message_and_nothing_is_left(small_disk: Path, capsys
     assert list(small_disk.iterdir()) == []
 
 
-def test_the_output_is_as_open_as_the_users_other_files(source: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_behind_the_weights_is_one_message_too(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny("bert", small_disk.parent / "bert")
+    (folder / "tokenizer.json").write_bytes(bytes(200_000))
+    capsys.readouterr()
+    assert main(["convert", str(folder), str(small_disk / "new" / "out"), "--prune", "0.2"]) == 1
+    assert capsys.readouterr().err.startswith(f"Error: No space left for {small_disk / 'new' / 'out'}.\n")
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_output_is_as_open_as_the_users_other_files(
+    source: Path, tmp_path: Path, mask: int, request: pytest.FixtureRequest
+) -> None:
+    before = os.umask(mask)
+    request.addfinalizer(lambda: os.umask(before))
     compressknow.convert(source, tmp_path / "out", prune=0.2)
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()

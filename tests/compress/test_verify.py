@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import compressknow
 from compressknow.cli import main
-from compressknow.errors import VerificationError
+from compressknow.errors import CheckpointError, CompressknowError, VerificationError
 from compressknow.model.safetensors_header import read_header
 from tests.models import save_tiny
 
@@ -106,7 +109,7 @@ def test_a_change_is_named_with_its_file_and_tensor(
         compressknow.verify(converted)
     assert main(["verify", str(converted), "--json"]) == 1
     differences = json.loads(capsys.readouterr().out)["differences"]
-    assert {difference["file"] for difference in differences} <= {"model.safetensors", "weights", *message.split(":")}
+    assert {difference["file"] for difference in differences} <= {"model.safetensors", *message.split(":")}
 
 
 def test_the_model_card_may_be_edited(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +126,92 @@ def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     shard.unlink()
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 1
-    assert shard.name in capsys.readouterr().err
+    assert f"{shard.name}: missing" in capsys.readouterr().err
+    places = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert main(["verify", str(tmp_path / "out"), "--json"]) == 1
+    differences = json.loads(capsys.readouterr().out)["differences"]
+    lost = {name for name, file in places.items() if file == shard.name}
+    assert {(found["file"], found["what"]) for found in differences} == {(shard.name, "missing")}
+    assert {found["tensor"] for found in differences} == lost | {None}
+
+
+def test_a_tensor_that_two_shards_hold_is_named(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "in", max_shard_size="30KB")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", prune=0.2)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    name, tensor = next(iter(load_file(shards[0]).items()))
+    save_file({**load_file(shards[1]), name: tensor + 1}, shards[1], {"format": "pt"})
+    with pytest.raises(VerificationError, match=f"{re.escape(shards[1].name)}: {re.escape(name)}: stored twice"):
+        compressknow.verify(tmp_path / "out")
+
+
+def test_a_damaged_weight_file_is_named_and_the_rest_is_compared(converted: Path) -> None:
+    weights = converted / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    flip(converted / "config.json", 10)
+    with pytest.raises(VerificationError) as caught:
+        compressknow.verify(converted)
+    assert f"{weights} is not a sound safetensors file" in str(caught.value)
+    assert "config.json: its bytes differ" in str(caught.value)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_flipped_bit_of_what_a_model_is_made_of_goes_unseen(converted: Path, data: st.DataObject) -> None:
+    file = converted / data.draw(st.sampled_from(["model.safetensors", "config.json", "tokenizer.json"]))
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else len(content)
+    # The header above all: no hash is over it.
+    position = data.draw(st.integers(0, end - 1) | st.integers(0, len(content) - 1))
+    changed = bytearray(content)
+    changed[position] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(changed)
+    try:
+        with pytest.raises(VerificationError, match=re.escape(file.name)):
+            compressknow.verify(converted)
+    finally:
+        file.write_bytes(content)
+    compressknow.verify(converted)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_manifest_of_whatever_form_ends_in_a_verdict_or_a_message(converted: Path, data: st.DataObject) -> None:
+    sound = (converted / "compressknow.json").read_text()
+    manifest = json.loads(sound)
+    row = data.draw(st.sampled_from([row for row in manifest["tensors"] if row["scheme"]]))
+    place = data.draw(st.sampled_from([manifest, manifest["totals"], manifest["files"], row, row["scale"]]))
+    key = data.draw(st.sampled_from(sorted(place)))
+    place[key] = data.draw(st.sampled_from([None, 3, -1.5, "text", True, [], [[]], {}, {"name": 3}]))
+    if data.draw(st.booleans()):
+        del place[key]
+    (converted / "compressknow.json").write_text(json.dumps(manifest))
+    try:
+        compressknow.verify(converted)
+    except CompressknowError as error:
+        assert "compressknow.json" in str(error) or "differs from its manifest" in str(error)  # noqa: PT017
+    finally:
+        (converted / "compressknow.json").write_text(sound)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda manifest: manifest.update(schema=99), "has schema 99, this version reads 1"),
+        (lambda manifest: manifest.pop("tensors"), "is damaged: it has no tensors"),
+        (lambda manifest: manifest.update(groups={"attention": 3}), "is damaged: it has no counts of attention"),
+        (lambda manifest: manifest["tensors"][2].pop("sha256"), "is damaged: tensor 2 in it lacks one of "),
+        (lambda manifest: manifest["files"].update({"../in/config.json": "0"}), "names '../in/config.json', outside"),
+        (lambda manifest: manifest["files"].update({"/etc/hostname": "0"}), "names '/etc/hostname', outside"),
+    ],
+)
+def test_a_manifest_that_cannot_be_compared_with_says_why(
+    converted: Path, change: Callable[[dict[str, Any]], object], what: str
+) -> None:
+    edit_manifest(converted, change)
+    with pytest.raises(CheckpointError) as caught:
+        compressknow.verify(converted)
+    assert what in str(caught.value)
 
 
 def test_a_folder_that_convert_did_not_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -295,8 +295,8 @@ def test_index_without_a_weight_map_is_refused(sharded: Path, content: str) -> N
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    assert refused(lambda: open_checkpoint(tmp_path / "none")) == f"{tmp_path}/none: no such folder."
-    assert refused(lambda: open_checkpoint(f"{tmp_path}/none")) == f"{tmp_path}/none: no such folder."
+    for model in (tmp_path / "none", f"{tmp_path}/none"):
+        assert refused(lambda model=model: open_checkpoint(model)).startswith(f"{tmp_path}/none: no such folder.\n")
 
 
 def test_file_instead_of_a_folder_says_which_folder_is_meant(tmp_path: Path) -> None:
