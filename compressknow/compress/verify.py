@@ -106,8 +106,10 @@ def compare_to_manifest(
             rows | stored,
         )
         copied = pool.map(lambda name: _compare_file(pool, folder, name, manifest["files"][name]), manifest["files"])
-    differences += [difference for check in [*checks, *copied] for difference in check]
+    # Tensors last: a file that is missing takes all of its own with it.
+    differences += [difference for check in copied for difference in check]
     differences += _compare_counts(manifest)
+    differences += [difference for check in checks for difference in check]
     return Verification(len(rows), len(manifest["files"]), total, tuple(differences))
 
 
@@ -149,7 +151,9 @@ def _misformed(manifest: dict[str, Any]) -> str | None:
 
 
 def _has_types(values: Any, types: Mapping[str, Any]) -> bool:
-    return isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in types.items())
+    return isinstance(values, dict) and all(
+        key in values and isinstance(values[key], kind) for key, kind in types.items()
+    )
 
 
 def _places(folder: Path) -> dict[str, str]:
