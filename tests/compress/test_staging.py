@@ -43,7 +43,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def start(source: Path, output: Path, *more: str) -> subprocess.Popen[str]:
-    """A conversion in a process of its own, once it is under way."""
+    """A conversion in a process of its own, once it is writing weights."""
     options = ["--prune", "0.3", "--prune-method", "ln-structured", "--norm", "2.5", "--quantize", "int8"]
     command = [
         sys.executable,
@@ -60,7 +60,7 @@ def start(source: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     until = time.monotonic() + DEADLINE
-    while not staging_folders(output):
+    while not list(output.parent.glob(f".{output.name}.compressknow-new-*/*.safetensors")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -110,10 +110,12 @@ def test_an_overwrite_that_does_not_finish_leaves_the_old_output(
 
 def test_of_two_runs_for_one_output_the_first_to_finish_writes_it(large: Path, source: Path, tmp_path: Path) -> None:
     process = start(large, tmp_path / "out")
+    process.send_signal(signal.SIGSTOP)
     compressknow.convert(source, tmp_path / "out", prune=0.2)
     before = content(tmp_path / "out")
     # The second run has not taken the first for a dead one.
-    assert process.poll() is not None or staging_folders(tmp_path / "out")
+    assert len(staging_folders(tmp_path / "out")) == 1
+    process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
     assert "exists already" in errors
