@@ -75,8 +75,8 @@ RECIPE_OPTIONS = {
 def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Prune and quantize MODEL, a local folder or a hub id, into the new folder OUTPUT.
 
-    OUTPUT loads in plain transformers, and with --quantize int8 in vLLM. It holds a manifest, compressknow.json, of all
-    that was done to each tensor. The same input and recipe give the same bytes.
+    OUTPUT loads in plain transformers; the last line printed says where else it runs. It holds a manifest,
+    compressknow.json, of all that was done to each tensor. The same input and recipe give the same bytes.
 
     \b
     compressknow convert MODEL OUT --scope attention --prune 0.2 --quantize int8

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compressknow.compress.layout import INDEX_NAME, lay_out
+from compressknow.compress.layout import lay_out
 from compressknow.compress.manifest import build_manifest, dry_run, serialize
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
@@ -20,7 +20,7 @@ from compressknow.compress.prune import Mask, choose
 from compressknow.compress.quantize import quantization_config
 from compressknow.compress.recipe import MANIFEST_NAME, Prune, Recipe
 from compressknow.compress.staging import Staging, copy_file, refuse_output, write_file
-from compressknow.model.checkpoint import open_checkpoint
+from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, open_checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.meta import meta_model
 from compressknow.model.streaming import OpenFiles
@@ -32,7 +32,7 @@ WEIGHT_SUFFIXES = {
     *(".tflite", ".mlmodel", ".npz", ".pkl", ".pickle"),
 }
 # What depends on the weights that were converted: written anew.
-REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, INDEX_NAME, "pytorch_model.bin.index.json"}
+REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, SAFETENSORS_INDEX, TORCH_INDEX}
 
 
 def plan_conversion(
@@ -111,10 +111,10 @@ def convert(
             outputs.close()
         written = {"config.json": write_file(staging.folder / "config.json", _json(_config(plan)))}
         if layout.index:
-            written[INDEX_NAME] = write_file(staging.folder / INDEX_NAME, _json(layout.index))
+            written[SAFETENSORS_INDEX] = write_file(staging.folder / SAFETENSORS_INDEX, _json(layout.index))
         copied = {name: copy_file(source / name, staging.folder / name) for name in carried}
-        config_hash = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
-        manifest = build_manifest(plan, measured, hashes | copied | {"config.json": config_hash}, written | copied)
+        replaced = {name: _sha256(source / name) for name in ("config.json", plan.checkpoint.index) if name}
+        manifest = build_manifest(plan, measured, hashes | copied | replaced, written | copied)
         write_file(staging.folder / MANIFEST_NAME, serialize(manifest))
         if render_card:
             write_file(staging.folder / CARD_NAME, render_card(manifest, source).encode())
@@ -167,6 +167,10 @@ def _config(plan: Plan) -> dict[str, Any]:
         return plan.config
     version = importlib.metadata.version("compressed-tensors")
     return plan.config | {"quantization_config": quantization_config(plan.targets, plan.ignore, version)}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _json(content: Any) -> bytes:

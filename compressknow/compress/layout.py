@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressknow.compress.plan import PlannedTensor
-from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX
+from compressknow.model.checkpoint import SAFETENSORS
 from compressknow.model.tensors import DTYPE_SIZES
 
 # transformers refuses a file without it.
@@ -82,6 +82,3 @@ def _index(places: Mapping[str, Place], headers: Mapping[str, bytes], sizes: Map
     total = sum(sizes.values()) - sum(map(len, headers.values()))
     weight_map = {name: place.file for name, place in sorted(places.items())}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-
-INDEX_NAME = SAFETENSORS_INDEX

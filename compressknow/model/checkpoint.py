@@ -33,6 +33,13 @@ class Checkpoint:
     shards: tuple[str, ...]
     revision: str | None = None
 
+    @property
+    def index(self) -> str | None:
+        """The file that tells which shard holds which tensor, where there is one."""
+        if not self.shards or self.shards[0] in (SAFETENSORS, TORCH):
+            return None
+        return SAFETENSORS_INDEX if self.shards[0].endswith(".safetensors") else TORCH_INDEX
+
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
     """Open a local folder or a hub id. Reads headers, never tensor data.
