@@ -127,5 +127,5 @@ def _stored(path: Path, name: str, tensor: torch.Tensor, in_place: bool) -> Stor
         offset = storage._checkpoint_offset + int(tensor.storage_offset()) * tensor.element_size()
         return StoredTensor(name, dtype, shape, path, offset)
     # Its address tells tensors that share their memory; a transposed one, copied here, is not the same as its source.
-    loaded = tensor.detach().contiguous()
+    loaded = tensor.contiguous()
     return StoredTensor(name, dtype, shape, path, loaded.data_ptr(), byte_view(loaded))

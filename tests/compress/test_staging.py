@@ -132,6 +132,16 @@ def test_the_staging_folder_of_a_run_still_alive_is_left_alone(source: Path, tmp
     assert alive.is_dir()
 
 
+def test_what_a_run_still_alive_has_moved_aside_is_its_own(source: Path, tmp_path: Path) -> None:
+    compressknow.convert(source, tmp_path / ".out.compressknow-old-alive", prune=0.2)
+    alive = tmp_path / ".out.compressknow-new-alive"
+    alive.mkdir()
+    with (alive / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compressknow.convert(source, tmp_path / "out", prune=0.3)
+    compressknow.verify(tmp_path / ".out.compressknow-old-alive")
+
+
 def test_an_interrupted_overwrite_is_put_back(source: Path, tmp_path: Path) -> None:
     compressknow.convert(source, tmp_path / "out", prune=0.2)
     before = content(tmp_path / "out")
