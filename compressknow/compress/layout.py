@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from compressknow.compress.plan import PlannedTensor
 from compressknow.model.checkpoint import SAFETENSORS
-from compressknow.model.tensors import DTYPE_SIZES
+from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 
 # transformers refuses a file without it.
 METADATA = {"format": "pt"}
@@ -42,7 +43,7 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
     names = _file_names(shards)
     by_file: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {name: [] for name in names.values()}
     for tensor in tensors:
-        entries = by_file[names[tensor.source.file.name]]
+        entries = by_file[_file_of(tensor.source, names)]
         entries.append((tensor.name, tensor.dtype, tensor.source.shape))
         if tensor.scheme:
             entries.append((tensor.scale_name, tensor.source.dtype, tensor.scale_shape))
@@ -58,8 +59,18 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
 
 def _file_names(shards: Sequence[str]) -> dict[str, str]:
     if len(shards) == 1:
-        return {shards[0]: SAFETENSORS}
-    return {shard: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i, shard in enumerate(shards)}
+        return {PurePath(shards[0]).as_posix(): SAFETENSORS}
+    return {
+        PurePath(shard).as_posix(): f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        for i, shard in enumerate(shards)
+    }
+
+
+def _file_of(source: StoredTensor, names: Mapping[str, str]) -> str:
+    # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
+    parts = source.file.parts
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next(names[end] for end in ends if end in names)
 
 
 def _file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:

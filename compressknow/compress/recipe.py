@@ -76,9 +76,9 @@ class Prune:
             raise UsageError(f"Unknown pruning method {self.method!r}.", hint=f"There is {', '.join(PRUNE_METHODS)}.")
         if not _is_number(self.norm) or not self.norm > 0:
             raise UsageError(f"The norm must be a number above 0 (inf for the largest magnitude): {self.norm!r}.")
-        if self.dim not in (0, 1):
+        if not _is_whole(self.dim) or self.dim not in (0, 1):
             raise UsageError(f"The dimension must be 0 (rows) or 1 (columns): {self.dim!r}.")
-        if not isinstance(self.seed, int) or self.seed < 0:
+        if not _is_whole(self.seed) or self.seed < 0:
             raise UsageError(f"The seed must be a whole number of at least 0: {self.seed!r}.")
 
     @property
@@ -226,6 +226,10 @@ def _strings(value: Any, key: str, origin: str) -> Any:
     if key != "layers" and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     raise UsageError(f"{origin}: {key} must be {'text such as 0-5' if key == 'layers' else 'a list of text'}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

@@ -29,7 +29,7 @@ class Sources:
 
     Raises
     ------
-    CheckpointError : the folder has no weights.
+    CheckpointError : the folder has no weights, or a tensor has another shape than the config says.
     UnsupportedError : they are quantized already.
     """
 
@@ -43,6 +43,9 @@ class Sources:
         self._position = {name: i for i, name in enumerate(checkpoint.tensors)}
         bound = {name: self._naming.bind(name) for name in checkpoint.tensors}
         self.bound: dict[str, Binding] = {name: binding for name, binding in bound.items() if binding}
+        for name, binding in self.bound.items():
+            if binding.parameter in self.weights and not binding.reshaped:
+                self._check_shape(self._tensors[name], binding.parameter)
         self._reshaped = next((name for name, binding in self.bound.items() if binding.reshaped), None)
         self._model_type = structure.model_type
         self._parts: dict[str, list[StoredTensor]] = {}
@@ -118,9 +121,13 @@ class Sources:
                 else f"Only {', '.join(FLOAT_DTYPES)} can be compressed.",
                 hint="Start from the original checkpoint, or save it in one of these dtypes.",
             )
-        if not reshaped and part.shape != self._shapes[weight.parameter]:
+        if not reshaped:
+            self._check_shape(part, weight.parameter)
+
+    def _check_shape(self, stored: StoredTensor, parameter: str) -> None:
+        if stored.shape != self._shapes[parameter]:
             raise CheckpointError(
-                f"{part.name} has shape {list(part.shape)}, config.json says {list(self._shapes[weight.parameter])}.",
+                f"{stored.name} has shape {list(stored.shape)}, config.json says {list(self._shapes[parameter])}.",
                 hint="Config and weights do not belong together: download or save both again.",
             )
 

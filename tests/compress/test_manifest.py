@@ -197,6 +197,25 @@ def test_shards_come_out_as_they_went_in_and_load(tmp_path: Path) -> None:
     assert float((logits(model) - logits(tiny("llama"))).norm() / logits(tiny("llama")).norm()) < 0.1
 
 
+def test_shards_in_folders_of_their_own_come_out_beside_each_other(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "in", max_shard_size="30KB")
+    compressknow.convert(source, tmp_path / "expected", **BOTH)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    for number, file in enumerate(sorted(set(index["weight_map"].values()))):
+        (source / f"part{number}").mkdir()
+        (source / file).rename(source / f"part{number}" / "weights.safetensors")
+        moved = {
+            name: f"part{number}/weights.safetensors" for name, place in index["weight_map"].items() if place == file
+        }
+        index["weight_map"] |= moved
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not LlamaForCausalLM.from_pretrained(source, output_loading_info=True)[1]["missing_keys"]
+    compressknow.convert(source, tmp_path / "out", **BOTH)
+    compressknow.verify(tmp_path / "out")
+    expected = {name: sha for name, sha in digest(tmp_path / "expected").items() if "safetensors" in name}
+    assert {name: sha for name, sha in digest(tmp_path / "out").items() if "safetensors" in name} == expected
+
+
 def test_small_files_come_along_and_weights_of_other_formats_do_not(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
