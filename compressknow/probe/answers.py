@@ -1,0 +1,178 @@
+"""Answers: what one model said to the facts of some probes, in memory and on disk.
+
+An answers folder holds ``answers.parquet``, one row a fact, and ``probe.json``: which model, which protocols, what was
+dropped and why. This module needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressknow.errors import CompressknowError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+TABLE, RECORD = "answers.parquet", "probe.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model answered to one fact.
+
+    Attributes
+    ----------
+    predicted : text of the answer that the model holds most likely; `top5` are the five most likely ones, best first,
+        and `top5_logp` their log-probabilities (natural logarithm).
+    rank : 1 for the most likely answer; None where the object is no possible answer or ranks do not apply.
+    logp_gold : log-probability of the object; None where it is no possible answer.
+    choices : the number of possible answers, for chance; None where any text may be given.
+    first_ids, first_logp : distribution at the answer's first position: ids of the original model's most likely tokens,
+        and their log-probabilities in this model; what is left to 1 is the rest. Empty where there is none (lm-eval).
+    """
+
+    probe: str
+    fact_id: str
+    relation: str
+    subject: str
+    sub_label: str
+    prompt: str
+    gold: str
+    predicted: str
+    correct: bool
+    rank: int | None
+    logp_gold: float | None
+    top5: tuple[str, ...]
+    top5_logp: tuple[float, ...]
+    choices: int | None
+    popularity: float | None
+    first_ids: tuple[int, ...] | Any = ()
+    first_logp: tuple[float, ...] | Any = ()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers of one model, and the record of how they came about (the content of ``probe.json``).
+
+    `record` is {"schema", "model": {...}, "probes": {NAME: {...}}, "versions": {...}}; a probe's entry holds
+    "protocol", "fingerprint", "facts" (as read), "asked", "dropped" {reason: number}, "average", "chance", "majority", "seed",
+    "limit", "seconds", "source" and "reference" (sha256 of the model whose most likely tokens were asked for, its own
+    or the original's).
+    """
+
+    record: Mapping[str, Any]
+    answers: tuple[Answer, ...]
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        return tuple(self.record["probes"])
+
+    def of(self, probe: str) -> list[Answer]:
+        """The answers to one probe, in the order of its facts."""
+        return [answer for answer in self.answers if answer.probe == probe]
+
+
+def schema() -> pa.Schema:
+    """Columns of ``answers.parquet``: the fields of Answer, in their order."""
+    import pyarrow as pa
+
+    text, number = pa.string(), pa.float64()
+    types = {
+        "correct": pa.bool_(),
+        "rank": pa.int32(),
+        "logp_gold": number,
+        "top5": pa.list_(text),
+        "top5_logp": pa.list_(number),
+        "choices": pa.int32(),
+        "popularity": number,
+        "first_ids": pa.list_(pa.int32()),
+        "first_logp": pa.list_(pa.float32()),
+    }
+    return pa.schema([(field.name, types.get(field.name, text)) for field in fields(Answer)])
+
+
+def write_table(path: Path, answers: Sequence[Answer]) -> None:
+    """Write answers as Parquet; the file appears under its name only when it is whole."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {name: [getattr(answer, name) for answer in answers] for name in schema().names}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(pa.table(columns, schema=schema()), temporary, compression="zstd")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_table(path: Path) -> list[Answer]:
+    """The answers of a Parquet file. Raises CompressknowError where it is none, or lacks a column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=schema().names)
+        columns = [_column(table, name) for name in schema().names]
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise CompressknowError(
+            f"{path} cannot be read as answers.",
+            why=str(error).splitlines()[0],
+            hint="An answers folder is written by `compressknow probe`; write it anew.",
+        ) from error
+    return [Answer(*row) for row in zip(*columns, strict=True)]
+
+
+def _column(table: pa.Table, name: str) -> Iterable[Any]:
+    column = table[name]
+    if name.startswith("first_"):
+        # Hundreds of numbers a row: as views of one array, not as Python objects.
+        chunks = column.combine_chunks()
+        offsets, values = chunks.offsets.to_numpy(), chunks.values.to_numpy()
+        return [values[start:end] for start, end in itertools.pairwise(offsets)]
+    rows = column.to_pylist()
+    return [tuple(row) for row in rows] if name.startswith("top5") else rows
+
+
+def read_answers(folder: Path) -> Answers:
+    """An answers folder that `compressknow probe` wrote. Raises CompressknowError where it is none or damaged."""
+    record = read_record(folder)
+    return Answers(record, tuple(read_table(folder / TABLE)))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``probe.json`` of an answers folder."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        version = record["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompressknowError(
+            f"{folder} is no answers folder: its {RECORD} is missing or damaged.",
+            hint="Give a checkpoint, or a folder that `compressknow probe` wrote.",
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise CompressknowError(
+            f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
+            hint="Probe the model again with this version.",
+        )
+    return dict(record)
+
+
+def is_answers_folder(folder: Path) -> bool:
+    return (folder / RECORD).is_file() and not (folder / "config.json").is_file()
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``probe.json``; it appears under its name only when it is whole."""
+    temporary = folder / f".{RECORD}.{os.getpid()}"
+    try:
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(folder / RECORD)
+    finally:
+        temporary.unlink(missing_ok=True)

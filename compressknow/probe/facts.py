@@ -1,0 +1,165 @@
+"""A fact, and a probe: a set of facts with the protocol by which they are asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+from compressknow.errors import UsageError
+
+# Where the object goes in a prompt, as LAMA writes it; each model's own mask or sentinel takes its place.
+BLANK = "[MASK]"
+
+# The subjects of the report card's grades.
+SCHOOL_SUBJECTS = (
+    "geography",
+    "language",
+    "science",
+    "history and people",
+    "arts and literature",
+    "common sense",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One fact, asked as a sentence with a blank.
+
+    `candidates` are the answers to choose from, the object among them, or None: then the answer is one word of the
+    probe's vocabulary or, where the probe has none, whatever the model says. `popularity` is any positive number that
+    grows with how well known the subject is.
+    """
+
+    id: str
+    probe: str
+    relation: str
+    subject: str
+    sub_label: str
+    obj_label: str
+    prompt: str
+    candidates: tuple[str, ...] | None = None
+    popularity: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt.count(BLANK) != 1:
+            raise UsageError(
+                f"{self.id}: the prompt must hold {BLANK} exactly once: {self.prompt!r}.",
+                hint=f"Write {BLANK} where the object belongs.",
+            )
+
+    @property
+    def before(self) -> str:
+        """The prompt up to the blank, without the space before it."""
+        return self.prompt.partition(BLANK)[0].rstrip()
+
+    @property
+    def after(self) -> str:
+        """What follows the blank."""
+        return self.prompt.partition(BLANK)[2]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A set of facts and how they are asked and counted.
+
+    Attributes
+    ----------
+    name : as the user names it: ``atlas``, ``lama:trex``, ``facts:mine.jsonl``.
+    protocol : name and version of the way of asking; answers of different protocols are not compared.
+    dropped : reason -> number of facts that the reader left out. Scorers add theirs.
+    vocabulary : ``closed`` (the facts have candidates), ``words`` (one word out of `words`), ``full`` (one token out of
+        the model's whole vocabulary), ``open`` (free text of causal and seq2seq models, one token of masked models).
+    words : the words that may be answered, for ``words``.
+    fold_case : an answer counts whatever its case (the paper's protocol).
+    keep_unanswerable : objects of several tokens stay and count as wrong (the paper's protocol); otherwise the facts
+        are dropped, as the official LAMA code does.
+    average : ``micro`` over facts or ``macro`` over relations, for the probe's headline accuracy.
+    source : where the facts come from: file names with sha256, the set's licence, the template.
+    """
+
+    name: str
+    protocol: str
+    facts: tuple[Fact, ...]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: Literal["closed", "words", "full", "open"] = "closed"
+    words: tuple[str, ...] = ()
+    fold_case: bool = False
+    keep_unanswerable: bool = False
+    average: Literal["micro", "macro"] = "micro"
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides what is asked: the same one means that answers can be set side by side."""
+        digest = hashlib.sha256()
+        settings = [self.name, self.protocol, self.vocabulary, self.words, self.fold_case, self.keep_unanswerable]
+        digest.update(json.dumps(settings).encode())
+        candidates: dict[tuple[str, ...] | None, int] = {}
+        for fact in self.facts:
+            number = candidates.setdefault(fact.candidates, len(candidates))
+            digest.update(json.dumps([fact.id, fact.relation, fact.obj_label, fact.prompt, number]).encode())
+        digest.update(json.dumps(list(candidates)).encode())
+        return digest.hexdigest()
+
+    def limited(self, limit: int | None, seed: int = 0) -> Probe:
+        """At most `limit` facts, drawn by relation in proportion to its size (each relation keeps one at least, as
+        far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the proportions allow.
+        """
+        if limit is None or limit >= len(self.facts):
+            return self
+        if limit < 1:
+            raise UsageError(f"--limit must be at least 1: {limit}.")
+        chosen = _stratified(self.facts, limit, seed)
+        return replace(self, facts=tuple(fact for fact in self.facts if fact.id in chosen))
+
+
+def _stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
+    """Ids of a stratified sample: in a relation by a hash of seed and id, between relations by largest remainder."""
+    relations: dict[str, list[str]] = {}
+    for fact in facts:
+        relations.setdefault(fact.relation, []).append(fact.id)
+    shares = _shares({relation: len(ids) for relation, ids in relations.items()}, limit)
+    chosen: set[str] = set()
+    for relation, ids in relations.items():
+        ranked = sorted(ids, key=lambda identifier: hashlib.sha256(f"{seed}/{identifier}".encode()).digest())
+        chosen.update(ranked[: shares[relation]])
+    return chosen
+
+
+def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+    """How many of `limit` each group gets, in proportion to its size; none gets more than it has."""
+    total = sum(sizes.values())
+    exact = {name: Fraction(limit * size, total) for name, size in sizes.items()}
+    shares = {name: max(int(share), 1) for name, share in exact.items()}
+    by_remainder = sorted(sizes, key=lambda name: (int(exact[name]) - exact[name], -sizes[name], name))
+    difference = limit - sum(shares.values())
+    while difference:
+        step = 1 if difference > 0 else -1
+        order = by_remainder if step > 0 else sorted(sizes, key=lambda name: (-shares[name], name))
+        for name in order:
+            if difference and 0 <= shares[name] + step <= sizes[name]:
+                shares[name] += step
+                difference -= step
+            if step < 0:
+                break
+    return shares
+
+
+def chance(facts: Iterable[Fact], choices: int | None = None) -> float | None:
+    """Expected accuracy of guessing: the mean of 1 / number of candidates (`choices` for facts without candidates)."""
+    sizes = [len(fact.candidates) if fact.candidates else choices for fact in facts]
+    known = [1 / size for size in sizes if size]
+    return sum(known) / len(sizes) if sizes and len(known) == len(sizes) else None
+
+
+def majority(facts: Iterable[Fact]) -> float | None:
+    """Accuracy of answering each relation's most frequent object to all its facts."""
+    objects: dict[str, Counter[str]] = {}
+    for fact in facts:
+        objects.setdefault(fact.relation, Counter())[fact.obj_label] += 1
+    total = sum(sum(counts.values()) for counts in objects.values())
+    return sum(max(counts.values()) for counts in objects.values()) / total if total else None
