@@ -1,0 +1,99 @@
+"""Answers to write in tests: rows of a table, and the record beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from compressknow.probe.answers import SCHEMA_VERSION, Answer, Answers
+
+ORIGINAL_HASH, COMPRESSED_HASH = "a" * 64, "b" * 64
+WORDS = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Quito", "Bern", "Riga")
+
+
+def answer(number: int, correct: bool, **changes: Any) -> Answer:
+    """An answer to the fact of this number: one of eight words, the first of which is right."""
+    logp = (-0.5, -1.5, -2.5, -3.5, -4.5)
+    values: dict[str, Any] = {
+        "probe": "atlas",
+        "fact_id": f"fact-{number:04}",
+        "relation": f"relation-{number % 2}",
+        "subject": "geography",
+        "sub_label": f"Country {number}",
+        "prompt": f"The capital of country {number} is [MASK].",
+        "gold": WORDS[0],
+        "predicted": WORDS[0] if correct else WORDS[1],
+        "correct": correct,
+        "rank": 1 if correct else 2,
+        "logp_gold": logp[0] if correct else logp[1],
+        "top5": WORDS[:5] if correct else (WORDS[1], WORDS[0], *WORDS[2:5]),
+        "top5_logp": logp,
+        "choices": len(WORDS),
+        "popularity": None,
+        "first_ids": (5, 7),
+        "first_logp": (math.log(0.5), math.log(0.25)),
+    }
+    return Answer(**values | changes)
+
+
+def sides(both: int = 0, lost: int = 0, gained: int = 0, neither: int = 0, **changes: Any) -> tuple[list[Answer], ...]:
+    """The answers of the original and of the compressed model with so many facts of each kind."""
+    cells = [(True, True)] * both + [(True, False)] * lost + [(False, True)] * gained + [(False, False)] * neither
+    return tuple([answer(number, cell[side], **changes) for number, cell in enumerate(cells)] for side in (0, 1))
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    """A probe's entry in probe.json."""
+    values = {
+        "protocol": "closed/1",
+        "fingerprint": "f" * 64,
+        "facts": 100,
+        "asked": 100,
+        "dropped": {},
+        "average": "micro",
+        "chance": 0.125,
+        "majority": 0.2,
+        "seed": 0,
+        "limit": None,
+        "seconds": 1.0,
+        "source": {},
+        "reference": ORIGINAL_HASH,
+    }
+    return values | changes
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    """The model's entry in probe.json."""
+    values = {
+        "name": "tiny-bert",
+        "revision": "main",
+        "sha256": ORIGINAL_HASH,
+        "architecture": "BertForMaskedLM",
+        "family": "masked",
+        "parameters": 1_000_000,
+        "bytes": 4_000_000,
+        "dtype": "float32",
+    }
+    return values | changes
+
+
+def answers(
+    rows: Iterable[Answer],
+    model_entry: Mapping[str, Any] | None = None,
+    probes: Mapping[str, Mapping[str, Any]] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Answers:
+    record = {
+        "schema": SCHEMA_VERSION,
+        "model": dict(model_entry or model()),
+        "probes": dict(probes or {"atlas": entry()}),
+        "versions": dict(versions or {"compressknow": "0.1.0", "torch": "2.9.0"}),
+    }
+    return Answers(record, tuple(rows))
+
+
+def run(rows: Sequence[Sequence[Answer]], **changes: Any) -> tuple[Answers, Answers]:
+    """An original's and a compressed model's answers folder for two sides of rows."""
+    compressed = model(name="tiny-bert-int8", sha256=COMPRESSED_HASH, bytes=1_100_000, setup="Overall_GQ", **changes)
+    return answers(rows[0]), answers(rows[1], compressed)
