@@ -1,0 +1,116 @@
+"""A probe by its name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, cast
+
+from compressknow.errors import UsageError
+from compressknow.probe.bear import METADATA, bear, is_bear
+from compressknow.probe.bear import WHERE_FROM as BEAR_FROM
+from compressknow.probe.builtin import atlas
+from compressknow.probe.facts import Probe
+from compressknow.probe.hub import hub_facts
+from compressknow.probe.lama import PROTOCOLS, SETS, holds_set, lama
+from compressknow.probe.lama import WHERE_FROM as LAMA_FROM
+from compressknow.probe.own_facts import own_facts
+
+_FIXED = ("atlas", *(f"lama:{name}" for name in SETS), "bear")
+KNOWN = (*_FIXED, "facts:FILE.jsonl", "hf:DATASET", "lm-eval:TASK")
+
+
+def open_probe(
+    name: str,
+    *,
+    data: Path | None = None,
+    protocol: str = "lama",
+    template: int = 1,
+    limit: int | None = None,
+    seed: int = 0,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+) -> Probe:
+    """The probe of that name, one of `KNOWN`; the case of letters does not matter, but in names of files.
+
+    Parameters
+    ----------
+    data : where downloaded sets lie: the set's own folder, or one that holds `lama/`, `bear/`.
+    protocol : how LAMA is asked, `lama` or `paper`; see `compressknow.probe.lama.lama`.
+    template : which of a relation's templates asks, counted from 1; `atlas` and `bear` have several.
+    limit, seed : at most so many facts, drawn by relation; see `Probe.limited`.
+    columns, split : for `hf:` only; see `compressknow.probe.hub.hub_facts`.
+
+    Raises UsageError where the name is unknown or names an lm-eval task, where the set is not there or damaged, where
+    there is no such protocol or template, and where no fact is left.
+    """
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"Unknown protocol {protocol!r}.", hint=f"There is {' and '.join(PROTOCOLS)}.")
+    if is_lm_eval(name):
+        raise UsageError(f"{name} is a task of lm-eval.", hint="It holds no facts that could be read one by one.")
+    probe = _read(name, data, protocol, template, columns or {}, split)
+    if not probe.facts:
+        reasons = [f"  {count} dropped: {reason}" for reason, count in probe.dropped.items()]
+        raise UsageError(f"{probe.name} has no facts left to ask.", "\n".join(reasons) or "It is empty.")
+    return probe.limited(limit, seed)
+
+
+def is_lm_eval(name: str) -> bool:
+    """Whether the name is ``lm-eval:TASK``: such a probe is run by lm-eval, not read."""
+    return name.lower().startswith("lm-eval:")
+
+
+def _read(
+    name: str, data: Path | None, protocol: str, template: int, columns: Mapping[str, str], split: str | None
+) -> Probe:
+    kind, _, rest = name.partition(":")
+    known = name.lower().replace("_", "-")
+    if known == "atlas":
+        return atlas(template)
+    if known == "bear":
+        return bear(_bear_folder(data), template)
+    if template != 1:
+        raise UsageError(f"{name} has no template {template}.", hint="Only atlas and bear have several templates.")
+    if known in _FIXED:
+        chosen = known.removeprefix("lama:")
+        return lama(_lama_folder(data, chosen), chosen, cast(Literal["lama", "paper"], protocol))
+    if kind.lower() == "facts" and rest:
+        return own_facts(_facts_file(Path(rest)))
+    if kind.lower() == "hf" and rest:
+        return hub_facts(rest, columns, split)
+    raise _unknown(name)
+
+
+def _facts_file(path: Path) -> Path:
+    if not path.is_file():
+        raise UsageError(f"There is no file {path}.", hint="facts: is followed by the path of a file of JSON lines.")
+    return path
+
+
+def _unknown(name: str) -> UsageError:
+    near = difflib.get_close_matches(name.lower(), _FIXED, n=1, cutoff=0.5)
+    suggestion = f"Did you mean {near[0]}? " if near else ""
+    return UsageError(f"Unknown probe {name!r}.", hint=f"{suggestion}There is {', '.join(KNOWN)}.")
+
+
+def _lama_folder(data: Path | None, name: str) -> Path:
+    url = f"{LAMA_FROM} (unpacked, it holds TREx/, Google_RE/, Squad/ and ConceptNet/)"
+    return _folder(data, ("lama", "LAMA", "data"), lambda folder: holds_set(folder, name), f"lama:{name}", url)
+
+
+def _bear_folder(data: Path | None) -> Path:
+    return _folder(data, ("bear", "BEAR"), is_bear, "bear", f"{BEAR_FROM}: the folder with {METADATA}")
+
+
+def _folder(data: Path | None, names: tuple[str, ...], holds: Callable[[Path], bool], probe: str, source: str) -> Path:
+    """The folder of a set: `data` itself or one of that name in it."""
+    places = [data, *(data / name for name in names)] if data else []
+    for place in places:
+        if holds(place):
+            return place
+    raise UsageError(
+        f"{data} does not hold {probe}." if data else f"{probe} does not come with compressknow.",
+        f"It can be had from {source}.",
+        f"Put it into DIR/{names[0]} and say --data DIR.",
+    )

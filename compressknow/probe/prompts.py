@@ -1,0 +1,62 @@
+"""Prompts out of templates. A template holds [X] for the subject and [Y] for the object, as LAMA's and BEAR's do."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from compressknow.errors import UsageError
+from compressknow.probe.facts import BLANK
+
+SUBJECT, OBJECT = "[X]", "[Y]"
+
+
+def fill(template: str, subject: str) -> str:
+    """The template with the subject in its place and the blank for the object.
+
+    >>> fill("[X] was born in [Y] .", "Allan Peiper")
+    'Allan Peiper was born in [MASK] .'
+    """
+    # In one pass: a subject may itself hold "[Y]".
+    return re.sub(r"\[X\]|\[Y\]", lambda match: subject if match[0] == SUBJECT else BLANK, template)
+
+
+def capitalized(text: str) -> str:
+    """The text with its first letter in upper case, the others as they are.
+
+    >>> capitalized("the North Sea")
+    'The North Sea'
+    """
+    return text[:1].upper() + text[1:]
+
+
+def pick(templates: Sequence[str], number: int, where: str) -> str:
+    """The template of that number, counted from 1. Raises UsageError where there is none."""
+    if not 1 <= number <= len(templates):
+        there = "There is 1 template" if len(templates) == 1 else f"There are {len(templates)} templates"
+        raise UsageError(f"{where} has no template {number}.", hint=f"{there}, counted from 1.")
+    return templates[number - 1]
+
+
+def wrong_blanks(prompt: str) -> str | None:
+    """Why the prompt cannot be asked, as a reason to drop it; None where it holds one blank."""
+    count = prompt.count(BLANK)
+    return None if count == 1 else "no blank in the sentence" if count == 0 else "several blanks in the sentence"
+
+
+class UniqueIds:
+    """Ids that differ, by a number behind those that were there already.
+
+    >>> unique = UniqueIds()
+    >>> unique("a"), unique("b"), unique("a")
+    ('a', 'b', 'a#2')
+    """
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+
+    def __call__(self, identifier: str) -> str:
+        self._seen[identifier] += 1
+        count = self._seen[identifier]
+        return identifier if count == 1 else self(f"{identifier}#{count}")

@@ -1,0 +1,117 @@
+"""Small sets of facts in the folders and files of LAMA and BEAR, and where the real ones lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of shared data is not here")
+
+RELATIONS = [
+    {"relation": "P36", "template": "The capital of [X] is [Y] .", "type": "1-1"},
+    {"relation": "P19", "template": "[X] was born in [Y] .", "type": "N-1"},
+    {"relation": "P166", "template": "[X] was awarded the [Y] .", "type": "N-M"},
+]
+WORDS = "Paris Rome New York London gold blue fly 1941 1953".split()
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def trex(relation: str, sub_label: str, obj_label: str, uuid: str, evidence: str | None = None) -> dict[str, Any]:
+    """A row of T-REx, with the sentence of its evidence or in the short form of some copies."""
+    row: dict[str, Any] = {"uuid": uuid, "sub_label": sub_label, "obj_label": obj_label, "predicate_id": relation}
+    if evidence:
+        row["evidences"] = [{"sub_surface": sub_label, "obj_surface": obj_label, "masked_sentence": evidence}]
+    return row
+
+
+def google_re(sub_label: str, obj_label: str, uuid: str, judgments: str = "yes yes yes") -> dict[str, Any]:
+    return {
+        "pred": "/people/person/place_of_birth",
+        "sub_label": sub_label,
+        "obj_label": obj_label,
+        "uuid": uuid,
+        "judgments": [{"rater": "1", "judgment": judgment} for judgment in judgments.split()],
+        "masked_sentences": [f"{sub_label} lives .", "He is from [MASK] ."],
+    }
+
+
+def lama_folder(folder: Path) -> Path:
+    """All four sets of LAMA, a few rows each."""
+    write_jsonl(folder / "relations.jsonl", RELATIONS)
+    (folder / "common_vocab_cased.txt").write_text("\n".join([*WORDS, "Paris", ""]), encoding="utf-8")
+    capitals = [
+        trex("P36", "France", "Paris", "a"),
+        trex("P36", "Italy ", "Rome", "b"),
+        trex("P36", "Burkina Faso", "Ouagadougou", "c"),
+        trex("P36", "France", "Paris", "d"),
+        trex("P36", "France", "London", "e"),
+    ]
+    births = [trex("P19", "Ada Lovelace", "London", "a", "Ada Lovelace came into the world in [MASK] in 1815.")]
+    write_jsonl(folder / "TREx" / "P36.jsonl", capitals)
+    write_jsonl(folder / "TREx" / "P19.jsonl", births)
+    birthplaces = [
+        google_re("Ann", "Paris", "1"),
+        google_re("Bob", "New York", "2", "yes no yes no"),
+        google_re("Cid", "Rome", "3", "yes skip no"),
+        google_re("Dan", "Timbuktu", "4"),
+    ]
+    write_jsonl(folder / "Google_RE" / "place_of_birth_test.jsonl", birthplaces)
+    dates = [google_re("Ann", "1941", "1")]
+    write_jsonl(folder / "Google_RE" / "date_of_birth_test.jsonl", dates)
+    squad = [
+        {"id": "s1", "sub_label": "Squad", "obj_label": "gold", "masked_sentences": ["The [MASK] color was used."]},
+        {"id": "s2", "sub_label": "Squad", "obj_label": "blue", "masked_sentences": ["[MASK] is [MASK]."]},
+        {"id": "s3", "sub_label": "Squad", "obj_label": "blue", "masked_sentences": ["The sky is blue."]},
+        {"id": "s4", "sub_label": "Squad", "obj_label": "gold", "masked_sentences": ["The [MASK] color was used."]},
+        {"id": "s5", "sub_label": "Squad", "obj_label": "gold", "masked_sentences": ["so " * 100 + "[MASK]."]},
+    ]
+    write_jsonl(folder / "Squad" / "test.jsonl", squad)
+    conceptnet = [
+        {
+            "sub": "bird",
+            "sub_label": "bird",
+            "pred": "CapableOf",
+            "obj": "fly",
+            "obj_label": "fly",
+            "masked_sentences": ["Birds can [MASK]."],
+            "negated": ["Birds cannot [MASK]."],
+            "uuid": "d4f1",
+        },
+        {"sub": "sky", "pred": "HasProperty", "obj_label": "blue", "masked_sentences": ["The sky is [MASK]."]},
+        {"pred": "HasProperty", "obj_label": "blue", "masked_sentences": ["The sea is [MASK]."]},
+    ]
+    write_jsonl(folder / "ConceptNet" / "test.jsonl", conceptnet)
+    return folder
+
+
+def bear_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "P403": {
+            "templates": ["The [X] flows into the [Y].", "[X] ends in the [Y].", "[Y] is where the [X] ends."],
+            "answer_space_labels": ["north Sea", "Black Sea"],
+            "answer_space_ids": ["Q1", "Q2"],
+        },
+        "P30": {
+            "templates": ["[X] is located in [Y].", "[X] is a part of [Y].", "[X] is situated in [Y]."],
+            "answer_space_labels": ["Europe", "Asia", "Africa"],
+        },
+    }
+    (folder / "metadata_relations.json").write_text(json.dumps(metadata), encoding="utf-8")
+    rivers = [
+        {"sub_label": "Rhine", "sub_aliases": [], "obj_label": "north Sea", "answer_idx": 0},
+        {"sub_label": "Danube", "sub_aliases": [], "obj_label": "Black Sea", "answer_idx": 1},
+    ]
+    write_jsonl(folder / "P403.jsonl", rivers)
+    write_jsonl(folder / "P30.jsonl", [{"sub_label": "the Gambia", "obj_label": "Africa", "answer_idx": 2}])
+    return folder

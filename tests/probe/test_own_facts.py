@@ -1,0 +1,192 @@
+"""A user's own facts: what the file may hold, and what the errors say."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressknow.errors import UsageError
+from compressknow.probe.facts import BLANK, Fact
+from compressknow.probe.own_facts import SCHEMA, own_facts
+from tests.knowing import KNOWN_FACTS, facts_file
+from tests.probe.layouts import write_jsonl
+
+PROMPT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}
+TEMPLATE = {"template": "[X] was born in [Y].", "sub_label": "Ada Lovelace", "obj_label": "London"}
+
+
+def message(path: Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        own_facts(path)
+    return str(caught.value).replace(SCHEMA, "")
+
+
+def written(folder: Path, *rows: dict[str, Any]) -> Path:
+    return write_jsonl(folder / "mine.jsonl", rows)
+
+
+def test_a_prompt_or_a_template_is_enough(tmp_path: Path) -> None:
+    probe = own_facts(written(tmp_path, PROMPT, TEMPLATE))
+    assert probe.facts == (
+        Fact("mine/1", "facts:mine.jsonl", "mine", "general", "", "Paris", "The capital of France is [MASK]."),
+        Fact(
+            "mine/2",
+            "facts:mine.jsonl",
+            "mine",
+            "general",
+            "Ada Lovelace",
+            "London",
+            "Ada Lovelace was born in [MASK].",
+        ),
+    )
+    assert (probe.name, probe.protocol, probe.vocabulary) == ("facts:mine.jsonl", "facts/1", "open")
+    assert list(probe.source["files"]) == ["mine.jsonl"]
+
+
+def test_every_key(tmp_path: Path) -> None:
+    row = {
+        **PROMPT,
+        "id": "fr",
+        "relation": "capital",
+        "subject": "geography",
+        "sub_label": "France",
+        "candidates": ["Paris", "Rome"],
+        "popularity": 67.5,
+        "note": "ignored",
+    }
+    probe = own_facts(written(tmp_path, row))
+    assert probe.facts[0] == Fact(
+        "fr", probe.name, "capital", "geography", "France", "Paris", PROMPT["prompt"], ("Paris", "Rome"), 67.5
+    )
+    assert probe.vocabulary == "closed"
+
+
+def test_facts_with_and_without_candidates_mix(tmp_path: Path) -> None:
+    closed = {**PROMPT, "candidates": ["Paris", "Rome"]}
+    probe = own_facts(written(tmp_path, closed, PROMPT, {**closed, "obj_label": "Rome"}))
+    assert probe.vocabulary == "open"
+    assert [fact.candidates is None for fact in probe.facts] == [False, True, False]
+    assert probe.facts[0].candidates is probe.facts[2].candidates
+
+
+def test_the_facts_that_the_tiny_models_know(tmp_path: Path) -> None:
+    probe = own_facts(facts_file(tmp_path / "known.jsonl"))
+    expected = [(known.sentence(BLANK), known.obj_label) for known in KNOWN_FACTS]
+    assert [(fact.prompt, fact.obj_label) for fact in probe.facts] == expected
+    assert probe.vocabulary == "closed"
+
+
+def test_a_byte_order_mark_windows_line_ends_and_blank_lines_are_no_matter(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + b"\r\n".join([json.dumps(PROMPT).encode(), b"  ", json.dumps(TEMPLATE).encode(), b""])
+    )
+    assert [fact.id for fact in own_facts(path).facts] == ["mine/1", "mine/3"]
+
+
+def test_a_line_may_hold_unicode_line_separators(tmp_path: Path) -> None:
+    path = written(tmp_path, {**PROMPT, "sub_label": "a\u2028b\x85c"})
+    assert own_facts(path).facts[0].sub_label == "a\u2028b\x85c"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "A [MASK]."}, "obj_label: missing"),
+        ({"obj_label": "Paris"}, "prompt: missing, and no template either"),
+        ({"template": "[X] is [Y].", "obj_label": "a"}, "sub_label: missing; the template needs it"),
+        ({**PROMPT, "prompt": "No blank."}, "prompt: holds [MASK] 0 times, not once"),
+        ({**PROMPT, "prompt": "[MASK] and [MASK]."}, "prompt: holds [MASK] 2 times, not once"),
+        ({**TEMPLATE, "template": "[X] is."}, "template: must hold [X], and [Y] once"),
+        ({**TEMPLATE, "template": "He is [Y]."}, "template: must hold [X], and [Y] once"),
+        ({**TEMPLATE, "template": "[X] is [Y] or [Y]."}, "template: must hold [X], and [Y] once"),
+        ({**TEMPLATE, "sub_label": "the [MASK]"}, "sub_label: holds [MASK]"),
+        ({**PROMPT, "obj_label": 7}, "obj_label: must be a text, not empty"),
+        ({**PROMPT, "obj_label": " "}, "obj_label: must be a text, not empty"),
+        ({**PROMPT, "relation": None}, "relation: must be a text, not empty"),
+        ({**PROMPT, "id": 1.5}, "id: must be a text, not empty"),
+        ({**PROMPT, "candidates": "Paris"}, "candidates: must be a list of texts, none empty"),
+        ({**PROMPT, "candidates": ["Paris", 1]}, "candidates: must be a list of texts, none empty"),
+        ({**PROMPT, "candidates": ["Paris"]}, "candidates: must be at least 2"),
+        ({**PROMPT, "candidates": ["Paris", "Rome", "Rome"]}, "candidates: hold one answer twice"),
+        ({**PROMPT, "candidates": ["Rome", "Bonn"]}, "candidates: the object 'Paris' is not among them"),
+        ({**PROMPT, "popularity": 0}, "popularity: must be a number above 0"),
+        ({**PROMPT, "popularity": True}, "popularity: must be a number above 0"),
+        ({**PROMPT, "popularity": float("nan")}, "popularity: must be a number above 0"),
+        ({**PROMPT, "candidate": ["Paris", "Rome"]}, "candidate: unknown; did you mean candidates?"),
+    ],
+)
+def test_an_error_names_the_line_and_the_key(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
+    path = written(tmp_path, PROMPT, row)
+    assert message(path).strip() == f"{path} cannot be read as facts:\n  line 2, {problem}"
+
+
+def test_broken_lines_are_named_by_column(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b'{"prompt": }\n[1]\n{"prompt": "\xff"}\n' + b"[" * 100_000 + b"\n")
+    lines = message(path).strip().split("\n")[1:]
+    assert lines[:3] == [
+        "  line 1, column 12: not JSON: Expecting value",
+        "  line 2, column 1: a JSON object {...} belongs here",
+        "  line 3, column 13: not UTF-8",
+    ]
+    assert lines[3].startswith("  line 4, column 1: not JSON")
+
+
+def test_two_facts_of_one_id_are_an_error_that_names_both_lines(tmp_path: Path) -> None:
+    path = written(tmp_path, {**PROMPT, "id": "x"}, TEMPLATE, {**PROMPT, "id": "x"})
+    assert "line 3, id: 'x' is the id of line 1 too" in message(path)
+
+
+def test_the_first_five_errors_are_shown_and_the_others_counted(tmp_path: Path) -> None:
+    text = message(written(tmp_path, *[{"obj_label": "a"}] * 8))
+    assert text.count("prompt: missing") == 5
+    assert "and 3 more" in text
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_is_an_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    assert "holds no facts" in message(path)
+
+
+def test_the_schema_names_every_key() -> None:
+    keys = "prompt obj_label template sub_label candidates relation subject popularity id".split()
+    assert all(f"\n  {key} " in SCHEMA for key in keys)
+    assert max(map(len, SCHEMA.split("\n"))) <= 120
+
+
+words = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: bool(text.strip()) and BLANK not in text)
+rows = st.fixed_dictionaries(
+    {"obj_label": words, "prompt": words.map(lambda text: text + BLANK)},
+    optional={
+        "relation": words,
+        "subject": words,
+        "sub_label": words,
+        "popularity": st.floats(0, exclude_min=True, allow_infinity=False),
+    },
+)
+
+
+@given(st.lists(st.tuples(rows, st.lists(words, unique=True, max_size=3)), min_size=1, max_size=5))
+def test_what_a_line_says_is_what_is_asked(drawn: list[tuple[dict[str, Any], list[str]]]) -> None:
+    lines = []
+    for number, (row, others) in enumerate(drawn):
+        extra = [other for other in others if other != row["obj_label"]]
+        candidates = {"candidates": [*extra, row["obj_label"]]} if extra else {}
+        lines.append({**row, "id": f"f{number}", **candidates})
+    with tempfile.TemporaryDirectory() as folder:
+        facts = own_facts(written(Path(folder), *lines)).facts
+    for line, fact in zip(lines, facts, strict=True):
+        assert (fact.id, fact.prompt, fact.obj_label) == (line["id"], line["prompt"], line["obj_label"])
+        assert fact.relation == line.get("relation", "mine")
+        assert fact.sub_label == line.get("sub_label", "")
+        assert fact.popularity == line.get("popularity")
+        assert list(fact.candidates or ()) == line.get("candidates", [])
