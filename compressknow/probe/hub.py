@@ -54,9 +54,11 @@ def hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str
 
 def _load(dataset: str) -> Any:
     """{name of a split: its table}."""
+    path = Path(dataset).expanduser()
+    if not path.exists() and _names_a_path(dataset):
+        raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the hub.")
     import datasets
 
-    path = Path(dataset)
     with _quiet():
         try:
             if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
@@ -71,6 +73,12 @@ def _load(dataset: str) -> Any:
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise _explained(dataset, error) from error
     return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+
+def _names_a_path(dataset: str) -> bool:
+    """Whether this cannot be a name on the hub: those are NAME or OWNER/NAME, with a colon and a configuration."""
+    name = dataset.partition(":")[0]
+    return dataset.startswith((".", "/", "~")) or name.count("/") > 1 or Path(dataset).suffix.lower() in _BUILDERS
 
 
 def _builder(path: Path) -> str:

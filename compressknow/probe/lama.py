@@ -41,7 +41,7 @@ _LONGEST_SENTENCE = 100
 
 @dataclass(frozen=True)
 class _Row:
-    """One line of a file, with the relation and its template (None: the row has its own sentence)."""
+    """One line of a file, with its relation and the template (None: the row has its own sentence; "": none)."""
 
     relation: str
     template: str | None
@@ -63,7 +63,7 @@ class _Row:
         if self.template is not None:
             return fill(self.template.strip(), self.sub_label.strip())
         sentences = self.values.get("masked_sentences") or [""]
-        return str(sentences[0])
+        return sentences if isinstance(sentences, str) else str(sentences[0])
 
 
 # Says why a row is dropped, None where it is kept.
@@ -120,12 +120,14 @@ def lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -
 def _rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]]:
     """The files of a set in the official order, and what they hold."""
     files = folder / _FOLDERS[name]
+    relations: dict[str, tuple[Path, str | None]]
     if name == "trex":
-        # relations.jsonl names relations that have no file; the official code passes over them.
-        listed = {row["relation"]: row["template"] for row in read_rows(folder / RELATIONS) if "template" in row}
-        relations = {name: (files / f"{name}.jsonl", template) for name, template in listed.items()}
+        # The file names relations that have no facts, too; facts of a relation that it does not name are dropped.
+        templates = {row.get("relation"): row.get("template", "") for row in read_rows(folder / RELATIONS)}
+        relations = {str(relation): (files / f"{relation}.jsonl", template) for relation, template in templates.items()}
+        relations |= {path.stem: (path, "") for path in sorted(files.glob("*.jsonl")) if path.stem not in templates}
     elif name == "google-re":
-        relations = {name: (files / f"{name}_test.jsonl", template) for name, template in _GOOGLE_RE.items()}
+        relations = {each: (files / f"{each}_test.jsonl", template) for each, template in _GOOGLE_RE.items()}
     else:
         relations = {name: (files / "test.jsonl", None)}
     found = {relation: entry for relation, entry in relations.items() if entry[0].is_file()}
@@ -181,6 +183,7 @@ def _official_rules(words: frozenset[str]) -> list[_Rule]:
 
     return [
         _no_labels,
+        _no_template,
         _too_long,
         outside_vocabulary,
         _rejected,
@@ -190,12 +193,16 @@ def _official_rules(words: frozenset[str]) -> list[_Rule]:
 
 
 def _paper_rules() -> list[_Rule]:
-    return [_no_labels, _blanks, _repeats(lambda row: (row.prompt,), "same sentence")]
+    return [_no_labels, _no_template, _blanks, _repeats(lambda row: (row.prompt,), "same sentence")]
 
 
 def _no_labels(row: _Row) -> str | None:
     named = isinstance(row.obj_label, str) and isinstance(row.sub_label, str)
     return None if named else "no label of subject or object"
+
+
+def _no_template(row: _Row) -> str | None:
+    return f"no template for its relation in {RELATIONS}" if row.template == "" else None
 
 
 def _too_long(row: _Row) -> str | None:
@@ -204,7 +211,7 @@ def _too_long(row: _Row) -> str | None:
 
 
 def _rejected(row: _Row) -> str | None:
-    judgments = [judgment["judgment"] == "yes" for judgment in row.values.get("judgments", [])]
+    judgments = [judgment.get("judgment") == "yes" for judgment in row.values.get("judgments", [])]
     return "rejected by its raters" if judgments.count(False) > judgments.count(True) else None
 
 

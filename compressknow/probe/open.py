@@ -76,7 +76,7 @@ def _read(
         chosen = known.removeprefix("lama:")
         return lama(_lama_folder(data, chosen), chosen, cast(Literal["lama", "paper"], protocol))
     if kind.lower() == "facts" and rest:
-        return own_facts(_facts_file(Path(rest)))
+        return own_facts(_facts_file(Path(rest).expanduser()))
     if kind.lower() == "hf" and rest:
         return hub_facts(rest, columns, split)
     raise _unknown(name)

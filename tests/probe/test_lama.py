@@ -89,6 +89,13 @@ def test_conceptnet_has_relations_and_is_common_sense(folder: Path) -> None:
     assert probe.dropped == {"no label of subject or object": 1}
 
 
+def test_facts_of_a_relation_without_a_template_are_counted(folder: Path) -> None:
+    write_jsonl(folder / "TREx" / "P50.jsonl", [{"sub_label": "Emma", "obj_label": "London", "uuid": "x"}])
+    for protocol in ("lama", "paper"):
+        probe = lama(folder, "trex", protocol)  # type: ignore[arg-type]
+        assert probe.dropped["no template for its relation in relations.jsonl"] == 1
+
+
 def test_the_source_names_every_file_that_was_read(folder: Path) -> None:
     files = lama(folder, "trex").source["files"]
     assert sorted(files) == ["TREx/P19.jsonl", "TREx/P36.jsonl", "common_vocab_cased.txt", "relations.jsonl"]
