@@ -23,7 +23,7 @@ from compressknow.report.distributions import (
     precision_at,
 )
 from compressknow.report.pairing import Pair, counts, paired
-from compressknow.report.records import Counts, Estimate, Group, Movement, ProbeFigures
+from compressknow.report.records import ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
 from compressknow.report.statistics import above_chance, holm, macro, mcnemar, paired_difference, proportion
 
 # Facts whose distributions are held as float64 at a time: 4,096 x 257 numbers are 8 MB.
@@ -74,7 +74,7 @@ def compare_probe(
         p=mcnemar(total),
         answer_changed=_answer_changed(pairs),
         movement=_movement(pairs) if _same_reference(entry_original, entry_compressed) else None,
-        logp_change=percentiles(sorted(_logp_changes(pairs))),
+        logp_change=percentiles([change for pair in pairs if (change := _logp_change(pair)) is not None]),
         **_rank_figures(pairs),
         **_confidence_figures(pairs),
         chance=entry_original.get("chance"),
@@ -88,6 +88,38 @@ def compare_probe(
         dropped=dict(sorted(entry_original.get("dropped", {}).items())),
         limit=entry_original.get("limit"),
         seed=int(entry_original.get("seed") or 0),
+    )
+
+
+def changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
+    """The facts lost and gained, of one probe or of several: by school subject, by relation, then those first whose
+    gold fell farthest (of the lost) or rose farthest (of the gained) in log-probability.
+    """
+    pairs = list(pairs)
+    lost = sorted((pair for pair in pairs if pair[0].correct and not pair[1].correct), key=lambda p: _place(p, 1))
+    gained = sorted((pair for pair in pairs if pair[1].correct and not pair[0].correct), key=lambda p: _place(p, -1))
+    return tuple(map(_changed, lost)), tuple(map(_changed, gained))
+
+
+def _place(pair: Pair, sign: int) -> tuple[Any, ...]:
+    fact, change = pair[0], _logp_change(pair)
+    # Facts whose change is not known come last of their relation.
+    return subject_order(fact.subject), fact.relation, change is None, sign * (change or 0.0), fact.probe, fact.fact_id
+
+
+def _changed(pair: Pair) -> ChangedFact:
+    before, after = pair
+    return ChangedFact(
+        probe=before.probe,
+        relation=before.relation,
+        subject=before.subject,
+        prompt=before.prompt,
+        gold=before.gold,
+        before=before.predicted,
+        after=after.predicted,
+        rank_before=before.rank,
+        rank_after=after.rank,
+        fact_id=before.fact_id,
     )
 
 
@@ -180,10 +212,12 @@ def _divergences(pairs: Sequence[Pair]) -> np.ndarray:
     return kl_divergence(logps[0][same], logps[1][same])
 
 
-def _logp_changes(pairs: Iterable[Pair]) -> list[float]:
-    """Change of the gold's log-probability, over the facts whose gold both models could have answered."""
-    changes = [b.logp_gold - a.logp_gold for a, b in pairs if a.logp_gold is not None and b.logp_gold is not None]
-    return [change for change in changes if math.isfinite(change)]
+def _logp_change(pair: Pair) -> float | None:
+    """Change of the gold's log-probability; None where one of the models could not have answered it."""
+    before, after = pair[0].logp_gold, pair[1].logp_gold
+    if before is None or after is None or not math.isfinite(after - before):
+        return None
+    return after - before
 
 
 def _rank_figures(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -207,7 +241,7 @@ def _confidence_figures(pairs: Sequence[Pair]) -> dict[str, Any]:
 
     Where any text may be given, the probabilities are those of its first token, not of the answer: there are none.
     """
-    usable = [(a, b) for a, b in pairs if a.choices is not None and a.top5_logp and b.top5_logp]
+    usable = [pair for pair in pairs if all(map(_has_confidence, pair))]
     sides = list(zip(*usable, strict=True)) or [(), ()]
     sure = [[_confidence(answer) for answer in side] for side in sides]
     right = [[answer.correct for answer in side] for side in sides]
@@ -215,6 +249,12 @@ def _confidence_figures(pairs: Sequence[Pair]) -> dict[str, Any]:
         "ece": _both(*(ece(s, r) for s, r in zip(sure, right, strict=True))),
         "brier": _both(*(brier(s, r) for s, r in zip(sure, right, strict=True))),
     }
+
+
+def _has_confidence(answer: Answer) -> bool:
+    logp = answer.top5_logp
+    # A model that broke computes NaN: a warning says so, and no mean may be made of it.
+    return answer.choices is not None and bool(logp) and math.isfinite(logp[0]) and not any(map(math.isnan, logp))
 
 
 def _confidence(answer: Answer) -> float:

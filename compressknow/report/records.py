@@ -142,6 +142,7 @@ class ChangedFact:
     after: str
     rank_before: int | None
     rank_after: int | None
+    fact_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

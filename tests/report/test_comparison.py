@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.errors import CompressknowError
-from compressknow.report.comparison import compare_probe
+from compressknow.report.comparison import changed_facts, compare_probe
 from compressknow.report.records import Counts, Estimate, ProbeFigures
 from tests.report.answering import answer, entry, sides
 
@@ -90,6 +90,12 @@ class TestAnswers:
     def test_among_few_choices_confidence_is_the_share(self) -> None:
         figures = compared(sides(both=20, choices=2, top5=("yes", "no"), top5_logp=(-40.0, -40.0 + math.log(1 / 3))))
         assert figures.ece == pytest.approx((0.25, 0.25))
+
+    def test_a_model_that_broke_gives_no_figure_that_is_not_a_number(self) -> None:
+        before, after = sides(both=25)
+        after[:2] = [replace(row, logp_gold=math.nan, top5_logp=(math.nan,) * 5) for row in after[:2]]
+        figures = compared((before, after))
+        assert all(map(math.isfinite, (*figures.ece, *figures.brier, *figures.logp_change.values())))
 
     def test_free_answers_have_no_confidence(self) -> None:
         assert compared(sides(both=20, choices=None)).ece is None
@@ -186,6 +192,29 @@ class TestGroups:
             ("bottom 33 %", 20),
         ]
         assert compared(sides(both=60)).by_popularity == ()
+
+
+class TestChangedFacts:
+    def test_by_subject_and_relation_then_the_farthest_fall_first(self) -> None:
+        falls = [("science", "r", -1.0), ("geography", "b", -1.0), ("geography", "a", -1.0), ("geography", "a", -9.0)]
+        before = [answer(n, True, subject=s, relation=r, logp_gold=0.0) for n, (s, r, _) in enumerate(falls)]
+        after = [answer(n, False, subject=s, relation=r, logp_gold=fall) for n, (s, r, fall) in enumerate(falls)]
+        lost, gained = changed_facts(zip(before, after, strict=True))
+        assert [fact.fact_id for fact in lost] == ["fact-0003", "fact-0002", "fact-0001", "fact-0000"]
+        assert gained == ()
+
+    def test_says_what_both_models_answered(self) -> None:
+        before, after = sides(gained=1)
+        _, (fact,) = changed_facts(zip(before, after, strict=True))
+        assert (fact.before, fact.after, fact.gold) == ("Rome", "Paris", "Paris")
+        assert (fact.rank_before, fact.rank_after) == (2, 1)
+
+    def test_the_farthest_rise_first_and_unknown_changes_last(self) -> None:
+        before, after = sides(gained=3, relation="r")
+        before[0] = replace(before[0], logp_gold=None)
+        before[2] = replace(before[2], logp_gold=-7.0)
+        _, gained = changed_facts(zip(before, after, strict=True))
+        assert [fact.fact_id for fact in gained] == ["fact-0002", "fact-0001", "fact-0000"]
 
 
 class TestRefused:
