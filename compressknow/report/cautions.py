@@ -1,0 +1,126 @@
+"""Warnings: what a reader must know before trusting a comparison's figures, in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from compressknow.probe.answers import Answers
+from compressknow.report.figures import count, percent, share
+from compressknow.report.records import Counts, Grade, ModelFacts, ProbeFigures
+from compressknow.report.text import plain
+
+# Fewer known facts than this leave an interval of several points.
+FEW_FACTS = 100
+FEW_FACTS_OF_A_SUBJECT = 20
+
+
+def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+    """What is odd about the two checkpoints."""
+    if original.sha256 == model.sha256:
+        yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
+    if model.groups and not any(_done(group) for group in model.groups.values()):
+        yield "Nothing of this model was in scope: no weight was pruned or quantized."
+    if any(step.get("quantize") == "int8-paper" for step in (model.recipe or {}).get("steps", ())):
+        yield (
+            "Quantized by int8-paper, whose activations share one scale a batch: each answer depends a little on the "
+            "facts that were asked beside it. The order of facts is fixed, so the figures repeat; other batches would "
+            "give slightly other ones."
+        )
+    if original.dtype != model.dtype and not (original.quantization or model.quantization):
+        yield (
+            f"The weights differ in type ({plain(original.dtype, 40)} and {plain(model.dtype, 40)}) though neither "
+            "model is quantized: part of the change may be rounding."
+        )
+    if original.speed and model.speed and original.speed.device != model.speed.device:
+        yield (
+            f"The models ran on different devices ({plain(original.speed.device, 60)} and "
+            f"{plain(model.speed.device, 60)}): answers that are almost tied may differ for that alone."
+        )
+
+
+def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:
+    """What the two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
+    yield from _versions(original.record.get("versions", {}), compressed.record.get("versions", {}))
+    for who, these, others in (("original", original, compressed), ("compressed model", compressed, original)):
+        only = [plain(probe, 60) for probe in these.probes if probe not in others.probes]
+        if only:
+            yield f"Not compared, since only the {who} was asked: {', '.join(only)}."
+        yield from _broken(who, these)
+    for probe in probes:
+        references = [side.record["probes"][probe].get("reference") for side in (original, compressed)]
+        if None not in references and references[0] != references[1]:
+            yield (
+                f"How far distributions moved on {plain(probe, 60)} was not measured: the two models gave the "
+                "probabilities of different tokens. Give `compressknow report` the checkpoints, not answers of two "
+                "runs, to have it measured."
+            )
+
+
+def _versions(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
+    differing = [
+        f"{plain(name, 40)} {plain(original[name], 40)} and {plain(compressed[name], 40)}"
+        for name in original
+        if name in compressed and original[name] != compressed[name]
+    ]
+    if differing:
+        yield f"The two models were asked by different versions ({', '.join(differing)}), which may change answers too."
+
+
+def _broken(who: str, answers: Answers) -> Iterator[str]:
+    numbers = Counter(
+        a.probe for a in answers.answers if math.isnan(a.logp_gold or 0) or any(map(math.isnan, a.top5_logp))
+    )
+    for probe, number in numbers.items():
+        yield (
+            f"The {who} computes no numbers (NaN) for {_facts(number)} of {plain(probe, 60)}: it is broken, and its "
+            "answers there mean nothing."
+        )
+
+
+def of_figures(counts: Counts, grades: Iterable[Grade], probes: Iterable[ProbeFigures]) -> Iterator[str]:
+    """Too few facts, and originals that know no more than guessing would."""
+    if 0 < counts.known_before < FEW_FACTS:
+        yield f"The original knew only {_facts(counts.known_before)}: with so few, the share kept is uncertain."
+    few = [grade for grade in grades if 0 < grade.counts.known_before < FEW_FACTS_OF_A_SUBJECT]
+    if few:
+        named = ", ".join(f"{plain(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
+        yield f"Grades that rest on fewer than {FEW_FACTS_OF_A_SUBJECT} known facts say little: {named}."
+    for probe in probes:
+        yield from _at_chance(probe)
+        yield from _dropped(probe)
+
+
+def _at_chance(probe: ProbeFigures) -> Iterator[str]:
+    accuracy = probe.accuracy_original
+    if accuracy.value is None or accuracy.low is None:
+        return
+    baselines = {"guessing": probe.chance, "always giving the most frequent answer": probe.majority}
+    for name, baseline in baselines.items():
+        if baseline is not None and accuracy.low <= baseline:
+            yield (
+                f"The original itself knows little of {plain(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
+                f"is not clearly above that of {name} ({share(baseline)}), so what is kept says little."
+            )
+            return
+
+
+def _dropped(probe: ProbeFigures) -> Iterator[str]:
+    dropped = sum(probe.dropped.values())
+    read = max(probe.facts_read, dropped)
+    if 2 * dropped > read:
+        reason = max(probe.dropped, key=lambda name: probe.dropped[name])
+        yield (
+            f"{percent(dropped, read)} of the facts of {plain(probe.probe, 60)} could not be asked, most because: "
+            f"{plain(reason, 120)}. Those that were are a selection."
+        )
+
+
+def _done(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("pruned") or group.get("quantized"))
+
+
+def _facts(number: int) -> str:
+    return "1 fact" if number == 1 else f"{count(number)} facts"

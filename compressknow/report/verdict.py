@@ -1,0 +1,113 @@
+"""The verdict: one sentence that says what was kept, with its numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from compressknow.report.figures import count, p_value, percent, share
+from compressknow.report.records import Comparison, Counts, Estimate, ModelFacts
+from compressknow.report.text import plain
+
+# A change is called real below this p-value.
+SIGNIFICANT = 0.05
+_NAME = 80  # characters of a name that a sentence can carry
+
+
+def verdict(original: str, counts: Counts, kept: Estimate, p: float | None) -> str:
+    """The sentence on one compressed model.
+
+    Parameters
+    ----------
+    original : name of the original model.
+    kept, p : knowledge kept with its interval, and the exact McNemar test.
+
+    >>> from compressknow.report.statistics import mcnemar, proportion
+    >>> counts = Counts(both=90, lost=10, gained=1, neither=99)
+    >>> print(verdict("bert", counts, proportion(90, 100), mcnemar(counts)))
+    Keeps 90 of 100 facts that bert knew (90.0 %, interval 82.6 to 94.5 %): it forgot 10 and gained 1, a net \
+loss that chance does not explain (p = 0.012).
+    """
+    name = plain(original, _NAME)
+    if not counts.n:
+        return f"No fact was asked of both models: nothing can be said of what is left of {name}."
+    if not counts.known_before:
+        return _nothing_known(name, counts)
+    if not counts.lost:
+        return f"Keeps {_all(counts.both)} that {name} knew {_interval(counts, kept)}, and gained {_number(counts)}."
+    if not counts.both:
+        opening = f"Keeps none of the {_facts(counts.lost)} that {name} knew {_interval(counts, kept)}"
+        return f"{opening}, and gained {_number(counts)}{_real(counts, p)}."
+    opening = f"Keeps {count(counts.both)} of {_facts(counts.known_before)} that {name} knew {_interval(counts, kept)}"
+    return f"{opening}: it forgot {count(counts.lost)} and gained {_number(counts)}{_real(counts, p)}."
+
+
+def verdict_of_several(original: str, comparisons: Sequence[Comparison]) -> str:
+    """The sentence on several compressed models: the best and the worst of them."""
+    name = plain(original, _NAME)
+    labels = labels_of([comparison.model for comparison in comparisons])
+    known = [(c.counts, label) for c, label in zip(comparisons, labels, strict=True) if c.counts.known_before]
+    if not known:
+        return (
+            f"{name} knew none of the facts that it was asked, so there is nothing that a compressed model could keep."
+        )
+    best, worst = max(known, key=_kept), min(known, key=_kept)
+    if len(known) == 1:
+        return f"{best[1]} keeps {_share(best[0])} of the facts that {name} knew."
+    if _kept(best) == _kept(worst):
+        return f"{_models(len(known))} keep {share(_kept(best))} of what {name} knew."
+    return (
+        f"Of {len(known)} compressed models, {best[1]} keeps most of what {name} knew ({_share(best[0])}) "
+        f"and {worst[1]} least ({_share(worst[0])})."
+    )
+
+
+def _kept(known: tuple[Counts, str]) -> float:
+    return known[0].kept or 0.0
+
+
+def labels_of(models: Sequence[ModelFacts]) -> list[str]:
+    """What to call each compressed model: its setup where it has one; with its number where two would be the same."""
+    labels = [plain(model.setup or model.name, _NAME) for model in models]
+    repeated = Counter(labels)
+    return [f"{i}. {label}" if repeated[label] > 1 else label for i, label in enumerate(labels, start=1)]
+
+
+def _nothing_known(name: str, counts: Counts) -> str:
+    gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
+    return f"{name} knew none of the {_facts(counts.n)} that it was asked, so there is nothing to keep{gained}."
+
+
+def _interval(counts: Counts, kept: Estimate) -> str:
+    value = percent(counts.both, counts.known_before)
+    if kept.low is None or kept.high is None:
+        return f"({value})"
+    return f"({value}, interval {share(kept.low).removesuffix(' %')} to {share(kept.high)})"
+
+
+def _real(counts: Counts, p: float | None) -> str:
+    """Whether lost and gained are out of balance: many of both, and so a model that is much changed, can even out."""
+    if p is None or counts.lost == counts.gained:
+        return ", which evens out"
+    net = "loss" if counts.lost > counts.gained else "gain"
+    return f", a net {net} that chance {'does not explain' if p < SIGNIFICANT else 'could explain'} ({p_value(p)})"
+
+
+def _number(counts: Counts) -> str:
+    return count(counts.gained) if counts.gained else "none"
+
+
+def _facts(number: int) -> str:
+    return "1 fact" if number == 1 else f"{count(number)} facts"
+
+
+def _all(number: int) -> str:
+    return "the 1 fact" if number == 1 else f"all {count(number)} facts"
+
+
+def _models(number: int) -> str:
+    return "Both compressed models" if number == 2 else f"All {number} compressed models"
+
+
+def _share(counts: Counts) -> str:
+    return f"{count(counts.both)} of {count(counts.known_before)}, {percent(counts.both, counts.known_before)}"
