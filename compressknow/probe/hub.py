@@ -90,7 +90,7 @@ def _builder(path: Path) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars where stderr is no terminal, and no log lines beside the error that is raised."""
+    """No progress bars where stderr is no terminal, and no log lines of `datasets` beside the error that is raised."""
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()

@@ -39,6 +39,10 @@ and may have
 Other keys are ignored.
 """
 
+_HINT = (
+    f'The least that a line may hold is {{"prompt": "The capital of France is {BLANK}.", "obj_label": "Paris"}}; '
+    "compressknow probe --help shows all keys."
+)
 _TEXTS = ("prompt", "template", "obj_label", "sub_label", "relation", "subject")
 _KEYS = (*_TEXTS, "id", "candidates", "popularity")
 _SHOWN = 5
@@ -66,7 +70,7 @@ def own_facts(path: Path) -> Probe:
     if problems:
         raise _error(path, problems)
     if not facts:
-        raise UsageError(f"{path} holds no facts.", hint=f"It needs at least one line.\n{SCHEMA}")
+        raise UsageError(f"{path} holds no facts.", hint=_HINT)
     closed = all(fact.candidates for fact in facts.values())
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return Probe(
@@ -82,7 +86,7 @@ def _error(path: Path, problems: list[str]) -> UsageError:
     shown = problems[:_SHOWN]
     rest = len(problems) - len(shown)
     more = [f"and {rest} more"] if rest else []
-    return UsageError(f"{path} cannot be read as facts:", "\n".join(f"  {line}" for line in shown + more), SCHEMA)
+    return UsageError(f"{path} cannot be read as facts:", "\n".join(f"  {line}" for line in shown + more), _HINT)
 
 
 def _problems(row: dict[str, Any]) -> list[str]:
