@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+MINUS = "\N{MINUS SIGN}"
+NONE = "-"  # what stands where there is nothing to measure
+
 
 def count(number: int) -> str:
     """A count with thousands apart: ``134,515,008``."""
@@ -47,3 +52,105 @@ def size(number: int) -> str:
         if number >= factor:
             return f"{number / factor:,.{digits}f} {unit}"
     return f"{number} bytes"
+
+
+def share(value: float | None) -> str:
+    """A share of 1 as `percent` writes it; `-` where there is none.
+
+    >>> share(0.9512), share(1.0), share(0.99999), share(0.0), share(-0.031), share(None)
+    ('95.1 %', '100 %', '> 99.9 %', '0 %', '−3.1 %', '-')
+    """
+    if value is None:
+        return NONE
+    if value in (0, 1, -1):
+        return f"{_signed(100 * value, '.0f')} %"
+    size = 100 * abs(value)
+    if size < 0.1:
+        return "< 0.1 %" if value > 0 else f"> {MINUS}0.1 %"
+    return "> 99.9 %" if 99.9 < 100 * value < 100 else f"{_signed(100 * value, '.1f')} %"
+
+
+def points(value: float | None) -> str:
+    """A difference of two shares, in percentage points with its sign.
+
+    >>> points(-0.0234), points(0.5), points(-0.0004), points(0.0), points(None)
+    ('−2.3 points', '+50.0 points', '−0.04 points', '0 points', '-')
+    """
+    if value is None:
+        return NONE
+    if not value:
+        return "0 points"
+    digits = "+.1f" if abs(value) >= 0.001 else "+.1g"
+    return f"{_signed(100 * value, digits)} points"
+
+
+def estimate(value: float | None, low: float | None, high: float | None, write: Callable[[float], str] = share) -> str:
+    """A figure with its interval, its unit said once where that reads well.
+
+    >>> estimate(0.951, 0.94, 0.961), estimate(1.0, 0.93, 1.0), estimate(0.5, None, None), estimate(None, None, None)
+    ('95.1 % (94.0 to 96.1 %)', '100 % (93.0 to 100 %)', '50.0 %', '-')
+    >>> estimate(-0.02, -0.03, 0.0, points)
+    '−2.0 points (−3.0 to 0)'
+    """
+    if value is None:
+        return NONE
+    if low is None or high is None:
+        return write(value)
+    bounds = f"{write(low).removesuffix(' %')} to {write(high)}".replace(" points", "")
+    return f"{write(value)} ({bounds})"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value: two digits, never rounded to 0 or 1.
+
+    >>> p_value(0.0004), p_value(0.03), p_value(0.0472), p_value(0.999), p_value(1.0), p_value(None)
+    ('p < 0.001', 'p = 0.03', 'p = 0.047', 'p > 0.99', 'p = 1', '-')
+    """
+    if p is None:
+        return NONE
+    if p < 0.001:
+        return "p < 0.001"
+    return "p > 0.99" if 0.99 < p < 1 else f"p = {p:.2g}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number without unit, to so many decimals; what would round to zero keeps one digit.
+
+    >>> number(0.12345), number(-1.5), number(0.0), number(0.00002), number(None)
+    ('0.123', '−1.500', '0', '0.00002', '-')
+    """
+    if value is None:
+        return NONE
+    if not value:
+        return "0"
+    text = f"{value:.{digits}f}"
+    return (text if float(text) else f"{value:.7f}".rstrip("0").rstrip(".")).replace("-", MINUS)
+
+
+def smaller(before: int, after: int) -> str:
+    """How a size changed, in words.
+
+    >>> smaller(200, 150), smaller(100, 103), smaller(7, 7), smaller(0, 7)
+    ('25.0 % smaller', '3.0 % larger', 'the same size', '-')
+    """
+    if not before:
+        return NONE
+    if before == after:
+        return "the same size"
+    return f"{share(abs(before - after) / before)} {'smaller' if after < before else 'larger'}"
+
+
+def ordinal(rank: int | None) -> str:
+    """A rank in words.
+
+    >>> ordinal(1), ordinal(2), ordinal(13), ordinal(1023), ordinal(None)
+    ('1st', '2nd', '13th', '1,023rd', '-')
+    """
+    if rank is None:
+        return NONE
+    ending = "th" if rank % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th")
+    return f"{count(rank)}{ending}"
+
+
+def _signed(value: float, digits: str) -> str:
+    return format(value, digits).replace("-", MINUS)

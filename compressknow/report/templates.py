@@ -9,17 +9,28 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from compressknow.report.figures import count
+from compressknow.report.text import RIGHT_TO_LEFT
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Installed, the templates lie inside the package; in a checkout, at the top of the repository.
 _FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
+_LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
 def render(template: str, **values: Any) -> str:
     """Fill in the template of that file name; a name that the template wants and does not get is an error."""
     return _environment().get_template(template).render(**values)
+
+
+def source(name: str) -> str:
+    """The text of a file beside the templates, as it is."""
+    path = next(folder / name for folder in _FOLDERS if (folder / name).is_file())
+    return path.read_text(encoding="utf-8")
 
 
 def escape_markdown(text: object) -> str:
@@ -30,6 +41,7 @@ def escape_markdown(text: object) -> str:
     """
     escaped = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     escaped = _MARKDOWN_SPECIAL.sub(r"\\\1", escaped)
+    escaped = _LIST_NUMBER.sub(r"\1\\\2", escaped)
     # A bare address would become a link.
     return re.sub(r"(?i)(https?|ftp)://|www\.", _without_autolink, escaped)
 
@@ -61,6 +73,20 @@ def front_matter(metadata: dict[str, Any]) -> str:
     return f"---\n{text}---"
 
 
+def isolated(sentence: str) -> Markup:
+    """A sentence of the tool as HTML, in which names that run from right to left do not turn their surroundings round.
+
+    >>> print(isolated("<\u05d0\u05d1> 5 %"))
+    &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5 %
+    """
+    return Markup(RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(sentence))))
+
+
+def markdown_sentence(sentence: str) -> str:
+    """The same in Markdown, by the isolating marks of Unicode."""
+    return RIGHT_TO_LEFT.sub("\u2068\\g<0>\u2069", escape_markdown(sentence))
+
+
 def _one_line(text: object) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
@@ -71,14 +97,15 @@ def _without_autolink(match: re.Match[str]) -> str:
 
 @cache
 def _environment() -> Environment:
-    # autoescape is for HTML; in Markdown each value goes through a filter of its own.
+    # HTML escapes whatever it is given; in Markdown each value goes through a filter of its own.
     environment = Environment(
         loader=FileSystemLoader(_FOLDERS),
         undefined=StrictUndefined,
-        autoescape=False,
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters.update(md=escape_markdown, code=code_span, block=code_block, front_matter=front_matter)
+    environment.filters.update(isolated=isolated, sentence=markdown_sentence, cell=markdown_sentence, count=count)
     return environment

@@ -1,0 +1,124 @@
+"""SVG as matplotlib writes it, made fit to stand inside an HTML page.
+
+Colours become classes, so that a chart follows the page from light to dark; inline styles become attributes, so that
+the page's content security policy can forbid them; ids are prefixed, so that charts do not share them; metadata goes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from xml.etree import ElementTree
+
+# What charts are drawn in: colours that matplotlib takes, each the name of a class of the page's style sheet.
+COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c2 c3 c4 c5 c6".split(), start=1)}
+_CLASSES = {colour: name for name, colour in COLOURS.items()}
+_KEPT = {"stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin", "text-anchor", "opacity"}
+_NUMBERS = {"d", "x", "y", "width", "height", "transform", "stroke-width", "stroke-dasharray"}
+_SIZE = re.compile(r"([\d.]+)px")
+_DECIMALS = re.compile(r"-?\d+\.\d+")
+
+
+def inline(raw: str, id: str, title: str, description: str) -> str:
+    """`raw` as an element for HTML, named and described for those who cannot see it.
+
+    Parameters
+    ----------
+    id : of the element; nothing else on the page may have it or begin with it.
+    title, description : plain text, escaped here.
+    """
+    root = ElementTree.fromstring(raw)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+    _drop(root, {"metadata", "style"})
+    referenced = {name for element in root.iter() for name in _references(element)}
+    for element in root.iter():
+        _clean(element, referenced, id)
+    _unwrap(root)
+    root.attrib = {
+        "class": "chart",
+        "id": id,
+        "viewBox": root.get("viewBox", ""),
+        "role": "img",
+        "aria-labelledby": f"{id}-title {id}-desc",
+    }
+    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
+        named = ElementTree.Element(tag, {"id": f"{id}-{tag}"})
+        named.text = text
+        root.insert(place, named)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _drop(parent: ElementTree.Element, tags: set[str]) -> None:
+    for child in list(parent):
+        if child.tag in tags:
+            parent.remove(child)
+        else:
+            _drop(child, tags)
+
+
+def _references(element: ElementTree.Element) -> Iterator[str]:
+    for name, value in element.attrib.items():
+        if _local(name) == "href":
+            yield value.removeprefix("#")
+        elif match := re.fullmatch(r"url\(#(.*)\)", value):
+            yield match.group(1)
+
+
+def _clean(element: ElementTree.Element, referenced: set[str], id: str) -> None:
+    old, element.attrib = element.attrib, {}
+    # Indentation is most of what matplotlib writes; only the text of a text is wanted.
+    element.tail = None
+    if element.tag != "text":
+        element.text = None
+    for name, value in (old | _presentation(old.get("style", ""))).items():
+        match _local(name):
+            case "style":
+                continue
+            case "id":
+                if value in referenced:
+                    element.set("id", f"{id}-{value}")
+            case "href":
+                element.set("href", f"#{id}-{value.removeprefix('#')}")
+            case "clip-path":
+                element.set("clip-path", value.replace("url(#", f"url(#{id}-"))
+            case "transform" if re.match(r"rotate\(-?0(\.0)? ", value):
+                continue
+            case local:
+                element.set(local, _short(value) if local in _NUMBERS else value)
+
+
+def _presentation(style: str) -> dict[str, str]:
+    """The declarations of a style attribute as attributes; colours as classes."""
+    declarations = [part.partition(":") for part in style.split(";") if part.strip()]
+    found = {name.strip(): value.strip() for name, _, value in declarations}
+    attributes = {name: value for name, value in found.items() if name in _KEPT}
+    classes = []
+    for name in ("fill", "stroke"):
+        if (colour := found.get(name)) in _CLASSES:
+            classes.append(f"{name[0]}-{_CLASSES[colour]}")
+        elif colour:
+            attributes[name] = colour
+    if size := _SIZE.search(found.get("font-size", found.get("font", ""))):
+        attributes["font-size"] = size.group(1)
+    return attributes | ({"class": " ".join(classes)} if classes else {})
+
+
+def _short(value: str) -> str:
+    rounded = _DECIMALS.sub(lambda match: f"{float(match.group()):.1f}".removesuffix(".0"), value)
+    return " ".join(rounded.split()).replace("-0 ", "0 ")
+
+
+def _unwrap(parent: ElementTree.Element) -> None:
+    """Take the children out of groups that say nothing."""
+    for child in list(parent):
+        _unwrap(child)
+        if child.tag in ("g", "defs") and not child.attrib and (child.tag == "g" or not len(child)):
+            place = list(parent).index(child)
+            parent.remove(child)
+            for offset, grandchild in enumerate(child):
+                parent.insert(place + offset, grandchild)

@@ -1,0 +1,343 @@
+"""Report cards made by hand: one compressed model, several, and one of which little could be measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from compressknow.report.records import (
+    Card,
+    ChangedFact,
+    Comparison,
+    Counts,
+    Estimate,
+    Grade,
+    Group,
+    ModelFacts,
+    Movement,
+    ProbeFigures,
+    Speed,
+)
+
+# Relation, school subject, and its facts by what both models knew.
+ATLAS = (
+    ("capital", "geography", Counts(118, 14, 3, 40)),
+    ("continent", "geography", Counts(131, 3, 1, 18)),
+    ("currency", "geography", Counts(62, 9, 2, 71)),
+    ("us_city_state", "geography", Counts(70, 6, 0, 15)),
+    ("official_language", "language", Counts(77, 4, 2, 32)),
+    ("translation", "language", Counts(58, 8, 3, 51)),
+    ("element_symbol", "science", Counts(88, 2, 0, 13)),
+    ("atomic_number", "science", Counts(31, 6, 2, 25)),
+    ("inventor", "history and people", Counts(27, 3, 1, 44)),
+    ("author", "arts and literature", Counts(41, 5, 0, 66)),
+    ("used_for", "common sense", Counts(0, 0, 1, 12)),
+)
+CONCEPTNET = (
+    ("AtLocation", "common sense", Counts(61, 18, 6, 240)),
+    ("CapableOf", "common sense", Counts(44, 11, 4, 161)),
+    ("HasProperty", "common sense", Counts(39, 11, 5, 130)),
+)
+POPULARITY = (
+    ("rarest fifth", Counts(81, 21, 6, 111)),
+    ("second", Counts(119, 16, 3, 81)),
+    ("third", Counts(147, 11, 3, 58)),
+    ("fourth", Counts(170, 8, 2, 39)),
+    ("best known", Counts(186, 4, 1, 28)),
+)
+LOST = (
+    ("capital", "The capital of Chad is [MASK].", "N'Djamena", "Abuja", 1, 4),
+    ("capital", "The capital of Tuvalu is [MASK].", "Funafuti", "Suva", 1, 2),
+    ("capital", "The capital of Slovenia is [MASK].", "Ljubljana", "Zagreb", 1, 3),
+    ("currency", "The currency of Mongolia is the [MASK].", "tugrik", "yuan", 1, 17),
+    ("currency", "The currency of Malawi is the [MASK].", "kwacha", "shilling", 1, 2),
+    ("us_city_state", "The American city of Laramie is in the state of [MASK].", "Wyoming", "Colorado", 1, 2),
+    ("official_language", "The official language of Angola is [MASK].", "Portuguese", "French", 1, 2),
+    ("translation", "The French word for bread is [MASK].", "pain", "le", 1, 6),
+    ("atomic_number", "The atomic number of tin is [MASK].", "50", "48", 1, 5),
+    ("inventor", "The telescope was improved for astronomy by [MASK].", "Galileo", "Newton", 1, 2),
+    ("author", "The Divine Comedy was written by [MASK].", "Dante", "Boccaccio", 1, 2),
+)
+GAINED = (
+    ("capital", "The capital of Myanmar is [MASK].", "Naypyidaw", "Yangon", 2, 1),
+    ("translation", "The Hebrew word for peace is [MASK].", "שלום", "salaam", 3, 1),
+    ("continent", "On a map of the world, Guyana is in [MASK].", "South America", "Africa", 2, 1),
+)
+GRADES = ((0.99, "A+"), (0.97, "A"), (0.93, "B"), (0.85, "C"), (0.70, "D"))
+METHOD = (
+    "Each fact was asked as a sentence with a blank; the answer is the candidate that the model finds most likely.",
+    "Knowledge kept counts only facts that the original answered right; the intervals are Wilson's, at 95 %.",
+    "What a model answers to one sentence is not all that it knows: another wording may bring out more.",
+)
+
+
+def wilson(part: int, whole: int) -> Estimate:
+    if not whole:
+        return Estimate(None)
+    z, share = 1.959964, part / whole
+    middle = (share + z * z / (2 * whole)) / (1 + z * z / whole)
+    half = z * math.sqrt(share * (1 - share) / whole + z * z / (4 * whole * whole)) / (1 + z * z / whole)
+    return Estimate(share, max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share)))
+
+
+def total(groups: tuple[tuple[str, str, Counts], ...]) -> Counts:
+    return sum((counts for _, _, counts in groups), Counts())
+
+
+def kept(counts: Counts) -> Estimate:
+    return wilson(counts.both, counts.known_before)
+
+
+def group(name: str, counts: Counts) -> Group:
+    changed = (counts.lost + counts.gained + counts.neither // 5) / counts.n if counts.n else None
+    p = min(1.0, 2.0 ** -(counts.lost - counts.gained)) if counts.lost > counts.gained else 1.0
+    return Group(name, counts, kept(counts), p, min(1.0, 3 * p), changed, chance=0.01)
+
+
+def letter(share: float | None) -> str:
+    return "-" if share is None else next((name for least, name in GRADES if share >= least), "F")
+
+
+def grade(subject: str, counts: Counts) -> Grade:
+    estimate = kept(counts)
+    low, high = letter(estimate.low), letter(estimate.high)
+    unsure = low != high
+    return Grade(subject, counts, estimate, letter(estimate.value), unsure, f"{high} to {low}" if unsure else None)
+
+
+def by_subject(groups: tuple[tuple[str, str, Counts], ...]) -> dict[str, Counts]:
+    subjects: dict[str, Counts] = {}
+    for _, subject, counts in groups:
+        subjects[subject] = subjects.get(subject, Counts()) + counts
+    return subjects
+
+
+def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bool) -> ProbeFigures:
+    counts = total(groups)
+    before, after = wilson(counts.known_before, counts.n), wilson(counts.known_after, counts.n)
+    assert before.value is not None
+    assert after.value is not None
+    change = after.value - before.value
+    return ProbeFigures(
+        probe=name,
+        protocol="closed, version 1" if popular else "lama, version 1",
+        average="micro" if popular else "macro",
+        counts=counts,
+        accuracy_original=before,
+        accuracy_compressed=after,
+        difference=Estimate(change, change - 0.011, change + 0.012),
+        kept=kept(counts),
+        kept_above_chance=Estimate(0.934, 0.917, 0.949) if popular else Estimate(None),
+        macro_original=Estimate(0.587, 0.561, 0.613),
+        macro_compressed=Estimate(0.544, 0.518, 0.571),
+        macro_difference=Estimate(-0.043, -0.058, -0.029),
+        p=2.3e-7 if popular else 0.0031,
+        answer_changed=0.1284,
+        movement=Movement(counts.n, 0.0831, 0.0204, 0.912, 4.377),
+        logp_change={"p1": -3.91, "p5": -1.72, "p25": -0.31, "p50": -0.04, "p75": 0.08, "p95": 0.61, "p99": 1.33},
+        mrr=(0.671, 0.639),
+        p_at_5=(0.8312, 0.8107),
+        lost_still_in_top5=counts.lost * 4 // 5,
+        ece=(0.0413, 0.0677) if popular else None,
+        brier=(0.1522, 0.1689) if popular else None,
+        chance=0.0213 if popular else None,
+        majority=0.0817,
+        drop_absolute=-change,
+        drop_relative=-change / before.value,
+        by_relation=tuple(group(relation, counts) for relation, _, counts in groups),
+        by_subject=tuple(group(subject, counts) for subject, counts in by_subject(groups).items()),
+        by_popularity=tuple(group(name, counts) for name, counts in POPULARITY) if popular else (),
+        facts_read=counts.n + (14 if popular else 103),
+        dropped={"the object is not one token of the model": 95, "the object stands in the prompt": 8}
+        if not popular
+        else {"the object stands in the prompt": 14},
+        limit=None,
+        seed=0,
+    )
+
+
+def facts(rows: tuple[tuple[str, str, str, str, int, int], ...], number: int, *, lost: bool) -> tuple[ChangedFact, ...]:
+    """`number` changed facts; beyond those at hand, numbered variants of them."""
+    changed = []
+    for i in range(number):
+        relation, prompt, gold, other, before, after = rows[i % len(rows)]
+        if i >= len(rows):
+            prompt = prompt.replace("The ", f"{i}. The ", 1)
+        said = (gold, other) if lost else (other, gold)
+        changed.append(ChangedFact("atlas", relation, "geography", prompt, gold, *said, before, after))
+    return tuple(changed)
+
+
+def group_of_layers(parameters: int, pruned: int = 0, quantized: int = 0, error: float = 0.0) -> dict[str, float]:
+    return {
+        "parameters": parameters,
+        "zeros_after": pruned,
+        "pruned": pruned,
+        "quantized": quantized,
+        "relative_error": error,
+    }
+
+
+def original() -> ModelFacts:
+    return ModelFacts(
+        name="HuggingFaceTB/SmolLM2-135M",
+        revision="93efa2f097d58c2a74874c7e644dbc9b0cee75a2",
+        sha256="5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
+        architecture="LlamaForCausalLM",
+        family="causal",
+        parameters=134_515_008,
+        bytes=269_030_016,
+        dtype="bfloat16",
+        zeros=42,
+        speed=Speed("cpu, 2 threads", 31.62, 1_104_000_000),
+    )
+
+
+def compressed(setup: str = "Att_GPQ 20%", size: int = 242_600_000) -> ModelFacts:
+    return replace(
+        original(),
+        name="smollm2-" + setup.lower().replace(" ", "-").replace("%", ""),
+        revision=None,
+        sha256="c3ab8ff13720e8ad9047dd39466b3c8974e592c2fa383d4a3960714caef0c4f2",
+        bytes=size,
+        dtype="bfloat16, int8",
+        setup=setup,
+        quantization="int8 weights per output channel, int8 activations per token",
+        recipe={
+            "module_map": "structural",
+            "steps": [
+                {"prune": 0.2, "method": "l1-unstructured", "scope": ["attention"]},
+                {"quantize": "int8", "scope": ["attention"]},
+            ],
+        },
+        source={"name": "HuggingFaceTB/SmolLM2-135M", "revision": "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"},
+        zeros=5_649_000,
+        groups={
+            "attention": group_of_layers(26_542_080, 5_308_416, 26_542_080, 0.0912),
+            "feed-forward": group_of_layers(79_626_240),
+            "not-linear": group_of_layers(28_346_688),
+        },
+        speed=Speed("cpu, 2 threads", 33.07, 1_061_000_000),
+    )
+
+
+def scaled(groups: tuple[tuple[str, str, Counts], ...], loss: float) -> tuple[tuple[str, str, Counts], ...]:
+    """The same facts with a share `loss` of what was known lost."""
+    changed = []
+    for relation, subject, counts in groups:
+        lost = round(counts.known_before * loss)
+        changed.append((relation, subject, replace(counts, both=counts.known_before - lost, lost=lost)))
+    return tuple(changed)
+
+
+def comparison(
+    model: ModelFacts, probes: dict[str, tuple[tuple[str, str, Counts], ...]], *, lost: int, gained: int
+) -> Comparison:
+    counts = sum((total(groups) for groups in probes.values()), Counts())
+    estimate = kept(counts)
+    assert estimate.value is not None
+    every = tuple(row for groups in probes.values() for row in groups)
+    return Comparison(
+        model=model,
+        verdict=f"{model.setup} still knows {counts.both:,} of the {counts.known_before:,} facts that the original "
+        f"knows ({100 * estimate.value:.1f} %), in {model.bytes / 1e6:.1f} MB instead of 269.0 MB.",
+        kept=estimate,
+        counts=counts,
+        p=1.9e-9,
+        grades=tuple(grade(subject, counts) for subject, counts in by_subject(every).items()),
+        probes=tuple(probe(name, groups, popular=name == "atlas") for name, groups in probes.items()),
+        lost=facts(LOST, lost, lost=True),
+        gained=facts(GAINED, gained, lost=False),
+        warnings=("Common sense: the original knows too little of it for a grade that means much.",),
+    )
+
+
+def card(*comparisons: Comparison, verdict: str | None = None) -> Card:
+    return Card(
+        verdict=verdict or comparisons[0].verdict,
+        original=original(),
+        comparisons=comparisons,
+        warnings=(),
+        show_facts=True,
+        versions={"compressknow": "0.1.0", "torch": "2.9.0", "transformers": "5.24.0"},
+        command="compressknow report HuggingFaceTB/SmolLM2-135M smollm2-att_gpq-20 -p atlas -p lama:conceptnet "
+        "-o report.html -o report.md -o report.json",
+        method=METHOD,
+    )
+
+
+def card_of_one(*, lost: int = 100, gained: int = 35) -> Card:
+    """One compressed model, two probes."""
+    return card(comparison(compressed(), {"atlas": ATLAS, "lama:conceptnet": CONCEPTNET}, lost=lost, gained=gained))
+
+
+def card_of_several(amounts: tuple[int, ...] = (10, 20, 40, 60)) -> Card:
+    """A grid: three scopes pruned by each of the amounts, each also quantized, and three models only quantized."""
+    harm = {"Att": 1.0, "FF": 1.4, "All": 2.2}
+    models = []
+    for scope, factor in harm.items():
+        for kind, extra in (("GP", 0.0), ("GPQ", 0.02)):
+            for amount in amounts:
+                loss = min(0.99, factor * (amount / 100) ** 2.2 + extra)
+                models.append((f"{scope}_{kind} {amount}%", loss, 269_030_016 - (kind == "GPQ") * 40_000_000))
+        models.append((f"{scope}_GQ", 0.02 * factor, 229_030_016))
+    comparisons = [
+        comparison(
+            compressed(setup, size),
+            {"atlas": scaled(ATLAS, loss), "lama:conceptnet": scaled(CONCEPTNET, loss)},
+            lost=100,
+            gained=35,
+        )
+        for setup, loss, size in models
+    ]
+    verdict = "Pruning attention by 10 % costs least (0.6 % of the facts are lost), pruning everything by 60 % most."
+    return card(*comparisons, verdict=verdict)
+
+
+def card_of_nothing() -> Card:
+    """Nothing was known and hardly anything measured: every figure that may be None is None."""
+    none = Estimate(None)
+    whole = card_of_one(lost=0, gained=0)
+    figures = replace(
+        whole.comparisons[0].probes[0],
+        counts=Counts(neither=3),
+        accuracy_original=Estimate(0.0),
+        accuracy_compressed=Estimate(0.0),
+        difference=none,
+        kept=none,
+        kept_above_chance=none,
+        macro_original=none,
+        macro_compressed=none,
+        macro_difference=none,
+        p=None,
+        answer_changed=None,
+        movement=None,
+        logp_change=None,
+        mrr=None,
+        p_at_5=None,
+        lost_still_in_top5=None,
+        ece=None,
+        brier=None,
+        chance=None,
+        majority=None,
+        drop_absolute=None,
+        drop_relative=None,
+        by_relation=(Group("capital", Counts(neither=3), none, None, None, None),),
+        by_subject=(),
+        by_popularity=(),
+        dropped={},
+    )
+    bare = replace(compressed(), revision=None, setup=None, quantization=None, recipe=None, source=None, zeros=None)
+    empty = replace(
+        whole.comparisons[0],
+        model=replace(bare, groups={}, speed=None),
+        verdict="The original knew none of the 3 facts: nothing can be said of what was lost.",
+        kept=none,
+        counts=Counts(neither=3),
+        p=None,
+        grades=(Grade("geography", Counts(neither=3), none, "-"),),
+        probes=(figures,),
+        warnings=(),
+    )
+    source = replace(original(), revision=None, speed=None, zeros=None)
+    return replace(whole, verdict=empty.verdict, original=source, comparisons=(empty,), command=None, versions={})
