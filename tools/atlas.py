@@ -60,8 +60,8 @@ NO_CLEAR_CAPITAL = set("BI BJ BO CI GQ ID IL LK MY SZ TZ YE ZA".split())
 CAPITAL_NAME = {"KZ": "Astana", "MM": "Naypyidaw", "MV": "Malé"}
 # On two continents, by land, by islands or by custom; or itself a continent.
 NO_CLEAR_CONTINENT = set("AU AZ EG ES FR ID KZ NL PT RU TR US YE".split())
-# A currency that changed of late, or whose English name is spelt in two ways or shared with a second legal tender.
-NO_CLEAR_CURRENCY = set("BG KH LR OM PA SL SV YE ZW".split())
+# A second currency in common use, or two issuers.
+NO_CLEAR_CURRENCY = set("KH YE ZW".split())
 # Languages of the same standing that CLDR lists as regional, or a change of constitution after its release.
 NO_CLEAR_LANGUAGE = set("BF BO ET GB IN IQ ML NE NZ SS VE ZA".split())
 LANGUAGE_NAME = {"Bangla": "Bengali"}
@@ -88,13 +88,12 @@ CITIES = """
     US Chicago, Los Angeles, Houston, Seattle, Detroit; VN Ho Chi Minh City, Haiphong; ZA Durban, Johannesburg;
     ZW Bulawayo
 """
+# Cities of the United States, without the capitals of states.
 US_CITIES = """
-    Los Angeles, Chicago, Houston, Phoenix, Philadelphia, San Antonio, San Diego, Dallas, Jacksonville, Austin,
-    Fort Worth, Charlotte, Indianapolis, San Francisco, Seattle, Denver, Nashville, El Paso, Boston, Detroit, Las Vegas,
-    Memphis, Louisville, Baltimore, Albuquerque, Milwaukee, Tucson, Sacramento, Atlanta, Miami, Omaha, Raleigh, Oakland,
-    Tampa, Tulsa, Minneapolis, Wichita, New Orleans, Honolulu, Orlando, Cincinnati, Pittsburgh, Saint Paul, Anchorage,
-    St. Louis, Reno, Buffalo, Boise, Spokane, Baton Rouge, Tacoma, Salt Lake City, Little Rock, Tallahassee, Knoxville,
-    Providence, Cheyenne, Juneau, Santa Fe, Savannah, New Haven, Topeka
+    Los Angeles, Chicago, Houston, Philadelphia, San Antonio, San Diego, Dallas, Jacksonville, Fort Worth, Charlotte,
+    San Francisco, Seattle, El Paso, Detroit, Las Vegas, Memphis, Louisville, Baltimore, Albuquerque, Milwaukee,
+    Tucson, Miami, Omaha, Oakland, Tampa, Tulsa, Minneapolis, Wichita, New Orleans, Orlando, Cincinnati, Pittsburgh,
+    Anchorage, St. Louis, Reno, Buffalo, Spokane, Tacoma, Knoxville, Savannah, New Haven
 """
 # Groups as IUPAC names them, by atomic number, without the elements whose place is argued over (hydrogen, groups 3
 # and 12, astatine, the ends of the f block, the superheavy ones).
@@ -103,12 +102,12 @@ ELEMENT_GROUPS = {
     "alkaline earth metals": [4, 12, 20, 38, 56, 88],
     "halogens": [9, 17, 35, 53],
     "noble gases": [2, 10, 18, 36, 54, 86],
-    "transition metals": [*range(22, 30), *range(40, 48), *range(72, 80)],
-    "lanthanides": [*range(58, 67)],
-    "actinides": [*range(90, 97)],
+    "transition metals": [*range(22, 30), 40, 42, 45, 46, 47, 74, 77, 78, 79],
+    "lanthanides": [58, 60, 62, 63, 64, 65],
+    "actinides": [90, 92, 93, 94, 95, 96],
 }
 # Elements that school teaches beyond the first rows of the periodic table, by atomic number.
-HEAVY_ELEMENTS = {56, 74, 78, 79, 80, 82, 83, 86, 88, 92, 94}
+HEAVY_ELEMENTS = {47, 48, 50, 51, 53, 54, 56, 74, 78, 79, 80, 82, 83, 86, 88, 92, 94}
 HOUSEHOLD_ELEMENTS = {33, 35, 36, 47, 50, 53, 54, 56, 74, 78, 79, 80, 82, 86, 88, 92, 94}
 
 
@@ -148,13 +147,13 @@ def continent() -> Iterable[Fact]:
         "OC": "Oceania",
         "SA": "South America",
     }
-    for code, name, country in states(8_000_000):
+    for code, name, country in states(12_000_000):
         if code not in NO_CLEAR_CONTINENT:
             yield Fact(name, names[country["continentcode"]], country["population"])
 
 
 def currency() -> Iterable[Fact]:
-    for code, name, country in states(5_000_000):
+    for code, name, country in states(14_000_000):
         tender = get_territory_currencies(code)
         if len(tender) == 1 and code not in NO_CLEAR_CURRENCY:
             # "Japanese Yen", "West African CFA Franc": the unit is the last word.
@@ -202,8 +201,8 @@ def element_symbol() -> Iterable[Fact]:
 
 def symbol_element() -> Iterable[Fact]:
     for element in periodictable.elements:
-        # Up to xenon, and the heavy elements that school teaches.
-        if 1 <= element.number <= 54 or element.number in HEAVY_ELEMENTS:
+        # Up to krypton, and the heavier elements that school teaches.
+        if 1 <= element.number <= 36 or element.number in HEAVY_ELEMENTS:
             yield Fact(element.symbol, element.name)
 
 
