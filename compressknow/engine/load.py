@@ -21,6 +21,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
+    language_model: bool = False,
 ) -> PreTrainedModel:
     """The model of a checkpoint folder, in eval mode; its class is the one that the config names.
 
@@ -30,40 +31,49 @@ def load(
 
     Parameters
     ----------
-    folder : a local folder, converted or not.
+    folder : a local folder, converted or not, or a GGUF file in one (``FOLDER/FILE.gguf``), unpacked to floats.
     dtype : dtype of the weights that are not quantized; the checkpoint's own by default.
     trust_remote_code : run modelling code that lies in the folder.
+    language_model : take the class with a language-modelling head where the config names one without.
 
     Raises
     ------
     CheckpointError : no such folder, or it cannot be loaded whole: a weight that the model needs is missing.
     """
-    path = _checkpoint_folder(folder)
+    path = _checkpoint_path(folder)
     with quiet(), _as_checkpoint_error(path):
-        model_class = _model_class(path, trust_remote_code)
-        model, report = model_class.from_pretrained(
-            path,
-            dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        _refuse_missing(path, report)
+        source = {**_source(path), "trust_remote_code": trust_remote_code, "local_files_only": True}
+        config = _config(source)
+        named, model_class = _classes(config, trust_remote_code, language_model)
+        unpack = {"quantization_config": _unpacked_gguf()} if "gguf_file" in source else {}
+        model, report = model_class.from_pretrained(**source, **unpack, dtype=dtype or "auto", output_loading_info=True)
+        _refuse_missing(path, report, named if named != model_class.__name__ and language_model else None)
         _decompress(model)
     return model.to(device).eval()
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder. Raises CheckpointError where there is none."""
+    """The tokenizer of a checkpoint folder or GGUF file. Raises CheckpointError where there is none."""
     from transformers import AutoTokenizer
 
-    path = _checkpoint_folder(folder)
-    with _as_checkpoint_error(path):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    path = _checkpoint_path(folder)
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(
+                **_source(path), trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except Exception as error:
+            raise CheckpointError(
+                f"{path} has no tokenizer that loads.",
+                why=_first_line(error),
+                hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) beside its weights.",
+            ) from error
 
 
-def _checkpoint_folder(folder: str | Path) -> Path:
+def _checkpoint_path(folder: str | Path) -> Path:
     path = Path(folder)
+    if path.suffix == ".gguf" and path.is_file():
+        return path
     if not path.is_dir():
         raise CheckpointError(f"{folder}: no such folder.", hint="Give a checkpoint folder: config.json and weights.")
     if not (path / "config.json").is_file():
@@ -71,16 +81,66 @@ def _checkpoint_folder(folder: str | Path) -> Path:
     return path
 
 
-def _model_class(path: Path, trust_remote_code: bool) -> Any:
-    """The class that the config names or, where it names none that transformers has, the Auto class with a head."""
+def _source(path: Path) -> dict[str, Any]:
+    """What tells transformers where a checkpoint lies."""
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": path}
+
+
+def _unpacked_gguf() -> Any:
+    from transformers import GgufConfig
+
+    return GgufConfig(dequantize=True)
+
+
+def _config(source: dict[str, Any]) -> Any:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    return transformers.AutoConfig.from_pretrained(**source)
+
+
+def _classes(config: Any, trust_remote_code: bool, language_model: bool) -> tuple[str, Any]:
+    """The name of the class that the config asks for, and the class to load: that one or, where it names none that
+    transformers has (or one without a head, if `language_model`), the Auto class with a head.
+    """
+    import transformers
+
     architecture = (config.architectures or [None])[0]
     named = getattr(transformers, architecture or "", None)
-    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-        return named
-    return _auto_class(config, architecture, trust_remote_code)
+    is_class = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    if is_class and (not language_model or family_of_class(str(architecture))):
+        return str(architecture), named
+    if is_class:
+        return str(architecture), _class_with_head(config) or named
+    return str(architecture), _auto_class(config, architecture, trust_remote_code)
+
+
+def family_of_class(architecture: str) -> str | None:
+    """``seq2seq``, ``masked`` or ``causal``: what language model a transformers class is, or None where it is none.
+
+    >>> [family_of_class(name) for name in ("BertForMaskedLM", "T5ForConditionalGeneration", "BertModel")]
+    ['masked', 'seq2seq', None]
+    """
+    from transformers.models.auto import modeling_auto
+
+    for family, mapping in (
+        ("seq2seq", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("masked", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("causal", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        if architecture in mapping.values():
+            return family
+    return None
+
+
+def _class_with_head(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    for auto in (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    return None
 
 
 def _auto_class(config: Any, architecture: str | None, trust_remote_code: bool) -> Any:
@@ -102,15 +162,24 @@ def _auto_class(config: Any, architecture: str | None, trust_remote_code: bool) 
     return AutoModel
 
 
-def _refuse_missing(path: Path, report: dict[str, Any]) -> None:
+def _refuse_missing(path: Path, report: dict[str, Any], headless: str | None) -> None:
+    """Refuse what cannot be loaded whole; `headless` names the class without a head that the config asks for."""
     missing = sorted(report["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    if not missing:
+        return
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    lacks = f"{', '.join(missing[:3])}{more}"
+    if headless:
         raise CheckpointError(
-            f"{path} lacks weights that its model needs: {', '.join(missing[:3])}{more}.",
-            why="transformers would fill them with random numbers, and every answer would be noise.",
-            hint="See that `architectures` in config.json names the class that the weights were saved from.",
+            f"{path} has no language-modelling head: its config names {headless}, and it lacks {lacks}.",
+            why="A head filled with random numbers would answer at random.",
+            hint="Give a checkpoint of a masked, causal or sequence-to-sequence language model.",
         )
+    raise CheckpointError(
+        f"{path} lacks weights that its model needs: {lacks}.",
+        why="transformers would fill them with random numbers, and every answer would be noise.",
+        hint="See that `architectures` in config.json names the class that the weights were saved from.",
+    )
 
 
 def _decompress(model: Any) -> None:
@@ -137,5 +206,8 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
     except CompressknowError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} cannot be loaded.", why=lines[0]) from error
+        raise CheckpointError(f"{path} cannot be loaded.", why=_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

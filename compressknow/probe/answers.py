@@ -62,9 +62,9 @@ class Answers:
     """All answers of one model, and the record of how they came about (the content of ``probe.json``).
 
     `record` is {"schema", "model": {...}, "probes": {NAME: {...}}, "versions": {...}}; a probe's entry holds
-    "protocol", "fingerprint", "facts" (as read), "asked", "dropped" {reason: number}, "average", "chance", "majority", "seed",
-    "limit", "seconds", "source" and "reference" (sha256 of the model whose most likely tokens were asked for, its own
-    or the original's).
+    "protocol", "fingerprint", "facts" (as read), "asked", "dropped" {reason: number}, "average", "chance", "majority",
+    "seed", "limit", "seconds", "source" and "reference" (sha256 of the model whose most likely tokens were asked for,
+    its own or the original's).
     """
 
     record: Mapping[str, Any]

@@ -41,7 +41,9 @@ def bear(folder: Path, template: int = 1) -> Probe:
         for fact in _facts(path, relation, metadata, template)
     )
     files = file_hashes([folder / METADATA, *paths], folder)
-    return Probe("bear", PROTOCOL, facts, source={"from": WHERE_FROM, "template": template, "files": files})
+    return Probe(
+        "bear", PROTOCOL, facts, score_rest=True, source={"from": WHERE_FROM, "template": template, "files": files}
+    )
 
 
 def _metadata(path: Path) -> dict[str, dict[str, Any]]:

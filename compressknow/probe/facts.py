@@ -78,8 +78,12 @@ class Probe:
     fold_case : an answer counts whatever its case (the paper's protocol).
     keep_unanswerable : objects of several tokens stay and count as wrong (the paper's protocol); otherwise the facts
         are dropped, as the official LAMA code does.
+    score_rest : causal and seq2seq models are asked for what follows the blank too (BEAR's sentence scores). Without,
+        they are so only where it holds words, or where one candidate begins another.
     average : ``micro`` over facts or ``macro`` over relations, for the probe's headline accuracy.
     source : where the facts come from: file names with sha256, the set's licence, the template.
+    read : the number of facts that the set has, those dropped and those beyond a limit included.
+    limit, seed : the sample that was drawn, if one was.
     """
 
     name: str
@@ -90,13 +94,22 @@ class Probe:
     words: tuple[str, ...] = ()
     fold_case: bool = False
     keep_unanswerable: bool = False
+    score_rest: bool = False
     average: Literal["micro", "macro"] = "micro"
     source: Mapping[str, Any] = field(default_factory=dict)
+    read: int = -1
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.read < 0:
+            object.__setattr__(self, "read", len(self.facts) + sum(self.dropped.values()))
 
     def fingerprint(self) -> str:
         """A hash of all that decides what is asked: the same one means that answers can be set side by side."""
         digest = hashlib.sha256()
         settings = [self.name, self.protocol, self.vocabulary, self.words, self.fold_case, self.keep_unanswerable]
+        settings.append(self.score_rest)
         digest.update(json.dumps(settings).encode())
         candidates: dict[tuple[str, ...] | None, int] = {}
         for fact in self.facts:
@@ -114,7 +127,8 @@ class Probe:
         if limit < 1:
             raise UsageError(f"--limit must be at least 1: {limit}.")
         chosen = _stratified(self.facts, limit, seed)
-        return replace(self, facts=tuple(fact for fact in self.facts if fact.id in chosen))
+        facts = tuple(fact for fact in self.facts if fact.id in chosen)
+        return replace(self, facts=facts, limit=limit, seed=seed)
 
 
 def _stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:

@@ -1,0 +1,170 @@
+"""Which model it is: its files by hash, its size, its quantization, and what compressknow did to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressknow.errors import CheckpointError
+from compressknow.model.checkpoint import open_checkpoint, read_json, weight_files
+
+MANIFEST = "compressknow.json"
+# What decides the answers beside the weights.
+_DECISIVE = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+)
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model on this machine: `path` is a checkpoint folder, or a GGUF file in one."""
+
+    name: str
+    path: Path
+    revision: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent if self.path.suffix == ".gguf" else self.path
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that decide what the model answers, weights first."""
+        if self.path.suffix == ".gguf":
+            return [self.path]
+        decisive = [*weight_files(self.path), *_DECISIVE]
+        return [self.path / name for name in decisive if (self.path / name).is_file()]
+
+
+def locate(model: str | Path, revision: str | None = None) -> Located:
+    """Find a model: a local folder, ``FOLDER/FILE.gguf`` or a hub id, which is downloaded.
+
+    Raises CheckpointError where there is none.
+    """
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"{model}: no such file.", hint="Give FOLDER/FILE.gguf, or a checkpoint folder.")
+        return Located(path.name, path)
+    checkpoint = open_checkpoint(model, revision)
+    if not checkpoint.shards:
+        raise CheckpointError(
+            f"{model} has no weights: neither model.safetensors nor pytorch_model.bin.",
+            hint="Download or save the checkpoint again, or give FOLDER/FILE.gguf.",
+        )
+    return Located(checkpoint.name, checkpoint.folder, checkpoint.revision)
+
+
+def fingerprint(located: Located) -> str:
+    """SHA-256 over the names and contents of the files that decide the answers; the folder's name is not in it."""
+    digest = hashlib.sha256()
+    for path in located.files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def describe(located: Located) -> dict[str, Any]:
+    """What the files tell of a model, for the record of its answers; loads no weights.
+
+    Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words) and, of a converted
+    checkpoint, setup, recipe, source, zeros and groups as its manifest has them.
+    """
+    described = {"name": located.name, "revision": located.revision}
+    if located.path.suffix == ".gguf":
+        return described | {"bytes": located.path.stat().st_size, "dtype": "GGUF", "quantization": "GGUF"}
+    checkpoint = open_checkpoint(located.path)
+    sizes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    return described | {
+        "bytes": sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards),
+        "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),
+        "quantization": quantization_in_words(checkpoint.config),
+        **_manifest_facts(located.path / MANIFEST),
+    }
+
+
+def quantization_in_words(config: Mapping[str, Any]) -> str | None:
+    """What a checkpoint's config says of its quantization, whoever made it, or None.
+
+    >>> quantization_in_words({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}})
+    'gptq, 4-bit weights, groups of 128'
+    """
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping):
+        return None
+    method = str(quantization.get("quant_method", "unknown method"))
+    groups = quantization.get("config_groups")
+    if isinstance(groups, Mapping) and groups:
+        return f"{method}, " + "; ".join(sorted({_group_in_words(group) for group in groups.values()}))
+    words = [method]
+    if bits := _first(quantization, "bits", "num_bits", "w_bit") or _bits_by_flag(quantization):
+        words.append(f"{bits}-bit weights")
+    elif weights := _first(quantization, "weights", "quant_type", "weight_dtype"):
+        words.append(_type_in_words(weights))
+    if size := _first(quantization, "group_size", "q_group_size"):
+        words.append(f"groups of {size}" if size != -1 else "a scale a channel")
+    return ", ".join(words)
+
+
+def _group_in_words(group: Any) -> str:
+    group = group if isinstance(group, Mapping) else {}
+    weights, activations = group.get("weights") or {}, group.get("input_activations")
+    words = f"{weights.get('num_bits', '?')}-bit weights ({weights.get('strategy', '?')})"
+    return f"{words}, {activations.get('num_bits', '?')}-bit activations" if activations else words
+
+
+def _type_in_words(value: Any) -> str:
+    """A short name of a nested type, as torchao writes it: {"default": {"_type": "Int8WeightOnlyConfig"}}."""
+    if isinstance(value, Mapping):
+        inner = value.get("_type") or next(iter(value.values()), "?")
+        return _type_in_words(inner)
+    return str(value)
+
+
+def _first(quantization: Mapping[str, Any], *names: str) -> Any:
+    return next((quantization[name] for name in names if quantization.get(name) is not None), None)
+
+
+def _bits_by_flag(quantization: Mapping[str, Any]) -> int | None:
+    """bitsandbytes says it by flags."""
+    return 8 if quantization.get("load_in_8bit") else 4 if quantization.get("load_in_4bit") else None
+
+
+def _manifest_facts(path: Path) -> dict[str, Any]:
+    """Of a converted checkpoint, what its manifest says; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        manifest = read_json(path)
+        errors = _errors_by_group(manifest["tensors"])
+        return {
+            "setup": manifest["setup"],
+            "recipe": manifest["recipe"],
+            "source": {key: manifest["source"].get(key) for key in ("name", "revision")},
+            "zeros": manifest["totals"]["zeros_after"],
+            "groups": {
+                name: group | {"relative_error": errors.get(name)} for name, group in manifest["groups"].items()
+            },
+        }
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error!r}.", hint="Convert the checkpoint again, or remove the file."
+        ) from error
+
+
+def _errors_by_group(tensors: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean relative Frobenius error of each group's tensors, by their numbers of weights."""
+    sums: dict[str, list[float]] = {}
+    for tensor in tensors:
+        total = sums.setdefault(tensor["group"], [0.0, 0.0])
+        total[0] += tensor["relative_error"] * tensor["numel"]
+        total[1] += tensor["numel"]
+    return {group: error / numel for group, (error, numel) in sums.items() if numel}

@@ -1,0 +1,81 @@
+"""A model with its head and its tokenizer, ready to be asked."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressknow.engine.load import family_of_class, load, load_tokenizer
+from compressknow.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """`family` is ``masked``, ``causal`` or ``seq2seq``."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    family: str
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def vocabulary(self) -> str:
+        """A short hash of the tokens and their ids."""
+        tokens = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
+
+
+def load_language_model(
+    path: Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
+) -> LanguageModel:
+    """Load a checkpoint folder or a GGUF file with its head and its tokenizer.
+
+    Parameters
+    ----------
+    dtype : of what is not quantized: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
+
+    Raises
+    ------
+    CheckpointError : it lacks a language-modelling head, weights or a tokenizer: it is never asked with random ones.
+    UnsupportedError : it is no language model of text.
+    """
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    model = load(
+        path,
+        device=device,
+        dtype=None if dtype == "auto" else dtype,
+        trust_remote_code=trust_remote_code,
+        language_model=True,
+    )
+    family = _family(model)
+    if family is None:
+        raise UnsupportedError(
+            f"{path} is a {type(model).__name__}: no masked, causal or sequence-to-sequence language model.",
+            hint="Give a checkpoint whose `architectures` names a language model.",
+        )
+    return LanguageModel(model, tokenizer, family)
+
+
+def _family(model: PreTrainedModel) -> str | None:
+    """By the class; modelling code that comes with a checkpoint is told by the name of its class and its config."""
+    name = type(model).__name__
+    if family := family_of_class(name):
+        return family
+    if model.config.is_encoder_decoder and model.can_generate():
+        return "seq2seq"
+    if name.endswith("ForMaskedLM"):
+        return "masked"
+    return "causal" if name.endswith(("ForCausalLM", "LMHeadModel")) else None

@@ -1,0 +1,111 @@
+"""Asking a model the facts of a probe, batch by batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compressknow.errors import CheckpointError, UnsupportedError
+from compressknow.probe.answers import Answer
+from compressknow.probe.encoding import Ids
+from compressknow.probe.facts import Probe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compressknow.probe.scorer import Question, Scorer
+
+BATCH_SIZE = 32
+# A callable that is told how many facts of how many are answered.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The facts of a probe as one model can be asked them, in batches of one shape; and those that cannot be asked."""
+
+    scorer: Scorer
+    batches: tuple[tuple[Question, ...], ...]
+    dropped: Mapping[str, int]
+
+    @property
+    def asked(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+
+def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
+    """The scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
+
+    Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.
+    """
+    from compressknow.probe.causal import CausalScorer
+    from compressknow.probe.masked import MaskedScorer
+    from compressknow.probe.seq2seq import Seq2SeqScorer
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise CheckpointError(
+            f"The tokenizer has {len(tokenizer):,} tokens, the model's embedding {rows:,} rows: they are no pair.",
+            hint="Put the tokenizer that the model was trained with beside its weights.",
+        )
+    if family == "masked" and tokenizer.mask_token is None:
+        raise UnsupportedError(
+            "The tokenizer has no mask token: a masked language model cannot be asked without.",
+            hint="Set `mask_token` in its tokenizer_config.json.",
+        )
+    scorers: dict[str, type[MaskedScorer | CausalScorer | Seq2SeqScorer]] = {
+        "masked": MaskedScorer,
+        "causal": CausalScorer,
+        "seq2seq": Seq2SeqScorer,
+    }
+    return scorers[family](model, tokenizer, probe)
+
+
+def questions_of(scorer: Scorer, batch_size: int = BATCH_SIZE) -> Questions:
+    """The probe's facts as questions: sorted by length, so that a batch needs no padding; the order is fixed."""
+    asked: list[Question] = []
+    dropped: Counter[str] = Counter(scorer.probe.dropped)
+    for fact in scorer.probe.facts:
+        question = scorer.question(fact)
+        if isinstance(question, str):
+            dropped[question] += 1
+        else:
+            asked.append(question)
+    return Questions(scorer, tuple(_batches(asked, batch_size)), dict(dropped))
+
+
+def ask(
+    questions: Questions,
+    *,
+    reference: Mapping[str, Ids] | None = None,
+    done: frozenset[str] = frozenset(),
+    progress: Progress | None = None,
+) -> Iterator[list[Answer]]:
+    """Answers, a batch at a time, of all facts that are not `done`.
+
+    Parameters
+    ----------
+    reference : fact id -> ids at the answer's first position whose log-probabilities are wanted: the original's.
+    done : ids of facts that are answered. A batch is left out whole or asked whole, so that a batch that is asked
+        later is the same one.
+    """
+    answered, total = 0, questions.asked
+    for batch in questions.batches:
+        if not all(question.fact.id in done for question in batch):
+            wanted = [reference[question.fact.id] for question in batch] if reference is not None else None
+            yield questions.scorer.answer(batch, wanted)
+        answered += len(batch)
+        if progress:
+            progress(answered, total)
+
+
+def _batches(questions: Iterable[Question], size: int) -> Iterator[tuple[Question, ...]]:
+    shapes: dict[tuple[int, ...], list[Question]] = {}
+    for question in questions:
+        shapes.setdefault(question.shape, []).append(question)
+    for shape in sorted(shapes):
+        alike = shapes[shape]
+        for start in range(0, len(alike), size):
+            yield tuple(alike[start : start + size])

@@ -1,0 +1,173 @@
+"""What causal models and decoders share: candidates go on from the key-value cache of what comes before them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressknow.probe.answers import Answer
+from compressknow.probe.encoding import Ids
+from compressknow.probe.scorer import ROWS, Question, Scorer, best_of, group_by_length, make_answer
+from compressknow.probe.settle import Scores, rank_of
+
+# Tokens beyond the object's own that a free answer may take: what follows tells whether the object was all of it.
+SLACK_TOKENS = 4
+_END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A batch of texts that a decoder has read.
+
+    Attributes
+    ----------
+    ids : [batch, tokens].
+    cache : keys and values of these tokens, or None where the architecture keeps none that can be split by rows.
+    encoder : the encoder's output, [batch, encoder tokens, hidden], or None.
+    """
+
+    ids: torch.Tensor
+    cache: Any
+    encoder: torch.Tensor | None = None
+
+
+class DecodingScorer(Scorer):
+    """Scores what follows a prefix, the cache of the prefix shared by all that may follow."""
+
+    @abstractmethod
+    def forward(self, ids: torch.Tensor, cache: Any, encoder: torch.Tensor | None, keep: int) -> tuple[Any, Any]:
+        """Logits of the last `keep` positions, [batch, keep, vocabulary], and the cache afterwards."""
+
+    @abstractmethod
+    def ends(self, token: int) -> bool:
+        """Whether a free answer ends with this token."""
+
+    def bounds(self, batch: Sequence[Question], log_probs: torch.Tensor) -> list[Scores]:
+        heads = [torch.tensor([ids[0] for ids in question.options], device=log_probs.device) for question in batch]
+        return [row[head].double().cpu().numpy() for row, head in zip(log_probs, heads, strict=True)]
+
+    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]]) -> Scores:
+        scores = np.zeros(len(rows))
+        for length, indices in group_by_length([ids for _, ids in rows]).items():
+            for start in range(0, len(indices) if length > 1 else 0, ROWS):
+                chunk = indices[start : start + ROWS]
+                scores[chunk] = self._finish_equal(state, [rows[index] for index in chunk])
+        return scores
+
+    def written(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:
+        chosen = [index for index, question in enumerate(batch) if not question.options and not self.one_token]
+        if not chosen:
+            return []
+        longest = max(len(batch[index].gold) for index in chosen) + SLACK_TOKENS
+        texts = self._generate(state, log_probs, longest)
+        rest = self.finish(state, [(index, batch[index].gold) for index in chosen])
+        answers = []
+        for index, more in zip(chosen, rest, strict=True):
+            question, scores = batch[index], log_probs[index].double().cpu().numpy()
+            first = question.gold[0]
+            text = self.encoder.decode(texts[index][: len(question.gold) + SLACK_TOKENS])
+            rank = rank_of(first, scores)
+            text, correct = judged(text, question.fact.obj_label)
+            best = best_of(scores)
+            tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
+            logp = float(scores[first] + more)
+            answers.append(make_answer(question.fact, tokens, scores[best], rank, logp, None, correct=correct))
+        return answers
+
+    def _generate(self, state: Prefix, log_probs: torch.Tensor, tokens: int) -> list[list[int]]:
+        """The likeliest free answers, decoded greedily, up to their ends: [batch][at most `tokens`]."""
+        ids = log_probs.argmax(-1, keepdim=True)
+        written = [ids]
+        rows = torch.arange(len(ids), device=ids.device)
+        cache = select_rows(state.cache, rows)
+        while len(written) < tokens:
+            read = written[-1] if cache is not None else torch.cat([state.ids, *written], dim=1)
+            logits, cache = self.forward(read, cache, state.encoder, 1)
+            cache = splittable(cache)
+            written.append(logits[:, -1].argmax(-1, keepdim=True))
+        return [self._ended(row) for row in torch.cat(written, dim=1).tolist()]
+
+    def read(self, ids: torch.Tensor, encoder: torch.Tensor | None = None) -> tuple[torch.Tensor, Prefix]:
+        """Read a batch of prefixes: log-probabilities of the next token, [batch, vocabulary], and what they left."""
+        logits, cache = self.forward(ids, None, encoder, 1)
+        return logits[:, -1].float().log_softmax(-1), Prefix(ids, splittable(cache), encoder)
+
+    def cached(self, cache: Any) -> dict[str, Any]:
+        """Arguments of a forward pass that goes on from a cache, or begins one."""
+        return {self._cache_name: cache, "use_cache": True}
+
+    def cache_of(self, output: Any) -> Any:
+        return getattr(output, self._cache_name, None)
+
+    @cached_property
+    def _cache_name(self) -> str:
+        # Modelling code that comes with a checkpoint may still use the older name.
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = next((place for place, token in enumerate(ids) if self.ends(token)), len(ids))
+        return ids[:end]
+
+    def _finish_equal(self, prefix: Prefix, rows: Sequence[tuple[int, Ids]]) -> Scores:
+        """`finish` for options of one length."""
+        chosen = torch.tensor([index for index, _ in rows], device=prefix.ids.device)
+        ids = torch.tensor([option for _, option in rows], device=prefix.ids.device)
+        cache = select_rows(prefix.cache, chosen)
+        read = ids[:, :-1] if cache is not None else torch.cat([prefix.ids[chosen], ids[:, :-1]], dim=1)
+        encoder = prefix.encoder[chosen] if prefix.encoder is not None else None
+        logits, _ = self.forward(read, cache, encoder, ids.shape[1] - 1)
+        log_probs = logits.float().log_softmax(-1).gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
+        scores: Scores = log_probs.double().sum(1).cpu().numpy()
+        return scores
+
+
+def judged(text: str, gold: str) -> tuple[str, bool]:
+    """A free answer, cut at its end, and whether it is the object: it begins with it, case folded, as whole words.
+
+    >>> judged("Paris, the city of", "Paris"), judged("Parisian food", "Paris"), judged("the Nile. It", "Nile")
+    (('Paris, the city of', True), ('Parisian food', False), ('the Nile', False))
+    """
+    text = text.strip()
+    begins = text.casefold().startswith(gold.casefold())
+    end = _END_OF_ANSWER.search(text, len(gold) if begins else 0)
+    correct = begins and not re.match(r"\w", text[len(gold) :])
+    return (text[: end.start()] if end else text).strip(), correct
+
+
+def splittable(cache: Any) -> Any:
+    """The cache, if its rows can be taken apart; None for states of another kind (Mamba's, for one)."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+
+    if isinstance(cache, EncoderDecoderCache):
+        halves = splittable(cache.self_attention_cache), splittable(cache.cross_attention_cache)
+        return cache if all(half is not None for half in halves) else None
+    plain = isinstance(cache, DynamicCache) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+    return cache if plain else None
+
+
+def select_rows(cache: Any, rows: torch.Tensor) -> Any:
+    """A new cache of these rows; the old one keeps its own."""
+    from transformers.cache_utils import EncoderDecoderCache
+
+    if cache is None:
+        return None
+    if isinstance(cache, EncoderDecoderCache):
+        halves = (select_rows(half, rows) for half in (cache.self_attention_cache, cache.cross_attention_cache))
+        selected = EncoderDecoderCache(*halves)
+        selected.is_updated = dict(cache.is_updated)
+        return selected
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(rows)
+    return selected

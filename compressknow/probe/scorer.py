@@ -1,0 +1,283 @@
+"""How a fact becomes an answer: what all model families share."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from compressknow.probe.answers import Answer
+from compressknow.probe.encoding import Encoder, Ids
+from compressknow.probe.facts import Fact, Probe
+from compressknow.probe.settle import TOP, Contest, Scores, rank_of, settle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# KL is taken over this many of the original's most likely tokens and the rest.
+REFERENCE_TOKENS = 256
+# Rows of one forward pass when candidates are finished: they are short, and the batch is that of many facts.
+ROWS = 128
+
+SEVERAL_TOKENS = "the object is several tokens of this model"
+NOT_IN_VOCABULARY = "the object is no single word of the common vocabulary for this model"
+BLANK_NOT_LAST = "the blank is not at the end of the prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A fact in the ids of one model.
+
+    Attributes
+    ----------
+    prompt : what the model reads first.
+    options : ids of each candidate, for facts that have candidates.
+    gold : ids of the object; for facts with candidates those of its option.
+    aliases : ids of single tokens that count as the object, for answers out of a vocabulary.
+    shape : questions of one shape run in one batch, without padding.
+    """
+
+    fact: Fact
+    prompt: Ids
+    options: tuple[Ids, ...]
+    gold: Ids
+    aliases: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class Scorer(ABC):
+    """Asks one model the facts of one probe."""
+
+    family: ClassVar[str]
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> None:
+        self.model, self.tokenizer, self.probe = model, tokenizer, probe
+        self.encoder = Encoder(tokenizer)
+
+    # What a family defines.
+
+    @abstractmethod
+    def prompt(self, fact: Fact) -> Ids:
+        """What the model reads first; raises CompressknowError where a prompt cannot be asked at all."""
+
+    @abstractmethod
+    def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
+        """Ids that are scored for each of these answers; with what follows the blank if `rest`."""
+
+    @abstractmethod
+    def first(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
+        """Log-probabilities at the answer's first position, [batch, vocabulary], and what `finish` goes on from."""
+
+    @abstractmethod
+    def bounds(self, batch: Sequence[Question], log_probs: torch.Tensor) -> list[Scores]:
+        """For each question the log-probabilities of its options' first tokens, [options]."""
+
+    @abstractmethod
+    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]]) -> Scores:
+        """Sums of log-probabilities of the tokens after the first, [rows]; a row is (question, ids of an option)."""
+
+    def written(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:  # noqa: ARG002
+        """Answers to the questions where any text may be answered; families that only choose have none."""
+        return []
+
+    def unaskable(self, fact: Fact) -> str | None:
+        """Why this family cannot be asked such a fact, or None."""
+        last = fact.before and not re.search(r"\w", fact.after)
+        return None if fact.candidates or last else BLANK_NOT_LAST
+
+    def shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
+        return (len(prompt),)
+
+    # What they share.
+
+    def question(self, fact: Fact) -> Question | str:
+        """The question that a fact makes, or the reason why it is dropped."""
+        if reason := self.unaskable(fact):
+            return reason
+        prompt = self.prompt(fact)
+        options: tuple[Ids, ...] = ()
+        aliases: tuple[int, ...] = ()
+        if fact.candidates:
+            rest = self.probe.score_rest or bool(re.search(r"\w", fact.after))
+            options = self.options(fact, fact.candidates, rest=rest)
+            if not rest and _one_begins_another(options):
+                options = self.options(fact, fact.candidates, rest=True)
+            gold = options[fact.candidates.index(fact.obj_label)]
+        elif self.one_token:
+            aliases = self._aliases(fact)
+            gold = aliases[:1]
+            if not gold and not self.probe.keep_unanswerable:
+                return NOT_IN_VOCABULARY if self.probe.vocabulary == "words" else SEVERAL_TOKENS
+        else:
+            (gold,) = self.options(fact, [fact.obj_label], rest=False)
+        return Question(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
+
+    def answer(self, batch: Sequence[Question], reference: Sequence[Ids] | None) -> list[Answer]:
+        """Answers to questions of one shape.
+
+        Parameters
+        ----------
+        reference : for each question the ids at the answer's first position whose log-probabilities are kept; by
+            default the most likely ones of this model.
+        """
+        with torch.inference_mode():
+            log_probs, state = self.first(batch)
+            ids = self._reference_ids(log_probs, reference)
+            kept = log_probs.gather(1, ids).float().cpu().numpy()
+            answers = [
+                *self._closed(batch, log_probs, state),
+                *self._single(batch, log_probs),
+                *self.written(batch, log_probs, state),
+            ]
+        found = {answer.fact_id: answer for answer in answers}
+        # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
+        rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, strict=True)
+        return [_with_distribution(found[question.fact.id], *distribution) for question, *distribution in rows]
+
+    @cached_property
+    def one_token(self) -> bool:
+        """Whether facts without candidates are answered by one token."""
+        return self.probe.vocabulary in ("words", "full")
+
+    @cached_property
+    def allowed(self) -> torch.Tensor | None:
+        """Ids that may be answered, ascending, [allowed]; None where all may."""
+        if self.probe.vocabulary != "words":
+            return None
+        return torch.tensor(sorted(self.encoder.single(self.probe.words)), device=self.model.device)
+
+    @cached_property
+    def _allowed_ids(self) -> frozenset[int]:
+        return frozenset(self.allowed.tolist() if self.allowed is not None else ())
+
+    @cached_property
+    def _folded(self) -> dict[str, tuple[int, ...]]:
+        """Ids of the vocabulary by their text, case folded (the paper compares lower-cased text)."""
+        folded: dict[str, list[int]] = {}
+        for number in range(len(self.tokenizer)):
+            folded.setdefault(self.encoder.decode([number]).lower(), []).append(number)
+        return {text: tuple(ids) for text, ids in folded.items()}
+
+    def _aliases(self, fact: Fact) -> tuple[int, ...]:
+        if self.probe.fold_case:
+            return self._folded.get(fact.obj_label.lower(), ())
+        ids = self.encoder.answer(fact.before, fact.obj_label)
+        known = len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id
+        return ids if known and (self.allowed is None or ids[0] in self._allowed_ids) else ()
+
+    def _reference_ids(self, log_probs: torch.Tensor, reference: Sequence[Ids] | None) -> torch.Tensor:
+        if reference is not None:
+            return torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()
+        return log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
+
+    def _closed(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:
+        chosen = [index for index, question in enumerate(batch) if question.options]
+        if not chosen:
+            return []
+        contests = [
+            Contest(first, np.array([len(ids) == 1 for ids in batch[index].options]), _gold_index(batch[index].fact))
+            for index, first in zip(chosen, self.bounds([batch[i] for i in chosen], log_probs[chosen]), strict=True)
+        ]
+        firsts = [contest.scores.copy() for contest in contests]
+
+        def finish(pairs: list[tuple[int, int]]) -> Scores:
+            rows = [(chosen[contest], batch[chosen[contest]].options[candidate]) for contest, candidate in pairs]
+            return np.array([firsts[contest][candidate] for contest, candidate in pairs]) + self.finish(state, rows)
+
+        settle(contests, finish)
+        return [_chosen(batch[index].fact, contest) for index, contest in zip(chosen, contests, strict=True)]
+
+    def _single(self, batch: Sequence[Question], log_probs: torch.Tensor) -> list[Answer]:
+        chosen = [index for index, question in enumerate(batch) if not question.options and self.one_token]
+        if not chosen:
+            return []
+        scores = log_probs[chosen]
+        scores = scores if self.allowed is None else scores[:, self.allowed]
+        ids = np.arange(scores.shape[1]) if self.allowed is None else self.allowed.cpu().numpy()
+        values = scores.double().cpu().numpy()
+        return [self._word(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)]
+
+    def _word(self, question: Question, scores: Scores, ids: Any) -> Answer:
+        best = best_of(scores)
+        words = tuple(self.encoder.decode([ids[index]]) for index in best)
+        places = [int(place) for place in np.searchsorted(ids, question.aliases)]
+        gold = max(places, key=lambda place: (scores[place], -place), default=None)
+        rank = None if gold is None else rank_of(gold, scores)
+        logp = None if gold is None else float(scores[gold])
+        return make_answer(question.fact, words, scores[best], rank, logp, len(ids), correct=rank == 1)
+
+
+def _one_begins_another(options: Sequence[Ids]) -> bool:
+    """Whether an option's ids are the beginning of another's: it would never be the less likely one of both."""
+    return any(after[: len(ids)] == ids for ids, after in pairwise(sorted(set(options))))
+
+
+def _gold_index(fact: Fact) -> int:
+    assert fact.candidates is not None
+    return fact.candidates.index(fact.obj_label)
+
+
+def best_of(scores: Scores) -> Any:
+    """Indices of the five best, equal ones in their own order, [5]."""
+    near = np.argpartition(-scores, TOP - 1)[:TOP] if len(scores) > TOP else np.arange(len(scores))
+    if not np.isnan(scores[near]).any():
+        # Equal scores at the edge: all of them are looked at, so that their order alone decides.
+        near = np.flatnonzero(scores >= scores[near].min())
+    return near[np.argsort(-scores[near], kind="stable")][:TOP]
+
+
+def _chosen(fact: Fact, contest: Contest) -> Answer:
+    assert fact.candidates is not None
+    best = contest.order()[:TOP]
+    words = tuple(fact.candidates[index] for index in best)
+    logp = float(contest.scores[contest.gold])
+    rank = rank_of(contest.gold, contest.scores)
+    return make_answer(fact, words, contest.scores[best], rank, logp, len(fact.candidates), correct=rank == 1)
+
+
+def make_answer(
+    fact: Fact,
+    top: tuple[str, ...],
+    top_logp: Scores,
+    rank: int | None,
+    logp: float | None,
+    choices: int | None,
+    *,
+    correct: bool,
+) -> Answer:
+    return Answer(
+        probe=fact.probe,
+        fact_id=fact.id,
+        relation=fact.relation,
+        subject=fact.subject,
+        sub_label=fact.sub_label,
+        prompt=fact.prompt,
+        gold=fact.obj_label,
+        predicted=top[0],
+        correct=correct,
+        rank=rank,
+        logp_gold=logp,
+        top5=top,
+        top5_logp=tuple(float(value) for value in top_logp),
+        choices=choices,
+        popularity=fact.popularity,
+    )
+
+
+def _with_distribution(answer: Answer, ids: Any, log_probs: Any) -> Answer:
+    return replace(answer, first_ids=ids, first_logp=log_probs)
+
+
+def group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:
+    """Indices of the options by their number of tokens."""
+    groups: dict[int, list[int]] = {}
+    for index, ids in enumerate(options):
+        groups.setdefault(len(ids), []).append(index)
+    return groups
