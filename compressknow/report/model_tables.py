@@ -94,13 +94,11 @@ def speed(original: ModelFacts, model: ModelFacts) -> Table | None:
 def run_entries(card: Card) -> tuple[Entry, ...]:
     """How the card was made, for making it again."""
     seeds = sorted({probe.seed for c in card.comparisons for probe in c.probes})
-    hashes = [(f"SHA-256 of {plain(m.name, 60)}", m.sha256) for m in _models(card)]
-    return (
-        Entry("Seed", ", ".join(map(str, seeds)) or NONE),
-        Entry("Versions", ", ".join(f"{plain(k, 40)} {plain(v, 40)}" for k, v in card.versions.items())),
-        *(Entry(label, plain(sha256, 80), code=True) for label, sha256 in hashes),
-    )
+    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in card.versions.items())
+    return (Entry("Seed", ", ".join(map(str, seeds)) or NONE), Entry("Versions", versions or NONE))
 
 
-def _models(card: Card) -> tuple[ModelFacts, ...]:
-    return (card.original, *(comparison.model for comparison in card.comparisons))
+def hashes(card: Card) -> tuple[Entry, ...]:
+    """The SHA-256 of every model, in full."""
+    models = (card.original, *(comparison.model for comparison in card.comparisons))
+    return tuple(Entry(plain(model.name, 60), plain(model.sha256, 80), code=True) for model in models)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from compressknow.report.figures import NONE, count, estimate, number, p_value, percent, points, share
 from compressknow.report.records import Estimate, Group, Movement, ProbeFigures
@@ -12,7 +11,7 @@ from compressknow.report.tables import Table
 from compressknow.report.text import plain
 
 _GROUP_COLUMNS = ("Facts", "Known before", "Lost", "Gained", "Kept", "Answer changed", "p (Holm)")
-_PERCENTILES = {"p1": "1st", "p5": "5th", "p25": "25th", "p50": "50th", "p75": "75th", "p95": "95th", "p99": "99th"}
+_AVERAGES = {"micro": "share of all facts", "macro": "mean over relations"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def _groups(groups: tuple[Group, ...], kind: str, caption: str, sortable: bool =
         return None
     rows = tuple(_group_row(group) for group in groups)
     bars = tuple(group.kept for group in groups)
-    return Table(caption, (kind, *_GROUP_COLUMNS), rows, bars=bars, sortable=sortable and len(rows) > 1)
+    return Table(caption, (kind, *_GROUP_COLUMNS), rows, bars=bars, bars_after=5, sortable=sortable and len(rows) > 1)
 
 
 def _group_row(group: Group) -> tuple[str, ...]:
@@ -109,11 +108,12 @@ def _moved(probe: ProbeFigures, get: Callable[[Movement], float]) -> str:
     return NONE if probe.movement is None else number(get(probe.movement))
 
 
-def _logp_change(probe: ProbeFigures) -> str:
+def _logp_change(probe: ProbeFigures, low: str, high: str) -> str:
+    """What the changes between two percentiles lie between, or the median."""
     change = probe.logp_change
-    if not change:
+    if not change or low not in change or high not in change:
         return NONE
-    return ", ".join(f"{_PERCENTILES.get(key, key)} {number(value, 2)}" for key, value in change.items())
+    return number(change[low], 2) if low == high else f"{number(change[low], 2)} to {number(change[high], 2)}"
 
 
 def _facts(probe: ProbeFigures) -> str:
@@ -146,10 +146,11 @@ class _Figure:
     why_none: str = ""
 
 
-_number2 = partial(number, digits=2)
 _NO_FACTS = "there is nothing to count."
 _NOTHING_KNOWN = "the original knew none of the facts."
 _NO_DISTRIBUTION = "the answers hold no distribution over tokens."
+_LOGP = "Change of the right answer's log-probability"
+_NO_LOGP = "the answers hold no probability of the right answer."
 _NO_RANK = "the answers hold no rank of the right answer."
 _NO_CONFIDENCE = "it needs the probability of each answer, which this way of asking does not give."
 
@@ -160,7 +161,9 @@ _FIGURES = (
     _Figure("Difference", lambda p: _written(p.difference, points), _NO_FACTS),
     _Figure("Mean over relations before", lambda p: _written(p.macro_original), "there are too few relations."),
     _Figure("Mean over relations after", lambda p: _written(p.macro_compressed), "there are too few relations."),
-    _Figure("Its difference", lambda p: _written(p.macro_difference, points), "there are too few relations."),
+    _Figure(
+        "Difference of these means", lambda p: _written(p.macro_difference, points), "there are too few relations."
+    ),
     _Figure("Knowledge kept", lambda p: _written(p.kept), _NOTHING_KNOWN),
     _Figure(
         "Kept above chance",
@@ -179,18 +182,17 @@ _FIGURES = (
     _Figure("Movement, median", lambda p: _moved(p, lambda m: m.kl_median)),
     _Figure("Movement, 99th percentile", lambda p: _moved(p, lambda m: m.kl_p99)),
     _Figure("Movement, largest", lambda p: _moved(p, lambda m: m.kl_max)),
-    _Figure(
-        "Change of the right answer's log-probability, percentiles",
-        _logp_change,
-        "the answers hold no probability of the right answer.",
-    ),
+    _Figure(f"{_LOGP}, median", lambda p: _logp_change(p, "p50", "p50"), _NO_LOGP),
+    _Figure(f"{_LOGP}, middle half", lambda p: _logp_change(p, "p25", "p75")),
+    _Figure(f"{_LOGP}, 5th to 95th percentile", lambda p: _logp_change(p, "p5", "p95")),
+    _Figure(f"{_LOGP}, 1st to 99th percentile", lambda p: _logp_change(p, "p1", "p99")),
     _Figure("Calibration error (ECE)", lambda p: _pair(p.ece, number), _NO_CONFIDENCE),
     _Figure("Brier score", lambda p: _pair(p.brier, number), _NO_CONFIDENCE),
     _Figure("Right by chance", lambda p: share(p.chance), "any text may be answered."),
     _Figure("Always the commonest answer", lambda p: share(p.majority), _NO_FACTS),
     _Figure("The paper's drop, absolute", lambda p: points(p.drop_absolute).removeprefix("+"), _NO_FACTS),
     _Figure("The paper's drop, relative", lambda p: share(p.drop_relative), _NOTHING_KNOWN),
-    _Figure("Average", lambda p: plain(p.average, 40)),
+    _Figure("Accuracy is the", lambda p: _AVERAGES.get(p.average, plain(p.average, 40))),
     _Figure("Way of asking", lambda p: plain(p.protocol, 60)),
     _Figure("Seed", lambda p: str(p.seed)),
 )

@@ -18,7 +18,7 @@ class Table:
 
     Attributes
     ----------
-    bars : a figure a row that HTML draws as a bar, after the other columns; empty for none.
+    bars : a figure a row that HTML draws as a bar, after the column `bars_after`; empty for none.
     links : the id that each row's header leads to; empty for none.
     prose : all cells are text, not figures.
     pinned : so many rows stay on top however the others are sorted.
@@ -29,6 +29,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     bars: tuple[Estimate | None, ...] = ()
+    bars_after: int = 0
     links: tuple[str, ...] = ()
     prose: bool = False
     pinned: int = 0

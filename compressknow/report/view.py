@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from compressknow.report import probe_tables
 from compressknow.report.figures import NONE, count, estimate, share, size, smaller
-from compressknow.report.model_tables import Entry, identity, layers, run_entries, speed
+from compressknow.report.model_tables import Entry, hashes, identity, layers, run_entries, speed
 from compressknow.report.probe_tables import ProbeTables
 from compressknow.report.records import Card, ChangedFact, Comparison, Counts, Estimate, Grade
 from compressknow.report.tables import FactList, Table, fact_list
@@ -35,6 +35,7 @@ class GradeRow:
     subject: str
     known: str
     kept: str
+    interval: str
     grade: str
     range: str
     bar: Estimate
@@ -119,6 +120,7 @@ class Page:
     show_facts: bool
     method: tuple[str, ...]
     run: tuple[Entry, ...]
+    hashes: tuple[Entry, ...]
     command: str | None
 
 
@@ -144,6 +146,7 @@ def page(card: Card, limits: Limits) -> Page:
         show_facts=card.show_facts,
         method=tuple(plain(sentence, 2000) for sentence in card.method),
         run=run_entries(card),
+        hashes=hashes(card),
         command=plain(card.command, 2000) if card.command else None,
     )
 
@@ -173,9 +176,9 @@ def _headline_of_several(comparisons: Iterable[Comparison]) -> str:
     if not kept:
         return "There was no knowledge to keep"
     if share(min(kept)) == share(max(kept)):
-        return f"{len(comparisons)} compressed models keep {share(max(kept))} of its knowledge"
+        return f"{len(comparisons)} compressed models keep {share(max(kept))} of the knowledge"
     low = share(min(kept)).removesuffix(" %")
-    return f"{len(comparisons)} compressed models keep {low} to {share(max(kept))} of its knowledge"
+    return f"{len(comparisons)} compressed models keep {low} to {share(max(kept))} of the knowledge"
 
 
 def _section(card: Card, comparison: Comparison, id: str, name: str, limits: Limits) -> Section:
@@ -190,7 +193,7 @@ def _section(card: Card, comparison: Comparison, id: str, name: str, limits: Lim
         verdict=plain(comparison.verdict, 1000),
         warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
         grades=tuple(_grade_row(grade) for grade in comparison.grades),
-        total=GradeRow("All subjects", _of(counts), _kept(comparison.kept), "", "", comparison.kept),
+        total=GradeRow("All subjects", _of(counts), *_kept_and_interval(comparison.kept), "", "", comparison.kept),
         counts=counts,
         size=Size(size(before), size(after), smaller(before, after), *_shares(after, before)),
         identity=identity(model),
@@ -218,7 +221,7 @@ def _grade_row(grade: Grade) -> GradeRow:
     return GradeRow(
         plain(grade.subject, 80),
         _of(grade.counts),
-        _kept(grade.kept),
+        *_kept_and_interval(grade.kept),
         plain(grade.grade, 4),
         plain(grade.range, 20) if grade.unsure and grade.range else "",
         grade.kept,
@@ -231,6 +234,12 @@ def _of(counts: Counts) -> str:
 
 def _kept(kept: Estimate) -> str:
     return estimate(kept.value, kept.low, kept.high)
+
+
+def _kept_and_interval(kept: Estimate) -> tuple[str, str]:
+    """Apart, so that a narrow screen breaks the line between them."""
+    value, opening, interval = _kept(kept).partition("(")
+    return value.rstrip(), opening + interval
 
 
 def _shares(after: int, before: int) -> tuple[float, float]:
@@ -253,6 +262,7 @@ def _overview(card: Card, names: tuple[str, ...]) -> Table:
         ),
         rows=(_original_row(card, probes, subjects), *rows),
         bars=(None, *(c.kept for c in card.comparisons)),
+        bars_after=2,
         links=("", *(f"m{i}-top" for i in range(1, len(names) + 1))),
         pinned=1,
         sortable=True,
