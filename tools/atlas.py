@@ -72,7 +72,7 @@ CITIES = """
     BD Chattogram=Chittagong; BE Antwerp, Gent=Ghent; BO Cochabamba;
     BR São Paulo, Rio de Janeiro, Belo Horizonte, Manaus; CA Toronto, Montréal=Montreal, Calgary, Winnipeg;
     CD Lubumbashi; CH Zürich=Zurich, Geneva, Basel; CL Valparaíso; CM Douala;
-    CN Shanghai, Guangzhou, Shenzhen, Wuhan, Nanjing; CO Medellín, Cali; CU Santiago de Cuba; CZ Brno;
+    CN Shanghai, Guangzhou, Shenzhen, Wuhan, Nanjing; CO Medellín, Cali; CU Camagüey, Guantánamo; CZ Brno;
     DE Munich, Hamburg, Köln=Cologne, Frankfurt am Main=Frankfurt, Stuttgart; DK Århus=Aarhus; DZ Oran; EC Guayaquil;
     EG Giza, Port Said; ES Sevilla=Seville, Zaragoza, Bilbao; FI Tampere;
     FR Marseille, Lyon, Toulouse, Bordeaux, Strasbourg; GB Glasgow, Liverpool, Leeds, Edinburgh, Cardiff; GH Kumasi;
