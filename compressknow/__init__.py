@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from compressknow.model.structure import ModuleMap
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "inspect", "load", "verify"]
+__all__ = ["__version__", "convert", "inspect", "load", "probe", "report", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """`probe` and `report` are rooms that can be called; they are imported when they are first named."""
+    if name in ("probe", "report"):
+        import importlib
+
+        return importlib.import_module(f"compressknow.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def inspect(

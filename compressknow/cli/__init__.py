@@ -12,6 +12,8 @@ COMMANDS = {
     "inspect": ("compressknow.cli.inspect:inspect", "Show a checkpoint's Linear layers by group and scope."),
     "convert": ("compressknow.cli.convert:convert", "Prune and quantize a checkpoint into a new folder."),
     "verify": ("compressknow.cli.verify:verify", "Recount and rehash a converted checkpoint."),
+    "probe": ("compressknow.cli.probe:probe", "Ask a model facts, and keep its answers."),
+    "report": ("compressknow.cli.report:report", "Show what compressed models kept and lost of the knowledge."),
 }
 
 

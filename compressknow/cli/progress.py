@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 # Work that ends sooner shows no bar.
 DELAY_SECONDS = 1.0
@@ -19,6 +19,25 @@ def bytes_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
     from tqdm import tqdm
 
     with tqdm(desc=label, unit="B", unit_scale=True, delay=DELAY_SECONDS, leave=False, file=sys.stderr) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+@contextmanager
+def facts_bar() -> Iterator[Callable[[str], AbstractContextManager[Callable[[int, int], None]]] | None]:
+    """For the name of a probe, a bar of the facts done of it; None where nobody would see one."""
+    yield _facts_bar if sys.stderr.isatty() else None
+
+
+@contextmanager
+def _facts_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    from tqdm import tqdm
+
+    with tqdm(desc=label, unit=" facts", delay=DELAY_SECONDS, leave=False, file=sys.stderr) as bar:
 
         def update(done: int, total: int) -> None:
             bar.total = total

@@ -1,0 +1,69 @@
+"""Facts in, answers out: readers of facts, one scorer a model family, lm-eval's tasks.
+
+The room has the name of its public function, and both are meant: ``compressknow.probe(model, folder)`` asks a model,
+and ``compressknow.probe.facts`` is a module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressknow.probe.answers import Answers
+    from compressknow.probe.choose import Options
+    from compressknow.probe.run import Bar, Settings
+
+
+def probe(
+    model: str | Path,
+    folder: str | Path,
+    probes: Sequence[str] | None = None,
+    *,
+    reference: str | Path | None = None,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    revision: str | None = None,
+    bar: Bar | None = None,
+) -> Answers:
+    """Ask a model facts, and keep its answers in a folder.
+
+    Parameters
+    ----------
+    model : a local folder, ``FOLDER/FILE.gguf`` or a hub id.
+    folder : where the answers are kept; what it holds of this model already is not asked again.
+    probes : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
+    reference : answers folder of the original model: its most likely tokens are asked for, so that the distance of the
+        two distributions can be told.
+    options : where data lies, protocol, sample; see `compressknow.probe.choose.Options`.
+    settings : device, dtype, batch size; see `compressknow.probe.run.Settings`.
+
+    Returns
+    -------
+    The answers and their record (the content of ``answers.parquet`` and ``probe.json``).
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : the model has no head or no tokenizer, a probe is unknown or leaves no
+        facts, the folder holds something else.
+    """
+    from compressknow.engine.identity import locate
+    from compressknow.probe.answers import read_answers
+    from compressknow.probe.choose import DEFAULT, Options, open_all
+    from compressknow.probe.run import Respondent, Settings, probe_model
+
+    asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
+    original = read_answers(Path(reference)) if reference is not None else None
+    respondent = Respondent(locate(model, revision), settings or Settings())
+    return probe_model(respondent, asked, Path(folder), reference=original, bar=bar)
+
+
+class _Room(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Answers:
+        return probe(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Room

@@ -1,0 +1,98 @@
+"""Answers to statistics to a report card: HTML, Markdown, JSON.
+
+The room has the name of its public function, and both are meant: ``compressknow.report(original, compressed)`` makes a
+card, and ``compressknow.report.records`` is a module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressknow.probe.choose import Options
+    from compressknow.probe.run import Bar, Settings
+    from compressknow.report.records import Card
+
+
+def report(
+    original: str | Path,
+    compressed: str | Path | Sequence[str | Path],
+    probes: Sequence[str] | None = None,
+    *,
+    outputs: Sequence[str | Path] = (),
+    options: Options | None = None,
+    settings: Settings | None = None,
+    no_facts: bool = False,
+    timed: bool = False,
+    into_model_card: bool = False,
+    keep_in: str | Path | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    command: str | None = None,
+    bar: Bar | None = None,
+) -> Card:
+    """Ask the original and each compressed model the same facts, and compare them.
+
+    Parameters
+    ----------
+    original, compressed : local folders, ``FOLDER/FILE.gguf``, hub ids, or answers folders that `probe` wrote.
+    probes : names; see `compressknow.probe`.
+    outputs : files to write: ``.html``, ``.md``, ``.json``.
+    options, settings : see `compressknow.probe`.
+    no_facts : leave the text of every fact out.
+    timed : measure each model's speed and memory on this machine.
+    into_model_card : write the verdict into the README.md of each compressed folder.
+    keep_in : folder of the answers; by default ``~/.cache/compressknow/answers``.
+    overwrite : replace `outputs` that are there already.
+    command : the command line to show on the card.
+
+    Returns
+    -------
+    The card, with all figures.
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : a model cannot be found, loaded or asked; two that cannot be compared;
+        an output that cannot be written.
+    """
+    from compressknow.probe.choose import Options
+    from compressknow.probe.run import Settings
+    from compressknow.report.card import make_card
+    from compressknow.report.gather import default_answers_folder, gather
+    from compressknow.report.into_card import check_model_cards, write_into_model_cards
+    from compressknow.report.write import check_outputs, write_report
+
+    models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
+    files = [Path(path) for path in outputs]
+    check_outputs(files, overwrite=overwrite)
+    if into_model_card:
+        check_model_cards(models)
+    before, after = gather(
+        original,
+        models,
+        [probes] if isinstance(probes, str) else list(probes or ()),
+        options or Options(),
+        settings or Settings(),
+        keep_in=Path(keep_in) if keep_in else default_answers_folder(),
+        revision=revision,
+        timed=timed,
+        bar=bar,
+    )
+    card = make_card(before, after, show_facts=not no_facts, command=command)
+    for path in files:
+        write_report(card, path)
+    if into_model_card:
+        write_into_model_cards(card, models)
+    return card
+
+
+class _Room(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Card:
+        return report(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Room

@@ -67,17 +67,22 @@ def model_facts(record: Mapping[str, Any]) -> ModelFacts:
     )
 
 
+def check_gate(fail_under: float | None) -> None:
+    """Raise UsageError where `fail_under` is no share."""
+    if fail_under is not None and not 0 <= fail_under <= 1:
+        raise UsageError(
+            f"The least share of knowledge kept must lie between 0 and 1: {fail_under:g}.",
+            hint="--fail-under 0.95 asks for 95 %.",
+        )
+
+
 def gate(card: Card, fail_under: float) -> None:
     """Hold every compressed model to a least share of knowledge kept, over all its facts.
 
     Raises GateNotMet where one keeps less than `fail_under`, or where the original knew nothing that could be kept;
     UsageError where `fail_under` is no share.
     """
-    if not 0 <= fail_under <= 1:
-        raise UsageError(
-            f"The least share of knowledge kept must lie between 0 and 1: {fail_under:g}.",
-            hint="--fail-under 0.95 asks for 95 %.",
-        )
+    check_gate(fail_under)
     labels = labels_of([comparison.model for comparison in card.comparisons])
     failed = [
         _shortfall(label, comparison.counts)

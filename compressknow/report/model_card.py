@@ -18,7 +18,7 @@ from compressknow.report.toml import to_toml
 # What stays true of a model when it is compressed.
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _FOLDER = "PATH/TO/THIS/FOLDER"
-_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
 def model_card_for(manifest: Mapping[str, Any], source: Path) -> str:
@@ -29,7 +29,7 @@ def model_card_for(manifest: Mapping[str, Any], source: Path) -> str:
 def read_card_metadata(card: Path) -> dict[str, Any]:
     """The front matter of a model card; empty where there is no card, no front matter, or it is no valid YAML."""
     try:
-        match = _FRONT_MATTER.match(card.read_text(encoding="utf-8"))
+        match = FRONT_MATTER.match(card.read_text(encoding="utf-8"))
         metadata = yaml.safe_load(match.group(1)) if match else None
     except (OSError, ValueError, yaml.YAMLError):
         # A conversion must not fail for the sake of a card that its author broke.

@@ -1,0 +1,100 @@
+"""`compressknow probe`: ask one model facts, and keep its answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compressknow.cli.probe_options import EPILOG, probe_options, split_options
+from compressknow.cli.progress import facts_bar
+from compressknow.report.figures import count, percent, share
+
+if TYPE_CHECKING:
+    from compressknow.probe.answers import Answers
+
+COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
+
+
+@click.command(short_help="Ask a model facts, and keep its answers.", epilog=EPILOG)
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the answers. It may hold answers of this model already: they are not asked for again.",
+)
+@probe_options
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Answers folder of the original: asks for the tokens that it holds most likely, so that a report can say how "
+    "far distributions moved.",
+)
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record of the probe as JSON.")
+def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Ask MODEL what it knows, fact by fact, and keep the answers in a folder.
+
+    MODEL is a local folder, FOLDER/FILE.gguf or a hub id: a masked, causal or sequence-to-sequence language model. A
+    run that was stopped goes on where it was.
+
+    \b
+    compressknow probe MODEL -p atlas -o answers/original
+    compressknow probe MODEL -p lama:trex --data DIR -o answers/original
+    compressknow probe CONVERTED -p atlas -o answers/converted --reference answers/original
+    """
+    from compressknow.probe import probe as ask
+
+    options, settings = split_options(given)
+    with facts_bar() as bar:
+        answers = ask(model, output, probes or None, options=options, settings=settings, bar=bar, **given)
+    if as_json:
+        click.echo(json.dumps(_with_scores(answers), indent=1, ensure_ascii=False))
+    else:
+        click.echo("\n".join(_page(answers, output)))
+
+
+def _page(answers: Answers, output: Path) -> Iterator[str]:
+    yield f"{answers.record['model']['name']}: answers in {output}"
+    yield ""
+    yield COLUMNS
+    yield "-" * len(COLUMNS)
+    for name, entry in answers.record["probes"].items():
+        given = answers.of(name)
+        right = sum(answer.correct for answer in given)
+        yield (
+            f"{_short(name):<32}{count(len(given)):>10}{count(right):>10}{percent(right, len(given)):>10}"
+            f"{share(entry.get('chance')):>9}{count(sum(entry['dropped'].values())):>9}"
+        )
+        for reason, number in entry["dropped"].items():
+            yield f"  {count(number)} dropped: {reason}"
+    if len(answers.probes) == 1:
+        yield from _by_subject(answers)
+
+
+def _by_subject(answers: Answers) -> Iterator[str]:
+    subjects: dict[str, list[bool]] = {}
+    for answer in answers.answers:
+        subjects.setdefault(answer.subject, []).append(answer.correct)
+    if len(subjects) > 1:
+        yield ""
+        for subject, given in sorted(subjects.items()):
+            right = percent(sum(given), len(given))
+            yield f"{_short(subject):<32}{count(len(given)):>10}{count(sum(given)):>10}{right:>10}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) < 32 else name[:28] + "..."
+
+
+def _with_scores(answers: Answers) -> dict[str, Any]:
+    probes = {
+        name: entry | {"right": sum(answer.correct for answer in answers.of(name))}
+        for name, entry in answers.record["probes"].items()
+    }
+    return dict(answers.record) | {"probes": probes}

@@ -1,0 +1,94 @@
+"""Options that `probe` and `report` share: which facts, and how the model is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from compressknow.probe.choose import Options
+    from compressknow.probe.run import Settings
+
+FACTS = ("data", "protocol", "template", "limit", "seed", "map", "split", "tasks")
+RUNNING = ("device", "dtype", "batch_size", "trust_remote_code")
+
+EPILOG = """\b
+Probes (-p, repeatable):
+  atlas               built in; nothing to download
+  lama:trex, lama:google-re, lama:squad, lama:conceptnet      (--data DIR)
+  bear                (--data DIR)
+  facts:FILE.jsonl    your own facts
+  hf:DATASET          a Hub data set, or a local Parquet, JSON or CSV file
+  lm-eval:TASK        boolq, piqa, winogrande (--data DIR for local copies)
+                      and every other task of lm-eval
+
+\b
+A line of facts:FILE.jsonl, for one:
+  {"relation": "capital", "subject": "geography", "sub_label": "France",
+   "obj_label": "Paris", "prompt": "The capital of France is [MASK].",
+   "candidates": ["Paris", "Rome", "Madrid"], "popularity": 68000000}
+`prompt` and `obj_label` are required, the rest is optional. Instead of `prompt`
+it may have `template` ("The capital of [X] is [Y].") with `sub_label`. Without
+`candidates` the answer may be any text (of masked models any one token).
+"""
+
+
+def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options, in the order of the help page."""
+    options = [
+        click.option("-p", "--probe", "probes", multiple=True, metavar="PROBE", help="What to ask; see below."),
+        click.option(
+            "--data",
+            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            help="Where downloaded sets lie: a set's own folder, or one that holds lama/, bear/, tasks/.",
+        ),
+        click.option("--limit", type=click.IntRange(1), help="At most so many facts a probe, drawn by relation."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the sample that --limit draws."),
+        click.option(
+            "--protocol",
+            type=click.Choice(["lama", "paper"]),
+            default="lama",
+            show_default=True,
+            help="How LAMA is asked: the official way, or as the paper's authors do.",
+        ),
+        click.option(
+            "--template", type=click.IntRange(1), default=1, show_default=True, help="Which wording of atlas and BEAR."
+        ),
+        click.option(
+            "--map",
+            multiple=True,
+            metavar="KEY=COLUMN",
+            help="Columns of hf:, repeatable: subject, object, prompt, template, relation, id, popularity, candidates.",
+        ),
+        click.option("--split", help="Split of an hf: data set."),
+        click.option(
+            "--tasks",
+            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            help="A folder of lm-eval tasks of your own.",
+        ),
+        click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, mps."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+            help="What it computes in.  [default: float32 on cpu, else auto: the checkpoint's own]",
+        ),
+        click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Facts a batch."),
+        click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def split_options(given: dict[str, Any]) -> tuple[Options, Settings]:
+    """The shared options out of a command's, as the probe room takes them; `given` keeps the rest."""
+    from compressknow.probe.choose import Options
+    from compressknow.probe.columns import parse_columns
+    from compressknow.probe.run import Settings
+
+    facts = {name: given.pop(name) for name in FACTS}
+    columns = parse_columns(facts.pop("map"))
+    return Options(columns=columns, **facts), Settings(**{name: given.pop(name) for name in RUNNING})

@@ -1,0 +1,116 @@
+"""`compressknow report`: the original's knowledge against the compressed models', as a report card."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compressknow.cli.probe_options import EPILOG, probe_options, split_options
+from compressknow.cli.progress import facts_bar
+from compressknow.cli.report_page import report_page
+
+if TYPE_CHECKING:
+    from compressknow.report.records import Card
+
+
+@click.command(short_help="Show what compressed models kept and lost of the knowledge.", epilog=EPILOG)
+@click.argument("original")
+@click.argument("compressed", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="File for the report: .html, .md or .json (repeatable).",
+)
+@probe_options
+@click.option(
+    "--fail-under", type=float, metavar="SHARE", help="Exit with 3 if less of the knowledge is kept: 0.95 is 95 %."
+)
+@click.option("--no-facts", is_flag=True, help="Leave the text of every fact out of the report.")
+@click.option("--time", "timed", is_flag=True, help="Measure speed and memory of each model on this machine too.")
+@click.option("--into-model-card", is_flag=True, help="Write the verdict into the README.md of each COMPRESSED folder.")
+@click.option(
+    "--answers",
+    "keep_in",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where answers are kept, so that no model is asked twice.  [default: ~/.cache/compressknow/answers]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace report files that are there already.")
+@click.option("--revision", help="Branch, tag or commit of ORIGINAL, if it is a hub id.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_context
+def report(
+    ctx: click.Context,
+    /,
+    original: str,
+    compressed: tuple[str, ...],
+    outputs: tuple[Path, ...],
+    probes: tuple[str, ...],
+    fail_under: float | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Ask ORIGINAL and each COMPRESSED model the same facts, and report what is kept, lost and gained.
+
+    Each is a local folder, FOLDER/FILE.gguf, a hub id, or an answers folder that `probe` wrote.
+
+    \b
+    compressknow report MODEL CONVERTED -o report.html
+    compressknow report MODEL CONVERTED -p lama:trex --data DIR -o report.html -o report.md
+    compressknow report MODEL CONVERTED --fail-under 0.95
+    """
+    from compressknow.report import report as compare
+    from compressknow.report.card import check_gate, gate
+    from compressknow.report.json_report import to_json
+
+    check_gate(fail_under)
+    options, settings = split_options(given)
+    with facts_bar() as bar:
+        card = compare(
+            original,
+            compressed,
+            probes or None,
+            outputs=outputs,
+            options=options,
+            settings=settings,
+            command=_command(ctx),
+            bar=bar,
+            **given,
+        )
+    if as_json:
+        click.echo(json.dumps(to_json(card), indent=1, ensure_ascii=False))
+    else:
+        click.echo("\n".join(_lines(card, outputs)))
+    if fail_under is not None:
+        gate(card, fail_under)
+
+
+def _lines(card: Card, outputs: tuple[Path, ...]) -> Iterator[str]:
+    yield from report_page(card)
+    if outputs:
+        yield f"\nWritten: {', '.join(map(str, outputs))}"
+
+
+def _command(ctx: click.Context) -> str:
+    """The command as the user may repeat it: what was given, in the order of the help page."""
+    words = ["compressknow", "report"]
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        if ctx.get_parameter_source(name) != click.core.ParameterSource.COMMANDLINE:
+            continue
+        value = ctx.params[name]
+        values = value if isinstance(value, tuple) else (value,)
+        if isinstance(parameter, click.Argument):
+            words += [str(each) for each in values]
+        elif isinstance(value, bool):
+            words += [parameter.opts[-1]] if value else []
+        else:
+            words += [word for each in values for word in (parameter.opts[0], str(each))]
+    return shlex.join(words)

@@ -1,0 +1,328 @@
+"""One model, some probes, one answers folder: what is answered already is not asked again."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressknow.engine.identity import Located, describe, fingerprint
+from compressknow.errors import OutputError, UsageError
+from compressknow.probe.answers import (
+    RECORD,
+    SCHEMA_VERSION,
+    TABLE,
+    Answer,
+    Answers,
+    read_record,
+    read_table,
+    write_record,
+    write_table,
+)
+from compressknow.probe.ask import BATCH_SIZE, Progress, ask, questions_of, scorer_for
+from compressknow.probe.encoding import Ids
+from compressknow.probe.facts import Probe, chance, majority
+from compressknow.probe.tasks import Task, run_task
+
+if TYPE_CHECKING:
+    from compressknow.engine.language_model import LanguageModel
+
+PARTS, LOCK = ".parts", ".lock"
+# Answers are put on disk this often: what a killed run has to ask again.
+SECONDS_BETWEEN_PARTS = 10.0
+# Told the name of a probe; gives what is told of its progress.
+Bar = Callable[[str], contextlib.AbstractContextManager[Progress | None]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is run. Float32 on the CPU by default, so that answers do not depend on a batch's rounding."""
+
+    device: str = "cpu"
+    dtype: str | None = None
+    batch_size: int = BATCH_SIZE
+    trust_remote_code: bool = False
+
+    @property
+    def computed_in(self) -> str:
+        return self.dtype or ("float32" if self.device == "cpu" else "auto")
+
+
+class Respondent:
+    """A model that is asked: found and hashed at once, loaded when the first question comes."""
+
+    def __init__(self, located: Located, settings: Settings) -> None:
+        self.located, self.settings = located, settings
+
+    @cached_property
+    def sha256(self) -> str:
+        return fingerprint(self.located)
+
+    @cached_property
+    def loaded(self) -> LanguageModel:
+        from compressknow.engine.language_model import load_language_model
+
+        settings = self.settings
+        return load_language_model(
+            self.located.path,
+            device=settings.device,
+            dtype=settings.computed_in,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+    def release(self) -> None:
+        """Let go of the model's memory; it is loaded again if it is asked again."""
+        self.__dict__.pop("loaded", None)
+
+    def record(self) -> dict[str, Any]:
+        """The "model" entry of ``probe.json``."""
+        loaded = self.loaded
+        return describe(self.located) | {
+            "sha256": self.sha256,
+            "architecture": type(loaded.model).__name__,
+            "family": loaded.family,
+            "parameters": loaded.parameters,
+            "vocabulary": loaded.vocabulary,
+            "device": str(self.settings.device),
+            "computed_in": loaded.dtype,
+        }
+
+
+def probe_model(
+    respondent: Respondent,
+    probes: Sequence[Probe | Task],
+    folder: Path,
+    *,
+    reference: Answers | None = None,
+    bar: Bar | None = None,
+    wait: bool = False,
+) -> Answers:
+    """Ask a model some probes and keep the answers in `folder`, beside those that it holds already.
+
+    A probe that the folder holds for this very model, these facts and this reference is not asked again; one that was
+    cut short goes on where it was.
+
+    Parameters
+    ----------
+    folder : an answers folder of this model, or a new one.
+    reference : answers of the original: the same tokens are asked for at the answer's first position.
+    bar : gives, for a probe's name, a context with a callable that is told of its progress.
+    wait : wait for another run that uses the folder, rather than raise OutputError.
+
+    Raises
+    ------
+    OutputError : the folder holds something else, answers of another model, or is in use by another run.
+    """
+    refuse_twins(probes)
+    with _locked(folder, wait):
+        record = _record(folder, respondent)
+        for probe in probes:
+            key = _key(respondent, probe, reference)
+            if record["probes"].get(probe.name, {}).get("key") != key:
+                _ask_one(respondent, probe, folder, record, key, reference, bar)
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        return _read(folder, [probe.name for probe in probes])
+
+
+def refuse_twins(probes: Sequence[Probe | Task]) -> None:
+    """Refuse two probes of one name, such as facts files of one name in different folders."""
+    names = [probe.name for probe in probes]
+    if twins := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(
+            f"Two probes have the name {twins[0]}.", hint="Name each probe once; give facts files names of their own."
+        )
+
+
+def _ask_one(
+    respondent: Respondent,
+    probe: Probe | Task,
+    folder: Path,
+    record: dict[str, Any],
+    key: str,
+    reference: Answers | None,
+    bar: Bar | None,
+) -> None:
+    """Ask one probe and put its answers and its entry on disk, the answers first."""
+    start = time.monotonic()
+    with bar(probe.name) if bar else contextlib.nullcontext() as progress:
+        if isinstance(probe, Task):
+            answers, entry = run_task(respondent.loaded, probe)
+        else:
+            answers, entry = _ask_facts(respondent, probe, folder / PARTS / key[:16], reference, progress)
+    others = [a for a in _stored(folder) if a.probe != probe.name and a.probe in record["probes"]]
+    entry |= {
+        "key": key,
+        "reference": reference.record["model"]["sha256"] if reference else respondent.sha256,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    write_table(folder / TABLE, [*others, *answers])
+    record["probes"][probe.name] = entry
+    record["model"] = respondent.record()
+    write_record(folder, record)
+
+
+def _ask_facts(
+    respondent: Respondent, probe: Probe, parts: Path, reference: Answers | None, progress: Progress | None
+) -> tuple[list[Answer], dict[str, Any]]:
+    loaded = respondent.loaded
+    scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)
+    questions = questions_of(scorer, respondent.settings.batch_size)
+    if not questions.asked:
+        raise _nothing_left(probe, questions.dropped)
+    answers = _stored_parts(parts)
+    ids = _first_ids(probe.name, reference) if reference else None
+    done = frozenset(answer.fact_id for answer in answers)
+    for part in _in_parts(ask(questions, reference=ids, done=done, progress=progress)):
+        _write_part(parts, part)
+        answers += part
+    order = {fact.id: number for number, fact in enumerate(probe.facts)}
+    answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
+    return answers, _entry(probe, answers, questions.dropped)
+
+
+def _entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> dict[str, Any]:
+    asked = {answer.fact_id for answer in answers}
+    facts = [fact for fact in probe.facts if fact.id in asked]
+    choices = answers[0].choices
+    return {
+        "protocol": probe.protocol,
+        "fingerprint": probe.fingerprint(),
+        "facts": probe.read,
+        "asked": len(answers),
+        "dropped": dict(dropped),
+        "average": probe.average,
+        "chance": chance(facts, choices),
+        "majority": majority(facts),
+        "limit": probe.limit,
+        "seed": probe.seed,
+        "source": dict(probe.source),
+    }
+
+
+def _nothing_left(probe: Probe, dropped: Mapping[str, int]) -> UsageError:
+    reasons = "\n".join(f"{count:,} dropped: {reason}" for reason, count in dropped.items())
+    return UsageError(
+        f"{probe.name} leaves no fact that this model could be asked.", reasons, "Choose another probe or protocol."
+    )
+
+
+def _first_ids(probe: str, reference: Answers) -> dict[str, Ids]:
+    if probe not in reference.probes:
+        raise UsageError(
+            f"The original was not asked {probe}, whose most likely tokens are wanted.",
+            hint="Probe the original with the same -p PROBE first.",
+        )
+    return {answer.fact_id: answer.first_ids for answer in reference.of(probe)}
+
+
+def _key(respondent: Respondent, probe: Probe | Task, reference: Answers | None) -> str:
+    """A hash of all that decides the answers: the model, the facts, whose tokens are asked for, and how it is run."""
+    settings = respondent.settings
+    decides = [
+        *(SCHEMA_VERSION, respondent.sha256, probe.fingerprint()),
+        reference.record["model"]["sha256"] if reference else None,
+        *(str(settings.device), settings.computed_in, settings.batch_size),
+    ]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
+def _in_parts(batches: Iterator[list[Answer]]) -> Iterator[list[Answer]]:
+    """Batches gathered to what is worth a file."""
+    part: list[Answer] = []
+    since = time.monotonic()
+    for batch in batches:
+        part += batch
+        if time.monotonic() - since > SECONDS_BETWEEN_PARTS:
+            yield part
+            part, since = [], time.monotonic()
+    if part:
+        yield part
+
+
+def _write_part(parts: Path, answers: Sequence[Answer]) -> None:
+    parts.mkdir(parents=True, exist_ok=True)
+    write_table(parts / f"{len(list(parts.glob('*.parquet'))):05}.parquet", answers)
+
+
+def _stored_parts(parts: Path) -> list[Answer]:
+    return [answer for path in sorted(parts.glob("*.parquet")) for answer in read_table(path)]
+
+
+def _stored(folder: Path) -> list[Answer]:
+    return read_table(folder / TABLE) if (folder / TABLE).is_file() else []
+
+
+def _read(folder: Path, names: Sequence[str]) -> Answers:
+    """The answers to these probes alone; the folder may hold those to others."""
+    record = read_record(folder)
+    probes = {name: record["probes"][name] for name in names}
+    return Answers(record | {"probes": probes}, tuple(a for a in _stored(folder) if a.probe in probes))
+
+
+def _record(folder: Path, respondent: Respondent) -> dict[str, Any]:
+    """The record of the folder so far; a new one where there is none."""
+    if not (folder / RECORD).is_file():
+        return {"schema": SCHEMA_VERSION, "model": {}, "probes": {}, "versions": _versions()}
+    record = read_record(folder)
+    if record["model"].get("sha256") != respondent.sha256:
+        raise OutputError(
+            f"{folder} holds the answers of another model ({record['model'].get('name')}).",
+            why="Or of this one before its files changed.",
+            hint="Choose another folder for the answers, or remove that one.",
+        )
+    return record | {"versions": _versions()}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from compressknow import __version__
+
+    libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    return {"compressknow": __version__} | libraries
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[None]:
+    """The folder, made where it is missing, for this run alone."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
+    made = not folder.exists()
+    if not made and not (folder / RECORD).is_file() and _foreign(folder):
+        raise OutputError(
+            f"{folder} exists already, and is no answers folder.", hint="Choose a new folder for the answers."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    try:
+        _take(lock, folder, wait)
+        yield
+    finally:
+        os.close(lock)
+        with contextlib.suppress(OSError):
+            if made and not _foreign(folder) and not (folder / PARTS).exists():
+                # Nothing was asked: an error leaves no empty folder behind.
+                shutil.rmtree(folder)
+
+
+def _take(lock: int, folder: Path, wait: bool) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        raise OutputError(
+            f"{folder} is in use: another run writes its answers there.", hint="Wait for it, or choose another folder."
+        ) from None
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether a folder holds anything beside what a run that was cut short leaves."""
+    return any(path.name not in (LOCK, PARTS) for path in folder.iterdir())

@@ -1,0 +1,79 @@
+"""How fast a model answers on this machine, and the memory that it takes: measured in a process of its own.
+
+    python -m compressknow.probe.speed PATH DEVICE DTYPE BATCH_SIZE
+
+prints {"device", "facts_per_second", "peak_bytes"} as JSON. The facts are a sample of atlas, which every family can be
+asked; the first round warms up and is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compressknow.engine.identity import Located
+from compressknow.errors import CompressknowError
+from compressknow.probe.run import Respondent, Settings
+
+FACTS, ROUNDS = 192, 3
+
+
+def measure(located: Located, settings: Settings) -> dict[str, Any]:
+    """Facts a second (the median of some rounds) and peak memory beyond what the libraries take, in bytes.
+
+    Raises CompressknowError where the measuring process fails.
+    """
+    arguments = [str(located.path), settings.device, settings.computed_in, str(settings.batch_size)]
+    done = subprocess.run(
+        [sys.executable, "-m", "compressknow.probe.speed", *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        raise CompressknowError(f"The speed of {located.name} could not be measured.", why=reason)
+    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
+
+
+def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
+    import torch
+
+    from compressknow.probe.ask import ask, questions_of, scorer_for
+    from compressknow.probe.builtin import atlas
+
+    libraries = _peak()
+    loaded = Respondent(Located(path.name, path), settings).loaded
+    probe = atlas().limited(FACTS)
+    questions = questions_of(scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe), settings.batch_size)
+    on_gpu = settings.device.startswith("cuda")
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        start = time.perf_counter()
+        for _ in ask(questions):
+            pass
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    median = sorted(seconds[1:])[ROUNDS // 2]
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"{settings.device}, {torch.get_num_threads()} threads",
+        "facts_per_second": round(questions.asked / median, 1),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else max(_peak() - libraries, 0),
+    }
+
+
+def _peak() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    _path, _device, _dtype, _batch_size = sys.argv[1:]
+    _settings = replace(Settings(device=_device, dtype=_dtype), batch_size=int(_batch_size))
+    print(json.dumps(_measure_here(Path(_path), _settings)))  # noqa: T201

@@ -1,0 +1,125 @@
+"""The answers that a report compares: read from answers folders, or asked of models and kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressknow.errors import CompressknowError
+from compressknow.probe.answers import Answers, is_answers_folder, read_answers
+
+if TYPE_CHECKING:
+    from compressknow.probe.choose import Options
+    from compressknow.probe.run import Bar, Settings
+
+
+def default_answers_folder() -> Path:
+    """Where answers are kept from one report to the next: ``$XDG_CACHE_HOME/compressknow/answers``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow" / "answers"
+
+
+def gather(
+    original: str | Path,
+    compressed: Sequence[str | Path],
+    probes: Sequence[str],
+    options: Options,
+    settings: Settings,
+    *,
+    keep_in: Path,
+    revision: str | None = None,
+    timed: bool = False,
+    bar: Bar | None = None,
+) -> tuple[Answers, list[Answers]]:
+    """The original's answers and those of each compressed model, to the same probes.
+
+    Models are asked what `keep_in` does not hold yet, the original first: the others are asked for its most likely
+    tokens, so that distributions can be compared. Answers folders are taken as they are.
+
+    Parameters
+    ----------
+    probes : names; by default those of the answers folders, or atlas.
+    keep_in : a folder that gets one answers folder a model.
+    revision : of the original, if it is a hub id.
+    timed : measure the speed and the memory of each model; of answers folders nothing can be measured.
+
+    Raises CompressknowError where a model cannot be found, loaded or asked.
+    """
+    stored = [_stored(model) for model in (original, *compressed)]
+    if all(answers is not None for answers in stored):
+        first, *others = [_of(answers, probes) for answers in stored if answers is not None]
+        return first, others
+    return _ask(original, compressed, probes, options, settings, stored, keep_in, revision, timed, bar)
+
+
+def _stored(model: str | Path) -> Answers | None:
+    """The answers, where `model` is an answers folder."""
+    return read_answers(Path(model)) if is_answers_folder(Path(model)) else None
+
+
+def _ask(
+    original: str | Path,
+    compressed: Sequence[str | Path],
+    probes: Sequence[str],
+    options: Options,
+    settings: Settings,
+    stored: list[Answers | None],
+    keep_in: Path,
+    revision: str | None,
+    timed: bool,
+    bar: Bar | None,
+) -> tuple[Answers, list[Answers]]:
+    from compressknow.engine.identity import locate
+    from compressknow.probe.choose import DEFAULT, open_all
+    from compressknow.probe.run import Respondent, probe_model
+    from compressknow.probe.speed import measure
+
+    known = next((answers for answers in stored if answers is not None), None)
+    names = list(probes) or (list(known.probes) if known else list(DEFAULT))
+    asked = open_all(names, _like(known, options))
+    # All are found before the first is asked: a wrong name is told at once.
+    respondents = [
+        None if answers else Respondent(locate(model, revision if model is original else None), settings)
+        for model, answers in zip((original, *compressed), stored, strict=True)
+    ]
+    gathered: list[Answers] = []
+    for answers, respondent in zip(stored, respondents, strict=True):
+        if respondent is None:
+            assert answers is not None
+            gathered.append(_of(answers, names))
+            continue
+        folder = keep_in / respondent.sha256[:16]
+        reference = gathered[0] if gathered else None
+        answers = probe_model(respondent, asked, folder, reference=reference, bar=bar, wait=True)
+        respondent.release()
+        gathered.append(_with_speed(answers, measure(respondent.located, settings)) if timed else answers)
+    return gathered[0], gathered[1:]
+
+
+def _like(known: Answers | None, options: Options) -> Options:
+    """The options, with the sample that an answers folder was asked where the user names none."""
+    if known is None or options.limit is not None:
+        return options
+    entry: dict[str, Any] = next(iter(known.record["probes"].values()), {})
+    return replace(options, limit=entry.get("limit"), seed=entry.get("seed", options.seed))
+
+
+def _of(answers: Answers, probes: Sequence[str]) -> Answers:
+    """The answers to these probes alone, or to all if none is named."""
+    if not probes:
+        return answers
+    if missing := [name for name in probes if name not in answers.probes]:
+        raise CompressknowError(
+            f"{answers.record['model'].get('name')} was not asked {missing[0]}.",
+            why=f"Its answers folder holds: {', '.join(answers.probes)}.",
+            hint="Leave out -p, name one of these, or probe the model again.",
+        )
+    kept = {name: answers.record["probes"][name] for name in probes}
+    return Answers(dict(answers.record) | {"probes": kept}, tuple(a for a in answers.answers if a.probe in kept))
+
+
+def _with_speed(answers: Answers, speed: dict[str, Any]) -> Answers:
+    record = dict(answers.record)
+    return replace(answers, record=record | {"model": {**record["model"], "speed": speed}})
