@@ -118,7 +118,9 @@ def read_table(path: Path) -> list[Answer]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, columns=schema().names)
+        # Not pq.read_table: it imports pandas, where that is installed.
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=schema().names)
         columns = [_column(table, name) for name in schema().names]
     except (OSError, KeyError, pa.ArrowException) as error:
         raise CompressknowError(
