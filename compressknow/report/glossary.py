@@ -12,7 +12,10 @@ GLOSSARY = (
         "Interval",
         "the range in brackets: with other facts of the same kind, 95 of 100 such ranges hold the true figure.",
     ),
-    ("p", "how often chance alone would change as much, were nothing lost or gained; small means that it is real."),
+    (
+        "p",
+        "how often chance alone splits lost and gained facts as unevenly; a small p means that the net change is real.",
+    ),
     ("Top answer changed", "facts to which the answer differs, from one wrong answer to another included."),
     ("Among the top 5", "a right answer that is still close to the top is hidden, not erased."),
     ("Mean reciprocal rank", "1 where the right answer always comes first, 1/2 where it comes second, and so on."),
@@ -26,6 +29,6 @@ _SCALE = ", ".join(f"{grade} from {least} % kept" if grade == "A+" else f"{grade
 LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named beside the letter."
 SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark says that the interval reaches over several grades."
 HOLM = (
-    "p is of the exact McNemar test, adjusted over the relations of a table (Holm): below 0.05 the change of that "
-    "relation is hardly chance."
+    "p is of the exact McNemar test, adjusted over the relations of a table (Holm): below 0.05, chance hardly explains "
+    "that a relation lost more than it gained, or less."
 )

@@ -39,10 +39,22 @@ def tables(probe: ProbeFigures, id: str, relations: int | None = None) -> ProbeT
     )
 
 
+def headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
+    """Of the original and of the compressed model, averaged as the probe's protocol does."""
+    if probe.average == "macro":
+        return probe.macro_original, probe.macro_compressed
+    return probe.accuracy_original, probe.accuracy_compressed
+
+
 def dropped(probes: tuple[ProbeFigures, ...]) -> Table | None:
     """Facts that were read and not asked, by reason."""
     rows = tuple(
-        (plain(reason, 120), plain(probe.probe, 60), count(number), percent(number, probe.facts_read))
+        (
+            plain(reason, 120),
+            plain(probe.probe, 60),
+            count(number),
+            percent(number, max(probe.facts_read, sum(probe.dropped.values()))),
+        )
         for probe in probes
         for reason, number in probe.dropped.items()
         if number
@@ -173,7 +185,7 @@ _FIGURES = (
     _Figure("Lost", _lost),
     _Figure("Gained", _gained),
     _Figure("Flips (lost or gained)", lambda p: share(p.counts.flips), _NO_FACTS),
-    _Figure("Is the change real? (exact McNemar)", lambda p: p_value(p.p), "no fact was lost or gained."),
+    _Figure("Net change against chance (exact McNemar)", lambda p: p_value(p.p), "no fact was lost or gained."),
     _Figure("Top answer changed", lambda p: share(p.answer_changed), _NO_FACTS),
     _Figure("Lost, but still among the top 5", _hidden, "nothing was lost, or " + _NO_RANK),
     _Figure("Mean reciprocal rank", lambda p: _pair(p.mrr, number), _NO_RANK),
@@ -192,7 +204,7 @@ _FIGURES = (
     _Figure("Always the commonest answer", lambda p: share(p.majority), _NO_FACTS),
     _Figure("The paper's drop, absolute", lambda p: points(p.drop_absolute).removeprefix("+"), _NO_FACTS),
     _Figure("The paper's drop, relative", lambda p: share(p.drop_relative), _NOTHING_KNOWN),
-    _Figure("Accuracy is the", lambda p: _AVERAGES.get(p.average, plain(p.average, 40))),
+    _Figure("Headline accuracy is the", lambda p: _AVERAGES.get(p.average, plain(p.average, 40))),
     _Figure("Way of asking", lambda p: plain(p.protocol, 60)),
     _Figure("Seed", lambda p: str(p.seed)),
 )

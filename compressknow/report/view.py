@@ -270,7 +270,7 @@ def _overview(card: Card, names: tuple[str, ...]) -> Table:
 
 
 def _original_row(card: Card, probes: list[str], subjects: list[str]) -> tuple[str, ...]:
-    accuracy = {p.probe: p.accuracy_original.value for c in card.comparisons for p in c.probes}
+    accuracy = {p.probe: probe_tables.headline_accuracy(p)[0].value for c in card.comparisons for p in c.probes}
     return (
         "original",
         size(card.original.bytes),
@@ -281,7 +281,7 @@ def _original_row(card: Card, probes: list[str], subjects: list[str]) -> tuple[s
 
 
 def _overview_row(comparison: Comparison, name: str, probes: list[str], subjects: list[str]) -> tuple[str, ...]:
-    accuracy = {probe.probe: probe.accuracy_compressed.value for probe in comparison.probes}
+    accuracy = {probe.probe: probe_tables.headline_accuracy(probe)[1].value for probe in comparison.probes}
     grades = {grade.subject: grade for grade in comparison.grades}
     return (
         name,

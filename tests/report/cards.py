@@ -39,11 +39,11 @@ CONCEPTNET = (
     ("HasProperty", "common sense", Counts(39, 11, 5, 130)),
 )
 POPULARITY = (
-    ("rarest fifth", Counts(81, 21, 6, 111)),
-    ("second", Counts(119, 16, 3, 81)),
-    ("third", Counts(147, 11, 3, 58)),
-    ("fourth", Counts(170, 8, 2, 39)),
-    ("best known", Counts(186, 4, 1, 28)),
+    ("top 20 %", Counts(186, 4, 1, 28)),
+    ("20 to 40 %", Counts(170, 8, 2, 39)),
+    ("40 to 60 %", Counts(147, 11, 3, 58)),
+    ("60 to 80 %", Counts(119, 16, 3, 81)),
+    ("bottom 20 %", Counts(81, 21, 6, 111)),
 )
 LOST = (
     ("capital", "The capital of Chad is [MASK].", "N'Djamena", "Abuja", 1, 4),

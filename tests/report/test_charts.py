@@ -37,11 +37,11 @@ def drawn(name: str | None = None) -> tuple[str, ...]:
 def test_chart_has_the_bins_and_their_figures() -> None:
     chart = charts.popularity(bins(), "p1", "atlas")
     assert chart is not None
-    assert {"rarest fifth", "best known", "79.4 %", "97.9 %"} <= set(texts(chart))
+    assert {"top 20 %", "bottom 20 %", "79.4 %", "97.9 %"} <= set(texts(chart))
     described = ElementTree.fromstring(chart).find("desc")
     assert described is not None
     assert described.text is not None
-    assert described.text.startswith("From left to right: rarest fifth 79.4 %, second 88.1 %")
+    assert described.text.startswith("From left to right: top 20 % 97.9 %, 20 to 40 % 95.5 %")
 
 
 def test_fewer_than_two_bins_are_no_chart() -> None:
@@ -84,7 +84,7 @@ def test_hostile_names_stay_text(text: str) -> None:
     assert harmless is not None
     tags = [[element.tag for element in ElementTree.fromstring(chart).iter()] for chart in (shown, harmless)]
     assert tags[0] == tags[1]
-    assert plain(text + "rarest fifth", 16) in texts(shown)
+    assert plain(text + "top 20 %", 16) in texts(shown)
     assert plain(text, 60) in "".join(ElementTree.fromstring(shown).itertext())
     if "%" not in text:
         assert len(drawn(text)) == 1
@@ -93,7 +93,7 @@ def test_hostile_names_stay_text(text: str) -> None:
 def test_dollar_signs_are_no_formula() -> None:
     chart = charts.popularity(bins("$x^2$ \\$ {}"), "p1", "atlas")
     assert chart is not None
-    assert plain("$x^2$ \\$ second", 16) in texts(chart)
+    assert plain("$x^2$ \\$ top 20 %", 16) in texts(chart)
 
 
 def test_colours_are_classes_and_nothing_is_styled_inline() -> None:

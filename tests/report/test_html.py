@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from compressknow.report.card import make_card
 from compressknow.report.html import render_html
 from compressknow.report.records import Card
 from compressknow.report.templates import isolated
 from compressknow.report.text import plain
+from tests.report.answering import run, sides
 from tests.report.cards import card_of_nothing, card_of_one, card_of_several
 from tests.report.hostile import TEXTS, hostile, numbered
 from tests.report.pages import Element, read
@@ -68,6 +70,20 @@ def test_first_screen_says_what_was_kept() -> None:
     assert rows[0] == ["Subject", "Known before", "Kept", "Grade"]
     assert rows[1] == ["geography", "413 of 563", "92.3 % (89.3 to 94.5 %)", "C B to C"]
     assert rows[-1] == ["All subjects", "947 of 1,895", "89.4 % (87.3 to 91.2 %)", ""]
+
+
+def test_card_made_from_answers_is_a_page() -> None:
+    original, compressed = run(sides(140, 15, 2, 60))
+    page = read(render_html(make_card(original, [compressed], command="compressknow report a b")))
+    assert page.one("h1").text == "90.3 % of its knowledge kept"
+    assert [len(table.all("tr")) - 1 for table in with_class(page, "table", "facts")] == [15, 2]
+
+
+def test_overview_has_the_accuracy_that_each_probe_reports() -> None:
+    page = read(render_html(card_of_several((20,))))
+    original = page.all("table")[0].all("tbody")[0].all("td")
+    # Over facts for atlas; the mean over relations for ConceptNet.
+    assert [cell.text for cell in original][3:5] == ["65.5 %", "58.7 %"]
 
 
 def test_several_models_are_told_by_their_range_and_a_table_that_leads_to_each() -> None:
