@@ -134,9 +134,11 @@ def read_table(path: Path) -> list[Answer]:
 def _column(table: pa.Table, name: str) -> Iterable[Any]:
     column = table[name]
     if name.startswith("first_"):
-        # Hundreds of numbers a row: as views of one array, not as Python objects.
-        chunks = column.combine_chunks()
-        offsets, values = chunks.offsets.to_numpy(), chunks.values.to_numpy()
+        import numpy as np
+
+        # Hundreds of numbers a row: as views of one array, not as Python objects. (to_numpy would import pandas.)
+        lists = column.combine_chunks()
+        offsets, values = np.from_dlpack(lists.offsets), np.from_dlpack(lists.values)
         return [values[start:end] for start, end in itertools.pairwise(offsets)]
     rows = column.to_pylist()
     return [tuple(row) for row in rows] if name.startswith("top5") else rows

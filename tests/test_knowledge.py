@@ -1,0 +1,121 @@
+"""From a converted checkpoint to its report card, by the command line, on tiny models that really know 64 facts."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from compressknow.cli import main
+from tests.knowing import KNOWN_FACTS, facts_file, knowing
+
+FAMILIES = ("bert", "llama", "t5")
+SETUPS = {
+    "p20": ["--prune", "0.2"],
+    "p50": ["--prune", "0.5"],
+    "p80": ["--prune", "0.8"],
+    "int8": ["--quantize", "int8"],
+}
+
+
+def run(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the original, four conversions of it, the answers of all, and the report on them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    original = knowing(request.param, folder / "original")
+    facts = facts_file(folder / "facts.jsonl")
+    run("probe", original, "-p", f"facts:{facts}", "-o", folder / "answers-original")
+    for name, options in SETUPS.items():
+        run("convert", original, folder / name, *options)
+        reference = ["--reference", folder / "answers-original"]
+        run("probe", folder / name, "-p", f"facts:{facts}", "-o", folder / f"answers-{name}", *reference)
+    answers = [folder / f"answers-{name}" for name in SETUPS]
+    outputs = [word for suffix in ("html", "md", "json") for word in ("-o", folder / f"report.{suffix}")]
+    run("report", folder / "answers-original", *answers, *outputs)
+    return folder
+
+
+def figures(study: Path) -> dict[str, dict[str, object]]:
+    """What the report says of each conversion's probe."""
+    compressed = json.loads((study / "report.json").read_text())["compressed"]
+    return {name: next(iter(entry["probes"].values())) for name, entry in zip(SETUPS, compressed, strict=True)}
+
+
+def right(folder: Path) -> dict[str, bool]:
+    """Counted anew from the file of answers."""
+    table = pq.read_table(folder / "answers.parquet").to_pylist()
+    return {row["fact_id"]: row["predicted"] == row["gold"] for row in table}
+
+
+def test_the_original_knows_all(study: Path) -> None:
+    assert sum(right(study / "answers-original").values()) == len(KNOWN_FACTS)
+
+
+def test_knowledge_falls_as_pruning_rises(study: Path) -> None:
+    kept = {name: figure["kept"] for name, figure in figures(study).items()}
+
+    assert kept["p20"] >= 0.95
+    assert kept["p20"] >= kept["p50"] > kept["p80"]
+    assert kept["p80"] < 0.5
+    assert kept["int8"] >= 0.95
+
+
+def test_answers_move_the_further_the_more_is_pruned(study: Path) -> None:
+    moved = {name: figure["kl_mean"] for name, figure in figures(study).items()}
+
+    assert 0 < moved["p20"] < moved["p50"] < moved["p80"]
+    assert 0 < moved["int8"] < moved["p50"]
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_the_report_counts_what_the_answers_say(study: Path, name: str) -> None:
+    before, after = right(study / "answers-original"), right(study / f"answers-{name}")
+    cells = Counter((before[fact], after[fact]) for fact in before)
+    figure = figures(study)[name]
+
+    counted = [cells[True, True], cells[True, False], cells[False, True], cells[False, False]]
+    assert [figure[key] for key in ("both", "lost", "gained", "neither")] == counted
+    assert figure["kept"] == counted[0] / (counted[0] + counted[1])
+    assert figure["accuracy_compressed"] == sum(after.values()) / len(after)
+
+
+def test_the_verdict_says_the_numbers(study: Path) -> None:
+    for entry in json.loads((study / "report.json").read_text())["compressed"]:
+        figure = next(iter(entry["probes"].values()))
+        known, kept = figure["both"] + figure["lost"], figure["both"]
+        said = f"all {known} facts" if kept == known else f"{kept} of {known} facts"
+        assert said in entry["verdict"]
+
+
+def test_the_page_and_its_markdown_say_the_same(study: Path) -> None:
+    page, text = (study / "report.html").read_text(), (study / "report.md").read_text()
+
+    for entry in json.loads((study / "report.json").read_text())["compressed"]:
+        assert html.escape(entry["verdict"]) in page
+        assert entry["verdict"].replace("_", r"\_").replace("<", "&lt;") in text
+
+
+def test_a_gate_fails_only_what_keeps_too_little(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original, good, bad = (study / f"answers-{name}" for name in ("original", "p20", "p80"))
+
+    assert main(["report", str(original), str(good), "--fail-under", "0.9"]) == 0
+    assert main(["report", str(original), str(bad), "--fail-under", "0.9"]) == 3
+    assert "Less than 90 % of the knowledge is kept" in capsys.readouterr().err
+
+
+def test_no_fact_is_shown_where_none_may_be(study: Path, tmp_path: Path) -> None:
+    run("report", study / "answers-original", study / "answers-p80", "--no-facts", "-o", tmp_path / "report.html",
+        "-o", tmp_path / "report.md", "-o", tmp_path / "report.json")  # fmt: skip
+
+    for suffix in ("html", "md", "json"):
+        text = (tmp_path / f"report.{suffix}").read_text()
+        assert not [fact for fact in KNOWN_FACTS if fact.sub_label in text and len(fact.sub_label) > 4]
+        assert "Velin" not in text
