@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # KL is taken over this many of the original's most likely tokens and the rest.
 REFERENCE_TOKENS = 256
 # Rows of one forward pass when candidates are finished: they are short, and the batch is that of many facts.
-ROWS = 128
+ROWS = 512
 
 SEVERAL_TOKENS = "the object is several tokens of this model"
 NOT_IN_VOCABULARY = "the object is no single word of the common vocabulary for this model"
@@ -167,10 +167,11 @@ class Scorer(ABC):
 
     def _aliases(self, fact: Fact) -> tuple[int, ...]:
         if self.probe.fold_case:
-            return self._folded.get(fact.obj_label.lower(), ())
-        ids = self.encoder.answer(fact.before, fact.obj_label)
-        known = len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id
-        return ids if known and (self.allowed is None or ids[0] in self._allowed_ids) else ()
+            ids = self._folded.get(fact.obj_label.lower(), ())
+        else:
+            ids = self.encoder.answer(fact.before, fact.obj_label)
+            ids = ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else ()
+        return ids if self.allowed is None else tuple(number for number in ids if number in self._allowed_ids)
 
     def _reference_ids(self, log_probs: torch.Tensor, reference: Sequence[Ids] | None) -> torch.Tensor:
         if reference is not None:

@@ -1,0 +1,95 @@
+"""The best five, the rank and the score of the object are exact, and not all candidates are finished for them."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressknow.probe.settle import TOP, Contest, rank_of, settle
+
+# Few values, so that many scores are equal; exact in binary, so that sums are.
+LOG_PROBS = st.sampled_from([0.0, -0.25, -0.5, -1.0, -1.0, -2.0, -4.0, -8.0])
+CANDIDATE = st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple)
+TREE = st.fixed_dictionaries({path: LOG_PROBS for size in (1, 2, 3, 4) for path in product(range(3), repeat=size)})
+
+
+def contest_of(tree: dict, candidates: list, gold: int) -> tuple[Contest, np.ndarray]:
+    """A contest of candidates whose tokens have these log-probabilities, and the scores of the whole candidates."""
+    whole = np.array([sum(tree[ids[: size + 1]] for size in range(len(ids))) for ids in candidates])
+    bounds = np.array([tree[ids[:1]] for ids in candidates])
+    return Contest(bounds, np.array([len(ids) == 1 for ids in candidates]), gold % len(candidates)), whole
+
+
+@given(st.data(), st.lists(TREE, min_size=1, max_size=3))
+def test_the_best_five_the_rank_and_the_score_are_those_of_brute_force(data: st.DataObject, trees: list) -> None:
+    contests, wholes = [], []
+    for tree in trees:
+        candidates = data.draw(st.lists(CANDIDATE, min_size=1, max_size=20))
+        contest, whole = contest_of(tree, candidates, data.draw(st.integers(0, 19)))
+        contests.append(contest)
+        wholes.append(whole)
+    seen = set()
+
+    def finish(pairs: list[tuple[int, int]]) -> np.ndarray:
+        assert not seen & set(pairs), "a candidate is finished twice"
+        assert all(not contests[index].finished[candidate] for index, candidate in pairs)
+        seen.update(pairs)
+        return np.array([wholes[index][candidate] for index, candidate in pairs])
+
+    settle(contests, finish)
+    for contest, whole in zip(contests, wholes, strict=True):
+        best = np.argsort(-whole, kind="stable")
+        assert list(contest.order()[:TOP]) == list(best[:TOP])
+        assert list(contest.scores[best[:TOP]]) == list(whole[best[:TOP]])
+        assert contest.scores[contest.gold] == whole[contest.gold]
+        assert rank_of(contest.gold, contest.scores) == list(best).index(contest.gold) + 1
+
+
+def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_left_alone() -> None:
+    bounds = np.array([-1.0, -1.5, -2.0, -2.5, -3.0, *(-10.0 - np.arange(95))])
+    contest = Contest(bounds, np.zeros(100, dtype=bool), 1)
+    finished = []
+
+    def finish(pairs: list[tuple[int, int]]) -> np.ndarray:
+        finished.extend(candidate for _, candidate in pairs)
+        return np.array([contest.scores[candidate] - 0.5 for _, candidate in pairs])
+
+    settle([contest], finish)
+    assert sorted(finished) == [0, 1, 2, 3, 4]
+
+
+def test_an_unlikely_object_makes_those_finish_that_may_outrank_it() -> None:
+    bounds = -np.arange(1.0, 101.0)
+    contest = Contest(bounds, np.zeros(100, dtype=bool), 49)
+    finished = set()
+
+    def finish(pairs: list[tuple[int, int]]) -> np.ndarray:
+        finished.update(candidate for _, candidate in pairs)
+        return np.array([contest.scores[candidate] - 0.25 for _, candidate in pairs])
+
+    settle([contest], finish)
+    assert finished == set(range(50))
+    assert rank_of(49, contest.scores) == 50
+
+
+def test_nothing_is_finished_where_all_candidates_are_one_token() -> None:
+    def finish(pairs: list[tuple[int, int]]) -> np.ndarray:
+        raise AssertionError(pairs)
+
+    settle([Contest(np.array([-2.0, -1.0]), np.array([True, True]), 0)], finish)
+
+
+@pytest.mark.parametrize("gold", [0, 2])
+def test_numbers_that_are_none_end_and_give_no_rank(gold: int) -> None:
+    contest = Contest(np.full(9, np.nan), np.zeros(9, dtype=bool), gold)
+    settle([contest], lambda pairs: np.full(len(pairs), np.nan))
+    assert rank_of(gold, contest.scores) is None
+
+
+def test_among_equal_scores_the_earlier_candidate_comes_first_whichever_is_the_object() -> None:
+    scores = np.array([-1.0, -1.0, -0.5, -1.0])
+    assert [rank_of(index, scores) for index in range(4)] == [2, 3, 1, 4]
