@@ -33,7 +33,7 @@ class CausalScorer(DecodingScorer):
 
     def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
         after, context = fact.after if rest else "", self._context(fact)
-        return tuple(self.encoder.answer(context, text + after) for text in texts)
+        return tuple(self.encoder.answer(context, text + after, fact.gap) for text in texts)
 
     def first(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
         return self.read(torch.tensor([question.prompt for question in batch], device=self.model.device))
@@ -67,6 +67,7 @@ class CausalScorer(DecodingScorer):
         return context if self._boundary_holds(fact, context) else fact.before
 
     def _boundary_holds(self, fact: Fact, context: str) -> bool:
-        gold = self.encoder.answer(context, fact.obj_label)
-        whole = self.encoder.tokenizer(f"{fact.before} {fact.obj_label}", add_special_tokens=False, verbose=False)
-        return bool(tuple(whole["input_ids"]) == self.encoder.ids(fact.before) + gold)
+        gold = self.encoder.answer(context, fact.obj_label, fact.gap)
+        whole = fact.before + fact.gap + fact.obj_label
+        ids = self.encoder.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        return bool(tuple(ids) == self.encoder.ids(fact.before) + gold)

@@ -33,11 +33,14 @@ class Encoder:
             return together[len(alone) :]
         return self.ids(text)
 
-    def answer(self, context: str, text: str) -> Ids:
-        """Ids of an answer in running text after `context`, or at the start of a sentence, where it is capitalized."""
+    def answer(self, context: str, text: str, gap: str = " ") -> Ids:
+        """Ids of an answer in running text after `context`, or at the start of a sentence, where it is capitalized.
+
+        `gap` is what stands between both: a space, or nothing.
+        """
         if not context:
             return self.ids(text[:1].upper() + text[1:])
-        return self.continuation(context.rpartition(" ")[2], f" {text}")
+        return self.continuation(context.rpartition(" ")[2], gap + text)
 
     def decode(self, ids: Ids | list[int] | Any) -> str:
         """The text of `ids`, special tokens left out, spaces at its ends removed."""

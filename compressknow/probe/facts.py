@@ -58,6 +58,11 @@ class Fact:
         return self.prompt.partition(BLANK)[0].rstrip()
 
     @property
+    def gap(self) -> str:
+        """The space before the blank; none where the blank follows a bracket or a quotation mark."""
+        return " " if self.prompt.partition(BLANK)[0][-1:].isspace() else ""
+
+    @property
     def after(self) -> str:
         """What follows the blank."""
         return self.prompt.partition(BLANK)[2]
@@ -149,7 +154,7 @@ def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     total = sum(sizes.values())
     exact = {name: Fraction(limit * size, total) for name, size in sizes.items()}
     shares = {name: max(int(share), 1) for name, share in exact.items()}
-    by_remainder = sorted(sizes, key=lambda name: (int(exact[name]) - exact[name], -sizes[name], name))
+    by_remainder = sorted(sizes, key=lambda name: (shares[name] - exact[name], -sizes[name], name))
     difference = limit - sum(shares.values())
     while difference:
         step = 1 if difference > 0 else -1

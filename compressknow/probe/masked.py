@@ -31,11 +31,11 @@ class MaskedScorer(Scorer):
                 f"The tokenizer makes {ids.count(self.tokenizer.mask_token_id)} mask tokens of {fact.prompt!r}.",
                 hint="See that its mask token is one of its special tokens.",
             )
-        return ids
+        return self._without_space(ids) if fact.gap else ids
 
     def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:  # noqa: ARG002
         # What follows is in sight anyway.
-        return tuple(self.encoder.answer(fact.before, text) for text in texts)
+        return tuple(self.encoder.answer(fact.before, text, fact.gap) for text in texts)
 
     def unaskable(self, fact: Fact) -> str | None:  # noqa: ARG002
         return None
@@ -99,6 +99,16 @@ class MaskedScorer(Scorer):
         place = self._blank(question)
         masks = (self.tokenizer.mask_token_id,) * (length - len(beginning))
         return (*question.prompt[:place], *beginning, *masks, *question.prompt[place + 1 :]), place + len(beginning)
+
+    def _without_space(self, prompt: Ids) -> Ids:
+        """The prompt without a token for the space before the mask: that space is part of the answer's first token.
+
+        Tokenizers whose mask takes in the space before it, as RoBERTa's does, have none there.
+        """
+        place = prompt.index(self.tokenizer.mask_token_id)
+        before = prompt[place - 1 : place]
+        space = before and before[0] not in self.tokenizer.all_special_ids and not self.encoder.decode(before)
+        return prompt[: place - 1] + prompt[place:] if space else prompt
 
     def _blank(self, question: Question) -> int:
         return question.prompt.index(self.tokenizer.mask_token_id)

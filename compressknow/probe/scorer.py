@@ -28,6 +28,7 @@ ROWS = 512
 
 SEVERAL_TOKENS = "the object is several tokens of this model"
 NOT_IN_VOCABULARY = "the object is no single word of the common vocabulary for this model"
+NO_TOKENS = "an answer has no tokens in this model's vocabulary"
 BLANK_NOT_LAST = "the blank is not at the end of the prompt"
 
 
@@ -109,6 +110,8 @@ class Scorer(ABC):
             options = self.options(fact, fact.candidates, rest=rest)
             if not rest and _one_begins_another(options):
                 options = self.options(fact, fact.candidates, rest=True)
+            if not all(options):
+                return NO_TOKENS
             gold = options[fact.candidates.index(fact.obj_label)]
         elif self.one_token:
             aliases = self._aliases(fact)
@@ -117,6 +120,8 @@ class Scorer(ABC):
                 return NOT_IN_VOCABULARY if self.probe.vocabulary == "words" else SEVERAL_TOKENS
         else:
             (gold,) = self.options(fact, [fact.obj_label], rest=False)
+            if not gold:
+                return NO_TOKENS
         return Question(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
 
     def answer(self, batch: Sequence[Question], reference: Sequence[Ids] | None) -> list[Answer]:
@@ -169,7 +174,9 @@ class Scorer(ABC):
         if self.probe.fold_case:
             ids = self._folded.get(fact.obj_label.lower(), ())
         else:
-            ids = self.encoder.answer(fact.before, fact.obj_label)
+            # The words that may be answered are those of running text.
+            gap = fact.gap if self.allowed is None else " "
+            ids = self.encoder.answer(fact.before, fact.obj_label, gap)
             ids = ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else ()
         return ids if self.allowed is None else tuple(number for number in ids if number in self._allowed_ids)
 

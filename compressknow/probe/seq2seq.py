@@ -31,8 +31,9 @@ class Seq2SeqScorer(DecodingScorer):
     def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
         if self._has_sentinels:
             close = (self._id(NEXT_SENTINEL),) if rest else ()
-            return tuple(self.encoder.answer(fact.before, text) + close for text in texts)
-        return tuple(self.encoder.answer(fact.before, text + (fact.after if rest else "")) for text in texts)
+            return tuple(self.encoder.answer(fact.before, text, fact.gap) + close for text in texts)
+        after = fact.after if rest else ""
+        return tuple(self.encoder.answer(fact.before, text + after, fact.gap) for text in texts)
 
     def shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:
         return len(prompt), len(self._beginning(fact))

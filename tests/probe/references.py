@@ -45,7 +45,8 @@ def sentence(tokenizer: Words, before: str, text: str, after: str) -> tuple[list
     """Ids of a sentence with the tokenizer's special tokens, and the places of those of `text` in it."""
     text = text if before else text[:1].upper() + text[1:]
     whole = tokenizer(before + text + after, return_offsets_mapping=True)
-    start, end = len(before), len(before) + len(text)
+    # A space before the text may be a token of its own.
+    start, end = len(before.rstrip()), len(before) + len(text)
     spans = enumerate(whole["offset_mapping"])
     return whole["input_ids"], [place for place, (left, right) in spans if left < end and start < right]
 

@@ -1,0 +1,167 @@
+"""Probes: their fingerprints, the samples drawn from them, and what guessing gets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressknow.errors import UsageError
+from compressknow.probe.facts import Fact, Probe, chance, majority
+from compressknow.probe.open import open_probe
+from tests.knowing import facts_file
+
+
+def fact(number: int = 0, relation: str = "capital", **fields: Any) -> Fact:
+    values: dict[str, Any] = {
+        "id": f"{relation}/{number}",
+        "probe": "p",
+        "relation": relation,
+        "subject": "geography",
+        "sub_label": "France",
+        "obj_label": "Paris",
+        "prompt": "The capital of France is [MASK].",
+        "candidates": ("Paris", "Rome"),
+    }
+    return Fact(**values | fields)
+
+
+def probe_of(sizes: dict[str, int]) -> Probe:
+    facts = tuple(fact(number, relation) for relation, size in sizes.items() for number in range(size))
+    return Probe("p", "test/1", facts, dropped={"too long": 3})
+
+
+PROBE = Probe("p", "test/1", (fact(0), fact(1, candidates=None), fact(2, candidates=("Rome", "Paris", "Oslo"))))
+FIRST, *OTHERS = PROBE.facts
+CHANGES: dict[str, Callable[[], Probe]] = {
+    "name": lambda: replace(PROBE, name="q"),
+    "protocol": lambda: replace(PROBE, protocol="test/2"),
+    "vocabulary": lambda: replace(PROBE, vocabulary="words"),
+    "words": lambda: replace(PROBE, words=("Paris",)),
+    "case": lambda: replace(PROBE, fold_case=True),
+    "unanswerable": lambda: replace(PROBE, keep_unanswerable=True),
+    "rest": lambda: replace(PROBE, score_rest=True),
+    "a fact less": lambda: replace(PROBE, facts=PROBE.facts[:2]),
+    "id": lambda: replace(PROBE, facts=(replace(FIRST, id="x"), *OTHERS)),
+    "relation": lambda: replace(PROBE, facts=(replace(FIRST, relation="x"), *OTHERS)),
+    "prompt": lambda: replace(PROBE, facts=(replace(FIRST, prompt="[MASK] is France's."), *OTHERS)),
+    "object": lambda: replace(PROBE, facts=(replace(FIRST, obj_label="Rome"), *OTHERS)),
+    "a candidate more": lambda: replace(PROBE, facts=(replace(FIRST, candidates=("Paris", "Rome", "x")), *OTHERS)),
+    "order of candidates": lambda: replace(PROBE, facts=(replace(FIRST, candidates=("Rome", "Paris")), *OTHERS)),
+    "no candidates": lambda: replace(PROBE, facts=(replace(FIRST, candidates=None), *OTHERS)),
+    "candidates split otherwise": lambda: replace(PROBE, facts=(replace(FIRST, candidates=("Paris, Rome",)), *OTHERS)),
+    "another fact's candidates": lambda: replace(
+        PROBE, facts=(replace(FIRST, candidates=OTHERS[1].candidates), *OTHERS)
+    ),
+    "order of facts": lambda: replace(PROBE, facts=(*OTHERS, FIRST)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_fingerprint_changes_with_what_is_asked(change: str) -> None:
+    assert CHANGES[change]().fingerprint() != PROBE.fingerprint()
+
+
+def test_no_two_changes_give_one_fingerprint() -> None:
+    fingerprints = [make().fingerprint() for make in CHANGES.values()]
+    assert len(set(fingerprints)) == len(fingerprints)
+
+
+def test_the_fingerprint_is_that_of_the_facts_not_of_where_they_lie_or_how_well_known_they_are(tmp_path: Path) -> None:
+    other = replace(PROBE, source={"from": "elsewhere"}, dropped={"why": 1}, read=99, average="macro")
+    assert other.fingerprint() == PROBE.fingerprint()
+    known = replace(PROBE, facts=(replace(FIRST, popularity=5.0), *OTHERS))
+    assert known.fingerprint() == PROBE.fingerprint()
+    probes = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        probes.append(open_probe(f"facts:{facts_file(tmp_path / folder / 'mine.jsonl')}"))
+    assert probes[0].fingerprint() == probes[1].fingerprint()
+    assert open_probe(f"facts:{tmp_path / 'a' / 'mine.jsonl'}", limit=9).fingerprint() != probes[0].fingerprint()
+
+
+SIZES = st.dictionaries(st.text("abcdef", min_size=1, max_size=2), st.integers(1, 40), min_size=1, max_size=9)
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 200), st.integers(0, 5))
+def test_a_sample_has_the_size_asked_for_and_the_relations_in_proportion(
+    sizes: dict[str, int], limit: int, seed: int
+) -> None:
+    probe = probe_of(sizes)
+    sample = probe.limited(limit, seed)
+    total = len(probe.facts)
+    assert len(sample.facts) == min(limit, total)
+    drawn = Counter(fact.relation for fact in sample.facts)
+    for relation, size in sizes.items():
+        exact = Fraction(limit * size, total)
+        if limit >= total:
+            assert drawn[relation] == size
+        elif limit >= len(sizes):
+            assert drawn[relation] >= 1
+            # Those that must keep one take it from the others, the largest first.
+            assert drawn[relation] <= max(exact + 1, 1)
+            if all(limit * other >= total for other in sizes.values()):
+                assert abs(drawn[relation] - exact) < 1
+    # The order of the facts is that of the probe, and what was read and left out before stays known.
+    places = {fact.id: place for place, fact in enumerate(probe.facts)}
+    assert [places[fact.id] for fact in sample.facts] == sorted(places[fact.id] for fact in sample.facts)
+    assert (sample.read, sample.dropped) == (total + 3, {"too long": 3})
+    assert sample.limited(limit, seed).facts == sample.facts
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 60), st.integers(1, 60))
+def test_within_a_relation_a_larger_sample_holds_a_smaller_one(sizes: dict[str, int], one: int, other: int) -> None:
+    small, large = (probe_of(sizes).limited(limit) for limit in sorted((one, other)))
+    for relation in sizes:
+        few, many = ({fact.id for fact in sample.facts if fact.relation == relation} for sample in (small, large))
+        assert few <= many or many <= few
+
+
+def test_of_a_single_relation_samples_are_nested_and_differ_by_seed() -> None:
+    probe = probe_of({"capital": 100})
+    samples = [{fact.id for fact in probe.limited(limit, seed=1).facts} for limit in (1, 10, 50, 99)]
+    assert all(few < many for few, many in pairwise(samples))
+    assert samples[1] == {fact.id for fact in probe.limited(10, seed=1).facts}
+    assert samples[1] != {fact.id for fact in probe.limited(10, seed=2).facts}
+    assert (probe.limited(10, seed=2).limit, probe.limited(10, seed=2).seed) == (10, 2)
+
+
+def test_a_sample_says_so_and_a_limit_that_limits_nothing_does_not() -> None:
+    probe = probe_of({"capital": 5})
+    assert probe.limited(5) is probe
+    assert probe.limited(500) is probe
+    assert probe.limited(None) is probe
+    for limit in (0, -1):
+        with pytest.raises(UsageError, match="--limit"):
+            probe.limited(limit)
+
+
+def test_a_fact_is_split_at_its_blank() -> None:
+    middle, first = fact(prompt="In [MASK] , France."), fact(prompt="[MASK] is France's.")
+    assert (middle.before, middle.after) == ("In", " , France.")
+    assert (first.before, first.after) == ("", " is France's.")
+    for prompt in ("No blank.", "[MASK] and [MASK]."):
+        with pytest.raises(UsageError, match="exactly once"):
+            fact(prompt=prompt)
+
+
+def test_chance_and_majority() -> None:
+    facts = [fact(0), fact(1, candidates=("Paris", "Rome", "Oslo", "Bern")), fact(2, "language", obj_label="Rome")]
+    assert chance(facts) == pytest.approx((1 / 2 + 1 / 4 + 1 / 2) / 3)
+    assert majority(facts) == 1
+    assert majority([*facts, fact(3, obj_label="Rome")]) == 3 / 4
+    opened = [fact(0), fact(1, candidates=None)]
+    assert chance(opened) is None
+    assert chance(opened, choices=10) == pytest.approx((1 / 2 + 1 / 10) / 2)
+    assert chance([]) is None
+    assert majority([]) is None

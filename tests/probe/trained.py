@@ -1,0 +1,68 @@
+"""Small tokenizers of the kinds that real models have, trained on a few texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+# The mask takes in the space before it, as RoBERTa's and ALBERT's do.
+_MASK = AddedToken("<mask>", lstrip=True, special=True)
+_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", _MASK]
+_SENTINELS = ["<extra_id_0>", "<extra_id_1>"]
+
+
+def byte_level(
+    texts: Iterable[str], frame: str = "<s> $A </s>", size: int = 400, *, mask: AddedToken | str = _MASK
+) -> PreTrainedTokenizerFast:
+    """GPT-2's and RoBERTa's way: byte-level BPE, a word's token holds the space before it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[*_SPECIAL[:-1], mask],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _framed(backend, frame, mask=mask)
+
+
+def metaspace(texts: Iterable[str], frame: str = "<s> $A", scheme: str = "first") -> PreTrainedTokenizerFast:
+    """Llama's and T5's way: SentencePiece writes a space as a letter, and one before the first word."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    special = [*_SPECIAL, *_SENTINELS]
+    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return _framed(backend, frame, extra_special_tokens=_SENTINELS)
+
+
+def word_piece(texts: Iterable[str], *, lowercase: bool = True) -> PreTrainedTokenizerFast:
+    """BERT's way: words and their pieces, spaces forgotten."""
+    backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=_SPECIAL, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return _framed(backend, "<s> $A </s>")
+
+
+def _framed(
+    backend: Tokenizer, frame: str, *, mask: AddedToken | str = _MASK, **more: object
+) -> PreTrainedTokenizerFast:
+    named = [(token, backend.token_to_id(token)) for token in frame.split() if token != "$A"]
+    backend.post_processor = processors.TemplateProcessing(single=frame, special_tokens=named)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token=mask,
+        **more,
+    )
