@@ -113,14 +113,14 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
 
 
 def read_table(path: Path) -> list[Answer]:
-    """The answers of a Parquet file. Raises CompressknowError where it is none, or lacks a column."""
+    """The answers of a Parquet file. Raises CompressknowError where it is none, or its columns are others."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         # Not pq.read_table: it imports pandas, where that is installed.
         with pq.ParquetFile(path) as file:
-            table = file.read(columns=schema().names)
+            table = file.read(columns=schema().names).select(schema().names).cast(schema())
         columns = [_column(table, name) for name in schema().names]
     except (OSError, KeyError, pa.ArrowException) as error:
         raise CompressknowError(

@@ -1,0 +1,225 @@
+"""Answers on disk: they come back as they were, and what is no answers folder is said to be none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressknow.errors import CompressknowError
+from compressknow.probe.answers import (
+    RECORD,
+    TABLE,
+    Answer,
+    Answers,
+    is_answers_folder,
+    read_answers,
+    read_record,
+    read_table,
+    schema,
+    write_record,
+    write_table,
+)
+
+
+def answer(**changes: Any) -> Answer:
+    values: dict[str, Any] = {
+        "probe": "atlas",
+        "fact_id": "capital/1",
+        "relation": "capital",
+        "subject": "geography",
+        "sub_label": "Côte d’Ivoire",
+        "prompt": "The capital of Côte d’Ivoire is [MASK].",
+        "gold": "Yamoussoukro",
+        "predicted": "東京",
+        "correct": False,
+        "rank": 7,
+        "logp_gold": -12.25,
+        "top5": ("東京", "", "Rome\n", "\u0000", "🦙"),
+        "top5_logp": (-1.0, -2.5, -3.0, -1e30, -4.0),
+        "choices": 60,
+        "popularity": 1e12,
+        "first_ids": (3, 0, 2**31 - 1),
+        "first_logp": (-0.5, -1.25, -30.0),
+    }
+    return Answer(**values | changes)
+
+
+NOTHING = answer(
+    rank=None, logp_gold=None, choices=None, popularity=None, top5=(), top5_logp=(), first_ids=(), first_logp=()
+)
+RECORD_OF = {"schema": 1, "model": {"name": "möbel"}, "probes": {"atlas": {"protocol": "atlas/1"}}, "versions": {}}
+
+
+def plain(one: Answer) -> dict[str, Any]:
+    """The answer with its distribution as tuples: a table gives views of arrays."""
+    return asdict(one) | {name: tuple(np.asarray(getattr(one, name)).tolist()) for name in ("first_ids", "first_logp")}
+
+
+def same(left: list[Answer], right: list[Answer]) -> bool:
+    return [plain(one) for one in left] == [plain(one) for one in right]
+
+
+@pytest.mark.parametrize(
+    "answers", [[], [NOTHING], [answer()], [NOTHING, answer(), NOTHING, answer(fact_id="x"), NOTHING]]
+)
+def test_a_table_comes_back_as_it_was(answers: list[Answer], tmp_path: Path) -> None:
+    write_table(tmp_path / TABLE, answers)
+    assert same(read_table(tmp_path / TABLE), answers)
+    assert [path.name for path in tmp_path.iterdir()] == [TABLE]
+
+
+NUMBER = st.none() | st.floats(allow_nan=False, width=64)
+LISTS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.floats(-99, 0, width=32)), max_size=4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.text(), NUMBER, st.none() | st.integers(1, 99), LISTS), max_size=5))
+def test_any_text_and_number_comes_back(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
+    answers = [
+        answer(
+            gold=text,
+            logp_gold=number,
+            popularity=number,
+            rank=rank,
+            top5=(text,),
+            first_ids=tuple(token for token, _ in kept),
+            first_logp=tuple(value for _, value in kept),
+        )
+        for text, number, rank, kept in rows
+    ]
+    path = tmp_path_factory.mktemp("answers") / TABLE
+    write_table(path, answers)
+    assert same(read_table(path), answers)
+
+
+def test_distributions_are_written_as_arrays_and_a_number_that_is_none_stays_so(tmp_path: Path) -> None:
+    ids, values = np.arange(256, dtype=np.int32), np.full(256, np.nan, dtype=np.float32)
+    write_table(tmp_path / TABLE, [answer(first_ids=ids, first_logp=values, logp_gold=float("nan"))] * 3)
+    for back in read_table(tmp_path / TABLE):
+        assert np.array_equal(back.first_ids, ids)
+        assert np.isnan(back.first_logp).all()
+        assert back.logp_gold is not None
+        assert np.isnan(back.logp_gold)
+
+
+def test_a_table_of_several_row_groups_is_read_whole(tmp_path: Path) -> None:
+    answers = [answer(fact_id=str(number), first_ids=(number,), first_logp=(-1.0,)) for number in range(50)]
+    columns = {name: [getattr(one, name) for one in answers] for name in schema().names}
+    pq.write_table(pa.table(columns, schema=schema()), tmp_path / TABLE, row_group_size=7)
+    assert same(read_table(tmp_path / TABLE), answers)
+
+
+def test_the_columns_are_the_fields_of_an_answer() -> None:
+    assert schema().names == [field.name for field in fields(Answer)]
+
+
+def _without(column: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        write_table(path, [answer()])
+        table = pq.read_table(path)
+        pq.write_table(table.drop_columns([column]), path)
+
+    return write
+
+
+def _of_numbers(path: Path) -> None:
+    columns = {name: [1] for name in schema().names}
+    pq.write_table(pa.table(columns), path)
+
+
+def _cut(path: Path) -> None:
+    write_table(path, [answer()] * 9)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _garbled(path: Path) -> None:
+    write_table(path, [answer(prompt="x" * 999 + str(number)) for number in range(99)])
+    content = bytearray(path.read_bytes())
+    content[40:400] = bytes(360)
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "missing": lambda path: path.unlink(missing_ok=True),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("probe,fact_id\n"),
+    "a folder": lambda path: path.mkdir(),
+    "cut short": _cut,
+    "garbled": _garbled,
+    "without the rank": _without("rank"),
+    "without distributions": _without("first_logp"),
+    "columns of other types": _of_numbers,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_table_is_one_error_that_names_it(damage: str, tmp_path: Path) -> None:
+    write_record(tmp_path, RECORD_OF)
+    DAMAGE[damage](tmp_path / TABLE)
+    for read in (lambda: read_table(tmp_path / TABLE), lambda: read_answers(tmp_path)):
+        with pytest.raises(CompressknowError, match="cannot be read as answers") as caught:
+            read()
+        assert TABLE in caught.value.what
+        assert caught.value.hint
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    write_record(tmp_path, RECORD_OF)
+    assert read_record(tmp_path) == RECORD_OF
+    assert "möbel" in (tmp_path / RECORD).read_text(encoding="utf-8")
+    write_record(tmp_path, RECORD_OF | {"versions": {"torch": "2"}})
+    assert read_record(tmp_path)["versions"] == {"torch": "2"}
+    assert [path.name for path in tmp_path.iterdir()] == [RECORD]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "1", "{}", '"schema"', "\udcff"])
+def test_a_damaged_record_is_one_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CompressknowError, match="no answers folder"):
+        read_record(tmp_path)
+
+
+def test_a_record_of_another_version_says_which(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(json.dumps(RECORD_OF | {"schema": 2}))
+    with pytest.raises(CompressknowError, match="schema 2, this version reads 1"):
+        read_answers(tmp_path)
+
+
+def test_a_folder_without_a_record_is_none(tmp_path: Path) -> None:
+    with pytest.raises(CompressknowError, match="no answers folder"):
+        read_answers(tmp_path)
+    assert not is_answers_folder(tmp_path)
+    write_record(tmp_path, RECORD_OF)
+    assert is_answers_folder(tmp_path)
+    # A checkpoint may hold a file of that name.
+    (tmp_path / "config.json").write_text("{}")
+    assert not is_answers_folder(tmp_path)
+
+
+def test_answers_are_told_apart_by_probe_in_their_order(tmp_path: Path) -> None:
+    answers = [answer(probe=probe, fact_id=str(number)) for number, probe in enumerate(["b", "a", "b", "a"])]
+    write_record(tmp_path, RECORD_OF | {"probes": {"b": {}, "a": {}}})
+    write_table(tmp_path / TABLE, answers)
+    back = read_answers(tmp_path)
+    assert isinstance(back, Answers)
+    assert back.probes == ("b", "a")
+    assert [one.fact_id for one in back.of("a")] == ["1", "3"]
+    assert [one.fact_id for one in back.of("b")] == ["0", "2"]
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    write_table(tmp_path / TABLE, [answer()])
+    with pytest.raises((pa.ArrowException, TypeError)):
+        write_table(tmp_path / TABLE, [answer(rank="first")])
+    assert same(read_table(tmp_path / TABLE), [answer()])
+    assert [path.name for path in tmp_path.iterdir()] == [TABLE]
