@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint format bench clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.stamp-demo
+demo: $(VENV)/.stamp-gguf
 	PATH="$$PWD/$(BIN):$$PATH" bash examples/quickstart.sh
 
 test: lint

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What `make demo` runs: a real model, converted, verified, and asked for three facts before and after.
+# What `make demo` runs: a real model, converted and verified; then both are asked the same facts, and the report is written.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,3 +9,4 @@ show python examples/smollm2.py build/smollm2
 show compressknow convert build/smollm2 build/smollm2-att-int8 --scope attention --prune 0.2 --quantize int8 --overwrite
 show compressknow verify build/smollm2-att-int8
 show python examples/complete.py build/smollm2 build/smollm2-att-int8
+show compressknow report build/smollm2 build/smollm2-att-int8 --limit 500 --answers build/answers -o build/report.html -o build/report.md --overwrite

@@ -75,7 +75,7 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
             help="What it computes in.  [default: float32 on cpu, else auto: the checkpoint's own]",
         ),
-        click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Facts a batch."),
+        click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Facts a batch."),
         click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings."),
     ]
     for option in reversed(options):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from compressknow.probe.scorer import Question, Scorer
 
-BATCH_SIZE = 32
+BATCH_SIZE = 128
 # A callable that is told how many facts of how many are answered.
 Progress = Callable[[int, int], None]
 

@@ -16,9 +16,11 @@ import torch
 
 from compressknow.probe.answers import Answer
 from compressknow.probe.encoding import Ids
-from compressknow.probe.scorer import ROWS, Question, Scorer, best_of, group_by_length, make_answer
+from compressknow.probe.scorer import ROWS, Question, Scorer, best_of, make_answer
 from compressknow.probe.settle import Scores, rank_of
 
+# Logits of one forward pass, at most: 256 MB of float32.
+LOGITS = 1 << 26
 # Tokens beyond the object's own that a free answer may take: what follows tells whether the object was all of it.
 SLACK_TOKENS = 4
 _END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
@@ -57,10 +59,13 @@ class DecodingScorer(Scorer):
 
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]]) -> Scores:
         scores = np.zeros(len(rows))
-        for length, indices in group_by_length([ids for _, ids in rows]).items():
-            for start in range(0, len(indices) if length > 1 else 0, ROWS):
-                chunk = indices[start : start + ROWS]
-                scores[chunk] = self._finish_equal(state, [rows[index] for index in chunk])
+        longer = sorted((index for index, (_, ids) in enumerate(rows) if len(ids) > 1), key=lambda i: len(rows[i][1]))
+        while longer:
+            # A forward pass reads all weights, so few of them are best; what bounds them is the size of the logits.
+            width = len(rows[longer[-1]][1]) - 1
+            count = max(1, min(ROWS, LOGITS // (width * self._vocabulary)))
+            chunk, longer = longer[-count:], longer[:-count]
+            scores[chunk] = self._finish_together(state, [rows[index] for index in chunk])
         return scores
 
     def written(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:
@@ -117,17 +122,24 @@ class DecodingScorer(Scorer):
         end = next((place for place, token in enumerate(ids) if self.ends(token)), len(ids))
         return ids[:end]
 
-    def _finish_equal(self, prefix: Prefix, rows: Sequence[tuple[int, Ids]]) -> Scores:
-        """`finish` for options of one length."""
-        chosen = torch.tensor([index for index, _ in rows], device=prefix.ids.device)
-        ids = torch.tensor([option for _, option in rows], device=prefix.ids.device)
+    def _finish_together(self, prefix: Prefix, rows: Sequence[tuple[int, Ids]]) -> Scores:
+        """`finish` in one forward pass. Shorter options are filled up at their ends, which no token before sees."""
+        longest = max(len(option) for _, option in rows)
+        device = prefix.ids.device
+        chosen = torch.tensor([index for index, _ in rows], device=device)
+        ids = torch.tensor([option + option[-1:] * (longest - len(option)) for _, option in rows], device=device)
+        real = torch.tensor([[place < len(option) for place in range(1, longest)] for _, option in rows], device=device)
         cache = select_rows(prefix.cache, chosen)
         read = ids[:, :-1] if cache is not None else torch.cat([prefix.ids[chosen], ids[:, :-1]], dim=1)
         encoder = prefix.encoder[chosen] if prefix.encoder is not None else None
-        logits, _ = self.forward(read, cache, encoder, ids.shape[1] - 1)
-        log_probs = logits.float().log_softmax(-1).gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
-        scores: Scores = log_probs.double().sum(1).cpu().numpy()
+        logits = self.forward(read, cache, encoder, longest - 1)[0].float()
+        log_probs = logits.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
+        scores: Scores = log_probs.double().where(real, 0.0).sum(1).cpu().numpy()
         return scores
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
 
 def judged(text: str, gold: str) -> tuple[str, bool]:
