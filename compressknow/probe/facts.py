@@ -168,11 +168,15 @@ def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     return shares
 
 
-def chance(facts: Iterable[Fact], choices: int | None = None) -> float | None:
-    """Expected accuracy of guessing: the mean of 1 / number of candidates (`choices` for facts without candidates)."""
-    sizes = [len(fact.candidates) if fact.candidates else choices for fact in facts]
-    known = [1 / size for size in sizes if size]
-    return sum(known) / len(sizes) if sizes and len(known) == len(sizes) else None
+def chance(choices: Iterable[int | None]) -> float | None:
+    """Expected accuracy of guessing: the mean of 1 / number of possible answers; None where any text may be given.
+
+    >>> chance([2, 4]), chance([2, None]), chance([])
+    (0.375, None, None)
+    """
+    numbers = list(choices)
+    known = [1 / number for number in numbers if number]
+    return sum(known) / len(known) if known and len(known) == len(numbers) else None
 
 
 def majority(facts: Iterable[Fact]) -> float | None:

@@ -155,13 +155,14 @@ def test_a_fact_is_split_at_its_blank() -> None:
             fact(prompt=prompt)
 
 
-def test_chance_and_majority() -> None:
+def test_chance_is_of_the_possible_answers_and_unknown_where_any_text_may_be_given() -> None:
+    assert chance([2, 4, 2]) == pytest.approx((1 / 2 + 1 / 4 + 1 / 2) / 3)
+    assert chance([2, None]) is None
+    assert chance([]) is None
+
+
+def test_the_majority_is_of_each_relation() -> None:
     facts = [fact(0), fact(1, candidates=("Paris", "Rome", "Oslo", "Bern")), fact(2, "language", obj_label="Rome")]
-    assert chance(facts) == pytest.approx((1 / 2 + 1 / 4 + 1 / 2) / 3)
     assert majority(facts) == 1
     assert majority([*facts, fact(3, obj_label="Rome")]) == 3 / 4
-    opened = [fact(0), fact(1, candidates=None)]
-    assert chance(opened) is None
-    assert chance(opened, choices=10) == pytest.approx((1 / 2 + 1 / 10) / 2)
-    assert chance([]) is None
     assert majority([]) is None
