@@ -44,7 +44,7 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "byte-level, nothing added": lambda: byte_level(TEXTS, "$A"),
     "byte-level, letters": lambda: byte_level(TEXTS, "<s> $A", size=263),
     "metaspace, begun": lambda: metaspace(TEXTS),
-    "metaspace, closed": lambda: metaspace(TEXTS, "$A </s>", "always"),
+    "metaspace, closed": lambda: metaspace(TEXTS, "$A </s>", "always", unigram=True),
     "word pieces": lambda: word_piece(TEXTS),
     "word pieces, cased": lambda: word_piece(TEXTS, lowercase=False),
 }

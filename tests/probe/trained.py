@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -30,14 +31,26 @@ def byte_level(
     return _framed(backend, frame, mask=mask)
 
 
-def metaspace(texts: Iterable[str], frame: str = "<s> $A", scheme: str = "first") -> PreTrainedTokenizerFast:
-    """Llama's and T5's way: SentencePiece writes a space as a letter, and one before the first word."""
-    backend = Tokenizer(models.Unigram())
+def metaspace(
+    texts: Iterable[str], frame: str = "<s> $A", scheme: str = "first", *, unigram: bool = False
+) -> PreTrainedTokenizerFast:
+    """Llama's and T5's way: SentencePiece writes a space as a letter, and one before the first word.
+
+    T5's pieces come from a unigram model.
+    """
+    special = [*_SPECIAL, *_SENTINELS]
+    if unigram:
+        backend = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    else:
+        backend = Tokenizer(models.BPE(unk_token="<unk>"))
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    special = [*_SPECIAL, *_SENTINELS]
-    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False)
-    backend.train_from_iterator(texts, trainer)
+    # SentencePiece makes no piece of letters and punctuation together.
+    backend.train_from_iterator((re.sub(r"\b(?=[^\w\s])|(?<=[^\w\s])\b", " ", text) for text in texts), trainer)
     return _framed(backend, frame, extra_special_tokens=_SENTINELS)
 
 
