@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,19 +21,18 @@ from compressknow.probe.answers import (
     Answer,
     Answers,
     read_record,
-    read_table,
     write_record,
     write_table,
 )
 from compressknow.probe.ask import BATCH_SIZE, Progress, ask, questions_of, scorer_for
-from compressknow.probe.encoding import Ids
 from compressknow.probe.facts import Probe, chance, majority
+from compressknow.probe.folder import locked, parts_of, stored, stored_parts, tidy, write_part
+from compressknow.probe.reference import first_ids, refuse_other_model, refuse_other_questions
 from compressknow.probe.tasks import Task, run_task
 
 if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
 
-PARTS, LOCK = ".parts", ".lock"
 # Answers are put on disk this often: what a killed run has to ask again.
 SECONDS_BETWEEN_PARTS = 10.0
 # Told the name of a probe; gives what is told of its progress.
@@ -121,15 +117,16 @@ def probe_model(
     Raises
     ------
     OutputError : the folder holds something else, answers of another model, or is in use by another run.
+    CompressknowError : the model or a probe is not the one of the reference.
     """
     refuse_twins(probes)
-    with _locked(folder, wait):
+    with locked(folder, wait):
         record = _record(folder, respondent)
         for probe in probes:
             key = _key(respondent, probe, reference)
             if record["probes"].get(probe.name, {}).get("key") != key:
                 _ask_one(respondent, probe, folder, record, key, reference, bar)
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        tidy(folder)
         return _read(folder, [probe.name for probe in probes])
 
 
@@ -153,17 +150,23 @@ def _ask_one(
 ) -> None:
     """Ask one probe and put its answers and its entry on disk, the answers first."""
     start = time.monotonic()
+    if reference:
+        refuse_other_questions(reference, probe)
+        refuse_other_model(reference, respondent.located.name, respondent.loaded)
     with bar(probe.name) if bar else contextlib.nullcontext() as progress:
         if isinstance(probe, Task):
             answers, entry = run_task(respondent.loaded, probe)
         else:
-            answers, entry = _ask_facts(respondent, probe, folder / PARTS / key[:16], reference, progress)
-    others = [a for a in _stored(folder) if a.probe != probe.name and a.probe in record["probes"]]
+            answers, entry = _ask_facts(respondent, probe, parts_of(folder, key), reference, progress)
+    others = [a for a in stored(folder) if a.probe != probe.name and a.probe in record["probes"]]
     entry |= {
         "key": key,
         "reference": reference.record["model"]["sha256"] if reference else respondent.sha256,
         "seconds": round(time.monotonic() - start, 1),
     }
+    if record["probes"].pop(probe.name, None):
+        # The old entry must not stand beside the new answers, should this run be killed here.
+        write_record(folder, record)
     write_table(folder / TABLE, [*others, *answers])
     record["probes"][probe.name] = entry
     record["model"] = respondent.record()
@@ -178,11 +181,11 @@ def _ask_facts(
     questions = questions_of(scorer, respondent.settings.batch_size)
     if not questions.asked:
         raise _nothing_left(probe, questions.dropped)
-    answers = _stored_parts(parts)
-    ids = _first_ids(probe.name, reference) if reference else None
+    answers = stored_parts(parts)
+    ids = first_ids(reference, probe, questions) if reference else None
     done = frozenset(answer.fact_id for answer in answers)
     for part in _in_parts(ask(questions, reference=ids, done=done, progress=progress)):
-        _write_part(parts, part)
+        write_part(parts, part)
         answers += part
     order = {fact.id: number for number, fact in enumerate(probe.facts)}
     answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
@@ -192,7 +195,6 @@ def _ask_facts(
 def _entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> dict[str, Any]:
     asked = {answer.fact_id for answer in answers}
     facts = [fact for fact in probe.facts if fact.id in asked]
-    choices = answers[0].choices
     return {
         "protocol": probe.protocol,
         "fingerprint": probe.fingerprint(),
@@ -200,7 +202,7 @@ def _entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) 
         "asked": len(answers),
         "dropped": dict(dropped),
         "average": probe.average,
-        "chance": chance(facts, choices),
+        "chance": chance(answer.choices for answer in answers),
         "majority": majority(facts),
         "limit": probe.limit,
         "seed": probe.seed,
@@ -213,15 +215,6 @@ def _nothing_left(probe: Probe, dropped: Mapping[str, int]) -> UsageError:
     return UsageError(
         f"{probe.name} leaves no fact that this model could be asked.", reasons, "Choose another probe or protocol."
     )
-
-
-def _first_ids(probe: str, reference: Answers) -> dict[str, Ids]:
-    if probe not in reference.probes:
-        raise UsageError(
-            f"The original was not asked {probe}, whose most likely tokens are wanted.",
-            hint="Probe the original with the same -p PROBE first.",
-        )
-    return {answer.fact_id: answer.first_ids for answer in reference.of(probe)}
 
 
 def _key(respondent: Respondent, probe: Probe | Task, reference: Answers | None) -> str:
@@ -248,24 +241,11 @@ def _in_parts(batches: Iterator[list[Answer]]) -> Iterator[list[Answer]]:
         yield part
 
 
-def _write_part(parts: Path, answers: Sequence[Answer]) -> None:
-    parts.mkdir(parents=True, exist_ok=True)
-    write_table(parts / f"{len(list(parts.glob('*.parquet'))):05}.parquet", answers)
-
-
-def _stored_parts(parts: Path) -> list[Answer]:
-    return [answer for path in sorted(parts.glob("*.parquet")) for answer in read_table(path)]
-
-
-def _stored(folder: Path) -> list[Answer]:
-    return read_table(folder / TABLE) if (folder / TABLE).is_file() else []
-
-
 def _read(folder: Path, names: Sequence[str]) -> Answers:
     """The answers to these probes alone; the folder may hold those to others."""
     record = read_record(folder)
     probes = {name: record["probes"][name] for name in names}
-    return Answers(record | {"probes": probes}, tuple(a for a in _stored(folder) if a.probe in probes))
+    return Answers(record | {"probes": probes}, tuple(a for a in stored(folder) if a.probe in probes))
 
 
 def _record(folder: Path, respondent: Respondent) -> dict[str, Any]:
@@ -289,40 +269,3 @@ def _versions() -> dict[str, str]:
 
     libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     return {"compressknow": __version__} | libraries
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[None]:
-    """The folder, made where it is missing, for this run alone."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
-    made = not folder.exists()
-    if not made and not (folder / RECORD).is_file() and _foreign(folder):
-        raise OutputError(
-            f"{folder} exists already, and is no answers folder.", hint="Choose a new folder for the answers."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-    try:
-        _take(lock, folder, wait)
-        yield
-    finally:
-        os.close(lock)
-        with contextlib.suppress(OSError):
-            if made and not _foreign(folder) and not (folder / PARTS).exists():
-                # Nothing was asked: an error leaves no empty folder behind.
-                shutil.rmtree(folder)
-
-
-def _take(lock: int, folder: Path, wait: bool) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        raise OutputError(
-            f"{folder} is in use: another run writes its answers there.", hint="Wait for it, or choose another folder."
-        ) from None
-
-
-def _foreign(folder: Path) -> bool:
-    """Whether a folder holds anything beside what a run that was cut short leaves."""
-    return any(path.name not in (LOCK, PARTS) for path in folder.iterdir())

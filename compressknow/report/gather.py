@@ -79,10 +79,12 @@ def _ask(
     known = next((answers for answers in stored if answers is not None), None)
     names = list(probes) or (list(known.probes) if known else list(DEFAULT))
     asked = open_all(names, _like(known, options))
+    names = [probe.name for probe in asked]
     # All are found before the first is asked: a wrong name is told at once.
+    revisions = [revision, *(None for _ in compressed)]
     respondents = [
-        None if answers else Respondent(locate(model, revision if model is original else None), settings)
-        for model, answers in zip((original, *compressed), stored, strict=True)
+        None if answers else Respondent(locate(model, of), settings)
+        for model, of, answers in zip((original, *compressed), revisions, stored, strict=True)
     ]
     gathered: list[Answers] = []
     for answers, respondent in zip(stored, respondents, strict=True):
@@ -90,12 +92,18 @@ def _ask(
             assert answers is not None
             gathered.append(_of(answers, names))
             continue
-        folder = keep_in / respondent.sha256[:16]
         reference = gathered[0] if gathered else None
+        folder = _folder(keep_in, respondent.sha256, reference)
         answers = probe_model(respondent, asked, folder, reference=reference, bar=bar, wait=True)
         respondent.release()
         gathered.append(_with_speed(answers, measure(respondent.located, settings)) if timed else answers)
     return gathered[0], gathered[1:]
+
+
+def _folder(keep_in: Path, sha256: str, reference: Answers | None) -> Path:
+    """A folder for each model, and one more for each original whose tokens it was asked for."""
+    of = f"-{reference.record['model']['sha256'][:16]}" if reference else ""
+    return keep_in / f"{sha256[:16]}{of}"
 
 
 def _like(known: Answers | None, options: Options) -> Options:
@@ -110,6 +118,7 @@ def _of(answers: Answers, probes: Sequence[str]) -> Answers:
     """The answers to these probes alone, or to all if none is named."""
     if not probes:
         return answers
+    probes = [_name(probe, answers) for probe in probes]
     if missing := [name for name in probes if name not in answers.probes]:
         raise CompressknowError(
             f"{answers.record['model'].get('name')} was not asked {missing[0]}.",
@@ -118,6 +127,13 @@ def _of(answers: Answers, probes: Sequence[str]) -> Answers:
         )
     kept = {name: answers.record["probes"][name] for name in probes}
     return Answers(dict(answers.record) | {"probes": kept}, tuple(a for a in answers.answers if a.probe in kept))
+
+
+def _name(probe: str, answers: Answers) -> str:
+    """A probe's name as an answers folder has it: case does not matter, and a facts file goes by its own name."""
+    kind, _, path = probe.partition(":")
+    names = (probe, probe.lower().replace("_", "-"), f"facts:{Path(path).name}" if kind.lower() == "facts" else probe)
+    return next((name for name in names if name in answers.probes), probe)
 
 
 def _with_speed(answers: Answers, speed: dict[str, Any]) -> Answers:

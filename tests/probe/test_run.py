@@ -1,0 +1,359 @@
+"""A folder of answers: nothing is asked twice, nothing is lost when a run is killed, nothing foreign is touched."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+import compressknow
+from compressknow.engine.identity import locate
+from compressknow.errors import CheckpointError, CompressknowError, OutputError, UsageError
+from compressknow.probe import run
+from compressknow.probe.answers import RECORD, TABLE, Answers, read_answers, read_table, write_table
+from compressknow.probe.choose import Options, open_all
+from compressknow.probe.folder import LOCK, PARTS, locked
+from compressknow.probe.run import Bar, Respondent, Settings, probe_model
+from tests.knowing import KNOWN_FACTS, facts_file, knowing
+
+FEW = Settings(batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints `bert`, `llama`, `t5`, two of them compressed, and their facts."""
+    folder = tmp_path_factory.mktemp("place")
+    for family in ("bert", "llama", "t5"):
+        knowing(family, folder / family)
+    for amount in (3, 6, 9):
+        compressknow.convert(folder / "llama", folder / f"llama-{amount}", prune=amount / 10)
+    facts_file(folder / "facts.jsonl")
+    return folder
+
+
+def ask(
+    model: Path,
+    folder: Path,
+    facts: Sequence[Path] | Path,
+    settings: Settings = FEW,
+    options: Options | None = None,
+    reference: Answers | None = None,
+    bar: Bar | None = None,
+) -> Answers:
+    files = [facts] if isinstance(facts, Path) else facts
+    probes = open_all([f"facts:{file}" for file in files], options or Options())
+    return probe_model(Respondent(locate(model), settings), probes, folder, reference=reference, bar=bar)
+
+
+def telling(progress: Callable[[int, int], None]) -> Bar:
+    @contextlib.contextmanager
+    def bar(name: str) -> Iterator[Callable[[int, int], None]]:
+        yield progress
+
+    return bar
+
+
+def stopped_after(facts: int) -> Bar:
+    """A bar by which the user stops the run once so many facts are answered."""
+
+    def progress(done: int, total: int) -> None:
+        if done >= facts:
+            raise KeyboardInterrupt
+
+    return telling(progress)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def parts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch is put on disk as soon as it is answered."""
+    monkeypatch.setattr(run, "SECONDS_BETWEEN_PARTS", 0.0)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The checkpoints that are loaded from here on, in order."""
+    from compressknow.engine import language_model
+
+    load, loaded = language_model.load_language_model, []
+
+    def counted(path: Path, **options: object) -> object:
+        loaded.append(path)
+        return load(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(language_model, "load_language_model", counted)
+    return loaded
+
+
+@pytest.mark.usefixtures("parts_at_once")
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tmp_path: Path) -> None:
+    whole = ask(place / family, tmp_path / "whole", place / "facts.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        ask(place / family, tmp_path / "killed", place / "facts.jsonl", bar=stopped_after(40))
+    kept = [answer for part in (tmp_path / "killed" / PARTS).rglob("*.parquet") for answer in read_table(part)]
+    assert 40 <= len(kept) < 64
+
+    respondent = Respondent(locate(place / family), FEW)
+    rows: list[int] = []
+    (probe,) = open_all([f"facts:{place / 'facts.jsonl'}"], Options())
+    scorers = run.scorer_for
+
+    def counting(*arguments: object) -> object:
+        scorer = scorers(*arguments)  # type: ignore[arg-type]
+        answer = scorer.answer
+        scorer.answer = lambda batch, wanted: rows.append(len(batch)) or answer(batch, wanted)
+        return scorer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "scorer_for", counting)
+        resumed = probe_model(respondent, [probe], tmp_path / "killed")
+
+    assert sum(rows) == len(KNOWN_FACTS) - len(kept)
+    assert (tmp_path / "killed" / TABLE).read_bytes() == (tmp_path / "whole" / TABLE).read_bytes()
+    assert [answer.predicted for answer in resumed.answers] == [answer.predicted for answer in whole.answers]
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [LOCK, TABLE, RECORD]
+
+
+@pytest.mark.usefixtures("parts_at_once")
+def test_what_a_killed_run_asked_otherwise_is_not_taken_up(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        ask(place / "llama", tmp_path / "a", place / "facts.jsonl", bar=stopped_after(40))
+    told: list[int] = []
+    settings = Settings(batch_size=16)
+    ask(
+        place / "llama", tmp_path / "a", place / "facts.jsonl", settings, bar=telling(lambda done, _: told.append(done))
+    )
+    ask(place / "llama", tmp_path / "b", place / "facts.jsonl", settings)
+    assert told[-1] == 64
+    assert (tmp_path / "a" / TABLE).read_bytes() == (tmp_path / "b" / TABLE).read_bytes()
+    assert not (tmp_path / "a" / PARTS).exists()
+
+
+def test_a_run_killed_between_answers_and_record_starts_again(place: Path, tmp_path: Path) -> None:
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    whole = (tmp_path / "a" / TABLE).read_bytes()
+    (tmp_path / "a" / RECORD).unlink()
+    (tmp_path / "a" / f".{TABLE}.4711").write_bytes(b"half a fi")
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    assert (tmp_path / "a" / TABLE).read_bytes() == whole
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [LOCK, TABLE, RECORD]
+
+
+def test_a_model_that_has_not_changed_is_not_even_loaded_again(place: Path, tmp_path: Path, loads: list[Path]) -> None:
+    first = ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    before = bytes_of(tmp_path / "a")
+    shutil.copytree(place / "llama", tmp_path / "the same under another name")
+    (tmp_path / "the same under another name" / "README.md").write_text("A card.")
+    again = ask(tmp_path / "the same under another name", tmp_path / "a", place / "facts.jsonl")
+    assert loads == [place / "llama"]
+    assert again.record == first.record
+    assert bytes_of(tmp_path / "a") == before
+
+
+def test_changed_weights_are_refused_in_the_folder_of_the_old_ones(place: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(place / "llama", tmp_path / "model")
+    ask(model, tmp_path / "a", place / "facts.jsonl")
+    before = bytes_of(tmp_path / "a")
+    shutil.copy(place / "llama-3" / "model.safetensors", model / "model.safetensors")
+    with pytest.raises(OutputError, match="holds the answers of another model") as error:
+        ask(model, tmp_path / "a", place / "facts.jsonl")
+    assert "before its files changed" in str(error.value.why)
+    assert bytes_of(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("settings", [Settings(batch_size=4), Settings(batch_size=8, dtype="bfloat16")])
+def test_another_way_of_running_asks_anew(place: Path, tmp_path: Path, settings: Settings, loads: list[Path]) -> None:
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    answers = ask(place / "llama", tmp_path / "a", place / "facts.jsonl", settings)
+    assert len(loads) == 2
+    assert len(answers.answers) == 64
+    assert answers.record["model"]["computed_in"] == settings.computed_in
+
+
+def test_one_folder_holds_several_probes_and_a_new_one_leaves_the_others(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    lines = (place / "facts.jsonl").read_text().splitlines(keepends=True)
+    files = [tmp_path / f"{name}.jsonl" for name in ("one", "two", "three")]
+    for number, file in enumerate(files):
+        file.write_text("".join(lines[16 * number : 16 * number + 16]))
+    ask(place / "llama", tmp_path / "a", files[:2])
+    first = read_answers(tmp_path / "a")
+    added = ask(place / "llama", tmp_path / "a", [files[2], files[0]])
+    both = read_answers(tmp_path / "a")
+
+    assert len(loads) == 2
+    assert added.probes == ("facts:three.jsonl", "facts:one.jsonl")
+    assert both.probes == ("facts:one.jsonl", "facts:two.jsonl", "facts:three.jsonl")
+    assert len(both.answers) == 48
+    for probe in first.probes:
+        assert both.record["probes"][probe] == first.record["probes"][probe]
+        assert [a.fact_id for a in both.of(probe)] == [a.fact_id for a in first.of(probe)]
+
+
+def test_a_changed_facts_file_is_asked_anew_in_place_of_the_old_one(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "facts.jsonl"
+    lines = (place / "facts.jsonl").read_text().splitlines(keepends=True)
+    file.write_text("".join(lines))
+    ask(place / "llama", tmp_path / "a", file)
+    file.write_text("".join(lines[:20]))
+    assert len(ask(place / "llama", tmp_path / "a", file).answers) == 20
+    assert len(read_table(tmp_path / "a" / TABLE)) == 20
+
+
+def test_a_failed_probe_leaves_the_answers_that_were_there(place: Path, tmp_path: Path) -> None:
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    before = bytes_of(tmp_path / "a")
+    other = Path(shutil.copy(place / "facts.jsonl", tmp_path / "other.jsonl"))
+    with pytest.raises(CompressknowError, match=r"was not asked facts:other\.jsonl"):
+        ask(place / "llama", tmp_path / "a", other, reference=read_answers(tmp_path / "a"))
+    assert bytes_of(tmp_path / "a") == before
+
+
+def test_two_facts_files_of_one_name_are_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    twin = shutil.copy(place / "facts.jsonl", tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=r"Two probes have the name facts:facts\.jsonl"):
+        ask(place / "llama", tmp_path / "a", [place / "facts.jsonl", Path(twin)])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_sample_is_drawn_by_its_seed(place: Path, tmp_path: Path) -> None:
+    def asked(folder: str, limit: int, seed: int) -> set[str]:
+        options = Options(limit=limit, seed=seed)
+        answers = ask(place / "llama", tmp_path / folder, place / "facts.jsonl", options=options)
+        entry = answers.record["probes"]["facts:facts.jsonl"]
+        assert (entry["limit"], entry["seed"], entry["facts"], entry["asked"]) == (limit, seed, 64, limit)
+        return {answer.fact_id for answer in answers.answers}
+
+    twelve = asked("a", 12, 0)
+    assert asked("b", 12, 0) == twelve
+    assert asked("c", 12, 1) != twelve
+    assert asked("d", 20, 0) > twelve
+
+
+def test_a_folder_that_another_run_uses_is_left_alone(place: Path, tmp_path: Path) -> None:
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    before = bytes_of(tmp_path / "a")
+    with (tmp_path / "a" / LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="is in use: another run writes its answers there"):
+            ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    # The other run has ended.
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    assert bytes_of(tmp_path / "a") == before
+
+
+def test_who_waits_for_a_run_that_fails_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+    started, seen = threading.Event(), []
+
+    def wait_for_it() -> None:
+        started.set()
+        with locked(tmp_path / "a", wait=True):
+            seen.append((tmp_path / "a" / LOCK).is_file())
+            (tmp_path / "a" / "answer").touch()
+
+    waiting = threading.Thread(target=wait_for_it)
+    with contextlib.suppress(UsageError), locked(tmp_path / "a", wait=True):
+        waiting.start()
+        started.wait()
+        raise UsageError("It failed.")
+    waiting.join()
+    assert seen == [True]
+    assert (tmp_path / "a" / "answer").exists()
+
+
+@pytest.mark.parametrize("content", ["letter.txt", TABLE, "model.safetensors", ".hidden"])
+def test_a_folder_that_holds_something_else_is_left_alone(place: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / content).write_text("the user's own")
+    with pytest.raises(OutputError, match="is no answers folder"):
+        ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    assert bytes_of(tmp_path / "a") == {content: b"the user's own"}
+
+
+def test_a_file_in_the_place_of_the_folder_is_left_alone(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("the user's own")
+    with pytest.raises(OutputError, match="is a file"):
+        ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    assert (tmp_path / "a").read_text() == "the user's own"
+
+
+@pytest.mark.parametrize("empty_before", [True, False])
+def test_an_error_leaves_no_empty_folder(place: Path, tmp_path: Path, empty_before: bool) -> None:
+    model = shutil.copytree(place / "llama", tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    if empty_before:
+        (tmp_path / "deep" / "er").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        ask(model, tmp_path / "deep" / "er", place / "facts.jsonl")
+    assert (tmp_path / "deep").exists() == empty_before
+    assert not empty_before or not list((tmp_path / "deep" / "er").iterdir())
+
+
+def test_a_reference_that_lacks_facts_is_refused(place: Path, tmp_path: Path) -> None:
+    ask(place / "llama", tmp_path / "original", place / "facts.jsonl")
+    rows = read_table(tmp_path / "original" / TABLE)
+    write_table(tmp_path / "original" / TABLE, rows[:60])
+    with pytest.raises(CompressknowError, match="lack 4 of 64 facts") as error:
+        ask(place / "llama-3", tmp_path / "a", place / "facts.jsonl", reference=read_answers(tmp_path / "original"))
+    assert rows[60].fact_id in error.value.what
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_reference_that_was_asked_other_questions_is_refused_before_any_is_asked(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    reference = ask(place / "llama", tmp_path / "original", place / "facts.jsonl", options=Options(limit=30))
+    with pytest.raises(UsageError, match=r"was asked other questions of facts:facts\.jsonl"):
+        ask(place / "llama-3", tmp_path / "a", place / "facts.jsonl", reference=reference)
+    assert loads == [place / "llama"]
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_model_of_another_kind_is_refused_before_it_is_asked(place: Path, tmp_path: Path) -> None:
+    reference = ask(place / "llama", tmp_path / "original", place / "facts.jsonl")
+    with pytest.raises(CompressknowError, match="bert is no compressed form of llama: they differ in family") as error:
+        ask(place / "bert", tmp_path / "a", place / "facts.jsonl", reference=reference)
+    assert error.value.why == "llama has causal, bert has masked."
+    assert not (tmp_path / "a").exists()
+
+
+def report_on(place: Path, compressed: Sequence[str], keep_in: Path) -> list[str]:
+    """The names of the models that are loaded for a report."""
+    compressknow.report(
+        place / "llama",
+        [place / name for name in compressed],
+        [f"facts:{place / 'facts.jsonl'}"],
+        settings=FEW,
+        keep_in=keep_in,
+    )
+    return sorted(path.name for path in keep_in.iterdir())
+
+
+def test_a_report_asks_each_model_once_and_the_original_once_for_all(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    names = ["llama-3", "llama-6", "llama-9"]
+    folders = report_on(place, names[:2], tmp_path / "kept")
+    assert [path.name for path in loads] == ["llama", "llama-3", "llama-6"]
+    assert len(folders) == 3
+    report_on(place, names, tmp_path / "kept")
+    assert [path.name for path in loads] == ["llama", "llama-3", "llama-6", "llama-9"]
+
+
+def test_a_model_in_two_reports_in_two_roles_is_asked_once_for_each(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    for _ in range(2):
+        report_on(place, ["llama"], tmp_path / "kept")
+        assert [path.name for path in loads] == ["llama", "llama"]
