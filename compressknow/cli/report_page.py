@@ -23,9 +23,20 @@ def report_page(card: Card) -> Iterator[str]:
         yield from _probes(card.comparisons[0])
     else:
         yield from _models(card)
-    for warning in (*card.warnings, *(w for comparison in card.comparisons for w in comparison.warnings)):
+    for warning in _warnings(card):
         yield ""
         yield from textwrap.wrap(f"! {warning}", WIDTH, subsequent_indent="  ")
+
+
+def _warnings(card: Card) -> Iterator[str]:
+    """Those of the whole card, then those of its models, each said once."""
+    yield from card.warnings
+    models: dict[str, list[str]] = {}
+    for comparison in card.comparisons:
+        for warning in comparison.warnings:
+            models.setdefault(warning, []).append(plain(comparison.model.name, 40))
+    for warning, names in models.items():
+        yield f"{', '.join(names)}: {warning}" if len(card.comparisons) > 1 else warning
 
 
 def _grades(comparison: Comparison) -> Iterator[str]:
