@@ -67,8 +67,13 @@ def _kept(known: tuple[Counts, str]) -> float:
 
 
 def labels_of(models: Sequence[ModelFacts]) -> list[str]:
-    """What to call each compressed model: its setup where it has one; with its number where two would be the same."""
-    labels = [plain(model.setup or model.name, _NAME) for model in models]
+    """What to call each compressed model: its setup where it has one, with its name or, where that does not tell it
+    from another either, its number.
+    """
+    setups = [plain(model.setup or model.name, _NAME) for model in models]
+    named = [f"{setup} ({plain(model.name, _NAME)})" for setup, model in zip(setups, models, strict=True)]
+    repeated = Counter(setups)
+    labels = [name if repeated[setup] > 1 else setup for setup, name in zip(setups, named, strict=True)]
     repeated = Counter(labels)
     return [f"{i}. {label}" if repeated[label] > 1 else label for i, label in enumerate(labels, start=1)]
 

@@ -16,6 +16,7 @@ from compressknow.report.records import Card, ChangedFact, Comparison, Counts, E
 from compressknow.report.tables import FactList, Table, fact_list
 from compressknow.report.text import plain, plain_lines
 from compressknow.report.toml import to_toml
+from compressknow.report.verdict import labels_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def _models(card: Card) -> str:
 
 def section_names(card: Card) -> tuple[str, ...]:
     """A name for each compressed model: its setup where it has one, numbered where there are several."""
-    names = [plain(c.model.setup or c.model.name, 80) for c in card.comparisons]
+    names = labels_of([c.model for c in card.comparisons])
     return tuple(names if len(names) == 1 else (f"{i}. {name}" for i, name in enumerate(names, start=1)))
 
 
