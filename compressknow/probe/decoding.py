@@ -16,13 +16,11 @@ import torch
 
 from compressknow.probe.answers import Answer
 from compressknow.probe.encoding import Ids
-from compressknow.probe.scorer import ROWS, Question, Scorer, best_of, make_answer
+from compressknow.probe.scorer import ROWS, SLACK_TOKENS, Question, Scorer, best_of, make_answer
 from compressknow.probe.settle import Scores, rank_of
 
 # Logits of one forward pass, at most: 256 MB of float32.
 LOGITS = 1 << 26
-# Tokens beyond the object's own that a free answer may take: what follows tells whether the object was all of it.
-SLACK_TOKENS = 4
 _END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
 
 
@@ -82,10 +80,11 @@ class DecodingScorer(Scorer):
             text = self.encoder.decode(texts[index][: len(question.gold) + SLACK_TOKENS])
             rank = rank_of(first, scores)
             text, correct = judged(text, question.fact.obj_label)
+            known = correct and rank is not None
             best = best_of(scores)
             tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
             logp = float(scores[first] + more)
-            answers.append(make_answer(question.fact, tokens, scores[best], rank, logp, None, correct=correct))
+            answers.append(make_answer(question.fact, tokens, scores[best], rank, logp, None, correct=known))
         return answers
 
     def _generate(self, state: Prefix, log_probs: torch.Tensor, tokens: int) -> list[list[int]]:
@@ -148,10 +147,11 @@ def judged(text: str, gold: str) -> tuple[str, bool]:
     >>> judged("Paris, the city of", "Paris"), judged("Parisian food", "Paris"), judged("the Nile. It", "Nile")
     (('Paris, the city of', True), ('Parisian food', False), ('the Nile', False))
     """
-    text = text.strip()
-    begins = text.casefold().startswith(gold.casefold())
-    end = _END_OF_ANSWER.search(text, len(gold) if begins else 0)
-    correct = begins and not re.match(r"\w", text[len(gold) :])
+    text, folded = text.strip(), gold.casefold()
+    # Folding may change the number of letters (ß, ss): the place where the object ends is looked for.
+    after = next((n for n in range(1, len(text) + 1) if text[:n].casefold() == folded), None)
+    end = _END_OF_ANSWER.search(text, after or 0)
+    correct = after is not None and not re.match(r"\w", text[after:])
     return (text[: end.start()] if end else text).strip(), correct
 
 

@@ -146,7 +146,7 @@ class MaskedScorer(Scorer):
     @cached_property
     def _head_is_pointwise(self) -> bool:
         """Whether the head gives the same where it sees the masked positions alone: most do, the rest run it whole."""
-        ids = torch.tensor([self.encoder.ids("A word is", True)], device=self.model.device)
+        ids = torch.full((1, 3), self.tokenizer.mask_token_id, device=self.model.device)
         places = torch.tensor([1], device=self.model.device)
         if self.model.base_model is self.model:
             return False

@@ -16,6 +16,7 @@ import torch
 from compressknow.probe.answers import Answer
 from compressknow.probe.encoding import Encoder, Ids
 from compressknow.probe.facts import Fact, Probe
+from compressknow.probe.positions import most_tokens
 from compressknow.probe.settle import TOP, Contest, Scores, rank_of, settle
 
 if TYPE_CHECKING:
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
 REFERENCE_TOKENS = 256
 # Rows of one forward pass when candidates are finished: they are short, and the batch is that of many facts.
 ROWS = 512
+# Tokens beyond the object's own that a free answer may take: what follows tells whether the object was all of it.
+SLACK_TOKENS = 4
 
 SEVERAL_TOKENS = "the object is several tokens of this model"
 NOT_IN_VOCABULARY = "the object is no single word of the common vocabulary for this model"
 NO_TOKENS = "an answer has no tokens in this model's vocabulary"
+TOO_LONG = "the prompt is longer than this model reads"
 BLANK_NOT_LAST = "the blank is not at the end of the prompt"
 
 
@@ -122,7 +126,8 @@ class Scorer(ABC):
             (gold,) = self.options(fact, [fact.obj_label], rest=False)
             if not gold:
                 return NO_TOKENS
-        return Question(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
+        question = Question(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
+        return question if self._fits(question) else TOO_LONG
 
     def answer(self, batch: Sequence[Question], reference: Sequence[Ids] | None) -> list[Answer]:
         """Answers to questions of one shape.
@@ -145,6 +150,15 @@ class Scorer(ABC):
         # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
         rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, strict=True)
         return [_with_distribution(found[question.fact.id], *distribution) for question, *distribution in rows]
+
+    def _fits(self, question: Question) -> bool:
+        answers = question.options or (question.gold,)
+        slack = 0 if question.options or self.one_token else SLACK_TOKENS
+        return self._most is None or max(question.shape) + max(map(len, answers)) + slack <= self._most
+
+    @cached_property
+    def _most(self) -> int | None:
+        return most_tokens(self.model, self.tokenizer)
 
     @cached_property
     def one_token(self) -> bool:

@@ -1,0 +1,50 @@
+"""How long a prompt may be, by architecture; longer facts are dropped and counted, never cut and never a crash."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from compressknow.engine.language_model import load_language_model
+from compressknow.probe.ask import ask, questions_of, scorer_for
+from compressknow.probe.own_facts import own_facts
+from compressknow.probe.positions import most_tokens
+from compressknow.probe.scorer import TOO_LONG
+from tests.knowing import facts_file, knowing
+from tests.models import tiny
+
+
+class Unlimited:
+    model_max_length = 10**30
+
+
+class Short:
+    model_max_length = 12
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("bert", 40), ("roberta", 38), ("gpt2", 40), ("opt", 40), ("llama", 64), ("bart", 40), ("t5-gated", None)],
+)
+def test_a_model_reads_as_many_tokens_as_it_has_positions(name: str, tokens: int | None) -> None:
+    assert most_tokens(tiny(name), Unlimited()) == tokens
+
+
+@pytest.mark.parametrize("name", ["bert", "t5-gated"])
+def test_a_tokenizer_may_allow_less(name: str) -> None:
+    assert most_tokens(tiny(name), Short()) == 12
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_prompt_that_is_too_long_is_dropped_and_counted(family: str, tmp_path) -> None:
+    loaded = load_language_model(knowing(family, tmp_path / "model"))
+    probe = own_facts(facts_file(tmp_path / "facts.jsonl"))
+    long = replace(probe.facts[0], id="long", prompt="The capital " * 60 + probe.facts[0].prompt)
+    fits = replace(probe.facts[0], id="fits", prompt="The capital " * 20 + probe.facts[0].prompt)
+    scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, replace(probe, facts=(long, fits)))
+
+    questions = questions_of(scorer)
+
+    assert questions.dropped == {TOO_LONG: 1}
+    assert [answer.fact_id for batch in ask(questions) for answer in batch] == ["fits"]
