@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ import click
 from compressknow.cli.probe_options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import facts_bar
 from compressknow.report.figures import count, percent, share
+from compressknow.report.text import plain
 
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers
 
+WIDTH = 80
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
 
 
@@ -60,7 +63,7 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
 
 
 def _page(answers: Answers, output: Path) -> Iterator[str]:
-    yield f"{answers.record['model']['name']}: answers in {output}"
+    yield f"{plain(answers.record['model']['name'])}: answers in {output}"
     yield ""
     yield COLUMNS
     yield "-" * len(COLUMNS)
@@ -72,7 +75,7 @@ def _page(answers: Answers, output: Path) -> Iterator[str]:
             f"{share(entry.get('chance')):>9}{count(sum(entry['dropped'].values())):>9}"
         )
         for reason, number in entry["dropped"].items():
-            yield f"  {count(number)} dropped: {reason}"
+            yield from textwrap.wrap(f"  {count(number)} dropped: {reason}", WIDTH, subsequent_indent="    ")
     if len(answers.probes) == 1:
         yield from _by_subject(answers)
 
@@ -89,7 +92,7 @@ def _by_subject(answers: Answers) -> Iterator[str]:
 
 
 def _short(name: str) -> str:
-    return name if len(name) < 32 else name[:28] + "..."
+    return plain(name, 31)
 
 
 def _with_scores(answers: Answers) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def report_page(card: Card) -> Iterator[str]:
         yield from _models(card)
     for warning in _warnings(card):
         yield ""
-        yield from textwrap.wrap(f"! {warning}", WIDTH, subsequent_indent="  ")
+        yield from _wrapped(f"! {warning}")
 
 
 def _warnings(card: Card) -> Iterator[str]:
@@ -56,16 +56,20 @@ def _probes(comparison: Comparison) -> Iterator[str]:
     for probe in comparison.probes:
         counts = probe.counts
         yield ""
-        yield (
+        yield from _wrapped(
             f"{plain(probe.probe, 40)}: {count(counts.n)} facts, right before {share(probe.accuracy_original.value)}, "
             f"after {share(probe.accuracy_compressed.value)}"
         )
-        yield (
+        yield from _wrapped(
             f"  lost {count(counts.lost)}, gained {count(counts.gained)} ({p_value(probe.p)}, McNemar); "
             f"answers changed {share(probe.answer_changed)}"
         )
         if probe.movement:
             yield f"  KL mean {probe.movement.kl_mean:.4f}, p99 {probe.movement.kl_p99:.4f} nats"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
 
 
 def _models(card: Card) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ class Located:
         """The files that decide what the model answers, weights first."""
         if self.path.suffix == ".gguf":
             return [self.path]
-        decisive = [*weight_files(self.path), *_DECISIVE]
+        # Modelling code too: it is run where the user trusts it.
+        code = sorted(path.name for path in self.path.glob("*.py"))
+        decisive = [*weight_files(self.path), *_DECISIVE, *code]
         return [self.path / name for name in decisive if (self.path / name).is_file()]
 
 
@@ -107,26 +110,41 @@ def quantization_in_words(config: Mapping[str, Any]) -> str | None:
     words = [method]
     if bits := _first(quantization, "bits", "num_bits", "w_bit") or _bits_by_flag(quantization):
         words.append(f"{bits}-bit weights")
-    elif weights := _first(quantization, "weights", "quant_type", "weight_dtype"):
-        words.append(_type_in_words(weights))
+    elif weights := _first(quantization, "weights", "weight_dtype"):
+        words.append(f"{weights} weights")
+    elif kind := quantization.get("quant_type"):
+        words.append(_type_in_words(kind))
+    if activations := quantization.get("activations"):
+        words.append(f"{activations} activations")
     if size := _first(quantization, "group_size", "q_group_size"):
         words.append(f"groups of {size}" if size != -1 else "a scale a channel")
+    if blocks := quantization.get("weight_block_size"):
+        words.append(f"blocks of {' × '.join(map(str, blocks))}")
     return ", ".join(words)
 
 
 def _group_in_words(group: Any) -> str:
     group = group if isinstance(group, Mapping) else {}
     weights, activations = group.get("weights") or {}, group.get("input_activations")
-    words = f"{weights.get('num_bits', '?')}-bit weights ({weights.get('strategy', '?')})"
-    return f"{words}, {activations.get('num_bits', '?')}-bit activations" if activations else words
+    words = f"{_bits_of(weights)} weights ({weights.get('strategy', '?')})"
+    return f"{words}, {_bits_of(activations)} activations" if activations else words
+
+
+def _bits_of(values: Mapping[str, Any]) -> str:
+    return f"{values.get('num_bits', '?')}-bit{' float' if values.get('type') == 'float' else ''}"
 
 
 def _type_in_words(value: Any) -> str:
-    """A short name of a nested type, as torchao writes it: {"default": {"_type": "Int8WeightOnlyConfig"}}."""
+    """A short name of a nested type, as torchao writes it.
+
+    >>> _type_in_words({"default": {"_type": "Int8DynamicActivationInt4WeightConfig", "_data": {}}})
+    'int8 dynamic activation int4 weight'
+    """
     if isinstance(value, Mapping):
         inner = value.get("_type") or next(iter(value.values()), "?")
         return _type_in_words(inner)
-    return str(value)
+    words = re.findall(r"[A-Z]?[a-z]*\d*[a-z]*", str(value).removesuffix("Config"))
+    return " ".join(filter(None, words)).lower()
 
 
 def _first(quantization: Mapping[str, Any], *names: str) -> Any:

@@ -1,19 +1,20 @@
 """How fast a model answers on this machine, and the memory that it takes: measured in a process of its own.
 
-    python -m compressknow.probe.speed PATH DEVICE DTYPE BATCH_SIZE
+    python -m compressknow.probe.speed PATH SETTINGS
 
-prints {"device", "facts_per_second", "peak_bytes"} as JSON. The facts are a sample of atlas, which every family can be
-asked; the first round warms up and is not counted.
+prints {"device", "facts_per_second", "peak_bytes"} as JSON; SETTINGS are those of `Settings`, as JSON. The facts are a
+sample of atlas, which every family can be asked; the first round warms up and is not counted.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ def measure(located: Located, settings: Settings) -> dict[str, Any]:
 
     Raises CompressknowError where the measuring process fails.
     """
-    arguments = [str(located.path), settings.device, settings.computed_in, str(settings.batch_size)]
+    arguments = [str(located.path), json.dumps(asdict(settings))]
     done = subprocess.run(
         [sys.executable, "-m", "compressknow.probe.speed", *arguments], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        silent = f"The process that measures it ended with {done.returncode}."
+        reason = (done.stderr.strip().splitlines() or [silent])[-1]
         raise CompressknowError(f"The speed of {located.name} could not be measured.", why=reason)
     measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return measured
@@ -46,6 +48,7 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
     from compressknow.probe.ask import ask, questions_of, scorer_for
     from compressknow.probe.builtin import atlas
 
+    _import_libraries(path)
     libraries = _peak()
     loaded = Respondent(Located(path.name, path), settings).loaded
     probe = atlas().limited(FACTS)
@@ -67,13 +70,36 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
     }
 
 
+def _import_libraries(path: Path) -> None:
+    """What loading a model imports on its way: it is not the model that takes this memory."""
+    import transformers
+
+    names = ["AutoTokenizer", "AutoModelForCausalLM"]
+    if (path / "config.json").is_file():
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        names += config.get("architectures") or []
+        if "quantization_config" in config:
+            import compressed_tensors  # noqa: F401
+    for name in names:
+        getattr(transformers, str(name), None)
+
+
 def _peak() -> int:
     """Largest resident size of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    # Better than getrusage, by which a new process starts at the size of the one that has started it.
+    if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return 1024 * int(match[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _main(path: str, settings: str) -> None:
+    try:
+        print(json.dumps(_measure_here(Path(path), Settings(**json.loads(settings)))))  # noqa: T201
+    except CompressknowError as error:
+        sys.exit(" ".join(part for part in (error.what, error.why) if part))
+
+
 if __name__ == "__main__":
-    _path, _device, _dtype, _batch_size = sys.argv[1:]
-    _settings = replace(Settings(device=_device, dtype=_dtype), batch_size=int(_batch_size))
-    print(json.dumps(_measure_here(Path(_path), _settings)))  # noqa: T201
+    _main(*sys.argv[1:])
