@@ -1,0 +1,298 @@
+"""How many facts a second are answered, beside the paper's own loop and beside lm-pub-quiz, in one run.
+
+    python benchmarks/probe.py [--data DIR] [--model DIR] [--rounds 3] [--skip paper,batches,bear,masked]
+
+Every measurement is a process of its own. Its clock starts after the model is loaded and has answered once, and stops
+at the last answer: writing prompts, tokenizing and scoring count. Its memory is the peak above what it held with the
+model loaded. Rounds alternate, so that a machine whose speed drifts does so for all; ratios are of medians. Both sides
+compute in float32 and are asked the same facts, of T-REx the paper's loop a part of them.
+
+- `paper`: T-REx, and a BERT of bert-base's size with random weights. The paper's loop (LLMCompression, utils.py and
+  bert_quantize.py) fills each sentence up to the model's 512 tokens and computes the whole vocabulary at each of them.
+  Theirs takes batches of 128, here of no more than `--paper-facts`: logits are 62 MB a sentence. What it prints and
+  counts again for each sentence of a batch is left out.
+- `bear`: BEAR's first template, and a causal model (examples/smollm2.py makes one). lm-pub-quiz has the batch size that
+  is the fastest of `--their-batches` for it, with conditional scores and sums, as its authors recommend for BEAR.
+- `masked`: the same with a masked model and `answer_l2r+word_l2r`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from convert import resident_mb
+
+from compressknow.errors import CompressknowError
+from compressknow.probe.ask import BATCH_SIZE
+
+# Ratios of facts a second that compressknow is held to.
+BOUNDS = {"paper": 30, "bear": 5}
+BATCH_SIZES = (1, 8, 32, 128)
+# Scores that differ by less are equal: two orders of summation.
+ROUNDING = 1e-3
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+SMOLLM2 = Path(__file__).resolve().parents[1] / "build" / "smollm2"
+
+Answers = dict[str, Any]
+
+
+def probe_of(part: str, options: Namespace) -> Any:
+    from compressknow.probe.open import open_probe
+
+    if part == "paper":
+        return open_probe("lama:trex", data=options.data, protocol="paper", limit=options.facts)
+    return open_probe("bear", data=options.data, limit=options.bear_facts)
+
+
+def language_of(part: str, options: Namespace) -> tuple[Any, Any, str]:
+    """Model, tokenizer and family that a part asks."""
+    from compressknow.engine.language_model import load_language_model
+
+    if part != "paper":
+        folder = options.model if part == "bear" else options.masked_model
+        language = load_language_model(folder, dtype="float32")
+        # lm-pub-quiz begins each text so, whatever the tokenizer's own way is.
+        language.tokenizer.add_bos_token = language.tokenizer.bos_token is not None
+        return language.model, language.tokenizer, language.family
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(options.masked_model)
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer))).eval(), tokenizer, "masked"
+
+
+def some(facts: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the facts, evenly spread over them."""
+    count = min(count, len(facts))
+    return [facts[index * len(facts) // count] for index in range(count)]
+
+
+def ours(part: str, language: tuple[Any, Any, str], options: Namespace) -> Callable[[int, int], Answers]:
+    """Each fact's most likely token, and whether it is right; of BEAR the answer, the object's rank, the best score."""
+    from compressknow.probe.ask import ask, questions_of, scorer_for
+
+    probe = probe_of(part, options)
+
+    def run(count: int, batch_size: int) -> Answers:
+        scorer = scorer_for(*language, replace(probe, facts=tuple(some(probe.facts, count))))
+        answers = (answer for batch in ask(questions_of(scorer, batch_size)) for answer in batch)
+        if part == "paper":
+            return {answer.fact_id: [int(answer.first_ids[0]), answer.correct] for answer in answers}
+        return {answer.fact_id: [answer.predicted, answer.rank, answer.top5_logp[0]] for answer in answers}
+
+    return run
+
+
+def papers_loop(part: str, language: tuple[Any, Any, str], options: Namespace) -> Callable[[int, int], Answers]:
+    """Each fact's most likely token, and whether its text is the object's."""
+    import torch
+
+    from compressknow.probe.facts import BLANK
+
+    model, tokenizer, _ = language
+    facts = probe_of(part, options).facts
+
+    def encoded(texts: list[str], length: int) -> Any:
+        return tokenizer(texts, truncation=True, padding="max_length", max_length=length, return_tensors="pt")
+
+    def answered(batch: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+        sentences = encoded([fact.prompt.replace(BLANK, tokenizer.mask_token) for fact in batch], 512)
+        labels = encoded([fact.obj_label for fact in batch], 8)["input_ids"]
+        texts = [tokenizer.decode(label, skip_special_tokens=True) for label in labels]
+        with torch.no_grad():
+            logits = model(sentences["input_ids"], attention_mask=sentences["attention_mask"]).logits
+        rows, places = torch.where(sentences["input_ids"] == tokenizer.mask_token_id)
+        top = torch.topk(logits[rows, places, :], 5, dim=-1).indices
+        outputs = [[tokenizer.decode(token).lower() for token in five] for five in top]
+        for fact, text, five, ids in zip(batch, texts, outputs, top.tolist(), strict=True):
+            yield fact.id, [ids[0], text == five[0]]
+
+    def run(count: int, batch_size: int) -> Answers:
+        batches = [some(facts, count)[start : start + batch_size] for start in range(0, count, batch_size)]
+        return {name: answer for batch in batches for name, answer in answered(batch)}
+
+    return run
+
+
+def lm_pub_quiz(part: str, language: tuple[Any, Any, str], options: Namespace) -> Callable[[int, int], Answers]:
+    """The object's place among each fact's labels, and their scores."""
+    from lm_pub_quiz import Evaluator
+
+    model, tokenizer, family = language
+    kind = {"causal": {"model_type": "CLM", "ensure_bos_token_added": False}}
+    masked = {"model_type": "MLM", "pll_metric": "answer_l2r+word_l2r"}
+    evaluator = Evaluator.from_model(model, tokenizer=tokenizer, conditional_score=True, **kind.get(family, masked))
+    facts = probe_of(part, options).facts
+    relations = json.loads((options.data / "bear" / "metadata_relations.json").read_text(encoding="utf-8"))
+
+    def run(count: int, batch_size: int) -> Answers:
+        found = {}
+        for fact in some(facts, count):
+            about = relations[fact.relation]
+            asked = {"template": about["templates"][0], "answers": about["answer_space_labels"]}
+            asked |= {"subject": fact.sub_label, "reduction": "sum", "batch_size": batch_size}
+            scores = evaluator.evaluate_instance(**asked)
+            found[fact.id] = [list(fact.candidates), fact.candidates.index(fact.obj_label), scores]
+        return found
+
+    return run
+
+
+SIDES: dict[str, Callable[..., Callable[[int, int], Answers]]] = {
+    "compressknow": ours,
+    "the paper's loop": papers_loop,
+    "lm-pub-quiz": lm_pub_quiz,
+}
+
+
+def child(options: Namespace) -> None:
+    """Let one side answer, and print its seconds, peak memory and answers."""
+    part, side, count, batch_size = *options.child[:2], *map(int, options.child[2:])
+    run = SIDES[side](part, language_of(part, options), options)
+    run(1, batch_size)
+    # From here on the peak is that of answering, not of loading.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_mb("VmRSS")
+    start = time.perf_counter()
+    answers = run(count, batch_size)
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "peak_mb": resident_mb("VmHWM") - before, "answers": answers}))
+
+
+def measure(part: str, side: str, count: int, batch_size: int) -> dict[str, Any]:
+    command = [sys.executable, *sys.argv, "--child", part, side, str(count), str(batch_size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result["speed"] = len(result["answers"]) / result["seconds"]
+    return result
+
+
+def compare(part: str, sides: dict[str, tuple[int, int]], rounds: int) -> dict[str, dict[str, Any]]:
+    """What each side (name -> number of facts, batch size) does, side by side, and its last answers."""
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, (count, batch_size) in sides.items():
+            runs[side].append(measure(part, side, count, batch_size))
+    for side, (_, batch_size) in sides.items():
+        speeds = sorted(run["speed"] for run in runs[side])
+        asked, peak = len(runs[side][0]["answers"]), max(run["peak_mb"] for run in runs[side])
+        line = f"{statistics.median(speeds):>9.2f} facts/s ({speeds[0]:.2f}-{speeds[-1]:.2f}){peak:>8.0f} MB"
+        print(f"{side:<18}{line}  {asked} facts, batches of {batch_size}", flush=True)
+    return {
+        side: {"speed": statistics.median(run["speed"] for run in of_side), "answers": of_side[-1]["answers"]}
+        for side, of_side in runs.items()
+    }
+
+
+def report_ratio(part: str, results: dict[str, dict[str, Any]]) -> None:
+    mine, other = (results[side]["speed"] for side in results)
+    bound = BOUNDS.get(part)
+    verdict = f" (bound {bound}x: {'met' if mine >= bound * other else 'not met'})" if bound else ""
+    print(f"{'ratio':<18}{mine / other:>8.1f}x{verdict}", flush=True)
+
+
+def report_paper(options: Namespace) -> None:
+    print("\nT-REx as the paper asks it, BERT of bert-base's size")
+    count = options.paper_facts
+    sides = {"compressknow": (options.facts, BATCH_SIZE), "the paper's loop": (count, min(count, 128))}
+    results = compare("paper", sides, options.rounds)
+    report_ratio("paper", results)
+    mine, theirs = (results[side]["answers"] for side in sides)
+    same = sum(mine[name] == answer for name, answer in theirs.items())
+    tokens = len({token for token, _ in theirs.values()})
+    right = sum(correct for _, correct in theirs.values())
+    verdict = "met" if same == len(theirs) else "not met"
+    print(f"{'same answer':<18}{same} of {len(theirs)} ({tokens} tokens, {right} right; bound: all, {verdict})")
+
+
+def report_batches(options: Namespace) -> None:
+    count = options.facts // 4
+    print(f"\ncompressknow by batch size: T-REx, the same model, {count} facts, one run each")
+    for size in BATCH_SIZES:
+        run = measure("paper", "compressknow", count, size)
+        print(f"{size:<18}{run['speed']:>9.2f} facts/s{run['peak_mb']:>8.0f} MB", flush=True)
+
+
+def report_bear(part: str, options: Namespace) -> None:
+    print(f"\nBEAR, {(options.model if part == 'bear' else options.masked_model).name}")
+    count = options.bear_facts
+    sizes = [int(size) for size in options.their_batches.split(",")]
+    trials = {size: measure(part, "lm-pub-quiz", max(count // 10, 1), size) for size in sizes}
+    fastest = max(trials, key=lambda size: trials[size]["speed"])
+    print("lm-pub-quiz by batch size: " + ", ".join(f"{size}: {run['speed']:.2f}" for size, run in trials.items()))
+    sides = {"compressknow": (count, BATCH_SIZE), "lm-pub-quiz": (count, fastest)}
+    results = compare(part, sides, options.rounds)
+    report_ratio(part, results)
+    mine, theirs = (results[side]["answers"] for side in sides)
+    same = [same_ranking(*mine[name], *answer) for name, answer in theirs.items()]
+    best, rank = sum(best for best, _ in same), sum(rank for _, rank in same)
+    verdict = "met" if best == rank == len(same) else "not met"
+    print(f"{'same ranking':<18}answer {best}, the object's rank {rank} of {len(same)} (bound: all, {verdict})")
+
+
+def same_ranking(predicted: str, rank: int, top: float, labels: list[str], gold: int, scores: list[float]) -> Any:
+    """Whether the most likely answer and the object's rank are those of the scores; equal ones in any order."""
+    same = scores[labels.index(predicted)] >= max(scores) - ROUNDING and abs(top - max(scores)) < ROUNDING
+    above = sum(score > scores[gold] + ROUNDING for score in scores)
+    return same, 1 + above <= rank <= sum(score >= scores[gold] - ROUNDING for score in scores)
+
+
+def missing(part: str, options: Namespace) -> str | None:
+    """Why a part cannot be measured here, or None."""
+    if part in options.skip.split(","):
+        return "skipped by --skip"
+    if part in ("bear", "masked") and not importlib.util.find_spec("lm_pub_quiz"):
+        return "lm-pub-quiz is not installed (pip install lm-pub-quiz)"
+    folder = options.model if part == "bear" else options.masked_model
+    if not (folder / "tokenizer.json").is_file():
+        return f"there is no model in {folder}"
+    try:
+        probe_of("bear" if part in ("bear", "masked") else "paper", options)
+    except CompressknowError as error:
+        return str(error)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=SHARED / "data", help="the folder that holds lama/ and bear/")
+    parser.add_argument("--model", type=Path, default=SMOLLM2, help="the causal model")
+    parser.add_argument("--masked-model", type=Path, default=SHARED / "models" / "minilm-facts")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--facts", type=int, default=1000, help="facts of T-REx for compressknow")
+    parser.add_argument("--paper-facts", type=int, default=32, help="those of them for the paper's loop")
+    parser.add_argument("--bear-facts", type=int, default=60)
+    parser.add_argument("--their-batches", default="16,32,64")
+    parser.add_argument("--skip", default="")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options)
+        return
+    for part in ("paper", "batches", "bear", "masked"):
+        if reason := missing(part, options):
+            print(f"\n{part}: not measured: {reason}", flush=True)
+        elif part == "paper":
+            report_paper(options)
+        elif part == "batches":
+            report_batches(options)
+        else:
+            report_bear(part, options)
+
+
+if __name__ == "__main__":
+    main()
