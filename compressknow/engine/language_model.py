@@ -33,8 +33,14 @@ class LanguageModel:
 
     @property
     def vocabulary(self) -> str:
-        """A short hash of the tokens and their ids."""
-        tokens = sorted(self.tokenizer.get_vocab().items())
+        """A short hash of the tokens that the model has, and their ids.
+
+        A GGUF's tokenizer has more than its original's: names for rows that no token has, and the end of text that
+        transformers adds to those of GPT-2's kind, beyond the last row.
+        """
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        ids = self.tokenizer.get_vocab().items()
+        tokens = sorted((token, number) for token, number in ids if number < rows and token != f"[PAD{number}]")
         return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from compressknow.probe.scorer import Question, Scorer
 
+END_OF_TEXT = "<|endoftext|>"
 BATCH_SIZE = 128
 # A callable that is told how many facts of how many are answered.
 Progress = Callable[[int, int], None]
@@ -44,10 +45,12 @@ def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, famil
     from compressknow.probe.masked import MaskedScorer
     from compressknow.probe.seq2seq import Seq2SeqScorer
 
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    rows, size = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
+    unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens
+    if size > rows and not (unused and tokenizer.convert_ids_to_tokens(rows) == END_OF_TEXT):
         raise CheckpointError(
-            f"The tokenizer has {len(tokenizer):,} tokens, the model's embedding {rows:,} rows: they are no pair.",
+            f"The tokenizer has {size:,} tokens, the model's embedding {rows:,} rows: they are no pair.",
             hint="Put the tokenizer that the model was trained with beside its weights.",
         )
     if family == "masked" and tokenizer.mask_token is None:

