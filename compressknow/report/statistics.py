@@ -91,7 +91,9 @@ def mcnemar(counts: Counts) -> float | None:
     if not counts.n:
         return None
     discordant = counts.lost + counts.gained
-    # Both tails are alike; an even split is in both.
+    # Both tails are alike. Where they meet, floats may add up to 0.9999999999999999.
+    if abs(counts.lost - counts.gained) <= discordant % 2:
+        return 1.0
     return min(1.0, 2 * float(bdtr(min(counts.lost, counts.gained), discordant, 0.5)))
 
 
