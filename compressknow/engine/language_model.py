@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.engine.load import family_of_class, load, load_tokenizer
-from compressknow.errors import UnsupportedError
+from compressknow.errors import CheckpointError, UnsupportedError
+from compressknow.model.checkpoint import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +60,12 @@ def load_language_model(
     UnsupportedError : it is no language model of text.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise CheckpointError(
+            f"{path} has no tokenizer: it lacks the file of its vocabulary.",
+            why="transformers makes up one that knows special tokens alone, and every word would be unknown.",
+            hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) beside its weights.",
+        )
     model = load(
         path,
         device=device,
@@ -66,6 +73,7 @@ def load_language_model(
         trust_remote_code=trust_remote_code,
         language_model=True,
     )
+    _refuse_borrowed_head(path, model)
     family = _family(model)
     if family is None:
         raise UnsupportedError(
@@ -73,6 +81,23 @@ def load_language_model(
             hint="Give a checkpoint whose `architectures` names a language model.",
         )
     return LanguageModel(model, tokenizer, family)
+
+
+def _refuse_borrowed_head(path: Path, model: PreTrainedModel) -> None:
+    """A head that is missing is tied to the embedding by transformers, for T5 even where the config says that they are
+    two: such a model answers at random.
+    """
+    config = read_json(path / "config.json") if path.is_dir() else {}
+    named = str((config.get("architectures") or [None])[0])
+    head = model.get_output_embeddings()
+    if config.get("tie_word_embeddings") is not False or family_of_class(named) or head is None:
+        return
+    if head.weight is model.get_input_embeddings().weight:
+        raise CheckpointError(
+            f"{path} has no language-modelling head: its config names {named}, and says that the head is not tied to "
+            "the embedding.",
+            hint="Give a checkpoint of a masked, causal or sequence-to-sequence language model.",
+        )
 
 
 def _family(model: PreTrainedModel) -> str | None:

@@ -1,0 +1,395 @@
+"""`probe` and `report` on the command line: what they print, what they import, and what they say of bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from compressknow.cli import main
+from compressknow.probe.answers import RECORD
+from tests.knowing import facts_file, knowing
+
+PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`bert`, `llama` and `t5`, two compressed Llamas, answers of all of these to `facts.jsonl`."""
+    folder = tmp_path_factory.mktemp("place")
+    facts = facts_file(folder / "facts.jsonl")
+    for family in ("bert", "llama", "t5"):
+        knowing(family, folder / family)
+        assert main(["probe", str(folder / family), "-p", f"facts:{facts}", "-o", str(folder / f"on-{family}")]) == 0
+    for amount in (5, 8):
+        name = f"llama-{amount}"
+        assert main(["convert", str(folder / "llama"), str(folder / name), "--prune", f"0.{amount}"]) == 0
+        options = ["-p", f"facts:{facts}", "-o", folder / f"on-{name}", "--reference", folder / "on-llama"]
+        assert main(["probe", str(folder / name), *map(str, options)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line in an empty folder; ``{place}`` stands for the folder of models."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        code = main([str(argument).replace("{place}", str(place)) for argument in arguments])
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+def refused(ended: Ended, code: int, *words: str) -> None:
+    """One message on stderr, without a traceback, that says these words; nothing on stdout."""
+    assert ended.code == code, ended.err
+    assert ended.out == ""
+    assert len(re.findall(r"^Error: ", ended.err, re.MULTILINE)) == 1
+    assert "Traceback" not in ended.err
+    assert "fault of compressknow" not in ended.err
+    for word in words:
+        assert word in ended.err
+
+
+def nothing_written(folder: Path) -> None:
+    assert not [path for path in folder.iterdir() if path.name != "model"]
+
+
+def test_the_help_of_probe_shows_what_a_line_of_facts_holds(run: Run) -> None:
+    for command in ("probe", "report"):
+        shown = run(command, "--help").out
+        for word in ("atlas", "lama:trex", "facts:FILE.jsonl", "lm-eval:TASK", '"obj_label": "Paris"', "candidates"):
+            assert word in shown
+        example = re.search(r"\{\"relation.*?\}", shown, re.DOTALL)
+        assert example is not None
+        assert {"prompt", "obj_label", "candidates", "popularity"} <= set(json.loads(example.group()))
+
+
+def test_the_line_of_facts_that_the_help_shows_can_be_asked(run: Run, tmp_path: Path) -> None:
+    example = re.search(r"\{\"relation.*?\}", run("probe", "--help").out, re.DOTALL)
+    assert example is not None
+    (tmp_path / "mine.jsonl").write_text(example.group().replace("\n", " "))
+    ended = run("probe", "{place}/llama", "-p", "facts:mine.jsonl", "-o", "answers")
+    assert ended.code == 0
+    assert re.search(r"^facts:mine.jsonl +1 ", ended.out, re.MULTILINE)
+
+
+PROBE, REPORT = ("probe", "{place}/llama", "-o", "answers"), ("report", "{place}/on-llama", "{place}/on-llama-5")
+FACTS = ("-p", "facts:{place}/facts.jsonl")
+BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
+    "an unknown probe": ((*PROBE, "-p", "atlsa"), 2, ("Unknown probe 'atlsa'", "Did you mean atlas?")),
+    "a set that is not there": ((*PROBE, "-p", "lama:trex"), 2, ("lama:trex does not come with", "--data DIR")),
+    "a folder that holds no set": ((*PROBE, "-p", "bear", "--data", "."), 2, ("does not hold bear",)),
+    "a data folder that is missing": ((*PROBE, "-p", "bear", "--data", "none"), 2, ("'none' does not exist",)),
+    "a facts file that is missing": ((*PROBE, "-p", "facts:none.jsonl"), 2, ("There is no file none.jsonl",)),
+    "a template that is missing": ((*PROBE, "-p", "atlas", "--template", "9"), 2, ("template 9",)),
+    "a limit of none": ((*PROBE, *FACTS, "--limit", "0"), 2, ("--limit",)),
+    "a wrong column": ((*PROBE, "-p", "hf:x", "--map", "subjekt=a"), 2, ("subjekt",)),
+    "a model that is missing": (("probe", "./none", *FACTS, "-o", "answers"), 1, ("./none: no such folder",)),
+    "a file for a model": (("probe", "{place}/facts.jsonl", "-o", "answers"), 1, ("is a file, not a checkpoint",)),
+    "a GGUF file that is missing": (("probe", "none/x.gguf", "-o", "answers"), 1, ("no such file",)),
+    "a hub id that is not to be had": (("probe", "some/model", "-o", "answers"), 1, ("some/model is neither", "hub")),
+    "answers for a model": (("probe", "{place}/on-llama", "-o", "answers"), 1, ("config.json is missing",)),
+    "a reference that is no answers folder": (
+        (*PROBE, *FACTS, "--reference", "{place}/bert"),
+        1,
+        ("bert is no answers folder",),
+    ),
+    "a reference of another family": ((*PROBE, *FACTS, "--reference", "{place}/on-bert"), 1, ("differ in family",)),
+    "no compressed model": (("report", "{place}/on-llama"), 2, ("Missing argument 'COMPRESSED...'",)),
+    "a gate in percent": ((*REPORT, "--fail-under", "95"), 2, ("must lie between 0 and 1", "0.95")),
+    "a gate that is no number": ((*REPORT, "--fail-under", "nan"), 2, ("must lie between 0 and 1",)),
+    "an unknown format": ((*REPORT, "-o", "report.pdf"), 2, ("report.pdf", ".html, .md or .json")),
+    "a format that is missing": ((*REPORT, "-o", "report"), 2, (".html, .md or .json",)),
+    "an output in no folder": ((*REPORT, "-o", "none/report.md"), 1, ("none: no such folder",)),
+    "two outputs of one name": ((*REPORT, "-o", "a.md", "-o", "./a.md"), 2, ("Two reports have one name",)),
+    "a probe that was not asked": ((*REPORT, "-p", "atlas"), 1, ("was not asked atlas", "facts:facts.jsonl")),
+    "answers of another family": (
+        ("report", "{place}/on-bert", "{place}/on-llama"),
+        1,
+        ("llama is no compressed form of bert: they differ in family",),
+    ),
+    "models of other families": (
+        ("report", "{place}/bert", "{place}/t5", *FACTS, "--answers", "kept", "-o", "report.html"),
+        1,
+        ("t5 is no compressed form of bert: they differ in family",),
+    ),
+    "a compressed model that is missing": (
+        ("report", "{place}/llama", "./none", "-o", "report.html"),
+        1,
+        ("./none: no such folder",),
+    ),
+    "answers of a facts file that is not here": (
+        ("report", "{place}/on-llama", "{place}/llama-5"),
+        2,
+        ("There is no file facts.jsonl",),
+    ),
+    "other facts of the same probe": (
+        ("report", "{place}/on-llama", "{place}/llama-5", *FACTS, "--limit", "9", "--answers", "kept"),
+        2,
+        ("was asked other questions of facts:facts.jsonl", "--limit"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_message_and_writes_nothing(run: Run, tmp_path: Path, name: str) -> None:
+    arguments, code, words = BAD_INPUT[name]
+    refused(run(*arguments), code, *words)
+    if name == "models of other families":
+        # The original was asked before it could be told.
+        shutil.rmtree(tmp_path / "kept")
+    nothing_written(tmp_path)
+
+
+@pytest.fixture
+def model(place: Path, tmp_path: Path) -> Callable[[str], Path]:
+    return lambda family: Path(shutil.copytree(place / family, tmp_path / "model"))
+
+
+def test_an_encoder_without_a_head_is_refused(run: Run, place: Path, tmp_path: Path) -> None:
+    hf.BertModel.from_pretrained(place / "bert").save_pretrained(tmp_path / "model")
+    hf.AutoTokenizer.from_pretrained(place / "bert").save_pretrained(tmp_path / "model")
+    ended = run("probe", "model", *FACTS, "-o", "answers")
+    refused(ended, 1, "model has no language-modelling head: its config names BertModel", "cls.predictions", "random")
+    nothing_written(tmp_path)
+
+
+def test_an_encoder_decoder_without_a_head_is_refused(run: Run, place: Path, tmp_path: Path) -> None:
+    config = hf.AutoConfig.from_pretrained(place / "t5", tie_word_embeddings=False)
+    hf.T5Model(config).save_pretrained(tmp_path / "model")
+    hf.AutoTokenizer.from_pretrained(place / "t5").save_pretrained(tmp_path / "model")
+    ended = run("report", "{place}/on-t5", "model", *FACTS, "--answers", "kept")
+    refused(ended, 1, "no language-modelling head: its config names T5Model", "not tied to the embedding")
+    nothing_written(tmp_path)
+
+
+def test_a_classifier_is_refused(run: Run, place: Path, tmp_path: Path) -> None:
+    hf.BertForSequenceClassification.from_pretrained(place / "bert").save_pretrained(tmp_path / "model")
+    hf.AutoTokenizer.from_pretrained(place / "bert").save_pretrained(tmp_path / "model")
+    refused(run("probe", "model", *FACTS, "-o", "answers"), 1, "no language-modelling head", "cls.predictions")
+    nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_a_model_without_tokenizer_is_refused(
+    run: Run, model: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    """Of BERT and T5 transformers would make up a tokenizer to which every word is unknown."""
+    folder = model(family)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    refused(run("probe", "model", *FACTS, "-o", "answers"), 1, "model has no tokenizer", "tokenizer.json")
+    nothing_written(tmp_path)
+
+
+def test_a_masked_model_without_a_mask_is_refused(run: Run, model: Callable[[str], Path], tmp_path: Path) -> None:
+    path = model("bert") / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["mask_token"]
+    path.write_text(json.dumps(config))
+    refused(run("probe", "model", *FACTS, "-o", "answers"), 1, "no mask token", "mask_token")
+    nothing_written(tmp_path)
+
+
+def test_a_compressed_model_of_another_vocabulary_is_refused(
+    run: Run, model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = model("llama") / "tokenizer.json"
+    path.write_text(path.read_text().replace('"capital"', '"Capital"'))
+    ended = run("report", "{place}/on-llama", "model", *FACTS, "--answers", "kept")
+    refused(ended, 1, "model is no compressed form of llama: they differ in vocabulary")
+    nothing_written(tmp_path)
+
+
+def test_a_probe_that_leaves_no_fact_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model").write_text('{"prompt": "The first [MASK] wins.", "obj_label": "never seen"}')
+    ended = run("probe", "{place}/bert", "-p", "facts:model", "-o", "answers")
+    refused(ended, 2, "facts:model leaves no fact that this model could be asked", "1 dropped: ")
+    nothing_written(tmp_path)
+
+
+def test_a_model_that_computes_no_numbers_knows_nothing_and_is_told_as_broken(
+    run: Run, model: Callable[[str], Path]
+) -> None:
+    path = model("llama") / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    ended = run("report", "{place}/on-llama", "model", *FACTS, "--answers", "kept", "-o", "report.json")
+    assert ended.code == 0
+    assert "Keeps none of the 64 facts" in ended.out
+    assert "it is broken" in ended.out
+
+
+def test_an_output_that_is_there_is_kept_until_it_may_be_replaced(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("mine")
+    refused(run(*REPORT, "-o", "report.html", "-o", "report.md"), 1, "report.md exists already", "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+    assert (tmp_path / "report.md").read_text() == "mine"
+    assert run(*REPORT, "-o", "report.md", "--overwrite").code == 0
+    assert "Keeps" in (tmp_path / "report.md").read_text()
+
+
+def test_damaged_answers_are_refused(run: Run, place: Path, tmp_path: Path) -> None:
+    answers = Path(shutil.copytree(place / "on-llama-5", tmp_path / "model"))
+    (answers / "answers.parquet").write_bytes(b"PAR1 no more")
+    refused(run("report", "{place}/on-llama", "model"), 1, "cannot be read as answers")
+    (answers / RECORD).write_text("{}")
+    refused(run("report", "{place}/on-llama", "model"), 1, "is no answers folder")
+    nothing_written(tmp_path)
+
+
+def test_answers_to_other_questions_are_refused(run: Run, place: Path, tmp_path: Path) -> None:
+    assert run("probe", "{place}/llama-5", *FACTS, "--limit", "30", "-o", "model").code == 0
+    refused(run("report", "{place}/on-llama", "model"), 1, "not asked the same questions", "--limit None and 30")
+
+
+def test_an_original_may_be_answers_and_the_compressed_a_model(run: Run, tmp_path: Path) -> None:
+    """Wherever the facts file lies, and however its name is given."""
+    asked = run("report", "{place}/on-llama", "{place}/llama-8", *FACTS, "--answers", "kept", "--json")
+    stored = run("report", "{place}/on-llama", "{place}/on-llama-8", *FACTS, "--json")
+    assert asked.code == stored.code == 0
+    first, second = json.loads(asked.out), json.loads(stored.out)
+    assert first["compressed"] == second["compressed"]
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_answers_are_asked_as_they_were_where_nothing_else_is_said(run: Run, tmp_path: Path) -> None:
+    shown = ("-p", "facts:{place}/facts.jsonl")
+    assert run("probe", "{place}/llama", *shown, "--limit", "20", "--seed", "3", "-o", "model").code == 0
+    ended = run("report", "model", "{place}/llama-8", *shown, "--answers", "kept", "--json")
+    assert ended.code == 0, ended.err
+    (probe,) = json.loads(ended.out)["compressed"][0]["probes"].values()
+    assert (probe["n"], probe["limit"], probe["seed"]) == (20, 20, 3)
+
+
+@pytest.mark.parametrize("compressed", [["on-llama-8"], ["on-llama-5", "on-llama-8"]])
+def test_the_report_is_printed_within_80_columns(run: Run, compressed: list[str]) -> None:
+    ended = run("report", "{place}/on-llama", *(f"{{place}}/{name}" for name in compressed))
+    assert ended.code == 0
+    assert max(map(len, ended.out.splitlines())) <= 80
+    for name in compressed:
+        assert name.removeprefix("on-") in ended.out or len(compressed) == 1
+    assert ended.err == ""
+
+
+def test_answers_are_printed_within_80_columns(run: Run, tmp_path: Path) -> None:
+    long = tmp_path / f"{'long' * 30}.jsonl"
+    long.write_text(
+        '{"prompt": "The favourite food of the arlo is [MASK].", "obj_label": "honey", "subject": "S"}\n'
+        '{"prompt": "The favourite food of the [MASK].", "obj_label": "never seen at all"}\n'
+    )
+    for model in ("bert", "llama"):
+        ended = run("probe", f"{{place}}/{model}", "-p", f"facts:{long}", *FACTS, "-o", f"answers-{model}")
+        assert ended.code == 0
+        assert max(map(len, ended.out.splitlines())) <= 80
+        assert ended.err == ""
+        assert f"{model}: answers in answers-{model}" in ended.out
+
+
+def test_a_hostile_name_is_shown_harmless(run: Run, place: Path, tmp_path: Path) -> None:
+    name = "\x1b[31mred\u202e" + "x" * 100
+    shutil.copytree(place / "llama", tmp_path / name)
+    ended = run("report", "{place}/on-llama", name, *FACTS, "--answers", "kept")
+    printed = ended.out + run("probe", name, *FACTS, "-o", "answers").out
+    assert ended.code == 0
+    assert "\x1b" not in printed
+    assert "\u202e" not in printed
+    assert max(map(len, printed.splitlines())) <= 160
+
+
+def test_the_record_of_a_probe_is_printed_as_json(run: Run) -> None:
+    record = json.loads(run(*PROBE, *FACTS, "--json").out)
+    assert record["schema"] == 1
+    assert record["model"]["family"] == "causal"
+    entry = record["probes"]["facts:facts.jsonl"]
+    assert (entry["asked"], entry["right"], entry["dropped"]) == (64, 64, {})
+
+
+def test_the_report_is_printed_as_json(run: Run, tmp_path: Path) -> None:
+    ended = run("report", "{place}/on-llama", "{place}/on-llama-8", "--json", "-o", "report.json")
+    printed = json.loads(ended.out, parse_constant=lambda value: pytest.fail(f"{value} is no JSON"))
+    assert printed == json.loads((tmp_path / "report.json").read_text())
+    assert {"schema", "verdict", "original", "compressed"} <= set(printed)
+    (compressed,) = printed["compressed"]
+    assert {"setup", "source", "probes", "grades"} <= set(compressed)
+    (probe,) = compressed["probes"].values()
+    wanted = (
+        "n both lost gained neither accuracy_original accuracy_compressed kept kept_interval mcnemar_p flips "
+        "answer_changed kl_mean by_relation by_subject"
+    )
+    assert set(wanted.split()) <= set(probe)
+    assert probe["n"] == probe["both"] + probe["lost"] + probe["gained"] + probe["neither"] == 64
+
+
+def test_a_gate_ends_with_3_and_says_the_numbers(run: Run) -> None:
+    ended = run("report", "{place}/on-llama", "{place}/on-llama-8", "--fail-under", "0.9", "--json")
+    kept = json.loads(ended.out)["compressed"][0]
+    assert ended.code == 3
+    assert f"keeps {kept['both']} of 64" in ended.err
+    assert run("report", "{place}/on-llama", "{place}/on-llama", "--fail-under", "1").code == 0
+
+
+def test_a_report_on_answers_loads_no_model_library(place: Path, tmp_path: Path) -> None:
+    code = "import sys; from compressknow.cli import main; main(); print(*sys.modules, file=sys.stderr)"
+    arguments = [place / "on-llama", place / "on-llama-5", "-o", tmp_path / "r.html", "-o", tmp_path / "r.json"]
+    command = [sys.executable, "-c", code, "report", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.split())
+    assert "compressknow.report.card" in loaded
+    unwanted = {"torch", "transformers", "tokenizers", "safetensors", "lm_eval", "datasets", "pandas", "scipy.stats"}
+    assert not loaded & unwanted
+
+
+def test_the_same_report_twice_is_the_same_to_the_byte(place: Path, tmp_path: Path) -> None:
+    formats = ("html", "md", "json")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        outputs = [word for suffix in formats for word in ("-o", f"report.{suffix}")]
+        command = [*PROGRAM, "report", str(place / "on-llama"), str(place / "on-llama-8"), *outputs]
+        subprocess.run(command, cwd=tmp_path / name, check=True, capture_output=True)
+    for suffix in formats:
+        one, two = ((tmp_path / name / f"report.{suffix}").read_bytes() for name in ("one", "two"))
+        assert one == two
+
+
+def test_the_command_that_the_report_shows_makes_it_again(run: Run, place: Path, tmp_path: Path) -> None:
+    given = ("report", "{place}/on-llama", "{place}/on-llama-8", "-o", "report.json", *FACTS, "--no-facts")
+    assert run(*given).code == 0
+    first: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").unlink()
+    program, *arguments = first["command"].split()
+    assert program == "compressknow"
+    assert run(*arguments).code == 0
+    assert json.loads((tmp_path / "report.json").read_text()) == first
