@@ -205,6 +205,9 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
         yield
     except CompressknowError:
         raise
+    except ImportError as error:
+        hint = f"pip install {error.name.partition('.')[0]}" if error.name else None
+        raise CheckpointError(f"{path} needs a library that is not here.", why=_first_line(error), hint=hint) from error
     except Exception as error:
         raise CheckpointError(f"{path} cannot be loaded.", why=_first_line(error)) from error
 

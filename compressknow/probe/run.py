@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressknow import __version__
 from compressknow.engine.identity import Located, describe, fingerprint
 from compressknow.errors import OutputError, UsageError
 from compressknow.probe.answers import (
@@ -221,7 +222,8 @@ def _key(respondent: Respondent, probe: Probe | Task, reference: Answers | None)
     """A hash of all that decides the answers: the model, the facts, whose tokens are asked for, and how it is run."""
     settings = respondent.settings
     decides = [
-        *(SCHEMA_VERSION, respondent.sha256, probe.fingerprint()),
+        # Another version may ask or score otherwise.
+        *(SCHEMA_VERSION, __version__, respondent.sha256, probe.fingerprint()),
         reference.record["model"]["sha256"] if reference else None,
         *(str(settings.device), settings.computed_in, settings.batch_size),
     ]
@@ -264,8 +266,6 @@ def _record(folder: Path, respondent: Respondent) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
-
-    from compressknow import __version__
 
     libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     return {"compressknow": __version__} | libraries

@@ -32,6 +32,7 @@ SLACK_TOKENS = 4
 SEVERAL_TOKENS = "the object is several tokens of this model"
 NOT_IN_VOCABULARY = "the object is no single word of the common vocabulary for this model"
 NO_TOKENS = "an answer has no tokens in this model's vocabulary"
+SAME_TOKENS = "the object and another candidate are the same tokens for this model"
 TOO_LONG = "the prompt is longer than this model reads"
 BLANK_NOT_LAST = "the blank is not at the end of the prompt"
 
@@ -114,8 +115,6 @@ class Scorer(ABC):
             options = self.options(fact, fact.candidates, rest=rest)
             if not rest and _one_begins_another(options):
                 options = self.options(fact, fact.candidates, rest=True)
-            if not all(options):
-                return NO_TOKENS
             gold = options[fact.candidates.index(fact.obj_label)]
         elif self.one_token:
             aliases = self._aliases(fact)
@@ -124,10 +123,8 @@ class Scorer(ABC):
                 return NOT_IN_VOCABULARY if self.probe.vocabulary == "words" else SEVERAL_TOKENS
         else:
             (gold,) = self.options(fact, [fact.obj_label], rest=False)
-            if not gold:
-                return NO_TOKENS
         question = Question(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
-        return question if self._fits(question) else TOO_LONG
+        return self._unfit(question) or question
 
     def answer(self, batch: Sequence[Question], reference: Sequence[Ids] | None) -> list[Answer]:
         """Answers to questions of one shape.
@@ -151,10 +148,16 @@ class Scorer(ABC):
         rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, strict=True)
         return [_with_distribution(found[question.fact.id], *distribution) for question, *distribution in rows]
 
-    def _fits(self, question: Question) -> bool:
+    def _unfit(self, question: Question) -> str | None:
+        """Why the ids of a question cannot be asked, or None."""
+        free = not question.options and not self.one_token
         answers = question.options or (question.gold,)
-        slack = 0 if question.options or self.one_token else SLACK_TOKENS
-        return self._most is None or max(question.shape) + max(map(len, answers)) + slack <= self._most
+        if (question.options or free) and not all(answers):
+            return NO_TOKENS
+        if question.options.count(question.gold) > 1:
+            return SAME_TOKENS
+        longest = max(question.shape) + max(map(len, answers)) + (SLACK_TOKENS if free else 0)
+        return TOO_LONG if self._most is not None and longest > self._most else None
 
     @cached_property
     def _most(self) -> int | None:
