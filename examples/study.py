@@ -1,20 +1,21 @@
 """Convert a model in every way of a small study, and report on all of them against the original.
 
-Attention, feed-forward and overall, each pruned by 10 to 90 % and quantized by both int8 schemes: 33 conversions, which
-are made in seconds and removed once they are asked. Everything after the work folder goes to `compressknow report`.
+Attention, feed-forward and overall, each pruned by 10 to 90 % (or by `--amounts`) and quantized by both int8 schemes:
+33 conversions, made in seconds and removed once they are asked. All other options go to `compressknow report`.
 
     python examples/study.py MODEL build/study -p atlas --limit 300 -o report.html
 
-The reports in examples/reports were made by (DATA and MODELS are folders of one's own):
+The studies in examples/reports were made by (DATA and MODELS are folders of one's own):
 
     python examples/study.py MODELS/minilm-facts build/study-minilm -p lama:trex --data DATA --limit 2000 --no-facts \\
         -o examples/reports/minilm-trex.html -o examples/reports/minilm-trex.md
-    python examples/study.py build/smollm2 build/study-smollm2 -p atlas -p lm-eval:winogrande -p lm-eval:piqa \\
-        --data DATA --limit 200 -o examples/reports/smollm2.html -o examples/reports/smollm2.md
+    python examples/study.py build/smollm2 build/study-smollm2 --amounts 20,50,80 -p atlas --limit 250 \\
+        -o examples/reports/smollm2-atlas.html -o examples/reports/smollm2-atlas.md
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -23,16 +24,19 @@ import compressknow
 from compressknow.cli import main as cli
 
 SCOPES = {"att": "attention", "ff": "feed-forward", "overall": "overall"}
-AMOUNTS = [tenth / 10 for tenth in range(1, 10)]
+AMOUNTS = "10,20,30,40,50,60,70,80,90"
 SCHEMES = ["int8", "int8-paper"]
 
 
 def main() -> int:
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    model, work, options = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    variants = [*pruned(model, work), *quantized(model, work)]
-    code = cli(["report", model, *map(str, variants), "--answers", str(work / "answers"), *options])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("work", type=Path, help="folder for the conversions and the answers")
+    parser.add_argument("--amounts", default=AMOUNTS, help="pruned shares in per cent  [default: %(default)s]")
+    given, options = parser.parse_known_args()
+    amounts = [int(amount) for amount in given.amounts.split(",")]
+    variants = [*pruned(given.model, given.work, amounts), *quantized(given.model, given.work)]
+    code = cli(["report", given.model, *map(str, variants), "--answers", str(given.work / "answers"), *options])
     if code == 0:
         # The answers stay, so that a second run asks nothing; the models are made again in seconds.
         for variant in variants:
@@ -40,12 +44,12 @@ def main() -> int:
     return code
 
 
-def pruned(model: str, work: Path) -> list[Path]:
+def pruned(model: str, work: Path, amounts: list[int]) -> list[Path]:
     folders = []
     for short, scope in SCOPES.items():
-        for amount in AMOUNTS:
-            folders.append(work / f"{short}-{amount:.0%}".replace("%", ""))
-            compressknow.convert(model, folders[-1], scope=scope, prune=amount, overwrite=True)
+        for amount in amounts:
+            folders.append(work / f"{short}-{amount}")
+            compressknow.convert(model, folders[-1], scope=scope, prune=amount / 100, overwrite=True)
     return folders
 
 
