@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from compressknow.cli import main
 from compressknow.probe.answers import RECORD
+from compressknow.probe.own_facts import own_facts
 from tests.knowing import facts_file, knowing
 
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]
@@ -95,13 +96,20 @@ def test_the_help_of_probe_shows_what_a_line_of_facts_holds(run: Run) -> None:
         assert {"prompt", "obj_label", "candidates", "popularity"} <= set(json.loads(example.group()))
 
 
-def test_the_line_of_facts_that_the_help_shows_can_be_asked(run: Run, tmp_path: Path) -> None:
+def test_the_line_of_facts_that_the_help_shows_is_read(run: Run, tmp_path: Path) -> None:
     example = re.search(r"\{\"relation.*?\}", run("probe", "--help").out, re.DOTALL)
     assert example is not None
     (tmp_path / "mine.jsonl").write_text(example.group().replace("\n", " "))
+    (fact,) = own_facts(tmp_path / "mine.jsonl").facts
+    assert (fact.obj_label, fact.popularity) == ("Paris", 68000000)
+
+
+def test_candidates_that_a_model_cannot_tell_apart_are_no_question(run: Run, tmp_path: Path) -> None:
+    unknown = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris", "candidates": ["Paris", "Rome"]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(unknown))
     ended = run("probe", "{place}/llama", "-p", "facts:mine.jsonl", "-o", "answers")
-    assert ended.code == 0
-    assert re.search(r"^facts:mine.jsonl +1 ", ended.out, re.MULTILINE)
+    assert ended.code == 2
+    assert "1 dropped: the object and another candidate are the same tokens for this model" in ended.err
 
 
 PROBE, REPORT = ("probe", "{place}/llama", "-o", "answers"), ("report", "{place}/on-llama", "{place}/on-llama-5")
