@@ -9,7 +9,7 @@ The studies in examples/reports were made by (DATA and MODELS are folders of one
 
     python examples/study.py MODELS/minilm-facts build/study-minilm -p lama:trex --data DATA --limit 2000 --no-facts \\
         -o examples/reports/minilm-trex.html -o examples/reports/minilm-trex.md
-    python examples/study.py build/smollm2 build/study-smollm2 --amounts 20,50,80 -p atlas --limit 250 \\
+    python examples/study.py build/smollm2 build/study-smollm2 --amounts 20,50,80 -p atlas --limit 100 \\
         -o examples/reports/smollm2-atlas.html -o examples/reports/smollm2-atlas.md
 """
 
