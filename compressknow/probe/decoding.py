@@ -21,6 +21,8 @@ from compressknow.probe.settle import Scores, rank_of
 
 # Logits of one forward pass, at most: 256 MB of float32.
 LOGITS = 1 << 26
+# Tokens filled up in one pass, at most: about what another pass costs.
+FILLED = 64
 _END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
 
 
@@ -59,12 +61,23 @@ class DecodingScorer(Scorer):
         scores = np.zeros(len(rows))
         longer = sorted((index for index, (_, ids) in enumerate(rows) if len(ids) > 1), key=lambda i: len(rows[i][1]))
         while longer:
-            # A forward pass reads all weights, so few of them are best; what bounds them is the size of the logits.
-            width = len(rows[longer[-1]][1]) - 1
-            count = max(1, min(ROWS, LOGITS // (width * self._vocabulary)))
-            chunk, longer = longer[-count:], longer[:-count]
-            scores[chunk] = self._finish_together(state, [rows[index] for index in chunk])
+            chunk = self._together([len(rows[index][1]) - 1 for index in longer])
+            chosen, longer = longer[-chunk:], longer[:-chunk]
+            scores[chosen] = self._finish_together(state, [rows[index] for index in chosen])
         return scores
+
+    def _together(self, widths: Sequence[int]) -> int:
+        """How many rows, from the last and widest one on, share a forward pass. It reads all weights, so that few of
+        them are best; what bounds it is the size of the logits, and how much is filled up for the shorter rows.
+        """
+        count, filled = 0, 0
+        most = max(1, min(ROWS, LOGITS // (widths[-1] * self._vocabulary)))
+        for width in reversed(widths):
+            filled += widths[-1] - width
+            if count == most or filled > FILLED:
+                break
+            count += 1
+        return count
 
     def written(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:
         chosen = [index for index, question in enumerate(batch) if not question.options and not self.one_token]

@@ -32,17 +32,20 @@ class Contest:
     gold: int
 
     def wanted(self) -> NDArray[np.intp]:
-        """Candidates that must be finished next: the object and the leaders first; then those that may outrank it.
-
-        Empty when the best five and the rank of the object are certain.
+        """Candidates that must be finished next: the object and the leaders; then all that may outrank the object; then
+        all that may be among the best five. Empty when these and the object's rank are certain.
         """
-        leaders = np.zeros(len(self.scores), dtype=bool)
-        leaders[self.order()[:TOP]] = True
-        leaders[self.gold] = True
-        first = np.flatnonzero(leaders & ~self.finished)
-        if len(first):
-            return first
-        return np.flatnonzero(~self.finished & (self.scores >= self.scores[self.gold]))
+        known = self.scores[self.finished]
+        if not self.finished[self.gold] or len(known) < min(TOP, len(self.scores)):
+            leaders = np.zeros(len(self.scores), dtype=bool)
+            leaders[self.order()[:TOP]] = True
+            leaders[self.gold] = True
+            return np.flatnonzero(leaders & ~self.finished)
+        fifth = np.sort(known)[-min(TOP, len(known))]
+        for bar in (self.scores[self.gold], fifth):
+            if len(rivals := np.flatnonzero(~self.finished & (self.scores >= bar))):
+                return rivals
+        return np.array([], dtype=np.intp)
 
     def order(self) -> NDArray[np.intp]:
         """Candidates from the most likely one down; equal ones in their own order."""
