@@ -5,7 +5,7 @@
 Every measurement is a process of its own. Its clock starts after the model is loaded and has answered once, and stops
 at the last answer: writing prompts, tokenizing and scoring count. Its memory is the peak above what it held with the
 model loaded. Rounds alternate, so that a machine whose speed drifts does so for all; ratios are of medians. Both sides
-compute in float32 and are asked the same facts, of T-REx the paper's loop a part of them.
+compute in float32 and are asked the same facts; the slower side a part of them, evenly spread.
 
 - `paper`: T-REx, and a BERT of bert-base's size with random weights. The paper's loop (LLMCompression, utils.py and
   bert_quantize.py) fills each sentence up to the model's 512 tokens and computes the whole vocabulary at each of them.
@@ -231,14 +231,15 @@ def report_bear(part: str, options: Namespace) -> None:
     print(f"\nBEAR, {(options.model if part == 'bear' else options.masked_model).name}")
     count = options.bear_facts
     sizes = [int(size) for size in options.their_batches.split(",")]
-    trials = {size: measure(part, "lm-pub-quiz", max(count // 10, 1), size) for size in sizes}
+    theirs = min(options.their_facts, count)
+    trials = {size: measure(part, "lm-pub-quiz", max(theirs // 5, 1), size) for size in sizes}
     fastest = max(trials, key=lambda size: trials[size]["speed"])
     print("lm-pub-quiz by batch size: " + ", ".join(f"{size}: {run['speed']:.2f}" for size, run in trials.items()))
-    sides = {"compressknow": (count, BATCH_SIZE), "lm-pub-quiz": (count, fastest)}
+    sides = {"compressknow": (count, BATCH_SIZE), "lm-pub-quiz": (theirs, fastest)}
     results = compare(part, sides, options.rounds)
     report_ratio(part, results)
-    mine, theirs = (results[side]["answers"] for side in sides)
-    same = [same_ranking(*mine[name], *answer) for name, answer in theirs.items()]
+    mine, answers = (results[side]["answers"] for side in sides)
+    same = [same_ranking(*mine[name], *answer) for name, answer in answers.items()]
     best, rank = sum(best for best, _ in same), sum(rank for _, rank in same)
     verdict = "met" if best == rank == len(same) else "not met"
     print(f"{'same ranking':<18}answer {best}, the object's rank {rank} of {len(same)} (bound: all, {verdict})")
@@ -275,7 +276,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--facts", type=int, default=1000, help="facts of T-REx for compressknow")
     parser.add_argument("--paper-facts", type=int, default=32, help="those of them for the paper's loop")
-    parser.add_argument("--bear-facts", type=int, default=60)
+    parser.add_argument("--bear-facts", type=int, default=500, help="facts of BEAR for compressknow")
+    parser.add_argument("--their-facts", type=int, default=40, help="those of them for lm-pub-quiz")
     parser.add_argument("--their-batches", default="16,32,64")
     parser.add_argument("--skip", default="")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)

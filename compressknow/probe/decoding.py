@@ -21,8 +21,8 @@ from compressknow.probe.settle import Scores, rank_of
 
 # Logits of one forward pass, at most: 256 MB of float32.
 LOGITS = 1 << 26
-# Tokens filled up in one pass, at most: about what another pass costs.
-FILLED = 64
+# Tokens that one pass scores in about the time of one.
+FEW_TOKENS = 64
 _END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
 
 
@@ -57,27 +57,30 @@ class DecodingScorer(Scorer):
         heads = [torch.tensor([ids[0] for ids in question.options], device=log_probs.device) for question in batch]
         return [row[head].double().cpu().numpy() for row, head in zip(log_probs, heads, strict=True)]
 
-    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]]) -> Scores:
-        scores = np.zeros(len(rows))
-        longer = sorted((index for index, (_, ids) in enumerate(rows) if len(ids) > 1), key=lambda i: len(rows[i][1]))
-        while longer:
-            chunk = self._together([len(rows[index][1]) - 1 for index in longer])
-            chosen, longer = longer[-chunk:], longer[:-chunk]
-            scores[chosen] = self._finish_together(state, [rows[index] for index in chosen])
+    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
+        scores = scores.copy()
+        longer = sorted((row for row, (_, ids) in enumerate(rows) if len(ids) > 1), key=lambda row: -len(rows[row][1]))
+        together = max(1, min(ROWS, LOGITS // self._vocabulary))
+        for start in range(0, len(longer), together):
+            self._walk(state, rows, longer[start : start + together], scores, bars)
         return scores
 
-    def _together(self, widths: Sequence[int]) -> int:
-        """How many rows, from the last and widest one on, share a forward pass. It reads all weights, so that few of
-        them are best; what bounds it is the size of the logits, and how much is filled up for the shorter rows.
+    def _walk(
+        self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], walking: list[int], scores: Scores, bars: Scores
+    ) -> None:
+        """`finish` of the rows `walking`, a token a pass, so that a row stops where it falls below its bar; `scores`
+        are changed in place. A few rows go on to their ends in one pass: it reads all weights, whatever it scores.
         """
-        count, filled = 0, 0
-        most = max(1, min(ROWS, LOGITS // (widths[-1] * self._vocabulary)))
-        for width in reversed(widths):
-            filled += widths[-1] - width
-            if count == most or filled > FILLED:
-                break
-            count += 1
-        return count
+        cache, places, known = prefix.cache, [rows[row][0] for row in walking], 1
+        while walking:
+            left = max(len(rows[row][1]) for row in walking) - known
+            width = left if len(walking) * left <= FEW_TOKENS else 1
+            cache = select_rows(cache, torch.tensor(places, device=prefix.ids.device))
+            log_probs, cache = self._more(prefix, [rows[row] for row in walking], cache, known, width)
+            scores[walking] += log_probs
+            known += width
+            places = [n for n, row in enumerate(walking) if known < len(rows[row][1]) and not scores[row] < bars[row]]
+            walking = [walking[place] for place in places]
 
     def written(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:
         chosen = [index for index, question in enumerate(batch) if not question.options and not self.one_token]
@@ -85,7 +88,8 @@ class DecodingScorer(Scorer):
             return []
         longest = max(len(batch[index].gold) for index in chosen) + SLACK_TOKENS
         texts = self._generate(state, log_probs, longest)
-        rest = self.finish(state, [(index, batch[index].gold) for index in chosen])
+        zeros = np.zeros(len(chosen))
+        rest = self.finish(state, [(index, batch[index].gold) for index in chosen], zeros, zeros - np.inf)
         answers = []
         for index, more in zip(chosen, rest, strict=True):
             question, scores = batch[index], log_probs[index].double().cpu().numpy()
@@ -134,20 +138,25 @@ class DecodingScorer(Scorer):
         end = next((place for place, token in enumerate(ids) if self.ends(token)), len(ids))
         return ids[:end]
 
-    def _finish_together(self, prefix: Prefix, rows: Sequence[tuple[int, Ids]]) -> Scores:
-        """`finish` in one forward pass. Shorter options are filled up at their ends, which no token before sees."""
-        longest = max(len(option) for _, option in rows)
-        device = prefix.ids.device
-        chosen = torch.tensor([index for index, _ in rows], device=device)
-        ids = torch.tensor([option + option[-1:] * (longest - len(option)) for _, option in rows], device=device)
-        real = torch.tensor([[place < len(option) for place in range(1, longest)] for _, option in rows], device=device)
-        cache = select_rows(prefix.cache, chosen)
-        read = ids[:, :-1] if cache is not None else torch.cat([prefix.ids[chosen], ids[:, :-1]], dim=1)
-        encoder = prefix.encoder[chosen] if prefix.encoder is not None else None
-        logits = self.forward(read, cache, encoder, longest - 1)[0].float()
-        log_probs = logits.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
+    def _more(
+        self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], cache: Any, known: int, width: int
+    ) -> tuple[Scores, Any]:
+        """Log-probabilities of the next `width` tokens after `known` ones, summed, [rows], and the cache afterwards.
+        Shorter options are filled up at their ends, which no token before sees.
+        """
+        device, end = prefix.ids.device, known + width
+        ids = torch.tensor([option[:end] + option[-1:] * (end - len(option)) for _, option in rows], device=device)
+        real = torch.tensor([[place < len(option) for place in range(known, end)] for _, option in rows], device=device)
+        questions = torch.tensor([index for index, _ in rows], device=device)
+        read = ids[:, known - 1 : -1]
+        if cache is None:
+            read = torch.cat([prefix.ids[questions], ids[:, :-1]], dim=1)
+        encoder = prefix.encoder[questions] if prefix.encoder is not None else None
+        logits, after = self.forward(read, cache, encoder, width)
+        logits = logits.float()
+        log_probs = logits.gather(2, ids[:, known:].unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
         scores: Scores = log_probs.double().where(real, 0.0).sum(1).cpu().numpy()
-        return scores
+        return scores, None if cache is None else after
 
     @cached_property
     def _vocabulary(self) -> int:

@@ -7,7 +7,7 @@ right: each is predicted with itself and the ones after it masked, so that no pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,9 @@ from compressknow.probe.encoding import Ids
 from compressknow.probe.facts import BLANK, Fact
 from compressknow.probe.scorer import ROWS, Question, Scorer, group_by_length
 from compressknow.probe.settle import Scores
+
+# Index of the question, the number of tokens of an option, and its beginning: what a pass predicts the next token from.
+Step = tuple[int, int, Ids]
 
 
 class MaskedScorer(Scorer):
@@ -59,26 +62,23 @@ class MaskedScorer(Scorer):
                 scores[index][options] = row[heads].double().cpu().numpy()
         return scores
 
-    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]]) -> Scores:
+    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
         batch: Sequence[Question] = state
-        # Candidates that begin alike share the passes of their common beginning.
-        steps = {
-            (index, len(ids), ids[:place]): None for index, ids in rows for place in range(1, len(ids)) if len(ids) > 1
-        }
-        wanted: dict[tuple[int, int, Ids], list[int]] = {step: [] for step in steps}
-        for index, ids in rows:
-            for place in range(1, len(ids)):
-                wanted[index, len(ids), ids[:place]].append(ids[place])
-        logp = self._steps(batch, wanted)
-        return np.array(
-            [sum(logp[index, len(ids), ids[:place]][ids[place]] for place in range(1, len(ids))) for index, ids in rows]
-        )
+        scores, place = scores.copy(), 1
+        while alive := [row for row, (_, ids) in enumerate(rows) if place < len(ids) and not scores[row] < bars[row]]:
+            # Candidates that begin alike share the passes of their common beginning.
+            wanted: dict[Step, list[int]] = {}
+            steps = [(rows[row][0], len(rows[row][1]), rows[row][1][:place]) for row in alive]
+            for step, row in zip(steps, alive, strict=True):
+                wanted.setdefault(step, []).append(rows[row][1][place])
+            logp = self._steps(batch, wanted)
+            scores[alive] += [logp[step][rows[row][1][place]] for step, row in zip(steps, alive, strict=True)]
+            place += 1
+        return scores
 
-    def _steps(
-        self, batch: Sequence[Question], wanted: dict[tuple[int, int, Ids], list[int]]
-    ) -> dict[tuple[int, int, Ids], dict[int, float]]:
-        """Log-probabilities of the wanted tokens after each beginning of a candidate of that many tokens."""
-        sizes: dict[int, list[tuple[int, int, Ids]]] = {}
+    def _steps(self, batch: Sequence[Question], wanted: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
+        """Log-probabilities of the wanted tokens after each beginning of a candidate."""
+        sizes: dict[int, list[Step]] = {}
         for step in wanted:
             sizes.setdefault(len(batch[step[0]].prompt) + step[1], []).append(step)
         found = {}

@@ -86,8 +86,11 @@ class Scorer(ABC):
         """For each question the log-probabilities of its options' first tokens, [options]."""
 
     @abstractmethod
-    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]]) -> Scores:
-        """Sums of log-probabilities of the tokens after the first, [rows]; a row is (question, ids of an option)."""
+    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
+        """Scores of whole options, [rows]: `scores` of the first tokens, and the log-probabilities of those after them.
+
+        A row is (question, ids of an option). One that falls below its bar on the way is left there.
+        """
 
     def written(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:  # noqa: ARG002
         """Answers to the questions where any text may be answered; families that only choose have none."""
@@ -212,9 +215,10 @@ class Scorer(ABC):
         ]
         firsts = [contest.scores.copy() for contest in contests]
 
-        def finish(pairs: list[tuple[int, int]]) -> Scores:
+        def finish(pairs: list[tuple[int, int]], bars: Scores) -> Scores:
             rows = [(chosen[contest], batch[chosen[contest]].options[candidate]) for contest, candidate in pairs]
-            return np.array([firsts[contest][candidate] for contest, candidate in pairs]) + self.finish(state, rows)
+            first = np.array([firsts[contest][candidate] for contest, candidate in pairs])
+            return self.finish(state, rows, first, bars)
 
         settle(contests, finish)
         return [_chosen(batch[index].fact, contest) for index, contest in zip(chosen, contests, strict=True)]

@@ -1,7 +1,8 @@
 """The best candidates, found exactly without finishing most of them.
 
-A candidate's score is a sum of log-probabilities, one a token, so that it only falls with each token: the score of its
-first token is an upper bound of the whole. Candidates whose bound lies below what is known already are left alone.
+A candidate's score is a sum of log-probabilities, one a token, so that it only falls with each token: what its first
+tokens score is an upper bound of the whole. Candidates whose bound lies below what is known already are left where they
+are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 
 TOP = 5
 Scores = NDArray[np.float64]
+# Pairs (index of the contest, index of the candidate) and a bar for each -> scores, [pairs]: those of the whole
+# candidates, and of candidates that fall below their bar what shows that they do.
+Finish = Callable[[list[tuple[int, int]], Scores], Scores]
 
 
 @dataclass
@@ -23,7 +27,7 @@ class Contest:
     Attributes
     ----------
     scores : [candidates], natural logarithms; upper bounds where `finished` is False.
-    finished : [candidates], whether the score is that of the whole candidate.
+    finished : [candidates], whether the score is certainly that of the whole candidate.
     gold : index of the object.
     """
 
@@ -31,21 +35,25 @@ class Contest:
     finished: NDArray[np.bool_]
     gold: int
 
-    def wanted(self) -> NDArray[np.intp]:
-        """Candidates that must be finished next: the object and the leaders; then all that may outrank the object; then
-        all that may be among the best five. Empty when these and the object's rank are certain.
+    def bar(self) -> float | None:
+        """What a candidate must reach to matter: the object's score or that of the fifth best, whichever is lower. None
+        while they are not known. It only rises.
         """
         known = self.scores[self.finished]
         if not self.finished[self.gold] or len(known) < min(TOP, len(self.scores)):
-            leaders = np.zeros(len(self.scores), dtype=bool)
-            leaders[self.order()[:TOP]] = True
-            leaders[self.gold] = True
-            return np.flatnonzero(leaders & ~self.finished)
-        fifth = np.sort(known)[-min(TOP, len(known))]
-        for bar in (self.scores[self.gold], fifth):
-            if len(rivals := np.flatnonzero(~self.finished & (self.scores >= bar))):
-                return rivals
-        return np.array([], dtype=np.intp)
+            return None
+        return float(np.fmin(self.scores[self.gold], np.sort(known)[-min(TOP, len(known))]))
+
+    def wanted(self) -> NDArray[np.intp]:
+        """Candidates that must be scored further: the object and the leaders; then all that reach the bar. Empty when
+        the best five and the object's rank are certain.
+        """
+        if (bar := self.bar()) is not None:
+            return np.flatnonzero(~self.finished & (self.scores >= bar))
+        leaders = np.zeros(len(self.scores), dtype=bool)
+        leaders[self.order()[:TOP]] = True
+        leaders[self.gold] = True
+        return np.flatnonzero(leaders & ~self.finished)
 
     def order(self) -> NDArray[np.intp]:
         """Candidates from the most likely one down; equal ones in their own order."""
@@ -61,22 +69,13 @@ def rank_of(gold: int, scores: Scores) -> int | None:
     return int(1 + np.sum(scores > scores[gold]) + np.sum(scores[:gold] == scores[gold]))
 
 
-def settle(contests: Sequence[Contest], finish: Callable[[list[tuple[int, int]]], Scores]) -> None:
-    """Finish as few candidates as make the best five and the object's rank certain in each contest.
-
-    Parameters
-    ----------
-    contests : changed in place.
-    finish : pairs (index of the contest, index of the candidate) -> the scores of these whole candidates, [pairs].
-    """
-    open_contests = set(range(len(contests)))
-    while open_contests:
-        pairs = []
-        for index in sorted(open_contests):
-            wanted = contests[index].wanted()
-            if not len(wanted):
-                open_contests.discard(index)
-            pairs += [(index, int(candidate)) for candidate in wanted]
-        for (index, candidate), score in zip(pairs, finish(pairs) if pairs else (), strict=True):
-            contests[index].scores[candidate] = score
-            contests[index].finished[candidate] = True
+def settle(contests: Sequence[Contest], finish: Finish) -> None:
+    """Score as few tokens as make the best five and the object's rank certain in each contest, changed in place."""
+    while pairs := [(index, int(place)) for index, contest in enumerate(contests) for place in contest.wanted()]:
+        known = {index: contests[index].bar() for index, _ in pairs}
+        bars = np.array([-np.inf if (bar := known[index]) is None else bar for index, _ in pairs])
+        scores = finish(pairs, bars)
+        # One that has fallen below its bar may not be whole, and need not be.
+        for (index, place), score, whole in zip(pairs, scores, ~(scores < bars), strict=True):
+            contests[index].scores[place] = score
+            contests[index].finished[place] = whole

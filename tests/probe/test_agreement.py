@@ -147,7 +147,8 @@ def ours(language: LanguageModel, probe: Probe, fact: Fact) -> np.ndarray:
     assert isinstance(question, Question)
     with torch.inference_mode():
         log_probs, state = scorer.first([question])
-        return scorer.bounds([question], log_probs)[0] + scorer.finish(state, [(0, ids) for ids in question.options])
+        firsts = scorer.bounds([question], log_probs)[0]
+        return scorer.finish(state, [(0, ids) for ids in question.options], firsts, np.full(len(firsts), -np.inf))
 
 
 def check_agreement(language: LanguageModel, folder: Path, relation: str, template: int, facts: int = 9) -> int:

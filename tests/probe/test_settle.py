@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import accumulate, product
 
 import numpy as np
 import pytest
@@ -17,28 +17,37 @@ CANDIDATE = st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple)
 TREE = st.fixed_dictionaries({path: LOG_PROBS for size in (1, 2, 3, 4) for path in product(range(3), repeat=size)})
 
 
+def beginnings(tree: dict, ids: tuple[int, ...]) -> list[float]:
+    """The score of each beginning of a candidate."""
+    return list(accumulate(tree[ids[: size + 1]] for size in range(len(ids))))
+
+
 def contest_of(tree: dict, candidates: list, gold: int) -> tuple[Contest, np.ndarray]:
     """A contest of candidates whose tokens have these log-probabilities, and the scores of the whole candidates."""
-    whole = np.array([sum(tree[ids[: size + 1]] for size in range(len(ids))) for ids in candidates])
+    whole = np.array([beginnings(tree, ids)[-1] for ids in candidates])
     bounds = np.array([tree[ids[:1]] for ids in candidates])
     return Contest(bounds, np.array([len(ids) == 1 for ids in candidates]), gold % len(candidates)), whole
 
 
 @given(st.data(), st.lists(TREE, min_size=1, max_size=3))
 def test_the_best_five_the_rank_and_the_score_are_those_of_brute_force(data: st.DataObject, trees: list) -> None:
-    contests, wholes = [], []
+    contests, wholes, parts = [], [], []
     for tree in trees:
         candidates = data.draw(st.lists(CANDIDATE, min_size=1, max_size=20))
         contest, whole = contest_of(tree, candidates, data.draw(st.integers(0, 19)))
         contests.append(contest)
         wholes.append(whole)
+        parts.append([beginnings(tree, ids) for ids in candidates])
     seen = set()
 
-    def finish(pairs: list[tuple[int, int]]) -> np.ndarray:
-        assert not seen & set(pairs), "a candidate is finished twice"
+    def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
+        assert not seen & set(pairs), "a candidate is scored twice"
         assert all(not contests[index].finished[candidate] for index, candidate in pairs)
         seen.update(pairs)
-        return np.array([wholes[index][candidate] for index, candidate in pairs])
+        found = [parts[index][candidate] for index, candidate in pairs]
+        # As far as the first token that shows that it falls below its bar.
+        below = [[score for score in part if score < bar] for part, bar in zip(found, bars, strict=True)]
+        return np.array([fallen[0] if fallen else part[-1] for part, fallen in zip(found, below, strict=True)])
 
     settle(contests, finish)
     for contest, whole in zip(contests, wholes, strict=True):
@@ -54,7 +63,7 @@ def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_left_alone
     contest = Contest(bounds, np.zeros(100, dtype=bool), 1)
     finished = []
 
-    def finish(pairs: list[tuple[int, int]]) -> np.ndarray:
+    def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
         finished.extend(candidate for _, candidate in pairs)
         return np.array([contest.scores[candidate] - 0.5 for _, candidate in pairs])
 
@@ -67,7 +76,7 @@ def test_an_unlikely_object_makes_those_finish_that_may_outrank_it() -> None:
     contest = Contest(bounds, np.zeros(100, dtype=bool), 49)
     finished = set()
 
-    def finish(pairs: list[tuple[int, int]]) -> np.ndarray:
+    def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
         finished.update(candidate for _, candidate in pairs)
         return np.array([contest.scores[candidate] - 0.25 for _, candidate in pairs])
 
@@ -77,7 +86,7 @@ def test_an_unlikely_object_makes_those_finish_that_may_outrank_it() -> None:
 
 
 def test_nothing_is_finished_where_all_candidates_are_one_token() -> None:
-    def finish(pairs: list[tuple[int, int]]) -> np.ndarray:
+    def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
         raise AssertionError(pairs)
 
     settle([Contest(np.array([-2.0, -1.0]), np.array([True, True]), 0)], finish)
@@ -86,7 +95,7 @@ def test_nothing_is_finished_where_all_candidates_are_one_token() -> None:
 @pytest.mark.parametrize("gold", [0, 2])
 def test_numbers_that_are_none_end_and_give_no_rank(gold: int) -> None:
     contest = Contest(np.full(9, np.nan), np.zeros(9, dtype=bool), gold)
-    settle([contest], lambda pairs: np.full(len(pairs), np.nan))
+    settle([contest], lambda _, bars: np.full(len(bars), np.nan))
     assert rank_of(gold, contest.scores) is None
 
 
