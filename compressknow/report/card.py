@@ -38,7 +38,7 @@ def make_card(
     """
     if not compressed:
         raise UsageError("There is no compressed model to compare.", hint="Give at least one beside the original.")
-    comparisons = [_compare(original, answers, show_facts) for answers in compressed]
+    comparisons = [compare(original, answers, show_facts=show_facts) for answers in compressed]
     model, common = model_facts(original.record["model"]), _common_warnings(comparisons)
     return Card(
         verdict=verdict_of_several(model.name, comparisons) if len(comparisons) > 1 else comparisons[0].verdict,
@@ -48,7 +48,7 @@ def make_card(
         show_facts=show_facts,
         versions=dict(original.record.get("versions", {})),
         command=command,
-        method=_method(original, model.family, comparisons),
+        method=method_of(original, comparisons),
     )
 
 
@@ -103,7 +103,8 @@ def _shortfall(label: str, counts: Counts) -> str:
     return f"{label} keeps {count(counts.both)} of {count(counts.known_before)} ({100 * counts.kept:.6g} %)"
 
 
-def _compare(original: Answers, compressed: Answers, show_facts: bool) -> Comparison:
+def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) -> Comparison:
+    """All figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
     before, model = model_facts(original.record["model"]), model_facts(compressed.record["model"])
     _refuse_incomparable(original, compressed)
     probes = [probe for probe in original.probes if probe in compressed.probes]
@@ -171,9 +172,13 @@ def _common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     return tuple(w for w in comparisons[0].warnings if all(w in other.warnings for other in comparisons))
 
 
-def _method(original: Answers, family: str, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+def method_of(original: Answers, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    """How the probes were asked and judged, and the limits of that, in sentences."""
     probes: dict[str, ProbeFigures] = {}
     for comparison in comparisons:
         for figures in comparison.probes:
             probes.setdefault(figures.probe, figures)
-    return method(family, [(p, original.record["probes"][name], original.of(name)) for name, p in probes.items()])
+    return method(
+        original.record["model"]["family"],
+        [(p, original.record["probes"][name], original.of(name)) for name, p in probes.items()],
+    )
