@@ -178,7 +178,5 @@ def method_of(original: Answers, comparisons: Sequence[Comparison]) -> tuple[str
     for comparison in comparisons:
         for figures in comparison.probes:
             probes.setdefault(figures.probe, figures)
-    return method(
-        original.record["model"]["family"],
-        [(p, original.record["probes"][name], original.of(name)) for name, p in probes.items()],
-    )
+    family = original.record["model"]["family"]
+    return method(family, [(p, original.record["probes"][name], original.of(name)) for name, p in probes.items()])

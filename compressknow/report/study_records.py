@@ -16,7 +16,7 @@ class StudyProbe:
     ----------
     average : ``micro`` or ``macro`` over relations: how the probe's protocol averages.
     accuracy : of the original, so averaged.
-    majority : accuracy of always giving each relation's most frequent object; None where the probe has no such baseline.
+    majority : accuracy of always giving each relation's most frequent object; None where there is no such baseline.
     chance : expected accuracy of guessing; None where any text may be answered.
     correct : by fact, whether the original answers it right.
     """
