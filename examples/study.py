@@ -5,12 +5,14 @@ Attention, feed-forward and overall, each pruned by 10 to 90 % (or by `--amounts
 
     python examples/study.py MODEL build/study -p atlas --limit 300 -o report.html
 
-So examples/reports/minilm-trex was made, and so SmolLM2 may be studied (DATA and MODELS are folders of one's own):
+So the studies in examples/reports were made (DATA and MODELS are folders of one's own):
 
     python examples/study.py MODELS/minilm-facts build/study-minilm -p lama:trex --data DATA --limit 2000 --no-facts \\
         -o examples/reports/minilm-trex.html -o examples/reports/minilm-trex.md
-    python examples/study.py build/smollm2 build/study-smollm2 --amounts 20,50,80 -p atlas --limit 300 \\
-        -o build/smollm2-study.html
+    python examples/study.py build/smollm2 build/study-smollm2 -p atlas --limit 300 \\
+        -o examples/reports/smollm2-atlas.html -o examples/reports/smollm2-atlas.md
+    python examples/study.py build/smollm2 build/study-smollm2 -p lm-eval:winogrande -p lm-eval:piqa --data DATA \\
+        --limit 100 --no-facts -o examples/reports/smollm2-tasks.html -o examples/reports/smollm2-tasks.md
 """
 
 from __future__ import annotations
