@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from compressknow.compress.blocks import Reader
 from compressknow.compress.layout import lay_out
 from compressknow.compress.manifest import build_manifest, dry_run, serialize
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
@@ -105,11 +106,11 @@ def convert(
         outputs = OutputFiles(staging.folder, layout)
         try:
             work = Work(pool, files, _Reporter(progress, _bytes_to_read(plan)), outputs)
-            hashes, measured = _write_weights(work, plan, _masks(work, plan))
+            hashes, measured = _write_weights(work, plan, choose_masks(work, plan))
             outputs.sync(pool)
         finally:
             outputs.close()
-        written = {"config.json": write_file(staging.folder / "config.json", _json(_config(plan)))}
+        written = {"config.json": write_file(staging.folder / "config.json", _json(output_config(plan)))}
         if layout.index:
             written[SAFETENSORS_INDEX] = write_file(staging.folder / SAFETENSORS_INDEX, _json(layout.index))
         copied = {name: copy_file(source / name, staging.folder / name) for name in carried}
@@ -131,7 +132,8 @@ def carried_files(folder: Path) -> Iterator[str]:
             yield name.as_posix()
 
 
-def _masks(work: Work, plan: Plan) -> dict[str, Mask]:
+def choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
+    """What the plan prunes, by tensor name."""
     masks: dict[str, Mask] = {}
     for index, step in enumerate(plan.recipe.steps):
         if isinstance(step, Prune):
@@ -161,7 +163,7 @@ def _write_weights(work: Work, plan: Plan, masks: Mapping[str, Mask]) -> tuple[d
     return hashes, measured
 
 
-def _config(plan: Plan) -> dict[str, Any]:
+def output_config(plan: Plan) -> dict[str, Any]:
     """The output's config.json."""
     if not plan.targets:
         return plan.config

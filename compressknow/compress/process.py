@@ -6,8 +6,11 @@ import hashlib
 import math
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -87,7 +90,7 @@ class OutputFiles:
 
     def writer(self, tensor_name: str) -> TensorWriter:
         place = self._layout.places[tensor_name]
-        return TensorWriter(self._descriptors[place.file], place.offset)
+        return TensorWriter(partial(_write_all, self._descriptors[place.file]), place.offset)
 
     def sync(self, pool: Pool) -> None:
         """Wait until all that was written would survive a power cut."""
@@ -109,10 +112,10 @@ class OutputFiles:
 
 
 class TensorWriter:
-    """Writes a tensor's bytes in order to their place, hashing them."""
+    """Puts a tensor's bytes, in order, from `offset` on, hashing them."""
 
-    def __init__(self, descriptor: int, offset: int) -> None:
-        self._descriptor, self._position = descriptor, offset
+    def __init__(self, put: Callable[[memoryview, int], None], offset: int) -> None:
+        self._put, self._position = put, offset
         self._digest = hashlib.sha256()
 
     def write(self, values: torch.Tensor) -> None:
@@ -120,7 +123,7 @@ class TensorWriter:
 
     def write_bytes(self, data: memoryview) -> None:
         self._digest.update(data)
-        _write_all(self._descriptor, data, self._position)
+        self._put(data, self._position)
         self._position += len(data)
 
     @property
@@ -128,11 +131,17 @@ class TensorWriter:
         return self._digest.hexdigest()
 
 
+class Output(Protocol):
+    """Where the tensors of a conversion go."""
+
+    def writer(self, tensor_name: str) -> TensorWriter: ...
+
+
 @dataclass(frozen=True)
 class Work(Reader):
-    """A reader that writes what it makes of a tensor into the output's files."""
+    """A reader that writes what it makes of a tensor into the output."""
 
-    output: OutputFiles
+    output: Output
 
     def write(self, planned: PlannedTensor, mask: Mask | None) -> Measured:
         """Write one tensor of the output. Raises CheckpointError where a weight is NaN or infinite."""

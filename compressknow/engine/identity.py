@@ -9,10 +9,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import open_checkpoint, read_json, weight_files
+
+if TYPE_CHECKING:
+    from compressknow.compress.variant import Variant
 
 MANIFEST = "compressknow.json"
 # What decides the answers beside the weights.
@@ -94,6 +97,22 @@ def describe(located: Located) -> dict[str, Any]:
     }
 
 
+def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
+    """What `describe` tells of a converted checkpoint, of one in memory; and its "totals", as its manifest has them."""
+    sizes: Counter[str] = Counter()
+    for row in variant.manifest["tensors"]:
+        sizes[row["dtype_after"]] += row["bytes_after"]
+    return {
+        "name": name,
+        "revision": None,
+        "bytes": variant.bytes,
+        "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),
+        "quantization": quantization_in_words(variant.config),
+        **_facts_of(variant.manifest),
+        "totals": variant.manifest["totals"],
+    }
+
+
 def quantization_in_words(config: Mapping[str, Any]) -> str | None:
     """What a checkpoint's config says of its quantization, whoever made it, or None.
 
@@ -161,21 +180,22 @@ def _manifest_facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        manifest = read_json(path)
-        errors = _errors_by_group(manifest["tensors"])
-        return {
-            "setup": manifest["setup"],
-            "recipe": manifest["recipe"],
-            "source": {key: manifest["source"].get(key) for key in ("name", "revision")},
-            "zeros": manifest["totals"]["zeros_after"],
-            "groups": {
-                name: group | {"relative_error": errors.get(name)} for name, group in manifest["groups"].items()
-            },
-        }
+        return _facts_of(read_json(path))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error!r}.", hint="Convert the checkpoint again, or remove the file."
         ) from error
+
+
+def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    errors = _errors_by_group(manifest["tensors"])
+    return {
+        "setup": manifest["setup"],
+        "recipe": manifest["recipe"],
+        "source": {key: manifest["source"].get(key) for key in ("name", "revision")},
+        "zeros": manifest["totals"]["zeros_after"],
+        "groups": {name: group | {"relative_error": errors.get(name)} for name, group in manifest["groups"].items()},
+    }
 
 
 def _errors_by_group(tensors: list[dict[str, Any]]) -> dict[str, float]:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.engine.load import family_of_class, load, load_tokenizer
+from compressknow.engine.load import family_of_class, load, load_tokenizer, load_variant
 from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.model.checkpoint import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compressknow.compress.variant import Variant, VariantMaker
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,14 @@ def load_language_model(
             hint="Give a checkpoint whose `architectures` names a language model.",
         )
     return LanguageModel(model, tokenizer, family)
+
+
+def language_model_of(
+    variant: Variant, maker: VariantMaker, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: str
+) -> LanguageModel:
+    """A conversion in memory, ready to be asked; `tokenizer` is that of its source."""
+    model = load_variant(variant, maker, device=device, dtype=None if dtype == "auto" else dtype)
+    return LanguageModel(model, tokenizer, _family(model) or "")
 
 
 def _refuse_borrowed_head(path: Path, model: PreTrainedModel) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from compressknow.compress.variant import Variant, VariantMaker
+
 
 def load(
     folder: str | Path,
@@ -48,6 +50,29 @@ def load(
         unpack = {"quantization_config": _unpacked_gguf()} if "gguf_file" in source else {}
         model, report = model_class.from_pretrained(**source, **unpack, dtype=dtype or "auto", output_loading_info=True)
         _refuse_missing(path, report, named if named != model_class.__name__ and language_model else None)
+        _decompress(model)
+    return model.to(device).eval()
+
+
+def load_variant(
+    variant: Variant, maker: VariantMaker, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model that `load` gives of a converted folder, of a conversion in memory that `maker` made."""
+    path = maker.checkpoint.folder
+    with quiet(), _as_checkpoint_error(path):
+        _, named = _classes(maker.tree.config, False, True)
+        # An Auto class is a way to code that lies in the folder: the tree is already built of that.
+        model_class = named if hasattr(named, "config_class") else type(maker.tree)
+        model, report = model_class.from_pretrained(
+            None,
+            config=type(maker.tree.config).from_dict(variant.config),
+            state_dict=dict(variant.tensors),
+            dtype=dtype or "auto",
+            output_loading_info=True,
+        )
+        _refuse_missing(path, report, None)
+        if (path / "generation_config.json").is_file():
+            model.generation_config = type(model.generation_config).from_pretrained(path)
         _decompress(model)
     return model.to(device).eval()
 

@@ -1,0 +1,141 @@
+"""Conversions that are not written: the very tensors that `convert` would write, in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compressknow.compress.blocks import TORCH_DTYPES
+from compressknow.compress.convert import choose_masks, output_config
+from compressknow.compress.layout import lay_out
+from compressknow.compress.manifest import build_manifest
+from compressknow.compress.plan import Plan, PlannedTensor, make_plan
+from compressknow.compress.pool import Pool
+from compressknow.compress.process import Measured, TensorWriter, Work
+from compressknow.compress.recipe import Recipe
+from compressknow.model.checkpoint import open_checkpoint
+from compressknow.model.groups import structure_of
+from compressknow.model.meta import meta_model
+from compressknow.model.streaming import OpenFiles
+from compressknow.model.structure import ModuleMap, Structure
+from compressknow.model.tensors import byte_view
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = {
+    **TORCH_DTYPES,
+    **{"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"C64": torch.complex64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A converted checkpoint in memory.
+
+    Attributes
+    ----------
+    tensors : by name, what the weight files would hold, in the dtypes that they would; those that the recipe leaves
+        alone are shared with the other variants of the checkpoint.
+    config : what config.json would hold.
+    manifest : as `convert` returns it, without the hashes of files.
+    bytes : size of the weight files.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+    manifest: dict[str, Any] = field(repr=False)
+    bytes: int
+
+
+class VariantMaker:
+    """Opens a checkpoint once, for any number of recipes. Its tensors that a recipe leaves alone are read once."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        self.checkpoint = open_checkpoint(model, revision)
+        self.tree: PreTrainedModel = meta_model(
+            self.checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=self.checkpoint.tensors
+        )
+        self._threads = threads
+        self._structures: dict[ModuleMap, Structure] = {}
+        self._files = OpenFiles()
+        self._kept: dict[str, torch.Tensor] = {}
+        self._measured: dict[str, Measured] = {}
+
+    def __enter__(self) -> VariantMaker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.__exit__(kind, error, trace)
+
+    def structure(self, module_map: ModuleMap = "structural") -> Structure:
+        if module_map not in self._structures:
+            self._structures[module_map] = structure_of(self.tree, module_map)
+        return self._structures[module_map]
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """What a recipe does, from headers alone. Raises what `make_plan` does."""
+        return make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
+
+    def make(self, plan: Plan) -> Variant:
+        """The converted checkpoint of a plan of this maker.
+
+        Raises CheckpointError where a weight in scope is NaN or infinite.
+        """
+        output = _Memory(plan, self._kept)
+        with Pool(self._threads) as pool:
+            work = Work(pool, self._files, lambda _: None, output)
+            masks = choose_masks(work, plan)
+
+            def write(tensor: PlannedTensor) -> Measured:
+                if tensor.name in output.kept:
+                    return self._measured[tensor.name]
+                return work.write(tensor, masks.get(tensor.name))
+
+            measured = dict(zip((t.name for t in plan.tensors), pool.map(write, plan.tensors), strict=True))
+        self._keep(plan, output, measured)
+        files = lay_out(plan.tensors, plan.checkpoint.shards).sizes
+        manifest = build_manifest(plan, measured, {}, {})
+        return Variant(output.kept | output.made, output_config(plan), manifest, sum(files.values()))
+
+    def _keep(self, plan: Plan, output: _Memory, measured: dict[str, Measured]) -> None:
+        for tensor in plan.tensors:
+            if not tensor.in_scope and tensor.name in output.made:
+                self._kept[tensor.name] = output.made[tensor.name]
+                self._measured[tensor.name] = measured[tensor.name]
+
+
+class _Memory:
+    """The tensors of a plan: those `kept` of variants before it, and those to be made, with their scales."""
+
+    def __init__(self, plan: Plan, known: dict[str, torch.Tensor]) -> None:
+        self.kept = {t.name: known[t.name] for t in plan.tensors if not t.in_scope and t.name in known}
+        self.made: dict[str, torch.Tensor] = {}
+        for tensor in plan.tensors:
+            if tensor.name not in self.kept:
+                self.made[tensor.name] = torch.empty(tensor.source.shape, dtype=_DTYPES[tensor.dtype])
+            if tensor.scheme:
+                self.made[tensor.scale_name] = torch.empty(tensor.scale_shape, dtype=_DTYPES[tensor.source.dtype])
+
+    def writer(self, tensor_name: str) -> TensorWriter:
+        memory = byte_view(self.made[tensor_name])
+
+        def put(data: memoryview, position: int) -> None:
+            memory[position : position + len(data)] = data
+
+        return TensorWriter(put, 0)

@@ -1,0 +1,59 @@
+"""A conversion in memory is the one that `convert` writes, bit for bit, and computes the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compressknow import convert
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Where
+from compressknow.compress.variant import VariantMaker
+from compressknow.engine.load import load, load_variant
+from tests.models import logits, save_tiny
+
+RECIPES = {
+    "attention pruned": Recipe((Prune(0.3, where=Where(("attention",))),)),
+    "attention pruned and int8": Recipe(
+        (Prune(0.2, where=Where(("attention",))), Quantize("int8", Where(("attention",))))
+    ),
+    "all by the paper's scheme": Recipe((Quantize("int8-paper"),)),
+    "feed-forward int8 weights": Recipe((Quantize("int8-weights", Where(("feed-forward",))),)),
+    "final rows": Recipe((Prune(0.4, "ln-structured", Where(("final",))),)),
+}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "albert", "t5-gated", "bart", "llama", "qwen3"])
+def test_a_variant_is_what_convert_writes_and_computes_the_same(architecture: str, tmp_path: Path) -> None:
+    source = save_tiny(architecture, tmp_path / "model")
+    with VariantMaker(source) as maker:
+        # One after the other of one maker, so that nothing of one may be left in the next.
+        for number, recipe in enumerate(RECIPES.values()):
+            written = tmp_path / str(number)
+            manifest = convert(source, written, recipe=recipe)
+            variant = maker.make(maker.plan(recipe))
+            assert variant.manifest["tensors"] == manifest["tensors"]
+            assert variant.manifest["totals"] == manifest["totals"]
+            assert variant.config == json.loads((written / "config.json").read_text())
+            assert variant.bytes == (written / "model.safetensors").stat().st_size
+            stored = load_file(written / "model.safetensors")
+            assert variant.tensors.keys() == stored.keys()
+            for name, tensor in stored.items():
+                assert tensor.dtype == variant.tensors[name].dtype
+                assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
+            expected = logits(load(written, dtype="float32", language_model=True))
+            assert torch.equal(logits(load_variant(variant, maker, dtype="float32")), expected)
+
+
+def test_tensors_that_a_recipe_leaves_alone_are_shared_and_stay_as_they_were(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "model")
+    with VariantMaker(source) as maker:
+        first = maker.make(maker.plan(RECIPES["attention pruned"]))
+        second = maker.make(maker.plan(RECIPES["feed-forward int8 weights"]))
+        name = "model.embed_tokens.weight"
+        assert first.tensors[name].data_ptr() == second.tensors[name].data_ptr()
+        load_variant(first, maker, dtype="float32")
+        assert torch.equal(second.tensors[name], load_file(source / "model.safetensors")[name])
