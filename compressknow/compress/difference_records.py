@@ -1,0 +1,158 @@
+"""How two checkpoints differ, as plain records: filled from their files, shown by the report. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+Kind = Literal["added", "missing", "retyped", "reshaped", "tied", "untied", "packed"]
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What the elements of two tensors of one shape, a and b, add up to; ratios are derived, never stored.
+
+    Attributes
+    ----------
+    energy_a, energy_b, energy_change : sums of squares of a, of b and of b - a.
+    largest : the largest magnitude in b - a.
+
+    >>> sums = Sums(numel=2, zeros_b=1, energy_a=25.0, energy_b=16.0, energy_change=9.0, largest=3.0)  # (3, 4), (0, 4)
+    >>> sums.relative_error, sums.cosine, round(sums.snr_db, 2), (sums + sums).relative_error
+    (0.6, 0.8, 4.44, 0.6)
+    """
+
+    numel: int = 0
+    zeros_a: int = 0
+    zeros_b: int = 0
+    energy_a: float = 0.0
+    energy_b: float = 0.0
+    energy_change: float = 0.0
+    largest: float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.numel + other.numel,
+            self.zeros_a + other.zeros_a,
+            self.zeros_b + other.zeros_b,
+            self.energy_a + other.energy_a,
+            self.energy_b + other.energy_b,
+            self.energy_change + other.energy_change,
+            max(self.largest, other.largest),
+        )
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither side holds NaN or infinity: where one does, there are no ratios."""
+        return math.isfinite(self.energy_a + self.energy_b)
+
+    @property
+    def relative_error(self) -> float | None:
+        """||b - a|| / ||a||, by the Frobenius norm; None where a is all zero and b is not."""
+        if not self.finite or (self.energy_change and not self.energy_a):
+            return None
+        return math.sqrt(self.energy_change / self.energy_a) if self.energy_change else 0.0
+
+    @property
+    def cosine(self) -> float | None:
+        """Of the angle between a and b; None where one of them is all zero."""
+        if not self.finite or not self.energy_a or not self.energy_b:
+            return None
+        product = (self.energy_a + self.energy_b - self.energy_change) / 2
+        return max(-1.0, min(1.0, product / math.sqrt(self.energy_a) / math.sqrt(self.energy_b)))
+
+    @property
+    def snr_db(self) -> float | None:
+        """10 log10(||a||² / ||b - a||²), in decibels; None where nothing changed, and where a is all zero."""
+        if not self.finite or not self.energy_change or not self.energy_a:
+            return None
+        return 10 * math.log10(self.energy_a / self.energy_change)
+
+    @property
+    def largest_change(self) -> float | None:
+        """The largest |b - a|."""
+        return self.largest if self.finite else None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDifference:
+    """A tensor that both checkpoints have in one shape; int8 values are compared as what they stand for.
+
+    Attributes
+    ----------
+    name : of the parameter in the module tree, or as stored where the tree has none.
+    group : ``attention``, ``feed-forward``, ``final``, ``other`` or ``not-linear``.
+    stack, layer, module : of a Linear weight in a block: the side of an encoder-decoder model, the block's number, and
+        what it is inside the block (``self_attn.q_proj``).
+    bytes_a, bytes_b : on disk, scales included.
+    same_bytes : stored alike to the bit.
+    """
+
+    name: str
+    group: str
+    stack: str | None
+    layer: int | None
+    module: str | None
+    shape: tuple[int, ...]
+    dtype_a: str
+    dtype_b: str
+    bytes_a: int
+    bytes_b: int
+    same_bytes: bool
+    sums: Sums
+
+
+@dataclass(frozen=True, slots=True)
+class StructureChange:
+    """A tensor that the two checkpoints do not store alike; `a` and `b` say how each does, "-" for not at all."""
+
+    name: str
+    kind: Kind
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChange:
+    """A setting that differs, by its dotted name; values as JSON, None for a setting that is not there."""
+
+    key: str
+    a: str | None
+    b: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Two checkpoints of one architecture, b against a."""
+
+    architecture: str
+    config: tuple[ConfigChange, ...]
+    structure: tuple[StructureChange, ...]
+    tensors: tuple[TensorDifference, ...]
+
+    @property
+    def total(self) -> Sums:
+        return sum((tensor.sums for tensor in self.tensors), Sums())
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether every tensor is on both sides, in one dtype, to the bit."""
+        return not self.structure and all(tensor.same_bytes for tensor in self.tensors)
+
+    def packed(self) -> tuple[StructureChange, ...]:
+        """Weights that are stored in a form whose values cannot be read here."""
+        return tuple(change for change in self.structure if change.kind == "packed")
+
+
+def summed(
+    tensors: Iterable[TensorDifference], key: Callable[[TensorDifference], Key | None]
+) -> dict[Key, tuple[TensorDifference, ...]]:
+    """Tensors by a key, in the order in which it first comes; those without one are left out."""
+    found: dict[Key, list[TensorDifference]] = {}
+    for tensor in tensors:
+        if (at := key(tensor)) is not None:
+            found.setdefault(at, []).append(tensor)
+    return {at: tuple(those) for at, those in found.items()}
