@@ -1,0 +1,261 @@
+"""What all charts are drawn with: axes of one look, lines, bars, labels. matplotlib is imported by the first drawn."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from compressknow.report.figures import share
+from compressknow.report.records import Estimate
+from compressknow.report.svg import COLOURS, inline
+from compressknow.report.text import plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 360  # units of the drawing, and pixels on the narrowest screen
+INK, MUTED, RULE, PAPER = (COLOURS[name] for name in ("ink", "muted", "rule", "paper"))
+SERIES = tuple(COLOURS[f"c{i}"] for i in range(1, 7))
+# Lines differ in marker and dashes too: colour alone tells some people nothing.
+MARKERS, DASHES = "osD^vP", ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
+_SETTINGS: Any = {
+    "svg.fonttype": "none",  # text stays text: small, and in the page's own font
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that widths are the same everywhere
+    "font.size": 11,
+    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.facecolor": "none",
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "svg.hashsalt": "compressknow",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A figure of one scope, by the share of its weights that was pruned (0 to 100)."""
+
+    scope: str
+    points: tuple[tuple[float, Estimate], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A figure with its name; bars of one `series` share a colour, and a new `group` stands a little apart."""
+
+    name: str
+    value: Estimate
+    series: int = 0
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A line across the chart that figures are measured by: what always the same answer scores, say (0 to 1)."""
+
+    name: str
+    value: float
+
+
+@contextmanager
+def axes(height: int, id: str, title: str, description: str) -> Iterator[tuple[Axes, Callable[[], str]]]:
+    """Axes to draw on, and the function that gives the SVG once the block has ended."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    written = io.StringIO()
+    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+        # A name in a script that DejaVu lacks is measured a little wrong; the reader's own font shows it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        figure.patch.set_visible(False)
+        yield figure.add_subplot(), lambda: inline(written.getvalue(), id, title, description)
+        figure.savefig(written, format="svg", metadata={"Date": None})
+
+
+def lines(
+    drawn_lines: Sequence[Line], id: str, title: str, *, start: float, levels: Sequence[Level] = (), low: int = 0
+) -> str:
+    """A figure against the amount pruned, a line a scope; at most as many lines as there are markers.
+
+    Parameters
+    ----------
+    start : the figure at 0 %, that of the original itself (0 to 1).
+    levels : lines across.
+    low : where the axis begins, in percent, where no figure is below.
+    """
+    told = "; ".join(
+        f"{plain(line.scope, 40)}: " + ", ".join(f"{share(y.value)} at {amount:g} %" for amount, y in line.points)
+        for line in drawn_lines
+    )
+    with axes(260, id, title, f"{told}.{_levels_told(levels)}") as (plot, drawn):
+        ends = [_line(plot, line, i, 100 * start) for i, line in enumerate(drawn_lines)]
+        largest = max(x for x, *_ in ends)
+        shown = [100 * (y.value or 0.0) for line in drawn_lines for _, y in line.points]
+        shown += [100 * level.value for level in levels]
+        bottom, top = _range(shown, low)
+        _end_labels(plot, ends, largest, gap=0.07 * (top - bottom), bottom=bottom)
+        _draw_levels(plot, levels, largest, (bottom, top))
+        _amount_axis(plot, drawn_lines, largest)
+        percent_axis(plot, bottom, top)
+    return drawn()
+
+
+def _line(plot: Axes, line: Line, place: int, start: float) -> tuple[float, float, str, str]:
+    """Draw it; where it ends, its name and its colour."""
+    colour = SERIES[place]
+    # The original itself is at 0 %.
+    amounts = [0.0, *(amount for amount, _ in line.points)]
+    values = [start, *(percents(value)[0] for _, value in line.points)]
+    plot.plot(amounts, values, color=colour, linestyle=DASHES[place], linewidth=1.8)
+    plot.plot(amounts[1:], values[1:], MARKERS[place], color=colour, markersize=6, markeredgecolor=PAPER)
+    return amounts[-1], values[-1], plain(line.scope, 22), colour
+
+
+def _end_labels(
+    plot: Axes, ends: Sequence[tuple[float, float, str, str]], largest: float, gap: float, bottom: float
+) -> None:
+    places = apart([y for _, y, *_ in ends], gap, bottom)
+    for (x, y, label, colour), place in zip(ends, places, strict=True):
+        plot.plot([x + largest * 0.02, largest * 1.06], [y, place], color=RULE, linewidth=0.8)
+        plot.text(largest * 1.08, place, label, va="center", fontsize=11, color=colour)
+
+
+def _amount_axis(plot: Axes, drawn_lines: Sequence[Line], largest: float) -> None:
+    ticks = sorted({amount for line in drawn_lines for amount, _ in line.points} | {0.0})
+    plot.set_xlim(-largest * 0.03, largest * 1.45)
+    plot.set_xticks(ticks if len(ticks) < 8 else ticks[::2])
+    plot.xaxis.set_major_formatter(lambda amount, _: f"{amount:g} %")
+    plot.set_xlabel("weights pruned in the scope", fontsize=11, loc="left")
+
+
+def _draw_levels(plot: Axes, levels: Sequence[Level], largest: float, limits: tuple[float, float]) -> None:
+    for level, place in zip(levels, _level_places(levels, 0.06 * (limits[1] - limits[0])), strict=True):
+        y = 100 * level.value
+        plot.plot([-largest * 0.03, largest * 1.02], [y, y], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
+        plot.text(0, place, plain(level.name, 40), fontsize=10, color=MUTED, va="bottom")
+
+
+def _level_places(levels: Sequence[Level], gap: float) -> list[float]:
+    return apart([100 * level.value for level in levels], gap, float("-inf"))
+
+
+def _levels_told(levels: Sequence[Level]) -> str:
+    return "".join(f" {plain(level.name, 40)}: {share(level.value)}." for level in levels)
+
+
+def bars(
+    drawn_bars: Sequence[Bar],
+    id: str,
+    title: str,
+    *,
+    levels: Sequence[Level] = (),
+    low: float = 0,
+    high: float = 100,
+) -> str:
+    """Figures as bars from left to right, each with its name and interval; the axis reaches at least `low` to `high`
+    percent.
+    """
+    told = ", ".join(f"{plain(bar.name, 60)}: {share(bar.value.value)}" for bar in drawn_bars)
+    places = _bar_places(drawn_bars)
+    height = 40 + round(22 * (places[-1] + 1)) + 18 * bool(levels)
+    with axes(height, id, title, f"{told}.{_levels_told(levels)}") as (plot, drawn):
+        ends = [end for bar in drawn_bars for end in percents(bar.value)] + [100 * level.value for level in levels]
+        left, right = min(low, *ends), max(high, *ends)
+        for y, bar in zip(places, drawn_bars, strict=True):
+            _bar(plot, y, bar, right - left)
+        for i, level in enumerate(levels):
+            x = 100 * level.value
+            plot.plot([x, x], [-0.6, places[-1] + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
+            plot.text(x, -0.75 - 0.8 * i, plain(level.name, 40), fontsize=10, color=MUTED, ha="center", va="bottom")
+        plot.set_ylim(places[-1] + 0.6, -0.6 - 0.9 * len(levels))
+        plot.set_yticks(places, [plain(bar.name, 24) for bar in drawn_bars])
+        plot.set_xlim(left, right + 0.22 * (right - left))
+        ticks = _ticks(left, right)
+        plot.set_xticks(ticks, [_percent(tick) for tick in ticks])
+        plot.grid(axis="x")
+        plot.set_axisbelow(True)
+        plot.spines["bottom"].set_visible(False)
+    return drawn()
+
+
+def _bar_places(drawn_bars: Sequence[Bar]) -> list[float]:
+    """Where each bar lies, a half apart where a new group begins."""
+    places = [0.0]
+    for before, bar in pairwise(drawn_bars):
+        places.append(places[-1] + (1.0 if bar.group == before.group else 1.5))
+    return places
+
+
+def _bar(plot: Axes, y: float, bar: Bar, width: float) -> None:
+    value, low, high = percents(bar.value)
+    plot.barh([y], [value], height=0.5, color=SERIES[bar.series])
+    plot.plot([low, high], [y, y], color=INK, linewidth=1.4)
+    plot.text(max(value, high, 0) + 0.02 * width, y, share(bar.value.value), va="center", fontsize=11)
+
+
+def percents(value: Estimate) -> tuple[float, float, float]:
+    """The figure and the ends of its interval, in percent; the figure itself where there is none."""
+    middle = 100 * (value.value or 0.0)
+    low = middle if value.low is None else 100 * value.low
+    return middle, low, middle if value.high is None else 100 * value.high
+
+
+def percent_axis(plot: Axes, bottom: float, top: float = 100) -> None:
+    """A vertical axis in percent, with a little room above."""
+    room = 0.02 * (top - bottom) * (1 if bottom else 2)
+    plot.set_ylim(bottom, top + room)
+    plot.set_yticks(_ticks(bottom, top))
+    plot.yaxis.set_major_formatter(lambda value, _: _percent(value))
+    plot.grid(axis="y")
+    plot.set_axisbelow(True)
+
+
+def _range(values: Sequence[float], low: int) -> tuple[float, float]:
+    """From `low`, or the tens below the least value, to the tens above the largest."""
+    return min(float(low), 10 * (min(values) // 10)), max(10.0, -10 * (-max(values) // 10))
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Multiples of a round step between the two."""
+    step = next((s for s in (5, 10, 20, 50) if (high - low) / s <= 6), 50)
+    first = -(-low // step) * step
+    return [first + step * i for i in range(int((high - first) // step) + 1)]
+
+
+def _percent(value: float) -> str:
+    return f"{value:g} %".replace("-", "\N{MINUS SIGN}")
+
+
+def apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[float]:
+    """The places moved as little as needed for each to be `gap` from the next, downwards from the highest.
+
+    >>> apart([50, 49, 10], gap=7)
+    [50, 43, 10]
+    """
+    moved = list(places)
+    order = sorted(range(len(places)), key=lambda i: -places[i])
+    for above, below in pairwise(order):
+        moved[below] = min(moved[below], moved[above] - gap)
+    # Labels pushed below the axis go up again from its foot.
+    for below, above in pairwise(order[::-1]):
+        if below == order[-1]:
+            moved[below] = max(moved[below], bottom)
+        moved[above] = max(moved[above], moved[below] + gap)
+    return moved
