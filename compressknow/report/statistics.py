@@ -1,6 +1,6 @@
 """Proportions of facts: intervals, tests and averages over relations. Pure functions of counts; scipy does the work.
 
-Confidence intervals are two-sided, 95 %.
+Confidence intervals are two-sided, 95 % where no other level is asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SEED = 0
 _QUANTILES = (2.5, 97.5)
 
 
-def proportion(part: int, whole: int) -> Estimate:
+def proportion(part: int, whole: int, level: float = 0.95) -> Estimate:
     """part / whole with its Wilson score interval (Wilson 1927); nothing where `whole` is 0.
 
     >>> estimate = proportion(81, 263)  # Newcombe (1998a), table I
@@ -26,22 +26,22 @@ def proportion(part: int, whole: int) -> Estimate:
     """
     if not whole:
         return Estimate(None)
-    low, high = _wilson(part, whole)
+    low, high = _wilson(part, whole, level)
     return Estimate(part / whole, low, high)
 
 
-def _wilson(part: int, whole: int) -> tuple[float, float]:
+def _wilson(part: int, whole: int, level: float) -> tuple[float, float]:
     # scipy.stats has this interval too, but takes longer to import than all the rest of a report.
     from scipy.special import ndtri
 
-    z, share = float(ndtri(0.975)), part / whole
+    z, share = float(ndtri((1 + level) / 2)), part / whole
     spread = z * math.sqrt(share * (1 - share) / whole + z * z / (4 * whole * whole))
     low, high = ((share + z * z / (2 * whole) + side * spread) / (1 + z * z / whole) for side in (-1, 1))
     # Rounding may put a bound a hair on the wrong side of the proportion, or of 0 and 1.
     return (max(0.0, min(low, share)) if part else 0.0), (min(1.0, max(high, share)) if part < whole else 1.0)
 
 
-def paired_difference(counts: Counts) -> Estimate:
+def paired_difference(counts: Counts, level: float = 0.95) -> Estimate:
     """Accuracy of the compressed model less that of the original, (c - b) / n, with Newcombe's interval.
 
     Method 10 of Newcombe (1998), "Improved confidence intervals for the difference between binomial proportions based
@@ -56,7 +56,8 @@ def paired_difference(counts: Counts) -> Estimate:
     if not n:
         return Estimate(None)
     after, before = counts.known_after / n, counts.known_before / n
-    (low_after, high_after), (low_before, high_before) = _wilson(counts.known_after, n), _wilson(counts.known_before, n)
+    low_after, high_after = _wilson(counts.known_after, n, level)
+    low_before, high_before = _wilson(counts.known_before, n, level)
     phi, value = _phi(counts), (counts.gained - counts.lost) / n
     below = _square_and_add(after - low_after, high_before - before, phi)
     above = _square_and_add(high_after - after, before - low_before, phi)
@@ -95,6 +96,54 @@ def mcnemar(counts: Counts) -> float | None:
     if abs(counts.lost - counts.gained) <= discordant % 2:
         return 1.0
     return min(1.0, 2 * float(bdtr(min(counts.lost, counts.gained), discordant, 0.5)))
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """The plain mean of independent figures, with its interval: the distances to the ends of their intervals, squared
+    and added (the MOVER of Zou and Donner 2008, Statistics in Medicine 27, 1693-1702). None where one has no value.
+
+    >>> mean([Estimate(0.5, 0.2, 0.6), Estimate(0.7, 0.3, 0.7)])
+    Estimate(value=0.6, low=0.35, high=0.65)
+    """
+    values = [estimate.value for estimate in estimates if estimate.value is not None]
+    if not values or len(values) < len(estimates):
+        return Estimate(None)
+    middle = math.fsum(values) / len(values)
+    bounds = [(e.low, e.high) for e in estimates if e.low is not None and e.high is not None]
+    if len(bounds) < len(values):
+        return Estimate(middle)
+    below, above = (
+        math.hypot(*(value - pair[side] for value, pair in zip(values, bounds, strict=True))) / len(values)
+        for side in (0, 1)
+    )
+    return Estimate(*(round(number, 12) for number in (middle, middle - below, middle + above)))
+
+
+def rate_difference(losses: Sequence[tuple[int, int]], millions: tuple[float, float]) -> tuple[Estimate, float | None]:
+    """How much more the second of two forms loses than the first, a million of its changed parameters: mean over facts.
+
+    Parameters
+    ----------
+    losses : by fact, 1 where the form lost it, -1 where it gained it, 0 where nothing changed; first form, second form.
+    millions : of parameters that each form changed.
+
+    Returns
+    -------
+    The difference in accuracy a million parameters with its interval, and a two-sided p-value; both from the normal
+    approximation to the mean of paired differences. There is no interval where all differences are alike.
+    """
+    from scipy.special import ndtr, ndtri
+
+    if not losses or not all(millions):
+        return Estimate(None), None
+    table = np.array(losses, dtype=np.float64) / np.array(millions)
+    differences = table[:, 1] - table[:, 0]
+    middle = float(differences.mean())
+    error = float(differences.std(ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    if not error:
+        return Estimate(middle), 1.0 if not middle else None
+    spread = float(ndtri(0.975)) * error
+    return Estimate(middle, middle - spread, middle + spread), 2 * float(ndtr(-abs(middle) / error))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -31,9 +31,14 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
 
 def write_report(card: Card, path: Path) -> None:
     """Write the card as the format that the name asks for; the file appears only when it is whole."""
+    write_whole(path, rendered(card, path.suffix.lower()).encode("utf-8"))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears under its name only when it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(rendered(card, path.suffix.lower()), encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
