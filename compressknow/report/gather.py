@@ -93,14 +93,14 @@ def _ask(
             gathered.append(_of(answers, names))
             continue
         reference = gathered[0] if gathered else None
-        folder = _folder(keep_in, respondent.sha256, reference)
+        folder = folder_of(keep_in, respondent.sha256, reference)
         answers = probe_model(respondent, asked, folder, reference=reference, bar=bar, wait=True)
         respondent.release()
         gathered.append(_with_speed(answers, measure(respondent.located, settings)) if timed else answers)
     return gathered[0], gathered[1:]
 
 
-def _folder(keep_in: Path, sha256: str, reference: Answers | None) -> Path:
+def folder_of(keep_in: Path, sha256: str, reference: Answers | None) -> Path:
     """A folder for each model, and one more for each original whose tokens it was asked for."""
     of = f"-{reference.record['model']['sha256'][:16]}" if reference else ""
     return keep_in / f"{sha256[:16]}{of}"
