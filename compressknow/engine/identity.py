@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import open_checkpoint, read_json, weight_files
+from compressknow.model.tensors import DTYPE_SIZES
 
 if TYPE_CHECKING:
     from compressknow.compress.variant import Variant
@@ -98,8 +100,10 @@ def describe(located: Located) -> dict[str, Any]:
 
 
 def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
-    """What `describe` tells of a converted checkpoint, of one in memory; and its "totals", as its manifest has them."""
-    sizes: Counter[str] = Counter()
+    """What `describe` tells of a converted checkpoint, of one in memory; and "totals", those of its manifest with
+    `nonzero` weights and `sparse_bytes`: each tensor as it is, or as a sparse store would take it, if that is less.
+    """
+    totals, sizes = variant.manifest["totals"], Counter[str]()
     for row in variant.manifest["tensors"]:
         sizes[row["dtype_after"]] += row["bytes_after"]
     return {
@@ -109,7 +113,11 @@ def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
         "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),
         "quantization": quantization_in_words(variant.config),
         **_facts_of(variant.manifest),
-        "totals": variant.manifest["totals"],
+        "totals": totals
+        | {
+            "nonzero": totals["parameters"] - totals["zeros_after"],
+            "sparse_bytes": sum(map(_sparse_bytes, variant.manifest["tensors"])),
+        },
     }
 
 
@@ -185,6 +193,13 @@ def _manifest_facts(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged: {error!r}.", hint="Convert the checkpoint again, or remove the file."
         ) from error
+
+
+def _sparse_bytes(row: Mapping[str, Any]) -> int:
+    """The non-zero weights at their width plus one bit a weight, and the scales."""
+    dense = int(row["bytes_after"])
+    spared = int(row["zeros"]) * DTYPE_SIZES[row["dtype_after"]] - math.ceil(int(row["numel"]) / 8)
+    return dense - max(spared, 0)
 
 
 def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
             f"{folder} exists already, and is no answers folder.", hint="Choose a new folder for the answers."
         )
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = _take(folder, wait)
+    lock = take(folder, wait)
     try:
         yield
     finally:
@@ -69,8 +69,11 @@ def stored_parts(parts: Path) -> list[Answer]:
     return [answer for path in sorted(parts.glob("*.parquet")) for answer in read_table(path)]
 
 
-def _take(folder: Path, wait: bool) -> int:
-    """The lock of the folder, as a file descriptor."""
+def take(folder: Path, wait: bool) -> int:
+    """The lock of the folder, as a file descriptor that lets it go when it is closed.
+
+    Raises OutputError where another run has it and `wait` is False.
+    """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)

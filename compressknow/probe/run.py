@@ -80,10 +80,14 @@ class Respondent:
         """Let go of the model's memory; it is loaded again if it is asked again."""
         self.__dict__.pop("loaded", None)
 
+    def described(self) -> dict[str, Any]:
+        """What the model's files tell of it."""
+        return describe(self.located)
+
     def record(self) -> dict[str, Any]:
         """The "model" entry of ``probe.json``."""
         loaded = self.loaded
-        return describe(self.located) | {
+        return self.described() | {
             "sha256": self.sha256,
             "architecture": type(loaded.model).__name__,
             "family": loaded.family,

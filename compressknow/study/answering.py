@@ -1,0 +1,85 @@
+"""Asking the cells of a study: each probe's answers in a folder of its own, so that a study resumes to the fact."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+from compressknow.compress.variant import VariantMaker
+from compressknow.engine.identity import locate
+from compressknow.engine.load import load_tokenizer
+from compressknow.errors import CompressknowError
+from compressknow.probe.answers import Answers
+from compressknow.probe.facts import Probe
+from compressknow.probe.run import Bar, Respondent, Settings, probe_model
+from compressknow.probe.tasks import Task
+from compressknow.study.grid import Cell
+from compressknow.study.respondent import CellRespondent
+
+
+class Subject:
+    """The original of a study, found and opened once: it, and every cell, can be asked from here."""
+
+    def __init__(self, model: str | Path, settings: Settings, *, revision: str | None = None) -> None:
+        located = locate(model, revision)
+        if located.path.suffix == ".gguf":
+            raise CompressknowError(
+                f"{model} is a GGUF file: it is quantized already, and cannot be converted.",
+                hint="Give the checkpoint folder that it was made from.",
+            )
+        self.original = Respondent(located, settings)
+        self.maker = VariantMaker(located.path, trust_remote_code=settings.trust_remote_code)
+        self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.maker.__exit__(kind, error, trace)
+
+    def ask_original(self, probes: Sequence[Probe | Task], folder: Path, bar: Bar | None = None) -> Answers:
+        """The original's answers, kept in `folder`."""
+        answers = _ask(self.original, probes, folder, None, bar)
+        self.original.release()
+        return answers
+
+    def ask_cell(
+        self, cell: Cell, probes: Sequence[Probe | Task], cells: Path, reference: Answers, bar: Bar | None = None
+    ) -> Answers:
+        """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or asked."""
+        respondent = CellRespondent(self.original, cell, self.maker, self.tokenizer)
+        # Another recipe may have had this name in an earlier grid of the same study.
+        return _ask(respondent, probes, cells / f"{cell.key}-{respondent.sha256[:8]}", reference, bar)
+
+
+def _ask(
+    respondent: Respondent, probes: Sequence[Probe | Task], folder: Path, reference: Answers | None, bar: Bar | None
+) -> Answers:
+    return merged(
+        [
+            probe_model(respondent, [probe], folder / folder_of(probe.name), reference=reference, bar=bar, wait=True)
+            for probe in probes
+        ]
+    )
+
+
+def merged(parts: Sequence[Answers]) -> Answers:
+    """The answers of one model to several probes, asked apart."""
+    probes = {name: entry for part in parts for name, entry in part.record["probes"].items()}
+    return Answers(dict(parts[0].record) | {"probes": probes}, tuple(a for part in parts for a in part.answers))
+
+
+def folder_of(probe: str) -> str:
+    """The name of the folder that holds the answers to a probe: readable, and of that probe alone.
+
+    >>> folder_of("lama:trex")
+    'lama-trex-3d4b'
+    """
+    digest = hashlib.sha256(probe.encode()).hexdigest()[:4]
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', probe).strip('-.')}-{digest}"

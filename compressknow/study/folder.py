@@ -1,0 +1,78 @@
+"""The folder of a study: of one model and one version, and in use by one run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from compressknow import __version__
+from compressknow.errors import OutputError
+from compressknow.probe.folder import LOCK, take
+from compressknow.probe.run import Respondent
+
+RECORD = "sweep.json"
+ORIGINAL, CELLS, MODELS = "original", "cells", "models"
+SCHEMA_VERSION = 1
+
+
+@contextmanager
+def claim(folder: Path, original: Respondent) -> Iterator[None]:
+    """Take a folder for a study of this model: a new one, or one that holds such a study already.
+
+    Raises OutputError where it is a file, holds something else, a study of another model or version, or is in use.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file.", hint="A study is kept in a folder; choose another name.")
+    record = folder / RECORD
+    if not record.is_file() and folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(f"{folder} exists already, and is no study.", hint="Choose a new folder for the study.")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = take(folder, wait=False)
+    try:
+        said = {"schema": SCHEMA_VERSION, "version": __version__, **_identity(original)}
+        if record.is_file():
+            _refuse_other(record, said)
+        else:
+            record.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        yield
+    finally:
+        _remove_if_empty(folder, made)
+        os.close(lock)
+
+
+def _identity(original: Respondent) -> dict[str, str]:
+    return {"model": original.located.name, "sha256": original.sha256}
+
+
+def _remove_if_empty(folder: Path, made: list[Path]) -> None:
+    """Leave nothing behind where nothing was answered."""
+    with contextlib.suppress(OSError):
+        if made and {path.name for path in folder.iterdir()} <= {LOCK, RECORD}:
+            for name in (LOCK, RECORD):
+                (folder / name).unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
+
+
+def _refuse_other(record: Path, said: Mapping[str, object]) -> None:
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        differs = next((key for key in ("sha256", "version", "schema") if found[key] != said[key]), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OutputError(f"{record} is damaged.", hint="Choose a new folder for the study.") from None
+    if differs == "sha256":
+        raise OutputError(
+            f"{record.parent} is a study of another model ({found.get('model')}).",
+            why="Or of this one before its files changed.",
+            hint="Choose a new folder for the study.",
+        )
+    if differs:
+        raise OutputError(
+            f"{record.parent} is a study by another version ({found['version']}, this is {said['version']}).",
+            why="Cells of two versions could not be compared.",
+            hint="Choose a new folder for the study, or go on with that version.",
+        )

@@ -1,0 +1,198 @@
+"""The cells of a study: the recipes that a grid stands for."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme, Where, recipe_of
+from compressknow.errors import CompressknowError, UsageError
+from compressknow.model.scopes import scope_names
+from compressknow.model.structure import ModuleMap, Structure
+
+# Sections 2.3 to 2.6 of the paper and its figure 8.
+MODULES = ("attention", "feed-forward", "overall")
+ATTENTIONS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
+AMOUNTS = tuple(tenths / 10 for tenths in range(1, 10))
+FEW_AMOUNTS = (0.2, 0.4)
+PAPER_SCHEME: Scheme = "int8-paper"
+
+AXES = ("scope", "method", "prune", "quantize", "module_map", "seed", "layers")
+FORMAT = """A grid file has an [axes] table of lists, and [[cells]] named one by one:
+
+[axes]
+scope = ["attention", "feed-forward"]
+prune = [0.2, 0.4]
+quantize = ["none", "int8"]
+
+[[cells]]
+name = "heads-only"
+scope = "attention"
+layers = "0-5"
+prune = 0.5"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recipe of a study. `key` is unique in it and names its folder: letters, digits, dots and hyphens."""
+
+    key: str
+    recipe: Recipe
+
+    @property
+    def plain(self) -> bool:
+        """Whether scope, method, amount and scheme say it all: the cells that the paper's figures draw."""
+        wheres = {step.where for step in self.recipe.steps}
+        narrowed = any(replace(where, scope=()) != Where(()) for where in wheres)
+        by_layer = any(isinstance(step, Prune) and step.per_layer for step in self.recipe.steps)
+        kinds = [type(step) for step in self.recipe.steps]
+        return len(wheres) == 1 and not narrowed and not by_layer and len(kinds) == len(set(kinds))
+
+
+def paper_grid(
+    structure: Structure, *, module_map: ModuleMap = "paper", scheme: Scheme = PAPER_SCHEME
+) -> tuple[Cell, ...]:
+    """The paper's grid: GP 10-90 %, GQ, GPQ 20/40 % of attention, feed-forward and overall, the final layer pruned by
+    20/40 % (L1-structured and L1-unstructured), and of an encoder-decoder model each kind of attention (figure 8).
+
+    Parameters
+    ----------
+    structure : of the model: scopes that it has none of are left out.
+    module_map, scheme : by default those of the authors' code.
+    """
+
+    def recipe(scope: str, **options: Any) -> Recipe:
+        return recipe_of(Where((scope,)), module_map=module_map, **options)
+
+    recipes = [recipe(scope, prune=amount) for scope in MODULES for amount in AMOUNTS]
+    kinds = ATTENTIONS if "cross-attention" in scope_names(structure) else ()
+    for scope in (*MODULES, *kinds):
+        recipes.append(recipe(scope, quantize=scheme))
+        recipes += [recipe(scope, prune=amount, quantize=scheme) for amount in FEW_AMOUNTS]
+    for method in ("ln-structured", "l1-unstructured"):
+        recipes += [recipe("final", prune=amount, prune_method=method) for amount in FEW_AMOUNTS]
+    here = set(scope_names(structure))
+    return _cells((None, r) for r in recipes if set(r.steps[0].where.scope) <= here)
+
+
+def read_grid(path: Path) -> tuple[Cell, ...]:
+    """The cells of a grid file (TOML): the product of its axes, and the cells that it names.
+
+    Raises UsageError where it cannot be read, is empty, contradicts itself or says what no recipe knows.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such grid.", hint="Give `paper` or a TOML file.") from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as a grid: {error}", hint=FORMAT) from None
+    if unknown := sorted(set(values) - {"axes", "cells"}):
+        raise UsageError(f"{path}: unknown key {unknown[0]!r}.", hint=FORMAT)
+    axes, named = values.get("axes", {}), values.get("cells", [])
+    if not isinstance(axes, dict) or not isinstance(named, list) or not all(isinstance(cell, dict) for cell in named):
+        raise UsageError(f"{path}: [axes] is a table, and [[cells]] are tables.", hint=FORMAT)
+    cells = _cells([*_product(axes, path), *(_named(cell, f"{path}, cell {i}") for i, cell in enumerate(named, 1))])
+    if not cells:
+        raise UsageError(f"{path} has no cell: nothing is pruned or quantized in it.", hint=FORMAT)
+    return cells
+
+
+def _product(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Recipe]]:
+    if unknown := sorted(set(axes) - set(AXES)):
+        raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"There is {', '.join(AXES)}.")
+    for name, axis in axes.items():
+        if not isinstance(axis, list) or not axis:
+            raise UsageError(f"{path}: the axis {name} must be a list, and not empty.", hint=FORMAT)
+    _refuse_contradiction(axes, path)
+    for values in product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        if _does_something(point):
+            yield None, _recipe(point, f"{path}, [axes]")
+
+
+def _refuse_contradiction(axes: Mapping[str, Any], path: Path) -> None:
+    """Axes that say how to prune where nothing is pruned."""
+    prunes = any(_is_given(amount) for amount in axes.get("prune", ()))
+    if idle := [name for name in ("method", "seed") if name in axes and not prunes]:
+        raise UsageError(f"{path}: the axis {idle[0]} is of pruning, and no cell prunes.", hint="Add the axis prune.")
+
+
+def _named(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe]:
+    point = dict(cell)
+    name = point.pop("name", None)
+    if name is not None and not isinstance(name, str):
+        raise UsageError(f"{where}: its name must be text.", hint=FORMAT)
+    if "steps" in point:
+        return name, Recipe.from_dict(point, where)
+    if unknown := sorted(set(point) - set(AXES)):
+        raise UsageError(
+            f"{where}: unknown key {unknown[0]!r}.", hint=f"There is name, {', '.join(AXES)}, or the steps of a recipe."
+        )
+    if not _does_something(point):
+        raise UsageError(f"{where}: it neither prunes nor quantizes.", hint=FORMAT)
+    return name, _recipe(point, where)
+
+
+def _recipe(point: Mapping[str, Any], where: str) -> Recipe:
+    given = {name: value for name, value in point.items() if _is_given(value) or name == "seed"}
+    shared = _only(given, "layers") | {"scope": given.get("scope", "overall")}
+    steps = []
+    if "prune" in given:
+        steps.append(_only(given, "prune", "method", "seed") | shared)
+    if "quantize" in given:
+        steps.append(_only(given, "quantize") | shared)
+    more = _only(given, "module_map")
+    try:
+        return Recipe.from_dict({"steps": steps} | more, where)
+    except CompressknowError as error:
+        raise UsageError(f"{where}: {error.what}", error.why, error.hint) from None
+
+
+def _only(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
+
+
+def _does_something(point: Mapping[str, Any]) -> bool:
+    return _is_given(point.get("prune")) or _is_given(point.get("quantize"))
+
+
+def _is_given(value: Any) -> bool:
+    """Lists of TOML cannot hold nothing: 0 prunes none, and "none" quantizes none."""
+    return value is not None and value != "none" and not (isinstance(value, (int, float)) and value == 0)
+
+
+def _cells(recipes: Iterator[tuple[str | None, Recipe]] | Sequence[tuple[str | None, Recipe]]) -> tuple[Cell, ...]:
+    """Cells of recipes, each recipe once, under keys that are unique."""
+    cells: dict[Recipe, Cell] = {}
+    taken: set[str] = set()
+    for name, recipe in recipes:
+        if recipe in cells:
+            continue
+        key = _slug(name) if name else key_of(recipe)
+        number = next(n for n in range(1, len(taken) + 2) if _numbered(key, n) not in taken)
+        cells[recipe] = Cell(_numbered(key, number), recipe)
+        taken.add(_numbered(key, number))
+    return tuple(cells.values())
+
+
+def _numbered(key: str, number: int) -> str:
+    return key if number == 1 else f"{key}-{number}"
+
+
+def key_of(recipe: Recipe) -> str:
+    """A name for a recipe's folder.
+
+    >>> key_of(recipe_of(Where(("attention",)), prune=0.2, quantize="int8"))
+    'att-gpq-20-int8'
+    """
+    schemes = [step.scheme for step in recipe.steps if isinstance(step, Quantize)]
+    return "-".join([_slug(recipe.setup), *dict.fromkeys(schemes)])
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "cell"
