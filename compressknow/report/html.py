@@ -32,7 +32,7 @@ def render_html(card: Card) -> str:
         # Both come from this package and hold no text of anyone else; the policy names their hashes.
         style=Markup(style),
         script=Markup(script),
-        policy=_policy(style, script),
+        policy=policy(style, script),
     )
 
 
@@ -54,7 +54,7 @@ def _charts(card: Card, page: view.Page) -> dict[str, tuple[str, ...]]:
     return {id: (chart,) for id, chart in drawn.items() if chart}
 
 
-def _policy(style: str, script: str) -> str:
+def policy(style: str, script: str) -> str:
     """Nothing may be loaded; only this very style sheet and this very script may be used."""
     return "; ".join(
         [

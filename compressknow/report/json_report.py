@@ -21,7 +21,7 @@ def to_json(card: Card) -> dict[str, Any]:
         "schema": SCHEMA,
         "verdict": card.verdict,
         "original": asdict(card.original),
-        "compressed": [_comparison(comparison, card.show_facts) for comparison in card.comparisons],
+        "compressed": [comparison_json(comparison, card.show_facts) for comparison in card.comparisons],
         "warnings": list(card.warnings),
         "method": list(card.method),
         "versions": dict(card.versions),
@@ -29,7 +29,8 @@ def to_json(card: Card) -> dict[str, Any]:
     }
 
 
-def _comparison(comparison: Comparison, show_facts: bool) -> dict[str, Any]:
+def comparison_json(comparison: Comparison, show_facts: bool) -> dict[str, Any]:
+    """One compressed model against the original, as plain values."""
     facts = {"lost_facts": _facts(comparison.lost), "gained_facts": _facts(comparison.gained)} if show_facts else {}
     return {
         "setup": comparison.model.setup,
