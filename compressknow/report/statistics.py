@@ -6,7 +6,8 @@ Confidence intervals are two-sided, 95 % where no other level is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -78,6 +79,16 @@ def _phi(counts: Counts) -> float:
 
 def _square_and_add(first: float, second: float, phi: float) -> float:
     return math.sqrt(max(0.0, first * first - 2 * phi * first * second + second * second))
+
+
+def tally(pairs: Iterable[tuple[bool, bool]]) -> Counts:
+    """Facts by which of two models answers them right, the first taken as the original.
+
+    >>> tally([(True, True), (True, False), (True, False), (False, True)])
+    Counts(both=1, lost=2, gained=1, neither=0)
+    """
+    seen = Counter(pairs)
+    return Counts(seen[True, True], seen[True, False], seen[False, True], seen[False, False])
 
 
 def mcnemar(counts: Counts) -> float | None:
