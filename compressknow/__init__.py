@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from compressknow.compress.recipe import PruneMethod, Recipe, Scheme
     from compressknow.compress.verify import Verification
     from compressknow.model.structure import ModuleMap
+    from compressknow.probe.choose import Options
+    from compressknow.probe.run import Bar, Settings
+    from compressknow.report.contrast_records import Contrast
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "inspect", "load", "probe", "report", "verify"]
+__all__ = ["__version__", "compare", "convert", "inspect", "load", "probe", "report", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -165,6 +168,72 @@ def verify(folder: str | Path) -> Verification:
     from compressknow.compress.verify import verify as verify_checkpoint
 
     return verify_checkpoint(folder)
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    probes: str | Sequence[str] = (),
+    *,
+    outputs: Sequence[str | Path] = (),
+    options: Options | None = None,
+    settings: Settings | None = None,
+    no_facts: bool = False,
+    keep_in: str | Path | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    revision_b: str | None = None,
+    threads: int | None = None,
+    command: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    bar: Bar | None = None,
+) -> Contrast:
+    """Compare two checkpoints of one architecture: settings, what is stored, every weight and, if asked, knowledge.
+
+    Parameters
+    ----------
+    a, b : local folders or hub ids. int8 weights are compared as what they stand for.
+    probes : what to ask both, such as ``["atlas"]``; nothing by default. See `compressknow.probe`.
+    outputs : files to write: ``.html``, ``.md``, ``.json``.
+    options, settings : see `compressknow.probe`.
+    no_facts : leave the text of every fact out.
+    keep_in : folder of the answers; by default ``~/.cache/compressknow/answers``.
+    overwrite : replace `outputs` that are there already.
+    revision, revision_b : of a and of b, if they are hub ids.
+    threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
+    command : the command line to show.
+    progress : told the bytes of weights read so far, and in all.
+    bar : gives, for a probe's name, a context with a callable that is told of its progress.
+
+    Returns
+    -------
+    All figures; ``difference.total.relative_error`` for one, or ``behaviour.b_against_a.comparisons[0].kept``. Where
+    both are the same to the byte it is `identical`, and there is no `difference`.
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : a checkpoint is missing or damaged; the two are of different architectures;
+        an output that cannot be written.
+    """
+    from compressknow.report.contrast import compare as compare_checkpoints
+
+    return compare_checkpoints(
+        a,
+        b,
+        probes,
+        outputs=outputs,
+        options=options,
+        settings=settings,
+        no_facts=no_facts,
+        keep_in=keep_in,
+        overwrite=overwrite,
+        revision=revision,
+        revision_b=revision_b,
+        threads=threads,
+        command=command,
+        progress=progress,
+        bar=bar,
+    )
 
 
 def load(

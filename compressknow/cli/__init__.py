@@ -14,6 +14,7 @@ COMMANDS = {
     "verify": ("compressknow.cli.verify:verify", "Recount and rehash a converted checkpoint."),
     "probe": ("compressknow.cli.probe:probe", "Ask a model facts, and keep its answers."),
     "report": ("compressknow.cli.report:report", "Show what compressed models kept and lost of the knowledge."),
+    "compare": ("compressknow.cli.compare:compare", "Show how two checkpoints differ."),
 }
 
 

@@ -80,7 +80,7 @@ def report(
             outputs=outputs,
             options=options,
             settings=settings,
-            command=_command(ctx),
+            command=command_of(ctx),
             bar=bar,
             **given,
         )
@@ -98,9 +98,9 @@ def _lines(card: Card, outputs: tuple[Path, ...]) -> Iterator[str]:
         yield f"\nWritten: {', '.join(map(str, outputs))}"
 
 
-def _command(ctx: click.Context) -> str:
+def command_of(ctx: click.Context) -> str:
     """The command as the user may repeat it: what was given, in the order of the help page."""
-    words = ["compressknow", "report"]
+    words = ["compressknow", str(ctx.command.name)]
     for parameter in ctx.command.params:
         name = str(parameter.name)
         if ctx.get_parameter_source(name) != click.core.ParameterSource.COMMANDLINE:

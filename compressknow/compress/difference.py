@@ -73,9 +73,13 @@ def _refuse_other_architecture(a: Side, b: Side) -> None:
 
 def _names(a: Side, b: Side) -> list[str]:
     """All that either side stores, in the order of the module tree; what the tree does not have comes last."""
-    place = {name: i for i, name in enumerate(a.structure.parameters | b.structure.parameters)}
+    place: dict[str, int] = {name: i for i, name in enumerate(a.structure.parameters | b.structure.parameters)}
     names = dict.fromkeys([*a.own, *b.own, *a.packed_weights(), *b.packed_weights()])
-    return sorted(names, key=lambda name: place.get(a.loaded_to.get(name, name), len(place)))
+
+    def order(name: str) -> int:
+        return place.get(a.loaded_to.get(name, name), len(place))
+
+    return sorted(names, key=order)
 
 
 def _pairs(a: Side, b: Side) -> Iterator[Pair]:

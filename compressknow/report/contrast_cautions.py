@@ -1,0 +1,46 @@
+"""What a reader of a comparison must know before trusting its figures, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from compressknow.compress.difference_records import Difference
+from compressknow.report.contrast_records import Behaviour
+from compressknow.report.figures import count
+from compressknow.report.text import plain
+
+_NAME = 120
+_ASK = "Behaviour can be compared all the same: name what to ask with -p PROBE."
+
+
+def contrast_cautions(identical: bool, difference: Difference | None, behaviour: Behaviour | None) -> Iterator[str]:
+    """What could not be compared, what is broken, and the warnings of both directions of a report."""
+    if not identical and difference is None:
+        yield _left_out("The weights of a GGUF file are packed: they were not compared.", behaviour)
+    if difference and (packed := difference.packed()):
+        yield _packed(len(packed), packed[0].name, behaviour)
+    for tensor in difference.tensors if difference else ():
+        if not tensor.sums.finite:
+            yield f"{plain(tensor.name, _NAME)} holds NaN or infinity: neither it nor what it is a part of has figures."
+    if behaviour and not identical:
+        yield from _of_both_directions(behaviour)
+
+
+def _packed(number: int, example: str, behaviour: Behaviour | None) -> str:
+    weights = "1 weight is" if number == 1 else f"{count(number)} weights are"
+    said = f"{weights} packed in a form whose values cannot be read here, {plain(example, _NAME)} for one, and left out"
+    return _left_out(f"{said} of all figures of weights.", behaviour)
+
+
+def _left_out(said: str, behaviour: Behaviour | None) -> str:
+    return said if behaviour else f"{said} {_ASK}"
+
+
+def _of_both_directions(behaviour: Behaviour) -> Iterator[str]:
+    """Those that hold in both directions once, the others with the direction."""
+    there, back = (card.comparisons[0].warnings for card in (behaviour.b_against_a, behaviour.a_against_b))
+    for warning in there:
+        yield warning if warning in back else f"With A as the original: {warning}"
+    for warning in back:
+        if warning not in there:
+            yield f"With B as the original: {warning}"
