@@ -25,7 +25,7 @@ from compressknow.probe.answers import (
     write_record,
     write_table,
 )
-from compressknow.probe.ask import BATCH_SIZE, Progress, ask, questions_of, scorer_for
+from compressknow.probe.ask import BATCH_SIZE, Progress, Questions, ask, questions_of, scorer_for
 from compressknow.probe.facts import Probe, chance, majority
 from compressknow.probe.folder import locked, parts_of, stored, stored_parts, tidy, write_part
 from compressknow.probe.reference import first_ids, refuse_other_model, refuse_other_questions
@@ -75,6 +75,12 @@ class Respondent:
             dtype=settings.computed_in,
             trust_remote_code=settings.trust_remote_code,
         )
+
+    def questions(self, probe: Probe) -> Questions:
+        """The probe's facts as this model can be asked them."""
+        loaded = self.loaded
+        scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)
+        return questions_of(scorer, self.settings.batch_size)
 
     def release(self) -> None:
         """Let go of the model's memory; it is loaded again if it is asked again."""
@@ -181,9 +187,7 @@ def _ask_one(
 def _ask_facts(
     respondent: Respondent, probe: Probe, parts: Path, reference: Answers | None, progress: Progress | None
 ) -> tuple[list[Answer], dict[str, Any]]:
-    loaded = respondent.loaded
-    scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)
-    questions = questions_of(scorer, respondent.settings.batch_size)
+    questions = respondent.questions(probe)
     if not questions.asked:
         raise _nothing_left(probe, questions.dropped)
     answers = stored_parts(parts)

@@ -14,6 +14,7 @@ from compressknow.engine.identity import locate
 from compressknow.engine.load import load_tokenizer
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers
+from compressknow.probe.ask import Questions
 from compressknow.probe.facts import Probe
 from compressknow.probe.run import Bar, Respondent, Settings, probe_model
 from compressknow.probe.tasks import Task
@@ -33,6 +34,7 @@ class Subject:
             )
         self.original = Respondent(located, settings)
         self.maker = VariantMaker(located.path, trust_remote_code=settings.trust_remote_code)
+        self._written: dict[str, Questions] = {}
         self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
 
     def __enter__(self) -> Subject:
@@ -45,15 +47,13 @@ class Subject:
 
     def ask_original(self, probes: Sequence[Probe | Task], folder: Path, bar: Bar | None = None) -> Answers:
         """The original's answers, kept in `folder`."""
-        answers = _ask(self.original, probes, folder, None, bar)
-        self.original.release()
-        return answers
+        return _ask(self.original, probes, folder, None, bar)
 
     def ask_cell(
         self, cell: Cell, probes: Sequence[Probe | Task], cells: Path, reference: Answers, bar: Bar | None = None
     ) -> Answers:
         """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or asked."""
-        respondent = CellRespondent(self.original, cell, self.maker, self.tokenizer)
+        respondent = CellRespondent(self.original, cell, self.maker, self.tokenizer, self._written)
         # Another recipe may have had this name in an earlier grid of the same study.
         return _ask(respondent, probes, cells / f"{cell.key}-{respondent.sha256[:8]}", reference, bar)
 
@@ -61,12 +61,15 @@ class Subject:
 def _ask(
     respondent: Respondent, probes: Sequence[Probe | Task], folder: Path, reference: Answers | None, bar: Bar | None
 ) -> Answers:
-    return merged(
-        [
-            probe_model(respondent, [probe], folder / folder_of(probe.name), reference=reference, bar=bar, wait=True)
-            for probe in probes
-        ]
-    )
+    try:
+        return merged(
+            [
+                probe_model(respondent, [probe], folder / folder_of(probe.name), reference=reference, bar=bar)
+                for probe in probes
+            ]
+        )
+    finally:
+        respondent.release()
 
 
 def merged(parts: Sequence[Answers]) -> Answers:

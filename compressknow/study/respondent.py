@@ -13,6 +13,8 @@ from compressknow import __version__
 from compressknow.compress.variant import VariantMaker
 from compressknow.engine.identity import describe_variant
 from compressknow.engine.language_model import LanguageModel, language_model_of
+from compressknow.probe.ask import Questions
+from compressknow.probe.facts import Probe
 from compressknow.probe.run import Respondent
 from compressknow.study.grid import Cell
 
@@ -28,13 +30,20 @@ class CellRespondent(Respondent):
     original : of the same settings.
     maker : of the original's checkpoint, open.
     tokenizer : gives the original's.
+    written : questions that other cells were asked, by probe: the same tokens, for one tokenizer and architecture.
     """
 
     def __init__(
-        self, original: Respondent, cell: Cell, maker: VariantMaker, tokenizer: Callable[[], PreTrainedTokenizerBase]
+        self,
+        original: Respondent,
+        cell: Cell,
+        maker: VariantMaker,
+        tokenizer: Callable[[], PreTrainedTokenizerBase],
+        written: dict[str, Questions],
     ) -> None:
         super().__init__(replace(original.located, name=cell.key), original.settings)
-        self._original, self._cell, self._maker, self._tokenizer = original, cell, maker, tokenizer
+        self._original, self._cell, self._maker = original, cell, maker
+        self._tokenizer, self._written = tokenizer, written
         self._described: dict[str, Any] = {}
 
     @cached_property
@@ -51,6 +60,19 @@ class CellRespondent(Respondent):
         return language_model_of(
             variant, self._maker, self._tokenizer(), device=settings.device, dtype=settings.computed_in
         )
+
+    def questions(self, probe: Probe) -> Questions:
+        if probe.name not in self._written:
+            self._written[probe.name] = super().questions(probe)
+        questions = self._written[probe.name]
+        questions.scorer.model = self.loaded.model
+        return questions
+
+    def release(self) -> None:
+        super().release()
+        for questions in self._written.values():
+            # The model would stay in memory beside the next one.
+            questions.scorer.__dict__.pop("model", None)
 
     def described(self) -> dict[str, Any]:
         return self._described
