@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from compressknow.probe.answers import Answers
+from compressknow.report import cautions
 from compressknow.report.card import make_card
 from compressknow.report.comparison import subject_order
 from compressknow.report.contrast_records import Behaviour, KnownBy, SideBySide
 from compressknow.report.gather import folder_of
 from compressknow.report.pairing import Pair, paired
+from compressknow.report.records import Card
 
 if TYPE_CHECKING:
     from compressknow.probe.facts import Probe
@@ -56,11 +58,24 @@ def ask_both_ways(
 
 def behaviour_of(answers: BothWays, *, show_facts: bool) -> Behaviour:
     """The statistics in both directions. Raises CompressknowError where the two did not answer the same facts."""
+    there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts)
+    back = make_card(answers.b, [answers.a_like_b], show_facts=show_facts)
     return Behaviour(
-        b_against_a=make_card(answers.a, [answers.b_like_a], show_facts=show_facts),
-        a_against_b=make_card(answers.b, [answers.a_like_b], show_facts=show_facts),
+        b_against_a=there,
+        a_against_b=back,
         answers=tuple(_side_by_side(answers.a, answers.b_like_a)) if show_facts else (),
+        warnings=tuple(dict.fromkeys(_warnings(answers, there, back))),
     )
+
+
+def _warnings(answers: BothWays, there: Card, back: Card) -> Iterator[str]:
+    """Those of a report in both directions, but for what concerns grades."""
+    yield from cautions.of_models(there.original, back.original)
+    yield from cautions.of_recipe(there.original)
+    for name, given, card in (("A", answers.a, there), ("B", answers.b, back)):
+        comparison = card.comparisons[0]
+        yield from cautions.of_answers(name, given)
+        yield from cautions.of_figures(comparison.counts, (), comparison.probes, name=name)
 
 
 def _side_by_side(a: Answers, b: Answers) -> Iterator[SideBySide]:

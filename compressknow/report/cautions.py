@@ -21,14 +21,7 @@ def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
     """What is odd about the two checkpoints."""
     if original.sha256 == model.sha256:
         yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
-    if model.groups and not any(_done(group) for group in model.groups.values()):
-        yield "Nothing of this model was in scope: no weight was pruned or quantized."
-    if any(step.get("quantize") == "int8-paper" for step in (model.recipe or {}).get("steps", ())):
-        yield (
-            "Quantized by int8-paper, whose activations share one scale a batch: each answer depends a little on the "
-            "facts that were asked beside it. The order of facts is fixed, so the figures repeat; other batches would "
-            "give slightly other ones."
-        )
+    yield from of_recipe(model)
     if original.dtype != model.dtype and not (original.quantization or model.quantization):
         yield (
             f"The weights differ in type ({plain(original.dtype, 40)} and {plain(model.dtype, 40)}) though neither "
@@ -41,6 +34,18 @@ def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
         )
 
 
+def of_recipe(model: ModelFacts) -> Iterator[str]:
+    """What a converted checkpoint's recipe makes of its answers."""
+    if model.groups and not any(_done(group) for group in model.groups.values()):
+        yield "Nothing of this model was in scope: no weight was pruned or quantized."
+    if any(step.get("quantize") == "int8-paper" for step in (model.recipe or {}).get("steps", ())):
+        yield (
+            "Quantized by int8-paper, whose activations share one scale a batch: each answer depends a little on the "
+            "facts that were asked beside it. The order of facts is fixed, so the figures repeat; other batches would "
+            "give slightly other ones."
+        )
+
+
 def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:
     """What the two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
     yield from _versions(original.record.get("versions", {}), compressed.record.get("versions", {}))
@@ -48,7 +53,7 @@ def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> It
         only = [plain(probe, 60) for probe in these.probes if probe not in others.probes]
         if only:
             yield f"Not compared, since only the {who} was asked: {', '.join(only)}."
-        yield from _broken(who, these)
+        yield from of_answers(f"The {who}", these)
     for probe in probes:
         references = [side.record["probes"][probe].get("reference") for side in (original, compressed)]
         if None not in references and references[0] != references[1]:
@@ -69,31 +74,34 @@ def _versions(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> Ite
         yield f"The two models were asked by different versions ({', '.join(differing)}), which may change answers too."
 
 
-def _broken(who: str, answers: Answers) -> Iterator[str]:
+def of_answers(who: str, answers: Answers) -> Iterator[str]:
+    """That a model is broken, if it is."""
     numbers = Counter(
         a.probe for a in answers.answers if math.isnan(a.logp_gold or 0) or any(map(math.isnan, a.top5_logp))
     )
     for probe, number in numbers.items():
         yield (
-            f"The {who} computes no numbers (NaN) for {_facts(number)} of {plain(probe, 60)}: it is broken, and its "
+            f"{who} computes no numbers (NaN) for {_facts(number)} of {plain(probe, 60)}: it is broken, and its "
             "answers there mean nothing."
         )
 
 
-def of_figures(counts: Counts, grades: Iterable[Grade], probes: Iterable[ProbeFigures]) -> Iterator[str]:
-    """Too few facts, and originals that know no more than guessing would."""
+def of_figures(
+    counts: Counts, grades: Iterable[Grade], probes: Iterable[ProbeFigures], *, name: str = "The original"
+) -> Iterator[str]:
+    """Too few facts, and originals that know no more than guessing would; `name` is what the original is called."""
     if 0 < counts.known_before < FEW_FACTS:
-        yield f"The original knew only {_facts(counts.known_before)}: with so few, the share kept is uncertain."
+        yield f"{name} knew only {_facts(counts.known_before)}: with so few, the share kept is uncertain."
     few = [grade for grade in grades if 0 < grade.counts.known_before < FEW_FACTS_OF_A_SUBJECT]
     if few:
         named = ", ".join(f"{plain(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
         yield f"Grades that rest on fewer than {FEW_FACTS_OF_A_SUBJECT} known facts say little: {named}."
     for probe in probes:
-        yield from _at_chance(probe)
+        yield from _at_chance(probe, name)
         yield from _dropped(probe)
 
 
-def _at_chance(probe: ProbeFigures) -> Iterator[str]:
+def _at_chance(probe: ProbeFigures, who: str) -> Iterator[str]:
     accuracy = probe.accuracy_original
     if accuracy.value is None or accuracy.low is None:
         return
@@ -101,7 +109,7 @@ def _at_chance(probe: ProbeFigures) -> Iterator[str]:
     for name, baseline in baselines.items():
         if baseline is not None and accuracy.low <= baseline:
             yield (
-                f"The original itself knows little of {plain(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
+                f"{who} itself knows little of {plain(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
                 f"is not clearly above that of {name} ({share(baseline)}), so what is kept says little."
             )
             return

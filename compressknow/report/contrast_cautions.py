@@ -14,7 +14,7 @@ _ASK = "Behaviour can be compared all the same: name what to ask with -p PROBE."
 
 
 def contrast_cautions(identical: bool, difference: Difference | None, behaviour: Behaviour | None) -> Iterator[str]:
-    """What could not be compared, what is broken, and the warnings of both directions of a report."""
+    """What could not be compared, what is broken; and the warnings on the answers."""
     if not identical and difference is None:
         yield _left_out("The weights of a GGUF file are packed: they were not compared.", behaviour)
     if difference and (packed := difference.packed()):
@@ -23,7 +23,7 @@ def contrast_cautions(identical: bool, difference: Difference | None, behaviour:
         if not tensor.sums.finite:
             yield f"{plain(tensor.name, _NAME)} holds NaN or infinity: neither it nor what it is a part of has figures."
     if behaviour and not identical:
-        yield from _of_both_directions(behaviour)
+        yield from behaviour.warnings
 
 
 def _packed(number: int, example: str, behaviour: Behaviour | None) -> str:
@@ -34,13 +34,3 @@ def _packed(number: int, example: str, behaviour: Behaviour | None) -> str:
 
 def _left_out(said: str, behaviour: Behaviour | None) -> str:
     return said if behaviour else f"{said} {_ASK}"
-
-
-def _of_both_directions(behaviour: Behaviour) -> Iterator[str]:
-    """Those that hold in both directions once, the others with the direction."""
-    there, back = (card.comparisons[0].warnings for card in (behaviour.b_against_a, behaviour.a_against_b))
-    for warning in there:
-        yield warning if warning in back else f"With A as the original: {warning}"
-    for warning in back:
-        if warning not in there:
-            yield f"With B as the original: {warning}"

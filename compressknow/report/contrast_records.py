@@ -57,6 +57,7 @@ class Behaviour:
     b_against_a: Card
     a_against_b: Card
     answers: tuple[SideBySide, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

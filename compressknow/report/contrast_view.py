@@ -84,7 +84,6 @@ class Page:
             ("tensors", "By tensor", self.weights and self.weights.tensors),
             ("structure", "Settings and structure", self.settings or self.structure),
             ("method", "Method", True),
-            ("run", "The run", True),
         )
         return tuple((id, name) for id, name, there in parts if there)
 

@@ -93,7 +93,7 @@ def _cell(x: float, y: float, width: float, error: float, bounds: tuple[float, .
 
 
 def _legend(bounds: tuple[float, ...], y: float) -> Iterator[str]:
-    box = 46
+    box = 54
     for i, opacity in enumerate(_SHADES):
         x = _LABEL + box * i
         yield f'<rect class="f-c1" opacity="{opacity}" x="{_n(x)}" y="{_n(y)}" width="{box - 1}" height="7"/>'
