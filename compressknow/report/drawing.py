@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from compressknow.report.figures import share
+from compressknow.report.figures import number, share
 from compressknow.report.records import Estimate
 from compressknow.report.svg import COLOURS, inline
 from compressknow.report.text import plain
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 WIDTH = 360  # units of the drawing, and pixels on the narrowest screen
 INK, MUTED, RULE, PAPER = (COLOURS[name] for name in ("ink", "muted", "rule", "paper"))
 SERIES = tuple(COLOURS[f"c{i}"] for i in range(1, 7))
+PERCENT, POINTS = " %", ""  # units of the figures drawn: of 100, and differences of such
 # Lines differ in marker and dashes too: colour alone tells some people nothing.
 MARKERS, DASHES = "osD^vP", ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _SETTINGS: Any = {
@@ -57,7 +58,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A figure with its name; bars of one `series` share a colour, and a new `group` stands a little apart."""
+    """A figure with its name; bars of one `series` share a colour, those of a `group` stand under its name."""
 
     name: str
     value: Estimate
@@ -90,7 +91,13 @@ def axes(height: int, id: str, title: str, description: str) -> Iterator[tuple[A
 
 
 def lines(
-    drawn_lines: Sequence[Line], id: str, title: str, *, start: float, levels: Sequence[Level] = (), low: int = 0
+    drawn_lines: Sequence[Line],
+    id: str,
+    title: str,
+    *,
+    start: float,
+    levels: Sequence[Level] = (),
+    unit: str = PERCENT,
 ) -> str:
     """A figure against the amount pruned, a line a scope; at most as many lines as there are markers.
 
@@ -98,22 +105,23 @@ def lines(
     ----------
     start : the figure at 0 %, that of the original itself (0 to 1).
     levels : lines across.
-    low : where the axis begins, in percent, where no figure is below.
+    unit : `PERCENT`, or `POINTS` for differences of percentages.
     """
     told = "; ".join(
-        f"{plain(line.scope, 40)}: " + ", ".join(f"{share(y.value)} at {amount:g} %" for amount, y in line.points)
+        f"{plain(line.scope, 40)}: "
+        + ", ".join(f"{written(y.value, unit)} at {amount:g} %" for amount, y in line.points)
         for line in drawn_lines
     )
-    with axes(260, id, title, f"{told}.{_levels_told(levels)}") as (plot, drawn):
+    with axes(260, id, title, f"{told}.{_levels_told(levels, unit)}") as (plot, drawn):
         ends = [_line(plot, line, i, 100 * start) for i, line in enumerate(drawn_lines)]
         largest = max(x for x, *_ in ends)
         shown = [100 * (y.value or 0.0) for line in drawn_lines for _, y in line.points]
         shown += [100 * level.value for level in levels]
-        bottom, top = _range(shown, low)
+        bottom, top = _range(shown)
         _end_labels(plot, ends, largest, gap=0.07 * (top - bottom), bottom=bottom)
         _draw_levels(plot, levels, largest, (bottom, top))
         _amount_axis(plot, drawn_lines, largest)
-        percent_axis(plot, bottom, top)
+        percent_axis(plot, bottom, top, unit)
     return drawn()
 
 
@@ -147,17 +155,17 @@ def _amount_axis(plot: Axes, drawn_lines: Sequence[Line], largest: float) -> Non
 
 def _draw_levels(plot: Axes, levels: Sequence[Level], largest: float, limits: tuple[float, float]) -> None:
     for level, place in zip(levels, _level_places(levels, 0.06 * (limits[1] - limits[0])), strict=True):
-        y = 100 * level.value
+        y, label = 100 * level.value, plain(level.name, 40)
         plot.plot([-largest * 0.03, largest * 1.02], [y, y], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
-        plot.text(0, place, plain(level.name, 40), fontsize=10, color=MUTED, va="bottom")
+        plot.annotate(label, (0, place), (0, 3), textcoords="offset points", fontsize=10, color=MUTED, va="bottom")
 
 
 def _level_places(levels: Sequence[Level], gap: float) -> list[float]:
     return apart([100 * level.value for level in levels], gap, float("-inf"))
 
 
-def _levels_told(levels: Sequence[Level]) -> str:
-    return "".join(f" {plain(level.name, 40)}: {share(level.value)}." for level in levels)
+def _levels_told(levels: Sequence[Level], unit: str) -> str:
+    return "".join(f" {plain(level.name, 40)}: {written(level.value, unit)}." for level in levels)
 
 
 def bars(
@@ -166,29 +174,35 @@ def bars(
     title: str,
     *,
     levels: Sequence[Level] = (),
-    low: float = 0,
     high: float = 100,
+    unit: str = PERCENT,
 ) -> str:
-    """Figures as bars from left to right, each with its name and interval; the axis reaches at least `low` to `high`
-    percent.
-    """
-    told = ", ".join(f"{plain(bar.name, 60)}: {share(bar.value.value)}" for bar in drawn_bars)
+    """Figures as bars from left to right, each with its name and interval; the axis reaches to `high` at least."""
+    told = ", ".join(
+        f"{plain(bar.group, 40)}{' ' * bool(bar.group)}{plain(bar.name, 60)}: {written(bar.value.value, unit)}"
+        for bar in drawn_bars
+    )
     places = _bar_places(drawn_bars)
-    height = 40 + round(22 * (places[-1] + 1)) + 18 * bool(levels)
-    with axes(height, id, title, f"{told}.{_levels_told(levels)}") as (plot, drawn):
+    last = places[-1]
+    with axes(40 + round(22 * (last + 1 + 0.9 * len(levels))), id, title, f"{told}.{_levels_told(levels, unit)}") as (
+        plot,
+        drawn,
+    ):
         ends = [end for bar in drawn_bars for end in percents(bar.value)] + [100 * level.value for level in levels]
-        left, right = min(low, *ends), max(high, *ends)
+        left, right = min(0, *ends), max(high, *ends)
         for y, bar in zip(places, drawn_bars, strict=True):
-            _bar(plot, y, bar, right - left)
+            _bar(plot, y, bar, right - left, unit)
+        for y, name in _headings(drawn_bars, places):
+            plot.text(left, y, plain(name, 40), va="center", fontsize=11, color=MUTED)
         for i, level in enumerate(levels):
             x = 100 * level.value
-            plot.plot([x, x], [-0.6, places[-1] + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
-            plot.text(x, -0.75 - 0.8 * i, plain(level.name, 40), fontsize=10, color=MUTED, ha="center", va="bottom")
-        plot.set_ylim(places[-1] + 0.6, -0.6 - 0.9 * len(levels))
+            plot.plot([x, x], [-0.7 - 0.9 * i, last + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
+            plot.text(x, -0.75 - 0.9 * i, plain(level.name, 40), fontsize=10, color=MUTED, ha="center", va="bottom")
+        plot.set_ylim(last + 0.6, -0.6 - 0.9 * len(levels))
         plot.set_yticks(places, [plain(bar.name, 24) for bar in drawn_bars])
         plot.set_xlim(left, right + 0.22 * (right - left))
         ticks = _ticks(left, right)
-        plot.set_xticks(ticks, [_percent(tick) for tick in ticks])
+        plot.set_xticks(ticks, [_tick(tick, unit) for tick in ticks])
         plot.grid(axis="x")
         plot.set_axisbelow(True)
         plot.spines["bottom"].set_visible(False)
@@ -196,18 +210,28 @@ def bars(
 
 
 def _bar_places(drawn_bars: Sequence[Bar]) -> list[float]:
-    """Where each bar lies, a half apart where a new group begins."""
-    places = [0.0]
+    """Where each bar lies; a named group has a heading above its first."""
+    places = [0.9 if drawn_bars[0].group else 0.0]
     for before, bar in pairwise(drawn_bars):
-        places.append(places[-1] + (1.0 if bar.group == before.group else 1.5))
+        places.append(places[-1] + (1.0 if bar.group == before.group else 2.0))
     return places
 
 
-def _bar(plot: Axes, y: float, bar: Bar, width: float) -> None:
+def _headings(drawn_bars: Sequence[Bar], places: Sequence[float]) -> list[tuple[float, str]]:
+    firsts = [i for i, bar in enumerate(drawn_bars) if bar.group and (not i or drawn_bars[i - 1].group != bar.group)]
+    return [(places[i] - 0.85, drawn_bars[i].group) for i in firsts]
+
+
+def _bar(plot: Axes, y: float, bar: Bar, width: float, unit: str) -> None:
     value, low, high = percents(bar.value)
     plot.barh([y], [value], height=0.5, color=SERIES[bar.series])
     plot.plot([low, high], [y, y], color=INK, linewidth=1.4)
-    plot.text(max(value, high, 0) + 0.02 * width, y, share(bar.value.value), va="center", fontsize=11)
+    plot.text(max(value, high, 0) + 0.02 * width, y, written(bar.value.value, unit), va="center", fontsize=11)
+
+
+def written(value: float | None, unit: str) -> str:
+    """A figure of 1 in percent, or in points of 100 with one digit."""
+    return share(value) if unit == PERCENT or value is None else number(round(100 * value, 1), 1)
 
 
 def percents(value: Estimate) -> tuple[float, float, float]:
@@ -217,19 +241,19 @@ def percents(value: Estimate) -> tuple[float, float, float]:
     return middle, low, middle if value.high is None else 100 * value.high
 
 
-def percent_axis(plot: Axes, bottom: float, top: float = 100) -> None:
+def percent_axis(plot: Axes, bottom: float, top: float = 100, unit: str = PERCENT) -> None:
     """A vertical axis in percent, with a little room above."""
     room = 0.02 * (top - bottom) * (1 if bottom else 2)
     plot.set_ylim(bottom, top + room)
     plot.set_yticks(_ticks(bottom, top))
-    plot.yaxis.set_major_formatter(lambda value, _: _percent(value))
+    plot.yaxis.set_major_formatter(lambda value, _: _tick(value, unit))
     plot.grid(axis="y")
     plot.set_axisbelow(True)
 
 
-def _range(values: Sequence[float], low: int) -> tuple[float, float]:
-    """From `low`, or the tens below the least value, to the tens above the largest."""
-    return min(float(low), 10 * (min(values) // 10)), max(10.0, -10 * (-max(values) // 10))
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """From zero, or the tens below the least value, to the tens above the largest."""
+    return min(0.0, 10 * (min(values) // 10)), max(10.0, -10 * (-max(values) // 10))
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -239,8 +263,8 @@ def _ticks(low: float, high: float) -> list[float]:
     return [first + step * i for i in range(int((high - first) // step) + 1)]
 
 
-def _percent(value: float) -> str:
-    return f"{value:g} %".replace("-", "\N{MINUS SIGN}")
+def _tick(value: float, unit: str) -> str:
+    return f"{value:g}{unit}".replace("-", "\N{MINUS SIGN}")
 
 
 def apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[float]:

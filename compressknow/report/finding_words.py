@@ -44,7 +44,7 @@ def _numbers(pairs: Sequence[Contrast]) -> str:
         f"{count(as_claimed)} as claimed",
         f"{count(against)} the other way round",
         f"{count(len(pairs) - as_claimed - against - floor)} that chance could explain",
-        *([f"{count(floor)} that do not count, neither cell being clearly above the baseline"] if floor else []),
+        *([f"{count(floor)} not counted, neither cell being clearly above the baseline"] if floor else []),
     ]
     return f"{count(len(pairs))} comparisons: {', '.join(parts)}."
 
@@ -56,8 +56,9 @@ def why_contrasts(answer: str, pairs: Sequence[Contrast], parts: Sequence[str]) 
     if answer == HOLDS:
         return "Every comparison that separates its cells does so as claimed."
     if answer != CANNOT_TELL:
-        both = any(pair.direction > 0 for pair in pairs)
-        return f"{'Some comparisons separate' if both else 'What separates'} the cells the other way round."
+        if any(pair.direction > 0 for pair in pairs):
+            return "Some comparisons separate their cells as claimed, some the other way round."
+        return "Those comparisons that separate their cells do so the other way round."
     open_parts = [part for part in parts if not any(p.direction > 0 and p.part == part for p in pairs)]
     missing = [part for part in open_parts if not any(pair.part == part for pair in pairs)]
     if missing and missing != [""]:

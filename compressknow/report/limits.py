@@ -62,7 +62,8 @@ def decline(study: Study, cell: StudyCell, level: float = 0.95) -> Estimate:
     if difference.value is None or difference.low is None or difference.high is None or not counts.known_before:
         return Estimate(None)
     scale = counts.known_before / counts.n
-    return Estimate(-difference.value / scale, -difference.high / scale, -difference.low / scale)
+    # From zero, since there is a negative zero.
+    return Estimate(*((0.0 - end) / scale for end in (difference.value, difference.high, difference.low)))
 
 
 def left(study: Study, cell: StudyCell, level: float = 0.95) -> Estimate:

@@ -44,8 +44,8 @@ def _modules_in_short(least: Sequence[Least]) -> str:
     by_module: dict[str, list[str]] = {}
     for each in least:
         by_module.setdefault(each.module if each.clear else "", []).append(each.level)
-    return ", ".join(
-        f"{f'pruning {module} hurts least' if module else 'no module clearly hurts least'} at {_listed(levels)}"
+    return "; ".join(
+        f"pruned by {_listed(levels)}, {f'{module} hurts least' if module else 'no module clearly hurts least'}"
         for module, levels in by_module.items()
     )
 
@@ -87,8 +87,8 @@ def _level(least: Least) -> str:
     rest = _listed([f"{module} {share(value)}" for module, value in others])
     clear = "chance does not explain it" if least.clear else "chance could explain a difference"
     return (
-        f"Pruned by {least.level}, {best} keeps most: {share(kept)} of what was known on average (at {amounts}), against "
-        f"{rest}; {clear}."
+        f"Pruned by {least.level}, {best} keeps most: {share(kept)} of what was known on average (at {amounts}), "
+        f"against {rest}; {clear}."
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from compressknow.report.figures import NONE, count, estimate, number, p_value, share, size
 from compressknow.report.findings import Finding
 from compressknow.report.probe_tables import headline_accuracy
+from compressknow.report.records import Estimate
 from compressknow.report.study_grid import MODULES, names, pruned_and_quantized, quantized, schemes
 from compressknow.report.study_records import Study, StudyCell, StudyProbe
 from compressknow.report.tables import Table
@@ -146,9 +147,7 @@ def contrasts_table(study: Study, found: Sequence[Finding]) -> Table | None:
             count(pair.counts.gained),
             _bare(pair.p),
             "not counted" if pair.at_floor else _bare(pair.p_holm),
-            estimate(
-                *(None if x is None else 100 * x for x in (pair.rate.value, pair.rate.low, pair.rate.high)), number
-            ),
+            _points(pair.rate),
             "not counted" if pair.at_floor else _bare(pair.rate_p_holm),
         )
         for finding in found
@@ -165,6 +164,11 @@ def contrasts_table(study: Study, found: Sequence[Finding]) -> Table | None:
         "p of that (Holm)",
     )
     return Table("Comparisons behind the findings, paired by fact", columns, rows, sortable=True) if rows else None
+
+
+def _points(rate: Estimate) -> str:
+    """Of 1 in points of 100."""
+    return estimate(rate.value, rate.low, rate.high, lambda value: number(100 * value))
 
 
 def bounds_table(study: Study, found: Sequence[Finding]) -> Table | None:

@@ -7,6 +7,7 @@ the page's content security policy can forbid them; ids are prefixed, so that ch
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
@@ -15,6 +16,7 @@ COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c
 _CLASSES = {colour: name for name, colour in COLOURS.items()}
 _KEPT = {"stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin", "text-anchor", "opacity"}
 _NUMBERS = {"d", "x", "y", "width", "height", "transform", "stroke-width", "stroke-dasharray"}
+_TITLE_WIDTH, _MARGIN = 52, 40  # characters of a title's line; room for labels that reach over the edge
 _SIZE = re.compile(r"([\d.]+)px")
 _DECIMALS = re.compile(r"-?\d+\.\d+")
 
@@ -47,6 +49,45 @@ def inline(raw: str, id: str, title: str, description: str) -> str:
         named.text = text
         root.insert(place, named)
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def standalone(chart: str, title: str, style: str) -> str:
+    """An element of `inline` as a file of its own: with its title above it, and the page's colours, light and dark.
+
+    Parameters
+    ----------
+    style : the page's style sheet, which names the colours.
+    """
+    root = ElementTree.fromstring(chart)
+    left, top, width, height = map(float, root.get("viewBox", "0 0 0 0").split())
+    root.set("xmlns", "http://www.w3.org/2000/svg")
+    lines = textwrap.wrap(title, _TITLE_WIDTH)
+    above = 16 * len(lines) + 8
+    root.set("viewBox", f"{left:g} {top - above:g} {width + _MARGIN:g} {height + above:g}")
+    rules = ElementTree.Element("style")
+    rules.text = _colours_of(style)
+    root.insert(2, rules)
+    for i, line in enumerate(lines):
+        place = {"x": f"{left + 4:g}", "y": f"{top - above + 16 * (i + 1):g}", "font-size": "12", "class": "f-ink"}
+        ElementTree.SubElement(root, "text", place).text = line
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _colours_of(style: str) -> str:
+    """Rules for the classes of charts, from the variables that the page's style sheet sets: light first, then dark."""
+    light, dark = (_variables(style, place) for place in (0, 1))
+    return (
+        f"svg{{background:{light['paper']};font-family:sans-serif}}{_rules(light)}"
+        f"@media (prefers-color-scheme:dark){{svg{{background:{dark['paper']}}}{_rules(dark)}}}"
+    )
+
+
+def _variables(style: str, place: int) -> dict[str, str]:
+    return {name: re.findall(rf"--{name}:\s*(#[0-9a-f]+)", style)[place] for name in COLOURS}
+
+
+def _rules(colours: dict[str, str]) -> str:
+    return "".join(f".f-{name}{{fill:{colour}}}.s-{name}{{stroke:{colour}}}" for name, colour in colours.items())
 
 
 def _local(name: str) -> str:
