@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from compressknow.probe.choose import Options
     from compressknow.probe.run import Bar, Settings
     from compressknow.report.contrast_records import Contrast
+    from compressknow.report.study_records import Study
+    from compressknow.study.cluster import RayOptions
+    from compressknow.study.sweep import Told
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compare", "convert", "inspect", "load", "probe", "report", "verify"]
+__all__ = ["__version__", "compare", "convert", "inspect", "load", "probe", "report", "sweep", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -233,6 +236,71 @@ def compare(
         command=command,
         progress=progress,
         bar=bar,
+    )
+
+
+def sweep(
+    model: str | Path,
+    output: str | Path,
+    *,
+    grid: str | Path = "paper",
+    probes: Sequence[str] | None = None,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    module_map: ModuleMap | None = None,
+    scheme: Scheme | None = None,
+    save: bool = False,
+    ray: RayOptions | None = None,
+    revision: str | None = None,
+    command: str | None = None,
+    bar: Bar | None = None,
+    told: Told | None = None,
+) -> Study:
+    """Convert a model in every way of a grid, ask each what the original was asked, and write the study.
+
+    Variants are made in memory, each the very one that `convert` would write. A study that was stopped goes on where it
+    was; a cell that fails is recorded, and the rest goes on.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    output : folder of the study; one of this model and version is gone on with.
+    grid : ``paper``, or a TOML file.
+    probes : names; see `compressknow.probe`.
+    options, settings : see `compressknow.probe`.
+    module_map, scheme : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``).
+    save : write each converted checkpoint too, under ``models/``.
+    ray : run the cells on a Ray cluster; see `compressknow.study.cluster.RayOptions`.
+    command : the command line to show.
+    bar : gives, for a probe's name, a context with a callable that is told of its progress.
+    told : is told each cell's result as it comes, and the original's answers.
+
+    Returns
+    -------
+    The study, as ``study.html``, ``study.json``, ``cells.parquet`` and ``cells.csv`` in `output` show it.
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : the model or a probe cannot be found or asked, the grid makes no sense, the
+        cluster does not answer, or `output` holds something else.
+    """
+    from compressknow.study.sweep import sweep as run
+
+    return run(
+        model,
+        output,
+        grid=grid,
+        probes=probes,
+        options=options,
+        settings=settings,
+        module_map=module_map,
+        scheme=scheme,
+        save=save,
+        ray=ray,
+        revision=revision,
+        command=command,
+        bar=bar,
+        told=told,
     )
 
 

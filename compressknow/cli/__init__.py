@@ -15,6 +15,7 @@ COMMANDS = {
     "probe": ("compressknow.cli.probe:probe", "Ask a model facts, and keep its answers."),
     "report": ("compressknow.cli.report:report", "Show what compressed models kept and lost of the knowledge."),
     "compare": ("compressknow.cli.compare:compare", "Show how two checkpoints differ."),
+    "sweep": ("compressknow.cli.sweep:sweep", "Convert a model in every way of a grid, and ask each what it knows."),
 }
 
 

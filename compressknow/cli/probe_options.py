@@ -11,6 +11,7 @@ import click
 if TYPE_CHECKING:
     from compressknow.probe.choose import Options
     from compressknow.probe.run import Settings
+    from compressknow.study.cluster import RayOptions
 
 FACTS = ("data", "protocol", "template", "limit", "seed", "map", "split", "tasks")
 RUNNING = ("device", "dtype", "batch_size", "trust_remote_code")
@@ -92,3 +93,29 @@ def split_options(given: dict[str, Any]) -> tuple[Options, Settings]:
     facts = {name: given.pop(name) for name in FACTS}
     columns = parse_columns(facts.pop("map"))
     return Options(columns=columns, **facts), Settings(**{name: given.pop(name) for name in RUNNING})
+
+
+def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the cells of a study run."""
+    options = [
+        click.option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Run on a Ray cluster: auto, ray://HOST:10001, HOST:6379, or local. MODEL must lie on shared storage.",
+        ),
+        click.option("--num-cpus", type=click.FloatRange(0), default=1, show_default=True, help="Cores of a Ray task."),
+        click.option("--num-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs of a Ray task."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def split_ray(given: dict[str, Any]) -> RayOptions | None:
+    """The cluster that `ray_options` name, or None; `given` keeps the rest."""
+    address, cpus, gpus = (given.pop(name) for name in ("ray", "num_cpus", "num_gpus"))
+    if address is None:
+        return None
+    from compressknow.study.cluster import RayOptions
+
+    return RayOptions(address, cpus, gpus)

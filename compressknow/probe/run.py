@@ -21,6 +21,7 @@ from compressknow.probe.answers import (
     TABLE,
     Answer,
     Answers,
+    is_answers_folder,
     read_record,
     write_record,
     write_table,
@@ -139,6 +140,14 @@ def probe_model(
                 _ask_one(respondent, probe, folder, record, key, reference, bar)
         tidy(folder)
         return _read(folder, [probe.name for probe in probes])
+
+
+def is_answered(respondent: Respondent, probe: Probe | Task, folder: Path, reference: Answers | None) -> bool:
+    """Whether `folder` holds this model's answers to this probe, so that `probe_model` would ask nothing."""
+    if not is_answers_folder(folder):
+        return False
+    entry = read_record(folder)["probes"].get(probe.name, {})
+    return bool(entry.get("key") == _key(respondent, probe, reference))
 
 
 def refuse_twins(probes: Sequence[Probe | Task]) -> None:

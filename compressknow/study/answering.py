@@ -16,7 +16,7 @@ from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers
 from compressknow.probe.ask import Questions
 from compressknow.probe.facts import Probe
-from compressknow.probe.run import Bar, Respondent, Settings, probe_model
+from compressknow.probe.run import Bar, Respondent, Settings, is_answered, probe_model
 from compressknow.probe.tasks import Task
 from compressknow.study.grid import Cell
 from compressknow.study.respondent import CellRespondent
@@ -53,9 +53,19 @@ class Subject:
         self, cell: Cell, probes: Sequence[Probe | Task], cells: Path, reference: Answers, bar: Bar | None = None
     ) -> Answers:
         """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or asked."""
-        respondent = CellRespondent(self.original, cell, self.maker, self.tokenizer, self._written)
-        # Another recipe may have had this name in an earlier grid of the same study.
-        return _ask(respondent, probes, cells / f"{cell.key}-{respondent.sha256[:8]}", reference, bar)
+        return _ask(self._respondent(cell), probes, cells / self.folder_of(cell), reference, bar)
+
+    def is_answered(self, cell: Cell, probe: Probe | Task, cells: Path, reference: Answers) -> bool:
+        """Whether `ask_cell` would find these answers there."""
+        folder = cells / self.folder_of(cell) / folder_of(probe.name)
+        return is_answered(self._respondent(cell), probe, folder, reference)
+
+    def folder_of(self, cell: Cell) -> str:
+        """A name for a cell's folder. Another recipe may have had its key in an earlier grid of the same study."""
+        return f"{cell.key}-{self._respondent(cell).sha256[:8]}"
+
+    def _respondent(self, cell: Cell) -> CellRespondent:
+        return CellRespondent(self.original, cell, self.maker, self.tokenizer, self._written)
 
 
 def _ask(

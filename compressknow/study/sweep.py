@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers
 from compressknow.probe.choose import DEFAULT, Options, open_all
 from compressknow.probe.facts import Probe
@@ -14,6 +13,7 @@ from compressknow.probe.run import Bar, Settings, refuse_twins
 from compressknow.probe.tasks import Task
 from compressknow.report.study_records import Study
 from compressknow.study.answering import Subject
+from compressknow.study.cluster import RayOptions, on_cluster, reason
 from compressknow.study.folder import CELLS, MODELS, ORIGINAL, claim
 from compressknow.study.grid import PAPER_SCHEME, Cell, paper_grid, read_grid
 from compressknow.study.results import CellResult, study_of
@@ -38,35 +38,13 @@ def sweep(
     module_map: ModuleMap | None = None,
     scheme: Scheme | None = None,
     save: bool = False,
+    ray: RayOptions | None = None,
     revision: str | None = None,
     command: str | None = None,
     bar: Bar | None = None,
     told: Told | None = None,
 ) -> Study:
-    """Convert a model in every way of a grid, ask each what the original was asked, and write the study.
-
-    Variants are made in memory, each the very one that `convert` would write. A study that was stopped goes on where it
-    was; a cell that fails is recorded, and the rest goes on.
-
-    Parameters
-    ----------
-    model : a local folder or a hub id.
-    output : folder of the study; one of this model and version is gone on with.
-    grid : ``paper``, or a TOML file.
-    probes : names; see `compressknow.probe`.
-    module_map, scheme : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``).
-    save : write each converted checkpoint too, under ``models/``.
-    told : is told each cell's result as it comes.
-
-    Returns
-    -------
-    The study, as ``study.html``, ``study.json``, ``cells.parquet`` and ``cells.csv`` in `output` show it.
-
-    Raises
-    ------
-    compressknow.errors.CompressknowError : the model or a probe cannot be found or asked, the grid makes no sense, or
-        `output` holds something else.
-    """
+    """See `compressknow.sweep`."""
     from compressknow.report.study_write import write_study
 
     folder = Path(output)
@@ -76,14 +54,19 @@ def sweep(
         cells = _cells(subject, grid, module_map, scheme)
         with claim(folder, subject.original):
             original = subject.ask_original(asked, folder / ORIGINAL, bar)
-            results = []
-            for cell in cells:
-                results.append(_result(subject, cell, asked, folder, original, bar))
-                if save:
-                    _save(subject, cell, folder / MODELS / cell.key)
+            results: Iterator[CellResult]
+            if ray is None:
+                results = (_result(subject, cell, asked, folder / CELLS, original, bar) for cell in cells)
+            else:
+                results = on_cluster(subject, cells, asked, folder / CELLS, original, ray, options or Options())
+            found = {}
+            for result in results:
+                found[result.cell] = result
+                if save and result.answers is not None:
+                    _save(subject, result.cell, folder / MODELS)
                 if told:
-                    told(results[-1], original)
-            study = study_of(original, results, command=command)
+                    told(result, original)
+            study = study_of(original, [found[cell] for cell in cells], command=command)
             write_study(study, folder)
     return study
 
@@ -96,21 +79,21 @@ def _cells(subject: Subject, grid: str | Path, module_map: ModuleMap | None, sch
 
 
 def _result(
-    subject: Subject, cell: Cell, asked: Sequence[Probe | Task], folder: Path, original: Answers, bar: Bar | None
+    subject: Subject, cell: Cell, asked: Sequence[Probe | Task], cells: Path, original: Answers, bar: Bar | None
 ) -> CellResult:
     try:
-        return CellResult(cell, subject.ask_cell(cell, asked, folder / CELLS, original, bar))
-    except CompressknowError as error:
-        return CellResult(cell, why=str(error))
+        return CellResult(cell, subject.ask_cell(cell, asked, cells, original, bar))
     except Exception as error:
         # Out of memory, or whatever a model's code raises: the other cells do not depend on it.
-        return CellResult(cell, why=f"{type(error).__name__}: {error}")
+        return CellResult(cell, why=reason(error))
 
 
-def _save(subject: Subject, cell: Cell, folder: Path) -> None:
+def _save(subject: Subject, cell: Cell, models: Path) -> None:
+    """Write the cell's checkpoint, unless a run before has."""
     from compressknow.compress.convert import convert
     from compressknow.report.model_card import model_card_for
 
+    folder = models / subject.folder_of(cell)
     if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
+        models.mkdir(exist_ok=True)
         convert(subject.maker.checkpoint.folder, folder, cell.recipe, render_card=model_card_for)

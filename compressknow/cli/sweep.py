@@ -1,0 +1,155 @@
+"""`compressknow sweep`: one model converted in every way of a grid, each asked the same facts."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compressknow.cli.probe_options import EPILOG, probe_options, ray_options, split_options, split_ray
+from compressknow.cli.progress import facts_bar
+from compressknow.cli.report import command_of
+from compressknow.report.figures import count, estimate, percent
+from compressknow.report.text import plain
+
+if TYPE_CHECKING:
+    from compressknow.probe.answers import Answers
+    from compressknow.report.study_records import Study
+    from compressknow.study.results import CellResult
+
+WIDTH = 80
+COLUMNS = f"{'Setup':<34}{'Kept (95 % interval)':<28}{'Right':>8}{'Sparse':>10}"
+GRID = """\
+\b
+A grid file (--grid FILE.toml) has axes, whose product is run, and cells named
+one by one:
+  [axes]
+  scope = ["attention", "feed-forward", "overall"]
+  method = ["l1-unstructured"]      # and ln-structured, random-...
+  prune = [0, 0.2, 0.4]             # 0: none
+  quantize = ["none", "int8"]       # and int8-paper, int8-weights
+  layers = ["0-5"]                  # also: seed, module_map
+  [[cells]]
+  name = "first-heads"
+  scope = "attention"
+  layers = "0-2"
+  prune = 0.5
+
+"""
+
+
+@click.command(short_help="Convert a model in every way of a grid, and ask each what it knows.", epilog=GRID + EPILOG)
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the study; one that was stopped goes on where it was.",
+)
+@click.option("--grid", default="paper", show_default=True, metavar="paper|FILE.toml", help="Which recipes; see below.")
+@click.option(
+    "--module-map",
+    type=click.Choice(["structural", "paper"]),
+    help="What the paper's grid calls attention and feed-forward.  [default: paper]",
+)
+@click.option(
+    "--quantize",
+    "scheme",
+    type=click.Choice(["int8", "int8-paper", "int8-weights"]),
+    help="Scheme of the paper's grid.  [default: int8-paper]",
+)
+@click.option("--save", is_flag=True, help="Write each converted checkpoint too, into OUTPUT/models.")
+@ray_options
+@probe_options
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--json", "as_json", is_flag=True, help="Print the study as JSON.")
+@click.pass_context
+def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ...], as_json: bool, **given: Any) -> int:
+    """Convert MODEL in every way of a grid, in memory, and ask each the same facts.
+
+    `--grid paper` is that of the study that this tool comes from: attention, feed-forward and everything pruned by 10
+    to 90 %, quantized, and both; the final layer pruned. OUTPUT gets the page of the study (study.html, study.md), its
+    figures, and a tidy table (cells.csv, cells.parquet).
+
+    \b
+    compressknow sweep MODEL -o study --limit 300
+    compressknow sweep MODEL -o study -p lama:trex --data DIR --grid paper
+    compressknow sweep MODEL -o study --grid mine.toml --quantize int8
+    """
+    from compressknow.study.sweep import sweep as run
+
+    options, settings = split_options(given)
+    given["ray"] = split_ray(given)
+    lines = _Lines(silent=as_json)
+    with facts_bar() as bar:
+        study = run(
+            model,
+            output,
+            probes=probes or None,
+            options=options,
+            settings=settings,
+            command=command_of(ctx),
+            bar=bar,
+            told=lines,
+            **given,
+        )
+    if as_json:
+        click.echo((output / "study.json").read_text(encoding="utf-8").rstrip())
+    else:
+        click.echo("\n".join(_end(study, output)))
+    return 1 if study.failed else 0
+
+
+class _Lines:
+    """Prints a line a cell, as it comes."""
+
+    def __init__(self, silent: bool) -> None:
+        self._silent, self._begun = silent, False
+
+    def __call__(self, result: CellResult, original: Answers) -> None:
+        if self._silent:
+            return
+        if not self._begun:
+            self._begun = True
+            right = sum(answer.correct for answer in original.answers)
+            name, of = plain(original.record["model"]["name"], 40), len(original.answers)
+            click.echo(f"{name} answers {count(right)} of {count(of)} facts right ({percent(right, of)}).\n")
+            click.echo(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
+        click.echo("\n".join(_line(result, original)))
+
+
+def _line(result: CellResult, original: Answers) -> Iterator[str]:
+    from compressknow.report.figures import size
+    from compressknow.report.statistics import proportion
+
+    name = plain(result.cell.recipe.setup, 33)
+    if result.answers is None:
+        yield from textwrap.wrap(f"{name}: failed: {plain(result.why, 300)}", WIDTH, subsequent_indent="  ")
+        return
+    knew = {(answer.probe, answer.fact_id) for answer in original.answers if answer.correct}
+    right = [answer for answer in result.answers.answers if answer.correct]
+    kept = proportion(sum((answer.probe, answer.fact_id) in knew for answer in right), len(knew))
+    share = percent(len(right), len(result.answers.answers))
+    sparse = size(result.answers.record["model"]["totals"]["sparse_bytes"])
+    yield f"{name:<34}{estimate(kept.value, kept.low, kept.high):<28}{share:>8}{sparse:>10}"
+
+
+def _end(study: Study, output: Path) -> Iterator[str]:
+    from compressknow.report.findings import findings
+    from compressknow.report.study_summary import paragraph
+
+    yield ""
+    yield from textwrap.wrap(" ".join(paragraph(study, findings(study))), WIDTH)
+    yield ""
+    yield f"Written: {output}/study.html, study.md, study.json, cells.csv, cells.parquet"
+    if study.failed:
+        yield ""
+        yield from textwrap.wrap(
+            f"! {count(len(study.failed))} of {count(len(study.failed) + len(study.cells))} cells failed; the study "
+            "says why. Run it again to try them once more.",
+            WIDTH,
+        )

@@ -1,0 +1,208 @@
+"""A study's cells on a Ray cluster: a task is a cell and a probe, and its answers come back as files.
+
+The model comes from storage that all machines share, or from the hub. Tasks of workers that are lost are run again.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from compressknow.errors import CompressknowError
+from compressknow.probe.answers import RECORD, TABLE, Answers
+from compressknow.probe.choose import Options, open_all
+from compressknow.probe.facts import Probe
+from compressknow.probe.run import Settings
+from compressknow.probe.tasks import Task
+from compressknow.study.answering import Subject, folder_of
+from compressknow.study.grid import Cell
+from compressknow.study.results import CellResult
+
+LOST_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Where a study's cells run.
+
+    Attributes
+    ----------
+    address : of the cluster (``auto``, ``ray://HOST:10001``, ``HOST:6379``), or ``local`` for one on this machine.
+    num_cpus, num_gpus : of each task; a task computes with as many threads.
+    """
+
+    address: str = "auto"
+    num_cpus: float = 1
+    num_gpus: float = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell and a probe, as a worker gets them."""
+
+    model: str
+    revision: str | None
+    sha256: str
+    cell: Cell
+    probe: str
+    options: Options
+    settings: Settings
+    threads: int
+
+
+Files = dict[str, bytes]
+
+
+def on_cluster(
+    subject: Subject,
+    cells: Sequence[Cell],
+    probes: Sequence[Probe | Task],
+    folder: Path,
+    original: Answers,
+    where: RayOptions,
+    options: Options,
+) -> Iterator[CellResult]:
+    """Results as they come. What `folder` holds already is not asked again.
+
+    Raises CompressknowError where Ray is missing or the cluster does not answer.
+    """
+    ray = _connect(where)
+    try:
+        reference = {probe.name: ray.put(_only(original, probe.name)) for probe in probes}
+        run = ray.remote(num_cpus=where.num_cpus, num_gpus=where.num_gpus, max_retries=LOST_WORKERS)(_run)
+        pending: dict[Any, tuple[Cell, str]] = {}
+        for cell in cells:
+            for probe in probes:
+                if not subject.is_answered(cell, probe, folder, original):
+                    job = _job(subject, cell, probe.name, options, where)
+                    pending[run.remote(job, reference[probe.name])] = (cell, probe.name)
+        yield from _collect(ray, pending, subject, cells, probes, folder, original)
+    finally:
+        ray.shutdown()
+
+
+def _collect(
+    ray: Any,
+    pending: dict[Any, tuple[Cell, str]],
+    subject: Subject,
+    cells: Sequence[Cell],
+    probes: Sequence[Probe | Task],
+    folder: Path,
+    original: Answers,
+) -> Iterator[CellResult]:
+    """A cell's result once all of its probes are answered."""
+    failed: dict[Cell, str] = {}
+    left = {cell: sum(of is cell for of, _ in pending.values()) for cell in cells}
+    done = [cell for cell in cells if not left[cell]]
+    while done or pending:
+        for cell in done:
+            yield _result(subject, cell, probes, folder, original, failed.get(cell))
+        done = []
+        if pending:
+            (ready, *_), _ = ray.wait(list(pending), num_returns=1)
+            cell, probe = pending.pop(ready)
+            try:
+                _store(folder / subject.folder_of(cell) / folder_of(probe), ray.get(ready))
+            except Exception as error:
+                failed.setdefault(cell, reason(getattr(error, "cause", None) or error))
+            left[cell] -= 1
+            done = [] if left[cell] else [cell]
+
+
+def _result(
+    subject: Subject,
+    cell: Cell,
+    probes: Sequence[Probe | Task],
+    folder: Path,
+    original: Answers,
+    failed: str | None,
+) -> CellResult:
+    if failed is not None:
+        return CellResult(cell, why=failed)
+    return CellResult(cell, subject.ask_cell(cell, probes, folder, original))
+
+
+def reason(error: BaseException) -> str:
+    """Why a cell failed, in one line."""
+    if isinstance(error, CompressknowError):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _connect(where: RayOptions) -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise CompressknowError("Ray is not installed.", hint="pip install 'compressknow[ray]'") from None
+    try:
+        if where.address == "local":
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        else:
+            ray.init(address=where.address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise CompressknowError(
+            f"No Ray cluster answers at {where.address}.",
+            why=reason(error),
+            hint="Start one (ray start --head) and give its address, or leave out --ray.",
+        ) from error
+    return ray
+
+
+def _job(subject: Subject, cell: Cell, probe: str, options: Options, where: RayOptions) -> Job:
+    located = subject.original.located
+    # A hub id is downloaded by the worker; a folder must be on storage that it shares.
+    model = located.name if located.revision else str(located.path.resolve())
+    threads = max(1, round(where.num_cpus))
+    return Job(
+        model, located.revision, subject.original.sha256, cell, probe, options, subject.original.settings, threads
+    )
+
+
+def _run(job: Job, reference: Answers) -> Files:
+    """In a worker: the files of the answers folder."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    subject = _subject(job.model, job.settings, job.revision)
+    if subject.original.sha256 != job.sha256:
+        raise CompressknowError(f"{job.model} is another model on this worker.", hint="Share one storage with all.")
+    probes = _opened(job.probe, job.options)
+    with tempfile.TemporaryDirectory() as folder:
+        subject.ask_cell(job.cell, probes, Path(folder), reference)
+        answers = Path(folder) / subject.folder_of(job.cell) / folder_of(job.probe)
+        return {name: (answers / name).read_bytes() for name in (TABLE, RECORD)}
+
+
+@cache
+def _subject(model: str, settings: Settings, revision: str | None) -> Subject:
+    """Opened once a worker."""
+    return Subject(model, settings, revision=revision)
+
+
+_probes: dict[str, list[Probe | Task]] = {}
+
+
+def _opened(probe: str, options: Options) -> list[Probe | Task]:
+    key = repr((probe, options))
+    if key not in _probes:
+        _probes[key] = open_all([probe], options)
+    return _probes[key]
+
+
+def _store(folder: Path, files: Files) -> None:
+    """The answers first: without its record a folder counts as not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (TABLE, RECORD):
+        temporary = folder / f".{name}.partial"
+        temporary.write_bytes(files[name])
+        temporary.replace(folder / name)
+
+
+def _only(answers: Answers, probe: str) -> Answers:
+    entry = {probe: answers.record["probes"][probe]}
+    return Answers(dict(answers.record) | {"probes": entry}, tuple(answers.of(probe)))
