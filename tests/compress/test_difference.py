@@ -1,0 +1,330 @@
+"""What two checkpoints differ in: every figure as a plain recount has it, whatever the files look like."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import compressknow
+from compressknow.compress.difference import difference
+from compressknow.compress.difference_records import Difference, Sums, TensorDifference, summed
+from compressknow.errors import CheckpointError, CompressknowError
+from compressknow.model.checkpoint import open_checkpoint
+from tests.models import save_tiny
+
+Arrays = dict[str, npt.NDArray[np.float64]]
+FAMILIES = ("bert", "llama", "t5-gated", "t5-tied", "gpt2", "mixtral")
+
+
+def compared(a: Path, b: Path, **options: Any) -> Difference:
+    return difference(open_checkpoint(a), open_checkpoint(b), **options)
+
+
+def values(folder: Path) -> Arrays:
+    """Every tensor as the numbers that it stands for, int8 ones times their scales."""
+    stored = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    floats = {}
+    for name, tensor in stored.items():
+        if name.endswith("_scale"):
+            continue
+        scale = stored.get(f"{name}_scale")
+        floats[name] = (tensor.float() * scale.float() if scale is not None else tensor).double().numpy()
+    return floats
+
+
+def assert_recounted(sums: Sums, a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> None:
+    a, b = a.ravel(), b.ravel()
+    assert sums.numel == a.size
+    assert (sums.zeros_a, sums.zeros_b) == (int((a == 0).sum()), int((b == 0).sum()))
+    norms = np.linalg.norm(a), np.linalg.norm(b), np.linalg.norm(b - a)
+    assert sums.relative_error == pytest.approx(norms[2] / norms[0], rel=1e-9)
+    assert sums.cosine == pytest.approx(a @ b / norms[0] / norms[1], rel=1e-9)
+    assert sums.largest_change == np.abs(b - a).max()
+    if norms[2]:
+        assert sums.snr_db == pytest.approx(20 * math.log10(norms[0] / norms[2]), rel=1e-9)
+    else:
+        assert sums.snr_db is None
+
+
+def by_name(found: Difference) -> dict[str, TensorDifference]:
+    return {tensor.name: tensor for tensor in found.tensors}
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_a_pruned_model_is_as_recounted(family: str, tmp_path: Path) -> None:
+    a = save_tiny(family, tmp_path / "a")
+    b = tmp_path / "b"
+    compressknow.convert(a, b, prune=0.4)
+    found, before, after = compared(a, b), values(a), values(b)
+    assert not found.structure
+    assert len(found.tensors) == len(before)
+    for tensor in found.tensors:
+        # Mixtral's router is stored under its former name.
+        name = tensor.name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if family == "mixtral" else tensor.name
+        assert_recounted(tensor.sums, before[name], after[name])
+        assert tensor.same_bytes == np.array_equal(before[name], after[name])
+    assert any(not tensor.same_bytes for tensor in found.tensors)
+    assert any(tensor.same_bytes for tensor in found.tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("scheme", ["int8", "int8-paper", "int8-weights"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5-gated"])
+def test_int8_weights_are_compared_as_what_they_stand_for(
+    family: str, scheme: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    a = save_tiny(family, tmp_path / "a", dtype)
+    manifest = compressknow.convert(a, tmp_path / "b", scope="attention", prune=0.2, quantize=scheme)
+    found, before, after = by_name(compared(a, tmp_path / "b")), values(a), values(tmp_path / "b")
+    for row in manifest["tensors"]:
+        tensor = found[row["name"]]
+        assert_recounted(tensor.sums, before[tensor.name], after[tensor.name])
+        assert tensor.sums.relative_error == pytest.approx(row["relative_error"], rel=1e-4, abs=1e-7)
+        assert (tensor.sums.zeros_b, tensor.bytes_b) == (row["zeros"], row["bytes_after"])
+
+
+def test_two_int8_models_are_compared_with_each_other(tmp_path: Path) -> None:
+    a = save_tiny("llama", tmp_path / "in")
+    for name, amount in (("a", 0.2), ("b", 0.5)):
+        compressknow.convert(a, tmp_path / name, prune=amount, quantize="int8")
+    found, before, after = compared(tmp_path / "a", tmp_path / "b"), values(tmp_path / "a"), values(tmp_path / "b")
+    assert not found.structure
+    assert not found.config
+    for tensor in found.tensors:
+        assert_recounted(tensor.sums, before[tensor.name], after[tensor.name])
+
+
+def test_a_tensor_of_many_blocks_is_summed_over_all_of_them(tmp_path: Path) -> None:
+    """Its last block is of fewer rows, and all but one block are alike."""
+    a, b = (save_tiny("bert", tmp_path / name) for name in "ab")
+    large = torch.randn(300_000, 3)
+    for folder in (a, b):
+        edit_tensors(folder, lambda tensors: tensors.update(large=large.clone()))
+    edit_tensors(b, lambda tensors: tensors["large"][-1].mul_(2))
+    tensor = by_name(compared(a, b))["large"]
+    assert_recounted(tensor.sums, values(a)["large"], values(b)["large"])
+    assert not tensor.same_bytes
+    assert tensor.sums.largest_change == large[-1].double().abs().max()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5-gated"])
+def test_groups_and_layers_add_up_to_what_the_tensors_say(family: str, tmp_path: Path) -> None:
+    a = save_tiny(family, tmp_path / "a")
+    manifest = compressknow.convert(a, tmp_path / "b", prune=0.4)
+    found, before, after = compared(a, tmp_path / "b"), values(a), values(tmp_path / "b")
+    groups = {row["name"]: row["group"] for row in manifest["tensors"]}
+    assert {tensor.name: tensor.group for tensor in found.tensors} == groups
+
+    def joined(of: Arrays, tensors: tuple[TensorDifference, ...]) -> npt.NDArray[np.float64]:
+        return np.concatenate([of[tensor.name].ravel() for tensor in tensors])
+
+    by_layer = summed(found.tensors, lambda t: (t.stack, t.layer) if t.layer is not None else None)
+    stacks = ("encoder", "decoder") if family == "t5-gated" else (None,)
+    assert list(by_layer) == [(stack, layer) for stack in stacks for layer in (0, 1)]
+    for those in [found.tensors, *by_layer.values(), *summed(found.tensors, lambda t: t.group).values()]:
+        sums = sum((tensor.sums for tensor in those), Sums())
+        assert_recounted(sums, joined(before, those), joined(after, those))
+
+
+def test_modules_are_named_alike_in_all_layers_and_stacks(tmp_path: Path) -> None:
+    a = save_tiny("t5-gated", tmp_path / "a")
+    found = compared(a, a)
+    modules = summed(found.tensors, lambda t: t.module)
+    assert len(modules["layer.SelfAttention.q"]) == 4
+    assert len(modules["layer.EncDecAttention.o"]) == 2
+    assert {t.group for t in modules["layer.DenseReluDense.wi_1"]} == {"feed-forward"}
+    assert by_name(found)["lm_head.weight"].module is None
+
+
+def test_a_checkpoint_beside_itself_has_nothing_that_differs(tmp_path: Path) -> None:
+    a = save_tiny("llama", tmp_path / "a")
+    found = compared(a, a)
+    assert found.same_weights
+    assert found.config == ()
+    assert (found.total.relative_error, found.total.cosine, found.total.snr_db) == (0.0, 1.0, None)
+
+
+def test_shards_and_torch_files_make_no_difference(tmp_path: Path) -> None:
+    one = save_tiny("llama", tmp_path / "one")
+    many = save_tiny("llama", tmp_path / "many", max_shard_size="30KB")
+    pickled = save_tiny("llama", tmp_path / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    assert len(list(many.glob("*.safetensors"))) > 2
+    for other in (many, pickled):
+        found = compared(one, other)
+        assert found.same_weights
+        assert len(found.tensors) == len(values(one))
+
+
+def test_another_type_is_told_and_compared(tmp_path: Path) -> None:
+    a, b = save_tiny("bert", tmp_path / "a"), save_tiny("bert", tmp_path / "b", torch.bfloat16)
+    found, before, after = compared(a, b), values(a), values(b)
+    assert {(c.kind, c.a[:3], c.b[:4]) for c in found.structure} == {("retyped", "F32", "BF16")}
+    assert len(found.structure) == len(before)
+    assert found.config == ()
+    for tensor in found.tensors:
+        assert_recounted(tensor.sums, before[tensor.name], after[tensor.name])
+
+
+def test_tensors_that_one_side_lacks_and_those_of_another_shape_are_named(tmp_path: Path) -> None:
+    a, b = (save_tiny("bert", tmp_path / name) for name in "ab")
+    bias, table = "bert.encoder.layer.1.output.dense.bias", "bert.embeddings.position_embeddings.weight"
+    edit_tensors(a, lambda tensors: tensors.update(extra=torch.ones(3)))
+    edit_tensors(b, lambda tensors: (tensors.pop(bias), tensors.update({table: torch.ones(20, 32)})))
+    found = compared(a, b)
+    assert {(c.name, c.kind, c.a, c.b) for c in found.structure} == {
+        ("extra", "missing", "F32 [3]", "-"),
+        (bias, "missing", "F32 [32]", "-"),
+        (table, "reshaped", "F32 [40, 32]", "F32 [20, 32]"),
+    }
+    assert not {bias, table, "extra"} & set(by_name(found))
+    assert {c.kind for c in compared(b, a).structure} == {"added", "reshaped"}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama-tied", "t5-tied"])
+def test_an_untied_final_layer_is_compared_with_what_it_was_tied_to(family: str, tmp_path: Path) -> None:
+    a = save_tiny(family, tmp_path / "a")
+    compressknow.convert(a, tmp_path / "b", scope="final", prune=0.5, quantize="int8")
+    found, before, after = compared(a, tmp_path / "b"), values(a), values(tmp_path / "b")
+    (final,) = [tensor for tensor in found.tensors if tensor.group == "final"]
+    (untied,) = [change for change in found.structure if change.kind == "untied" and change.name == final.name]
+    embedding = untied.a.removeprefix("tied to ")
+    assert_recounted(final.sums, before[embedding], after[final.name])
+    assert final.sums.relative_error > 0.1
+    # T5's class takes its own word for it, whatever its config says.
+    assert ("tie_word_embeddings" in {change.key for change in found.config}) == (family != "t5-tied")
+    back = compared(tmp_path / "b", a)
+    assert ("tied", final.name) in {(change.kind, change.name) for change in back.structure}
+    assert {change.kind for change in back.structure} <= {"tied", "retyped"}
+
+
+def test_the_other_name_of_a_tie_is_no_difference(tmp_path: Path) -> None:
+    """One side stores the embedding, the other the final layer that shares its values."""
+    a, b = (save_tiny("llama-tied", tmp_path / name) for name in "ab")
+    edit_tensors(b, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    found = compared(a, b)
+    assert found.same_weights
+    assert len(found.tensors) == len(values(a))
+
+
+def test_settings_are_compared_as_they_hold_and_noise_is_left_out(tmp_path: Path) -> None:
+    a, b = (save_tiny("llama", tmp_path / name) for name in "ab")
+    edit_config(
+        b,
+        rms_norm_eps=0.5,
+        transformers_version="4.0",
+        _name_or_path="elsewhere",
+        dtype=None,
+        torch_dtype="float32",
+        attention_bias=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 5.0},
+    )
+    config = json.loads((b / "config.json").read_text())
+    del config["tie_word_embeddings"], config["mlp_bias"]
+    (b / "config.json").write_text(json.dumps(config))
+    found = compared(a, b)
+    assert [(c.key, c.b) for c in found.config] == [("rms_norm_eps", "0.5"), ("rope_parameters.rope_theta", "5.0")]
+
+
+def test_not_a_number_is_no_figure(tmp_path: Path) -> None:
+    a, b = (save_tiny("bert", tmp_path / name) for name in "ab")
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    edit_tensors(b, lambda tensors: tensors[name][0].fill_(float("nan")))
+    sums = by_name(compared(a, b))[name].sums
+    assert not sums.finite
+    assert (sums.relative_error, sums.cosine, sums.snr_db, sums.largest_change) == (None, None, None, None)
+    assert compared(a, b).total.relative_error is None
+    assert by_name(compared(b, b))[name].same_bytes
+
+
+def test_a_tensor_that_was_all_zero_has_no_relative_error() -> None:
+    assert Sums(4, 4, 0, 0.0, 4.0, 4.0, 1.0).relative_error is None
+    assert Sums(4, 4, 4).relative_error == 0.0
+    assert Sums(4, 4, 4).cosine is None
+
+
+PACKED: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
+    "pack-quantized": lambda tensors, x: tensors.update(
+        {f"{x}.weight_packed": torch.ones(32, 4, dtype=torch.int32), f"{x}.weight_scale": torch.ones(32, 1)}
+    ),
+    "awq": lambda tensors, x: tensors.update(
+        {f"{x}.qweight": torch.ones(32, 4, dtype=torch.int32), f"{x}.scales": torch.ones(1, 32)}
+    ),
+    "bitsandbytes": lambda tensors, x: tensors.update(
+        {f"{x}.weight": torch.ones(512, 1, dtype=torch.uint8), f"{x}.weight.absmax": torch.ones(8)}
+    ),
+    "int8 with a zero point": lambda tensors, x: tensors.update(
+        {
+            f"{x}.weight": torch.ones(32, 32, dtype=torch.int8),
+            f"{x}.weight_scale": torch.ones(32, 1),
+            f"{x}.weight_zero_point": torch.ones(32, 1, dtype=torch.int8),
+        }
+    ),
+    "int8 in groups": lambda tensors, x: tensors.update(
+        {f"{x}.weight": torch.ones(32, 32, dtype=torch.int8), f"{x}.weight_scale": torch.ones(32, 4)}
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_packed_weights_are_told_and_left_out(form: str, tmp_path: Path) -> None:
+    a, b = (save_tiny("llama", tmp_path / name) for name in "ab")
+    module = "model.layers.1.self_attn.q_proj"
+    edit_config(b, quantization_config={"quant_method": form})
+    edit_tensors(b, lambda tensors: (tensors.pop(f"{module}.weight"), PACKED[form](tensors, module)))
+    found = compared(a, b)
+    (change,) = found.structure
+    assert (change.kind, change.name, change.a) == ("packed", f"{module}.weight", "F32 [32, 32]")
+    assert change.b.split()[0] in (f"{name.removeprefix(module + '.')}" for name in values_of(b, module))
+    assert f"{module}.weight" not in by_name(found)
+    assert len(found.tensors) == len(values(a)) - 1
+
+
+def values_of(folder: Path, module: str) -> list[str]:
+    return [name for name in load_file(folder / "model.safetensors") if name.startswith(module)]
+
+
+def test_figures_do_not_depend_on_threads_and_progress_ends_at_the_whole(tmp_path: Path) -> None:
+    a = save_tiny("llama", tmp_path / "a")
+    compressknow.convert(a, tmp_path / "b", prune=0.5, quantize="int8")
+    told: list[tuple[int, int]] = []
+    one = compared(a, tmp_path / "b", threads=1, progress=lambda done, total: told.append((done, total)))
+    assert one == compared(a, tmp_path / "b", threads=3)
+    assert told[-1][0] == told[-1][1] > 0
+    assert sorted(told) == told
+
+
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    a, b = save_tiny("bert", tmp_path / "a"), save_tiny("roberta", tmp_path / "b")
+    with pytest.raises(CompressknowError, match="a and b cannot be compared: they are of different architectures") as e:
+        compared(a, b)
+    assert "BertForMaskedLM" in str(e.value)
+    assert "RobertaForMaskedLM" in str(e.value)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    a, b = (save_tiny("bert", tmp_path / name) for name in "ab")
+    (b / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="b has no weights"):
+        compared(a, b)
