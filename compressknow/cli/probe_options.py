@@ -1,4 +1,4 @@
-"""Options that `probe` and `report` share: which facts, and how the model is run."""
+"""Options that `probe`, `report` and others share: which facts, and how the model is run."""
 
 from __future__ import annotations
 
