@@ -87,14 +87,17 @@ def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
         )
     model = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure, naming = structure_of(model), Naming(model)
-    modules = {name.rpartition(".")[0] for name in structure.parameters} - {""}
+    bound = {name: naming.bind(name) for name in checkpoint.tensors}
+    # By their names in the tree and, where the architecture was renamed since, by those in the files.
+    stored_names = [name for name, binding in bound.items() if binding]
+    modules = {name.rpartition(".")[0] for name in (*structure.parameters, *stored_names)} - {""}
     quantized = "quantization_config" in checkpoint.config
     own: dict[str, StoredTensor] = {}
     whole: dict[str, str] = {}
     loaded_to: dict[str, str] = {}
     parts: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in checkpoint.tensors.items():
-        binding = naming.bind(name)
+        binding = bound[name]
         if binding and not binding.reshaped and binding.parameter not in own:
             own[binding.parameter] = tensor
             whole[name] = binding.parameter
