@@ -40,17 +40,17 @@ def paper_tables(study: Study) -> tuple[Table, ...]:
 
 
 def _paper_table(study: Study, scheme: str) -> Table:
-    place, family, in_percent = _OF_FAMILY.get(study.original.family, (3, plain(study.original.family, 40), True))
+    place, family, in_percent = _OF_FAMILY.get(study.original.family, _OF_FAMILY["masked"])
     rows = tuple(_paper_row(study, scheme, probe, in_percent) for probe in study.probes)
     unit = "accuracy in %" if in_percent else "accuracy"
-    caption = f"As table {place} of the paper: modules of {family} models compressed, {plain(scheme, 20)}, {unit}"
-    return Table(caption + _majorities(study, in_percent), PAPER_COLUMNS, rows)
+    caption = f"Table {place} ({family}), {plain(scheme, 20)}, {unit}"
+    return Table(caption, PAPER_COLUMNS, rows)
 
 
-def _majorities(study: Study, in_percent: bool) -> str:
-    """The paper names them for decoder-only and encoder-decoder models, whose tasks have few classes."""
-    known = [f"{plain(p.name, 60)} {p.majority:.3f}" for p in study.probes if p.majority is not None]
-    return "" if in_percent or not known else f". Majority baselines: {', '.join(known)}"
+def majorities(study: Study) -> str:
+    """The line of baselines that the paper sets above its tables 4 and 5; empty where there is none."""
+    known = [f"{plain(p.name, 60)} {_accuracy(p.majority, False)}" for p in study.probes if p.majority is not None]
+    return f"Majority baselines: {', '.join(known)}." if known else ""
 
 
 def _paper_cells(study: Study, scheme: str) -> Iterator[StudyCell | None]:
@@ -102,7 +102,7 @@ def cells_table(study: Study) -> Table:
         "",
     )
     return Table(
-        "All cells",
+        "Every cell, and what it keeps",
         columns,
         (original, *(_cell_row(study, cell, called) for cell in study.cells)),
         bars=(None, *(cell.comparison.kept for cell in study.cells)),

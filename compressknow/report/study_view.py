@@ -40,6 +40,7 @@ class StudyPage:
     findings: tuple[FindingRow, ...]
     behind: tuple[Table, ...]
     paper_tables: tuple[Table, ...]
+    majorities: str
     cells: Table
     failed: Table | None
     identity: tuple[Entry, ...]
@@ -62,6 +63,7 @@ def study_page(study: Study) -> StudyPage:
         findings=tuple(map(_finding_row, found)),
         behind=tuple(table for table in behind if table),
         paper_tables=study_tables.paper_tables(study),
+        majorities=study_tables.majorities(study),
         cells=study_tables.cells_table(study),
         failed=study_tables.failed_table(study),
         identity=identity(study.original),

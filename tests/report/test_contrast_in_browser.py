@@ -9,7 +9,7 @@ import pytest
 
 from compressknow.report.contrast_pages import render_contrast_html
 from tests.report.contrasts import contrast_of
-from tests.report.test_page_in_browser import AXE, OPEN_THE_FIRST, browser, overflow, page  # noqa: F401
+from tests.report.test_page_in_browser import AXE, OPEN_THE_FIRST, overflow
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -23,7 +23,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_to_mend(page: Page, address: str, scheme: Any) -> None:  # noqa: F811
+def test_axe_finds_nothing_to_mend(page: Page, address: str, scheme: Any) -> None:
     page.emulate_media(color_scheme=scheme)
     page.goto(address)
     page.evaluate(OPEN_THE_FIRST)
@@ -32,7 +32,7 @@ def test_axe_finds_nothing_to_mend(page: Page, address: str, scheme: Any) -> Non
     assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
 
 
-def test_the_page_is_never_wider_than_the_screen(page: Page, address: str) -> None:  # noqa: F811
+def test_the_page_is_never_wider_than_the_screen(page: Page, address: str) -> None:
     page.goto(address)
     page.evaluate(OPEN_THE_FIRST)
     for width in (360, 1280):
@@ -43,7 +43,7 @@ def test_the_page_is_never_wider_than_the_screen(page: Page, address: str) -> No
     assert overflow(page) <= 0
 
 
-def test_the_map_follows_the_scheme_of_the_reader(page: Page, address: str) -> None:  # noqa: F811
+def test_the_map_follows_the_scheme_of_the_reader(page: Page, address: str) -> None:
     page.goto(address)
     colours = []
     for scheme in ("light", "dark"):

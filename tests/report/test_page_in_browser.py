@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import axe_playwright_python
 import pytest
-from playwright.sync_api import Error, sync_playwright
 
 from compressknow.report.html import render_html
 from tests.report.cards import card_of_nothing, card_of_one, card_of_several
@@ -18,7 +15,6 @@ from tests.report.hostile import TEXTS, hostile
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 PAGES = {
     "one": lambda: card_of_one(),
@@ -31,43 +27,11 @@ OPEN_THE_FIRST = "document.querySelectorAll('details').forEach((each, i) => { ea
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        found = next(filter(None, map(shutil.which, CHROMIUM)), None)
-        try:
-            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except Error as error:
-            pytest.skip(
-                "no Chromium that starts: apt-get install chromium, or python -m playwright install chromium "
-                f"({error.message.splitlines()[0]})"
-            )
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     for name, make in PAGES.items():
         (folder / f"{name}.html").write_text(render_html(make()), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in PAGES}
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page that fails the test where it says or asks for anything."""
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    heard: list[str] = []
-    page.on("console", lambda message: heard.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: heard.append(f"error: {error}"))
-    page.on("request", lambda asked: heard.append(asked.url) if not _is_the_page(asked) else None)
-    yield page
-    page.close()
-    assert heard == []
-
-
-def _is_the_page(asked: Any) -> bool:
-    return asked.is_navigation_request() and asked.url.startswith("file:")
 
 
 def overflow(page: Page) -> int:
