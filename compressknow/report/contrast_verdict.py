@@ -39,11 +39,16 @@ def _weights(names: tuple[str, str], difference: Difference) -> str:
     a, b = names
     changed = [tensor for tensor in difference.tensors if not tensor.same_bytes]
     apart = _apart(difference)
+    if not difference.tensors:
+        return f"No tensor of {a} and {b} can be compared: {apart or 'there is none'}."
     if not changed:
         if not apart:
             return f"{b} has the weights of {a}, to the byte; what differs lies beside them."
         return f"What both {a} and {b} hold is the same to the byte; {apart}."
     total, those = difference.total, sum((tensor.sums for tensor in changed), Sums())
+    if not total.energy_change:
+        opening = f"{b} stores {count(len(changed))} of {_tensors(len(difference.tensors))} otherwise than {a} does"
+        return f"{opening}, with the same values{f'; {apart}' if apart else ''}."
     opening = (
         f"{b} differs from {a} in {count(len(changed))} of {_tensors(len(difference.tensors))} "
         f"({percent(those.numel, total.numel)} of the weights): relative error {number(total.relative_error, 4)}"

@@ -120,7 +120,7 @@ def _headline(contrast: Contrast) -> str:
         return "Identical"
     if contrast.behaviour and (kept := contrast.behaviour.b_against_a.comparisons[0].kept.value) is not None:
         return f"B knows {share(kept)} of what A knows"
-    if contrast.difference is None:
+    if contrast.difference is None or not contrast.difference.tensors:
         return "Weights that cannot be compared"
     total = contrast.difference.total
     if not total.energy_change and total.finite:

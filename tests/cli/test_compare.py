@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 import compressknow
 from compressknow.cli import main
 from compressknow.probe.answers import Answers, read_answers
+from tests.engine.gguf_files import write_gguf
 from tests.knowing import facts_file, knowing
 from tests.models import save_tiny
 from tests.report.pages import read
@@ -268,6 +270,41 @@ def test_packed_weights_are_told_and_behaviour_is_pointed_to(run: Run, place: Pa
     assert ended.code == 0
     assert f"1 weight is packed in a form whose values cannot be read here, {module}.weight for one" in said
     assert "-p PROBE" in said
+
+
+def test_models_of_another_size_have_nothing_to_compare_and_are_told(run: Run, tmp_path: Path) -> None:
+    for name, width in (("small", 32), ("large", 64)):
+        config = hf.BertConfig(hidden_size=width, num_hidden_layers=1, num_attention_heads=2, vocab_size=width)
+        hf.BertForMaskedLM(config).save_pretrained(tmp_path / name)
+        for file in (tmp_path / name).glob("*.safetensors"):
+            kept = {key: value for key, value in load_file(file).items() if width in value.shape}
+            save_file({key: value for key, value in kept.items() if "intermediate.dense.bias" not in key}, file)
+    ended = run("small", "large", "-o", "c.html")
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("No tensor of small and large can be compared: ")
+    assert "hidden_size: 32 -> 64" in ended.out
+    assert read((tmp_path / "c.html").read_text()).one("h1").text == "Weights that cannot be compared"
+
+
+def test_the_same_values_in_another_type_are_told(run: Run, place: Path, tmp_path: Path) -> None:
+    save_tiny("bert", tmp_path / "half", torch.bfloat16)
+    hf.BertForMaskedLM.from_pretrained(tmp_path / "half", dtype=torch.float32).save_pretrained(tmp_path / "whole")
+    ended = run("half", "whole", "-o", "c.html")
+    assert "whole stores 42 of 42 tensors otherwise than half does, with the same" in ended.out
+    assert read((tmp_path / "c.html").read_text()).one("h1").text == "The same values"
+
+
+def test_a_gguf_file_is_compared_by_what_it_knows(run: Run, place: Path, tmp_path: Path) -> None:
+    a, b = (write_gguf(place / name, tmp_path / f"{name}.gguf") for name in ("llama", "llama-b"))
+    ended = run("{place}/llama", b)
+    assert ended.code == 0, ended.err
+    assert "The weights of a GGUF file are packed" in ended.out
+    assert "-p PROBE" in ended.out
+    ended = run(a, b, *FACTS, *OUTPUTS)
+    assert ended.code == 0, ended.err
+    assert "llama-b.gguf knows" in ended.out
+    assert "Of what B knows, A keeps" in ended.out
+    assert json.loads((tmp_path / "c.json").read_text())["weights"] is None
 
 
 def test_broken_weights_are_told(run: Run, place: Path, tmp_path: Path) -> None:
