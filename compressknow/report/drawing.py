@@ -199,7 +199,8 @@ def bars(
             plot.plot([x, x], [-0.7 - 0.9 * i, last + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
             plot.text(x, -0.75 - 0.9 * i, plain(level.name, 40), fontsize=10, color=MUTED, ha="center", va="bottom")
         plot.set_ylim(last + 0.6, -0.6 - 0.9 * len(levels))
-        plot.set_yticks(places, [plain(bar.name, 24) for bar in drawn_bars])
+        # Twice: characters that the first names take room too.
+        plot.set_yticks(places, [plain(plain(bar.name, 24), 24) for bar in drawn_bars])
         plot.set_xlim(left, right + 0.22 * (right - left))
         ticks = _ticks(left, right)
         plot.set_xticks(ticks, [_tick(tick, unit) for tick in ticks])

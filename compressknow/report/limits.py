@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compressknow.report.cell_contrasts import CANNOT_TELL, DOES_NOT_HOLD, HOLDS, is_known
+from compressknow.report.cell_contrasts import CANNOT_TELL, DOES_NOT_HOLD, HOLDS, is_known, together
 from compressknow.report.records import Estimate
 from compressknow.report.statistics import paired_difference, proportion, tally
 from compressknow.report.study_grid import floor
@@ -57,7 +57,7 @@ def decline(study: Study, cell: StudyCell, level: float = 0.95) -> Estimate:
     From the paired difference with Newcombe's interval; the original's accuracy is taken as it was measured.
     """
     asked = [probe for probe in study.probes if probe.name in cell.correct]
-    counts = tally(pair for p in asked for pair in zip(p.correct, cell.correct[p.name], strict=True))
+    counts = tally(together([p.correct for p in asked]), together([cell.correct[p.name] for p in asked]))
     difference = paired_difference(counts, level)
     if difference.value is None or difference.low is None or difference.high is None or not counts.known_before:
         return Estimate(None)

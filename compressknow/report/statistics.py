@@ -6,8 +6,7 @@ Confidence intervals are two-sided, 95 % where no other level is asked for.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -81,14 +80,18 @@ def _square_and_add(first: float, second: float, phi: float) -> float:
     return math.sqrt(max(0.0, first * first - 2 * phi * first * second + second * second))
 
 
-def tally(pairs: Iterable[tuple[bool, bool]]) -> Counts:
+def tally(first: np.ndarray, second: np.ndarray) -> Counts:
     """Facts by which of two models answers them right, the first taken as the original.
 
-    >>> tally([(True, True), (True, False), (True, False), (False, True)])
+    Parameters
+    ----------
+    first, second : by fact, whether each is right (bool).
+
+    >>> tally(np.array([True, True, True, False]), np.array([True, False, False, True]))
     Counts(both=1, lost=2, gained=1, neither=0)
     """
-    seen = Counter(pairs)
-    return Counts(seen[True, True], seen[True, False], seen[False, True], seen[False, False])
+    both, before, after = (int(right.sum()) for right in (first & second, first, second))
+    return Counts(both, before - both, after - both, len(first) - before - after + both)
 
 
 def mcnemar(counts: Counts) -> float | None:
@@ -130,12 +133,14 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(*(round(number, 12) for number in (middle, middle - below, middle + above)))
 
 
-def rate_difference(losses: Sequence[tuple[int, int]], millions: tuple[float, float]) -> tuple[Estimate, float | None]:
+def rate_difference(
+    first: np.ndarray, second: np.ndarray, millions: tuple[float, float]
+) -> tuple[Estimate, float | None]:
     """How much more the second of two forms loses than the first, a million of its changed parameters: mean over facts.
 
     Parameters
     ----------
-    losses : by fact, 1 where the form lost it, -1 where it gained it, 0 where nothing changed; first form, second form.
+    first, second : by fact, 1 where the form lost it, -1 where it gained it, 0 where nothing changed.
     millions : of parameters that each form changed.
 
     Returns
@@ -145,10 +150,9 @@ def rate_difference(losses: Sequence[tuple[int, int]], millions: tuple[float, fl
     """
     from scipy.special import ndtr, ndtri
 
-    if not losses or not all(millions):
+    if not len(first) or not all(millions):
         return Estimate(None), None
-    table = np.array(losses, dtype=np.float64) / np.array(millions)
-    differences = table[:, 1] - table[:, 0]
+    differences = second / millions[1] - first / millions[0]
     middle = float(differences.mean())
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
     if not error:

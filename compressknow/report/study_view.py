@@ -8,6 +8,7 @@ from compressknow.report import study_summary, study_tables
 from compressknow.report.figures import NONE, count
 from compressknow.report.findings import FAMILIES, Finding, findings
 from compressknow.report.model_tables import Entry, identity
+from compressknow.report.study_grid import names
 from compressknow.report.study_records import Study
 from compressknow.report.tables import Table
 from compressknow.report.text import plain
@@ -43,6 +44,7 @@ class StudyPage:
     majorities: str
     cells: Table
     failed: Table | None
+    single_warnings: tuple[tuple[str, str], ...]
     identity: tuple[Entry, ...]
     run: tuple[Entry, ...]
     command: str | None
@@ -66,6 +68,7 @@ def study_page(study: Study) -> StudyPage:
         majorities=study_tables.majorities(study),
         cells=study_tables.cells_table(study),
         failed=study_tables.failed_table(study),
+        single_warnings=_single_warnings(study),
         identity=identity(study.original),
         run=_run(study),
         command=plain(study.command, 2000) if study.command else None,
@@ -75,13 +78,27 @@ def study_page(study: Study) -> StudyPage:
 
 def _warnings(study: Study) -> tuple[str, ...]:
     """Those that hold for every cell, said once, and that some failed."""
-    of_cells = [cell.comparison.warnings for cell in study.cells]
-    common = [w for w in of_cells[0] if all(w in others for others in of_cells)] if of_cells else []
     total = len(study.cells) + len(study.failed)
     failed = (
         [f"{count(len(study.failed))} of {count(total)} cells failed; their reasons are below."] if study.failed else []
     )
-    return tuple(dict.fromkeys(plain(warning, 1000) for warning in (*failed, *common)))
+    return tuple(dict.fromkeys(plain(warning, 1000) for warning in (*failed, *_common(study))))
+
+
+def _common(study: Study) -> list[str]:
+    of_cells = [cell.comparison.warnings for cell in study.cells]
+    return [w for w in of_cells[0] if all(w in others for others in of_cells)] if of_cells else []
+
+
+def _single_warnings(study: Study) -> tuple[tuple[str, str], ...]:
+    """Each warning that only some cells have, and their names."""
+    common, called = _common(study), names(study)
+    cells: dict[str, list[str]] = {}
+    for cell in study.cells:
+        for warning in cell.comparison.warnings:
+            if warning not in common:
+                cells.setdefault(plain(warning, 1000), []).append(called[cell.key])
+    return tuple((warning, ", ".join(named)) for warning, named in cells.items())
 
 
 def _finding_row(finding: Finding) -> FindingRow:

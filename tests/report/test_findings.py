@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from compressknow.report.cell_contrasts import adjusted, contrast, judge
@@ -156,13 +157,14 @@ def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> Non
 
 def test_rate_difference_by_hand() -> None:
     # By fact, the second's loss a million less the first's: -1, 0, 0.5, 1.5.
-    estimate, p = rate_difference([(1, 0), (0, 0), (0, 1), (-1, 1)], (1, 2))
+    estimate, p = rate_difference(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), (1, 2))
     deviation = ((1.25**2 + 0.25**2 + 0.25**2 + 1.25**2) / 3) ** 0.5
     assert estimate.value == pytest.approx(0.25)
     assert estimate.high == pytest.approx(0.25 + 1.959964 * deviation / 2)
     assert p == pytest.approx(0.631, abs=1e-3)
-    assert rate_difference([(0, 0), (0, 0)], (1, 2))[1] == 1.0
-    assert rate_difference([(0, 1)], (0, 2))[0].value is None
+    same = np.zeros(2)
+    assert rate_difference(same, same, (1, 2))[1] == 1.0
+    assert rate_difference(same, same, (0, 2))[0].value is None
 
 
 def test_mean_of_one_figure_is_itself_and_none_makes_none() -> None:

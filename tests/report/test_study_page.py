@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -173,6 +174,17 @@ def test_what_holds_for_every_cell_is_said_once_and_failures_first() -> None:
     assert said[0] == "1 of 41 cells failed; their reasons are below."
     assert len(said) == len(set(said)) > 1
     assert "RuntimeError: out of memory" in page.one("main").text
+
+
+def test_warnings_of_single_cells_stand_with_their_names() -> None:
+    made = whole_grid()
+    cells = list(made.cells)
+    for i in (1, 3):
+        cells[i] = replace(cells[i], comparison=replace(cells[i].comparison, warnings=("It broke.",)))
+    page = read(render_study_html(replace(made, cells=tuple(cells))))
+    (entry,) = [each for each in page.all("div") if "It broke." in each.text and not each.all("div")]
+    assert (entry.one("dt").text, entry.one("dd").text) == ("Att_GP 20%, Att_GP 40%", "It broke.")
+    assert "It broke." not in "".join(note.text for note in with_class(page, "warnings"))
 
 
 def test_a_study_of_nothing_is_a_page_too() -> None:
