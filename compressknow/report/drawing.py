@@ -133,7 +133,7 @@ def _line(plot: Axes, line: Line, place: int, start: float) -> tuple[float, floa
     values = [start, *(percents(value)[0] for _, value in line.points)]
     plot.plot(amounts, values, color=colour, linestyle=DASHES[place], linewidth=1.8)
     plot.plot(amounts[1:], values[1:], MARKERS[place], color=colour, markersize=6, markeredgecolor=PAPER)
-    return amounts[-1], values[-1], plain(line.scope, 22), colour
+    return amounts[-1], values[-1], _label(line.scope, 22), colour
 
 
 def _end_labels(
@@ -155,7 +155,7 @@ def _amount_axis(plot: Axes, drawn_lines: Sequence[Line], largest: float) -> Non
 
 def _draw_levels(plot: Axes, levels: Sequence[Level], largest: float, limits: tuple[float, float]) -> None:
     for level, place in zip(levels, _level_places(levels, 0.06 * (limits[1] - limits[0])), strict=True):
-        y, label = 100 * level.value, plain(level.name, 40)
+        y, label = 100 * level.value, _label(level.name, 40)
         plot.plot([-largest * 0.03, largest * 1.02], [y, y], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
         plot.annotate(label, (0, place), (0, 3), textcoords="offset points", fontsize=10, color=MUTED, va="bottom")
 
@@ -193,14 +193,13 @@ def bars(
         for y, bar in zip(places, drawn_bars, strict=True):
             _bar(plot, y, bar, right - left, unit)
         for y, name in _headings(drawn_bars, places):
-            plot.text(left, y, plain(name, 40), va="center", fontsize=11, color=MUTED)
+            plot.text(left, y, _label(name, 40), va="center", fontsize=11, color=MUTED)
         for i, level in enumerate(levels):
             x = 100 * level.value
             plot.plot([x, x], [-0.7 - 0.9 * i, last + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
-            plot.text(x, -0.75 - 0.9 * i, plain(level.name, 40), fontsize=10, color=MUTED, ha="center", va="bottom")
+            plot.text(x, -0.75 - 0.9 * i, _label(level.name, 40), fontsize=10, color=MUTED, ha="center", va="bottom")
         plot.set_ylim(last + 0.6, -0.6 - 0.9 * len(levels))
-        # Twice: characters that the first names take room too.
-        plot.set_yticks(places, [plain(plain(bar.name, 24), 24) for bar in drawn_bars])
+        plot.set_yticks(places, [_label(bar.name, 24) for bar in drawn_bars])
         plot.set_xlim(left, right + 0.22 * (right - left))
         ticks = _ticks(left, right)
         plot.set_xticks(ticks, [_tick(tick, unit) for tick in ticks])
@@ -262,6 +261,11 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next((s for s in (5, 10, 20, 50) if (high - low) / s <= 6), 50)
     first = -(-low // step) * step
     return [first + step * i for i in range(int((high - first) // step) + 1)]
+
+
+def _label(name: str, limit: int) -> str:
+    # Twice, since a character that is named takes the room of eight.
+    return plain(plain(name, limit), limit)
 
 
 def _tick(value: float, unit: str) -> str:
