@@ -6,8 +6,9 @@ The model comes from storage that all machines share, or from the hub. Tasks of 
 from __future__ import annotations
 
 import logging
+import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import RECORD, TABLE, Answers
-from compressknow.probe.choose import Options, open_all
 from compressknow.probe.facts import Probe
 from compressknow.probe.run import Settings
 from compressknow.probe.tasks import Task
@@ -24,6 +24,7 @@ from compressknow.study.grid import Cell
 from compressknow.study.results import CellResult
 
 LOST_WORKERS = 4
+SECONDS_TO_ANSWER = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,12 @@ class RayOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """A cell and a probe, as a worker gets them."""
+    """A cell, as a worker gets it."""
 
     model: str
     revision: str | None
     sha256: str
     cell: Cell
-    probe: str
-    options: Options
     settings: Settings
     threads: int
 
@@ -65,22 +64,20 @@ def on_cluster(
     folder: Path,
     original: Answers,
     where: RayOptions,
-    options: Options,
-) -> Iterator[CellResult]:
+) -> Generator[CellResult]:
     """Results as they come. What `folder` holds already is not asked again.
 
     Raises CompressknowError where Ray is missing or the cluster does not answer.
     """
     ray = _connect(where)
     try:
-        reference = {probe.name: ray.put(_only(original, probe.name)) for probe in probes}
+        shared = {probe.name: (ray.put(probe), ray.put(_only(original, probe.name))) for probe in probes}
         run = ray.remote(num_cpus=where.num_cpus, num_gpus=where.num_gpus, max_retries=LOST_WORKERS)(_run)
         pending: dict[Any, tuple[Cell, str]] = {}
         for cell in cells:
             for probe in probes:
                 if not subject.is_answered(cell, probe, folder, original):
-                    job = _job(subject, cell, probe.name, options, where)
-                    pending[run.remote(job, reference[probe.name])] = (cell, probe.name)
+                    pending[run.remote(_job(subject, cell, where), *shared[probe.name])] = (cell, probe.name)
         yield from _collect(ray, pending, subject, cells, probes, folder, original)
     finally:
         ray.shutdown()
@@ -145,25 +142,39 @@ def _connect(where: RayOptions) -> Any:
         else:
             ray.init(address=where.address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        raise CompressknowError(
-            f"No Ray cluster answers at {where.address}.",
-            why=reason(error),
-            hint="Start one (ray start --head) and give its address, or leave out --ray.",
-        ) from error
+        raise _no_cluster(where, error) from error
     return ray
 
 
-def _job(subject: Subject, cell: Cell, probe: str, options: Options, where: RayOptions) -> Job:
+def refuse_silence(where: RayOptions) -> None:
+    """Raise CompressknowError where nobody listens, before any work: Ray itself would try for minutes."""
+    host, _, port = where.address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+    except OSError as error:
+        raise _no_cluster(where, error) from None
+
+
+def _no_cluster(where: RayOptions, error: Exception) -> CompressknowError:
+    return CompressknowError(
+        f"No Ray cluster answers at {where.address}.",
+        why=reason(error),
+        hint="Start one (ray start --head) and give its address, or leave out --ray.",
+    )
+
+
+def _job(subject: Subject, cell: Cell, where: RayOptions) -> Job:
     located = subject.original.located
     # A hub id is downloaded by the worker; a folder must be on storage that it shares.
     model = located.name if located.revision else str(located.path.resolve())
     threads = max(1, round(where.num_cpus))
-    return Job(
-        model, located.revision, subject.original.sha256, cell, probe, options, subject.original.settings, threads
-    )
+    original = subject.original
+    return Job(model, located.revision, original.sha256, cell, original.settings, threads)
 
 
-def _run(job: Job, reference: Answers) -> Files:
+def _run(job: Job, probe: Probe | Task, reference: Answers) -> Files:
     """In a worker: the files of the answers folder."""
     import torch
 
@@ -171,10 +182,9 @@ def _run(job: Job, reference: Answers) -> Files:
     subject = _subject(job.model, job.settings, job.revision)
     if subject.original.sha256 != job.sha256:
         raise CompressknowError(f"{job.model} is another model on this worker.", hint="Share one storage with all.")
-    probes = _opened(job.probe, job.options)
     with tempfile.TemporaryDirectory() as folder:
-        subject.ask_cell(job.cell, probes, Path(folder), reference)
-        answers = Path(folder) / subject.folder_of(job.cell) / folder_of(job.probe)
+        subject.ask_cell(job.cell, [probe], Path(folder), reference)
+        answers = Path(folder) / subject.folder_of(job.cell) / folder_of(probe.name)
         return {name: (answers / name).read_bytes() for name in (TABLE, RECORD)}
 
 
@@ -182,16 +192,6 @@ def _run(job: Job, reference: Answers) -> Files:
 def _subject(model: str, settings: Settings, revision: str | None) -> Subject:
     """Opened once a worker."""
     return Subject(model, settings, revision=revision)
-
-
-_probes: dict[str, list[Probe | Task]] = {}
-
-
-def _opened(probe: str, options: Options) -> list[Probe | Task]:
-    key = repr((probe, options))
-    if key not in _probes:
-        _probes[key] = open_all([probe], options)
-    return _probes[key]
 
 
 def _store(folder: Path, files: Files) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compressknow.compress.recipe import Prune, Quantize
-from compressknow.probe.answers import Answers
+from compressknow.probe.answers import Answer, Answers
 from compressknow.report.card import compare, method_of, model_facts
 from compressknow.report.records import Comparison, ProbeFigures
 from compressknow.report.study_records import FailedCell, Study, StudyCell, StudyProbe
@@ -60,12 +60,14 @@ def study_cell(original: Answers, cell: Cell, answers: Answers) -> StudyCell:
         bytes=answers.record["model"]["bytes"],
         sparse_bytes=totals["sparse_bytes"],
         comparison=compare(original, answers, show_facts=False),
-        correct={probe: _correct(answers, probe) for probe in answers.probes},
+        correct={probe: _correct(answers, probe, original.of(probe)) for probe in answers.probes},
     )
 
 
-def _correct(answers: Answers, probe: str) -> tuple[bool, ...]:
-    return tuple(answer.correct for answer in answers.of(probe))
+def _correct(answers: Answers, probe: str, order: Sequence[Answer]) -> tuple[bool, ...]:
+    """By fact, in the order of the original's answers."""
+    right = {answer.fact_id: answer.correct for answer in answers.of(probe)}
+    return tuple(right[answer.fact_id] for answer in order)
 
 
 def _probes(original: Answers, comparisons: Sequence[Comparison]) -> tuple[StudyProbe, ...]:
@@ -82,5 +84,5 @@ def _probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
         accuracy=accuracy.value or 0.0,
         majority=figures.majority,
         chance=figures.chance,
-        correct=_correct(original, figures.probe),
+        correct=tuple(answer.correct for answer in original.of(figures.probe)),
     )

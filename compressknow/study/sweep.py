@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from compressknow.probe.run import Bar, Settings, refuse_twins
 from compressknow.probe.tasks import Task
 from compressknow.report.study_records import Study
 from compressknow.study.answering import Subject
-from compressknow.study.cluster import RayOptions, on_cluster, reason
+from compressknow.study.cluster import RayOptions, on_cluster, reason, refuse_silence
 from compressknow.study.folder import CELLS, MODELS, ORIGINAL, claim
 from compressknow.study.grid import PAPER_SCHEME, Cell, paper_grid, read_grid
 from compressknow.study.results import CellResult, study_of
@@ -48,24 +49,27 @@ def sweep(
     from compressknow.report.study_write import write_study
 
     folder = Path(output)
+    if ray is not None:
+        refuse_silence(ray)
     asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
     refuse_twins(asked)
     with Subject(model, settings or Settings(), revision=revision) as subject:
         cells = _cells(subject, grid, module_map, scheme)
         with claim(folder, subject.original):
             original = subject.ask_original(asked, folder / ORIGINAL, bar)
-            results: Iterator[CellResult]
+            results: Generator[CellResult]
             if ray is None:
                 results = (_result(subject, cell, asked, folder / CELLS, original, bar) for cell in cells)
             else:
-                results = on_cluster(subject, cells, asked, folder / CELLS, original, ray, options or Options())
+                results = on_cluster(subject, cells, asked, folder / CELLS, original, ray)
             found = {}
-            for result in results:
-                found[result.cell] = result
-                if save and result.answers is not None:
-                    _save(subject, result.cell, folder / MODELS)
-                if told:
-                    told(result, original)
+            with closing(results):
+                for result in results:
+                    found[result.cell] = result
+                    if save and result.answers is not None:
+                        _save(subject, result.cell, folder / MODELS)
+                    if told:
+                        told(result, original)
             study = study_of(original, [found[cell] for cell in cells], command=command)
             write_study(study, folder)
     return study

@@ -1,0 +1,46 @@
+"""A study on a Ray cluster of two workers, one of which is killed midway, gives the table of a run on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+import compressknow
+from compressknow.study.cluster import RayOptions
+from compressknow.study.results import CellResult
+from tests.knowing import facts_file, knowing
+
+pytest.importorskip("ray")
+
+GRID = (
+    '[axes]\nscope = ["attention", "feed-forward", "overall"]\nprune = [0.2, 0.5, 0.8]\nquantize = ["none", "int8"]\n'
+)
+
+
+def workers() -> list[psutil.Process]:
+    """Workers of Ray that are at a task of ours."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if any("ray::_run" in word for word in child.cmdline())]
+
+
+def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
+    model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    grid = tmp_path / "grid.toml"
+    grid.write_text(GRID, encoding="utf-8")
+    killed: list[int] = []
+
+    def kill_one(result: CellResult, _: object) -> None:
+        assert result.answers is not None, result.why
+        if not killed and (busy := workers()):
+            killed.append(busy[0].pid)
+            busy[0].kill()
+
+    compressknow.sweep(
+        model, tmp_path / "ray", grid=grid, probes=[probe], ray=RayOptions("local", num_cpus=1), told=kill_one
+    )
+    assert killed
+    compressknow.sweep(model, tmp_path / "here", grid=grid, probes=[probe])
+    for name in ("cells.csv", "cells.parquet"):
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()

@@ -1,0 +1,128 @@
+"""The paper's grid, and grids of a user's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from compressknow.compress.recipe import Prune, Quantize, Where, recipe_of
+from compressknow.errors import UsageError
+from compressknow.model.groups import structure_of
+from compressknow.study.grid import AMOUNTS, Cell, paper_grid, read_grid
+from tests.models import tiny
+
+
+def grid(path: Path, text: str) -> tuple[Cell, ...]:
+    path.write_text(text, encoding="utf-8")
+    return read_grid(path)
+
+
+def setups(architecture: str) -> list[str]:
+    return [cell.recipe.setup for cell in paper_grid(structure_of(tiny(architecture), "paper"))]
+
+
+def test_the_papers_grid_has_every_setup_of_sections_2_3_to_2_6() -> None:
+    module = [f"{name}_GP {amount}%" for name in ("Att", "FF", "Overall") for amount in range(10, 100, 10)]
+    both = [f"{name}_{kind}" for name in ("Att", "FF", "Overall") for kind in ("GQ", "GPQ 20%", "GPQ 40%")]
+    final = [f"FLP {method} {amount}%" for method in ("L1-structured", "L1-unstructured") for amount in (20, 40)]
+    assert setups("llama") == setups("bert") == [*module, *both, *final]
+
+
+def test_encoder_decoder_models_also_get_the_attentions_of_figure_8() -> None:
+    more = Counter(setups("t5-gated")) - Counter(setups("llama"))
+    kinds = ("SelfAtt", "CrossAtt", "EncoderAtt", "DecoderAtt")
+    assert set(more) == {f"{name}_{kind}" for name in kinds for kind in ("GQ", "GPQ 20%", "GPQ 40%")}
+
+
+def test_the_papers_grid_is_that_of_its_authors_unless_told_otherwise() -> None:
+    structure = structure_of(tiny("bert"), "paper")
+    schemes = {
+        step.scheme for cell in paper_grid(structure) for step in cell.recipe.steps if isinstance(step, Quantize)
+    }
+    assert schemes == {"int8-paper"}
+    assert {cell.recipe.module_map for cell in paper_grid(structure)} == {"paper"}
+    other = paper_grid(structure, module_map="structural", scheme="int8")
+    assert {cell.recipe.module_map for cell in other} == {"structural"}
+    assert len({cell.key for cell in other}) == len(other) == 40
+    assert all(cell.plain for cell in other)
+
+
+def test_amounts_are_what_they_are_called() -> None:
+    assert AMOUNTS == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def test_a_grid_file_is_the_product_of_its_axes_and_the_cells_it_names(tmp_path: Path) -> None:
+    cells = grid(
+        tmp_path / "grid.toml",
+        """
+        [axes]
+        scope = ["attention", ["feed-forward", "final"]]
+        prune = [0, 0.5]
+        quantize = ["none", "int8"]
+        [[cells]]
+        name = "First block"
+        scope = "attention"
+        layers = "0"
+        prune = 0.5
+        [[cells]]
+        module_map = "paper"
+        [[cells.steps]]
+        prune = 0.1
+        [[cells.steps]]
+        quantize = "int8-weights"
+        scope = ["feed-forward"]
+        """,
+    )
+    # 2 x 2 x 2, but for the two that do nothing; and two by name.
+    assert len(cells) == 8
+    assert cells[0].recipe == recipe_of(Where(("attention",)), quantize="int8")
+    assert cells[3].recipe.steps[0].where.scope == ("feed-forward", "final")
+    assert (cells[6].key, cells[6].recipe.steps[0]) == (
+        "first-block",
+        Prune(0.5, where=Where(("attention",), layers="0")),
+    )
+    assert cells[7].recipe.module_map == "paper"
+    assert [cell.plain for cell in cells] == [True] * 6 + [False] * 2
+
+
+def test_a_recipe_is_run_once_and_keys_are_unique(tmp_path: Path) -> None:
+    axes = '[axes]\nprune = [0, 0.5, 0.5]\nseed = [1, 2]\nmethod = ["random-unstructured"]\n'
+    named = '[[cells]]\nname = "a"\nprune = 0.1\n[[cells]]\nname = "A"\nprune = 0.2\n'
+    cells = grid(tmp_path / "grid.toml", axes + named)
+    assert [cell.key for cell in cells] == [
+        "overall-gp-random-unstructured-50",
+        "overall-gp-random-unstructured-50-2",
+        "a",
+        "a-2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "no cell"),
+        ("[axes]\nprune = [0]", "no cell"),
+        ("[axes]\nprune = []", "must be a list, and not empty"),
+        ("[axes]\nprune = 0.5", "must be a list"),
+        ("[axes]\nprune = [2]", "between 0 and 1"),
+        ('[axes]\nquantize = ["int4"]', "int4"),
+        ("[axes]\namount = [0.1]", "'amount'"),
+        ("[grid]\nprune = [0.1]", "'grid'"),
+        ('[axes]\nquantize = ["int8"]\nmethod = ["l1-unstructured"]', "no cell prunes"),
+        ('[[cells]]\nname = "nothing"', "neither prunes nor quantizes"),
+        ("[[cells]]\nprune = 0.1\nlayer = 3", "'layer'"),
+        ("[[cells]]\nname = 3\nprune = 0.1", "name"),
+        ("[axes\n", "cannot be read"),
+    ],
+)
+def test_a_grid_that_makes_no_sense_is_refused_with_its_name(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says) as error:
+        grid(tmp_path / "mine.toml", text)
+    assert "mine.toml" in error.value.what
+
+
+def test_a_grid_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such grid"):
+        read_grid(tmp_path / "none.toml")

@@ -1,0 +1,206 @@
+"""`sweep`: every cell is what `convert` and `probe` would have given, and a study resumes, records and refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+import compressknow
+from compressknow.cli import main
+from compressknow.probe.answers import read_answers
+from compressknow.study.results import CellResult
+from tests.knowing import facts_file, knowing
+
+FAMILIES = ("bert", "llama", "t5")
+GRID = """
+[axes]
+scope = ["attention", "overall"]
+prune = [0, 0.3, 0.9]
+quantize = ["none", "int8"]
+"""
+CELLS = 10
+
+
+class Place:
+    """A model that knows, facts to ask, and a grid."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.folder = folder
+        self.model = knowing(family, folder / family)
+        self.probe = f"facts:{facts_file(folder / 'facts.jsonl')}"
+        self.grid = folder / "grid.toml"
+        self.grid.write_text(GRID, encoding="utf-8")
+
+    def sweep(self, name: str, *options: str) -> int:
+        return main(
+            [
+                "sweep",
+                str(self.model),
+                "-o",
+                str(self.folder / name),
+                "-p",
+                self.probe,
+                "--grid",
+                str(self.grid),
+                *options,
+            ]
+        )
+
+    def rows(self, name: str) -> dict[str, dict[str, str]]:
+        with (self.folder / name / "cells.csv").open(encoding="utf-8", newline="") as file:
+            return {row["key"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def swept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    place = Place(request.param, tmp_path_factory.mktemp("place"))
+    assert place.sweep("study") == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place("llama", tmp_path_factory.mktemp("llama"))
+
+
+def test_cells_are_answered_as_the_converted_checkpoints_are(swept: Place, tmp_path: Path) -> None:
+    rows = swept.rows("study")
+    assert len(rows) == CELLS
+    for scope, short in (("attention", "att"), ("overall", "overall")):
+        converted = tmp_path / short
+        compressknow.convert(swept.model, converted, scope=scope, prune=0.3, quantize="int8")
+        card = compressknow.report(swept.model, converted, swept.probe, keep_in=tmp_path / "answers")
+        figures, row = card.comparisons[0].probes[0], rows[f"{short}-gpq-30-int8"]
+        counts = {key: int(row[key]) for key in ("both", "lost", "gained", "neither")}
+        assert counts == {key: getattr(figures.counts, key) for key in counts}
+        assert int(row["bytes"]) == card.comparisons[0].model.bytes
+        assert float(row["kl_mean"]) == pytest.approx(figures.movement.kl_mean, rel=1e-6)
+        # The very answers, to the bit: the same weights, loaded the same way, in the same batches.
+        (folder,) = (swept.folder / "study" / "cells").glob(f"{short}-gpq-30-int8-*/*")
+        stored = next(
+            f
+            for f in (tmp_path / "answers").iterdir()
+            if json.loads((f / "probe.json").read_text())["model"]["name"] == short
+        )
+        for mine, other in zip(read_answers(folder).answers, read_answers(stored).answers, strict=True):
+            assert (mine.fact_id, mine.predicted, mine.top5_logp) == (other.fact_id, other.predicted, other.top5_logp)
+
+
+def test_the_table_counts_what_the_answers_say(swept: Place) -> None:
+    original = {
+        a.fact_id: a.correct for f in (swept.folder / "study" / "original").iterdir() for a in read_answers(f).answers
+    }
+    for key, row in swept.rows("study").items():
+        (folder,) = (f for f in (swept.folder / "study" / "cells").iterdir() if f.name.rpartition("-")[0] == key)
+        (answers,) = (read_answers(f) for f in folder.iterdir())
+        right = {a.fact_id: a.correct for a in answers.answers}
+        assert int(row["both"]) == sum(original[id] and right[id] for id in right)
+        assert int(row["gained"]) == sum(right[id] and not original[id] for id in right)
+        assert int(row["pruned"]) == answers.record["model"]["totals"]["pruned"]
+
+
+def test_knowledge_falls_as_more_is_pruned(swept: Place) -> None:
+    rows = swept.rows("study")
+    kept = [float(rows[f"overall-gp-{amount}"]["kept"]) for amount in (30, 90)]
+    assert kept[0] > kept[1]
+    assert int(rows["overall-gp-90"]["sparse_bytes"]) < int(rows["overall-gp-30"]["sparse_bytes"])
+
+
+def test_a_second_run_asks_nothing_and_writes_the_same(swept: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    study = swept.folder / "study"
+    before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
+    asked = {path: path.stat().st_mtime_ns for path in study.rglob("answers.parquet")}
+    assert swept.sweep("study") == 0
+    assert {path: path.stat().st_mtime_ns for path in study.rglob("answers.parquet")} == asked
+    assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
+    assert "Overall_GPQ 90%" in capsys.readouterr().out
+
+
+def test_a_study_that_was_stopped_goes_on_where_it_was(llama: Place) -> None:
+    class Stop(BaseException):
+        pass
+
+    seen = []
+
+    def stop(result: CellResult, _: object) -> None:
+        seen.append(result.cell.key)
+        if len(seen) == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        compressknow.sweep(llama.model, llama.folder / "stopped", grid=llama.grid, probes=[llama.probe], told=stop)
+    tables = {p: p.stat().st_mtime_ns for p in (llama.folder / "stopped").rglob("answers.parquet")}
+    assert len(tables) == 4
+    assert not (llama.folder / "stopped" / "cells.csv").exists()
+    assert llama.sweep("stopped") == 0
+    assert {p: p.stat().st_mtime_ns for p in tables} == tables
+    assert len(llama.rows("stopped")) == CELLS
+
+
+def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    llama.grid.write_text('[axes]\nscope = ["cross-attention", "attention"]\nprune = [0.3]\n', encoding="utf-8")
+    assert llama.sweep("failing") == 1
+    rows = llama.rows("failing")
+    assert rows["att-gp-30"]["status"] == "ok"
+    assert rows["crossatt-gp-30"]["status"] == "failed"
+    assert "empty" in rows["crossatt-gp-30"]["error"]
+    out = capsys.readouterr().out
+    assert "CrossAtt_GP 30%: failed" in out
+    assert "1 of 2 cells failed" in " ".join(out.split())
+    llama.grid.write_text(GRID, encoding="utf-8")
+
+
+def test_saved_checkpoints_are_those_of_convert(llama: Place) -> None:
+    llama.grid.write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
+    assert llama.sweep("saving", "--save") == 0
+    (saved,) = (llama.folder / "saving" / "models").iterdir()
+    assert compressknow.verify(saved)
+    compressknow.convert(llama.model, llama.folder / "same", prune=0.3)
+    assert (saved / "model.safetensors").read_bytes() == (llama.folder / "same" / "model.safetensors").read_bytes()
+    llama.grid.write_text(GRID, encoding="utf-8")
+
+
+def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert llama.sweep("llama") == 1
+    assert "is no study" in capsys.readouterr().err
+    other = knowing("bert", llama.folder / "bert")
+    llama.grid.write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
+    assert llama.sweep("study") == 0
+    assert main(["sweep", str(other), "-o", str(llama.folder / "study"), "-p", llama.probe]) == 1
+    assert "study of another model" in capsys.readouterr().err
+    record = llama.folder / "study" / "sweep.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"version": "0.0.1"}))
+    assert llama.sweep("study") == 1
+    assert "by another version (0.0.1" in capsys.readouterr().err
+    llama.grid.write_text(GRID, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "code"),
+    [
+        (["--grid", "none.toml"], "no such grid", 2),
+        (["-p", "lama:nothing"], "lama:nothing", 2),
+        (["--ray", "127.0.0.1:1"], "No Ray cluster answers at 127.0.0.1:1", 1),
+    ],
+)
+def test_bad_input_gets_one_message_and_leaves_nothing(
+    llama: Place, capsys: pytest.CaptureFixture[str], options: list[str], says: str, code: int
+) -> None:
+    arguments = [
+        "sweep",
+        str(llama.model),
+        "-o",
+        str(llama.folder / "bad"),
+        "--grid",
+        str(llama.grid),
+        "-p",
+        llama.probe,
+    ]
+    assert main([*arguments, *options]) == code
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
+    assert not (llama.folder / "bad").exists()
