@@ -62,6 +62,7 @@ one by one:
     type=click.Choice(["int8", "int8-paper", "int8-weights"]),
     help="Scheme of the paper's grid.  [default: int8-paper]",
 )
+@click.option("--no-facts", is_flag=True, expose_value=False, help="As for report; no page of a study shows a fact.")
 @click.option("--save", is_flag=True, help="Write each converted checkpoint too, into OUTPUT/models.")
 @ray_options
 @probe_options

