@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from compressknow.compress.recipe import read_recipe
+from compressknow.study.grid import read_grid
 
-RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+RECIPES = EXAMPLES / "recipes"
 SETUPS = {
     "att-prune20-int8": "Att_GPQ 20%",
     "first-layers-feed-forward": "FF[layers 0-5] L1-unstructured per layer 50%",
@@ -28,3 +30,17 @@ def test_recipe_is_the_setup_that_its_name_says(name: str, setup: str) -> None:
     recipe = read_recipe(RECIPES / f"{name}.toml")
     assert recipe.setup == setup
     assert recipe.module_map == ("paper" if name.startswith("paper") else "structural")
+
+
+def test_grid_is_the_cells_that_the_readme_shows() -> None:
+    cells = {cell.key: cell.recipe.setup for cell in read_grid(EXAMPLES / "grid.toml")}
+    assert cells == {
+        "att-gq-int8": "Att_GQ",
+        "att-gpq-20-int8": "Att_GPQ 20%",
+        "ff-gq-int8": "FF_GQ",
+        "ff-gpq-20-int8": "FF_GPQ 20%",
+        "first-layers": "FF[layers 0-5]_GP 50%",
+        "mixed": "Att_GP 10% + FF_GP 30% + Att+FF_GQ",
+    }
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert all(setup in readme for setup in cells.values())
