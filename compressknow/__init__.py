@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from compressknow.probe.choose import Options
     from compressknow.probe.run import Bar, Settings
     from compressknow.report.contrast_records import Contrast
+    from compressknow.report.search_records import Search, Tried
     from compressknow.report.study_records import Study
-    from compressknow.study.cluster import RayOptions
+    from compressknow.study.running import RayOptions
     from compressknow.study.sweep import Told
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compare", "convert", "inspect", "load", "probe", "report", "sweep", "verify"]
+__all__ = ["__version__", "compare", "convert", "inspect", "load", "probe", "report", "search", "sweep", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -270,7 +271,7 @@ def sweep(
     options, settings : see `compressknow.probe`.
     module_map, scheme : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``).
     save : write each converted checkpoint too, under ``models/``.
-    ray : run the cells on a Ray cluster; see `compressknow.study.cluster.RayOptions`.
+    ray : run the cells on a Ray cluster; see `compressknow.study.running.RayOptions`.
     command : the command line to show.
     bar : gives, for a probe's name, a context with a callable that is told of its progress.
     told : is told each cell's result as it comes, and the original's answers.
@@ -296,6 +297,79 @@ def sweep(
         module_map=module_map,
         scheme=scheme,
         save=save,
+        ray=ray,
+        revision=revision,
+        command=command,
+        bar=bar,
+        told=told,
+    )
+
+
+def search(
+    model: str | Path,
+    output: str | Path,
+    *,
+    keep: float,
+    minimize: str = "sparse-bytes",
+    trials: int = 40,
+    schemes: Sequence[Scheme] = ("int8", "int8-weights"),
+    module_map: ModuleMap = "structural",
+    probes: Sequence[str] | None = None,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    seed: int = 0,
+    no_facts: bool = False,
+    ray: RayOptions | None = None,
+    revision: str | None = None,
+    command: str | None = None,
+    bar: Bar | None = None,
+    told: Callable[[Tried], None] | None = None,
+) -> Search:
+    """Find the cheapest checkpoint of a model that keeps a share of its knowledge.
+
+    Half of the facts of each relation guide the search; what it finds is judged on the other half, by the lower end of
+    its interval. A search that was stopped goes on where it was. Needs Optuna.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    output : folder of the search; one of this model and version is gone on with.
+    keep : share of knowledge, between 0 and 1.
+    minimize : ``sparse-bytes`` (non-zero weights at their width and one bit a weight), ``bytes`` (on disk, where pruned
+        weights are dense) or ``nonzero`` (weights left).
+    trials : recipes that the optimiser chooses, beside the paper's setups.
+    schemes : int8 schemes that it may choose from.
+    probes, options, settings : see `compressknow.probe`; lm-eval's tasks cannot be held out.
+    seed : of the halves and of the optimiser.
+    no_facts : leave the text of every fact out of the winner's report card.
+    ray : run on a Ray cluster; see `compressknow.study.running.RayOptions`.
+    told : is told each recipe's result as it comes.
+
+    Returns
+    -------
+    The search, as ``search.html`` and ``search.json`` in `output` show it; `winner` is None where nothing keeps as
+    much. With a winner there are ``recipe.toml``, the converted ``winner/``, and its ``report.html`` too.
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : the model or a probe cannot be found or asked, Optuna is missing, or
+        `output` holds something else.
+    """
+    from compressknow.study.search import search as run
+
+    return run(
+        model,
+        output,
+        keep=keep,
+        minimize=minimize,
+        trials=trials,
+        schemes=schemes,
+        module_map=module_map,
+        probes=probes,
+        options=options,
+        settings=settings,
+        seed=seed,
+        no_facts=no_facts,
         ray=ray,
         revision=revision,
         command=command,

@@ -16,6 +16,7 @@ COMMANDS = {
     "report": ("compressknow.cli.report:report", "Show what compressed models kept and lost of the knowledge."),
     "compare": ("compressknow.cli.compare:compare", "Show how two checkpoints differ."),
     "sweep": ("compressknow.cli.sweep:sweep", "Convert a model in every way of a grid, and ask each what it knows."),
+    "search": ("compressknow.cli.search:search", "Find the smallest checkpoint that keeps what you ask for."),
 }
 
 

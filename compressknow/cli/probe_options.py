@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from compressknow.probe.choose import Options
     from compressknow.probe.run import Settings
-    from compressknow.study.cluster import RayOptions
+    from compressknow.study.running import RayOptions
 
 FACTS = ("data", "protocol", "template", "limit", "seed", "map", "split", "tasks")
 RUNNING = ("device", "dtype", "batch_size", "trust_remote_code")
@@ -116,6 +116,6 @@ def split_ray(given: dict[str, Any]) -> RayOptions | None:
     address, cpus, gpus = (given.pop(name) for name in ("ray", "num_cpus", "num_gpus"))
     if address is None:
         return None
-    from compressknow.study.cluster import RayOptions
+    from compressknow.study.running import RayOptions
 
     return RayOptions(address, cpus, gpus)

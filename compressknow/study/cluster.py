@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import socket
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +24,10 @@ from compressknow.probe.tasks import Task
 from compressknow.study.answering import Subject, folder_of
 from compressknow.study.grid import Cell
 from compressknow.study.results import CellResult
+from compressknow.study.running import Batch, RayOptions, Run, reason
 
 LOST_WORKERS = 4
 SECONDS_TO_ANSWER = 10.0
-
-
-@dataclass(frozen=True)
-class RayOptions:
-    """Where a study's cells run.
-
-    Attributes
-    ----------
-    address : of the cluster (``auto``, ``ray://HOST:10001``, ``HOST:6379``), or ``local`` for one on this machine.
-    num_cpus, num_gpus : of each task; a task computes with as many threads.
-    """
-
-    address: str = "auto"
-    num_cpus: float = 1
-    num_gpus: float = 0
 
 
 @dataclass(frozen=True)
@@ -57,78 +45,52 @@ class Job:
 Files = dict[str, bytes]
 
 
-def on_cluster(
-    subject: Subject,
-    cells: Sequence[Cell],
-    probes: Sequence[Probe | Task],
-    folder: Path,
-    original: Answers,
-    where: RayOptions,
-) -> Generator[CellResult]:
-    """Results as they come. What `folder` holds already is not asked again.
-
-    Raises CompressknowError where Ray is missing or the cluster does not answer.
-    """
+@contextmanager
+def connected(where: RayOptions) -> Iterator[Run]:
+    """What runs batches on a cluster. Raises CompressknowError where Ray is missing or no cluster answers."""
     ray = _connect(where)
     try:
-        shared = {probe.name: (ray.put(probe), ray.put(_only(original, probe.name))) for probe in probes}
-        run = ray.remote(num_cpus=where.num_cpus, num_gpus=where.num_gpus, max_retries=LOST_WORKERS)(_run)
-        pending: dict[Any, tuple[Cell, str]] = {}
-        for cell in cells:
-            for probe in probes:
-                if not subject.is_answered(cell, probe, folder, original):
-                    pending[run.remote(_job(subject, cell, where), *shared[probe.name])] = (cell, probe.name)
-        yield from _collect(ray, pending, subject, cells, probes, folder, original)
+        yield partial(_results, ray, where)
     finally:
         ray.shutdown()
 
 
-def _collect(
-    ray: Any,
-    pending: dict[Any, tuple[Cell, str]],
-    subject: Subject,
-    cells: Sequence[Cell],
-    probes: Sequence[Probe | Task],
-    folder: Path,
-    original: Answers,
-) -> Iterator[CellResult]:
+def _results(ray: Any, where: RayOptions, batch: Batch) -> Generator[CellResult]:
+    original = batch.original
+    shared = {probe.name: (ray.put(probe), ray.put(_only(original, probe.name))) for probe in batch.probes}
+    run = ray.remote(num_cpus=where.num_cpus, num_gpus=where.num_gpus, max_retries=LOST_WORKERS)(_run)
+    pending: dict[Any, tuple[Cell, str]] = {}
+    for cell in batch.cells:
+        for probe in batch.probes:
+            if not batch.subject.is_answered(cell, probe, batch.folder, original):
+                pending[run.remote(_job(batch.subject, cell, where), *shared[probe.name])] = (cell, probe.name)
+    yield from _collect(ray, batch, pending)
+
+
+def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Generator[CellResult]:
     """A cell's result once all of its probes are answered."""
     failed: dict[Cell, str] = {}
-    left = {cell: sum(of is cell for of, _ in pending.values()) for cell in cells}
-    done = [cell for cell in cells if not left[cell]]
+    left = Counter(cell for cell, _ in pending.values())
+    done = [cell for cell in batch.cells if not left[cell]]
     while done or pending:
         for cell in done:
-            yield _result(subject, cell, probes, folder, original, failed.get(cell))
+            yield _result(batch, cell, failed.get(cell))
         done = []
         if pending:
             (ready, *_), _ = ray.wait(list(pending), num_returns=1)
             cell, probe = pending.pop(ready)
             try:
-                _store(folder / subject.folder_of(cell) / folder_of(probe), ray.get(ready))
+                _store(batch.folder / batch.subject.folder_of(cell) / folder_of(probe), ray.get(ready))
             except Exception as error:
                 failed.setdefault(cell, reason(getattr(error, "cause", None) or error))
             left[cell] -= 1
             done = [] if left[cell] else [cell]
 
 
-def _result(
-    subject: Subject,
-    cell: Cell,
-    probes: Sequence[Probe | Task],
-    folder: Path,
-    original: Answers,
-    failed: str | None,
-) -> CellResult:
+def _result(batch: Batch, cell: Cell, failed: str | None) -> CellResult:
     if failed is not None:
         return CellResult(cell, why=failed)
-    return CellResult(cell, subject.ask_cell(cell, probes, folder, original))
-
-
-def reason(error: BaseException) -> str:
-    """Why a cell failed, in one line."""
-    if isinstance(error, CompressknowError):
-        return str(error)
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return CellResult(cell, batch.subject.ask_cell(cell, batch.probes, batch.folder, batch.original))
 
 
 def _connect(where: RayOptions) -> Any:
@@ -137,6 +99,7 @@ def _connect(where: RayOptions) -> Any:
     except ImportError:
         raise CompressknowError("Ray is not installed.", hint="pip install 'compressknow[ray]'") from None
     try:
+        _knock(where.address)
         if where.address == "local":
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         else:
@@ -146,15 +109,11 @@ def _connect(where: RayOptions) -> Any:
     return ray
 
 
-def refuse_silence(where: RayOptions) -> None:
-    """Raise CompressknowError where nobody listens, before any work: Ray itself would try for minutes."""
-    host, _, port = where.address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        return
-    try:
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
-    except OSError as error:
-        raise _no_cluster(where, error) from None
 
 
 def _no_cluster(where: RayOptions, error: Exception) -> CompressknowError:

@@ -62,9 +62,11 @@ class CellRespondent(Respondent):
         )
 
     def questions(self, probe: Probe) -> Questions:
-        if probe.name not in self._written:
-            self._written[probe.name] = super().questions(probe)
-        questions = self._written[probe.name]
+        # By content: a search has two halves of one probe.
+        name = probe.fingerprint()
+        if name not in self._written:
+            self._written[name] = super().questions(probe)
+        questions = self._written[name]
         questions.scorer.model = self.loaded.model
         return questions
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.probe.answers import Answers
 from compressknow.probe.choose import DEFAULT, Options, open_all
-from compressknow.probe.facts import Probe
 from compressknow.probe.run import Bar, Settings, refuse_twins
-from compressknow.probe.tasks import Task
 from compressknow.report.study_records import Study
 from compressknow.study.answering import Subject
-from compressknow.study.cluster import RayOptions, on_cluster, reason, refuse_silence
 from compressknow.study.folder import CELLS, MODELS, ORIGINAL, claim
 from compressknow.study.grid import PAPER_SCHEME, Cell, paper_grid, read_grid
 from compressknow.study.results import CellResult, study_of
+from compressknow.study.running import Batch, RayOptions, runner
 
 if TYPE_CHECKING:
     from compressknow.compress.recipe import Scheme
@@ -49,19 +47,13 @@ def sweep(
     from compressknow.report.study_write import write_study
 
     folder = Path(output)
-    if ray is not None:
-        refuse_silence(ray)
     asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
     refuse_twins(asked)
     with Subject(model, settings or Settings(), revision=revision) as subject:
         cells = _cells(subject, grid, module_map, scheme)
-        with claim(folder, subject.original):
+        with claim(folder, subject.original), runner(ray, bar) as run:
             original = subject.ask_original(asked, folder / ORIGINAL, bar)
-            results: Generator[CellResult]
-            if ray is None:
-                results = (_result(subject, cell, asked, folder / CELLS, original, bar) for cell in cells)
-            else:
-                results = on_cluster(subject, cells, asked, folder / CELLS, original, ray)
+            results = run(Batch(subject, cells, asked, folder / CELLS, original))
             found = {}
             with closing(results):
                 for result in results:
@@ -80,16 +72,6 @@ def _cells(subject: Subject, grid: str | Path, module_map: ModuleMap | None, sch
         return read_grid(Path(grid))
     chosen = module_map or "paper"
     return paper_grid(subject.maker.structure(chosen), module_map=chosen, scheme=scheme or PAPER_SCHEME)
-
-
-def _result(
-    subject: Subject, cell: Cell, asked: Sequence[Probe | Task], cells: Path, original: Answers, bar: Bar | None
-) -> CellResult:
-    try:
-        return CellResult(cell, subject.ask_cell(cell, asked, cells, original, bar))
-    except Exception as error:
-        # Out of memory, or whatever a model's code raises: the other cells do not depend on it.
-        return CellResult(cell, why=reason(error))
 
 
 def _save(subject: Subject, cell: Cell, models: Path) -> None:

@@ -8,8 +8,8 @@ import psutil
 import pytest
 
 import compressknow
-from compressknow.study.cluster import RayOptions
 from compressknow.study.results import CellResult
+from compressknow.study.running import RayOptions
 from tests.knowing import facts_file, knowing
 
 pytest.importorskip("ray")

@@ -1,0 +1,110 @@
+"""`compressknow search`: the cheapest checkpoint that keeps what is asked for."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compressknow.cli.probe_options import EPILOG, probe_options, ray_options, split_options, split_ray
+from compressknow.cli.progress import facts_bar
+from compressknow.cli.report import command_of
+from compressknow.errors import GateNotMet
+from compressknow.report.figures import estimate, size
+from compressknow.report.text import plain
+
+if TYPE_CHECKING:
+    from compressknow.report.search_records import Tried
+
+WIDTH = 80
+COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}{'Sparse':>12}"
+
+
+@click.command(short_help="Find the smallest checkpoint that keeps what you ask for.", epilog=EPILOG)
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the search; one that was stopped goes on where it was.",
+)
+@click.option("--keep", type=float, required=True, metavar="SHARE", help="Knowledge to keep: 0.98 is 98 %.")
+@click.option(
+    "--minimize",
+    type=click.Choice(["sparse-bytes", "bytes", "nonzero"]),
+    default="sparse-bytes",
+    show_default=True,
+    help="What to make small: what a sparse store would take, the size on disk, or the weights left.",
+)
+@click.option("--trials", type=click.IntRange(1), default=40, show_default=True, help="Recipes that Optuna chooses.")
+@click.option(
+    "--quantize",
+    "schemes",
+    multiple=True,
+    type=click.Choice(["int8", "int8-weights", "int8-paper"]),
+    help="Schemes to choose from (repeatable).  [default: int8, int8-weights]",
+)
+@click.option("--module-map", type=click.Choice(["structural", "paper"]), default="structural", show_default=True)
+@ray_options
+@probe_options
+@click.option("--no-facts", is_flag=True, help="Leave the text of every fact out of the winner's report card.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--json", "as_json", is_flag=True, help="Print the search as JSON.")
+@click.pass_context
+def search(
+    ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ...], as_json: bool, **given: Any
+) -> None:
+    """Find the cheapest checkpoint of MODEL that keeps a share of its knowledge.
+
+    Half of the facts guide the search; what it finds is judged on the other half, by the lower end of its interval.
+    OUTPUT gets the page (search.html), the recipe (recipe.toml), the converted checkpoint (winner/) and its report
+    card (report.html). Exits with 3 if nothing keeps as much. Needs Optuna: pip install 'compressknow[search]'.
+
+    \b
+    compressknow search MODEL -o found --keep 0.95 --limit 1000
+    compressknow search MODEL -o found --keep 0.98 --minimize bytes
+    compressknow convert MODEL CONVERTED --recipe found/recipe.toml
+    """
+    from compressknow.report.search_view import gets, verdict
+    from compressknow.study.search import search as run
+
+    seed = given["seed"]
+    options, settings = split_options(given)
+    given["ray"] = split_ray(given)
+    if not given["schemes"]:
+        del given["schemes"]
+    if not as_json:
+        click.echo(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
+    with facts_bar() as bar:
+        found = run(
+            model,
+            output,
+            probes=probes or None,
+            options=options,
+            settings=settings,
+            seed=seed,
+            command=command_of(ctx),
+            bar=bar,
+            told=None if as_json else _print,
+            **given,
+        )
+    if as_json:
+        click.echo((output / "search.json").read_text(encoding="utf-8").rstrip())
+    else:
+        click.echo()
+        for text in (verdict(found), gets(found)):
+            click.echo("\n".join(textwrap.wrap(text, WIDTH)))
+        click.echo(f"\nWritten: {output}/search.html" + (", recipe.toml, winner/, report.html" if found.winner else ""))
+    if found.winner is None:
+        raise GateNotMet(
+            f"Nothing that was tried keeps {100 * found.keep:g} % for sure.",
+            hint="Ask for less (--keep), ask more facts (--limit), or let it try more (--trials).",
+        )
+
+
+def _print(tried: Tried) -> None:
+    kept = estimate(tried.kept.value, tried.kept.low, tried.kept.high)
+    click.echo(f"{plain(tried.setup, 39):<40}{kept:<28}{size(tried.sizes['sparse-bytes']):>12}")

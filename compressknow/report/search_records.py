@@ -1,0 +1,71 @@
+"""The typed records of a search for the cheapest checkpoint that keeps what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compressknow.report.records import Estimate, ModelFacts
+
+# What may be made small, and how people call it.
+SIZES = {
+    "sparse-bytes": "sparse size",
+    "bytes": "size on disk",
+    "nonzero": "weights left",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A recipe that was asked.
+
+    Attributes
+    ----------
+    kind : ``paper`` for one of the paper's setups, ``search`` for one that the search chose, ``layers`` for one that
+        shows how much some layers bear.
+    kept : on the facts of the search; `held_out` on those kept from it, where it was asked these.
+    sizes : ``sparse-bytes``, ``bytes`` and ``nonzero``.
+    """
+
+    setup: str
+    kind: str
+    recipe: Mapping[str, Any]
+    kept: Estimate
+    sizes: Mapping[str, int]
+    held_out: Estimate | None = None
+    harm: float | None = None  # mean KL divergence from the original, nats
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A whole search.
+
+    Attributes
+    ----------
+    keep : share of knowledge that must be kept; `minimize` one of `SIZES`.
+    winner : the cheapest that keeps it on the held-out facts, or None; `closest` what came nearest then.
+    naive : the cheapest of everything pruned by one amount that keeps as much on the facts of the search, or None.
+    searched, held_out : numbers of facts; `known_searched`, `known_held_out` those that the original answers right.
+    level : of the intervals of the held-out facts, adjusted for how many recipes were tried on these.
+    sizes : of the original.
+    """
+
+    original: ModelFacts
+    keep: float
+    minimize: str
+    probes: tuple[str, ...]
+    searched: int
+    held_out: int
+    known_searched: int
+    known_held_out: int
+    level: float
+    sizes: Mapping[str, int]
+    tried: tuple[Tried, ...]
+    confirmed: tuple[Tried, ...]
+    winner: Tried | None
+    closest: Tried | None
+    naive: Tried | None
+    seed: int
+    versions: Mapping[str, str]
+    command: str | None

@@ -1,0 +1,246 @@
+"""search: the cheapest checkpoint that keeps what is asked for, judged on facts that the search did not see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressknow.compress.recipe import Recipe
+from compressknow.errors import UsageError
+from compressknow.probe.answers import Answers
+from compressknow.probe.choose import DEFAULT, Options, open_all
+from compressknow.probe.run import Bar, Settings, refuse_twins
+from compressknow.report.card import compare, make_card, model_facts
+from compressknow.report.records import Counts, Estimate
+from compressknow.report.search_records import SIZES, Search, Tried
+from compressknow.report.statistics import proportion
+from compressknow.study.answering import Subject
+from compressknow.study.folder import claim
+from compressknow.study.grid import Cell
+from compressknow.study.halves import Asked, halves_of
+from compressknow.study.optimiser import TOGETHER, optimize, require_optuna
+from compressknow.study.running import RayOptions, runner
+from compressknow.study.space import Space, cell_of, references
+
+if TYPE_CHECKING:
+    from compressknow.compress.recipe import Scheme
+    from compressknow.model.structure import ModuleMap
+
+SEARCHED, HELD_OUT, WINNER, JOURNAL = "searched", "held-out", "winner", "optuna.journal"
+TRIALS = 40
+# How many recipes may be tried on the held-out facts: each makes the interval that they are judged by wider.
+CONFIRMED = 5
+Told = Callable[[Tried], None]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is asked for: the share of knowledge to keep, and what is to be small."""
+
+    keep: float
+    minimize: str = "sparse-bytes"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise UsageError(
+                f"The share of knowledge to keep must lie between 0 and 1: {self.keep:g}.",
+                hint="--keep 0.95 asks for 95 %.",
+            )
+        if self.minimize not in SIZES:
+            raise UsageError(f"Unknown size {self.minimize!r}.", hint=f"There is {', '.join(SIZES)}.")
+
+
+def search(
+    model: str | Path,
+    output: str | Path,
+    *,
+    keep: float,
+    minimize: str = "sparse-bytes",
+    trials: int = TRIALS,
+    schemes: Sequence[Scheme] = ("int8", "int8-weights"),
+    module_map: ModuleMap = "structural",
+    probes: Sequence[str] | None = None,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    seed: int = 0,
+    no_facts: bool = False,
+    ray: RayOptions | None = None,
+    revision: str | None = None,
+    command: str | None = None,
+    bar: Bar | None = None,
+    told: Told | None = None,
+) -> Search:
+    """See `compressknow.search`."""
+    from compressknow.report.search_write import write_search
+
+    aim, folder = Aim(keep, minimize), Path(output)
+    require_optuna()
+    asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
+    refuse_twins(asked)
+    halves = [halves_of(probe, seed) for probe in asked]
+    with (
+        Subject(model, settings or Settings(), revision=revision) as subject,
+        claim(folder, subject.original),
+        runner(ray, bar) as run,
+    ):
+        seen = Asked.of(subject, [half for half, _ in halves], folder / SEARCHED, bar, run)
+        together = TOGETHER if ray else 1
+        tried = _explore(seen, aim, schemes, module_map, folder / JOURNAL, trials, together, seed, told)
+        unseen = Asked.of(subject, [half for _, half in halves], folder / HELD_OUT, bar, run)
+        confirmed = tuple(_confirm(unseen, aim, tried))
+        winner = next((t for t in confirmed if _meets(t.held_out, keep)), None)
+        if winner:
+            _write_winner(subject, unseen, winner, folder, no_facts=no_facts, command=command)
+        found = _record(aim, seen, unseen, tried, confirmed, winner, seed, command)
+        write_search(found, folder)
+    return found
+
+
+def _explore(
+    seen: Asked,
+    aim: Aim,
+    schemes: Sequence[Scheme],
+    module_map: ModuleMap,
+    journal: Path,
+    trials: int,
+    together: int,
+    seed: int,
+    told: Told | None,
+) -> tuple[Tried, ...]:
+    """The paper's setups, then the layers one band after the other, then the search itself."""
+    structure = seen.subject.maker.structure(module_map)
+    tried: dict[Any, Tried] = {}
+
+    def note(cell: Cell, answers: Answers, kind: str) -> Tried:
+        if cell.recipe not in tried:
+            tried[cell.recipe] = _tried(seen, cell, answers, kind)
+            if told:
+                told(tried[cell.recipe])
+        return tried[cell.recipe]
+
+    for cell, answers in seen.ask(references(structure, schemes, module_map)):
+        note(cell, answers, "paper")
+    space = Space(structure, schemes, module_map)
+    bands = {cell.recipe: band for band, cell in space.trials_of_bands()}
+    harm = {}
+    for cell, answers in seen.ask([cell for _, cell in space.trials_of_bands()]):
+        harm[bands[cell.recipe]] = note(cell, answers, "layers").harm or 0.0
+    space.learn(harm)
+    original = _sizes_of_original(seen)[aim.minimize]
+    optimize(seen, aim.minimize, aim.keep, space, journal, trials, together, seed, original, note)
+    return tuple(tried.values())
+
+
+def _tried(seen: Asked, cell: Cell, answers: Answers, kind: str) -> Tried:
+    comparison = compare(seen.original, answers, show_facts=False)
+    moved = [(p.movement.n, p.movement.kl_mean) for p in comparison.probes if p.movement]
+    total = sum(n for n, _ in moved)
+    return Tried(
+        setup=cell.recipe.setup,
+        kind=kind,
+        recipe=cell.recipe.to_dict(),
+        kept=comparison.kept,
+        sizes=_sizes(answers),
+        harm=sum(n * mean for n, mean in moved) / total if total else None,
+    )
+
+
+def _sizes(answers: Answers) -> dict[str, int]:
+    model = answers.record["model"]
+    return {
+        "sparse-bytes": model["totals"]["sparse_bytes"],
+        "bytes": model["bytes"],
+        "nonzero": model["totals"]["nonzero"],
+    }
+
+
+def _sizes_of_original(seen: Asked) -> dict[str, int]:
+    """A dense model's sparse size is its size; what is zero in it already is not counted."""
+    model = seen.original.record["model"]
+    return {"sparse-bytes": model["bytes"], "bytes": model["bytes"], "nonzero": model["parameters"]}
+
+
+def _meets(kept: Estimate | None, keep: float) -> bool:
+    return kept is not None and kept.low is not None and kept.low >= keep
+
+
+def _confirm(unseen: Asked, aim: Aim, tried: Sequence[Tried]) -> Iterator[Tried]:
+    """The cheapest that keep enough of the facts of the search, on the held-out ones, until one does there too."""
+    candidates = sorted((t for t in tried if t.kept.value is not None), key=lambda t: t.sizes[aim.minimize])
+    promising = [t for t in candidates if _meets(t.kept, aim.keep)][:CONFIRMED]
+    if not promising:
+        # Nothing keeps it: the one that keeps most is told with what it keeps of the held-out facts.
+        promising = sorted(candidates, key=lambda t: -(t.kept.low or 0.0))[:1]
+    for each in promising:
+        ((_, answers),) = unseen.ask([cell_of(Recipe.from_dict(dict(each.recipe)))])
+        counts = sum((p.counts for p in compare(unseen.original, answers, show_facts=False).probes), Counts())
+        level = 1 - 0.05 / len(promising)
+        checked = replace(each, held_out=proportion(counts.both, counts.known_before, level))
+        yield checked
+        if _meets(checked.held_out, aim.keep):
+            return
+
+
+def _write_winner(
+    subject: Subject, unseen: Asked, winner: Tried, folder: Path, *, no_facts: bool, command: str | None
+) -> None:
+    """The converted winner, its recipe, and its report card over the held-out facts."""
+    from compressknow.compress.convert import convert
+    from compressknow.report.model_card import model_card_for
+    from compressknow.report.toml import to_toml
+    from compressknow.report.write import write_report, write_whole
+
+    recipe = Recipe.from_dict(dict(winner.recipe))
+    convert(
+        subject.maker.checkpoint.folder,
+        folder / WINNER,
+        recipe,
+        overwrite=(folder / WINNER).exists(),
+        render_card=model_card_for,
+    )
+    write_whole(folder / "recipe.toml", (to_toml(recipe.to_dict()) + "\n").encode())
+    ((_, answers),) = unseen.ask([cell_of(recipe)])
+    card = make_card(unseen.original, [answers], show_facts=not no_facts, command=command)
+    for name in ("report.html", "report.md"):
+        write_report(card, folder / name)
+
+
+def _record(
+    aim: Aim,
+    seen: Asked,
+    unseen: Asked,
+    tried: tuple[Tried, ...],
+    confirmed: tuple[Tried, ...],
+    winner: Tried | None,
+    seed: int,
+    command: str | None,
+) -> Search:
+    failed = [t.recipe for t in confirmed if not _meets(t.held_out, aim.keep)]
+    naive = [t for t in tried if _is_naive(t) and _meets(t.kept, aim.keep) and t.recipe not in failed]
+    return Search(
+        original=model_facts(seen.original.record["model"]),
+        keep=aim.keep,
+        minimize=aim.minimize,
+        probes=tuple(probe.name for probe in seen.probes),
+        searched=len(seen.original.answers),
+        held_out=len(unseen.original.answers),
+        known_searched=seen.known,
+        known_held_out=unseen.known,
+        level=1 - 0.05 / max(1, min(CONFIRMED, sum(_meets(t.kept, aim.keep) for t in tried))),
+        sizes=_sizes_of_original(seen),
+        tried=tried,
+        confirmed=confirmed,
+        winner=winner,
+        closest=None if winner else max(confirmed, key=lambda t: (t.held_out and t.held_out.low) or 0.0, default=None),
+        naive=min(naive, key=lambda t: t.sizes[aim.minimize], default=None),
+        seed=seed,
+        versions=dict(seen.original.record["versions"]),
+        command=command,
+    )
+
+
+def _is_naive(tried: Tried) -> bool:
+    """Everything pruned by one amount, quantized or not."""
+    return tried.kind == "paper" and all(step["scope"] == ["overall"] for step in tried.recipe["steps"])

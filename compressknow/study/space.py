@@ -1,0 +1,142 @@
+"""What a search chooses from: an amount for attention and for feed-forward, spread over the layers by how much each
+bears, and an int8 scheme for one scope or all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme, Step, Where, recipe_of
+from compressknow.model.scopes import scope_names
+from compressknow.model.structure import ModuleMap, Structure
+from compressknow.study.grid import Cell, key_of
+
+PRUNED = ("attention", "feed-forward")
+MODULES = (*PRUNED, "overall")
+# Both without the final layer: to quantize one that is tied to the embedding makes the model larger.
+BOTH = "attention+feed-forward"
+NONE = "none"
+# In per cent; finer steps than this no few hundred facts tell apart.
+MOST, STEP, TILTS = 80, 5, (0, 10, 20, 30)
+BANDS = 4
+# What each band is pruned by to see how much it bears.
+TRIED = 0.5
+
+
+@dataclass(frozen=True)
+class Band:
+    """Neighbouring layers of one scope, which are pruned alike: `layers` such as ``0-6``."""
+
+    scope: str
+    layers: str
+
+    def pruned(self, amount: float) -> Prune:
+        return Prune(amount, where=Where((self.scope,), layers=self.layers))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A point of the space; amounts and `tilt` in per cent.
+
+    Attributes
+    ----------
+    amounts : by scope, pruned of a layer that bears as much as the middle one.
+    tilt : pruned more of the layers that bear most, and less of those that bear least.
+    scheme, quantized : int8 scheme and its scope, or ``none`` both.
+    """
+
+    amounts: tuple[tuple[str, int], ...]
+    tilt: int
+    scheme: str
+    quantized: str
+
+
+class Space:
+    """The recipes that a search may choose for a model.
+
+    Parameters
+    ----------
+    schemes : that may be chosen, beside none.
+    """
+
+    def __init__(self, structure: Structure, schemes: Sequence[Scheme], module_map: ModuleMap) -> None:
+        here = scope_names(structure)
+        self.scopes = tuple(scope for scope in PRUNED if scope in here)
+        self.quantized = (*self.scopes, BOTH, "overall") if len(self.scopes) > 1 else (*self.scopes, "overall")
+        self.schemes, self.module_map = tuple(schemes), module_map
+        self.bands = tuple(band for scope in self.scopes for band in _bands(structure, scope))
+        self._rank: dict[Band, float] = {}
+
+    def trials_of_bands(self) -> Iterator[tuple[Band, Cell]]:
+        """Cells that show how much each band bears."""
+        for band in self.bands:
+            yield band, _cell(Recipe((band.pruned(TRIED),), self.module_map))
+
+    def learn(self, harm: Mapping[Band, float]) -> None:
+        """Rank the bands of each scope by what pruning each did, from +1 (bears most) to -1 (bears least)."""
+        for _, group in groupby(self.bands, key=lambda band: band.scope):
+            order = sorted(group, key=lambda band: harm[band])
+            for place, band in enumerate(order):
+                self._rank[band] = 1 - 2 * place / max(1, len(order) - 1) if len(order) > 1 else 0.0
+
+    def recipe(self, choice: Choice) -> Recipe | None:
+        """The recipe of a choice, or None where it leaves the model as it is."""
+        steps: list[Step] = [step for scope, amount in choice.amounts for step in self._pruned(scope, amount, choice)]
+        if choice.scheme != NONE and choice.quantized != NONE:
+            steps.append(Quantize(choice.scheme, Where(tuple(choice.quantized.split("+")))))  # type: ignore[arg-type]
+        return Recipe(tuple(steps), self.module_map) if steps else None
+
+    def _pruned(self, scope: str, amount: int, choice: Choice) -> Iterator[Prune]:
+        if not amount:
+            return
+        bands = [band for band in self.bands if band.scope == scope]
+        if not choice.tilt or len(bands) < 2:
+            # One threshold over all of the scope.
+            yield Prune(amount / 100, where=Where((scope,)))
+            return
+        for band in bands:
+            tilted = amount + choice.tilt * self._rank.get(band, 0.0)
+            stepped = min(MOST, STEP * round(tilted / STEP))
+            if stepped > 0:
+                yield band.pruned(stepped / 100)
+
+    def beginnings(self) -> Iterator[Choice]:
+        """Choices to begin with: all pruned by one amount and quantized, the ones that people would try."""
+        for amount in (0, 10, 20, 30, 40):
+            for scheme in (*self.schemes[:1], NONE):
+                amounts = tuple((scope, amount) for scope in self.scopes)
+                yield Choice(amounts, 0, scheme, NONE if scheme == NONE else self.quantized[-2])
+
+
+def references(structure: Structure, schemes: Sequence[Scheme], module_map: ModuleMap) -> tuple[Cell, ...]:
+    """Setups of the paper to set a search's result beside: GP, GQ and GPQ of each module."""
+    recipes = []
+    for scope in (scope for scope in MODULES if scope in scope_names(structure)):
+        amounts = (0.1, 0.2, 0.3, 0.4, 0.5) if scope == "overall" else (0.2, 0.4)
+        scheme = schemes[0] if schemes else None
+        where = Where((scope,))
+        recipes += [recipe_of(where, prune=amount, module_map=module_map) for amount in amounts]
+        if scheme:
+            recipes.append(recipe_of(where, quantize=scheme, module_map=module_map))
+            recipes += [recipe_of(where, prune=a, quantize=scheme, module_map=module_map) for a in amounts]
+    return tuple(map(_cell, recipes))
+
+
+def cell_of(recipe: Recipe) -> Cell:
+    return _cell(recipe)
+
+
+def _cell(recipe: Recipe) -> Cell:
+    # A recipe of many steps has a long name; its folder's hash tells it apart.
+    return Cell(key_of(recipe)[:60].rstrip("-."), recipe)
+
+
+def _bands(structure: Structure, scope: str) -> Iterator[Band]:
+    """The layers of a scope in at most `BANDS` bands of equal size."""
+    layers = sorted({w.layer for w in structure.linears if w.group == scope and w.layer is not None})
+    number = min(BANDS, len(layers))
+    for band in range(number):
+        part = layers[band * len(layers) // number : (band + 1) * len(layers) // number]
+        yield Band(scope, f"{part[0]}-{part[-1]}")
