@@ -20,4 +20,4 @@ study() {  # NAME MODEL OPTIONS...
 study minilm-trex "$models/minilm-facts" -p lama:trex --data "$data" --limit 2000
 study t5-facts "$models/t5-facts" -p "facts:$models/t5-facts/facts.jsonl" --limit 1000
 test -e build/smollm2 || python examples/smollm2.py build/smollm2
-study smollm2-atlas build/smollm2 -p atlas --limit 300
+study smollm2-atlas build/smollm2 -p atlas --limit 200

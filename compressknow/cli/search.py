@@ -47,7 +47,13 @@ COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}{'Sparse':>12}"
     type=click.Choice(["int8", "int8-weights", "int8-paper"]),
     help="Schemes to choose from (repeatable).  [default: int8, int8-weights]",
 )
-@click.option("--module-map", type=click.Choice(["structural", "paper"]), default="structural", show_default=True)
+@click.option(
+    "--module-map",
+    type=click.Choice(["structural", "paper"]),
+    default="structural",
+    show_default=True,
+    help="What counts as attention and feed-forward.",
+)
 @ray_options
 @probe_options
 @click.option("--no-facts", is_flag=True, help="Leave the text of every fact out of the winner's report card.")

@@ -63,13 +63,13 @@ def search_page(search: Search) -> SearchPage:
 
 def headline(search: Search) -> str:
     """What stands above everything."""
-    asked = share(search.keep)
+    asked = f"{100 * search.keep:.6g} %"
     if search.winner is None:
         return f"Nothing that was tried surely keeps {asked}"
     before, after = search.sizes[search.minimize], search.winner.sizes[search.minimize]
     if after >= before:
         return f"Nothing smaller than the original surely keeps {asked}"
-    return f"{share(1 - after / before)} less, and {asked} surely kept"
+    return f"{share(1 - after / before)} smaller, and at least {asked} kept"
 
 
 def verdict(search: Search) -> str:

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.choose import DEFAULT, Options, open_all
 from compressknow.probe.run import Bar, Settings, refuse_twins
@@ -69,6 +70,11 @@ def sweep(
 
 def _cells(subject: Subject, grid: str | Path, module_map: ModuleMap | None, scheme: Scheme | None) -> tuple[Cell, ...]:
     if str(grid) != PAPER:
+        if module_map or scheme:
+            raise UsageError(
+                "--module-map and --quantize are of the paper's grid.",
+                hint="A grid file says both itself: module_map and quantize are axes and keys of it.",
+            )
         return read_grid(Path(grid))
     chosen = module_map or "paper"
     return paper_grid(subject.maker.structure(chosen), module_map=chosen, scheme=scheme or PAPER_SCHEME)
