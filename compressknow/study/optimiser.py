@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,11 @@ def optimize(
     note: Callable[[Cell, Answers, str], Tried],
 ) -> None:
     study = _study(journal, f"{minimize}, {keep:g} kept, seed {seed}", seed, space)
+    earlier = [
+        space.recipe(_choice_of(trial.params, space)) for trial in study.trials if trial.state.name == "COMPLETE"
+    ]
+    for cell, answers in seen.ask([cell_of(recipe) for recipe in dict.fromkeys(earlier) if recipe is not None]):
+        note(cell, answers, "search")
     while (left := trials - sum(trial.state.is_finished() for trial in study.trials)) > 0:
         asked = [study.ask() for _ in range(min(together, left))]
         recipes = [(trial, space.recipe(_choice(trial, space))) for trial in asked]
@@ -80,13 +85,17 @@ def _tell(study: optuna.Study, trial: optuna.Trial, size: int, missing: float) -
 
 
 def _choice(trial: optuna.Trial, space: Space) -> Choice:
-    amounts = tuple((scope, trial.suggest_int(scope, 0, MOST, step=STEP)) for scope in space.scopes)
-    return Choice(
-        amounts,
-        trial.suggest_categorical("tilt", TILTS),
-        trial.suggest_categorical("scheme", (NONE, *space.schemes)),
-        trial.suggest_categorical("quantized", (NONE, *space.quantized)),
-    )
+    for scope in space.scopes:
+        trial.suggest_int(scope, 0, MOST, step=STEP)
+    trial.suggest_categorical("tilt", TILTS)
+    trial.suggest_categorical("scheme", (NONE, *space.schemes))
+    trial.suggest_categorical("quantized", (NONE, *space.quantized))
+    return _choice_of(trial.params, space)
+
+
+def _choice_of(parameters: Mapping[str, Any], space: Space) -> Choice:
+    amounts = tuple((scope, parameters[scope]) for scope in space.scopes)
+    return Choice(amounts, parameters["tilt"], parameters["scheme"], parameters["quantized"])
 
 
 def _parameters(choice: Choice) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.compress.recipe import Recipe
+from compressknow.compress.recipe import MANIFEST_NAME, Recipe
 from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.choose import DEFAULT, Options, open_all
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from compressknow.model.structure import ModuleMap
 
 SEARCHED, HELD_OUT, WINNER, JOURNAL = "searched", "held-out", "winner", "optuna.journal"
+RECIPE, REPORTS = "recipe.toml", ("report.html", "report.md")
+WRITTEN = (RECIPE, *REPORTS)
 TRIALS = 40
 # How many recipes may be tried on the held-out facts: each makes the interval that they are judged by wider.
 CONFIRMED = 5
@@ -91,6 +94,7 @@ def search(
         unseen = Asked.of(subject, [half for _, half in halves], folder / HELD_OUT, bar, run)
         confirmed = tuple(_confirm(unseen, aim, tried))
         winner = next((t for t in confirmed if _meets(t.held_out, keep)), None)
+        _remove_earlier(folder)
         if winner:
             _write_winner(subject, unseen, winner, folder, no_facts=no_facts, command=command)
         found = _record(aim, seen, unseen, tried, confirmed, winner, seed, command)
@@ -183,6 +187,14 @@ def _confirm(unseen: Asked, aim: Aim, tried: Sequence[Tried]) -> Iterator[Tried]
             return
 
 
+def _remove_earlier(folder: Path) -> None:
+    """What an earlier search of this folder, for another share or size, has found."""
+    for name in WRITTEN:
+        (folder / name).unlink(missing_ok=True)
+    if (folder / WINNER / MANIFEST_NAME).is_file():
+        shutil.rmtree(folder / WINNER)
+
+
 def _write_winner(
     subject: Subject, unseen: Asked, winner: Tried, folder: Path, *, no_facts: bool, command: str | None
 ) -> None:
@@ -193,17 +205,11 @@ def _write_winner(
     from compressknow.report.write import write_report, write_whole
 
     recipe = Recipe.from_dict(dict(winner.recipe))
-    convert(
-        subject.maker.checkpoint.folder,
-        folder / WINNER,
-        recipe,
-        overwrite=(folder / WINNER).exists(),
-        render_card=model_card_for,
-    )
-    write_whole(folder / "recipe.toml", (to_toml(recipe.to_dict()) + "\n").encode())
+    convert(subject.maker.checkpoint.folder, folder / WINNER, recipe, render_card=model_card_for)
+    write_whole(folder / RECIPE, (to_toml(recipe.to_dict()) + "\n").encode())
     ((_, answers),) = unseen.ask([cell_of(recipe)])
     card = make_card(unseen.original, [answers], show_facts=not no_facts, command=command)
-    for name in ("report.html", "report.md"):
+    for name in REPORTS:
         write_report(card, folder / name)
 
 

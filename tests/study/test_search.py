@@ -125,6 +125,23 @@ def test_a_search_goes_on_where_it_was(llama: Place) -> None:
     assert {p: p.stat().st_mtime_ns for p in asked} == asked
 
 
+def test_a_finished_search_asks_nothing_again_and_finds_the_same(place: Place) -> None:
+    folder = place.folder / "found"
+    asked = {p: p.stat().st_mtime_ns for p in folder.rglob("answers.parquet")}
+    before = (folder / "search.json").read_bytes()
+    assert place.search("found", "--keep", str(KEEP)) == 0
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("answers.parquet")} == asked
+    assert (folder / "search.json").read_bytes() == before
+
+
+def test_what_an_earlier_search_found_does_not_stay_beside_a_later_one(llama: Place) -> None:
+    assert llama.search("twice", "--keep", str(KEEP)) == 0
+    assert (llama.folder / "twice" / "winner").is_dir()
+    assert llama.search("twice", "--keep", "0.999") == 3
+    left = {path.name for path in (llama.folder / "twice").iterdir()}
+    assert not left & {"winner", "recipe.toml", "report.html", "report.md"}
+
+
 def test_what_cannot_be_kept_is_said_with_what_came_closest(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert llama.search("much", "--keep", "0.999") == 3
     said = capsys.readouterr()
