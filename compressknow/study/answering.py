@@ -92,7 +92,7 @@ def folder_of(probe: str) -> str:
     """The name of the folder that holds the answers to a probe: readable, and of that probe alone.
 
     >>> folder_of("lama:trex")
-    'lama-trex-3d4b'
+    'lama-trex-18e0'
     """
     digest = hashlib.sha256(probe.encode()).hexdigest()[:4]
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', probe).strip('-.')}-{digest}"
