@@ -16,7 +16,8 @@ import torch
 
 from compressknow.probe.answers import Answer
 from compressknow.probe.encoding import Ids
-from compressknow.probe.scorer import ROWS, SLACK_TOKENS, Question, Scorer, best_of, make_answer
+from compressknow.probe.scored import best_of, make_answer
+from compressknow.probe.scorer import ROWS, SLACK_TOKENS, Question, Scorer
 from compressknow.probe.settle import Scores, rank_of
 
 # Logits of one forward pass, at most: 256 MB of float32.

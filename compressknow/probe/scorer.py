@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,7 +17,8 @@ from compressknow.probe.answers import Answer
 from compressknow.probe.encoding import Encoder, Ids
 from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.positions import most_tokens
-from compressknow.probe.settle import TOP, Contest, Scores, rank_of, settle
+from compressknow.probe.scored import best_of, chosen_of, make_answer, with_distribution
+from compressknow.probe.settle import Contest, Scores, rank_of, settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,7 +150,7 @@ class Scorer(ABC):
         found = {answer.fact_id: answer for answer in answers}
         # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
         rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, strict=True)
-        return [_with_distribution(found[question.fact.id], *distribution) for question, *distribution in rows]
+        return [with_distribution(found[question.fact.id], *distribution) for question, *distribution in rows]
 
     def _unfit(self, question: Question) -> str | None:
         """Why the ids of a question cannot be asked, or None."""
@@ -221,7 +222,7 @@ class Scorer(ABC):
             return self.finish(state, rows, first, bars)
 
         settle(contests, finish)
-        return [_chosen(batch[index].fact, contest) for index, contest in zip(chosen, contests, strict=True)]
+        return [chosen_of(batch[index].fact, contest) for index, contest in zip(chosen, contests, strict=True)]
 
     def _single(self, batch: Sequence[Question], log_probs: torch.Tensor) -> list[Answer]:
         chosen = [index for index, question in enumerate(batch) if not question.options and self.one_token]
@@ -251,57 +252,6 @@ def _one_begins_another(options: Sequence[Ids]) -> bool:
 def _gold_index(fact: Fact) -> int:
     assert fact.candidates is not None
     return fact.candidates.index(fact.obj_label)
-
-
-def best_of(scores: Scores) -> Any:
-    """Indices of the five best, equal ones in their own order, [5]."""
-    near = np.argpartition(-scores, TOP - 1)[:TOP] if len(scores) > TOP else np.arange(len(scores))
-    if not np.isnan(scores[near]).any():
-        # Equal scores at the edge: all of them are looked at, so that their order alone decides.
-        near = np.flatnonzero(scores >= scores[near].min())
-    return near[np.argsort(-scores[near], kind="stable")][:TOP]
-
-
-def _chosen(fact: Fact, contest: Contest) -> Answer:
-    assert fact.candidates is not None
-    best = contest.order()[:TOP]
-    words = tuple(fact.candidates[index] for index in best)
-    logp = float(contest.scores[contest.gold])
-    rank = rank_of(contest.gold, contest.scores)
-    return make_answer(fact, words, contest.scores[best], rank, logp, len(fact.candidates), correct=rank == 1)
-
-
-def make_answer(
-    fact: Fact,
-    top: tuple[str, ...],
-    top_logp: Scores,
-    rank: int | None,
-    logp: float | None,
-    choices: int | None,
-    *,
-    correct: bool,
-) -> Answer:
-    return Answer(
-        probe=fact.probe,
-        fact_id=fact.id,
-        relation=fact.relation,
-        subject=fact.subject,
-        sub_label=fact.sub_label,
-        prompt=fact.prompt,
-        gold=fact.obj_label,
-        predicted=top[0],
-        correct=correct,
-        rank=rank,
-        logp_gold=logp,
-        top5=top,
-        top5_logp=tuple(float(value) for value in top_logp),
-        choices=choices,
-        popularity=fact.popularity,
-    )
-
-
-def _with_distribution(answer: Answer, ids: Any, log_probs: Any) -> Answer:
-    return replace(answer, first_ids=ids, first_logp=log_probs)
 
 
 def group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:

@@ -38,7 +38,33 @@ def compare(
     progress: Callable[[int, int], None] | None = None,
     bar: Bar | None = None,
 ) -> Contrast:
-    """Compare two checkpoints; see `compressknow.compare`."""
+    """Compare two checkpoints of one architecture: settings, what is stored, every weight and, if asked, knowledge.
+
+    Parameters
+    ----------
+    a, b : local folders or hub ids. int8 weights are compared as what they stand for.
+    probes : what to ask both, such as ``["atlas"]``; nothing by default. See `compressknow.probe`.
+    outputs : files to write: ``.html``, ``.md``, ``.json``.
+    options, settings : see `compressknow.probe`.
+    no_facts : leave the text of every fact out.
+    keep_in : folder of the answers; by default ``~/.cache/compressknow/answers``.
+    overwrite : replace `outputs` that are there already.
+    revision, revision_b : of a and of b, if they are hub ids.
+    threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
+    command : the command line to show.
+    progress : told the bytes of weights read so far, and in all.
+    bar : gives, for a probe's name, a context with a callable that is told of its progress.
+
+    Returns
+    -------
+    All figures; ``difference.total.relative_error`` for one, or ``behaviour.b_against_a.comparisons[0].kept``. Where
+    both are the same to the byte it is `identical`, and there is no `difference`.
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : a checkpoint is missing or damaged; the two are of different architectures;
+        an output that cannot be written.
+    """
     from compressknow.probe.choose import Options, open_all
     from compressknow.probe.run import Settings
     from compressknow.report.contrast_pages import write_contrast

@@ -75,7 +75,36 @@ def search(
     bar: Bar | None = None,
     told: Told | None = None,
 ) -> Search:
-    """See `compressknow.search`."""
+    """Find the cheapest checkpoint of a model that keeps a share of its knowledge.
+
+    Half of the facts of each relation guide the search; what it finds is judged on the other half, by the lower end of
+    its interval. A search that was stopped goes on where it was. Needs Optuna.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    output : folder of the search; one of this model and version is gone on with.
+    keep : share of knowledge, between 0 and 1.
+    minimize : ``sparse-bytes`` (non-zero weights at their width and one bit a weight), ``bytes`` (on disk, where pruned
+        weights are dense) or ``nonzero`` (weights left).
+    trials : recipes that the optimiser chooses, beside the paper's setups.
+    schemes : int8 schemes that it may choose from.
+    probes, options, settings : see `compressknow.probe`; lm-eval's tasks cannot be held out.
+    seed : of the halves and of the optimiser.
+    no_facts : leave the text of every fact out of the winner's report card.
+    ray : run on a Ray cluster; see `compressknow.study.running.RayOptions`.
+    told : is told each recipe's result as it comes.
+
+    Returns
+    -------
+    The search, as ``search.html`` and ``search.json`` in `output` show it; `winner` is None where nothing keeps as
+    much. With a winner there are ``recipe.toml``, the converted ``winner/``, and its ``report.html`` too.
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : the model or a probe cannot be found or asked, Optuna is missing, or
+        `output` holds something else.
+    """
     from compressknow.report.search_write import write_search
 
     aim, folder = Aim(keep, minimize), Path(output)

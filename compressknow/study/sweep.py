@@ -44,7 +44,34 @@ def sweep(
     bar: Bar | None = None,
     told: Told | None = None,
 ) -> Study:
-    """See `compressknow.sweep`."""
+    """Convert a model in every way of a grid, ask each what the original was asked, and write the study.
+
+    Variants are made in memory, each the very one that `convert` would write. A study that was stopped goes on where it
+    was; a cell that fails is recorded, and the rest goes on.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    output : folder of the study; one of this model and version is gone on with.
+    grid : ``paper``, or a TOML file.
+    probes : names; see `compressknow.probe`.
+    options, settings : see `compressknow.probe`.
+    module_map, scheme : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``).
+    save : write each converted checkpoint too, under ``models/``.
+    ray : run the cells on a Ray cluster; see `compressknow.study.running.RayOptions`.
+    command : the command line to show.
+    bar : gives, for a probe's name, a context with a callable that is told of its progress.
+    told : is told each cell's result as it comes, and the original's answers.
+
+    Returns
+    -------
+    The study, as ``study.html``, ``study.json``, ``cells.parquet`` and ``cells.csv`` in `output` show it.
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : the model or a probe cannot be found or asked, the grid makes no sense, the
+        cluster does not answer, or `output` holds something else.
+    """
     from compressknow.report.study_write import write_study
 
     folder = Path(output)
