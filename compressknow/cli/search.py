@@ -82,8 +82,6 @@ def search(
     given["ray"] = split_ray(given)
     if not given["schemes"]:
         del given["schemes"]
-    if not as_json:
-        click.echo(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
     with facts_bar() as bar:
         found = run(
             model,
@@ -94,7 +92,7 @@ def search(
             seed=seed,
             command=command_of(ctx),
             bar=bar,
-            told=None if as_json else _print,
+            told=None if as_json else _Lines(),
             **given,
         )
     if as_json:
@@ -111,6 +109,15 @@ def search(
         )
 
 
-def _print(tried: Tried) -> None:
-    kept = estimate(tried.kept.value, tried.kept.low, tried.kept.high)
-    click.echo(f"{plain(tried.setup, 39):<40}{kept:<28}{size(tried.sizes['sparse-bytes']):>12}")
+class _Lines:
+    """Prints a line a recipe, as it comes."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, tried: Tried) -> None:
+        if not self._begun:
+            self._begun = True
+            click.echo(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
+        kept = estimate(tried.kept.value, tried.kept.low, tried.kept.high)
+        click.echo(f"{plain(tried.setup, 39):<40}{kept:<28}{size(tried.sizes['sparse-bytes']):>12}")
