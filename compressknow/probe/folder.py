@@ -25,7 +25,7 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
-    if folder.exists() and _foreign(folder):
+    if _foreign(folder):
         raise OutputError(
             f"{folder} exists already, and is no answers folder.", hint="Choose a new folder for the answers."
         )
@@ -75,8 +75,12 @@ def take(folder: Path, wait: bool) -> int:
     Raises OutputError where another run has it and `wait` is False.
     """
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            # The run that made the folder has just removed it.
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
@@ -94,6 +98,9 @@ def take(folder: Path, wait: bool) -> int:
 
 def _foreign(folder: Path) -> bool:
     """Whether a folder holds anything beside answers or what a run that was cut short leaves."""
-    names = {path.name for path in folder.iterdir()}
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return False
     ours = {LOCK, PARTS, TABLE} if LOCK in names else {PARTS}
     return RECORD not in names and any(name not in ours and not name.startswith(_UNFINISHED) for name in names)
