@@ -78,8 +78,10 @@ def take(folder: Path, wait: bool) -> int:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             # The run that made the folder has just removed it.
+            if folder.exists() and not folder.is_dir():
+                raise
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
