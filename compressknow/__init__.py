@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compressknow.compress.recipe import PruneMethod, Recipe, Scheme
     from compressknow.compress.verify import Verification
     from compressknow.model.structure import ModuleMap
-    from compressknow.report.contrast import compare
+    from compressknow.report.contrast.compare import compare
     from compressknow.study.search import search
     from compressknow.study.sweep import sweep
 
@@ -34,7 +34,7 @@ __all__ = ["__version__", "compare", "convert", "inspect", "load", "probe", "rep
 
 # Where the public functions are that are imported when they are first named.
 _FUNCTIONS = {
-    "compare": "compressknow.report.contrast",
+    "compare": "compressknow.report.contrast.compare",
     "search": "compressknow.study.search",
     "sweep": "compressknow.study.sweep",
 }
@@ -129,7 +129,7 @@ def convert(
     from compressknow.compress.convert import preview
     from compressknow.compress.recipe import Where, recipe_of
     from compressknow.errors import UsageError
-    from compressknow.report.model_card import model_card_for
+    from compressknow.report.model_card.render import model_card_for
 
     where = Where((scope,) if isinstance(scope, str) else tuple(scope), tuple(include), tuple(exclude), layers)
     if recipe is None:

@@ -15,7 +15,7 @@ from compressknow.cli.progress import bytes_bar, facts_bar
 from compressknow.cli.report import command_of
 
 if TYPE_CHECKING:
-    from compressknow.report.contrast_records import Contrast
+    from compressknow.report.contrast.records import Contrast
 
 
 @click.command(short_help="Show how two checkpoints differ.", epilog=EPILOG)
@@ -72,9 +72,9 @@ def compare(
     compressknow compare MODEL CONVERTED -p atlas --limit 300 -o compare.html
     compressknow compare MODEL CONVERTED -p atlas --fail-under 0.95
     """
-    from compressknow.report.card import check_gate, gate
-    from compressknow.report.contrast import compare as contrast_of
-    from compressknow.report.contrast_json import contrast_json
+    from compressknow.report.card.make import check_gate, gate
+    from compressknow.report.contrast.as_json import contrast_json
+    from compressknow.report.contrast.compare import compare as contrast_of
 
     if fail_under is not None and not probes:
         raise click.UsageError("--fail-under judges knowledge: name what to ask with -p PROBE.")

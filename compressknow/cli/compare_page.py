@@ -6,15 +6,15 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from compressknow.report.contrast_tables import Part, groups, layers, part_row, settings_table, structure_table, worst
-from compressknow.report.contrast_verdict import names_of
+from compressknow.report.contrast.knowledge_tables import figures_table, probes_of
+from compressknow.report.contrast.tables import Part, groups, layers, part_row, settings_table, structure_table, worst
+from compressknow.report.contrast.verdict import names_of
 from compressknow.report.figures import size, smaller
-from compressknow.report.knowledge_tables import figures_table, probes_of
 from compressknow.report.text import plain
 
 if TYPE_CHECKING:
     from compressknow.compress.difference_records import Difference
-    from compressknow.report.contrast_records import Behaviour, Checkpoint, Contrast
+    from compressknow.report.contrast.records import Behaviour, Checkpoint, Contrast
     from compressknow.report.tables import Table
 
 WIDTH = 80

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compressknow.report.auto_class import runtimes
 from compressknow.report.figures import count, percent, size
+from compressknow.report.model_card.auto_class import runtimes
 
 COLUMNS = f"{'Group':<14}{'Parameters':>15}{'Pruned':>15}{'Zeros':>9}{'Int8':>8}{'Before':>10}{'After':>9}"
 

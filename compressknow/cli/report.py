@@ -67,8 +67,8 @@ def report(
     compressknow report MODEL CONVERTED --fail-under 0.95
     """
     from compressknow.report import report as compare
-    from compressknow.report.card import check_gate, gate
-    from compressknow.report.json_report import to_json
+    from compressknow.report.card.as_json import to_json
+    from compressknow.report.card.make import check_gate, gate
 
     check_gate(fail_under)
     options, settings = split_options(given)

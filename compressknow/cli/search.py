@@ -16,7 +16,7 @@ from compressknow.report.figures import estimate, size
 from compressknow.report.text import plain
 
 if TYPE_CHECKING:
-    from compressknow.report.search_records import Tried
+    from compressknow.report.search.records import Tried
 
 WIDTH = 80
 COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}{'Sparse':>12}"
@@ -74,7 +74,7 @@ def search(
     compressknow search MODEL -o found --keep 0.98 --minimize bytes
     compressknow convert MODEL CONVERTED --recipe found/recipe.toml
     """
-    from compressknow.report.search_view import gets, verdict
+    from compressknow.report.search.view import gets, verdict
     from compressknow.study.search import search as run
 
     seed = given["seed"]

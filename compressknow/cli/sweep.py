@@ -17,7 +17,7 @@ from compressknow.report.text import plain
 
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers
-    from compressknow.report.study_records import Study
+    from compressknow.report.study.records import Study
     from compressknow.study.results import CellResult
 
 WIDTH = 80
@@ -140,8 +140,8 @@ def _line(result: CellResult, original: Answers) -> Iterator[str]:
 
 
 def _end(study: Study, output: Path) -> Iterator[str]:
-    from compressknow.report.findings import findings
-    from compressknow.report.study_summary import paragraph
+    from compressknow.report.study.findings import findings
+    from compressknow.report.study.summary import paragraph
 
     yield ""
     yield from textwrap.wrap(" ".join(paragraph(study, findings(study))), WIDTH)

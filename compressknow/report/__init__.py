@@ -2,6 +2,9 @@
 
 The room has the name of its public function, and both are meant: ``compressknow.report(original, compressed)`` makes a
 card, and ``compressknow.report.records`` is a module.
+
+`card` is what `report` makes, `contrast` what `compare` makes, `study` and `search` what the commands of these names
+make; `model_card` is the README.md of a converted checkpoint. What lies beside them is for all.
 """
 
 from __future__ import annotations
@@ -61,10 +64,11 @@ def report(
     """
     from compressknow.probe.choose import Options
     from compressknow.probe.run import Settings
-    from compressknow.report.card import make_card
+    from compressknow.report.card.make import make_card
+    from compressknow.report.card.pages import write_report
     from compressknow.report.gather import default_answers_folder, gather
-    from compressknow.report.into_card import check_model_cards, write_into_model_cards
-    from compressknow.report.write import check_outputs, write_report
+    from compressknow.report.model_card.report_section import check_model_cards, write_into_model_cards
+    from compressknow.report.write import check_outputs
 
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
     files = [Path(path) for path in outputs]

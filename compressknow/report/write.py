@@ -1,14 +1,12 @@
-"""Reports on disk, in the format that each file's name asks for."""
+"""Files of reports on disk: whether they may be written, and whole or not at all."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from compressknow.errors import OutputError, UsageError
-from compressknow.report.records import Card
 
 FORMATS = (".html", ".md", ".json")
 
@@ -29,11 +27,6 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
         raise UsageError("Two reports have one name.", hint="Give each -o a name of its own.")
 
 
-def write_report(card: Card, path: Path) -> None:
-    """Write the card as the format that the name asks for; the file appears only when it is whole."""
-    write_whole(path, rendered(card, path.suffix.lower()).encode("utf-8"))
-
-
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears under its name only when it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -42,18 +35,3 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def rendered(card: Card, suffix: str) -> str:
-    """The card as text: ``.html``, ``.md`` or ``.json``."""
-    if suffix == ".html":
-        from compressknow.report.html import render_html
-
-        return render_html(card)
-    if suffix == ".md":
-        from compressknow.report.markdown import render_markdown
-
-        return render_markdown(card)
-    from compressknow.report.json_report import to_json
-
-    return json.dumps(to_json(card), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers
-from compressknow.report.search_records import Tried
+from compressknow.report.search.records import Tried
 from compressknow.study.grid import Cell
 from compressknow.study.halves import Asked
 from compressknow.study.space import MOST, NONE, STEP, TILTS, Choice, Space, cell_of

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from compressknow.compress.recipe import Prune, Quantize
 from compressknow.probe.answers import Answer, Answers
-from compressknow.report.card import compare, method_of, model_facts
+from compressknow.report.card.make import compare, method_of, model_facts
 from compressknow.report.records import Comparison, ProbeFigures
-from compressknow.report.study_records import FailedCell, Study, StudyCell, StudyProbe
+from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study.grid import Cell
 
 

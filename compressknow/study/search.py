@@ -13,9 +13,9 @@ from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.choose import DEFAULT, Options, open_all
 from compressknow.probe.run import Bar, Settings, refuse_twins
-from compressknow.report.card import compare, make_card, model_facts
+from compressknow.report.card.make import compare, make_card, model_facts
 from compressknow.report.records import Counts, Estimate
-from compressknow.report.search_records import SIZES, Search, Tried
+from compressknow.report.search.records import SIZES, Search, Tried
 from compressknow.report.statistics import proportion
 from compressknow.study.answering import Subject
 from compressknow.study.folder import claim
@@ -105,7 +105,7 @@ def search(
     compressknow.errors.CompressknowError : the model or a probe cannot be found or asked, Optuna is missing, or
         `output` holds something else.
     """
-    from compressknow.report.search_write import write_search
+    from compressknow.report.search.pages import write_search
 
     aim, folder = Aim(keep, minimize), Path(output)
     require_optuna()
@@ -229,9 +229,10 @@ def _write_winner(
 ) -> None:
     """The converted winner, its recipe, and its report card over the held-out facts."""
     from compressknow.compress.convert import convert
-    from compressknow.report.model_card import model_card_for
+    from compressknow.report.card.pages import write_report
+    from compressknow.report.model_card.render import model_card_for
     from compressknow.report.toml import to_toml
-    from compressknow.report.write import write_report, write_whole
+    from compressknow.report.write import write_whole
 
     recipe = Recipe.from_dict(dict(winner.recipe))
     convert(subject.maker.checkpoint.folder, folder / WINNER, recipe, render_card=model_card_for)

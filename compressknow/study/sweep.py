@@ -11,7 +11,7 @@ from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.choose import DEFAULT, Options, open_all
 from compressknow.probe.run import Bar, Settings, refuse_twins
-from compressknow.report.study_records import Study
+from compressknow.report.study.records import Study
 from compressknow.study.answering import Subject
 from compressknow.study.folder import CELLS, MODELS, ORIGINAL, claim
 from compressknow.study.grid import PAPER_SCHEME, Cell, paper_grid, read_grid
@@ -72,7 +72,7 @@ def sweep(
     compressknow.errors.CompressknowError : the model or a probe cannot be found or asked, the grid makes no sense, the
         cluster does not answer, or `output` holds something else.
     """
-    from compressknow.report.study_write import write_study
+    from compressknow.report.study.write import write_study
 
     folder = Path(output)
     asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
@@ -110,7 +110,7 @@ def _cells(subject: Subject, grid: str | Path, module_map: ModuleMap | None, sch
 def _save(subject: Subject, cell: Cell, models: Path) -> None:
     """Write the cell's checkpoint, unless a run before has."""
     from compressknow.compress.convert import convert
-    from compressknow.report.model_card import model_card_for
+    from compressknow.report.model_card.render import model_card_for
 
     folder = models / subject.folder_of(cell)
     if not folder.exists():

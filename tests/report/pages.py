@@ -35,7 +35,8 @@ class Element:
     @property
     def shape(self) -> list[tuple[str, tuple[str, ...]]]:
         """Tags and names of attributes: all that hostile text must not change."""
-        return [(element.tag, tuple(element.attributes)) for element in self.all()]
+        # A run of right-to-left letters is isolated by a <bdi>: that one element may be more.
+        return [(element.tag, tuple(element.attributes)) for element in self.all() if element.tag != "bdi"]
 
 
 class _Reader(HTMLParser):

@@ -15,10 +15,7 @@ from compressknow.compress.recipe import Prune, read_recipe
 from compressknow.model.groups import structure_of
 from compressknow.probe.answers import read_answers
 from compressknow.probe.open import open_probe
-from compressknow.report.records import Estimate, ModelFacts
-from compressknow.report.search_chart import front
-from compressknow.report.search_records import Search, Tried
-from compressknow.report.search_write import render_search_html
+from compressknow.report.search.records import Tried
 from compressknow.study.halves import halves_of
 from compressknow.study.space import Choice, Space
 from tests.knowing import facts_file, knowing
@@ -206,34 +203,3 @@ def test_layers_that_bear_most_are_pruned_most() -> None:
     assert amounts == [("attention", "0-0", 0.7), ("attention", "1-1", 0.1), ("feed-forward", "0-0", 0.5)]
     assert recipe.steps[-1].where.scope == ("attention", "feed-forward")
     assert space.recipe(Choice((("attention", 0), ("feed-forward", 0)), 30, "none", "overall")) is None
-
-
-def test_the_front_holds_what_nothing_beats() -> None:
-    points = [
-        Tried(name, "search", {}, Estimate(kept, kept, kept), {"bytes": size})
-        for name, size, kept in (("a", 3, 0.9), ("b", 1, 0.5), ("c", 2, 0.4), ("d", 4, 0.9), ("e", 5, 1.0))
-    ]
-    assert [t.setup for t in front(points, "bytes")] == ["b", "a", "e"]
-
-
-def test_hostile_names_are_text() -> None:
-    name = "<script>alert(1)</script></svg>"
-    model = ModelFacts(name, None, "0" * 64, "X", "causal", 10, 10, "F32")
-    tried = Tried(
-        name,
-        "search",
-        {"steps": [{"prune": 0.5, "scope": [name]}]},
-        Estimate(0.9, 0.8, 1.0),
-        SIZES,
-        Estimate(0.9, 0.8, 1),
-    )
-    page = render_search_html(
-        Search(
-            model, 0.5, "bytes", (name,), 5, 5, 4, 4, 0.95, SIZES, (tried,), (tried,), tried, None, tried, 0, {}, name
-        )
-    )
-    assert "<script>alert" not in page
-    assert page.count("</svg>") == page.count("<svg")
-
-
-SIZES = {"sparse-bytes": 10, "bytes": 10, "nonzero": 10}

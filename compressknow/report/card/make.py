@@ -1,0 +1,182 @@
+"""The report card of one original and one or several compressed models, from their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from compressknow.errors import CompressknowError, GateNotMet, UsageError
+from compressknow.probe.answers import Answers
+from compressknow.report.card import cautions
+from compressknow.report.card.grades import grades
+from compressknow.report.card.method import method
+from compressknow.report.card.verdict import labels_of, verdict, verdict_of_several
+from compressknow.report.comparison import changed_facts, compare_probe
+from compressknow.report.figures import count
+from compressknow.report.pairing import Pair, paired
+from compressknow.report.records import Card, Comparison, Counts, ModelFacts, ProbeFigures, Speed
+from compressknow.report.statistics import mcnemar, proportion
+
+_REQUIRED = ("name", "sha256", "architecture", "family", "parameters", "bytes", "dtype")
+
+
+def make_card(
+    original: Answers, compressed: Sequence[Answers], *, show_facts: bool = True, command: str | None = None
+) -> Card:
+    """Compare each compressed model with the original, over the probes that both were asked.
+
+    Parameters
+    ----------
+    show_facts : False leaves the text of every fact out of the card.
+    command : the command line that asked for it, to be shown.
+
+    Raises
+    ------
+    CompressknowError : a compressed model is of another family or vocabulary, shares no probe with the original, or
+        was asked other questions.
+    """
+    if not compressed:
+        raise UsageError("There is no compressed model to compare.", hint="Give at least one beside the original.")
+    comparisons = [compare(original, answers, show_facts=show_facts) for answers in compressed]
+    model, common = model_facts(original.record["model"]), _common_warnings(comparisons)
+    return Card(
+        verdict=verdict_of_several(model.name, comparisons) if len(comparisons) > 1 else comparisons[0].verdict,
+        original=model,
+        comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
+        warnings=common,
+        show_facts=show_facts,
+        versions=dict(original.record.get("versions", {})),
+        command=command,
+        method=method_of(original, comparisons),
+    )
+
+
+def model_facts(record: Mapping[str, Any]) -> ModelFacts:
+    """The "model" entry of a ``probe.json`` as a record. Raises CompressknowError where it says too little."""
+    missing = [key for key in _REQUIRED if record.get(key) is None]
+    if missing:
+        raise CompressknowError(
+            f"The record of the answers does not say the model's {', '.join(missing)}.",
+            hint="Probe the model again with this version.",
+        )
+    known: dict[str, Any] = {key: record.get(key) for key in ModelFacts.__dataclass_fields__}
+    speed = record.get("speed")
+    return ModelFacts(
+        **known | {"groups": dict(record.get("groups") or {}), "speed": Speed(**speed) if speed else None}
+    )
+
+
+def check_gate(fail_under: float | None) -> None:
+    """Raise UsageError where `fail_under` is no share."""
+    if fail_under is not None and not 0 <= fail_under <= 1:
+        raise UsageError(
+            f"The least share of knowledge kept must lie between 0 and 1: {fail_under:g}.",
+            hint="--fail-under 0.95 asks for 95 %.",
+        )
+
+
+def gate(card: Card, fail_under: float) -> None:
+    """Hold every compressed model to a least share of knowledge kept, over all its facts.
+
+    Raises GateNotMet where one keeps less than `fail_under`, or where the original knew nothing that could be kept;
+    UsageError where `fail_under` is no share.
+    """
+    check_gate(fail_under)
+    labels = labels_of([comparison.model for comparison in card.comparisons])
+    failed = [
+        _shortfall(label, comparison.counts)
+        for label, comparison in zip(labels, card.comparisons, strict=True)
+        if comparison.counts.kept is None or comparison.counts.kept < fail_under
+    ]
+    if failed:
+        raise GateNotMet(
+            f"Less than {100 * fail_under:g} % of the knowledge is kept: {'; '.join(failed)}.",
+            hint="The report says which facts and subjects were lost; compress less, or lower --fail-under.",
+        )
+
+
+def _shortfall(label: str, counts: Counts) -> str:
+    if counts.kept is None:
+        return f"{label}, where the original knew none of {count(counts.n)} facts"
+    # More digits than elsewhere: 94.99 % must not read as the 95 % that it misses.
+    return f"{label} keeps {count(counts.both)} of {count(counts.known_before)} ({100 * counts.kept:.6g} %)"
+
+
+def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) -> Comparison:
+    """All figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
+    before, model = model_facts(original.record["model"]), model_facts(compressed.record["model"])
+    _refuse_incomparable(original, compressed)
+    probes = [probe for probe in original.probes if probe in compressed.probes]
+    asked = {probe: _asked(original, compressed, probe) for probe in probes}
+    figures = tuple(compare_probe(*asked[probe], probe=probe) for probe in probes)
+    counts = sum((probe.counts for probe in figures), Counts())
+    kept, p = proportion(counts.both, counts.known_before), mcnemar(counts)
+    pairs: list[Pair] = [pair for probe in probes for pair in paired(probe, *asked[probe])] if show_facts else []
+    lost, gained = changed_facts(pairs)
+    graded = grades(figures)
+    return Comparison(
+        model=model,
+        verdict=verdict(before.name, counts, kept, p),
+        kept=kept,
+        counts=counts,
+        p=p,
+        grades=graded,
+        probes=figures,
+        lost=lost,
+        gained=gained,
+        warnings=(
+            *cautions.of_models(before, model),
+            *cautions.of_runs(original, compressed, probes),
+            *cautions.of_figures(counts, graded, figures),
+        ),
+    )
+
+
+def _asked(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...]:
+    """Both models' answers to a probe, and its entries in both records."""
+    return (
+        original.of(probe),
+        compressed.of(probe),
+        original.record["probes"][probe],
+        compressed.record["probes"][probe],
+    )
+
+
+def _refuse_incomparable(original: Answers, compressed: Answers) -> None:
+    """Models that cannot be set side by side fact by fact."""
+    before, after = original.record["model"], compressed.record["model"]
+    for key, what in (("family", "family"), ("vocabulary", "vocabulary")):
+        if before.get(key) is not None and after.get(key) is not None and before[key] != after[key]:
+            raise CompressknowError(
+                f"{after['name']} is no compressed form of {before['name']}: they differ in {what}.",
+                why=f"{before['name']} has {before[key]}, {after['name']} has {after[key]}.",
+                hint="Compare a model with the checkpoint that it was made from.",
+            )
+    if not set(original.probes) & set(compressed.probes):
+        raise CompressknowError(
+            f"{before['name']} and {after['name']} were asked no probe in common.",
+            why=f"The one was asked {_listed(original.probes)}, the other {_listed(compressed.probes)}.",
+            hint="Probe both with the same -p PROBE.",
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
+def _common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    """Warnings that hold for all of several compressed models: they are said once, of the whole card."""
+    if len(comparisons) < 2:
+        return ()
+    return tuple(w for w in comparisons[0].warnings if all(w in other.warnings for other in comparisons))
+
+
+def method_of(original: Answers, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    """How the probes were asked and judged, and the limits of that, in sentences."""
+    probes: dict[str, ProbeFigures] = {}
+    for comparison in comparisons:
+        for figures in comparison.probes:
+            probes.setdefault(figures.probe, figures)
+    family = original.record["model"]["family"]
+    return method(family, [(p, original.record["probes"][name], original.of(name)) for name, p in probes.items()])

@@ -1,0 +1,104 @@
+"""The method of a card in sentences: how facts were asked and judged, how figures were computed, and their limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from compressknow.probe.answers import Answer
+from compressknow.report.card.grades import LOWEST, SCALE
+from compressknow.report.distributions import CALIBRATION_BINS, POPULARITY_BINS
+from compressknow.report.figures import count
+from compressknow.report.records import ProbeFigures
+from compressknow.report.statistics import RESAMPLES, SEED
+from compressknow.report.text import plain
+
+_ASKED = {
+    "masked": "The blank of each prompt is the model's mask; an answer of several tokens is scored by its "
+    "pseudo-log-likelihood.",
+    "causal": "The model reads each prompt up to the blank; an answer is scored by the log-probability of all its "
+    "tokens.",
+    "seq2seq": "The encoder reads each prompt with the blank as a sentinel; an answer is scored by the decoder, by the "
+    "log-probability of all its tokens.",
+}
+_HARNESS = "lm-eval:"
+
+
+def method(family: str, probes: Iterable[tuple[ProbeFigures, Mapping[str, Any], Sequence[Answer]]]) -> tuple[str, ...]:
+    """The sentences.
+
+    Parameters
+    ----------
+    family : ``masked``, ``causal`` or ``seq2seq``.
+    probes : of each probe its figures, its entry in the original's ``probe.json``, and the original's answers.
+    """
+    probes = list(probes)
+    own = any(not figures.probe.startswith(_HARNESS) for figures, _, _ in probes)
+    asked = [_ASKED[family]] if own and family in _ASKED else []
+    return (*asked, *(_probe(*probe) for probe in probes), *_figures(), *_limits(figures for figures, _, _ in probes))
+
+
+def _probe(figures: ProbeFigures, entry: Mapping[str, Any], answers: Sequence[Answer]) -> str:
+    name = plain(figures.probe, 60)
+    if figures.probe.startswith(_HARNESS):
+        how = "run by lm-eval, judged item by item as the task does"
+    else:
+        how = f"protocol {plain(figures.protocol, 60)}, {_choices(answers)}"
+    limited = f", a sample of {count(figures.limit)} by seed {figures.seed}" if figures.limit is not None else ""
+    left_out = sum(figures.dropped.values())
+    reasons = "; ".join(f"{plain(reason, 120)}: {count(n)}" for reason, n in figures.dropped.items() if n)
+    dropped = f", {count(left_out)} left out ({reasons})" if left_out else ", none left out"
+    average = "the mean over relations" if figures.average == "macro" else "the share of all facts"
+    return (
+        f"{name}: {how}; {count(figures.facts_read)} facts read{dropped}, {count(figures.counts.n)} asked{limited}; "
+        f"its headline accuracy is {average}."
+    ) + _own_note(entry)
+
+
+def _choices(answers: Sequence[Answer]) -> str:
+    numbers = [answer.choices for answer in answers if answer.choices is not None]
+    if not numbers or len(numbers) < len(answers):
+        return "any text may be answered"
+    low, high = min(numbers), max(numbers)
+    return f"one of {count(low)} answers" if low == high else f"one of {count(low)} to {count(high)} answers"
+
+
+def _own_note(entry: Mapping[str, Any]) -> str:
+    """What the reader of the facts says of its own way: licence, template."""
+    source = entry.get("source") or {}
+    template = source.get("template") if isinstance(source, Mapping) else None
+    return f" Template: {plain(template, 200)}." if template else ""
+
+
+def _figures() -> Iterator[str]:
+    yield (
+        "Knowledge kept is the share of the facts that the original answers right which the compressed model answers "
+        "right too. Beyond chance it is (kept - g) / (1 - g), g being the mean of 1 / number of answers."
+    )
+    yield (
+        "Intervals are 95 %: Wilson's for shares, Newcombe's (1998, method 10) for the difference of paired shares, "
+        f"and for means over relations a paired bootstrap within relations ({count(RESAMPLES)} resamples, seed {SEED})."
+    )
+    yield (
+        "p-values are of the exact two-sided McNemar test: whether facts lost and gained are out of balance; those of "
+        "a table of groups are adjusted by Holm's method."
+    )
+    yield (
+        "How far answers moved is KL(original || compressed) in nats at the answer's first position, over the "
+        "original's 256 most likely tokens and the rest taken together. Calibration error (ECE) uses "
+        f"{CALIBRATION_BINS} bins of equal width; popularity has up to {POPULARITY_BINS} bins of about equal size."
+    )
+    scale = ", ".join(f"{name} from {least} %" for name, least in SCALE)
+    yield f"Grades by the share kept: {scale}, {LOWEST} below; a range names the grades that the interval spans."
+
+
+def _limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
+    yield (
+        "Limits: a fact counts as known when its object comes out first for the wording that was asked; other wordings "
+        "may fare otherwise, and a lost fact may be ranked second."
+    )
+    if any(probe.chance for probe in probes):
+        yield (
+            "Where a model chooses among given answers, some right ones are guesses; a model that writes freely knows "
+            "less than these figures say."
+        )

@@ -1,0 +1,69 @@
+"""A report card as a file: HTML that asks nothing of any server and is whole without JavaScript, Markdown, JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from compressknow.report.card import charts, view
+from compressknow.report.card.as_json import to_json
+from compressknow.report.card.glossary import GLOSSARY, HOLM, LEGEND, SHORT_LEGEND
+from compressknow.report.pages import html_page, markdown_page
+from compressknow.report.records import Card
+from compressknow.report.write import write_whole
+
+# What the page holds of one comparison, and of all together: beyond, it would grow past a megabyte.
+_LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 600, 240
+_FEW, _RELATIONS_OF_MANY = 5, 20
+# Facts that the Markdown holds of one comparison, and of all together.
+_FACTS, _FACTS_IN_ALL = 50, 300
+_WORDS: Any = {"glossary": GLOSSARY, "legend": LEGEND, "short_legend": SHORT_LEGEND, "holm": HOLM}
+
+
+def write_report(card: Card, path: Path) -> None:
+    """Write the card as the format that the name asks for; the file appears only when it is whole."""
+    write_whole(path, rendered(card, path.suffix.lower()).encode("utf-8"))
+
+
+def rendered(card: Card, suffix: str) -> str:
+    """The card as text: ``.html``, ``.md`` or ``.json``."""
+    if suffix == ".html":
+        return render_html(card)
+    if suffix == ".md":
+        return render_markdown(card)
+    return json.dumps(to_json(card), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def render_html(card: Card) -> str:
+    """The page: the same card gives the same bytes."""
+    page = view.page(card, _limits(len(card.comparisons)))
+    drawn = {place: tuple(map(Markup, svgs)) for place, svgs in _charts(card, page).items()}
+    return html_page("report.html.j2", page=page, charts=drawn, **_WORDS)
+
+
+def render_markdown(card: Card) -> str:
+    """What the page says, without its charts and with fewer facts, as GitHub-flavoured Markdown."""
+    facts = min(_FACTS, _FACTS_IN_ALL // max(1, len(card.comparisons)))
+    page = view.page(card, view.Limits(lost=facts, gained=facts, open=facts))
+    return markdown_page("report.md.j2", page=page, **_WORDS)
+
+
+def _limits(models: int) -> view.Limits:
+    return view.Limits(
+        lost=min(_LOST, _LOST_IN_ALL // max(1, models)),
+        gained=min(_GAINED, _GAINED_IN_ALL // max(1, models)),
+        relations=None if models <= _FEW else _RELATIONS_OF_MANY,
+    )
+
+
+def _charts(card: Card, page: view.Page) -> dict[str, tuple[str, ...]]:
+    """By place on the page. With several models, popularity is a table only: a chart for each would take seconds."""
+    if page.overview:
+        names = [section.name for section in page.sections]
+        return {"overview": charts.setups(card.comparisons, names, "overview-chart")}
+    section = page.sections[0]
+    drawn = {p.id: charts.popularity(p.popularity_groups, f"{p.id}-chart", p.name) for p in section.probes}
+    return {id: (chart,) for id, chart in drawn.items() if chart}

@@ -1,0 +1,1 @@
+"""What `compare` says of two checkpoints: settings, weights, and what each knows."""

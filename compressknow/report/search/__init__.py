@@ -1,0 +1,1 @@
+"""What `search` says of the cheapest checkpoint that keeps what was asked for."""

@@ -1,0 +1,203 @@
+"""What the page of a search says, as text in order: the one source of its HTML and of the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compressknow.report.figures import count, estimate, number, share, size, smaller
+from compressknow.report.model_tables import Entry, identity
+from compressknow.report.records import Estimate
+from compressknow.report.search.records import SIZES, Search, Tried
+from compressknow.report.tables import Table
+from compressknow.report.text import plain, plain_lines
+from compressknow.report.toml import to_toml
+
+_KINDS = {"paper": "a setup of the paper", "search": "chosen by the search", "layers": "some layers alone"}
+_GETS = {
+    "sparse-bytes": "No current runtime reads a sparse store: on disk pruned weights are dense, and what you get today "
+    "is the size on disk.",
+    "bytes": "This is what you get today; pruned weights are dense on disk, so that pruning alone saves nothing here.",
+    "nonzero": "No current runtime leaves out weights that are zero: they are dense on disk and in memory, and what "
+    "you get today is the size on disk.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPage:
+    """A whole search as text."""
+
+    title: str
+    headline: str
+    verdict: str
+    gets: str
+    model: str
+    recipe: str | None
+    confirmed: Table
+    layers: Table | None
+    tried: Table
+    method: tuple[str, ...]
+    identity: tuple[Entry, ...]
+    run: tuple[Entry, ...]
+    command: str | None
+
+
+def search_page(search: Search) -> SearchPage:
+    """The search as text."""
+    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in search.versions.items())
+    return SearchPage(
+        title=f"{headline(search)}: {plain(search.original.name, 60)}",
+        headline=headline(search),
+        verdict=verdict(search),
+        gets=gets(search),
+        model=plain(search.original.name, 80),
+        recipe=plain_lines(to_toml(dict(search.winner.recipe))) if search.winner else None,
+        confirmed=_confirmed(search),
+        layers=_layers(search),
+        tried=_tried(search),
+        method=_method(search),
+        identity=identity(search.original),
+        run=(Entry("Seed", str(search.seed)), Entry("Versions", versions)),
+        command=plain(search.command, 2000) if search.command else None,
+    )
+
+
+def headline(search: Search) -> str:
+    """What stands above everything."""
+    asked = f"{100 * search.keep:.6g} %"
+    if search.winner is None:
+        return f"Nothing that was tried surely keeps {asked}"
+    before, after = search.sizes[search.minimize], search.winner.sizes[search.minimize]
+    if after >= before:
+        return f"Nothing smaller than the original surely keeps {asked}"
+    return f"{share(1 - after / before)} smaller, and at least {asked} kept"
+
+
+def verdict(search: Search) -> str:
+    """The outcome in one sentence or two, with its numbers."""
+    if search.winner is None:
+        return _missed(search)
+    winner, before = search.winner, search.sizes[search.minimize]
+    after = winner.sizes[search.minimize]
+    return (
+        f"{_setup(winner)} keeps {_held_out(winner)} of what {plain(search.original.name, 60)} knew of the "
+        f"{count(search.held_out)} facts held out from the search. Its {SIZES[search.minimize]} is "
+        f"{_amount(after, search)}: {_beside(after, before)} the original ({_amount(before, search)}){_naive(search)}."
+    )
+
+
+def _missed(search: Search) -> str:
+    if search.closest is None:
+        return f"No recipe could be asked that keeps {share(search.keep)}."
+    closest = search.closest
+    return (
+        f"No recipe of {count(len(search.tried))} keeps {share(search.keep)} for sure. The closest is "
+        f"{_setup(closest)}: it keeps {_held_out(closest)} of the {count(search.known_held_out)} facts held out that "
+        f"{plain(search.original.name, 60)} knew{_too_few(search)}."
+    )
+
+
+def _too_few(search: Search) -> str:
+    """Where no outcome at all could have shown it."""
+    from compressknow.report.statistics import proportion
+
+    best = proportion(search.known_held_out, search.known_held_out, search.level).low
+    if best is None or best >= search.keep:
+        return ""
+    return (
+        f"; were all of them kept, no more than {share(best)} would be sure: ask more facts (a larger --limit) or for "
+        "less"
+    )
+
+
+def _held_out(tried: Tried) -> str:
+    kept = tried.held_out or Estimate(None)
+    return estimate(kept.value, kept.low, kept.high)
+
+
+def _naive(search: Search) -> str:
+    assert search.winner is not None
+    if search.naive is None:
+        return "; no single amount over everything kept as much"
+    if search.naive.recipe == search.winner.recipe:
+        return "; it is the naive choice itself, one amount over everything"
+    mine, other = search.winner.sizes[search.minimize], search.naive.sizes[search.minimize]
+    return (
+        f", and {_beside(mine, other)} the naive choice, one amount over everything ({_setup(search.naive)}, "
+        f"{_amount(other, search)})"
+    )
+
+
+def _beside(after: int, before: int) -> str:
+    if after == before:
+        return "the same as"
+    return f"{share(abs(before - after) / before)} {'less' if after < before else 'more'} than"
+
+
+def gets(search: Search) -> str:
+    """What of the sizes a user gets today."""
+    if search.winner is None:
+        return _GETS[search.minimize]
+    on_disk = search.winner.sizes["bytes"]
+    return f"{_GETS[search.minimize]} On disk it is {size(on_disk)} ({smaller(search.sizes['bytes'], on_disk)})."
+
+
+def _setup(tried: Tried) -> str:
+    return plain(tried.setup, 160)
+
+
+def _amount(amount: int, search: Search) -> str:
+    return count(amount) if search.minimize == "nonzero" else size(amount)
+
+
+def _row(tried: Tried) -> tuple[str, ...]:
+    sizes = tried.sizes
+    return size(sizes["sparse-bytes"]), size(sizes["bytes"]), f"{sizes['nonzero'] / 1e6:.1f}"
+
+
+_SIZES = ("Sparse size", "On disk", "Weights left, millions")
+
+
+def _tried(search: Search) -> Table:
+    rows = sorted(search.tried, key=lambda t: t.sizes[search.minimize])
+    return Table(
+        "Every recipe that was asked, the smallest first",
+        ("Recipe", "Why", "Kept, facts of the search", *_SIZES),
+        tuple((_setup(t), _KINDS[t.kind], _kept(t.kept), *_row(t)) for t in rows),
+        bars=tuple(t.kept for t in rows),
+        bars_after=2,
+        sortable=len(rows) > 1,
+    )
+
+
+def _confirmed(search: Search) -> Table:
+    rows = tuple((_setup(t), _kept(t.kept), _held_out(t), *_row(t)) for t in search.confirmed)
+    columns = ("Recipe", "Kept, facts of the search", "Kept, held-out facts", *_SIZES)
+    return Table("Recipes that were asked the held-out facts", columns, rows)
+
+
+def _layers(search: Search) -> Table | None:
+    rows = tuple((_setup(t), _kept(t.kept), number(t.harm, 4)) for t in search.tried if t.kind == "layers")
+    columns = ("Pruned", "Kept", "Mean KL divergence, nats")
+    return Table("How much some layers bear", columns, rows) if rows else None
+
+
+def _kept(kept: Estimate) -> str:
+    return estimate(kept.value, kept.low, kept.high)
+
+
+def _method(search: Search) -> tuple[str, ...]:
+    return (
+        f"Half of the facts of each relation of {', '.join(plain(p, 60) for p in search.probes)}, drawn by the seed, "
+        f"were asked in the search ({count(search.searched)}, of which the original knew "
+        f"{count(search.known_searched)}); the other half was held out ({count(search.held_out)}, "
+        f"{count(search.known_held_out)} known).",
+        "First the paper's setups were asked, and each band of layers pruned by 50 % alone: the bands whose pruning "
+        "moves answers most (KL divergence) bear least. Then Optuna's TPE sampler chose an amount for attention and "
+        "for feed-forward, how far the layers that bear most are pruned more than those that bear least, and an int8 "
+        "scheme, for the smallest size of which the lower end of the interval keeps what was asked for.",
+        f"The cheapest recipes that did were asked the held-out facts, until one kept as much there too, by the lower "
+        f"end of its {100 * search.level:g} % interval (Wilson; adjusted for the number of recipes that might be tried "
+        "so, Bonferroni). What the search knows of a recipe is no proof: it was chosen by it.",
+        "The sparse size is what a store would take that keeps only weights that are not zero, with one bit a weight "
+        "to say which.",
+    )

@@ -1,0 +1,280 @@
+"""The paper's ten findings as tests on a study's data.
+
+None is assumed: each holds, does not hold, or cannot be told. What decides is said with each test below; all are paired
+by fact, over all probes together. Amounts: low 10-30 %, medium above 30 to 50 %, high above 50 % (the paper's p_low,
+p_medium and p_high, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from compressknow.report.study import finding_words as words
+from compressknow.report.study.cell_contrasts import Contrast, adjusted, contrast, judge
+from compressknow.report.study.grid import (
+    MODULES,
+    STRUCTURED,
+    UNSTRUCTURED,
+    percent,
+    pruned,
+    pruned_and_quantized,
+    quantized,
+    schemes,
+)
+from compressknow.report.study.limits import Bound, average, decline, judge_below, left, strict_level
+from compressknow.report.study.records import Study, StudyCell
+
+NOT_ASKED = "not asked of this family"
+FAMILIES = {"masked": "encoder-only", "seq2seq": "encoder-decoder", "causal": "decoder-only"}
+LOW, MEDIUM, HIGH = (10, 30), (30, 50), (50, 100)
+MINIMAL = 0.10  # a decline below a tenth of the original's accuracy is called minimal (F1)
+NEAR = 0.20  # with less than a fifth of the knowledge left, a model is near zero or the baseline (F5, F10)
+_ALL = tuple(FAMILIES)
+_FALL = "Relative fall in accuracy"
+_LEFT = "Left of what the original knows beyond the baseline"
+_ATTENTION, _FEED_FORWARD, _OVERALL, _FINAL = "attention", "feed-forward", "overall", "final"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A finding of the paper, and whether it holds of this study.
+
+    Attributes
+    ----------
+    id : F1 to F10, as in section 9 of the design.
+    families : of which the paper claims it: ``masked`` (encoder-only), ``seq2seq``, ``causal``.
+    answer : ``holds``, ``does not hold``, ``cannot tell`` or ``not asked of this family``.
+    statistic : the figures behind the answer, in words.
+    why : what in them decides.
+    per_million : the same question by million parameters changed, in words; empty where nothing is compared.
+    contrasts, bounds : the figures themselves.
+    """
+
+    id: str
+    claim: str
+    families: tuple[str, ...]
+    answer: str
+    statistic: str
+    why: str
+    per_million: str = ""
+    contrasts: tuple[Contrast, ...] = ()
+    bounds: tuple[Bound, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    id: str
+    text: str
+    families: tuple[str, ...]
+    test: Callable[[Study, _Claim], Finding]
+
+
+def findings(study: Study) -> tuple[Finding, ...]:
+    """All ten, in order. Needs plain cells by scope; what is missing makes a finding "cannot tell"."""
+    return tuple(_finding(study, claim) for claim in _CLAIMS)
+
+
+def _finding(study: Study, claim: _Claim) -> Finding:
+    if study.original.family in claim.families:
+        return claim.test(study, claim)
+    named = " and ".join(FAMILIES[family] for family in claim.families)
+    return Finding(claim.id, claim.text, claim.families, NOT_ASKED, "-", f"The paper says it of {named} models.")
+
+
+def low_decline(study: Study, claim: _Claim) -> Finding:
+    """F1: pruned by 10 to 30 %, each scope by itself, the decline is minimal.
+
+    Holds where for every such cell the 95 % interval of the relative fall in accuracy lies below `MINIMAL` (each must
+    pass by itself, so that nothing is adjusted for their number); does not hold where that of one, adjusted for their
+    number, lies above.
+    """
+    cells = [cell for scope in MODULES for cell in _within(pruned(study, scope), (LOW[0] - 1, LOW[1])).values()]
+    level = strict_level(len(cells))
+    bounds = [Bound(cell.key, decline(study, cell), decline(study, cell, level), MINIMAL) for cell in cells]
+    return _by_limits(study, claim, bounds, _FALL)
+
+
+def medium_attention_less(study: Study, claim: _Claim) -> Finding:
+    """F2: pruned by more than 30 and up to 50 %, attention hurts less than feed-forward at equal amounts.
+
+    Exact McNemar between the two cells at each amount, Holm over amounts; see `cell_contrasts.judge`.
+    """
+    return _by_contrasts(study, claim, _at_equal_amounts(study, _ATTENTION, _FEED_FORWARD))
+
+
+def medium_attention_more(study: Study, claim: _Claim) -> Finding:
+    """F3: the other way round, likewise."""
+    return _by_contrasts(study, claim, _at_equal_amounts(study, _FEED_FORWARD, _ATTENTION))
+
+
+def overall_pruned_most(study: Study, claim: _Claim) -> Finding:
+    """F4: overall hurts more than attention and more than feed-forward, at equal amounts, from 10 to 90 %.
+
+    McNemar for each amount and rival, Holm over all. Both rivals must be shown to hurt less, at one amount at least.
+    """
+    overall = pruned(study, _OVERALL)
+    pairs = [
+        contrast(study, cell, overall[amount], f"against {scope}")
+        for scope in (_ATTENTION, _FEED_FORWARD)
+        for amount, cell in pruned(study, scope).items()
+        if amount in overall
+    ]
+    return _by_contrasts(study, claim, pairs, (f"against {_ATTENTION}", f"against {_FEED_FORWARD}"))
+
+
+def high_rapid(study: Study, claim: _Claim) -> Finding:
+    """F5: overall pruned by more than 50 %, knowledge falls rapidly, towards zero or the majority baseline.
+
+    Two figures of what is left beyond such a baseline must both be below their limits, their whole intervals: the mean
+    over the amounts above 50 % below the mean share of weights left (knowledge goes faster than weights), and what is
+    left at the largest amount below `NEAR`.
+    """
+    cells = list(_within(pruned(study, _OVERALL), HIGH).values())
+    if not cells:
+        return _by_limits(study, claim, [], _LEFT)
+    weights = sum(1 - percent(cell) / 100 for cell in cells) / len(cells)
+    amounts = f"{percent(cells[0]):g} to {percent(cells[-1]):g} %" if len(cells) > 1 else f"{percent(cells[0]):g} %"
+    level = strict_level(2)
+    mean = [average([left(study, cell, each) for cell in cells]) for each in (0.95, level)]
+    bounds = [
+        Bound(f"overall pruned by {amounts}, on average", mean[0], mean[1], weights),
+        Bound(cells[-1].key, left(study, cells[-1]), left(study, cells[-1], level), NEAR),
+    ]
+    return _by_limits(study, claim, bounds, _LEFT)
+
+
+def attention_quantized_less(study: Study, claim: _Claim) -> Finding:
+    """F6: quantized, attention hurts less than feed-forward: McNemar for each scheme, Holm over schemes."""
+    return _by_contrasts(study, claim, _by_scheme(study, _ATTENTION, _FEED_FORWARD))
+
+
+def overall_quantized_most(study: Study, claim: _Claim) -> Finding:
+    """F7: quantized, overall hurts more than attention and more than feed-forward; Holm over schemes and rivals.
+
+    Both rivals must be shown to hurt less, under one scheme at least.
+    """
+    parts = {scope: f"against {scope}" for scope in (_ATTENTION, _FEED_FORWARD)}
+    pairs = [pair for scope, part in parts.items() for pair in _by_scheme(study, scope, _OVERALL, part)]
+    return _by_contrasts(study, claim, pairs, tuple(parts.values()))
+
+
+def pruned_and_quantized_attention(study: Study, claim: _Claim) -> Finding:
+    """F8: pruned by 20 % and quantized, attention hurts less than feed-forward; at 40 % too, except in encoder-decoder
+    models, where it hurts more.
+
+    McNemar for each amount and scheme, Holm over all. Both amounts must be shown, under one scheme at least.
+    """
+    order = (_ATTENTION, _FEED_FORWARD)
+    reverse = order[::-1] if study.original.family == "seq2seq" else order
+    pairs = [
+        contrast(study, less[amount], more[amount], f"at {amount} %")
+        for amount, scopes in ((20, order), (40, reverse))
+        for less, more in (tuple(pruned_and_quantized(study, s, scheme) for s in scopes) for scheme in schemes(study))
+        if amount in less and amount in more
+    ]
+    return _by_contrasts(study, claim, pairs, ("at 20 %", "at 40 %"))
+
+
+def final_structured_more(study: Study, claim: _Claim) -> Finding:
+    """F9: the final layer pruned L1-structured hurts more than L1-unstructured: McNemar at each equal amount, Holm."""
+    single, rows = pruned(study, _FINAL, UNSTRUCTURED), pruned(study, _FINAL, STRUCTURED)
+    pairs = [contrast(study, cell, rows[amount]) for amount, cell in single.items() if amount in rows]
+    return _by_contrasts(study, claim, pairs)
+
+
+def final_near_baseline(study: Study, claim: _Claim) -> Finding:
+    """F10: the final layer pruned by 20 % leaves less than `NEAR` of what the original knows beyond the baseline.
+
+    By every method that the study has, its whole interval; does not hold where that of one, adjusted, lies above.
+    """
+    cells = [pruned(study, _FINAL, method).get(20) for method in (UNSTRUCTURED, STRUCTURED)]
+    found = [cell for cell in cells if cell]
+    level = strict_level(len(found))
+    bounds = [Bound(cell.key, left(study, cell), left(study, cell, level), NEAR) for cell in found]
+    return _by_limits(study, claim, bounds, _LEFT)
+
+
+def _within(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
+    """Those above the lower limit and up to the upper."""
+    return {amount: cell for amount, cell in cells.items() if limits[0] < amount <= limits[1]}
+
+
+def _at_equal_amounts(study: Study, less: str, more: str) -> Iterator[Contrast]:
+    others = pruned(study, more)
+    for amount, cell in _within(pruned(study, less), MEDIUM).items():
+        if amount in others:
+            yield contrast(study, cell, others[amount])
+
+
+def _by_scheme(study: Study, less: str, more: str, part: str = "") -> Iterator[Contrast]:
+    others = quantized(study, more)
+    for scheme, cell in quantized(study, less).items():
+        if scheme in others:
+            yield contrast(study, cell, others[scheme], part)
+
+
+def _by_contrasts(study: Study, claim: _Claim, pairs: Iterable[Contrast], parts: Sequence[str] = ("",)) -> Finding:
+    contrasts = adjusted(pairs)
+    answer = judge([(each.part, each.direction) for each in contrasts], parts)
+    by_rate = judge([(each.part, each.rate_direction) for each in contrasts], parts)
+    return Finding(
+        claim.id,
+        claim.text,
+        claim.families,
+        answer,
+        words.contrasts(study, contrasts),
+        words.why_contrasts(answer, contrasts, parts),
+        words.per_million(study, by_rate, contrasts),
+        contrasts,
+    )
+
+
+def _by_limits(study: Study, claim: _Claim, bounds: Sequence[Bound], what: str) -> Finding:
+    answer = judge_below(bounds)
+    return Finding(
+        claim.id,
+        claim.text,
+        claim.families,
+        answer,
+        words.bounds(study, bounds, what),
+        words.why_bounds(answer, bounds),
+        bounds=tuple(bounds),
+    )
+
+
+_CLAIMS = (
+    _Claim("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL, low_decline),
+    _Claim(
+        "F2",
+        "Pruned by 30 to 50 %, attention hurts less than feed-forward",
+        ("masked",),
+        medium_attention_less,
+    ),
+    _Claim(
+        "F3",
+        "Pruned by 30 to 50 %, attention hurts more than feed-forward",
+        ("seq2seq", "causal"),
+        medium_attention_more,
+    ),
+    _Claim("F4", "Pruning all modules together hurts most", _ALL, overall_pruned_most),
+    _Claim("F5", "Above 50 % knowledge falls rapidly, towards zero or the majority baseline", _ALL, high_rapid),
+    _Claim("F6", "Quantizing attention hurts less than feed-forward", _ALL, attention_quantized_less),
+    _Claim("F7", "Quantizing everything hurts most", _ALL, overall_quantized_most),
+    _Claim(
+        "F8",
+        "Pruned by 20 % and quantized, attention hurts less than feed-forward; by 40 % too in encoder-only and "
+        "decoder-only models, the other way round in encoder-decoder models",
+        _ALL,
+        pruned_and_quantized_attention,
+    ),
+    _Claim(
+        "F9", "In the final layer, L1-structured hurts more than L1-unstructured", ("masked",), final_structured_more
+    ),
+    _Claim(
+        "F10",
+        "With the final layer pruned by 20 %, accuracy is already near the majority baseline",
+        ("seq2seq", "causal"),
+        final_near_baseline,
+    ),
+)

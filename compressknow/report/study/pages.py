@@ -1,0 +1,34 @@
+"""A study as one HTML file that asks nothing of any server and is whole without JavaScript; and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from compressknow.report.pages import html_page, markdown_page
+from compressknow.report.study.charts import Chart, study_charts
+from compressknow.report.study.method import SENTENCES
+from compressknow.report.study.records import Study
+from compressknow.report.study.view import study_page
+
+
+def render_study_html(study: Study, charts: Sequence[Chart] | None = None) -> str:
+    """The page: the same study gives the same bytes.
+
+    Parameters
+    ----------
+    charts : those of `study_charts(study)`, where they are drawn already.
+    """
+    drawn = study_charts(study) if charts is None else charts
+    return html_page(
+        "study.html.j2",
+        page=study_page(study),
+        charts=[(chart.title, Markup(chart.svg)) for chart in drawn],
+        definitions=SENTENCES,
+    )
+
+
+def render_study_markdown(study: Study) -> str:
+    """The study as GitHub-flavoured Markdown; the same study gives the same text."""
+    return markdown_page("study.md.j2", page=study_page(study), definitions=SENTENCES)

@@ -1,0 +1,47 @@
+"""A study on disk: the page, the same in Markdown and JSON, the tidy table, the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from compressknow.report.study.as_json import study_to_json
+from compressknow.report.study.charts import NAMES, Chart, study_charts
+from compressknow.report.study.pages import render_study_html, render_study_markdown
+from compressknow.report.study.records import Study
+from compressknow.report.study.tidy import tidy_rows, to_csv, to_parquet
+from compressknow.report.svg import standalone
+from compressknow.report.templates import source
+from compressknow.report.write import write_whole
+
+FIGURES = "figures"
+
+
+def write_study(study: Study, folder: Path) -> None:
+    """Write the study into `folder`, which is there; each file appears only when it is whole, the page last.
+
+    ``study.html``, ``study.md``, ``study.json``, ``cells.parquet``, ``cells.csv`` and ``figures/*.svg``. What is there
+    of an earlier state of the study is replaced; a figure that it no longer has is removed.
+    """
+    charts, rows = study_charts(study), tidy_rows(study)
+    write_whole(folder / "cells.csv", to_csv(rows))
+    write_whole(folder / "cells.parquet", to_parquet(rows))
+    _write_figures(charts, folder / FIGURES)
+    write_whole(folder / "study.json", _json(study))
+    write_whole(folder / "study.md", render_study_markdown(study).encode("utf-8"))
+    write_whole(folder / "study.html", render_study_html(study, charts).encode("utf-8"))
+
+
+def _write_figures(charts: tuple[Chart, ...], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    style = source("style.css")
+    for chart in charts:
+        write_whole(folder / f"{chart.name}.svg", standalone(chart.svg, chart.title, style).encode("utf-8"))
+    for name in set(NAMES) - {chart.name for chart in charts}:
+        (folder / f"{name}.svg").unlink(missing_ok=True)
+
+
+def _json(study: Study) -> bytes:
+    text = json.dumps(study_to_json(study), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # Half a surrogate pair, which a folder's name may hold, has no UTF-8; as an escape JSON takes it.
+    return text.encode("utf-8", "backslashreplace")

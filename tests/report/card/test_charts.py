@@ -1,0 +1,135 @@
+"""Charts are well-formed, follow the page's colours, and show names as they are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from compressknow.report.card import charts
+from compressknow.report.card.view import section_names
+from compressknow.report.records import Counts, Estimate, Group
+from compressknow.report.text import plain
+from tests.report.card.cards import POPULARITY, card_of_several, group
+from tests.report.hostile import TEXTS
+
+
+def bins(name: str = "{}") -> tuple[Group, ...]:
+    return tuple(group(name.replace("{}", bin), counts) for bin, counts in POPULARITY)
+
+
+def texts(chart: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(chart).iter("text")]
+
+
+def drawn(name: str | None = None) -> tuple[str, ...]:
+    comparisons = card_of_several((20, 40)).comparisons
+    if name is not None:
+        comparisons = tuple(replace(c, model=replace(c.model, setup=name)) for c in comparisons)
+    names = [plain(c.model.setup, 80) for c in comparisons]
+    return charts.setups(comparisons, names, "overview")
+
+
+def test_chart_has_the_bins_and_their_figures() -> None:
+    chart = charts.popularity(bins(), "p1", "atlas")
+    assert chart is not None
+    assert {"top 20 %", "bottom 20 %", "79.4 %", "97.9 %"} <= set(texts(chart))
+    described = ElementTree.fromstring(chart).find("desc")
+    assert described is not None
+    assert described.text is not None
+    assert described.text.startswith("From left to right: top 20 % 97.9 %, 20 to 40 % 95.5 %")
+
+
+def test_fewer_than_two_bins_are_no_chart() -> None:
+    unknown = Group("x", Counts(neither=3), Estimate(None), None, None, None)
+    assert charts.popularity((bins()[0], unknown), "p1", "atlas") is None
+    assert charts.popularity((), "p1", "atlas") is None
+
+
+def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
+    comparisons = card_of_several((20, 40)).comparisons
+    lines, others = charts.split(comparisons)
+    assert [line.scope for line in lines] == ["Att_GP", "Att_GPQ", "FF_GP", "FF_GPQ", "All_GP", "All_GPQ"]
+    assert [[amount for amount, _ in line.points] for line in lines] == [[20, 40]] * 6
+    assert [comparisons[place].model.setup for place in others] == ["Att_GQ", "FF_GQ", "All_GQ"]
+    by_amount, bars = drawn()
+    assert {"Att_GP", "All_GPQ", "40 %"} <= set(texts(by_amount))
+    assert {"Att_GQ", "97.8 %"} <= set(texts(bars))
+
+
+def test_every_comparison_is_in_one_chart_at_most() -> None:
+    comparisons = card_of_several((20, 40)).comparisons
+    twice = (*comparisons, *comparisons)
+    lines, others = charts.split(twice)
+    assert sum(len(line.points) for line in lines) + len(others) == len(twice)
+    assert len(section_names(replace(card_of_several((20, 40)), comparisons=twice))) == len(twice)
+
+
+def test_many_bars_are_left_to_the_table() -> None:
+    comparisons = card_of_several((20, 40)).comparisons[:1] * 20
+    comparisons = tuple(replace(c, model=replace(c.model, setup=None)) for c in comparisons)
+    assert charts.setups(comparisons, ["x"] * 20, "overview") == ()
+    assert len(charts.setups(comparisons[:5], ["x"] * 5, "overview")) == 1
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_hostile_names_stay_text(text: str) -> None:
+    shown = charts.popularity(bins(text + "{}"), "p1", text)
+    harmless = charts.popularity(bins("harmless {}"), "p1", "atlas")
+    assert shown is not None
+    assert harmless is not None
+    tags = [[element.tag for element in ElementTree.fromstring(chart).iter()] for chart in (shown, harmless)]
+    assert tags[0] == tags[1]
+    assert plain(text + "top 20 %", 16) in texts(shown)
+    assert plain(text, 60) in "".join(ElementTree.fromstring(shown).itertext())
+    if "%" not in text:
+        assert len(drawn(text)) == 1
+
+
+def test_dollar_signs_are_no_formula() -> None:
+    chart = charts.popularity(bins("$x^2$ \\$ {}"), "p1", "atlas")
+    assert chart is not None
+    assert plain("$x^2$ \\$ top 20 %", 16) in texts(chart)
+
+
+def test_colours_are_classes_and_nothing_is_styled_inline() -> None:
+    for chart in drawn():
+        root = ElementTree.fromstring(chart)
+        for element in root.iter():
+            assert "style" not in element.attrib
+            assert not [value for value in element.attrib.values() if re.fullmatch("#[0-9a-f]{6}", value)]
+            assert set(element.get("class", "").split()) <= {
+                "chart",
+                *(f"{kind}-{name}" for kind in "fs" for name in "ink muted rule paper c1 c2 c3 c4 c5 c6".split()),
+            }
+        assert not root.findall(".//style")
+        assert not root.findall(".//metadata")
+
+
+def test_ids_begin_with_that_of_the_chart_and_every_reference_resolves() -> None:
+    for id in ("p1", "p2"):
+        chart = charts.popularity(bins(), id, "atlas")
+        assert chart is not None
+        ids = re.findall(r' id="(.*?)"', chart)
+        assert len(ids) == len(set(ids))
+        assert all(each.startswith(id) for each in ids)
+        assert set(re.findall(r'href="#(.*?)"', chart)) | set(re.findall(r"url\(#(.*?)\)", chart)) <= set(ids)
+
+
+def test_same_figures_give_the_same_bytes_in_another_process() -> None:
+    code = "from tests.report.card.test_charts import *; print(charts.popularity(bins(), 'p1', 'atlas'), *drawn())"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=None).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert "matplotlib" not in runs[0].lower()
+
+
+def test_matplotlib_is_not_imported_until_a_chart_is_drawn() -> None:
+    code = "import sys, compressknow.report.card.charts; print('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

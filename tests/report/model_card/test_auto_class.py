@@ -1,0 +1,47 @@
+"""The class that a card names is the one that transformers itself would take for the architecture."""
+
+from __future__ import annotations
+
+import pytest
+from transformers.models.auto import modeling_auto
+
+from compressknow.report.model_card.auto_class import auto_class, is_decoder_only
+
+MAPPINGS = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+ARCHITECTURES = sorted({(name, kind) for mapping in MAPPINGS.values() for kind, name in mapping.items()})
+
+
+def test_every_language_model_of_transformers_gets_a_class_that_gives_it_back() -> None:
+    wrong = []
+    for architecture, model_type in ARCHITECTURES:
+        named = auto_class(architecture, model_type)
+        if named != architecture and MAPPINGS[named].get(model_type) != architecture:
+            wrong.append((architecture, model_type, named))
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "expected"),
+    [
+        ("BertForMaskedLM", "bert", "AutoModelForMaskedLM"),
+        ("LlamaForCausalLM", "llama", "AutoModelForCausalLM"),
+        ("GPT2LMHeadModel", "gpt2", "AutoModelForCausalLM"),
+        ("T5ForConditionalGeneration", "t5", "AutoModelForSeq2SeqLM"),
+        ("BartForConditionalGeneration", "bart", "AutoModelForSeq2SeqLM"),
+        ("MarianMTModel", "marian", "AutoModelForSeq2SeqLM"),
+        ("XLMWithLMHeadModel", "xlm", "XLMWithLMHeadModel"),
+        ("BertForPreTraining", "bert", "BertForPreTraining"),
+        ("Gemma3ForConditionalGeneration", "gemma3", "Gemma3ForConditionalGeneration"),
+    ],
+)
+def test_class_by_architecture(architecture: str, model_type: str, expected: str) -> None:
+    assert auto_class(architecture, model_type) == expected
+
+
+def test_decoder_only_models_are_told_from_encoders_that_can_decode() -> None:
+    assert all(is_decoder_only(f"{name}ForCausalLM", name.lower()) for name in ("Llama", "Qwen3", "OPT", "GPTNeoX"))
+    assert not any(is_decoder_only(f"{name}ForCausalLM", name.lower()) for name in ("Roberta", "Bart", "XLMRoberta"))

@@ -1,0 +1,15 @@
+"""The front of a search: what nothing beats."""
+
+from __future__ import annotations
+
+from compressknow.report.records import Estimate
+from compressknow.report.search.chart import front
+from compressknow.report.search.records import Tried
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [
+        Tried(name, "search", {}, Estimate(kept, kept, kept), {"bytes": size})
+        for name, size, kept in (("a", 3, 0.9), ("b", 1, 0.5), ("c", 2, 0.4), ("d", 4, 0.9), ("e", 5, 1.0))
+    ]
+    assert [t.setup for t in front(points, "bytes")] == ["b", "a", "e"]

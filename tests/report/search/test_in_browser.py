@@ -1,0 +1,59 @@
+"""A search's page in a real browser: quiet, asking for nothing, accessible, and never wider than the screen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from compressknow.report.search.pages import render_search_html
+from tests.report.hostile import TEXTS
+from tests.report.in_browser import overflow, violations
+from tests.report.search.searches import found
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+
+PAGES = {
+    "found": found(),
+    "none": replace(found(), winner=None, naive=None, closest=found().tried[2]),
+    "hostile 6": found(TEXTS[6]),
+    "hostile 7": found(TEXTS[7]),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("searches")
+    for name, search in PAGES.items():
+        (folder / f"{name}.html").write_text(render_search_html(search), encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in PAGES}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path], name: str) -> None:
+    page.goto(files[name].as_uri())
+    for width in (360, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert overflow(page) <= 0, width
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("found", "light"), ("found", "dark"), ("none", "light")])
+def test_axe_finds_nothing_to_mend(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 360, "height": 900})
+    page.goto(files[name].as_uri())
+    assert violations(page) == []
+
+
+def test_the_page_says_what_was_found(page: Page, files: dict[str, Path]) -> None:
+    page.goto(files["found"].as_uri())
+    assert page.locator("h1").inner_text() == "40.0 % smaller, and at least 90 % kept"
+    verdict = page.locator("header .verdict").inner_text()
+    assert "60.0 MB: 40.0 % less than the original (100.0 MB)" in verdict
+    assert "25.0 % less than the naive choice, one amount over everything (Overall_GP 20%, 80.0 MB)" in verdict
+    page.goto(files["none"].as_uri())
+    assert page.locator("h1").inner_text() == "Nothing that was tried surely keeps 90 %"
