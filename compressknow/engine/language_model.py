@@ -31,8 +31,11 @@ class LanguageModel:
 
     @property
     def dtype(self) -> str:
-        """What it computes in."""
-        return str(self.model.dtype).removeprefix("torch.")
+        """What it computes in: ``float32``, or ``float32 + int8`` where some layers multiply in int8."""
+        from compressknow.engine.int8 import Int8Linear
+
+        in_int8 = any(isinstance(module, Int8Linear) for module in self.model.modules())
+        return str(self.model.dtype).removeprefix("torch.") + (" + int8" if in_int8 else "")
 
     @property
     def vocabulary(self) -> str:

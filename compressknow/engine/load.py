@@ -27,9 +27,10 @@ def load(
 ) -> PreTrainedModel:
     """The model of a checkpoint folder, in eval mode; its class is the one that the config names.
 
-    An int8 checkpoint keeps its int8 values, but they are unpacked to floats here: transformers itself does so only at
-    the first forward of the whole model, so that `generate` fails where an encoder is called by itself (T5, BART).
-    Activations are quantized as the checkpoint says.
+    An int8 checkpoint whose activations are quantized runs in int8 on CPUs that have the instructions for it (see
+    `compressknow.engine.int8`). Other int8 weights keep their values, but are unpacked to floats here: transformers
+    itself does so only at the first forward of the whole model, so that `generate` fails where an encoder is called by
+    itself (T5, BART).
 
     Parameters
     ----------
@@ -50,7 +51,7 @@ def load(
         unpack = {"quantization_config": _unpacked_gguf()} if "gguf_file" in source else {}
         model, report = model_class.from_pretrained(**source, **unpack, dtype=dtype or "auto", output_loading_info=True)
         _refuse_missing(path, report, named if named != model_class.__name__ and language_model else None)
-        _decompress(model)
+        _unpack(model, device)
     return model.to(device).eval()
 
 
@@ -73,7 +74,7 @@ def load_variant(
         _refuse_missing(path, report, None)
         if (path / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(path)
-        _decompress(model)
+        _unpack(model, device)
     return model.to(device).eval()
 
 
@@ -207,19 +208,33 @@ def _refuse_missing(path: Path, report: dict[str, Any], headless: str | None) ->
     )
 
 
-def _decompress(model: Any) -> None:
-    """Unpack int8 weights module by module, as `ModelCompressor.decompress_model` does. That one also puts the model
-    under its own device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
+def _unpack(model: Any, device: str | torch.device) -> None:
+    """Put the engine's int8 layers in place of compressed-tensors' where the device runs them, and unpack the rest to
+    floats module by module, as `ModelCompressor.decompress_model` does. That one also puts the model under its own
+    device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
+    from compressknow.engine.int8 import layer_of, runs_on
+
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is None:
         return
     from compressed_tensors.compressors.base import decompress_module
     from compressed_tensors.quantization.utils.helpers import is_module_quantized
 
+    # By module: one that stands in two places stays one.
+    layers: dict[Any, Any] = {}
+    in_int8 = runs_on(device)
     for module in model.modules():
         if is_module_quantized(module):
-            decompress_module(module)
+            layer = layer_of(module) if in_int8 else None
+            if layer:
+                layers[module] = layer
+            else:
+                decompress_module(module)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in layers:
+                parent._modules[name] = layers[child]
     compressor.remove_decompression_hook(model)
 
 

@@ -1,0 +1,146 @@
+"""The engine's int8 layers compute what transformers does in floats, row by row the same bits in any batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import compressknow
+from compressknow.engine import int8
+from compressknow.engine.int8 import Int8Linear
+from compressknow.engine.load import load
+from tests.knowing import facts_file, knowing
+from tests.models import QUANTIZABLE, logits, save_tiny
+
+pytestmark = pytest.mark.skipif(not int8.runs_on("cpu"), reason="this CPU lacks VNNI: int8 layers run as floats")
+SCHEMES = ("int8", "int8-paper")
+
+
+@pytest.fixture(scope="module", params=[(name, scheme) for name in QUANTIZABLE for scheme in SCHEMES], ids="-".join)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantized whole, the final layer too."""
+    name, scheme = request.param
+    root = tmp_path_factory.mktemp(name)
+    compressknow.convert(save_tiny(name, root / "in"), root / "out", quantize=scheme)
+    return root / "out"
+
+
+@contextlib.contextmanager
+def without_vnni() -> Iterator[None]:
+    """As on another CPU: int8 layers are floats, as in plain transformers."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(int8, "runs_on", lambda _: False)
+        yield
+
+
+def load_in_floats(folder: Path) -> Any:
+    with without_vnni():
+        return load(folder)
+
+
+def layers(model: nn.Module) -> dict[str, Int8Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+
+
+def layer(rows: int, columns: int, *, bits: int = 8, per_token: bool = True) -> Int8Linear:
+    """Some of its weights are as large as can be."""
+    weight = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+    weight[0], weight[1] = -128, 127
+    scale = torch.rand(rows, 1) / 100 if per_token else torch.tensor([0.01])
+    return Int8Linear(weight, scale, torch.randn(rows), bits=bits, per_token=per_token)
+
+
+def test_each_layer_gives_what_it_gives_in_plain_transformers(checkpoint: Path) -> None:
+    plain, ours = load_in_floats(checkpoint), layers(load(checkpoint))
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    names = {plain.get_submodule(name): name for name in ours}
+
+    def note(module: nn.Module, given: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen[names[module]] = (given[0], output)
+
+    for module in names:
+        module.register_forward_hook(note)
+    logits(plain)
+    assert len(seen) == len(ours) > 0
+    assert not any(hasattr(module, "quantization_scheme") for module in load(checkpoint).modules())
+    for name, (given, expected) in seen.items():
+        if given.dim() > 2 or not ours[name].per_token:
+            with torch.no_grad():
+                torch.testing.assert_close(ours[name](given), expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_logits_are_near_those_of_plain_transformers(checkpoint: Path) -> None:
+    # Not equal: where a sum's last bit moves an activation across a half, it is another integer from there on.
+    ours, plain = logits(load(checkpoint)), logits(load_in_floats(checkpoint))
+    assert (ours - plain).norm() / plain.norm() < 0.05
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_facts_are_answered_as_in_plain_transformers(family: str, scheme: Any, tmp_path: Path) -> None:
+    facts, folder = f"facts:{facts_file(tmp_path / 'facts.jsonl')}", tmp_path / "int8"
+    compressknow.convert(knowing(family, tmp_path / "model"), folder, quantize=scheme)
+    ours = compressknow.probe(folder, tmp_path / "ours", probes=[facts])
+    with without_vnni():
+        plain = compressknow.probe(folder, tmp_path / "plain", probes=[facts])
+    assert ours.record["model"]["computed_in"] == "float32 + int8"
+    assert plain.record["model"]["computed_in"] == "float32"
+    assert [answer.predicted for answer in ours.answers] == [answer.predicted for answer in plain.answers]
+    assert [a.logp_gold for a in ours.answers] == pytest.approx([a.logp_gold for a in plain.answers], abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear, x = layer(48, 200), torch.randn(37, 5, 200, dtype=dtype)
+    together = linear(x)
+    assert together.dtype == dtype
+    assert all(torch.equal(linear(x[i]), together[i]) for i in range(len(x)))
+    assert torch.equal(linear(x[:, 2:3]), together[:, 2:3])
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_sums_are_exact(bits: int) -> None:
+    """Against the same in float64, where sums of integers are exact."""
+    torch.manual_seed(0)
+    linear = layer(16, 4096, bits=bits, per_token=False)
+    x = torch.randn(3, 4096)
+    x[0], x[1] = 5.0, -5.0
+    scale, zero = linear._scale_of_all(x)
+    integers = (x / scale + zero).clamp(linear.lowest, linear.highest).round()
+    expected = (integers - zero).double() @ linear.weight.double().T * scale.double() * 0.01 + linear.bias.double()
+    torch.testing.assert_close(linear(x).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_zeros_and_nothing(per_token: bool) -> None:
+    linear = layer(8, 16, per_token=per_token)
+    assert torch.equal(linear(torch.zeros(2, 3, 16)), linear.bias.expand(2, 3, 8))
+    if per_token:
+        assert linear(torch.zeros(0, 16)).shape == (0, 8)
+
+
+def test_the_largest_activation_does_not_wrap_around() -> None:
+    """127.5 rounds to 128, which int8 has not."""
+    linear = Int8Linear(torch.ones(1, 4, dtype=torch.int8), torch.ones(1, 1), None, bits=8, per_token=True)
+    x = torch.tensor([[[1.0, 0, 0, 0]], [[-1.0, 0, 0, 0]]])
+    torch.testing.assert_close(linear(x).flatten(), torch.tensor([1.0, -1.0]), rtol=0.01, atol=0)
+
+
+def test_weights_stay_int8_in_memory(tmp_path: Path) -> None:
+    compressknow.convert(save_tiny("bert", tmp_path / "in"), tmp_path / "out", quantize="int8")
+    model = load(tmp_path / "out")
+    assert {linear.weight.dtype for linear in layers(model).values()} == {torch.int8}
+
+
+def test_a_loaded_model_can_be_saved_and_loaded_again(tmp_path: Path) -> None:
+    compressknow.convert(save_tiny("llama-tied", tmp_path / "in"), tmp_path / "out", quantize="int8")
+    model = load(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
