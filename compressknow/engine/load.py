@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from compressknow.compress.variant import Variant, VariantMaker
 
 
+# Model types that cast hidden states to the dtype of the head's weight: to int8, were it int8.
+_CAST_TO_THE_HEADS_DTYPE = {"falcon_mamba", "hy_v4", "hy_v4_vl", "mamba", "mamba2", "xlstm"}
+
+
 def load(
     folder: str | Path,
     *,
@@ -224,9 +228,10 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     # By module: one that stands in two places stays one.
     layers: dict[Any, Any] = {}
     in_int8 = runs_on(device)
+    in_floats = model.get_output_embeddings() if model.config.model_type in _CAST_TO_THE_HEADS_DTYPE else None
     for module in model.modules():
         if is_module_quantized(module):
-            layer = layer_of(module) if in_int8 else None
+            layer = layer_of(module) if in_int8 and module is not in_floats else None
             if layer:
                 layers[module] = layer
             else:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
 import compressknow
 from compressknow.engine import int8
@@ -137,6 +138,13 @@ def test_weights_stay_int8_in_memory(tmp_path: Path) -> None:
     compressknow.convert(save_tiny("bert", tmp_path / "in"), tmp_path / "out", quantize="int8")
     model = load(tmp_path / "out")
     assert {linear.weight.dtype for linear in layers(model).values()} == {torch.int8}
+
+
+def test_a_model_that_casts_to_the_dtype_of_its_head_has_it_in_floats(tmp_path: Path) -> None:
+    config = MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=8, tie_word_embeddings=False)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "in")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", quantize="int8")
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load_in_floats(tmp_path / "out")))
 
 
 def test_a_loaded_model_can_be_saved_and_loaded_again(tmp_path: Path) -> None:
