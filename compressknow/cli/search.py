@@ -120,4 +120,8 @@ class _Lines:
             self._begun = True
             click.echo(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
         kept = estimate(tried.kept.value, tried.kept.low, tried.kept.high)
-        click.echo(f"{plain(tried.setup, 39):<40}{kept:<28}{size(tried.sizes['sparse-bytes']):>12}")
+        name = plain(tried.setup, WIDTH)
+        if len(name) > 39:
+            click.echo(name)
+            name = ""
+        click.echo(f"{name:<40}{kept:<28}{size(tried.sizes['sparse-bytes']):>12}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,13 @@ from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers
 from compressknow.report.search.records import Tried
 from compressknow.study.grid import Cell
-from compressknow.study.halves import Asked
 from compressknow.study.space import MOST, NONE, STEP, TILTS, Choice, Space, cell_of
 
 if TYPE_CHECKING:
     import optuna
 
+# Each cell's answers, as they come.
+Ask = Callable[[Sequence[Cell]], Iterable[tuple[Cell, Answers]]]
 # Trials that a cluster is given at once.
 TOGETHER = 8
 
@@ -29,7 +30,7 @@ def require_optuna() -> None:
 
 
 def optimize(
-    seen: Asked,
+    ask: Ask,
     minimize: str,
     keep: float,
     space: Space,
@@ -44,13 +45,13 @@ def optimize(
     earlier = [
         space.recipe(_choice_of(trial.params, space)) for trial in study.trials if trial.state.name == "COMPLETE"
     ]
-    for cell, answers in seen.ask([cell_of(recipe) for recipe in dict.fromkeys(earlier) if recipe is not None]):
+    for cell, answers in ask([cell_of(recipe) for recipe in dict.fromkeys(earlier) if recipe is not None]):
         note(cell, answers, "search")
     while (left := trials - sum(trial.state.is_finished() for trial in study.trials)) > 0:
         asked = [study.ask() for _ in range(min(together, left))]
         recipes = [(trial, space.recipe(_choice(trial, space))) for trial in asked]
         cells = {recipe: cell_of(recipe) for _, recipe in recipes if recipe is not None}
-        found = {cell.recipe: note(cell, answers, "search") for cell, answers in seen.ask(list(cells.values()))}
+        found = {cell.recipe: note(cell, answers, "search") for cell, answers in ask(list(cells.values()))}
         for trial, recipe in recipes:
             if recipe is None:
                 _tell(study, trial, original, keep - 1.0)

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.compress.recipe import MANIFEST_NAME, Recipe
+from compressknow.compress.recipe import MANIFEST_NAME, Quantize, Recipe
 from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.choose import DEFAULT, Options, open_all
 from compressknow.probe.run import Bar, Settings, refuse_twins
 from compressknow.report.card.make import compare, make_card, model_facts
-from compressknow.report.records import Counts, Estimate
+from compressknow.report.records import Estimate
 from compressknow.report.search.records import SIZES, Search, Tried
 from compressknow.report.statistics import proportion
 from compressknow.study.answering import Subject
 from compressknow.study.folder import claim
 from compressknow.study.grid import Cell
-from compressknow.study.halves import Asked, halves_of
+from compressknow.study.halves import Asked, parts_of
 from compressknow.study.optimiser import TOGETHER, optimize, require_optuna
 from compressknow.study.running import RayOptions, runner
 from compressknow.study.space import Space, cell_of, references
@@ -35,6 +35,8 @@ WRITTEN = (RECIPE, *REPORTS)
 TRIALS = 40
 # How many recipes may be tried on the held-out facts: each makes the interval that they are judged by wider.
 CONFIRMED = 5
+# A recipe is asked no more where the first facts say at this level that it keeps less than is asked for.
+SURE = 0.99
 Told = Callable[[Tried], None]
 
 
@@ -111,16 +113,17 @@ def search(
     require_optuna()
     asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
     refuse_twins(asked)
-    halves = [halves_of(probe, seed) for probe in asked]
+    parts = [parts_of(probe, seed) for probe in asked]
     with (
         Subject(model, settings or Settings(), revision=revision) as subject,
         claim(folder, subject.original),
         runner(ray, bar) as run,
     ):
-        seen = Asked.of(subject, [half for half, _ in halves], folder / SEARCHED, bar, run)
+        rest, first = [part.rest for part in parts], [part.first for part in parts]
+        seen = Asked.of(subject, rest, folder / SEARCHED, bar, run, first)
         together = TOGETHER if ray else 1
         tried = _explore(seen, aim, schemes, module_map, folder / JOURNAL, trials, together, seed, told)
-        unseen = Asked.of(subject, [half for _, half in halves], folder / HELD_OUT, bar, run)
+        unseen = Asked.of(subject, [part.held_out for part in parts], folder / HELD_OUT, bar, run)
         confirmed = tuple(_confirm(unseen, aim, tried))
         winner = next((t for t in confirmed if _meets(t.held_out, keep)), None)
         _remove_earlier(folder)
@@ -146,6 +149,9 @@ def _explore(
     structure = seen.subject.maker.structure(module_map)
     tried: dict[Any, Tried] = {}
 
+    def ask(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Answers]]:
+        return seen.ask(cells, lambda answers: _may_meet(seen, answers, aim.keep))
+
     def note(cell: Cell, answers: Answers, kind: str) -> Tried:
         if cell.recipe not in tried:
             tried[cell.recipe] = _tried(seen, cell, answers, kind)
@@ -153,16 +159,16 @@ def _explore(
                 told(tried[cell.recipe])
         return tried[cell.recipe]
 
-    for cell, answers in seen.ask(references(structure, schemes, module_map)):
+    for cell, answers in ask(references(structure, schemes, module_map)):
         note(cell, answers, "paper")
     space = Space(structure, schemes, module_map)
     bands = {cell.recipe: band for band, cell in space.trials_of_bands()}
     harm = {}
-    for cell, answers in seen.ask([cell for _, cell in space.trials_of_bands()]):
+    for cell, answers in ask([cell for _, cell in space.trials_of_bands()]):
         harm[bands[cell.recipe]] = note(cell, answers, "layers").harm or 0.0
     space.learn(harm)
     original = _sizes_of_original(seen)[aim.minimize]
-    optimize(seen, aim.minimize, aim.keep, space, journal, trials, together, seed, original, note)
+    optimize(ask, aim.minimize, aim.keep, space, journal, trials, together, seed, original, note)
     return tuple(tried.values())
 
 
@@ -171,13 +177,20 @@ def _tried(seen: Asked, cell: Cell, answers: Answers, kind: str) -> Tried:
     moved = [(p.movement.n, p.movement.kl_mean) for p in comparison.probes if p.movement]
     total = sum(n for n, _ in moved)
     return Tried(
-        setup=cell.recipe.setup,
+        setup=_name(cell.recipe),
         kind=kind,
         recipe=cell.recipe.to_dict(),
         kept=comparison.kept,
+        facts=len(answers.answers),
         sizes=_sizes(answers),
         harm=sum(n * mean for n, mean in moved) / total if total else None,
     )
+
+
+def _name(recipe: Recipe) -> str:
+    """The setup, and the scheme where it is not the usual one: the paper has one scheme and does not name it."""
+    schemes = {step.scheme for step in recipe.steps if isinstance(step, Quantize)} - {"int8"}
+    return f"{recipe.setup} ({', '.join(sorted(schemes))})" if schemes else recipe.setup
 
 
 def _sizes(answers: Answers) -> dict[str, int]:
@@ -199,6 +212,13 @@ def _meets(kept: Estimate | None, keep: float) -> bool:
     return kept is not None and kept.low is not None and kept.low >= keep
 
 
+def _may_meet(seen: Asked, answers: Answers, keep: float) -> bool:
+    """Whether the first facts leave it open that as much is kept."""
+    counts = compare(seen.original, answers, show_facts=False).counts
+    high = proportion(counts.both, counts.known_before, SURE).high
+    return high is None or high >= keep
+
+
 def _confirm(unseen: Asked, aim: Aim, tried: Sequence[Tried]) -> Iterator[Tried]:
     """The cheapest that keep enough of the facts of the search, on the held-out ones, until one does there too."""
     candidates = sorted((t for t in tried if t.kept.value is not None), key=lambda t: t.sizes[aim.minimize])
@@ -208,7 +228,7 @@ def _confirm(unseen: Asked, aim: Aim, tried: Sequence[Tried]) -> Iterator[Tried]
         promising = sorted(candidates, key=lambda t: -(t.kept.low or 0.0))[:1]
     for each in promising:
         ((_, answers),) = unseen.ask([cell_of(Recipe.from_dict(dict(each.recipe)))])
-        counts = sum((p.counts for p in compare(unseen.original, answers, show_facts=False).probes), Counts())
+        counts = compare(unseen.original, answers, show_facts=False).counts
         level = 1 - 0.05 / len(promising)
         checked = replace(each, held_out=proportion(counts.both, counts.known_before, level))
         yield checked
@@ -259,8 +279,9 @@ def _record(
         original=model_facts(seen.original.record["model"]),
         keep=aim.keep,
         minimize=aim.minimize,
-        probes=tuple(probe.name for probe in seen.probes),
+        probes=tuple(probe.name for probe in unseen.probes),
         searched=len(seen.original.answers),
+        first=sum(len(probe.facts) for probe in seen.first),
         held_out=len(unseen.original.answers),
         known_searched=seen.known,
         known_held_out=unseen.known,

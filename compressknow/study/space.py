@@ -104,10 +104,11 @@ class Space:
 
     def beginnings(self) -> Iterator[Choice]:
         """Choices to begin with: all pruned by one amount and quantized, the ones that people would try."""
-        for amount in (0, 10, 20, 30, 40):
-            for scheme in (*self.schemes[:1], NONE):
-                amounts = tuple((scope, amount) for scope in self.scopes)
-                yield Choice(amounts, 0, scheme, NONE if scheme == NONE else self.quantized[-2])
+        for amount in (0, 10, 20, 30):
+            for scheme in (*self.schemes, NONE):
+                if amount or scheme != NONE:
+                    amounts = tuple((scope, amount) for scope in self.scopes)
+                    yield Choice(amounts, 0, scheme, NONE if scheme == NONE else self.quantized[-2])
 
 
 def references(structure: Structure, schemes: Sequence[Scheme], module_map: ModuleMap) -> tuple[Cell, ...]:

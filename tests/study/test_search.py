@@ -16,7 +16,9 @@ from compressknow.model.groups import structure_of
 from compressknow.probe.answers import read_answers
 from compressknow.probe.open import open_probe
 from compressknow.report.search.records import Tried
-from compressknow.study.halves import halves_of
+from compressknow.study import halves
+from compressknow.study import search as searching
+from compressknow.study.halves import parts_of
 from compressknow.study.space import Choice, Space
 from tests.knowing import facts_file, knowing
 from tests.models import tiny
@@ -182,17 +184,56 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
     assert not (llama.folder / "bad").exists()
 
 
-def test_halves_share_no_fact_and_split_each_relation(tmp_path: Path) -> None:
+def test_parts_share_no_fact_and_split_each_relation() -> None:
     probe = open_probe("atlas")
-    first, second = halves_of(probe, 0)
-    ids = [{fact.id for fact in half.facts} for half in (first, second)]
-    assert not ids[0] & ids[1]
-    assert len(ids[0] | ids[1]) == len(probe.facts)
+    first, rest, second = parts_of(probe, 0)
+    assert first is not None
+    ids = [{fact.id for fact in part.facts} for part in (first, rest, second)]
+    assert sum(map(len, ids)) == len(set().union(*ids)) == len(probe.facts)
+    assert len(ids[0]) == len(probe.facts) // 2 // 5
     for relation in {fact.relation for fact in probe.facts}:
-        sizes = [sum(fact.relation == relation for fact in half.facts) for half in (first, second)]
-        assert abs(sizes[0] - sizes[1]) <= 1
-    assert halves_of(probe, 0)[0].facts == first.facts
-    assert halves_of(probe, 1)[0].facts != first.facts
+        of_first, of_rest, held_out = (
+            sum(fact.relation == relation for fact in p.facts) for p in (first, rest, second)
+        )
+        assert abs(of_first + of_rest - held_out) <= 1
+        assert abs(of_first - 0.2 * (of_first + of_rest)) < 1
+    assert (rest.name, second.name) == ("atlas", "atlas")
+    assert parts_of(probe, 0) == (first, rest, second)
+    assert parts_of(probe, 1).held_out.facts != second.facts
+
+
+def test_recipes_of_one_name_and_two_schemes_are_told_apart(place: Place) -> None:
+    setups = [tried["setup"] for tried in place.found("found")["tried"]]
+    assert len(set(setups)) == len(setups)
+    assert {"Att+FF_GQ", "Att+FF_GQ (int8-weights)"} <= set(setups)
+
+
+def test_few_facts_are_asked_all_at_once(tmp_path: Path) -> None:
+    assert parts_of(open_probe(f"facts:{facts_file(tmp_path / 'facts.jsonl')}"), 0).first is None
+
+
+def test_what_plainly_falls_short_on_the_first_facts_is_asked_no_more(
+    llama: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(halves, "FEWEST_FIRST", 8)
+    monkeypatch.setattr(halves, "FIRST", 0.5)
+    # Of 16 facts two or three are lost at most, which says nothing at 99 %.
+    monkeypatch.setattr(searching, "SURE", 0.5)
+    # More than 32 facts can show: nothing wins, but much falls short.
+    assert llama.search("early", "--keep", "0.97", "--trials", "20") == 3
+    found = llama.found("early")
+    assert (found["searched"], found["first"]) == (32, 16)
+    asked = {16: [], 32: []}
+    for tried in found["tried"]:
+        asked[tried["facts"]].append(tried["kept"])
+    assert asked[16]
+    assert all(kept["value"] < 0.97 for kept in asked[16])
+    assert any(kept["value"] == 1 for kept in asked[32])
+    # The rest of the facts was asked beside the first ones: none is asked twice.
+    cells = llama.folder / "early" / "searched" / "cells"
+    rows = [[len(read_answers(f).answers) for f in cell.iterdir()] for cell in cells.iterdir()]
+    assert {tuple(row) for row in rows} == {(16,), (16, 16)}
+    assert "was asked no more" in (llama.folder / "early" / "search.html").read_text(encoding="utf-8")
 
 
 def test_layers_that_bear_most_are_pruned_most() -> None:

@@ -24,7 +24,8 @@ class Tried:
     ----------
     kind : ``paper`` for one of the paper's setups, ``search`` for one that the search chose, ``layers`` for one that
         shows how much some layers bear.
-    kept : on the facts of the search; `held_out` on those kept from it, where it was asked these.
+    kept : on the facts of the search that it was asked; `facts` says how many these are. `held_out` on those kept from
+        the search, where it was asked these.
     sizes : ``sparse-bytes``, ``bytes`` and ``nonzero``.
     """
 
@@ -32,6 +33,7 @@ class Tried:
     kind: str
     recipe: Mapping[str, Any]
     kept: Estimate
+    facts: int
     sizes: Mapping[str, int]
     held_out: Estimate | None = None
     harm: float | None = None  # mean KL divergence from the original, nats
@@ -47,6 +49,7 @@ class Search:
     winner : the cheapest that keeps it on the held-out facts, or None; `closest` what came nearest then.
     naive : the cheapest of everything pruned by one amount that keeps as much on the facts of the search, or None.
     searched, held_out : numbers of facts; `known_searched`, `known_held_out` those that the original answers right.
+    first : how many of those to search with are asked first; 0 where all are asked at once.
     level : of the intervals of the held-out facts, adjusted for how many recipes were tried on these.
     sizes : of the original.
     """
@@ -56,6 +59,7 @@ class Search:
     minimize: str
     probes: tuple[str, ...]
     searched: int
+    first: int
     held_out: int
     known_searched: int
     known_held_out: int

@@ -161,8 +161,8 @@ def _tried(search: Search) -> Table:
     rows = sorted(search.tried, key=lambda t: t.sizes[search.minimize])
     return Table(
         "Every recipe that was asked, the smallest first",
-        ("Recipe", "Why", "Kept, facts of the search", *_SIZES),
-        tuple((_setup(t), _KINDS[t.kind], _kept(t.kept), *_row(t)) for t in rows),
+        ("Recipe", "Why", "Kept, facts of the search", "Facts", *_SIZES),
+        tuple((_setup(t), _KINDS[t.kind], _kept(t.kept), count(t.facts), *_row(t)) for t in rows),
         bars=tuple(t.kept for t in rows),
         bars_after=2,
         sortable=len(rows) > 1,
@@ -186,6 +186,11 @@ def _kept(kept: Estimate) -> str:
 
 
 def _method(search: Search) -> tuple[str, ...]:
+    early = (
+        f"A recipe of which {count(search.first)} of the facts of the search, drawn by the seed too, showed that it "
+        "keeps less than was asked for (by the upper end of a 99 % interval) was asked no more: its figures are of "
+        "these alone.",
+    )
     return (
         f"Half of the facts of each relation of {', '.join(plain(p, 60) for p in search.probes)}, drawn by the seed, "
         f"were asked in the search ({count(search.searched)}, of which the original knew "
@@ -195,6 +200,7 @@ def _method(search: Search) -> tuple[str, ...]:
         "moves answers most (KL divergence) bear least. Then Optuna's TPE sampler chose an amount for attention and "
         "for feed-forward, how far the layers that bear most are pruned more than those that bear least, and an int8 "
         "scheme, for the smallest size of which the lower end of the interval keeps what was asked for.",
+        *(early if search.first else ()),
         f"The cheapest recipes that did were asked the held-out facts, until one kept as much there too, by the lower "
         f"end of its {100 * search.level:g} % interval (Wilson; adjusted for the number of recipes that might be tried "
         "so, Bonferroni). What the search knows of a recipe is no proof: it was chosen by it.",

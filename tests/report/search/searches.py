@@ -13,7 +13,7 @@ def tried(setup: str, kind: str, size: int, kept: float, held_out: float | None 
     recipe = {"module_map": "structural", "steps": [{"prune": size / 1e8, "scope": ["attention"]}]}
     sizes = {"sparse-bytes": size, "bytes": 2 * size, "nonzero": size // 2}
     known = None if held_out is None else estimate(held_out)
-    return Tried(setup, kind, recipe, estimate(kept), sizes, known, 0.25)
+    return Tried(setup, kind, recipe, estimate(kept), 150 if kept > 0.5 else 30, sizes, known, 0.25)
 
 
 def found(text: str = "a-model") -> Search:
@@ -31,6 +31,7 @@ def found(text: str = "a-model") -> Search:
         minimize="sparse-bytes",
         probes=("atlas", text),
         searched=150,
+        first=30,
         held_out=150,
         known_searched=93,
         known_held_out=92,

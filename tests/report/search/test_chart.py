@@ -9,7 +9,7 @@ from compressknow.report.search.records import Tried
 
 def test_the_front_holds_what_nothing_beats() -> None:
     points = [
-        Tried(name, "search", {}, Estimate(kept, kept, kept), {"bytes": size})
+        Tried(name, "search", {}, Estimate(kept, kept, kept), 9, {"bytes": size})
         for name, size, kept in (("a", 3, 0.9), ("b", 1, 0.5), ("c", 2, 0.4), ("d", 4, 0.9), ("e", 5, 1.0))
     ]
     assert [t.setup for t in front(points, "bytes")] == ["b", "a", "e"]
