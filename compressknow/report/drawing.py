@@ -115,7 +115,7 @@ def lines(
     with axes(260, id, title, f"{told}.{_levels_told(levels, unit)}") as (plot, drawn):
         ends = [_line(plot, line, i, 100 * start) for i, line in enumerate(drawn_lines)]
         largest = max(x for x, *_ in ends)
-        shown = [100 * (y.value or 0.0) for line in drawn_lines for _, y in line.points]
+        shown = [100 * start, *(100 * (y.value or 0.0) for line in drawn_lines for _, y in line.points)]
         shown += [100 * level.value for level in levels]
         bottom, top = _range(shown)
         _end_labels(plot, ends, largest, gap=0.07 * (top - bottom), bottom=bottom)

@@ -83,6 +83,11 @@ def test_lines_differ_in_marker_and_dashes() -> None:
     assert len(set(re.findall(r'class="[^"]*s-(c\d)', svg))) == 3
 
 
+def test_lines_begin_at_the_original_however_little_is_kept() -> None:
+    svg = lines([Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))], "a", "t", start=1)
+    assert "100 %" in texts(svg)
+
+
 def test_bars_stand_in_groups_under_their_names() -> None:
     chart = next(chart for chart in study_charts(whole_grid()) if chart.name == "pruning-quantization")
     shown = texts(chart.svg)
