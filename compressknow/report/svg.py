@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from xml.etree import ElementTree
 
 # What charts are drawn in: colours that matplotlib takes, each the name of a class of the page's style sheet.
@@ -16,7 +16,9 @@ COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c
 _CLASSES = {colour: name for name, colour in COLOURS.items()}
 _KEPT = {"stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin", "text-anchor", "opacity"}
 _NUMBERS = {"d", "x", "y", "width", "height", "transform", "stroke-width", "stroke-dasharray"}
-_TITLE_WIDTH, _MARGIN = 52, 40  # characters of a title's line; room for labels that reach over the edge
+# Of a file: characters of a line of its title in each column, and room for labels that reach over the edge.
+_TITLE_WIDTH, _MARGIN, _LINE = 52, 40, 16
+_COLUMNS = 2
 _SIZE = re.compile(r"([\d.]+)px")
 _DECIMALS = re.compile(r"-?\d+\.\d+")
 
@@ -51,26 +53,49 @@ def inline(raw: str, id: str, title: str, description: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def standalone(chart: str, title: str, style: str) -> str:
-    """An element of `inline` as a file of its own: with its title above it, and the page's colours, light and dark.
+def standalone(panels: Sequence[tuple[str, str]], title: str, style: str) -> str:
+    """Elements of `inline` as one file: its title above them, two in a row, in the page's colours, light and dark.
 
     Parameters
     ----------
+    panels : the name that stands above each, empty for none, and the element.
     style : the page's style sheet, which names the colours.
     """
-    root = ElementTree.fromstring(chart)
-    left, top, width, height = map(float, root.get("viewBox", "0 0 0 0").split())
-    root.set("xmlns", "http://www.w3.org/2000/svg")
-    lines = textwrap.wrap(title, _TITLE_WIDTH)
-    above = 16 * len(lines) + 8
-    root.set("viewBox", f"{left:g} {top - above:g} {width + _MARGIN:g} {height + above:g}")
-    rules = ElementTree.Element("style")
-    rules.text = _colours_of(style)
-    root.insert(2, rules)
-    for i, line in enumerate(lines):
-        place = {"x": f"{left + 4:g}", "y": f"{top - above + 16 * (i + 1):g}", "font-size": "12", "class": "f-ink"}
-        ElementTree.SubElement(root, "text", place).text = line
+    root = ElementTree.Element("svg", {"xmlns": "http://www.w3.org/2000/svg"})
+    ElementTree.SubElement(root, "title").text = title
+    ElementTree.SubElement(root, "style").text = _colours_of(style)
+    columns = min(_COLUMNS, len(panels))
+    lines = textwrap.wrap(title, _TITLE_WIDTH * columns)
+    for i, line in enumerate(lines, start=1):
+        _write(root, line, 4, _LINE * i)
+    width, bottom = 0.0, _LINE * len(lines) + 8.0
+    for first in range(0, len(panels), columns):
+        right, bottom = _row(root, panels[first : first + columns], bottom)
+        width = max(width, right)
+    root.set("viewBox", f"0 0 {width:g} {bottom:g}")
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _row(root: ElementTree.Element, panels: Sequence[tuple[str, str]], top: float) -> tuple[float, float]:
+    """Put the panels side by side; where the row ends, to the right and below."""
+    right, bottom = 0.0, top
+    for name, chart in panels:
+        element = ElementTree.fromstring(chart)
+        width, height = map(float, element.get("viewBox", "0 0 0 0").split()[2:])
+        y = top
+        if name:
+            _write(root, name, right + 4, top + 1.5 * _LINE)
+            y += 2 * _LINE
+        place = {"x": right, "y": y, "width": width, "height": height}
+        element.attrib |= {key: f"{value:g}" for key, value in place.items()} | {"overflow": "visible"}
+        root.append(element)
+        right, bottom = right + width + _MARGIN, max(bottom, y + height)
+    return right, bottom
+
+
+def _write(root: ElementTree.Element, text: str, x: float, y: float) -> None:
+    place = {"x": f"{x:g}", "y": f"{y:g}", "font-size": "12", "class": "f-ink"}
+    ElementTree.SubElement(root, "text", place).text = text
 
 
 def _colours_of(style: str) -> str:

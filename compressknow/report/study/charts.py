@@ -1,191 +1,203 @@
-"""The paper's figures from a study's own data. Each is a mean over the probes, as in the paper (section 3).
+"""The paper's figures from a study's own data: as means over the probes, and with a plot for each probe.
 
 Charts for which the study has no cells are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from compressknow.report import drawing
-from compressknow.report.drawing import Bar, Level, Line
-from compressknow.report.records import Comparison, Estimate
-from compressknow.report.statistics import mean
-from compressknow.report.study.grid import (
-    ATTENTION_KINDS,
-    MODULES,
-    STRUCTURED,
-    UNSTRUCTURED,
-    pruned,
-    pruned_and_quantized,
-    quantized,
-    schemes,
+from compressknow.report.drawing import Level
+from compressknow.report.study.grid import ATTENTION_KINDS, MODULES
+from compressknow.report.study.plotted import (
+    baselines,
+    by_amount,
+    guessing,
+    mean_drop,
+    mean_kept,
+    of_attention_kinds,
+    of_final_layer,
+    when_both,
+    when_quantized,
 )
-from compressknow.report.study.records import Study, StudyCell
+from compressknow.report.study.records import Study, StudyProbe
 from compressknow.report.text import plain
 
-_GPQ_AMOUNTS = (20, 40)
-_METHODS = {UNSTRUCTURED: "L1-unstructured", STRUCTURED: "L1-structured"}
+_BY_PROBE = "-by-probe"  # how the names of charts end that have a plot for each probe
 
 
 @dataclass(frozen=True, slots=True)
-class Chart:
-    """One figure: `name` of letters and hyphens, of its file and its element; `svg` fit to stand in the page."""
+class Panel:
+    """One plot of a chart: the probe that it is of, or "" for all, and the element, fit to stand in the page."""
 
-    name: str
-    title: str
+    probe: str
     svg: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Figure:
-    """What a chart is called, and its number in the paper by family; empty where the paper has none."""
+class Chart:
+    """One figure: `name` of letters and hyphens, of its file; one panel, or one for each probe."""
 
     name: str
     title: str
-    numbers: Mapping[str, str]
+    panels: tuple[Panel, ...]
+
+    @property
+    def by_probe(self) -> bool:
+        return self.name.endswith(_BY_PROBE)
 
 
-_PRUNED = {"masked": "2", "causal": "5", "seq2seq": "6, 12"}
-_OF_ATTENTION = {"seq2seq": "8, 11"}
-_DROP = _Figure("pruning-drop", "Accuracy lost by how much was pruned, in points", _PRUNED)
-_KEPT = _Figure("pruning-kept", "Knowledge kept by how much was pruned", {})
-_KINDS_DROP = _Figure("attention-kinds-drop", "Accuracy lost by kind of attention pruned, in points", _OF_ATTENTION)
-_KINDS_KEPT = _Figure("attention-kinds-kept", "Knowledge kept by kind of attention pruned", {})
-_GQ = _Figure(
-    "quantization", "Accuracy lost to quantization, in points", {"masked": "3", "causal": "14", "seq2seq": "15"}
-)
-_GPQ = _Figure(
-    "pruning-quantization",
-    "Accuracy lost to pruning and quantization, in points",
-    {"masked": "7", "causal": "16", "seq2seq": "17"},
-)
-_KINDS = _Figure("attention-kinds", "Accuracy lost by kind of attention compressed, in points", _OF_ATTENTION)
-_FLP = _Figure(
-    "final-layer",
-    "Accuracy lost to pruning the final layer, in points",
-    {"masked": "9", "causal": "10", "seq2seq": "13"},
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """How figures of a kind are drawn, and by what levels they are measured."""
+
+    draw: Callable[..., str]
+    levels: Callable[[Study], tuple[Level, ...]]
+
+
+_DROP = _Look(partial(drawing.lines, start=0, unit=drawing.POINTS), baselines)
+_KEPT = _Look(partial(drawing.lines, start=1), guessing)
+_BARS = _Look(partial(drawing.bars, high=10, unit=drawing.POINTS), baselines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    """What a chart is called and shows, and where the paper has it, by family.
+
+    Attributes
+    ----------
+    plotted : its lines or bars of a study, means over the probes.
+    means : the figures of the paper that are means over the data sets.
+    by_probe : those that have a plot for each data set; None where there is no such chart.
+    """
+
+    name: str
+    title: str
+    look: _Look
+    plotted: Callable[[Study], Sequence[Any]]
+    means: Mapping[str, str]
+    by_probe: Mapping[str, str] | None = None
+
+
+# The captions of figures 20 to 24 name data sets and no setup. They are taken for those of pruned models, which have no
+# table: what is quantized has tables 3 to 5, a row a data set. Its charts by probe have no number.
+_FIGURES = (
+    _Figure(
+        "pruning-drop",
+        "Accuracy lost by how much was pruned, in points",
+        _DROP,
+        lambda study: by_amount(study, MODULES, mean_drop),
+        {"masked": "figures 2 and 19", "causal": "figure 5", "seq2seq": "figures 6 and 12"},
+        {"masked": "figures 20 to 22", "causal": "figure 23", "seq2seq": "figure 24"},
+    ),
+    _Figure(
+        "pruning-kept",
+        "Knowledge kept by how much was pruned",
+        _KEPT,
+        lambda study: by_amount(study, MODULES, mean_kept),
+        {},
+    ),
+    _Figure(
+        "quantization",
+        "Accuracy lost to quantization, in points",
+        _BARS,
+        lambda study: when_quantized(study, MODULES),
+        {"masked": "figure 3", "causal": "figure 14", "seq2seq": "figure 15"},
+        {},
+    ),
+    _Figure(
+        "pruning-quantization",
+        "Accuracy lost to pruning and quantization, in points",
+        _BARS,
+        lambda study: when_both(study, MODULES),
+        {"masked": "figure 7", "causal": "figure 16", "seq2seq": "figure 17"},
+        {},
+    ),
+    _Figure(
+        "attention-kinds-drop",
+        "Accuracy lost by kind of attention pruned, in points",
+        _DROP,
+        lambda study: by_amount(study, ATTENTION_KINDS, mean_drop),
+        {"seq2seq": "figures 8 and 11"},
+        {"seq2seq": "figure 18"},
+    ),
+    _Figure(
+        "attention-kinds-kept",
+        "Knowledge kept by kind of attention pruned",
+        _KEPT,
+        lambda study: by_amount(study, ATTENTION_KINDS, mean_kept),
+        {},
+    ),
+    _Figure(
+        "attention-kinds",
+        "Accuracy lost by kind of attention compressed, in points",
+        _BARS,
+        of_attention_kinds,
+        {"seq2seq": "figures 8 and 11"},
+        {"seq2seq": "figure 18"},
+    ),
+    _Figure(
+        "final-layer",
+        "Accuracy lost to pruning the final layer, in points",
+        _BARS,
+        of_final_layer,
+        {"masked": "figure 9", "causal": "figure 10", "seq2seq": "figure 13"},
+        {"masked": "figure 25", "causal": "figure 26", "seq2seq": "figure 27"},
+    ),
 )
 # Every name that a chart may have: of those, what is on disk and not drawn again is of an earlier study.
-NAMES = tuple(f.name for f in (_DROP, _KEPT, _GQ, _GPQ, _KINDS_DROP, _KINDS_KEPT, _KINDS, _FLP))
+NAMES = tuple(figure.name + ending for figure in _FIGURES for ending in ("", _BY_PROBE))
 
 
 def study_charts(study: Study) -> tuple[Chart, ...]:
-    """All figures that the study has cells for."""
-    modules, kinds = _pruned(study, MODULES), _pruned(study, ATTENTION_KINDS)
-    drawn = [
-        _lines(study, _DROP, modules, mean_drop, start=0),
-        _lines(study, _KEPT, modules, mean_kept, start=1),
-        _bars(study, _GQ, _quantized(study, MODULES)),
-        _bars(study, _GPQ, _both(study, MODULES)),
-        _lines(study, _KINDS_DROP, kinds, mean_drop, start=0),
-        _lines(study, _KINDS_KEPT, kinds, mean_kept, start=1),
-        _bars(study, _KINDS, [*_quantized(study, ATTENTION_KINDS), *_both(study, ATTENTION_KINDS)]),
-        _bars(study, _FLP, _final(study)),
-    ]
+    """All figures that the study has cells for; those by probe last, where it has several probes."""
+    several = len(study.probes) > 1
+    drawn = [_means(study, figure) for figure in _FIGURES]
+    drawn += [_by_probe(study, figure) for figure in _FIGURES if several and figure.by_probe is not None]
     return tuple(chart for chart in drawn if chart)
 
 
-def mean_drop(comparison: Comparison) -> Estimate:
-    """Accuracy before less accuracy after (0 to 1), averaged as each probe's protocol does: the mean over probes."""
-    change = mean([p.macro_difference if p.average == "macro" else p.difference for p in comparison.probes])
-    return Estimate(*(None if end is None else 0.0 - end for end in (change.value, change.high, change.low)))
-
-
-def mean_kept(comparison: Comparison) -> Estimate:
-    """Knowledge kept: the mean over the probes of which the original knows anything."""
-    return mean([probe.kept for probe in comparison.probes if probe.kept.value is not None])
-
-
-def baselines(study: Study) -> tuple[Level, ...]:
-    """The drops that lead to the majority baseline and to guessing: means over probes, where every probe has them."""
-    return _levels(
-        study, (("majority baseline", [p.majority for p in study.probes]), _chances(study)), from_original=True
-    )
-
-
-def guessing(study: Study) -> tuple[Level, ...]:
-    """What a model that guesses keeps: the mean of chance over probes, where every probe has it."""
-    return _levels(study, (_chances(study),), from_original=False)
-
-
-def _chances(study: Study) -> tuple[str, list[float | None]]:
-    return "guessing", [probe.chance for probe in study.probes]
-
-
-def _levels(
-    study: Study, scores: Iterable[tuple[str, list[float | None]]], *, from_original: bool
-) -> tuple[Level, ...]:
-    before = [probe.accuracy if from_original else 0.0 for probe in study.probes]
-    found = []
-    for name, values in scores:
-        known = [value for value in values if value is not None]
-        if known and len(known) == len(values):
-            level = sum(known) / len(known)
-            found.append(Level(name, sum(before) / len(before) - level if from_original else level))
-    return tuple(found)
-
-
-def _lines(
-    study: Study,
-    figure: _Figure,
-    cells: Mapping[str, Mapping[float, StudyCell]],
-    of: Callable[[Comparison], Estimate],
-    *,
-    start: float,
-) -> Chart | None:
-    """A line for each scope that was pruned by at least two amounts."""
-    values = {scope: [(amount, of(cell.comparison)) for amount, cell in by.items()] for scope, by in cells.items()}
-    points = {scope: tuple((a, y) for a, y in each if y.value is not None) for scope, each in values.items()}
-    lines = [Line(scope, each) for scope, each in points.items() if len(each) > 1]
-    if not lines:
-        return None
-    levels, unit = (guessing(study), drawing.PERCENT) if start else (baselines(study), drawing.POINTS)
-    title = _title(study, figure)
-    return Chart(figure.name, title, drawing.lines(lines, figure.name, title, start=start, levels=levels, unit=unit))
-
-
-def _bars(study: Study, figure: _Figure, bars: Iterable[Bar]) -> Chart | None:
-    known = [bar for bar in bars if bar.value.value is not None]
-    if not known:
-        return None
-    title, levels = _title(study, figure), baselines(study)
-    drawn = drawing.bars(known, figure.name, title, levels=levels, high=10, unit=drawing.POINTS)
-    return Chart(figure.name, title, drawn)
-
-
-def _title(study: Study, figure: _Figure) -> str:
-    number = figure.numbers.get(study.original.family)
+def _means(study: Study, figure: _Figure) -> Chart | None:
     over = f"mean over {len(study.probes)} probes" if len(study.probes) > 1 else "one probe"
-    return f"{figure.title}, {over}" + (f" (figure {number} of the paper)" if number else "")
+    title = f"{figure.title}, {over}{_in_paper(study, figure.means)}"
+    svg = _drawn(study, figure, figure.name, title)
+    return Chart(figure.name, title, (Panel("", svg),)) if svg else None
 
 
-def _pruned(study: Study, scopes: Iterable[str]) -> dict[str, dict[float, StudyCell]]:
-    return {scope: pruned(study, scope) for scope in scopes}
+def _by_probe(study: Study, figure: _Figure) -> Chart | None:
+    """A plot for each probe, each over its own range: what is known of one may be a tenth of what is of another."""
+    panels = []
+    for i, probe in enumerate(study.probes, start=1):
+        name = plain(probe.name, 60)
+        svg = _drawn(_of_probe(study, probe), figure, f"probe-{i}-{figure.name}", f"{figure.title}, {name}")
+        panels += [Panel(name, svg)] if svg else []
+    title = f"{figure.title}, by probe{_in_paper(study, figure.by_probe or {})}"
+    return Chart(figure.name + _BY_PROBE, title, tuple(panels)) if panels else None
 
 
-def _quantized(study: Study, scopes: tuple[str, ...]) -> Iterator[Bar]:
-    """A group for each scheme, a bar for each scope."""
-    for scheme in schemes(study):
-        for series, scope in enumerate(scopes):
-            if cell := quantized(study, scope).get(scheme):
-                yield Bar(scope, mean_drop(cell.comparison), series, plain(scheme, 20))
+def _drawn(study: Study, figure: _Figure, id: str, title: str) -> str | None:
+    plotted = figure.plotted(study)
+    return figure.look.draw(plotted, id, title, levels=figure.look.levels(study)) if plotted else None
 
 
-def _both(study: Study, scopes: tuple[str, ...]) -> Iterator[Bar]:
-    """A group for each scheme and amount, a bar for each scope."""
-    for scheme in schemes(study):
-        for amount in _GPQ_AMOUNTS:
-            for series, scope in enumerate(scopes):
-                if cell := pruned_and_quantized(study, scope, scheme).get(amount):
-                    yield Bar(scope, mean_drop(cell.comparison), series, f"{amount} % and {plain(scheme, 20)}")
+def _of_probe(study: Study, probe: StudyProbe) -> Study:
+    """The study as if this probe alone had been asked."""
+    cells = (
+        replace(
+            cell,
+            comparison=replace(
+                cell.comparison, probes=tuple(p for p in cell.comparison.probes if p.probe == probe.name)
+            ),
+        )
+        for cell in study.cells
+    )
+    return replace(study, probes=(probe,), cells=tuple(cells))
 
 
-def _final(study: Study) -> Iterator[Bar]:
-    """A group for each amount, a bar for each method."""
-    by_method = {method: pruned(study, "final", method) for method in _METHODS}
-    for amount in sorted({amount for cells in by_method.values() for amount in cells}):
-        for series, (method, cells) in enumerate(by_method.items()):
-            if amount in cells:
-                yield Bar(_METHODS[method], mean_drop(cells[amount].comparison), series, f"{amount:g} %")
+def _in_paper(study: Study, numbers: Mapping[str, str]) -> str:
+    number = numbers.get(study.original.family)
+    return f" ({number} of the paper)" if number else ""

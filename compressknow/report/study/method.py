@@ -21,7 +21,7 @@ SENTENCES = (
     "Per million parameters, each form's loss of accuracy is divided by the number of parameters that it changed: "
     "those quantized, or those pruned where none were. p is of the mean paired difference (normal approximation).",
     f"The cliff is the first amount asked at which less than {100 * CLIFF:g} % of the knowledge is kept. 30 % counts "
-    "as low, 50 % as medium. Charts show means over probes, each averaged as its protocol does.",
+    "as low, 50 % as medium. Charts show means over probes, then each probe, averaged as its protocol does.",
     "The sparse size is what a store would take that keeps only weights that are not zero, with one bit a weight to "
     "say which; no current runtime reads one, and on disk pruned weights are dense.",
 )

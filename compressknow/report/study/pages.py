@@ -24,9 +24,14 @@ def render_study_html(study: Study, charts: Sequence[Chart] | None = None) -> st
     return html_page(
         "study.html.j2",
         page=study_page(study),
-        charts=[(chart.title, Markup(chart.svg)) for chart in drawn],
+        means=[(chart.title, _marked(chart)[0][1]) for chart in drawn if not chart.by_probe],
+        by_probe=[(chart.title, _marked(chart)) for chart in drawn if chart.by_probe],
         definitions=SENTENCES,
     )
+
+
+def _marked(chart: Chart) -> list[tuple[str, Markup]]:
+    return [(panel.probe, Markup(panel.svg)) for panel in chart.panels]
 
 
 def render_study_markdown(study: Study) -> str:

@@ -36,7 +36,8 @@ def _write_figures(charts: tuple[Chart, ...], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     style = source("style.css")
     for chart in charts:
-        write_whole(folder / f"{chart.name}.svg", standalone(chart.svg, chart.title, style).encode("utf-8"))
+        panels = [(panel.probe, panel.svg) for panel in chart.panels]
+        write_whole(folder / f"{chart.name}.svg", standalone(panels, chart.title, style).encode("utf-8"))
     for name in set(NAMES) - {chart.name for chart in charts}:
         (folder / f"{name}.svg").unlink(missing_ok=True)
 

@@ -5,20 +5,28 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
 from compressknow.report.drawing import Bar, Level, Line, bars, lines
 from compressknow.report.records import Estimate
-from compressknow.report.study.charts import NAMES, baselines, guessing, mean_drop, mean_kept, study_charts
+from compressknow.report.study.charts import NAMES, Chart, study_charts
+from compressknow.report.study.plotted import baselines, guessing, mean_drop, mean_kept
+from compressknow.report.study.records import Study
 from compressknow.report.svg import COLOURS, standalone
 from compressknow.report.templates import source
 from compressknow.report.text import plain
 from tests.report.hostile import TEXTS
-from tests.report.study.studies import Asked, gp, gq, study, whole_grid
+from tests.report.study.studies import TASKS, Asked, gp, gq, study, whole_grid
 
 TASK = {"chance": 0.5, "majority": 0.6}
+
+
+def svg_of(chart: Chart) -> str:
+    (panel,) = chart.panels
+    return panel.svg
 
 
 def texts(svg: str) -> list[str]:
@@ -33,10 +41,13 @@ def test_whole_grid_has_the_figures_of_its_family() -> None:
     assert set(names["seq2seq"]) <= set(NAMES)
 
 
-@pytest.mark.parametrize(("family", "figure"), [("masked", "2"), ("causal", "5"), ("seq2seq", "6, 12")])
+@pytest.mark.parametrize(
+    ("family", "figure"),
+    [("masked", "figures 2 and 19"), ("causal", "figure 5"), ("seq2seq", "figures 6 and 12")],
+)
 def test_title_names_the_figure_of_the_paper(family: str, figure: str) -> None:
     chart = study_charts(study([gp("attention", a, range(100)) for a in (0.2, 0.4)], family))[0]
-    assert chart.title.endswith(f"(figure {figure} of the paper)")
+    assert chart.title.endswith(f"({figure} of the paper)")
 
 
 def test_charts_without_cells_are_left_out() -> None:
@@ -48,8 +59,8 @@ def test_charts_without_cells_are_left_out() -> None:
 def test_lines_are_told_in_words_too() -> None:
     made = study([gp("attention", a, range(k)) for a, k in ((0.2, 150), (0.4, 100))], asked=Asked(n=200, known=200))
     drop, kept = study_charts(made)
-    assert "attention: 25.0 at 20 %, 50.0 at 40 %." in drop.svg
-    assert "attention: 75.0 % at 20 %, 50.0 % at 40 %." in kept.svg
+    assert "attention: 25.0 at 20 %, 50.0 at 40 %." in svg_of(drop)
+    assert "attention: 75.0 % at 20 %, 50.0 % at 40 %." in svg_of(kept)
 
 
 def test_figures_are_means_over_the_probes() -> None:
@@ -73,11 +84,11 @@ def test_baselines_are_where_every_probe_has_them() -> None:
     assert [level.name for level in baselines(free)] == ["majority baseline"]
     assert guessing(free) == ()
     drawn = study_charts(study([gp("overall", a, range(50)) for a in (0.2, 0.4)], asked=Asked(100, 80, entry=TASK)))
-    assert {"majority baseline", "guessing"} <= set(texts(drawn[0].svg))
+    assert {"majority baseline", "guessing"} <= set(texts(svg_of(drawn[0])))
 
 
 def test_lines_differ_in_marker_and_dashes() -> None:
-    svg = study_charts(whole_grid())[0].svg
+    svg = svg_of(study_charts(whole_grid())[0])
     dashed = {match.group() for match in re.finditer(r'stroke-dasharray="[^"]+"', svg)}
     assert len(dashed) >= 3  # of three lines one is whole; the baseline is dashed too
     assert len(set(re.findall(r'class="[^"]*s-(c\d)', svg))) == 3
@@ -90,7 +101,7 @@ def test_lines_begin_at_the_original_however_little_is_kept() -> None:
 
 def test_bars_stand_in_groups_under_their_names() -> None:
     chart = next(chart for chart in study_charts(whole_grid()) if chart.name == "pruning-quantization")
-    shown = texts(chart.svg)
+    shown = texts(svg_of(chart))
     assert [text for text in shown if text.endswith("int8-paper")] == ["20 % and int8-paper", "40 % and int8-paper"]
     assert shown.count("attention") == 2
 
@@ -98,6 +109,67 @@ def test_bars_stand_in_groups_under_their_names() -> None:
 def test_gains_are_drawn_left_of_zero() -> None:
     svg = bars([Bar("x", Estimate(-0.1, -0.2, 0.0))], "b", "t", high=10, unit="")
     assert {"\N{MINUS SIGN}10.0", "\N{MINUS SIGN}20"} <= set(texts(svg))
+
+
+def together(first: Study, second: Study) -> Study:
+    """The cells of both, asked the probes of both."""
+    cells = (
+        replace(a, comparison=replace(a.comparison, probes=a.comparison.probes + b.comparison.probes))
+        for a, b in zip(first.cells, second.cells, strict=True)
+    )
+    return replace(first, probes=first.probes + second.probes, cells=tuple(cells))
+
+
+def of_two_probes() -> Study:
+    asked = [Asked(n=200, known=200, probes=(name,)) for name in ("lama:trex", "lama:squad")]
+    amounts = ((0.2, 150, 180), (0.4, 100, 160))
+    first, second = (
+        study([gp("attention", amount, range(right[place])) for amount, *right in amounts], asked=asked[place])
+        for place in (0, 1)
+    )
+    return together(first, second)
+
+
+def test_each_probe_has_a_plot_of_its_own_figures() -> None:
+    means, _, by_probe = study_charts(of_two_probes())
+    assert "attention: 17.5 at 20 %, 35.0 at 40 %." in svg_of(means)
+    assert by_probe.name == "pruning-drop-by-probe"
+    assert by_probe.title == "Accuracy lost by how much was pruned, in points, by probe (figures 20 to 22 of the paper)"
+    assert [panel.probe for panel in by_probe.panels] == ["lama:trex", "lama:squad"]
+    told = ["attention: 25.0 at 20 %, 50.0 at 40 %.", "attention: 10.0 at 20 %, 20.0 at 40 %."]
+    for panel, words in zip(by_probe.panels, told, strict=True):
+        assert words in panel.svg
+        assert f"in points, {panel.probe}</title>" in panel.svg
+
+
+@pytest.mark.parametrize(
+    ("family", "figures"),
+    [
+        ("masked", {"pruning-drop": "figures 20 to 22", "final-layer": "figure 25"}),
+        ("causal", {"pruning-drop": "figure 23", "final-layer": "figure 26"}),
+        ("seq2seq", {"pruning-drop": "figure 24", "attention-kinds": "figure 18", "final-layer": "figure 27"}),
+    ],
+)
+def test_charts_by_probe_are_those_of_the_papers_appendix(family: str, figures: dict[str, str]) -> None:
+    drawn = {chart.name: chart.title for chart in study_charts(whole_grid(family, TASKS)) if chart.by_probe}
+    numbered = {f"{name}-by-probe": f"({number} of the paper)" for name, number in figures.items()}
+    assert set(drawn) == {*numbered, "quantization-by-probe", "pruning-quantization-by-probe"} <= set(NAMES)
+    for name, title in drawn.items():
+        assert title.endswith(numbered.get(name, "by probe"))
+
+
+def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
+    chart = study_charts(of_two_probes())[-1]
+    panels = [(panel.probe, panel.svg) for panel in chart.panels]
+    root = ElementTree.fromstring(standalone([*panels, *panels], chart.title, source("style.css")))
+    plots = [element for element in root if element.tag.endswith("svg")]
+    assert [plot.get("y") == plots[0].get("y") for plot in plots] == [True, True, False, False]
+    assert [plot.get("x") == plots[0].get("x") for plot in plots] == [True, False, True, False]
+    named = [(e.text, e.get("x")) for e in root if e.tag.endswith("text") and e.text in ("lama:trex", "lama:squad")]
+    assert [name for name, _ in named] == ["lama:trex", "lama:squad"] * 2
+    left, top, width, height = map(float, root.get("viewBox", "").split())
+    assert all(float(plot.get("x", "")) + float(plot.get("width", "")) <= width - left for plot in plots)
+    assert all(float(plot.get("y", "")) + float(plot.get("height", "")) <= height - top for plot in plots)
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
@@ -110,16 +182,16 @@ def test_hostile_names_stay_text(text: str) -> None:
     for shown, harmless in zip(drawn(text), drawn("harmless"), strict=True):
         tags = [[element.tag for element in ElementTree.fromstring(svg).iter()] for svg in (shown, harmless)]
         assert tags[0] == tags[1]
-        file = standalone(shown, plain(text, 60), source("style.css"))
+        file = standalone([(plain(text, 60), shown)], plain(text, 60), source("style.css"))
         assert ElementTree.fromstring(file.encode()).tag.endswith("svg")
 
 
 def test_standalone_figure_has_its_title_and_colours_of_both_schemes() -> None:
     chart = study_charts(whole_grid())[0]
-    file = standalone(chart.svg, chart.title, source("style.css"))
+    file = standalone([("", svg_of(chart))], chart.title, source("style.css"))
     root = ElementTree.fromstring(file.encode())
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert chart.title.startswith(" ".join(texts(file)[-2:])[:40])
+    assert root[0].text == chart.title == " ".join(texts(file)[:2])
     (style,) = root.iter("{http://www.w3.org/2000/svg}style")
     assert style.text is not None
     assert "var(" not in style.text
@@ -133,7 +205,7 @@ def test_standalone_figure_has_its_title_and_colours_of_both_schemes() -> None:
 
 
 def test_same_study_gives_the_same_bytes_in_another_process() -> None:
-    code = "from tests.report.study.test_charts import *; print([chart.svg for chart in study_charts(whole_grid())])"
+    code = "from tests.report.study.test_charts import *; print(study_charts(whole_grid()))"
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for _ in range(2)

@@ -84,7 +84,7 @@ def test_policy_allows_this_style_and_script_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_hostile_text_stays_text(text: str) -> None:
-    made = whole_grid()
+    made = whole_grid(asked=TASKS)
     html = render_study_html(hostile(made, text))
     page = read(html)
     assert page.shape == read(render_study_html(hostile(made, "harmless"))).shape
@@ -152,8 +152,20 @@ def test_folder_has_every_file_and_no_other(tmp_path: Path) -> None:
     assert (tmp_path / "study.html").stat().st_size < 300_000
 
 
+def test_charts_of_each_probe_are_folded_under_those_of_all() -> None:
+    page = read(render_study_html(whole_grid("seq2seq", TASKS)))
+    (section,) = [each for each in page.all("section") if each.attributes.get("aria-labelledby") == "charts"]
+    figures = with_class(section.one("details"), "panels")
+    assert len(figures) == 5
+    for figure in figures:
+        first, *names = [caption.text for caption in figure.all("figcaption")]
+        assert first.split(" (")[0].endswith(", by probe")
+        assert names == ["lm-eval:boolq", "lm-eval:piqa"]
+    assert not [each for each in read(render_study_html(whole_grid())).all("details") if each.all("svg")]
+
+
 def test_writing_again_replaces_what_was_there(tmp_path: Path) -> None:
-    write_study(whole_grid(), tmp_path)
+    write_study(whole_grid(asked=TASKS), tmp_path)
     (tmp_path / "figures" / "mine.svg").write_text("mine", encoding="utf-8")
     smaller = study([gp("attention", 0.2, range(150))])
     write_study(smaller, tmp_path)
