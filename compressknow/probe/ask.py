@@ -84,6 +84,7 @@ def ask(
     *,
     reference: Mapping[str, Ids] | None = None,
     done: frozenset[str] = frozenset(),
+    known: Mapping[str, Answer] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[list[Answer]]:
     """Answers, a batch at a time, of all facts that are not `done`.
@@ -93,12 +94,16 @@ def ask(
     reference : fact id -> ids at the answer's first position whose log-probabilities are wanted: the original's.
     done : ids of facts that are answered. A batch is left out whole or asked whole, so that a batch that is asked
         later is the same one.
+    known : fact id -> what this model answered, with the log-probabilities of other tokens: these alone are asked for.
     """
     answered, total = 0, questions.asked
     for batch in questions.batches:
         if not all(question.fact.id in done for question in batch):
             wanted = [reference[question.fact.id] for question in batch] if reference is not None else None
-            yield questions.scorer.answer(batch, wanted)
+            if known is None:
+                yield questions.scorer.answer(batch, wanted)
+            else:
+                yield questions.scorer.answer_anew(batch, [known[question.fact.id] for question in batch], wanted)
         answered += len(batch)
         if progress:
             progress(answered, total)

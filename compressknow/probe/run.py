@@ -111,6 +111,7 @@ def probe_model(
     folder: Path,
     *,
     reference: Answers | None = None,
+    known: Answers | None = None,
     bar: Bar | None = None,
     wait: bool = False,
 ) -> Answers:
@@ -123,6 +124,7 @@ def probe_model(
     ----------
     folder : an answers folder of this model, or a new one.
     reference : answers of the original: the same tokens are asked for at the answer's first position.
+    known : answers of this very model to these probes, with another reference: what it answers is taken from there.
     bar : gives, for a probe's name, a context with a callable that is told of its progress.
     wait : wait for another run that uses the folder, rather than raise OutputError.
 
@@ -137,7 +139,7 @@ def probe_model(
         for probe in probes:
             key = _key(respondent, probe, reference)
             if record["probes"].get(probe.name, {}).get("key") != key:
-                _ask_one(respondent, probe, folder, record, key, reference, bar)
+                _ask_one(respondent, probe, folder, record, key, reference, known, bar)
         tidy(folder)
         return _read(folder, [probe.name for probe in probes])
 
@@ -166,6 +168,7 @@ def _ask_one(
     record: dict[str, Any],
     key: str,
     reference: Answers | None,
+    known: Answers | None,
     bar: Bar | None,
 ) -> None:
     """Ask one probe and put its answers and its entry on disk, the answers first."""
@@ -174,10 +177,13 @@ def _ask_one(
         refuse_other_questions(reference, probe)
         refuse_other_model(reference, respondent.located.name, respondent.loaded)
     with bar(probe.name) if bar else contextlib.nullcontext() as progress:
-        if isinstance(probe, Task):
-            answers, entry = run_task(respondent.loaded, probe)
+        if not isinstance(probe, Task):
+            answers, entry = _ask_facts(respondent, probe, parts_of(folder, key), reference, known, progress)
+        elif known:
+            # lm-eval gives no distribution: there is nothing to ask anew.
+            answers, entry = list(known.of(probe.name)), dict(known.record["probes"][probe.name])
         else:
-            answers, entry = _ask_facts(respondent, probe, parts_of(folder, key), reference, progress)
+            answers, entry = run_task(respondent.loaded, probe)
     others = [a for a in stored(folder) if a.probe != probe.name and a.probe in record["probes"]]
     entry |= {
         "key": key,
@@ -194,7 +200,12 @@ def _ask_one(
 
 
 def _ask_facts(
-    respondent: Respondent, probe: Probe, parts: Path, reference: Answers | None, progress: Progress | None
+    respondent: Respondent,
+    probe: Probe,
+    parts: Path,
+    reference: Answers | None,
+    known: Answers | None,
+    progress: Progress | None,
 ) -> tuple[list[Answer], dict[str, Any]]:
     questions = respondent.questions(probe)
     if not questions.asked:
@@ -202,7 +213,8 @@ def _ask_facts(
     answers = stored_parts(parts)
     ids = first_ids(reference, probe, questions) if reference else None
     done = frozenset(answer.fact_id for answer in answers)
-    for part in _in_parts(ask(questions, reference=ids, done=done, progress=progress)):
+    given = {answer.fact_id: answer for answer in known.of(probe.name)} if known else None
+    for part in _in_parts(ask(questions, reference=ids, done=done, known=given, progress=progress)):
         write_part(parts, part)
         answers += part
     order = {fact.id: number for number, fact in enumerate(probe.facts)}

@@ -140,13 +140,29 @@ class Scorer(ABC):
         """
         with torch.inference_mode():
             log_probs, state = self.first(batch)
-            ids = self._reference_ids(log_probs, reference)
-            kept = log_probs.gather(1, ids).float().cpu().numpy()
-            answers = [
+            found = [
                 *self._closed(batch, log_probs, state),
                 *self._single(batch, log_probs),
                 *self.written(batch, log_probs, state),
             ]
+            return self._with_distributions(batch, found, log_probs, reference)
+
+    def answer_anew(
+        self, batch: Sequence[Question], answers: Sequence[Answer], reference: Sequence[Ids] | None
+    ) -> list[Answer]:
+        """The answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
+        with torch.inference_mode():
+            return self._with_distributions(batch, answers, self.first(batch)[0], reference)
+
+    def _with_distributions(
+        self,
+        batch: Sequence[Question],
+        answers: Sequence[Answer],
+        log_probs: torch.Tensor,
+        reference: Sequence[Ids] | None,
+    ) -> list[Answer]:
+        ids = self._reference_ids(log_probs, reference)
+        kept = log_probs.gather(1, ids).float().cpu().numpy()
         found = {answer.fact_id: answer for answer in answers}
         # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
         rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, strict=True)

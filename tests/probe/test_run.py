@@ -43,11 +43,12 @@ def ask(
     settings: Settings = FEW,
     options: Options | None = None,
     reference: Answers | None = None,
+    known: Answers | None = None,
     bar: Bar | None = None,
 ) -> Answers:
     files = [facts] if isinstance(facts, Path) else facts
     probes = open_all([f"facts:{file}" for file in files], options or Options())
-    return probe_model(Respondent(locate(model), settings), probes, folder, reference=reference, bar=bar)
+    return probe_model(Respondent(locate(model), settings), probes, folder, reference=reference, known=known, bar=bar)
 
 
 def telling(progress: Callable[[int, int], None]) -> Bar:
@@ -326,6 +327,22 @@ def test_a_model_of_another_kind_is_refused_before_it_is_asked(place: Path, tmp_
         ask(place / "bert", tmp_path / "a", place / "facts.jsonl", reference=reference)
     assert error.value.why == "llama has causal, bert has masked."
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_known_answers_are_asked_the_other_tokens_alone(
+    place: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, compressed = place / "facts.jsonl", tmp_path / "compressed"
+    compressknow.convert(place / family, compressed, prune=0.3)
+    reference = ask(place / family, tmp_path / "original", facts)
+    known = ask(compressed, tmp_path / "known", facts)
+    ask(compressed, tmp_path / "whole", facts, reference=reference)
+    with monkeypatch.context() as patched:
+        patched.delattr("compressknow.probe.scorer.Scorer.answer")
+        anew = ask(compressed, tmp_path / "anew", facts, reference=reference, known=known)
+    assert (tmp_path / "anew" / TABLE).read_bytes() == (tmp_path / "whole" / TABLE).read_bytes()
+    assert anew.answers[0].first_ids.tolist() != known.answers[0].first_ids.tolist()
 
 
 def report_on(place: Path, compressed: Sequence[str], keep_in: Path) -> list[str]:

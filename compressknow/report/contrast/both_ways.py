@@ -35,23 +35,25 @@ class BothWays(NamedTuple):
 def ask_both_ways(
     a: Respondent, b: Respondent, probes: Sequence[Probe | Task], keep_in: Path, bar: Bar | None = None
 ) -> BothWays:
-    """Ask both models, one in memory at a time. Answers that `keep_in` holds already are not asked for again.
+    """Ask both models, one in memory at a time: each once for its answers, and once more for what it gives the other
+    tokens. Answers that `keep_in` holds already are not asked for again.
 
     Raises CompressknowError where a model cannot be loaded or asked, or where the two have no vocabulary in common.
     """
     from compressknow.probe.run import probe_model
 
-    def ask(model: Respondent, reference: Answers | None) -> Answers:
+    def ask(model: Respondent, reference: Answers | None, known: Answers | None = None) -> Answers:
         folder = folder_of(keep_in, model.sha256, reference)
-        return probe_model(model, probes, folder, reference=reference, bar=bar, wait=True)
+        return probe_model(model, probes, folder, reference=reference, known=known, bar=bar, wait=True)
 
     of_a = ask(a, None)
     a.release()
     if a.sha256 == b.sha256:
         return BothWays(of_a, of_a, of_a, of_a)
-    b_like_a, of_b = ask(b, of_a), ask(b, None)
+    b_like_a = ask(b, of_a)
+    of_b = ask(b, None, known=b_like_a)
     b.release()
-    a_like_b = ask(a, of_b)
+    a_like_b = ask(a, of_b, known=of_a)
     a.release()
     return BothWays(of_a, b_like_a, of_b, a_like_b)
 
