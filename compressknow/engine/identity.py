@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compressknow.compress.variant import Variant
 
 MANIFEST = "compressknow.json"
+READ_BYTES = 1 << 20
 # What decides the answers beside the weights.
 _DECISIVE = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -69,12 +70,24 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
     return Located(checkpoint.name, checkpoint.folder, checkpoint.revision)
 
 
-def fingerprint(located: Located) -> str:
-    """SHA-256 over the names and contents of the files that decide the answers; the folder's name is not in it."""
+def fingerprint(located: Located, read: Callable[[int], None] | None = None) -> str:
+    """SHA-256 over the names and contents of the files that decide the answers; the folder's name is not in it.
+
+    `read` is told the bytes of each piece that was read.
+    """
     digest = hashlib.sha256()
     for path in located.files:
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.name}\0{_hash_of(path, read)}\n".encode())
+    return digest.hexdigest()
+
+
+def _hash_of(path: Path, read: Callable[[int], None] | None) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if read:
+                read(count)
     return digest.hexdigest()
 
 

@@ -400,3 +400,15 @@ def test_the_python_function_says_the_same(place: Path) -> None:
     assert found.behaviour is None
     assert found.difference.total.zeros_b > found.difference.total.zeros_a
     assert "llama-int8 differs from llama in 8 of " in found.verdict
+
+
+def test_progress_is_told_of_hashing_and_of_the_weights(place: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    shutil.copytree(place / "llama", tmp_path / "copy")
+    for other, phases in ((tmp_path / "copy", 1), (place / "llama-b", 2)):
+        told.clear()
+        compressknow.compare(place / "llama", other, progress=lambda done, total: told.append((done, total)))
+        # Each phase ends at its whole; the first reads every file that decides what a model answers.
+        assert sum(done == total for done, total in told) == phases
+        weights = (place / "llama" / "model.safetensors").stat().st_size
+        assert told[0][1] > 2 * weights

@@ -52,7 +52,7 @@ def compare(
     revision, revision_b : of a and of b, if they are hub ids.
     threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
     command : the command line to show.
-    progress : told the bytes of weights read so far, and in all.
+    progress : told the bytes read so far, and in all: first to hash the files, then of weights to compare.
     bar : gives, for a probe's name, a context with a callable that is told of its progress.
 
     Returns
@@ -74,7 +74,7 @@ def compare(
     check_outputs(files, overwrite=overwrite)
     settings = settings or Settings()
     asked = open_all([probes] if isinstance(probes, str) else list(probes), options or Options())
-    first, second = _respondents((a, revision), (b, revision_b), settings)
+    first, second = _respondents((a, revision), (b, revision_b), settings, progress)
     identical = first.sha256 == second.sha256
     difference = None if identical else _difference(first.located, second.located, settings, threads, progress)
     behaviour = _behaviour(first, second, asked, keep_in, not no_facts, bar) if asked else None
@@ -98,10 +98,13 @@ def compare(
 
 
 def _respondents(
-    a: tuple[str | Path, str | None], b: tuple[str | Path, str | None], settings: Settings
+    a: tuple[str | Path, str | None],
+    b: tuple[str | Path, str | None],
+    settings: Settings,
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[Respondent, Respondent]:
     """Both checkpoints, found and hashed; a folder that is given twice is hashed once."""
-    from compressknow.engine.identity import locate
+    from compressknow.engine.identity import fingerprint, locate
     from compressknow.probe.answers import is_answers_folder
     from compressknow.probe.run import Respondent
 
@@ -114,8 +117,18 @@ def _respondents(
     first, second = Respondent(locate(*a), settings), Respondent(locate(*b), settings)
     if first.located.path.resolve() == second.located.path.resolve():
         return first, first
+    total = sum(path.stat().st_size for side in (first, second) for path in side.located.files)
+    done = 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda respondent: respondent.sha256, (first, second)))
+        hashes = pool.map(lambda side: fingerprint(side.located, read), (first, second))
+        first.sha256, second.sha256 = hashes
     return first, second
 
 
