@@ -1,6 +1,6 @@
 """How many facts a second are answered, beside the paper's own loop and beside lm-pub-quiz, in one run.
 
-    python benchmarks/probe.py [--data DIR] [--model DIR] [--rounds 3] [--skip paper,batches,bear,masked]
+    python benchmarks/probe.py [--data DIR] [--model DIR] [--rounds 3] [--skip paper,batches,int8,bear,masked]
 
 Every measurement is a process of its own. Its clock starts after the model is loaded and has answered once, and stops
 at the last answer: writing prompts, tokenizing and scoring count. Its memory is the peak above what it held with the
@@ -11,6 +11,8 @@ compute in float32 and are asked the same facts; the slower side a part of them,
   bert_quantize.py) fills each sentence up to the model's 512 tokens and computes the whole vocabulary at each of them.
   Theirs takes batches of 128, here of no more than `--paper-facts`: logits are 62 MB a sentence. What it prints and
   counts again for each sentence of a batch is left out.
+- `int8`: T-REx, and that BERT quantized whole by `convert`, in the engine's int8 layers and unpacked to floats, as
+  plain transformers computes it, beside the original.
 - `bear`: BEAR's first template, and a causal model (examples/smollm2.py makes one). lm-pub-quiz has the batch size that
   is the fastest of `--their-batches` for it, with conditional scores and sums, as its authors recommend for BEAR.
 - `masked`: the same with a masked model and `answer_l2r+word_l2r`.
@@ -24,6 +26,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +41,8 @@ from compressknow.probe.ask import BATCH_SIZE
 
 # Ratios of facts a second that compressknow is held to.
 BOUNDS = {"paper": 30, "bear": 5}
+# Sides of the part `int8`.
+ENGINE, UNPACKED, ORIGINAL = "int8", "int8 in floats", "float32"
 BATCH_SIZES = (1, 8, 32, 128)
 # Scores that differ by less are equal: two orders of summation.
 ROUNDING = 1e-3
@@ -50,27 +55,37 @@ Answers = dict[str, Any]
 def probe_of(part: str, options: Namespace) -> Any:
     from compressknow.probe.open import open_probe
 
-    if part == "paper":
+    if part in ("paper", "int8"):
         return open_probe("lama:trex", data=options.data, protocol="paper", limit=options.facts)
     return open_probe("bear", data=options.data, limit=options.bear_facts)
 
 
-def language_of(part: str, options: Namespace) -> tuple[Any, Any, str]:
-    """Model, tokenizer and family that a part asks."""
-    from compressknow.engine.language_model import load_language_model
-
-    if part != "paper":
-        folder = options.model if part == "bear" else options.masked_model
-        language = load_language_model(folder, dtype="float32")
-        # lm-pub-quiz begins each text so, whatever the tokenizer's own way is.
-        language.tokenizer.add_bos_token = language.tokenizer.bos_token is not None
-        return language.model, language.tokenizer, language.family
+def bert_base(options: Namespace) -> tuple[Any, Any]:
+    """A BERT of bert-base's size with random weights, and a tokenizer."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.masked_model)
-    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer))).eval(), tokenizer, "masked"
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer))).eval(), tokenizer
+
+
+def language_of(part: str, side: str, options: Namespace) -> tuple[Any, Any, str]:
+    """Model, tokenizer and family that a side of a part asks."""
+    from compressknow.engine import int8
+    from compressknow.engine.language_model import load_language_model
+
+    if part == "paper":
+        return *bert_base(options), "masked"
+    if part == "int8":
+        if side == UNPACKED:
+            int8.runs_on = lambda _: False
+        language = load_language_model(options.checkpoints / (ORIGINAL if side == ORIGINAL else ENGINE))
+    else:
+        language = load_language_model(options.model if part == "bear" else options.masked_model, dtype="float32")
+        # lm-pub-quiz begins each text so, whatever the tokenizer's own way is.
+        language.tokenizer.add_bos_token = language.tokenizer.bos_token is not None
+    return language.model, language.tokenizer, language.family
 
 
 def some(facts: Sequence[Any], count: int) -> list[Any]:
@@ -88,7 +103,7 @@ def ours(part: str, language: tuple[Any, Any, str], options: Namespace) -> Calla
     def run(count: int, batch_size: int) -> Answers:
         scorer = scorer_for(*language, replace(probe, facts=tuple(some(probe.facts, count))))
         answers = (answer for batch in ask(questions_of(scorer, batch_size)) for answer in batch)
-        if part == "paper":
+        if part in ("paper", "int8"):
             return {answer.fact_id: [int(answer.first_ids[0]), answer.correct] for answer in answers}
         return {answer.fact_id: [answer.predicted, answer.rank, answer.top5_logp[0]] for answer in answers}
 
@@ -151,7 +166,7 @@ def lm_pub_quiz(part: str, language: tuple[Any, Any, str], options: Namespace) -
 
 
 SIDES: dict[str, Callable[..., Callable[[int, int], Answers]]] = {
-    "compressknow": ours,
+    **dict.fromkeys(("compressknow", ENGINE, UNPACKED, ORIGINAL), ours),
     "the paper's loop": papers_loop,
     "lm-pub-quiz": lm_pub_quiz,
 }
@@ -160,7 +175,7 @@ SIDES: dict[str, Callable[..., Callable[[int, int], Answers]]] = {
 def child(options: Namespace) -> None:
     """Let one side answer, and print its seconds, peak memory and answers."""
     part, side, count, batch_size = *options.child[:2], *map(int, options.child[2:])
-    run = SIDES[side](part, language_of(part, options), options)
+    run = SIDES[side](part, language_of(part, side, options), options)
     run(1, batch_size)
     # From here on the peak is that of answering, not of loading.
     Path("/proc/self/clear_refs").write_text("5")
@@ -227,6 +242,22 @@ def report_batches(options: Namespace) -> None:
         print(f"{size:<18}{run['speed']:>9.2f} facts/s{run['peak_mb']:>8.0f} MB", flush=True)
 
 
+def report_int8(options: Namespace) -> None:
+    from compressknow import convert
+
+    print("\nT-REx, BERT of bert-base's size, quantized whole by the scheme int8")
+    with tempfile.TemporaryDirectory() as folder:
+        for part in bert_base(options):
+            part.save_pretrained(Path(folder) / ORIGINAL)
+        convert(Path(folder) / ORIGINAL, Path(folder) / ENGINE, quantize="int8")
+        sys.argv += ["--checkpoints", folder]
+        results = compare(
+            "int8", dict.fromkeys((ENGINE, UNPACKED, ORIGINAL), (options.facts, BATCH_SIZE)), options.rounds
+        )
+    for other in (UNPACKED, ORIGINAL):
+        print(f"{'ratio':<18}{results[ENGINE]['speed'] / results[other]['speed']:>8.1f}x of {other}", flush=True)
+
+
 def report_bear(part: str, options: Namespace) -> None:
     print(f"\nBEAR, {(options.model if part == 'bear' else options.masked_model).name}")
     count = options.bear_facts
@@ -280,18 +311,21 @@ def main() -> None:
     parser.add_argument("--their-facts", type=int, default=40, help="those of them for lm-pub-quiz")
     parser.add_argument("--their-batches", default="16,32,64")
     parser.add_argument("--skip", default="")
+    parser.add_argument("--checkpoints", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options)
         return
-    for part in ("paper", "batches", "bear", "masked"):
+    for part in ("paper", "batches", "int8", "bear", "masked"):
         if reason := missing(part, options):
             print(f"\n{part}: not measured: {reason}", flush=True)
         elif part == "paper":
             report_paper(options)
         elif part == "batches":
             report_batches(options)
+        elif part == "int8":
+            report_int8(options)
         else:
             report_bear(part, options)
 
