@@ -124,12 +124,14 @@ def search(
         together = TOGETHER if ray else 1
         tried = _explore(seen, aim, schemes, module_map, folder / JOURNAL, trials, together, seed, told)
         unseen = Asked.of(subject, [part.held_out for part in parts], folder / HELD_OUT, bar, run)
-        confirmed = tuple(_confirm(unseen, aim, tried))
+        promising = _promising(tried, aim)
+        confirmed = tuple(_confirm(unseen, aim, promising))
         winner = next((t for t in confirmed if _meets(t.held_out, keep)), None)
         _remove_earlier(folder)
         if winner:
             _write_winner(subject, unseen, winner, folder, no_facts=no_facts, command=command)
-        found = _record(aim, seen, unseen, tried, confirmed, winner, seed, command)
+        level = _level(promising)
+        found = _record(aim, seen, unseen, level, tried, confirmed, winner, seed, command)
         write_search(found, folder)
     return found
 
@@ -219,18 +221,26 @@ def _may_meet(seen: Asked, answers: Answers, keep: float) -> bool:
     return high is None or high >= keep
 
 
-def _confirm(unseen: Asked, aim: Aim, tried: Sequence[Tried]) -> Iterator[Tried]:
-    """The cheapest that keep enough of the facts of the search, on the held-out ones, until one does there too."""
+def _promising(tried: Sequence[Tried], aim: Aim) -> list[Tried]:
+    """Those to ask the held-out facts, the cheapest first: they keep enough of the facts of the search. Where none
+    does, the one that keeps most, to be told.
+    """
     candidates = sorted((t for t in tried if t.kept.value is not None), key=lambda t: t.sizes[aim.minimize])
-    promising = [t for t in candidates if _meets(t.kept, aim.keep)][:CONFIRMED]
-    if not promising:
-        # Nothing keeps it: the one that keeps most is told with what it keeps of the held-out facts.
-        promising = sorted(candidates, key=lambda t: -(t.kept.low or 0.0))[:1]
+    enough = [t for t in candidates if _meets(t.kept, aim.keep)][:CONFIRMED]
+    return enough or sorted(candidates, key=lambda t: -(t.kept.low or 0.0))[:1]
+
+
+def _level(promising: Sequence[Tried]) -> float:
+    """Of the intervals of the held-out facts, where so many may be tried on them (Bonferroni)."""
+    return 1 - 0.05 / max(1, len(promising))
+
+
+def _confirm(unseen: Asked, aim: Aim, promising: Sequence[Tried]) -> Iterator[Tried]:
+    """Each with what it keeps of the held-out facts, until one keeps enough there too."""
     for each in promising:
         ((_, answers),) = unseen.ask([cell_of(Recipe.from_dict(dict(each.recipe)))])
         counts = compare(unseen.original, answers, show_facts=False).counts
-        level = 1 - 0.05 / len(promising)
-        checked = replace(each, held_out=proportion(counts.both, counts.known_before, level))
+        checked = replace(each, held_out=proportion(counts.both, counts.known_before, _level(promising)))
         yield checked
         if _meets(checked.held_out, aim.keep):
             return
@@ -267,6 +277,7 @@ def _record(
     aim: Aim,
     seen: Asked,
     unseen: Asked,
+    level: float,
     tried: tuple[Tried, ...],
     confirmed: tuple[Tried, ...],
     winner: Tried | None,
@@ -285,7 +296,7 @@ def _record(
         held_out=len(unseen.original.answers),
         known_searched=seen.known,
         known_held_out=unseen.known,
-        level=1 - 0.05 / max(1, min(CONFIRMED, sum(_meets(t.kept, aim.keep) for t in tried))),
+        level=level,
         sizes=_sizes_of_original(seen),
         tried=tried,
         confirmed=confirmed,
