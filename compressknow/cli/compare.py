@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from compressknow.cli.compare_page import compare_page
 from compressknow.cli.probe_options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import bytes_bar, facts_bar
 from compressknow.cli.report import command_of
+from compressknow.report.text import json_text
 
 if TYPE_CHECKING:
     from compressknow.report.contrast.records import Contrast
@@ -94,7 +94,7 @@ def compare(
             **given,
         )
     if as_json:
-        click.echo(json.dumps(contrast_json(contrast), indent=1, ensure_ascii=False))
+        click.echo(json_text(contrast_json(contrast)), nl=False)
     else:
         click.echo("\n".join(_lines(contrast, outputs)))
     if fail_under is not None and contrast.behaviour:

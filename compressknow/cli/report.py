@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 from compressknow.cli.probe_options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report_page import report_page
+from compressknow.report.text import json_text
 
 if TYPE_CHECKING:
     from compressknow.report.records import Card
@@ -85,7 +85,7 @@ def report(
             **given,
         )
     if as_json:
-        click.echo(json.dumps(to_json(card), indent=1, ensure_ascii=False))
+        click.echo(json_text(to_json(card)), nl=False)
     else:
         click.echo("\n".join(_lines(card, outputs)))
     if fail_under is not None:

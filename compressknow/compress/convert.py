@@ -176,7 +176,7 @@ def _sha256(path: Path) -> str:
 
 
 def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 class _Reporter:

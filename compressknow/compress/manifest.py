@@ -56,7 +56,9 @@ def build_manifest(
 
 def serialize(manifest: Mapping[str, Any]) -> bytes:
     """JSON of a manifest, the same bytes for the same content."""
-    return (json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # Half a surrogate pair, which a folder's name may hold, as an escape.
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _summary(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, str] | None = None) -> dict[str, Any]:

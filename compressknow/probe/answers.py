@@ -176,7 +176,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write ``probe.json``; it appears under its name only when it is whole."""
     temporary = folder / f".{RECORD}.{os.getpid()}"
     try:
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
         temporary.replace(folder / RECORD)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 # Joiners that are part of how Persian, Indic scripts and emoji are written.
 _SEEMLY = {"\u200c", "\u200d"}
@@ -28,6 +30,12 @@ def plain(text: object, limit: int = 200) -> str:
 def plain_lines(text: str) -> str:
     """`text` with its lines kept, for blocks of code; nothing in it is unseen."""
     return "\n".join(map(_seen, text.split("\n")))
+
+
+def json_text(values: Any) -> str:
+    """`values` as a JSON file: NaN is an error; half a surrogate pair, which a folder's name may hold, an escape."""
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def answer(text: object) -> str:

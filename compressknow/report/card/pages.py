@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from compressknow.report.card.as_json import to_json
 from compressknow.report.card.glossary import GLOSSARY, HOLM, LEGEND, SHORT_LEGEND
 from compressknow.report.pages import html_page, markdown_page
 from compressknow.report.records import Card
+from compressknow.report.text import json_text
 from compressknow.report.write import write_whole
 
 # What the page holds of one comparison, and of all together: beyond, it would grow past a megabyte.
@@ -34,7 +34,7 @@ def rendered(card: Card, suffix: str) -> str:
         return render_html(card)
     if suffix == ".md":
         return render_markdown(card)
-    return json.dumps(to_json(card), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(to_json(card))
 
 
 def render_html(card: Card) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from markupsafe import Markup
@@ -12,6 +11,7 @@ from compressknow.report.contrast.heat_map import heat_map
 from compressknow.report.contrast.records import Contrast
 from compressknow.report.contrast.view import Limits, contrast_page
 from compressknow.report.pages import html_page, markdown_page
+from compressknow.report.text import json_text
 from compressknow.report.write import write_whole
 
 _HTML, _MARKDOWN = Limits(tensors=500, facts=500, open=20), Limits(tensors=30, facts=50, open=50)
@@ -54,4 +54,4 @@ def rendered(contrast: Contrast, suffix: str) -> str:
         return render_contrast_html(contrast)
     if suffix == ".md":
         return render_contrast_markdown(contrast)
-    return json.dumps(contrast_json(contrast), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(contrast_json(contrast))

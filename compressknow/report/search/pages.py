@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from compressknow.report.pages import html_page
 from compressknow.report.search.chart import pareto
 from compressknow.report.search.records import Search
 from compressknow.report.search.view import gets, search_page, verdict
+from compressknow.report.text import json_text
 from compressknow.report.write import write_whole
 
 SCHEMA = 1
@@ -21,8 +21,7 @@ SCHEMA = 1
 def write_search(search: Search, folder: Path) -> None:
     """Write ``search.html`` and ``search.json`` into `folder`; each appears only when it is whole."""
     write_whole(folder / "search.html", render_search_html(search).encode())
-    text = json.dumps(search_to_json(search), indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(folder / "search.json", (text + "\n").encode())
+    write_whole(folder / "search.json", json_text(search_to_json(search)).encode())
 
 
 def render_search_html(search: Search) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from compressknow.report.study.as_json import study_to_json
@@ -12,6 +11,7 @@ from compressknow.report.study.records import Study
 from compressknow.report.study.tidy import tidy_rows, to_csv, to_parquet
 from compressknow.report.svg import standalone
 from compressknow.report.templates import source
+from compressknow.report.text import json_text
 from compressknow.report.write import write_whole
 
 FIGURES = "figures"
@@ -27,7 +27,7 @@ def write_study(study: Study, folder: Path) -> None:
     write_whole(folder / "cells.csv", to_csv(rows))
     write_whole(folder / "cells.parquet", to_parquet(rows))
     _write_figures(charts, folder / FIGURES)
-    write_whole(folder / "study.json", _json(study))
+    write_whole(folder / "study.json", json_text(study_to_json(study)).encode())
     write_whole(folder / "study.md", render_study_markdown(study).encode("utf-8"))
     write_whole(folder / "study.html", render_study_html(study, charts).encode("utf-8"))
 
@@ -40,9 +40,3 @@ def _write_figures(charts: tuple[Chart, ...], folder: Path) -> None:
         write_whole(folder / f"{chart.name}.svg", standalone(panels, chart.title, style).encode("utf-8"))
     for name in set(NAMES) - {chart.name for chart in charts}:
         (folder / f"{name}.svg").unlink(missing_ok=True)
-
-
-def _json(study: Study) -> bytes:
-    text = json.dumps(study_to_json(study), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # Half a surrogate pair, which a folder's name may hold, has no UTF-8; as an escape JSON takes it.
-    return text.encode("utf-8", "backslashreplace")

@@ -1,0 +1,21 @@
+"""Values as JSON, whatever text is in them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from compressknow.compress.manifest import serialize
+from compressknow.report.text import json_text
+
+
+@pytest.mark.parametrize("written", [lambda values: json_text(values).encode(), serialize])
+def test_a_name_that_is_no_utf_8_is_written_as_an_escape(written: object) -> None:
+    values = {"name": "folder-\udcff é"}
+    assert json.loads(written(values)) == values  # type: ignore[operator]
+
+
+def test_what_is_no_number_is_no_json() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        json_text({"kept": float("nan")})
