@@ -252,8 +252,10 @@ def percent_axis(plot: Axes, bottom: float, top: float = 100, unit: str = PERCEN
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """From zero, or the tens below the least value, to the tens above the largest."""
-    return min(0.0, 10 * (min(values) // 10)), max(10.0, -10 * (-max(values) // 10))
+    """From zero, or the tens below the least value, to the tens above the largest; by fives where all lie close."""
+    low, high = min(0.0, *values), max(10.0, *values)
+    step = 5 if high - low <= 20 else 10
+    return step * (low // step), -step * (-high // step)
 
 
 def _ticks(low: float, high: float) -> list[float]:
