@@ -34,7 +34,9 @@ def pareto(search: Search) -> str:
             at = search.winner.sizes[search.minimize] / unit, 100 * (search.winner.kept.value or 0)
             plot.plot(*at, "*", color=INK, markersize=13, label="the winner")
         plot.set_xlabel(f"{SIZES[search.minimize]}, {name}")
-        plot.legend(loc="lower right", frameon=False, fontsize=10)
+        # Outside of the plot: points may lie anywhere in it.
+        room = {"ncols": 3, "columnspacing": 1, "handletextpad": 0, "frameon": False, "fontsize": 10}
+        plot.get_figure(root=True).legend(loc="outside upper left", **room)
         percent_axis(plot, 0)
     return drawn()
 
