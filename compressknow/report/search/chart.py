@@ -36,7 +36,7 @@ def pareto(search: Search) -> str:
         plot.set_xlabel(f"{SIZES[search.minimize]}, {name}")
         # Outside of the plot: points may lie anywhere in it.
         room = {"ncols": 3, "columnspacing": 1, "handletextpad": 0, "frameon": False, "fontsize": 10}
-        plot.get_figure(root=True).legend(loc="outside upper left", **room)
+        plot.figure.legend(loc="outside upper left", **room)
         percent_axis(plot, 0)
     return drawn()
 
