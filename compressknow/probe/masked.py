@@ -26,6 +26,7 @@ Step = tuple[int, int, Ids]
 
 class MaskedScorer(Scorer):
     family = "masked"
+    by_weights = ("_head_is_pointwise",)
 
     def prompt(self, fact: Fact) -> Ids:
         ids = self.encoder.ids(fact.prompt.replace(BLANK, self.tokenizer.mask_token), True)

@@ -63,10 +63,19 @@ class Scorer(ABC):
     """Asks one model the facts of one probe."""
 
     family: ClassVar[str]
+    # Cached properties that depend on the model's weights.
+    by_weights: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> None:
         self.model, self.tokenizer, self.probe = model, tokenizer, probe
         self.encoder = Encoder(tokenizer)
+
+    def release(self) -> None:
+        """Let go of the model, and of what was found out by its weights; `model` may be set to another one of the same
+        architecture then.
+        """
+        for name in ("model", *self.by_weights):
+            self.__dict__.pop(name, None)
 
     # What a family defines.
 

@@ -74,7 +74,7 @@ class CellRespondent(Respondent):
         super().release()
         for questions in self._written.values():
             # The model would stay in memory beside the next one.
-            questions.scorer.__dict__.pop("model", None)
+            questions.scorer.release()
 
     def described(self) -> dict[str, Any]:
         return self._described

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -19,9 +20,9 @@ GRID = """
 [axes]
 scope = ["attention", "overall"]
 prune = [0, 0.3, 0.9]
-quantize = ["none", "int8"]
+quantize = ["none", "int8", "int8-paper"]
 """
-CELLS = 10
+CELLS = 16
 
 
 class Place:
@@ -69,21 +70,23 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def test_cells_are_answered_as_the_converted_checkpoints_are(swept: Place, tmp_path: Path) -> None:
     rows = swept.rows("study")
     assert len(rows) == CELLS
-    for scope, short in (("attention", "att"), ("overall", "overall")):
-        converted = tmp_path / short
-        compressknow.convert(swept.model, converted, scope=scope, prune=0.3, quantize="int8")
+    scopes = (("attention", "att"), ("overall", "overall"))
+    for (scope, short), scheme in itertools.product(scopes, ("int8", "int8-paper")):
+        key = f"{short}-gpq-30-{scheme}"
+        converted = tmp_path / key
+        compressknow.convert(swept.model, converted, scope=scope, prune=0.3, quantize=scheme)
         card = compressknow.report(swept.model, converted, swept.probe, keep_in=tmp_path / "answers")
-        figures, row = card.comparisons[0].probes[0], rows[f"{short}-gpq-30-int8"]
+        figures, row = card.comparisons[0].probes[0], rows[key]
         counts = {key: int(row[key]) for key in ("both", "lost", "gained", "neither")}
         assert counts == {key: getattr(figures.counts, key) for key in counts}
         assert int(row["bytes"]) == card.comparisons[0].model.bytes
         assert float(row["kl_mean"]) == pytest.approx(figures.movement.kl_mean, rel=1e-6)
         # The very answers, to the bit: the same weights, loaded the same way, in the same batches.
-        (folder,) = (swept.folder / "study" / "cells").glob(f"{short}-gpq-30-int8-*/*")
+        (folder,) = (swept.folder / "study" / "cells").glob(f"{key}-{'[0-9a-f]' * 8}/*")
         stored = next(
             f
             for f in (tmp_path / "answers").iterdir()
-            if json.loads((f / "probe.json").read_text())["model"]["name"] == short
+            if json.loads((f / "probe.json").read_text())["model"]["name"] == key
         )
         for mine, other in zip(read_answers(folder).answers, read_answers(stored).answers, strict=True):
             assert (mine.fact_id, mine.predicted, mine.top5_logp) == (other.fact_id, other.predicted, other.top5_logp)
