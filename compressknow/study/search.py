@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.recipe import MANIFEST_NAME, Quantize, Recipe
-from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.choose import DEFAULT, Options, open_all
 from compressknow.probe.run import Bar, Settings, refuse_twins
 from compressknow.report.card.make import compare, make_card, model_facts
-from compressknow.report.records import Estimate
-from compressknow.report.search.records import SIZES, Search, Tried
-from compressknow.report.statistics import proportion
+from compressknow.report.search.records import Search, Tried
 from compressknow.study.answering import Subject
 from compressknow.study.folder import claim
 from compressknow.study.grid import Cell
 from compressknow.study.halves import Asked, parts_of
+from compressknow.study.judge import Aim, confirm, level, may_meet, meets, promising
 from compressknow.study.optimiser import TOGETHER, optimize, require_optuna
 from compressknow.study.running import RayOptions, runner
 from compressknow.study.space import Space, cell_of, references
@@ -33,28 +30,7 @@ SEARCHED, HELD_OUT, WINNER, JOURNAL = "searched", "held-out", "winner", "optuna.
 RECIPE, REPORTS = "recipe.toml", ("report.html", "report.md")
 WRITTEN = (RECIPE, *REPORTS)
 TRIALS = 40
-# How many recipes may be tried on the held-out facts: each makes the interval that they are judged by wider.
-CONFIRMED = 5
-# A recipe is asked no more where the first facts say at this level that it keeps less than is asked for.
-SURE = 0.99
 Told = Callable[[Tried], None]
-
-
-@dataclass(frozen=True)
-class Aim:
-    """What is asked for: the share of knowledge to keep, and what is to be small."""
-
-    keep: float
-    minimize: str = "sparse-bytes"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise UsageError(
-                f"The share of knowledge to keep must lie between 0 and 1: {self.keep:g}.",
-                hint="--keep 0.95 asks for 95 %.",
-            )
-        if self.minimize not in SIZES:
-            raise UsageError(f"Unknown size {self.minimize!r}.", hint=f"There is {', '.join(SIZES)}.")
 
 
 def search(
@@ -124,14 +100,13 @@ def search(
         together = TOGETHER if ray else 1
         tried = _explore(seen, aim, schemes, module_map, folder / JOURNAL, trials, together, seed, told)
         unseen = Asked.of(subject, [part.held_out for part in parts], folder / HELD_OUT, bar, run)
-        promising = _promising(tried, aim)
-        confirmed = tuple(_confirm(unseen, aim, promising))
-        winner = next((t for t in confirmed if _meets(t.held_out, keep)), None)
+        candidates = promising(tried, aim)
+        confirmed = tuple(confirm(unseen, aim, candidates))
+        winner = next((t for t in confirmed if meets(t.held_out, keep)), None)
         _remove_earlier(folder)
         if winner:
             _write_winner(subject, unseen, winner, folder, no_facts=no_facts, command=command)
-        level = _level(promising)
-        found = _record(aim, seen, unseen, level, tried, confirmed, winner, seed, command)
+        found = _record(aim, seen, unseen, level(candidates), tried, confirmed, winner, seed, command)
         write_search(found, folder)
     return found
 
@@ -152,7 +127,7 @@ def _explore(
     tried: dict[Any, Tried] = {}
 
     def ask(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Answers]]:
-        return seen.ask(cells, lambda answers: _may_meet(seen, answers, aim.keep))
+        return seen.ask(cells, lambda answers: may_meet(seen, answers, aim.keep))
 
     def note(cell: Cell, answers: Answers, kind: str) -> Tried:
         if cell.recipe not in tried:
@@ -210,42 +185,6 @@ def _sizes_of_original(seen: Asked) -> dict[str, int]:
     return {"sparse-bytes": model["bytes"], "bytes": model["bytes"], "nonzero": model["parameters"]}
 
 
-def _meets(kept: Estimate | None, keep: float) -> bool:
-    return kept is not None and kept.low is not None and kept.low >= keep
-
-
-def _may_meet(seen: Asked, answers: Answers, keep: float) -> bool:
-    """Whether the first facts leave it open that as much is kept."""
-    counts = compare(seen.original, answers, show_facts=False).counts
-    high = proportion(counts.both, counts.known_before, SURE).high
-    return high is None or high >= keep
-
-
-def _promising(tried: Sequence[Tried], aim: Aim) -> list[Tried]:
-    """Those to ask the held-out facts, the cheapest first: they keep enough of the facts of the search. Where none
-    does, the one that keeps most, to be told.
-    """
-    candidates = sorted((t for t in tried if t.kept.value is not None), key=lambda t: t.sizes[aim.minimize])
-    enough = [t for t in candidates if _meets(t.kept, aim.keep)][:CONFIRMED]
-    return enough or sorted(candidates, key=lambda t: -(t.kept.low or 0.0))[:1]
-
-
-def _level(promising: Sequence[Tried]) -> float:
-    """Of the intervals of the held-out facts, where so many may be tried on them (Bonferroni)."""
-    return 1 - 0.05 / max(1, len(promising))
-
-
-def _confirm(unseen: Asked, aim: Aim, promising: Sequence[Tried]) -> Iterator[Tried]:
-    """Each with what it keeps of the held-out facts, until one keeps enough there too."""
-    for each in promising:
-        ((_, answers),) = unseen.ask([cell_of(Recipe.from_dict(dict(each.recipe)))])
-        counts = compare(unseen.original, answers, show_facts=False).counts
-        checked = replace(each, held_out=proportion(counts.both, counts.known_before, _level(promising)))
-        yield checked
-        if _meets(checked.held_out, aim.keep):
-            return
-
-
 def _remove_earlier(folder: Path) -> None:
     """What an earlier search of this folder, for another share or size, has found."""
     for name in WRITTEN:
@@ -277,15 +216,15 @@ def _record(
     aim: Aim,
     seen: Asked,
     unseen: Asked,
-    level: float,
+    confidence: float,
     tried: tuple[Tried, ...],
     confirmed: tuple[Tried, ...],
     winner: Tried | None,
     seed: int,
     command: str | None,
 ) -> Search:
-    failed = [t.recipe for t in confirmed if not _meets(t.held_out, aim.keep)]
-    naive = [t for t in tried if _is_naive(t) and _meets(t.kept, aim.keep) and t.recipe not in failed]
+    failed = [t.recipe for t in confirmed if not meets(t.held_out, aim.keep)]
+    naive = [t for t in tried if _is_naive(t) and meets(t.kept, aim.keep) and t.recipe not in failed]
     return Search(
         original=model_facts(seen.original.record["model"]),
         keep=aim.keep,
@@ -296,7 +235,7 @@ def _record(
         held_out=len(unseen.original.answers),
         known_searched=seen.known,
         known_held_out=unseen.known,
-        level=level,
+        level=confidence,
         sizes=_sizes_of_original(seen),
         tried=tried,
         confirmed=confirmed,

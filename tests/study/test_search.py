@@ -16,8 +16,7 @@ from compressknow.model.groups import structure_of
 from compressknow.probe.answers import read_answers
 from compressknow.probe.open import open_probe
 from compressknow.report.search.records import Tried
-from compressknow.study import halves
-from compressknow.study import search as searching
+from compressknow.study import halves, judge
 from compressknow.study.halves import parts_of
 from compressknow.study.space import Choice, Space
 from tests.knowing import facts_file, knowing
@@ -218,7 +217,7 @@ def test_what_plainly_falls_short_on_the_first_facts_is_asked_no_more(
     monkeypatch.setattr(halves, "FEWEST_FIRST", 8)
     monkeypatch.setattr(halves, "FIRST", 0.5)
     # Of 16 facts two or three are lost at most, which says nothing at 99 %.
-    monkeypatch.setattr(searching, "SURE", 0.5)
+    monkeypatch.setattr(judge, "SURE", 0.5)
     # More than 32 facts can show: nothing wins, but much falls short.
     assert llama.search("early", "--keep", "0.97", "--trials", "20") == 3
     found = llama.found("early")
