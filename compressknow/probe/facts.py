@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -89,6 +89,7 @@ class Probe:
     source : where the facts come from: file names with sha256, the set's licence, the template.
     read : the number of facts that the set has, those dropped and those beyond a limit included.
     limit, seed : the sample that was drawn, if one was.
+    commonest : each relation's most frequent object, of all the facts that `facts` may be a sample of.
     """
 
     name: str
@@ -105,8 +106,11 @@ class Probe:
     read: int = -1
     limit: int | None = None
     seed: int = 0
+    commonest: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.commonest:
+            object.__setattr__(self, "commonest", commonest(self.facts))
         if self.read < 0:
             object.__setattr__(self, "read", len(self.facts) + sum(self.dropped.values()))
 
@@ -179,10 +183,17 @@ def chance(choices: Iterable[int | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(numbers) else None
 
 
-def majority(facts: Iterable[Fact]) -> float | None:
-    """Accuracy of answering each relation's most frequent object to all its facts."""
+def commonest(facts: Iterable[Fact]) -> dict[str, str]:
+    """Each relation's most frequent object; of equally frequent ones the first."""
     objects: dict[str, Counter[str]] = {}
     for fact in facts:
         objects.setdefault(fact.relation, Counter())[fact.obj_label] += 1
-    total = sum(sum(counts.values()) for counts in objects.values())
-    return sum(max(counts.values()) for counts in objects.values()) / total if total else None
+    return {relation: counts.most_common(1)[0][0] for relation, counts in objects.items()}
+
+
+def majority(facts: Sequence[Fact], answers: Mapping[str, str]) -> float | None:
+    """Accuracy of answering each relation's most frequent object, given in `answers`, to all its facts.
+
+    Of a sample it is not the sample's own: of one fact a relation, that would always be right.
+    """
+    return sum(fact.obj_label == answers.get(fact.relation) for fact in facts) / len(facts) if facts else None
