@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from compressknow.compress.blocks import Progress, Reader
+from compressknow.compress.blocks import Reader
 from compressknow.compress.config_changes import config_changes
 from compressknow.compress.deviation import Values, deviation
 from compressknow.compress.difference_records import Difference, StructureChange, TensorDifference
@@ -14,6 +14,7 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.side import Side, side_of
 from compressknow.errors import CompressknowError
 from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.progress import counted
 from compressknow.model.streaming import OpenFiles
 from compressknow.model.tensors import StoredTensor
 
@@ -141,20 +142,8 @@ def _measure(
 ) -> Iterable[TensorDifference]:
     total = sum(pair.a.tensor.nbytes + pair.b.tensor.nbytes for pair in pairs)
     with Pool(threads) as pool, OpenFiles() as files:
-        reader = Reader(pool, files, _counted(progress, total))
+        reader = Reader(pool, files, counted(progress, total))
         return pool.map(lambda pair: _compared(reader, a, b, pair), pairs)
-
-
-def _counted(progress: Callable[[int, int], None] | None, total: int) -> Progress:
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
-
-    return report
 
 
 def _compared(reader: Reader, a: Side, b: Side, pair: Pair) -> TensorDifference:

@@ -18,6 +18,7 @@ from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.compress.recipe import MANIFEST_NAME
 from compressknow.errors import CheckpointError, VerificationError
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
+from compressknow.model.progress import counted
 from compressknow.model.safetensors_header import read_header, read_metadata
 from compressknow.model.streaming import OpenFiles
 from compressknow.model.tensors import StoredTensor
@@ -90,14 +91,7 @@ def compare_to_manifest(
     stored, differences = _stored(folder, places)
     rows = {name: row for row in manifest["tensors"] for name, row in _expected(row)}
     total = sum(tensor.nbytes for tensor in stored.values())
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
-
+    report = counted(progress, total)
     with Pool(threads) as pool, OpenFiles() as files:
         checks = pool.map(
             lambda name: _compare(

@@ -105,6 +105,7 @@ def _respondents(
 ) -> tuple[Respondent, Respondent]:
     """Both checkpoints, found and hashed; a folder that is given twice is hashed once."""
     from compressknow.engine.identity import fingerprint, locate
+    from compressknow.model.progress import counted
     from compressknow.probe.answers import is_answers_folder
     from compressknow.probe.run import Respondent
 
@@ -118,14 +119,7 @@ def _respondents(
     if first.located.path.resolve() == second.located.path.resolve():
         return first, first
     total = sum(path.stat().st_size for side in (first, second) for path in side.located.files)
-    done = 0
-
-    def read(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
-
+    read = counted(progress, total)
     with ThreadPoolExecutor(2) as pool:
         hashes = pool.map(lambda side: fingerprint(side.located, read), (first, second))
         first.sha256, second.sha256 = hashes
