@@ -125,11 +125,10 @@ def convert(
     ------
     compressknow.errors.CompressknowError : with what is wrong, why, and what to try.
     """
-    from compressknow.compress.convert import convert as convert_checkpoint
-    from compressknow.compress.convert import preview
     from compressknow.compress.recipe import Where, recipe_of
+    from compressknow.compress.staging import refuse_output
     from compressknow.errors import UsageError
-    from compressknow.report.model_card.render import model_card_for
+    from compressknow.model.checkpoint import refuse_no_checkpoint
 
     where = Where((scope,) if isinstance(scope, str) else tuple(scope), tuple(include), tuple(exclude), layers)
     if recipe is None:
@@ -148,6 +147,13 @@ def convert(
         raise UsageError("A recipe says it all: give it or the single options, not both.")
     else:
         chosen = _as_recipe(recipe)
+    # What is wrong is said before torch is imported, which takes seconds.
+    refuse_no_checkpoint(model)
+    refuse_output(Path(output), overwrite=overwrite, source=Path(model))
+    from compressknow.compress.convert import convert as convert_checkpoint
+    from compressknow.compress.convert import preview
+    from compressknow.report.model_card.render import model_card_for
+
     if dry_run:
         return preview(
             model, output, chosen, revision=revision, trust_remote_code=trust_remote_code, overwrite=overwrite

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class CompressknowError(Exception):
     """Something that the user can act on; the command line prints it without a traceback.
@@ -46,3 +49,20 @@ class GateNotMet(CompressknowError):
     """A threshold that the user set was not met."""
 
     exit_code = 3
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The beginning of a hint, where a word is nearly one of those known; otherwise nothing.
+
+    >>> did_you_mean("Atention", ["attention", "final"])
+    'Did you mean attention? '
+    >>> did_you_mean("tail", ["attention", "final"], cutoff=0.8)
+    ''
+    """
+    names = {_folded(name): name for name in known}
+    near = difflib.get_close_matches(_folded(word), names, n=1, cutoff=cutoff)
+    return f"Did you mean {names[near[0]]}? " if near else ""
+
+
+def _folded(word: str) -> str:
+    return word.strip().lower().replace("_", "-")

@@ -12,6 +12,7 @@ from compressknow.cli.compare_page import compare_page
 from compressknow.cli.probe_options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import bytes_bar, facts_bar
 from compressknow.cli.report import command_of
+from compressknow.cli.values import Share
 from compressknow.report.text import json_text
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 @probe_options
 @click.option(
     "--fail-under",
-    type=float,
+    type=Share(),
     metavar="SHARE",
-    help="Exit with 3 if B knows less of what A knows: 0.95 is 95 %. Needs -p.",
+    help="Exit with 3 if B knows less of what A knows: 0.95, or 95%. Needs -p.",
 )
 @click.option("--no-facts", is_flag=True, help="Leave the text of every fact out.")
 @click.option(

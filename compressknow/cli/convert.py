@@ -11,9 +11,9 @@ import click
 import compressknow
 from compressknow.cli.manifest_table import manifest_page
 from compressknow.cli.progress import bytes_bar
+from compressknow.cli.values import OneOf, Share
+from compressknow.compress.recipe import PRUNE_METHODS, SCHEMES
 
-METHODS = ["l1-unstructured", "ln-structured", "random-unstructured", "random-structured"]
-SCHEMES = ["int8", "int8-paper", "int8-weights"]
 # Options that a recipe says instead.
 RECIPE_OPTIONS = {
     *("scope", "include", "exclude", "layers", "prune", "prune_method", "per_layer", "norm", "dim", "seed"),
@@ -33,9 +33,9 @@ RECIPE_OPTIONS = {
 @click.option("--include", multiple=True, metavar="REGEX", help="Keep only modules whose name matches (repeatable).")
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave modules out whose name matches (repeatable).")
 @click.option("--layers", metavar="RANGE", help="Keep only these blocks, such as 0-5 or 0-2,11.")
-@click.option("--prune", type=float, metavar="AMOUNT", help="Zero this share of the weights: 0.2 is 20 %.")
+@click.option("--prune", type=Share(), metavar="AMOUNT", help="Zero this share of the weights: 0.2, or 20%.")
 @click.option(
-    "--prune-method", type=click.Choice(METHODS), default=METHODS[0], show_default=True, help="How to choose them."
+    "--prune-method", type=OneOf(PRUNE_METHODS), default=PRUNE_METHODS[0], show_default=True, help="How to choose them."
 )
 @click.option("--per-layer", is_flag=True, help="The share in each tensor by itself, not one threshold over all.")
 @click.option("--norm", type=float, default=1.0, show_default=True, help="Order of the norm, for ln-structured.")
@@ -49,13 +49,13 @@ RECIPE_OPTIONS = {
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For the random methods.")
 @click.option(
     "--quantize",
-    type=click.Choice(SCHEMES),
+    type=OneOf(SCHEMES),
     help="int8: to deploy (transformers, vLLM). int8-paper: as in the paper's study. int8-weights: activations stay "
     "float.",
 )
 @click.option(
     "--module-map",
-    type=click.Choice(["structural", "paper"]),
+    type=OneOf(["structural", "paper"]),
     default="structural",
     show_default=True,
     help="`paper` counts attention.output.dense of BERT and RoBERTa as feed-forward, as the paper does.",

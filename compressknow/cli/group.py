@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from compressknow.errors import did_you_mean
+
 
 class LazyGroup(click.Group):
     """A group whose commands are named by address, so that `--help` is there at once.
@@ -43,7 +45,8 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, but an unknown command lists those that there are."""
         if not ctx.resilient_parsing and args[0] not in self.commands_at and not args[0].startswith("-"):
-            ctx.fail(f"No such command '{args[0]}'. There are: {', '.join(self.commands_at)}.")
+            near = did_you_mean(args[0], self.commands_at)
+            ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(self.commands_at)}.")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:

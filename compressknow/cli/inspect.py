@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from compressknow.cli.values import OneOf
+
 LISTED = 8
 WIDTH = 80
 DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8"}
@@ -19,7 +21,7 @@ DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8"
 @click.argument("model")
 @click.option(
     "--module-map",
-    type=click.Choice(["structural", "paper"]),
+    type=OneOf(["structural", "paper"]),
     default="structural",
     show_default=True,
     help="`paper` counts attention.output.dense of BERT and RoBERTa as feed-forward, as the paper does.",

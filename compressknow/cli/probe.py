@@ -63,7 +63,9 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
 
 
 def _page(answers: Answers, output: Path) -> Iterator[str]:
-    yield f"{plain(answers.record['model']['name'])}: answers in {output}"
+    model = answers.record["model"]
+    yield f"{plain(model['name'])}: answers in {output}"
+    yield f"Computed on {plain(model['device'], 20)} in {plain(model['computed_in'], 20)}."
     yield ""
     yield COLUMNS
     yield "-" * len(COLUMNS)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressknow.cli.values import OneOf
+
 if TYPE_CHECKING:
     from compressknow.probe.choose import Options
     from compressknow.probe.run import Settings
@@ -50,7 +52,7 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, default=0, show_default=True, help="Of the sample that --limit draws."),
         click.option(
             "--protocol",
-            type=click.Choice(["lama", "paper"]),
+            type=OneOf(["lama", "paper"]),
             default="lama",
             show_default=True,
             help="How LAMA is asked: the official way, or as the paper's authors do.",
@@ -70,10 +72,15 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Path(path_type=Path, exists=True, file_okay=False),
             help="A folder of lm-eval tasks of your own.",
         ),
-        click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, mps."),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="Where the model runs: cpu, cuda, cuda:1, mps, xpu; auto takes cuda, else mps, else cpu.",
+        ),
         click.option(
             "--dtype",
-            type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+            type=OneOf(["float32", "bfloat16", "float16", "auto"]),
             help="What it computes in.  [default: float32 on cpu, else auto: the checkpoint's own]",
         ),
         click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Facts a batch."),

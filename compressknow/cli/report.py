@@ -12,6 +12,7 @@ import click
 from compressknow.cli.probe_options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report_page import report_page
+from compressknow.cli.values import Share
 from compressknow.report.text import json_text
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 )
 @probe_options
 @click.option(
-    "--fail-under", type=float, metavar="SHARE", help="Exit with 3 if less of the knowledge is kept: 0.95 is 95 %."
+    "--fail-under", type=Share(), metavar="SHARE", help="Exit with 3 if less of the knowledge is kept: 0.95, or 95%."
 )
 @click.option("--no-facts", is_flag=True, help="Leave the text of every fact out of the report.")
 @click.option("--time", "timed", is_flag=True, help="Measure speed and memory of each model on this machine too.")

@@ -10,7 +10,7 @@ from types import FrameType
 
 import click
 
-from compressknow.errors import CompressknowError
+from compressknow.errors import CompressknowError, did_you_mean
 
 FAILED = 1
 INTERRUPTED = 130
@@ -26,7 +26,7 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
         _print_error(error.what, error.why, error.hint)
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        (_suggested(error) if isinstance(error, click.NoSuchOption) else error).show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted", err=True)
@@ -41,6 +41,13 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
         )
         return FAILED
     return returned if isinstance(returned, int) else 0
+
+
+def _suggested(error: click.NoSuchOption) -> click.UsageError:
+    """The error with the one option that was probably meant, in place of click's list."""
+    options = [name for option in error.ctx.command.params for name in option.opts] if error.ctx else []
+    near = did_you_mean(error.option_name, [name for name in options if name.startswith("--")])
+    return click.UsageError(f"{error.message} {near}".rstrip(), error.ctx)
 
 
 def _print_error(what: str, *details: str | None) -> None:

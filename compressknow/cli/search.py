@@ -11,6 +11,7 @@ import click
 from compressknow.cli.probe_options import EPILOG, probe_options, ray_options, split_options, split_ray
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
+from compressknow.cli.values import OneOf, Share
 from compressknow.errors import GateNotMet
 from compressknow.report.figures import estimate, size
 from compressknow.report.text import plain
@@ -31,10 +32,10 @@ COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}{'Sparse':>12}"
     required=True,
     help="Folder of the search; one that was stopped goes on where it was.",
 )
-@click.option("--keep", type=float, required=True, metavar="SHARE", help="Knowledge to keep: 0.98 is 98 %.")
+@click.option("--keep", type=Share(), required=True, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
 @click.option(
     "--minimize",
-    type=click.Choice(["sparse-bytes", "bytes", "nonzero"]),
+    type=OneOf(["sparse-bytes", "bytes", "nonzero"]),
     default="sparse-bytes",
     show_default=True,
     help="What to make small: what a sparse store would take, the size on disk, or the weights left.",
@@ -44,12 +45,12 @@ COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}{'Sparse':>12}"
     "--quantize",
     "schemes",
     multiple=True,
-    type=click.Choice(["int8", "int8-weights", "int8-paper"]),
+    type=OneOf(["int8", "int8-weights", "int8-paper"]),
     help="Schemes to choose from (repeatable).  [default: int8, int8-weights]",
 )
 @click.option(
     "--module-map",
-    type=click.Choice(["structural", "paper"]),
+    type=OneOf(["structural", "paper"]),
     default="structural",
     show_default=True,
     help="What counts as attention and feed-forward.",

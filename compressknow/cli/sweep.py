@@ -12,6 +12,7 @@ import click
 from compressknow.cli.probe_options import EPILOG, probe_options, ray_options, split_options, split_ray
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
+from compressknow.cli.values import OneOf
 from compressknow.report.figures import count, estimate, percent
 from compressknow.report.text import plain
 
@@ -53,13 +54,13 @@ one by one:
 @click.option("--grid", default="paper", show_default=True, metavar="paper|FILE.toml", help="Which recipes; see below.")
 @click.option(
     "--module-map",
-    type=click.Choice(["structural", "paper"]),
+    type=OneOf(["structural", "paper"]),
     help="What the paper's grid calls attention and feed-forward.  [default: paper]",
 )
 @click.option(
     "--quantize",
     "scheme",
-    type=click.Choice(["int8", "int8-paper", "int8-weights"]),
+    type=OneOf(["int8", "int8-paper", "int8-weights"]),
     help="Scheme of the paper's grid.  [default: int8-paper]",
 )
 @click.option("--no-facts", is_flag=True, expose_value=False, help="As for report; no page of a study shows a fact.")

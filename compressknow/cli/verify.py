@@ -23,6 +23,10 @@ def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool)
 
     The exit code is 1 where anything differs. The model card, README.md, may be edited and is not compared.
     """
+    from compressknow.compress.staging import refuse_unconverted
+
+    # Said before torch is imported, which takes a second.
+    refuse_unconverted(folder)
     from compressknow.compress.verify import compare_to_manifest, raise_if_different
 
     with bytes_bar("Verifying") as progress:

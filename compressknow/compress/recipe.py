@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from compressknow.errors import UsageError
+from compressknow.errors import UsageError, did_you_mean
+from compressknow.model.scopes import check_patterns, check_scope_names, layer_ranges
 from compressknow.model.structure import ModuleMap
 
 PruneMethod = Literal["l1-unstructured", "ln-structured", "random-unstructured", "random-structured"]
@@ -32,12 +33,24 @@ PAPER_SCOPES = {
 
 @dataclass(frozen=True)
 class Where:
-    """The Linear weights that a step acts on: a union of scopes, narrowed by module names and block numbers."""
+    """The Linear weights that a step acts on: a union of scopes, narrowed by module names and block numbers.
+
+    A text of `scope` may name several, with commas between them. What no model could have is refused here, before any
+    is looked at.
+    """
 
     scope: tuple[str, ...] = ("overall",)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: str | None = None
+
+    def __post_init__(self) -> None:
+        scopes = tuple(dict.fromkeys(name.strip() for text in self.scope for name in text.split(",")))
+        check_scope_names(scopes)
+        check_patterns(self.include, self.exclude)
+        if self.layers is not None:
+            layer_ranges(self.layers)
+        object.__setattr__(self, "scope", scopes)
 
     @property
     def label(self) -> str:
@@ -70,10 +83,12 @@ class Prune:
         if not _is_number(self.amount) or not 0 < self.amount < 1:
             raise UsageError(
                 f"The pruning amount must lie between 0 and 1, both excluded: {self.amount!r}.",
-                hint="0.2 prunes 20 % of the weights; leave pruning out to prune none.",
+                hint=f"{_as_a_share(self.amount)}0.2 prunes 20 % of the weights; leave pruning out to prune none.",
             )
         if self.method not in PRUNE_METHODS:
-            raise UsageError(f"Unknown pruning method {self.method!r}.", hint=f"There is {', '.join(PRUNE_METHODS)}.")
+            near = did_you_mean(str(self.method), PRUNE_METHODS)
+            hint = f"{near}There is {', '.join(PRUNE_METHODS)}."
+            raise UsageError(f"Unknown pruning method {self.method!r}.", hint=hint)
         if not _is_number(self.norm) or not self.norm > 0:
             raise UsageError(f"The norm must be a number above 0 (inf for the largest magnitude): {self.norm!r}.")
         if not _is_whole(self.dim) or self.dim not in (0, 1):
@@ -106,7 +121,8 @@ class Quantize:
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
-            raise UsageError(f"Unknown scheme {self.scheme!r}.", hint=f"There is {', '.join(SCHEMES)}.")
+            hint = f"{did_you_mean(str(self.scheme), SCHEMES)}There is {', '.join(SCHEMES)}."
+            raise UsageError(f"Unknown scheme {self.scheme!r}.", hint=hint)
 
 
 Step = Prune | Quantize
@@ -212,7 +228,9 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
     where = {key: _strings(values.pop(key), key, origin) for key in sorted(names & set(values))}
     known = {f.name for f in fields(kind)} - {"where"}
     if unknown := sorted(set(values) - known):
-        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"There is {', '.join(sorted(known | names))}.")
+        near = did_you_mean(unknown[0], sorted(known | names))
+        hint = f"{near}There is {', '.join(sorted(known | names))}."
+        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
     if not isinstance(values.get("per_layer", False), bool):
         raise UsageError(f"{origin}: per_layer must be true or false.")
     return kind(**values, where=Where(**where))
@@ -226,6 +244,11 @@ def _strings(value: Any, key: str, origin: str) -> Any:
     if key != "layers" and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     raise UsageError(f"{origin}: {key} must be {'text such as 0-5' if key == 'layers' else 'a list of text'}.")
+
+
+def _as_a_share(amount: Any) -> str:
+    """A number that was meant as percent."""
+    return f"Did you mean {amount:g}%, which is {amount / 100:g}? " if _is_number(amount) and 1 <= amount < 100 else ""
 
 
 def _is_whole(value: Any) -> bool:

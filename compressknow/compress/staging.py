@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from compressknow.compress.recipe import MANIFEST_NAME
-from compressknow.errors import OutputError
+from compressknow.errors import CheckpointError, OutputError
 
 LOCK_NAME = ".lock"
 COPY_BYTES = 1 << 20
@@ -118,6 +118,16 @@ def refuse_output(output: Path, *, overwrite: bool, source: Path | None) -> None
         raise OutputError(
             f"{output} was not written by compressknow (it has no {MANIFEST_NAME}): not overwritten.",
             hint="Remove it yourself, or choose another OUTPUT.",
+        )
+
+
+def refuse_unconverted(folder: Path) -> None:
+    """Raise CheckpointError where a folder has no manifest."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder.", hint="Give one that `compressknow convert` wrote.")
+    if not (folder / MANIFEST_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST_NAME}.", hint="verify takes a folder that `compressknow convert` wrote."
         )
 
 

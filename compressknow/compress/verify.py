@@ -16,6 +16,7 @@ from compressknow.compress.manifest import SCHEMA, counts_of
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.compress.recipe import MANIFEST_NAME
+from compressknow.compress.staging import refuse_unconverted
 from compressknow.errors import CheckpointError, VerificationError
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
 from compressknow.model.progress import counted
@@ -108,12 +109,7 @@ def compare_to_manifest(
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder.", hint="Give one that `compressknow convert` wrote.")
-    if not (folder / MANIFEST_NAME).is_file():
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST_NAME}.", hint="verify takes a folder that `compressknow convert` wrote."
-        )
+    refuse_unconverted(folder)
     manifest = read_json(folder / MANIFEST_NAME)
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(

@@ -131,15 +131,27 @@ def _read_weights(path: Path) -> dict[str, StoredTensor]:
     return read_header(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
 
-def _resolve(model: str | Path, revision: str | None, weights: bool) -> tuple[Path, str | None]:
+def refuse_no_checkpoint(model: str | Path) -> None:
+    """Raise CheckpointError where `model` can be neither a checkpoint folder nor a hub id; looks into no file."""
     path = Path(model)
     if path.is_dir():
-        return path, None
+        return
+    if path.suffix == ".gguf":
+        missing = "" if path.exists() else ", and there is no such file"
+        raise CheckpointError(
+            f"{model} is a GGUF file, which is quantized already{missing}.",
+            hint="Give the checkpoint folder that it was made from. `probe` and `report` take GGUF files as they are.",
+        )
     if path.exists():
         raise CheckpointError(f"{model} is a file, not a checkpoint folder.", hint=f"Give its folder: {path.parent}")
     if isinstance(model, Path) or not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such folder.", hint="Give a checkpoint's folder, or a hub id (org/name).")
-    return _download(model, revision, weights)
+
+
+def _resolve(model: str | Path, revision: str | None, weights: bool) -> tuple[Path, str | None]:
+    refuse_no_checkpoint(model)
+    path = Path(model)
+    return (path, None) if path.is_dir() else _download(str(model), revision, weights)
 
 
 def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, str]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from compressknow.errors import UnsupportedError, UsageError
+from compressknow.errors import UnsupportedError, UsageError, did_you_mean
 from compressknow.model.structure import LinearWeight, Structure
 
 Action = Literal["prune", "quantize"]
@@ -26,7 +26,29 @@ SCOPES: dict[str, Callable[[LinearWeight, Action], bool]] = {
     "encoder": lambda weight, _: weight.stack == "encoder" and weight.group not in (None, "final"),
     "decoder": lambda weight, _: weight.stack == "decoder" and weight.group not in (None, "final"),
 }
+# What others call them, for hints.
+OTHER_WORDS = {
+    **dict.fromkeys(("mlp", "ffn", "ff"), "feed-forward"),
+    **dict.fromkeys(("attn", "att"), "attention"),
+    **dict.fromkeys(("lm_head", "head"), "final"),
+    **dict.fromkeys(("all", "everything"), "overall"),
+}
 SHOWN = 8
+
+
+def check_scope_names(scopes: Iterable[str]) -> None:
+    """Raise UsageError for a name that is no scope of any model."""
+    for scope in scopes:
+        if scope not in SCOPES:
+            other = OTHER_WORDS.get(scope.lower())
+            near = f"Did you mean {other}? " if other else did_you_mean(scope, SCOPES)
+            raise UsageError(f'There is no scope "{scope}".', hint=f"{near}There is {', '.join(SCOPES)}.")
+
+
+def check_patterns(include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Raise UsageError for what is no regular expression."""
+    _compile("--include", include)
+    _compile("--exclude", exclude)
 
 
 def scope_names(structure: Structure) -> tuple[str, ...]:
@@ -67,7 +89,9 @@ def select(
     UnsupportedError : a scope cannot be told, or not be compressed, in full: layers that no rule places, or matrices
         that are no Linear layers.
     """
-    _check_names(structure, scopes)
+    if not scopes:
+        raise UsageError("No scope is given.", hint=_there_is(structure))
+    check_scope_names(scopes)
     includes, excludes = _compile("--include", include), _compile("--exclude", exclude)
     in_scope = [w for w in structure.linears if any(SCOPES[scope](w, action) for scope in scopes)]
     unplaced = [w for w in structure.linears if w.group is None]
@@ -91,14 +115,6 @@ def select(
 
 def _matches(weight: LinearWeight, patterns: Patterns) -> bool:
     return any(pattern.search(weight.module) for pattern in patterns)
-
-
-def _check_names(structure: Structure, scopes: Sequence[str]) -> None:
-    if not scopes:
-        raise UsageError("No scope is given.", hint=_there_is(structure))
-    for scope in scopes:
-        if scope not in SCOPES:
-            raise UsageError(f'There is no scope "{scope}".', hint=_there_is(structure))
 
 
 def _check_scopes(structure: Structure, scopes: Sequence[str], action: Action, any_unplaced: bool) -> None:
@@ -178,19 +194,30 @@ def _example(names: list[str]) -> str:
     return r"\.".join(names[0].split(".")[-2:])
 
 
+def layer_ranges(layers: str) -> dict[str, range]:
+    """What ``0-2,5`` names, part by part. Raises UsageError where it is no such text."""
+    ranges: dict[str, range] = {}
+    for part in layers.split(","):
+        limits = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII)
+        if limits is None or len(part) > 20:
+            raise UsageError(f"{layers!r} is no range of layers.", hint="Write 0-5, 3 or 0-2,5.")
+        first = int(limits.group(1))
+        last = int(limits.group(2) or first)
+        if last < first:
+            raise UsageError(f"{part.strip()!r} is no range of layers.", hint=f"Write {last}-{first}.")
+        ranges[part.strip()] = range(first, last + 1)
+    return ranges
+
+
 def _in_layers(weights: list[LinearWeight], layers: str) -> list[LinearWeight]:
     there = {w.layer for w in weights if w.layer is not None}
     known = f"The scope has blocks {min(there)}-{max(there)}." if there else "The scope has no blocks."
     wanted: set[int] = set()
-    for part in layers.split(","):
-        limits = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if limits is None:
-            raise UsageError(f"{layers!r} is no range of layers.", hint="Write 0-5, 3 or 0-2,5. " + known)
-        first = int(limits.group(1))
-        numbers = range(first, int(limits.group(2) or first) + 1)
-        if not any(number in there for number in numbers):
-            raise UsageError(f"No layer of the scope lies in {part.strip()!r}.", hint=known)
-        wanted |= there.intersection(numbers)
+    for part, numbers in layer_ranges(layers).items():
+        inside = {number for number in there if number in numbers}
+        if not inside:
+            raise UsageError(f"No layer of the scope lies in {part!r}.", hint=known)
+        wanted |= inside
     return [w for w in weights if w.layer in wanted]
 
 

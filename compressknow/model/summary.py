@@ -36,11 +36,12 @@ def inspect_checkpoint(
     CheckpointError : the checkpoint is missing or damaged, or its config describes no model that can be built.
     """
     from compressknow.model.checkpoint import open_checkpoint
-    from compressknow.model.groups import structure_of
-    from compressknow.model.meta import meta_model
 
     # Of a hub id the config alone: nobody wants to download a model to count its parameters.
     checkpoint = open_checkpoint(model, revision, weights=Path(model).exists())
+    from compressknow.model.groups import structure_of
+    from compressknow.model.meta import meta_model
+
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure = structure_of(tree, module_map)
     if not checkpoint.tensors:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from compressknow.errors import UsageError
+from compressknow.errors import UsageError, did_you_mean
 from compressknow.probe.prompts import OBJECT
 
 KEYS = (
@@ -99,9 +98,8 @@ def parse_columns(options: Iterable[str]) -> dict[str, str]:
 def check_key(key: str) -> None:
     """Raises UsageError for a key that is none of `KEYS`."""
     if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, n=1)
-        suggestion = f"Did you mean {near[0]}? " if near else ""
-        raise UsageError(f"--map: unknown key {key!r}.", hint=f"{suggestion}The keys are {', '.join(KEYS)}.")
+        near = did_you_mean(key, KEYS)
+        raise UsageError(f"--map: unknown key {key!r}.", hint=f"{near}The keys are {', '.join(KEYS)}.")
 
 
 def choose_columns(there: Iterable[str], given: Mapping[str, str], where: str) -> Columns:

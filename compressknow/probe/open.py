@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, cast
 
-from compressknow.errors import UsageError
+from compressknow.errors import UsageError, did_you_mean
 from compressknow.probe.bear import METADATA, bear, is_bear
 from compressknow.probe.bear import WHERE_FROM as BEAR_FROM
 from compressknow.probe.builtin import atlas
@@ -16,6 +16,7 @@ from compressknow.probe.hub import hub_facts
 from compressknow.probe.lama import PROTOCOLS, SETS, holds_set, lama
 from compressknow.probe.lama import WHERE_FROM as LAMA_FROM
 from compressknow.probe.own_facts import own_facts
+from compressknow.probe.task_index import COLUMNS
 
 _FIXED = ("atlas", *(f"lama:{name}" for name in SETS), "bear")
 KNOWN = (*_FIXED, "facts:FILE.jsonl", "hf:DATASET", "lm-eval:TASK")
@@ -89,9 +90,19 @@ def _facts_file(path: Path) -> Path:
 
 
 def _unknown(name: str) -> UsageError:
-    near = difflib.get_close_matches(name.lower(), _FIXED, n=1, cutoff=0.5)
-    suggestion = f"Did you mean {near[0]}? " if near else ""
-    return UsageError(f"Unknown probe {name!r}.", hint=f"{suggestion}There is {', '.join(KNOWN)}.")
+    return UsageError(f"Unknown probe {name!r}.", hint=f"{_suggestion(name)}There is {', '.join(KNOWN)}.")
+
+
+def _suggestion(name: str) -> str:
+    """What a name without its kind may be meant for."""
+    suffix = Path(name).suffix.lower()
+    if suffix == ".jsonl":
+        return f"Did you mean facts:{name}? "
+    if suffix in (".json", ".csv", ".parquet") or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return f"Did you mean hf:{name}? "
+    if name.lower() in COLUMNS:
+        return f"Did you mean lm-eval:{name.lower()}? "
+    return did_you_mean(name, _FIXED, cutoff=0.5)
 
 
 def _lama_folder(data: Path | None, name: str) -> Path:

@@ -11,14 +11,15 @@ from typing import Any
 from compressknow.errors import UsageError
 from compressknow.probe.facts import BLANK, Fact, Probe
 from compressknow.probe.jsonl import json_lines
-from compressknow.probe.prompts import OBJECT, SUBJECT, fill
+from compressknow.probe.prompts import OBJECT, SUBJECT, ends_open, fill, with_blank
 from compressknow.probe.subjects import GENERAL
 
 PROTOCOL = "facts/1"
 SCHEMA = f"""\
 One JSON object a line, in UTF-8; blank lines are skipped. Each needs
 
-  prompt      a sentence with the object's place as one {BLANK}: "The capital of France is {BLANK}."
+  prompt      a sentence with the object's place as one {BLANK}: "The capital of France is {BLANK}."; for causal
+              models its beginning is enough, "The capital of France is": the object comes next
   obj_label   the object: "Paris"
 
 or, in place of the prompt,
@@ -131,7 +132,9 @@ def _missing(row: dict[str, Any]) -> list[str]:
 def _wrong_prompt(row: dict[str, Any]) -> list[str]:
     if "prompt" in row:
         count = row["prompt"].count(BLANK)
-        return [] if count == 1 else [f"prompt: holds {BLANK} {count} times, not once"]
+        if count == 1 or (count == 0 and ends_open(row["prompt"])):
+            return []
+        return [f"prompt: holds {BLANK} {count} times, not once"]
     if "template" not in row:
         return []
     if SUBJECT not in row["template"] or row["template"].count(OBJECT) != 1 or BLANK in row["template"]:
@@ -152,6 +155,10 @@ def _wrong_candidates(row: dict[str, Any]) -> list[str]:
     return []
 
 
+def _prompt(prompt: str) -> str:
+    return prompt if BLANK in prompt else with_blank(prompt)
+
+
 def _fact(
     row: dict[str, Any], number: int, probe: str, stem: str, shared: dict[tuple[str, ...], tuple[str, ...]]
 ) -> Fact:
@@ -164,7 +171,7 @@ def _fact(
         subject=row.get("subject", GENERAL),
         sub_label=subject,
         obj_label=row["obj_label"],
-        prompt=row["prompt"] if "prompt" in row else fill(row["template"], subject),
+        prompt=_prompt(row["prompt"]) if "prompt" in row else fill(row["template"], subject),
         candidates=shared.setdefault(candidates, candidates) if candidates else None,
         popularity=row.get("popularity"),
     )

@@ -10,6 +10,8 @@ from compressknow.errors import UsageError
 from compressknow.probe.facts import BLANK
 
 SUBJECT, OBJECT = "[X]", "[Y]"
+# What a word follows without a space.
+OPENING = ("(", "[", "{", "“", "‘", "«", "„", "¿", "¡")
 
 
 def fill(template: str, subject: str) -> str:
@@ -37,6 +39,28 @@ def pick(templates: Sequence[str], number: int, where: str) -> str:
         there = "There is 1 template" if len(templates) == 1 else f"There are {len(templates)} templates"
         raise UsageError(f"{where} has no template {number}.", hint=f"{there}, counted from 1.")
     return templates[number - 1]
+
+
+def ends_open(prompt: str) -> bool:
+    """Whether a prompt without a blank is the beginning of a sentence, so that its object comes next: it ends in a
+    word or a comma, and marks no other place.
+
+    >>> [ends_open(prompt) for prompt in ("The capital of France is", "Paris is the capital of .", "___ is in France")]
+    [True, False, False]
+    """
+    marked = re.search(r"\[\w+\]|<[^<>\s]+>|_{2,}|\{\w*\}|\.{3}|…", prompt)
+    return marked is None and not prompt.rstrip().endswith((".", "!", "?", ";"))
+
+
+def with_blank(prompt: str) -> str:
+    """The prompt with a blank at its end.
+
+    >>> with_blank("The capital of France is"), with_blank('France calls its capital "')
+    ('The capital of France is [MASK]', 'France calls its capital "[MASK]')
+    """
+    prompt = prompt.rstrip()
+    follows = prompt.endswith(OPENING) or (prompt.endswith('"') and prompt.count('"') % 2 == 1)
+    return f"{prompt}{'' if follows else ' '}{BLANK}"
 
 
 def wrong_blanks(prompt: str) -> str | None:

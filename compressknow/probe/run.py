@@ -7,12 +7,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow import __version__
+from compressknow.engine.device import AUTO, CPU, check_device, device_of
 from compressknow.engine.identity import Located, describe, fingerprint
 from compressknow.errors import OutputError, UsageError
 from compressknow.probe.answers import (
@@ -43,23 +44,39 @@ Bar = Callable[[str], contextlib.AbstractContextManager[Progress | None]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is run. Float32 on the CPU by default, so that answers do not depend on a batch's rounding."""
+    """How a model is run. Float32 on the CPU by default, so that answers do not depend on a batch's rounding.
 
-    device: str = "cpu"
+    `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
+    those of another: logits differ in their last digits.
+    """
+
+    device: str = AUTO
     dtype: str | None = None
     batch_size: int = BATCH_SIZE
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        check_device(self.device)
+
+    def here(self) -> Settings:
+        """These settings with the device that they mean on this machine; imports torch."""
+        return replace(self, device=device_of(self.device))
+
     @property
     def computed_in(self) -> str:
-        return self.dtype or ("float32" if self.device == "cpu" else "auto")
+        return self.dtype or ("float32" if self.device == CPU else "auto")
 
 
 class Respondent:
     """A model that is asked: found and hashed at once, loaded when the first question comes."""
 
     def __init__(self, located: Located, settings: Settings) -> None:
-        self.located, self.settings = located, settings
+        self.located, self._settings = located, settings
+
+    @cached_property
+    def settings(self) -> Settings:
+        """With the device of this machine. Raises UsageError where it has no such device."""
+        return self._settings.here()
 
     @cached_property
     def sha256(self) -> str:

@@ -96,7 +96,7 @@ def _ask(
         folder = folder_of(keep_in, respondent.sha256, reference)
         answers = probe_model(respondent, asked, folder, reference=reference, bar=bar, wait=True)
         respondent.release()
-        gathered.append(_with_speed(answers, measure(respondent.located, settings)) if timed else answers)
+        gathered.append(_with_speed(answers, measure(respondent.located, respondent.settings)) if timed else answers)
     return gathered[0], gathered[1:]
 
 

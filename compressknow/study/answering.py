@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from compressknow.compress.variant import VariantMaker
 from compressknow.engine.identity import locate
 from compressknow.engine.load import load_tokenizer
 from compressknow.errors import CompressknowError
@@ -20,6 +20,9 @@ from compressknow.probe.run import Bar, Respondent, Settings, is_answered, probe
 from compressknow.probe.tasks import Task
 from compressknow.study.grid import Cell
 from compressknow.study.respondent import CellRespondent
+
+if TYPE_CHECKING:
+    from compressknow.compress.variant import VariantMaker
 
 
 class Subject:
@@ -32,10 +35,16 @@ class Subject:
                 f"{model} is a GGUF file: it is quantized already, and cannot be converted.",
                 hint="Give the checkpoint folder that it was made from.",
             )
-        self.original = Respondent(located, settings)
-        self.maker = VariantMaker(located.path, trust_remote_code=settings.trust_remote_code)
+        self.original, self._trusted = Respondent(located, settings), settings.trust_remote_code
         self._written: dict[str, Questions] = {}
         self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
+
+    @cached_property
+    def maker(self) -> VariantMaker:
+        """Makes the cells; it is opened when it is first needed, for it needs torch."""
+        from compressknow.compress.variant import VariantMaker
+
+        return VariantMaker(self.original.located.path, trust_remote_code=self._trusted)
 
     def __enter__(self) -> Subject:
         return self
@@ -43,7 +52,8 @@ class Subject:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.maker.__exit__(kind, error, trace)
+        if "maker" in self.__dict__:
+            self.maker.__exit__(kind, error, trace)
 
     def ask_original(self, probes: Sequence[Probe | Task], folder: Path, bar: Bar | None = None) -> Answers:
         """The original's answers, kept in `folder`."""

@@ -19,17 +19,22 @@ ORIGINAL, CELLS, MODELS = "original", "cells", "models"
 SCHEMA_VERSION = 1
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raise OutputError where a folder is a file, or holds something that is no study."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file.", hint="A study is kept in a folder; choose another name.")
+    if not (folder / RECORD).is_file() and folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(f"{folder} exists already, and is no study.", hint="Choose a new folder for the study.")
+
+
 @contextmanager
 def claim(folder: Path, original: Respondent) -> Iterator[None]:
     """Take a folder for a study of this model: a new one, or one that holds such a study already.
 
     Raises OutputError where it is a file, holds something else, a study of another model or version, or is in use.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file.", hint="A study is kept in a folder; choose another name.")
+    refuse_foreign(folder)
     record = folder / RECORD
-    if not record.is_file() and folder.is_dir() and any(folder.iterdir()):
-        raise OutputError(f"{folder} exists already, and is no study.", hint="Choose a new folder for the study.")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = take(folder, wait=False)
     try:

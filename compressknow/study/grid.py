@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme, Where, recipe_of
-from compressknow.errors import CompressknowError, UsageError
+from compressknow.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.model.scopes import scope_names
 from compressknow.model.structure import ModuleMap, Structure
 
@@ -104,7 +104,8 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
 
 def _product(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Recipe]]:
     if unknown := sorted(set(axes) - set(AXES)):
-        raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"There is {', '.join(AXES)}.")
+        near = did_you_mean(unknown[0], AXES)
+        raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"{near}There is {', '.join(AXES)}.")
     for name, axis in axes.items():
         if not isinstance(axis, list) or not axis:
             raise UsageError(f"{path}: the axis {name} must be a list, and not empty.", hint=FORMAT)
@@ -130,8 +131,10 @@ def _named(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe]:
     if "steps" in point:
         return name, Recipe.from_dict(point, where)
     if unknown := sorted(set(point) - set(AXES)):
+        near = did_you_mean(unknown[0], AXES)
         raise UsageError(
-            f"{where}: unknown key {unknown[0]!r}.", hint=f"There is name, {', '.join(AXES)}, or the steps of a recipe."
+            f"{where}: unknown key {unknown[0]!r}.",
+            hint=f"{near}There is name, {', '.join(AXES)}, or the steps of a recipe.",
         )
     if not _does_something(point):
         raise UsageError(f"{where}: it neither prunes nor quantizes.", hint=FORMAT)

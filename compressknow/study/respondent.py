@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from compressknow import __version__
-from compressknow.compress.variant import VariantMaker
 from compressknow.engine.identity import describe_variant
 from compressknow.engine.language_model import LanguageModel, language_model_of
 from compressknow.probe.ask import Questions
@@ -20,6 +19,8 @@ from compressknow.study.grid import Cell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from compressknow.compress.variant import VariantMaker
 
 
 class CellRespondent(Respondent):

@@ -14,7 +14,7 @@ from compressknow.probe.run import Bar, Settings, refuse_twins
 from compressknow.report.card.make import compare, make_card, model_facts
 from compressknow.report.search.records import Search, Tried
 from compressknow.study.answering import Subject
-from compressknow.study.folder import claim
+from compressknow.study.folder import claim, refuse_foreign
 from compressknow.study.grid import Cell
 from compressknow.study.halves import Asked, parts_of
 from compressknow.study.judge import Aim, confirm, level, may_meet, meets, promising
@@ -86,10 +86,11 @@ def search(
     from compressknow.report.search.pages import write_search
 
     aim, folder = Aim(keep, minimize), Path(output)
-    require_optuna()
+    refuse_foreign(folder)
     asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
     refuse_twins(asked)
     parts = [parts_of(probe, seed) for probe in asked]
+    require_optuna()
     with (
         Subject(model, settings or Settings(), revision=revision) as subject,
         claim(folder, subject.original),

@@ -13,7 +13,7 @@ from compressknow.probe.choose import DEFAULT, Options, open_all
 from compressknow.probe.run import Bar, Settings, refuse_twins
 from compressknow.report.study.records import Study
 from compressknow.study.answering import Subject
-from compressknow.study.folder import CELLS, MODELS, ORIGINAL, claim
+from compressknow.study.folder import CELLS, MODELS, ORIGINAL, claim, refuse_foreign
 from compressknow.study.grid import PAPER_SCHEME, Cell, paper_grid, read_grid
 from compressknow.study.results import CellResult, study_of
 from compressknow.study.running import Batch, RayOptions, runner
@@ -75,6 +75,7 @@ def sweep(
     from compressknow.report.study.write import write_study
 
     folder = Path(output)
+    refuse_foreign(folder)
     asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
     refuse_twins(asked)
     with Subject(model, settings or Settings(), revision=revision) as subject:

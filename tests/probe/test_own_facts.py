@@ -191,3 +191,30 @@ def test_what_a_line_says_is_what_is_asked(drawn: list[tuple[dict[str, Any], lis
         assert fact.sub_label == line.get("sub_label", "")
         assert fact.popularity == line.get("popularity")
         assert list(fact.candidates or ()) == line.get("candidates", [])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("The capital of France is", "The capital of France is [MASK]"),
+        ("The capital of France is ", "The capital of France is [MASK]"),
+        ('They said: "', 'They said: "[MASK]'),
+        ("Question: Where is Paris?\nAnswer:", "Question: Where is Paris?\nAnswer: [MASK]"),
+    ],
+)
+def test_a_prompt_that_is_the_beginning_of_a_sentence_gets_its_blank_at_the_end(
+    prompt: str, asked: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "facts.jsonl"
+    file.write_text(json.dumps({"prompt": prompt, "obj_label": "Paris"}) + "\n", encoding="utf-8")
+    assert own_facts(file).facts[0].prompt == asked
+
+
+@pytest.mark.parametrize("prompt", ["It is [Y] in France", "It is <mask> here", "It is ___ of all", "It is {} of all"])
+def test_a_blank_written_in_another_way_is_not_taken_for_the_beginning_of_a_sentence(
+    prompt: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "facts.jsonl"
+    file.write_text(json.dumps({"prompt": prompt, "obj_label": "Paris"}) + "\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="0 times"):
+        own_facts(file)

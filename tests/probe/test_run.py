@@ -177,7 +177,7 @@ def test_another_way_of_running_asks_anew(place: Path, tmp_path: Path, settings:
     answers = ask(place / "llama", tmp_path / "a", place / "facts.jsonl", settings)
     assert len(loads) == 2
     assert len(answers.answers) == 64
-    assert answers.record["model"]["computed_in"] == settings.computed_in
+    assert answers.record["model"]["computed_in"] == settings.here().computed_in
 
 
 def test_one_folder_holds_several_probes_and_a_new_one_leaves_the_others(

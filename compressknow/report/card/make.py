@@ -72,7 +72,7 @@ def check_gate(fail_under: float | None) -> None:
     if fail_under is not None and not 0 <= fail_under <= 1:
         raise UsageError(
             f"The least share of knowledge kept must lie between 0 and 1: {fail_under:g}.",
-            hint="--fail-under 0.95 asks for 95 %.",
+            hint="0.95, or 95%, asks for 95 %.",
         )
 
 

@@ -1,0 +1,103 @@
+"""Wrong requests are answered at once, before torch is imported, and with what was probably meant."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from tests.models import save_tiny
+
+# Runs each command line of stdin in one process; torch, once imported, would show from there on.
+RUN_ALL = """
+import contextlib, io, json, sys
+from compressknow.cli import main
+for args in json.load(sys.stdin):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        code = main(args)
+    print(json.dumps([code, err.getvalue(), sorted({"torch", "transformers", "datasets"} & set(sys.modules))]))
+"""
+
+
+class Case(NamedTuple):
+    """`{}` in the arguments is the folder of the test."""
+
+    args: str
+    says: str
+
+
+CASES = [
+    Case("convert {}/model {}/new --prune 20", "Did you mean 20%, which is 0.2?"),
+    Case("convert {}/model {}/new --prune 0", "between 0 and 1"),
+    Case("convert {}/model {}/new --prune abc", "write 0.2 or 20%"),
+    Case("convert {}/model {}/new", "Nothing to do"),
+    Case("convert {}/model {}/new --prune 20% --scope atention", "Did you mean attention?"),
+    Case("convert {}/model {}/new --prune 20% --scope attention,mlp", "Did you mean feed-forward?"),
+    Case("convert {}/model {}/new --prune 20% --prune-method l1-unstructurd", "Did you mean l1-unstructured?"),
+    Case("convert {}/model {}/new --quantize int8-wieghts", "Did you mean int8-weights?"),
+    Case("convert {}/model {}/new --prun 20%", "Did you mean --prune?"),
+    Case("convert {}/model {}/new --prune 20% --layers 5-", "is no range of layers"),
+    Case("convert {}/model {}/new --prune 20% --layers 5-2", "Write 2-5."),
+    Case("convert {}/model {}/new --prune 20% --include (", "is no regular expression"),
+    Case("convert {}/model {}/there --prune 20%", "exists already"),
+    Case("convert {}/model {}/model --prune 20%", "is the input itself"),
+    Case("convert {}/nowhere {}/new --prune 20%", "no such folder"),
+    Case("convert {}/model {}/new --recipe {}/nowhere.toml", "no such recipe"),
+    Case("convert {}/model {}/new --recipe {}/wrong.toml", "Did you mean scope?"),
+    Case("convert {}/some.gguf {}/new --prune 20%", "Give the checkpoint folder that it was made from"),
+    Case("convrt {}/model {}/new", "Did you mean convert?"),
+    Case("inspect {}/nowhere", "no such folder"),
+    Case("inspect {}/some.gguf", "Give the checkpoint folder that it was made from"),
+    Case("verify {}/nowhere", "no such folder"),
+    Case("verify {}/model", "has no compressknow.json"),
+    Case("probe {}/model -o {}/new -p atlass", "Did you mean atlas?"),
+    Case("probe {}/model -o {}/new -p boolq", "Did you mean lm-eval:boolq?"),
+    Case("probe {}/model -o {}/new -p trex", "Did you mean lama:trex?"),
+    Case("probe {}/model -o {}/new -p mine/facts.jsonl", "Did you mean facts:mine/facts.jsonl?"),
+    Case("probe {}/model -o {}/new -p facts:{}/nowhere.jsonl", "There is no file"),
+    Case("probe {}/nowhere -o {}/new", "no such folder"),
+    Case("probe {}/model -o {}/new --device gpu", "Did you mean cuda?"),
+    Case("probe {}/model -o {}/new --dtype float23", "Did you mean float32?"),
+    Case("report {}/model {}/nowhere", "no such folder"),
+    Case("report {}/model {}/model -o {}/report.pdf", ".html, .md"),
+    Case("report {}/model {}/model -o {}/there.html", "exists already"),
+    Case("report {}/model {}/model --fail-under 95", "95%"),
+    Case("compare {}/model {}/nowhere", "no such folder"),
+    Case("sweep {}/model -o {}/new --grid {}/nowhere.toml", "no such grid"),
+    Case("sweep {}/model -o {}/new --grid {}/grid.toml", "Did you mean scope?"),
+    Case("sweep {}/model -o {}/model", "is no study"),
+    Case("search {}/model -o {}/new --keep 98", "95%"),
+    Case("search {}/model -o {}/model --keep 98%", "is no study"),
+]
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, tuple[int, str, list[str]]]:
+    """The exit code of each case, what it said, and which slow libraries were imported up to then."""
+    place = tmp_path_factory.mktemp("place")
+    save_tiny("bert", place / "model")
+    (place / "there").mkdir()
+    (place / "there.html").touch()
+    (place / "some.gguf").write_bytes(b"GGUF")
+    (place / "wrong.toml").write_text("[[steps]]\nscop = 'final'\nquantize = 'int8'\n", encoding="utf-8")
+    (place / "grid.toml").write_text("[axes]\nscop = ['attention']\nprune = [0.2]\n", encoding="utf-8")
+    lines = [[word.replace("{}", str(place)) for word in case.args.split()] for case in CASES]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL], input=json.dumps(lines), capture_output=True, text=True, check=True
+    )
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.args)
+def test_wrong_request_is_answered_before_torch_is_imported(
+    case: Case, answered: dict[Case, tuple[int, str, list[str]]]
+) -> None:
+    code, said, imported = answered[case]
+    assert code in (1, 2)
+    assert case.says in " ".join(said.split())
+    assert "fault of compressknow" not in said
+    assert imported == []
