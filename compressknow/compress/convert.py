@@ -20,7 +20,7 @@ from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
 from compressknow.compress.prune import Mask, choose
 from compressknow.compress.quantize import quantization_config
 from compressknow.compress.recipe import MANIFEST_NAME, Prune, Recipe
-from compressknow.compress.staging import Staging, copy_file, refuse_output, write_file
+from compressknow.compress.staging import Staging, clean, refuse_output
 from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, open_checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.meta import meta_model
@@ -93,6 +93,7 @@ def convert(
     OutputError : the output exists, overlaps the input, or cannot be written.
     """
     output = Path(output)
+    clean(output)
     refuse_output(output, overwrite=overwrite, source=Path(model))
     plan = plan_conversion(model, recipe, revision=revision, trust_remote_code=trust_remote_code)
     layout = lay_out(plan.tensors, plan.checkpoint.shards)
@@ -104,21 +105,22 @@ def convert(
         OpenFiles() as files,
     ):
         outputs = OutputFiles(staging.folder, layout)
+        staging.expect(layout.sizes)
         try:
             work = Work(pool, files, _Reporter(progress, _bytes_to_read(plan)), outputs)
             hashes, measured = _write_weights(work, plan, choose_masks(work, plan))
             outputs.sync(pool)
         finally:
             outputs.close()
-        written = {"config.json": write_file(staging.folder / "config.json", _json(output_config(plan)))}
+        written = {"config.json": staging.write("config.json", _json(output_config(plan)))}
         if layout.index:
-            written[SAFETENSORS_INDEX] = write_file(staging.folder / SAFETENSORS_INDEX, _json(layout.index))
-        copied = {name: copy_file(source / name, staging.folder / name) for name in carried}
+            written[SAFETENSORS_INDEX] = staging.write(SAFETENSORS_INDEX, _json(layout.index))
+        copied = {name: staging.copy(source / name, name) for name in carried}
         replaced = {name: _sha256(source / name) for name in ("config.json", plan.checkpoint.index) if name}
         manifest = build_manifest(plan, measured, hashes | copied | replaced, written | copied)
-        write_file(staging.folder / MANIFEST_NAME, serialize(manifest))
+        staging.write(MANIFEST_NAME, serialize(manifest))
         if render_card:
-            write_file(staging.folder / CARD_NAME, render_card(manifest, source).encode())
+            staging.write(CARD_NAME, render_card(manifest, source).encode())
         staging.commit()
     return manifest
 

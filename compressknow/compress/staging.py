@@ -1,26 +1,25 @@
 """An output folder that appears whole or not at all: written beside its final place, renamed at the end.
 
-A run that dies leaves its staging folder behind, which holds no lock any more; the next run for the same output
-removes it, and puts back what an interrupted `--overwrite` had moved aside.
+A run that dies leaves its staging folder behind, and beside it a lock that nobody holds any more; the next run for the
+same output removes both, and puts back what an interrupted `--overwrite` had moved aside.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import hashlib
 import os
 import shutil
-import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from compressknow.compress.recipe import MANIFEST_NAME
 from compressknow.errors import CheckpointError, OutputError
+from compressknow.files import cannot_write, dead, new_locked_file, refuse_broken_links, remove_lock, sync_folder
 
-LOCK_NAME = ".lock"
 COPY_BYTES = 1 << 20
 
 
@@ -35,18 +34,22 @@ class Staging:
     def __init__(self, output: Path, *, overwrite: bool, source: Path) -> None:
         self.output = Path.cwd() / output
         self._overwrite = overwrite
+        self._sizes: dict[str, int] = {}
         refuse_output(self.output, overwrite=overwrite, source=source)
+        refuse_broken_links(self.output.parent)
         self._made: list[Path] = []
         try:
             self._made = [parent for parent in self.output.parents if not parent.exists()]
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            _clean(self.output)
+            clean(self.output)
             # An interrupted run's old output may have been put back just now.
             refuse_output(self.output, overwrite=overwrite, source=source)
-            self.folder, self._lock = _locked_folder(self.output)
+            self._lock_file, self._lock = new_locked_file(self.output.parent, _prefix(self.output, "lock"))
+            self.folder = _twin(self.output, self._lock_file, "new")
+            self.folder.mkdir()
         except OSError as error:
             self._remove_made_parents()
-            raise OutputError(f"{output} cannot be written: {error.strerror}.", hint="Choose another OUTPUT.") from None
+            raise cannot_write(output, error) from None
 
     def __enter__(self) -> Staging:
         return self
@@ -55,7 +58,7 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+        remove_lock(self._lock_file, self._lock)
         if error is not None:
             self._remove_made_parents()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -65,13 +68,43 @@ class Staging:
                 hint="Free space, or write elsewhere.",
             ) from None
 
+    def write(self, name: str, content: bytes) -> str:
+        """Write a small file durably; returns its SHA-256 in hexadecimal."""
+        with self._new(name).open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self.expect({name: len(content)})
+        return hashlib.sha256(content).hexdigest()
+
+    def copy(self, source: Path, name: str) -> str:
+        """Copy a file durably; returns its SHA-256 in hexadecimal."""
+        digest, size = hashlib.sha256(), 0
+        with source.open("rb") as original, self._new(name).open("xb") as copy:
+            while piece := original.read(COPY_BYTES):
+                digest.update(piece)
+                size += copy.write(piece)
+            copy.flush()
+            os.fsync(copy.fileno())
+        self.expect({name: size})
+        return digest.hexdigest()
+
+    def _new(self, name: str) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def expect(self, sizes: Mapping[str, int]) -> None:
+        """Say which files of how many bytes the folder must hold when it is whole."""
+        self._sizes.update(sizes)
+
     def commit(self) -> None:
-        """Move the finished folder to its place; an old output there is removed only once the new one has taken it."""
+        """Move the finished folder to its place; an old output there is removed only once the new one has taken it.
+
+        Raises OutputError where the output has come to exist, or where the folder has lost what was written into it.
+        """
         refuse_output(self.output, overwrite=self._overwrite, source=None)
-        # mkdtemp makes it private; the output is as open as the user's other files.
-        mask = os.umask(0)
-        os.umask(mask)
-        self.folder.chmod(0o777 & ~mask)
+        self._refuse_losses()
         sync_folder(self.folder)
         aside = _twin(self.output, self.folder, "old")
         try:
@@ -82,11 +115,19 @@ class Staging:
             if aside.exists() and not self.output.exists():
                 aside.rename(self.output)
             raise
-        # Without its lock it would have looked like a dead run's while it still was on its way.
-        (self.output / LOCK_NAME).unlink()
-        sync_folder(self.output)
         sync_folder(self.output.parent)
         shutil.rmtree(aside, ignore_errors=True)
+
+    def _refuse_losses(self) -> None:
+        """A cleaner of old files may have removed some: they would be missing in an output that looks whole."""
+        for name, size in self._sizes.items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise OutputError(
+                    f"{self.output} was not written: {name} vanished or changed before it was whole.",
+                    why=f"Something removed or changed files in {self.folder}, where it was being written.",
+                    hint="Run it again, and leave hidden folders beside OUTPUT alone.",
+                )
 
     def _remove_made_parents(self) -> None:
         for parent in self._made:
@@ -139,89 +180,30 @@ def _prefix(output: Path, kind: str) -> str:
     return f".{output.name}.compressknow-{kind}-"
 
 
-def _twin(output: Path, folder: Path, kind: str) -> Path:
-    """The folder of another kind that belongs to the same run: the old output moved aside by a new one."""
-    return output.with_name(_prefix(output, kind) + folder.name.rpartition("-")[2])
+def _twin(output: Path, path: Path, kind: str) -> Path:
+    """What is of another kind and belongs to the same run: its lock, its new folder, the old output moved aside."""
+    return output.with_name(_prefix(output, kind) + path.name.rpartition("-")[2])
 
 
-def _locked_folder(output: Path) -> tuple[Path, int]:
-    """A new staging folder, and the descriptor of the lock that marks it as a live run's."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=_prefix(output, "new"), dir=output.parent))
-        with suppress(FileNotFoundError):
-            lock = os.open(folder / LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            # Another run may have taken it for a dead one before it was locked, and removed it.
-            if os.fstat(lock).st_nlink:
-                return folder, lock
-            os.close(lock)
+def _of_kind(output: Path, kind: str) -> list[Path]:
+    return list(output.parent.glob(glob.escape(_prefix(output, kind)) + "*"))
 
 
-def _clean(output: Path) -> None:
+def clean(output: Path) -> None:
     """Remove what dead runs for the same output left, and put back what one of them had moved aside."""
-    for old in output.parent.glob(glob.escape(_prefix(output, "old")) + "*"):
-        if _is_alive(_twin(output, old, "new")):
-            continue
-        if output.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(output)
-    for new in output.parent.glob(glob.escape(_prefix(output, "new")) + "*"):
-        lock = _try_lock(new)
-        if lock is not None:
-            shutil.rmtree(new, ignore_errors=True)
-            os.close(lock)
+    for lock_file in _of_kind(output, "lock"):
+        with dead(lock_file) as ended:
+            if ended:
+                _clean_one(output, lock_file)
+    for path in (*_of_kind(output, "old"), *_of_kind(output, "new")):
+        # A run takes its lock first and removes it last: without one it has ended.
+        if not _twin(output, path, "lock").exists():
+            _clean_one(output, path)
 
 
-def _is_alive(folder: Path) -> bool:
-    lock = _try_lock(folder)
-    if lock is None:
-        return folder.exists()
-    os.close(lock)
-    return False
-
-
-def _try_lock(folder: Path) -> int | None:
-    """The lock of a staging folder; None where another run holds it, or nobody can (it is gone, or not ours)."""
-    try:
-        lock = os.open(folder / LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, content: bytes) -> str:
-    """Write a small file durably; returns its SHA-256 in hexadecimal."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest()
-
-
-def copy_file(source: Path, target: Path) -> str:
-    """Copy a file durably; returns its SHA-256 in hexadecimal."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with source.open("rb") as original, target.open("xb") as copy:
-        while piece := original.read(COPY_BYTES):
-            digest.update(piece)
-            copy.write(piece)
-        copy.flush()
-        os.fsync(copy.fileno())
-    return digest.hexdigest()
+def _clean_one(output: Path, of: Path) -> None:
+    old, new = _twin(output, of, "old"), _twin(output, of, "new")
+    if old.exists() and not output.exists():
+        old.rename(output)
+    for folder in (old, new):
+        shutil.rmtree(folder, ignore_errors=True)

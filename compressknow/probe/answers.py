@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CompressknowError
+from compressknow.files import write_whole, written
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,12 +104,8 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
     import pyarrow.parquet as pq
 
     columns = {name: [getattr(answer, name) for answer in answers] for name in schema().names}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pq.write_table(pa.table(columns, schema=schema()), temporary, compression="zstd")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written(path) as file:
+        pq.write_table(pa.table(columns, schema=schema()), file, compression="zstd")
 
 
 def read_table(path: Path) -> list[Answer]:
@@ -174,9 +170,5 @@ def is_answers_folder(folder: Path) -> bool:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write ``probe.json``; it appears under its name only when it is whole."""
-    temporary = folder / f".{RECORD}.{os.getpid()}"
-    try:
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
-        temporary.replace(folder / RECORD)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write_whole(folder / RECORD, text.encode("utf-8", "backslashreplace"))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from compressknow.errors import OutputError
+from compressknow.files import LOCK, own_folder
 from compressknow.probe.answers import RECORD, TABLE, Answer, read_table, write_table
 
-PARTS, LOCK = ".parts", ".lock"
+PARTS = ".parts"
 # Beside these, what a killed run leaves: files that were being written.
 _UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
 
@@ -29,25 +28,13 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         raise OutputError(
             f"{folder} exists already, and is no answers folder.", hint="Choose a new folder for the answers."
         )
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = take(folder, wait)
-    try:
+    with own_folder(folder, wait=wait):
         yield
-    finally:
-        with contextlib.suppress(OSError):
-            if {path.name for path in folder.iterdir()} <= {LOCK}:
-                (folder / LOCK).unlink()
-                for path in made:
-                    path.rmdir()
-        os.close(lock)
 
 
 def tidy(folder: Path) -> None:
-    """Remove what is of no use once all is answered: parts, and what killed runs have left."""
+    """Remove what is of no use once all is answered: the parts."""
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-    for path in folder.iterdir():
-        if path.name.startswith(_UNFINISHED):
-            path.unlink(missing_ok=True)
 
 
 def stored(folder: Path) -> list[Answer]:
@@ -67,35 +54,6 @@ def write_part(parts: Path, answers: Sequence[Answer]) -> None:
 
 def stored_parts(parts: Path) -> list[Answer]:
     return [answer for path in sorted(parts.glob("*.parquet")) for answer in read_table(path)]
-
-
-def take(folder: Path, wait: bool) -> int:
-    """The lock of the folder, as a file descriptor that lets it go when it is closed.
-
-    Raises OutputError where another run has it and `wait` is False.
-    """
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-        except (FileNotFoundError, FileExistsError):
-            # The run that made the folder has just removed it.
-            if folder.exists() and not folder.is_dir():
-                raise
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            os.close(lock)
-            raise OutputError(
-                f"{folder} is in use: another run writes its answers there.",
-                hint="Wait for it, or choose another folder.",
-            ) from None
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(lock), (folder / LOCK).stat()):
-                return lock
-        # The run that held it has removed it, for nothing was answered.
-        os.close(lock)
 
 
 def _foreign(folder: Path) -> bool:

@@ -65,7 +65,7 @@ def report(
     from compressknow.probe.choose import Options
     from compressknow.probe.run import Settings
     from compressknow.report.card.make import make_card
-    from compressknow.report.card.pages import write_report
+    from compressknow.report.card.pages import write_reports
     from compressknow.report.gather import default_answers_folder, gather
     from compressknow.report.model_card.report_section import check_model_cards, write_into_model_cards
     from compressknow.report.write import check_outputs
@@ -87,8 +87,7 @@ def report(
         bar=bar,
     )
     card = make_card(before, after, show_facts=not no_facts, command=command)
-    for path in files:
-        write_report(card, path)
+    write_reports(card, files, overwrite=overwrite)
     if into_model_card:
         write_into_model_cards(card, models)
     return card

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.errors import CompressknowError
+from compressknow.files import write_whole
 from compressknow.probe.answers import RECORD, TABLE, Answers
 from compressknow.probe.facts import Probe
 from compressknow.probe.run import Settings
@@ -157,9 +158,7 @@ def _store(folder: Path, files: Files) -> None:
     """The answers first: without its record a folder counts as not there."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (TABLE, RECORD):
-        temporary = folder / f".{name}.partial"
-        temporary.write_bytes(files[name])
-        temporary.replace(folder / name)
+        write_whole(folder / name, files[name])
 
 
 def _only(answers: Answers, probe: str) -> Answers:

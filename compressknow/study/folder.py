@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from compressknow import __version__
 from compressknow.errors import OutputError
-from compressknow.probe.folder import LOCK, take
+from compressknow.files import LOCK, own_folder, write_whole
 from compressknow.probe.run import Respondent
 
 RECORD = "sweep.json"
@@ -23,7 +21,7 @@ def refuse_foreign(folder: Path) -> None:
     """Raise OutputError where a folder is a file, or holds something that is no study."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file.", hint="A study is kept in a folder; choose another name.")
-    if not (folder / RECORD).is_file() and folder.is_dir() and any(folder.iterdir()):
+    if _foreign(folder):
         raise OutputError(f"{folder} exists already, and is no study.", hint="Choose a new folder for the study.")
 
 
@@ -35,32 +33,25 @@ def claim(folder: Path, original: Respondent) -> Iterator[None]:
     """
     refuse_foreign(folder)
     record = folder / RECORD
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = take(folder, wait=False)
-    try:
+    with own_folder(folder, wait=False, worthless=(RECORD,)):
         said = {"schema": SCHEMA_VERSION, "version": __version__, **_identity(original)}
         if record.is_file():
             _refuse_other(record, said)
         else:
-            record.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+            write_whole(record, (json.dumps(said, indent=1) + "\n").encode())
         yield
-    finally:
-        _remove_if_empty(folder, made)
-        os.close(lock)
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether a folder is neither a study nor what is left of a run that was killed before it wrote its record."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return RECORD not in names and any(name != LOCK and not name.startswith(f".{RECORD}.") for name in names)
 
 
 def _identity(original: Respondent) -> dict[str, str]:
     return {"model": original.located.name, "sha256": original.sha256}
-
-
-def _remove_if_empty(folder: Path, made: list[Path]) -> None:
-    """Leave nothing behind where nothing was answered."""
-    with contextlib.suppress(OSError):
-        if made and {path.name for path in folder.iterdir()} <= {LOCK, RECORD}:
-            for name in (LOCK, RECORD):
-                (folder / name).unlink(missing_ok=True)
-            for path in made:
-                path.rmdir()
 
 
 def _refuse_other(record: Path, said: Mapping[str, object]) -> None:

@@ -199,18 +199,17 @@ def _write_winner(
 ) -> None:
     """The converted winner, its recipe, and its report card over the held-out facts."""
     from compressknow.compress.convert import convert
-    from compressknow.report.card.pages import write_report
+    from compressknow.files import write_whole
+    from compressknow.report.card.pages import write_reports
     from compressknow.report.model_card.render import model_card_for
     from compressknow.report.toml import to_toml
-    from compressknow.report.write import write_whole
 
     recipe = Recipe.from_dict(dict(winner.recipe))
     convert(subject.maker.checkpoint.folder, folder / WINNER, recipe, render_card=model_card_for)
     write_whole(folder / RECIPE, (to_toml(recipe.to_dict()) + "\n").encode())
     ((_, answers),) = unseen.ask([cell_of(recipe)])
     card = make_card(unseen.original, [answers], show_facts=not no_facts, command=command)
-    for name in REPORTS:
-        write_report(card, folder / name)
+    write_reports(card, [folder / name for name in REPORTS], overwrite=True)
 
 
 def _record(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import compressknow
 from compressknow.cli import main
+from compressknow.compress.convert import convert
+from compressknow.compress.recipe import Prune, Recipe
 from compressknow.errors import CompressknowError, OutputError
 from compressknow.model.tensors import StoredTensor
 from tests.models import save_tiny
@@ -68,7 +71,7 @@ def start(source: Path, output: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def staging_folders(output: Path) -> list[Path]:
-    return sorted(output.parent.glob(f".{output.name}.compressknow-*"))
+    return sorted(output.parent.glob(f".{output.name}.compressknow-new-*"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -126,7 +129,7 @@ def test_of_two_runs_for_one_output_the_first_to_finish_writes_it(large: Path, s
 def test_the_staging_folder_of_a_run_still_alive_is_left_alone(source: Path, tmp_path: Path) -> None:
     alive = tmp_path / ".out.compressknow-new-alive"
     alive.mkdir()
-    with (alive / ".lock").open("w") as lock:
+    with (tmp_path / ".out.compressknow-lock-alive").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         compressknow.convert(source, tmp_path / "out", prune=0.2)
     assert alive.is_dir()
@@ -136,7 +139,7 @@ def test_what_a_run_still_alive_has_moved_aside_is_its_own(source: Path, tmp_pat
     compressknow.convert(source, tmp_path / ".out.compressknow-old-alive", prune=0.2)
     alive = tmp_path / ".out.compressknow-new-alive"
     alive.mkdir()
-    with (alive / ".lock").open("w") as lock:
+    with (tmp_path / ".out.compressknow-lock-alive").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         compressknow.convert(source, tmp_path / "out", prune=0.3)
     compressknow.verify(tmp_path / ".out.compressknow-old-alive")
@@ -150,6 +153,29 @@ def test_an_interrupted_overwrite_is_put_back(source: Path, tmp_path: Path) -> N
         compressknow.convert(source, tmp_path / "out", prune=0.3)
     assert content(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_run_that_died_at_its_very_end_left_goes_with_the_next(source: Path, tmp_path: Path) -> None:
+    compressknow.convert(source, tmp_path / "out", prune=0.2)
+    before = content(tmp_path / "out")
+    # Its output was in place; the old one and the lock were still to be removed.
+    compressknow.convert(source, tmp_path / ".out.compressknow-old-1", prune=0.3)
+    (tmp_path / ".out.compressknow-lock-1").touch()
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.convert(source, tmp_path / "out", prune=0.3)
+    assert content(tmp_path) == {f"out/{name}": data for name, data in before.items()}
+
+
+@pytest.mark.parametrize("lost", ["everything", "model.safetensors", "config.json"])
+def test_files_that_vanish_while_the_output_is_written_are_an_error(source: Path, tmp_path: Path, lost: str) -> None:
+    def lose(manifest: object, folder: Path) -> str:
+        (staging,) = staging_folders(tmp_path / "out")
+        shutil.rmtree(staging) if lost == "everything" else (staging / lost).unlink()
+        return "# A card"
+
+    with pytest.raises(OutputError, match="vanished or changed before it was whole"):
+        convert(source, tmp_path / "out", Recipe((Prune(0.2),)), render_card=lose)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_overwrite_replaces_what_convert_wrote(source: Path, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import pytest
 import compressknow
 from compressknow.engine.identity import locate
 from compressknow.errors import CheckpointError, CompressknowError, OutputError, UsageError
+from compressknow.files import LOCK
 from compressknow.probe import run
 from compressknow.probe.answers import RECORD, TABLE, Answers, read_answers, read_table, write_table
 from compressknow.probe.choose import Options, open_all
-from compressknow.probe.folder import LOCK, PARTS, locked
+from compressknow.probe.folder import PARTS, locked
 from compressknow.probe.run import Bar, Respondent, Settings, probe_model
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
@@ -143,7 +144,7 @@ def test_a_run_killed_between_answers_and_record_starts_again(place: Path, tmp_p
     ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
     whole = (tmp_path / "a" / TABLE).read_bytes()
     (tmp_path / "a" / RECORD).unlink()
-    (tmp_path / "a" / f".{TABLE}.4711").write_bytes(b"half a fi")
+    (tmp_path / "a" / f".{TABLE}.compressknow-0123abcd").write_bytes(b"half a fi")
     ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
     assert (tmp_path / "a" / TABLE).read_bytes() == whole
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [LOCK, TABLE, RECORD]
@@ -247,7 +248,7 @@ def test_a_folder_that_another_run_uses_is_left_alone(place: Path, tmp_path: Pat
     before = bytes_of(tmp_path / "a")
     with (tmp_path / "a" / LOCK).open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="is in use: another run writes its answers there"):
+        with pytest.raises(OutputError, match="is in use by another run"):
             ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
     # The other run has ended.
     ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
@@ -271,6 +272,14 @@ def test_who_waits_for_a_run_that_fails_gets_a_folder_of_its_own(tmp_path: Path)
     waiting.join()
     assert seen == [True]
     assert (tmp_path / "a" / "answer").exists()
+
+
+@pytest.mark.parametrize("where", ["a", "a/b"])
+def test_a_link_that_leads_nowhere_is_one_message(place: Path, tmp_path: Path, where: str) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "gone")
+    with pytest.raises(OutputError, match=r"/a is a link that leads nowhere"):
+        ask(place / "llama", tmp_path / where, place / "facts.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("content", ["letter.txt", TABLE, "model.safetensors", ".hidden"])

@@ -11,7 +11,12 @@ import pytest
 
 import compressknow
 from compressknow.cli import main
+from compressknow.engine.identity import locate
+from compressknow.errors import OutputError
+from compressknow.files import LOCK
 from compressknow.probe.answers import read_answers
+from compressknow.probe.run import Respondent, Settings
+from compressknow.study.folder import RECORD, claim
 from compressknow.study.results import CellResult
 from tests.knowing import facts_file, knowing
 
@@ -120,6 +125,21 @@ def test_a_second_run_asks_nothing_and_writes_the_same(swept: Place, capsys: pyt
     assert {path: path.stat().st_mtime_ns for path in study.rglob("answers.parquet")} == asked
     assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
     assert "Overall_GPQ 90%" in capsys.readouterr().out
+
+
+def test_a_study_that_was_killed_before_its_record_was_whole_is_begun_anew(llama: Place) -> None:
+    study = llama.folder / "begun"
+    study.mkdir()
+    (study / LOCK).touch()
+    (study / f".{RECORD}.compressknow-0123abcd").write_text("{")
+    with claim(study, Respondent(locate(llama.model), Settings())):
+        assert sorted(path.name for path in study.iterdir()) == [LOCK, RECORD]
+        (study / "original").mkdir()
+    with claim(study, Respondent(locate(llama.model), Settings())):
+        pass
+    (study / RECORD).unlink()
+    with pytest.raises(OutputError, match="is no study"), claim(study, Respondent(locate(llama.model), Settings())):
+        pass
 
 
 def test_a_study_that_was_stopped_goes_on_where_it_was(llama: Place) -> None:

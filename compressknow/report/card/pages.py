@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from compressknow.files import write_together
 from compressknow.report.card import charts, view
 from compressknow.report.card.as_json import to_json
 from compressknow.report.card.glossary import GLOSSARY, HOLM, LEGEND, SHORT_LEGEND
 from compressknow.report.pages import html_page, markdown_page
 from compressknow.report.records import Card
 from compressknow.report.text import json_text
-from compressknow.report.write import write_whole
 
 # What the page holds of one comparison, and of all together: beyond, it would grow past a megabyte.
 _LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 600, 240
@@ -23,9 +24,10 @@ _FACTS, _FACTS_IN_ALL = 50, 300
 _WORDS: Any = {"glossary": GLOSSARY, "legend": LEGEND, "short_legend": SHORT_LEGEND, "holm": HOLM}
 
 
-def write_report(card: Card, path: Path) -> None:
-    """Write the card as the format that the name asks for; the file appears only when it is whole."""
-    write_whole(path, rendered(card, path.suffix.lower()).encode("utf-8"))
+def write_reports(card: Card, paths: Sequence[Path], *, overwrite: bool) -> None:
+    """Write the card in the formats that the names ask for: all files appear, each of them whole, or none."""
+    contents = {path: rendered(card, path.suffix.lower()).encode("utf-8") for path in paths}
+    write_together(contents, overwrite=overwrite)
 
 
 def rendered(card: Card, suffix: str) -> str:

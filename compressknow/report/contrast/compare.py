@@ -67,7 +67,7 @@ def compare(
     """
     from compressknow.probe.choose import Options, open_all
     from compressknow.probe.run import Settings
-    from compressknow.report.contrast.pages import write_contrast
+    from compressknow.report.contrast.pages import write_contrasts
     from compressknow.report.write import check_outputs
 
     files = [Path(path) for path in outputs]
@@ -92,8 +92,7 @@ def compare(
         versions=dict(behaviour.b_against_a.versions) if behaviour else {"compressknow": __version__},
         command=command,
     )
-    for path in files:
-        write_contrast(contrast, path)
+    write_contrasts(contrast, files, overwrite=overwrite)
     return contrast
 
 

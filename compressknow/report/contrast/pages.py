@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup
 
+from compressknow.files import write_together
 from compressknow.report.contrast.as_json import contrast_json
 from compressknow.report.contrast.heat_map import heat_map
 from compressknow.report.contrast.records import Contrast
 from compressknow.report.contrast.view import Limits, contrast_page
 from compressknow.report.pages import html_page, markdown_page
 from compressknow.report.text import json_text
-from compressknow.report.write import write_whole
 
 _HTML, _MARKDOWN = Limits(tensors=500, facts=500, open=20), Limits(tensors=30, facts=50, open=50)
 METHOD = (
@@ -43,9 +44,10 @@ def render_contrast_markdown(contrast: Contrast) -> str:
     return markdown_page("compare.md.j2", page=contrast_page(contrast, _MARKDOWN), method=METHOD)
 
 
-def write_contrast(contrast: Contrast, path: Path) -> None:
-    """Write the comparison as the format that the name asks for; the file appears only when it is whole."""
-    write_whole(path, rendered(contrast, path.suffix.lower()).encode("utf-8"))
+def write_contrasts(contrast: Contrast, paths: Sequence[Path], *, overwrite: bool) -> None:
+    """Write the comparison in the formats that the names ask for: all files appear, each of them whole, or none."""
+    contents = {path: rendered(contrast, path.suffix.lower()).encode("utf-8") for path in paths}
+    write_together(contents, overwrite=overwrite)
 
 
 def rendered(contrast: Contrast, suffix: str) -> str:

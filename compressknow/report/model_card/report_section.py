@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from compressknow.errors import OutputError
+from compressknow.files import write_whole
 from compressknow.report.figures import count, estimate, size
 from compressknow.report.model_card.model_index import check_metadata, with_results
 from compressknow.report.model_card.render import FRONT_MATTER
@@ -42,7 +42,7 @@ def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
         path = Path(model) / CARD
         with _named(path):
             text = with_report(_read(path), card.original, comparison)
-        _write(path, text)
+        write_whole(path, text.encode("utf-8"))
 
 
 def with_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
@@ -118,12 +118,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
     except UnicodeDecodeError as error:
         raise OutputError("the model card is no UTF-8 text.", why=str(error), hint="Save it as UTF-8.") from error
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from compressknow.files import write_whole
 from compressknow.report.pages import html_page
 from compressknow.report.search.chart import pareto
 from compressknow.report.search.records import Search
 from compressknow.report.search.view import gets, search_page, verdict
 from compressknow.report.text import json_text
-from compressknow.report.write import write_whole
 
 SCHEMA = 1
 

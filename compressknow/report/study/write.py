@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compressknow.files import write_whole
 from compressknow.report.study.as_json import study_to_json
 from compressknow.report.study.charts import NAMES, Chart, study_charts
 from compressknow.report.study.pages import render_study_html, render_study_markdown
@@ -12,7 +13,6 @@ from compressknow.report.study.tidy import tidy_rows, to_csv, to_parquet
 from compressknow.report.svg import standalone
 from compressknow.report.templates import source
 from compressknow.report.text import json_text
-from compressknow.report.write import write_whole
 
 FIGURES = "figures"
 

@@ -1,0 +1,314 @@
+"""Files that appear whole or not at all, and locks that end with the process that holds them.
+
+A lock is the operating system's: a process that is killed holds none, whatever becomes of its number. A file is written
+under a temporary name beside its place, locked, and renamed when it is whole. So a temporary file that nobody has
+locked is a dead run's, and the next run removes it. What differs between systems lies here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import os
+import secrets
+import sys
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from compressknow.errors import OutputError
+
+LOCK = ".lock"
+_SUFFIX = ".compressknow-"
+# Of a folder that other runs make and remove at the same time.
+_ATTEMPTS = 100
+_NO_FOLLOW, _BINARY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_BINARY", 0)
+
+if sys.platform == "win32":
+    import msvcrt
+
+    # Windows neither renames nor removes a file that is open.
+    _OPEN_FILES_MOVE = False
+    # Beyond what a lock file holds: nobody else may read a byte that is locked.
+    _LOCKED_BYTE = 1 << 30
+
+    def _lock(descriptor: int, wait: bool) -> None:
+        while True:
+            os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+            try:
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+                return
+            except OSError:
+                if not wait:
+                    raise BlockingIOError(errno.EAGAIN, "locked by another process") from None
+                time.sleep(0.1)
+            finally:
+                os.lseek(descriptor, 0, os.SEEK_SET)
+else:
+    import fcntl
+
+    _OPEN_FILES_MOVE = True
+
+    def _lock(descriptor: int, wait: bool) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def lock(path: Path, *, wait: bool, make: bool = True) -> int:
+    """The lock that a file stands for, as a descriptor that lets it go when it is closed; `make` the file if missing.
+
+    Raises BlockingIOError where another process holds it and `wait` is False, OSError where there can be no lock.
+    """
+    descriptor = os.open(path, (os.O_CREAT if make else 0) | os.O_RDWR | _NO_FOLLOW, 0o666)
+    try:
+        _lock(descriptor, wait)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def remove_lock(path: Path, descriptor: int) -> None:
+    """Remove a lock's file and let the lock go, in this order where the system can: nobody is to lock what vanishes."""
+    if _OPEN_FILES_MOVE:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+    else:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def dead(path: Path) -> Iterator[bool]:
+    """Whether the run that made a locked file has ended; if so, the context has its lock, and its end removes it."""
+    try:
+        descriptor = lock(path, wait=False, make=False)
+    except OSError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):
+            remove_lock(path, descriptor)
+
+
+def new_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
+    """A new file of this run's own: its name begins with `prefix`, and closing the descriptor lets its lock go."""
+    while True:
+        path = folder / f"{prefix}{secrets.token_hex(4)}"
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | _BINARY, 0o666)
+        # A file system without locks: there its like is never taken for a dead run's.
+        with contextlib.suppress(OSError):
+            _lock(descriptor, wait=True)
+        # Another run may have taken it for a dead one's before it was locked, and removed it.
+        if os.fstat(descriptor).st_nlink:
+            return path, descriptor
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -> Iterator[None]:
+    """A folder for this run alone, made where it is missing; what dead runs left half written in it is removed.
+
+    If it then holds nothing but files named in `worthless`, these are removed, and so are the folders that were made.
+
+    Raises OutputError where it cannot be made or locked, or where another run has it and `wait` is False.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    descriptor = _lock_folder(folder, wait)
+    try:
+        remove_strays(folder)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if {path.name for path in folder.iterdir()} <= {LOCK, *worthless}:
+                for name in (*worthless, LOCK):
+                    (folder / name).unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
+        os.close(descriptor)
+
+
+def _lock_folder(folder: Path, wait: bool) -> int:
+    for _ in range(_ATTEMPTS):
+        refuse_broken_links(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = lock(folder / LOCK, wait=wait)
+        except BlockingIOError:
+            raise OutputError(
+                f"{folder} is in use by another run.", hint="Wait for it, or choose another folder."
+            ) from None
+        except (FileNotFoundError, FileExistsError) as error:
+            if folder.exists() and not folder.is_dir():
+                raise cannot_write(folder, error) from None
+            # The run that made the folder has just removed it.
+            time.sleep(0.01)
+            continue
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+                return descriptor
+        # The run that held it has removed it, for nothing came of that run.
+        os.close(descriptor)
+    raise OutputError(f"{folder} vanishes as soon as it is made.", hint="Choose another folder.")
+
+
+def refuse_broken_links(path: Path) -> None:
+    """Raise OutputError where the path, or a folder above it, is a link that leads nowhere."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise OutputError(
+                f"{place} is a link that leads nowhere.", hint="Remove it, make what it points to, or write elsewhere."
+            )
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write. It takes the place of `path` once the context ends without an error, and else never.
+
+    Raises OutputError, which names `path`, where it cannot be written: no space, no permission.
+    """
+    _remove_dead(_temporaries(path))
+    with _named(path), _temporary(path) as (temporary, file):
+        yield file
+        _finish(file)
+        temporary.replace(path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears under its name only when it is whole. Raises OutputError where it cannot be written."""
+    with written(path) as file:
+        file.write(content)
+
+
+def write_together(contents: Mapping[Path, bytes], *, overwrite: bool) -> None:
+    """Write several files of which either all appear or none.
+
+    Each is linked to its name while its temporary name stays, until all have theirs: if a run is killed in between,
+    `is_interrupted` recognises what it left, and this replaces it.
+
+    Raises OutputError where one cannot be written, or is there already and `overwrite` is False.
+    """
+    unfinished = [path for path in contents if is_interrupted(path)]
+    placed: list[Path] = []
+    with contextlib.ExitStack() as stack:
+        temporaries = {path: stack.enter_context(_whole(path, content)) for path, content in contents.items()}
+        try:
+            for path in unfinished:
+                path.unlink(missing_ok=True)
+            for path, temporary in temporaries.items():
+                with _named(path):
+                    _place(temporary, path, overwrite)
+                placed.append(path)
+        except BaseException:
+            for path in () if overwrite else placed:
+                path.unlink(missing_ok=True)
+            raise
+    for path in contents:
+        _remove_dead(_temporaries(path))
+
+
+@contextlib.contextmanager
+def _whole(path: Path, content: bytes) -> Iterator[Path]:
+    with _temporary(path) as (temporary, file):
+        with _named(path):
+            file.write(content)
+            _finish(file)
+        yield temporary
+
+
+def _place(temporary: Path, path: Path, overwrite: bool) -> None:
+    if overwrite:
+        temporary.replace(path)
+        return
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.") from None
+    except OSError:
+        # A file system without hard links.
+        temporary.replace(path)
+
+
+def is_interrupted(path: Path) -> bool:
+    """Whether a file is of several that were to appear together, put there by a run that was killed before the last."""
+    return path.is_file() and any(_is_dead(t) and _same(path, t) for t in _temporaries(path))
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove the temporary files that dead runs have left in a folder."""
+    _remove_dead(folder.glob(f".*{_SUFFIX}????????"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut, where the system can."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The error of a file or folder that the system does not let us write, in our form."""
+    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    why = "no space left" if full else error.strerror or str(error)
+    hint = "Free space, or write elsewhere." if full else "Choose another place, or change its permissions."
+    return OutputError(f"{path} cannot be written: {why}.", hint=hint)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file beside `path`, locked while it is written, and removed at the end unless it was renamed."""
+    temporary, descriptor = new_locked_file(path.parent, f".{path.name}{_SUFFIX}")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield temporary, file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finish(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    if not _OPEN_FILES_MOVE:
+        file.close()
+
+
+def _temporaries(path: Path) -> list[Path]:
+    return list(path.parent.glob(f"{glob.escape(f'.{path.name}{_SUFFIX}')}????????"))
+
+
+def _is_dead(temporary: Path) -> bool:
+    try:
+        os.close(lock(temporary, wait=False, make=False))
+    except OSError:
+        return False
+    return True
+
+
+def _same(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:
+        return False
+
+
+def _remove_dead(temporaries: Iterable[Path]) -> None:
+    for temporary in temporaries:
+        with dead(temporary):
+            pass

@@ -1,0 +1,197 @@
+"""Files appear whole or not at all, locks end with their process, and what dead runs left is removed: theirs alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from compressknow.errors import OutputError
+from compressknow.files import LOCK, is_interrupted, own_folder, remove_strays, write_together, write_whole, written
+
+DEADLINE = 20
+
+
+def child(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from compressknow.files import written
+with written(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has written half of a file."""
+    with child(WRITER, path) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "writing\n", process.communicate()
+            yield process
+        finally:
+            process.kill()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def strays(folder: Path) -> list[str]:
+    return [name for name in names(folder) if ".compressknow-" in name]
+
+
+def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a", b"old")
+    with pytest.raises(ZeroDivisionError), written(tmp_path / "a") as file:
+        file.write(b"new" * (1 // 0))
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write_of_that_file(tmp_path: Path) -> None:
+    with writing(tmp_path / "a") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait(DEADLINE)
+    (left,) = strays(tmp_path)
+    write_whole(tmp_path / "b", b"another file")
+    assert strays(tmp_path) == [left]
+    write_whole(tmp_path / "a", b"whole")
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    with writing(tmp_path / "a"):
+        (mine,) = strays(tmp_path)
+        write_whole(tmp_path / "a", b"whole")
+        remove_strays(tmp_path)
+        assert names(tmp_path) == [mine, "a"]
+
+
+def test_files_of_the_users_that_look_alike_are_left_alone(tmp_path: Path) -> None:
+    alike = [".a.compressknow-new", "a.compressknow-0123abcd", ".a.compressknow-", ".a.4711"]
+    for name in alike:
+        (tmp_path / name).touch()
+    write_whole(tmp_path / "a", b"whole")
+    remove_strays(tmp_path)
+    assert names(tmp_path) == sorted(["a", *alike])
+
+
+def test_an_error_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"no/a cannot be written: No such file"):
+        write_whole(tmp_path / "no" / "a", b"whole")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match=r"folder cannot be written: Is a directory"):
+        write_whole(tmp_path / "folder", b"whole")
+    assert names(tmp_path) == ["folder"]
+
+
+def test_of_files_that_belong_together_none_appears_where_one_is_there(tmp_path: Path) -> None:
+    contents = {tmp_path / name: name.encode() for name in "abc"}
+    (tmp_path / "b").write_bytes(b"the user's own")
+    with pytest.raises(OutputError, match="b exists already"):
+        write_together(contents, overwrite=False)
+    assert names(tmp_path) == ["b"]
+    assert (tmp_path / "b").read_bytes() == b"the user's own"
+    write_together(contents, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"a", "b": b"b", "c": b"c"}
+
+
+# Killed right after so many of its files have their names, and so many of its temporary names are removed.
+KILLED = """
+import os, sys
+from pathlib import Path
+from compressknow.files import write_together
+left = int(sys.argv[2])
+def counted(method):
+    def call(*arguments, **options):
+        global left
+        method(*arguments, **options)
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), 9)
+    return call
+Path.hardlink_to, Path.unlink = counted(Path.hardlink_to), counted(Path.unlink)
+write_together({Path(sys.argv[1]) / name: b"killed" for name in "abc"}, overwrite=False)
+"""
+
+
+@pytest.mark.parametrize("changes", range(1, 6))
+def test_files_of_a_run_that_was_killed_between_two_names_are_told_from_the_users(tmp_path: Path, changes: int) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    with child(KILLED, tmp_path, str(changes)) as process:
+        assert process.wait(DEADLINE) == -signal.SIGKILL
+    there = [path for path in paths if path.exists()]
+    assert len(there) == min(changes, 3)
+    if changes < 3:
+        assert all(map(is_interrupted, there))
+        write_together(dict.fromkeys(paths, b"whole"), overwrite=False)
+        assert all(path.read_bytes() == b"whole" for path in paths)
+        assert names(tmp_path) == ["a", "b", "c"]
+        # From now on they are the user's.
+        assert not any(map(is_interrupted, paths))
+    else:
+        assert all(path.read_bytes() == b"killed" for path in paths)
+
+
+def test_a_copy_of_an_interrupted_file_is_the_users(tmp_path: Path) -> None:
+    with child(KILLED, tmp_path, "1") as process:
+        process.wait(DEADLINE)
+    assert is_interrupted(tmp_path / "a")
+    # Saved anew by an editor.
+    (tmp_path / "new").write_bytes((tmp_path / "a").read_bytes())
+    (tmp_path / "new").replace(tmp_path / "a")
+    assert not is_interrupted(tmp_path / "a")
+
+
+@pytest.mark.parametrize("place", ["link", "link/deeper", "folder"])
+def test_a_folder_behind_a_link_that_leads_nowhere_is_one_message(tmp_path: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / LOCK).symlink_to(tmp_path / "gone" / "lock")
+    start = time.monotonic()
+    with pytest.raises(OutputError, match=r"leads nowhere|cannot be written"), own_folder(tmp_path / place, wait=True):
+        pass
+    assert time.monotonic() - start < DEADLINE
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_folder_behind_a_link_is_as_good_as_any(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with own_folder(tmp_path / "link" / "deeper", wait=False):
+        write_whole(tmp_path / "link" / "deeper" / "a", b"whole")
+    assert names(tmp_path / "real" / "deeper") == [LOCK, "a"]
+
+
+def test_a_folder_is_one_runs_own_and_what_dead_runs_left_in_it_goes(tmp_path: Path) -> None:
+    (tmp_path / ".a.compressknow-0123abcd").touch()
+    with own_folder(tmp_path, wait=False):
+        write_whole(tmp_path / "b", b"")
+        assert names(tmp_path) == [LOCK, "b"]
+        with pytest.raises(OutputError, match="in use by another run"), own_folder(tmp_path, wait=False):
+            pass
+    with own_folder(tmp_path, wait=False):
+        pass
+
+
+def test_a_folder_without_anything_of_worth_goes_again(tmp_path: Path) -> None:
+    with own_folder(tmp_path / "a" / "b", wait=False, worthless=("record",)):
+        write_whole(tmp_path / "a" / "b" / "record", b"")
+    assert names(tmp_path) == []
