@@ -269,6 +269,22 @@ def test_an_output_that_is_there_is_kept_until_it_may_be_replaced(run: Run, tmp_
     assert "Keeps" in (tmp_path / "report.md").read_text()
 
 
+def test_a_report_that_was_killed_between_two_outputs_is_written_anew(run: Run, tmp_path: Path) -> None:
+    # As tests/test_files.py shows: the first has its name and its temporary one, the second the temporary one alone.
+    (tmp_path / ".report.html.compressknow-0123abcd").write_text("killed")
+    (tmp_path / "report.html").hardlink_to(tmp_path / ".report.html.compressknow-0123abcd")
+    (tmp_path / ".report.md.compressknow-4567cdef").write_text("killed")
+    assert run(*REPORT, "-o", "report.html", "-o", "report.md").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
+    assert all("killed" not in path.read_text() for path in tmp_path.iterdir())
+    refused(run(*REPORT, "-o", "report.html", "-o", "report.md"), 1, "report.html exists already")
+
+
+def test_an_output_that_is_a_link_to_nowhere_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "report.md").symlink_to(tmp_path / "gone")
+    refused(run(*REPORT, "-o", "report.md", "--overwrite"), 1, "report.md is a link that leads nowhere")
+
+
 def test_damaged_answers_are_refused(run: Run, place: Path, tmp_path: Path) -> None:
     answers = Path(shutil.copytree(place / "on-llama-5", tmp_path / "model"))
     (answers / "answers.parquet").write_bytes(b"PAR1 no more")
