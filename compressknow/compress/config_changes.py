@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from compressknow.compress.difference_records import ConfigChange
+from compressknow.compress.targets import target_count
 
 # Who wrote the file, with what, and how a caller likes its results. The dtype is told by the tensors themselves.
 NOISE = {
@@ -44,7 +45,7 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def _quantization(value: Mapping[str, Any]) -> str:
     method, form = value.get("quant_method", "unknown"), value.get("format")
-    layers = sum(len(group.get("targets") or ()) for group in _groups(value))
+    layers = sum(target_count(map(str, group.get("targets") or ())) for group in _groups(value))
     return json.dumps(
         ", ".join([str(method), *([str(form)] if form else []), *([f"{layers} targets"] if layers else [])])
     )

@@ -170,7 +170,8 @@ def output_config(plan: Plan) -> dict[str, Any]:
     if not plan.targets:
         return plan.config
     version = importlib.metadata.version("compressed-tensors")
-    return plan.config | {"quantization_config": quantization_config(plan.targets, plan.ignore, version)}
+    settings = quantization_config(plan.targets, plan.ignore, version, plan.structure.prefix)
+    return plan.config | {"quantization_config": settings}
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from compressknow.compress.recipe import Scheme
+from compressknow.compress.targets import target_patterns
 
 INT8_MIN, INT8_MAX = -128, 127
 # Half the range of 256 levels: what compressed-tensors and torch.ao's observers both divide by.
@@ -65,13 +66,19 @@ def dequantize(quantized: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return quantized.to(torch.float32).mul_(scales.to(torch.float32))
 
 
-def quantization_config(targets: Mapping[Scheme, Sequence[str]], ignore: Sequence[str], version: str) -> dict[str, Any]:
-    """`quantization_config` of config.json: exactly the named modules a scheme, and by name each Linear module that
-    stays as it is (vLLM refuses a Linear that it finds in neither list)."""
+def quantization_config(
+    targets: Mapping[Scheme, Sequence[str]], ignore: Sequence[str], version: str, prefix: str = ""
+) -> dict[str, Any]:
+    """`quantization_config` of config.json: exactly the named modules of each scheme, and by name each Linear module
+    that stays as it is (vLLM refuses a Linear that it finds in neither list).
+
+    `prefix` is that of the base model, which the names may do without: see `target_patterns`.
+    """
+    linears = {*ignore, *(name for names in targets.values() for name in names)}
     groups = {
         f"group_{i}": {
             "format": "int-quantized",
-            "targets": sorted(names),
+            "targets": target_patterns(names, prefix, linears.difference(names)),
             **SCHEME_ARGS[scheme],
             "output_activations": None,
         }
@@ -82,7 +89,7 @@ def quantization_config(targets: Mapping[Scheme, Sequence[str]], ignore: Sequenc
         "format": "int-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": sorted(ignore),
+        "ignore": target_patterns(ignore, prefix, linears.difference(ignore)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": version,

@@ -45,6 +45,7 @@ def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -
         tied=_tied_names(model),
         opaque=dict(_opaque_parameters(tree)),
         buffers=frozenset(name for name, _ in model.named_buffers()),
+        prefix=model.base_model_prefix,
     )
 
 

@@ -55,6 +55,7 @@ class Structure:
     `opaque` maps parameters that act as a weight matrix of attention or feed-forward without being a Linear layer
     (XLNet's q, k, v, o; I-BERT's QuantLinear; SqueezeBERT's convolutions) to the group that they belong to. No scope
     can take them, so a scope that ought to is refused rather than half compressed.
+    `prefix` is the attribute under which a model of this kind holds its base model (``bert``, ``model``).
     """
 
     architecture: str
@@ -65,6 +66,7 @@ class Structure:
     tied: dict[str, str]
     opaque: dict[str, Group] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
+    prefix: str = ""
 
     @property
     def unplaced(self) -> tuple[str, ...]:

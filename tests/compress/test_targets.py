@@ -1,0 +1,159 @@
+"""Targets in quantization_config name the compressed layers, in the whole model and in every class that holds its base."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from compressed_tensors.quantization.utils.helpers import is_module_quantized
+from compressed_tensors.utils.match import is_match
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+import compressknow
+from compressknow.compress.difference import difference
+from compressknow.compress.targets import target_count, target_patterns
+from compressknow.model.checkpoint import open_checkpoint
+from compressknow.model.groups import structure_of
+from compressknow.model.scopes import select
+from tests.models import QUANTIZABLE, VOCABULARY, logits, save_tiny, tiny
+
+SCHEMES = ("int8", "int8-paper", "int8-weights")
+names = st.lists(
+    st.lists(st.sampled_from(["model", "layers", "0", "1", "12", "q-proj", "up.down", "projector"]), min_size=1).map(
+        ".".join
+    ),
+    min_size=1,
+    max_size=12,
+    unique=True,
+)
+
+
+@given(names, st.data())
+def test_patterns_match_the_named_modules_and_no_others(modules: list[str], data: Any) -> None:
+    chosen = data.draw(st.lists(st.sampled_from(modules), unique=True, min_size=1))
+    others = [module for module in modules if module not in chosen]
+    patterns = target_patterns(chosen, "model", others)
+    linear = torch.nn.Linear(1, 1)
+    assert [name for name in modules if is_match(name, linear, patterns)] == [m for m in modules if m in chosen]
+    assert target_count(patterns) == len(chosen)
+
+
+def test_layers_that_differ_in_their_number_share_a_pattern() -> None:
+    modules = [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(3) for j in range(4)]
+    (pattern,) = target_patterns([*modules], "model")
+    assert pattern == r"re:^(?:model\.)?layers\.(?:0|1|2)\.mlp\.experts\.(?:0|1|2|3)\.up_proj$"
+    assert len(target_patterns(modules[1:], "model")) == 2  # one expert of one layer stays as it is
+
+
+def quantized_modules(model: torch.nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if is_module_quantized(module)}
+
+
+def converted(
+    name: str, tmp_path: Path, scope: str = "overall", layers: str | None = None, scheme: Any = "int8"
+) -> tuple[Path, set[str]]:
+    """A converted folder, and the modules that are quantized in it."""
+    compressknow.convert(
+        save_tiny(name, tmp_path / "in"), tmp_path / "out", scope=scope, layers=layers, quantize=scheme
+    )
+    chosen = select(structure_of(tiny(name)), [scope], "quantize", layers=layers)
+    return tmp_path / "out", {weight.module for weight in chosen}
+
+
+@pytest.mark.parametrize("name", QUANTIZABLE)
+@pytest.mark.parametrize(("scope", "layers"), [("overall", None), ("attention", "0")])
+def test_the_whole_model_and_its_base_have_the_same_layers_in_int8(
+    tmp_path: Path, name: str, scope: str, layers: str | None
+) -> None:
+    folder, expected = converted(name, tmp_path, scope, layers)
+    assert quantized_modules(type(tiny(name)).from_pretrained(folder)) == expected
+    base = hf.AutoModel.from_pretrained(folder)
+    inside = {name.removeprefix(f"{base.base_model_prefix}.") for name in expected} & {
+        n for n, _ in base.named_modules()
+    }
+    assert quantized_modules(base) == inside != set()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "albert", "opt", "llama-tied", "qwen3", "gpt-neox"])
+def test_the_base_model_computes_the_hidden_states_of_the_whole(tmp_path: Path, name: str, scheme: str) -> None:
+    folder, _ = converted(name, tmp_path, scheme=scheme)
+    ids = torch.arange(5, 15)[None]
+    whole = type(tiny(name)).from_pretrained(folder)
+    with torch.inference_mode():
+        expected = whole(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        hidden = hf.AutoModel.from_pretrained(folder)(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(hidden, expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "llama-tied", "t5-tied"])
+def test_a_head_for_sequences_stands_on_int8_layers_and_is_float_itself(tmp_path: Path, name: str) -> None:
+    folder, expected = converted(name, tmp_path)
+    model = hf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0)
+    inner = {module.removeprefix("transformer.") for module in quantized_modules(model)}
+    assert {module for module in inner if "classif" not in module and "score" not in module} == inner
+    assert inner == {module for module in expected if module in inner} != set()
+    ids = torch.tensor([[5, 6, 7, 1]])
+    with torch.inference_mode():
+        assert torch.isfinite(model(input_ids=ids).logits).all()
+
+
+def test_the_encoder_of_t5_loads_alone(tmp_path: Path) -> None:
+    folder, expected = converted("t5-tied", tmp_path)
+    encoder = hf.T5EncoderModel.from_pretrained(folder)
+    assert quantized_modules(encoder) == {module for module in expected if module.startswith("encoder.")}
+    ids = torch.arange(5, 15)[None]
+    with torch.inference_mode():
+        expected_states = compressknow.load(folder).get_encoder()(input_ids=ids).last_hidden_state
+        states = encoder(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(states, expected_states, rtol=0.05, atol=0.05)
+
+
+def with_tokenizer(folder: Path) -> Path:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(VOCABULARY - 5))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]", "cls_token": "[CLS]"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, sep_token="[SEP]", **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "feature-extraction"])
+def test_pipelines_take_a_converted_folder(tmp_path: Path, task: Any) -> None:
+    folder, _ = converted("bert", tmp_path)
+    found = hf.pipeline(task, model=str(with_tokenizer(folder)), device="cpu")("word1 [MASK] word3")
+    assert len(found) == (5 if task == "fill-mask" else 1)
+
+
+def absolute(folder: Path) -> None:
+    """Rewrite a converted folder's config as compressknow 0.1.0 wrote it before patterns: each module by its name."""
+    config = json.loads((folder / "config.json").read_text())
+    settings = config["quantization_config"]
+    linears = [name for name, module in tiny("bert").named_modules() if isinstance(module, torch.nn.Linear)]
+    for holder, key in ((settings["config_groups"]["group_0"], "targets"), (settings, "ignore")):
+        patterns = [re.compile(pattern.removeprefix("re:")) for pattern in holder[key]]
+        holder[key] = [name for name in linears if any(pattern.match(name) for pattern in patterns)]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_folders_with_absolute_names_still_load_and_compare(tmp_path: Path) -> None:
+    folder, expected = converted("bert", tmp_path, "attention")
+    before = logits(compressknow.load(folder))
+    (tmp_path / "old").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "old" / path.name).write_bytes(path.read_bytes())
+    absolute(tmp_path / "old")
+    assert quantized_modules(hf.BertForMaskedLM.from_pretrained(tmp_path / "old")) == expected
+    assert torch.equal(logits(compressknow.load(tmp_path / "old")), before)
+    found = difference(open_checkpoint(tmp_path / "old"), open_checkpoint(folder))
+    assert found.same_weights
+    assert found.config == ()
