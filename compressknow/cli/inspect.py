@@ -49,6 +49,7 @@ def _page(summary: dict[str, Any]) -> Iterator[str]:
     yield from _scopes(summary["scopes"])
     ties = _patterns(f"{name} = {source}" for name, source in summary["tied"])
     yield from _list("Tied (stored once)", ties)
+    yield from _list("Missing from the weight files", summary.get("missing", []))
     yield from _list("Unplaced (--include or --exclude them by name)", _patterns(summary["unplaced"]))
     yield from _list("Matrices that are no Linear layers (never compressed)", _patterns(summary["opaque"]))
 

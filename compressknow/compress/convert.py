@@ -21,9 +21,9 @@ from compressknow.compress.prune import Mask, choose
 from compressknow.compress.quantize import quantization_config
 from compressknow.compress.recipe import MANIFEST_NAME, Prune, Recipe
 from compressknow.compress.staging import Staging, clean, refuse_output
-from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, open_checkpoint
+from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX
 from compressknow.model.groups import structure_of
-from compressknow.model.meta import meta_model
+from compressknow.model.loading import open_complete
 from compressknow.model.streaming import OpenFiles
 
 CARD_NAME = "README.md"
@@ -40,8 +40,7 @@ def plan_conversion(
     model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Plan:
     """Open a checkpoint and plan a recipe on it, from its headers alone."""
-    checkpoint = open_checkpoint(model, revision)
-    tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
+    checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
     return make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe)
 
 

@@ -17,15 +17,14 @@ from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, TensorWriter, Work
 from compressknow.compress.recipe import Recipe
-from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.groups import structure_of
-from compressknow.model.meta import meta_model
+from compressknow.model.loading import open_complete
 from compressknow.model.streaming import OpenFiles
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import byte_view
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 _DTYPES = {
     **TORCH_DTYPES,
@@ -65,10 +64,7 @@ class VariantMaker:
         trust_remote_code: bool = False,
         threads: int | None = None,
     ) -> None:
-        self.checkpoint = open_checkpoint(model, revision)
-        self.tree: PreTrainedModel = meta_model(
-            self.checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=self.checkpoint.tensors
-        )
+        self.checkpoint, self.tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
         self._threads = threads
         self._structures: dict[ModuleMap, Structure] = {}
         self._files = OpenFiles()

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.engine.quiet import quiet
 from compressknow.errors import CheckpointError, CompressknowError
+from compressknow.model.quiet import quiet
 
 if TYPE_CHECKING:
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +16,7 @@ from compressknow.model.torch_bin import read_torch_file
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SHOWN = 3
 DOWNLOAD_AGAIN = "Download or save the checkpoint again."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a conversion needs of a hub repository, beside its weights.
@@ -57,6 +59,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     config = read_json(folder / "config.json")
     files = weight_files(folder) if weights else {}
     tensors: dict[str, StoredTensor] = {}
+    found: dict[str, str] = {}
     for file, wanted in files.items():
         stored = _read_weights(folder / file)
         if missing := sorted(set(wanted or ()) - set(stored)):
@@ -64,8 +67,25 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
                 f"{folder / file} lacks {missing[0]}, which the index says it holds.", hint=DOWNLOAD_AGAIN
             )
         tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
+        found |= dict.fromkeys(stored, file)
+    if left_out := sorted(found.keys() - tensors.keys()):
+        raise CheckpointError(
+            f"The index of {folder} leaves out {some_of(left_out)}, which {found[left_out[0]]} holds.",
+            why="What reads the index loads a model without these weights.",
+            hint=DOWNLOAD_AGAIN,
+        )
     name = str(model) if commit else folder.resolve().name
     return Checkpoint(name, folder, config, tensors, tuple(files), commit)
+
+
+def some_of(names: Collection[str]) -> str:
+    """The first few of some names, and how many there are beside.
+
+    >>> some_of(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(sorted(names)[:SHOWN]) + more
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def inspect_checkpoint(
     # Of a hub id the config alone: nobody wants to download a model to count its parameters.
     checkpoint = open_checkpoint(model, revision, weights=Path(model).exists())
     from compressknow.model.groups import structure_of
+    from compressknow.model.loading import missing_weights
     from compressknow.model.meta import meta_model
 
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
@@ -47,7 +48,8 @@ def inspect_checkpoint(
     if not checkpoint.tensors:
         return summarize(_tied_by(checkpoint.config, structure), checkpoint.name, None)
     dtypes, ties = _stored_dtypes(checkpoint, tree, structure)
-    return summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
+    summary = summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
+    return {**summary, "missing": list(missing_weights(checkpoint, tree))}
 
 
 def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> dict[str, Any]:

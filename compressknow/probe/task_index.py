@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.engine.quiet import quiet
 from compressknow.errors import CompressknowError, UnsupportedError
+from compressknow.model.quiet import quiet
 
 if TYPE_CHECKING:
     from compressknow.probe.tasks import Task

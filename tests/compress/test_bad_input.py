@@ -145,7 +145,7 @@ def test_shapes_out_of_scope_that_disagree_with_the_config(source: Path, refused
 
 def test_a_weight_that_is_missing(source: Path, refused: Refused) -> None:
     edit_tensors(source, lambda tensors: tensors.pop("bert.encoder.layer.1.output.dense.weight"))
-    assert "lacks bert.encoder.layer.1.output.dense.weight" in refused(source, *PRUNE)
+    assert "lacks a weight of BertForMaskedLM: bert.encoder.layer.1.output.dense.weight" in refused(source, *PRUNE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

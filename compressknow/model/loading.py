@@ -1,0 +1,112 @@
+"""What transformers would say of a checkpoint if it loaded it, found on the meta device from names and shapes alone.
+
+`from_pretrained` itself does the work: it renames, splits, fuses, ties and (by the quantizer that the config names)
+prepares layers as it always does, on tensors that have no memory. No weight is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from compressknow.errors import CheckpointError
+from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
+from compressknow.model.meta import meta_model
+from compressknow.model.quiet import quiet
+from compressknow.model.torch_bin import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+TORCH_DTYPES: dict[str, torch.dtype] = {short: getattr(torch, name) for name, short in DTYPE_NAMES.items()}
+Header = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What did not go by the book: weights that no tensor gives (they would be filled with random numbers), tensors
+    that no weight takes, tensors of another shape than the model's; and what stopped the load, where anything did.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    failure: str | None = None
+
+
+def load_report(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, Header]
+) -> LoadReport:
+    """Load tensors, given as dtype (``F32``) and shape by name, as plain transformers does, without their values.
+
+    Parameters
+    ----------
+    config : that of the checkpoint, its quantization included; left as it is.
+    """
+    state = {name: _empty(*header) for name, header in tensors.items()}
+    options = {"device_map": "meta", "dtype": "auto", "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        with quiet():
+            _, found = model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict=state, **options)
+    except Exception as error:  # Wherever transformers or a quantizer stops, it stops for whoever loads it too.
+        return LoadReport(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    mismatched = (name for name, *_ in found["mismatched_keys"])
+    return LoadReport(_sorted(found["missing_keys"]), _sorted(found["unexpected_keys"]), _sorted(mismatched))
+
+
+def _empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
+
+
+def _sorted(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(names))
+
+
+def load_report_of(checkpoint: Checkpoint, tree: PreTrainedModel) -> LoadReport:
+    """The report of an opened checkpoint; `tree` is its module tree."""
+    tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    return load_report(type(tree), tree.config, tensors)
+
+
+def missing_weights(checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
+    """The weights of a checkpoint's module tree that its files do not hold, under their own name or a tied one.
+
+    A pooler that the class can be built without (``add_pooling_layer``) is no part of every checkpoint: where all of it
+    is missing, nothing is.
+    """
+    missing = load_report_of(checkpoint, tree).missing
+    if "add_pooling_layer" not in inspect.signature(type(tree).__init__).parameters:
+        return missing
+    pooler = {name for name in tree.state_dict() if name.startswith("pooler.")}
+    return tuple(name for name in missing if name not in pooler) if pooler <= set(missing) else missing
+
+
+def open_complete(
+    model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False
+) -> tuple[Checkpoint, PreTrainedModel]:
+    """A checkpoint that holds every weight of its model, and its module tree on the meta device.
+
+    Raises
+    ------
+    CheckpointError : what `open_checkpoint` and `meta_model` raise; or weights are missing, which transformers would
+        fill with random numbers.
+    """
+    checkpoint = open_checkpoint(model, revision)
+    tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
+    # What is quantized already has other tensors than its module tree; it is refused for that.
+    whole = not checkpoint.tensors or checkpoint.config.get("quantization_config")
+    if not whole and (missing := missing_weights(checkpoint, tree)):
+        count = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
+        raise CheckpointError(
+            f"{checkpoint.folder} lacks {count} of {type(tree).__name__}: {some_of(missing)}.",
+            why="transformers would fill them with random numbers.",
+            hint="Download or save it again, or see that `architectures` in its config.json names the class that the "
+            "weights were saved from.",
+        )
+    return checkpoint, tree

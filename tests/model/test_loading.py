@@ -1,0 +1,113 @@
+"""Checkpoints that lack weights, as transformers would find on loading them, are refused before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from safetensors.torch import load_file, save_file
+
+from compressknow.cli import main
+from compressknow.compress.variant import VariantMaker
+from compressknow.errors import CheckpointError
+from compressknow.model.loading import open_complete
+from tests.models import BUILDERS, save_tiny
+
+
+def drop(folder: Path, *names: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in names:
+        del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_whole_checkpoint_is_complete(tmp_path: Path, name: str) -> None:
+    folder = save_tiny(name, tmp_path / "in")
+    assert set(open_complete(folder)[0].tensors) == set(load_file(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "lost", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_lost_weight_is_named_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str, options: list[str]
+) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    drop(folder, lost)
+    # In scope or not.
+    command = ["convert", str(folder), str(tmp_path / "out"), "--prune", "0.2", "--scope", "attention", *options]
+    capsys.readouterr()
+    assert main(command) == 1
+    assert f"lacks a weight of LlamaForCausalLM: {lost}." in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_of_many_lost_weights_a_few_are_named_and_all_are_counted(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    names = [f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 1) for part in ("down", "gate", "up")]
+    drop(folder, *names)
+    with pytest.raises(CheckpointError) as caught:
+        open_complete(folder)
+    assert f"lacks 6 weights of LlamaForCausalLM: {', '.join(names[:3])} and 3 more." in str(caught.value)
+
+
+def test_sweeps_and_searches_refuse_it_too(tmp_path: Path) -> None:
+    folder = save_tiny("bert", tmp_path / "in")
+    drop(folder, "bert.encoder.layer.0.output.LayerNorm.bias")
+    with pytest.raises(CheckpointError, match=r"LayerNorm\.bias"):
+        VariantMaker(folder)
+
+
+def test_inspect_lists_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    capsys.readouterr()
+    assert main(["inspect", str(folder)]) == 0
+    assert "Missing" not in capsys.readouterr().out
+    drop(folder, "model.norm.weight")
+    assert main(["inspect", str(folder)]) == 0
+    assert "Missing from the weight files\n  model.norm.weight\n" in capsys.readouterr().out
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["missing"] == ["model.norm.weight"]
+
+
+def test_a_tied_weight_is_given_by_its_partner_under_either_name(tmp_path: Path) -> None:
+    folder = save_tiny("llama-tied", tmp_path / "in")
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    open_complete(folder)
+    drop(folder, "lm_head.weight")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight, model\.embed_tokens\.weight"):
+        open_complete(folder)
+
+
+def test_a_base_model_is_whole_without_a_head_and_without_a_pooler_that_is_optional(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=99,
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "in")
+    open_complete(tmp_path / "in")
+    drop(tmp_path / "in", "pooler.dense.bias")
+    with pytest.raises(CheckpointError, match=r"pooler\.dense\.bias"):
+        open_complete(tmp_path / "in")
+    drop(tmp_path / "in", "pooler.dense.weight")
+    open_complete(tmp_path / "in")
+
+
+def test_a_tensor_that_the_index_leaves_out_is_named(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in", max_shard_size="20KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = index["weight_map"].pop("model.norm.weight")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as caught:
+        open_complete(folder)
+    assert f"leaves out model.norm.weight, which {file} holds." in str(caught.value)
