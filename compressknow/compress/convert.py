@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import threading
@@ -25,6 +24,7 @@ from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.streaming import OpenFiles
+from compressknow.reading import sha256_of
 
 CARD_NAME = "README.md"
 # Weights in any form, and what only training needs: not carried along.
@@ -115,7 +115,7 @@ def convert(
         if layout.index:
             written[SAFETENSORS_INDEX] = staging.write(SAFETENSORS_INDEX, _json(layout.index))
         copied = {name: staging.copy(source / name, name) for name in carried}
-        replaced = {name: _sha256(source / name) for name in ("config.json", plan.checkpoint.index) if name}
+        replaced = {name: sha256_of(source / name) for name in ("config.json", plan.checkpoint.index) if name}
         manifest = build_manifest(plan, measured, hashes | copied | replaced, written | copied)
         staging.write(MANIFEST_NAME, serialize(manifest))
         if render_card:
@@ -171,10 +171,6 @@ def output_config(plan: Plan) -> dict[str, Any]:
     version = importlib.metadata.version("compressed-tensors")
     settings = quantization_config(plan.targets, plan.ignore, version, plan.structure.prefix)
     return plan.config | {"quantization_config": settings}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _json(content: Any) -> bytes:

@@ -31,6 +31,7 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.prune import BlockMask, BoolArray, Mask
 from compressknow.compress.quantize import dequantize, per_channel, quantize, scales_of
 from compressknow.model.tensors import StoredTensor, byte_view
+from compressknow.reading import open_regular
 
 COPY_BYTES = 1 << 20
 FLUSH_SECONDS = 0.1
@@ -254,7 +255,7 @@ def _energy(values: torch.Tensor) -> float:
 def hash_file(pool: Pool, path: Path, progress: Progress | None = None) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer):
             pool.check()
             digest.update(buffer[:count])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +10,7 @@ from typing import Any, Literal, get_args
 from compressknow.errors import UsageError, did_you_mean
 from compressknow.model.scopes import check_patterns, check_scope_names, layer_ranges
 from compressknow.model.structure import ModuleMap
+from compressknow.reading import MANIFEST, read_json, read_toml
 
 PruneMethod = Literal["l1-unstructured", "ln-structured", "random-unstructured", "random-structured"]
 Scheme = Literal["int8", "int8-paper", "int8-weights"]
@@ -192,8 +191,7 @@ def read_recipe(path: Path) -> Recipe:
     if path.is_dir():
         path = path / MANIFEST_NAME
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = read_json(path, MANIFEST) if path.suffix == ".json" else read_toml(path)
     except FileNotFoundError:
         raise UsageError(
             f"{path}: no such recipe.", hint="Give a TOML file, a manifest or a converted folder."

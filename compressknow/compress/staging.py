@@ -19,6 +19,7 @@ from types import TracebackType
 from compressknow.compress.recipe import MANIFEST_NAME
 from compressknow.errors import CheckpointError, OutputError
 from compressknow.files import cannot_write, dead, new_locked_file, refuse_broken_links, remove_lock, sync_folder
+from compressknow.reading import open_regular
 
 COPY_BYTES = 1 << 20
 
@@ -80,7 +81,7 @@ class Staging:
     def copy(self, source: Path, name: str) -> str:
         """Copy a file durably; returns its SHA-256 in hexadecimal."""
         digest, size = hashlib.sha256(), 0
-        with source.open("rb") as original, self._new(name).open("xb") as copy:
+        with open_regular(source) as original, self._new(name).open("xb") as copy:
             while piece := original.read(COPY_BYTES):
                 digest.update(piece)
                 size += copy.write(piece)

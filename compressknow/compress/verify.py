@@ -23,6 +23,7 @@ from compressknow.model.progress import counted
 from compressknow.model.safetensors_header import read_header, read_metadata
 from compressknow.model.streaming import OpenFiles
 from compressknow.model.tensors import StoredTensor
+from compressknow.reading import INDEX, MANIFEST
 
 SHOWN = 20
 # What a comparison and its sums read of each tensor in a manifest.
@@ -110,7 +111,7 @@ def compare_to_manifest(
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     refuse_unconverted(folder)
-    manifest = read_json(folder / MANIFEST_NAME)
+    manifest = read_json(folder / MANIFEST_NAME, MANIFEST)
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(
             f"{folder / MANIFEST_NAME} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}.",
@@ -150,7 +151,7 @@ def _places(folder: Path) -> dict[str, str]:
     """The weight file of each tensor by the folder's index; nothing where there is one file for all."""
     if (folder / SAFETENSORS).is_file() or not (folder / SAFETENSORS_INDEX).is_file():
         return {}
-    weight_map = read_json(folder / SAFETENSORS_INDEX).get("weight_map")
+    weight_map = read_json(folder / SAFETENSORS_INDEX, INDEX).get("weight_map")
     places = weight_map.items() if isinstance(weight_map, dict) else ()
     return {name: file for name, file in places if isinstance(file, str) and not is_outside(file)}
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import open_checkpoint, read_json, weight_files
 from compressknow.model.tensors import DTYPE_SIZES
+from compressknow.reading import MANIFEST as MANIFEST_BYTES
+from compressknow.reading import open_regular
 
 if TYPE_CHECKING:
     from compressknow.compress.variant import Variant
@@ -83,7 +85,7 @@ def fingerprint(located: Located, read: Callable[[int], None] | None = None) -> 
 
 def _hash_of(path: Path, read: Callable[[int], None] | None) -> str:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             if read:
@@ -201,7 +203,7 @@ def _manifest_facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return _facts_of(read_json(path))
+        return _facts_of(read_json(path, MANIFEST_BYTES))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error!r}.", hint="Convert the checkpoint again, or remove the file."

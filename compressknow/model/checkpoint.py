@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from compressknow import reading
 from compressknow.errors import CheckpointError
+from compressknow.model.folder import check_files
 from compressknow.model.safetensors_header import read_header
 from compressknow.model.tensors import StoredTensor
 from compressknow.model.torch_bin import read_torch_file
@@ -56,6 +57,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     CheckpointError : no such folder or id, config.json missing or not an object, weight files missing or damaged.
     """
     folder, commit = _resolve(model, revision, weights)
+    check_files(folder)
     config = read_json(folder / "config.json")
     files = weight_files(folder) if weights else {}
     tensors: dict[str, StoredTensor] = {}
@@ -88,13 +90,16 @@ def some_of(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:SHOWN]) + more
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError where it is missing, not JSON, or not an object."""
+def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
+    """The object in a JSON file of at most `most` bytes.
+
+    Raises CheckpointError where it is missing, no regular file, larger, not JSON, or not an object.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = reading.read_json(path, most)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.", hint="A checkpoint folder has one beside its weights.") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", hint=DOWNLOAD_AGAIN) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object.", hint=DOWNLOAD_AGAIN)
@@ -117,7 +122,7 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
 
 
 def _read_index(folder: Path, index: Path) -> dict[str, set[str] | None]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, reading.INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map.", hint=DOWNLOAD_AGAIN)
     files: dict[str, set[str] | None] = {}

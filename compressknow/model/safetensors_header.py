@@ -6,16 +6,18 @@ The safetensors library gives no offsets, and streaming needs them.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from compressknow.errors import CheckpointError
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
+from compressknow.reading import open_regular, parse_json
 
-# The reference implementation refuses longer headers too.
+# The reference implementation refuses longer headers too. 200,000 tensors of two dimensions, each twelve marks.
 MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_VALUES = 2_400_000
 METADATA = "__metadata__"
 
 
@@ -47,19 +49,26 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _load(path: Path) -> tuple[dict[str, Any], int]:
     """The header as it stands in the file, and the offset at which the data starts."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
             raise _damaged(path, f"its header claims {length:,} bytes, the file has {size:,}")
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw, most_values=MAX_HEADER_VALUES, pairs=_without_repetition)
+    except ValueError as error:
         raise _damaged(path, f"its header cannot be read ({error})") from None
     if not isinstance(header, dict) or not _is_text_by_name(header.get(METADATA, {})):
         raise _damaged(path, "its header is no object of tensors by name")
     return header, 8 + length
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

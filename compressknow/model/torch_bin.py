@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 # A record's own header in a zip archive: its signature, and the lengths of the two fields that follow.
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 ENCRYPTED = 0x2061
+# A tensor takes some 150 bytes in the pickle: 200,000 tensors.
+MAX_PICKLE_BYTES = 32_000_000
+# Of what is compressed, or repeated by strides of 0: so many times the file's size, and so many bytes more.
+EXPANSION, MAX_EXPANDED_BYTES = 4, 256_000_000
 DTYPE_NAMES = {
     **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"},
     **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64", "bool": "BOOL"},
@@ -37,12 +41,50 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     ------
     CheckpointError : the pickle wants more than tensors (it could run code), is damaged, or holds no flat state dict.
     """
+    _refuse_packed(path)
     records = _records_in_place(path)
     state = _load(path, map_location="meta" if records else "cpu")
     in_place = bool(records)
     if in_place and not all(_lies_in(records, tensor) for tensor in state.values()):
         in_place, state = False, _load(path, map_location="cpu")
+    if not in_place:
+        _refuse_expanded(path, state)
     return {name: _stored(path, name, tensor, in_place) for name, tensor in state.items()}
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse an archive that unpacks to far more than lies in it. Raises CheckpointError.
+
+    torch.save compresses nothing. Other tools may, and weights compress to a half at best: a few megabytes that
+    unpack to gigabytes are no weights.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception:  # No archive, or a damaged one: torch will say.
+        return
+    size = path.stat().st_size
+    if (unpacked := sum(entry.file_size for entry in entries)) > EXPANSION * size + MAX_EXPANDED_BYTES:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes and would unpack to {unpacked:,}: refused.",
+            hint="Save it again with torch.save or, better, as safetensors, in an environment that you trust it in.",
+        )
+    pickled = next((entry for entry in entries if entry.filename.endswith(".pkl")), None)
+    if pickled and pickled.file_size > MAX_PICKLE_BYTES:
+        raise CheckpointError(
+            f"{path}: {pickled.filename} has {pickled.file_size:,} bytes, and can have {MAX_PICKLE_BYTES:,} at most.",
+            hint="Save model.state_dict() alone, with save_pretrained.",
+        )
+
+
+def _refuse_expanded(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that would take far more memory, each written out, than the file has bytes (strides of 0)."""
+    copied = sum(t.numel() * t.element_size() for t in state.values() if not t.is_contiguous())
+    if copied > EXPANSION * path.stat().st_size + MAX_EXPANDED_BYTES:
+        raise CheckpointError(
+            f"{path}: its tensors take {copied:,} bytes when they are written out, far more than the file holds.",
+            hint="Save it again as safetensors, in an environment that you trust it in.",
+        )
 
 
 def _load(path: Path, map_location: str) -> dict[str, torch.Tensor]:

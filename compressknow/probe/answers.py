@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressknow import reading
 from compressknow.errors import CompressknowError
 from compressknow.files import write_whole, written
 
@@ -149,7 +150,7 @@ def read_answers(folder: Path) -> Answers:
 def read_record(folder: Path) -> dict[str, Any]:
     """``probe.json`` of an answers folder."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = reading.read_json(folder / RECORD, reading.RECORD)
         version = record["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompressknowError(

@@ -9,7 +9,6 @@ The score is over all facts alike: lm-pub-quiz weights each relation's accuracy 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.jsonl import file_hashes, read_rows
 from compressknow.probe.prompts import OBJECT, capitalized, fill, pick
 from compressknow.probe.subjects import subject_of
+from compressknow.reading import INDEX, read_json
 
 PROTOCOL = "bear/1"
 METADATA = "metadata_relations.json"
@@ -48,7 +48,7 @@ def bear(folder: Path, template: int = 1) -> Probe:
 
 def _metadata(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        relations = json.loads(path.read_text(encoding="utf-8"))
+        relations = read_json(path, INDEX)
         for metadata in relations.values():
             if not (metadata["templates"] and metadata["answer_space_labels"]):
                 raise ValueError("a relation without templates or labels")

@@ -7,7 +7,6 @@ PopQA (``akariasai/PopQA``), LAMA's copies in Parquet, and tables with the colum
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections import Counter
@@ -22,6 +21,7 @@ from compressknow.probe.columns import Columns, choose_columns
 from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.prompts import UniqueIds, fill, wrong_blanks
 from compressknow.probe.subjects import subject_of
+from compressknow.reading import parse_json
 
 PROTOCOL = "hf/1"
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -206,7 +206,7 @@ def _texts(value: object) -> tuple[str, ...] | None:
     """A list of texts, also as a text of JSON, each once; None for an empty one. Another text is a list of itself."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value.encode())
         except ValueError:
             value = [value]
     return tuple(dict.fromkeys(filter(None, map(_text, value)))) or None if isinstance(value, list) else None

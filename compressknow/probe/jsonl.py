@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from compressknow.errors import UsageError
+from compressknow.reading import MOST_VALUES, NotReadable, parse_json, read_lines, sha256_of, values_in
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -17,24 +17,28 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
     Raises UsageError where the file cannot be read.
     """
+    values = 0
     try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
-    # Lines end at "\n" alone: JSON texts may hold U+2028 and the like, at which str.splitlines would break them.
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield number, _parsed(line)
+        # Lines end at "\n" alone: JSON texts may hold U+2028 and the like, at which str.splitlines would break them.
+        for number, line in enumerate(read_lines(path), start=1):
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            values += values_in(content)
+            if values > MOST_VALUES:
+                raise NotReadable(f"its lines hold more than {MOST_VALUES:,} values")
+            if content.strip():
+                yield number, _parsed(content)
+    except (OSError, NotReadable) as error:
+        raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | str:
     try:
-        value = json.loads(line.decode())
+        value = parse_json(line)
     except UnicodeDecodeError as error:
         return f"column {error.start + 1}: not UTF-8"
     except json.JSONDecodeError as error:
         return f"column {error.colno}: not JSON: {error.msg}"
-    except (ValueError, RecursionError):
+    except ValueError:
         return "column 1: not JSON that can be read: nested too deeply, or a number of too many digits"
     return value if isinstance(value, dict) else "column 1: a JSON object {...} belongs here"
 
@@ -51,4 +55,4 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def file_hashes(paths: Iterable[Path], folder: Path) -> dict[str, str]:
     """File name relative to `folder`, with forward slashes -> sha256 of the file, in hexadecimal."""
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}

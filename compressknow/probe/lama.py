@@ -22,6 +22,7 @@ from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.jsonl import file_hashes, read_rows
 from compressknow.probe.prompts import UniqueIds, fill, wrong_blanks
 from compressknow.probe.subjects import subject_of, subject_of_set
+from compressknow.reading import TOKENIZER, read_text
 
 WHERE_FROM = "https://dl.fbaipublicfiles.com/LAMA/data.zip"
 SETS = ("trex", "google-re", "squad", "conceptnet")
@@ -148,7 +149,10 @@ def _vocabulary(path: Path) -> tuple[str, ...]:
             "The lama protocol ranks the words of LAMA's common vocabulary.",
             "Get https://dl.fbaipublicfiles.com/LAMA/common_vocab_cased.txt, or ask by --protocol paper.",
         )
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = read_text(path, TOKENIZER).split("\n")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.", hint="The file is damaged: get it again.") from None
     return tuple(dict.fromkeys(word for line in lines if (word := line.strip())))
 
 

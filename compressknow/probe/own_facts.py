@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from compressknow.probe.facts import BLANK, Fact, Probe
 from compressknow.probe.jsonl import json_lines
 from compressknow.probe.prompts import OBJECT, SUBJECT, ends_open, fill, with_blank
 from compressknow.probe.subjects import GENERAL
+from compressknow.reading import sha256_of
 
 PROTOCOL = "facts/1"
 SCHEMA = f"""\
@@ -47,6 +48,8 @@ _HINT = (
 _TEXTS = ("prompt", "template", "obj_label", "sub_label", "relation", "subject")
 _KEYS = (*_TEXTS, "id", "candidates", "popularity")
 _SHOWN = 5
+# Of a line's other keys, those that are looked at for a misspelling.
+_COMPARED = 100
 
 
 def own_facts(path: Path) -> Probe:
@@ -73,7 +76,7 @@ def own_facts(path: Path) -> Probe:
     if not facts:
         raise UsageError(f"{path} holds no facts.", hint=_HINT)
     closed = all(fact.candidates for fact in facts.values())
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = sha256_of(path)
     return Probe(
         name=name,
         protocol=PROTOCOL,
@@ -116,7 +119,8 @@ def _wrong_types(row: dict[str, Any]) -> list[str]:
 
 def _misspelt(row: dict[str, Any]) -> list[str]:
     """Other keys are ignored, but one that nearly is a known one would go unnoticed."""
-    near = {key: difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85) for key in row if key not in _KEYS}
+    others = itertools.islice((key for key in row if key not in _KEYS), _COMPARED)
+    near = {key: difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85) for key in others}
     return [f"{key}: unknown; did you mean {match[0]}?" for key, match in near.items() if match]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from compressknow.engine.identity import Located
 from compressknow.errors import CompressknowError
+from compressknow.model.checkpoint import read_json
 from compressknow.probe.run import Respondent, Settings
 
 FACTS, ROUNDS = 192, 3
@@ -76,7 +77,7 @@ def _import_libraries(path: Path) -> None:
 
     names = ["AutoTokenizer", "AutoModelForCausalLM"]
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "config.json")
         names += config.get("architectures") or []
         if "quantization_config" in config:
             import compressed_tensors  # noqa: F401

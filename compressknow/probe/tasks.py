@@ -32,6 +32,7 @@ from compressknow.probe.task_index import (
     own_tasks,
     silent,
 )
+from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
@@ -67,7 +68,7 @@ class Task:
         digest = hashlib.sha256()
         digest.update(json.dumps([self.name, self.task, self.limit, self.seed, version("lm_eval")]).encode())
         for path, name in self._files():
-            digest.update(json.dumps([name, hashlib.sha256(path.read_bytes()).hexdigest()]).encode())
+            digest.update(json.dumps([name, sha256_of(path)]).encode())
         return digest.hexdigest()
 
     def _files(self) -> Iterator[tuple[Path, str]]:
@@ -242,7 +243,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 def _data_source(task: Task, built: Mapping[str, Any]) -> Any:
     """{file: sha256} of local data; otherwise where on the hub the sets lie."""
     if files := local_files(task):
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files.values()}
+        return {path.name: sha256_of(path) for path in files.values()}
     configs = [one.config for one in built["tasks"].values() if hasattr(one, "config")]
     paths = dict.fromkeys(str(getattr(config, "dataset_path", None)) for config in configs)
     return ", ".join(paths)

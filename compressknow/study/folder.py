@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from compressknow import __version__
+from compressknow import __version__, reading
 from compressknow.errors import OutputError
 from compressknow.files import LOCK, own_folder, write_whole
 from compressknow.probe.run import Respondent
@@ -56,7 +56,7 @@ def _identity(original: Respondent) -> dict[str, str]:
 
 def _refuse_other(record: Path, said: Mapping[str, object]) -> None:
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = reading.read_json(record, reading.RECORD)
         differs = next((key for key in ("sha256", "version", "schema") if found[key] != said[key]), None)
     except (OSError, ValueError, KeyError, TypeError):
         raise OutputError(f"{record} is damaged.", hint="Choose a new folder for the study.") from None

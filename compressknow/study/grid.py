@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -14,6 +13,7 @@ from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme, Where,
 from compressknow.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.model.scopes import scope_names
 from compressknow.model.structure import ModuleMap, Structure
+from compressknow.reading import read_toml
 
 # Sections 2.3 to 2.6 of the paper and its figure 8.
 MODULES = ("attention", "feed-forward", "overall")
@@ -86,7 +86,7 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
     Raises UsageError where it cannot be read, is empty, contradicts itself or says what no recipe knows.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = read_toml(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such grid.", hint="Give `paper` or a TOML file.") from None
     except (ValueError, OSError) as error:

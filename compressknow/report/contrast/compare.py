@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow import __version__
 from compressknow.errors import UsageError
+from compressknow.reading import sha256_of
 from compressknow.report.contrast.cautions import contrast_cautions
 from compressknow.report.contrast.records import Behaviour, Checkpoint, Contrast
 from compressknow.report.contrast.verdict import contrast_verdict, names_of
@@ -164,8 +165,6 @@ def _other_files(a: Located, b: Located) -> Iterator[str]:
 
     left_out = {"config.json", *weight_files(a.path), *weight_files(b.path)}
     for name in sorted({path.name for located in (a, b) for path in located.files} - left_out):
-        contents = [
-            (located.path / name).read_bytes() if (located.path / name).is_file() else None for located in (a, b)
-        ]
-        if contents[0] != contents[1]:
+        hashes = [sha256_of(located.path / name) if (located.path / name).is_file() else None for located in (a, b)]
+        if hashes[0] != hashes[1]:
             yield name

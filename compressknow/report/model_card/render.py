@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from compressknow.reading import CARD, read_text
 from compressknow.report.figures import count, percent, size
 from compressknow.report.model_card.auto_class import auto_class, is_encoder_decoder, runtimes
 from compressknow.report.templates import code_span, render
@@ -29,7 +30,7 @@ def model_card_for(manifest: Mapping[str, Any], source: Path) -> str:
 def read_card_metadata(card: Path) -> dict[str, Any]:
     """The front matter of a model card; empty where there is no card, no front matter, or it is no valid YAML."""
     try:
-        match = FRONT_MATTER.match(card.read_text(encoding="utf-8"))
+        match = FRONT_MATTER.match(read_text(card, CARD))
         metadata = yaml.safe_load(match.group(1)) if match else None
     except (OSError, ValueError, yaml.YAMLError):
         # A conversion must not fail for the sake of a card that its author broke.

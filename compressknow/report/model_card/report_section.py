@@ -9,6 +9,8 @@ from pathlib import Path
 
 from compressknow.errors import OutputError
 from compressknow.files import write_whole
+from compressknow.reading import CARD as CARD_BYTES
+from compressknow.reading import NotReadable, read_text
 from compressknow.report.figures import count, estimate, size
 from compressknow.report.model_card.model_index import check_metadata, with_results
 from compressknow.report.model_card.render import FRONT_MATTER
@@ -115,6 +117,8 @@ def _named(path: Path) -> Iterator[None]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
+        return read_text(path, CARD_BYTES) if path.is_file() else ""
     except UnicodeDecodeError as error:
         raise OutputError("the model card is no UTF-8 text.", why=str(error), hint="Save it as UTF-8.") from error
+    except NotReadable as error:
+        raise OutputError(f"the model card cannot be read: {error}.") from error

@@ -1,0 +1,135 @@
+"""Reading files of others: regular files alone, of a size that such a file may have, and JSON of a size that fits.
+
+A checkpoint, a facts file or an answers folder may come from anywhere. A pipe in place of config.json would wait for
+ever, a file of gigabytes would fill the memory, and so would a short JSON text of millions of empty lists. Each kind of
+file has a bound here, far above what real ones take.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import tomllib
+from collections.abc import Callable, Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+# The most bytes of a file, by its kind. The index of a model of 100,000 tensors takes 15 MB, its manifest 70 MB; the
+# largest tokenizers have 35 MB.
+CONFIG, CARD, TABLE_OF_OPTIONS = 16 * MIB, MIB, MIB // 4
+INDEX, MANIFEST, TOKENIZER = 64 * MIB, 256 * MIB, 256 * MIB
+RECORD = 64 * MIB
+FACTS, LINE = 1024 * MIB, MIB
+# Values in one JSON file, or in all lines of a facts file: each takes up to 100 bytes of memory beside its text.
+MOST_VALUES = 8_000_000
+_PIECE = MIB
+_KINDS = {
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+class NotReadable(ValueError):
+    """A file that is no regular one, larger than its kind can be, or no JSON or TOML. The text says which."""
+
+
+def open_regular(path: Path, most: int | None = None) -> BufferedReader:
+    """Open a file for reading. Never waits, as opening a pipe would.
+
+    Raises NotReadable where it is no regular file, or has more than `most` bytes; OSError where it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check(os.fstat(descriptor), most)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: Path, most: int | None = None) -> None:
+    """Raise NotReadable where another library could not read a file safely; see `open_regular`."""
+    _check(path.stat(), most)
+
+
+def _check(status: os.stat_result, most: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise NotReadable(f"it is {kind}, not a regular file")
+    if most is not None and status.st_size > most:
+        raise NotReadable(f"it has {status.st_size:,} bytes, and such a file has at most {most:,}")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises NotReadable or OSError."""
+    with open_regular(path, most) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise NotReadable(f"it has more than {most:,} bytes")
+    return content
+
+
+def read_text(path: Path, most: int) -> str:
+    """A text in UTF-8. Raises NotReadable, UnicodeDecodeError (a ValueError as well) or OSError."""
+    return read_bytes(path, most).decode("utf-8")
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a facts file, without their ends. Raises NotReadable or OSError; a line has at most `LINE` bytes."""
+    with open_regular(path, FACTS) as file:
+        number = 0
+        while line := file.readline(LINE + 2):
+            number += 1
+            if len(line) > LINE + 1 or (len(line) == LINE + 1 and not line.endswith(b"\n")):
+                raise NotReadable(f"line {number} is longer than {LINE:,} bytes")
+            yield line.removesuffix(b"\n")
+
+
+def read_json(path: Path, most: int) -> Any:
+    """What a JSON file holds. Raises NotReadable, json.JSONDecodeError (a ValueError as well) or OSError."""
+    return parse_json(read_bytes(path, most))
+
+
+def parse_json(
+    content: bytes, *, most_values: int = MOST_VALUES, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """The value of a JSON text in UTF-8; `pairs` makes an object of its keys and values.
+
+    Raises NotReadable where it holds more than `most_values` values or is nested too deeply, ValueError where it is no
+    JSON.
+    """
+    if values_in(content) > most_values:
+        raise NotReadable(f"it holds more than {most_values:,} values")
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=pairs)
+    except RecursionError:
+        raise NotReadable("it is nested too deeply") from None
+
+
+def values_in(content: bytes) -> int:
+    """At least the number of values in a JSON text: each but the first follows a comma, a colon or a bracket."""
+    return sum(content.count(mark) for mark in (b",", b":", b"[", b"{"))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file of options holds. Raises NotReadable, tomllib.TOMLDecodeError (a ValueError too) or OSError."""
+    try:
+        return tomllib.loads(read_text(path, TABLE_OF_OPTIONS))
+    except RecursionError:
+        raise NotReadable("it is nested too deeply") from None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a regular file, in hexadecimal, read in pieces. Raises NotReadable or OSError."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,164 @@
+"""Files that would hang a reader or fill its memory: one message that says which file, within 20 s and 2 GB."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressknow.errors import CompressknowError
+from compressknow.model.checkpoint import open_checkpoint
+from compressknow.model.safetensors_header import read_header
+from compressknow.reading import MOST_VALUES, NotReadable, parse_json, read_lines
+from tests.hostile.bounded import bounded, refused
+from tests.models import save_tiny
+
+
+def fifo(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def unix_socket(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    # A socket's path must be short: bound by its name alone, from within its folder.
+    before = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+def device(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return save_tiny("bert", tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", [fifo, unix_socket, device])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"])
+def test_a_checkpoint_is_made_of_regular_files(checkpoint: Path, kind: Callable[[Path], None], name: str) -> None:
+    kind(checkpoint / name)
+    with pytest.raises(CompressknowError, match=f"{name} cannot be read: it is a (pipe|socket|device)"):
+        open_checkpoint(checkpoint)
+
+
+def test_a_pipe_as_any_input_is_refused_at_once(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command that reads a file reads it by the same functions."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("answers", "converted"):
+        Path(folder).mkdir()
+    for name in ("r.toml", "r.json", "f.jsonl", "answers/probe.json", "converted/compressknow.json"):
+        fifo(Path(name))
+    Path("converted/config.json").write_text("{}")
+    for command in (
+        ("convert", checkpoint, "out", "--recipe", "r.toml"),
+        ("convert", checkpoint, "out", "--recipe", "r.json"),
+        ("convert", checkpoint, "out", "--recipe", "converted"),
+        ("verify", "converted"),
+        ("report", "answers", "answers", "-o", "x.html"),
+        ("probe", checkpoint, "-p", "facts:f.jsonl", "-o", "a"),
+        ("sweep", checkpoint, "-o", "s", "--grid", "r.toml"),
+    ):
+        refused(capsys, *command)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 200_000, b"[" + b"[]," * 5_000_000 + b"[]]", b'{"a":' + b"1" * 5000 + b"}"],
+    ids=["deep", "many", "long-number"],
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_costs_more_than_it_takes(
+    checkpoint: Path, name: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint / name).write_bytes(content)
+    if name.endswith("index.json"):
+        (checkpoint / "model.safetensors").unlink()
+    assert f"{name} cannot be read: " in refused(capsys, "inspect", checkpoint)
+
+
+def test_json_is_bounded_by_its_values_not_its_bytes() -> None:
+    with pytest.raises(NotReadable, match="more than"):
+        parse_json(b"[" + b"[]," * MOST_VALUES + b"0]")
+    assert parse_json(json.dumps(list(range(1000))).encode()) == list(range(1000))
+
+
+@pytest.mark.parametrize("header", [b"[" * 90_000_000, b'{"a":[' + b"[]," * 30_000_000 + b"[]]}"], ids=["deep", "many"])
+def test_a_huge_safetensors_header(checkpoint: Path, header: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "model.safetensors is not a sound safetensors file" in refused(capsys, "inspect", checkpoint)
+
+
+def test_the_largest_safetensors_header(tmp_path: Path) -> None:
+    """As many tensors as are read: they fit into the bounds."""
+    entry = {"dtype": "F32", "shape": [0, 1], "data_offsets": [0, 0]}
+    header = json.dumps({f"model.layers.{i}.mlp.weight": entry for i in range(190_000)}, separators=(",", ":")).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with bounded():
+        assert len(read_header(tmp_path / "model.safetensors")) == 190_000
+
+
+@pytest.mark.parametrize("entry", ["data.pkl", "data/0"])
+def test_a_bin_file_that_unpacks_to_far_more(
+    tmp_path: Path, checkpoint: Path, entry: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(4)}, tmp_path / "sound.bin")
+    bin_file = checkpoint / "pytorch_model.bin"
+    with zipfile.ZipFile(tmp_path / "sound.bin") as sound, zipfile.ZipFile(bin_file, "w") as bomb:
+        for name in sound.namelist():
+            packed = zipfile.ZipInfo(name)
+            packed.compress_type = zipfile.ZIP_DEFLATED
+            size = 400 if name.endswith(entry) else 0
+            with bomb.open(packed, "w", force_zip64=True) as record:
+                record.write(sound.read(name))
+                for _ in range(size):
+                    record.write(bytes(1 << 20))
+    assert bin_file.stat().st_size < 1 << 20
+    assert "would unpack to" in refused(capsys, "inspect", checkpoint)
+
+
+def test_a_bin_tensor_of_stride_zero(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(1).expand(1_000_000_000)}, checkpoint / "pytorch_model.bin")
+    assert "far more than the file holds" in refused(capsys, "inspect", checkpoint)
+
+
+def test_a_line_of_facts_without_an_end(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = tmp_path / "f.jsonl"
+    facts.write_bytes(b'\n{"prompt": "x [MASK]", "obj_label": "y", "z": [' + b"[]," * 30_000_000 + b"1]}")
+    said = refused(capsys, "probe", checkpoint, "-p", f"facts:{facts}", "-o", tmp_path / "answers")
+    assert "line 2 is longer than 1,048,576 bytes" in said
+
+
+def test_facts_of_too_many_values(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = tmp_path / "f.jsonl"
+    facts.write_bytes((b'{"z": [' + b"[]," * 300_000 + b"1]}\n") * 40)
+    said = refused(capsys, "probe", checkpoint, "-p", f"facts:{facts}", "-o", tmp_path / "answers")
+    assert "its lines hold more than 8,000,000 values" in said
+
+
+def test_a_line_of_many_unknown_keys(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = tmp_path / "f.jsonl"
+    facts.write_text(json.dumps({f"promp{i}": 1 for i in range(60_000)}))
+    assert "prompt: missing" in refused(capsys, "probe", checkpoint, "-p", f"facts:{facts}", "-o", tmp_path / "answers")
+
+
+def test_lines_end_as_json_lines_do(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"a\r\n\nb\xe2\x80\xa8c")
+    assert list(read_lines(tmp_path / "f")) == [b"a\r", b"", b"b\xe2\x80\xa8c"]
