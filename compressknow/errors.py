@@ -51,6 +51,11 @@ class GateNotMet(CompressknowError):
     exit_code = 3
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether Rust code of a library has panicked: what is raised then is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The beginning of a hint, where a word is nearly one of those known; otherwise nothing.
 

@@ -255,11 +255,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_full(error: OSError) -> bool:
+    """Whether a disk is full, or a file larger than the system or the user's quota allows."""
+    return error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+
+
 def cannot_write(path: Path, error: OSError) -> OutputError:
     """The error of a file or folder that the system does not let us write, in our form."""
-    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    full = is_full(error)
     why = "no space left" if full else error.strerror or str(error)
-    hint = "Free space, or write elsewhere." if full else "Choose another place, or change its permissions."
+    hint = (
+        "Free space, or write elsewhere; what was whole before is kept."
+        if full
+        else "Choose another place, or change its permissions."
+    )
     return OutputError(f"{path} cannot be written: {why}.", hint=hint)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import sys
 from types import FrameType
 
 import click
 
-from compressknow.errors import CompressknowError, did_you_mean
+from compressknow.cli.streams import STANDARD_OUTPUT, drop_output, fit_streams
+from compressknow.errors import CompressknowError, did_you_mean, is_panic
 
 FAILED = 1
 INTERRUPTED = 130
@@ -19,6 +19,11 @@ INTERRUPTED = 130
 def run(command: click.Command, args: list[str] | None = None) -> int:
     """Run `command` and return the exit code; whatever goes wrong is one message on stderr."""
     _exit_orderly_on_signals()
+    with fit_streams():
+        return _run(command, args)
+
+
+def _run(command: click.Command, args: list[str] | None) -> int:
     try:
         returned = command.main(args, prog_name="compressknow", standalone_mode=False)
         sys.stdout.flush()
@@ -33,14 +38,25 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
         return INTERRUPTED
     except OSError as error:
         return _os_error(error)
-    except Exception as error:
-        _print_error(
-            f"unexpected {type(error).__name__}: {error}",
-            "This is a fault of compressknow, not of what you asked for.",
-            "Run it again as `compressknow --debug ...` and report the traceback.",
-        )
+    except MemoryError:
+        _print_error("There is not enough memory.", None, "Run it where there is more, or with a smaller --batch-size.")
         return FAILED
+    except Exception as error:
+        return _unexpected(error)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        return _unexpected(error)
     return returned if isinstance(returned, int) else 0
+
+
+def _unexpected(error: BaseException) -> int:
+    _print_error(
+        f"unexpected {type(error).__name__}: {error}",
+        "This is a fault of compressknow, not of what you asked for.",
+        "Run it again as `compressknow --debug ...` and report the traceback.",
+    )
+    return FAILED
 
 
 def _suggested(error: click.NoSuchOption) -> click.UsageError:
@@ -58,9 +74,11 @@ def _print_error(what: str, *details: str | None) -> None:
 
 
 def _os_error(error: OSError) -> int:
+    if error.errno == errno.EPIPE or error.filename == STANDARD_OUTPUT:
+        # It is flushed once more at exit: let that go nowhere.
+        drop_output()
     if error.errno == errno.EPIPE:
-        # The reader has gone (`| head`). Python flushes stdout once more at exit: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has gone (`| head`).
         return FAILED
     where = f": {error.filename}" if error.filename is not None else ""
     _print_error(f"{error.strerror or error}{where}")

@@ -6,7 +6,6 @@ same output removes both, and puts back what an interrupted `--overwrite` had mo
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
 import os
@@ -18,7 +17,15 @@ from types import TracebackType
 
 from compressknow.compress.recipe import MANIFEST_NAME
 from compressknow.errors import CheckpointError, OutputError
-from compressknow.files import cannot_write, dead, new_locked_file, refuse_broken_links, remove_lock, sync_folder
+from compressknow.files import (
+    cannot_write,
+    dead,
+    is_full,
+    new_locked_file,
+    refuse_broken_links,
+    remove_lock,
+    sync_folder,
+)
 from compressknow.reading import open_regular
 
 COPY_BYTES = 1 << 20
@@ -62,7 +69,7 @@ class Staging:
         remove_lock(self._lock_file, self._lock)
         if error is not None:
             self._remove_made_parents()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and is_full(error):
             raise OutputError(
                 f"No space left for {self.output}.",
                 why="Nothing was left behind.",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError, CompressknowError
-from compressknow.model.quiet import quiet
+from compressknow.model.quiet import no_panics, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,10 @@ def load(
         config = _config(source)
         named, model_class = _classes(config, trust_remote_code, language_model)
         unpack = {"quantization_config": _unpacked_gguf()} if "gguf_file" in source else {}
-        model, report = model_class.from_pretrained(**source, **unpack, dtype=dtype or "auto", output_loading_info=True)
+        model, report = model_class.from_pretrained(
+            **source, **unpack, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        _refuse_misfits(path, report)
         _refuse_missing(path, report, named if named != model_class.__name__ and language_model else None)
         _unpack(model, device)
     return model.to(device).eval()
@@ -74,7 +78,9 @@ def load_variant(
             state_dict=dict(variant.tensors),
             dtype=dtype or "auto",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
+        _refuse_misfits(path, report)
         _refuse_missing(path, report, None)
         if (path / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(path)
@@ -89,13 +95,14 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     path = _checkpoint_path(folder)
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(
-                **_source(path), trust_remote_code=trust_remote_code, local_files_only=True
-            )
+            with no_panics():
+                return AutoTokenizer.from_pretrained(
+                    **_source(path), trust_remote_code=trust_remote_code, local_files_only=True
+                )
         except Exception as error:
             raise CheckpointError(
                 f"{path} has no tokenizer that loads.",
-                why=_first_line(error),
+                why=reason_of(error),
                 hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) beside its weights.",
             ) from error
 
@@ -192,6 +199,19 @@ def _auto_class(config: Any, architecture: str | None, trust_remote_code: bool) 
     return AutoModel
 
 
+def _refuse_misfits(path: Path, report: dict[str, Any]) -> None:
+    """Refuse weights of other shapes than the config says: transformers has filled these in at random."""
+    misfits = sorted(report["mismatched_keys"])
+    if not misfits:
+        return
+    name, stored, needed = misfits[0]
+    more = f", and {len(misfits) - 1} more do not fit" if len(misfits) > 1 else ""
+    raise CheckpointError(
+        f"{path} does not fit its config.json: {name} is {list(stored)}, and should be {list(needed)}{more}.",
+        hint="Put the config.json that the weights were saved with beside them, or download both again.",
+    )
+
+
 def _refuse_missing(path: Path, report: dict[str, Any], headless: str | None) -> None:
     """Refuse what cannot be loaded whole; `headless` names the class without a head that the config asks for."""
     missing = sorted(report["missing_keys"])
@@ -252,10 +272,21 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
         raise
     except ImportError as error:
         hint = f"pip install {error.name.partition('.')[0]}" if error.name else None
-        raise CheckpointError(f"{path} needs a library that is not here.", why=_first_line(error), hint=hint) from error
+        raise CheckpointError(f"{path} needs a library that is not here.", why=reason_of(error), hint=hint) from error
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be loaded.", why=_first_line(error)) from error
+        raise CheckpointError(f"{path} cannot be loaded.", why=reason_of(error)) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+# Advice of libraries to their programmers, which would harm or help nobody here.
+_ADVICE = {
+    "weights.only": "Its .bin file holds more than tensors, and loading that could run code; or it is damaged.",
+    "ignore_mismatched_sizes": "Its weights have other shapes than its config.json says.",
+    "trust_remote_code": "It needs Python code of its own: --trust-remote-code runs it, where you trust it.",
+}
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of a library's error; in our words where it gives advice that is not for who reads this."""
+    text = str(error).strip()
+    ours = next((words for sign, words in _ADVICE.items() if re.search(sign, text, re.IGNORECASE)), None)
+    return ours or (text.splitlines() or [type(error).__name__])[0]

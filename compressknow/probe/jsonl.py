@@ -40,7 +40,21 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
         return f"column {error.colno}: not JSON: {error.msg}"
     except ValueError:
         return "column 1: not JSON that can be read: nested too deeply, or a number of too many digits"
-    return value if isinstance(value, dict) else "column 1: a JSON object {...} belongs here"
+    if not isinstance(value, dict):
+        return "column 1: a JSON object {...} belongs here"
+    return _half_character(line, value) or value
+
+
+def _half_character(line: bytes, value: dict[str, Any]) -> str | None:
+    """Where one half of a surrogate pair stands alone, as only an escape can: no file could hold that text."""
+    if b"\\u" not in line:
+        return None
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        escape = f"\\u{ord(error.object[error.start]):04x}"
+        return f"column {line.lower().find(escape.encode()) + 1}: {escape} is half of a character"
+    return None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

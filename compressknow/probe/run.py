@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from compressknow import __version__
 from compressknow.engine.device import AUTO, CPU, check_device, device_of
 from compressknow.engine.identity import Located, describe, fingerprint
-from compressknow.errors import OutputError, UsageError
+from compressknow.engine.load import reason_of
+from compressknow.errors import CheckpointError, OutputError, UsageError
+from compressknow.model.quiet import PanicError, no_panics
 from compressknow.probe.answers import (
     RECORD,
     SCHEMA_VERSION,
@@ -97,8 +99,16 @@ class Respondent:
     def questions(self, probe: Probe) -> Questions:
         """The probe's facts as this model can be asked them."""
         loaded = self.loaded
-        scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)
-        return questions_of(scorer, self.settings.batch_size)
+        try:
+            with no_panics():
+                scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)
+                return questions_of(scorer, self.settings.batch_size)
+        except PanicError as error:
+            raise CheckpointError(
+                f"The tokenizer of {self.located.name} fails on the facts of {probe.name}.",
+                why=reason_of(error),
+                hint="See that its tokenizer.json is the model's own, and whole.",
+            ) from error
 
     def release(self) -> None:
         """Let go of the model's memory; it is loaded again if it is asked again."""

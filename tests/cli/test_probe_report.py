@@ -417,3 +417,35 @@ def test_the_command_that_the_report_shows_makes_it_again(run: Run, place: Path,
     assert program == "compressknow"
     assert run(*arguments).code == 0
     assert json.loads((tmp_path / "report.json").read_text()) == first
+
+
+def test_a_tokenizer_that_panics_on_the_facts_is_one_message(run: Run, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "llama", tmp_path / "panics")
+    file = tmp_path / "panics" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(tokenizer | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}), encoding="utf-8")
+    refused(run("probe", "panics", *FACTS, "-o", "answers"), 1, "tokenizer of panics", "chunk size must be non-zero")
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "arguments"),
+    [
+        ("deep.jsonl", f'{{"prompt": {DEEP}}}', ("probe", "{place}/bert", "-p", "facts:deep.jsonl", "-o", "a")),
+        ("deep.toml", f"steps = {DEEP}", ("convert", "{place}/bert", "new", "--recipe", "deep.toml")),
+        ("deep.json", DEEP, ("convert", "{place}/bert", "new", "--recipe", "deep.json")),
+        ("deep.toml", f"axes = {DEEP}", ("sweep", "{place}/bert", "-o", "new", "--grid", "deep.toml")),
+        ("config.json", DEEP, ("inspect", ".")),
+        ("probe.json", DEEP, ("report", ".", "{place}/on-bert")),
+        ("compressknow.json", DEEP, ("verify", ".")),
+    ],
+)
+def test_a_file_nested_too_deeply_is_one_message(
+    file: str, text: str, arguments: tuple[str, ...], run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    ended = run(*arguments)
+    assert ended.code in (1, 2)
+    refused(ended, ended.code)

@@ -141,8 +141,32 @@ def test_missing_weight_is_never_made_up(tmp_path: Path) -> None:
 def test_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
     saved("bert", tmp_path)
     edit_config(tmp_path, intermediate_size=40)
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError) as error:
         load(tmp_path)
+    assert "bert.encoder.layer.0.intermediate.dense.bias is [48], and should be [40]" in error.value.what
+    assert "ignore_mismatched" not in str(error.value)
+
+
+def test_a_pickle_that_would_run_code_is_refused_without_the_advice_to_run_it(tmp_path: Path) -> None:
+    saved("bert", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"bert.embeddings.word_embeddings.weight": Path("not a tensor")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="could run code") as error:
+        load(tmp_path)
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_tokenizer_that_panics_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    saved("bert", tmp_path)
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    model = {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}
+    tokenizer = {"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="has no tokenizer that loads") as error:
+        load_tokenizer(tmp_path)
+    assert "precompiled_charsmap" in str(error.value.why)
+    # Rust prints a panic to standard error itself.
+    assert "panicked" not in capfd.readouterr().err
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:

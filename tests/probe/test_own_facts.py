@@ -218,3 +218,12 @@ def test_a_blank_written_in_another_way_is_not_taken_for_the_beginning_of_a_sent
     file.write_text(json.dumps({"prompt": prompt, "obj_label": "Paris"}) + "\n", encoding="utf-8")
     with pytest.raises(UsageError, match="0 times"):
         own_facts(file)
+
+
+def test_half_of_a_character_is_an_error_that_says_where(tmp_path: Path) -> None:
+    file = tmp_path / "facts.jsonl"
+    file.write_text('{"prompt": "\\ud83d\\ude00 is [MASK].", "obj_label": "a \\uD83D"}\n', encoding="utf-8")
+    with pytest.raises(UsageError, match=r"line 1, column \d+: .ud83d is half of a character"):
+        own_facts(file)
+    file.write_text('{"prompt": "\\ud83d\\ude00 is [MASK].", "obj_label": "a \\u00e4"}\n', encoding="utf-8")
+    assert own_facts(file).facts[0].prompt == "😀 is [MASK]."

@@ -1,0 +1,118 @@
+"""What the command line does with the streams that it is given: closed, full, of a narrow encoding, or shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from compressknow.compress.verify import verify
+from tests.knowing import facts_file, knowing
+from tests.models import save_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "Zürich 😀"
+    save_tiny("bert", folder)
+    return folder
+
+
+def shell(command: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """`command` in a shell, in which `$0` is the program and `$1`, ... are the arguments."""
+    return subprocess.run(
+        ["sh", "-c", command, str(sys.executable), *map(str, arguments)],
+        capture_output=True,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+def test_closed_streams_change_nothing_in_what_is_written(model: Path, tmp_path: Path) -> None:
+    converted = tmp_path / "converted"
+    done = shell('"$0" -m compressknow convert "$1" "$2" --prune 20% <&- >&- 2>&-', model, converted)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert verify(converted).differences == ()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_changes_nothing_but_what_is_seen(closed: str) -> None:
+    done = shell(f'"$0" -m compressknow --help {closed}')
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert bool(done.stdout) == (">&-" not in closed.split())
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_wrong_request_ends_the_same_with_a_closed_stream(closed: str, model: Path) -> None:
+    done = shell(f'"$0" -m compressknow convert "$1" new --prune 20 {closed}', model)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert b"Traceback" not in done.stderr
+    assert (b"Did you mean 20%" in done.stderr) == (closed == ">&-")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_that_cannot_be_written_is_one_message() -> None:
+    done = shell('"$0" -m compressknow --help > /dev/full')
+    assert done.returncode == 1
+    assert done.stderr == b"Error: No space left on device: standard output\n"
+
+
+SHOWN = {"latin-1": "Zürich... \\ud83d\\ude00", "cp1252": "Zürich… \\ud83d\\ude00", "utf-8": "Zürich… 😀"}
+
+
+@pytest.mark.parametrize("encoding", SHOWN)
+def test_no_encoding_refuses_a_character(encoding: str) -> None:
+    script = """
+import sys, click
+from compressknow.cli.run import run
+text = "Z\u00fcrich\u2026 \U0001f600"
+sys.exit(run(click.Command("say", callback=lambda: [click.echo(text), click.echo(text, err=True)]), []))
+"""
+    done = shell('"$0" -c "$1"', script, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0
+    assert done.stdout.decode(encoding) == done.stderr.decode(encoding) == SHOWN[encoding] + "\n"
+
+
+def test_json_stays_json_in_a_narrow_encoding(model: Path) -> None:
+    done = shell('"$0" -m compressknow inspect "$1" --json', model, PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout.decode("latin-1"))["model"] == model.name
+
+
+def test_what_is_printed_behind_pythons_back_is_no_result() -> None:
+    script = textwrap.dedent("""
+        import os, sys, click
+        from tokenizers import AddedToken
+        from compressknow.cli.run import run
+
+        def work():
+            AddedToken("x", unknown=1)  # Rust says so on standard output
+            os.system("echo from another program")
+            click.echo("the result")
+
+        sys.exit(run(click.Command("work", callback=work), []))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "the result\n"
+    assert "from another program" in done.stderr
+
+
+def test_a_tokenizers_chatter_is_not_seen(tmp_path: Path) -> None:
+    knowing("bert", tmp_path / "bert")
+    facts = facts_file(tmp_path / "facts.jsonl")
+    config = tmp_path / "bert" / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    token = {"content": "[PAD]", "special": True, "unknown_kwarg": True, "lstrip": False}
+    config.write_text(json.dumps(settings | {"added_tokens_decoder": {"0": token}}), encoding="utf-8")
+    done = shell(
+        '"$0" -m compressknow probe "$1" -p "facts:$2" -o "$3" --json', tmp_path / "bert", facts, tmp_path / "a"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["probes"]
+    assert done.stderr == b""
