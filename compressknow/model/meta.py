@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from compressknow.errors import CheckpointError
+from compressknow.model.build_bounds import bounded_building, check_numbers
 from compressknow.model.checkpoint import read_json
 
 LANGUAGE_MODEL_CLASSES = (
@@ -44,6 +45,7 @@ def meta_model(
     path = Path(config_folder) / "config.json"
     with _quiet():
         raw = read_json(path)
+        check_numbers(path, raw)
         architecture = _architecture(path, raw)
         if architecture in _remote_classes(raw) and not _is_builtin(architecture):
             return _remote_model(path, raw, architecture, trust_remote_code)
@@ -116,9 +118,11 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
     # A config may ask for a kernel that is not installed here; no layer depends on it.
     config._attn_implementation = "eager"
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with bounded_building(path), torch.random.fork_rng(devices=[]), torch.device("meta"):
             model: PreTrainedModel = model_class(_config_for(model_class, config)).eval()
             return model
+    except CheckpointError:
+        raise
     except Exception as error:  # A wrong size may fail anywhere inside transformers.
         what = f"{path} describes no {model_class.__name__} that can be built."
         raise CheckpointError(what, _reason(error)) from error

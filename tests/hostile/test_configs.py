@@ -1,0 +1,92 @@
+"""A config that asks for billions of layers: refused in one message, within 20 s and 2 GB."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import transformers as hf
+
+from compressknow.errors import CheckpointError
+from compressknow.model.build_bounds import check_numbers
+from compressknow.model.meta import meta_model
+from tests.hostile.bounded import bounded, refused
+
+
+def config_folder(tmp_path: Path, config: hf.PreTrainedConfig, architecture: str, **changes: object) -> Path:
+    values = config.to_dict() | {"architectures": [architecture]} | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path
+
+
+@pytest.mark.parametrize("count", [9_999, 10**9])
+@pytest.mark.parametrize(
+    ("config", "architecture", "key"),
+    [
+        (hf.LlamaConfig(), "LlamaForCausalLM", "num_hidden_layers"),
+        (hf.BertConfig(), "BertForMaskedLM", "num_hidden_layers"),
+        (hf.T5Config(), "T5ForConditionalGeneration", "num_layers"),
+        (hf.GPT2Config(), "GPT2LMHeadModel", "n_layer"),
+        (hf.AlbertConfig(), "AlbertForMaskedLM", "inner_group_num"),
+        (hf.SwitchTransformersConfig(), "SwitchTransformersForConditionalGeneration", "num_experts"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_more_layers_or_experts_than_can_be_built(
+    tmp_path: Path,
+    config: hf.PreTrainedConfig,
+    architecture: str,
+    key: str,
+    count: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = refused(capsys, "inspect", config_folder(tmp_path, config, architecture, **{key: count}))
+    assert str(tmp_path / "config.json") in said
+    assert "too many to be built" in said or f"has {key} {count:,}" in said
+
+
+def test_labels_and_parts_of_a_config_are_counted_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = config_folder(tmp_path, hf.BertConfig(), "BertForMaskedLM", num_labels=10**9)
+    assert "num_labels 1,000,000,000" in refused(capsys, "inspect", labels)
+    vision = hf.Gemma3Config().to_dict()["vision_config"] | {"num_hidden_layers": 10**9}
+    part = config_folder(tmp_path, hf.Gemma3Config(), "Gemma3ForConditionalGeneration", vision_config=vision)
+    assert "num_hidden_layers 1,000,000,000" in refused(capsys, "inspect", part)
+
+
+@pytest.mark.parametrize("size", [10**7, 10**9, 10**13, 10**300])
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"])
+def test_sizes_cost_nothing(tmp_path: Path, key: str, size: int) -> None:
+    """On the meta device a size is a number: built, or refused by a message, but never in memory."""
+    folder = config_folder(tmp_path, hf.DistilBertConfig(), "DistilBertForMaskedLM", **{key: size})
+    with bounded(), contextlib.suppress(CheckpointError):
+        meta_model(folder)
+
+
+def test_numbers_of_real_configs_are_sound() -> None:
+    real = {
+        "num_hidden_layers": 126,
+        "n_routed_experts": 256,
+        "num_experts": 2048,
+        "num_labels": 670_091,
+        "n_words": 2_000_000,
+        "max_position_embeddings": 10_485_760,
+        "n_positions": 1_048_576,
+        "vocab_size": 902_629,
+        "rope_theta": 500_000_000.0,
+        "time_step_limit": [0.0, float("inf")],
+        "num_parameters": 70_000_000_000,
+        "bos_token_id": 128_000,
+        "mask_value": -1e30,
+    }
+    check_numbers(Path("config.json"), real)
+
+
+def test_a_config_nested_deeply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = config_folder(tmp_path, hf.BertConfig(), "BertForMaskedLM")
+    text = (folder / "config.json").read_text()
+    for opened, closed in (('{"a":', "}"), ("[", "]")):
+        nested = opened * 900 + "1" + closed * 900
+        (folder / "config.json").write_text(f'{{"task_specific_params": {nested}, {text[1:]}')
+        assert "nested more than 30 levels" in refused(capsys, "inspect", folder)
