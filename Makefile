@@ -4,13 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-gguf
 	PATH="$$PWD/$(BIN):$$PATH" bash examples/quickstart.sh
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.stamp-dev
@@ -22,6 +22,10 @@ lint: $(VENV)/.stamp-dev
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The manual, into build/docs; a dead link, or a name that no docstring has, is an error.
+docs: $(VENV)/.stamp-dev
+	NO_COLOR=1 $(BIN)/zensical build --clean --strict
 
 bench: $(VENV)/.stamp-dev
 	@for script in benchmarks/*.py; do \

