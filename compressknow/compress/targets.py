@@ -1,8 +1,9 @@
 """Names of modules as targets in the layout of compressed-tensors.
 
 A target that begins with ``re:`` is a pattern, matched from the start of a module's name (by transformers and by vLLM);
-any other is a whole name, or the class of a module. Patterns here hold with and without the base model's prefix: what is ``bert.encoder.layer.0`` in
-BertForMaskedLM is ``encoder.layer.0`` in BertModel, which AutoModel, pipelines and sentence-transformers load.
+any other is a whole name, or the class of a module. Patterns here hold with and without the base model's prefix: what
+is ``bert.encoder.layer.0`` in BertForMaskedLM is ``encoder.layer.0`` in BertModel, which AutoModel, pipelines and
+sentence-transformers load.
 """
 
 from __future__ import annotations

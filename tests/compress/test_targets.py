@@ -1,4 +1,4 @@
-"""Targets in quantization_config name the compressed layers, in the whole model and in every class that holds its base."""
+"""Targets in quantization_config name the compressed layers, in the whole model and in classes that hold its base."""
 
 from __future__ import annotations
 
