@@ -8,10 +8,13 @@ fast as in float32 where the CPU has instructions for it (VNNI).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 class Int8Linear(nn.Module):
@@ -42,12 +45,15 @@ class Int8Linear(nn.Module):
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.per_token = per_token
+        self.rounds = True
         self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         # A zero point of 1 adds these to a token's sums.
         sums = None if per_token else weight.sum(1, dtype=torch.int32)
         self.register_buffer("weight_sums", sums, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.rounds:
+            return functional.linear(x, self.weight.to(x.dtype) * self.weight_scale.to(x.dtype), self.bias)
         tokens = x.reshape(-1, self.in_features)
         scale, zero = self._scale_of_each(tokens) if self.per_token else self._scale_of_all(tokens)
         integers = torch.div(tokens, scale)
@@ -80,6 +86,23 @@ class Int8Linear(nn.Module):
 
     def _not_zero(self, scale: torch.Tensor) -> torch.Tensor:
         return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+
+
+@contextlib.contextmanager
+def unrounded(model: nn.Module) -> Iterator[None]:
+    """Activations stay floats: what differs then does so for another reason than that a value was rounded otherwise."""
+    switched: list[tuple[Any, str, bool]] = []
+    for module in model.modules():
+        # The second is compressed-tensors' own name, for modules that it has prepared.
+        name = "rounds" if isinstance(module, Int8Linear) else "quantization_enabled"
+        if name == "rounds" or hasattr(module, "quantization_scheme"):
+            switched.append((module, name, getattr(module, name, True)))
+            setattr(module, name, False)
+    try:
+        yield
+    finally:
+        for layer, name, before in switched:
+            setattr(layer, name, before)
 
 
 def runs_on(device: str | torch.device) -> bool:

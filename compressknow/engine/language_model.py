@@ -44,7 +44,7 @@ class LanguageModel:
         A GGUF's tokenizer has more than its original's: names for rows that no token has, and the end of text that
         transformers adds to those of GPT-2's kind, beyond the last row.
         """
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        rows = embedding_rows(self.model)
         ids = self.tokenizer.get_vocab().items()
         tokens = sorted((token, number) for token, number in ids if number < rows and token != f"[PAD{number}]")
         return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
@@ -96,6 +96,18 @@ def language_model_of(
     return LanguageModel(model, tokenizer, _family(model) or "")
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """The number of tokens that a model reads. Raises UnsupportedError where it reads something else than tokens."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    # Perceiver's is a part of what prepares its inputs.
+    rows = weight.shape[0] if weight is not None else getattr(model.config, "vocab_size", None)
+    if isinstance(rows, int):
+        return rows
+    raise UnsupportedError(
+        f"{type(model).__name__} has no embedding of text tokens.", hint="Give a language model of text."
+    )
+
+
 def _refuse_borrowed_head(path: Path, model: PreTrainedModel) -> None:
     """A head that is missing is tied to the embedding by transformers, for T5 even where the config says that they are
     two: such a model answers at random.
@@ -117,7 +129,8 @@ def _family(model: PreTrainedModel) -> str | None:
     """By the class; modelling code that comes with a checkpoint is told by the name of its class and its config."""
     name = type(model).__name__
     if family := family_of_class(name):
-        return family
+        # Some that transformers lists as sequence-to-sequence turn speech into text: given text, they go on writing.
+        return family if family != "seq2seq" or model.config.is_encoder_decoder else "causal"
     if model.config.is_encoder_decoder and model.can_generate():
         return "seq2seq"
     if name.endswith("ForMaskedLM"):

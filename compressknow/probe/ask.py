@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from compressknow.engine.language_model import embedding_rows
 from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.probe.answers import Answer
 from compressknow.probe.encoding import Ids
@@ -45,7 +46,7 @@ def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, famil
     from compressknow.probe.masked import MaskedScorer
     from compressknow.probe.seq2seq import Seq2SeqScorer
 
-    rows, size = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    rows, size = embedding_rows(model), len(tokenizer)
     # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
     unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens
     if size > rows and not (unused and tokenizer.convert_ids_to_tokens(rows) == END_OF_TEXT):

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from compressknow.errors import CheckpointError
-from compressknow.probe.decoding import DecodingScorer
+from compressknow.errors import CheckpointError, UnsupportedError
+from compressknow.probe.decoding import DecodingScorer, Encoded
 from compressknow.probe.encoding import Ids
 from compressknow.probe.facts import Fact
 from compressknow.probe.scorer import Question
@@ -36,9 +36,16 @@ class CausalScorer(DecodingScorer):
         return tuple(self.encoder.answer(context, text + after, fact.gap) for text in texts)
 
     def first(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
-        return self.read(torch.tensor([question.prompt for question in batch], device=self.model.device))
+        read = self.read(batch, torch.tensor([question.prompt for question in batch], device=self.model.device))
+        if self.reads_ahead and getattr(self.model.config, "is_decoder", None) is False:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} sees the tokens after the one that it predicts.",
+                why="Its configuration says that it is no decoder.",
+                hint="If it was trained to continue texts, set `is_decoder` to true in its config.json.",
+            )
+        return read
 
-    def forward(self, ids: torch.Tensor, cache: Any, encoder: torch.Tensor | None, keep: int) -> tuple[Any, Any]:  # noqa: ARG002
+    def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:  # noqa: ARG002
         more = {"logits_to_keep": keep} if self._cuts_logits else {}
         output = self.model(input_ids=ids, **self.cached(cache), **more)
         return output.logits[:, -keep:], self.cache_of(output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from abc import abstractmethod
@@ -14,7 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from compressknow.engine.int8 import unrounded
+from compressknow.engine.language_model import embedding_rows
 from compressknow.probe.answers import Answer
+from compressknow.probe.caching import TRIED, Reading, reading_of, select_rows, splittable
 from compressknow.probe.encoding import Ids
 from compressknow.probe.scored import best_of, make_answer
 from compressknow.probe.scorer import ROWS, SLACK_TOKENS, Question, Scorer
@@ -28,6 +30,26 @@ _END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A batch of texts that an encoder has read.
+
+    Attributes
+    ----------
+    ids : [batch, encoder tokens].
+    output : the encoder's own, whose `last_hidden_state` is [batch, encoder tokens, hidden].
+    """
+
+    ids: torch.Tensor
+    output: Any
+
+    def rows(self, rows: Any) -> Encoded:
+        """These rows alone; the output is of its own class, with no other field: decoders look for some that others
+        have not.
+        """
+        return Encoded(self.ids[rows], type(self.output)(last_hidden_state=self.output.last_hidden_state[rows]))
+
+
+@dataclass(frozen=True)
 class Prefix:
     """A batch of texts that a decoder has read.
 
@@ -35,19 +57,22 @@ class Prefix:
     ----------
     ids : [batch, tokens].
     cache : keys and values of these tokens, or None where the architecture keeps none that can be split by rows.
-    encoder : the encoder's output, [batch, encoder tokens, hidden], or None.
+    encoder : what the encoder has read, or None.
     """
 
     ids: torch.Tensor
     cache: Any
-    encoder: torch.Tensor | None = None
+    encoder: Encoded | None = None
 
 
 class DecodingScorer(Scorer):
     """Scores what follows a prefix, the cache of the prefix shared by all that may follow."""
 
+    # How the architecture may read; None until it is tried.
+    _reading: Reading | None = None
+
     @abstractmethod
-    def forward(self, ids: torch.Tensor, cache: Any, encoder: torch.Tensor | None, keep: int) -> tuple[Any, Any]:
+    def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
         """Logits of the last `keep` positions, [batch, keep, vocabulary], and the cache afterwards."""
 
     @abstractmethod
@@ -75,7 +100,7 @@ class DecodingScorer(Scorer):
         cache, places, known = prefix.cache, [rows[row][0] for row in walking], 1
         while walking:
             left = max(len(rows[row][1]) for row in walking) - known
-            width = left if len(walking) * left <= FEW_TOKENS else 1
+            width = left if not self.reads_ahead and len(walking) * left <= FEW_TOKENS else 1
             cache = select_rows(cache, torch.tensor(places, device=prefix.ids.device))
             log_probs, cache = self._more(prefix, [rows[row] for row in walking], cache, known, width)
             scores[walking] += log_probs
@@ -114,18 +139,49 @@ class DecodingScorer(Scorer):
         while len(written) < tokens:
             read = written[-1] if cache is not None else torch.cat([state.ids, *written], dim=1)
             logits, cache = self.forward(read, cache, state.encoder, 1)
-            cache = splittable(cache)
+            cache = self._kept(cache)
             written.append(logits[:, -1].argmax(-1, keepdim=True))
         return [self._ended(row) for row in torch.cat(written, dim=1).tolist()]
 
-    def read(self, ids: torch.Tensor, encoder: torch.Tensor | None = None) -> tuple[torch.Tensor, Prefix]:
-        """Read a batch of prefixes: log-probabilities of the next token, [batch, vocabulary], and what they left."""
+    def read(
+        self, batch: Sequence[Question], ids: torch.Tensor, encoder: Encoded | None = None
+    ) -> tuple[torch.Tensor, Prefix]:
+        """Read the prefixes of a batch: log-probabilities of the next token, [batch, vocabulary], and what is left."""
+        if self._reading is None:
+            self._reading = self._try_reading(batch[:2], ids[:2], encoder.rows(slice(2)) if encoder else None)
         logits, cache = self.forward(ids, None, encoder, 1)
-        return logits[:, -1].float().log_softmax(-1), Prefix(ids, splittable(cache), encoder)
+        return logits[:, -1].float().log_softmax(-1), Prefix(ids, self._kept(cache), encoder)
 
     def cached(self, cache: Any) -> dict[str, Any]:
-        """Arguments of a forward pass that goes on from a cache, or begins one."""
-        return {self._cache_name: cache, "use_cache": True}
+        """Arguments of a forward pass that goes on from a cache, or begins one; or of one without."""
+        return {self._cache_name: cache, "use_cache": True} if self._caches else {"use_cache": False}
+
+    @property
+    def _caches(self) -> bool:
+        return self._reading is not None and self._reading.cached
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether what the model gives at a token depends on what follows, so that each token needs a pass."""
+        return self._reading is not None and not self._reading.spans
+
+    def _kept(self, cache: Any) -> Any:
+        return splittable(cache) if self._caches else None
+
+    def _try_reading(self, batch: Sequence[Question], ids: torch.Tensor, encoder: Encoded | None) -> Reading:
+        """How this model may read, found out by two questions."""
+        # No longer than the prompts, where these are long: they may end at the last position that there is.
+        prefix = ids[:, :-TRIED] if ids.shape[1] > TRIED else ids
+        more = torch.tensor([(asked.gold + asked.prompt * TRIED)[:TRIED] for asked in batch], device=ids.device)
+
+        def forward(ids: torch.Tensor, cache: Any, keep: int, cached: bool) -> tuple[torch.Tensor, Any]:
+            self._reading = Reading(cached=cached, spans=True)
+            encoded = encoder.rows(torch.arange(len(ids), device=ids.device) % len(prefix)) if encoder else None
+            return self.forward(ids, cache, encoded, keep)
+
+        # Activations that are rounded to 8 bits differ by more than what is looked for here.
+        with unrounded(self.model):
+            return reading_of(forward, prefix, more)
 
     def cache_of(self, output: Any) -> Any:
         return getattr(output, self._cache_name, None)
@@ -152,8 +208,7 @@ class DecodingScorer(Scorer):
         read = ids[:, known - 1 : -1]
         if cache is None:
             read = torch.cat([prefix.ids[questions], ids[:, :-1]], dim=1)
-        encoder = prefix.encoder[questions] if prefix.encoder is not None else None
-        logits, after = self.forward(read, cache, encoder, width)
+        logits, after = self.forward(read, cache, prefix.encoder and prefix.encoder.rows(questions), width)
         logits = logits.float()
         log_probs = logits.gather(2, ids[:, known:].unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
         scores: Scores = log_probs.double().where(real, 0.0).sum(1).cpu().numpy()
@@ -161,7 +216,7 @@ class DecodingScorer(Scorer):
 
     @cached_property
     def _vocabulary(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        return embedding_rows(self.model)
 
 
 def judged(text: str, gold: str) -> tuple[str, bool]:
@@ -176,33 +231,3 @@ def judged(text: str, gold: str) -> tuple[str, bool]:
     end = _END_OF_ANSWER.search(text, after or 0)
     correct = after is not None and not re.match(r"\w", text[after:])
     return (text[: end.start()] if end else text).strip(), correct
-
-
-def splittable(cache: Any) -> Any:
-    """The cache, if its rows can be taken apart; None for states of another kind (Mamba's, for one)."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
-
-    if isinstance(cache, EncoderDecoderCache):
-        halves = splittable(cache.self_attention_cache), splittable(cache.cross_attention_cache)
-        return cache if all(half is not None for half in halves) else None
-    plain = isinstance(cache, DynamicCache) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
-    )
-    return cache if plain else None
-
-
-def select_rows(cache: Any, rows: torch.Tensor) -> Any:
-    """A new cache of these rows; the old one keeps its own."""
-    from transformers.cache_utils import EncoderDecoderCache
-
-    if cache is None:
-        return None
-    if isinstance(cache, EncoderDecoderCache):
-        halves = (select_rows(half, rows) for half in (cache.self_attention_cache, cache.cross_attention_cache))
-        selected = EncoderDecoderCache(*halves)
-        selected.is_updated = dict(cache.is_updated)
-        return selected
-    selected = copy.copy(cache)
-    selected.layers = [copy.copy(layer) for layer in cache.layers]
-    selected.batch_select_indices(rows)
-    return selected

@@ -26,7 +26,9 @@ Step = tuple[int, int, Ids]
 
 class MaskedScorer(Scorer):
     family = "masked"
-    by_weights = ("_head_is_pointwise",)
+    by_weights = ("_head_alone",)
+    # Whether the head gives the same where it sees the masked positions alone; None until it is tried.
+    _head_alone: bool | None = None
 
     def prompt(self, fact: Fact) -> Ids:
         ids = self.encoder.ids(fact.prompt.replace(BLANK, self.tokenizer.mask_token), True)
@@ -119,7 +121,9 @@ class MaskedScorer(Scorer):
         device = self.model.device
         ids = torch.tensor([row for row, _ in rows], device=device)
         places = torch.tensor([place for _, place in rows], device=device)
-        if self._head_is_pointwise:
+        if self._head_alone is None:
+            self._head_alone = self._head_is_pointwise(ids[:2], places[:2])
+        if self._head_alone:
             logits = self._logits_at(ids, places)
         else:
             logits = self._forward(ids)[torch.arange(len(rows), device=device), places]
@@ -144,14 +148,11 @@ class MaskedScorer(Scorer):
         logits: torch.Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return logits
 
-    @cached_property
-    def _head_is_pointwise(self) -> bool:
+    def _head_is_pointwise(self, ids: torch.Tensor, places: torch.Tensor) -> bool:
         """Whether the head gives the same where it sees the masked positions alone: most do, the rest run it whole."""
-        ids = torch.full((1, 3), self.tokenizer.mask_token_id, device=self.model.device)
-        places = torch.tensor([1], device=self.model.device)
         if self.model.base_model is self.model:
             return False
-        whole = self._forward(ids)[:, 1]
+        whole = self._forward(ids)[torch.arange(len(ids), device=ids.device), places]
         try:
             alone = self._logits_at(ids, places)
         except (AttributeError, RuntimeError, ValueError, IndexError, TypeError):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from compressknow.engine.load import reason_of
+from compressknow.errors import CompressknowError, UnsupportedError
 from compressknow.probe.answers import Answer
 from compressknow.probe.encoding import Encoder, Ids
 from compressknow.probe.facts import Fact, Probe
@@ -65,6 +67,7 @@ class Scorer(ABC):
     family: ClassVar[str]
     # Cached properties that depend on the model's weights.
     by_weights: ClassVar[tuple[str, ...]] = ()
+    _tried = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> None:
         self.model, self.tokenizer, self.probe = model, tokenizer, probe
@@ -148,7 +151,7 @@ class Scorer(ABC):
             default the most likely ones of this model.
         """
         with torch.inference_mode():
-            log_probs, state = self.first(batch)
+            log_probs, state = self._begun(batch)
             found = [
                 *self._closed(batch, log_probs, state),
                 *self._single(batch, log_probs),
@@ -161,7 +164,23 @@ class Scorer(ABC):
     ) -> list[Answer]:
         """The answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
         with torch.inference_mode():
-            return self._with_distributions(batch, answers, self.first(batch)[0], reference)
+            return self._with_distributions(batch, answers, self._begun(batch)[0], reference)
+
+    def _begun(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
+        """`first`, tried on two questions before any other: a model that cannot read them cannot be asked at all."""
+        if not self._tried:
+            try:
+                self.first(batch[:2])
+            except (CompressknowError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise UnsupportedError(
+                    f"{type(self.model).__name__} cannot be evaluated: it fails on the first prompts.",
+                    why=reason_of(error),
+                    hint="It may need an input beside the text, or a setting in its config.json.",
+                ) from error
+            self._tried = True
+        return self.first(batch)
 
     def _with_distributions(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from compressknow.errors import UnsupportedError
-from compressknow.probe.decoding import DecodingScorer
+from compressknow.probe.decoding import DecodingScorer, Encoded
 from compressknow.probe.encoding import Ids
 from compressknow.probe.facts import BLANK, Fact
 from compressknow.probe.scorer import Question
@@ -44,17 +44,17 @@ class Seq2SeqScorer(DecodingScorer):
     def first(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
         device = self.model.device
         ids = torch.tensor([question.prompt for question in batch], device=device)
-        encoder = self.model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        encoder = self.model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))
         begun = torch.tensor([self._beginning(question.fact) for question in batch], device=device)
-        return self.read(begun, encoder)
+        return self.read(batch, begun, Encoded(ids, encoder).rows(slice(None)))
 
-    def forward(self, ids: torch.Tensor, cache: Any, encoder: torch.Tensor | None, keep: int) -> tuple[Any, Any]:
-        from transformers.modeling_outputs import BaseModelOutput
-
+    def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
         assert encoder is not None
         output = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoder),
-            attention_mask=torch.ones(encoder.shape[:2], dtype=torch.long, device=encoder.device),
+            # FSMT masks what follows only where it is given these too.
+            input_ids=encoder.ids,
+            encoder_outputs=encoder.output,
+            attention_mask=torch.ones_like(encoder.ids),
             decoder_input_ids=ids,
             **self.cached(cache),
         )
@@ -77,11 +77,29 @@ class Seq2SeqScorer(DecodingScorer):
 
     def _beginning(self, fact: Fact) -> Ids:
         """What the decoder has written before the answer."""
-        start = (self.model.config.decoder_start_token_id,)
+        start = (self._start,)
         if self._has_sentinels:
             return (*start, self._id(FIRST_SENTINEL))
         whole = self.encoder.ids(fact.before, True)
         return (*start, *(whole[:-1] if whole[-1:] == (self.tokenizer.eos_token_id,) else whole))
+
+    @cached_property
+    def _start(self) -> int:
+        """The token that the decoder begins with, as `generate` finds it."""
+        config, generation = self.model.config, self.model.generation_config
+        named = (
+            (config, "decoder_start_token_id"),
+            (generation, "decoder_start_token_id"),
+            (generation, "bos_token_id"),
+            (config.get_text_config(decoder=True), "bos_token_id"),
+        )
+        for holder, name in named:
+            if isinstance(token := getattr(holder, name, None), int):
+                return token
+        raise UnsupportedError(
+            f"The configuration of {type(self.model).__name__} names no token that its decoder begins with.",
+            hint="Set `decoder_start_token_id` in its config.json.",
+        )
 
     def _id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))

@@ -16,7 +16,7 @@ from compressknow.errors import CheckpointError
 from compressknow.probe.ask import questions_of, scorer_for
 from compressknow.probe.decoding import DecodingScorer
 from compressknow.probe.facts import Fact, Probe
-from compressknow.probe.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS
+from compressknow.probe.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS, Question
 from tests.knowing import knowing
 from tests.models import tiny
 from tests.probe.references import (
@@ -204,8 +204,10 @@ def test_every_architecture_agrees_with_the_plain_reference(name: str) -> None:
     check_same(backwards, answers)
     scorer = scorer_for(model, tokenizer, "causal", as_probe(facts))
     assert isinstance(scorer, DecodingScorer)
+    question = scorer.question(facts[0])
+    assert isinstance(question, Question)
     with torch.inference_mode():
-        _, prefix = scorer.read(torch.tensor([[5, 6, 7, 8, 9]]))
+        _, prefix = scorer.first([question])
     assert (prefix.cache is None) == (name in KEEP_NO_CACHE)
 
 

@@ -205,7 +205,8 @@ def test_a_head_that_looks_at_its_neighbours_sees_them_all() -> None:
     tokenizer, facts = word_tokenizer(), word_facts()
     scorer = scorer_for(model, tokenizer, "masked", as_probe(facts))
     assert isinstance(scorer, MaskedScorer)
-    assert not scorer._head_is_pointwise
+    ids, places = torch.tensor([[5, 6, tokenizer.mask_token_id, 7]]), torch.tensor([2])
+    assert not scorer._head_is_pointwise(ids, places)
     answers = answers_to(model, tokenizer, "masked", as_probe(facts))
     check_choices(answers, facts, lambda fact, text: masked(model, tokenizer, fact, text))
 
