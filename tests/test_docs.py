@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import tomllib
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import compressknow
@@ -24,6 +26,8 @@ from compressknow.study.grid import read_grid
 from tests.probe.layouts import WORDS, bear_folder, lama_folder
 from tests.shown import PAGES, ROOT, Shown, blocks, commands, name_of
 
+REPOSITORY = "https://github.com/compressknow/compressknow"
+DOCUMENTS = sorted({*PAGES, *ROOT.glob("*.md"), *ROOT.glob("examples/**/README.md")})
 SHOWN = [shown for page in PAGES for shown in commands(page)]
 # Run with fewer facts and trials than the pages show.
 CHEAPER = {
@@ -207,6 +211,34 @@ def test_every_option_stands_on_the_page_of_its_command(name: str) -> None:
         if isinstance(parameter, click.Option) and not parameter.hidden:
             longest = max(parameter.opts, key=len)
             assert any(re.search(rf"`[^`]*{re.escape(longest)}\b", text) for text in (own, shared)), longest
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_into_the_repository_lead_somewhere(path: Path) -> None:
+    """Those by their address on the web; the manual's own are checked when it is built."""
+    for name in re.findall(
+        rf"{re.escape(REPOSITORY)}/(?:blob|tree)/main/([^)#\s>]+)", path.read_text(encoding="utf-8")
+    ):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob(".github/**/*.yml"), *ROOT.glob("examples/ci/*.yml")], ids=name_of)
+def test_workflows_and_forms_are_yaml_with_commands_that_there_are(path: Path) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for job in content.get("jobs", {}).values():
+        for line in (step["run"] for step in job["steps"] if "run" in step):
+            if line.startswith("compressknow "):
+                values = {f"${name}": str(value) for name, value in content["env"].items()}
+                words = [values.get(word, word) for word in shlex.split(line)]
+                parse(Shown(name_of(path), shlex.join(words), ""))
+
+
+def test_citation_names_this_version_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == compressknow.__version__
+    assert citation["repository-code"] == REPOSITORY
+    authors = [author["family-names"] for author in citation["references"][0]["authors"]]
+    assert authors == ["Namburi", "Sreedhar", "Srinivasan", "Sala"]
 
 
 def test_every_page_is_in_the_navigation() -> None:
