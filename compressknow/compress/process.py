@@ -30,6 +30,7 @@ from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.prune import BlockMask, BoolArray, Mask
 from compressknow.compress.quantize import dequantize, per_channel, quantize, scales_of
+from compressknow.compress.recipe import Scheme
 from compressknow.model.tensors import StoredTensor, byte_view
 from compressknow.reading import open_regular
 
@@ -160,9 +161,9 @@ class Work(Reader):
             if planned.scheme is None:
                 writer.write(tally.keep(block.values))
             else:
-                scale = scales_of(absmax) if whole_scale is None else whole_scale
+                scale = scales_of(absmax, planned.scheme) if whole_scale is None else whole_scale
                 scales.append(scale)
-                writer.write(tally.quantize(block.values, scale))
+                writer.write(tally.quantize(block.values, scale, planned.scheme))
         scale_sha256 = None
         if planned.scheme is not None:
             scale_writer = self.output.writer(planned.scale_name)
@@ -177,7 +178,7 @@ class Work(Reader):
         block_mask, largest = mask.start() if mask else None, torch.zeros(1, dtype=TORCH_DTYPES[planned.source.dtype])
         for block in self.blocks(planned.source):
             largest = torch.maximum(largest, _Tally().prune(block, block_mask, planned.source).max())
-        return scales_of(largest)
+        return scales_of(largest, planned.scheme)
 
     def _copy(self, planned: PlannedTensor) -> Measured:
         source, writer, zeros = planned.source, self.output.writer(planned.name), 0
@@ -219,8 +220,8 @@ class _Tally:
         self.zeros += values.numel() - int(np.count_nonzero(magnitude_keys(values)))
         return values
 
-    def quantize(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        quantized = quantize(values, scales)
+    def quantize(self, values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+        quantized = quantize(values, scales, scheme)
         self.zeros += quantized.numel() - int(np.count_nonzero(quantized.numpy()))
         error = _energy(dequantize(quantized, scales).sub_(values.to(torch.float32)))
         if math.isinf(error):

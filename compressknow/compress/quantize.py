@@ -1,7 +1,10 @@
 """The int8 schemes: scales, rounding, and their description in the compressed-tensors layout.
 
 Bit for bit what compressed-tensors computes (`calculate_qparams`, `quantize`): symmetric weights, scale =
-absmax / 127.5 in the weight's own dtype, division and rounding in that dtype too.
+absmax / 127.5 in the weight's own dtype, division and rounding in that dtype too. `int8-paper` alone follows
+torch.ao.quantization.quantize_dynamic instead, bit for bit for float32 weights: it multiplies by the inverse of the
+scale, in float32, and no scale is below float32's epsilon (`UniformQuantizationObserverBase._calculate_qparams`,
+`quantize_per_tensor`). A weight of 16 bits has a scale of its own dtype here; torch takes float32 alone.
 """
 
 from __future__ import annotations
@@ -46,14 +49,19 @@ def scale_shape(scheme: Scheme, rows: int) -> tuple[int, ...]:
     return (rows, 1) if per_channel(scheme) else (1,)
 
 
-def scales_of(absmax: torch.Tensor) -> torch.Tensor:
+def scales_of(absmax: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Scales for largest magnitudes, in their dtype. An all-zero channel gets the dtype's epsilon: finite, not 0."""
     scales = absmax / HALF_RANGE
+    if scheme == "int8-paper":
+        return scales.clamp(min=torch.finfo(torch.float32).eps)
     return torch.where(scales == 0, torch.finfo(absmax.dtype).eps, scales)
 
 
-def quantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def quantize(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """int8 weights for `values` [rows, columns] and `scales` [rows, 1] or [1] of the same float dtype."""
+    if scheme == "int8-paper":
+        scaled = values.to(torch.float32) * scales.to(torch.float32).reciprocal()
+        return scaled.clamp_(INT8_MIN, INT8_MAX).round_().to(torch.int8)
     scaled = torch.div(values.to(torch.float32), scales.to(torch.float32))
     if values.dtype != torch.float32:
         # As a division in the dtype itself rounds. The passes that follow are exact, and faster in float32.
