@@ -6,6 +6,7 @@ use, and a few facts of LAMA and BEAR. What only a network, a cluster or another
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -213,6 +214,36 @@ def test_every_option_stands_on_the_page_of_its_command(name: str) -> None:
             assert any(re.search(rf"`[^`]*{re.escape(longest)}\b", text) for text in (own, shared)), longest
 
 
+def test_formats_page_names_every_key(at_home: Path) -> None:
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w-]+)`", page))
+    # `mrr_...` stands for one key before and one after; figures have an interval each.
+    families = tuple(re.findall(r"`(\w+_)\.\.\.`", page))
+    facts, folders = ["facts:examples/facts.jsonl"], ("build/smollm2", "build/smollm2-att-int8")
+    answers = compressknow.probe(folders[0], "answers", facts)
+    card = compressknow.report(*folders, facts, outputs=["card.json"])
+    compressknow.compare(*folders, outputs=["compare.json"])
+    (at_home / "grid.toml").write_text('[axes]\nscope = ["attention"]\nquantize = ["int8"]', encoding="utf-8")
+    compressknow.sweep(folders[0], "study", grid="grid.toml", probes=facts)
+    manifest, report, compared, study = (
+        json.loads((at_home / name).read_text(encoding="utf-8"))
+        for name in ("build/smollm2-att-int8/compressknow.json", "card.json", "compare.json", "study/study.json")
+    )
+    entry = report["compressed"][0]
+    shown = [
+        manifest, manifest["source"], manifest["totals"], manifest["tensors"][0],
+        answers.record, answers.record["model"], *answers.record["probes"].values(),
+        dict.fromkeys(field.name for field in dataclasses.fields(answers.answers[0])),
+        report, entry, *entry["probes"].values(),
+        compared, compared["weights"], compared["weights"]["total"],
+        study, study["findings"]["F1"], study["cells"][0],
+        compressknow.inspect(folders[0]),
+    ]  # fmt: skip
+    assert card.comparisons
+    keys = {key.removesuffix("_interval") for values in shown for key in values}
+    assert {key for key in keys - named if not key.startswith(families)} == set()
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_links_into_the_repository_lead_somewhere(path: Path) -> None:
     """Those by their address on the web; the manual's own are checked when it is built."""
@@ -220,6 +251,14 @@ def test_links_into_the_repository_lead_somewhere(path: Path) -> None:
         rf"{re.escape(REPOSITORY)}/(?:blob|tree)/main/([^)#\s>]+)", path.read_text(encoding="utf-8")
     ):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_files_that_a_page_names_are_there(name: str) -> None:
+    tops = [path for path in ROOT.iterdir() if path.name[0] != "." and path.name not in ("build", "dist")]
+    there = [path.relative_to(ROOT).as_posix() for top in tops for path in (top, *top.rglob("*"))]
+    for path in re.findall(r"`([\w/.-]+(?:/|\.(?:py|md|toml|j2|css)))`", (ROOT / name).read_text(encoding="utf-8")):
+        assert path == "probe/NAME.py" or any(f"/{each}".endswith(f"/{path.rstrip('/')}") for each in there), path
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob(".github/**/*.yml"), *ROOT.glob("examples/ci/*.yml")], ids=name_of)
