@@ -19,11 +19,13 @@ from compressknow.engine.load import reason_of
 from compressknow.errors import CheckpointError, OutputError, UsageError
 from compressknow.model.quiet import PanicError, no_panics
 from compressknow.probe.answers import (
+    HASH,
     RECORD,
     SCHEMA_VERSION,
     TABLE,
     Answer,
     Answers,
+    check_table,
     is_answers_folder,
     read_record,
     write_record,
@@ -34,6 +36,7 @@ from compressknow.probe.facts import Probe, chance, majority
 from compressknow.probe.folder import locked, parts_of, stored, stored_parts, tidy, write_part
 from compressknow.probe.reference import first_ids, refuse_other_model, refuse_other_questions
 from compressknow.probe.tasks import Task, run_task
+from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
@@ -217,10 +220,12 @@ def _ask_one(
         "reference": reference.record["model"]["sha256"] if reference else respondent.sha256,
         "seconds": round(time.monotonic() - start, 1),
     }
-    if record["probes"].pop(probe.name, None):
-        # The old entry must not stand beside the new answers, should this run be killed here.
+    if record["probes"].pop(probe.name, None) or record.pop(HASH, None):
+        # Neither the old entry nor the old hash must stand beside the new answers, should this run be killed here.
+        record.pop(HASH, None)
         write_record(folder, record)
     write_table(folder / TABLE, [*others, *answers])
+    record[HASH] = sha256_of(folder / TABLE)
     record["probes"][probe.name] = entry
     record["model"] = respondent.record()
     write_record(folder, record)
@@ -311,6 +316,7 @@ def _record(folder: Path, respondent: Respondent) -> dict[str, Any]:
     if not (folder / RECORD).is_file():
         return {"schema": SCHEMA_VERSION, "model": {}, "probes": {}, "versions": _versions()}
     record = read_record(folder)
+    check_table(folder, record)
     if record["model"].get("sha256") != respondent.sha256:
         raise OutputError(
             f"{folder} holds the answers of another model ({record['model'].get('name')}).",

@@ -16,7 +16,7 @@ from compressknow.engine.identity import locate
 from compressknow.errors import CheckpointError, CompressknowError, OutputError, UsageError
 from compressknow.files import LOCK
 from compressknow.probe import run
-from compressknow.probe.answers import RECORD, TABLE, Answers, read_answers, read_table, write_table
+from compressknow.probe.answers import RECORD, TABLE, Answers, read_answers, read_table
 from compressknow.probe.choose import Options, open_all
 from compressknow.probe.folder import PARTS, locked
 from compressknow.probe.run import Bar, Respondent, Settings, probe_model
@@ -311,11 +311,11 @@ def test_an_error_leaves_no_empty_folder(place: Path, tmp_path: Path, empty_befo
 
 
 def test_a_reference_that_lacks_facts_is_refused(place: Path, tmp_path: Path) -> None:
-    ask(place / "llama", tmp_path / "original", place / "facts.jsonl")
-    rows = read_table(tmp_path / "original" / TABLE)
-    write_table(tmp_path / "original" / TABLE, rows[:60])
+    original = ask(place / "llama", tmp_path / "original", place / "facts.jsonl")
+    rows = original.answers
+    fewer = Answers(original.record, rows[:60])
     with pytest.raises(CompressknowError, match="lack 4 of 64 facts") as error:
-        ask(place / "llama-3", tmp_path / "a", place / "facts.jsonl", reference=read_answers(tmp_path / "original"))
+        ask(place / "llama-3", tmp_path / "a", place / "facts.jsonl", reference=fewer)
     assert rows[60].fact_id in error.value.what
     assert not (tmp_path / "a").exists()
 
