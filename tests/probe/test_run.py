@@ -19,7 +19,8 @@ from compressknow.probe import run
 from compressknow.probe.answers import RECORD, TABLE, Answers, read_answers, read_table
 from compressknow.probe.choose import Options, open_all
 from compressknow.probe.folder import PARTS, locked
-from compressknow.probe.run import Bar, Respondent, Settings, probe_model
+from compressknow.probe.progress import Bar, Progress, Stage
+from compressknow.probe.run import Respondent, Settings, probe_model
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 FEW = Settings(batch_size=8)
@@ -54,8 +55,8 @@ def ask(
 
 def telling(progress: Callable[[int, int], None]) -> Bar:
     @contextlib.contextmanager
-    def bar(name: str) -> Iterator[Callable[[int, int], None]]:
-        yield progress
+    def bar(stage: Stage) -> Iterator[Progress]:
+        yield lambda done, total, _=None: progress(done, total)
 
     return bar
 
