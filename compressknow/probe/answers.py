@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 1
+# The distribution at the answer's first position is kept for this many of the original's most likely tokens; all others
+# are one.
+REFERENCE_TOKENS = 256
 TABLE, RECORD = "answers.parquet", "probe.json"
 # The entry of the record that holds the table's hash; without it (an older version, or a run that was killed between
 # the two files) the table is read as it is.
