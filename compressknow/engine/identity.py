@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError
-from compressknow.model.checkpoint import open_checkpoint, weight_files
+from compressknow.model.checkpoint import open_checkpoint, read_json, weight_files
 from compressknow.model.tensors import DTYPE_SIZES
+from compressknow.reading import MANIFEST as MANIFEST_BYTES
 from compressknow.reading import open_regular
 
 if TYPE_CHECKING:
@@ -200,9 +202,12 @@ def _manifest_facts(path: Path) -> dict[str, Any]:
     """Of a converted checkpoint, what its manifest says; nothing where there is none."""
     if not path.is_file():
         return {}
-    from compressknow.compress.manifest_file import read_manifest
-
-    return _facts_of(read_manifest(path.parent))
+    try:
+        return _facts_of(read_json(path, MANIFEST_BYTES))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error!r}.", hint="Convert the checkpoint again, or remove the file."
+        ) from error
 
 
 def _sparse_bytes(row: Mapping[str, Any]) -> int:
@@ -213,21 +218,11 @@ def _sparse_bytes(row: Mapping[str, Any]) -> int:
 
 
 def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    errors = _errors_by_group(manifest["tensors"])
     return {
         "setup": manifest["setup"],
         "recipe": manifest["recipe"],
         "source": {key: manifest["source"].get(key) for key in ("name", "revision")},
         "zeros": manifest["totals"]["zeros_after"],
-        "groups": {name: group | {"relative_error": errors.get(name)} for name, group in manifest["groups"].items()},
+        # A manifest of before has none for its groups: a mean over tensors would be another figure.
+        "groups": {name: {"relative_error": None} | group for name, group in manifest["groups"].items()},
     }
-
-
-def _errors_by_group(tensors: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean relative Frobenius error of each group's tensors, by their numbers of weights."""
-    sums: dict[str, list[float]] = {}
-    for tensor in tensors:
-        total = sums.setdefault(tensor["group"], [0.0, 0.0])
-        total[0] += tensor["relative_error"] * tensor["numel"]
-        total[1] += tensor["numel"]
-    return {group: error / numel for group, (error, numel) in sums.items() if numel}

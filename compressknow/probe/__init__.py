@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers
     from compressknow.probe.choose import Options
-    from compressknow.probe.progress import Bar
-    from compressknow.probe.run import Settings
+    from compressknow.probe.run import Bar, Settings
 
 
 def probe(

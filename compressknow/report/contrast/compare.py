@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from compressknow.compress.difference_records import Difference
     from compressknow.engine.identity import Located
     from compressknow.probe.choose import Options
-    from compressknow.probe.progress import Bar
-    from compressknow.probe.run import Respondent, Settings
+    from compressknow.probe.run import Bar, Respondent, Settings
 
 
 def compare(
@@ -55,7 +54,7 @@ def compare(
     threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
     command : the command line to show.
     progress : told the bytes read so far, and in all: first to hash the files, then of weights to compare.
-    bar : gives, for a stage that begins, a context with a callable that is told of its progress.
+    bar : gives, for a probe's name, a context with a callable that is told of its progress.
 
     Returns
     -------
@@ -89,7 +88,7 @@ def compare(
         files=() if identical else tuple(_other_files(first.located, second.located)),
         difference=difference,
         behaviour=behaviour,
-        warnings=tuple(contrast_cautions(identical, difference, behaviour)),
+        warnings=tuple(contrast_cautions(*sides, identical, difference, behaviour)),
         show_facts=not no_facts,
         versions=dict(behaviour.b_against_a.versions) if behaviour else {"compressknow": __version__},
         command=command,
