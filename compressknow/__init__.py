@@ -78,7 +78,7 @@ def convert(
     model: str | Path,
     output: str | Path,
     *,
-    scope: str | Sequence[str] = ("overall",),
+    scope: str | Sequence[str] = ("blocks",),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layers: str | None = None,
@@ -104,7 +104,8 @@ def convert(
     ----------
     model : a local folder or a hub id.
     output : the folder to write; it appears only when it is whole.
-    scope : which Linear layers, by group: ``attention``, ``feed-forward``, ``final``, ``overall`` and the finer ones.
+    scope : which Linear layers: ``blocks`` (all in the transformer blocks), ``attention``, ``feed-forward``, ``final``,
+        ``overall`` and the finer ones of ``compressknow.model.scopes.SCOPES``.
     include, exclude, layers : regular expressions on module names, and a range of blocks (``0-5``), that narrow it.
     prune : share of the weights to zero, between 0 and 1.
     prune_method : ``l1-unstructured``, ``ln-structured``, ``random-unstructured`` or ``random-structured``.
@@ -125,13 +126,13 @@ def convert(
     ------
     compressknow.errors.CompressknowError : with what is wrong, why, and what to try.
     """
+    given = locals()
     from compressknow.compress.recipe import Where, recipe_of
     from compressknow.compress.staging import refuse_output
-    from compressknow.errors import UsageError
     from compressknow.model.checkpoint import refuse_no_checkpoint
 
-    where = Where((scope,) if isinstance(scope, str) else tuple(scope), tuple(include), tuple(exclude), layers)
     if recipe is None:
+        where = Where((scope,) if isinstance(scope, str) else tuple(scope), tuple(include), tuple(exclude), layers)
         chosen = recipe_of(
             where,
             prune=prune,
@@ -143,9 +144,8 @@ def convert(
             quantize=quantize,
             module_map=module_map,
         )
-    elif prune is not None or quantize is not None or where != Where():
-        raise UsageError("A recipe says it all: give it or the single options, not both.")
     else:
+        _refuse_beside_recipe(given)
         chosen = _as_recipe(recipe)
     # What is wrong is said before torch is imported, which takes seconds.
     refuse_no_checkpoint(model)
@@ -215,6 +215,18 @@ def load(
 
     folder = open_checkpoint(model, revision).folder
     return load_folder(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _refuse_beside_recipe(given: dict[str, Any]) -> None:
+    """Raise UsageError where an option of `convert` that a recipe says instead differs from its default."""
+    from inspect import signature
+
+    from compressknow.compress.recipe import RECIPE_OPTIONS
+    from compressknow.errors import UsageError
+
+    defaults = signature(convert).parameters
+    if beside := [name for name in RECIPE_OPTIONS if given[name] != defaults[name].default]:
+        raise UsageError(f"A recipe says it all: leave out {', '.join(beside)}.")
 
 
 def _as_recipe(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import compressknow
+from compressknow.compress.recipe import Recipe
+from compressknow.errors import UsageError
+from compressknow.model.scopes import DEFAULT_SCOPES
 
 PUBLIC = [name for name in compressknow.__all__ if not name.startswith("_")]
 
@@ -32,3 +38,28 @@ def test_import_brings_in_no_heavy_library(module: str) -> None:
     code = f"import sys, {module}; print(*({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.split() == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"scope": "attention"}, {"include": ["q"]}, {"exclude": ["q"]}, {"layers": "0"}, {"prune": 0.5}),
+        *({"prune_method": "ln-structured"}, {"per_layer": True}, {"norm": 2}, {"dim": 1}, {"seed": 1}),
+        *({"quantize": "int8"}, {"module_map": "paper"}),
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_a_recipe_refuses_every_option_that_it_says_itself(option: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"leave out {next(iter(option))}"):
+        compressknow.convert(tmp_path, tmp_path / "out", recipe={"steps": [{"prune": 0.2}]}, **option)
+
+
+def test_a_recipe_without_a_scope_means_the_blocks_and_says_so() -> None:
+    recipe = Recipe.from_dict({"steps": [{"prune": 0.2}, {"quantize": "int8"}]})
+    assert recipe.setup == "Blocks_GPQ 20%"
+    assert [step["scope"] for step in recipe.to_dict()["steps"]] == [["blocks"], ["blocks"]]
+    assert signature_of_convert()["scope"].default == DEFAULT_SCOPES
+
+
+def signature_of_convert() -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(compressknow.convert).parameters

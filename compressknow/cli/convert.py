@@ -12,13 +12,8 @@ import compressknow
 from compressknow.cli.manifest_table import manifest_page
 from compressknow.cli.progress import bytes_bar
 from compressknow.cli.values import OneOf, Share
-from compressknow.compress.recipe import PRUNE_METHODS, SCHEMES
-
-# Options that a recipe says instead.
-RECIPE_OPTIONS = {
-    *("scope", "include", "exclude", "layers", "prune", "prune_method", "per_layer", "norm", "dim", "seed"),
-    *("quantize", "module_map"),
-}
+from compressknow.compress.recipe import PRUNE_METHODS, RECIPE_OPTIONS, SCHEMES
+from compressknow.model.scopes import DEFAULT_SCOPES
 
 
 @click.command(short_help="Prune and quantize a checkpoint into a new folder.")
@@ -27,8 +22,9 @@ RECIPE_OPTIONS = {
 @click.option(
     "--scope",
     multiple=True,
-    help="Which Linear layers, repeatable: attention, feed-forward, final, overall (default), and where the model has "
-    "them self-attention, cross-attention, encoder-attention, decoder-attention, encoder, decoder.",
+    help="Which Linear layers, repeatable: blocks (default: all in the transformer blocks), attention, feed-forward, "
+    "final, overall (blocks and what lies beside them; when quantizing the final layer too), and where the model has "
+    "them self-attention, cross-attention, encoder-attention, decoder-attention, encoder, decoder, vision.",
 )
 @click.option("--include", multiple=True, metavar="REGEX", help="Keep only modules whose name matches (repeatable).")
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave modules out whose name matches (repeatable).")
@@ -44,7 +40,7 @@ RECIPE_OPTIONS = {
     type=click.IntRange(0, 1),
     default=0,
     show_default=True,
-    help="0 prunes whole rows, 1 whole columns, for the structured methods.",
+    help="0 prunes whole output channels, 1 input channels, for the structured methods.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For the random methods.")
 @click.option(
@@ -89,7 +85,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     if options["recipe"] and given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
         raise click.UsageError(f"--recipe says it all: leave out {named}.")
-    options["scope"] = options["scope"] or ("overall",)
+    options["scope"] = options["scope"] or DEFAULT_SCOPES
     with bytes_bar("Converting") as progress:
         manifest = compressknow.convert(model, output, dry_run=dry_run, progress=progress, **options)
     if as_json:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from compressknow.report.figures import count, percent, size
-from compressknow.report.model_card.auto_class import runtimes
+from compressknow.report.model_card.remarks import growth, where_it_runs
 
 COLUMNS = f"{'Group':<14}{'Parameters':>15}{'Pruned':>15}{'Zeros':>9}{'Int8':>8}{'Before':>10}{'After':>9}"
 
@@ -23,11 +24,17 @@ def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_
     yield "-" * len(COLUMNS)
     yield _row("total", manifest["totals"])
     for tie in manifest["untied"]:
-        yield f"\n{tie['name']} no longer shares its weight with {tie['tied_to']}: {size(tie['bytes'])} more."
+        shared = f"{tie['name']} no longer shares its weight with {tie['tied_to']}"
+        yield "\n" + fill(f"{shared}: {size(tie['bytes'])} more.")
+    for warning in growth(manifest):
+        yield "\n" + fill(f"Warning: {warning}")
+    yield "\n" + fill(where_it_runs(manifest))
     if dry_run:
         yield "\nDry run: nothing was written."
-    else:
-        yield f"\nRuns in {', '.join(runtimes(manifest))}."
+
+
+def fill(text: str) -> str:
+    return textwrap.fill(text, len(COLUMNS), break_long_words=False, break_on_hyphens=False)
 
 
 def _row(name: str, counts: Mapping[str, Any]) -> str:

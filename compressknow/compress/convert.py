@@ -144,7 +144,7 @@ def choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
     for index, step in enumerate(plan.recipe.steps):
         if isinstance(step, Prune):
             tensors = plan.pruned_by(index)
-            chosen = choose(work, step, [tensor.source for tensor in tensors])
+            chosen = choose(work, step, [tensor.to_prune for tensor in tensors])
             masks |= {tensor.name: mask for tensor, mask in zip(tensors, chosen, strict=True)}
     return masks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +13,7 @@ from compressknow.compress.manifest_file import COUNTS, SCHEMA
 from compressknow.compress.plan import NOT_LINEAR, Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.recipe import MANIFEST_NAME
+from compressknow.compress.runtimes import runtimes
 from compressknow.model.structure import GROUPS
 
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
@@ -50,7 +52,11 @@ def build_manifest(
     source_files, files : SHA-256 of the files that were read, and of those written beside the weights.
     """
     rows = [_row(tensor, measured[tensor.name]) for tensor in plan.tensors]
-    return {**_summary(plan, rows, source_files), "files": dict(sorted(files.items())), "tensors": rows}
+    summary = _summary(plan, rows, source_files)
+    summary["totals"]["relative_error"] = pooled_error(rows)
+    for group, counts in summary["groups"].items():
+        counts["relative_error"] = pooled_error(row for row in rows if row["group"] == group)
+    return {**summary, "files": dict(sorted(files.items())), "tensors": rows}
 
 
 def serialize(manifest: Mapping[str, Any]) -> bytes:
@@ -69,7 +75,7 @@ def _summary(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, 
         "model_type": plan.structure.model_type,
         "files": dict(sorted((source_files or {}).items())),
     }
-    return {
+    summary = {
         "schema": SCHEMA,
         "versions": versions(),
         "source": source,
@@ -83,6 +89,7 @@ def _summary(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, 
         },
         "untied": [asdict(untied) for untied in plan.untied],
     }
+    return summary | {"runtimes": list(runtimes(summary | {"tensors": rows}))}
 
 
 def counts_of(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
@@ -98,6 +105,26 @@ def counts_of(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
         total["bytes_before"] += row["bytes_before"]
         total["bytes_after"] += row["bytes_after"]
     return total
+
+
+def pooled_error(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """||written - original|| / ||original|| of the weights of all rows together; None where a row lacks its norm.
+
+    >>> pooled_error([{"norm": 3.0, "relative_error": 0.5}, {"norm": 4.0, "relative_error": 0.0}])
+    0.3
+    """
+    change = energy = 0.0
+    for row in rows:
+        if "norm" not in row:
+            return None
+        energy += row["norm"] ** 2
+        change += (row["norm"] * row["relative_error"]) ** 2
+    return _nine_digits(math.sqrt(change / energy)) if energy else 0.0
+
+
+def _nine_digits(value: float) -> float:
+    """All that float32 sums hold; more would look like knowledge."""
+    return float(f"{value:.9g}")
 
 
 def _planned_row(tensor: PlannedTensor) -> dict[str, Any]:
@@ -121,8 +148,8 @@ def _row(tensor: PlannedTensor, measured: Measured) -> dict[str, Any]:
         # A weight that got values of its own was not there before.
         "zeros_before": 0 if tensor.created else measured.zeros_before,
         "zeros": measured.zeros,
-        # Nine digits say all that float32 sums hold; more would look like knowledge.
-        "relative_error": float(f"{measured.relative_error:.9g}"),
+        "norm": _nine_digits(measured.norm),
+        "relative_error": _nine_digits(measured.relative_error),
         "sha256": measured.sha256,
     }
     if tensor.scheme:

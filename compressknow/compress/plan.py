@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from compressknow.compress.prune import pruned_count
+from compressknow.compress.prune import Weights, pruned_count
 from compressknow.compress.quantize import scale_shape
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme
 from compressknow.compress.sources import Sources
@@ -29,6 +29,7 @@ NOT_LINEAR = "not-linear"
 class PlannedTensor:
     """A tensor of the output.
 
+    `transposed` says that the last axis of a weight is its output.
     `module` is the Linear that it is the weight of, where it is changed; `prune` is the position of its prune step in
     the recipe; `created` marks one that the source holds only under a tied name, `weight` one that the module tree has
     as a parameter (not as a buffer, nor not at all).
@@ -42,6 +43,11 @@ class PlannedTensor:
     scheme: Scheme | None = None
     created: bool = False
     weight: bool = True
+    transposed: bool = False
+
+    @property
+    def to_prune(self) -> Weights:
+        return Weights(self.source, self.transposed)
 
     @property
     def dtype(self) -> str:
@@ -95,7 +101,7 @@ class Plan:
         for index, step in enumerate(self.recipe.steps):
             if isinstance(step, Prune):
                 tensors = self.pruned_by(index)
-                counts, in_all = pruned_count(step, [tensor.source.shape for tensor in tensors])
+                counts, in_all = pruned_count(step, [tensor.to_prune for tensor in tensors])
                 total += in_all
                 known |= {} if counts is None else dict(zip((t.name for t in tensors), counts, strict=True))
         return known, total
@@ -166,7 +172,10 @@ def _changed(action: _Action, sources: Sources) -> Iterator[PlannedTensor]:
         name = stored.name if sources.is_stored(weight.parameter) else weight.parameter
         created = sources.is_borrowed(weight, stored)
         group = weight.group or "other"
-        yield PlannedTensor(name, stored, group, weight.module, action.prune, action.scheme, created)
+        transposed = weight.transposed != sources.is_transposed_on_loading(stored)
+        yield PlannedTensor(
+            name, stored, group, weight.module, action.prune, action.scheme, created, transposed=transposed
+        )
 
 
 def _kept(

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from compressknow.compress.blocks import (
+    FLOATS,
+    READABLE,
     TORCH_DTYPES,
     Block,
     Progress,
@@ -44,13 +46,15 @@ SMALLEST_ENERGY = 1e-24
 class Measured:
     """What was found and done in one tensor.
 
-    `relative_error` is ||written - original|| / ||original|| (Frobenius), the written weights dequantized; `sha256` is
-    that of the written bytes, `scale_sha256` that of its scales where it has any.
+    `norm` is ||original|| (Frobenius; 0 of a tensor that holds no floats), `relative_error` ||written - original|| /
+    ||original||, the written weights dequantized; `sha256` is that of the written bytes, `scale_sha256` that of its
+    scales where it has any.
     """
 
     zeros_before: int
     zeros: int
     pruned: int
+    norm: float
     relative_error: float
     sha256: str
     scale_sha256: str | None = None
@@ -181,16 +185,20 @@ class Work(Reader):
         return scales_of(largest, planned.scheme)
 
     def _copy(self, planned: PlannedTensor) -> Measured:
-        source, writer, zeros = planned.source, self.output.writer(planned.name), 0
+        source, writer, zeros, energy = planned.source, self.output.writer(planned.name), 0, 0.0
         for piece in self.files.chunks(source, COPY_BYTES):
             self.pool.check()
             keys = raw_keys(piece, source.dtype)
             zeros += keys.size - int(np.count_nonzero(keys))
             if planned.weight and source.dtype in TORCH_DTYPES:
                 check_finite(int(keys.max(initial=0)), TORCH_DTYPES[source.dtype], source)
+            if source.dtype in FLOATS and piece:
+                energy += _energy(torch.frombuffer(piece, dtype=READABLE[source.dtype])[None])
             writer.write_bytes(piece)
             self.progress(len(piece))
-        return Measured(zeros, zeros, 0, 0.0, writer.sha256)
+        # A mask that is kept beside the weights may hold infinities.
+        norm = math.sqrt(energy) if math.isfinite(energy) else 0.0
+        return Measured(zeros, zeros, 0, norm, 0.0, writer.sha256)
 
 
 class _Tally:
@@ -233,7 +241,8 @@ class _Tally:
 
     def measured(self, sha256: str, scale_sha256: str | None) -> Measured:
         error = math.sqrt(self.error_energy / self.energy) if self.energy else 0.0
-        return Measured(self.zeros_before, self.zeros, self.pruned, error, sha256, scale_sha256)
+        norm = math.sqrt(self.energy)
+        return Measured(self.zeros_before, self.zeros, self.pruned, norm, error, sha256, scale_sha256)
 
 
 def _take(values: torch.Tensor, pruned: BoolArray) -> torch.Tensor:

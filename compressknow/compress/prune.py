@@ -36,20 +36,32 @@ def matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
-def pruned_count(step: Prune, shapes: Sequence[tuple[int, ...]]) -> tuple[list[int] | None, int]:
+@dataclass(frozen=True)
+class Weights:
+    """A stored tensor to be pruned; `transposed` says that its last axis is the output (GPT-2's Conv1D)."""
+
+    tensor: StoredTensor
+    transposed: bool = False
+
+    def axis(self, dim: int) -> int:
+        """The axis of the stored matrices, 0 or 1, along which output (`dim` 0) or input channels (1) are counted."""
+        return dim ^ self.transposed
+
+
+def pruned_count(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:
     """How many weights a step zeroes, from shapes alone: in each tensor, and in all (`None` where one threshold over
     all tensors decides how many fall in which)."""
     if step.is_global:
-        return None, round(step.amount * sum(math.prod(shape) for shape in shapes))
-    counts = [_count_in(step, shape) for shape in shapes]
+        return None, round(step.amount * sum(each.tensor.numel for each in weights))
+    counts = [_count_in(step, each) for each in weights]
     return counts, sum(counts)
 
 
-def _count_in(step: Prune, shape: tuple[int, ...]) -> int:
+def _count_in(step: Prune, weights: Weights) -> int:
     if not step.structured:
-        return round(step.amount * math.prod(shape))
-    number, rows, columns = matrices(shape)
-    channels, length = (rows, columns) if step.dim == 0 else (columns, rows)
+        return round(step.amount * weights.tensor.numel)
+    number, rows, columns = matrices(weights.tensor.shape)
+    channels, length = (rows, columns) if weights.axis(step.dim) == 0 else (columns, rows)
     return number * round(step.amount * channels) * length
 
 
@@ -79,15 +91,15 @@ class KeyMask:
 
 @dataclass(frozen=True)
 class ChannelMask:
-    """Whole rows (`dim` 0) or columns (`dim` 1) of each of the stacked matrices: `channels` is [matrices, channels]."""
+    """Whole rows (`axis` 0) or columns (1) of each of the stacked matrices: `channels` is [matrices, channels]."""
 
     channels: BoolArray
-    dim: int
+    axis: int
     rows: int
 
     def start(self) -> BlockMask:
         def mask(block: Block) -> BoolArray:
-            if self.dim == 0:
+            if self.axis == 0:
                 pruned = self.channels.reshape(-1)[block.rows, None]
             else:
                 pruned = self.channels[np.arange(block.rows.start, block.rows.stop) // self.rows]
@@ -99,13 +111,14 @@ class ChannelMask:
 Mask = KeyMask | ChannelMask
 
 
-def choose(reader: Reader, step: Prune, tensors: Sequence[StoredTensor]) -> list[Mask]:
-    """Decide what a step prunes. Tensors are F32, F16 or BF16, in the order in which ties are broken.
+def choose(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask]:
+    """Decide what a step prunes. Weights are F32, F16 or BF16, in the order in which ties are broken.
 
     Raises CheckpointError naming a tensor that holds NaN or an infinity.
     """
     if step.structured:
-        return list(reader.pool.map(lambda tensor: _channel_mask(reader, step, tensor), tensors))
+        return list(reader.pool.map(lambda each: _channel_mask(reader, step, each), weights))
+    tensors = [each.tensor for each in weights]
     # Magnitudes of several dtypes compare in the widest.
     common = TORCH_DTYPES[tensors[0].dtype] if len({tensor.dtype for tensor in tensors}) == 1 else torch.float32
     by_magnitude = step.method == "l1-unstructured"
@@ -120,7 +133,7 @@ def choose(reader: Reader, step: Prune, tensors: Sequence[StoredTensor]) -> list
             yield found
 
     bits = BIT_LAYOUTS[common].bits if by_magnitude else BIT_LAYOUTS[torch.float32].bits
-    counts, total = pruned_count(step, [tensor.shape for tensor in tensors])
+    counts, total = pruned_count(step, weights)
     if counts is None:
         chosen = select_smallest(reader.pool.map, len(tensors), total, bits, keys)
         return [KeyMask(chosen.key, ties, maker) for ties, maker in zip(chosen.ties, makers, strict=True)]
@@ -154,29 +167,30 @@ def _random_keys(seed: int, tensor: StoredTensor) -> KeyMaker:
     return start
 
 
-def _channel_mask(reader: Reader, step: Prune, tensor: StoredTensor) -> ChannelMask:
+def _channel_mask(reader: Reader, step: Prune, weights: Weights) -> ChannelMask:
+    tensor, axis = weights.tensor, weights.axis(step.dim)
     number, rows, columns = matrices(tensor.shape)
-    size = rows if step.dim == 0 else columns
+    size = rows if axis == 0 else columns
     if step.method == "random-structured":
         generator = torch.Generator().manual_seed(tensor_seed(step.seed, tensor.name))
         scores = torch.rand(number * size, generator=generator).view(number, size)
     else:
-        scores = _channel_norms(reader, step, tensor)
+        scores = _channel_norms(reader, step, tensor, axis)
     channels = np.zeros((number, size), dtype=np.bool_)
     smallest = torch.argsort(scores, dim=1, stable=True)[:, : round(step.amount * size)].numpy()
     np.put_along_axis(channels, smallest, True, axis=1)
-    return ChannelMask(channels, step.dim, rows)
+    return ChannelMask(channels, axis, rows)
 
 
-def _channel_norms(reader: Reader, step: Prune, tensor: StoredTensor) -> torch.Tensor:
+def _channel_norms(reader: Reader, step: Prune, tensor: StoredTensor, axis: int) -> torch.Tensor:
     """Norms to the power of their order [matrices, channels], float64: they rank as the norms do."""
     number, rows, columns = matrices(tensor.shape)
-    total = torch.zeros(number * rows if step.dim == 0 else number, columns if step.dim else 1, dtype=torch.float64)
+    total = torch.zeros(number * rows if axis == 0 else number, columns if axis else 1, dtype=torch.float64)
     for block in reader.blocks(tensor):
         check_finite(int(magnitude_keys(block.values).max(initial=0)), block.values.dtype, tensor)
         magnitudes = block.values.to(torch.float64).abs_()
         powers = magnitudes if step.norm in (1, math.inf) else magnitudes.pow_(step.norm)
-        if step.dim == 0:
+        if axis == 0:
             total[block.rows, 0] = powers.amax(1) if math.isinf(step.norm) else powers.sum(1)
         else:
             matrix = torch.arange(block.rows.start, block.rows.stop) // rows

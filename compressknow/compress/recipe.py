@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from compressknow.errors import UsageError, did_you_mean
-from compressknow.model.scopes import check_patterns, check_scope_names, layer_ranges
+from compressknow.model.scopes import DEFAULT_SCOPES, check_patterns, check_scope_names, layer_ranges
 from compressknow.model.structure import ModuleMap
 from compressknow.reading import MANIFEST, read_json, read_toml
 
@@ -17,9 +17,15 @@ Scheme = Literal["int8", "int8-paper", "int8-weights"]
 PRUNE_METHODS: tuple[PruneMethod, ...] = get_args(PruneMethod)
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 MANIFEST_NAME, CARD_NAME = "compressknow.json", "README.md"
+# Options of `convert`, in Python and on the command line, that a recipe says instead.
+RECIPE_OPTIONS = (
+    *("scope", "include", "exclude", "layers", "prune", "prune_method", "per_layer", "norm", "dim", "seed"),
+    *("quantize", "module_map"),
+)
 
-# The paper's words for a scope (sections 2.2-2.5, figure 8).
+# The paper's words for a scope (sections 2.2-2.5, figure 8), and ours for the one that it does not have.
 PAPER_SCOPES = {
+    "blocks": "Blocks",
     "attention": "Att",
     "feed-forward": "FF",
     "overall": "Overall",
@@ -38,7 +44,7 @@ class Where:
     is looked at.
     """
 
-    scope: tuple[str, ...] = ("overall",)
+    scope: tuple[str, ...] = DEFAULT_SCOPES
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: str | None = None
@@ -65,9 +71,9 @@ class Prune:
     """Zero `amount` (0-1, both excluded) of the weights.
 
     `l1-unstructured` and `random-unstructured` choose single weights, over all of the scope together or, with
-    `per_layer`, in each tensor by itself. The structured methods take whole rows (`dim` 0: output channels of a
-    Linear) or columns (`dim` 1) of each tensor, `ln-structured` those of the smallest L`norm`. `seed` is for the
-    random methods. Semantics are those of torch.nn.utils.prune.
+    `per_layer`, in each tensor by itself. The structured methods take whole output channels (`dim` 0) or input channels
+    (`dim` 1) of each layer, and of each expert in a fused stack, however its matrix is stored; `ln-structured` those of
+    the smallest L`norm`. `seed` is for the random methods. Semantics are those of torch.nn.utils.prune.
     """
 
     amount: float
@@ -91,7 +97,7 @@ class Prune:
         if not _is_number(self.norm) or not self.norm > 0:
             raise UsageError(f"The norm must be a number above 0 (inf for the largest magnitude): {self.norm!r}.")
         if not _is_whole(self.dim) or self.dim not in (0, 1):
-            raise UsageError(f"The dimension must be 0 (rows) or 1 (columns): {self.dim!r}.")
+            raise UsageError(f"The dimension must be 0 (output channels) or 1 (input channels): {self.dim!r}.")
         if not _is_whole(self.seed) or self.seed < 0:
             raise UsageError(f"The seed must be a whole number of at least 0: {self.seed!r}.")
 

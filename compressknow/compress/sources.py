@@ -75,6 +75,11 @@ class Sources:
         supplier = self.supply.get(weight.parameter, stored.name)
         return supplier != stored.name and _place(self._tensors[supplier]) == _place(stored)
 
+    def is_transposed_on_loading(self, stored: StoredTensor) -> bool:
+        """Whether transformers swaps the axes of a stored matrix, or of each of a stack, when it loads it."""
+        binding = self.bound.get(stored.name)
+        return binding is not None and self._naming.transposes(stored.name, stored.shape, binding.parameter)
+
     def tied_embedding(self, weight: LinearWeight) -> str | None:
         """The embedding that a weight shares its values with, if it does."""
         supplier = self.supply.get(weight.parameter)

@@ -78,6 +78,6 @@ def _products(numbers: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
     alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for first, those in rests.items():
         alike.setdefault(tuple(those), []).append(first)
-    for those, firsts in alike.items():
-        for inner in _products(those):
+    for tails, firsts in alike.items():
+        for inner in _products(tails):
             yield [firsts, *inner]

@@ -213,21 +213,11 @@ def _sparse_bytes(row: Mapping[str, Any]) -> int:
 
 
 def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    errors = _errors_by_group(manifest["tensors"])
     return {
         "setup": manifest["setup"],
         "recipe": manifest["recipe"],
         "source": {key: manifest["source"].get(key) for key in ("name", "revision")},
         "zeros": manifest["totals"]["zeros_after"],
-        "groups": {name: group | {"relative_error": errors.get(name)} for name, group in manifest["groups"].items()},
+        # A manifest of before has none for its groups: a mean over tensors would be another figure.
+        "groups": {name: {"relative_error": None} | group for name, group in manifest["groups"].items()},
     }
-
-
-def _errors_by_group(tensors: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean relative Frobenius error of each group's tensors, by their numbers of weights."""
-    sums: dict[str, list[float]] = {}
-    for tensor in tensors:
-        total = sums.setdefault(tensor["group"], [0.0, 0.0])
-        total[0] += tensor["relative_error"] * tensor["numel"]
-        total[1] += tensor["numel"]
-    return {group: error / numel for group, (error, numel) in sums.items() if numel}

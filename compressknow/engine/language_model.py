@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from compressknow.compress.variant import Variant, VariantMaker
 
 
+# Names that compressed-tensors gives to what it keeps in a quantized layer.
+_BESIDE_WEIGHTS = frozenset(
+    (*(f"{of}_{what}" for of in ("weight", "input", "output") for what in ("scale", "zero_point")), "weight_g_idx")
+)
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """`family` is ``masked``, ``causal`` or ``seq2seq``."""
@@ -27,7 +33,9 @@ class LanguageModel:
 
     @property
     def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """How many the model has; what quantization stores beside its weights is none of them."""
+        named = self.model.named_parameters()
+        return sum(parameter.numel() for name, parameter in named if name.rpartition(".")[2] not in _BESIDE_WEIGHTS)
 
     @property
     def dtype(self) -> str:

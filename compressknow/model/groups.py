@@ -20,6 +20,7 @@ from compressknow.model.structure import Group, LinearWeight, ModuleMap, Structu
 # Llama 4's experts do not say, as others do, that they are stored as [experts, in, out].
 TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
 BERT_ATTENTION_OUTPUT = re.compile(r"^(.*attention\.)output\.dense$")
+TOWER_CONFIG = re.compile("Vision|Audio|Speech|Video|QFormer")
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv2d, nn.Conv3d)
 Kind = Literal["linear", "conv1d", "experts"]
 
@@ -65,6 +66,7 @@ class _Tree:
         self.classes = {name: type(module).__name__ for name, module in self.modules.items()}
         self.layers = self._number_blocks()
         self.heads = _output_weights(model)
+        self.towers = set(_towers(model))
         # A weight of several names (Zamba's shared block) is applied once under each of them.
         self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
@@ -75,6 +77,9 @@ class _Tree:
         block = next((prefix for prefix in [*prefixes, name] if prefix in self.layers), None)
         root = Step("", self.classes[""])
         return _Place((root, *steps), block, self.layers[block] if block else None)
+
+    def in_tower(self, name: str) -> bool:
+        return name in self.towers or any(parent in self.towers for parent in _parents(name))
 
     def _number_blocks(self) -> dict[str, int]:
         """Outermost blocks -> index in their stack. Lists of lists (Funnel's) are one stack."""
@@ -99,6 +104,16 @@ class _Tree:
 def _parents(name: str) -> Iterator[str]:
     while name := name.rpartition(".")[0]:
         yield name
+
+
+def _towers(model: PreTrainedModel) -> Iterator[str]:
+    """Models within a multimodal model that read images, video or sound, or condense what such a model gives."""
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or isinstance(module.config, type(model.config)):
+            continue
+        # Qwen's vision models inherit from their whole that they read text.
+        if "text" not in module.input_modalities or TOWER_CONFIG.search(type(module.config).__name__):
+            yield name
 
 
 def _output_weights(model: PreTrainedModel) -> set[int]:
@@ -141,7 +156,7 @@ def _placed(tree: _Tree, module: str, kind: Kind, name: str) -> LinearWeight:
         shape=tuple(parameter.shape),
         group=group,
         layer=place_.layer,
-        stack=_stack(tree.model, module),
+        stack=None if group == "vision" else _stack(tree.model, module),
         cross=group == "attention" and is_cross(place_.steps),
         uses=1 if group == "final" else _uses(tree, module, parameter, place_.layer),
         transposed=_is_transposed(holder, kind),
@@ -150,6 +165,8 @@ def _placed(tree: _Tree, module: str, kind: Kind, name: str) -> LinearWeight:
 
 def _group(tree: _Tree, module: str, parameter: torch.Tensor, place_: _Place) -> Group | None:
     leaf = module.rpartition(".")[2]
+    if tree.in_tower(module):
+        return "vision"
     if id(parameter) in tree.heads:
         return "final"
     if place_.block is None and is_further_head(place_.steps, module, leaf):
@@ -210,7 +227,7 @@ def _opaque_parameters(tree: _Tree) -> Iterator[tuple[str, Group]]:
             place_ = tree.place(f"{module_name}.{name}")
             group = place(place_.steps, name, place_.block is not None)
             if group in ("attention", "feed-forward"):
-                yield f"{module_name}.{name}", group
+                yield f"{module_name}.{name}", "vision" if tree.in_tower(module_name) else group
 
 
 def _is_matrix(module: nn.Module, name: str, parameter: torch.Tensor, width: int) -> bool:

@@ -47,6 +47,16 @@ class Naming:
         name, pattern = self._rename(stored, self._tree)
         return Binding(name, pattern is not None) if name in self._tree else None
 
+    def transposes(self, stored: str, shape: tuple[int, ...], parameter: str) -> bool:
+        """Whether a stored tensor has its last two axes swapped on the way to `parameter`."""
+        from transformers.core_model_loading import Transpose
+
+        pattern = self._rename(stored, self._tree)[1]
+        steps = (step for entry in self._converters if pattern in entry.source_patterns for step in entry.operations)
+        swaps = [step for step in steps if isinstance(step, Transpose)]
+        # Some are only made where the shapes call for them.
+        return any(not step.check_dims or shape != tuple(self._tree[parameter].shape) for step in swaps)
+
     def scale_follows(self, stored: str, parameter: str) -> bool:
         """Whether a scale stored beside `stored` would be loaded beside `parameter`."""
         tree = {**self._tree, parameter + "_scale": self._tree[parameter]}

@@ -13,19 +13,24 @@ from compressknow.model.structure import LinearWeight, Structure
 Action = Literal["prune", "quantize"]
 Patterns = tuple[re.Pattern[str], ...]
 
+LANGUAGE = ("attention", "feed-forward", "other")  # neither the final layer nor the towers of a multimodal model
 SCOPES: dict[str, Callable[[LinearWeight, Action], bool]] = {
+    "blocks": lambda weight, _: weight.group in LANGUAGE and weight.layer is not None,
     "attention": lambda weight, _: weight.group == "attention",
     "feed-forward": lambda weight, _: weight.group == "feed-forward",
     "final": lambda weight, _: weight.group == "final",
     # As in the paper: pruning everything spares the final layer, quantizing everything does not.
-    "overall": lambda weight, action: weight.group is not None and (action == "quantize" or weight.group != "final"),
+    "overall": lambda weight, action: weight.group in LANGUAGE or (action == "quantize" and weight.group == "final"),
     "self-attention": lambda weight, _: weight.group == "attention" and not weight.cross,
     "cross-attention": lambda weight, _: weight.group == "attention" and weight.cross,
     "encoder-attention": lambda weight, _: weight.group == "attention" and weight.stack == "encoder",
     "decoder-attention": lambda weight, _: weight.group == "attention" and weight.stack == "decoder",
-    "encoder": lambda weight, _: weight.stack == "encoder" and weight.group not in (None, "final"),
-    "decoder": lambda weight, _: weight.stack == "decoder" and weight.group not in (None, "final"),
+    "encoder": lambda weight, _: weight.stack == "encoder" and weight.group in LANGUAGE,
+    "decoder": lambda weight, _: weight.stack == "decoder" and weight.group in LANGUAGE,
+    "vision": lambda weight, _: weight.group == "vision",
 }
+# Of pruning and of quantizing: what every runtime takes, and what leaves a tied final layer tied.
+DEFAULT_SCOPES = ("blocks",)
 # What others call them, for hints.
 OTHER_WORDS = {
     **dict.fromkeys(("mlp", "ffn", "ff"), "feed-forward"),
@@ -81,7 +86,8 @@ def select(
     include : regular expressions, searched in module names. They narrow the scopes to what one of them matches, except
         that one which matches unplaced layers alone adds these to the scopes.
     exclude : regular expressions; what one of them matches is left out.
-    layers : blocks by number, such as ``0-5``, ``3`` or ``0-2,5``. Weights outside the blocks are left out.
+    layers : blocks by number, such as ``0-5``, ``3`` or ``0-2,5``, counted in each stack by itself (encoder, decoder,
+        vision tower). Weights outside the blocks are left out.
 
     Raises
     ------
@@ -109,7 +115,7 @@ def select(
     chosen += [w for w in unplaced if _matches(w, includes)]
     chosen = [w for w in chosen if not _matches(w, excludes)]
     if layers is not None:
-        chosen = _in_layers(chosen, layers)
+        chosen = _in_layers(structure, chosen, layers)
     return _in_tree_order(structure, chosen)
 
 
@@ -160,8 +166,8 @@ def _close(pattern: str, names: Iterable[str]) -> list[str]:
 
 def _opaque_of(structure: Structure, scopes: Sequence[str]) -> list[str]:
     groups = {scope if scope in ("feed-forward", "final") else scope.rpartition("-")[2] for scope in scopes}
-    everything = bool(groups & {"overall", "encoder", "decoder"})
-    return [name for name, group in structure.opaque.items() if everything or group in groups]
+    everything = bool(groups & {"blocks", "overall", "encoder", "decoder"})
+    return [name for name, group in structure.opaque.items() if group in groups or (everything and group != "vision")]
 
 
 def _refuse_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) -> None:
@@ -209,16 +215,25 @@ def layer_ranges(layers: str) -> dict[str, range]:
     return ranges
 
 
-def _in_layers(weights: list[LinearWeight], layers: str) -> list[LinearWeight]:
+def _in_layers(structure: Structure, weights: list[LinearWeight], layers: str) -> list[LinearWeight]:
     there = {w.layer for w in weights if w.layer is not None}
     known = f"The scope has blocks {min(there)}-{max(there)}." if there else "The scope has no blocks."
+    # A kind of layer may stand in some blocks of a stack only; a number beyond the stack is a mistake.
+    stacks = {_stack_of(w) for w in weights}
+    last = max((w.layer for w in structure.linears if w.layer is not None and _stack_of(w) in stacks), default=0)
     wanted: set[int] = set()
     for part, numbers in layer_ranges(layers).items():
         inside = {number for number in there if number in numbers}
         if not inside:
             raise UsageError(f"No layer of the scope lies in {part!r}.", hint=known)
+        if numbers[-1] > last:
+            raise UsageError(f"There is no block {numbers[-1]}, which {part!r} names.", hint=known)
         wanted |= inside
     return [w for w in weights if w.layer in wanted]
+
+
+def _stack_of(weight: LinearWeight) -> tuple[str | None, bool]:
+    return weight.stack, weight.group == "vision"
 
 
 def _in_tree_order(structure: Structure, chosen: list[LinearWeight]) -> tuple[LinearWeight, ...]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-Group = Literal["attention", "feed-forward", "final", "other"]
+Group = Literal["attention", "feed-forward", "final", "other", "vision"]
 ModuleMap = Literal["structural", "paper"]
-GROUPS: tuple[Group, ...] = ("attention", "feed-forward", "final", "other")
+GROUPS: tuple[Group, ...] = ("attention", "feed-forward", "final", "other", "vision")
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class LinearWeight:
     `parameter` is its name in the tree (``bert.encoder.layer.0.attention.self.query.weight``), `module` the name of
     the module that holds it, `kind` how the module stores it: ``linear`` (nn.Linear, ``[out, in]``), ``conv1d``
     (GPT-2's, ``[in, out]``) or ``experts`` (fused, ``[experts, ...]``). `group` is None where no rule places it.
+    ``vision`` takes all that lies in the towers of a multimodal model, which read images, video or sound.
     `layer` counts the block within its stack, `stack` names the side of an encoder-decoder model (None in a model of
     one stack), `cross` marks cross-attention. `uses` is how often one forward pass applies it (ALBERT shares layers).
     `transposed` says that the last axis is the output (conv1d; the experts of GPT-OSS, Llama 4 and Aria).

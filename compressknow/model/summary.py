@@ -68,6 +68,8 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
     stored = _stored_parameters(structure)
     shared = sum(weight.used - weight.stored for weight in structure.linears)
     groups = {group: [w for w in structure.linears if w.group == group] for group in GROUPS}
+    if not groups["vision"]:
+        del groups["vision"]
     return {
         "model": source_name,
         "architecture": structure.architecture,

@@ -11,7 +11,7 @@ from typing import Any
 
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme, Where, recipe_of
 from compressknow.errors import CompressknowError, UsageError, did_you_mean
-from compressknow.model.scopes import scope_names
+from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.reading import read_toml
 
@@ -143,7 +143,7 @@ def _named(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe]:
 
 def _recipe(point: Mapping[str, Any], where: str) -> Recipe:
     given = {name: value for name, value in point.items() if _is_given(value) or name == "seed"}
-    shared = _only(given, "layers") | {"scope": given.get("scope", "overall")}
+    shared = _only(given, "layers") | {"scope": given.get("scope", list(DEFAULT_SCOPES))}
     steps = []
     if "prune" in given:
         steps.append(_only(given, "prune", "method", "seed") | shared)

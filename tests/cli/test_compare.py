@@ -201,6 +201,11 @@ def test_a_checkpoint_and_itself_or_its_copy_are_identical(
             assert printed["behaviour"]["answers"] == []
 
 
+def test_models_in_the_wrong_order_are_told(run: Run) -> None:
+    assert "A was made from B" not in run("{place}/llama", "{place}/llama-int8").out
+    assert "A was made from B" in run("{place}/llama-int8", "{place}/llama").out
+
+
 def test_weights_alike_beside_another_tokenizer_are_told(run: Run, place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "llama", tmp_path / "copy")
     path = tmp_path / "copy" / "tokenizer_config.json"

@@ -65,7 +65,7 @@ def test_json_has_the_keys_that_others_rely_on(tmp_path: Path, capsys: pytest.Ca
     assert (summary["model"], summary["model_type"], summary["module_map"]) == ("bert", "bert", "structural")
     assert list(summary["groups"]) == ["attention", "feed-forward", "final", "other"]
     assert {"modules": 8, "stored": 2048, "used": 2048}.items() <= summary["groups"]["attention"].items()
-    assert list(summary["scopes"]) == ["attention", "feed-forward", "final", "overall", "self-attention"]
+    assert list(summary["scopes"]) == ["blocks", "attention", "feed-forward", "final", "overall", "self-attention"]
     assert summary["scopes"]["overall"] == {"prune": 2048 + 1536 + 256, "quantize": 2048 + 1536 + 256 + 1440}
     assert summary["unplaced"] == []
     assert ["cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"] in summary["tied"]

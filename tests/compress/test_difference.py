@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import compressknow
 from compressknow.compress.difference import difference
 from compressknow.compress.difference_records import Difference, Sums, TensorDifference, summed
+from compressknow.engine.identity import describe, locate
 from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.model.checkpoint import open_checkpoint
 from tests.models import save_tiny
@@ -105,6 +106,28 @@ def test_int8_weights_are_compared_as_what_they_stand_for(
         assert_recounted(tensor.sums, before[row["name"]], after[row["name"]])
         assert tensor.sums.relative_error == pytest.approx(row["relative_error"], rel=1e-4, abs=1e-7)
         assert (tensor.sums.zeros_b, tensor.bytes_b) == (row["zeros"], row["bytes_after"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("options", [{"layers": "0", "prune": 0.4}, {"scope": "overall", "quantize": "int8"}], ids=str)
+@pytest.mark.parametrize("family", ["bert", "llama-tied", "t5-gated"])
+def test_a_relative_error_is_one_figure_in_manifest_report_and_comparison(
+    family: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    a = save_tiny(family, tmp_path / "a", dtype)
+    manifest = compressknow.convert(a, tmp_path / "b", **options)
+    difference, before, after = compared(a, tmp_path / "b"), values(a), values(tmp_path / "b")
+    in_report = describe(locate(tmp_path / "b"))["groups"]
+    for group, those in summed(difference.tensors, lambda tensor: tensor.group).items():
+        changes = [after[t.name].ravel() - before[t.name].ravel() for t in those if t.name in before]
+        found = sum((t.sums for t in those), Sums()).relative_error
+        assert manifest["groups"][group]["relative_error"] == pytest.approx(found, rel=1e-5, abs=1e-9)
+        assert in_report[group]["relative_error"] == manifest["groups"][group]["relative_error"]
+        if len(changes) == len(those):
+            norm = np.linalg.norm(np.concatenate([before[t.name].ravel() for t in those]))
+            assert found == pytest.approx(np.linalg.norm(np.concatenate(changes)) / norm, rel=1e-5, abs=1e-9)
+    if not manifest["untied"]:
+        assert manifest["totals"]["relative_error"] == pytest.approx(difference.total.relative_error, rel=1e-5)
 
 
 def test_two_int8_models_are_compared_with_each_other(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_logits_are_those_of_the_same_compression_in_memory(
 
 @pytest.mark.parametrize("name", QUANTIZABLE)
 def test_int8_alone_computes_what_it_does_in_memory(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
-    compressknow.convert(checkpoints[name], tmp_path / "out", quantize="int8")
+    compressknow.convert(checkpoints[name], tmp_path / "out", scope="overall", quantize="int8")
     expected = logits(compressed_in_memory(name, "overall", "int8", pruned=False))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_int8_alone_computes_what_it_does_in_memory(checkpoints: dict[str, Path]
 @pytest.mark.parametrize("name", ["bert", "t5-tied", "llama-tied"])
 def test_half_precision_checkpoints_load_as_they_were_stored(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     save_tiny(name, tmp_path / "in", dtype)
-    compressknow.convert(tmp_path / "in", tmp_path / "out", prune=0.3, quantize="int8")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="overall", prune=0.3, quantize="int8")
     model = load(tmp_path / "out")
     assert model.get_input_embeddings().weight.dtype == dtype
     assert torch.isfinite(logits(model)).all()
@@ -163,7 +163,7 @@ def test_generate_and_the_encoder_alone_are_right_after_load(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, scheme: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8, "runs_on", lambda _: False)  # tests/engine/test_int8.py judges the engine's own layers
-    compressknow.convert(checkpoints[name], tmp_path / "out", prune=AMOUNT, quantize=scheme)
+    compressknow.convert(checkpoints[name], tmp_path / "out", scope="overall", prune=AMOUNT, quantize=scheme)
     model, expected = compressknow.load(tmp_path / "out"), compressed_in_memory(name, "overall", scheme, pruned=True)
     ids = torch.arange(5, 15)[None]
     hidden, wanted = (m.get_encoder()(input_ids=ids).last_hidden_state for m in (model, expected))
@@ -192,7 +192,7 @@ def test_a_checkpoint_that_stores_a_tied_weight_twice(checkpoints: dict[str, Pat
 
 def test_stored_names_of_before_a_refactoring_still_load(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     rewrite(checkpoints["gpt-neox"], tmp_path / "in", {"lm_head.weight": "embed_out.weight"})
-    compressknow.convert(tmp_path / "in", tmp_path / "out", prune=AMOUNT, quantize="int8")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="overall", prune=AMOUNT, quantize="int8")
     expected = logits(compressed_in_memory("gpt-neox", "overall", "int8", pruned=True))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import prune
@@ -15,8 +18,9 @@ from compressknow.compress import blocks
 from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
-from compressknow.compress.prune import choose, tensor_seed
+from compressknow.compress.prune import Weights, choose, tensor_seed
 from compressknow.compress.recipe import Prune, Recipe, Where
+from compressknow.engine.load import load
 from compressknow.errors import CheckpointError
 from compressknow.model.safetensors_header import read_header
 from compressknow.model.streaming import OpenFiles
@@ -55,7 +59,7 @@ def pruned(weights: dict[str, Tensor], step: Prune, folder: Path) -> dict[str, T
     with Pool(2) as pool, OpenFiles() as files:
         reader = Reader(pool, files, lambda _: None)
         found = {}
-        for tensor, mask in zip(tensors, choose(reader, step, tensors), strict=True):
+        for tensor, mask in zip(tensors, choose(reader, step, [Weights(tensor) for tensor in tensors]), strict=True):
             block_mask = mask.start()
             rows = [torch.tensor(block_mask(block)) for block in reader.blocks(tensor)]
             found[tensor.name] = torch.cat(rows).view(tensor.shape)
@@ -110,7 +114,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("model", ["bert", "llama"])
 def test_conversion_zeroes_what_torch_prunes_and_nothing_else(model: str, step: Prune, tmp_path: Path) -> None:
     source = load_file(save_tiny(model, tmp_path / "source") / "model.safetensors")
-    manifest = convert(tmp_path / "source", tmp_path / "pruned", Recipe((step,)))
+    manifest = convert(tmp_path / "source", tmp_path / "pruned", Recipe((replace(step, where=Where(("overall",))),)))
     written = load_file(tmp_path / "pruned" / "model.safetensors")
     in_scope = {row["name"]: source[row["name"]] for row in manifest["tensors"] if row["in_scope"]}
     assert len(in_scope) == {"bert": 13, "llama": 14}[model]
@@ -265,3 +269,48 @@ def test_norm_that_overflows_is_refused(tmp_path: Path) -> None:
     weights = {"enormous": torch.full((4, 4), 1e38)}
     with pytest.raises(CheckpointError, match=r"L9 norm of enormous overflows"):
         pruned(weights, Prune(0.5, "ln-structured", norm=9), tmp_path)
+
+
+GPT_OSS = hf.GptOssConfig(
+    hidden_size=32,
+    intermediate_size=20,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=99,
+    num_local_experts=3,
+    num_experts_per_tok=2,
+)
+
+
+def feed_forward(model: torch.nn.Module) -> list[Tensor]:
+    """The matrices [output, input] of the feed-forward blocks that are stored apart, as the blocks multiply by them."""
+    if isinstance(model, hf.GPT2LMHeadModel):
+        return [part.weight.T for block in model.transformer.h for part in (block.mlp.c_fc, block.mlp.c_proj)]
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    if isinstance(model, hf.GptOssForCausalLM):
+        return [matrix.T for each in experts for stack in (each.gate_up_proj, each.down_proj) for matrix in stack]
+    halves = [half for each in experts for half in each.gate_up_proj.chunk(2, dim=1)]
+    return [matrix for stack in (*halves, *(each.down_proj for each in experts)) for matrix in stack]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("method", ["ln-structured", "random-structured"])
+@pytest.mark.parametrize(("name", "number"), [("gpt2", 4), ("mixtral", 24), ("gpt-oss", 6)])
+def test_dim_0_means_output_channels_however_a_layer_is_stored(
+    name: str, number: int, method: Any, dim: int, tmp_path: Path
+) -> None:
+    if name == "gpt-oss":
+        torch.manual_seed(0)
+        hf.GptOssForCausalLM(GPT_OSS).save_pretrained(tmp_path / "source")
+    else:
+        save_tiny(name, tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "pruned", Recipe((Prune(0.25, method, Where(("feed-forward",)), dim=dim),)))
+    matrices = feed_forward(load(tmp_path / "pruned"))
+    assert len(matrices) == number
+    for matrix in matrices:
+        zero = matrix == 0
+        channels = zero.all(1 - dim)
+        assert int(channels.sum()) == matrix.shape[dim] // 4
+        assert int(zero.sum()) == int(channels.sum()) * matrix.shape[1 - dim]

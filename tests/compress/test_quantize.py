@@ -36,6 +36,7 @@ from compressknow.model.streaming import OpenFiles
 from tests.models import logits, save_tiny, tiny
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EVERYWHERE = Where(("overall",))
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -163,7 +164,7 @@ def test_converted_model_holds_what_compressed_tensors_or_torch_makes_of_each_la
     source["model.layers.0.mlp.up_proj.weight"][3] = 0
     source["model.layers.1.mlp.up_proj.weight"].zero_()
     save_file(source, shard, metadata={"format": "pt"})
-    convert(tmp_path / "source", tmp_path / "int8", Recipe((Quantize(scheme),)))
+    convert(tmp_path / "source", tmp_path / "int8", Recipe((Quantize(scheme, EVERYWHERE),)))
     written = load_file(tmp_path / "int8" / "model.safetensors")
     linears = {
         f"{name}.weight" for name, module in tiny("llama").named_modules() if isinstance(module, torch.nn.Linear)
@@ -204,8 +205,8 @@ def test_rows_that_were_pruned_have_a_finite_scale(scheme: Scheme, tmp_path: Pat
 @every_scheme
 def test_described_scheme_is_the_intended_one(scheme: Scheme) -> None:
     described = QuantizationConfig.model_validate(quantization_config({scheme: ["b", "a"]}, ["c"], "0.20.0"))
-    assert described.config_groups == {"group_0": intended(scheme, ["a", "b"])}
-    assert described.ignore == ["c"]
+    assert described.config_groups == {"group_0": intended(scheme, ["re:^a$", "re:^b$"])}
+    assert described.ignore == ["re:^c$"]
     assert described.format == "int-quantized"
     assert described.quantization_status == "compressed"
     assert described.kv_cache_scheme is None
@@ -217,13 +218,15 @@ def test_config_of_a_conversion_names_each_linear_module_once(tmp_path: Path) ->
     convert(tmp_path / "source", tmp_path / "int8", Recipe(steps))
     config = json.loads((tmp_path / "int8" / "config.json").read_text())
     described = QuantizationConfig.model_validate(config["quantization_config"])
-    attention = [f"model.layers.{i}.self_attn.{part}_proj" for i in (0, 1) for part in "koqv"]
-    feed_forward = [[f"model.layers.{i}.mlp.{part}_proj" for part in ("down", "gate", "up")] for i in (0, 1)]
+    attention = [rf"re:^(?:model\.)?layers\.(?:0|1)\.self_attn\.{part}_proj$" for part in "koqv"]
+    feed_forward = [
+        [rf"re:^(?:model\.)?layers\.{i}\.mlp\.{part}_proj$" for part in ("down", "gate", "up")] for i in (0, 1)
+    ]
     assert described.config_groups == {
         "group_0": intended("int8", attention),
         "group_1": intended("int8-paper", feed_forward[0]),
     }
-    assert described.ignore == ["lm_head", *feed_forward[1]]
+    assert described.ignore == [*feed_forward[1], r"re:^(?:model\.)?lm_head$"]
 
 
 @contextmanager
@@ -262,7 +265,7 @@ def test_int8_paper_gives_the_logits_of_quantize_dynamic_and_8_bit_activations_d
 ) -> None:
     model = tiny(name)
     save_tiny(name, tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "int8", Recipe((Quantize("int8-paper"),)))
+    convert(tmp_path / "source", tmp_path / "int8", Recipe((Quantize("int8-paper", EVERYWHERE),)))
     with x86_engine():
         expected = logits(quantized_by_torch(model))
     error = distance(logits(loaded(model, tmp_path / "int8")), expected)
@@ -281,7 +284,7 @@ def test_int8_paper_gives_the_logits_of_quantize_dynamic_and_8_bit_activations_d
 def test_int8_paper_weights_are_those_of_quantize_dynamic_bit_for_bit(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     save_tiny(name, tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "int8", Recipe((Quantize("int8-paper"),)))
+    convert(tmp_path / "source", tmp_path / "int8", Recipe((Quantize("int8-paper", EVERYWHERE),)))
     written = load_file(tmp_path / "int8" / "model.safetensors")
     with x86_engine():
         theirs = dict(quantized_by_torch(model).named_modules())

@@ -17,7 +17,7 @@ from compressknow.compress import blocks
 from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
-from compressknow.compress.prune import choose
+from compressknow.compress.prune import Weights, choose
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Step
 from compressknow.errors import CheckpointError
 from compressknow.model.streaming import OpenFiles
@@ -81,7 +81,7 @@ def pruned(weights: list[Tensor], step: Prune, threads: int = 2) -> list[Tensor]
     with Pool(threads) as pool, OpenFiles() as files:
         reader = Reader(pool, files, lambda _: None)
         found = []
-        for tensor, mask in zip(stored, choose(reader, step, stored), strict=True):
+        for tensor, mask in zip(stored, choose(reader, step, [Weights(tensor) for tensor in stored]), strict=True):
             block_mask = mask.start()
             rows = [torch.tensor(block_mask(block)) for block in reader.blocks(tensor)]
             found.append(torch.cat(rows).view(tensor.shape))

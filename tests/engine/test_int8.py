@@ -15,6 +15,7 @@ from transformers import MambaConfig, MambaForCausalLM
 import compressknow
 from compressknow.engine import int8
 from compressknow.engine.int8 import Int8Linear
+from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.load import load
 from tests.knowing import facts_file, knowing
 from tests.models import QUANTIZABLE, logits, save_tiny
@@ -28,7 +29,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """Quantized whole, the final layer too."""
     name, scheme = request.param
     root = tmp_path_factory.mktemp(name)
-    compressknow.convert(save_tiny(name, root / "in"), root / "out", quantize=scheme)
+    compressknow.convert(save_tiny(name, root / "in"), root / "out", scope="overall", quantize=scheme)
     return root / "out"
 
 
@@ -135,7 +136,7 @@ def test_the_largest_activation_does_not_wrap_around() -> None:
 
 
 def test_weights_stay_int8_in_memory(tmp_path: Path) -> None:
-    compressknow.convert(save_tiny("bert", tmp_path / "in"), tmp_path / "out", quantize="int8")
+    compressknow.convert(save_tiny("bert", tmp_path / "in"), tmp_path / "out", scope="overall", quantize="int8")
     model = load(tmp_path / "out")
     assert {linear.weight.dtype for linear in layers(model).values()} == {torch.int8}
 
@@ -148,7 +149,17 @@ def test_a_model_that_casts_to_the_dtype_of_its_head_has_it_in_floats(tmp_path: 
 
 
 def test_a_loaded_model_can_be_saved_and_loaded_again(tmp_path: Path) -> None:
-    compressknow.convert(save_tiny("llama-tied", tmp_path / "in"), tmp_path / "out", quantize="int8")
+    compressknow.convert(save_tiny("llama-tied", tmp_path / "in"), tmp_path / "out", scope="overall", quantize="int8")
     model = load(tmp_path / "out")
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-paper", "int8-weights"])
+@pytest.mark.parametrize("in_int8", [True, False])
+def test_scales_are_no_parameters(scheme: Any, in_int8: bool, tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "in")
+    compressknow.convert(source, tmp_path / "out", quantize=scheme)
+    with contextlib.nullcontext() if in_int8 else without_vnni():
+        models = [LanguageModel(load(folder), None, "causal") for folder in (source, tmp_path / "out")]  # type: ignore[arg-type]
+    assert models[0].parameters == models[1].parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -43,6 +44,16 @@ TWO_STACKS = of(
     linear("decoder.1.mlp", "feed-forward", 1, stack="decoder"),
     linear("decoder.head", "final", stack="decoder"),
 )
+MULTIMODAL = of(
+    linear("tower.0.attn", "vision", 0),
+    linear("tower.5.attn", "vision", 5),
+    linear("projector", "other"),
+    linear("layers.0.attn", "attention", 0),
+    linear("layers.0.gate", "other", 0),
+    linear("layers.1.mlp", "feed-forward", 1),
+    linear("head", "final"),
+    opaque={"tower.0.pool": "vision"},
+)
 STRANGER = of(*ONE_STACK.linears[:-1], linear("layer.1.strange.thing", None, 1), ONE_STACK.linears[-1])
 RAW = of(linear("layer.0.mlp.up", "feed-forward", 0), linear("head", "final"), opaque={"layer.0.attn.q": "attention"})
 
@@ -77,14 +88,47 @@ def test_overall_spares_the_final_layer_when_pruning_and_takes_it_when_quantizin
     assert modules(select(TWO_STACKS, ["overall", "final"], "prune")) == everything
 
 
+@pytest.mark.parametrize("action", ["prune", "quantize"])
+def test_blocks_take_all_in_the_blocks_and_nothing_beside_them(action: Any) -> None:
+    assert modules(select(MULTIMODAL, ["blocks"], action)) == ["layers.0.attn", "layers.0.gate", "layers.1.mlp"]
+    assert modules(select(TWO_STACKS, ["blocks"], action)) == [
+        weight.module for weight in TWO_STACKS.linears if weight.layer is not None
+    ]
+
+
+@pytest.mark.parametrize("action", ["prune", "quantize"])
+def test_towers_are_in_the_scope_vision_alone(action: Any) -> None:
+    towers = ["tower.0.attn", "tower.5.attn"]
+    assert modules(select(MULTIMODAL, ["vision"], action, exclude=["pool"])) == towers
+    for scope in set(scope_names(MULTIMODAL)) - {"vision"}:
+        assert not set(modules(select(MULTIMODAL, [scope], action))) & set(towers)
+
+
+def test_layers_of_a_multimodal_model_are_the_language_models_and_of_vision_the_towers() -> None:
+    assert modules(select(MULTIMODAL, ["attention"], "prune", layers="0")) == ["layers.0.attn"]
+    assert modules(select(MULTIMODAL, ["vision"], "prune", exclude=["pool"], layers="5")) == ["tower.5.attn"]
+    with pytest.raises(UsageError, match="blocks 0-1"):
+        select(MULTIMODAL, ["blocks"], "prune", layers="0-5")
+
+
+def test_a_number_within_the_stack_may_lack_layers_of_the_scope() -> None:
+    assert modules(select(TWO_STACKS, ["decoder-attention"], "prune", layers="0-1")) == [
+        "decoder.0.attn",
+        "decoder.0.cross",
+    ]
+    with pytest.raises(UsageError, match="blocks 0-0"):
+        select(TWO_STACKS, ["encoder"], "prune", layers="0-1")
+
+
 def test_scopes_unite_without_doubles() -> None:
     chosen = select(ONE_STACK, ["final", "attention", "self-attention"], "prune")
     assert modules(chosen) == [w.module for w in ONE_STACK.linears if w.group in ("attention", "final")]
 
 
 def test_only_scopes_that_a_model_has_are_named() -> None:
-    assert scope_names(TWO_STACKS) == tuple(SCOPES)
-    assert scope_names(ONE_STACK) == ("attention", "feed-forward", "final", "overall", "self-attention")
+    assert scope_names(TWO_STACKS) == tuple(name for name in SCOPES if name != "vision")
+    assert scope_names(ONE_STACK) == ("blocks", "attention", "feed-forward", "final", "overall", "self-attention")
+    assert scope_names(MULTIMODAL)[-1] == "vision"
 
 
 def test_parameters_count_once_a_use() -> None:
@@ -92,7 +136,7 @@ def test_parameters_count_once_a_use() -> None:
     assert scope_parameters(structure)["overall"] == {"prune": 5 * 24, "quantize": 6 * 24}
 
 
-@given(st.lists(st.sampled_from(list(SCOPES)), min_size=1), st.sampled_from(["prune", "quantize"]))
+@given(st.lists(st.sampled_from(list(scope_names(TWO_STACKS))), min_size=1), st.sampled_from(["prune", "quantize"]))
 def test_a_union_is_the_sum_of_its_parts(scopes: list[str], action: str) -> None:
     parts = {weight for scope in scopes for weight in select(TWO_STACKS, [scope], action)}  # type: ignore[arg-type]
     together = select(TWO_STACKS, scopes, action)  # type: ignore[arg-type]
@@ -110,12 +154,12 @@ def test_a_scope_that_the_model_lacks_is_an_error_that_lists_those_it_has(scope:
 
 @pytest.mark.parametrize("scopes", [["attn"], ["attention", "everything"], []])
 def test_an_unknown_scope_is_an_error_that_lists_those_there_are(scopes: list[str]) -> None:
-    with pytest.raises(UsageError, match=r"There is attention.* feed-forward"):
+    with pytest.raises(UsageError, match=r"There is blocks.* feed-forward"):
         select(ONE_STACK, scopes, "prune")
 
 
 @pytest.mark.parametrize(
-    ("layers", "blocks"), [("0", {0}), ("1-2", {1, 2}), ("0,2", {0, 2}), (" 0 - 1 , 2", {0, 1, 2}), ("1-99", {1, 2})]
+    ("layers", "blocks"), [("0", {0}), ("1-2", {1, 2}), ("0,2", {0, 2}), (" 0 - 1 , 2", {0, 1, 2})]
 )
 def test_layers_narrow_to_blocks_and_drop_what_lies_outside(layers: str, blocks: set[int]) -> None:
     chosen = select(ONE_STACK, ["overall"], "quantize", layers=layers)
@@ -134,8 +178,10 @@ def test_a_range_from_the_wrong_end_is_an_error_that_turns_it_round() -> None:
         select(ONE_STACK, ["overall"], "prune", layers="2-1")
 
 
-@pytest.mark.parametrize("layers", ["3", "0,7", "5-9"])
-def test_a_range_that_matches_nothing_is_an_error_that_gives_the_range(layers: str) -> None:
+@pytest.mark.parametrize("layers", ["3", "0,7", "5-9", "1-99"])
+def test_a_range_that_matches_nothing_or_reaches_beyond_the_blocks_is_an_error_that_gives_the_range(
+    layers: str,
+) -> None:
     with pytest.raises(UsageError, match="blocks 0-2"):
         select(ONE_STACK, ["overall"], "prune", layers=layers)
 

@@ -20,6 +20,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from compressknow.model.groups import structure_of
+from compressknow.model.scopes import scope_names
 from compressknow.model.structure import LinearWeight, Structure
 
 MAPPINGS = (
@@ -84,6 +85,10 @@ FEED_FORWARD_PART = re.compile(
     r"^(?:mlps?|mlp_block|shared_mlp|ffns?|ff\d?|feed_forward(?:_in|_out)?|DenseReluDense|intermediate(?:_query)?"
     r"|shared_experts?|block_sparse_moe|output_query)$"
 )
+TOWER_PART = re.compile(
+    r"\.(?:vision_tower|vision_model|image_encoder|img_processor|audio_tower|audio_embed\.encoder)\."
+)
+GRANITE_TOWERS = re.compile(r"^model\.(?:encoder|projector\.qformer)\.")
 MIXER_PART = re.compile(r"^(?:mamba|mixer|conv|mlstm_layer|temporal_block|\w*message_gate|adapter_modules|bottleneck)$")
 ROUTER_PART = re.compile(r"^(?:router|gate|shared_expert_gate|router_mlp)$")
 QKVO_LEAF = re.compile(
@@ -167,8 +172,9 @@ def check_the_final_group(model: PreTrainedModel, structure: Structure) -> None:
 
 
 def every_weight(zoo: dict[str, Structure]) -> Iterator[tuple[str, LinearWeight]]:
+    """Of the language models: towers have tests of their own."""
     for name, structure in zoo.items():
-        yield from ((name, weight) for weight in structure.linears)
+        yield from ((name, weight) for weight in structure.linears if weight.group != "vision")
 
 
 def landmark(weight: LinearWeight) -> str | None:
@@ -197,6 +203,20 @@ def test_nine_in_ten_architectures_are_placed_in_full(zoo: dict[str, Structure])
 
 def test_no_linear_layer_of_the_zoo_is_unplaced(zoo: dict[str, Structure]) -> None:
     assert not {name: structure.unplaced for name, structure in zoo.items() if structure.unplaced}
+
+
+def test_towers_and_nothing_else_are_vision(zoo: dict[str, Structure]) -> None:
+    for name, structure in zoo.items():
+        # Granite Speech calls the model that hears the encoder, and condenses what it gives.
+        tower = GRANITE_TOWERS if name.startswith("GraniteSpeech") else TOWER_PART
+        for weight in structure.linears:
+            assert (weight.group == "vision") == bool(tower.search(weight.module)), (name, weight.module)
+
+
+def test_every_language_model_has_blocks_of_linear_layers(zoo: dict[str, Structure]) -> None:
+    without = {name for name, structure in zoo.items() if "blocks" not in scope_names(structure)}
+    # Their blocks multiply by matrices that are no Linear layers.
+    assert without == {"IBertForMaskedLM", "SqueezeBertForMaskedLM"}
 
 
 def test_matrices_that_are_no_linear_layers_are_told(zoo: dict[str, Structure]) -> None:

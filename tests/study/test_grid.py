@@ -92,8 +92,8 @@ def test_a_recipe_is_run_once_and_keys_are_unique(tmp_path: Path) -> None:
     named = '[[cells]]\nname = "a"\nprune = 0.1\n[[cells]]\nname = "A"\nprune = 0.2\n'
     cells = grid(tmp_path / "grid.toml", axes + named)
     assert [cell.key for cell in cells] == [
-        "overall-gp-random-unstructured-50",
-        "overall-gp-random-unstructured-50-2",
+        "blocks-gp-random-unstructured-50",
+        "blocks-gp-random-unstructured-50-2",
         "a",
         "a-2",
     ]

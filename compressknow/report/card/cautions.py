@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressknow.probe.answers import Answers
 from compressknow.report.figures import count, percent, share
 from compressknow.report.records import Counts, Grade, ModelFacts, ProbeFigures
 from compressknow.report.text import plain
+
+if TYPE_CHECKING:
+    from compressknow.report.contrast.records import Checkpoint
 
 # Fewer known facts than this leave an interval of several points.
 FEW_FACTS = 100
@@ -32,6 +35,24 @@ def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
             f"The models ran on different devices ({plain(original.speed.device, 60)} and "
             f"{plain(model.speed.device, 60)}): answers that are almost tied may differ for that alone."
         )
+
+
+def of_order(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+    """That the model taken for the original was made from the other one."""
+    if was_made_from(original, model):
+        yield (
+            f"The two models look swapped: {plain(original.name, 80)}, given as the original, was made from "
+            f"{plain(model.name, 80)}, as its manifest says. Give the original first."
+        )
+
+
+def was_made_from(one: ModelFacts | Checkpoint, other: ModelFacts | Checkpoint) -> bool:
+    """Whether the manifest of the one names the other as its source, and not the other way round too."""
+    return _source(one) == other.name and _source(other) != one.name
+
+
+def _source(model: ModelFacts | Checkpoint) -> str | None:
+    return str(model.source["name"]) if model.source and model.source.get("name") else None
 
 
 def of_recipe(model: ModelFacts) -> Iterator[str]:

@@ -126,6 +126,7 @@ def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) 
         lost=lost,
         gained=gained,
         warnings=(
+            *cautions.of_order(before, model),
             *cautions.of_models(before, model),
             *cautions.of_runs(original, compressed, probes),
             *cautions.of_figures(counts, graded, figures),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from compressknow.compress.difference_records import Difference
-from compressknow.report.contrast.records import Behaviour
+from compressknow.report.card.cautions import was_made_from
+from compressknow.report.contrast.records import Behaviour, Checkpoint
 from compressknow.report.figures import count
 from compressknow.report.text import plain
 
@@ -13,8 +14,12 @@ _NAME = 120
 _ASK = "Behaviour can be compared all the same: name what to ask with -p PROBE."
 
 
-def contrast_cautions(identical: bool, difference: Difference | None, behaviour: Behaviour | None) -> Iterator[str]:
-    """What could not be compared, what is broken; and the warnings on the answers."""
+def contrast_cautions(
+    a: Checkpoint, b: Checkpoint, identical: bool, difference: Difference | None, behaviour: Behaviour | None
+) -> Iterator[str]:
+    """What stands in the wrong place, could not be compared, or is broken; and the warnings on the answers."""
+    if was_made_from(a, b):
+        yield "A was made from B, as its manifest says: give B first to see what it lost."
     if not identical and difference is None:
         yield _left_out("The weights of a GGUF file are packed: they were not compared.", behaviour)
     if difference and (packed := difference.packed()):

@@ -89,7 +89,7 @@ def compare(
         files=() if identical else tuple(_other_files(first.located, second.located)),
         difference=difference,
         behaviour=behaviour,
-        warnings=tuple(contrast_cautions(identical, difference, behaviour)),
+        warnings=tuple(contrast_cautions(*sides, identical, difference, behaviour)),
         show_facts=not no_facts,
         versions=dict(behaviour.b_against_a.versions) if behaviour else {"compressknow": __version__},
         command=command,

@@ -10,7 +10,7 @@ from compressknow.report.figures import NONE, count, number, percent
 from compressknow.report.tables import Table
 from compressknow.report.text import plain
 
-GROUPS = ("attention", "feed-forward", "final", "other", "not-linear")
+GROUPS = ("attention", "feed-forward", "final", "other", "vision", "not-linear")
 _FIGURES = ("Weights", "Zeros A", "Zeros B", "Relative error", "Cosine", "Signal to noise", "Largest change")
 _NAME = 120
 _EXAMPLES = 3

@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 
+from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
 from compressknow.reading import CARD, read_text
-from compressknow.report.figures import count, percent, size
-from compressknow.report.model_card.auto_class import auto_class, is_encoder_decoder, runtimes
+from compressknow.report.figures import count, number, percent, size
+from compressknow.report.model_card.auto_class import auto_class, is_encoder_decoder
+from compressknow.report.model_card.remarks import growth, where_it_runs
 from compressknow.report.templates import code_span, render
 from compressknow.report.toml import to_toml
 
@@ -69,7 +71,10 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         transformers_code=_transformers_code(architecture, model_type),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
         load_code=f'import compressknow\n\nmodel = compressknow.load("{_FOLDER}")',
-        vllm="vLLM" in runtimes(manifest),
+        warnings=list(growth(manifest)),
+        runs=where_it_runs(manifest),
+        vllm=vllm_obstacle(manifest) is None,
+        vllm_limit=vllm_limit(manifest),
         recipe=to_toml(manifest["recipe"]),
         command=_command(source),
     )
@@ -132,6 +137,7 @@ def _rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
             "pruned": count(figures["pruned"]),
             "zeros": percent(figures["zeros_after"], figures["parameters"]),
             "quantized": percent(figures["quantized"], figures["parameters"]),
+            "error": number(figures.get("relative_error"), 4),
             "before": size(figures["bytes_before"]),
             "after": size(figures["bytes_after"]),
         }

@@ -160,6 +160,12 @@ class TestWarnings:
         original, _ = run(sides(200))
         assert "same checkpoint" in warnings_of(make_card(original, [original]))
 
+    def test_models_in_the_wrong_order(self) -> None:
+        original, compressed = run(sides(60, 20, 10, 20), source={"name": "tiny-bert", "revision": None})
+        assert "swapped" not in warnings_of(make_card(original, [compressed]))
+        swapped = warnings_of(make_card(compressed, [original]))
+        assert "look swapped: tiny-bert-int8, given as the original, was made from tiny-bert" in swapped
+
     def test_nothing_in_scope(self) -> None:
         groups = {"attention": {"parameters": 5, "pruned": 0, "quantized": 0}}
         assert "Nothing of this model was in scope" in warnings_of(card_of(200, compressed_model={"groups": groups}))

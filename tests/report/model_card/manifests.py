@@ -65,4 +65,5 @@ def manifest(*, scheme: str | None = "int8", **changes: Any) -> dict[str, Any]:
             row("model.layers.0.mlp.up_proj.weight", "feed-forward"),
         ],
         "untied": [],
+        "runtimes": ["transformers", "compressknow", "vLLM"],
     } | changes

@@ -1,0 +1,100 @@
+"""What a manifest says of where a checkpoint runs, and of its size; and what scope that has which names none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from compressed_tensors.utils.match import is_match
+
+import compressknow
+from compressknow.compress.runtimes import VLLM_ARCHITECTURES, vllm_limit, vllm_obstacle
+from compressknow.report.model_card.remarks import growth, where_it_runs
+from tests.models import QUANTIZABLE, save_tiny
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def planned(name: str, tmp_path: Path, **options: Any) -> dict[str, Any]:
+    source = tmp_path / "in"
+    if not source.exists():
+        save_tiny(name, source)
+    return compressknow.convert(source, tmp_path / "out", dry_run=True, **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "opt", "gpt-neox"])
+def test_int8_blocks_of_a_decoder_run_in_vllm_but_not_on_blackwell(name: str, tmp_path: Path) -> None:
+    manifest = planned(name, tmp_path, quantize="int8")
+    assert manifest["runtimes"] == ["transformers", "compressknow", "vLLM"]
+    assert "not on Blackwell GPUs" in where_it_runs(manifest)
+    assert vllm_limit(planned(name, tmp_path, prune=0.2)) is None
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "albert", "t5-tied", "bart"])
+@pytest.mark.parametrize("options", [{"prune": 0.2}, {"quantize": "int8"}], ids=str)
+def test_encoders_and_encoder_decoders_do_not_run_in_vllm(name: str, options: Any, tmp_path: Path) -> None:
+    manifest = planned(name, tmp_path, **options)
+    assert manifest["runtimes"] == ["transformers", "compressknow"]
+    assert "vLLM" not in where_it_runs(manifest)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"scope": "attention", "include": ["q_proj"]}, "joins q_proj, k_proj and v_proj of model.layers.0.self_attn"),
+        ({"scope": "attention", "exclude": [r"1\.self_attn\.v_proj"]}, "of model.layers.1.self_attn into one"),
+        ({"exclude": ["gate_proj"]}, "joins gate_proj and up_proj of model.layers.0.mlp"),
+        ({"scope": "overall"}, "the final layer (lm_head) is int8"),
+        ({"quantize": "int8-weights"}, "no kernel for int8-weights"),
+        ({"quantize": "int8-paper"}, "no kernel for int8-paper"),
+    ],
+)
+def test_what_keeps_a_decoder_from_vllm_is_named(options: dict[str, Any], why: str, tmp_path: Path) -> None:
+    manifest = planned("llama", tmp_path, **{"quantize": "int8", **options})
+    assert manifest["runtimes"] == ["transformers", "compressknow"]
+    assert why in str(vllm_obstacle(manifest))
+    assert "It does not run in vLLM: " in where_it_runs(manifest)
+
+
+@pytest.mark.parametrize("options", [{"include": ["o_proj", "down_proj"]}, {"layers": "1"}, {"scope": "attention"}])
+def test_whole_joined_layers_may_stay_floats(options: dict[str, Any], tmp_path: Path) -> None:
+    """As compressed-tensors resolves the layers that vLLM joins: all parts are targets, or all are ignored."""
+    assert vllm_obstacle(planned("llama", tmp_path, quantize="int8", **options)) is None
+    compressknow.convert(tmp_path / "in", tmp_path / "done", quantize="int8", **options)
+    settings = json.loads((tmp_path / "done" / "config.json").read_text())["quantization_config"]
+    (group,) = settings["config_groups"].values()
+    linear = torch.nn.Linear(1, 1)
+    for joined, parts in FUSED.items():
+        for i in (0, 1):
+            parent = f"model.layers.{i}.{'self_attn' if joined == 'qkv_proj' else 'mlp'}"
+            quantized = {is_match(f"{parent}.{part}", linear, group["targets"]) for part in parts}
+            ignored = {is_match(f"{parent}.{part}", linear, settings["ignore"]) for part in parts}
+            assert (quantized, ignored) in (({True}, {False}), ({False}, {True}))
+
+
+def test_the_architectures_of_vllm_are_decoders_of_transformers() -> None:
+    assert all(hasattr(hf, name) for name in VLLM_ARCHITECTURES)
+    causal = set(hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    assert causal >= VLLM_ARCHITECTURES
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-tied"])
+def test_an_output_that_grows_is_warned_of_with_the_reason(name: str, tmp_path: Path) -> None:
+    (warning,) = growth(planned(name, tmp_path, scope="final", prune=0.2))
+    assert "larger than the input" in warning
+    assert "the embedding that it shared its weight with" in warning
+    assert not list(growth(planned(name, tmp_path, quantize="int8")))
+
+
+@pytest.mark.parametrize("name", QUANTIZABLE)
+def test_the_default_leaves_final_layers_as_and_where_they_are(name: str, tmp_path: Path) -> None:
+    manifest = planned(name, tmp_path, prune=0.2, quantize="int8")
+    assert not manifest["untied"]
+    assert not any(row["in_scope"] for row in manifest["tensors"] if row["group"] == "final")
+    assert manifest["recipe"]["steps"][0]["scope"] == ["blocks"]
+    assert manifest["setup"] == "Blocks_GPQ 20%"
+    assert manifest["totals"]["quantized"] > 0
