@@ -9,6 +9,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 test -e build/smollm2 || python examples/smollm2.py build/smollm2
-compressknow search build/smollm2 -o build/search-smollm2 --keep 0.95 -p atlas --limit 1500 --trials 20
+compressknow search build/smollm2 -o build/search-smollm2 --keep 0.95 --minimize sparse-bytes -p atlas --limit 1500 --trials 20
 mkdir -p examples/searches/smollm2-atlas
 cp build/search-smollm2/{search.html,search.json,recipe.toml,report.html,report.md} examples/searches/smollm2-atlas/

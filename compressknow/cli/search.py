@@ -13,14 +13,15 @@ from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.values import OneOf, Share
 from compressknow.errors import GateNotMet
-from compressknow.report.figures import estimate, size
+from compressknow.report.figures import count, estimate, size
 from compressknow.report.text import plain
 
 if TYPE_CHECKING:
     from compressknow.report.search.records import Tried
 
 WIDTH = 80
-COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}{'Sparse':>12}"
+COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}"
+SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weights"}
 
 
 @click.command(short_help="Find the smallest checkpoint that keeps what you ask for.", epilog=EPILOG)
@@ -35,10 +36,11 @@ COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}{'Sparse':>12}"
 @click.option("--keep", type=Share(), required=True, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
 @click.option(
     "--minimize",
-    type=OneOf(["sparse-bytes", "bytes", "nonzero"]),
-    default="sparse-bytes",
+    type=OneOf(["bytes", "sparse-bytes", "nonzero"]),
+    default="bytes",
     show_default=True,
-    help="What to make small: what a sparse store would take, the size on disk, or the weights left.",
+    help="What to make small: the size on disk, what a sparse store would take, or the weights left. Ties go to the "
+    "recipe that keeps more.",
 )
 @click.option("--trials", type=click.IntRange(1), default=40, show_default=True, help="Recipes that Optuna chooses.")
 @click.option(
@@ -72,7 +74,7 @@ def search(
 
     \b
     compressknow search MODEL -o found --keep 0.95 --limit 1000
-    compressknow search MODEL -o found --keep 0.98 --minimize bytes
+    compressknow search MODEL -o found --keep 0.98 --minimize sparse-bytes
     compressknow convert MODEL CONVERTED --recipe found/recipe.toml
     """
     from compressknow.report.search.view import gets, verdict
@@ -93,7 +95,7 @@ def search(
             seed=seed,
             command=command_of(ctx),
             bar=bar,
-            told=None if as_json else _Lines(),
+            told=None if as_json else _Lines(given["minimize"]),
             **given,
         )
     if as_json:
@@ -113,16 +115,19 @@ def search(
 class _Lines:
     """Prints a line a recipe, as it comes."""
 
-    def __init__(self) -> None:
-        self._begun = False
+    def __init__(self, minimize: str) -> None:
+        self._begun, self._minimize = False, minimize
 
     def __call__(self, tried: Tried) -> None:
         if not self._begun:
             self._begun = True
-            click.echo(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
+            columns = f"{COLUMNS}{SIZE_COLUMNS[self._minimize]:>12}"
+            click.echo(f"{columns}\n{'-' * len(columns)}")
         kept = estimate(tried.kept.value, tried.kept.low, tried.kept.high)
         name = plain(tried.setup, WIDTH)
         if len(name) > 39:
             click.echo(name)
             name = ""
-        click.echo(f"{name:<40}{kept:<28}{size(tried.sizes['sparse-bytes']):>12}")
+        amount = tried.sizes[self._minimize]
+        told = count(amount) if self._minimize == "nonzero" else size(amount)
+        click.echo(f"{name:<40}{kept:<28}{told:>12}")

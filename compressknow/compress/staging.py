@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -207,6 +208,13 @@ def clean(output: Path) -> None:
         # A run takes its lock first and removes it last: without one it has ended.
         if not _twin(output, path, "lock").exists():
             _clean_one(output, path)
+
+
+def discard(output: Path) -> None:
+    """Remove an output that convert wrote. Of a run that dies meanwhile, all of it stays or none."""
+    aside = output.with_name(f"{_prefix(output, 'old')}{secrets.token_hex(4)}")
+    output.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _clean_one(output: Path, of: Path) -> None:

@@ -26,7 +26,7 @@ class Aim:
     """What is asked for: the share of knowledge to keep, and what is to be small."""
 
     keep: float
-    minimize: str = "sparse-bytes"
+    minimize: str = "bytes"
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -49,11 +49,16 @@ def may_meet(seen: Asked, answers: Answers, keep: float) -> bool:
     return high is None or high >= keep
 
 
+def cheapness(tried: Tried, aim: Aim) -> tuple[int, float, float]:
+    """What to sort by, the best first: the size; of one size what is kept, and then how far the answers moved."""
+    return tried.sizes[aim.minimize], -(tried.kept.low or 0.0), tried.harm or 0.0
+
+
 def promising(tried: Sequence[Tried], aim: Aim) -> list[Tried]:
     """Those to ask the held-out facts, the cheapest first: they keep enough of the facts of the search. Where none
     does, the one that keeps most, to be told.
     """
-    candidates = sorted((t for t in tried if t.kept.value is not None), key=lambda t: t.sizes[aim.minimize])
+    candidates = sorted((t for t in tried if t.kept.value is not None), key=lambda t: cheapness(t, aim))
     enough = [t for t in candidates if meets(t.kept, aim.keep)][:CONFIRMED]
     return enough or sorted(candidates, key=lambda t: -(t.kept.low or 0.0))[:1]
 

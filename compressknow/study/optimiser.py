@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CompressknowError
@@ -34,21 +33,20 @@ def optimize(
     minimize: str,
     keep: float,
     space: Space,
-    journal: Path,
     trials: int,
     together: int,
     seed: int,
     original: int,
     note: Callable[[Cell, Answers, str], Tried],
 ) -> None:
-    study = _study(journal, f"{minimize}, {keep:g} kept, seed {seed}", seed, space)
-    earlier = [
-        space.recipe(_choice_of(trial.params, space)) for trial in study.trials if trial.state.name == "COMPLETE"
-    ]
-    for cell, answers in ask([cell_of(recipe) for recipe in dict.fromkeys(earlier) if recipe is not None]):
-        note(cell, answers, "search")
-    while (left := trials - sum(trial.state.is_finished() for trial in study.trials)) > 0:
-        asked = [study.ask() for _ in range(min(together, left))]
+    """Let Optuna choose recipes, `together` at a time, and tell it what came of them.
+
+    Its state is kept nowhere: from one seed and the same results it makes the same choices. So a search that was
+    stopped makes them again, finds the answers to the first of them on disk, and ends as if it had not been stopped.
+    """
+    study = _study(seed, space)
+    for start in range(0, trials, together):
+        asked = [study.ask() for _ in range(min(together, trials - start))]
         recipes = [(trial, space.recipe(_choice(trial, space))) for trial in asked]
         cells = {recipe: cell_of(recipe) for _, recipe in recipes if recipe is not None}
         found = {cell.recipe: note(cell, answers, "search") for cell, answers in ask(list(cells.values()))}
@@ -56,33 +54,26 @@ def optimize(
             if recipe is None:
                 _tell(study, trial, original, keep - 1.0)
             else:
-                _tell(study, trial, found[recipe].sizes[minimize], keep - (found[recipe].kept.low or 0.0))
+                kept = found[recipe].kept
+                # Less than a byte or a weight: of two of one size the one that keeps more is the better.
+                lost = 1 - (kept.value or 0.0)
+                _tell(study, trial, found[recipe].sizes[minimize] + lost, keep - (kept.low or 0.0))
 
 
-def _study(journal: Path, name: str, seed: int, space: Space) -> optuna.Study:
-    """The optimiser's record on disk: a search that was stopped goes on with it."""
+def _study(seed: int, space: Space) -> optuna.Study:
     import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = JournalStorage(JournalFileBackend(str(journal)))
-    is_new = name not in optuna.get_all_study_names(storage)
-    sampler = optuna.samplers.TPESampler(seed=seed)
-    study = optuna.create_study(storage=storage, study_name=name, sampler=sampler, load_if_exists=True)
-    for trial in study.trials if not is_new else ():
-        if trial.state == optuna.trial.TrialState.RUNNING:
-            # A run that was killed has left it.
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    for choice in space.beginnings() if is_new else ():
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    for choice in space.beginnings():
         study.enqueue_trial(_parameters(choice))
     return study
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, size: int, missing: float) -> None:
+def _tell(study: optuna.Study, trial: optuna.Trial, size: float, missing: float) -> None:
     """`missing` is what it lacks of the share to be kept: a trial will do where that is not positive."""
     trial.set_constraint("missing", missing)
-    study.tell(trial, float(size))
+    study.tell(trial, size)
 
 
 def _choice(trial: optuna.Trial, space: Space) -> Choice:
@@ -91,12 +82,9 @@ def _choice(trial: optuna.Trial, space: Space) -> Choice:
     trial.suggest_categorical("tilt", TILTS)
     trial.suggest_categorical("scheme", (NONE, *space.schemes))
     trial.suggest_categorical("quantized", (NONE, *space.quantized))
-    return _choice_of(trial.params, space)
-
-
-def _choice_of(parameters: Mapping[str, Any], space: Space) -> Choice:
-    amounts = tuple((scope, parameters[scope]) for scope in space.scopes)
-    return Choice(amounts, parameters["tilt"], parameters["scheme"], parameters["quantized"])
+    chosen = trial.params
+    amounts = tuple((scope, chosen[scope]) for scope in space.scopes)
+    return Choice(amounts, chosen["tilt"], chosen["scheme"], chosen["quantized"])
 
 
 def _parameters(choice: Choice) -> dict[str, Any]:

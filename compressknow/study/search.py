@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compressknow.compress.recipe import MANIFEST_NAME, Quantize, Recipe
+from compressknow.compress.staging import discard
 from compressknow.probe.answers import Answers
 from compressknow.probe.choose import DEFAULT, Options, open_all
 from compressknow.probe.progress import Bar
@@ -18,7 +18,7 @@ from compressknow.study.answering import Subject
 from compressknow.study.folder import claim, refuse_foreign
 from compressknow.study.grid import Cell
 from compressknow.study.halves import Asked, parts_of
-from compressknow.study.judge import Aim, confirm, level, may_meet, meets, promising
+from compressknow.study.judge import Aim, cheapness, confirm, level, may_meet, meets, promising
 from compressknow.study.optimiser import TOGETHER, optimize, require_optuna
 from compressknow.study.running import RayOptions, runner
 from compressknow.study.space import Space, cell_of, references
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from compressknow.compress.recipe import Scheme
     from compressknow.model.structure import ModuleMap
 
-SEARCHED, HELD_OUT, WINNER, JOURNAL = "searched", "held-out", "winner", "optuna.journal"
-RECIPE, REPORTS = "recipe.toml", ("report.html", "report.md")
-WRITTEN = (RECIPE, *REPORTS)
+SEARCHED, HELD_OUT, WINNER = "searched", "held-out", "winner"
+RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md"), ("search.html", "search.json")
+WRITTEN = (*PAGES, RECIPE, *REPORTS)
 TRIALS = 40
 Told = Callable[[Tried], None]
 
@@ -39,7 +39,7 @@ def search(
     output: str | Path,
     *,
     keep: float,
-    minimize: str = "sparse-bytes",
+    minimize: str = "bytes",
     trials: int = TRIALS,
     schemes: Sequence[Scheme] = ("int8", "int8-weights"),
     module_map: ModuleMap = "structural",
@@ -64,8 +64,8 @@ def search(
     model : a local folder or a hub id.
     output : folder of the search; one of this model and version is gone on with.
     keep : share of knowledge, between 0 and 1.
-    minimize : ``sparse-bytes`` (non-zero weights at their width and one bit a weight), ``bytes`` (on disk, where pruned
-        weights are dense) or ``nonzero`` (weights left).
+    minimize : ``bytes`` (on disk, where pruned weights are dense), ``sparse-bytes`` (non-zero weights at their width
+        and one bit a weight) or ``nonzero`` (weights left). Ties go to the recipe that keeps more.
     trials : recipes that the optimiser chooses, beside the paper's setups.
     schemes : int8 schemes that it may choose from.
     probes, options, settings : see `compressknow.probe`; lm-eval's tasks cannot be held out.
@@ -100,12 +100,12 @@ def search(
         rest, first = [part.rest for part in parts], [part.first for part in parts]
         seen = Asked.of(subject, rest, folder / SEARCHED, bar, run, first)
         together = TOGETHER if ray else 1
-        tried = _explore(seen, aim, schemes, module_map, folder / JOURNAL, trials, together, seed, told)
+        tried = _explore(seen, aim, schemes, module_map, trials, together, seed, told)
         unseen = Asked.of(subject, [part.held_out for part in parts], folder / HELD_OUT, bar, run)
         candidates = promising(tried, aim)
         confirmed = tuple(confirm(unseen, aim, candidates))
         winner = next((t for t in confirmed if meets(t.held_out, keep)), None)
-        _remove_earlier(folder)
+        _remove_earlier(folder, but_winner=winner is not None)
         if winner:
             _write_winner(subject, unseen, winner, folder, no_facts=no_facts, command=command)
         found = _record(aim, seen, unseen, level(candidates), tried, confirmed, winner, seed, command)
@@ -118,7 +118,6 @@ def _explore(
     aim: Aim,
     schemes: Sequence[Scheme],
     module_map: ModuleMap,
-    journal: Path,
     trials: int,
     together: int,
     seed: int,
@@ -126,9 +125,11 @@ def _explore(
 ) -> tuple[Tried, ...]:
     """The paper's setups, then the layers one band after the other, then the search itself."""
     structure = seen.subject.maker.structure(module_map)
-    tried: dict[Any, Tried] = {}
+    tried: dict[Recipe, Tried] = {}
+    order: list[Recipe] = []
 
     def ask(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Answers]]:
+        order.extend(cell.recipe for cell in cells)
         return seen.ask(cells, lambda answers: may_meet(seen, answers, aim.keep))
 
     def note(cell: Cell, answers: Answers, kind: str) -> Tried:
@@ -147,8 +148,9 @@ def _explore(
         harm[bands[cell.recipe]] = note(cell, answers, "layers").harm or 0.0
     space.learn(harm)
     original = _sizes_of_original(seen)[aim.minimize]
-    optimize(ask, aim.minimize, aim.keep, space, journal, trials, together, seed, original, note)
-    return tuple(tried.values())
+    optimize(ask, aim.minimize, aim.keep, space, trials, together, seed, original, note)
+    # Not as they came: on a cluster that is another order each time.
+    return tuple(tried[recipe] for recipe in dict.fromkeys(order))
 
 
 def _tried(seen: Asked, cell: Cell, answers: Answers, kind: str) -> Tried:
@@ -187,12 +189,16 @@ def _sizes_of_original(seen: Asked) -> dict[str, int]:
     return {"sparse-bytes": model["bytes"], "bytes": model["bytes"], "nonzero": model["parameters"]}
 
 
-def _remove_earlier(folder: Path) -> None:
-    """What an earlier search of this folder, for another share or size, has found."""
+def _remove_earlier(folder: Path, *, but_winner: bool) -> None:
+    """What an earlier search of this folder, for another share or size, has found; a new winner replaces an old one."""
     for name in WRITTEN:
         (folder / name).unlink(missing_ok=True)
-    if (folder / WINNER / MANIFEST_NAME).is_file():
-        shutil.rmtree(folder / WINNER)
+    if not but_winner and _is_earlier_winner(folder / WINNER):
+        discard(folder / WINNER)
+
+
+def _is_earlier_winner(folder: Path) -> bool:
+    return (folder / MANIFEST_NAME).is_file()
 
 
 def _write_winner(
@@ -206,7 +212,8 @@ def _write_winner(
     from compressknow.report.toml import to_toml
 
     recipe = Recipe.from_dict(dict(winner.recipe))
-    convert(subject.maker.checkpoint.folder, folder / WINNER, recipe, render_card=model_card_for)
+    replaces = _is_earlier_winner(folder / WINNER)
+    convert(subject.maker.checkpoint.folder, folder / WINNER, recipe, overwrite=replaces, render_card=model_card_for)
     write_whole(folder / RECIPE, (to_toml(recipe.to_dict()) + "\n").encode())
     ((_, answers),) = unseen.ask([cell_of(recipe)])
     card = make_card(unseen.original, [answers], show_facts=not no_facts, command=command)
@@ -242,7 +249,7 @@ def _record(
         confirmed=confirmed,
         winner=winner,
         closest=None if winner else max(confirmed, key=lambda t: (t.held_out and t.held_out.low) or 0.0, default=None),
-        naive=min(naive, key=lambda t: t.sizes[aim.minimize], default=None),
+        naive=min(naive, key=lambda t: cheapness(t, aim), default=None),
         seed=seed,
         versions=dict(seen.original.record["versions"]),
         command=command,

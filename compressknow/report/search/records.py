@@ -10,8 +10,8 @@ from compressknow.report.records import Estimate, ModelFacts
 
 # What may be made small, and how people call it.
 SIZES = {
-    "sparse-bytes": "sparse size",
     "bytes": "size on disk",
+    "sparse-bytes": "sparse size",
     "nonzero": "weights left",
 }
 

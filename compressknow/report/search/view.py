@@ -158,7 +158,7 @@ _SIZES = ("Sparse size", "On disk", "Weights left, millions")
 
 
 def _tried(search: Search) -> Table:
-    rows = sorted(search.tried, key=lambda t: t.sizes[search.minimize])
+    rows = sorted(search.tried, key=lambda t: (t.sizes[search.minimize], -(t.kept.value or 0.0)))
     return Table(
         "Every recipe that was asked, the smallest first",
         ("Recipe", "Why", "Kept, facts of the search", "Facts", *_SIZES),
@@ -199,7 +199,8 @@ def _method(search: Search) -> tuple[str, ...]:
         "First the paper's setups were asked, and each band of layers pruned by 50 % alone: the bands whose pruning "
         "moves answers most (KL divergence) bear least. Then Optuna's TPE sampler chose an amount for attention and "
         "for feed-forward, how far the layers that bear most are pruned more than those that bear least, and an int8 "
-        "scheme, for the smallest size of which the lower end of the interval keeps what was asked for.",
+        "scheme, for the smallest size of which the lower end of the interval keeps what was asked for. Ties go to the "
+        "recipe that keeps more.",
         *(early if search.first else ()),
         f"The cheapest recipes that did were asked the held-out facts, until one kept as much there too, by the lower "
         f"end of its {100 * search.level:g} % interval (Wilson; adjusted for the number of recipes that might be tried "

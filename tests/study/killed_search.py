@@ -1,0 +1,113 @@
+"""One search that is killed again and again, before some change on disk or at any moment, and resumed until it ends.
+
+Run as a program: MODEL FACTS FOLDER SEED... It makes FOLDER/undisturbed, and FOLDER/killed-SEED for each seed. It has
+imported all that a search needs, and each life is a fork of it, so that a life costs no more than what it computes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CHANGES = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir")
+KEEP, TRIALS = 0.75, 16
+# A search that never gets on would be killed forever.
+MOST_LIVES = 100
+# A process that has threads cannot be forked whole.
+ALONE = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+IMPORTED = (
+    *("matplotlib.figure", "optuna", "pyarrow.parquet", "scipy.stats", "torch", "compressed_tensors"),
+    *("transformers.models.llama.modeling_llama", "transformers.masking_utils", "transformers.generation.utils"),
+    *("compressknow.compress.convert", "compressknow.report.card.pages", "compressknow.report.search.pages"),
+    *(
+        "compressknow.study.search",
+        "compressknow.probe.causal",
+        "compressknow.probe.masked",
+        "compressknow.probe.seq2seq",
+    ),
+)
+
+
+def search(model: Path, facts: Path, folder: Path) -> None:
+    import compressknow
+
+    compressknow.search(model, folder, keep=KEEP, trials=TRIALS, probes=[f"facts:{facts}"])
+
+
+def die_before_change(number: int) -> None:
+    """Kill this process before it changes the disk for so many a time."""
+    left = number
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        creates = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_EXCL
+        if event in CHANGES or creates:
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def life(model: Path, facts: Path, folder: Path, changes: int | None) -> int:
+    """The process of one life."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        if changes:
+            die_before_change(changes)
+        search(model, facts, folder)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def live_until_the_end(model: Path, facts: Path, folder: Path, seed: int) -> int:
+    """The number of times that it was killed."""
+    chance = random.Random(seed)
+    for lives in range(MOST_LIVES):
+        by_change = chance.random() < 0.7
+        process = life(model, facts, folder, chance.randint(1, 400) if by_change else None)
+        if not by_change:
+            time.sleep(chance.uniform(0.05, 5))
+            os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+        if not os.WIFSIGNALED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return lives
+    raise AssertionError("it never ended")
+
+
+def main(model: str, facts: str, folder: str, *seeds: str) -> None:
+    for name in IMPORTED:
+        importlib.import_module(name)
+    import transformers
+
+    from compressknow.study import halves, judge
+
+    assert transformers.AutoModelForCausalLM
+    assert transformers.AutoTokenizer
+    # So that some recipes are ruled out early and some are not.
+    halves.FEWEST_FIRST, halves.FIRST, judge.SURE = 8, 0.5, 0.5
+    _, status = os.waitpid(life(Path(model), Path(facts), Path(folder) / "undisturbed", None), 0)
+    assert status == 0
+    for seed in seeds:
+        print(live_until_the_end(Path(model), Path(facts), Path(folder) / f"killed-{seed}", int(seed)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
