@@ -12,6 +12,7 @@ from compressknow.cli.compare_page import compare_page
 from compressknow.cli.probe_options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import bytes_bar, facts_bar
 from compressknow.cli.report import command_of
+from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
 from compressknow.cli.values import Share
 from compressknow.report.text import json_text
 
@@ -81,7 +82,7 @@ def compare(
         raise click.UsageError("--fail-under judges knowledge: name what to ask with -p PROBE.")
     check_gate(fail_under)
     options, settings = split_options(given)
-    with bytes_bar("Comparing") as progress, facts_bar() as bar:
+    with bytes_bar("Comparing") as progress, facts_bar() as bar, if_interrupted(RESUMES if probes else NOTHING_WRITTEN):
         contrast = contrast_of(
             a,
             b,

@@ -11,6 +11,7 @@ import click
 import compressknow
 from compressknow.cli.manifest_table import manifest_page
 from compressknow.cli.progress import bytes_bar
+from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.values import OneOf, Share
 from compressknow.compress.recipe import PRUNE_METHODS, RECIPE_OPTIONS, SCHEMES
 from compressknow.model.scopes import DEFAULT_SCOPES
@@ -86,7 +87,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
         named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
         raise click.UsageError(f"--recipe says it all: leave out {named}.")
     options["scope"] = options["scope"] or DEFAULT_SCOPES
-    with bytes_bar("Converting") as progress:
+    with bytes_bar("Converting") as progress, if_interrupted(NOTHING_WRITTEN):
         manifest = compressknow.convert(model, output, dry_run=dry_run, progress=progress, **options)
     if as_json:
         click.echo(json.dumps(manifest, indent=1, ensure_ascii=False))

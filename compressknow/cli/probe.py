@@ -12,6 +12,7 @@ import click
 
 from compressknow.cli.probe_options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import facts_bar
+from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.report.figures import count, percent, share
 from compressknow.report.text import plain
 
@@ -54,7 +55,7 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
     from compressknow.probe import probe as ask
 
     options, settings = split_options(given)
-    with facts_bar() as bar:
+    with facts_bar() as bar, if_interrupted(RESUMES):
         answers = ask(model, output, probes or None, options=options, settings=settings, bar=bar, **given)
     if as_json:
         click.echo(json.dumps(_with_scores(answers), indent=1, ensure_ascii=False))

@@ -12,6 +12,7 @@ import click
 from compressknow.cli.probe_options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report_page import report_page
+from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.values import Share
 from compressknow.report.text import json_text
 
@@ -73,7 +74,7 @@ def report(
 
     check_gate(fail_under)
     options, settings = split_options(given)
-    with facts_bar() as bar:
+    with facts_bar() as bar, if_interrupted(RESUMES):
         card = compare(
             original,
             compressed,

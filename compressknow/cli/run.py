@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import click
@@ -14,6 +16,22 @@ from compressknow.errors import CompressknowError, did_you_mean, is_panic
 
 FAILED = 1
 INTERRUPTED = 130
+RESUMES = "The answers so far are kept: the same command resumes."
+NOTHING_WRITTEN = "Nothing was written."
+
+
+class _Stopped(SystemExit):
+    """A signal asked this process to end."""
+
+
+@contextmanager
+def if_interrupted(note: str) -> Iterator[None]:
+    """Let the message of an interrupted command say what has become of its work."""
+    try:
+        yield
+    except (KeyboardInterrupt, _Stopped) as stop:
+        stop.add_note(note)
+        raise
 
 
 def run(command: click.Command, args: list[str] | None = None) -> int:
@@ -33,9 +51,11 @@ def _run(command: click.Command, args: list[str] | None) -> int:
     except click.ClickException as error:
         (_suggested(error) if isinstance(error, click.NoSuchOption) else error).show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted", err=True)
-        return INTERRUPTED
+    except (click.Abort, KeyboardInterrupt) as stop:
+        # click raises its Abort from what stopped it.
+        return _interrupted(stop.__cause__ or stop, INTERRUPTED)
+    except _Stopped as stop:
+        return _interrupted(stop, int(str(stop.code)))
     except OSError as error:
         return _os_error(error)
     except MemoryError:
@@ -48,6 +68,13 @@ def _run(command: click.Command, args: list[str] | None) -> int:
             raise
         return _unexpected(error)
     return returned if isinstance(returned, int) else 0
+
+
+def _interrupted(stop: BaseException, code: int) -> int:
+    """The first note is that of who knew best."""
+    notes = getattr(stop, "__notes__", ())
+    click.echo(f"Interrupted. {notes[0]}" if notes else "Interrupted", err=True)
+    return code
 
 
 def _unexpected(error: BaseException) -> int:
@@ -95,4 +122,4 @@ def _exit_orderly_on_signals() -> None:
 
 
 def _exit_orderly(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    raise SystemExit(128 + number)
+    raise _Stopped(128 + number)

@@ -11,6 +11,7 @@ import click
 from compressknow.cli.probe_options import EPILOG, probe_options, ray_options, split_options, split_ray
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
+from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.values import OneOf, Share
 from compressknow.errors import GateNotMet
 from compressknow.report.figures import count, estimate, size
@@ -85,7 +86,7 @@ def search(
     given["ray"] = split_ray(given)
     if not given["schemes"]:
         del given["schemes"]
-    with facts_bar() as bar:
+    with facts_bar() as bar, if_interrupted(RESUMES):
         found = run(
             model,
             output,

@@ -12,6 +12,7 @@ import click
 from compressknow.cli.probe_options import EPILOG, probe_options, ray_options, split_options, split_ray
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
+from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.values import OneOf
 from compressknow.report.figures import count, estimate, percent
 from compressknow.report.text import plain
@@ -87,7 +88,7 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ..
     options, settings = split_options(given)
     given["ray"] = split_ray(given)
     lines = _Lines(silent=as_json)
-    with facts_bar() as bar:
+    with facts_bar() as bar, if_interrupted(RESUMES):
         study = run(
             model,
             output,

@@ -124,8 +124,12 @@ class Staging:
             if aside.exists() and not self.output.exists():
                 aside.rename(self.output)
             raise
-        sync_folder(self.output.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            sync_folder(self.output.parent)
+            shutil.rmtree(aside, ignore_errors=True)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            stop.add_note(f"{self.output} is whole.")
+            raise
 
     def _refuse_losses(self) -> None:
         """A cleaner of old files may have removed some: they would be missing in an output that looks whole."""

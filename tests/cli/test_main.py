@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from compressknow import __version__
 from compressknow.cli import COMMANDS, cli, main
 from compressknow.cli.group import LazyGroup
-from compressknow.cli.run import run
+from compressknow.cli.run import if_interrupted, run
 from compressknow.errors import CompressknowError, GateNotMet, UsageError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -126,6 +127,21 @@ def test_error_of_the_system_names_the_file(capsys: pytest.CaptureFixture[str]) 
 def test_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(group_with(raiser(KeyboardInterrupt())), ["act"]) == 130
     assert capsys.readouterr().err.split() == ["Interrupted"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_says_what_became_of_its_work(
+    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    def work() -> None:
+        with if_interrupted("Nothing was written."):
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))
+    assert run(group_with(work), ["act"]) == code
+    assert capsys.readouterr().err.strip() == "Interrupted. Nothing was written."
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
