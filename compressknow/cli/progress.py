@@ -1,46 +1,175 @@
-"""A progress bar on stderr for work that takes a while; none where stderr is no terminal."""
+"""How far a run is, on stderr: a line that changes on a terminal, a line a minute elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 
-# Work that ends sooner shows no bar.
+from compressknow.probe.progress import Bar, Progress, Stage
+from compressknow.report.figures import count, size
+from compressknow.report.text import plain
+
+# Work that ends sooner shows no line.
 DELAY_SECONDS = 1.0
+# How often the line is written anew: on a terminal, and where each one stays.
+SECONDS_ON_A_TERMINAL, SECONDS_ELSEWHERE = 0.5, 60.0
+# A run of which so many seconds are left is announced.
+WORTH_SAYING = 20.0
+NAME = 32
 
 
-@contextmanager
-def bytes_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A function to tell the bytes done and the bytes in all, or None where nobody would see the bar."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
+class Line:
+    """What `text` says, written again and again by a thread until the context ends; nothing of it stays on a terminal."""
 
-    with tqdm(desc=label, unit="B", unit_scale=True, delay=DELAY_SECONDS, leave=False, file=sys.stderr) as bar:
+    def __init__(self, text: Callable[[], str]) -> None:
+        self._text = text
+        self._terminal = sys.stderr.isatty()
+        self._shown = 0
+        self._end = threading.Event()
+        # Of what is written: a line that stays must not come in the middle of one that changes.
+        self._writing = threading.Lock()
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def __enter__(self) -> Line:
+        self._thread.start()
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        with self._writing:
+            self._write(self._cleared())
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        with self._writing:
+            self._write(f"{self._cleared()}{text}\n")
+
+    def _run(self) -> None:
+        seconds = SECONDS_ON_A_TERMINAL if self._terminal else SECONDS_ELSEWHERE
+        wait = DELAY_SECONDS if self._terminal else seconds
+        while not self._end.wait(wait):
+            wait = seconds
+            with self._writing:
+                self._write(self._changed(self._text()) if self._terminal else f"{self._text()}\n")
+
+    def _changed(self, text: str) -> str:
+        text = text[: max(_columns() - 1, 1)]
+        before, self._shown = self._shown, len(text)
+        return f"\r{text:<{before}}" + "\b" * max(before - len(text), 0)
+
+    def _cleared(self) -> str:
+        before, self._shown = self._shown, 0
+        return f"\r{' ' * before}\r" if before else ""
+
+    def _write(self, text: str) -> None:
+        # Whoever read it may have gone; the work goes on.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def bytes_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to tell the bytes done and the bytes in all."""
+    start, told = time.monotonic(), (0, 0)
+
+    def text() -> str:
+        done, total = told
+        if not done:
+            return f"{label}: {duration(time.monotonic() - start)} so far"
+        left = (time.monotonic() - start) / done * (total - done)
+        return f"{label}: {size(done)} of {size(total)}, {duration(left)} left"
+
+    def update(done: int, total: int) -> None:
+        nonlocal told
+        told = done, total
+
+    with Line(text):
         yield update
 
 
-@contextmanager
-def facts_bar() -> Iterator[Callable[[str], AbstractContextManager[Callable[[int, int], None]]] | None]:
-    """For the name of a probe, a bar of the facts done of it; None where nobody would see one."""
-    yield _facts_bar if sys.stderr.isatty() else None
+@contextlib.contextmanager
+def facts_bar() -> Iterator[Bar]:
+    """For each stage of a run that begins, a function to tell the facts that are answered."""
+    announced = False
+
+    @contextlib.contextmanager
+    def bar(stage: Stage) -> Iterator[Progress]:
+        nonlocal announced
+        state = _State(stage)
+        with Line(state.text) as line:
+
+            def update(done: int, total: int, left: float | None = None) -> None:
+                nonlocal announced
+                state.update(done, total, left)
+                if left is not None and not announced:
+                    announced = True
+                    if (text := announcement(stage, done, total, left)) is not None:
+                        line.say(text)
+
+            yield update
+
+    yield bar
 
 
-@contextmanager
-def _facts_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    from tqdm import tqdm
+class _State:
+    """What is known of a stage: nothing at first, while the model is loaded."""
 
-    with tqdm(desc=label, unit=" facts", delay=DELAY_SECONDS, leave=False, file=sys.stderr) as bar:
+    def __init__(self, stage: Stage) -> None:
+        self._stage, self._start = stage, time.monotonic()
+        self._told: tuple[int, int] | None = None
+        self._end: float | None = None
 
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def update(self, done: int, total: int, left: float | None) -> None:
+        self._told = done, total
+        self._end = None if left is None else time.monotonic() + left
 
-        yield update
+    def text(self) -> str:
+        """The line: which model, which probe, how far, how long still."""
+        stage, now = self._stage, time.monotonic()
+        which = f" ({stage.number} of {stage.of})" if stage.of > 1 else ""
+        name = f"{plain(stage.model, NAME)}{which}, {plain(stage.probe, NAME)}"
+        if self._told is None:
+            return f"{name}: {duration(now - self._start)} so far"
+        done, total = self._told
+        facts = f"{name}: {count(done)} of {count(total)} facts"
+        return facts if self._end is None else f"{facts}, {duration(max(self._end - now, 0))} left"
+
+
+def announcement(stage: Stage, done: int, total: int, left: float) -> str | None:
+    """About how long the whole run takes, from the time that is left of its first stage; None where it is not long."""
+    models = stage.of - stage.number + 1
+    facts = max(stage.facts, total)
+    seconds = left / max(total - done, 1) * (facts * models - done)
+    if seconds < WORTH_SAYING:
+        return None
+    times = f" x {count(models)} models" if models > 1 else ""
+    return f"{count(facts)} facts{times} on {plain(stage.device, 20)}: about {duration(seconds)}."
+
+
+def duration(seconds: float) -> str:
+    """In units that are worth reading.
+
+    >>> [duration(seconds) for seconds in (0.2, 59.4, 95, 3 * 3600 + 250, 200_000)]
+    ['0 s', '59 s', '2 min', '3 h 4 min', '56 h']
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes and hours < 10 else f"{round(seconds / 3600)} h"
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from compressknow.report.figures import count, estimate, p_value, share, size
+from compressknow.report.figures import at_least, count, estimate, p_value, share, size
 from compressknow.report.records import Card, Comparison, Estimate
 from compressknow.report.text import plain
 
@@ -65,7 +65,9 @@ def _probes(comparison: Comparison) -> Iterator[str]:
             f"answers changed {share(probe.answer_changed)}"
         )
         if probe.movement:
-            yield f"  KL mean {probe.movement.kl_mean:.4f}, p99 {probe.movement.kl_p99:.4f} nats"
+            mean, p99 = (f"{figure:.4f}" for figure in (probe.movement.kl_mean, probe.movement.kl_p99))
+            bound = probe.movement.is_lower_bound
+            yield f"  KL mean {at_least(mean, bound)}, p99 {at_least(p99, bound)} nats"
 
 
 def _wrapped(text: str) -> list[str]:

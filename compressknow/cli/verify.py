@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import click
 from compressknow.cli.progress import bytes_bar
 from compressknow.errors import CompressknowError
 from compressknow.report.figures import count, size
+
+WIDTH = 80
 
 
 @click.command(short_help="Recount and rehash a converted checkpoint.")
@@ -21,7 +24,8 @@ from compressknow.report.figures import count, size
 def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool) -> None:
     """Compare FOLDER, which `compressknow convert` wrote, with its manifest: hashes, zeros, dtypes and shapes.
 
-    The exit code is 1 where anything differs. The model card, README.md, may be edited and is not compared.
+    Files that are not in the manifest are named, and so is an edited manifest. The exit code is 1 where anything
+    differs. The model card, README.md, may be edited and is not compared.
     """
     from compressknow.compress.staging import refuse_unconverted
 
@@ -38,3 +42,5 @@ def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool)
     click.echo(
         f"{folder}: {count(result.tensors)} tensors and {result.files} files as in the manifest ({size(result.bytes)})."
     )
+    for note in result.notes:
+        click.echo("\n".join(textwrap.wrap(f"! {note}", WIDTH, subsequent_indent="  ")))

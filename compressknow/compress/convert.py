@@ -13,20 +13,21 @@ from typing import Any
 from compressknow.compress.blocks import Reader
 from compressknow.compress.layout import lay_out
 from compressknow.compress.manifest import build_manifest, dry_run, serialize
+from compressknow.compress.manifest_file import sealed
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
 from compressknow.compress.prune import Mask, choose
 from compressknow.compress.quantize import quantization_config
-from compressknow.compress.recipe import MANIFEST_NAME, Prune, Recipe
+from compressknow.compress.recipe import CARD_NAME, MANIFEST_NAME, Prune, Recipe
 from compressknow.compress.staging import Staging, clean, refuse_output
 from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX
+from compressknow.model.folder import refuse_leading_out
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.streaming import OpenFiles
 from compressknow.reading import sha256_of
 
-CARD_NAME = "README.md"
 # Weights in any form, and what only training needs: not carried along.
 WEIGHT_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data"),
@@ -116,7 +117,7 @@ def convert(
             written[SAFETENSORS_INDEX] = staging.write(SAFETENSORS_INDEX, _json(layout.index))
         copied = {name: staging.copy(source / name, name) for name in carried}
         replaced = {name: sha256_of(source / name) for name in ("config.json", plan.checkpoint.index) if name}
-        manifest = build_manifest(plan, measured, hashes | copied | replaced, written | copied)
+        manifest = sealed(build_manifest(plan, measured, hashes | copied | replaced, written | copied))
         staging.write(MANIFEST_NAME, serialize(manifest))
         if render_card:
             staging.write(CARD_NAME, render_card(manifest, source).encode())
@@ -125,11 +126,15 @@ def convert(
 
 
 def carried_files(folder: Path) -> Iterator[str]:
-    """The small files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code."""
+    """The small files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code.
+
+    Raises CheckpointError where one of them is a link that leads out of the checkpoint.
+    """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
         if path.is_file() and not hidden and path.suffix not in WEIGHT_SUFFIXES and str(name) not in REPLACED:
+            refuse_leading_out(folder, path)
             yield name.as_posix()
 
 

@@ -9,15 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from compressknow.compress.manifest_file import COUNTS, SCHEMA
 from compressknow.compress.plan import NOT_LINEAR, Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.recipe import MANIFEST_NAME
 from compressknow.compress.runtimes import runtimes
 from compressknow.model.structure import GROUPS
 
-SCHEMA = 1
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
-COUNTS = ("parameters", "in_scope", "pruned", "zeros_before", "zeros_after", "quantized", "bytes_before", "bytes_after")
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ PruneMethod = Literal["l1-unstructured", "ln-structured", "random-unstructured",
 Scheme = Literal["int8", "int8-paper", "int8-weights"]
 PRUNE_METHODS: tuple[PruneMethod, ...] = get_args(PruneMethod)
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-MANIFEST_NAME = "compressknow.json"
+MANIFEST_NAME, CARD_NAME = "compressknow.json", "README.md"
 # Options of `convert`, in Python and on the command line, that a recipe says instead.
 RECIPE_OPTIONS = (
     *("scope", "include", "exclude", "layers", "prune", "prune_method", "per_layer", "norm", "dim", "seed"),

@@ -12,27 +12,26 @@ import numpy as np
 
 from compressknow.compress.blocks import raw_keys
 from compressknow.compress.layout import METADATA
-from compressknow.compress.manifest import SCHEMA, counts_of
+from compressknow.compress.manifest import counts_of
+from compressknow.compress.manifest_file import SEAL, read_manifest, seal_of
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import COPY_BYTES, hash_file
-from compressknow.compress.recipe import MANIFEST_NAME
-from compressknow.compress.staging import refuse_unconverted
+from compressknow.compress.recipe import CARD_NAME, MANIFEST_NAME
 from compressknow.errors import CheckpointError, VerificationError
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
 from compressknow.model.progress import counted
 from compressknow.model.safetensors_header import read_header, read_metadata
 from compressknow.model.streaming import OpenFiles
 from compressknow.model.tensors import StoredTensor
-from compressknow.reading import INDEX, MANIFEST
+from compressknow.reading import INDEX
 
 SHOWN = 20
-# What a comparison and its sums read of each tensor in a manifest.
-ROW_TYPES: dict[str, Any] = {
-    **{"name": str, "group": str, "shape": list, "dtype_after": str, "in_scope": bool, "sha256": str},
-    **dict.fromkeys(("numel", "pruned", "zeros", "zeros_before", "bytes_before", "bytes_after"), int),
-    "scheme": str | None,
-}
-SCALE_TYPES: dict[str, Any] = {"name": str, "shape": list, "dtype": str, "sha256": str}
+UNSEALED = (
+    "The manifest has no hash of itself (it was written by an older version): its recipe, source and versions could "
+    "not be checked."
+)
+# What a tensor's scale must be, as the files show it.
+SCALE_KEYS = ("name", "shape", "dtype", "sha256")
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and every difference found."""
+    """What was compared, every difference found, and what could not be compared (`notes`)."""
 
     tensors: int
     files: int
     bytes: int
     differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
 
 
 def verify(folder: str | Path) -> Verification:
@@ -81,14 +81,15 @@ def compare_to_manifest(
 ) -> Verification:
     """Rehash and recount everything in a folder that convert wrote: tensors, scales, the files beside them.
 
-    The model card (README.md) may be edited freely and is not compared.
+    A file that is not in the manifest is a difference too. The model card (README.md) may be edited freely and is not
+    compared, and hidden files are left alone.
 
     Raises
     ------
     CheckpointError : no manifest, or one that this version cannot read.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     places = _places(folder)
     stored, differences = _stored(folder, places)
     rows = {name: row for row in manifest["tensors"] for name, row in _expected(row)}
@@ -105,46 +106,23 @@ def compare_to_manifest(
     # Tensors last: a file that is missing takes all of its own with it.
     differences += [difference for check in copied for difference in check]
     differences += _compare_counts(manifest)
+    differences += [Difference(name, None, "not in the manifest") for name in _added(folder, manifest, places)]
+    if SEAL in manifest and manifest[SEAL] != seal_of(manifest):
+        what = "it was edited: its recipe, source, versions or counts are not those that its sha256 was made of"
+        differences.append(Difference(MANIFEST_NAME, None, what))
     differences += [difference for check in checks for difference in check]
-    return Verification(len(rows), len(manifest["files"]), total, tuple(differences))
+    notes = () if SEAL in manifest else (UNSEALED,)
+    return Verification(len(rows), len(manifest["files"]), total, tuple(differences), notes)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    refuse_unconverted(folder)
-    manifest = read_json(folder / MANIFEST_NAME, MANIFEST)
-    if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(
-            f"{folder / MANIFEST_NAME} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}.",
-            hint="Verify it with the version that wrote it (see `versions` in it).",
-        )
-    if wrong := _misformed(manifest):
-        raise CheckpointError(
-            f"{folder / MANIFEST_NAME} is damaged: {wrong}.", hint="Convert it again, or fetch the manifest again."
-        )
-    return manifest
-
-
-def _misformed(manifest: dict[str, Any]) -> str | None:
-    """What in a manifest is not of the form that convert writes, as far as a comparison needs it."""
-    for key, kind in {"tensors": list, "files": dict, "totals": dict, "groups": dict}.items():
-        if not isinstance(manifest.get(key), kind):
-            return f"it has no {key}"
-    for position, row in enumerate(manifest["tensors"]):
-        if not _has_types(row, ROW_TYPES):
-            return f"tensor {position} in it lacks one of {', '.join(ROW_TYPES)}"
-        scale = row.get("scale")
-        if scale is not None and not _has_types(scale, SCALE_TYPES):
-            return f"the scale of {row['name']} lacks one of {', '.join(SCALE_TYPES)}"
-    for group, counts in manifest["groups"].items():
-        if not isinstance(counts, dict):
-            return f"it has no counts of {group}"
-    return next((f"it names {name!r}, outside the folder" for name in manifest["files"] if is_outside(name)), None)
-
-
-def _has_types(values: Any, types: Mapping[str, Any]) -> bool:
-    return isinstance(values, dict) and all(
-        key in values and isinstance(values[key], kind) for key, kind in types.items()
-    )
+def _added(folder: Path, manifest: Mapping[str, Any], places: Mapping[str, str]) -> Iterator[str]:
+    """Files that convert did not write, but the model card, and hidden ones (what a hub's download or Git keeps)."""
+    known = {*manifest["files"], *(set(places.values()) or {SAFETENSORS}), MANIFEST_NAME, CARD_NAME}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
+        if not path.is_dir() and not hidden and name.as_posix() not in known:
+            yield name.as_posix()
 
 
 def _places(folder: Path) -> dict[str, str]:
@@ -180,7 +158,7 @@ def _expected(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What the files must hold for a manifest row: the tensor, and its scale where it has one."""
     yield row["name"], {**row, "dtype": row["dtype_after"]}
     if scale := row.get("scale"):
-        yield scale["name"], {key: scale[key] for key in SCALE_TYPES}
+        yield scale["name"], {key: scale[key] for key in SCALE_KEYS}
 
 
 def _compare(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -13,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError
-from compressknow.model.checkpoint import open_checkpoint, read_json, weight_files
+from compressknow.model.checkpoint import open_checkpoint, weight_files
 from compressknow.model.tensors import DTYPE_SIZES
-from compressknow.reading import MANIFEST as MANIFEST_BYTES
 from compressknow.reading import open_regular
 
 if TYPE_CHECKING:
@@ -202,12 +200,9 @@ def _manifest_facts(path: Path) -> dict[str, Any]:
     """Of a converted checkpoint, what its manifest says; nothing where there is none."""
     if not path.is_file():
         return {}
-    try:
-        return _facts_of(read_json(path, MANIFEST_BYTES))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error!r}.", hint="Convert the checkpoint again, or remove the file."
-        ) from error
+    from compressknow.compress.manifest_file import read_manifest
+
+    return _facts_of(read_manifest(path.parent))
 
 
 def _sparse_bytes(row: Mapping[str, Any]) -> int:

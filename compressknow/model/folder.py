@@ -29,3 +29,18 @@ def check_files(folder: Path) -> None:
             raise CheckpointError(
                 f"{path} cannot be read: {error}.", hint="Remove it, or download or save the checkpoint again."
             ) from None
+
+
+def refuse_leading_out(folder: Path, path: Path) -> None:
+    """Raise CheckpointError where a file of a checkpoint is a link to one outside of it, which nobody means to publish.
+
+    In the hub's cache all files of a snapshot are links to blobs of the same repository: these count as inside.
+    """
+    inside, target = folder.resolve(), path.resolve()
+    repository = inside.parent.parent
+    is_cached = inside.parent.name == "snapshots" and (repository / "blobs").is_dir()
+    if not target.is_relative_to(repository if is_cached else inside):
+        raise CheckpointError(
+            f"{path} leads out of the checkpoint, to {target}: not copied.",
+            hint="Put the file itself in its place if it belongs to the checkpoint, or remove the link.",
+        )

@@ -13,15 +13,47 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow import reading
 from compressknow.errors import CompressknowError
 from compressknow.files import write_whole, written
+from compressknow.forms import misfit
+from compressknow.reading import RECORD as RECORD_BYTES
+from compressknow.reading import read_json, sha256_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 1
+# The distribution at the answer's first position is kept for this many of the original's most likely tokens; all others
+# are one.
+REFERENCE_TOKENS = 256
 TABLE, RECORD = "answers.parquet", "probe.json"
+# The entry of the record that holds the table's hash; without it (an older version, or a run that was killed between
+# the two files) the table is read as it is.
+HASH = "answers_sha256"
+_COUNTS = {"parameters?": int, "zeros_after?": int, "pruned?": (int, None), "quantized?": int}
+# What reports read of ``probe.json``.
+RECORD_FORM: dict[str, Any] = {
+    "schema": int,
+    "versions": {str: str},
+    "model": {
+        **{"name": str, "sha256?": str, "revision?": (str, None), "architecture?": str, "family?": str, "dtype?": str},
+        **{"parameters?": int, "bytes?": int, "zeros?": (int, None), "vocabulary?": (str, int, None), "device?": str},
+        **{"computed_in?": str, "setup?": (str, None), "quantization?": (str, None), "recipe?": (dict, None)},
+        **{"source?": (dict, None), "groups?": ({str: _COUNTS | {"relative_error?": (float, None)}}, None)},
+        "totals?": {str: (int, None)},
+    },
+    "probes": {
+        str: {
+            **{"protocol": str, "fingerprint": str, "facts": int, "asked": int, "dropped": {str: int}, "average": str},
+            **{"chance?": (float, None), "majority?": (float, None), "limit?": (int, None), "seed?": (int, None)},
+            **{"seconds?": float, "source?": (dict, None), "reference?": (str, None), "key?": str},
+        }
+    },
+    f"{HASH}?": str,
+}
+# Columns of the table in which each row has a value.
+_FILLED = ("probe", "fact_id", "relation", "subject", "sub_label", "prompt", "gold", "predicted", "correct")
+_LISTS = ("top5", "top5_logp", "first_ids", "first_logp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +150,27 @@ def read_table(path: Path) -> list[Answer]:
         # Not pq.read_table: it imports pandas, where that is installed.
         with pq.ParquetFile(path) as file:
             table = file.read(columns=schema().names).select(schema().names).cast(schema())
+        _check_columns(table)
         columns = [_column(table, name) for name in schema().names]
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise CompressknowError(
             f"{path} cannot be read as answers.",
-            why=str(error).splitlines()[0],
+            why=(str(error).splitlines() or [type(error).__name__])[0],
             hint="An answers folder is written by `compressknow probe`; write it anew.",
         ) from error
     return [Answer(*row) for row in zip(*columns, strict=True)]
+
+
+def _check_columns(table: pa.Table) -> None:
+    """Raise ValueError where a row lacks what each answer has, or its lists are not of one length."""
+    for name in (*_FILLED, *_LISTS):
+        if table[name].null_count:
+            raise ValueError(f"a row has no {name}")
+        if name in _LISTS and table[name].combine_chunks().values.null_count:
+            raise ValueError(f"a value of {name} is missing")
+    ids, values = (table[name].combine_chunks().value_lengths() for name in ("first_ids", "first_logp"))
+    if not ids.equals(values):
+        raise ValueError("first_ids and first_logp of a row are not of one length")
 
 
 def _column(table: pa.Table, name: str) -> Iterable[Any]:
@@ -144,13 +189,34 @@ def _column(table: pa.Table, name: str) -> Iterable[Any]:
 def read_answers(folder: Path) -> Answers:
     """An answers folder that `compressknow probe` wrote. Raises CompressknowError where it is none or damaged."""
     record = read_record(folder)
-    return Answers(record, tuple(read_table(folder / TABLE)))
+    check_table(folder, record)
+    answers = Answers(record, tuple(read_table(folder / TABLE)))
+    for probe, entry in record["probes"].items():
+        ids = {answer.fact_id for answer in answers.of(probe)}
+        if len(answers.of(probe)) != entry["asked"] or len(ids) != entry["asked"]:
+            raise CompressknowError(
+                f"{folder / TABLE} holds {len(ids)} facts of {probe}, {RECORD} says {entry['asked']}.",
+                hint="The folder is damaged: probe the model again.",
+            )
+    return answers
+
+
+def check_table(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raise CompressknowError where the table is not the one whose hash the record holds; an old record holds none."""
+    if HASH not in record or not (folder / TABLE).is_file():
+        return
+    if sha256_of(folder / TABLE) != record[HASH]:
+        raise CompressknowError(
+            f"{folder / TABLE} is not the file that {RECORD} was written for: its hash is another.",
+            why="It was changed since, or the two come from different folders.",
+            hint="Probe the model again, into another folder.",
+        )
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """``probe.json`` of an answers folder."""
     try:
-        record = reading.read_json(folder / RECORD, reading.RECORD)
+        record = read_json(folder / RECORD, RECORD_BYTES)
         version = record["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompressknowError(
@@ -161,6 +227,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CompressknowError(
             f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
             hint="Probe the model again with this version.",
+        )
+    if wrong := misfit(record, RECORD_FORM):
+        raise CompressknowError(
+            f"{folder / RECORD} is damaged: {wrong}.", hint="Probe the model again, into another folder."
         )
     return dict(record)
 

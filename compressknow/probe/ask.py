@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.probe.answers import Answer
 from compressknow.probe.encoding import Ids
 from compressknow.probe.facts import Probe
+from compressknow.probe.progress import Pace, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_SIZE = 128
-# A callable that is told how many facts of how many are answered.
-Progress = Callable[[int, int], None]
+# So many facts are timed before the first batch, where there are LEAST times as many.
+SAMPLE, LEAST = 12, 16
+# So many tokens of candidates are scored, about, however many there are.
+MOST_FURTHER = 64
 
 
 @dataclass(frozen=True)
@@ -97,17 +101,51 @@ def ask(
         later is the same one.
     known : fact id -> what this model answered, with the log-probabilities of other tokens: these alone are asked for.
     """
-    answered, total = 0, questions.asked
-    for batch in questions.batches:
-        if not all(question.fact.id in done for question in batch):
-            wanted = [reference[question.fact.id] for question in batch] if reference is not None else None
-            if known is None:
-                yield questions.scorer.answer(batch, wanted)
-            else:
-                yield questions.scorer.answer_anew(batch, [known[question.fact.id] for question in batch], wanted)
+    left = [batch for batch in questions.batches if not all(question.fact.id in done for question in batch)]
+    total = questions.asked
+    answered = total - sum(map(len, left))
+    if progress:
+        progress(answered, total)
+    pace = _pace(questions.scorer, left, measured=progress is not None and known is None)
+    if progress and pace.left is not None:
+        progress(answered, total, pace.left)
+    for batch in left:
+        wanted = [reference[question.fact.id] for question in batch] if reference is not None else None
+        if known is None:
+            yield questions.scorer.answer(batch, wanted)
+        else:
+            yield questions.scorer.answer_anew(batch, [known[question.fact.id] for question in batch], wanted)
         answered += len(batch)
+        pace.add(_work(questions.scorer, batch))
         if progress:
-            progress(answered, total)
+            progress(answered, total, pace.left)
+
+
+def _pace(scorer: Scorer, left: Sequence[tuple[Question, ...]], *, measured: bool) -> Pace:
+    """The pace of the batches that are left; `measured` asks a few facts of some of them first, to take the time."""
+    work = sum(_work(scorer, batch) for batch in left)
+    if not measured or sum(map(len, left)) < LEAST * SAMPLE:
+        return Pace(work)
+    samples = [left[len(left) * place // 4][: SAMPLE // 3] for place in (1, 2, 3)]
+    # The first call of all prepares much that later ones find done.
+    scorer.answer(samples[0][:1], None)
+    start = time.monotonic()
+    for sample in samples:
+        scorer.answer(sample, None)
+    return Pace(work, sum(_work(scorer, sample) for sample in samples), time.monotonic() - start)
+
+
+def _work(scorer: Scorer, batch: Iterable[Question]) -> int:
+    """What a batch costs, about, in tokens. Masked models read the whole prompt again for each further token of a
+    candidate; of many candidates most need not be finished.
+    """
+    again = scorer.family == "masked"
+    return sum(_tokens(question, again) for question in batch)
+
+
+def _tokens(question: Question, again: bool) -> int:
+    further = min(sum(len(option) - 1 for option in question.options), MOST_FURTHER)
+    return len(question.prompt) * (1 + further) if again else len(question.prompt) + further
 
 
 def _batches(questions: Iterable[Question], size: int) -> Iterator[tuple[Question, ...]]:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,29 +19,31 @@ from compressknow.engine.load import reason_of
 from compressknow.errors import CheckpointError, OutputError, UsageError
 from compressknow.model.quiet import PanicError, no_panics
 from compressknow.probe.answers import (
+    HASH,
     RECORD,
     SCHEMA_VERSION,
     TABLE,
     Answer,
     Answers,
+    check_table,
     is_answers_folder,
     read_record,
     write_record,
     write_table,
 )
-from compressknow.probe.ask import BATCH_SIZE, Progress, Questions, ask, questions_of, scorer_for
+from compressknow.probe.ask import BATCH_SIZE, Questions, ask, questions_of, scorer_for
 from compressknow.probe.facts import Probe, chance, majority
 from compressknow.probe.folder import locked, parts_of, stored, stored_parts, tidy, write_part
+from compressknow.probe.progress import Bar, Progress, Stage
 from compressknow.probe.reference import first_ids, refuse_other_model, refuse_other_questions
 from compressknow.probe.tasks import Task, run_task
+from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
 
 # Answers are put on disk this often: what a killed run has to ask again.
 SECONDS_BETWEEN_PARTS = 10.0
-# Told the name of a probe; gives what is told of its progress.
-Bar = Callable[[str], contextlib.AbstractContextManager[Progress | None]]
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def probe_model(
     folder : an answers folder of this model, or a new one.
     reference : answers of the original: the same tokens are asked for at the answer's first position.
     known : answers of this very model to these probes, with another reference: what it answers is taken from there.
-    bar : gives, for a probe's name, a context with a callable that is told of its progress.
+    bar : gives, for a stage that begins, a context with a callable that is told of its progress.
     wait : wait for another run that uses the folder, rather than raise OutputError.
 
     Raises
@@ -166,7 +168,8 @@ def probe_model(
         for probe in probes:
             key = _key(respondent, probe, reference)
             if record["probes"].get(probe.name, {}).get("key") != key:
-                _ask_one(respondent, probe, folder, record, key, reference, known, bar)
+                stage = Stage(probe.name, respondent.located.name, facts_of(probes), respondent.settings.device)
+                _ask_one(respondent, probe, stage, folder, record, key, reference, known, bar)
         tidy(folder)
         return _read(folder, [probe.name for probe in probes])
 
@@ -177,6 +180,11 @@ def is_answered(respondent: Respondent, probe: Probe | Task, folder: Path, refer
         return False
     entry = read_record(folder)["probes"].get(probe.name, {})
     return bool(entry.get("key") == _key(respondent, probe, reference))
+
+
+def facts_of(probes: Sequence[Probe | Task]) -> int:
+    """How many facts the probes have; the items of lm-eval's tasks are not known before they are run."""
+    return sum(len(probe.facts) for probe in probes if not isinstance(probe, Task))
 
 
 def refuse_twins(probes: Sequence[Probe | Task]) -> None:
@@ -191,6 +199,7 @@ def refuse_twins(probes: Sequence[Probe | Task]) -> None:
 def _ask_one(
     respondent: Respondent,
     probe: Probe | Task,
+    stage: Stage,
     folder: Path,
     record: dict[str, Any],
     key: str,
@@ -203,7 +212,7 @@ def _ask_one(
     if reference:
         refuse_other_questions(reference, probe)
         refuse_other_model(reference, respondent.located.name, respondent.loaded)
-    with bar(probe.name) if bar else contextlib.nullcontext() as progress:
+    with bar(stage) if bar else contextlib.nullcontext() as progress:
         if not isinstance(probe, Task):
             answers, entry = _ask_facts(respondent, probe, parts_of(folder, key), reference, known, progress)
         elif known:
@@ -217,10 +226,12 @@ def _ask_one(
         "reference": reference.record["model"]["sha256"] if reference else respondent.sha256,
         "seconds": round(time.monotonic() - start, 1),
     }
-    if record["probes"].pop(probe.name, None):
-        # The old entry must not stand beside the new answers, should this run be killed here.
+    if record["probes"].pop(probe.name, None) or record.pop(HASH, None):
+        # Neither the old entry nor the old hash must stand beside the new answers, should this run be killed here.
+        record.pop(HASH, None)
         write_record(folder, record)
     write_table(folder / TABLE, [*others, *answers])
+    record[HASH] = sha256_of(folder / TABLE)
     record["probes"][probe.name] = entry
     record["model"] = respondent.record()
     write_record(folder, record)
@@ -311,6 +322,7 @@ def _record(folder: Path, respondent: Respondent) -> dict[str, Any]:
     if not (folder / RECORD).is_file():
         return {"schema": SCHEMA_VERSION, "model": {}, "probes": {}, "versions": _versions()}
     record = read_record(folder)
+    check_table(folder, record)
     if record["model"].get("sha256") != respondent.sha256:
         raise OutputError(
             f"{folder} holds the answers of another model ({record['model'].get('name')}).",

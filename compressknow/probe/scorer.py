@@ -15,7 +15,7 @@ import torch
 
 from compressknow.engine.load import reason_of
 from compressknow.errors import CompressknowError, UnsupportedError
-from compressknow.probe.answers import Answer
+from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.encoding import Encoder, Ids
 from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.positions import most_tokens
@@ -25,8 +25,6 @@ from compressknow.probe.settle import Contest, Scores, rank_of, settle
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# KL is taken over this many of the original's most likely tokens and the rest.
-REFERENCE_TOKENS = 256
 # Rows of one forward pass when candidates are finished: they are short, and the batch is that of many facts.
 ROWS = 512
 # Tokens beyond the object's own that a free answer may take: what follows tells whether the object was all of it.

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressknow.probe.choose import Options
-    from compressknow.probe.run import Bar, Settings
+    from compressknow.probe.progress import Bar
+    from compressknow.probe.run import Settings
     from compressknow.report.records import Card
 
 

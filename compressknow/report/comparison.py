@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from compressknow.probe.answers import Answer
+from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.facts import SCHOOL_SUBJECTS
 from compressknow.report.distributions import (
     POPULARITY_BINS,
@@ -21,6 +21,7 @@ from compressknow.report.distributions import (
     percentiles,
     popularity_bins,
     precision_at,
+    rest_of,
 )
 from compressknow.report.pairing import Pair, counts, paired
 from compressknow.report.records import ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
@@ -197,19 +198,25 @@ def _movement(pairs: Sequence[Pair]) -> Movement | None:
         if size and size == len(pair[1].first_ids):
             by_size.setdefault(size, []).append(pair)
     blocks = [group[start : start + _BLOCK] for group in by_size.values() for start in range(0, len(group), _BLOCK)]
-    values = np.concatenate([_divergences(block) for block in blocks]) if blocks else np.empty(0)
-    values = values[np.isfinite(values)]
-    if not len(values):
+    found = np.concatenate([_divergences(block) for block in blocks]) if blocks else np.empty((0, 3))
+    found = found[np.isfinite(found[:, 0])]
+    if not len(found):
         return None
+    values = found[:, 0]
     median, p99 = np.percentile(values, [50, 99])
-    return Movement(len(values), math.fsum(values) / len(values), float(median), float(p99), float(values.max()))
+    mean, before, after = (math.fsum(column) / len(found) for column in found.T)
+    # A smaller vocabulary is compared token by token: all but one, whose probability follows.
+    rest = (before, after) if max(by_size) >= REFERENCE_TOKENS else None
+    return Movement(len(values), mean, float(median), float(p99), float(values.max()), rest)
 
 
 def _divergences(pairs: Sequence[Pair]) -> np.ndarray:
+    """KL divergence, and the probability of the rest before and after, [facts, 3]."""
     ids = [np.array([side.first_ids for side in sides]) for sides in zip(*pairs, strict=True)]
     logps = [np.array([side.first_logp for side in sides]) for sides in zip(*pairs, strict=True)]
     same = (ids[0] == ids[1]).all(axis=1)
-    return kl_divergence(logps[0][same], logps[1][same])
+    before, after = logps[0][same], logps[1][same]
+    return np.stack([kl_divergence(before, after), rest_of(before), rest_of(after)], axis=1)
 
 
 def _logp_change(pair: Pair) -> float | None:

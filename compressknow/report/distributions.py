@@ -36,7 +36,6 @@ def kl_divergence(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
     -------
     float64, shape (...); NaN where an input holds NaN.
 
-    >>> import math
     >>> round(float(kl_divergence([math.log(0.5)], [math.log(0.25)])), 6)  # 0.5 ln 2 + 0.5 ln (2/3)
     0.143841
     """
@@ -46,6 +45,15 @@ def kl_divergence(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
     change = logq - logp
     terms = p * (np.expm1(change) - change)
     return np.asarray(np.maximum(terms, 0.0).sum(axis=-1))
+
+
+def rest_of(logp: ArrayLike) -> np.ndarray:
+    """The probability that log-probabilities of shape (..., tokens) leave to all other tokens, 0 to 1, shape (...).
+
+    >>> float(rest_of([math.log(0.5), math.log(0.25)]))
+    0.25
+    """
+    return np.asarray(np.clip(1.0 - np.exp(np.asarray(logp, dtype=np.float64)).sum(axis=-1), 0.0, 1.0))
 
 
 def _with_rest(logp: np.ndarray) -> np.ndarray:

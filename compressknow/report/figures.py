@@ -54,6 +54,15 @@ def size(number: int) -> str:
     return f"{number} bytes"
 
 
+def at_least(figure: str, bound: bool) -> str:
+    """A figure that is written already, as a lower bound if `bound`.
+
+    >>> at_least("0.2870", True), at_least("0.2870", False)
+    ('at least 0.2870', '0.2870')
+    """
+    return f"at least {figure}" if bound else figure
+
+
 def share(value: float | None) -> str:
     """A share of 1 as `percent` writes it; `-` where there is none.
 

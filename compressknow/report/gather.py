@@ -13,7 +13,8 @@ from compressknow.probe.answers import Answers, is_answers_folder, read_answers
 
 if TYPE_CHECKING:
     from compressknow.probe.choose import Options
-    from compressknow.probe.run import Bar, Settings
+    from compressknow.probe.progress import Bar
+    from compressknow.probe.run import Settings
 
 
 def default_answers_folder() -> Path:
@@ -73,6 +74,7 @@ def _ask(
 ) -> tuple[Answers, list[Answers]]:
     from compressknow.engine.identity import locate
     from compressknow.probe.choose import DEFAULT, open_all
+    from compressknow.probe.progress import staged
     from compressknow.probe.run import Respondent, probe_model
     from compressknow.probe.speed import measure
 
@@ -87,6 +89,7 @@ def _ask(
         for model, of, answers in zip((original, *compressed), revisions, stored, strict=True)
     ]
     gathered: list[Answers] = []
+    number, of = 0, sum(respondent is not None for respondent in respondents)
     for answers, respondent in zip(stored, respondents, strict=True):
         if respondent is None:
             assert answers is not None
@@ -94,7 +97,9 @@ def _ask(
             continue
         reference = gathered[0] if gathered else None
         folder = folder_of(keep_in, respondent.sha256, reference)
-        answers = probe_model(respondent, asked, folder, reference=reference, bar=bar, wait=True)
+        number += 1
+        watched = staged(bar, number=number, of=of)
+        answers = probe_model(respondent, asked, folder, reference=reference, bar=watched, wait=True)
         respondent.release()
         gathered.append(_with_speed(answers, measure(respondent.located, respondent.settings)) if timed else answers)
     return gathered[0], gathered[1:]

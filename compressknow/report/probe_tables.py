@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from compressknow.report.figures import NONE, count, estimate, number, p_value, percent, points, share
+from compressknow.report.figures import NONE, at_least, count, estimate, number, p_value, percent, points, share
 from compressknow.report.records import Estimate, Group, Movement, ProbeFigures
 from compressknow.report.tables import Table
 from compressknow.report.text import plain
@@ -117,7 +117,12 @@ def _pair(pair: tuple[float, float] | None, write: Callable[[float], str]) -> st
 
 
 def _moved(probe: ProbeFigures, get: Callable[[Movement], float]) -> str:
-    return NONE if probe.movement is None else number(get(probe.movement))
+    moved = probe.movement
+    return NONE if moved is None else at_least(number(get(moved)), moved.is_lower_bound)
+
+
+def _rest(probe: ProbeFigures) -> str:
+    return _pair(probe.movement.rest if probe.movement else None, share)
 
 
 def _logp_change(probe: ProbeFigures, low: str, high: str) -> str:
@@ -194,6 +199,7 @@ _FIGURES = (
     _Figure("Movement, median", lambda p: _moved(p, lambda m: m.kl_median)),
     _Figure("Movement, 99th percentile", lambda p: _moved(p, lambda m: m.kl_p99)),
     _Figure("Movement, largest", lambda p: _moved(p, lambda m: m.kl_max)),
+    _Figure("Probability of the tokens taken together", _rest),
     _Figure(f"{_LOGP}, median", lambda p: _logp_change(p, "p50", "p50"), _NO_LOGP),
     _Figure(f"{_LOGP}, middle half", lambda p: _logp_change(p, "p25", "p75")),
     _Figure(f"{_LOGP}, 5th to 95th percentile", lambda p: _logp_change(p, "p5", "p95")),

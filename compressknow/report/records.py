@@ -82,13 +82,24 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Movement:
-    """How far the distribution at the answer's first position moved (nats), over the `n` facts that have one."""
+    """How far the distribution at the answer's first position moved (nats), over the `n` facts that have one.
+
+    Attributes
+    ----------
+    rest : mean probability, before and after, of the tokens that are taken together as one: what moves among them is
+        not seen, so that the divergences are lower bounds. None where all tokens of the vocabulary are compared.
+    """
 
     n: int
     kl_mean: float
     kl_median: float
     kl_p99: float
     kl_max: float
+    rest: tuple[float, float] | None
+
+    @property
+    def is_lower_bound(self) -> bool:
+        return self.rest is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers
 from compressknow.probe.ask import Questions
 from compressknow.probe.facts import Probe
-from compressknow.probe.run import Bar, Respondent, Settings, is_answered, probe_model
+from compressknow.probe.progress import Bar, staged
+from compressknow.probe.run import Respondent, Settings, facts_of, is_answered, probe_model
 from compressknow.probe.tasks import Task
 from compressknow.study.grid import Cell
 from compressknow.study.respondent import CellRespondent
@@ -81,10 +82,11 @@ class Subject:
 def _ask(
     respondent: Respondent, probes: Sequence[Probe | Task], folder: Path, reference: Answers | None, bar: Bar | None
 ) -> Answers:
+    watched = staged(bar, facts=facts_of(probes))
     try:
         return merged(
             [
-                probe_model(respondent, [probe], folder / folder_of(probe.name), reference=reference, bar=bar)
+                probe_model(respondent, [probe], folder / folder_of(probe.name), reference=reference, bar=watched)
                 for probe in probes
             ]
         )

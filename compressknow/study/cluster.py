@@ -157,6 +157,8 @@ def _subject(model: str, settings: Settings, revision: str | None) -> Subject:
 def _store(folder: Path, files: Files) -> None:
     """The answers first: without its record a folder counts as not there."""
     folder.mkdir(parents=True, exist_ok=True)
+    # An old record would not be of the new answers.
+    (folder / RECORD).unlink(missing_ok=True)
     for name in (TABLE, RECORD):
         write_whole(folder / name, files[name])
 

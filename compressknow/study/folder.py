@@ -10,11 +10,13 @@ from pathlib import Path
 from compressknow import __version__, reading
 from compressknow.errors import OutputError
 from compressknow.files import LOCK, own_folder, write_whole
+from compressknow.forms import misfit
 from compressknow.probe.run import Respondent
 
 RECORD = "sweep.json"
 ORIGINAL, CELLS, MODELS = "original", "cells", "models"
 SCHEMA_VERSION = 1
+RECORD_FORM = {"schema": int, "version": str, "model": str, "sha256": str}
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -57,9 +59,11 @@ def _identity(original: Respondent) -> dict[str, str]:
 def _refuse_other(record: Path, said: Mapping[str, object]) -> None:
     try:
         found = reading.read_json(record, reading.RECORD)
-        differs = next((key for key in ("sha256", "version", "schema") if found[key] != said[key]), None)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise OutputError(f"{record} is damaged.", hint="Choose a new folder for the study.") from None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{record} cannot be read: {error}.", hint="Choose a new folder for the study.") from None
+    if wrong := misfit(found, RECORD_FORM):
+        raise OutputError(f"{record} is damaged: {wrong}.", hint="Choose a new folder for the study.")
+    differs = next((key for key in ("sha256", "version", "schema") if found[key] != said[key]), None)
     if differs == "sha256":
         raise OutputError(
             f"{record.parent} is a study of another model ({found.get('model')}).",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from compressknow.errors import CompressknowError, UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.facts import Fact, Probe
-from compressknow.probe.run import Bar
+from compressknow.probe.progress import Bar
 from compressknow.probe.tasks import Task
 from compressknow.study.answering import Subject
 from compressknow.study.folder import CELLS, ORIGINAL

@@ -10,7 +10,7 @@ from pathlib import Path
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers
 from compressknow.probe.facts import Probe
-from compressknow.probe.run import Bar
+from compressknow.probe.progress import Bar, staged
 from compressknow.probe.tasks import Task
 from compressknow.study.answering import Subject
 from compressknow.study.grid import Cell
@@ -54,7 +54,11 @@ def runner(ray: RayOptions | None, bar: Bar | None) -> Iterator[Run]:
     Raises CompressknowError where Ray is missing or the cluster does not answer.
     """
     if ray is None:
-        yield lambda batch: (_here(batch, cell, bar) for cell in batch.cells)
+        yield lambda batch: (
+            # The original has been asked before.
+            _here(batch, cell, staged(bar, number=number, of=len(batch.cells) + 1))
+            for number, cell in enumerate(batch.cells, start=2)
+        )
         return
     from compressknow.study.cluster import connected
 

@@ -10,7 +10,8 @@ from compressknow.compress.recipe import MANIFEST_NAME, Quantize, Recipe
 from compressknow.compress.staging import discard
 from compressknow.probe.answers import Answers
 from compressknow.probe.choose import DEFAULT, Options, open_all
-from compressknow.probe.run import Bar, Settings, refuse_twins
+from compressknow.probe.progress import Bar
+from compressknow.probe.run import Settings, refuse_twins
 from compressknow.report.card.make import compare, make_card, model_facts
 from compressknow.report.search.records import Search, Tried
 from compressknow.study.answering import Subject

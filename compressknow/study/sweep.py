@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.choose import DEFAULT, Options, open_all
-from compressknow.probe.run import Bar, Settings, refuse_twins
+from compressknow.probe.progress import Bar, staged
+from compressknow.probe.run import Settings, refuse_twins
 from compressknow.report.study.records import Study
 from compressknow.study.answering import Subject
 from compressknow.study.folder import CELLS, MODELS, ORIGINAL, claim, refuse_foreign
@@ -60,7 +61,7 @@ def sweep(
     save : write each converted checkpoint too, under ``models/``.
     ray : run the cells on a Ray cluster; see `compressknow.study.running.RayOptions`.
     command : the command line to show.
-    bar : gives, for a probe's name, a context with a callable that is told of its progress.
+    bar : gives, for a stage that begins, a context with a callable that is told of its progress.
     told : is told each cell's result as it comes, and the original's answers.
 
     Returns
@@ -81,7 +82,7 @@ def sweep(
     with Subject(model, settings or Settings(), revision=revision) as subject:
         cells = _cells(subject, grid, module_map, scheme)
         with claim(folder, subject.original), runner(ray, bar) as run:
-            original = subject.ask_original(asked, folder / ORIGINAL, bar)
+            original = subject.ask_original(asked, folder / ORIGINAL, staged(bar, of=len(cells) + 1))
             results = run(Batch(subject, cells, asked, folder / CELLS, original))
             found = {}
             with closing(results):

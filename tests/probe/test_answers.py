@@ -57,7 +57,8 @@ def answer(**changes: Any) -> Answer:
 NOTHING = answer(
     rank=None, logp_gold=None, choices=None, popularity=None, top5=(), top5_logp=(), first_ids=(), first_logp=()
 )
-RECORD_OF = {"schema": 1, "model": {"name": "möbel"}, "probes": {"atlas": {"protocol": "atlas/1"}}, "versions": {}}
+ENTRY = {"protocol": "atlas/1", "fingerprint": "0", "facts": 2, "asked": 2, "dropped": {}, "average": "micro"}
+RECORD_OF = {"schema": 1, "model": {"name": "möbel"}, "probes": {"atlas": ENTRY}, "versions": {}}
 
 
 def plain(one: Answer) -> dict[str, Any]:
@@ -208,7 +209,7 @@ def test_a_folder_without_a_record_is_none(tmp_path: Path) -> None:
 
 def test_answers_are_told_apart_by_probe_in_their_order(tmp_path: Path) -> None:
     answers = [answer(probe=probe, fact_id=str(number)) for number, probe in enumerate(["b", "a", "b", "a"])]
-    write_record(tmp_path, RECORD_OF | {"probes": {"b": {}, "a": {}}})
+    write_record(tmp_path, RECORD_OF | {"probes": {"b": ENTRY, "a": ENTRY}})
     write_table(tmp_path / TABLE, answers)
     back = read_answers(tmp_path)
     assert isinstance(back, Answers)

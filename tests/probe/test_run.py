@@ -16,10 +16,11 @@ from compressknow.engine.identity import locate
 from compressknow.errors import CheckpointError, CompressknowError, OutputError, UsageError
 from compressknow.files import LOCK
 from compressknow.probe import run
-from compressknow.probe.answers import RECORD, TABLE, Answers, read_answers, read_table, write_table
+from compressknow.probe.answers import RECORD, TABLE, Answers, read_answers, read_table
 from compressknow.probe.choose import Options, open_all
 from compressknow.probe.folder import PARTS, locked
-from compressknow.probe.run import Bar, Respondent, Settings, probe_model
+from compressknow.probe.progress import Bar, Progress, Stage
+from compressknow.probe.run import Respondent, Settings, probe_model
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 FEW = Settings(batch_size=8)
@@ -54,8 +55,8 @@ def ask(
 
 def telling(progress: Callable[[int, int], None]) -> Bar:
     @contextlib.contextmanager
-    def bar(name: str) -> Iterator[Callable[[int, int], None]]:
-        yield progress
+    def bar(stage: Stage) -> Iterator[Progress]:
+        yield lambda done, total, _=None: progress(done, total)
 
     return bar
 
@@ -311,11 +312,11 @@ def test_an_error_leaves_no_empty_folder(place: Path, tmp_path: Path, empty_befo
 
 
 def test_a_reference_that_lacks_facts_is_refused(place: Path, tmp_path: Path) -> None:
-    ask(place / "llama", tmp_path / "original", place / "facts.jsonl")
-    rows = read_table(tmp_path / "original" / TABLE)
-    write_table(tmp_path / "original" / TABLE, rows[:60])
+    original = ask(place / "llama", tmp_path / "original", place / "facts.jsonl")
+    rows = original.answers
+    fewer = Answers(original.record, rows[:60])
     with pytest.raises(CompressknowError, match="lack 4 of 64 facts") as error:
-        ask(place / "llama-3", tmp_path / "a", place / "facts.jsonl", reference=read_answers(tmp_path / "original"))
+        ask(place / "llama-3", tmp_path / "a", place / "facts.jsonl", reference=fewer)
     assert rows[60].fact_id in error.value.what
     assert not (tmp_path / "a").exists()
 

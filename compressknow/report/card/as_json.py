@@ -97,7 +97,13 @@ def _estimate(name: str, estimate: Estimate) -> dict[str, Any]:
 def _movement(probe: ProbeFigures) -> dict[str, Any]:
     moved: Mapping[str, Any] = asdict(probe.movement) if probe.movement else {}
     keys = ("kl_mean", "kl_median", "kl_p99", "kl_max")
-    return {"kl_facts": moved.get("n", 0), **{key: moved.get(key) for key in keys}}
+    rest = moved.get("rest")
+    return {
+        "kl_facts": moved.get("n", 0),
+        **{key: moved.get(key) for key in keys},
+        "kl_is_lower_bound": probe.movement.is_lower_bound if probe.movement else None,
+        **_before_after("kl_rest", rest),
+    }
 
 
 def _before_after(name: str, pair: tuple[float, float] | None) -> dict[str, float | None]:

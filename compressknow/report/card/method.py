@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from compressknow.probe.answers import Answer
+from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.report.card.grades import LOWEST, SCALE
 from compressknow.report.distributions import CALIBRATION_BINS, POPULARITY_BINS
 from compressknow.report.figures import count
@@ -85,7 +85,8 @@ def _figures() -> Iterator[str]:
     )
     yield (
         "How far answers moved is KL(original || compressed) in nats at the answer's first position, over the "
-        "original's 256 most likely tokens and the rest taken together. Calibration error (ECE) uses "
+        f"original's {REFERENCE_TOKENS} most likely tokens and the rest taken together. What moves within the rest is "
+        "not seen: over the whole vocabulary the divergence is at least that. Calibration error (ECE) uses "
         f"{CALIBRATION_BINS} bins of equal width; popularity has up to {POPULARITY_BINS} bins of about equal size."
     )
     scale = ", ".join(f"{name} from {least} %" for name, least in SCALE)

@@ -17,7 +17,8 @@ from compressknow.report.records import Card
 
 if TYPE_CHECKING:
     from compressknow.probe.facts import Probe
-    from compressknow.probe.run import Bar, Respondent
+    from compressknow.probe.progress import Bar
+    from compressknow.probe.run import Respondent
     from compressknow.probe.tasks import Task
 
 TOP = 3
@@ -40,11 +41,13 @@ def ask_both_ways(
 
     Raises CompressknowError where a model cannot be loaded or asked, or where the two have no vocabulary in common.
     """
+    from compressknow.probe.progress import staged
     from compressknow.probe.run import probe_model
 
     def ask(model: Respondent, reference: Answers | None, known: Answers | None = None) -> Answers:
         folder = folder_of(keep_in, model.sha256, reference)
-        return probe_model(model, probes, folder, reference=reference, known=known, bar=bar, wait=True)
+        watched = staged(bar, number=1 if model is a else 2, of=2)
+        return probe_model(model, probes, folder, reference=reference, known=known, bar=watched, wait=True)
 
     of_a = ask(a, None)
     a.release()

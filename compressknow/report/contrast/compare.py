@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from compressknow.compress.difference_records import Difference
     from compressknow.engine.identity import Located
     from compressknow.probe.choose import Options
-    from compressknow.probe.run import Bar, Respondent, Settings
+    from compressknow.probe.progress import Bar
+    from compressknow.probe.run import Respondent, Settings
 
 
 def compare(
@@ -54,7 +55,7 @@ def compare(
     threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
     command : the command line to show.
     progress : told the bytes read so far, and in all: first to hash the files, then of weights to compare.
-    bar : gives, for a probe's name, a context with a callable that is told of its progress.
+    bar : gives, for a stage that begins, a context with a callable that is told of its progress.
 
     Returns
     -------

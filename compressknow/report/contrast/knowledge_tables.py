@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from compressknow.report.contrast.records import Behaviour, SideBySide
-from compressknow.report.figures import NONE, count, estimate, number, ordinal, p_value, share
+from compressknow.report.figures import NONE, at_least, count, estimate, number, ordinal, p_value, share
 from compressknow.report.records import Estimate, Group, Movement, ProbeFigures
 from compressknow.report.tables import FactList, Table
 from compressknow.report.text import answer, plain
@@ -88,7 +88,11 @@ def _written(figure: Estimate) -> str:
 
 
 def _moved(movement: Movement | None, get: Callable[[Movement], float]) -> str:
-    return NONE if movement is None else number(get(movement), 4)
+    return NONE if movement is None else at_least(number(get(movement), 4), movement.is_lower_bound)
+
+
+def _rest(movement: Movement | None) -> str:
+    return _pair(movement.rest if movement else None, share)
 
 
 def _pair(pair: tuple[float, float] | None, write: Callable[[float], str]) -> str:
@@ -115,7 +119,9 @@ _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
     ("KL(A‖B), nats, mean", _THERE, lambda p: _moved(p.movement, lambda m: m.kl_mean)),
     ("KL(A‖B), median", _THERE, lambda p: _moved(p.movement, lambda m: m.kl_median)),
     ("KL(A‖B), 99th percentile", _THERE, lambda p: _moved(p.movement, lambda m: m.kl_p99)),
+    ("KL(A‖B): other tokens' probability, A and B", _THERE, lambda p: _rest(p.movement)),
     ("KL(B‖A), nats, mean", _BACK, lambda p: _moved(p.movement, lambda m: m.kl_mean)),
     ("KL(B‖A), median", _BACK, lambda p: _moved(p.movement, lambda m: m.kl_median)),
     ("KL(B‖A), 99th percentile", _BACK, lambda p: _moved(p.movement, lambda m: m.kl_p99)),
+    ("KL(B‖A): other tokens' probability, B and A", _BACK, lambda p: _rest(p.movement)),
 )

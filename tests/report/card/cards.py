@@ -133,7 +133,7 @@ def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bo
         macro_difference=Estimate(-0.043, -0.058, -0.029),
         p=2.3e-7 if popular else 0.0031,
         answer_changed=0.1284,
-        movement=Movement(counts.n, 0.0831, 0.0204, 0.912, 4.377),
+        movement=Movement(counts.n, 0.0831, 0.0204, 0.912, 4.377, (0.1204, 0.1337)),
         logp_change={"p1": -3.91, "p5": -1.72, "p25": -0.31, "p50": -0.04, "p75": 0.08, "p95": 0.61, "p99": 1.33},
         mrr=(0.671, 0.639),
         p_at_5=(0.8312, 0.8107),

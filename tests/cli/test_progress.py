@@ -1,0 +1,137 @@
+"""What is said of how far a run is: on a terminal of 80 columns, in a file, and of the time that is left."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+
+import pytest
+
+from compressknow.cli import progress
+from compressknow.cli.progress import announcement, bytes_bar, facts_bar
+from compressknow.probe.progress import Pace, Stage, staged
+
+STAGE = Stage("atlas", "smollm2-att-int8", facts=4021, number=2, of=3)
+
+
+class Screen(io.StringIO):
+    """A stream that keeps what was written to it, and says whether it is a terminal."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    @property
+    def lines(self) -> list[str]:
+        """What was to be seen, one state of a line after the other."""
+        return [line.rstrip("\b ") for line in self.getvalue().replace("\n", "\r").split("\r") if line.strip()]
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DELAY_SECONDS", "SECONDS_ON_A_TERMINAL", "SECONDS_ELSEWHERE"):
+        monkeypatch.setattr(progress, name, 0.01)
+
+
+def until(screen: Screen, text: str) -> None:
+    end = time.monotonic() + 20
+    while text not in screen.getvalue():
+        assert time.monotonic() < end, screen.getvalue()
+        time.sleep(0.01)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> Screen:
+    screen = Screen(terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    return screen
+
+
+both = pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
+
+
+@both
+@pytest.mark.usefixtures("often")
+def test_a_line_says_which_model_which_probe_how_far_and_how_long_still(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = watch(monkeypatch, terminal=terminal)
+    with facts_bar() as bar, bar(STAGE) as told:
+        assert told is not None
+        until(screen, "smollm2-att-int8 (2 of 3), atlas: 0 s so far")
+        told(0, 4021)
+        until(screen, "smollm2-att-int8 (2 of 3), atlas: 0 of 4,021 facts")
+        told(0, 4021, 300.0)
+        until(screen, "smollm2-att-int8 (2 of 3), atlas: 0 of 4,021 facts, 5 min left")
+        told(2000, 4021, 50.0)
+        until(screen, "atlas: 2,000 of 4,021 facts, 50 s left")
+    assert max(map(len, screen.lines)) < 80
+
+
+@both
+def test_the_whole_run_is_announced_once_before_the_first_batch_is_done(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = watch(monkeypatch, terminal=terminal)
+    with facts_bar() as bar:
+        for number in (1, 2):
+            watched = staged(bar, number=number, of=2)
+            assert watched is not None
+            with watched(STAGE) as told:
+                assert told is not None
+                told(0, 4021)
+                told(0, 4021, 270.0)
+                told(2000, 4021, 140.0)
+    assert screen.lines == ["4,021 facts x 2 models on cpu: about 9 min."]
+
+
+@pytest.mark.usefixtures("often")
+def test_nothing_of_a_changing_line_stays_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = watch(monkeypatch, terminal=True)
+    with bytes_bar("Converting") as told:
+        told(1_000_000, 4_000_000)
+        until(screen, "Converting: 1.0 MB of 4.0 MB")
+    *_, last, end = screen.getvalue().split("\r")
+    assert (last.strip(), end) == ("", "")
+    assert "\n" not in screen.getvalue()
+
+
+@both
+def test_work_that_ends_at_once_shows_nothing(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = watch(monkeypatch, terminal=terminal)
+    with facts_bar() as bar, bar(STAGE) as told, bytes_bar("Converting") as bytes_told:
+        assert told is not None
+        told(4021, 4021, 0.0)
+        bytes_told(1, 1)
+    assert screen.getvalue() == ""
+
+
+@pytest.mark.usefixtures("often")
+def test_a_screen_that_has_gone_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = watch(monkeypatch, terminal=True)
+    with bytes_bar("Converting"):
+        screen.close()
+        time.sleep(0.05)
+
+
+def test_control_characters_of_a_name_are_not_written() -> None:
+    state = progress._State(Stage("atlas", "\x1b[31mred", facts=1))
+    assert "\x1b" not in state.text()
+
+
+def test_an_announcement_counts_the_models_that_are_still_to_be_asked() -> None:
+    assert announcement(STAGE, 0, 4021, 30.0) == "4,021 facts x 2 models on cpu: about 1 min."
+    assert announcement(STAGE, 0, 4021, 5.0) is None
+    of_one = Stage("atlas", "smollm2", facts=8042)
+    assert announcement(of_one, 2021, 4021, 100.0) == "8,042 facts on cpu: about 5 min."
+
+
+def test_the_time_left_is_that_of_a_sample_until_a_batch_is_done() -> None:
+    assert Pace(1000).left is None
+    pace = Pace(1000, sample=10, seconds=2.0)
+    assert pace.left == pytest.approx(200, rel=0.05)
+    pace.add(1000)
+    assert pace.left == 0

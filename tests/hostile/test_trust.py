@@ -1,0 +1,220 @@
+"""What folders say of themselves is checked when it is read: forms, hashes, and links that lead elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import compressknow
+from compressknow.cli import main
+from compressknow.errors import CheckpointError, CompressknowError
+from compressknow.forms import misfit
+from compressknow.probe.answers import HASH, RECORD, TABLE, read_answers, write_record
+from compressknow.reading import sha256_of
+from tests.hostile.bounded import bounded
+from tests.knowing import facts_file, knowing
+from tests.models import save_tiny
+
+JUNK = (None, True, -1, 1.5, 1e400, float("nan"), "", "x", [], [None], {}, {"x": {}}, 10**30)
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An answers folder as probe writes it: of a model that knows, with tokenizer."""
+    folder = tmp_path_factory.mktemp("answers")
+    compressknow.probe(knowing("bert", folder / "model"), folder / "a", [f"facts:{facts_file(folder / 'f.jsonl')}"])
+    return folder / "a"
+
+
+@pytest.fixture
+def answers(answered: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    for name in (TABLE, RECORD):
+        (folder / name).write_bytes((answered / name).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Path:
+    source = save_tiny("bert", tmp_path / "in")
+    (source / "tokenizer.json").write_text("{}")
+    compressknow.convert(source, tmp_path / "out", prune=0.3, quantize="int8")
+    return tmp_path / "out"
+
+
+def mutants(value: Any, seed: int, number: int) -> list[Any]:
+    """Copies of a JSON value with one entry, anywhere in it, replaced by junk or removed."""
+    drawn, made = random.Random(seed), []
+    for _ in range(number):
+        mutant = copy.deepcopy(value)
+        inner, place = mutant, None
+        while isinstance(inner, (dict, list)) and inner and (place is None or drawn.random() < 0.8):
+            holder, place = inner, drawn.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+            inner = holder[place]
+        if drawn.random() < 0.2:
+            del holder[place]
+        else:
+            holder[place] = drawn.choice(JUNK)
+        made.append(mutant)
+    return made
+
+
+def test_an_answers_table_is_the_one_that_its_record_was_written_for(answers: Path) -> None:
+    assert json.loads((answers / RECORD).read_text())[HASH] == sha256_of(answers / TABLE)
+    table = pq.read_table(answers / TABLE)
+    flipped = pa.array([not right for right in table["correct"].to_pylist()])
+    pq.write_table(table.set_column(table.schema.get_field_index("correct"), "correct", flipped), answers / TABLE)
+    with pytest.raises(CompressknowError, match="its hash is another"):
+        read_answers(answers)
+
+
+def test_answers_of_an_older_version_have_no_hash_and_are_read(answers: Path) -> None:
+    record = json.loads((answers / RECORD).read_text())
+    del record[HASH]
+    write_record(answers, record)
+    assert read_answers(answers).answers
+
+
+def test_a_row_less_is_seen_without_a_hash_too(answers: Path) -> None:
+    record = json.loads((answers / RECORD).read_text())
+    del record[HASH]
+    write_record(answers, record)
+    table = pq.read_table(answers / TABLE)
+    pq.write_table(table.slice(1), answers / TABLE)
+    with pytest.raises(CompressknowError, match=r"probe.json says \d+"):
+        read_answers(answers)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_mutant_of_a_record_is_read_or_refused_in_one_message(
+    answers: Path, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((answers / RECORD).read_text())
+    for number, mutant in enumerate(mutants(record, seed, 12)):
+        (answers / RECORD).write_text(json.dumps(mutant))
+        capsys.readouterr()
+        with bounded():
+            code = main(["report", str(answers), str(answers), "-o", str(tmp_path / f"{number}.md")])
+        said = capsys.readouterr().err
+        assert code in (0, 1), (mutant, said)
+        assert "fault of compressknow" not in said, (mutant, said)
+
+
+@pytest.mark.parametrize("column", [*"probe fact_id relation gold predicted correct top5 top5_logp first_ids".split()])
+def test_a_table_of_the_right_types_with_holes(answers: Path, column: str) -> None:
+    record = json.loads((answers / RECORD).read_text())
+    del record[HASH]
+    write_record(answers, record)
+    table = pq.read_table(answers / TABLE)
+    values = table[column].to_pylist()
+    values[0] = None
+    index = table.schema.get_field_index(column)
+    pq.write_table(
+        table.set_column(index, table.schema.field(index), pa.array(values, table.schema.field(index).type)),
+        answers / TABLE,
+    )
+    with pytest.raises(CompressknowError, match="cannot be read as answers"):
+        read_answers(answers)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mutant_of_a_manifest_differs_or_is_refused(
+    converted: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = converted / "compressknow.json"
+    manifest = json.loads(path.read_text())
+    for mutant in mutants(manifest, seed, 25):
+        path.write_text(json.dumps(mutant))
+        capsys.readouterr()
+        code = main(["verify", str(converted)])
+        printed = capsys.readouterr()
+        assert "fault of compressknow" not in printed.err, (mutant, printed.err)
+        assert code == 1 or "sha256" not in mutant or mutant == manifest
+
+
+@pytest.mark.parametrize("key", ["recipe", "source", "versions", "setup", "untied"])
+def test_an_edited_manifest_is_named(converted: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = converted / "compressknow.json"
+    manifest = json.loads(path.read_text())
+    other = {"versions": {"torch": "0"}, "setup": "x", "untied": [1], "recipe": {"steps": []}}
+    manifest[key] = other.get(key, {**manifest["source"], "name": "another"})
+    path.write_text(json.dumps(manifest))
+    assert main(["verify", str(converted)]) == 1
+    assert "compressknow.json: it was edited" in capsys.readouterr().err
+
+
+def test_a_manifest_of_an_older_version_has_no_hash(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = converted / "compressknow.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    assert main(["verify", str(converted)]) == 0
+    assert "has no hash of itself" in capsys.readouterr().out
+
+
+def test_a_file_that_was_added_is_named(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("README.md", ".gitattributes"):
+        (converted / name).write_text("mine")
+    assert main(["verify", str(converted)]) == 0
+    (converted / "modeling_bert.py").write_text("print(1)")
+    assert main(["verify", str(converted)]) == 1
+    assert "modeling_bert.py: not in the manifest" in capsys.readouterr().err
+
+
+def test_convert_copies_nothing_from_outside_the_checkpoint(tmp_path: Path) -> None:
+    source = save_tiny("bert", tmp_path / "in")
+    (tmp_path / "secret").write_text("mine")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"notes.txt leads out of the checkpoint, to .*secret: not copied"):
+        compressknow.convert(source, tmp_path / "out", prune=0.3)
+    assert not (tmp_path / "out").exists()
+    (source / "notes.txt").unlink()
+    (source / "licence").write_text("free")
+    (source / "LICENSE").symlink_to("licence")
+    compressknow.convert(source, tmp_path / "out", prune=0.3)
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+
+
+def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> None:
+    saved = save_tiny("bert", tmp_path / "saved")
+    (saved / "tokenizer.json").write_text("{}")
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for path in saved.iterdir():
+        path.rename(repository / "blobs" / f"blob-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/blob-{path.name}")
+    compressknow.convert(snapshot, tmp_path / "out", prune=0.3)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    (tmp_path / "secret").write_text("mine")
+    (snapshot / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"vocab.txt leads out"):
+        compressknow.convert(snapshot, tmp_path / "other", prune=0.3)
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "wrong"),
+    [
+        (1, int, None),
+        (True, int, "it is no whole number"),
+        (float("nan"), float, "it is no number"),
+        (None, (str, None), None),
+        ({"a": [1, "x"]}, {"a": [int]}, "a[1] is no whole number"),
+        ({}, {"a": int, "b?": int}, "a is missing"),
+        ({"a": 1, "b": None}, {"a": int, "b?": int}, "b is no whole number"),
+        ({"x": {"y": 1}}, {str: {"y": str}}, "x.y is no text"),
+        ([], {"a": int}, "it is no object"),
+        ({"a": {"b": 1}}, {"a": ({str: str}, None)}, "a.b is no text"),
+    ],
+)
+def test_what_does_not_fit_a_form_is_named(value: Any, form: Any, wrong: str | None) -> None:
+    assert misfit(value, form) == wrong
