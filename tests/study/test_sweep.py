@@ -176,6 +176,20 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: p
     llama.grid.write_text(GRID, encoding="utf-8")
 
 
+def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
+    llama: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = llama.folder / "unwritten"
+    with claim(study, Respondent(locate(llama.model), Settings())):
+        (study / "cells").symlink_to(llama.folder / "gone")
+    assert llama.sweep("unwritten") == 1
+    assert "cells is a link that leads nowhere" in capsys.readouterr().err
+    (study / "cells").unlink()
+    llama.grid.write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
+    assert llama.sweep("unwritten") == 0
+    llama.grid.write_text(GRID, encoding="utf-8")
+
+
 def test_saved_checkpoints_are_those_of_convert(llama: Place) -> None:
     llama.grid.write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
     assert llama.sweep("saving", "--save") == 0
