@@ -13,8 +13,8 @@ from compressknow.cli.probe_options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import bytes_bar, facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
+from compressknow.cli.terminal import show, show_json
 from compressknow.cli.values import Share
-from compressknow.report.text import json_text
 
 if TYPE_CHECKING:
     from compressknow.report.contrast.records import Contrast
@@ -96,9 +96,9 @@ def compare(
             **given,
         )
     if as_json:
-        click.echo(json_text(contrast_json(contrast)), nl=False)
+        show_json(contrast_json(contrast))
     else:
-        click.echo("\n".join(_lines(contrast, outputs)))
+        show("\n".join(_lines(contrast, outputs)))
     if fail_under is not None and contrast.behaviour:
         gate(contrast.behaviour.b_against_a, fail_under)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import compressknow
 from compressknow.cli.manifest_table import manifest_page
 from compressknow.cli.progress import bytes_bar
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
+from compressknow.cli.terminal import show, show_json
 from compressknow.cli.values import OneOf, Share
 from compressknow.compress.recipe import PRUNE_METHODS, RECIPE_OPTIONS, SCHEMES
 from compressknow.model.scopes import DEFAULT_SCOPES
@@ -90,6 +90,6 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     with bytes_bar("Converting") as progress, if_interrupted(NOTHING_WRITTEN):
         manifest = compressknow.convert(model, output, dry_run=dry_run, progress=progress, **options)
     if as_json:
-        click.echo(json.dumps(manifest, indent=1, ensure_ascii=False))
+        show_json(manifest)
     else:
-        click.echo("\n".join(manifest_page(manifest, model, output, dry_run=dry_run)))
+        show("\n".join(manifest_page(manifest, model, output, dry_run=dry_run)))

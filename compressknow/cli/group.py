@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from compressknow.cli.terminal import show
 from compressknow.errors import did_you_mean
 
 
@@ -57,5 +58,5 @@ class LazyGroup(click.Group):
             raise
         except Exception:
             if ctx.params.get("debug"):
-                traceback.print_exc()
+                show(traceback.format_exc(), err=True)
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import click
 
+from compressknow.cli.terminal import show, show_json
 from compressknow.cli.values import OneOf
 
 LISTED = 8
@@ -37,7 +37,10 @@ def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code
     from compressknow.model.summary import inspect_checkpoint
 
     summary = inspect_checkpoint(model, module_map=module_map, revision=revision, trust_remote_code=trust_remote_code)
-    click.echo(json.dumps(summary, indent=2) if as_json else "\n".join(_page(summary)))
+    if as_json:
+        show_json(summary)
+    else:
+        show("\n".join(_page(summary)))
 
 
 def _page(summary: dict[str, Any]) -> Iterator[str]:

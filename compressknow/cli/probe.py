@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 from compressknow.cli.probe_options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.run import RESUMES, if_interrupted
+from compressknow.cli.terminal import show, show_json
 from compressknow.report.figures import count, percent, share
 from compressknow.report.text import plain
 
@@ -58,9 +58,9 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
     with facts_bar() as bar, if_interrupted(RESUMES):
         answers = ask(model, output, probes or None, options=options, settings=settings, bar=bar, **given)
     if as_json:
-        click.echo(json.dumps(_with_scores(answers), indent=1, ensure_ascii=False))
+        show_json(_with_scores(answers))
     else:
-        click.echo("\n".join(_page(answers, output)))
+        show("\n".join(_page(answers, output)))
 
 
 def _page(answers: Answers, output: Path) -> Iterator[str]:

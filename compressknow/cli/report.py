@@ -13,8 +13,8 @@ from compressknow.cli.probe_options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report_page import report_page
 from compressknow.cli.run import RESUMES, if_interrupted
+from compressknow.cli.terminal import show, show_json
 from compressknow.cli.values import Share
-from compressknow.report.text import json_text
 
 if TYPE_CHECKING:
     from compressknow.report.records import Card
@@ -87,9 +87,9 @@ def report(
             **given,
         )
     if as_json:
-        click.echo(json_text(to_json(card)), nl=False)
+        show_json(to_json(card))
     else:
-        click.echo("\n".join(_lines(card, outputs)))
+        show("\n".join(_lines(card, outputs)))
     if fail_under is not None:
         gate(card, fail_under)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from types import FrameType
 import click
 
 from compressknow.cli.streams import STANDARD_OUTPUT, drop_output, fit_streams
+from compressknow.cli.terminal import show
 from compressknow.errors import CompressknowError, did_you_mean, is_panic
 
 FAILED = 1
@@ -49,7 +51,7 @@ def _run(command: click.Command, args: list[str] | None) -> int:
         _print_error(error.what, error.why, error.hint)
         return error.exit_code
     except click.ClickException as error:
-        (_suggested(error) if isinstance(error, click.NoSuchOption) else error).show()
+        _show_usage(_suggested(error) if isinstance(error, click.NoSuchOption) else error)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as stop:
         # click raises its Abort from what stopped it.
@@ -73,7 +75,7 @@ def _run(command: click.Command, args: list[str] | None) -> int:
 def _interrupted(stop: BaseException, code: int) -> int:
     """The first note is that of who knew best."""
     notes = getattr(stop, "__notes__", ())
-    click.echo(f"Interrupted. {notes[0]}" if notes else "Interrupted", err=True)
+    show(f"Interrupted. {notes[0]}" if notes else "Interrupted", err=True)
     return code
 
 
@@ -84,6 +86,12 @@ def _unexpected(error: BaseException) -> int:
         "Run it again as `compressknow --debug ...` and report the traceback.",
     )
     return FAILED
+
+
+def _show_usage(error: click.ClickException) -> None:
+    said = io.StringIO()
+    error.show(file=said)
+    show(said.getvalue().rstrip("\n"), err=True)
 
 
 def _suggested(error: click.NoSuchOption) -> click.UsageError:
@@ -97,7 +105,7 @@ def _print_error(what: str, *details: str | None) -> None:
     lines = [f"Error: {what}"]
     for detail in details:
         lines += [f"  {line}" for line in (detail or "").splitlines()]
-    click.echo("\n".join(lines), err=True)
+    show("\n".join(lines), err=True)
 
 
 def _os_error(error: OSError) -> int:

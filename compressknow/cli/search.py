@@ -12,6 +12,7 @@ from compressknow.cli.probe_options import EPILOG, probe_options, ray_options, s
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
+from compressknow.cli.terminal import show, show_json_text
 from compressknow.cli.values import OneOf, Share
 from compressknow.errors import GateNotMet
 from compressknow.report.figures import count, estimate, size
@@ -100,12 +101,12 @@ def search(
             **given,
         )
     if as_json:
-        click.echo((output / "search.json").read_text(encoding="utf-8").rstrip())
+        show_json_text((output / "search.json").read_text(encoding="utf-8"))
     else:
-        click.echo()
+        show()
         for text in (verdict(found), gets(found)):
-            click.echo("\n".join(textwrap.wrap(text, WIDTH)))
-        click.echo(f"\nWritten: {output}/search.html" + (", recipe.toml, winner/, report.html" if found.winner else ""))
+            show("\n".join(textwrap.wrap(text, WIDTH)))
+        show(f"\nWritten: {output}/search.html" + (", recipe.toml, winner/, report.html" if found.winner else ""))
     if found.winner is None:
         raise GateNotMet(
             f"Nothing that was tried keeps {100 * found.keep:g} % for sure.",
@@ -123,12 +124,12 @@ class _Lines:
         if not self._begun:
             self._begun = True
             columns = f"{COLUMNS}{SIZE_COLUMNS[self._minimize]:>12}"
-            click.echo(f"{columns}\n{'-' * len(columns)}")
+            show(f"{columns}\n{'-' * len(columns)}")
         kept = estimate(tried.kept.value, tried.kept.low, tried.kept.high)
         name = plain(tried.setup, WIDTH)
         if len(name) > 39:
-            click.echo(name)
+            show(name)
             name = ""
         amount = tried.sizes[self._minimize]
         told = count(amount) if self._minimize == "nonzero" else size(amount)
-        click.echo(f"{name:<40}{kept:<28}{told:>12}")
+        show(f"{name:<40}{kept:<28}{told:>12}")

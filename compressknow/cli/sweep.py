@@ -13,6 +13,7 @@ from compressknow.cli.probe_options import EPILOG, probe_options, ray_options, s
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
+from compressknow.cli.terminal import show, show_json_text
 from compressknow.cli.values import OneOf
 from compressknow.report.figures import count, estimate, percent
 from compressknow.report.text import plain
@@ -101,9 +102,9 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ..
             **given,
         )
     if as_json:
-        click.echo((output / "study.json").read_text(encoding="utf-8").rstrip())
+        show_json_text((output / "study.json").read_text(encoding="utf-8"))
     else:
-        click.echo("\n".join(_end(study, output)))
+        show("\n".join(_end(study, output)))
     return 1 if study.failed else 0
 
 
@@ -120,9 +121,9 @@ class _Lines:
             self._begun = True
             right = sum(answer.correct for answer in original.answers)
             name, of = plain(original.record["model"]["name"], 40), len(original.answers)
-            click.echo(f"{name} answers {count(right)} of {count(of)} facts right ({percent(right, of)}).\n")
-            click.echo(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
-        click.echo("\n".join(_line(result, original)))
+            show(f"{name} answers {count(right)} of {count(of)} facts right ({percent(right, of)}).\n")
+            show(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
+        show("\n".join(_line(result, original)))
 
 
 def _line(result: CellResult, original: Answers) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import click
 
 from compressknow.cli.progress import bytes_bar
+from compressknow.cli.terminal import show, show_json
 from compressknow.errors import CompressknowError
 from compressknow.report.figures import count, size
 
@@ -36,11 +36,11 @@ def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool)
     with bytes_bar("Verifying") as progress:
         result = compare_to_manifest(folder, threads=threads, progress=progress)
     if as_json:
-        click.echo(json.dumps(asdict(result), indent=1, ensure_ascii=False))
+        show_json(asdict(result))
         ctx.exit(CompressknowError.exit_code if result.differences else 0)
     raise_if_different(folder, result)
-    click.echo(
+    show(
         f"{folder}: {count(result.tensors)} tensors and {result.files} files as in the manifest ({size(result.bytes)})."
     )
     for note in result.notes:
-        click.echo("\n".join(textwrap.wrap(f"! {note}", WIDTH, subsequent_indent="  ")))
+        show("\n".join(textwrap.wrap(f"! {note}", WIDTH, subsequent_indent="  ")))

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from compressknow.report.figures import count
-from compressknow.report.text import RIGHT_TO_LEFT
+from compressknow.report.text import RIGHT_TO_LEFT, plain_lines
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Installed, the templates lie inside the package; in a checkout, at the top of the repository.
@@ -63,14 +63,24 @@ def code_block(text: str, language: str = "") -> str:
     """`text` as a fenced Markdown block that nothing in it can close."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+    return f"{fence}{language}\n{plain_lines(text.rstrip())}\n{fence}"
 
 
 def front_matter(metadata: dict[str, Any]) -> str:
     """`metadata` as YAML front matter, fences included."""
-    # Without a width, PyYAML folds long values over lines; some readers of front matter go line by line.
-    text: str = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=float("inf"))
-    return f"---\n{text}---"
+    return f"---\n{yaml_text(metadata)}---"
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """`values` as YAML; where one holds what would not be seen, all that is no ASCII is escaped."""
+
+    def dumped(unicode: bool) -> str:
+        # Without a width, PyYAML folds long values over lines; some readers of front matter go line by line.
+        text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=unicode, width=float("inf"))
+        return text
+
+    text = dumped(unicode=True)
+    return text if text == plain_lines(text) else dumped(unicode=False)
 
 
 def isolated(sentence: str) -> Markup:

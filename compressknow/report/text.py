@@ -44,4 +44,9 @@ def answer(text: object) -> str:
 
 
 def _seen(line: str) -> str:
-    return "".join(c if c.isprintable() or c in _SEEMLY else f"⟨U+{ord(c):04X}⟩" for c in line)
+    return "".join(c if is_seen(c) else f"⟨U+{ord(c):04X}⟩" for c in line)
+
+
+def is_seen(character: str) -> bool:
+    """Whether a character has a form of its own, or belongs to how its script is written."""
+    return character.isprintable() or character in _SEEMLY

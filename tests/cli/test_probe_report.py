@@ -288,7 +288,7 @@ def test_an_output_that_is_a_link_to_nowhere_is_refused(run: Run, tmp_path: Path
 def test_damaged_answers_are_refused(run: Run, place: Path, tmp_path: Path) -> None:
     answers = Path(shutil.copytree(place / "on-llama-5", tmp_path / "model"))
     (answers / "answers.parquet").write_bytes(b"PAR1 no more")
-    refused(run("report", "{place}/on-llama", "model"), 1, "cannot be read as answers")
+    refused(run("report", "{place}/on-llama", "model"), 1, "its hash is another")
     (answers / RECORD).write_text("{}")
     refused(run("report", "{place}/on-llama", "model"), 1, "is no answers folder")
     nothing_written(tmp_path)

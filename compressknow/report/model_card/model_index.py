@@ -9,6 +9,7 @@ import yaml
 
 from compressknow.errors import OutputError
 from compressknow.report.records import Comparison
+from compressknow.report.templates import yaml_text
 
 KEY = "model-index"
 # The metric by which results of an earlier report are told from the user's own.
@@ -40,12 +41,11 @@ def with_results(front_matter: str, comparison: Comparison) -> str:
     """The front matter with the comparison's results in it, in place of those of an earlier report."""
     metadata = check_metadata(front_matter)
     results = {KEY: _merged(metadata.get(KEY) or [], comparison)}
-    # Without a width, PyYAML folds long values over lines; some readers of front matter go line by line.
-    added: str = yaml.safe_dump(results, sort_keys=False, allow_unicode=True, width=float("inf"))
+    added = yaml_text(results)
     kept = _without_index(front_matter)
     if kept is None:
         rest = {key: value for key, value in metadata.items() if key != KEY}
-        kept = yaml.safe_dump(rest, sort_keys=False, allow_unicode=True, width=float("inf"))
+        kept = yaml_text(rest)
     return f"{kept.rstrip()}\n{added}" if kept.strip() else added
 
 

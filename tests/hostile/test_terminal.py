@@ -1,0 +1,183 @@
+"""No control character reaches a terminal or a generated page, wherever the text comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from compressknow.cli import main
+from compressknow.cli.terminal import show, show_json
+from tests.knowing import facts_file, knowing
+from tests.models import save_tiny
+
+# A terminal's title, a bell, C1, DEL, an override and an isolate of the direction of writing, and a carriage return.
+HOSTILE = "a\x1b]0;owned\x07b\x9b31mc\x7fd\u202ee\u2066f\rg"
+# What Markdown pages put round names that run from right to left.
+OURS = "\u2068\u2069"
+
+Printed = Callable[..., str]
+
+
+def unseen(text: str) -> list[str]:
+    return [f"U+{ord(c):04X} in {text[max(0, i - 40) : i + 20]!r}" for i, c in enumerate(text) if not fine(c)]
+
+
+def fine(character: str) -> bool:
+    return character.isprintable() or character in ("\n", "\u200c", "\u200d", *OURS)
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
+    """Run a command; what it printed, which must be seemly."""
+
+    def run(*args: str | Path, code: int | None = None) -> str:
+        capsys.readouterr()
+        ended = main(list(map(str, args)))
+        out, err = capsys.readouterr()
+        assert not unseen(out), unseen(out)
+        assert not unseen(err), unseen(err)
+        assert code is None or ended == code, err
+        return out + err
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny("bert", tmp_path / f"m{HOSTILE}")
+
+
+def rewrite(folder: Path, **changes: object) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_a_folders_name(model: Path, tmp_path: Path, printed: Printed) -> None:
+    out, pruned = tmp_path / f"o{HOSTILE}", ("--prune", "0.2")
+    for args in (("inspect", model), ("inspect", model, "--json"), ("convert", model, out, *pruned, "--dry-run")):
+        printed(*args, code=0)
+    printed("convert", model, out, *pruned, "--quantize", "int8", code=0)
+    readme = (out / "README.md").read_text()
+    assert not unseen(readme), unseen(readme)
+    for args in (
+        ("verify", out),
+        ("verify", out, "--json"),
+        ("compare", model, out),
+        ("compare", model, out, "--json"),
+    ):
+        printed(*args, code=0)
+    pages = [tmp_path / f"c{HOSTILE}.{kind}" for kind in ("md", "json", "html")]
+    printed("compare", model, out, *(part for page in pages for part in ("-o", page)), code=0)
+    assert not unseen(pages[0].read_text())
+    (out / HOSTILE).write_text("")
+    (out / "config.json").unlink()
+    assert "⟨U+001B⟩" in printed("verify", out, code=1)
+    printed("convert", model, out, *pruned, code=1)
+    printed("probe", model, "-o", tmp_path / "answers", code=1)
+    printed("report", tmp_path / HOSTILE, model, code=None)
+    printed("sweep", tmp_path / HOSTILE, "-o", out)
+
+
+@pytest.mark.parametrize("key", ["model_type", "architectures", "torch_dtype", "hidden_act", "auto_map", "hidden_size"])
+def test_a_configs_values(model: Path, printed: Printed, key: str) -> None:
+    value: object = {"architectures": [HOSTILE], "auto_map": {"AutoModel": f"x.{HOSTILE}"}}.get(key, HOSTILE)
+    rewrite(model, **{key: value})
+    printed("inspect", model)
+    printed("inspect", model, "--json")
+    printed("--debug", "inspect", model)
+
+
+def test_a_tensors_name(model: Path, tmp_path: Path, printed: Printed) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file({**tensors, HOSTILE: tensors["bert.embeddings.LayerNorm.weight"].clone()}, model / "model.safetensors")
+    printed("convert", model, tmp_path / "out", "--prune", "0.2")
+    printed("convert", model, tmp_path / "other", "--prune", "0.2", "--json")
+    printed("compare", model, save_tiny("bert", tmp_path / "b"))
+    index = {"weight_map": {HOSTILE: f"../{HOSTILE}"}}
+    (model / "model.safetensors").rename(model / "other.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "⟨U+001B⟩" in printed("inspect", model, code=1)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (HOSTILE,),
+        ("inspect", f"--{HOSTILE}"),
+        ("inspect", "MODEL", "--module-map", HOSTILE),
+        ("convert", "MODEL", "out", "--prune", HOSTILE),
+        ("convert", "MODEL", "out", "--scope", HOSTILE, "--prune", "0.1"),
+        ("convert", "MODEL", "out", "--include", f"({HOSTILE}", "--prune", "0.1"),
+        ("convert", "MODEL", "out", "--exclude", HOSTILE, "--prune", "0.1"),
+        ("convert", "MODEL", "out", "--layers", HOSTILE, "--prune", "0.1"),
+        ("convert", "MODEL", "out", "--recipe", HOSTILE),
+        ("probe", "MODEL", "-o", "out", "-p", HOSTILE),
+        ("probe", "MODEL", "-o", "out", "-p", f"facts:{HOSTILE}"),
+        ("probe", "MODEL", "-o", "out", "-p", f"hf:./{HOSTILE}"),
+        ("sweep", "MODEL", "-o", "out", "--grid", HOSTILE),
+        ("search", "MODEL", "-o", "out", "--keep", HOSTILE),
+    ],
+    ids=lambda args: " ".join(args).replace(HOSTILE, "H"),
+)
+def test_arguments_in_usage_errors(model: Path, tmp_path: Path, printed: Printed, args: tuple[str, ...]) -> None:
+    given = [str(model) if arg == "MODEL" else str(tmp_path / "out") if arg == "out" else arg for arg in args]
+    said = printed(*given)
+    assert "Error: " in said
+    assert "owned" in said
+
+
+def test_facts_and_answers(tmp_path: Path, printed: Printed) -> None:
+    """Texts of facts, relations, subjects and a model's name on every page and line that shows them."""
+    model = knowing("bert", tmp_path / f"m{HOSTILE}")
+    rows = [json.loads(line) for line in facts_file(tmp_path / "plain.jsonl").read_text().splitlines()]
+    facts = tmp_path / f"f{HOSTILE}.jsonl"
+    hostile = [
+        row | {"relation": f"{HOSTILE}{number % 2}", "subject": f"{HOSTILE}{number % 3}", "id": f"{HOSTILE}{number}"}
+        | ({"sub_label": HOSTILE} if "prompt" in row else {})
+        for number, row in enumerate(rows)
+    ]  # fmt: skip
+    facts.write_text("\n".join(map(json.dumps, hostile)))
+    out = tmp_path / f"o{HOSTILE}"
+    printed("convert", model, out, "--prune", "0.7", code=0)
+    probe = ("-p", f"facts:{facts}")
+    printed("probe", model, *probe, "-o", tmp_path / f"a{HOSTILE}", code=0)
+    printed("probe", model, *probe, "-o", tmp_path / f"a{HOSTILE}", "--json", code=0)
+    pages = [tmp_path / f"r{HOSTILE}.{kind}" for kind in ("md", "json", "html")]
+    outputs = [part for page in pages for part in ("-o", page)]
+    printed("report", model, out, *probe, "--answers", tmp_path / "kept", *outputs, "--into-model-card", code=0)
+    printed("report", model, out, *probe, "--answers", tmp_path / "kept", "--json", code=0)
+    printed("compare", model, out, *probe, "--answers", tmp_path / "kept", code=0)
+    for page in (*tmp_path.glob("*.md"), out / "README.md"):
+        assert not unseen(page.read_text()), page.name
+    (tmp_path / "grid.toml").write_text('[axes]\nscope = ["attention"]\nprune = [0.5]\n')
+    study = tmp_path / f"s{HOSTILE}"
+    printed("sweep", model, "-o", study, "--grid", tmp_path / "grid.toml", *probe, code=0)
+    printed("sweep", model, "-o", study, "--grid", tmp_path / "grid.toml", *probe, "--json", code=0)
+    assert not unseen((study / "study.md").read_text())
+    facts.write_text(json.dumps({"prompt": HOSTILE, "obj_label": 1, HOSTILE: 2, "subjekt": HOSTILE}))
+    assert "Error: " in printed("probe", model, *probe, "-o", tmp_path / "b")
+
+
+def test_errors_of_others_and_tracebacks(model: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(HOSTILE)
+
+    monkeypatch.setattr("compressknow.model.summary.inspect_checkpoint", fails)
+    assert "⟨U+009B⟩" in printed("inspect", model, code=1)
+    assert "Traceback" in printed("--debug", "inspect", model, code=1)
+
+
+def test_json_means_the_same_after_it_was_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {HOSTILE: [HOSTILE, "möbel 東京 🦙 \U000e0001 \ue000 \u2028", 1.5, None]}
+    show_json(values)
+    out = capsys.readouterr().out
+    assert json.loads(out) == values
+    assert not unseen(out)
+    assert "möbel 東京 🦙" in out
+    show("möbel\n\t東京 \u202e")
+    assert capsys.readouterr().out == "möbel\n 東京 ⟨U+202E⟩\n"
