@@ -176,6 +176,15 @@ class TestWarnings:
         recipe = {"module_map": "structural", "steps": [{"quantize": "int8-paper"}]}
         assert "int8-paper" in warnings_of(card_of(200, compressed_model={"recipe": recipe}))
 
+    def test_rounding_of_activations_is_told_with_what_was_measured(self) -> None:
+        words = "compressed-tensors, 8-bit weights (channel)"
+        told = warnings_of(card_of(200, compressed_model={"quantization": f"{words}, 8-bit activations (token)"}))
+        assert "1.7 % of the answers" in told
+        assert "4.5 % with the feed-forward" in told
+        assert warnings_of(card_of(200, compressed_model={"quantization": words})) == ""
+        floats = "compressed-tensors, 8-bit float weights (channel), 8-bit float activations"
+        assert warnings_of(card_of(200, compressed_model={"quantization": floats})) == ""
+
     def test_types_that_differ_without_quantization(self) -> None:
         assert "float32 and bfloat16" in warnings_of(card_of(200, compressed_model={"dtype": "bfloat16"}))
         quantized = {"dtype": "I8", "quantization": "compressed-tensors"}
