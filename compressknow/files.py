@@ -244,6 +244,20 @@ def remove_strays(folder: Path) -> None:
     _remove_dead(folder.glob(f".*{_SUFFIX}????????"))
 
 
+def name_of(path: Path) -> str:
+    """The name of a file or folder as a text that any file can hold: bytes that are no UTF-8 become escapes."""
+    return as_text(path.name)
+
+
+def as_text(words: str) -> str:
+    r"""What the system gave as a name or an argument, with an escape for what is no character.
+
+    >>> as_text("model\udcff")
+    'model\\udcff'
+    """
+    return words.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut, where the system can."""
     if sys.platform == "win32":

@@ -15,6 +15,7 @@ from compressknow.cli.report_page import report_page
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
 from compressknow.cli.values import Share
+from compressknow.files import as_text
 
 if TYPE_CHECKING:
     from compressknow.report.records import Card
@@ -115,4 +116,4 @@ def command_of(ctx: click.Context) -> str:
             words += [parameter.opts[-1]] if value else []
         else:
             words += [word for each in values for word in (parameter.opts[0], str(each))]
-    return shlex.join(words)
+    return shlex.join(map(as_text, words))

@@ -120,7 +120,7 @@ def convert(
         manifest = sealed(build_manifest(plan, measured, hashes | copied | replaced, written | copied))
         staging.write(MANIFEST_NAME, serialize(manifest))
         if render_card:
-            staging.write(CARD_NAME, render_card(manifest, source).encode())
+            staging.write(CARD_NAME, render_card(manifest, source).encode("utf-8", "backslashreplace"))
         staging.commit()
     return manifest
 

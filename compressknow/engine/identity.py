@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError
+from compressknow.files import name_of
 from compressknow.model.checkpoint import open_checkpoint, weight_files
 from compressknow.model.tensors import DTYPE_SIZES
 from compressknow.reading import open_regular
@@ -60,7 +61,7 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"{model}: no such file.", hint="Give FOLDER/FILE.gguf, or a checkpoint folder.")
-        return Located(path.name, path)
+        return Located(name_of(path), path)
     checkpoint = open_checkpoint(model, revision)
     if not checkpoint.shards:
         raise CheckpointError(

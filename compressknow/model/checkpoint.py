@@ -10,6 +10,7 @@ from typing import Any
 
 from compressknow import reading
 from compressknow.errors import CheckpointError
+from compressknow.files import name_of
 from compressknow.model.folder import check_files
 from compressknow.model.safetensors_header import read_header
 from compressknow.model.tensors import StoredTensor
@@ -76,7 +77,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
             why="What reads the index loads a model without these weights.",
             hint=DOWNLOAD_AGAIN,
         )
-    name = str(model) if commit else folder.resolve().name
+    name = str(model) if commit else name_of(folder.resolve())
     return Checkpoint(name, folder, config, tensors, tuple(files), commit)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.errors import UsageError
+from compressknow.files import as_text, name_of
 from compressknow.probe.facts import BLANK, Fact, Probe
 from compressknow.probe.jsonl import json_lines
 from compressknow.probe.prompts import OBJECT, SUBJECT, ends_open, fill, with_blank
@@ -57,7 +58,7 @@ def own_facts(path: Path) -> Probe:
 
     Raises UsageError that names file, line and key (or column, where a line is no JSON) of the first errors.
     """
-    name = f"facts:{path.name}"
+    name = f"facts:{name_of(path)}"
     facts: dict[str, Fact] = {}
     lines: dict[str, int] = {}
     problems: list[str] = []
@@ -66,7 +67,7 @@ def own_facts(path: Path) -> Probe:
     for number, row in json_lines(path):
         found = [row] if isinstance(row, str) else _problems(row)
         if not found and isinstance(row, dict):
-            fact = _fact(row, number, name, path.stem, shared)
+            fact = _fact(row, number, name, as_text(path.stem), shared)
             if fact.id in facts:
                 found = [f"id: {fact.id!r} is the id of line {lines[fact.id]} too"]
             facts[fact.id], lines[fact.id] = fact, number
@@ -82,7 +83,7 @@ def own_facts(path: Path) -> Probe:
         protocol=PROTOCOL,
         facts=tuple(facts.values()),
         vocabulary="closed" if closed else "open",
-        source={"files": {path.name: sha256}},
+        source={"files": {name_of(path): sha256}},
     )
 
 

@@ -1,0 +1,44 @@
+"""Names that are no UTF-8, as Linux allows them, in folders, facts files and outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from compressknow.cli import main
+from compressknow.compress.verify import verify
+from tests.knowing import facts_file, knowing
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode on this system")
+ODD = os.fsdecode(b"odd\xff")
+
+
+def test_a_folder_whose_name_is_no_text_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    knowing("bert", tmp_path / "bert")
+    (tmp_path / "bert").rename(tmp_path / ODD)
+    assert main(["convert", str(tmp_path / ODD), str(tmp_path / f"{ODD}-new"), "--prune", "20%"]) == 0
+    assert verify(tmp_path / f"{ODD}-new").differences == ()
+    assert r"odd\udcff" in (tmp_path / f"{ODD}-new" / "README.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    # safetensors opens no such path.
+    assert main(["probe", str(tmp_path / ODD), "-o", str(tmp_path / "answers")]) == 1
+    assert "is not valid UTF-8" in capsys.readouterr().err
+
+
+def test_facts_and_reports_whose_names_are_no_text_are_read_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    knowing("bert", tmp_path / "bert")
+    facts = facts_file(tmp_path / f"{ODD}.jsonl")
+    outputs = [f"{ODD}.{suffix}" for suffix in ("html", "md", "json")]
+    options = [word for output in outputs for word in ("-o", output)]
+    assert main(["report", "bert", "bert", "-p", f"facts:{facts}", "--answers", "kept", *options]) == 0
+    card = json.loads((tmp_path / f"{ODD}.json").read_text(encoding="utf-8"))
+    assert list(card["compressed"][0]["probes"]) == [r"facts:odd\udcff.jsonl"]
+    for output in outputs:
+        assert "udcff" in (tmp_path / output).read_text(encoding="utf-8")
