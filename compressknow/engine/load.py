@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError, CompressknowError
+from compressknow.files import as_text
 from compressknow.model.quiet import no_panics, quiet
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
 
 def _checkpoint_path(folder: str | Path) -> Path:
     path = Path(folder)
+    if as_text(str(path)) != str(path):
+        raise CheckpointError(
+            f"The path {as_text(str(path))} is no text: it holds bytes that are not UTF-8.",
+            hint="Rename the folder: the libraries that load weights and tokenizers open no such path.",
+        )
     if path.suffix == ".gguf" and path.is_file():
         return path
     if not path.is_dir():
