@@ -23,7 +23,7 @@ NAME = 32
 
 
 class Line:
-    """What `text` says, written again and again by a thread until the context ends; nothing of it stays on a terminal."""
+    """What `text` says, written anew by a thread until the context ends; nothing of it stays on a terminal."""
 
     def __init__(self, text: Callable[[], str]) -> None:
         self._text = text
