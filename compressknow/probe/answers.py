@@ -40,7 +40,7 @@ RECORD_FORM: dict[str, Any] = {
         **{"parameters?": int, "bytes?": int, "zeros?": (int, None), "vocabulary?": (str, int, None), "device?": str},
         **{"computed_in?": str, "setup?": (str, None), "quantization?": (str, None), "recipe?": (dict, None)},
         **{"source?": (dict, None), "groups?": ({str: _COUNTS | {"relative_error?": (float, None)}}, None)},
-        "totals?": {str: (int, None)},
+        "totals?": {str: (int, float, None)},
     },
     "probes": {
         str: {

@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def life(model: Path, facts: Path, folder: Path, changes: int | None) -> int:
             die_before_change(changes)
         search(model, facts, folder)
         status = 0
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
