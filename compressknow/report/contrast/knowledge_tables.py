@@ -119,9 +119,9 @@ _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
     ("KL(A‖B), nats, mean", _THERE, lambda p: _moved(p.movement, lambda m: m.kl_mean)),
     ("KL(A‖B), median", _THERE, lambda p: _moved(p.movement, lambda m: m.kl_median)),
     ("KL(A‖B), 99th percentile", _THERE, lambda p: _moved(p.movement, lambda m: m.kl_p99)),
-    ("KL(A‖B): other tokens' probability, A and B", _THERE, lambda p: _rest(p.movement)),
+    ("KL(A‖B): rest's probability, A and B", _THERE, lambda p: _rest(p.movement)),
     ("KL(B‖A), nats, mean", _BACK, lambda p: _moved(p.movement, lambda m: m.kl_mean)),
     ("KL(B‖A), median", _BACK, lambda p: _moved(p.movement, lambda m: m.kl_median)),
     ("KL(B‖A), 99th percentile", _BACK, lambda p: _moved(p.movement, lambda m: m.kl_p99)),
-    ("KL(B‖A): other tokens' probability, B and A", _BACK, lambda p: _rest(p.movement)),
+    ("KL(B‖A): rest's probability, B and A", _BACK, lambda p: _rest(p.movement)),
 )
