@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from compressknow.errors import UnsupportedError, UsageError, did_you_mean
+from compressknow.model.patterns import Pattern
 from compressknow.model.structure import LinearWeight, Structure
 
 Action = Literal["prune", "quantize"]
-Patterns = tuple[re.Pattern[str], ...]
+Patterns = tuple[Pattern, ...]
 
 LANGUAGE = ("attention", "feed-forward", "other")  # neither the final layer nor the towers of a multimodal model
 SCOPES: dict[str, Callable[[LinearWeight, Action], bool]] = {
@@ -137,17 +138,10 @@ def _there_is(structure: Structure) -> str:
 
 
 def _compile(option: str, patterns: Sequence[str]) -> Patterns:
-    return tuple(_compile_one(option, pattern) for pattern in patterns)
+    return tuple(Pattern(option, pattern) for pattern in patterns)
 
 
-def _compile_one(option: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"{option} {pattern!r} is no regular expression: {error}.") from None
-
-
-def _check_pattern(option: str, pattern: re.Pattern[str], names: list[str], structure: Structure) -> None:
+def _check_pattern(option: str, pattern: Pattern, names: list[str], structure: Structure) -> None:
     if any(pattern.search(name) for name in names):
         return
     elsewhere = [w for w in structure.linears if pattern.search(w.module)]

@@ -40,7 +40,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
         out, err = capsys.readouterr()
         assert not unseen(out), unseen(out)
         assert not unseen(err), unseen(err)
-        assert code is None or ended == code, err
+        assert code is None or ended == code, out + err
         return out + err
 
     return run
