@@ -28,17 +28,17 @@ COUNTS = (
     "bytes_before",
     "bytes_after",
 )
-_SUMS = dict.fromkeys(COUNTS, int)
+_SUMS = {**dict.fromkeys(COUNTS, int), "relative_error?": float}
 _SCALE = {"name": str, "shape": [int], "dtype": str, "sha256": str}
 _ROW = {
     **{"name": str, "group": str, "shape": [int], "dtype_after": str, "in_scope": bool, "scheme": (str, None)},
     **dict.fromkeys(("numel", "pruned", "zeros", "zeros_before", "bytes_before", "bytes_after"), int),
-    **{"relative_error": float, "sha256": str, "scale?": _SCALE},
+    **{"norm?": float, "relative_error": float, "sha256": str, "scale?": _SCALE},
 }
 FORM = {
     **{"versions": {str: str}, "setup": str, "recipe": {"steps": [dict]}, "totals": _SUMS, "groups": {str: _SUMS}},
     "source": {"name": str, "revision?": (str, None), "files": {str: str}},
-    **{"files": {str: str}, "tensors": [_ROW], f"{SEAL}?": str},
+    **{"files": {str: str}, "tensors": [_ROW], "runtimes?": [str], f"{SEAL}?": str},
 }
 
 
