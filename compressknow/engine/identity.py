@@ -127,7 +127,7 @@ def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
         "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),
         "quantization": quantization_in_words(variant.config),
         **_facts_of(variant.manifest),
-        "totals": totals
+        "totals": {name: number for name, number in totals.items() if name != "relative_error"}
         | {
             "nonzero": totals["parameters"] - totals["zeros_after"],
             "sparse_bytes": sum(map(_sparse_bytes, variant.manifest["tensors"])),
