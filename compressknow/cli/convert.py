@@ -23,7 +23,8 @@ from compressknow.model.scopes import DEFAULT_SCOPES
 @click.option(
     "--scope",
     multiple=True,
-    help="Which Linear layers, repeatable: blocks (default: all in the transformer blocks), attention, feed-forward, "
+    help="Which Linear layers, repeatable, or with commas: blocks (default: all in the transformer blocks), "
+    "attention, feed-forward, "
     "final, overall (blocks and what lies beside them; when quantizing the final layer too), and where the model has "
     "them self-attention, cross-attention, encoder-attention, decoder-attention, encoder, decoder, vision.",
 )
