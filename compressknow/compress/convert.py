@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.blocks import Reader
 from compressknow.compress.layout import lay_out
@@ -17,6 +17,7 @@ from compressknow.compress.manifest_file import sealed
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
+from compressknow.compress.proof import planned_headers, prove, prove_written
 from compressknow.compress.prune import Mask, choose
 from compressknow.compress.quantize import quantization_config
 from compressknow.compress.recipe import CARD_NAME, MANIFEST_NAME, Prune, Recipe
@@ -27,6 +28,9 @@ from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.streaming import OpenFiles
 from compressknow.reading import sha256_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Weights in any form, and what only training needs: not carried along.
 WEIGHT_SUFFIXES = {
@@ -40,9 +44,18 @@ REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, SAFETENSORS_INDEX, TORCH_IN
 def plan_conversion(
     model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Plan:
-    """Open a checkpoint and plan a recipe on it, from its headers alone."""
+    """Open a checkpoint and plan a recipe on it, from its headers alone. Raises what `make_plan` and `prove` do."""
+    return _prepare(model, recipe, revision, trust_remote_code)[0]
+
+
+def _prepare(
+    model: str | Path, recipe: Recipe, revision: str | None, trust_remote_code: bool
+) -> tuple[Plan, PreTrainedModel]:
+    """A plan whose output is proved to load, and the checkpoint's module tree."""
     checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
-    return make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe)
+    plan = make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe)
+    prove(checkpoint, tree, output_config(plan), planned_headers(plan.tensors))
+    return plan, tree
 
 
 def preview(
@@ -95,7 +108,7 @@ def convert(
     output = Path(output)
     clean(output)
     refuse_output(output, overwrite=overwrite, source=Path(model))
-    plan = plan_conversion(model, recipe, revision=revision, trust_remote_code=trust_remote_code)
+    plan, tree = _prepare(model, recipe, revision, trust_remote_code)
     layout = lay_out(plan.tensors, plan.checkpoint.shards)
     source = plan.checkpoint.folder
     carried = list(carried_files(source))
@@ -115,6 +128,7 @@ def convert(
         written = {"config.json": staging.write("config.json", _json(output_config(plan)))}
         if layout.index:
             written[SAFETENSORS_INDEX] = staging.write(SAFETENSORS_INDEX, _json(layout.index))
+        prove_written(plan.checkpoint, tree, staging.folder)
         copied = {name: staging.copy(source / name, name) for name in carried}
         replaced = {name: sha256_of(source / name) for name in ("config.json", plan.checkpoint.index) if name}
         manifest = sealed(build_manifest(plan, measured, hashes | copied | replaced, written | copied))

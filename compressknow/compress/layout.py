@@ -45,8 +45,7 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
     for tensor in tensors:
         entries = by_file[_file_of(tensor.source, names)]
         entries.append((tensor.name, tensor.dtype, tensor.source.shape))
-        if tensor.scheme:
-            entries.append((tensor.scale_name, tensor.source.dtype, tensor.scale_shape))
+        entries += [(name, tensor.source.dtype, tensor.scale_shape) for name in tensor.scale_names]
     headers: dict[str, bytes] = {}
     sizes: dict[str, int] = {}
     places: dict[str, Place] = {}

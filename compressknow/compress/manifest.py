@@ -158,6 +158,8 @@ def _row(tensor: PlannedTensor, measured: Measured) -> dict[str, Any]:
             "shape": list(tensor.scale_shape),
             "dtype": tensor.source.dtype,
             "sha256": measured.scale_sha256,
+            # Of modules that share the weight, each is given the same scale.
+            **({"also": list(tensor.scale_names[1:])} if tensor.sharing else {}),
         }
     return row
 

@@ -12,8 +12,8 @@ from compressknow.compress.quantize import scale_shape
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme
 from compressknow.compress.sources import Sources
 from compressknow.compress.untie import Untied, missing_when_untied, untied_config
-from compressknow.errors import UsageError
-from compressknow.model.checkpoint import Checkpoint
+from compressknow.errors import UnsupportedError, UsageError
+from compressknow.model.checkpoint import Checkpoint, some_of
 from compressknow.model.scopes import Action, select
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
@@ -32,7 +32,8 @@ class PlannedTensor:
     `transposed` says that the last axis of a weight is its output.
     `module` is the Linear that it is the weight of, where it is changed; `prune` is the position of its prune step in
     the recipe; `created` marks one that the source holds only under a tied name, `weight` one that the module tree has
-    as a parameter (not as a buffer, nor not at all).
+    as a parameter (not as a buffer, nor not at all). `sharing` names further modules that hold the same weight: a
+    loader ties their weights to it, but gives each a scale of its own.
     """
 
     name: str
@@ -44,6 +45,7 @@ class PlannedTensor:
     created: bool = False
     weight: bool = True
     transposed: bool = False
+    sharing: tuple[str, ...] = ()
 
     @property
     def to_prune(self) -> Weights:
@@ -56,6 +58,13 @@ class PlannedTensor:
     @property
     def scale_name(self) -> str:
         return self.name + "_scale"
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        """The names under which the scales are written, the first of them `scale_name`; none without a scheme."""
+        if self.scheme is None:
+            return ()
+        return self.scale_name, *(f"{module}.weight_scale" for module in self.sharing)
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
@@ -73,7 +82,7 @@ class PlannedTensor:
     @property
     def bytes_after(self) -> int:
         scale_bytes = math.prod(self.scale_shape) * self.source.itemsize if self.scheme else 0
-        return self.source.numel * DTYPE_SIZES[self.dtype] + scale_bytes
+        return self.source.numel * DTYPE_SIZES[self.dtype] + scale_bytes * len(self.scale_names)
 
 
 @dataclass(frozen=True)
@@ -125,9 +134,11 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     """
     sources = Sources(checkpoint, model, structure)
     actions = _actions(structure, recipe)
+    _separate(actions, sources)
     for action in actions.values():
         sources.check(action.weight, quantized=action.scheme is not None)
-    changed = [tensor for action in actions.values() for tensor in _changed(action, sources)]
+    # What is stored in one tensor is changed as one.
+    changed = list({t.name: t for action in actions.values() for t in _changed(action, sources)}.values())
     shared = {action.weight.parameter: sources.tied_embedding(action.weight) for action in actions.values()}
     shared_with = {parameter: embedding for parameter, embedding in shared.items() if embedding}
     config = untied_config(checkpoint.config, model) if shared_with else dict(checkpoint.config)
@@ -142,7 +153,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
         recipe,
         tensors,
         targets,
-        tuple(w.module for w in structure.linears if w.kind == "linear" and w.module not in quantized),
+        tuple(m for w in structure.linears if w.kind == "linear" for m in w.modules if m not in quantized),
         tuple(_untied(changed, shared_with)),
         config,
     )
@@ -166,6 +177,21 @@ def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
     return actions
 
 
+def _separate(actions: Mapping[str, _Action], sources: Sources) -> None:
+    """Give weights that are stored in one tensor a tensor each, where they are not all pruned by one step alone."""
+    for action in actions.values():
+        siblings = sources.siblings(action.weight)
+        others = [actions.get(parameter) for parameter in siblings]
+        alike = all(other and (other.prune, other.scheme) == (action.prune, None) for other in others)
+        if siblings and not alike and not sources.split(action.weight):
+            others_of = some_of(set(siblings) - {action.weight.parameter})
+            raise UnsupportedError(
+                f"{action.weight.parameter} is stored in one tensor with {others_of}.",
+                why="transformers takes it apart on loading in a way that is no cut between rows.",
+                hint="Prune all of them by one step, or none; and quantize none.",
+            )
+
+
 def _changed(action: _Action, sources: Sources) -> Iterator[PlannedTensor]:
     weight = action.weight
     for stored in sources.of(weight):
@@ -174,7 +200,7 @@ def _changed(action: _Action, sources: Sources) -> Iterator[PlannedTensor]:
         group = weight.group or "other"
         transposed = weight.transposed != sources.is_transposed_on_loading(stored)
         yield PlannedTensor(
-            name, stored, group, weight.module, action.prune, action.scheme, created, transposed=transposed
+            name, stored, group, weight.module, action.prune, action.scheme, created, True, transposed, weight.sharing
         )
 
 
@@ -211,5 +237,5 @@ def _targets(changed: list[PlannedTensor]) -> dict[Scheme, tuple[str, ...]]:
     targets: dict[Scheme, list[str]] = {}
     for tensor in changed:
         if tensor.scheme and tensor.module:
-            targets.setdefault(tensor.scheme, []).append(tensor.module)
+            targets.setdefault(tensor.scheme, []).extend((tensor.module, *tensor.sharing))
     return {scheme: tuple(modules) for scheme, modules in targets.items()}

@@ -170,9 +170,11 @@ class Work(Reader):
                 writer.write(tally.quantize(block.values, scale, planned.scheme))
         scale_sha256 = None
         if planned.scheme is not None:
-            scale_writer = self.output.writer(planned.scale_name)
-            scale_writer.write(torch.cat(scales) if whole_scale is None else whole_scale)
-            scale_sha256 = scale_writer.sha256
+            scale = torch.cat(scales) if whole_scale is None else whole_scale
+            for name in planned.scale_names:
+                scale_writer = self.output.writer(name)
+                scale_writer.write(scale)
+                scale_sha256 = scale_writer.sha256
         return tally.measured(writer.sha256, scale_sha256)
 
     def _tensor_scale(self, planned: PlannedTensor, mask: Mask | None) -> torch.Tensor | None:

@@ -87,17 +87,16 @@ def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
         )
     model = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure, naming = structure_of(model), Naming(model)
-    bound = {name: naming.bind(name) for name in checkpoint.tensors}
+    bound = naming.bind(checkpoint.tensors)
     # By their names in the tree and, where the architecture was renamed since, by those in the files.
-    stored_names = [name for name, binding in bound.items() if binding]
-    modules = {name.rpartition(".")[0] for name in (*structure.parameters, *stored_names)} - {""}
+    modules = {name.rpartition(".")[0] for name in (*structure.parameters, *bound)} - {""}
     quantized = "quantization_config" in checkpoint.config
     own: dict[str, StoredTensor] = {}
     whole: dict[str, str] = {}
     loaded_to: dict[str, str] = {}
     parts: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in checkpoint.tensors.items():
-        binding = bound[name]
+        binding = bound.get(name)
         if binding and not binding.reshaped and binding.parameter not in own:
             own[binding.parameter] = tensor
             whole[name] = binding.parameter

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.direct_reads import Read, direct_reads
 from compressknow.model.naming import Binding, Naming, suppliers
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
@@ -18,9 +21,7 @@ NO_INT8_FORM = {
     "conv1d": "transformers' int8 loader takes nn.Linear modules; a Conv1D would be left with integers for weights.",
     "experts": "transformers fuses all experts of a block into one weight; its int8 loader takes nn.Linear modules.",
     "reshaped": "transformers fuses, splits or transposes it on loading, which a separate scale does not survive.",
-    "beside-reshaped": "transformers fuses other weights of this model on loading ({name}), and fails to where the "
-    "checkpoint is int8.",
-    "raw": "Its model multiplies by the weight itself, past the layer, and would leave its inputs unquantized.",
+    "read": "Its model reads the weight itself, past the layer, and would leave its inputs unquantized.",
 }
 
 
@@ -35,22 +36,21 @@ class Sources:
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> None:
         _refuse_unusable(checkpoint)
-        self._tensors = checkpoint.tensors
+        self._tensors = dict(checkpoint.tensors)
         self._naming = Naming(model)
         self._shapes = structure.parameters
         self._embeddings = _embedding_parameters(model)
         self.weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._position = {name: i for i, name in enumerate(checkpoint.tensors)}
-        bound = {name: self._naming.bind(name) for name in checkpoint.tensors}
-        self.bound: dict[str, Binding] = {name: binding for name, binding in bound.items() if binding}
+        self.bound: dict[str, Binding] = self._naming.bind(checkpoint.tensors)
         for name, binding in self.bound.items():
             if binding.parameter in self.weights and not binding.reshaped:
                 self._check_shape(self._tensors[name], binding.parameter)
-        self._reshaped = next((name for name, binding in self.bound.items() if binding.reshaped), None)
-        self._model_type = structure.model_type
+        self._model = model
         self._parts: dict[str, list[StoredTensor]] = {}
         for name, binding in self.bound.items():
-            self._parts.setdefault(binding.parameter, []).append(self._tensors[name])
+            for parameter in binding.parameters:
+                self._parts.setdefault(parameter, []).append(self._tensors[name])
         whole = {name: b.parameter for name, b in self.bound.items() if not b.reshaped}
         self.supply = suppliers(checkpoint, whole, structure.tied)
 
@@ -59,6 +59,27 @@ class Sources:
         if weight.parameter in self._parts:
             return self._parts[weight.parameter]
         return [self.tensor(weight.parameter)] if weight.parameter in self.supply else []
+
+    def siblings(self, weight: LinearWeight) -> tuple[str, ...]:
+        """The parameters that are stored in one tensor with a weight and split off it on loading, its own included."""
+        stored = self._parts.get(weight.parameter, [])
+        several = [binding.parameters for part in stored if len((binding := self.bound[part.name]).parameters) > 1]
+        return several[0] if several else ()
+
+    def split(self, weight: LinearWeight) -> bool:
+        """Take the rows of each parameter for a tensor of its own, named after it, where one tensor is stored for
+        several. False where what transformers makes of it is no cut between rows."""
+        stored = self._parts[weight.parameter][0]
+        binding = self.bound[stored.name]
+        if not binding.rows:
+            return False
+        del self._tensors[stored.name], self.bound[stored.name]
+        for parameter, rows in zip(binding.parameters, binding.rows, strict=True):
+            part = stored.rows(parameter, rows)
+            self._tensors[parameter], self.bound[parameter] = part, Binding((parameter,))
+            self._parts[parameter], self.supply[parameter] = [part], parameter
+            self._position[parameter] = self._position[stored.name]
+        return True
 
     def tensor(self, parameter: str) -> StoredTensor:
         """The stored tensor that gives a parameter its values."""
@@ -70,7 +91,7 @@ class Sources:
     def is_borrowed(self, weight: LinearWeight, stored: StoredTensor) -> bool:
         """Whether the bytes of a weight are those of another parameter, not its own beside them."""
         own = self.bound.get(stored.name)
-        if own is None or own.parameter != weight.parameter:
+        if own is None or weight.parameter not in own.parameters:
             return True
         supplier = self.supply.get(weight.parameter, stored.name)
         return supplier != stored.name and _place(self._tensors[supplier]) == _place(stored)
@@ -114,7 +135,7 @@ class Sources:
             raise UnsupportedError(
                 f"{weight.module} ({parts[0].name}) cannot be quantized to int8.",
                 why=reason,
-                hint="Prune it only, or narrow --scope (or --exclude it) to what has an int8 form.",
+                hint=f"Prune it only, or narrow --scope to what has an int8 form: --exclude '{_kind(weight.module)}'.",
             )
 
     def _check_part(self, weight: LinearWeight, part: StoredTensor, reshaped: bool) -> None:
@@ -141,13 +162,25 @@ class Sources:
             return NO_INT8_FORM[weight.kind]
         if reshaped or (part.name in self.bound and not self._scale_follows(weight, part)):
             return NO_INT8_FORM["reshaped"]
-        if self._reshaped:
-            return NO_INT8_FORM["beside-reshaped"].format(name=self._reshaped)
-        return NO_INT8_FORM["raw"] if self._model_type == "mobilebert" and weight.group == "final" else None
+        return NO_INT8_FORM["read"] if self._read.keys() & set(weight.modules) else None
+
+    @cached_property
+    def _read(self) -> dict[str, Read]:
+        """Modules whose weight is taken for what it is; to cast to its dtype is no harm (see `compressknow.load`)."""
+        return {module: read for module, read in direct_reads(self._model).items() if read == "values"}
 
     def _scale_follows(self, weight: LinearWeight, part: StoredTensor) -> bool:
         name = part.name if self.bound[part.name].parameter == weight.parameter else weight.parameter
         return self._naming.scale_follows(name, weight.parameter)
+
+
+def _kind(module: str) -> str:
+    """A pattern of the modules that differ from one in the numbers of blocks alone.
+
+    >>> _kind("backbone.layers.0.mixer.dt_proj")
+    'backbone\\\\.layers\\\\.\\\\d+\\\\.mixer\\\\.dt_proj$'
+    """
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module)) + "$"
 
 
 def _place(tensor: StoredTensor) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,9 +22,6 @@ from compressknow.model.loading import open_complete
 from compressknow.model.streaming import OpenFiles
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import byte_view
-
-if TYPE_CHECKING:
-    pass
 
 _DTYPES = {
     **TORCH_DTYPES,
@@ -125,8 +122,8 @@ class _Memory:
         for tensor in plan.tensors:
             if tensor.name not in self.kept:
                 self.made[tensor.name] = torch.empty(tensor.source.shape, dtype=_DTYPES[tensor.dtype])
-            if tensor.scheme:
-                self.made[tensor.scale_name] = torch.empty(tensor.scale_shape, dtype=_DTYPES[tensor.source.dtype])
+            for name in tensor.scale_names:
+                self.made[name] = torch.empty(tensor.scale_shape, dtype=_DTYPES[tensor.source.dtype])
 
     def writer(self, tensor_name: str) -> TensorWriter:
         memory = byte_view(self.made[tensor_name])

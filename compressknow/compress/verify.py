@@ -158,7 +158,8 @@ def _expected(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What the files must hold for a manifest row: the tensor, and its scale where it has one."""
     yield row["name"], {**row, "dtype": row["dtype_after"]}
     if scale := row.get("scale"):
-        yield scale["name"], {key: scale[key] for key in SCALE_KEYS}
+        for name in (scale["name"], *scale.get("also", ())):
+            yield name, {key: scale[key] for key in SCALE_KEYS} | {"name": name}
 
 
 def _compare(

@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from compressknow.compress.variant import Variant, VariantMaker
 
 
-# Model types that cast hidden states to the dtype of the head's weight: to int8, were it int8.
-_CAST_TO_THE_HEADS_DTYPE = {"falcon_mamba", "hy_v4", "hy_v4_vl", "mamba", "mamba2", "xlstm"}
-
-
 def load(
     folder: str | Path,
     *,
@@ -244,6 +240,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
     from compressknow.engine.int8 import layer_of, runs_on
+    from compressknow.model.direct_reads import direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is None:
@@ -254,10 +251,11 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     # By module: one that stands in two places stays one.
     layers: dict[Any, Any] = {}
     in_int8 = runs_on(device)
-    in_floats = model.get_output_embeddings() if model.config.model_type in _CAST_TO_THE_HEADS_DTYPE else None
+    # Their weight is used by other modules too, or hidden states are cast to its dtype: both want floats.
+    in_floats = {model.get_submodule(name) for name in direct_reads(model)} if in_int8 else set()
     for module in model.modules():
         if is_module_quantized(module):
-            layer = layer_of(module) if in_int8 and module is not in_floats else None
+            layer = layer_of(module) if in_int8 and module not in in_floats else None
             if layer:
                 layers[module] = layer
             else:

@@ -34,7 +34,7 @@ def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -
         does; ``structural`` as attention.
     """
     tree = _Tree(model)
-    linears = [_placed(tree, module, name, parameter) for module, name, parameter in _linear_parameters(model)]
+    linears = [_placed(tree, holders, kind, name) for holders, kind, name in _linear_parameters(model)]
     if module_map == "paper":
         linears = [_as_in_the_paper(weight, tree.modules) for weight in linears]
     return Structure(
@@ -123,14 +123,13 @@ def _output_weights(model: PreTrainedModel) -> set[int]:
     return {id(module.weight) for module in modules if hasattr(module, "weight")}
 
 
-def _linear_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Kind, str]]:
-    """Module, kind and name of every Linear weight, in tree order; one of several names under its first."""
-    seen: set[int] = set()
+def _linear_parameters(model: PreTrainedModel) -> Iterator[tuple[list[str], Kind, str]]:
+    """Every Linear weight once, in tree order: the modules that hold it, its kind, and its name in them."""
+    found: dict[int, tuple[list[str], Kind, str]] = {}
     for module_name, module in model.named_modules():
         for kind, name, parameter in _weights_of(module):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield module_name, kind, name
+            found.setdefault(id(parameter), ([], kind, name))[0].append(module_name)
+    return iter(found.values())
 
 
 def _weights_of(module: nn.Module) -> Iterator[tuple[Kind, str, torch.Tensor]]:
@@ -144,7 +143,8 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[Kind, str, torch.Tensor]]:
                 yield "experts", name, parameter
 
 
-def _placed(tree: _Tree, module: str, kind: Kind, name: str) -> LinearWeight:
+def _placed(tree: _Tree, holders: list[str], kind: Kind, name: str) -> LinearWeight:
+    module, *sharing = holders
     holder = tree.modules[module]
     parameter: torch.Tensor = getattr(holder, name)
     place_ = tree.place(module)
@@ -160,6 +160,7 @@ def _placed(tree: _Tree, module: str, kind: Kind, name: str) -> LinearWeight:
         cross=group == "attention" and is_cross(place_.steps),
         uses=1 if group == "final" else _uses(tree, module, parameter, place_.layer),
         transposed=_is_transposed(holder, kind),
+        sharing=tuple(sharing),
     )
 
 

@@ -68,10 +68,9 @@ def _sorted(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def load_report_of(checkpoint: Checkpoint, tree: PreTrainedModel) -> LoadReport:
-    """The report of an opened checkpoint; `tree` is its module tree."""
-    tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    return load_report(type(tree), tree.config, tensors)
+def headers_of(checkpoint: Checkpoint) -> dict[str, Header]:
+    """Dtype and shape of what a checkpoint's files hold, by name."""
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
 
 
 def missing_weights(checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
@@ -80,7 +79,7 @@ def missing_weights(checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str,
     A pooler that the class can be built without (``add_pooling_layer``) is no part of every checkpoint: where all of it
     is missing, nothing is.
     """
-    missing = load_report_of(checkpoint, tree).missing
+    missing = load_report(type(tree), tree.config, headers_of(checkpoint)).missing
     if "add_pooling_layer" not in inspect.signature(type(tree).__init__).parameters:
         return missing
     pooler = {name for name in tree.state_dict() if name.startswith("pooler.")}

@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from compressknow.errors import CheckpointError
 from compressknow.model.build_bounds import bounded_building, check_numbers
@@ -126,6 +126,19 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
     except Exception as error:  # A wrong size may fail anywhere inside transformers.
         what = f"{path} describes no {model_class.__name__} that can be built."
         raise CheckpointError(what, _reason(error)) from error
+
+
+def config_from_dict(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
+    """The config that the class of a module tree is given for the content of a config.json."""
+    is_builtin = _is_builtin(type(tree).__name__) and raw.get("model_type") in CONFIG_MAPPING_NAMES
+    config_class = CONFIG_MAPPING[raw["model_type"]] if is_builtin else type(tree.config)
+    # JSON has no infinity: transformers writes one as an object of its own.
+    config: PreTrainedConfig = config_class.from_dict(config_class._decode_special_floats(raw))
+    part = _config_for(type(tree), config)
+    if part is not config and "quantization_config" in raw:
+        # As the auto classes do.
+        part.quantization_config = raw["quantization_config"]
+    return part
 
 
 def _config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:

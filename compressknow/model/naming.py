@@ -6,6 +6,7 @@ tensor an expert is now one stack), where a base model's checkpoint lacks its pr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from compressknow.model.streaming import OpenFiles
 from compressknow.model.tensors import StoredTensor
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 COMPARE_BYTES = 1 << 22
@@ -22,11 +24,17 @@ COMPARE_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Binding:
-    """Where transformers loads a stored tensor to: `parameter` in the module tree; `reshaped` where it is fused,
-    split or transposed on the way, so that it is not stored in the form that the module holds."""
+    """Where transformers loads a stored tensor to: the `parameters` of the module tree that get values of it, several
+    where it is split on the way; `reshaped` where it is fused, split or transposed, so that it is not stored in the
+    form that a module holds. `rows` of it are what each of several parameters gets, where these are whole rows."""
 
-    parameter: str
-    reshaped: bool
+    parameters: tuple[str, ...]
+    reshaped: bool = False
+    rows: tuple[range, ...] = ()
+
+    @property
+    def parameter(self) -> str:
+        return self.parameters[0]
 
 
 class Naming:
@@ -40,12 +48,77 @@ class Naming:
         self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         self._prefix = model.base_model_prefix
+        self._model = model
         self._tree = dict(model.state_dict())
 
-    def bind(self, stored: str) -> Binding | None:
-        """The parameter that a stored name is loaded to, None for one that the module tree does not have."""
-        name, pattern = self._rename(stored, self._tree)
-        return Binding(name, pattern is not None) if name in self._tree else None
+    def bind(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Binding]:
+        """The parameters that the stored tensors are loaded to, by stored name; none for a tensor that the module tree
+        has no place for."""
+        from transformers.core_model_loading import dot_natural_key
+
+        bound: dict[str, Binding] = {}
+        converted: dict[tuple[str, int], list[tuple[str, str]]] = {}
+        # In the order of transformers: a renaming may wait for a name that comes before it.
+        for stored in sorted(tensors, key=dot_natural_key):
+            name, pattern = self._rename(stored, self._tree)
+            if pattern is None and name in self._tree:
+                bound[stored] = Binding((name,))
+            elif pattern is not None and name in self._tree:
+                converted.setdefault((name, self._converter_of(pattern)), []).append((stored, pattern))
+        for (name, converter), parts in converted.items():
+            binding = self._converted(name, self._converters[converter], parts, tensors)
+            bound |= {stored: binding for stored, _ in parts}
+        return {stored: bound[stored] for stored in tensors if stored in bound}
+
+    def _converter_of(self, pattern: str) -> int:
+        # The last that has the pattern, as transformers takes it.
+        return max(i for i, each in enumerate(self._converters) if pattern in each.source_patterns)
+
+    def _converted(
+        self, name: str, converter: Any, parts: list[tuple[str, str]], tensors: Mapping[str, StoredTensor]
+    ) -> Binding:
+        """What a converter makes of its sources, found by letting it convert tensors that have no memory."""
+        whole = self._convert(name, converter, [(p, _empty(tensors[stored])) for stored, p in parts])
+        parameters = tuple(parameter for parameter in whole if parameter in self._tree)
+        if not parameters:
+            # It did not run on these: what it is for is told by its patterns.
+            first = converter.target_patterns[0]
+            names = (name.replace(first, target) for target in converter.target_patterns)
+            return Binding(tuple(target for target in names if target in self._tree) or (name,), reshaped=True)
+        return Binding(parameters, reshaped=True, rows=self._rows(name, converter, parts, tensors, parameters))
+
+    def _rows(
+        self,
+        name: str,
+        converter: Any,
+        parts: list[tuple[str, str]],
+        tensors: Mapping[str, StoredTensor],
+        parameters: tuple[str, ...],
+    ) -> tuple[range, ...]:
+        """Which rows of one source each of several parameters gets: the numbers of its rows, put through a converter,
+        come out as unbroken ranges where it does nothing but cut it."""
+        import torch
+
+        shape = tensors[parts[0][0]].shape
+        if len(parts) > 1 or len(parameters) < 2 or not shape:
+            return ()
+        numbers = torch.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+        made = self._convert(name, converter, [(parts[0][1], numbers)])
+        rows = [made.get(parameter, numbers[:0]).flatten().tolist() for parameter in parameters]
+        ranges = tuple(range(part[0], part[-1] + 1) if part else range(0) for part in rows)
+        cut = all(part == list(span) for part, span in zip(rows, ranges, strict=True))
+        fits = all(self._tree[p].shape == (len(r), *shape[1:]) for p, r in zip(parameters, ranges, strict=True))
+        return ranges if cut and fits and sum(map(len, ranges)) == shape[0] else ()
+
+    def _convert(self, name: str, converter: Any, sources: list[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        converter = copy.deepcopy(converter)
+        for pattern, tensor in sources:
+            converter.add_tensor(name, name, pattern, lambda tensor=tensor: tensor)
+        try:
+            made = converter.convert(name, model=self._model, config=self._model.config)
+        except Exception:  # An operation on tensors that it was not made for may fail anywhere.
+            return {}
+        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def transposes(self, stored: str, shape: tuple[int, ...], parameter: str) -> bool:
         """Whether a stored tensor has its last two axes swapped on the way to `parameter`."""
@@ -72,6 +145,12 @@ class Naming:
             # As transformers does: a name that the tree has already is not renamed.
             renamed = rename_source_key(stored, [], [], self._prefix, tree)
         return renamed
+
+
+def _empty(tensor: StoredTensor) -> torch.Tensor:
+    import torch
+
+    return torch.empty(tensor.shape, device="meta")
 
 
 def suppliers(checkpoint: Checkpoint, bound: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, str]:

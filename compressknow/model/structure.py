@@ -16,7 +16,8 @@ class LinearWeight:
     """One weight matrix, or stack of matrices, of the module tree.
 
     `parameter` is its name in the tree (``bert.encoder.layer.0.attention.self.query.weight``), `module` the name of
-    the module that holds it, `kind` how the module stores it: ``linear`` (nn.Linear, ``[out, in]``), ``conv1d``
+    the module that holds it, `sharing` those of further modules that hold the same one (Zamba's blocks), `kind` how
+    the module stores it: ``linear`` (nn.Linear, ``[out, in]``), ``conv1d``
     (GPT-2's, ``[in, out]``) or ``experts`` (fused, ``[experts, ...]``). `group` is None where no rule places it.
     ``vision`` takes all that lies in the towers of a multimodal model, which read images, video or sound.
     `layer` counts the block within its stack, `stack` names the side of an encoder-decoder model (None in a model of
@@ -34,6 +35,12 @@ class LinearWeight:
     cross: bool = False
     uses: int = 1
     transposed: bool = False
+    sharing: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """All modules that hold it."""
+        return self.module, *self.sharing
 
     @property
     def stored(self) -> int:

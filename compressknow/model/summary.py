@@ -127,10 +127,9 @@ def _stored_dtypes(checkpoint: Checkpoint, model: PreTrainedModel, structure: St
     """Dtype of each parameter as stored, and the ties that the weight files bear out."""
     from compressknow.model.naming import Naming, suppliers
 
-    naming = Naming(model)
-    bindings = {stored: naming.bind(stored) for stored in checkpoint.tensors}
-    bound = {stored: binding.parameter for stored, binding in bindings.items() if binding is not None}
-    supply = suppliers(checkpoint, bound, structure.tied)
+    bindings = Naming(model).bind(checkpoint.tensors)
+    supply = suppliers(checkpoint, {stored: b.parameter for stored, b in bindings.items()}, structure.tied)
+    supply |= {parameter: stored for stored, b in bindings.items() for parameter in b.parameters[1:]}
     dtypes = {parameter: checkpoint.tensors[stored].dtype for parameter, stored in supply.items()}
     ties = {name: source for name, source in structure.tied.items() if supply.get(name) == supply.get(source)}
     return dtypes, ties

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,13 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return self.numel * self.itemsize
+
+    def rows(self, name: str, rows: range) -> StoredTensor:
+        """Some consecutive rows of it, as a tensor of that name in the same place."""
+        row = self.nbytes // self.shape[0]
+        start, stop = rows.start * row, rows.stop * row
+        loaded = None if self.loaded is None else self.loaded[start:stop]
+        return replace(self, name=name, shape=(len(rows), *self.shape[1:]), offset=self.offset + start, loaded=loaded)
 
     def read_into(self, buffer: memoryview, start: int, descriptor: int | None) -> None:
         """Fill `buffer` (bytes) from byte `start` of the tensor; `descriptor` is its file, open for reading.

@@ -1,0 +1,96 @@
+"""Weights that are not stored as the model holds them: shared by modules, in one tensor with others, read raw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import compressknow
+from compressknow.errors import UnsupportedError
+from compressknow.model.direct_reads import direct_reads
+from tests.compress.test_zoo_converts import loaded_whole, logits_of
+from tests.model.test_zoo import SETTINGS
+from tests.zoo import tiny_model
+
+
+def save(model_type: str, name: str, folder: Path) -> transformers.PreTrainedModel:
+    model = tiny_model(model_type, name, SETTINGS.get(model_type, {}))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("zamba", "ZambaForCausalLM"), ("zamba2", "Zamba2ForCausalLM")])
+def test_all_modules_that_share_a_weight_are_int8(tmp_path: Path, model_type: str, name: str) -> None:
+    save(model_type, name, tmp_path / "in")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
+    model = loaded_whole(name, tmp_path / "out")
+    queries = [module.weight for path, module in model.named_modules() if path.endswith("self_attn.q_proj")]
+    assert len(queries) == 2
+    assert all(weight.dtype == torch.int8 for weight in queries)
+    assert queries[0].data_ptr() == queries[1].data_ptr()
+    assert not compressknow.verify(tmp_path / "out").differences
+    engine = logits_of(compressknow.load(tmp_path / "out"))
+    torch.testing.assert_close(engine, logits_of(model), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("nomic_bert", "NomicBertForMaskedLM"),
+        ("gte", "GteForMaskedLM"),
+        ("jina_embeddings_v3", "JinaEmbeddingsV3ForMaskedLM"),
+    ],
+)
+def test_of_a_fused_tensor_only_the_part_in_scope_changes(tmp_path: Path, model_type: str, name: str) -> None:
+    original = save(model_type, name, tmp_path / "in").state_dict()
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", include=["q_proj$"], prune=0.5)
+    pruned = loaded_whole(name, tmp_path / "out").state_dict()
+    changed = {key for key, tensor in original.items() if not torch.equal(tensor, pruned[key])}
+    assert changed == {key for key in original if key.endswith("q_proj.weight")}
+
+
+def test_a_fused_tensor_that_is_pruned_whole_stays_fused(tmp_path: Path) -> None:
+    save("nomic_bert", "NomicBertForMaskedLM", tmp_path / "in")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", prune=0.5)
+    assert set(load_file(tmp_path / "out/model.safetensors")) == set(load_file(tmp_path / "in/model.safetensors"))
+
+
+def test_parts_of_a_fused_tensor_have_an_int8_form(tmp_path: Path) -> None:
+    model = save("nomic_bert", "NomicBertForMaskedLM", tmp_path / "in")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
+    plain = logits_of(loaded_whole("NomicBertForMaskedLM", tmp_path / "out"))
+    assert (plain - logits_of(model)).abs().max() < 0.01
+
+
+def test_a_weight_that_is_read_past_its_layer_is_refused_by_name(tmp_path: Path) -> None:
+    save("mamba", "MambaForCausalLM", tmp_path / "in")
+    with pytest.raises(UnsupportedError) as caught:
+        compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int8")
+    assert "reads the weight itself" in str(caught.value)
+    assert r"--exclude 'backbone\.layers\.\d+\.mixer\.dt_proj$'" in str(caught.value)
+    compressknow.convert(tmp_path / "in", tmp_path / "out", exclude=[r"mixer\.dt_proj$"], quantize="int8")
+    plain = logits_of(loaded_whole("MambaForCausalLM", tmp_path / "out"))
+    torch.testing.assert_close(logits_of(compressknow.load(tmp_path / "out")), plain, rtol=1e-2, atol=1e-2)
+
+
+def test_what_a_forward_pass_does_not_read_is_no_direct_read() -> None:
+    # BLOOM reads two weights in its exact mode, DeBERTa one where it is given states of its own.
+    for model_type, name in (("bloom", "BloomForCausalLM"), ("deberta", "DebertaForMaskedLM")):
+        assert direct_reads(tiny_model(model_type, name, {})) == {}
+    read = direct_reads(tiny_model("rwkv", "RwkvForCausalLM", {}))
+    assert {path.rpartition("blocks.")[2] for path in read if ".0." in path} == {
+        "0.attention.output",
+        "0.feed_forward.value",
+    }
+
+
+def test_an_output_that_transformers_would_not_load_is_refused_before_any_work(tmp_path: Path) -> None:
+    # It keeps experts one by one in place of a stack where a checkpoint is int8.
+    save("llama4_text", "Llama4ForCausalLM", tmp_path / "in")
+    with pytest.raises(UnsupportedError, match="transformers would not load the output"):
+        compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -1,0 +1,113 @@
+"""Every architecture that can be built tiny: convert, load in plain transformers, and in the engine; the same logits.
+
+Nothing may be missing, left over or of another shape. What cannot be quantized is refused with its reason, and pruned.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import compressknow
+from compressknow.engine import int8
+from compressknow.engine.load import load
+from compressknow.errors import CompressknowError, UnsupportedError, UsageError
+from compressknow.model.quiet import quiet
+from tests.model.test_zoo import SETTINGS
+from tests.zoo import ZOO, inputs_of, tiny_model
+
+# No forward pass of token ids alone, or hundreds of millions of parameters whatever the config says.
+LEFT_OUT = {"BltForCausalLM", "PerceiverForMaskedLM", "VibeVoiceAsrForConditionalGeneration"}
+CLASSES = {name: model_type for model_type, name in reversed(ZOO) if name not in LEFT_OUT}
+PARTS = 12
+RECIPE: dict[str, Any] = {"prune": 0.3, "scope": ["attention", "feed-forward"]}
+# Why a weight has no int8 form, each by a word of its message.
+REASONS = {
+    "Conv1D": "a Conv1D",
+    "experts": "fuses all experts",
+    "reshaped": "fuses, splits or transposes",
+    "read past the layer": "reads the weight itself",
+    "does not load": "would not load the output",
+    "no Linear layers": "no Linear layers",
+    "empty scope": "is empty in",
+}
+# compressed-tensors gives one scale to all tokens of an input [tokens, in]: OPT's feed-forward has such.
+ONE_SCALE = {"OPTForCausalLM"}
+
+
+def logits_of(model: transformers.PreTrainedModel) -> torch.Tensor:
+    torch.manual_seed(0)  # Reformer hashes at random.
+    with torch.no_grad():
+        logits: torch.Tensor = model(**inputs_of(model)).logits
+        return logits
+
+
+def built(name: str) -> tuple[transformers.PreTrainedModel, torch.Tensor] | None:
+    try:
+        model = tiny_model(CLASSES[name], name, SETTINGS.get(name, SETTINGS.get(CLASSES[name], {})))
+        return model, logits_of(model)
+    except Exception:  # Sizes that do not go together, or inputs beside ids: counted, and bounded below.
+        return None
+
+
+def loaded_whole(name: str, folder: Path) -> transformers.PreTrainedModel:
+    with quiet():
+        model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), (name, report)
+    return model.eval()
+
+
+def check(name: str, folder: Path) -> str:
+    """What became of one class, in a word or two."""
+    made = built(name)
+    if made is None:
+        return "not built"
+    model, original = made
+    with quiet():
+        model.save_pretrained(folder / "in")
+    outcome = converted(folder, quantize="int8")
+    if outcome != "int8":
+        pruned = converted(folder)
+        assert pruned == "pruned" or pruned == outcome, (name, pruned)
+        outcome = outcome if pruned == outcome else f"pruned only: {outcome}"
+        if pruned != "pruned":
+            return outcome
+    plain = logits_of(loaded_whole(name, folder / "out"))
+    changed = (plain - original).abs().mean()
+    assert changed > 0, name
+    if outcome == "int8" and int8.runs_on("cpu") and name not in ONE_SCALE:
+        with quiet():
+            engine = logits_of(load(folder / "out"))
+        # A value beside a rounding step may go to its other side: that is little beside what int8 itself does.
+        assert (engine - plain).abs().mean() < 0.5 * changed, (name, (engine - plain).abs().mean(), changed)
+    return outcome
+
+
+def converted(folder: Path, **quantize: str) -> str:
+    try:
+        compressknow.convert(folder / "in", folder / "out", **RECIPE, **quantize)
+    except (UnsupportedError, UsageError, CompressknowError) as error:
+        assert not (folder / "out").exists()
+        text = " ".join(str(error).split())
+        return next((reason for reason, words in REASONS.items() if words in text), text)
+    return "int8" if quantize else "pruned"
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_what_convert_writes_loads_whole_and_computes_the_same_everywhere(tmp_path: Path, part: int) -> None:
+    outcomes: Counter[str] = Counter()
+    names = sorted(CLASSES)[part::PARTS]
+    for name in names:
+        folder = tmp_path / name
+        outcomes[check(name, folder)] += 1
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"\n{len(names)} classes: {dict(outcomes.most_common())}")
+    assert {reason.removeprefix("pruned only: ") for reason in outcomes} <= {*REASONS, "int8", "not built"}
+    assert outcomes["not built"] <= 0.15 * len(names)
+    assert outcomes["int8"] >= 0.5 * len(names)
