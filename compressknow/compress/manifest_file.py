@@ -29,7 +29,7 @@ COUNTS = (
     "bytes_after",
 )
 _SUMS = {**dict.fromkeys(COUNTS, int), "relative_error?": float}
-_SCALE = {"name": str, "shape": [int], "dtype": str, "sha256": str}
+_SCALE = {"name": str, "shape": [int], "dtype": str, "sha256": str, "also?": [str]}
 _ROW = {
     **{"name": str, "group": str, "shape": [int], "dtype_after": str, "in_scope": bool, "scheme": (str, None)},
     **dict.fromkeys(("numel", "pruned", "zeros", "zeros_before", "bytes_before", "bytes_after"), int),
