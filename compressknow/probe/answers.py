@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.errors import CompressknowError
 from compressknow.files import write_whole, written
 from compressknow.forms import misfit
+from compressknow.probe.parquet_bounds import check_parquet
 from compressknow.reading import RECORD as RECORD_BYTES
 from compressknow.reading import read_json, sha256_of
 
@@ -147,6 +148,7 @@ def read_table(path: Path) -> list[Answer]:
     import pyarrow.parquet as pq
 
     try:
+        check_parquet(path)
         # Not pq.read_table: it imports pandas, where that is installed.
         with pq.ParquetFile(path) as file:
             table = file.read(columns=schema().names).select(schema().names).cast(schema())

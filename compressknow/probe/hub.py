@@ -19,9 +19,10 @@ from typing import Any
 from compressknow.errors import CompressknowError, UsageError
 from compressknow.probe.columns import Columns, choose_columns
 from compressknow.probe.facts import Fact, Probe
+from compressknow.probe.parquet_bounds import check_parquet
 from compressknow.probe.prompts import UniqueIds, fill, wrong_blanks
 from compressknow.probe.subjects import subject_of
-from compressknow.reading import parse_json
+from compressknow.reading import NotReadable, parse_json
 
 PROTOCOL = "hf/1"
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -57,6 +58,7 @@ def _load(dataset: str) -> Any:
     path = Path(dataset).expanduser()
     if not path.exists() and _names_a_path(dataset):
         raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the hub.")
+    _check_tables(path)
     import datasets
 
     with _quiet():
@@ -73,6 +75,18 @@ def _load(dataset: str) -> Any:
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise _explained(dataset, error) from error
     return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+
+def _check_tables(path: Path) -> None:
+    """Raise UsageError where a local file or folder has a Parquet file that would fill the memory."""
+    for table in [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else ():
+        if table.suffix.lower() == ".parquet":
+            try:
+                check_parquet(table)
+            except NotReadable as error:
+                raise UsageError(f"{table} cannot be read: {error}.", hint="Get the data set again.") from None
+            except (OSError, ValueError):  # No Parquet file at all: `datasets` says what is wrong.
+                continue
 
 
 def _names_a_path(dataset: str) -> bool:

@@ -1,0 +1,53 @@
+"""Parquet files that unpack to gigabytes are refused before they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from compressknow.errors import CompressknowError, UsageError
+from compressknow.probe.answers import read_table, schema
+from compressknow.probe.hub import hub_facts
+from compressknow.probe.parquet_bounds import check_parquet
+from tests.hostile.bounded import bounded
+
+
+def answers_bomb(path: Path, **columns: Any) -> None:
+    """A small file of many rows, all alike but for these columns."""
+    row: dict[str, Any] = {name: "" for name in schema().names if schema().field(name).type == pa.string()}
+    row |= {"correct": True, "top5": [], "top5_logp": [], "first_ids": [], "first_logp": []}
+    rows = [row | columns] * 20_000
+    with pq.ParquetWriter(path, schema(), compression="zstd") as writer:
+        for _ in range(5):
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema()))
+
+
+def test_one_text_in_every_row(tmp_path: Path) -> None:
+    answers_bomb(tmp_path / "answers.parquet", prompt="x" * 20_000)
+    assert (tmp_path / "answers.parquet").stat().st_size < 1 << 20
+    with bounded(), pytest.raises(CompressknowError, match="cannot be read as answers") as caught:
+        read_table(tmp_path / "answers.parquet")
+    assert "its texts would unpack" in str(caught.value)
+
+
+def test_one_number_in_every_row(tmp_path: Path) -> None:
+    table = pa.table({"n": pa.nulls(40_000_000, pa.int32())})
+    with pq.ParquetWriter(tmp_path / "t.parquet", table.schema, compression="zstd") as writer:
+        for _ in range(3):
+            writer.write_table(table)
+    with bounded(), pytest.raises(ValueError, match="more than 64,000,000 values"):
+        check_parquet(tmp_path / "t.parquet")
+
+
+def test_a_data_set_on_disk(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["x [MASK] " + "y" * 50_000] * 2000, "obj_label": ["z"] * 2000})
+    with pq.ParquetWriter(tmp_path / "t.parquet", table.schema) as writer:
+        for _ in range(20):
+            writer.write_table(table)
+    for name in (tmp_path, tmp_path / "t.parquet"):
+        with bounded(), pytest.raises(UsageError, match=r"t.parquet cannot be read: its texts would unpack"):
+            hub_facts(str(name))
