@@ -56,7 +56,7 @@ def runner(ray: RayOptions | None, bar: Bar | None) -> Iterator[Run]:
     if ray is None:
         yield lambda batch: (
             # The original has been asked before.
-            _here(batch, cell, staged(bar, number=number, of=len(batch.cells) + 1))
+            _here(batch, cell, _numbered(bar, number, len(batch.cells) + 1))
             for number, cell in enumerate(batch.cells, start=2)
         )
         return
@@ -64,6 +64,11 @@ def runner(ray: RayOptions | None, bar: Bar | None) -> Iterator[Run]:
 
     with connected(ray) as run:
         yield run
+
+
+def _numbered(bar: Bar | None, number: int, of: int) -> Bar | None:
+    """A cell that comes alone is one of a search, whose number nobody knows."""
+    return staged(bar, number=number, of=of) if of > 2 else bar
 
 
 def _here(batch: Batch, cell: Cell, bar: Bar | None) -> CellResult:
