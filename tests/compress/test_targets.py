@@ -158,3 +158,33 @@ def test_folders_with_absolute_names_still_load_and_compare(tmp_path: Path) -> N
     found = difference(open_checkpoint(tmp_path / "old"), open_checkpoint(folder))
     assert found.same_weights
     assert found.config == ()
+
+
+def tiny_llava(folder: Path) -> Path:
+    """A vision tower of three blocks before a language model of two."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    vision = hf.CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=32, patch_size=16)
+    text = hf.LlamaConfig(**sizes, num_hidden_layers=2, num_key_value_heads=2, vocab_size=VOCABULARY)
+    torch.manual_seed(0)
+    hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=1)
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "start", "layers"),
+    [
+        ({}, "model.language_model.layers.", "01"),
+        ({"layers": "0"}, "model.language_model.layers.", "0"),
+        ({"scope": "vision"}, "model.vision_tower.", "012"),
+        ({"scope": "vision", "layers": "0,2"}, "model.vision_tower.", "02"),
+    ],
+)
+def test_a_multimodal_model_is_compressed_in_its_language_model_or_in_its_tower(
+    tmp_path: Path, options: dict[str, str], start: str, layers: str
+) -> None:
+    compressknow.convert(tiny_llava(tmp_path / "in"), tmp_path / "out", quantize="int8", **options)  # type: ignore[arg-type]
+    quantized = quantized_modules(hf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out"))
+    assert all(module.startswith(start) for module in quantized)
+    assert {found.group(1) for module in quantized if (found := re.search(r"\.layers\.(\d)\.", module))} == set(layers)
