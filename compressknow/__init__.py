@@ -128,7 +128,7 @@ def convert(
     """
     given = locals()
     from compressknow.compress.recipe import Where, recipe_of
-    from compressknow.compress.staging import refuse_output
+    from compressknow.compress.staging import clean, refuse_output
     from compressknow.model.checkpoint import refuse_no_checkpoint
 
     if recipe is None:
@@ -149,6 +149,9 @@ def convert(
         chosen = _as_recipe(recipe)
     # What is wrong is said before torch is imported, which takes seconds.
     refuse_no_checkpoint(model)
+    if not dry_run:
+        # What a dead run has left goes, whatever becomes of this one.
+        clean(Path(output))
     refuse_output(Path(output), overwrite=overwrite, source=Path(model))
     from compressknow.compress.convert import convert as convert_checkpoint
     from compressknow.compress.convert import preview

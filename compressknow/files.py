@@ -12,10 +12,13 @@ import errno
 import glob
 import os
 import secrets
+import signal
 import sys
+import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 from compressknow.errors import OutputError
@@ -24,6 +27,7 @@ LOCK = ".lock"
 _SUFFIX = ".compressknow-"
 # Of a folder that other runs make and remove at the same time.
 _ATTEMPTS = 100
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _NO_FOLLOW, _BINARY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_BINARY", 0)
 
 if sys.platform == "win32":
@@ -80,6 +84,34 @@ def remove_lock(path: Path, descriptor: int) -> None:
 
 
 @contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals that end the run wait until the context ends, so that nothing is made that nobody knows of.
+
+    Python hands signals to its main thread alone: in another one there is nothing to wait.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        waiting.append(number)
+
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    for number, handler in handlers.items():
+        if handler is not None and handler != signal.SIG_IGN:
+            signal.signal(number, wait)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        for number in waiting:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
 def dead(path: Path) -> Iterator[bool]:
     """Whether the run that made a locked file has ended; if so, the context has its lock, and its end removes it."""
     try:
@@ -117,18 +149,27 @@ def own_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -> 
     Raises OutputError where it cannot be made or locked, or where another run has it and `wait` is False.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    descriptor = _lock_folder(folder, wait)
+    descriptor = None
     try:
+        # Waiting for another run's lock can be interrupted; making the folder and its lock cannot.
+        with contextlib.nullcontext() if wait else uninterrupted():
+            descriptor = _lock_folder(folder, wait)
         remove_strays(folder)
         yield
     finally:
-        with contextlib.suppress(OSError):
-            if {path.name for path in folder.iterdir()} <= {LOCK, *worthless}:
-                for name in (*worthless, LOCK):
-                    (folder / name).unlink(missing_ok=True)
-                for path in made:
-                    path.rmdir()
-        os.close(descriptor)
+        with uninterrupted():
+            if descriptor is not None:
+                _leave(folder, made, worthless)
+                os.close(descriptor)
+
+
+def _leave(folder: Path, made: Iterable[Path], worthless: Collection[str]) -> None:
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {LOCK, *worthless}:
+            for name in (*worthless, LOCK):
+                (folder / name).unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
 
 
 def _lock_folder(folder: Path, wait: bool) -> int:
@@ -189,35 +230,35 @@ def write_together(contents: Mapping[Path, bytes], *, overwrite: bool) -> None:
     """Write several files of which either all appear or none.
 
     Each is linked to its name while its temporary name stays, until all have theirs: if a run is killed in between,
-    `is_interrupted` recognises what it left, and this replaces it.
+    `interrupted` recognises what it left, and this replaces it.
 
     Raises OutputError where one cannot be written, or is there already and `overwrite` is False.
     """
-    unfinished = [path for path in contents if is_interrupted(path)]
+    unfinished = interrupted(contents)
     placed: list[Path] = []
     with contextlib.ExitStack() as stack:
         temporaries = {path: stack.enter_context(_whole(path, content)) for path, content in contents.items()}
-        try:
-            for path in unfinished:
-                path.unlink(missing_ok=True)
-            for path, temporary in temporaries.items():
-                with _named(path):
-                    _place(temporary, path, overwrite)
-                placed.append(path)
-        except BaseException:
-            for path in () if overwrite else placed:
-                path.unlink(missing_ok=True)
-            raise
+        with uninterrupted():
+            try:
+                for path in unfinished:
+                    path.unlink(missing_ok=True)
+                for path, temporary in temporaries.items():
+                    with _named(path):
+                        _place(temporary, path, overwrite)
+                    placed.append(path)
+            except BaseException:
+                for path in () if overwrite else placed:
+                    path.unlink(missing_ok=True)
+                raise
     for path in contents:
         _remove_dead(_temporaries(path))
 
 
 @contextlib.contextmanager
 def _whole(path: Path, content: bytes) -> Iterator[Path]:
-    with _temporary(path) as (temporary, file):
-        with _named(path):
-            file.write(content)
-            _finish(file)
+    with _named(path), _temporary(path) as (temporary, file):
+        file.write(content)
+        _finish(file)
         yield temporary
 
 
@@ -234,9 +275,15 @@ def _place(temporary: Path, path: Path, overwrite: bool) -> None:
         temporary.replace(path)
 
 
-def is_interrupted(path: Path) -> bool:
-    """Whether a file is of several that were to appear together, put there by a run that was killed before the last."""
-    return path.is_file() and any(_is_dead(t) and _same(path, t) for t in _temporaries(path))
+def interrupted(paths: Collection[Path]) -> list[Path]:
+    """Of files that appear together, those that a run put there and was killed before the last.
+
+    If all are there, it was killed after that: they are whole, and their temporary names are removed.
+    """
+    if all(path.is_file() for path in paths):
+        for path in paths:
+            _remove_dead(_temporaries(path))
+    return [path for path in paths if any(_is_dead(t) and _same(path, t) for t in _temporaries(path))]
 
 
 def remove_strays(folder: Path) -> None:
@@ -297,12 +344,15 @@ def _named(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """A new file beside `path`, locked while it is written, and removed at the end unless it was renamed."""
-    temporary, descriptor = new_locked_file(path.parent, f".{path.name}{_SUFFIX}")
+    temporary = None
     try:
+        with uninterrupted():
+            temporary, descriptor = new_locked_file(path.parent, f".{path.name}{_SUFFIX}")
         with os.fdopen(descriptor, "wb") as file:
             yield temporary, file
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
 
 
 def _finish(file: BinaryIO) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.errors import OutputError
-from compressknow.files import LOCK, is_interrupted, own_folder, remove_strays, write_together, write_whole, written
+from compressknow.files import LOCK, interrupted, own_folder, remove_strays, write_together, write_whole, written
 
 DEADLINE = 20
 
@@ -140,24 +140,27 @@ def test_files_of_a_run_that_was_killed_between_two_names_are_told_from_the_user
     there = [path for path in paths if path.exists()]
     assert len(there) == min(changes, 3)
     if changes < 3:
-        assert all(map(is_interrupted, there))
+        assert interrupted(paths) == there
         write_together(dict.fromkeys(paths, b"whole"), overwrite=False)
         assert all(path.read_bytes() == b"whole" for path in paths)
         assert names(tmp_path) == ["a", "b", "c"]
         # From now on they are the user's.
-        assert not any(map(is_interrupted, paths))
+        assert interrupted(paths) == []
     else:
         assert all(path.read_bytes() == b"killed" for path in paths)
+        assert interrupted(paths) == []
+        assert names(tmp_path) == ["a", "b", "c"]
 
 
 def test_a_copy_of_an_interrupted_file_is_the_users(tmp_path: Path) -> None:
     with child(KILLED, tmp_path, "1") as process:
         process.wait(DEADLINE)
-    assert is_interrupted(tmp_path / "a")
+    paths = [tmp_path / "a", tmp_path / "b"]
+    assert interrupted(paths) == paths[:1]
     # Saved anew by an editor.
     (tmp_path / "new").write_bytes((tmp_path / "a").read_bytes())
     (tmp_path / "new").replace(tmp_path / "a")
-    assert not is_interrupted(tmp_path / "a")
+    assert interrupted(paths) == []
 
 
 @pytest.mark.parametrize("place", ["link", "link/deeper", "folder"])

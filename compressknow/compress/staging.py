@@ -26,6 +26,7 @@ from compressknow.files import (
     refuse_broken_links,
     remove_lock,
     sync_folder,
+    uninterrupted,
 )
 from compressknow.reading import open_regular
 
@@ -46,19 +47,23 @@ class Staging:
         self._sizes: dict[str, int] = {}
         refuse_output(self.output, overwrite=overwrite, source=source)
         refuse_broken_links(self.output.parent)
-        self._made: list[Path] = []
+        self._made = [parent for parent in self.output.parents if not parent.exists()]
+        self._locked: tuple[Path, int] | None = None
         try:
-            self._made = [parent for parent in self.output.parents if not parent.exists()]
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            clean(self.output)
-            # An interrupted run's old output may have been put back just now.
-            refuse_output(self.output, overwrite=overwrite, source=source)
-            self._lock_file, self._lock = new_locked_file(self.output.parent, _prefix(self.output, "lock"))
-            self.folder = _twin(self.output, self._lock_file, "new")
-            self.folder.mkdir()
+            with uninterrupted():
+                self.output.parent.mkdir(parents=True, exist_ok=True)
+                clean(self.output)
+                # An interrupted run's old output may have been put back just now.
+                refuse_output(self.output, overwrite=overwrite, source=source)
+                self._locked = new_locked_file(self.output.parent, _prefix(self.output, "lock"))
+                self.folder = _twin(self.output, self._locked[0], "new")
+                self.folder.mkdir()
         except OSError as error:
-            self._remove_made_parents()
+            self._remove(failed=True)
             raise cannot_write(output, error) from None
+        except BaseException:
+            self._remove(failed=True)
+            raise
 
     def __enter__(self) -> Staging:
         return self
@@ -66,10 +71,7 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        remove_lock(self._lock_file, self._lock)
-        if error is not None:
-            self._remove_made_parents()
+        self._remove(failed=error is not None)
         if isinstance(error, OSError) and is_full(error):
             raise OutputError(
                 f"No space left for {self.output}.",
@@ -117,18 +119,19 @@ class Staging:
         sync_folder(self.folder)
         aside = _twin(self.output, self.folder, "old")
         try:
-            if self.output.exists():
-                self.output.rename(aside)
-            self.folder.rename(self.output)
-        except BaseException:
-            if aside.exists() and not self.output.exists():
-                aside.rename(self.output)
-            raise
-        try:
-            sync_folder(self.output.parent)
-            shutil.rmtree(aside, ignore_errors=True)
+            with uninterrupted():
+                try:
+                    if self.output.exists():
+                        self.output.rename(aside)
+                    self.folder.rename(self.output)
+                    sync_folder(self.output.parent)
+                finally:
+                    if aside.exists() and not self.output.exists():
+                        aside.rename(self.output)
+                    shutil.rmtree(aside, ignore_errors=True)
         except (KeyboardInterrupt, SystemExit) as stop:
-            stop.add_note(f"{self.output} is whole.")
+            if not self.folder.exists():
+                stop.add_note(f"{self.output} is whole.")
             raise
 
     def _refuse_losses(self) -> None:
@@ -142,10 +145,15 @@ class Staging:
                     hint="Run it again, and leave hidden folders beside OUTPUT alone.",
                 )
 
-    def _remove_made_parents(self) -> None:
-        for parent in self._made:
-            with suppress(OSError):
-                parent.rmdir()
+    def _remove(self, *, failed: bool) -> None:
+        """Remove all that was made but the output; of a run that `failed`, the folders above it too."""
+        with uninterrupted():
+            if self._locked:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                remove_lock(*self._locked)
+            for parent in self._made if failed else ():
+                with suppress(OSError):
+                    parent.rmdir()
 
 
 def refuse_output(output: Path, *, overwrite: bool, source: Path | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressknow.errors import OutputError, UsageError
-from compressknow.files import is_interrupted, refuse_broken_links
+from compressknow.files import interrupted, refuse_broken_links
 
 FORMATS = (".html", ".md", ".json")
 
@@ -16,6 +16,7 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
 
     A file that an interrupted run put there without the others is no reason.
     """
+    unfinished = interrupted(outputs)
     for path in outputs:
         if path.suffix.lower() not in FORMATS:
             raise UsageError(
@@ -23,7 +24,7 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
                 hint="Give -o several times for several formats.",
             )
         refuse_broken_links(path)
-        if path.is_dir() or (path.exists() and not overwrite and not is_interrupted(path)):
+        if path.is_dir() or (path.exists() and not overwrite and path not in unfinished):
             raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.")
         if not path.parent.is_dir():
             raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
