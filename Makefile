@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format docs bench clean
+.PHONY: demo test faults lint format docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-gguf
@@ -12,6 +12,10 @@ demo: $(VENV)/.stamp-gguf
 
 test: lint docs
 	$(BIN)/python -m pytest -n 2
+
+# Every disturbance of every command, and 20,000 damaged files: hours. `make faults FILES=1000` is shorter.
+faults: $(VENV)/.stamp-dev
+	$(BIN)/python -m tests.faults $(FILES)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,27 @@
+"""One server of runs a worker, and what its tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.scenes import Stage
+from tests.faults.targets import Bench
+from tests.faults.warm import Warm, warm
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Warm]:
+    with warm() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def stage(server: Warm, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("stage") / "scenes", server)
+
+
+@pytest.fixture(scope="session")
+def bench(server: Warm, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"), server)

@@ -1,0 +1,119 @@
+"""Commands to disturb, each in a folder of its own that holds what it needs and what a user has there already."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.warm import Warm
+from tests.knowing import facts_file, knowing
+
+FACTS, MORE = "facts.jsonl", "more.jsonl"
+GRID = """\
+[axes]
+scope = ["attention", "feed-forward"]
+prune = [0.3]
+"""
+COMPRESS = "--scope attention --prune 0.2 --quantize int8"
+# Written again and again while a study goes on: their content on the way is nobody's result.
+ON_THE_WAY = ("optuna.journal", ".lock", "answers.parquet", "probe.json")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A command, and what stands in its folder beside the model and the facts: `has` of the results of other scenes."""
+
+    command: str
+    has: tuple[str, ...] = ()
+
+    @property
+    def args(self) -> list[str]:
+        return self.command.split()
+
+
+SCENES = {
+    "convert": Scene(f"convert model new/out {COMPRESS}"),
+    "overwrite": Scene("convert model small --overwrite --prune 0.4", ("small",)),
+    "probe": Scene(f"probe model -o asked -p facts:{FACTS}"),
+    "probe-more": Scene(f"probe model -o answers -p facts:{MORE}", ("answers",)),
+    "report": Scene(f"report model small -p facts:{FACTS} -o r.html -o r.md -o r.json", ("small",)),
+    "report-again": Scene(
+        f"report model small -p facts:{FACTS} -o old.md -o old.json --overwrite --into-model-card",
+        ("small", "old.md", "old.json"),
+    ),
+    "compare": Scene("compare model small -o c.html -o c.md -o c.json", ("small",)),
+    "sweep": Scene(f"sweep model -o study --grid grid.toml -p facts:{FACTS} --save"),
+    "search": Scene(f"search model -o found -p facts:{FACTS} --keep 0.5 --trials 2"),
+}
+
+
+class Stage:
+    """Builds the folders of scenes, each from what was made once."""
+
+    def __init__(self, folder: Path, server: Warm) -> None:
+        self.folder, self.server = folder, server
+        self._number = 0
+        self._ends: dict[str, dict[str, bytes]] = {}
+        self.seconds: dict[str, float] = {}
+        self._props = folder / "props"
+        self._props.mkdir(parents=True)
+        knowing("bert", self._props / "model")
+        lines = facts_file(self._props / "all.jsonl").read_text().splitlines(keepends=True)
+        (self._props / FACTS).write_text("".join(lines[::3]))
+        (self._props / MORE).write_text("".join(lines[1::6]))
+        (self._props / "grid.toml").write_text(GRID)
+        (self._props / "precious.txt").write_text("precious")
+        for name in ("old.md", "old.json"):
+            (self._props / name).write_text("the user's")
+        for command in (f"convert model small {COMPRESS}", f"probe model -o answers -p facts:{FACTS}"):
+            outcome = server.run(command.split(), self._props)
+            assert outcome.code == 0, outcome
+
+    def set(self, scene: Scene) -> Path:
+        """A new folder with all that a scene needs."""
+        self._number += 1
+        root = self.folder / f"{self._number}"
+        (root / "home" / "tmp").mkdir(parents=True)
+        for name in ("model", FACTS, MORE, "grid.toml", "precious.txt", *scene.has):
+            source = self._props / name
+            shutil.copytree(source, root / name) if source.is_dir() else shutil.copyfile(source, root / name)
+        return root
+
+    def end_of(self, name: str) -> dict[str, bytes]:
+        """What an undisturbed run leaves: files below the folder and what is in them."""
+        if name not in self._ends:
+            root = self.set(SCENES[name])
+            outcome = self.server.run(SCENES[name].args, root)
+            assert (outcome.code, outcome.faults()) == (0, []), outcome
+            self._ends[name], self.seconds[name] = files_of(root), outcome.seconds
+            shutil.rmtree(root)
+        return self._ends[name]
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """Files below a folder and what is in them, without the times that stand there; of folders just the names."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        found[name + "/" * path.is_dir()] = b"" if path.is_dir() else _content(path)
+    return found
+
+
+def _content(path: Path) -> bytes:
+    if path.name != "probe.json":
+        return path.read_bytes()
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        return b"torn " + path.read_bytes()
+    for probe in record["probes"].values():
+        probe["seconds"] = 0
+    return json.dumps(record).encode()
+
+
+def differing(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> list[str]:
+    """Names of files that only one of two folders has, or that differ."""
+    return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]

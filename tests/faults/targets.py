@@ -1,0 +1,275 @@
+"""Which files are damaged, which commands then read them, and what must hold of what those say."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from tests.faults.mutants import as_json, mutate_bytes, mutate_file, mutate_header, mutate_lines, mutate_toml
+from tests.faults.scenes import COMPRESS, FACTS, differing
+from tests.faults.warm import Outcome, Warm
+from tests.knowing import facts_file, knowing
+
+RECIPE = """\
+module_map = "structural"
+
+[[steps]]
+prune = 0.3
+method = "l1-unstructured"
+scope = ["attention"]
+layers = "0-1"
+
+[[steps]]
+quantize = "int8"
+scope = ["attention", "feed-forward"]
+exclude = ["query"]
+"""
+GRID = """\
+[axes]
+scope = ["attention"]
+prune = [0, 0.2]
+quantize = ["none", "int8"]
+
+[[cells]]
+name = "first"
+scope = "feed-forward"
+layers = "0-0"
+prune = 0.5
+"""
+ASK = f"-p facts:{FACTS}"
+CONVERT = f"convert MODEL out {COMPRESS}"
+PROBE = f"probe MODEL -o asked {ASK}"
+REPORT = "report answers after -o r.json"
+SWEEP = f"sweep model {ASK} --grid grid.toml"
+# What is run of a checkpoint; MODEL is where it lies.
+CHECKPOINT = ("inspect MODEL --json", f"{CONVERT} --dry-run", CONVERT, "verify out", "compare MODEL small")
+# Files that come to stand in the place of another.
+SWAPS = (
+    "small/config.json", FACTS, "answers/answers.parquet", "small/model.safetensors", "recipe.toml"
+)  # fmt: skip
+RESULTS = ("out", "r.json", "c.json", "asked", "new", "home")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file, how it is damaged beside its bytes, and the commands that are run.
+
+    `read_by` are those that cannot end well where nobody could read the file; `sure` says that no damage may pass.
+    """
+
+    files: tuple[str, ...]
+    mutate: Callable[[bytes, random.Random], bytes]
+    commands: tuple[str, ...]
+    model: str = "model"
+    read_by: tuple[str, ...] = ("convert", "probe", "compare", "report", "sweep")
+    sure: bool = False
+
+    def runs(self) -> list[list[str]]:
+        return [command.replace("MODEL", self.model).split() for command in self.commands]
+
+
+TARGETS = {
+    "config": Target(("model/config.json",), as_json, (*CHECKPOINT, PROBE)),
+    "header": Target(("model/model.safetensors",), mutate_header, CHECKPOINT),
+    "body": Target(("model/model.safetensors",), mutate_bytes, CHECKPOINT),
+    "index": Target(("sharded/model.safetensors.index.json",), as_json, CHECKPOINT, "sharded"),
+    "bin": Target(("binary/pytorch_model.bin",), mutate_bytes, CHECKPOINT, "binary"),
+    "tokenizer": Target(
+        ("model/tokenizer.json", "model/tokenizer_config.json"),
+        as_json,
+        (CONVERT, "verify out", PROBE),
+        read_by=("probe",),
+    ),
+    "manifest": Target(
+        ("small/compressknow.json",),
+        as_json,
+        ("verify small", "inspect small", "compare model small", "convert model out --recipe small", PROBE),
+        "small",
+        read_by=("verify", "convert"),
+    ),
+    "converted": Target(
+        ("small/model.safetensors", "small/config.json", "small/tokenizer.json"),
+        mutate_header,
+        ("verify small",),
+        sure=True,
+    ),
+    "answers": Target(("after/answers.parquet",), mutate_bytes, (REPORT,), sure=True),
+    "record": Target(
+        ("after/probe.json", "answers/probe.json"), as_json, (REPORT, f"{PROBE} --reference answers"), "small"
+    ),
+    "study": Target(
+        (
+            "study/sweep.json",
+            "study/original/*/probe.json",
+            "study/cells/*/probe.json",
+            "study/cells/*/answers.parquet",
+        ),
+        as_json,
+        (f"{SWEEP} -o study",),
+    ),
+    "facts": Target((FACTS,), mutate_lines, (PROBE,)),
+    "recipe": Target(
+        ("recipe.toml",),
+        mutate_toml,
+        ("convert model out --recipe recipe.toml --dry-run", "convert model out --recipe recipe.toml", "verify out"),
+    ),
+    "grid": Target(("grid.toml",), mutate_toml, (f"{SWEEP} -o new",)),
+    "gguf": Target(("llama.gguf",), mutate_bytes, (PROBE, CONVERT), "llama.gguf"),
+}
+
+
+class Bench:
+    """Damages files and has commands read them, each seed in a folder of its own."""
+
+    def __init__(self, folder: Path, server: Warm) -> None:
+        self.folder, self.server = folder, server
+        self.props = folder / "props"
+        (self.props / "home" / "tmp").mkdir(parents=True)
+        self._make_models()
+        lines = facts_file(self.props / "all.jsonl").read_text().splitlines(keepends=True)
+        (self.props / FACTS).write_text("".join(lines[::5]))
+        (self.props / "recipe.toml").write_text(RECIPE)
+        (self.props / "grid.toml").write_text(GRID)
+        for command in (
+            f"convert model small {COMPRESS}",
+            f"probe model -o answers {ASK}",
+            f"probe small -o after {ASK} --reference answers",
+            f"{SWEEP} -o study",
+            REPORT,
+        ):
+            outcome = server.run(command.split(), self.props)
+            assert (outcome.code, outcome.faults()) == (0, []), outcome
+        self._counts = _counts(self.props / "r.json")
+        (self.props / "r.json").unlink()
+
+    def _make_models(self) -> None:
+        from transformers import AutoModelForMaskedLM
+
+        from tests.engine.gguf_files import write_gguf
+
+        model = AutoModelForMaskedLM.from_pretrained(knowing("bert", self.props / "model"))
+        for name, options in {"sharded": {"max_shard_size": "150KB"}, "binary": {}}.items():
+            shutil.copytree(self.props / "model", self.props / name)
+            (self.props / name / "model.safetensors").unlink()
+            model.save_pretrained(self.props / name, **options)
+        state = load_file(self.props / "binary/model.safetensors")
+        (self.props / "binary/model.safetensors").unlink()
+        torch.save(state, self.props / "binary/pytorch_model.bin")
+        write_gguf(knowing("llama", self.folder / "llama"), self.props / "llama.gguf")
+
+    def run(self, kind: str, seed: int) -> list[str]:
+        """Damage a file as this seed says, and run the commands; what was wrong."""
+        target, root = TARGETS[kind], self.folder / f"{kind}-{seed}"
+        shutil.copytree(self.props, root)
+        rng = random.Random(f"{kind} {seed}")
+        file = rng.choice(sorted(path for pattern in target.files for path in root.glob(pattern)))
+        whole = file.read_bytes()
+        how = mutate_file(file, [self.props / name for name in SWAPS], _mutation(target, file), rng)
+        changed = not file.is_file() or file.is_symlink() or file.read_bytes() != whole
+        wrong = self._read(root, target, file) if changed else []
+        shutil.rmtree(root)
+        return [f"{kind} {seed} ({file.relative_to(root)}: {how}): {line}" for line in wrong]
+
+    def _read(self, root: Path, target: Target, file: Path) -> list[str]:
+        """Run the commands on a damaged file; what was wrong with them and with what they left."""
+        wrong, before = [], _regular(root)
+        for args in target.runs():
+            outcome = self.server.run(args, root)
+            said = [*outcome.faults(), *self._result(root, args, outcome, target, file)]
+            wrong += [f"{' '.join(args)}: {line}\n{outcome.out[-300:]}{outcome.err[-1500:]}" for line in said]
+        written = (*RESULTS, *(["study"] if "study" in args else []))
+        changed = [name for name in differing(before, _regular(root)) if name.split("/")[0] not in written]
+        return [*wrong, *(f"{name} was changed or left behind" for name in changed)]
+
+    def _result(self, root: Path, args: list[str], outcome: Outcome, target: Target, file: Path) -> list[str]:
+        """What is wrong with what a command did."""
+        command, out = args[0], root / "out"
+        if outcome.code:
+            if command == "convert" and out.exists():
+                return ["failed, and there is an output"]
+            return ["what was converted does not verify"] if args == ["verify", "out"] and out.exists() else []
+        wrong = ["the damage passed"] if target.sure else []
+        top = file.relative_to(root).parts[0]
+        if command in target.read_by and any(top in word for word in args) and not _can_be_read(file):
+            wrong.append("passed, yet the file cannot be read by others")
+        if command == "report" and _counts(root / "r.json") != self._counts:
+            wrong.append("another report")
+        if args == ["verify", "out"]:
+            wrong += _other_weights(root / target.model, out)
+        return wrong
+
+
+def _mutation(target: Target, file: Path) -> Callable[[bytes, random.Random], bytes]:
+    """How a file is damaged beside its bytes: a target may have files of several kinds."""
+    if file.suffix == ".json":
+        return as_json
+    return mutate_bytes if file.suffix == ".parquet" else target.mutate
+
+
+def _regular(root: Path) -> dict[str, bytes]:
+    """Content of the files of a folder that can be read to an end."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            found[str(path.relative_to(root))] = b"special"
+        elif path.is_file():
+            found[str(path.relative_to(root))] = path.read_bytes()
+    return found
+
+
+def _counts(report: Path) -> object:
+    """The counts that a report rests on."""
+    (compressed,) = json.loads(report.read_text())["compressed"]
+    keys = ("n", "both", "lost", "gained", "neither")
+    return {name: [probe[key] for key in keys] for name, probe in compressed["probes"].items()}
+
+
+def _can_be_read(file: Path) -> bool:
+    """Whether another reader than ours takes the file."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    try:
+        match file.suffix:
+            case ".json":
+                json.loads(file.read_bytes().decode())
+            case ".jsonl":
+                [json.loads(line) for line in file.read_bytes().decode().splitlines() if line.strip()]
+            case ".toml":
+                tomllib.loads(file.read_bytes().decode())
+            case ".safetensors":
+                load_file(file)
+            case ".bin":
+                torch.load(file, weights_only=True)
+    except (ValueError, RecursionError, OSError, SafetensorError, RuntimeError, EOFError, KeyError):
+        return False
+    except Exception:  # torch.load raises whatever its unpickler does
+        return file.suffix != ".bin"
+    return True
+
+
+def _other_weights(source: Path, out: Path) -> list[str]:
+    """Tensors of a conversion that nothing compresses, and that differ from those of its source as others read both."""
+    manifest = json.loads((out / "compressknow.json").read_text())
+    compressed = {row["name"] for row in manifest["tensors"] if row["scheme"] or row["pruned"]}
+    before, after = {}, {}
+    for folder, found in ((source, before), (out, after)):
+        for file in sorted(folder.glob("*.safetensors")):
+            found |= load_file(file)
+        for file in folder.glob("*.bin"):
+            found |= torch.load(file, weights_only=True)
+    wrong = [f"{name} is missing in the output" for name in before if name not in after]
+    for name, tensor in before.items():
+        if name in after and name not in compressed:
+            same = tensor.dtype == after[name].dtype and tensor.shape == after[name].shape
+            if not same or tensor.contiguous().view(torch.uint8).ne(after[name].view(torch.uint8)).any():
+                wrong.append(f"{name} differs in the output")
+    return wrong

@@ -1,0 +1,29 @@
+"""Killed, out of disk space, or told to end, at any change to a file: nothing half-made, nothing lost, and it resumes.
+
+These are samples; `make faults` disturbs every change.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.faults.disturb import WAYS, changes_of, distinct, disturb
+from tests.faults.scenes import SCENES, Stage
+from tests.faults.watching import why_not
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
+# What takes long is disturbed at fewer changes.
+SAMPLES = {"convert": 16, "overwrite": 16, "sweep": 2, "search": 1}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_disturbed_command_loses_nothing_and_ends_as_if_undisturbed_when_run_again(
+    stage: Stage, scene: str, way: str
+) -> None:
+    changes = range(1000) if way == "moment" else distinct(changes_of(stage, scene))
+    chosen = random.Random(f"{scene} {way}").sample(changes, min(SAMPLES.get(scene, 5), len(changes)))
+    wrong = [line for number in sorted(chosen) for line in disturb(stage, scene, way, number)]
+    assert not wrong, "\n".join([*wrong, f"One alone: python -m tests.faults disturb {scene} {way} NUMBER"])
