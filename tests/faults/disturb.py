@@ -52,7 +52,7 @@ def disturb(stage: Stage, scene: str, way: str, number: int) -> list[str]:
     elif different := differing(files_of(root), end):
         wrong.append(f"run again: not as undisturbed: {different}")
     shutil.rmtree(root)
-    return [f"{scene} {way} {number} ({outcome.struck}): {line}" for line in wrong]
+    return [f"{scene} {way} {number} ({outcome.struck}): {line}\n{outcome.err[-1500:]}" for line in wrong]
 
 
 def _how(stage: Stage, scene: str, way: str, number: int) -> dict[str, object]:

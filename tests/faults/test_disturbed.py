@@ -18,12 +18,13 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 SAMPLES = {"convert": 16, "overwrite": 16, "sweep": 2, "search": 1}
 
 
-@pytest.mark.parametrize("way", WAYS)
+# Where a random moment falls depends on the machine.
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "moment"])
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_disturbed_command_loses_nothing_and_ends_as_if_undisturbed_when_run_again(
     stage: Stage, scene: str, way: str
 ) -> None:
-    changes = range(1000) if way == "moment" else distinct(changes_of(stage, scene))
+    changes = distinct(changes_of(stage, scene))
     chosen = random.Random(f"{scene} {way}").sample(changes, min(SAMPLES.get(scene, 5), len(changes)))
     wrong = [line for number in sorted(chosen) for line in disturb(stage, scene, way, number)]
     assert not wrong, "\n".join([*wrong, f"One alone: python -m tests.faults disturb {scene} {way} NUMBER"])
