@@ -1,0 +1,175 @@
+"""Whether this checkout computes what another commit computes: weights, hashes, counts, configs, answers, reports.
+
+For a change that is to change nothing. Both commits convert the same models by the same recipes, and evaluate the same
+facts; what differs is printed.
+
+    python tools/same_results.py BASE [--model FOLDER]... [--facts NUMBER]
+
+The tiny models of the tests, of every architecture that they have, are always compared; `--model` adds real ones, which
+are evaluated on atlas too. Exits with 1 where anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+EVERYWHERE: list[dict[str, Any]] = [
+    {"prune": 0.3, "scope": ["attention", "feed-forward"]},
+    {"prune": 0.3, "scope": ["feed-forward"], "per_layer": True},
+    {"prune": 0.25, "method": "random-unstructured", "scope": ["attention"], "seed": 7},
+    {"prune": 0.25, "method": "ln-structured", "norm": 2, "dim": 1, "scope": ["feed-forward"]},
+    {"prune": 0.25, "method": "random-structured", "scope": ["attention"], "seed": 3},
+]
+LINEAR: list[dict[str, Any]] = [
+    {"quantize": scheme, "scope": ["attention", "feed-forward"]} for scheme in ("int8", "int8-paper", "int8-weights")
+]
+# When and by which version something was made, and sentences: their words may change.
+LEFT_OUT = {"versions", "seconds", "command", "key", "verdict", "warnings", "method"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base", help="the commit to compare with")
+    parser.add_argument("--model", action="append", default=[], type=Path, help="a real checkpoint, evaluated on atlas")
+    parser.add_argument("--facts", type=int, default=100, help="facts of atlas that real checkpoints are evaluated on")
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.run:
+        print(json.dumps(run(given.run, [model.resolve() for model in given.model], given.facts)))
+        return 0
+    with tempfile.TemporaryDirectory() as folder, checkout(given.base) as base:
+        models = make_models(Path(folder) / "models")
+        before = results_of(base, models, given.model, given.facts)
+        after = results_of(ROOT, models, given.model, given.facts)
+    return show(before, after)
+
+
+@contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """The tree of a commit, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), commit], cwd=ROOT, check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
+
+
+def make_models(folder: Path) -> Path:
+    """The tiny models of the tests: `knowing/` have a tokenizer and facts, `tiny/` weights alone."""
+    sys.path.insert(0, str(ROOT))
+    from tests.knowing import facts_file, knowing
+    from tests.models import BUILDERS, save_tiny
+
+    for name in BUILDERS:
+        save_tiny(name, folder / "tiny" / name)
+    for family in ("bert", "t5", "llama"):
+        knowing(family, folder / "knowing" / family)
+    facts_file(folder / "facts.jsonl")
+    return folder
+
+
+def results_of(tree: Path, models: Path, real: list[Path], facts: int) -> dict[str, Any]:
+    """What the code in `tree` makes of the models; this very script runs it."""
+    command = [sys.executable, __file__, "-", "--run", str(models), "--facts", str(facts)]
+    command += [part for model in real for part in ("--model", str(model.resolve()))]
+    environment = os.environ | {"PYTHONPATH": str(tree), "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert Path(results.pop("package")).is_relative_to(tree), "another compressknow was imported"
+    return results
+
+
+def run(models: Path, real: list[Path], facts: int) -> dict[str, Any]:
+    """Every result by a name of its own."""
+    import compressknow
+
+    results: dict[str, Any] = {"package": compressknow.__file__}
+    knowing, tiny = sorted((models / "knowing").iterdir()), sorted((models / "tiny").iterdir())
+    for model in [*tiny, *knowing, *real]:
+        for number, step in enumerate([*EVERYWHERE, *LINEAR]):
+            with tempfile.TemporaryDirectory() as folder:
+                output = Path(folder) / "converted"
+                name = f"{model.name} {number} {step.get('method', step.get('quantize', 'l1'))}"
+                results[name] = converted(model, output, step)
+                if model in tiny or results[name].get("refused") or number not in (0, len(EVERYWHERE)):
+                    continue
+                probes = ["atlas"] if model in real else [f"facts:{models / 'facts.jsonl'}"]
+                results[f"{name}, report"] = reported(model, output, probes, facts, models.parent / "answers")
+    return results
+
+
+def converted(model: Path, output: Path, step: Mapping[str, Any]) -> dict[str, Any]:
+    """Manifest, config and hashes of a conversion; or that it was refused."""
+    import compressknow
+    from compressknow.errors import CompressknowError
+
+    try:
+        manifest = compressknow.convert(model, output, recipe={"steps": [dict(step)]})
+    except CompressknowError as error:
+        return {"refused": error.what}
+    files = {
+        path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and path.name not in ("compressknow.json", "README.md", "config.json")
+    }
+    return {"manifest": manifest, "files": files, "config": json.loads((output / "config.json").read_text())}
+
+
+def reported(model: Path, output: Path, probes: list[str], facts: int, answers: Path) -> dict[str, Any]:
+    """report.json, and every answer."""
+    import compressknow
+    from compressknow.probe.answers import read_answers
+
+    try:
+        from compressknow.probe.choose import Options
+    except ImportError:
+        from compressknow.probe.sources import Options
+    keep_in = answers / hashlib.sha256(f"{compressknow.__file__}{output}".encode()).hexdigest()[:12]
+    page = output.parent / "report.json"
+    compressknow.report(model, output, probes, outputs=[page], options=Options(limit=facts), keep_in=keep_in)
+    folders = sorted(path.parent for path in keep_in.glob("*/probe.json"))
+    told = [repr(answer) for folder in folders for answer in read_answers(folder).answers]
+    return {"report": json.loads(page.read_text()), "answers": told}
+
+
+def show(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
+    """Print what differs, and how much was compared."""
+    wrong = 0
+    for name in sorted(before.keys() | after.keys()):
+        found = list(differences(before.get(name), after.get(name)))
+        wrong += bool(found)
+        for line in found[:5]:
+            print(f"{name}: {line}")
+    refused = sum("refused" in result for result in after.values())
+    print(f"{len(after)} results compared ({refused} of them refusals): {wrong or 'none'} differ.")
+    return 1 if wrong else 0
+
+
+def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
+    """Where two nested values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            if key not in LEFT_OUT:
+                yield from differences(a.get(key), b.get(key), f"{where}.{key}")
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for place, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from differences(x, y, f"{where}[{place}]")
+    elif a != b:
+        yield f"{where}: {str(a)[:80]} -> {str(b)[:80]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
