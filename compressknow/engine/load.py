@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.files import as_text
+from compressknow.model.patterns import refuse_slow_targets
 from compressknow.model.quiet import no_panics, quiet
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def load(
     with quiet(), _as_checkpoint_error(path):
         source = {**_source(path), "trust_remote_code": trust_remote_code, "local_files_only": True}
         config = _config(source)
+        refuse_slow_targets(path.name, getattr(config, "quantization_config", None))
         named, model_class = _classes(config, trust_remote_code, language_model)
         unpack = {"quantization_config": _unpacked_gguf()} if "gguf_file" in source else {}
         model, report = model_class.from_pretrained(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.errors import UsageError
-from compressknow.model.patterns import Pattern
+import compressknow
+from compressknow.errors import CheckpointError, UsageError
+from compressknow.model.patterns import Pattern, refuse_slow_targets
 from tests.hostile.bounded import bounded, refused
 from tests.models import save_tiny
 
@@ -50,3 +51,19 @@ def test_what_is_no_pattern_is_refused(wrong: str) -> None:
 )
 def test_it_matches_as_re_does(pattern: str, name: str, found: bool) -> None:
     assert Pattern("--include", pattern).search(name) is found
+
+
+@pytest.mark.parametrize("pattern", [*EXPONENTIAL, r".*a.*b.*c.*d.*e", "(" * 5])
+def test_a_checkpoint_whose_targets_would_take_for_ever_is_not_loaded(tmp_path: Path, pattern: str) -> None:
+    compressknow.convert(save_tiny("llama", tmp_path / "llama"), tmp_path / "int8", quantize="int8")
+    config = tmp_path / "int8" / "config.json"
+    settings = json.loads(config.read_text())
+    settings["quantization_config"]["ignore"].append(f"re:{pattern}")
+    config.write_text(json.dumps(settings))
+    with bounded(), pytest.raises(CheckpointError, match="by a pattern that may take for ever"):
+        compressknow.load(tmp_path / "int8")
+
+
+@pytest.mark.parametrize("pattern", [r".*lm_head", r"^model\.layers\.(?:0|1|12)\.mlp\.(gate|up)_proj$", r".*vision.*"])
+def test_targets_as_people_write_them_are_no_reason_to_refuse(pattern: str) -> None:
+    refuse_slow_targets("model", {"config_groups": {"group_0": {"targets": [f"re:{pattern}"]}}, "ignore": []})
