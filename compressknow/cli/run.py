@@ -6,6 +6,7 @@ import errno
 import io
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -39,7 +40,7 @@ def if_interrupted(note: str) -> Iterator[None]:
 def run(command: click.Command, args: list[str] | None = None) -> int:
     """Run `command` and return the exit code; whatever goes wrong is one message on stderr."""
     _exit_orderly_on_signals()
-    with fit_streams():
+    with fit_streams(), _no_signal_lost():
         return _run(command, args)
 
 
@@ -127,6 +128,27 @@ def _exit_orderly_on_signals() -> None:
         # A signal that the caller has chosen to ignore (nohup) stays ignored.
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _exit_orderly)
+
+
+@contextmanager
+def _no_signal_lost() -> Iterator[None]:
+    """Python drops, with a traceback, a signal that comes while an object is removed: here it comes once more."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        stop = dropped.exc_value
+        if isinstance(stop, (KeyboardInterrupt, _Stopped)):
+            number = int(str(stop.code)) - 128 if isinstance(stop, _Stopped) else signal.SIGINT
+            # Not at once: it would be dropped in here.
+            threading.Timer(0.01, signal.raise_signal, [number]).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _exit_orderly(number: int, frame: FrameType | None) -> None:  # noqa: ARG001

@@ -144,6 +144,24 @@ def test_an_interrupted_command_says_what_became_of_its_work(
     assert capsys.readouterr().err.strip() == "Interrupted. Nothing was written."
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_comes_while_an_object_is_removed_is_not_lost(
+    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Removed:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    @click.command()
+    def command() -> None:
+        Removed()
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    assert run(command, []) == code
+    assert capsys.readouterr().err.strip() == "Interrupted"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_request_to_end_lets_temporary_folders_be_removed(number: signal.Signals, tmp_path: Path) -> None:
     script = textwrap.dedent("""
