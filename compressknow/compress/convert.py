@@ -22,6 +22,7 @@ from compressknow.compress.prune import Mask, choose
 from compressknow.compress.quantize import quantization_config
 from compressknow.compress.recipe import CARD_NAME, MANIFEST_NAME, Prune, Recipe
 from compressknow.compress.staging import Staging, clean, refuse_output
+from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX
 from compressknow.model.folder import refuse_leading_out
 from compressknow.model.groups import structure_of
@@ -142,12 +143,16 @@ def convert(
 def carried_files(folder: Path) -> Iterator[str]:
     """The small files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code.
 
-    Raises CheckpointError where one of them is a link that leads out of the checkpoint.
+    Raises CheckpointError where one of them is a link that leads nowhere, or out of the checkpoint.
     """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
-        if path.is_file() and not hidden and path.suffix not in WEIGHT_SUFFIXES and str(name) not in REPLACED:
+        if hidden or path.suffix in WEIGHT_SUFFIXES or str(name) in REPLACED:
+            continue
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path} is a link that leads nowhere.", hint="Fetch the checkpoint again.")
+        if path.is_file():
             refuse_leading_out(folder, path)
             yield name.as_posix()
 

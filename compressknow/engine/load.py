@@ -119,6 +119,10 @@ def _checkpoint_path(folder: str | Path) -> Path:
         raise CheckpointError(f"{folder}: no such folder.", hint="Give a checkpoint folder: config.json and weights.")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json.", hint="A checkpoint folder has one beside its weights.")
+    for file in sorted(path.iterdir()):
+        # transformers does without it: text would be split into other tokens.
+        if file.is_symlink() and not file.exists():
+            raise CheckpointError(f"{file} is a link that leads nowhere.", hint="Fetch the checkpoint again.")
     return path
 
 

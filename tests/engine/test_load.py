@@ -23,6 +23,7 @@ from compressknow.compress.recipe import Quantize, Recipe, Where
 from compressknow.engine import int8
 from compressknow.engine.load import load, load_tokenizer
 from compressknow.errors import CheckpointError
+from tests.knowing import knowing
 
 IDS = torch.tensor([[5, 7, 11, 2]])
 
@@ -167,6 +168,16 @@ def test_a_tokenizer_that_panics_is_an_error(tmp_path: Path, capfd: pytest.Captu
     assert "precompiled_charsmap" in str(error.value.why)
     # Rust prints a panic to standard error itself.
     assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["nowhere", "tokenizer_config.json"])
+def test_a_link_that_leads_nowhere_is_no_missing_file(target: str, tmp_path: Path) -> None:
+    folder = knowing("bert", tmp_path / "bert")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").symlink_to(target)
+    for use in (load, load_tokenizer, lambda source: convert(source, tmp_path / "out", Recipe((Quantize("int8"),)))):
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is a link that leads nowhere"):
+            use(folder)
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
