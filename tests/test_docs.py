@@ -272,6 +272,16 @@ def test_workflows_and_forms_are_yaml_with_commands_that_there_are(path: Path) -
                 parse(Shown(name_of(path), shlex.join(words), ""))
 
 
+def test_readme_is_short_and_reads_the_same_on_the_package_index() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 180
+    links = re.findall(r"\]\(([^)]+)\)", readme)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    pictures = re.findall(r"https://raw\.githubusercontent\.com/compressknow/compressknow/main/([^)]+)", readme)
+    assert all((ROOT / picture).is_file() for picture in pictures)
+
+
 def test_citation_names_this_version_and_the_paper() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == compressknow.__version__
