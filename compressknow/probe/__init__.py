@@ -57,7 +57,13 @@ def probe(
     from compressknow.probe.run import Respondent, Settings, probe_model
 
     asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
+    from compressknow.errors import CompressknowError
+
     original = read_answers(Path(reference)) if reference is not None else None
+    if original and "sha256" not in original.record["model"]:
+        raise CompressknowError(
+            f"{reference} does not tell which model gave its answers.", hint="Probe the original again."
+        )
     respondent = Respondent(locate(model, revision), settings or Settings())
     return probe_model(respondent, asked, Path(folder), reference=original, bar=bar)
 

@@ -230,11 +230,20 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
             hint="Probe the model again with this version.",
         )
-    if wrong := misfit(record, RECORD_FORM):
+    if wrong := misfit(record, RECORD_FORM) or _not_finite(record):
         raise CompressknowError(
             f"{folder / RECORD} is damaged: {wrong}.", hint="Probe the model again, into another folder."
         )
     return dict(record)
+
+
+def _not_finite(record: Mapping[str, Any]) -> str | None:
+    """Whether a number of the record is beyond all numbers, as its free keys may hold: no report could be written."""
+    try:
+        json.dumps(record, allow_nan=False)
+    except ValueError:
+        return "it holds a number that is infinite or none"
+    return None
 
 
 def is_answers_folder(folder: Path) -> bool:

@@ -224,3 +224,10 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> No
         write_table(tmp_path / TABLE, [answer(rank="first")])
     assert same(read_table(tmp_path / TABLE), [answer()])
     assert [path.name for path in tmp_path.iterdir()] == [TABLE]
+
+
+def test_a_record_with_a_number_beyond_all_numbers_is_damaged(tmp_path: Path) -> None:
+    record = RECORD_OF | {"versions": {"torch": "2"}, "model": {"name": "m", "source": {"bytes": float("inf")}}}
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    with pytest.raises(CompressknowError, match=r"probe\.json is damaged: it holds a number that is infinite or none"):
+        read_record(tmp_path)
