@@ -22,9 +22,11 @@ print(templates.render("model_card.md.j2", **{values!r}))
 """
 VALUES = {
     **dict.fromkeys(["name", "setup", "version", "architecture", "size_before", "size_after"], "x"),
-    **dict.fromkeys(["zeros_before", "zeros_after", "transformers_code", "load_code", "recipe", "command"], "x"),
+    **dict.fromkeys(
+        ["zeros_before", "zeros_after", "transformers_code", "load_code", "recipe", "command", "runs"], "x"
+    ),
     **dict.fromkeys(["revision", "pruned", "quantized", "generate_needs_load", "vllm"], False),
-    **{"metadata": {"license": "mit"}, "deeds": [], "rows": [], "untied": []},
+    **{"metadata": {"license": "mit"}, "deeds": [], "rows": [], "untied": [], "warnings": []},
 }
 
 
