@@ -36,6 +36,7 @@ def kl_divergence(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
     -------
     float64, shape (...); NaN where an input holds NaN.
 
+    >>> import math
     >>> round(float(kl_divergence([math.log(0.5)], [math.log(0.25)])), 6)  # 0.5 ln 2 + 0.5 ln (2/3)
     0.143841
     """
@@ -50,6 +51,7 @@ def kl_divergence(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
 def rest_of(logp: ArrayLike) -> np.ndarray:
     """The probability that log-probabilities of shape (..., tokens) leave to all other tokens, 0 to 1, shape (...).
 
+    >>> import math
     >>> float(rest_of([math.log(0.5), math.log(0.25)]))
     0.25
     """
