@@ -107,7 +107,7 @@ def facts_bar() -> Iterator[Bar]:
             def update(done: int, total: int, left: float | None = None) -> None:
                 nonlocal announced
                 state.update(done, total, left)
-                if left is not None and not announced:
+                if left is not None and not announced and not stage.again:
                     announced = True
                     if (text := announcement(stage, done, total, left)) is not None:
                         line.say(text)
@@ -132,7 +132,8 @@ class _State:
     def text(self) -> str:
         """The line: which model, which probe, how far, how long still."""
         stage, now = self._stage, time.monotonic()
-        which = f" ({stage.number} of {stage.of})" if stage.of > 1 else ""
+        which = f" ({stage.number} of {stage.of})" if stage.of > 1 and not stage.again else ""
+        which = " again, for the KL over all tokens" if stage.again else which
         name = f"{plain(stage.model, NAME)}{which}, {plain(stage.probe, NAME)}"
         if self._told is None:
             return f"{name}: {duration(now - self._start)} so far"

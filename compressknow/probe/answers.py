@@ -28,6 +28,10 @@ SCHEMA_VERSION = 1
 # are one.
 REFERENCE_TOKENS = 256
 TABLE, RECORD = "answers.parquet", "probe.json"
+# exp underflows a little below this in float32; a token that a model rules out entirely would make KL infinite.
+LOGP_FLOOR = -100.0
+# A column that tables of older versions lack.
+KL = "first_kl"
 # The entry of the record that holds the table's hash; without it (an older version, or a run that was killed between
 # the two files) the table is read as it is.
 HASH = "answers_sha256"
@@ -70,6 +74,8 @@ class Answer:
     choices : the number of possible answers, for chance; None where any text may be given.
     first_ids, first_logp : distribution at the answer's first position: ids of the original model's most likely tokens,
         and their log-probabilities in this model; what is left to 1 is the rest. Empty where there is none (lm-eval).
+    first_kl : KL(original || this model) in nats at that position, over the whole vocabulary; None where the original
+        was not at hand.
     """
 
     probe: str
@@ -89,6 +95,7 @@ class Answer:
     popularity: float | None
     first_ids: tuple[int, ...] | Any = ()
     first_logp: tuple[float, ...] | Any = ()
+    first_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ def schema() -> pa.Schema:
         "popularity": number,
         "first_ids": pa.list_(pa.int32()),
         "first_logp": pa.list_(pa.float32()),
+        "first_kl": number,
     }
     return pa.schema([(field.name, types.get(field.name, text)) for field in fields(Answer)])
 
@@ -151,7 +159,7 @@ def read_table(path: Path) -> list[Answer]:
         check_parquet(path)
         # Not pq.read_table: it imports pandas, where that is installed.
         with pq.ParquetFile(path) as file:
-            table = file.read(columns=schema().names).select(schema().names).cast(schema())
+            table = _with_kl(file.read(columns=schema().names)).select(schema().names).cast(schema())
         _check_columns(table)
         columns = [_column(table, name) for name in schema().names]
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
@@ -161,6 +169,15 @@ def read_table(path: Path) -> list[Answer]:
             hint="An answers folder is written by `compressknow probe`; write it anew.",
         ) from error
     return [Answer(*row) for row in zip(*columns, strict=True)]
+
+
+def _with_kl(table: pa.Table) -> pa.Table:
+    """The table with a column of divergences; those of older versions have none."""
+    import pyarrow as pa
+
+    if KL in table.column_names:
+        return table
+    return table.append_column(KL, pa.nulls(len(table), pa.float64()))
 
 
 def _check_columns(table: pa.Table) -> None:
@@ -177,7 +194,7 @@ def _check_columns(table: pa.Table) -> None:
 
 def _column(table: pa.Table, name: str) -> Iterable[Any]:
     column = table[name]
-    if name.startswith("first_"):
+    if name in ("first_ids", "first_logp"):
         import numpy as np
 
         # Hundreds of numbers a row: as views of one array, not as Python objects. (to_numpy would import pandas.)

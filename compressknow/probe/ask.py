@@ -18,7 +18,7 @@ from compressknow.probe.progress import Pace, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from compressknow.probe.scorer import Question, Scorer
+    from compressknow.probe.scorer import Question, Scorer, Whole
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_SIZE = 128
@@ -90,6 +90,7 @@ def ask(
     reference: Mapping[str, Ids] | None = None,
     done: frozenset[str] = frozenset(),
     known: Mapping[str, Answer] | None = None,
+    whole: Whole | None = None,
     progress: Progress | None = None,
 ) -> Iterator[list[Answer]]:
     """Answers, a batch at a time, of all facts that are not `done`.
@@ -100,6 +101,7 @@ def ask(
     done : ids of facts that are answered. A batch is left out whole or asked whole, so that a batch that is asked
         later is the same one.
     known : fact id -> what this model answered, with the log-probabilities of other tokens: these alone are asked for.
+    whole : is told each batch's distributions over the whole vocabulary; see `compressknow.probe.distributions`.
     """
     left = [batch for batch in questions.batches if not all(question.fact.id in done for question in batch)]
     total = questions.asked
@@ -112,9 +114,9 @@ def ask(
     for batch in left:
         wanted = [reference[question.fact.id] for question in batch] if reference is not None else None
         if known is None:
-            yield questions.scorer.answer(batch, wanted)
+            yield questions.scorer.answer(batch, wanted, whole)
         else:
-            yield questions.scorer.answer_anew(batch, [known[question.fact.id] for question in batch], wanted)
+            yield questions.scorer.answer_anew(batch, [known[question.fact.id] for question in batch], wanted, whole)
         answered += len(batch)
         pace.add(_work(questions.scorer, batch))
         if progress:

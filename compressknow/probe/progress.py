@@ -23,6 +23,7 @@ class Stage:
     ----------
     number, of : which model it is of how many that are asked, from 1.
     facts : of all probes that this model is asked; each of the others is asked the same.
+    again : the original, whose answers are known, once more for its distributions alone.
     """
 
     probe: str
@@ -31,6 +32,7 @@ class Stage:
     device: str = "cpu"
     number: int = 1
     of: int = 1
+    again: bool = False
 
 
 # Told the stage that begins; gives what is told of its progress.

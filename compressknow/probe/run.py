@@ -41,6 +41,8 @@ from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
+    from compressknow.probe.distributions import Distributions
+    from compressknow.probe.scorer import Whole
 
 # Answers are put on disk this often: what a killed run has to ask again.
 SECONDS_BETWEEN_PARTS = 10.0
@@ -142,6 +144,7 @@ def probe_model(
     *,
     reference: Answers | None = None,
     known: Answers | None = None,
+    whole: Distributions | None = None,
     bar: Bar | None = None,
     wait: bool = False,
 ) -> Answers:
@@ -155,6 +158,8 @@ def probe_model(
     folder : an answers folder of this model, or a new one.
     reference : answers of the original: the same tokens are asked for at the answer's first position.
     known : answers of this very model to these probes, with another reference: what it answers is taken from there.
+    whole : the original's distributions over the whole vocabulary: those of `reference` are compared with this model's;
+        without a reference this model is the original, and they are kept.
     bar : gives, for a stage that begins, a context with a callable that is told of its progress.
     wait : wait for another run that uses the folder, rather than raise OutputError.
 
@@ -166,21 +171,42 @@ def probe_model(
     refuse_twins(probes)
     with locked(folder, wait):
         record = _record(folder, respondent)
-        for probe in probes:
+        if whole and reference:
+            left = lacking(respondent, probes, folder, reference, whole)
+            whole.complete([probe for probe in left if not isinstance(probe, Task)], reference, bar)
+        for probe in lacking(respondent, probes, folder, reference, whole):
             key = _key(respondent, probe, reference)
-            if record["probes"].get(probe.name, {}).get("key") != key:
-                stage = Stage(probe.name, respondent.located.name, facts_of(probes), respondent.settings.device)
-                _ask_one(respondent, probe, stage, folder, record, key, reference, known, bar)
+            # What lacks a divergence alone is not asked whole again.
+            given = _answers(folder, record) if record["probes"].get(probe.name, {}).get("key") == key else known
+            stage = Stage(probe.name, respondent.located.name, facts_of(probes), respondent.settings.device)
+            _ask_one(respondent, probe, stage, folder, record, key, reference, given, whole, bar)
         tidy(folder)
         return _read(folder, [probe.name for probe in probes])
 
 
 def is_answered(respondent: Respondent, probe: Probe | Task, folder: Path, reference: Answers | None) -> bool:
     """Whether `folder` holds this model's answers to this probe, so that `probe_model` would ask nothing."""
-    if not is_answers_folder(folder):
-        return False
-    entry = read_record(folder)["probes"].get(probe.name, {})
-    return bool(entry.get("key") == _key(respondent, probe, reference))
+    return not lacking(respondent, [probe], folder, reference)
+
+
+def lacking(
+    respondent: Respondent,
+    probes: Sequence[Probe | Task],
+    folder: Path,
+    reference: Answers | None,
+    whole: Distributions | None = None,
+) -> list[Probe | Task]:
+    """The probes to which `folder` holds no answers of this model; with `whole` and a reference, those too whose
+    answers lack a divergence over the whole vocabulary that can be had.
+    """
+    record = read_record(folder) if is_answers_folder(folder) else {"probes": {}}
+    keys = {name: entry.get("key") for name, entry in record["probes"].items()}
+    missing = {probe.name for probe in probes if keys.get(probe.name) != _key(respondent, probe, reference)}
+    if whole and reference and missing != {probe.name for probe in probes}:
+        bare = {answer.probe for answer in stored(folder) if answer.first_kl is None}
+        possible = (probe for probe in probes if isinstance(probe, Probe) and not whole.of(probe).gave_up)
+        missing |= bare & {probe.name for probe in possible}
+    return [probe for probe in probes if probe.name in missing]
 
 
 def facts_of(probes: Sequence[Probe | Task]) -> int:
@@ -206,6 +232,7 @@ def _ask_one(
     key: str,
     reference: Answers | None,
     known: Answers | None,
+    whole: Distributions | None,
     bar: Bar | None,
 ) -> None:
     """Ask one probe and put its answers and its entry on disk, the answers first."""
@@ -215,7 +242,9 @@ def _ask_one(
         refuse_other_model(reference, respondent.located.name, respondent.loaded)
     with bar(stage) if bar else contextlib.nullcontext() as progress:
         if not isinstance(probe, Task):
-            answers, entry = _ask_facts(respondent, probe, parts_of(folder, key), reference, known, progress)
+            answers, entry = _ask_facts(
+                respondent, probe, parts_of(folder, key), reference, known, _told(whole, probe, reference), progress
+            )
         elif known:
             # lm-eval gives no distribution: there is nothing to ask anew.
             answers, entry = list(known.of(probe.name)), dict(known.record["probes"][probe.name])
@@ -244,6 +273,7 @@ def _ask_facts(
     parts: Path,
     reference: Answers | None,
     known: Answers | None,
+    whole: Whole | None,
     progress: Progress | None,
 ) -> tuple[list[Answer], dict[str, Any]]:
     questions = respondent.questions(probe)
@@ -253,12 +283,20 @@ def _ask_facts(
     ids = first_ids(reference, probe, questions) if reference else None
     done = frozenset(answer.fact_id for answer in answers)
     given = {answer.fact_id: answer for answer in known.of(probe.name)} if known else None
-    for part in _in_parts(ask(questions, reference=ids, done=done, known=given, progress=progress)):
+    for part in _in_parts(ask(questions, reference=ids, done=done, known=given, whole=whole, progress=progress)):
         write_part(parts, part)
         answers += part
     order = {fact.id: number for number, fact in enumerate(probe.facts)}
     answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
     return answers, _entry(probe, answers, questions.dropped)
+
+
+def _told(whole: Distributions | None, probe: Probe, reference: Answers | None) -> Whole | None:
+    """What is done with each batch's distributions: the original's are kept, those of others compared with them."""
+    if whole is None:
+        return None
+    rows = whole.of(probe)
+    return rows.divergence if reference else rows.keep
 
 
 def _entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> dict[str, Any]:
@@ -309,6 +347,10 @@ def _in_parts(batches: Iterator[list[Answer]]) -> Iterator[list[Answer]]:
             part, since = [], time.monotonic()
     if part:
         yield part
+
+
+def _answers(folder: Path, record: Mapping[str, Any]) -> Answers:
+    return Answers(dict(record) | {"probes": dict(record["probes"])}, tuple(stored(folder)))
 
 
 def _read(folder: Path, names: Sequence[str]) -> Answers:

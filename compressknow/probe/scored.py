@@ -59,5 +59,5 @@ def make_answer(
     )
 
 
-def with_distribution(answer: Answer, ids: Any, log_probs: Any) -> Answer:
-    return replace(answer, first_ids=ids, first_logp=log_probs)
+def with_distribution(answer: Answer, ids: Any, log_probs: Any, kl: float | None) -> Answer:
+    return replace(answer, first_ids=ids, first_logp=log_probs, first_kl=kl)

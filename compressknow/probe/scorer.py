@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -24,6 +24,10 @@ from compressknow.probe.settle import Contest, Scores, rank_of, settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Ids of a batch's facts and log-probabilities over the whole vocabulary at the answer's first position, [batch,
+# vocabulary] -> the divergence of each from the original's, or None.
+Whole = Callable[[Sequence[str], torch.Tensor], Sequence[float | None]]
 
 # Rows of one forward pass when candidates are finished: they are short, and the batch is that of many facts.
 ROWS = 512
@@ -140,13 +144,16 @@ class Scorer(ABC):
         question = Question(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
         return self._unfit(question) or question
 
-    def answer(self, batch: Sequence[Question], reference: Sequence[Ids] | None) -> list[Answer]:
+    def answer(
+        self, batch: Sequence[Question], reference: Sequence[Ids] | None, whole: Whole | None = None
+    ) -> list[Answer]:
         """Answers to questions of one shape.
 
         Parameters
         ----------
         reference : for each question the ids at the answer's first position whose log-probabilities are kept; by
             default the most likely ones of this model.
+        whole : is told the whole distributions; gives their divergences from the original's.
         """
         with torch.inference_mode():
             log_probs, state = self._begun(batch)
@@ -155,14 +162,18 @@ class Scorer(ABC):
                 *self._single(batch, log_probs),
                 *self.written(batch, log_probs, state),
             ]
-            return self._with_distributions(batch, found, log_probs, reference)
+            return self._with_distributions(batch, found, log_probs, reference, whole)
 
     def answer_anew(
-        self, batch: Sequence[Question], answers: Sequence[Answer], reference: Sequence[Ids] | None
+        self,
+        batch: Sequence[Question],
+        answers: Sequence[Answer],
+        reference: Sequence[Ids] | None,
+        whole: Whole | None = None,
     ) -> list[Answer]:
         """The answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
         with torch.inference_mode():
-            return self._with_distributions(batch, answers, self._begun(batch)[0], reference)
+            return self._with_distributions(batch, answers, self._begun(batch)[0], reference, whole)
 
     def _begun(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
         """`first`, tried on two questions before any other: a model that cannot read them cannot be asked at all."""
@@ -186,12 +197,14 @@ class Scorer(ABC):
         answers: Sequence[Answer],
         log_probs: torch.Tensor,
         reference: Sequence[Ids] | None,
+        whole: Whole | None,
     ) -> list[Answer]:
         ids = self._reference_ids(log_probs, reference)
         kept = log_probs.gather(1, ids).float().cpu().numpy()
+        divergences = whole([question.fact.id for question in batch], log_probs) if whole else [None] * len(batch)
         found = {answer.fact_id: answer for answer in answers}
         # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
-        rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, strict=True)
+        rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
         return [with_distribution(found[question.fact.id], *distribution) for question, *distribution in rows]
 
     def _unfit(self, question: Question) -> str | None:

@@ -191,7 +191,12 @@ def _same_reference(original: Mapping[str, Any], compressed: Mapping[str, Any]) 
 
 
 def _movement(pairs: Sequence[Pair]) -> Movement | None:
-    """KL over the facts for which both sides hold the same tokens; those with NaN (a model that broke) are left out."""
+    """KL over the whole vocabulary where each fact has it; else over the tokens that both sides hold, for the facts for
+    which these are the same. Those with NaN (a model that broke) are left out.
+    """
+    exact = [after.first_kl for _, after in pairs if after.first_kl is not None]
+    if len(exact) == len(pairs):
+        return _moved(np.array([value for value in exact if math.isfinite(value)]), None)
     by_size: dict[int, list[Pair]] = {}
     for pair in pairs:
         size = len(pair[0].first_ids)
@@ -202,11 +207,16 @@ def _movement(pairs: Sequence[Pair]) -> Movement | None:
     found = found[np.isfinite(found[:, 0])]
     if not len(found):
         return None
-    values = found[:, 0]
-    median, p99 = np.percentile(values, [50, 99])
-    mean, before, after = (math.fsum(column) / len(found) for column in found.T)
+    before, after = (math.fsum(column) / len(found) for column in found[:, 1:].T)
     # A smaller vocabulary is compared token by token: all but one, whose probability follows.
-    rest = (before, after) if max(by_size) >= REFERENCE_TOKENS else None
+    return _moved(found[:, 0], (before, after) if max(by_size) >= REFERENCE_TOKENS else None)
+
+
+def _moved(values: np.ndarray, rest: tuple[float, float] | None) -> Movement | None:
+    if not len(values):
+        return None
+    median, p99 = np.percentile(values, [50, 99])
+    mean = math.fsum(values) / len(values)
     return Movement(len(values), mean, float(median), float(p99), float(values.max()), rest)
 
 

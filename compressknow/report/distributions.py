@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from compressknow.probe.answers import LOGP_FLOOR
+
 # What float32 log-probabilities of 256 tokens leave undecided of the rest's probability: their rounding errors add up
 # to about the entropy times 2^-24. A rest below this is indistinguishable from none.
 REST_FLOOR = 2.0**-21
-# exp underflows a little below this in float32; a token that a model rules out entirely would make KL infinite.
-LOGP_FLOOR = -100.0
 CALIBRATION_BINS = 15
 CALIBRATION_FACTS = 20
 POPULARITY_BINS = 5

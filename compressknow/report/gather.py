@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -74,6 +75,7 @@ def _ask(
 ) -> tuple[Answers, list[Answers]]:
     from compressknow.engine.identity import locate
     from compressknow.probe.choose import DEFAULT, open_all
+    from compressknow.probe.distributions import Distributions
     from compressknow.probe.progress import staged
     from compressknow.probe.run import Respondent, probe_model
     from compressknow.probe.speed import measure
@@ -88,20 +90,24 @@ def _ask(
         None if answers else Respondent(locate(model, of), settings)
         for model, of, answers in zip((original, *compressed), revisions, stored, strict=True)
     ]
+    # What is kept of the original's distributions serves models alone that are evaluated beside it.
+    beside = respondents[0] if any(respondents[1:]) else None
     gathered: list[Answers] = []
     number, of = 0, sum(respondent is not None for respondent in respondents)
-    for answers, respondent in zip(stored, respondents, strict=True):
-        if respondent is None:
-            assert answers is not None
-            gathered.append(_of(answers, names))
-            continue
-        reference = gathered[0] if gathered else None
-        folder = folder_of(keep_in, respondent.sha256, reference)
-        number += 1
-        watched = staged(bar, number=number, of=of)
-        answers = probe_model(respondent, asked, folder, reference=reference, bar=watched, wait=True)
-        respondent.release()
-        gathered.append(_with_speed(answers, measure(respondent.located, respondent.settings)) if timed else answers)
+    with Distributions(beside, keep_in) if beside else contextlib.nullcontext() as whole:
+        for answers, respondent in zip(stored, respondents, strict=True):
+            if respondent is None:
+                assert answers is not None
+                gathered.append(_of(answers, names))
+                continue
+            reference = gathered[0] if gathered else None
+            folder = folder_of(keep_in, respondent.sha256, reference)
+            number += 1
+            watched = staged(bar, number=number, of=of)
+            answers = probe_model(respondent, asked, folder, reference=reference, whole=whole, bar=watched, wait=True)
+            respondent.release()
+            speed = measure(respondent.located, respondent.settings) if timed else None
+            gathered.append(_with_speed(answers, speed) if speed else answers)
     return gathered[0], gathered[1:]
 
 

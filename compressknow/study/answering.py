@@ -15,9 +15,10 @@ from compressknow.engine.load import load_tokenizer
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers
 from compressknow.probe.ask import Questions
+from compressknow.probe.distributions import Distributions
 from compressknow.probe.facts import Probe
 from compressknow.probe.progress import Bar, staged
-from compressknow.probe.run import Respondent, Settings, facts_of, is_answered, probe_model
+from compressknow.probe.run import Respondent, Settings, facts_of, is_answered, lacking, probe_model
 from compressknow.probe.tasks import Task
 from compressknow.study.grid import Cell
 from compressknow.study.respondent import CellRespondent
@@ -27,9 +28,17 @@ if TYPE_CHECKING:
 
 
 class Subject:
-    """The original of a study, found and opened once: it, and every cell, can be asked from here."""
+    """The original of a study, found and opened once: it, and every cell, can be asked from here.
 
-    def __init__(self, model: str | Path, settings: Settings, *, revision: str | None = None) -> None:
+    Parameters
+    ----------
+    keep_in : a folder on the disk that keeps the original's distributions for cells that are evaluated in this process;
+        None where there are none.
+    """
+
+    def __init__(
+        self, model: str | Path, settings: Settings, *, revision: str | None = None, keep_in: Path | None = None
+    ) -> None:
         located = locate(model, revision)
         if located.path.suffix == ".gguf":
             raise CompressknowError(
@@ -38,6 +47,7 @@ class Subject:
             )
         self.original, self._trusted = Respondent(located, settings), settings.trust_remote_code
         self._written: dict[str, Questions] = {}
+        self._whole = Distributions(self.original, keep_in) if keep_in else None
         self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
 
     @cached_property
@@ -53,18 +63,20 @@ class Subject:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._whole:
+            self._whole.close()
         if "maker" in self.__dict__:
             self.maker.__exit__(kind, error, trace)
 
     def ask_original(self, probes: Sequence[Probe | Task], folder: Path, bar: Bar | None = None) -> Answers:
         """The original's answers, kept in `folder`."""
-        return _ask(self.original, probes, folder, None, bar)
+        return _ask(self.original, probes, folder, None, self._whole, bar)
 
     def ask_cell(
         self, cell: Cell, probes: Sequence[Probe | Task], cells: Path, reference: Answers, bar: Bar | None = None
     ) -> Answers:
         """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or asked."""
-        return _ask(self._respondent(cell), probes, cells / self.folder_of(cell), reference, bar)
+        return _ask(self._respondent(cell), probes, cells / self.folder_of(cell), reference, self._whole, bar)
 
     def is_answered(self, cell: Cell, probe: Probe | Task, cells: Path, reference: Answers) -> bool:
         """Whether `ask_cell` would find these answers there."""
@@ -80,13 +92,28 @@ class Subject:
 
 
 def _ask(
-    respondent: Respondent, probes: Sequence[Probe | Task], folder: Path, reference: Answers | None, bar: Bar | None
+    respondent: Respondent,
+    probes: Sequence[Probe | Task],
+    folder: Path,
+    reference: Answers | None,
+    whole: Distributions | None,
+    bar: Bar | None,
 ) -> Answers:
     watched = staged(bar, facts=facts_of(probes))
+    if whole and reference:
+        # Before the first is asked: then the original need not be in memory beside the cell.
+        facts = [probe for probe in probes if isinstance(probe, Probe)]
+        whole.complete(
+            [p for p in facts if lacking(respondent, [p], folder / folder_of(p.name), reference, whole)],
+            reference,
+            watched,
+        )
     try:
         return merged(
             [
-                probe_model(respondent, [probe], folder / folder_of(probe.name), reference=reference, bar=watched)
+                probe_model(
+                    respondent, [probe], folder / folder_of(probe.name), reference=reference, whole=whole, bar=watched
+                )
                 for probe in probes
             ]
         )

@@ -151,7 +151,7 @@ def _run(job: Job, probe: Probe | Task, reference: Answers) -> Files:
 @cache
 def _subject(model: str, settings: Settings, revision: str | None) -> Subject:
     """Opened once a worker."""
-    return Subject(model, settings, revision=revision)
+    return Subject(model, settings, revision=revision, keep_in=Path(tempfile.gettempdir()))
 
 
 def _store(folder: Path, files: Files) -> None:

@@ -93,7 +93,7 @@ def search(
     parts = [parts_of(probe, seed) for probe in asked]
     require_optuna()
     with (
-        Subject(model, settings or Settings(), revision=revision) as subject,
+        Subject(model, settings or Settings(), revision=revision, keep_in=None if ray else folder) as subject,
         claim(folder, subject.original),
         runner(ray, bar) as run,
     ):

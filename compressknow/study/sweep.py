@@ -79,7 +79,9 @@ def sweep(
     refuse_foreign(folder)
     asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
     refuse_twins(asked)
-    with Subject(model, settings or Settings(), revision=revision) as subject:
+    # On a cluster the workers keep what they need.
+    kept = None if ray else folder
+    with Subject(model, settings or Settings(), revision=revision, keep_in=kept) as subject:
         cells = _cells(subject, grid, module_map, scheme)
         with claim(folder, subject.original), runner(ray, bar) as run:
             original = subject.ask_original(asked, folder / ORIGINAL, staged(bar, of=len(cells) + 1))

@@ -41,23 +41,30 @@ def ask_both_ways(
 
     Raises CompressknowError where a model cannot be loaded or asked, or where the two have no vocabulary in common.
     """
+    from compressknow.probe.distributions import Distributions
     from compressknow.probe.progress import staged
     from compressknow.probe.run import probe_model
 
-    def ask(model: Respondent, reference: Answers | None, known: Answers | None = None) -> Answers:
+    def ask(
+        model: Respondent, reference: Answers | None, whole: Distributions | None, known: Answers | None = None
+    ) -> Answers:
         folder = folder_of(keep_in, model.sha256, reference)
         watched = staged(bar, number=1 if model is a else 2, of=2)
-        return probe_model(model, probes, folder, reference=reference, known=known, bar=watched, wait=True)
+        return probe_model(model, probes, folder, reference=reference, known=known, whole=whole, bar=watched, wait=True)
 
-    of_a = ask(a, None)
-    a.release()
     if a.sha256 == b.sha256:
-        return BothWays(of_a, of_a, of_a, of_a)
-    b_like_a = ask(b, of_a)
-    of_b = ask(b, None, known=b_like_a)
-    b.release()
-    a_like_b = ask(a, of_b, known=of_a)
-    a.release()
+        alone = ask(a, None, None)
+        a.release()
+        return BothWays(alone, alone, alone, alone)
+    with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
+        of_a = ask(a, None, whole_a)
+        a.release()
+        b_like_a = ask(b, of_a, whole_a)
+        whole_a.close()
+        of_b = ask(b, None, whole_b, known=b_like_a)
+        b.release()
+        a_like_b = ask(a, of_b, whole_b, known=of_a)
+        a.release()
     return BothWays(of_a, b_like_a, of_b, a_like_b)
 
 

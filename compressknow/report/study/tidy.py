@@ -24,6 +24,7 @@ COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("n", "both", "lost", "gained", "neither"), _COUNT),
     **dict.fromkeys(("accuracy_original", "accuracy_compressed", "drop_absolute", "drop_relative"), _SHARE),
     **dict.fromkeys(("kept", "kept_low", "kept_high", "mcnemar_p", "answer_changed", "kl_mean"), _SHARE),
+    "kl_is_lower_bound": "bool",
     **dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "bytes", "sparse_bytes"), _COUNT),
     **dict.fromkeys(("status", "error"), _TEXT),
 }
@@ -62,6 +63,7 @@ def _row(cell: StudyCell, probe: ProbeFigures) -> dict[str, Any]:
         "mcnemar_p": probe.p,
         "answer_changed": probe.answer_changed,
         "kl_mean": probe.movement.kl_mean if probe.movement else None,
+        "kl_is_lower_bound": probe.movement.is_lower_bound if probe.movement else None,
     }
     return {name: values.get(name) for name in COLUMNS} | {"status": "ok"}
 

@@ -1,0 +1,182 @@
+"""The original's distributions over its whole vocabulary, kept for one run: with them KL divergences are exact.
+
+Answers hold 256 tokens a fact, on which a divergence is a lower bound. All tokens of all facts would fill gigabytes, so
+they are kept on disk as long as the run lasts, in files that have no name: whatever ends the run ends them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressknow.probe.answers import LOGP_FLOOR, Answers
+from compressknow.probe.ask import ask
+from compressknow.probe.facts import Probe
+from compressknow.probe.progress import Bar, Stage
+
+if TYPE_CHECKING:
+    import torch
+
+    from compressknow.probe.run import Respondent
+
+# What must stay free on the disk: the answers are to find room.
+RESERVE = 256 << 20
+# Log-probabilities that are compared at a time: 16 MB as float64, whatever the batch and the vocabulary.
+AT_A_TIME = 1 << 21
+
+
+class Distributions:
+    """The original's log-probabilities of every token at the answer's first position, by probe.
+
+    Parameters
+    ----------
+    original : is evaluated once more, at that position alone, where the run has taken its answers from a folder.
+    folder : on the disk that is to hold them; it need not be there before the first is kept.
+    """
+
+    def __init__(self, original: Respondent, folder: Path) -> None:
+        self._original, self._folder = original, folder
+        self._rows: dict[str, Rows] = {}
+
+    def of(self, probe: Probe) -> Rows:
+        """Those of a probe. By content: a search has two halves of one name."""
+        key = probe.fingerprint()
+        if key not in self._rows:
+            self._rows[key] = Rows(self._folder, len(probe.facts))
+        return self._rows[key]
+
+    def complete(self, probes: Sequence[Probe], answers: Answers, bar: Bar | None) -> None:
+        """Have those of all facts of these probes, as far as the disk has room; `answers` are the original's to them.
+
+        The original is in memory no longer than that.
+        """
+        lacking = [probe for probe in probes if not self.of(probe).holds(a.fact_id for a in answers.of(probe.name))]
+        try:
+            for probe in lacking:
+                if not self.of(probe).gave_up:
+                    self._evaluate(probe, answers, bar)
+        finally:
+            if lacking:
+                self._original.release()
+
+    def _evaluate(self, probe: Probe, answers: Answers, bar: Bar | None) -> None:
+        original, rows = self._original, self.of(probe)
+        stage = Stage(probe.name, original.located.name, len(probe.facts), original.settings.device, again=True)
+        with bar(stage) if bar else contextlib.nullcontext() as progress:
+            known = {answer.fact_id: answer for answer in answers.of(probe.name)}
+            questions = original.questions(probe)
+            for _ in ask(questions, done=rows.facts, known=known, whole=rows.keep, progress=progress):
+                if rows.gave_up:
+                    break
+
+    def close(self) -> None:
+        for rows in self._rows.values():
+            rows.give_up()
+
+    def __enter__(self) -> Distributions:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Rows:
+    """The distributions of one probe's facts: a file of float32, [facts, vocabulary], in the order they came in.
+
+    Read and written, not mapped: a mapped file that outgrows its disk kills the process, and its pages count as its
+    memory.
+    """
+
+    def __init__(self, folder: Path, most: int) -> None:
+        self._folder, self._most = folder, most
+        self._file: Any = None
+        self._places: dict[str, int] = {}
+        self._width = self._written = 0
+        self.gave_up = False
+
+    @property
+    def facts(self) -> frozenset[str]:
+        return frozenset(self._places)
+
+    def holds(self, facts: Iterable[str]) -> bool:
+        return not self.gave_up and all(fact in self._places for fact in facts)
+
+    def keep(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
+        """Keep the original's, [facts, vocabulary]; without room nothing is kept of the probe. No fact has a divergence
+        from itself: gives None for each.
+        """
+        if not self.gave_up:
+            try:
+                self._append(facts, log_probs.float().cpu().contiguous().numpy())
+            except OSError:
+                self.give_up()
+        return [None] * len(facts)
+
+    def divergence(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
+        """KL(original || model) in nats, over the whole vocabulary in float64, of each fact; `log_probs` are the
+        model's, [facts, vocabulary]. None for all where one is not kept, or the vocabulary has another size.
+        """
+        if not self.holds(facts) or log_probs.shape[1] != self._width:
+            return [None] * len(facts)
+        found: list[float | None] = []
+        step = max(1, AT_A_TIME // self._width)
+        try:
+            for start in range(0, len(facts), step):
+                chosen = slice(start, start + step)
+                found += divergence_of(self._read(facts[chosen]), log_probs[chosen].cpu()).tolist()
+        except OSError:
+            self.give_up()
+            return [None] * len(facts)
+        return found
+
+    def give_up(self) -> None:
+        """Free the disk."""
+        self.gave_up, self._places = True, {}
+        if self._file is not None:
+            # What was not written yet for want of room is tried again here.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    def _append(self, facts: Sequence[str], rows: np.ndarray) -> None:
+        if self._file is None:
+            self._width = rows.shape[1]
+            if shutil.disk_usage(self._folder).free < self._most * self._width * 4 + RESERVE:
+                self.give_up()
+                return
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        self._file.seek(self._written * self._width * 4)
+        self._file.write(rows.data)
+        self._file.flush()
+        self._places |= {fact: self._written + row for row, fact in enumerate(facts)}
+        self._written += len(facts)
+
+    def _read(self, facts: Sequence[str]) -> torch.Tensor:
+        import torch
+
+        rows = np.empty((len(facts), self._width), dtype=np.float32)
+        for row, fact in zip(rows, facts, strict=True):
+            self._file.seek(self._places[fact] * self._width * 4)
+            if self._file.readinto(row.data) != row.nbytes:
+                raise OSError("the file is cut short")
+        return torch.from_numpy(rows)
+
+
+def divergence_of(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+    """KL(original || compressed) in nats of log-probabilities over all tokens, [facts, tokens]: float64, [facts].
+
+    As p (q/p - 1 - log q/p), which is the same sum where both add up to 1, but has no negative terms, and takes no harm
+    from the last digits by which float32 does not add up to 1.
+    """
+    before, after = (side.double().clamp(min=LOGP_FLOOR) for side in (original, compressed))
+    change = after - before
+    return (before.exp() * (change.expm1() - change)).clamp(min=0).sum(-1)
