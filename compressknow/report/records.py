@@ -87,7 +87,7 @@ class Movement:
     Attributes
     ----------
     rest : mean probability, before and after, of the tokens that are taken together as one: what moves among them is
-        not seen, so that the divergences are lower bounds. None where all tokens of the vocabulary are compared.
+        not seen, so that the divergences are lower bounds. None where they are over the whole vocabulary.
     """
 
     n: int

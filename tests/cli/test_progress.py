@@ -135,3 +135,11 @@ def test_the_time_left_is_that_of_a_sample_until_a_batch_is_done() -> None:
     assert pace.left == pytest.approx(200, rel=0.05)
     pace.add(1000)
     assert pace.left == 0
+
+
+def test_the_original_that_runs_again_is_told_apart(often: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = watch(monkeypatch, terminal=False)
+    with facts_bar() as bar, bar(Stage("atlas", "smollm2", facts=4021, number=2, of=3, again=True)) as update:
+        update(2010, 4021, 3600.0)
+        until(screen, "smollm2 again, for the KL over all tokens, atlas: 2,010 of 4,021 facts")
+    assert "about" not in screen.getvalue()

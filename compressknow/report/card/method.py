@@ -84,9 +84,10 @@ def _figures() -> Iterator[str]:
         "a table of groups are adjusted by Holm's method."
     )
     yield (
-        "How far answers moved is KL(original || compressed) in nats at the answer's first position, over the "
-        f"original's {REFERENCE_TOKENS} most likely tokens and the rest taken together. What moves within the rest is "
-        "not seen: over the whole vocabulary the divergence is at least that. Calibration error (ECE) uses "
+        "How far answers moved is KL(original || compressed) in nats at the answer's first position, over the whole "
+        'vocabulary. Where it says "at least", it is over the '
+        f"original's {REFERENCE_TOKENS} most likely tokens and the rest taken together, and what moves within the rest "
+        "is not seen: over the whole vocabulary the divergence is at least that. Calibration error (ECE) uses "
         f"{CALIBRATION_BINS} bins of equal width; popularity has up to {POPULARITY_BINS} bins of about equal size."
     )
     scale = ", ".join(f"{name} from {least} %" for name, least in SCALE)

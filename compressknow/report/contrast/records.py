@@ -49,7 +49,7 @@ class Behaviour:
 
     Attributes
     ----------
-    b_against_a : A as the original: what of A's knowledge B keeps, and KL(A || B) over A's most likely tokens.
+    b_against_a : A as the original: what of A's knowledge B keeps, and KL(A || B).
     a_against_b : the other way round.
     answers : facts whose top answer differs; empty where the text of facts is left out.
     """
