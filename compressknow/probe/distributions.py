@@ -129,10 +129,13 @@ class Rows:
             return [None] * len(facts)
         found: list[float | None] = []
         step = max(1, AT_A_TIME // self._width)
+        # Apple's GPUs have no float64.
+        device = "cpu" if log_probs.device.type == "mps" else log_probs.device
         try:
             for start in range(0, len(facts), step):
                 chosen = slice(start, start + step)
-                found += divergence_of(self._read(facts[chosen]), log_probs[chosen].cpu()).tolist()
+                original = self._read(facts[chosen]).to(device)
+                found += divergence_of(original, log_probs[chosen].to(device)).tolist()
         except OSError:
             self.give_up()
             return [None] * len(facts)
