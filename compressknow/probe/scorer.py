@@ -7,14 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
+from compressknow.engine.language_model import embedding_rows
 from compressknow.engine.load import reason_of
-from compressknow.errors import CompressknowError, UnsupportedError
+from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.encoding import Encoder, Ids
 from compressknow.probe.facts import Fact, Probe
@@ -177,6 +178,7 @@ class Scorer(ABC):
 
     def _begun(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
         """`first`, tried on two questions before any other: a model that cannot read them cannot be asked at all."""
+        self._refuse_ids_beyond(batch)
         if not self._tried:
             try:
                 self.first(batch[:2])
@@ -190,6 +192,18 @@ class Scorer(ABC):
                 ) from error
             self._tried = True
         return self.first(batch)
+
+    def _refuse_ids_beyond(self, batch: Sequence[Question]) -> None:
+        """A tokenizer may have few tokens, and yet a number for one that the embedding has no row for."""
+        rows = embedding_rows(self.model)
+        for question in batch:
+            largest = max(chain(question.prompt, question.gold, *question.options), default=0)
+            if largest >= rows:
+                raise CheckpointError(
+                    f"The tokenizer gives token {largest:,}, the model's embedding has {rows:,} rows: no pair.",
+                    f"It stands in the fact {question.fact.id}.",
+                    "Put the tokenizer that the model was trained with beside its weights.",
+                )
 
     def _with_distributions(
         self,

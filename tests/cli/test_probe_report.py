@@ -427,6 +427,18 @@ def test_a_tokenizer_that_panics_on_the_facts_is_one_message(run: Run, place: Pa
     refused(run("probe", "panics", *FACTS, "-o", "answers"), 1, "tokenizer of panics", "chunk size must be non-zero")
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_a_token_beyond_the_embedding_is_one_message(family: str, run: Run, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / family, tmp_path / "beyond")
+    file = tmp_path / "beyond" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    # The last of them: the facts before it are evaluated as ever.
+    vocabulary[max((word for word in vocabulary if word.isalpha()), key=vocabulary.__getitem__)] = 100_000
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    refused(run("probe", "beyond", *FACTS, "-o", "answers"), 1, "gives token 100,000", "no pair")
+
+
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
