@@ -246,6 +246,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
     from compressknow.engine.int8 import layer_of, runs_on
+    from compressknow.engine.steady import steady
     from compressknow.model.direct_reads import direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
@@ -270,6 +271,8 @@ def _unpack(model: Any, device: str | torch.device) -> None:
         for name, child in parent._modules.items():
             if child in layers:
                 parent._modules[name] = layers[child]
+    if layers:
+        steady(model)
     compressor.remove_decompression_hook(model)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from compressknow.engine.int8 import unrounded
+from compressknow.engine.int8 import rounds_activations, unrounded
 from compressknow.engine.language_model import embedding_rows
 from compressknow.probe.answers import Answer
 from compressknow.probe.caching import TRIED, Reading, reading_of, select_rows, splittable
@@ -68,6 +68,7 @@ class Prefix:
 class DecodingScorer(Scorer):
     """Scores what follows a prefix, the cache of the prefix shared by all that may follow."""
 
+    by_weights = ("_rounds",)
     # How the architecture may read; None until it is tried.
     _reading: Reading | None = None
 
@@ -95,12 +96,14 @@ class DecodingScorer(Scorer):
         self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], walking: list[int], scores: Scores, bars: Scores
     ) -> None:
         """`finish` of the rows `walking`, a token a pass, so that a row stops where it falls below its bar; `scores`
-        are changed in place. A few rows go on to their ends in one pass: it reads all weights, whatever it scores.
+        are changed in place. A few rows go on to their ends in one pass: it reads all weights, whatever it scores. Not
+        where activations are rounded: how many rows there are would show in the scores (see `_rounds`).
         """
         cache, places, known = prefix.cache, [rows[row][0] for row in walking], 1
         while walking:
             left = max(len(rows[row][1]) for row in walking) - known
-            width = left if not self.reads_ahead and len(walking) * left <= FEW_TOKENS else 1
+            one_pass = not self.reads_ahead and not self._rounds and len(walking) * left <= FEW_TOKENS
+            width = left if one_pass else 1
             cache = select_rows(cache, torch.tensor(places, device=prefix.ids.device))
             log_probs, cache = self._more(prefix, [rows[row] for row in walking], cache, known, width)
             scores[walking] += log_probs
@@ -164,6 +167,13 @@ class DecodingScorer(Scorer):
     def reads_ahead(self) -> bool:
         """Whether what the model gives at a token depends on what follows, so that each token needs a pass."""
         return self._reading is not None and not self._reading.spans
+
+    @cached_property
+    def _rounds(self) -> bool:
+        """Whether the model makes much of a last bit. Attention over several tokens of a text in one pass adds in
+        another order than over one, so each pass takes one.
+        """
+        return rounds_activations(self.model)
 
     def _kept(self, cache: Any) -> Any:
         return splittable(cache) if self._caches else None

@@ -51,7 +51,7 @@ SECONDS_BETWEEN_PARTS = 10.0
 @dataclass(frozen=True)
 class Settings:
     """How a model is run. Float32 on the CPU by default, where the batch size shows in the last digits
-    alone; with int8 layers in more than these (see `compressknow.engine.int8`).
+    alone, if at all; with ``int8-paper`` in more than these (see `compressknow.engine.int8`).
 
     `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
     those of another: logits differ in their last digits.

@@ -17,6 +17,8 @@ from compressknow.engine import int8
 from compressknow.engine.int8 import Int8Linear
 from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.load import load
+from compressknow.engine.steady import SteadyLinear, steady
+from compressknow.probe.run import Settings
 from tests.knowing import facts_file, knowing
 from tests.models import QUANTIZABLE, logits, save_tiny
 
@@ -95,6 +97,37 @@ def test_facts_are_answered_as_in_plain_transformers(family: str, scheme: Any, t
     assert plain.record["model"]["computed_in"] == "float32"
     assert [answer.predicted for answer in ours.answers] == [answer.predicted for answer in plain.answers]
     assert [a.logp_gold for a in ours.answers] == pytest.approx([a.logp_gold for a in plain.answers], abs=0.05)
+
+
+@pytest.mark.parametrize("scope", ["attention", "blocks"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_batches_of_any_size_give_the_same_bits(family: str, scope: str, tmp_path: Path) -> None:
+    facts, folder = f"facts:{facts_file(tmp_path / 'facts.jsonl')}", tmp_path / "int8"
+    compressknow.convert(knowing(family, tmp_path / "model"), folder, scope=scope, quantize="int8")
+    answers = [
+        compressknow.probe(folder, tmp_path / str(size), [facts], settings=Settings(batch_size=size)).answers
+        for size in (1, 3, 128)
+    ]
+    found = [{a.fact_id: (a.logp_gold, a.top5, a.top5_logp) for a in asked} for asked in answers]
+    assert len(found[0]) > 1
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_float_layer_beside_int8_ones_gives_a_row_the_same_bits_in_any_company() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Sequential(nn.Linear(576, 192)), torch.randn(2, 40, 576)
+    expected = linear(x[0])
+    steady(linear)
+    assert torch.equal(linear(x[:, :40]), torch.stack([linear(row) for row in x]))
+    assert all(torch.equal(linear(x[0, :rows]), linear(x[0])[:rows]) for rows in range(40))
+    torch.testing.assert_close(linear(x[0]), expected)
+    assert linear(x[0, 0]).shape == (192,)
+
+
+def test_models_without_int8_layers_are_left_as_they_are(tmp_path: Path) -> None:
+    compressknow.convert(save_tiny("llama", tmp_path / "in"), tmp_path / "out", quantize="int8-weights")
+    for folder in (tmp_path / "in", tmp_path / "out"):
+        assert not any(isinstance(module, SteadyLinear) for module in load(folder).modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
