@@ -51,17 +51,22 @@ class Pace:
     ----------
     work : tokens to read in all.
     sample, seconds : tokens of a few facts that were asked before, and the time that they took: all that is known until
-        the first batch is done, and counted with it after that.
+        the first batch is done, and counted with it after that. Without them the first batch tells nothing: it prepares
+        much that later ones find done.
     """
 
     def __init__(self, work: int, sample: int = 0, seconds: float = 0) -> None:
         self._left, self._measured = work, sample
+        self._prepared = sample > 0
         self._start = time.monotonic() - seconds
 
     def add(self, work: int) -> None:
         """So much of it is done."""
-        self._measured += work
         self._left -= work
+        if self._prepared:
+            self._measured += work
+        else:
+            self._prepared, self._start = True, time.monotonic()
 
     @property
     def left(self) -> float | None:

@@ -130,7 +130,11 @@ def test_an_announcement_counts_the_models_that_are_still_to_be_asked() -> None:
 
 
 def test_the_time_left_is_that_of_a_sample_until_a_batch_is_done() -> None:
-    assert Pace(1000).left is None
+    unmeasured = Pace(1000)
+    unmeasured.add(10)
+    assert unmeasured.left is None  # the first batch of all prepares what later ones find done
+    unmeasured.add(10)
+    assert unmeasured.left is not None
     pace = Pace(1000, sample=10, seconds=2.0)
     assert pace.left == pytest.approx(200, rel=0.05)
     pace.add(1000)
