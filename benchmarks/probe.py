@@ -37,7 +37,7 @@ from typing import Any
 from convert import resident_mb
 
 from compressknow.errors import CompressknowError
-from compressknow.probe.ask import BATCH_SIZE
+from compressknow.probe.evaluate import BATCH_SIZE
 
 # Ratios of facts a second that compressknow is held to.
 BOUNDS = {"paper": 30, "bear": 5}
@@ -53,7 +53,7 @@ Answers = dict[str, Any]
 
 
 def probe_of(part: str, options: Namespace) -> Any:
-    from compressknow.probe.open import open_probe
+    from compressknow.probe.sources import open_probe
 
     if part in ("paper", "int8"):
         return open_probe("lama:trex", data=options.data, protocol="paper", limit=options.facts)
@@ -96,7 +96,7 @@ def some(facts: Sequence[Any], count: int) -> list[Any]:
 
 def ours(part: str, language: tuple[Any, Any, str], options: Namespace) -> Callable[[int, int], Answers]:
     """Each fact's most likely token, and whether it is right; of BEAR the answer, the object's rank, the best score."""
-    from compressknow.probe.ask import ask, questions_of, scorer_for
+    from compressknow.probe.evaluate import ask, questions_of, scorer_for
 
     probe = probe_of(part, options)
 

@@ -17,7 +17,8 @@ sides must count as many right answers in each; their log-probabilities may diff
 numbers lie elsewhere in memory.
 
 Overhead is the share of the sweep's wall time (the process's start, the original and the pages included) that is not
-spent in `compressknow.probe.ask.ask`: importing, making and loading variants, tokenizing, writing answers, statistics.
+spent in `compressknow.probe.evaluate.ask`: importing, making and loading variants, tokenizing, writing answers,
+statistics.
 """
 
 from __future__ import annotations
@@ -37,11 +38,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compressknow.compress.recipe import Prune, Quantize
+from compressknow.compress.recipe import Prune, Quantize, to_toml
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answer, read_answers
-from compressknow.report.toml import to_toml
-from compressknow.study.answering import folder_of
+from compressknow.study.cells import folder_of
 from compressknow.study.grid import Cell, paper_grid
 
 # Of the others' seconds to ours, and per cent of the sweep's wall time.
@@ -276,7 +276,7 @@ def report_answers(cells: Sequence[Cell], study: Path, theirs: Theirs) -> None:
 
 def missing(options: Namespace) -> str | None:
     """Why nothing can be measured here, or None."""
-    from compressknow.probe.open import open_probe
+    from compressknow.probe.sources import open_probe
 
     if not (options.masked_model / "tokenizer.json").is_file():
         return f"there is no model in {options.masked_model}"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compressknow.compress.recipe import PruneMethod, Recipe, Scheme
     from compressknow.compress.verify import Verification
     from compressknow.model.structure import ModuleMap
-    from compressknow.report.contrast.compare import compare
+    from compressknow.report.diff.compare import compare
     from compressknow.study.search import search
     from compressknow.study.sweep import sweep
 
@@ -34,7 +34,7 @@ __all__ = ["__version__", "compare", "convert", "inspect", "load", "probe", "rep
 
 # Where the public functions are that are imported when they are first named.
 _FUNCTIONS = {
-    "compare": "compressknow.report.contrast.compare",
+    "compare": "compressknow.report.diff.compare",
     "search": "compressknow.study.search",
     "sweep": "compressknow.study.sweep",
 }

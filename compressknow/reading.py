@@ -1,18 +1,14 @@
-"""Reading files of others: regular files alone, of a size that such a file may have, and JSON of a size that fits.
-
-A checkpoint, a facts file or an answers folder may come from anywhere. A pipe in place of config.json would wait for
-ever, a file of gigabytes would fill the memory, and so would a short JSON text of millions of empty lists. Each kind of
-file has a bound here, far above what real ones take.
-"""
+"""Files that others wrote, read within bounds, and records checked for their form."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -133,3 +129,56 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()
+
+
+_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", list: "list", dict: "object"}
+
+
+def misfit(value: Any, form: Any, where: str = "it") -> str | None:
+    """What in a value does not fit a form, and where; None where all does.
+
+    >>> misfit({"n": [1, 2.5]}, {"n": [int], "name?": str})
+    'n[1] is no whole number'
+    """
+    if isinstance(form, tuple):
+        wrong = [misfit(value, each, where) for each in form]
+        return None if None in wrong else _nearest(value, form, wrong)
+    if form is None or isinstance(form, type):
+        return None if _is(value, form) else f"{where} is {_no(form)}"
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return f"{where} is no list"
+        found = (misfit(entry, form[0], f"{where}[{i}]") for i, entry in enumerate(value))
+        return next((wrong for wrong in found if wrong), None)
+    if not isinstance(value, Mapping):
+        return f"{where} is no object"
+    return _misfit_object(value, form, "" if where == "it" else f"{where}.")
+
+
+def _misfit_object(value: Mapping[str, Any], form: Mapping[Any, Any], prefix: str) -> str | None:
+    if str in form:
+        pairs = [(key, form[str]) for key in value]
+    else:
+        if missing := next((key for key in form if not key.endswith("?") and key not in value), None):
+            return f"{prefix}{missing} is missing"
+        pairs = [(name, form[key]) for key in form if (name := key.removesuffix("?")) in value]
+    found = (misfit(value[key], each, f"{prefix}{key}") for key, each in pairs)
+    return next((wrong for wrong in found if wrong), None)
+
+
+def _is(value: Any, form: type | None) -> bool:
+    if form is None or value is None:
+        return value is form
+    if form is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, form) and (form is bool or not isinstance(value, bool))
+
+
+def _no(form: type | None) -> str:
+    return "not null" if form is None else f"no {_NAMES[form]}"
+
+
+def _nearest(value: Any, forms: tuple[Any, ...], wrong: list[str | None]) -> str | None:
+    """The complaint of the form that was probably meant: the first one of the value's kind."""
+    kinds = [isinstance(value, (dict, list)) == isinstance(form, (dict, list)) for form in forms]
+    return wrong[kinds.index(True) if True in kinds else 0]

@@ -90,7 +90,7 @@ def _small_llama(folder: Path) -> None:
 
 
 def _atlas() -> tuple[compressknow.probe.facts.Fact, ...]:
-    from compressknow.probe.builtin import atlas
+    from compressknow.probe.sources.atlas import atlas
 
     return atlas().facts
 

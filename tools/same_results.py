@@ -134,7 +134,7 @@ def reported(model: Path, output: Path, probes: list[str], facts: int, answers: 
     from compressknow.probe.answers import read_answers
 
     try:
-        from compressknow.probe.choose import Options
+        from compressknow.probe.sources import Options
     except ImportError:
         from compressknow.probe.sources import Options
     keep_in = answers / hashlib.sha256(f"{compressknow.__file__}{output}".encode()).hexdigest()[:12]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from compressknow import __version__
-from compressknow.cli.group import LazyGroup
-from compressknow.cli.run import run
+from compressknow.cli.run import LazyGroup, run
 
 COMMANDS = {
     "inspect": ("compressknow.cli.inspect:inspect", "Show a checkpoint's Linear layers by group and scope."),

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.compare_page import compare_page
-from compressknow.cli.probe_options import EPILOG, probe_options, split_options
+from compressknow.cli.options import EPILOG, Share, probe_options, split_options
 from compressknow.cli.progress import bytes_bar, facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
-from compressknow.cli.values import Share
+from compressknow.report.diff.tables import (
+    Part,
+    figures_table,
+    groups,
+    layers,
+    part_row,
+    probes_of,
+    settings_table,
+    structure_table,
+    worst,
+)
+from compressknow.report.diff.verdict import names_of
+from compressknow.report.format import plain, size, smaller
 
 if TYPE_CHECKING:
-    from compressknow.report.contrast.records import Contrast
+    from compressknow.diff.records import Difference
+    from compressknow.report.diff.records import Behaviour, Checkpoint, Contrast
+    from compressknow.report.tables import Table
 
 
 @click.command(short_help="Show how two checkpoints differ.", epilog=EPILOG)
@@ -75,8 +89,8 @@ def compare(
     compressknow compare MODEL CONVERTED -p atlas --fail-under 0.95
     """
     from compressknow.report.card.make import check_gate, gate
-    from compressknow.report.contrast.as_json import contrast_json
-    from compressknow.report.contrast.compare import compare as contrast_of
+    from compressknow.report.diff.as_json import contrast_json
+    from compressknow.report.diff.compare import compare as contrast_of
 
     if fail_under is not None and not probes:
         raise click.UsageError("--fail-under judges knowledge: name what to ask with -p PROBE.")
@@ -107,3 +121,91 @@ def _lines(contrast: Contrast, outputs: tuple[Path, ...]) -> Iterator[str]:
     yield from compare_page(contrast)
     if outputs:
         yield f"\nWritten: {', '.join(map(str, outputs))}"
+
+
+WIDTH = 80
+WIDTHS = (13, 14, 9, 9, 8, 10, 9, 8)
+HEADS = ("", "Weights", "Zeros A", "Zeros B", "Error", "Cosine", "SNR", "Largest")
+WORST = 5
+SHOWN = 8
+
+
+def compare_page(contrast: Contrast) -> Iterator[str]:
+    """Lines: the verdict, sizes, weights by group, the layers that differ most, structure, settings, knowledge."""
+    yield from textwrap.wrap(contrast.verdict, WIDTH)
+    yield ""
+    yield from _sizes(contrast.a, contrast.b)
+    if contrast.difference:
+        yield from _weights(contrast.difference)
+        yield from _listed(structure_table(contrast.difference))
+        yield from _listed(settings_table(contrast.difference, contrast.files))
+    if contrast.behaviour:
+        yield from _knowledge(contrast.behaviour)
+    for warning in contrast.warnings:
+        yield ""
+        yield from textwrap.wrap(f"! {warning}", WIDTH, subsequent_indent="  ")
+
+
+def _sizes(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+    names = names_of(a, b)
+    for letter, side, name in zip("AB", (a, b), names, strict=True):
+        what = f"{plain(side.dtype, 16)}, {size(side.bytes)}"
+        setup = f", {plain(side.setup, 20)}" if side.setup else ""
+        yield f"{letter}: {name if name != letter else plain(side.name, 30)} ({what}{setup})"[:WIDTH]
+    yield f"B is {smaller(a.bytes, b.bytes).replace('the same size', 'of the same size')}"
+
+
+def _weights(difference: Difference) -> Iterator[str]:
+    if not difference.tensors:
+        return
+    yield ""
+    yield _row(("Group", *HEADS[1:]))
+    yield "-" * WIDTH
+    for part in groups(difference):
+        yield _row(part_row(part))
+    yield "-" * WIDTH
+    yield _row(part_row(Part("all", difference.tensors)))
+    yield from _worst(worst(layers(difference), WORST))
+
+
+def _worst(parts: Iterable[Part]) -> Iterator[str]:
+    rows = [_row(part_row(part)) for part in parts]
+    if rows:
+        yield ""
+        yield "Layers with the largest error"
+        yield from rows
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    """Cells in their columns: the first to the left, the others to the right; a unit that is in the head goes."""
+    first, *others = (cell.removesuffix(" dB") for cell in cells)
+    columns = zip(others, WIDTHS[1:], strict=True)
+    return f"{first:<{WIDTHS[0]}}" + "".join(f"{cell:>{width}}" for cell, width in columns)
+
+
+def _listed(table: Table | None) -> Iterator[str]:
+    """A table's caption and rows, a paragraph a row."""
+    if table is None:
+        return
+    yield ""
+    yield table.caption
+    for row in table.rows[:SHOWN]:
+        yield from textwrap.wrap("  " + _told(row), WIDTH, subsequent_indent="    ")
+    if len(table.rows) > SHOWN:
+        yield f"  and {len(table.rows) - SHOWN} more: see -o compare.html or --json"
+
+
+def _told(row: tuple[str, ...]) -> str:
+    if len(row) == 3:
+        return f"{row[0]}: {row[1]} -> {row[2]}".replace(" - ->", " none ->")
+    what, number, a, b, which = row
+    return f"{number} {what}: {a} -> {b} ({which})"
+
+
+def _knowledge(behaviour: Behaviour) -> Iterator[str]:
+    for both in probes_of(behaviour):
+        table = figures_table((both,))
+        yield ""
+        yield table.columns[1]
+        for name, figure in table.rows:
+            yield f"  {name:<40}{figure:>36}"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 import compressknow
-from compressknow.cli.manifest_table import manifest_page
+from compressknow.cli.options import OneOf, Share
 from compressknow.cli.progress import bytes_bar
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import show, show_json
-from compressknow.cli.values import OneOf, Share
 from compressknow.compress.recipe import PRUNE_METHODS, RECIPE_OPTIONS, SCHEMES
 from compressknow.model.scopes import DEFAULT_SCOPES
+from compressknow.report.format import count, percent, size
+from compressknow.report.model_card.render import growth, where_it_runs
 
 
 @click.command(short_help="Prune and quantize a checkpoint into a new folder.")
@@ -94,3 +97,39 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
         show_json(manifest)
     else:
         show("\n".join(manifest_page(manifest, model, output, dry_run=dry_run)))
+
+
+COLUMNS = f"{'Group':<14}{'Parameters':>15}{'Pruned':>15}{'Zeros':>9}{'Int8':>8}{'Before':>10}{'After':>9}"
+
+
+def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:
+    """Lines that say what was done, or with `dry_run` would be done, by group."""
+    yield f"{manifest['setup']}: {model} -> {output}"
+    yield ""
+    yield COLUMNS
+    yield "-" * len(COLUMNS)
+    for name, counts in manifest["groups"].items():
+        yield _row(name, counts)
+    yield "-" * len(COLUMNS)
+    yield _row("total", manifest["totals"])
+    for tie in manifest["untied"]:
+        shared = f"{tie['name']} no longer shares its weight with {tie['tied_to']}"
+        yield "\n" + fill(f"{shared}: {size(tie['bytes'])} more.")
+    for warning in growth(manifest):
+        yield "\n" + fill(f"Warning: {warning}")
+    yield "\n" + fill(where_it_runs(manifest))
+    if dry_run:
+        yield "\nDry run: nothing was written."
+
+
+def fill(text: str) -> str:
+    return textwrap.fill(text, len(COLUMNS), break_long_words=False, break_on_hyphens=False)
+
+
+def _row(name: str, counts: Mapping[str, Any]) -> str:
+    parameters, pruned, zeros = counts["parameters"], counts["pruned"], counts.get("zeros_after")
+    return (
+        f"{name:<14}{count(parameters):>15}{'?' if pruned is None else count(pruned):>15}"
+        f"{'?' if zeros is None else percent(zeros, parameters):>9}{percent(counts['quantized'], parameters):>8}"
+        f"{size(counts['bytes_before']):>10}{size(counts['bytes_after']):>9}"
+    )

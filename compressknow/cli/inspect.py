@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from compressknow.cli.options import OneOf
 from compressknow.cli.terminal import show, show_json
-from compressknow.cli.values import OneOf
 
 LISTED = 8
 WIDTH = 80

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.probe_options import EPILOG, probe_options, split_options
+from compressknow.cli.options import EPILOG, probe_options, split_options
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
-from compressknow.report.figures import count, percent, share
-from compressknow.report.text import plain
+from compressknow.report.format import count, percent, plain, share
 
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers

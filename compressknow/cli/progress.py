@@ -9,9 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from compressknow.probe.progress import Bar, Progress, Stage
-from compressknow.report.figures import count, size
-from compressknow.report.text import plain
+from compressknow.quiet import Bar, Progress, Stage
+from compressknow.report.format import count, plain, size
 
 # Work that ends sooner shows no line.
 DELAY_SECONDS = 1.0

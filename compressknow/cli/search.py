@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.probe_options import EPILOG, probe_options, ray_options, split_options, split_ray
+from compressknow.cli.options import EPILOG, OneOf, Share, probe_options, ray_options, split_options, split_ray
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json_text
-from compressknow.cli.values import OneOf, Share
 from compressknow.errors import GateNotMet
-from compressknow.report.figures import count, estimate, size
-from compressknow.report.text import plain
+from compressknow.report.format import count, estimate, plain, size
 
 if TYPE_CHECKING:
     from compressknow.report.search.records import Tried

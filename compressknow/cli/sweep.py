@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.probe_options import EPILOG, probe_options, ray_options, split_options, split_ray
+from compressknow.cli.options import EPILOG, OneOf, probe_options, ray_options, split_options, split_ray
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json_text
-from compressknow.cli.values import OneOf
-from compressknow.report.figures import count, estimate, percent
-from compressknow.report.text import plain
+from compressknow.report.format import count, estimate, percent, plain
 
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers
     from compressknow.report.study.records import Study
-    from compressknow.study.results import CellResult
+    from compressknow.study.folder import CellResult
 
 WIDTH = 80
 COLUMNS = f"{'Setup':<34}{'Kept (95 % interval)':<28}{'Right':>8}{'Sparse':>10}"
@@ -127,8 +125,8 @@ class _Lines:
 
 
 def _line(result: CellResult, original: Answers) -> Iterator[str]:
-    from compressknow.report.figures import size
-    from compressknow.report.statistics import proportion
+    from compressknow.report.format import size
+    from compressknow.stats.intervals import proportion
 
     name = plain(result.cell.recipe.setup, 33)
     if result.answers is None:

@@ -11,7 +11,7 @@ import click
 from compressknow.cli.progress import bytes_bar
 from compressknow.cli.terminal import show, show_json
 from compressknow.errors import CompressknowError
-from compressknow.report.figures import count, size
+from compressknow.report.format import count, size
 
 WIDTH = 80
 
@@ -27,7 +27,7 @@ def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool)
     Files that are not in the manifest are named, and so is an edited manifest. The exit code is 1 where anything
     differs. The model card, README.md, may be edited and is not compared.
     """
-    from compressknow.compress.staging import refuse_unconverted
+    from compressknow.model.manifest import refuse_unconverted
 
     # Said before torch is imported, which takes a second.
     refuse_unconverted(folder)

@@ -17,8 +17,7 @@ import torch
 
 from compressknow.compress.pool import Pool
 from compressknow.errors import CheckpointError
-from compressknow.model.streaming import OpenFiles
-from compressknow.model.tensors import DTYPE_SIZES, StoredTensor, byte_view
+from compressknow.model.tensors import DTYPE_SIZES, OpenFiles, StoredTensor, byte_view
 
 BLOCK_ELEMENTS = 1 << 18
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -13,21 +13,20 @@ from typing import TYPE_CHECKING, Any
 from compressknow.compress.blocks import Reader
 from compressknow.compress.layout import lay_out
 from compressknow.compress.manifest import build_manifest, dry_run, serialize
-from compressknow.compress.manifest_file import sealed
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
-from compressknow.compress.proof import planned_headers, prove, prove_written
 from compressknow.compress.prune import Mask, choose
 from compressknow.compress.quantize import quantization_config
-from compressknow.compress.recipe import CARD_NAME, MANIFEST_NAME, Prune, Recipe
+from compressknow.compress.recipe import Prune, Recipe
+from compressknow.compress.runtimes import planned_headers, prove, prove_written
 from compressknow.compress.staging import Staging, clean, refuse_output
 from compressknow.errors import CheckpointError
-from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX
-from compressknow.model.folder import refuse_leading_out
+from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, refuse_leading_out
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
-from compressknow.model.streaming import OpenFiles
+from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, sealed
+from compressknow.model.tensors import OpenFiles
 from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from compressknow.compress.manifest_file import COUNTS, SCHEMA
 from compressknow.compress.plan import NOT_LINEAR, Plan, PlannedTensor
 from compressknow.compress.process import Measured
-from compressknow.compress.recipe import MANIFEST_NAME
 from compressknow.compress.runtimes import runtimes
+from compressknow.model.manifest import COUNTS, MANIFEST_NAME, SCHEMA
 from compressknow.model.structure import GROUPS
 
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from compressknow.errors import UsageError, did_you_mean
+from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.model.scopes import DEFAULT_SCOPES, check_patterns, check_scope_names, layer_ranges
 from compressknow.model.structure import ModuleMap
 from compressknow.reading import MANIFEST, read_json, read_toml
+
+
+def to_toml(recipe: dict[str, Any]) -> str:
+    """The recipe as TOML; keys that hold nothing are left out.
+
+    >>> print(to_toml({"module_map": "paper", "steps": [{"prune": 0.2, "scope": ["attention"], "include": []}]}))
+    module_map = "paper"
+    <BLANKLINE>
+    [[steps]]
+    prune = 0.2
+    scope = ["attention"]
+    """
+    settings = {key: value for key, value in recipe.items() if key != "steps"}
+    steps = [line for step in recipe["steps"] for line in ["", "[[steps]]", *_lines(step)]]
+    return "\n".join(_lines(settings) + steps).strip()
+
+
+def _lines(table: dict[str, Any]) -> list[str]:
+    return [f"{key} = {_value(value)}" for key, value in table.items() if value is not None and value != []]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    # Numbers, booleans and texts are written as in JSON, but that TOML wants DEL escaped too.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
 
 PruneMethod = Literal["l1-unstructured", "ln-structured", "random-unstructured", "random-structured"]
 Scheme = Literal["int8", "int8-paper", "int8-weights"]
 PRUNE_METHODS: tuple[PruneMethod, ...] = get_args(PruneMethod)
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-MANIFEST_NAME, CARD_NAME = "compressknow.json", "README.md"
 # Options of `convert`, in Python and on the command line, that a recipe says instead.
 RECIPE_OPTIONS = (
     *("scope", "include", "exclude", "layers", "prune", "prune_method", "per_layer", "norm", "dim", "seed"),

@@ -16,8 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from compressknow.compress.recipe import MANIFEST_NAME
-from compressknow.errors import CheckpointError, OutputError
+from compressknow.errors import OutputError
 from compressknow.files import (
     cannot_write,
     dead,
@@ -28,6 +27,7 @@ from compressknow.files import (
     sync_folder,
     uninterrupted,
 )
+from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.reading import open_regular
 
 COPY_BYTES = 1 << 20
@@ -180,16 +180,6 @@ def refuse_output(output: Path, *, overwrite: bool, source: Path | None) -> None
         raise OutputError(
             f"{output} was not written by compressknow (it has no {MANIFEST_NAME}): not overwritten.",
             hint="Remove it yourself, or choose another OUTPUT.",
-        )
-
-
-def refuse_unconverted(folder: Path) -> None:
-    """Raise CheckpointError where a folder has no manifest."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder.", hint="Give one that `compressknow convert` wrote.")
-    if not (folder / MANIFEST_NAME).is_file():
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST_NAME}.", hint="verify takes a folder that `compressknow convert` wrote."
         )
 
 

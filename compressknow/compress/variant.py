@@ -19,9 +19,8 @@ from compressknow.compress.process import Measured, TensorWriter, Work
 from compressknow.compress.recipe import Recipe
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
-from compressknow.model.streaming import OpenFiles
 from compressknow.model.structure import ModuleMap, Structure
-from compressknow.model.tensors import byte_view
+from compressknow.model.tensors import OpenFiles, byte_view
 
 _DTYPES = {
     **TORCH_DTYPES,

@@ -13,16 +13,13 @@ import numpy as np
 from compressknow.compress.blocks import raw_keys
 from compressknow.compress.layout import METADATA
 from compressknow.compress.manifest import counts_of
-from compressknow.compress.manifest_file import SEAL, read_manifest, seal_of
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import COPY_BYTES, hash_file
-from compressknow.compress.recipe import CARD_NAME, MANIFEST_NAME
 from compressknow.errors import CheckpointError, VerificationError
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
-from compressknow.model.progress import counted
-from compressknow.model.safetensors_header import read_header, read_metadata
-from compressknow.model.streaming import OpenFiles
-from compressknow.model.tensors import StoredTensor
+from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, SEAL, read_manifest, seal_of
+from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_metadata
+from compressknow.quiet import counted
 from compressknow.reading import INDEX
 
 SHOWN = 20

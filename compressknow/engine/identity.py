@@ -201,7 +201,7 @@ def _manifest_facts(path: Path) -> dict[str, Any]:
     """Of a converted checkpoint, what its manifest says; nothing where there is none."""
     if not path.is_file():
         return {}
-    from compressknow.compress.manifest_file import read_manifest
+    from compressknow.model.manifest import read_manifest
 
     return _facts_of(read_manifest(path.parent))
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.files import as_text
-from compressknow.model.patterns import refuse_slow_targets
-from compressknow.model.quiet import no_panics, quiet
+from compressknow.model.scopes import refuse_slow_targets
+from compressknow.quiet import no_panics, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -245,8 +245,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     floats module by module, as `ModelCompressor.decompress_model` does. That one also puts the model under its own
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
-    from compressknow.engine.int8 import layer_of, runs_on
-    from compressknow.engine.steady import steady
+    from compressknow.engine.int8 import layer_of, runs_on, steady
     from compressknow.model.direct_reads import direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)

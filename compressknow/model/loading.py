@@ -18,8 +18,8 @@ import torch
 from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
 from compressknow.model.meta import meta_model
-from compressknow.model.quiet import quiet
 from compressknow.model.torch_bin import DTYPE_NAMES
+from compressknow.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.streaming import OpenFiles
-from compressknow.model.tensors import StoredTensor
+from compressknow.model.tensors import OpenFiles, StoredTensor
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers
-    from compressknow.probe.choose import Options
-    from compressknow.probe.progress import Bar
     from compressknow.probe.run import Settings
+    from compressknow.probe.sources import Options
+    from compressknow.quiet import Bar
 
 
 def probe(
@@ -39,7 +39,7 @@ def probe(
     probes : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
     reference : answers folder of the original model: its most likely tokens are asked for, so that the distance of the
         two distributions can be told.
-    options : where data lies, protocol, sample; see `compressknow.probe.choose.Options`.
+    options : where data lies, protocol, sample; see `compressknow.probe.sources.Options`.
     settings : device, dtype, batch size; see `compressknow.probe.run.Settings`.
 
     Returns
@@ -53,8 +53,8 @@ def probe(
     """
     from compressknow.engine.identity import locate
     from compressknow.probe.answers import read_answers
-    from compressknow.probe.choose import DEFAULT, Options, open_all
     from compressknow.probe.run import Respondent, Settings, probe_model
+    from compressknow.probe.sources import DEFAULT, Options, open_all
 
     asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
     from compressknow.errors import CompressknowError

@@ -1,27 +1,25 @@
-"""Answers: what one model said to the facts of some probes, in memory and on disk.
-
-An answers folder holds ``answers.parquet``, one row a fact, and ``probe.json``: which model, which protocols, what was
-dropped and why. This module needs neither torch nor transformers.
-"""
+"""Answers and their record, on disk: one row per fact in answers.parquet, probe.json beside it."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.errors import CompressknowError
-from compressknow.files import write_whole, written
-from compressknow.forms import misfit
-from compressknow.probe.parquet_bounds import check_parquet
+from compressknow.errors import CompressknowError, OutputError
+from compressknow.files import LOCK, own_folder, write_whole, written
 from compressknow.reading import RECORD as RECORD_BYTES
-from compressknow.reading import read_json, sha256_of
+from compressknow.reading import NotReadable, check_regular, misfit, read_json, sha256_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
+
 
 SCHEMA_VERSION = 1
 # The distribution at the answer's first position is kept for this many of the original's most likely tokens; all others
@@ -271,3 +269,107 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write ``probe.json``; it appears under its name only when it is whole."""
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / RECORD, text.encode("utf-8", "backslashreplace"))
+
+
+PARTS = ".parts"
+# Beside these, what a killed run leaves: files that were being written.
+_UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[None]:
+    """The folder, made where it is missing, for this run alone; an error leaves none behind that holds nothing.
+
+    Raises OutputError where it is a file, holds something else, or is in use and `wait` is False.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
+    if _foreign(folder):
+        raise OutputError(
+            f"{folder} exists already, and is no answers folder.", hint="Choose a new folder for the answers."
+        )
+    with own_folder(folder, wait=wait):
+        yield
+
+
+def tidy(folder: Path) -> None:
+    """Remove what is of no use once all is answered: the parts."""
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+
+
+def stored(folder: Path) -> list[Answer]:
+    """All answers that the folder holds."""
+    return read_table(folder / TABLE) if (folder / TABLE).is_file() else []
+
+
+def parts_of(folder: Path, key: str) -> Path:
+    """Where the answers to one probe are kept until all of them are there."""
+    return folder / PARTS / key[:16]
+
+
+def write_part(parts: Path, answers: Sequence[Answer]) -> None:
+    parts.mkdir(parents=True, exist_ok=True)
+    write_table(parts / f"{len(list(parts.glob('*.parquet'))):05}.parquet", answers)
+
+
+def stored_parts(parts: Path) -> list[Answer]:
+    return [answer for path in sorted(parts.glob("*.parquet")) for answer in read_table(path)]
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether a folder holds anything beside answers or what a run that was cut short leaves."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return False
+    ours = {LOCK, PARTS, TABLE} if LOCK in names else {PARTS}
+    return RECORD not in names and any(name not in ours and not name.startswith(_UNFINISHED) for name in names)
+
+
+# Beyond these, a file may hold so many values, and bytes of text and numbers, for each of its own bytes.
+MOST_VALUES, MOST_BYTES, EXPANSION = 64_000_000, 512 << 20, 8
+_ROWS, _ROWS_OF_LISTS = 65_536, 64
+
+
+def check_parquet(path: Path) -> None:
+    """Raise NotReadable where a Parquet file would take far more memory than it has bytes; pyarrow's errors where it is
+    none."""
+    import pyarrow.parquet as pq
+
+    check_regular(path)
+    size = path.stat().st_size
+    with pq.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        texts = sorted({chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"})
+    if sum(chunk.num_values for chunk in chunks) > MOST_VALUES + size:
+        raise NotReadable(f"it holds more than {MOST_VALUES:,} values in {size:,} bytes")
+    if sum(chunk.total_uncompressed_size for chunk in chunks) > MOST_BYTES + EXPANSION * size:
+        raise NotReadable(f"it would unpack from {size:,} bytes to more than {MOST_BYTES:,}")
+    # As dictionaries, in which a text that is repeated is held once; pyarrow reads those in lists plainly alone.
+    with pq.ParquetFile(path, read_dictionary=[text for text in texts if "." not in text]) as file:
+        if _text_bytes(file, texts, most := MOST_BYTES + EXPANSION * size) > most:
+            raise NotReadable(f"its texts would unpack from {size:,} bytes to more than {MOST_BYTES:,}")
+
+
+def _text_bytes(file: pq.ParquetFile, texts: list[str], most: int) -> int:
+    """Bytes of all texts, each counted as often as it stands; no more is counted once there are too many."""
+    found = 0
+    for text in texts:
+        for batch in file.iter_batches(batch_size=_ROWS_OF_LISTS if "." in text else _ROWS, columns=[text]):
+            found += _bytes_of(batch.column(0))
+            if found > most:
+                return found
+    return found
+
+
+def _bytes_of(column: Any) -> int:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = column.flatten()
+    if not pa.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    lengths = pc.binary_length(column.dictionary).cast(pa.int64())
+    return int(pc.sum(lengths.take(column.indices)).as_py() or 0)

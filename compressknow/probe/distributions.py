@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressknow.probe.answers import LOGP_FLOOR, Answers
-from compressknow.probe.ask import ask
+from compressknow.probe.evaluate import ask
 from compressknow.probe.facts import Probe
-from compressknow.probe.progress import Bar, Stage
+from compressknow.quiet import Bar, Stage
 
 if TYPE_CHECKING:
     import torch

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow import __version__
-from compressknow.engine.device import AUTO, CPU, check_device, device_of
 from compressknow.engine.identity import Located, describe, fingerprint
+from compressknow.engine.language_model import AUTO, CPU, check_device, device_of
 from compressknow.engine.load import reason_of
 from compressknow.errors import CheckpointError, OutputError, UsageError
-from compressknow.model.quiet import PanicError, no_panics
 from compressknow.probe.answers import (
     HASH,
     RECORD,
@@ -27,22 +26,35 @@ from compressknow.probe.answers import (
     Answers,
     check_table,
     is_answers_folder,
+    locked,
+    parts_of,
     read_record,
+    stored,
+    stored_parts,
+    tidy,
+    write_part,
     write_record,
     write_table,
 )
-from compressknow.probe.ask import BATCH_SIZE, Questions, ask, questions_of, scorer_for
+from compressknow.probe.evaluate import (
+    BATCH_SIZE,
+    Questions,
+    ask,
+    first_ids,
+    questions_of,
+    refuse_other_model,
+    refuse_other_questions,
+    scorer_for,
+)
 from compressknow.probe.facts import Probe, chance, majority
-from compressknow.probe.folder import locked, parts_of, stored, stored_parts, tidy, write_part
-from compressknow.probe.progress import Bar, Progress, Stage
-from compressknow.probe.reference import first_ids, refuse_other_model, refuse_other_questions
-from compressknow.probe.tasks import Task, run_task
+from compressknow.probe.sources.tasks import Task, run_task
+from compressknow.quiet import Bar, PanicError, Progress, Stage, no_panics
 from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
     from compressknow.probe.distributions import Distributions
-    from compressknow.probe.scorer import Whole
+    from compressknow.probe.scoring.scorer import Whole
 
 # Answers are put on disk this often: what a killed run has to ask again.
 SECONDS_BETWEEN_PARTS = 10.0

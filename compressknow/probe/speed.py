@@ -46,8 +46,8 @@ def measure(located: Located, settings: Settings) -> dict[str, Any]:
 def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
     import torch
 
-    from compressknow.probe.ask import ask, questions_of, scorer_for
-    from compressknow.probe.builtin import atlas
+    from compressknow.probe.evaluate import ask, questions_of, scorer_for
+    from compressknow.probe.sources.atlas import atlas
 
     _import_libraries(path)
     libraries = _peak()

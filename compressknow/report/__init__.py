@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressknow.probe.choose import Options
-    from compressknow.probe.progress import Bar
     from compressknow.probe.run import Settings
+    from compressknow.probe.sources import Options
+    from compressknow.quiet import Bar
     from compressknow.report.records import Card
 
 
@@ -63,13 +63,13 @@ def report(
     compressknow.errors.CompressknowError : a model cannot be found, loaded or asked; two that cannot be compared;
         an output that cannot be written.
     """
-    from compressknow.probe.choose import Options
+    from compressknow.probe.gather import default_answers_folder, gather
     from compressknow.probe.run import Settings
+    from compressknow.probe.sources import Options
     from compressknow.report.card.make import make_card
     from compressknow.report.card.pages import write_reports
-    from compressknow.report.gather import default_answers_folder, gather
     from compressknow.report.model_card.report_section import check_model_cards, write_into_model_cards
-    from compressknow.report.write import check_outputs
+    from compressknow.report.pages import check_outputs
 
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
     files = [Path(path) for path in outputs]

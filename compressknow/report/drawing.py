@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from compressknow.report.figures import number, share
-from compressknow.report.records import Estimate
+from compressknow.report.format import number, plain, share
 from compressknow.report.svg import COLOURS, inline
-from compressknow.report.text import plain
+from compressknow.stats.records import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

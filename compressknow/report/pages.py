@@ -1,4 +1,4 @@
-"""What the pages of all rooms share: HTML that asks nothing of any server, and Markdown."""
+"""Pages: templates, escaping, HTML that asks nothing of any server, Markdown, and where they may be written."""
 
 from __future__ import annotations
 
@@ -6,11 +6,123 @@ import base64
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-from compressknow.report.templates import render, source
+from compressknow.errors import OutputError, UsageError
+from compressknow.files import interrupted, refuse_broken_links
+from compressknow.report.format import RIGHT_TO_LEFT, count, plain_lines
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+# Installed, the templates lie inside the package; in a checkout, at the top of the repository.
+_FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
+
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
+_LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in the template of that file name; a name that the template wants and does not get is an error."""
+    return _environment().get_template(template).render(**values)
+
+
+def source(name: str) -> str:
+    """The text of a file beside the templates, as it is."""
+    path = next(folder / name for folder in _FOLDERS if (folder / name).is_file())
+    return path.read_text(encoding="utf-8")
+
+
+def escape_markdown(text: object) -> str:
+    r"""One line of Markdown that shows `text` as it is: no link, image, HTML, emphasis or table cell comes of it.
+
+    >>> print(escape_markdown("[x](http://y) <b>"))
+    \[x\](http&#58;//y) &lt;b&gt;
+    """
+    escaped = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = _MARKDOWN_SPECIAL.sub(r"\\\1", escaped)
+    escaped = _LIST_NUMBER.sub(r"\1\\\2", escaped)
+    # A bare address would become a link.
+    return re.sub(r"(?i)(https?|ftp)://|www\.", _without_autolink, escaped)
+
+
+def code_span(text: object) -> str:
+    """`text` as a Markdown code span, whatever backticks are in it; fit for a table cell too.
+
+    >>> code_span("a`b")
+    '``a`b``'
+    """
+    line = _one_line(text).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def code_block(text: str, language: str = "") -> str:
+    """`text` as a fenced Markdown block that nothing in it can close."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{plain_lines(text.rstrip())}\n{fence}"
+
+
+def front_matter(metadata: dict[str, Any]) -> str:
+    """`metadata` as YAML front matter, fences included."""
+    return f"---\n{yaml_text(metadata)}---"
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """`values` as YAML; where one holds what would not be seen, all that is no ASCII is escaped."""
+
+    def dumped(unicode: bool) -> str:
+        # Without a width, PyYAML folds long values over lines; some readers of front matter go line by line.
+        text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=unicode, width=float("inf"))
+        return text
+
+    text = dumped(unicode=True)
+    return text if text == plain_lines(text) else dumped(unicode=False)
+
+
+def isolated(sentence: str) -> Markup:
+    """A sentence of the tool as HTML, in which names that run from right to left do not turn their surroundings round.
+
+    >>> print(isolated("<\u05d0\u05d1> 5 %"))
+    &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5 %
+    """
+    return Markup(RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(sentence))))
+
+
+def markdown_sentence(sentence: str) -> str:
+    """The same in Markdown, by the isolating marks of Unicode."""
+    return RIGHT_TO_LEFT.sub("\u2068\\g<0>\u2069", escape_markdown(sentence))
+
+
+def _one_line(text: object) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def _without_autolink(match: re.Match[str]) -> str:
+    return match.group().replace(":", "&#58;").replace("www.", "www&#46;").replace("WWW.", "WWW&#46;")
+
+
+@cache
+def _environment() -> Environment:
+    # HTML escapes whatever it is given; in Markdown each value goes through a filter of its own.
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDERS),
+        undefined=StrictUndefined,
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(md=escape_markdown, code=code_span, block=code_block, front_matter=front_matter)
+    environment.filters.update(isolated=isolated, sentence=markdown_sentence, cell=markdown_sentence, count=count)
+    return environment
 
 
 def html_page(template: str, *, styles: Sequence[str] = ("style.css",), **values: Any) -> str:
@@ -47,3 +159,27 @@ def _policy(style: str, script: str) -> str:
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+FORMATS = (".html", ".md", ".json")
+
+
+def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Raise, before any work is done, where an output could not be written: format unknown, file there already.
+
+    A file that an interrupted run put there without the others is no reason.
+    """
+    unfinished = interrupted(outputs)
+    for path in outputs:
+        if path.suffix.lower() not in FORMATS:
+            raise UsageError(
+                f"{path}: the name of a report ends in .html, .md or .json.",
+                hint="Give -o several times for several formats.",
+            )
+        refuse_broken_links(path)
+        if path.is_dir() or (path.exists() and not overwrite and path not in unfinished):
+            raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise UsageError("Two reports have one name.", hint="Give each -o a name of its own.")

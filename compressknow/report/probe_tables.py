@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from compressknow.report.figures import NONE, at_least, count, estimate, number, p_value, percent, points, share
-from compressknow.report.records import Estimate, Group, Movement, ProbeFigures
+from compressknow.report.format import NONE, at_least, count, estimate, number, p_value, percent, plain, points, share
 from compressknow.report.tables import Table
-from compressknow.report.text import plain
+from compressknow.stats.records import Estimate, Group, Movement, ProbeFigures
 
 _GROUP_COLUMNS = ("Facts", "Known before", "Lost", "Gained", "Kept", "Answer changed", "p (Holm)")
 _AVERAGES = {"micro": "share of all facts", "macro": "mean over relations"}

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from compressknow.errors import CompressknowError, OutputError
-from compressknow.probe.answers import Answers
+from compressknow.files import write_whole
+from compressknow.probe.answers import RECORD, TABLE, Answers
 from compressknow.probe.facts import Probe
-from compressknow.probe.progress import Bar, staged
-from compressknow.probe.tasks import Task
-from compressknow.study.answering import Subject
+from compressknow.probe.run import Settings
+from compressknow.probe.sources.tasks import Task
+from compressknow.quiet import Bar, staged
+from compressknow.study.cells import Subject, folder_of
+from compressknow.study.folder import CellResult
 from compressknow.study.grid import Cell
-from compressknow.study.results import CellResult
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,6 @@ def runner(ray: RayOptions | None, bar: Bar | None) -> Iterator[Run]:
             for number, cell in enumerate(batch.cells, start=2)
         )
         return
-    from compressknow.study.cluster import connected
 
     with connected(ray) as run:
         yield run
@@ -87,3 +94,144 @@ def reason(error: BaseException) -> str:
     if isinstance(error, CompressknowError):
         return str(error)
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+LOST_WORKERS = 4
+SECONDS_TO_ANSWER = 10.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell, as a worker gets it."""
+
+    model: str
+    revision: str | None
+    sha256: str
+    cell: Cell
+    settings: Settings
+    threads: int
+
+
+Files = dict[str, bytes]
+
+
+@contextmanager
+def connected(where: RayOptions) -> Iterator[Run]:
+    """What runs batches on a cluster. Raises CompressknowError where Ray is missing or no cluster answers."""
+    ray = _connect(where)
+    try:
+        yield partial(_results, ray, where)
+    finally:
+        ray.shutdown()
+
+
+def _results(ray: Any, where: RayOptions, batch: Batch) -> Generator[CellResult]:
+    original = batch.original
+    shared = {probe.name: (ray.put(probe), ray.put(_only(original, probe.name))) for probe in batch.probes}
+    run = ray.remote(num_cpus=where.num_cpus, num_gpus=where.num_gpus, max_retries=LOST_WORKERS)(_run)
+    pending: dict[Any, tuple[Cell, str]] = {}
+    for cell in batch.cells:
+        for probe in batch.probes:
+            if not batch.subject.is_answered(cell, probe, batch.folder, original):
+                pending[run.remote(_job(batch.subject, cell, where), *shared[probe.name])] = (cell, probe.name)
+    yield from _collect(ray, batch, pending)
+
+
+def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Generator[CellResult]:
+    """A cell's result once all of its probes are answered."""
+    failed: dict[Cell, str] = {}
+    left = Counter(cell for cell, _ in pending.values())
+    done = [cell for cell in batch.cells if not left[cell]]
+    while done or pending:
+        for cell in done:
+            yield _result(batch, cell, failed.get(cell))
+        done = []
+        if pending:
+            (ready, *_), _ = ray.wait(list(pending), num_returns=1)
+            cell, probe = pending.pop(ready)
+            try:
+                _store(batch.folder / batch.subject.folder_of(cell) / folder_of(probe), ray.get(ready))
+            except Exception as error:
+                failed.setdefault(cell, reason(getattr(error, "cause", None) or error))
+            left[cell] -= 1
+            done = [] if left[cell] else [cell]
+
+
+def _result(batch: Batch, cell: Cell, failed: str | None) -> CellResult:
+    if failed is not None:
+        return CellResult(cell, why=failed)
+    return CellResult(cell, batch.subject.ask_cell(cell, batch.probes, batch.folder, batch.original))
+
+
+def _connect(where: RayOptions) -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise CompressknowError("Ray is not installed.", hint="pip install 'compressknow[ray]'") from None
+    try:
+        _knock(where.address)
+        if where.address == "local":
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        else:
+            ray.init(address=where.address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise _no_cluster(where, error) from error
+    return ray
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+
+
+def _no_cluster(where: RayOptions, error: Exception) -> CompressknowError:
+    return CompressknowError(
+        f"No Ray cluster answers at {where.address}.",
+        why=reason(error),
+        hint="Start one (ray start --head) and give its address, or leave out --ray.",
+    )
+
+
+def _job(subject: Subject, cell: Cell, where: RayOptions) -> Job:
+    located = subject.original.located
+    # A hub id is downloaded by the worker; a folder must be on storage that it shares.
+    model = located.name if located.revision else str(located.path.resolve())
+    threads = max(1, round(where.num_cpus))
+    original = subject.original
+    return Job(model, located.revision, original.sha256, cell, original.settings, threads)
+
+
+def _run(job: Job, probe: Probe | Task, reference: Answers) -> Files:
+    """In a worker: the files of the answers folder."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    subject = _subject(job.model, job.settings, job.revision)
+    if subject.original.sha256 != job.sha256:
+        raise CompressknowError(f"{job.model} is another model on this worker.", hint="Share one storage with all.")
+    with tempfile.TemporaryDirectory() as folder:
+        subject.ask_cell(job.cell, [probe], Path(folder), reference)
+        answers = Path(folder) / subject.folder_of(job.cell) / folder_of(probe.name)
+        return {name: (answers / name).read_bytes() for name in (TABLE, RECORD)}
+
+
+@cache
+def _subject(model: str, settings: Settings, revision: str | None) -> Subject:
+    """Opened once a worker."""
+    return Subject(model, settings, revision=revision, keep_in=Path(tempfile.gettempdir()))
+
+
+def _store(folder: Path, files: Files) -> None:
+    """The answers first: without its record a folder counts as not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # An old record would not be of the new answers.
+    (folder / RECORD).unlink(missing_ok=True)
+    for name in (TABLE, RECORD):
+        write_whole(folder / name, files[name])
+
+
+def _only(answers: Answers, probe: str) -> Answers:
+    entry = {probe: answers.record["probes"][probe]}
+    return Answers(dict(answers.record) | {"probes": entry}, tuple(answers.of(probe)))

@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.compress.recipe import MANIFEST_NAME, Quantize, Recipe
+from compressknow.compress.recipe import Quantize, Recipe
 from compressknow.compress.staging import discard
+from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.probe.answers import Answers
-from compressknow.probe.choose import DEFAULT, Options, open_all
-from compressknow.probe.progress import Bar
 from compressknow.probe.run import Settings, refuse_twins
+from compressknow.probe.sources import DEFAULT, Options, open_all
+from compressknow.quiet import Bar
 from compressknow.report.card.make import compare, make_card, model_facts
 from compressknow.report.search.records import Search, Tried
-from compressknow.study.answering import Subject
+from compressknow.study.cells import Subject
 from compressknow.study.folder import claim, refuse_foreign
 from compressknow.study.grid import Cell
-from compressknow.study.halves import Asked, parts_of
-from compressknow.study.judge import Aim, cheapness, confirm, level, may_meet, meets, promising
-from compressknow.study.optimiser import TOGETHER, optimize, require_optuna
 from compressknow.study.running import RayOptions, runner
-from compressknow.study.space import Space, cell_of, references
+from compressknow.study.selection import Aim, cheapness, confirm, level, may_meet, meets, promising
+from compressknow.study.space import TOGETHER, Space, cell_of, optimize, references, require_optuna
+from compressknow.study.split import Asked, parts_of
 
 if TYPE_CHECKING:
     from compressknow.compress.recipe import Scheme
@@ -84,7 +84,7 @@ def search(
     compressknow.errors.CompressknowError : the model or a probe cannot be found or asked, Optuna is missing, or
         `output` holds something else.
     """
-    from compressknow.report.search.pages import write_search
+    from compressknow.report.search.view import write_search
 
     aim, folder = Aim(keep, minimize), Path(output)
     refuse_foreign(folder)
@@ -206,10 +206,10 @@ def _write_winner(
 ) -> None:
     """The converted winner, its recipe, and its report card over the held-out facts."""
     from compressknow.compress.convert import convert
+    from compressknow.compress.recipe import to_toml
     from compressknow.files import write_whole
     from compressknow.report.card.pages import write_reports
     from compressknow.report.model_card.render import model_card_for
-    from compressknow.report.toml import to_toml
 
     recipe = Recipe.from_dict(dict(winner.recipe))
     replaces = _is_earlier_winner(folder / WINNER)

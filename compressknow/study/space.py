@@ -1,17 +1,23 @@
-"""What a search chooses from: an amount for attention and for feed-forward, spread over the layers by how much each
-bears, and an int8 scheme for one scope or all.
-"""
+"""The recipes that a search may choose, and the optimizer that chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme, Step, Where, recipe_of
+from compressknow.errors import CompressknowError
 from compressknow.model.scopes import scope_names
 from compressknow.model.structure import ModuleMap, Structure
+from compressknow.probe.answers import Answers
+from compressknow.report.search.records import Tried
 from compressknow.study.grid import Cell, key_of
+
+if TYPE_CHECKING:
+    import optuna
+
 
 PRUNED = ("attention", "feed-forward")
 MODULES = (*PRUNED, "overall")
@@ -141,3 +147,80 @@ def _bands(structure: Structure, scope: str) -> Iterator[Band]:
     for band in range(number):
         part = layers[band * len(layers) // number : (band + 1) * len(layers) // number]
         yield Band(scope, f"{part[0]}-{part[-1]}")
+
+
+# Each cell's answers, as they come.
+Ask = Callable[[Sequence[Cell]], Iterable[tuple[Cell, Answers]]]
+# Trials that a cluster is given at once.
+TOGETHER = 8
+
+
+def require_optuna() -> None:
+    """Raise CompressknowError where it is not installed."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise CompressknowError("Optuna is not installed.", hint="pip install 'compressknow[search]'") from None
+
+
+def optimize(
+    ask: Ask,
+    minimize: str,
+    keep: float,
+    space: Space,
+    trials: int,
+    together: int,
+    seed: int,
+    original: int,
+    note: Callable[[Cell, Answers, str], Tried],
+) -> None:
+    """Let Optuna choose recipes, `together` at a time, and tell it what came of them.
+
+    Its state is kept nowhere: from one seed and the same results it makes the same choices. So a search that was
+    stopped makes them again, finds the answers to the first of them on disk, and ends as if it had not been stopped.
+    """
+    study = _study(seed, space)
+    for start in range(0, trials, together):
+        asked = [study.ask() for _ in range(min(together, trials - start))]
+        recipes = [(trial, space.recipe(_choice(trial, space))) for trial in asked]
+        cells = {recipe: cell_of(recipe) for _, recipe in recipes if recipe is not None}
+        found = {cell.recipe: note(cell, answers, "search") for cell, answers in ask(list(cells.values()))}
+        for trial, recipe in recipes:
+            if recipe is None:
+                _tell(study, trial, original, keep - 1.0)
+            else:
+                kept = found[recipe].kept
+                # Less than a byte or a weight: of two of one size the one that keeps more is the better.
+                lost = 1 - (kept.value or 0.0)
+                _tell(study, trial, found[recipe].sizes[minimize] + lost, keep - (kept.low or 0.0))
+
+
+def _study(seed: int, space: Space) -> optuna.Study:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    for choice in space.beginnings():
+        study.enqueue_trial(_parameters(choice))
+    return study
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, size: float, missing: float) -> None:
+    """`missing` is what it lacks of the share to be kept: a trial will do where that is not positive."""
+    trial.set_constraint("missing", missing)
+    study.tell(trial, size)
+
+
+def _choice(trial: optuna.Trial, space: Space) -> Choice:
+    for scope in space.scopes:
+        trial.suggest_int(scope, 0, MOST, step=STEP)
+    trial.suggest_categorical("tilt", TILTS)
+    trial.suggest_categorical("scheme", (NONE, *space.schemes))
+    trial.suggest_categorical("quantized", (NONE, *space.quantized))
+    chosen = trial.params
+    amounts = tuple((scope, chosen[scope]) for scope in space.scopes)
+    return Choice(amounts, chosen["tilt"], chosen["scheme"], chosen["quantized"])
+
+
+def _parameters(choice: Choice) -> dict[str, Any]:
+    return dict(choice.amounts) | {"tilt": choice.tilt, "scheme": choice.scheme, "quantized": choice.quantized}

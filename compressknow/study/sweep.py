@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
-from compressknow.probe.choose import DEFAULT, Options, open_all
-from compressknow.probe.progress import Bar, staged
 from compressknow.probe.run import Settings, refuse_twins
+from compressknow.probe.sources import DEFAULT, Options, open_all
+from compressknow.quiet import Bar, staged
 from compressknow.report.study.records import Study
-from compressknow.study.answering import Subject
-from compressknow.study.folder import CELLS, MODELS, ORIGINAL, claim, refuse_foreign
+from compressknow.study.cells import Subject
+from compressknow.study.folder import CELLS, MODELS, ORIGINAL, CellResult, claim, refuse_foreign, study_of
 from compressknow.study.grid import PAPER_SCHEME, Cell, paper_grid, read_grid
-from compressknow.study.results import CellResult, study_of
 from compressknow.study.running import Batch, RayOptions, runner
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def sweep(
     compressknow.errors.CompressknowError : the model or a probe cannot be found or asked, the grid makes no sense, the
         cluster does not answer, or `output` holds something else.
     """
-    from compressknow.report.study.write import write_study
+    from compressknow.report.study.pages import write_study
 
     folder = Path(output)
     refuse_foreign(folder)

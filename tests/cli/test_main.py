@@ -16,8 +16,7 @@ import pytest
 
 from compressknow import __version__
 from compressknow.cli import COMMANDS, cli, main
-from compressknow.cli.group import LazyGroup
-from compressknow.cli.run import if_interrupted, run
+from compressknow.cli.run import LazyGroup, if_interrupted, run
 from compressknow.errors import CompressknowError, GateNotMet, UsageError
 
 ROOT = Path(__file__).parent.parent.parent

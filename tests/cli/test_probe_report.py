@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from compressknow.cli import main
 from compressknow.probe.answers import RECORD
-from compressknow.probe.own_facts import own_facts
+from compressknow.probe.sources.own_facts import own_facts
 from tests.knowing import facts_file, knowing
 
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]

@@ -10,7 +10,7 @@ import pytest
 
 from compressknow.cli import progress
 from compressknow.cli.progress import announcement, bytes_bar, facts_bar
-from compressknow.probe.progress import Pace, Stage, staged
+from compressknow.quiet import Pace, Stage, staged
 
 STAGE = Stage("atlas", "smollm2-att-int8", facts=4021, number=2, of=3)
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compressknow
-from compressknow.compress.difference import difference
-from compressknow.compress.difference_records import Difference, Sums, TensorDifference, summed
+from compressknow.diff.checkpoints import difference
+from compressknow.diff.records import Difference, Sums, TensorDifference, summed
 from compressknow.engine.identity import describe, locate
 from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.model.checkpoint import open_checkpoint

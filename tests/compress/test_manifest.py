@@ -16,8 +16,7 @@ from transformers import LlamaForCausalLM
 
 import compressknow
 from compressknow.cli import main
-from compressknow.compress.recipe import read_recipe
-from compressknow.report.toml import to_toml
+from compressknow.compress.recipe import read_recipe, to_toml
 from tests.models import logits, save_tiny, tiny
 
 COUNTS = ("parameters", "in_scope", "pruned", "zeros_before", "zeros_after", "quantized", "bytes_before", "bytes_after")

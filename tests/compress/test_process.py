@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressknow.compress.convert import convert
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Step, Where
-from compressknow.model.safetensors_header import read_header
+from compressknow.model.tensors import read_header
 from tests.models import save_tiny
 
 PRUNES = {

@@ -22,8 +22,7 @@ from compressknow.compress.prune import Weights, choose, tensor_seed
 from compressknow.compress.recipe import Prune, Recipe, Where
 from compressknow.engine.load import load
 from compressknow.errors import CheckpointError
-from compressknow.model.safetensors_header import read_header
-from compressknow.model.streaming import OpenFiles
+from compressknow.model.tensors import OpenFiles, read_header
 from tests.models import save_tiny
 
 STEPS = {

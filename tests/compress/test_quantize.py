@@ -31,8 +31,7 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import OutputFiles, Work
 from compressknow.compress.quantize import dequantize, quantization_config, quantize, scale_shape, scales_of
 from compressknow.compress.recipe import SCHEMES, Prune, Quantize, Recipe, Scheme, Where
-from compressknow.model.safetensors_header import read_header
-from compressknow.model.streaming import OpenFiles
+from compressknow.model.tensors import OpenFiles, read_header
 from tests.models import logits, save_tiny, tiny
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -211,7 +211,7 @@ def test_folders_above_the_output_are_made_and_a_failing_run_takes_its_own_away(
 
 
 def put_nan(file: Path, name: str) -> None:
-    from compressknow.model.safetensors_header import read_header
+    from compressknow.model.tensors import read_header
 
     tensor: StoredTensor = read_header(file)[name]
     with file.open("r+b") as weights:

@@ -20,8 +20,7 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.prune import Weights, choose
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Step
 from compressknow.errors import CheckpointError
-from compressknow.model.streaming import OpenFiles
-from compressknow.model.tensors import StoredTensor, byte_view
+from compressknow.model.tensors import OpenFiles, StoredTensor, byte_view
 from tests.models import save_tiny
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import compressknow
 from compressknow.cli import main
 from compressknow.errors import CheckpointError, CompressknowError, VerificationError
-from compressknow.model.safetensors_header import read_header
+from compressknow.model.tensors import read_header
 from tests.models import save_tiny
 
 WEIGHT = "bert.encoder.layer.0.attention.self.query.weight"

@@ -18,7 +18,7 @@ import compressknow
 from compressknow.engine import int8
 from compressknow.engine.load import load
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
-from compressknow.model.quiet import quiet
+from compressknow.quiet import quiet
 from tests.model.test_zoo import SETTINGS
 from tests.zoo import ZOO, inputs_of, tiny_model
 

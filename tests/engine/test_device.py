@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressknow.engine.device import check_device, device_of
+from compressknow.engine.language_model import check_device, device_of
 from compressknow.errors import UsageError
 from compressknow.probe.run import Settings
 

@@ -14,10 +14,9 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import compressknow
 from compressknow.engine import int8
-from compressknow.engine.int8 import Int8Linear
+from compressknow.engine.int8 import Int8Linear, SteadyLinear, steady
 from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.load import load
-from compressknow.engine.steady import SteadyLinear, steady
 from compressknow.probe.run import Settings
 from tests.knowing import facts_file, knowing
 from tests.models import QUANTIZABLE, logits, save_tiny

@@ -10,8 +10,7 @@ import pytest
 import transformers as hf
 
 from compressknow.errors import CheckpointError
-from compressknow.model.build_bounds import check_numbers
-from compressknow.model.meta import meta_model
+from compressknow.model.meta import check_numbers, meta_model
 from tests.hostile.bounded import bounded, refused
 
 

@@ -14,7 +14,7 @@ import torch
 
 from compressknow.errors import CompressknowError
 from compressknow.model.checkpoint import open_checkpoint
-from compressknow.model.safetensors_header import read_header
+from compressknow.model.tensors import read_header
 from compressknow.reading import MOST_VALUES, NotReadable, parse_json, read_lines
 from tests.hostile.bounded import bounded, refused
 from tests.models import save_tiny

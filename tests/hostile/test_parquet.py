@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from compressknow.errors import CompressknowError, UsageError
-from compressknow.probe.answers import read_table, schema
-from compressknow.probe.hub import hub_facts
-from compressknow.probe.parquet_bounds import check_parquet
+from compressknow.probe.answers import check_parquet, read_table, schema
+from compressknow.probe.sources.hub import hub_facts
 from tests.hostile.bounded import bounded
 
 

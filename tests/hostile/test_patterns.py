@@ -9,7 +9,7 @@ import pytest
 
 import compressknow
 from compressknow.errors import CheckpointError, UsageError
-from compressknow.model.patterns import Pattern, refuse_slow_targets
+from compressknow.model.scopes import Pattern, refuse_slow_targets
 from tests.hostile.bounded import bounded, refused
 from tests.models import save_tiny
 
@@ -34,7 +34,7 @@ def test_one_that_python_takes_for_ever_over() -> None:
 
 def test_the_time_is_for_all_names_together(monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = Pattern("--exclude", "x")
-    monkeypatch.setattr("compressknow.model.patterns.time.monotonic", iter(range(0, 100, 3)).__next__)
+    monkeypatch.setattr("compressknow.model.scopes.time.monotonic", iter(range(0, 100, 3)).__next__)
     assert not pattern.search("a")
     assert pattern._left == pytest.approx(0.0)
 

@@ -15,9 +15,8 @@ import pytest
 import compressknow
 from compressknow.cli import main
 from compressknow.errors import CheckpointError, CompressknowError
-from compressknow.forms import misfit
 from compressknow.probe.answers import HASH, RECORD, TABLE, read_answers, write_record
-from compressknow.reading import sha256_of
+from compressknow.reading import misfit, sha256_of
 from tests.hostile.bounded import bounded
 from tests.knowing import facts_file, knowing
 from tests.models import save_tiny

@@ -21,9 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import open_checkpoint
-from compressknow.model.safetensors_header import read_header
-from compressknow.model.streaming import OpenFiles
-from compressknow.model.tensors import StoredTensor
+from compressknow.model.tensors import OpenFiles, StoredTensor, read_header
 from compressknow.model.torch_bin import read_torch_file
 from tests.models import save_tiny
 

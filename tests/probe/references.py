@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compressknow.probe.answers import Answer
-from compressknow.probe.ask import ask, questions_of, scorer_for
+from compressknow.probe.evaluate import ask, questions_of, scorer_for
 from compressknow.probe.facts import BLANK, Fact, Probe
 from tests.knowing import KNOWN_FACTS, candidates
 from tests.models import VOCABULARY

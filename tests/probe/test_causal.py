@@ -13,10 +13,10 @@ import transformers as hf
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import CheckpointError
-from compressknow.probe.ask import questions_of, scorer_for
-from compressknow.probe.decoding import DecodingScorer
+from compressknow.probe.evaluate import questions_of, scorer_for
 from compressknow.probe.facts import Fact, Probe
-from compressknow.probe.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS, Question
+from compressknow.probe.scoring.decoding import DecodingScorer
+from compressknow.probe.scoring.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS, Question
 from tests.knowing import knowing
 from tests.models import tiny
 from tests.probe.references import (

@@ -20,7 +20,8 @@ from compressknow.probe import distributions, run
 from compressknow.probe.answers import TABLE, read_table
 from compressknow.probe.distributions import Distributions, Rows, divergence_of
 from compressknow.probe.run import Settings
-from compressknow.report.records import Card, Movement
+from compressknow.report.records import Card
+from compressknow.stats.records import Movement
 from tests.knowing import facts_file, knowing
 from tests.probe.test_run import telling
 
@@ -153,7 +154,7 @@ def test_answers_without_it_get_it_and_are_not_asked_whole_again(
         patched.setattr(distributions, "RESERVE", 1 << 60)
         (bound,) = movements(report(place, ["llama-60"], tmp_path / "kept"))
     assert bound.is_lower_bound
-    monkeypatch.delattr("compressknow.probe.scorer.Scorer.answer")
+    monkeypatch.delattr("compressknow.probe.scoring.scorer.Scorer.answer")
     (exact,) = movements(report(place, ["llama-60"], tmp_path / "kept"))
     assert not exact.is_lower_bound
     monkeypatch.undo()
@@ -240,7 +241,7 @@ def test_nothing_stays_on_the_disk(place: Path, tmp_path: Path) -> None:
 
 
 def run_probe(place: Path) -> Any:
-    from compressknow.probe.choose import Options, open_all
+    from compressknow.probe.sources import Options, open_all
 
     return open_all([f"facts:{place / 'facts.jsonl'}"], Options())[0]
 

@@ -10,10 +10,10 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from compressknow.probe.ask import questions_of, scorer_for
-from compressknow.probe.encoding import Encoder
+from compressknow.probe.evaluate import questions_of, scorer_for
 from compressknow.probe.facts import BLANK, Fact
-from compressknow.probe.scorer import NO_TOKENS
+from compressknow.probe.scoring.prompts import Encoder
+from compressknow.probe.scoring.scorer import NO_TOKENS
 from tests.probe.references import answers_to, around, as_probe, causal, check_choices, filled, masked, sentence
 from tests.probe.references import rewritten as rewritten_by_bart
 from tests.probe.trained import byte_level, metaspace, word_piece

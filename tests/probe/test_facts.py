@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from compressknow.errors import UsageError
 from compressknow.probe.facts import Fact, Probe, chance, commonest, majority
-from compressknow.probe.open import open_probe
+from compressknow.probe.sources import open_probe
 from tests.knowing import facts_file
 
 

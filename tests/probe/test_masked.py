@@ -14,10 +14,10 @@ import transformers as hf
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import CheckpointError, UnsupportedError
-from compressknow.probe.ask import questions_of, scorer_for
+from compressknow.probe.evaluate import questions_of, scorer_for
 from compressknow.probe.facts import BLANK, Fact, Probe
-from compressknow.probe.masked import MaskedScorer
-from compressknow.probe.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
+from compressknow.probe.scoring.masked import MaskedScorer
+from compressknow.probe.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
 from tests.knowing import knowing
 from tests.models import tiny
 from tests.probe.references import (

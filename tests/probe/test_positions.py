@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from compressknow.engine.language_model import load_language_model
-from compressknow.probe.ask import ask, questions_of, scorer_for
-from compressknow.probe.own_facts import own_facts
-from compressknow.probe.positions import most_tokens
-from compressknow.probe.scorer import TOO_LONG
+from compressknow.probe.evaluate import ask, questions_of, scorer_for
+from compressknow.probe.scoring.prompts import most_tokens
+from compressknow.probe.scoring.scorer import TOO_LONG
+from compressknow.probe.sources.own_facts import own_facts
 from tests.knowing import facts_file, knowing
 from tests.models import tiny
 

@@ -16,11 +16,10 @@ from compressknow.engine.identity import locate
 from compressknow.errors import CheckpointError, CompressknowError, OutputError, UsageError
 from compressknow.files import LOCK
 from compressknow.probe import run
-from compressknow.probe.answers import RECORD, TABLE, Answers, read_answers, read_table
-from compressknow.probe.choose import Options, open_all
-from compressknow.probe.folder import PARTS, locked
-from compressknow.probe.progress import Bar, Progress, Stage
+from compressknow.probe.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
 from compressknow.probe.run import Respondent, Settings, probe_model
+from compressknow.probe.sources import Options, open_all
+from compressknow.quiet import Bar, Progress, Stage
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 FEW = Settings(batch_size=8)
@@ -349,7 +348,7 @@ def test_known_answers_are_asked_the_other_tokens_alone(
     known = ask(compressed, tmp_path / "known", facts)
     ask(compressed, tmp_path / "whole", facts, reference=reference)
     with monkeypatch.context() as patched:
-        patched.delattr("compressknow.probe.scorer.Scorer.answer")
+        patched.delattr("compressknow.probe.scoring.scorer.Scorer.answer")
         anew = ask(compressed, tmp_path / "anew", facts, reference=reference, known=known)
     assert (tmp_path / "anew" / TABLE).read_bytes() == (tmp_path / "whole" / TABLE).read_bytes()
     assert anew.answers[0].first_ids.tolist() != known.answers[0].first_ids.tolist()

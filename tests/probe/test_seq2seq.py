@@ -11,9 +11,9 @@ import torch
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import UnsupportedError
-from compressknow.probe.ask import questions_of, scorer_for
+from compressknow.probe.evaluate import questions_of, scorer_for
 from compressknow.probe.facts import BLANK, Fact, Probe
-from compressknow.probe.scorer import BLANK_NOT_LAST
+from compressknow.probe.scoring.scorer import BLANK_NOT_LAST
 from tests.knowing import knowing
 from tests.models import tiny
 from tests.probe.references import (

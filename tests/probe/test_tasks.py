@@ -22,12 +22,12 @@ from lm_eval.tasks import TaskManager
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
-from compressknow.probe import task_index, tasks
 from compressknow.probe.answers import Answer, read_table, write_table
-from compressknow.probe.subjects import GENERAL
-from compressknow.probe.task_answers import NO_GOLD
-from compressknow.probe.task_index import SHIPPED
-from compressknow.probe.tasks import Task, open_task, run_task
+from compressknow.probe.facts import GENERAL
+from compressknow.probe.sources import task_index, tasks
+from compressknow.probe.sources.task_answers import NO_GOLD
+from compressknow.probe.sources.task_index import SHIPPED
+from compressknow.probe.sources.tasks import Task, open_task, run_task
 from tests.knowing import KNOWN_FACTS, candidates, knowing
 from tests.probe.layouts import DATA, real_data, write_jsonl
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.errors import CompressknowError
-from compressknow.report.comparison import changed_facts, compare_probe
-from compressknow.report.records import Counts, Estimate, ProbeFigures
+from compressknow.stats.paired import changed_facts, compare_probe
+from compressknow.stats.records import Counts, Estimate, ProbeFigures
 from tests.report.answering import answer, entry, sides
 
 

@@ -31,12 +31,12 @@ ALONE = {
 IMPORTED = (
     *("matplotlib.figure", "optuna", "pyarrow.parquet", "scipy.stats", "torch", "compressed_tensors"),
     *("transformers.models.llama.modeling_llama", "transformers.masking_utils", "transformers.generation.utils"),
-    *("compressknow.compress.convert", "compressknow.report.card.pages", "compressknow.report.search.pages"),
+    *("compressknow.compress.convert", "compressknow.report.card.pages", "compressknow.report.search.view"),
     *(
         "compressknow.study.search",
-        "compressknow.probe.causal",
-        "compressknow.probe.masked",
-        "compressknow.probe.seq2seq",
+        "compressknow.probe.scoring.causal",
+        "compressknow.probe.scoring.masked",
+        "compressknow.probe.scoring.seq2seq",
     ),
 )
 
@@ -100,7 +100,8 @@ def main(model: str, facts: str, folder: str, *seeds: str) -> None:
         importlib.import_module(name)
     import transformers
 
-    from compressknow.study import halves, judge
+    from compressknow.study import selection as judge
+    from compressknow.study import split as halves
 
     assert transformers.AutoModelForCausalLM
     assert transformers.AutoTokenizer

@@ -16,8 +16,7 @@ from compressknow.errors import OutputError
 from compressknow.files import LOCK
 from compressknow.probe.answers import read_answers
 from compressknow.probe.run import Respondent, Settings
-from compressknow.study.folder import RECORD, claim
-from compressknow.study.results import CellResult
+from compressknow.study.folder import RECORD, CellResult, claim
 from tests.knowing import facts_file, knowing
 
 FAMILIES = ("bert", "llama", "t5")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from compressknow.report.records import Card, ChangedFact, Comparison, Counts, Estimate, Grade, Group, ProbeFigures
+from compressknow.report.records import Card, Comparison, Grade
+from compressknow.stats.records import ChangedFact, Counts, Estimate, Group, ProbeFigures
 
 SCHEMA = 1
 

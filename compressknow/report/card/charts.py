@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from compressknow.report import drawing
 from compressknow.report.drawing import Line, percents
-from compressknow.report.figures import share
-from compressknow.report.records import Comparison, Estimate, Group
-from compressknow.report.text import plain
+from compressknow.report.format import plain, share
+from compressknow.report.records import Comparison
+from compressknow.stats.records import Estimate, Group
 
 _MOST_BARS = 15
 _AMOUNT = re.compile(r"(?P<scope>.*\S)\s+(?P<amount>\d+(?:\.\d+)?)\s*%")

@@ -8,15 +8,14 @@ from typing import Any
 
 from compressknow.errors import CompressknowError, GateNotMet, UsageError
 from compressknow.probe.answers import Answers
-from compressknow.report.card import cautions
-from compressknow.report.card.grades import grades
+from compressknow.report.card import warnings as cautions
 from compressknow.report.card.method import method
-from compressknow.report.card.verdict import labels_of, verdict, verdict_of_several
-from compressknow.report.comparison import changed_facts, compare_probe
-from compressknow.report.figures import count
-from compressknow.report.pairing import Pair, paired
-from compressknow.report.records import Card, Comparison, Counts, ModelFacts, ProbeFigures, Speed
-from compressknow.report.statistics import mcnemar, proportion
+from compressknow.report.card.verdict import grades, labels_of, verdict, verdict_of_several
+from compressknow.report.format import count
+from compressknow.report.records import Card, Comparison, ModelFacts, Speed
+from compressknow.stats.intervals import mcnemar, proportion
+from compressknow.stats.paired import Pair, changed_facts, compare_probe, paired
+from compressknow.stats.records import Counts, ProbeFigures
 
 _REQUIRED = ("name", "sha256", "architecture", "family", "parameters", "bytes", "dtype")
 

@@ -11,10 +11,10 @@ from markupsafe import Markup
 from compressknow.files import write_together
 from compressknow.report.card import charts, view
 from compressknow.report.card.as_json import to_json
-from compressknow.report.card.glossary import GLOSSARY, HOLM, LEGEND, SHORT_LEGEND
+from compressknow.report.card.method import GLOSSARY, HOLM, LEGEND, SHORT_LEGEND
+from compressknow.report.format import json_text
 from compressknow.report.pages import html_page, markdown_page
 from compressknow.report.records import Card
-from compressknow.report.text import json_text
 
 # What the page holds of one comparison, and of all together: beyond, it would grow past a megabyte.
 _LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 600, 240

@@ -1,13 +1,61 @@
-"""The verdict: one sentence that says what was kept, with its numbers."""
+"""The verdict, one sentence with its numbers, and the grades: what was kept of each domain."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from compressknow.report.figures import count, p_value, percent, share
-from compressknow.report.records import Comparison, Counts, Estimate, ModelFacts
-from compressknow.report.text import plain
+from compressknow.report.format import count, p_value, percent, plain, share
+from compressknow.report.records import Comparison, Grade, ModelFacts
+from compressknow.stats.intervals import proportion
+from compressknow.stats.paired import subject_order
+from compressknow.stats.records import Counts, Estimate, ProbeFigures
+
+# The least that must be kept for each grade, in percent.
+SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
+LOWEST = "F"
+NOTHING_KNOWN = "-"
+
+
+def grades(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
+    """A grade for each school subject over all probes; those of lm-eval's tasks have the task as their subject."""
+    totals: dict[str, Counts] = {}
+    for probe in probes:
+        for group in probe.by_subject:
+            totals[group.name] = totals.get(group.name, Counts()) + group.counts
+    return tuple(_grade(subject, totals[subject]) for subject in sorted(totals, key=subject_order))
+
+
+def grade_of(part: float, whole: float = 1) -> str:
+    """The grade for keeping `part` of `whole`. Counts are compared as whole numbers: nothing is rounded up.
+
+    >>> grade_of(99, 100), grade_of(98_999, 100_000), grade_of(7, 10), grade_of(0, 3), grade_of(0, 0)
+    ('A+', 'A', 'D', 'F', '-')
+    """
+    if not whole:
+        return NOTHING_KNOWN
+    return next((name for name, least in SCALE if 100 * part >= least * whole), LOWEST)
+
+
+def _grade(subject: str, counts: Counts) -> Grade:
+    kept = proportion(counts.both, counts.known_before)
+    best, worst = _ends(kept)
+    return Grade(
+        subject=subject,
+        counts=counts,
+        kept=kept,
+        grade=grade_of(counts.both, counts.known_before),
+        unsure=best != worst,
+        range=f"{best} to {worst}" if best != worst else None,
+    )
+
+
+def _ends(kept: Estimate) -> tuple[str, str]:
+    """The grades of an interval's upper and lower end."""
+    if kept.low is None or kept.high is None:
+        return NOTHING_KNOWN, NOTHING_KNOWN
+    return grade_of(kept.high), grade_of(kept.low)
+
 
 # A change is called real below this p-value.
 SIGNIFICANT = 0.05
@@ -22,7 +70,7 @@ def verdict(original: str, counts: Counts, kept: Estimate, p: float | None) -> s
     original : name of the original model.
     kept, p : knowledge kept with its interval, and the exact McNemar test.
 
-    >>> from compressknow.report.statistics import mcnemar, proportion
+    >>> from compressknow.stats.intervals import mcnemar, proportion
     >>> counts = Counts(both=90, lost=10, gained=1, neither=99)
     >>> print(verdict("bert", counts, proportion(90, 100), mcnemar(counts)))
     Keeps 90 of 100 facts that bert knew (90.0 %, interval 82.6 to 94.5 %): it forgot 10 and gained 1, a net \

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from compressknow.compress.recipe import to_toml
 from compressknow.report import probe_tables
 from compressknow.report.card.verdict import labels_of
-from compressknow.report.figures import NONE, count, estimate, share, size, smaller
-from compressknow.report.model_tables import Entry, hashes, identity, layers, run_entries, speed
+from compressknow.report.format import NONE, count, estimate, plain, plain_lines, share, size, smaller
 from compressknow.report.probe_tables import ProbeTables
-from compressknow.report.records import Card, ChangedFact, Comparison, Counts, Estimate, Grade
-from compressknow.report.tables import FactList, Table, fact_list
-from compressknow.report.text import plain, plain_lines
-from compressknow.report.toml import to_toml
+from compressknow.report.records import Card, Comparison, Grade
+from compressknow.report.tables import Entry, FactList, Table, fact_list, hashes, identity, layers, run_entries, speed
+from compressknow.stats.records import ChangedFact, Counts, Estimate
 
 
 @dataclass(frozen=True, slots=True)

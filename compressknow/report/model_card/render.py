@@ -1,22 +1,22 @@
-"""The README.md of a converted checkpoint: what was done to it, what it cost, how to load, verify and repeat it."""
+"""The README.md of a converted checkpoint: what was done to it, what it cost, where it runs, how to load, verify and
+repeat it.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
+from compressknow.compress.recipe import to_toml
+from compressknow.compress.runtimes import VLLM_ARCHITECTURES, runtimes, vllm_limit, vllm_obstacle
 from compressknow.reading import CARD, read_text
-from compressknow.report.figures import count, number, percent, size
-from compressknow.report.model_card.auto_class import auto_class, is_encoder_decoder
-from compressknow.report.model_card.remarks import growth, where_it_runs
-from compressknow.report.templates import code_span, render
-from compressknow.report.toml import to_toml
+from compressknow.report.format import count, number, percent, size
+from compressknow.report.pages import code_span, render
 
 # What stays true of a model when it is compressed.
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
@@ -160,3 +160,50 @@ def _transformers_code(architecture: str, model_type: str) -> str:
 def _command(source: dict[str, Any]) -> str:
     revision = ["--revision", str(source["revision"])] if source.get("revision") else []
     return shlex.join(["compressknow", "convert", str(source["name"]), "OUTPUT", "--recipe", "recipe.toml", *revision])
+
+
+_TEXT_ENCODER_DECODERS = frozenset(
+    """bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
+    pegasus_x plbart prophetnet switch_transformers t5 t5gemma t5gemma2 umt5""".split()
+)
+_BY_ENDING = (("ForMaskedLM", "AutoModelForMaskedLM"), ("ForCausalLM", "AutoModelForCausalLM"))
+
+
+def auto_class(architecture: str, model_type: str) -> str:
+    """The Auto class for the architecture, or the architecture itself where no Auto class is sure to give it.
+
+    >>> auto_class("BertForMaskedLM", "bert"), auto_class("T5ForConditionalGeneration", "t5")
+    ('AutoModelForMaskedLM', 'AutoModelForSeq2SeqLM')
+    """
+    if is_encoder_decoder(architecture, model_type):
+        return "AutoModelForSeq2SeqLM"
+    if architecture.endswith("LMHeadModel") and not architecture.endswith("WithLMHeadModel"):
+        return "AutoModelForCausalLM"
+    return next((auto for ending, auto in _BY_ENDING if architecture.endswith(ending)), architecture)
+
+
+def is_encoder_decoder(architecture: str, model_type: str) -> bool:
+    """Whether it is a text-to-text model with an encoder of its own."""
+    return model_type in _TEXT_ENCODER_DECODERS and architecture.endswith(("ForConditionalGeneration", "MTModel"))
+
+
+def where_it_runs(manifest: Mapping[str, Any]) -> str:
+    """A sentence, or two where a decoder that vLLM knows does not run there."""
+    limit, obstacle = vllm_limit(manifest), vllm_obstacle(manifest)
+    told = f"Runs in {', '.join(runtimes(manifest))}{f' ({limit})' if limit else ''}."
+    known = manifest["source"]["architecture"] in VLLM_ARCHITECTURES
+    return f"{told} It does not run in vLLM: {obstacle}." if obstacle and known else told
+
+
+def growth(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """That the output is larger than the input, and why; nothing where it is not."""
+    before, after = (manifest["totals"][key] for key in ("bytes_before", "bytes_after"))
+    if after <= before:
+        return
+    cause = (
+        "the final layer is now stored beside the embedding that it shared its weight with. "
+        "The scope `blocks` leaves it alone"
+        if manifest.get("untied")
+        else "the scales of its narrow layers take more than int8 saves"
+    )
+    yield f"The output is larger than the input ({size(after)} against {size(before)}): {cause}."

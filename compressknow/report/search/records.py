@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compressknow.report.records import Estimate, ModelFacts
+from compressknow.report.records import ModelFacts
+from compressknow.stats.records import Estimate
 
 # What may be made small, and how people call it.
 SIZES = {

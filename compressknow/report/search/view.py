@@ -1,16 +1,22 @@
-"""What the page of a search says, as text in order: the one source of its HTML and of the terminal."""
+"""The page of a search: what it says, as text in order, its chart, and the same as JSON."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from compressknow.report.figures import count, estimate, number, share, size, smaller
-from compressknow.report.model_tables import Entry, identity
-from compressknow.report.records import Estimate
+from markupsafe import Markup
+
+from compressknow.compress.recipe import to_toml
+from compressknow.files import write_whole
+from compressknow.report.drawing import INK, MUTED, SERIES, axes, percent_axis
+from compressknow.report.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
+from compressknow.report.pages import html_page
 from compressknow.report.search.records import SIZES, Search, Tried
-from compressknow.report.tables import Table
-from compressknow.report.text import plain, plain_lines
-from compressknow.report.toml import to_toml
+from compressknow.report.tables import Entry, Table, identity
+from compressknow.stats.records import Estimate
 
 _KINDS = {"paper": "a setup of the paper", "search": "chosen by the search", "layers": "some layers alone"}
 _GETS = {
@@ -98,7 +104,7 @@ def _missed(search: Search) -> str:
 
 def _too_few(search: Search) -> str:
     """Where no outcome at all could have shown it."""
-    from compressknow.report.statistics import proportion
+    from compressknow.stats.intervals import proportion
 
     best = proportion(search.known_held_out, search.known_held_out, search.level).low
     if best is None or best >= search.keep:
@@ -208,3 +214,68 @@ def _method(search: Search) -> tuple[str, ...]:
         "The sparse size is what a store would take that keeps only weights that are not zero, with one bit a weight "
         "to say which.",
     )
+
+
+_UNITS = {"sparse-bytes": (1e6, "MB"), "bytes": (1e6, "MB"), "nonzero": (1e6, "millions")}
+
+
+def pareto(search: Search) -> str:
+    """The chart, as an SVG element."""
+    unit, name = _UNITS[search.minimize]
+    points = [t for t in search.tried if t.kept.value is not None and t.kind != "layers"]
+    best = front(points, search.minimize)
+    told = "; ".join(f"{plain(t.setup, 60)} {share(t.kept.value)}, {_told(t, search)}" for t in best)
+    title = f"Knowledge kept by {SIZES[search.minimize]}"
+    with axes(300, "pareto-chart", title, f"The best at each size: {told}.") as (plot, drawn):
+        for kind, marker, colour, label in (
+            ("paper", "s", MUTED, "the paper's setups"),
+            ("search", "o", SERIES[0], "chosen by the search"),
+        ):
+            shown = [t for t in points if t.kind == kind]
+            x = [t.sizes[search.minimize] / unit for t in shown]
+            plot.plot(x, [100 * (t.kept.value or 0) for t in shown], marker, color=colour, markersize=5, label=label)
+        edge = [(t.sizes[search.minimize] / unit, 100 * (t.kept.value or 0)) for t in best]
+        plot.plot(*zip(*edge, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle="steps-post")
+        plot.axhline(100 * search.keep, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        if search.winner:
+            at = search.winner.sizes[search.minimize] / unit, 100 * (search.winner.kept.value or 0)
+            plot.plot(*at, "*", color=INK, markersize=13, label="the winner")
+        plot.set_xlabel(f"{SIZES[search.minimize]}, {name}")
+        # Outside of the plot: points may lie anywhere in it.
+        room = {"ncols": 3, "columnspacing": 1, "handletextpad": 0, "frameon": False, "fontsize": 10}
+        plot.figure.legend(loc="outside upper left", **room)
+        percent_axis(plot, 0)
+    return drawn()
+
+
+def front(points: Sequence[Tried], minimize: str) -> list[Tried]:
+    """Those of which none keeps more at the same size or less, the smallest first."""
+    best: list[Tried] = []
+    for point in sorted(points, key=lambda t: (t.sizes[minimize], -(t.kept.value or 0))):
+        if not best or (point.kept.value or 0) > (best[-1].kept.value or 0):
+            best.append(point)
+    return best
+
+
+def _told(tried: Tried, search: Search) -> str:
+    amount = tried.sizes[search.minimize]
+    return f"{amount / 1e6:.1f} millions" if search.minimize == "nonzero" else size(amount)
+
+
+SCHEMA = 1
+
+
+def write_search(search: Search, folder: Path) -> None:
+    """Write ``search.html`` and ``search.json`` into `folder`; each appears only when it is whole."""
+    write_whole(folder / "search.html", render_search_html(search).encode())
+    write_whole(folder / "search.json", json_text(search_to_json(search)).encode())
+
+
+def render_search_html(search: Search) -> str:
+    """The page: the same search gives the same bytes."""
+    return html_page("search.html.j2", page=search_page(search), chart=Markup(pareto(search)))
+
+
+def search_to_json(search: Search) -> dict[str, Any]:
+    """Plain values: all that the page says. Shares lie between 0 and 1, sizes are bytes or numbers of weights."""
+    return {"schema": SCHEMA, "verdict": verdict(search), "gets": gets(search), **asdict(search)}

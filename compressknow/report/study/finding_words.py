@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compressknow.report.figures import count, estimate, number, p_value, share
-from compressknow.report.study.cell_contrasts import CANNOT_TELL, HOLDS, Contrast
-from compressknow.report.study.grid import names
-from compressknow.report.study.limits import Bound
-from compressknow.report.study.records import Study
+from compressknow.report.format import count, estimate, number, p_value, share
+from compressknow.report.study.records import Study, names
+from compressknow.report.study.tests import CANNOT_TELL, HOLDS, Bound, Contrast
 
 _FEW = 3  # comparisons that are told one by one; of more, their number and the one that separates best
 NO_CELLS = "The study has no cells for it."

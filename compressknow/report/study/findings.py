@@ -11,19 +11,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from compressknow.report.study import finding_words as words
-from compressknow.report.study.cell_contrasts import Contrast, adjusted, contrast, judge
-from compressknow.report.study.grid import (
+from compressknow.report.study.records import (
     MODULES,
     STRUCTURED,
     UNSTRUCTURED,
+    Study,
+    StudyCell,
     percent,
     pruned,
     pruned_and_quantized,
     quantized,
     schemes,
 )
-from compressknow.report.study.limits import Bound, average, decline, judge_below, left, strict_level
-from compressknow.report.study.records import Study, StudyCell
+from compressknow.report.study.tests import (
+    Bound,
+    Contrast,
+    adjusted,
+    average,
+    contrast,
+    decline,
+    judge,
+    judge_below,
+    left,
+    strict_level,
+)
 
 NOT_ASKED = "not asked of this family"
 FAMILIES = {"masked": "encoder-only", "seq2seq": "encoder-decoder", "causal": "decoder-only"}

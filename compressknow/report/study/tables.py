@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from compressknow.report.figures import NONE, count, estimate, number, p_value, share, size
+from compressknow.report.format import NONE, count, estimate, number, p_value, plain, share, size
 from compressknow.report.probe_tables import headline_accuracy
-from compressknow.report.records import Estimate
 from compressknow.report.study.findings import Finding
-from compressknow.report.study.grid import MODULES, names, pruned_and_quantized, quantized, schemes
-from compressknow.report.study.records import Study, StudyCell, StudyProbe
+from compressknow.report.study.records import (
+    MODULES,
+    Study,
+    StudyCell,
+    StudyProbe,
+    names,
+    pruned_and_quantized,
+    quantized,
+    schemes,
+)
 from compressknow.report.tables import Table
-from compressknow.report.text import plain
+from compressknow.stats.records import Estimate
 
 _SHORT = {"overall": "Overall", "attention": "Att", "feed-forward": "FF"}
 _AMOUNTS = (20, 40)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressknow.report.figures import NONE, count
-from compressknow.report.model_tables import Entry, identity
+from compressknow.report.format import NONE, count, plain
 from compressknow.report.study import summary, tables
 from compressknow.report.study.findings import FAMILIES, Finding, findings
-from compressknow.report.study.grid import names
-from compressknow.report.study.records import Study
-from compressknow.report.tables import Table
-from compressknow.report.text import plain
+from compressknow.report.study.records import Study, names
+from compressknow.report.tables import Entry, Table, identity
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,19 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from compressknow.report.records import (
-    Card,
-    ChangedFact,
-    Comparison,
-    Counts,
-    Estimate,
-    Grade,
-    Group,
-    ModelFacts,
-    Movement,
-    ProbeFigures,
-    Speed,
-)
+from compressknow.report.records import Card, Comparison, Grade, ModelFacts, Speed
+from compressknow.stats.records import ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
 
 # Relation, school subject, and its facts by what both models knew.
 ATLAS = (

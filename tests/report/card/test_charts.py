@@ -12,8 +12,8 @@ import pytest
 
 from compressknow.report.card import charts
 from compressknow.report.card.view import section_names
-from compressknow.report.records import Counts, Estimate, Group
-from compressknow.report.text import plain
+from compressknow.report.format import plain
+from compressknow.stats.records import Counts, Estimate, Group
 from tests.report.card.cards import POPULARITY, card_of_several, group
 from tests.report.hostile import TEXTS
 

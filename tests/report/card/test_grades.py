@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressknow.report.card.grades import grade_of, grades
-from compressknow.report.comparison import compare_probe
-from compressknow.report.records import Counts
+from compressknow.report.card.verdict import grade_of, grades
+from compressknow.stats.paired import compare_probe
+from compressknow.stats.records import Counts
 from tests.report.answering import answer, entry, sides
 
 

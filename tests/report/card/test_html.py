@@ -15,9 +15,9 @@ import pytest
 
 from compressknow.report.card.make import make_card
 from compressknow.report.card.pages import render_html
+from compressknow.report.format import plain
+from compressknow.report.pages import isolated
 from compressknow.report.records import Card
-from compressknow.report.templates import isolated
-from compressknow.report.text import plain
 from tests.report.answering import run, sides
 from tests.report.card.cards import card_of_nothing, card_of_one, card_of_several
 from tests.report.hostile import TEXTS, hostile, numbered

@@ -10,7 +10,8 @@ import pytest
 
 from compressknow.errors import CompressknowError, GateNotMet, UsageError
 from compressknow.report.card.make import gate, make_card, model_facts
-from compressknow.report.records import Card, Counts
+from compressknow.report.records import Card
+from compressknow.stats.records import Counts
 from tests.report.answering import COMPRESSED_HASH, answer, answers, entry, model, run, sides
 
 

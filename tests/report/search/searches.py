@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from compressknow.report.records import Estimate, ModelFacts
+from compressknow.report.records import ModelFacts
 from compressknow.report.search.records import Search, Tried
+from compressknow.stats.records import Estimate
 
 
 def tried(setup: str, kind: str, size: int, kept: float, held_out: float | None = None) -> Tried:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from compressknow.report.records import Estimate
-from compressknow.report.search.chart import front
 from compressknow.report.search.records import Tried
+from compressknow.report.search.view import front
+from compressknow.stats.records import Estimate
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

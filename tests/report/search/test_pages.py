@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from compressknow.report.search.pages import render_search_html
-from compressknow.report.text import plain
+from compressknow.report.format import plain
+from compressknow.report.search.view import render_search_html
 from tests.report.hostile import TEXTS
 from tests.report.pages import read
 from tests.report.search.searches import found

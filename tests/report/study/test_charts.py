@@ -11,13 +11,12 @@ from xml.etree import ElementTree
 import pytest
 
 from compressknow.report.drawing import Bar, Level, Line, bars, lines
-from compressknow.report.records import Estimate
-from compressknow.report.study.charts import NAMES, Chart, study_charts
-from compressknow.report.study.plotted import baselines, guessing, mean_drop, mean_kept
+from compressknow.report.format import plain
+from compressknow.report.pages import source
+from compressknow.report.study.charts import NAMES, Chart, baselines, guessing, mean_drop, mean_kept, study_charts
 from compressknow.report.study.records import Study
 from compressknow.report.svg import COLOURS, standalone
-from compressknow.report.templates import source
-from compressknow.report.text import plain
+from compressknow.stats.records import Estimate
 from tests.report.hostile import TEXTS
 from tests.report.study.studies import TASKS, Asked, gp, gq, study, whole_grid
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compressknow.report.statistics import mean, rate_difference
-from compressknow.report.study.cell_contrasts import adjusted, contrast, judge
 from compressknow.report.study.findings import Finding, findings
-from compressknow.report.study.grid import floor
-from compressknow.report.study.levels import cliffs, module_that_hurts_least
-from compressknow.report.study.limits import decline, left
-from compressknow.report.study.summary import paragraph, verdict
+from compressknow.report.study.records import floor
+from compressknow.report.study.summary import cliffs, module_that_hurts_least, paragraph, verdict
+from compressknow.report.study.tests import adjusted, contrast, decline, judge, left
+from compressknow.stats.intervals import mean, rate_difference
 from tests.report.study.studies import Asked, Cell, gp, gpq, gq, study, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"

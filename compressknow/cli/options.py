@@ -1,0 +1,157 @@
+"""Options that several commands share, and the types of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compressknow.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from compressknow.probe.run import Settings
+    from compressknow.probe.sources import Options
+    from compressknow.study.running import RayOptions
+
+
+FACTS = ("data", "protocol", "template", "limit", "seed", "map", "split", "tasks")
+RUNNING = ("device", "dtype", "batch_size", "trust_remote_code")
+
+EPILOG = """\b
+Probes (-p, repeatable):
+  atlas               built in; nothing to download
+  lama:trex, lama:google-re, lama:squad, lama:conceptnet      (--data DIR)
+  bear                (--data DIR)
+  facts:FILE.jsonl    your own facts
+  hf:DATASET          a Hub data set, or a local Parquet, JSON or CSV file
+  lm-eval:TASK        boolq, piqa, winogrande (--data DIR for local copies)
+                      and every other task of lm-eval
+
+\b
+A line of facts:FILE.jsonl, for one:
+  {"relation": "capital", "subject": "geography", "sub_label": "France",
+   "obj_label": "Paris", "prompt": "The capital of France is [MASK].",
+   "candidates": ["Paris", "Rome", "Madrid"], "popularity": 68000000}
+`prompt` and `obj_label` are required, the rest is optional. Instead of `prompt`
+it may have `template` ("The capital of [X] is [Y].") with `sub_label`. Without
+`candidates` the answer may be any text (of masked models any one token).
+"""
+
+
+def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options, in the order of the help page."""
+    options = [
+        click.option("-p", "--probe", "probes", multiple=True, metavar="PROBE", help="What to ask; see below."),
+        click.option(
+            "--data",
+            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            help="Where downloaded sets lie: a set's own folder, or one that holds lama/, bear/, tasks/.",
+        ),
+        click.option("--limit", type=click.IntRange(1), help="At most so many facts a probe, drawn by relation."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the sample that --limit draws."),
+        click.option(
+            "--protocol",
+            type=OneOf(["lama", "paper"]),
+            default="lama",
+            show_default=True,
+            help="How LAMA is asked: the official way, or as the paper's authors do.",
+        ),
+        click.option(
+            "--template", type=click.IntRange(1), default=1, show_default=True, help="Which wording of atlas and BEAR."
+        ),
+        click.option(
+            "--map",
+            multiple=True,
+            metavar="KEY=COLUMN",
+            help="Columns of hf:, repeatable: subject, object, prompt, template, relation, id, popularity, candidates.",
+        ),
+        click.option("--split", help="Split of an hf: data set."),
+        click.option(
+            "--tasks",
+            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            help="A folder of lm-eval tasks of your own.",
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="Where the model runs: cpu, cuda, cuda:1, mps, xpu; auto takes cuda, else mps, else cpu.",
+        ),
+        click.option(
+            "--dtype",
+            type=OneOf(["float32", "bfloat16", "float16", "auto"]),
+            help="What it computes in.  [default: float32 on cpu, else auto: the checkpoint's own]",
+        ),
+        click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Facts a batch."),
+        click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def split_options(given: dict[str, Any]) -> tuple[Options, Settings]:
+    """The shared options out of a command's, as the probe room takes them; `given` keeps the rest."""
+    from compressknow.probe.run import Settings
+    from compressknow.probe.sources import Options
+    from compressknow.probe.sources.columns import parse_columns
+
+    facts = {name: given.pop(name) for name in FACTS}
+    columns = parse_columns(facts.pop("map"))
+    return Options(columns=columns, **facts), Settings(**{name: given.pop(name) for name in RUNNING})
+
+
+def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the cells of a study run."""
+    options = [
+        click.option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Run on a Ray cluster: auto, ray://HOST:10001, HOST:6379, or local. MODEL must lie on shared storage.",
+        ),
+        click.option("--num-cpus", type=click.FloatRange(0), default=1, show_default=True, help="Cores of a Ray task."),
+        click.option("--num-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs of a Ray task."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def split_ray(given: dict[str, Any]) -> RayOptions | None:
+    """The cluster that `ray_options` name, or None; `given` keeps the rest."""
+    address, cpus, gpus = (given.pop(name) for name in ("ray", "num_cpus", "num_gpus"))
+    if address is None:
+        return None
+    from compressknow.study.running import RayOptions
+
+    return RayOptions(address, cpus, gpus)
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click alone
+    """A number such as 0.2, or the same as percent: 20%. Whoever takes it says in which bounds it must lie."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number itself, of a text that holds one."""
+        text = str(value).strip()
+        number = text.removesuffix("%").rstrip()
+        try:
+            # 0.07 of "7%", where 7 * 0.01 would be 0.07000000000000001.
+            return float(Decimal(number) / 100 if text.endswith("%") else Decimal(number))
+        except (InvalidOperation, OverflowError):
+            self.fail(f"{text!r} is no number; write 0.2 or 20%.", param, ctx)
+
+
+class OneOf(click.Choice[str]):
+    """One of some names, in any case of letters; what is nearly one of them is told so."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(names, case_sensitive=False)
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:  # noqa: ARG002
+        """Of a name that is none of them."""
+        return f"{value!r} is not known. {did_you_mean(str(value), self.choices)}There is {', '.join(self.choices)}."

@@ -1,0 +1,1 @@
+"""The weights of two checkpoints, set side by side."""

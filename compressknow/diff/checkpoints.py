@@ -1,0 +1,176 @@
+"""compare: how two checkpoints of one architecture differ, in settings, in what they store, and weight by weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from compressknow.compress.blocks import Reader
+from compressknow.compress.pool import Pool
+from compressknow.diff.config import config_changes
+from compressknow.diff.parameters import Side, Values, deviation, side_of
+from compressknow.diff.records import Difference, StructureChange, TensorDifference
+from compressknow.errors import CompressknowError
+from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.tensors import OpenFiles, StoredTensor
+from compressknow.quiet import counted
+
+NOT_LINEAR = "not-linear"
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One parameter's values on both sides, of one shape."""
+
+    name: str
+    a: Values
+    b: Values
+
+
+def difference(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    trust_remote_code: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Difference:
+    """Compare what two checkpoints hold, in the memory of a block a thread.
+
+    Parameters
+    ----------
+    threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
+    progress : told the bytes read so far, and in all.
+
+    Raises
+    ------
+    CheckpointError : one of them has no weights, or its config describes no model that can be built.
+    CompressknowError : they are of different architectures.
+    """
+    side_a, side_b = (side_of(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
+    _refuse_other_architecture(side_a, side_b)
+    pairs = list(_pairs(side_a, side_b))
+    return Difference(
+        architecture=side_a.structure.architecture,
+        config=config_changes(side_a.config, side_b.config),
+        structure=tuple(_structure(side_a, side_b)),
+        tensors=tuple(_measure(side_a, side_b, pairs, threads, progress)),
+    )
+
+
+def _refuse_other_architecture(a: Side, b: Side) -> None:
+    if a.structure.architecture != b.structure.architecture:
+        raise CompressknowError(
+            f"{a.name} and {b.name} cannot be compared: they are of different architectures.",
+            why=f"{a.name} is {a.structure.architecture}, {b.name} is {b.structure.architecture}: their weights have "
+            "nothing to do with each other.",
+            hint="Compare an original and what was made from it, or two checkpoints that were made from one.",
+        )
+
+
+def _names(a: Side, b: Side) -> list[str]:
+    """All that either side stores, in the order of the module tree; what the tree does not have comes last."""
+    place: dict[str, int] = {name: i for i, name in enumerate(a.structure.parameters | b.structure.parameters)}
+    names = dict.fromkeys([*a.own, *b.own, *a.packed_weights(), *b.packed_weights()])
+
+    def order(name: str) -> int:
+        return place.get(a.loaded_to.get(name, name), len(place))
+
+    return sorted(names, key=order)
+
+
+def _pairs(a: Side, b: Side) -> Iterator[Pair]:
+    seen: set[tuple[str, str]] = set()
+    for name in _stored_apart(a, b):
+        values_a, values_b = a.values(name), b.values(name)
+        if values_a is None or values_b is None or values_a.tensor.shape != values_b.tensor.shape:
+            continue
+        # Two names of a tie, of which the one side stores the first and the other the second.
+        if (stored := (values_a.tensor.name, values_b.tensor.name)) not in seen:
+            seen.add(stored)
+            yield Pair(name, values_a, values_b)
+
+
+def _stored_apart(a: Side, b: Side) -> Iterator[str]:
+    """The names under which at least one side stores values that no other name of it has."""
+    for name in _names(a, b):
+        if any(name in side.own and side.supply[name] is side.own[name] for side in (a, b)):
+            yield name
+
+
+def _structure(a: Side, b: Side) -> Iterator[StructureChange]:
+    for name in _names(a, b):
+        in_a, in_b = a.supply.get(name), b.supply.get(name)
+        if a.packed(name) or b.packed(name):
+            told = (side.packed(name) or _told(side.supply.get(name)) for side in (a, b))
+            yield StructureChange(name, "packed", *told)
+        elif in_a is None or in_b is None:
+            yield StructureChange(name, "missing" if in_a else "added", _told(in_a), _told(in_b))
+        elif in_a.shape != in_b.shape:
+            yield StructureChange(name, "reshaped", _told(in_a), _told(in_b))
+        else:
+            yield from _tie(a, b, name)
+            if in_a.dtype != in_b.dtype:
+                yield StructureChange(name, "retyped", _told(in_a), _told(in_b))
+
+
+def _tie(a: Side, b: Side, name: str) -> Iterator[StructureChange]:
+    """A tie of one side that is none on the other: there, both names have values of their own."""
+    if (shared := _tied_to(a, b, name)) is not None:
+        yield StructureChange(name, "untied", f"tied to {shared}", _told(b.supply[name]))
+    elif (shared := _tied_to(b, a, name)) is not None:
+        yield StructureChange(name, "tied", _told(a.supply[name]), f"tied to {shared}")
+
+
+def _tied_to(tied: Side, apart: Side, name: str) -> str | None:
+    if name in tied.own and tied.supply[name] is tied.own[name]:
+        return None
+    others = (other for other, tensor in tied.own.items() if tensor is tied.supply[name] and other != name)
+    return next((other for other in others if apart.supply.get(other) not in (None, apart.supply[name])), None)
+
+
+def _told(tensor: StoredTensor | None) -> str:
+    return ABSENT if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _measure(
+    a: Side, b: Side, pairs: list[Pair], threads: int | None, progress: Callable[[int, int], None] | None
+) -> Iterable[TensorDifference]:
+    total = sum(pair.a.tensor.nbytes + pair.b.tensor.nbytes for pair in pairs)
+    with Pool(threads) as pool, OpenFiles() as files:
+        reader = Reader(pool, files, counted(progress, total))
+        return pool.map(lambda pair: _compared(reader, a, b, pair), pairs)
+
+
+def _compared(reader: Reader, a: Side, b: Side, pair: Pair) -> TensorDifference:
+    sums, same = deviation(reader, pair.a, pair.b)
+    linear = a.linear(pair.name) or b.linear(pair.name)
+    in_block = linear is not None and linear.layer is not None
+    return TensorDifference(
+        name=pair.name,
+        group=NOT_LINEAR if linear is None else linear.group or "other",
+        stack=linear.stack if linear and in_block else None,
+        layer=linear.layer if linear and in_block else None,
+        module=module_in_block(pair.name) if in_block else None,
+        shape=pair.a.tensor.shape,
+        dtype_a=pair.a.tensor.dtype,
+        dtype_b=pair.b.tensor.dtype,
+        bytes_a=pair.a.nbytes,
+        bytes_b=pair.b.nbytes,
+        same_bytes=same,
+        sums=sums,
+    )
+
+
+def module_in_block(name: str) -> str:
+    """What a weight is inside its block: alike for all blocks, all stacks and all experts.
+
+    >>> module_in_block("decoder.block.3.layer.1.EncDecAttention.q.weight")
+    'layer.EncDecAttention.q'
+    >>> module_in_block("model.layers.0.block_sparse_moe.experts.7.w1.weight")
+    'block_sparse_moe.experts.w1'
+    """
+    inside = re.split(r"\.\d+\.", name, maxsplit=1)[-1].removesuffix(".weight")
+    return ".".join(part for part in inside.split(".") if not part.isdigit())

@@ -1,0 +1,192 @@
+"""One checkpoint's parameters, whoever stores them, and how far one tensor's values are from another's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from compressknow.compress.blocks import READABLE, Block, Reader, matrix_shape
+from compressknow.compress.quantize import dequantize
+from compressknow.diff.records import Sums
+from compressknow.errors import CheckpointError
+from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.groups import structure_of
+from compressknow.model.meta import meta_model
+from compressknow.model.naming import Naming, suppliers
+from compressknow.model.structure import LinearWeight, Structure
+from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view
+
+
+@dataclass(frozen=True)
+class Values:
+    """A parameter's values as a checkpoint stores them: a tensor and, of an int8 one, its scale."""
+
+    tensor: StoredTensor
+    scale: StoredTensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes + (self.scale.nbytes if self.scale else 0)
+
+
+def is_scale_of(scale: StoredTensor, tensor: StoredTensor) -> bool:
+    """Whether a scale is one number for the tensor or one for each of its rows."""
+    return scale.dtype in FLOAT_DTYPES and scale.numel in (1, matrix_shape(tensor.shape)[0])
+
+
+def deviation(reader: Reader, a: Values, b: Values) -> tuple[Sums, bool]:
+    """The sums of two tensors of one shape, taken in float64, and whether they are stored alike to the bit."""
+    scale_a, scale_b = _scale(reader, a), _scale(reader, b)
+    alike = a.tensor.dtype == b.tensor.dtype and _same(scale_a, scale_b)
+    sums, same = Sums(), alike
+    # torch reads no tensor without elements.
+    blocks = zip(reader.blocks(a.tensor), reader.blocks(b.tensor), strict=True) if a.tensor.numel else ()
+    for block_a, block_b in blocks:
+        equal = alike and _same(block_a.values, block_b.values)
+        x = _floats(block_a, scale_a)
+        sums += _sums(x, x if equal else _floats(block_b, scale_b))
+        same = same and equal
+    return sums, same
+
+
+def _scale(reader: Reader, values: Values) -> torch.Tensor | None:
+    """float32 scales, [rows, 1] or [1, 1]."""
+    if values.scale is None:
+        return None
+    buffer = torch.empty(values.scale.numel, 1, dtype=READABLE[values.scale.dtype])
+    reader.files.read_into(values.scale, byte_view(buffer), 0)
+    return buffer.to(torch.float32)
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    # As bytes: NaN is unlike itself, and zeros of both signs are alike.
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def _floats(block: Block, scale: torch.Tensor | None) -> torch.Tensor:
+    if scale is None:
+        return block.values.to(torch.float64)
+    return dequantize(block.values, scale if len(scale) == 1 else scale[block.rows]).to(torch.float64)
+
+
+def _sums(x: torch.Tensor, y: torch.Tensor) -> Sums:
+    zeros, energy = _zeros(x), _energy(x)
+    if x is y:
+        return Sums(x.numel(), zeros, zeros, energy, energy)
+    change = y - x
+    return Sums(x.numel(), zeros, _zeros(y), energy, _energy(y), _energy(change), float(change.abs().max()))
+
+
+def _zeros(x: torch.Tensor) -> int:
+    return x.numel() - int(torch.count_nonzero(x))
+
+
+def _energy(x: torch.Tensor) -> float:
+    return float(torch.dot(x.reshape(-1), x.reshape(-1)))
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a checkpoint stores, by parameter; a tensor that is loaded to none, or fused with others, by its own name.
+
+    Attributes
+    ----------
+    config : the settings that hold, defaults included.
+    own : parameter -> the stored tensor of its name.
+    supply : parameter -> the stored tensor that gives it its values, ties resolved; `own` included.
+    loaded_to : of a tensor that is fused with others on loading, the parameter that it becomes a part of.
+    parts : module -> stored tensors beside its parameters: scales, zero points, packed weights.
+    """
+
+    name: str
+    config: dict[str, object]
+    structure: Structure
+    own: dict[str, StoredTensor]
+    supply: dict[str, StoredTensor]
+    loaded_to: dict[str, str]
+    parts: dict[str, dict[str, StoredTensor]]
+
+    @cached_property
+    def linears(self) -> dict[str, LinearWeight]:
+        return {weight.parameter: weight for weight in self.structure.linears}
+
+    def linear(self, key: str) -> LinearWeight | None:
+        """The Linear weight that a tensor is, or is a part of."""
+        return self.linears.get(self.loaded_to.get(key, key))
+
+    def values(self, key: str) -> Values | None:
+        """A parameter's values; None where it has none, or none that can be read."""
+        tensor = self.supply.get(key)
+        if tensor is None or tensor.dtype not in READABLE:
+            return None
+        if self.linear(key) is None or tensor.dtype in (*FLOAT_DTYPES, "F64"):
+            return Values(tensor)
+        return self._dequantizable(tensor)
+
+    def packed(self, key: str) -> str | None:
+        """How a tensor is stored whose values cannot be read; None where they can, or where it is not stored."""
+        if self.values(key) is not None:
+            return None
+        tensor, module = self.supply.get(key), key.removesuffix(".weight")
+        stored = ([tensor] if tensor else []) + list(self.parts.get(module, {}).values())
+        names = (f"{part.name.removeprefix(module + '.')} {part.dtype}" for part in stored)
+        return " + ".join(names) if stored else None
+
+    def packed_weights(self) -> Iterator[str]:
+        """Linear weights that have packed values in place of a tensor of their own name."""
+        return (name for name in self.linears if name not in self.supply and self.packed(name))
+
+    def _dequantizable(self, tensor: StoredTensor) -> Values | None:
+        """An int8 weight in the layout of compressed-tensors, symmetric, with a scale a row or one in all."""
+        module = tensor.name.removesuffix(".weight")
+        scale = self.parts.get(module, {}).get(f"{tensor.name}_scale")
+        zero_point = f"{tensor.name}_zero_point" in self.parts.get(module, {})
+        if tensor.dtype != "I8" or scale is None or zero_point or not is_scale_of(scale, tensor):
+            return None
+        return Values(tensor, scale)
+
+
+def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
+    """Read a checkpoint's headers. Raises CheckpointError where it has no weights, or its config builds no model."""
+    if not checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
+            hint="Give the folder of a whole checkpoint.",
+        )
+    model = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
+    structure, naming = structure_of(model), Naming(model)
+    bound = naming.bind(checkpoint.tensors)
+    # By their names in the tree and, where the architecture was renamed since, by those in the files.
+    modules = {name.rpartition(".")[0] for name in (*structure.parameters, *bound)} - {""}
+    quantized = "quantization_config" in checkpoint.config
+    own: dict[str, StoredTensor] = {}
+    whole: dict[str, str] = {}
+    loaded_to: dict[str, str] = {}
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        binding = bound.get(name)
+        if binding and not binding.reshaped and binding.parameter not in own:
+            own[binding.parameter] = tensor
+            whole[name] = binding.parameter
+        elif binding is None and quantized and (module := _module_of(name, modules)):
+            parts.setdefault(module, {})[name] = tensor
+        else:
+            own[name] = tensor
+            if binding:
+                loaded_to[name] = binding.parameter
+    stored = suppliers(checkpoint, whole, structure.tied)
+    supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()}
+    return Side(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts)
+
+
+def _module_of(name: str, modules: set[str]) -> str | None:
+    """The innermost module that a name lies in."""
+    while name := name.rpartition(".")[0]:
+        if name in modules:
+            return name
+    return None

@@ -1,0 +1,88 @@
+"""Reading a manifest: its form, and the hash by which it covers itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compressknow.errors import CheckpointError
+from compressknow.model.checkpoint import is_outside, read_json
+from compressknow.reading import MANIFEST, misfit
+
+SCHEMA = 1
+# The entry that holds the SHA-256 of all others.
+SEAL = "sha256"
+COUNTS = (
+    "parameters",
+    "in_scope",
+    "pruned",
+    "zeros_before",
+    "zeros_after",
+    "quantized",
+    "bytes_before",
+    "bytes_after",
+)
+_SUMS = {**dict.fromkeys(COUNTS, int), "relative_error?": float}
+_SCALE = {"name": str, "shape": [int], "dtype": str, "sha256": str, "also?": [str]}
+_ROW = {
+    **{"name": str, "group": str, "shape": [int], "dtype_after": str, "in_scope": bool, "scheme": (str, None)},
+    **dict.fromkeys(("numel", "pruned", "zeros", "zeros_before", "bytes_before", "bytes_after"), int),
+    **{"norm?": float, "relative_error": float, "sha256": str, "scale?": _SCALE},
+}
+FORM = {
+    **{"versions": {str: str}, "setup": str, "recipe": {"steps": [dict]}, "totals": _SUMS, "groups": {str: _SUMS}},
+    "source": {"name": str, "revision?": (str, None), "files": {str: str}},
+    **{"files": {str: str}, "tensors": [_ROW], "runtimes?": [str], f"{SEAL}?": str},
+}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that convert wrote.
+
+    Raises CheckpointError where there is none, of another schema, or not of the form that convert writes.
+    """
+    refuse_unconverted(folder)
+    path = folder / MANIFEST_NAME
+    manifest = read_json(path, MANIFEST)
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}.",
+            hint="Read it with the version that wrote it (see `versions` in it).",
+        )
+    if wrong := misfit(manifest, FORM) or _names_outside(manifest):
+        raise CheckpointError(f"{path} is damaged: {wrong}.", hint="Convert it again, or fetch the manifest again.")
+    return manifest
+
+
+def _names_outside(manifest: Mapping[str, Any]) -> str | None:
+    return next((f"it names {name!r}, outside the folder" for name in manifest["files"] if is_outside(name)), None)
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with the hash of its content: recipe, source and versions cannot change unnoticed."""
+    return {**manifest, SEAL: seal_of(manifest)}
+
+
+def seal_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's entries, without the one for it, as JSON with sorted keys, without spaces, in ASCII."""
+    content = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+MANIFEST_NAME = "compressknow.json"
+
+
+CARD_NAME = "README.md"
+
+
+def refuse_unconverted(folder: Path) -> None:
+    """Raise CheckpointError where a folder has no manifest."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder.", hint="Give one that `compressknow convert` wrote.")
+    if not (folder / MANIFEST_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST_NAME}.", hint="verify takes a folder that `compressknow convert` wrote."
+        )

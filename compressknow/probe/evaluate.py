@@ -1,0 +1,209 @@
+"""Evaluating a model on the facts of a probe, batch by batch, on the original's most likely tokens where there is an
+original.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compressknow.engine.language_model import embedding_rows
+from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.probe.answers import Answer, Answers
+from compressknow.probe.facts import Probe
+from compressknow.probe.scoring.prompts import Ids
+from compressknow.probe.sources.tasks import Task
+from compressknow.quiet import Pace, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compressknow.engine.language_model import LanguageModel
+    from compressknow.probe.scoring.scorer import Question, Scorer, Whole
+
+
+END_OF_TEXT = "<|endoftext|>"
+BATCH_SIZE = 128
+# So many facts are timed before the first batch, where there are LEAST times as many.
+SAMPLE, LEAST = 12, 16
+# So many tokens of candidates are scored, about, however many there are.
+MOST_FURTHER = 64
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The facts of a probe as one model can be asked them, in batches of one shape; and those that cannot be asked."""
+
+    scorer: Scorer
+    batches: tuple[tuple[Question, ...], ...]
+    dropped: Mapping[str, int]
+
+    @property
+    def asked(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+
+def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
+    """The scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
+
+    Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.
+    """
+    from compressknow.probe.scoring.causal import CausalScorer
+    from compressknow.probe.scoring.masked import MaskedScorer
+    from compressknow.probe.scoring.seq2seq import Seq2SeqScorer
+
+    rows, size = embedding_rows(model), len(tokenizer)
+    # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
+    unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens
+    if size > rows and not (unused and tokenizer.convert_ids_to_tokens(rows) == END_OF_TEXT):
+        raise CheckpointError(
+            f"The tokenizer has {size:,} tokens, the model's embedding {rows:,} rows: they are no pair.",
+            hint="Put the tokenizer that the model was trained with beside its weights.",
+        )
+    if family == "masked" and tokenizer.mask_token is None:
+        raise UnsupportedError(
+            "The tokenizer has no mask token: a masked language model cannot be asked without.",
+            hint="Set `mask_token` in its tokenizer_config.json.",
+        )
+    scorers: dict[str, type[MaskedScorer | CausalScorer | Seq2SeqScorer]] = {
+        "masked": MaskedScorer,
+        "causal": CausalScorer,
+        "seq2seq": Seq2SeqScorer,
+    }
+    return scorers[family](model, tokenizer, probe)
+
+
+def questions_of(scorer: Scorer, batch_size: int = BATCH_SIZE) -> Questions:
+    """The probe's facts as questions: sorted by length, so that a batch needs no padding; the order is fixed."""
+    asked: list[Question] = []
+    dropped: Counter[str] = Counter(scorer.probe.dropped)
+    for fact in scorer.probe.facts:
+        question = scorer.question(fact)
+        if isinstance(question, str):
+            dropped[question] += 1
+        else:
+            asked.append(question)
+    return Questions(scorer, tuple(_batches(asked, batch_size)), dict(dropped))
+
+
+def ask(
+    questions: Questions,
+    *,
+    reference: Mapping[str, Ids] | None = None,
+    done: frozenset[str] = frozenset(),
+    known: Mapping[str, Answer] | None = None,
+    whole: Whole | None = None,
+    progress: Progress | None = None,
+) -> Iterator[list[Answer]]:
+    """Answers, a batch at a time, of all facts that are not `done`.
+
+    Parameters
+    ----------
+    reference : fact id -> ids at the answer's first position whose log-probabilities are wanted: the original's.
+    done : ids of facts that are answered. A batch is left out whole or asked whole, so that a batch that is asked
+        later is the same one.
+    known : fact id -> what this model answered, with the log-probabilities of other tokens: these alone are asked for.
+    whole : is told each batch's distributions over the whole vocabulary; see `compressknow.probe.distributions`.
+    """
+    left = [batch for batch in questions.batches if not all(question.fact.id in done for question in batch)]
+    total = questions.asked
+    answered = total - sum(map(len, left))
+    if progress:
+        progress(answered, total)
+    pace = _pace(questions.scorer, left, measured=progress is not None and known is None)
+    if progress and pace.left is not None:
+        progress(answered, total, pace.left)
+    for batch in left:
+        wanted = [reference[question.fact.id] for question in batch] if reference is not None else None
+        if known is None:
+            yield questions.scorer.answer(batch, wanted, whole)
+        else:
+            yield questions.scorer.answer_anew(batch, [known[question.fact.id] for question in batch], wanted, whole)
+        answered += len(batch)
+        pace.add(_work(questions.scorer, batch))
+        if progress:
+            progress(answered, total, pace.left)
+
+
+def _pace(scorer: Scorer, left: Sequence[tuple[Question, ...]], *, measured: bool) -> Pace:
+    """The pace of the batches that are left; `measured` asks a few facts of some of them first, to take the time."""
+    work = sum(_work(scorer, batch) for batch in left)
+    if not measured or sum(map(len, left)) < LEAST * SAMPLE:
+        return Pace(work)
+    samples = [left[len(left) * place // 4][: SAMPLE // 3] for place in (1, 2, 3)]
+    # The first call of all prepares much that later ones find done.
+    scorer.answer(samples[0][:1], None)
+    start = time.monotonic()
+    for sample in samples:
+        scorer.answer(sample, None)
+    return Pace(work, sum(_work(scorer, sample) for sample in samples), time.monotonic() - start)
+
+
+def _work(scorer: Scorer, batch: Iterable[Question]) -> int:
+    """What a batch costs, about, in tokens. Masked models read the whole prompt again for each further token of a
+    candidate; of many candidates most need not be finished.
+    """
+    again = scorer.family == "masked"
+    return sum(_tokens(question, again) for question in batch)
+
+
+def _tokens(question: Question, again: bool) -> int:
+    further = min(sum(len(option) - 1 for option in question.options), MOST_FURTHER)
+    return len(question.prompt) * (1 + further) if again else len(question.prompt) + further
+
+
+def _batches(questions: Iterable[Question], size: int) -> Iterator[tuple[Question, ...]]:
+    shapes: dict[tuple[int, ...], list[Question]] = {}
+    for question in questions:
+        shapes.setdefault(question.shape, []).append(question)
+    for shape in sorted(shapes):
+        alike = shapes[shape]
+        for start in range(0, len(alike), size):
+            yield tuple(alike[start : start + size])
+
+
+def refuse_other_questions(reference: Answers, probe: Probe | Task) -> None:
+    """Raise UsageError where the original was not asked this probe, or other questions of it."""
+    asked = reference.record["probes"].get(probe.name)
+    if asked is None and not isinstance(probe, Task):
+        raise UsageError(
+            f"The original was not asked {probe.name}, whose most likely tokens are wanted.",
+            hint="Probe the original with the same -p PROBE first.",
+        )
+    if asked and asked.get("fingerprint") != probe.fingerprint():
+        raise UsageError(
+            f"The original was asked other questions of {probe.name}.",
+            hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --data), or probe "
+            "it again.",
+        )
+
+
+def refuse_other_model(reference: Answers, name: str, loaded: LanguageModel) -> None:
+    """Raise CompressknowError where a model cannot be a compressed form of the original: its tokens are others."""
+    before = reference.record["model"]
+    for key, value in (("family", loaded.family), ("vocabulary", loaded.vocabulary)):
+        if before.get(key) not in (None, value):
+            raise CompressknowError(
+                f"{name} is no compressed form of {before.get('name')}: they differ in {key}.",
+                why=f"{before.get('name')} has {before[key]}, {name} has {value}.",
+                hint="Compare a model with the checkpoint that it was made from.",
+            )
+
+
+def first_ids(reference: Answers, probe: Probe, questions: Questions) -> dict[str, Ids]:
+    """Fact id -> the tokens that the original held most likely at the answer's first position.
+
+    Raises CompressknowError where a fact that is to be asked is not among the original's answers.
+    """
+    ids = {answer.fact_id: answer.first_ids for answer in reference.of(probe.name)}
+    wanted = [question.fact.id for batch in questions.batches for question in batch]
+    if missing := [fact for fact in wanted if fact not in ids]:
+        raise CompressknowError(
+            f"The original's answers to {probe.name} lack {len(missing):,} of {len(wanted):,} facts "
+            f"({missing[0]!r}, for one).",
+            hint="Probe the original again.",
+        )
+    return ids

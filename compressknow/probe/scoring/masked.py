@@ -1,0 +1,160 @@
+"""Masked language models: the answer is what the model puts at the mask.
+
+A candidate of several tokens is scored by its pseudo-log-likelihood (Salazar et al. 2020), its tokens from left to
+right: each is predicted with itself and the ones after it masked, so that no part of a name gives another one away
+(Kauf and Ivanova 2023; ``answer_l2r+word_l2r`` with conditional scores in lm-pub-quiz).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressknow.errors import CheckpointError
+from compressknow.probe.facts import BLANK, Fact
+from compressknow.probe.scoring.prompts import Ids
+from compressknow.probe.scoring.ranking import Scores
+from compressknow.probe.scoring.scorer import ROWS, Question, Scorer, group_by_length
+
+# Index of the question, the number of tokens of an option, and its beginning: what a pass predicts the next token from.
+Step = tuple[int, int, Ids]
+
+
+class MaskedScorer(Scorer):
+    family = "masked"
+    by_weights = ("_head_alone",)
+    # Whether the head gives the same where it sees the masked positions alone; None until it is tried.
+    _head_alone: bool | None = None
+
+    def prompt(self, fact: Fact) -> Ids:
+        ids = self.encoder.ids(fact.prompt.replace(BLANK, self.tokenizer.mask_token), True)
+        if ids.count(self.tokenizer.mask_token_id) != 1:
+            raise CheckpointError(
+                f"The tokenizer makes {ids.count(self.tokenizer.mask_token_id)} mask tokens of {fact.prompt!r}.",
+                hint="See that its mask token is one of its special tokens.",
+            )
+        return self._without_space(ids) if fact.gap else ids
+
+    def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:  # noqa: ARG002
+        # What follows is in sight anyway.
+        return tuple(self.encoder.answer(fact.before, text, fact.gap) for text in texts)
+
+    def unaskable(self, fact: Fact) -> str | None:  # noqa: ARG002
+        return None
+
+    @cached_property
+    def one_token(self) -> bool:
+        return True
+
+    def first(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
+        return self._log_probs([(question.prompt, self._blank(question)) for question in batch]), batch
+
+    def bounds(self, batch: Sequence[Question], log_probs: torch.Tensor) -> list[Scores]:
+        scores = [np.empty(len(question.options)) for question in batch]
+        groups = [group_by_length(question.options) for question in batch]
+        for length in sorted({length for group in groups for length in group}):
+            chosen = [index for index, group in enumerate(groups) if length in group]
+            masked = log_probs[chosen] if length == 1 else self._first_of(length, [batch[i] for i in chosen])
+            for row, index in zip(masked, chosen, strict=True):
+                options = groups[index][length]
+                heads = torch.tensor([batch[index].options[option][0] for option in options], device=row.device)
+                scores[index][options] = row[heads].double().cpu().numpy()
+        return scores
+
+    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
+        batch: Sequence[Question] = state
+        scores, place = scores.copy(), 1
+        while alive := [row for row, (_, ids) in enumerate(rows) if place < len(ids) and not scores[row] < bars[row]]:
+            # Candidates that begin alike share the passes of their common beginning.
+            wanted: dict[Step, list[int]] = {}
+            steps = [(rows[row][0], len(rows[row][1]), rows[row][1][:place]) for row in alive]
+            for step, row in zip(steps, alive, strict=True):
+                wanted.setdefault(step, []).append(rows[row][1][place])
+            logp = self._steps(batch, wanted)
+            scores[alive] += [logp[step][rows[row][1][place]] for step, row in zip(steps, alive, strict=True)]
+            place += 1
+        return scores
+
+    def _steps(self, batch: Sequence[Question], wanted: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
+        """Log-probabilities of the wanted tokens after each beginning of a candidate."""
+        sizes: dict[int, list[Step]] = {}
+        for step in wanted:
+            sizes.setdefault(len(batch[step[0]].prompt) + step[1], []).append(step)
+        found = {}
+        for steps in sizes.values():
+            for start in range(0, len(steps), ROWS):
+                chunk = steps[start : start + ROWS]
+                rows = [self._row(batch[index], length, beginning) for index, length, beginning in chunk]
+                for step, row in zip(chunk, self._log_probs(rows), strict=True):
+                    values = row[torch.tensor(wanted[step], device=row.device)].double().tolist()
+                    found[step] = dict(zip(wanted[step], values, strict=True))
+        return found
+
+    def _first_of(self, length: int, batch: Sequence[Question]) -> torch.Tensor:
+        return self._log_probs([self._row(question, length, ()) for question in batch])
+
+    def _row(self, question: Question, length: int, beginning: Ids) -> tuple[Ids, int]:
+        """The prompt with `length` masks in place of one, the first ones filled; and where the next token stands."""
+        place = self._blank(question)
+        masks = (self.tokenizer.mask_token_id,) * (length - len(beginning))
+        return (*question.prompt[:place], *beginning, *masks, *question.prompt[place + 1 :]), place + len(beginning)
+
+    def _without_space(self, prompt: Ids) -> Ids:
+        """The prompt without a token for the space before the mask: that space is part of the answer's first token.
+
+        Tokenizers whose mask takes in the space before it, as RoBERTa's does, have none there.
+        """
+        place = prompt.index(self.tokenizer.mask_token_id)
+        before = prompt[place - 1 : place]
+        space = before and before[0] not in self.tokenizer.all_special_ids and not self.encoder.decode(before)
+        return prompt[: place - 1] + prompt[place:] if space else prompt
+
+    def _blank(self, question: Question) -> int:
+        return question.prompt.index(self.tokenizer.mask_token_id)
+
+    def _log_probs(self, rows: Sequence[tuple[Ids, int]]) -> torch.Tensor:
+        """Log-probabilities at one position of each row, [rows, vocabulary], float32; rows of one length."""
+        device = self.model.device
+        ids = torch.tensor([row for row, _ in rows], device=device)
+        places = torch.tensor([place for _, place in rows], device=device)
+        if self._head_alone is None:
+            self._head_alone = self._head_is_pointwise(ids[:2], places[:2])
+        if self._head_alone:
+            logits = self._logits_at(ids, places)
+        else:
+            logits = self._forward(ids)[torch.arange(len(rows), device=device), places]
+        return logits.float().log_softmax(-1)
+
+    def _logits_at(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Logits where they are wanted: the head sees the hidden states of these positions alone."""
+
+        def keep(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
+            output.last_hidden_state = output.last_hidden_state[
+                torch.arange(len(places), device=places.device), places
+            ].unsqueeze(1)
+            return output
+
+        hook = self.model.base_model.register_forward_hook(keep)
+        try:
+            return self._forward(ids)[:, 0]
+        finally:
+            hook.remove()
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits
+
+    def _head_is_pointwise(self, ids: torch.Tensor, places: torch.Tensor) -> bool:
+        """Whether the head gives the same where it sees the masked positions alone: most do, the rest run it whole."""
+        if self.model.base_model is self.model:
+            return False
+        whole = self._forward(ids)[torch.arange(len(ids), device=ids.device), places]
+        try:
+            alone = self._logits_at(ids, places)
+        except (AttributeError, RuntimeError, ValueError, IndexError, TypeError):
+            return False
+        return alone.shape == whole.shape and torch.allclose(alone, whole, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,131 @@
+"""The best candidates, found exactly without finishing most of them, and the answer that their scores make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressknow.probe.answers import Answer
+from compressknow.probe.facts import Fact
+
+TOP = 5
+Scores = NDArray[np.float64]
+# Pairs (index of the contest, index of the candidate) and a bar for each -> scores, [pairs]: those of the whole
+# candidates, and of candidates that fall below their bar what shows that they do.
+Finish = Callable[[list[tuple[int, int]], Scores], Scores]
+
+
+@dataclass
+class Contest:
+    """The candidates of one fact.
+
+    Attributes
+    ----------
+    scores : [candidates], natural logarithms; upper bounds where `finished` is False.
+    finished : [candidates], whether the score is certainly that of the whole candidate.
+    gold : index of the object.
+    """
+
+    scores: Scores
+    finished: NDArray[np.bool_]
+    gold: int
+
+    def bar(self) -> float | None:
+        """What a candidate must reach to matter: the object's score or that of the fifth best, whichever is lower. None
+        while they are not known. It only rises.
+        """
+        known = self.scores[self.finished]
+        if not self.finished[self.gold] or len(known) < min(TOP, len(self.scores)):
+            return None
+        return float(np.fmin(self.scores[self.gold], np.sort(known)[-min(TOP, len(known))]))
+
+    def wanted(self) -> NDArray[np.intp]:
+        """Candidates that must be scored further: the object and the leaders; then all that reach the bar. Empty when
+        the best five and the object's rank are certain.
+        """
+        if (bar := self.bar()) is not None:
+            return np.flatnonzero(~self.finished & (self.scores >= bar))
+        leaders = np.zeros(len(self.scores), dtype=bool)
+        leaders[self.order()[:TOP]] = True
+        leaders[self.gold] = True
+        return np.flatnonzero(leaders & ~self.finished)
+
+    def order(self) -> NDArray[np.intp]:
+        """Candidates from the most likely one down; equal ones in their own order."""
+        return np.argsort(-self.scores, kind="stable")
+
+
+def rank_of(gold: int, scores: Scores) -> int | None:
+    """1 for the most likely answer; among equal ones the earlier comes first, whichever is the object. None where the
+    model computes no number for it (NaN): a broken model knows nothing.
+    """
+    if np.isnan(scores[gold]):
+        return None
+    return int(1 + np.sum(scores > scores[gold]) + np.sum(scores[:gold] == scores[gold]))
+
+
+def settle(contests: Sequence[Contest], finish: Finish) -> None:
+    """Score as few tokens as make the best five and the object's rank certain in each contest, changed in place."""
+    while pairs := [(index, int(place)) for index, contest in enumerate(contests) for place in contest.wanted()]:
+        known = {index: contests[index].bar() for index, _ in pairs}
+        bars = np.array([-np.inf if (bar := known[index]) is None else bar for index, _ in pairs])
+        scores = finish(pairs, bars)
+        # One that has fallen below its bar may not be whole, and need not be.
+        for (index, place), score, whole in zip(pairs, scores, ~(scores < bars), strict=True):
+            contests[index].scores[place] = score
+            contests[index].finished[place] = whole
+
+
+def best_of(scores: Scores) -> Any:
+    """Indices of the five best, equal ones in their own order, [5]."""
+    near = np.argpartition(-scores, TOP - 1)[:TOP] if len(scores) > TOP else np.arange(len(scores))
+    if not np.isnan(scores[near]).any():
+        # Equal scores at the edge: all of them are looked at, so that their order alone decides.
+        near = np.flatnonzero(scores >= scores[near].min())
+    return near[np.argsort(-scores[near], kind="stable")][:TOP]
+
+
+def chosen_of(fact: Fact, contest: Contest) -> Answer:
+    assert fact.candidates is not None
+    best = contest.order()[:TOP]
+    words = tuple(fact.candidates[index] for index in best)
+    logp = float(contest.scores[contest.gold])
+    rank = rank_of(contest.gold, contest.scores)
+    return make_answer(fact, words, contest.scores[best], rank, logp, len(fact.candidates), correct=rank == 1)
+
+
+def make_answer(
+    fact: Fact,
+    top: tuple[str, ...],
+    top_logp: Scores,
+    rank: int | None,
+    logp: float | None,
+    choices: int | None,
+    *,
+    correct: bool,
+) -> Answer:
+    return Answer(
+        probe=fact.probe,
+        fact_id=fact.id,
+        relation=fact.relation,
+        subject=fact.subject,
+        sub_label=fact.sub_label,
+        prompt=fact.prompt,
+        gold=fact.obj_label,
+        predicted=top[0],
+        correct=correct,
+        rank=rank,
+        logp_gold=logp,
+        top5=top,
+        top5_logp=tuple(float(value) for value in top_logp),
+        choices=choices,
+        popularity=fact.popularity,
+    )
+
+
+def with_distribution(answer: Answer, ids: Any, log_probs: Any, kl: float | None) -> Answer:
+    return replace(answer, first_ids=ids, first_logp=log_probs, first_kl=kl)

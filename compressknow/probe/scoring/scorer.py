@@ -1,0 +1,338 @@
+"""How a fact becomes an answer: what all model families share."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from compressknow.engine.language_model import embedding_rows
+from compressknow.engine.load import reason_of
+from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
+from compressknow.probe.answers import REFERENCE_TOKENS, Answer
+from compressknow.probe.facts import Fact, Probe
+from compressknow.probe.scoring.prompts import Encoder, Ids, most_tokens
+from compressknow.probe.scoring.ranking import (
+    Contest,
+    Scores,
+    best_of,
+    chosen_of,
+    make_answer,
+    rank_of,
+    settle,
+    with_distribution,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Ids of a batch's facts and log-probabilities over the whole vocabulary at the answer's first position, [batch,
+# vocabulary] -> the divergence of each from the original's, or None.
+Whole = Callable[[Sequence[str], torch.Tensor], Sequence[float | None]]
+
+# Rows of one forward pass when candidates are finished: they are short, and the batch is that of many facts.
+ROWS = 512
+# Tokens beyond the object's own that a free answer may take: what follows tells whether the object was all of it.
+SLACK_TOKENS = 4
+
+SEVERAL_TOKENS = "the object is several tokens of this model"
+NOT_IN_VOCABULARY = "the object is no single word of the common vocabulary for this model"
+NO_TOKENS = "an answer has no tokens in this model's vocabulary"
+SAME_TOKENS = "the object and another candidate are the same tokens for this model"
+TOO_LONG = "the prompt is longer than this model reads"
+BLANK_NOT_LAST = "the blank is not at the end of the prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A fact in the ids of one model.
+
+    Attributes
+    ----------
+    prompt : what the model reads first.
+    options : ids of each candidate, for facts that have candidates.
+    gold : ids of the object; for facts with candidates those of its option.
+    aliases : ids of single tokens that count as the object, for answers out of a vocabulary.
+    shape : questions of one shape run in one batch, without padding.
+    """
+
+    fact: Fact
+    prompt: Ids
+    options: tuple[Ids, ...]
+    gold: Ids
+    aliases: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class Scorer(ABC):
+    """Asks one model the facts of one probe."""
+
+    family: ClassVar[str]
+    # Cached properties that depend on the model's weights.
+    by_weights: ClassVar[tuple[str, ...]] = ()
+    _tried = False
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> None:
+        self.model, self.tokenizer, self.probe = model, tokenizer, probe
+        self.encoder = Encoder(tokenizer)
+
+    def release(self) -> None:
+        """Let go of the model, and of what was found out by its weights; `model` may be set to another one of the same
+        architecture then.
+        """
+        for name in ("model", *self.by_weights):
+            self.__dict__.pop(name, None)
+
+    # What a family defines.
+
+    @abstractmethod
+    def prompt(self, fact: Fact) -> Ids:
+        """What the model reads first; raises CompressknowError where a prompt cannot be asked at all."""
+
+    @abstractmethod
+    def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
+        """Ids that are scored for each of these answers; with what follows the blank if `rest`."""
+
+    @abstractmethod
+    def first(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
+        """Log-probabilities at the answer's first position, [batch, vocabulary], and what `finish` goes on from."""
+
+    @abstractmethod
+    def bounds(self, batch: Sequence[Question], log_probs: torch.Tensor) -> list[Scores]:
+        """For each question the log-probabilities of its options' first tokens, [options]."""
+
+    @abstractmethod
+    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
+        """Scores of whole options, [rows]: `scores` of the first tokens, and the log-probabilities of those after them.
+
+        A row is (question, ids of an option). One that falls below its bar on the way is left there.
+        """
+
+    def written(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:  # noqa: ARG002
+        """Answers to the questions where any text may be answered; families that only choose have none."""
+        return []
+
+    def unaskable(self, fact: Fact) -> str | None:
+        """Why this family cannot be asked such a fact, or None."""
+        last = fact.before and not re.search(r"\w", fact.after)
+        return None if fact.candidates or last else BLANK_NOT_LAST
+
+    def shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
+        return (len(prompt),)
+
+    # What they share.
+
+    def question(self, fact: Fact) -> Question | str:
+        """The question that a fact makes, or the reason why it is dropped."""
+        if reason := self.unaskable(fact):
+            return reason
+        prompt = self.prompt(fact)
+        options: tuple[Ids, ...] = ()
+        aliases: tuple[int, ...] = ()
+        if fact.candidates:
+            rest = self.probe.score_rest or bool(re.search(r"\w", fact.after))
+            options = self.options(fact, fact.candidates, rest=rest)
+            if not rest and _one_begins_another(options):
+                options = self.options(fact, fact.candidates, rest=True)
+            gold = options[fact.candidates.index(fact.obj_label)]
+        elif self.one_token:
+            aliases = self._aliases(fact)
+            gold = aliases[:1]
+            if not gold and not self.probe.keep_unanswerable:
+                return NOT_IN_VOCABULARY if self.probe.vocabulary == "words" else SEVERAL_TOKENS
+        else:
+            (gold,) = self.options(fact, [fact.obj_label], rest=False)
+        question = Question(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
+        return self._unfit(question) or question
+
+    def answer(
+        self, batch: Sequence[Question], reference: Sequence[Ids] | None, whole: Whole | None = None
+    ) -> list[Answer]:
+        """Answers to questions of one shape.
+
+        Parameters
+        ----------
+        reference : for each question the ids at the answer's first position whose log-probabilities are kept; by
+            default the most likely ones of this model.
+        whole : is told the whole distributions; gives their divergences from the original's.
+        """
+        with torch.inference_mode():
+            log_probs, state = self._begun(batch)
+            found = [
+                *self._closed(batch, log_probs, state),
+                *self._single(batch, log_probs),
+                *self.written(batch, log_probs, state),
+            ]
+            return self._with_distributions(batch, found, log_probs, reference, whole)
+
+    def answer_anew(
+        self,
+        batch: Sequence[Question],
+        answers: Sequence[Answer],
+        reference: Sequence[Ids] | None,
+        whole: Whole | None = None,
+    ) -> list[Answer]:
+        """The answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
+        with torch.inference_mode():
+            return self._with_distributions(batch, answers, self._begun(batch)[0], reference, whole)
+
+    def _begun(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
+        """`first`, tried on two questions before any other: a model that cannot read them cannot be asked at all."""
+        self._refuse_ids_beyond(batch)
+        if not self._tried:
+            try:
+                self.first(batch[:2])
+            except (CompressknowError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise UnsupportedError(
+                    f"{type(self.model).__name__} cannot be evaluated: it fails on the first prompts.",
+                    why=reason_of(error),
+                    hint="It may need an input beside the text, or a setting in its config.json.",
+                ) from error
+            self._tried = True
+        return self.first(batch)
+
+    def _refuse_ids_beyond(self, batch: Sequence[Question]) -> None:
+        """A tokenizer may have few tokens, and yet a number for one that the embedding has no row for."""
+        rows = embedding_rows(self.model)
+        for question in batch:
+            largest = max(chain(question.prompt, question.gold, *question.options), default=0)
+            if largest >= rows:
+                raise CheckpointError(
+                    f"The tokenizer gives token {largest:,}, the model's embedding has {rows:,} rows: no pair.",
+                    f"It stands in the fact {question.fact.id}.",
+                    "Put the tokenizer that the model was trained with beside its weights.",
+                )
+
+    def _with_distributions(
+        self,
+        batch: Sequence[Question],
+        answers: Sequence[Answer],
+        log_probs: torch.Tensor,
+        reference: Sequence[Ids] | None,
+        whole: Whole | None,
+    ) -> list[Answer]:
+        ids = self._reference_ids(log_probs, reference)
+        kept = log_probs.gather(1, ids).float().cpu().numpy()
+        divergences = whole([question.fact.id for question in batch], log_probs) if whole else [None] * len(batch)
+        found = {answer.fact_id: answer for answer in answers}
+        # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
+        rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
+        return [with_distribution(found[question.fact.id], *distribution) for question, *distribution in rows]
+
+    def _unfit(self, question: Question) -> str | None:
+        """Why the ids of a question cannot be asked, or None."""
+        free = not question.options and not self.one_token
+        answers = question.options or (question.gold,)
+        if (question.options or free) and not all(answers):
+            return NO_TOKENS
+        if question.options.count(question.gold) > 1:
+            return SAME_TOKENS
+        longest = max(question.shape) + max(map(len, answers)) + (SLACK_TOKENS if free else 0)
+        return TOO_LONG if self._most is not None and longest > self._most else None
+
+    @cached_property
+    def _most(self) -> int | None:
+        return most_tokens(self.model, self.tokenizer)
+
+    @cached_property
+    def one_token(self) -> bool:
+        """Whether facts without candidates are answered by one token."""
+        return self.probe.vocabulary in ("words", "full")
+
+    @cached_property
+    def allowed(self) -> torch.Tensor | None:
+        """Ids that may be answered, ascending, [allowed]; None where all may."""
+        if self.probe.vocabulary != "words":
+            return None
+        return torch.tensor(sorted(self.encoder.single(self.probe.words)), device=self.model.device)
+
+    @cached_property
+    def _allowed_ids(self) -> frozenset[int]:
+        return frozenset(self.allowed.tolist() if self.allowed is not None else ())
+
+    @cached_property
+    def _folded(self) -> dict[str, tuple[int, ...]]:
+        """Ids of the vocabulary by their text, case folded (the paper compares lower-cased text)."""
+        folded: dict[str, list[int]] = {}
+        for number in range(len(self.tokenizer)):
+            folded.setdefault(self.encoder.decode([number]).lower(), []).append(number)
+        return {text: tuple(ids) for text, ids in folded.items()}
+
+    def _aliases(self, fact: Fact) -> tuple[int, ...]:
+        if self.probe.fold_case:
+            ids = self._folded.get(fact.obj_label.lower(), ())
+        else:
+            # The words that may be answered are those of running text.
+            gap = fact.gap if self.allowed is None else " "
+            ids = self.encoder.answer(fact.before, fact.obj_label, gap)
+            ids = ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else ()
+        return ids if self.allowed is None else tuple(number for number in ids if number in self._allowed_ids)
+
+    def _reference_ids(self, log_probs: torch.Tensor, reference: Sequence[Ids] | None) -> torch.Tensor:
+        if reference is not None:
+            return torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()
+        return log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
+
+    def _closed(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:
+        chosen = [index for index, question in enumerate(batch) if question.options]
+        if not chosen:
+            return []
+        contests = [
+            Contest(first, np.array([len(ids) == 1 for ids in batch[index].options]), _gold_index(batch[index].fact))
+            for index, first in zip(chosen, self.bounds([batch[i] for i in chosen], log_probs[chosen]), strict=True)
+        ]
+        firsts = [contest.scores.copy() for contest in contests]
+
+        def finish(pairs: list[tuple[int, int]], bars: Scores) -> Scores:
+            rows = [(chosen[contest], batch[chosen[contest]].options[candidate]) for contest, candidate in pairs]
+            first = np.array([firsts[contest][candidate] for contest, candidate in pairs])
+            return self.finish(state, rows, first, bars)
+
+        settle(contests, finish)
+        return [chosen_of(batch[index].fact, contest) for index, contest in zip(chosen, contests, strict=True)]
+
+    def _single(self, batch: Sequence[Question], log_probs: torch.Tensor) -> list[Answer]:
+        chosen = [index for index, question in enumerate(batch) if not question.options and self.one_token]
+        if not chosen:
+            return []
+        scores = log_probs[chosen]
+        scores = scores if self.allowed is None else scores[:, self.allowed]
+        ids = np.arange(scores.shape[1]) if self.allowed is None else self.allowed.cpu().numpy()
+        values = scores.double().cpu().numpy()
+        return [self._word(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)]
+
+    def _word(self, question: Question, scores: Scores, ids: Any) -> Answer:
+        best = best_of(scores)
+        words = tuple(self.encoder.decode([ids[index]]) for index in best)
+        places = [int(place) for place in np.searchsorted(ids, question.aliases)]
+        gold = max(places, key=lambda place: (scores[place], -place), default=None)
+        rank = None if gold is None else rank_of(gold, scores)
+        logp = None if gold is None else float(scores[gold])
+        return make_answer(question.fact, words, scores[best], rank, logp, len(ids), correct=rank == 1)
+
+
+def _one_begins_another(options: Sequence[Ids]) -> bool:
+    """Whether an option's ids are the beginning of another's: it would never be the less likely one of both."""
+    return any(after[: len(ids)] == ids for ids, after in pairwise(sorted(set(options))))
+
+
+def _gold_index(fact: Fact) -> int:
+    assert fact.candidates is not None
+    return fact.candidates.index(fact.obj_label)
+
+
+def group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:
+    """Indices of the options by their number of tokens."""
+    groups: dict[int, list[int]] = {}
+    for index, ids in enumerate(options):
+        groups.setdefault(len(ids), []).append(index)
+    return groups

@@ -1,0 +1,231 @@
+"""`hf:DATASET`: facts from any table that the `datasets` library reads, from the Hugging Face hub or from disk.
+
+``hf:NAME`` or ``hf:NAME:CONFIG`` names a set on the hub; ``hf:PATH`` a folder (of data files, or written by
+`save_to_disk`) or one .parquet, .json, .jsonl or .csv file. Which column holds what is said by the user or known:
+PopQA (``akariasai/PopQA``), LAMA's copies in Parquet, and tables with the columns of a facts file (`facts:`).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compressknow.errors import CompressknowError, UsageError
+from compressknow.probe.answers import check_parquet
+from compressknow.probe.facts import Fact, Probe, subject_of
+from compressknow.probe.scoring.prompts import UniqueIds, fill, wrong_blanks
+from compressknow.probe.sources.columns import Columns, choose_columns
+from compressknow.reading import NotReadable, parse_json
+
+PROTOCOL = "hf/1"
+_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+# Where the user names no split: sets for evaluation have their facts in the first of these that there is.
+_SPLITS = ("test", "validation", "train")
+_ROWS_AT_ONCE = 10_000
+
+
+def hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> Probe:
+    """All facts of one split of a data set; rows that cannot be asked are counted in `dropped`.
+
+    `columns` is {one of `compressknow.probe.sources.columns.KEYS`: name of a column}; "template" may also be a template
+    itself.
+    Raises UsageError where the set, the split or a column is not there, CompressknowError where the hub is not reached
+    or the data cannot be read.
+    """
+    splits = _load(dataset)
+    chosen = _choose_split(list(splits), split, dataset)
+    table = splits[chosen]
+    named = choose_columns(table.column_names, columns or {}, f"hf:{dataset}")
+    facts, dropped = _select(f"hf:{dataset}", _rows(table, named), named)
+    return Probe(
+        name=f"hf:{dataset}",
+        protocol=PROTOCOL,
+        facts=facts,
+        dropped=dropped,
+        vocabulary="closed" if all(fact.candidates for fact in facts) else "open",
+        source={"dataset": dataset, "split": chosen, "columns": dict(named.of), "known as": named.known_as},
+    )
+
+
+def _load(dataset: str) -> Any:
+    """{name of a split: its table}."""
+    path = Path(dataset).expanduser()
+    if not path.exists() and _names_a_path(dataset):
+        raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the hub.")
+    _check_tables(path)
+    import datasets
+
+    with _quiet():
+        try:
+            if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+                loaded = datasets.load_from_disk(str(path))
+            elif path.is_file():
+                loaded = datasets.load_dataset(_builder(path), data_files=str(path))
+            elif path.is_dir():
+                loaded = datasets.load_dataset(str(path))
+            else:
+                name, _, config = dataset.partition(":")
+                loaded = datasets.load_dataset(name, config or None)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise _explained(dataset, error) from error
+    return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+
+def _check_tables(path: Path) -> None:
+    """Raise UsageError where a local file or folder has a Parquet file that would fill the memory."""
+    for table in [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else ():
+        if table.suffix.lower() == ".parquet":
+            try:
+                check_parquet(table)
+            except NotReadable as error:
+                raise UsageError(f"{table} cannot be read: {error}.", hint="Get the data set again.") from None
+            except (OSError, ValueError):  # No Parquet file at all: `datasets` says what is wrong.
+                continue
+
+
+def _names_a_path(dataset: str) -> bool:
+    """Whether this cannot be a name on the hub: those are NAME or OWNER/NAME, with a colon and a configuration."""
+    name = dataset.partition(":")[0]
+    return dataset.startswith((".", "/", "~")) or name.count("/") > 1 or Path(dataset).suffix.lower() in _BUILDERS
+
+
+def _builder(path: Path) -> str:
+    builder = _BUILDERS.get(path.suffix.lower())
+    if builder is None:
+        raise UsageError(f"{path}: no table of a known kind.", hint=f"Known are {', '.join(_BUILDERS)}.")
+    return builder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars where stderr is no terminal, and no log lines of `datasets` beside the error that is raised."""
+    import datasets
+
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _explained(dataset: str, error: Exception) -> CompressknowError:
+    """The library's error in words that say what to do."""
+    what, reason = f"hf:{dataset} cannot be read.", str(error.__cause__ or error).split("\n")[0]
+    if isinstance(error, ConnectionError):
+        page = f"huggingface.co/datasets/{dataset.partition(':')[0]}"
+        hint = f"Download {page} where there is a network, and name the folder: hf:FOLDER."
+        return CompressknowError(f"hf:{dataset} is neither here nor can the hub be reached.", reason, hint)
+    if isinstance(error, RuntimeError) and "scripts are no longer supported" in reason:
+        return UsageError(
+            what,
+            "It is loaded by a script of its own, which the datasets library runs no more since version 4.",
+            "Look for a copy in Parquet (a branch refs/convert/parquet often has one), download it, and say hf:FOLDER.",
+        )
+    if isinstance(error, ValueError) and "BuilderConfig" in reason:
+        return UsageError(what, reason, "The configuration follows the name: hf:NAME:CONFIG.")
+    if isinstance(error, ValueError) and "Config name is missing" in reason:
+        return UsageError(what, str(error).replace("\n", " "), "The configuration follows the name: hf:NAME:CONFIG.")
+    if isinstance(error, FileNotFoundError):
+        return UsageError(what, reason, "hf: is followed by a name on the hub, a folder or a file.")
+    return CompressknowError(what, reason)
+
+
+def _choose_split(there: list[str], wanted: str | None, dataset: str) -> str:
+    if wanted is not None and wanted not in there:
+        raise UsageError(f"hf:{dataset} has no split {wanted!r}.", hint=f"There is {', '.join(there)}.")
+    chosen = wanted or (there[0] if len(there) == 1 else next((name for name in _SPLITS if name in there), None))
+    if chosen is None:
+        raise UsageError(f"hf:{dataset} has several splits.", hint=f"Say --split with one of {', '.join(there)}.")
+    return chosen
+
+
+def _rows(table: Any, columns: Columns) -> Iterator[dict[str, Any]]:
+    """The rows with the keys of `columns` in place of the table's names."""
+    pairs = [(key, name) for key, name in columns.of.items() if name in columns.names]
+    for batch in table.select_columns(columns.names).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        for row in batch.to_pylist():
+            yield {key: row[name] for key, name in pairs}
+
+
+def _select(probe: str, rows: Iterator[dict[str, Any]], columns: Columns) -> tuple[tuple[Fact, ...], dict[str, int]]:
+    facts, dropped, unique = [], Counter[str](), UniqueIds()
+    asked: set[tuple[str, str]] = set()
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for number, row in enumerate(rows):
+        fact = _fact(probe, number, row, columns)
+        if isinstance(fact, Fact) and (fact.prompt, fact.obj_label) in asked:
+            fact = "same sentence and object"
+        if isinstance(fact, str):
+            dropped[fact] += 1
+            continue
+        asked.add((fact.prompt, fact.obj_label))
+        candidates = shared.setdefault(fact.candidates, fact.candidates) if fact.candidates else None
+        facts.append(replace(fact, id=unique(fact.id), candidates=candidates))
+    return tuple(facts), dict(dropped)
+
+
+def _fact(probe: str, number: int, row: dict[str, Any], columns: Columns) -> Fact | str:
+    """The row's fact, or the reason to drop it."""
+    obj_label, subject = _text(row.get("object")), _text(row.get("subject")) or ""
+    relation = _text(row.get("relation")) or probe.removeprefix("hf:")
+    if obj_label is None:
+        return "no object"
+    prompt = _prompt(row, subject, relation, columns)
+    if prompt is None:
+        return "no subject, or no template for its relation"
+    if reason := wrong_blanks(prompt):
+        return reason
+    candidates = _texts(row.get("candidates"))
+    if candidates is not None and (obj_label not in candidates or len(candidates) < 2):
+        return "object not among two candidates or more"
+    return Fact(
+        id=f"{relation}/{_text(row.get('id')) or number}",
+        probe=probe,
+        relation=relation,
+        subject=_text(row.get("school-subject")) or subject_of(relation),
+        sub_label=subject,
+        obj_label=obj_label,
+        prompt=prompt,
+        candidates=candidates,
+        popularity=_popularity(row.get("popularity")),
+    )
+
+
+def _prompt(row: dict[str, Any], subject: str, relation: str, columns: Columns) -> str | None:
+    if "prompt" in columns.of:
+        return _text(row["prompt"]) or ""
+    template = columns.fixed_template or _text(row.get("template")) or columns.templates.get(relation)
+    return fill(template, subject) if template and subject else None
+
+
+def _text(value: object) -> str | None:
+    """A text, a number as one, the first of a list; None for what is empty or nothing of these."""
+    if isinstance(value, list):
+        return _text(value[0]) if value else None
+    return (str(value).strip() or None) if isinstance(value, str | int | float) and value == value else None
+
+
+def _texts(value: object) -> tuple[str, ...] | None:
+    """A list of texts, also as a text of JSON, each once; None for an empty one. Another text is a list of itself."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value.encode())
+        except ValueError:
+            value = [value]
+    return tuple(dict.fromkeys(filter(None, map(_text, value)))) or None if isinstance(value, list) else None
+
+
+def _popularity(value: object) -> float | None:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    return number if 0 < number < math.inf else None

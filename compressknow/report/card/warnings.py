@@ -1,0 +1,172 @@
+"""Warnings: what a reader must know before trusting a comparison's figures, in plain words."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from compressknow.probe.answers import Answers
+from compressknow.report.format import count, percent, plain, share
+from compressknow.report.records import Grade, ModelFacts
+from compressknow.stats.records import Counts, ProbeFigures
+
+if TYPE_CHECKING:
+    from compressknow.report.diff.records import Checkpoint
+
+# Fewer known facts than this leave an interval of several points.
+FEW_FACTS = 100
+FEW_FACTS_OF_A_SUBJECT = 20
+# Of the answers of one int8 checkpoint, those that were right in the engine's int8 and wrong in plain floats, or the
+# other way round: 11 and 24. They stand for all models until each is measured against itself.
+MEASURED_ON, ROUNDING_ATTENTION, ROUNDING_BOTH = "SmolLM2-135M and 600 facts of atlas", "1.8 %", "4.0 %"
+
+
+def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+    """What is odd about the two checkpoints."""
+    if original.sha256 == model.sha256:
+        yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
+    yield from of_recipe(model)
+    if original.dtype != model.dtype and not (original.quantization or model.quantization):
+        yield (
+            f"The weights differ in type ({plain(original.dtype, 40)} and {plain(model.dtype, 40)}) though neither "
+            "model is quantized: part of the change may be rounding."
+        )
+    if original.speed and model.speed and original.speed.device != model.speed.device:
+        yield (
+            f"The models ran on different devices ({plain(original.speed.device, 60)} and "
+            f"{plain(model.speed.device, 60)}): answers that are almost tied may differ for that alone."
+        )
+
+
+def of_order(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+    """That the model taken for the original was made from the other one."""
+    if was_made_from(original, model):
+        yield (
+            f"The two models look swapped: {plain(original.name, 80)}, given as the original, was made from "
+            f"{plain(model.name, 80)}, as its manifest says. Give the original first."
+        )
+
+
+def was_made_from(one: ModelFacts | Checkpoint, other: ModelFacts | Checkpoint) -> bool:
+    """Whether the manifest of the one names the other as its source, and not the other way round too."""
+    return _source(one) == other.name and _source(other) != one.name
+
+
+def _source(model: ModelFacts | Checkpoint) -> str | None:
+    return str(model.source["name"]) if model.source and model.source.get("name") else None
+
+
+def of_recipe(model: ModelFacts) -> Iterator[str]:
+    """What a converted checkpoint's recipe makes of its answers."""
+    if model.groups and not any(_done(group) for group in model.groups.values()):
+        yield "Nothing of this model was in scope: no weight was pruned or quantized."
+    if any(step.get("quantize") == "int8-paper" for step in (model.recipe or {}).get("steps", ())):
+        yield (
+            "Quantized by int8-paper, whose activations share one scale a batch: each answer depends a little on the "
+            "facts that were asked beside it. The order of facts is fixed, so the figures repeat; other batches would "
+            "give slightly other ones."
+        )
+    elif _rounds_activations(model.quantization or ""):
+        yield (
+            "Its activations are rounded to 8 bits as they are computed, and a last bit that differs may round them "
+            "the other way: the same weights computed in another way (plain floats, another CPU) "
+            f"answer otherwise too. For {MEASURED_ON} that changed {ROUNDING_ATTENTION} of the answers from right to "
+            f"wrong or back with attention quantized, {ROUNDING_BOTH} with the feed-forward blocks too: a change of "
+            "that size may be rounding alone."
+        )
+
+
+def _rounds_activations(quantization: str) -> bool:
+    """Whether a checkpoint's quantization, in the words of `quantization_in_words`, rounds activations to integers."""
+    return bool(re.search(r"8-bit activations|int8\b.*\bactivations?|\bint8 dynamic activation", quantization))
+
+
+def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:
+    """What the two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
+    yield from _versions(original.record.get("versions", {}), compressed.record.get("versions", {}))
+    for who, these, others in (("original", original, compressed), ("compressed model", compressed, original)):
+        only = [plain(probe, 60) for probe in these.probes if probe not in others.probes]
+        if only:
+            yield f"Not compared, since only the {who} was asked: {', '.join(only)}."
+        yield from of_answers(f"The {who}", these)
+    for probe in probes:
+        references = [side.record["probes"][probe].get("reference") for side in (original, compressed)]
+        if None not in references and references[0] != references[1]:
+            yield (
+                f"How far distributions moved on {plain(probe, 60)} was not measured: the two models gave the "
+                "probabilities of different tokens. Give `compressknow report` the checkpoints, not answers of two "
+                "runs, to have it measured."
+            )
+
+
+def _versions(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
+    differing = [
+        f"{plain(name, 40)} {plain(original[name], 40)} and {plain(compressed[name], 40)}"
+        for name in original
+        if name in compressed and original[name] != compressed[name]
+    ]
+    if differing:
+        yield f"The two models were asked by different versions ({', '.join(differing)}), which may change answers too."
+
+
+def of_answers(who: str, answers: Answers) -> Iterator[str]:
+    """That a model is broken, if it is."""
+    numbers = Counter(
+        a.probe for a in answers.answers if math.isnan(a.logp_gold or 0) or any(map(math.isnan, a.top5_logp))
+    )
+    for probe, number in numbers.items():
+        yield (
+            f"{who} computes no numbers (NaN) for {_facts(number)} of {plain(probe, 60)}: it is broken, and its "
+            "answers there mean nothing."
+        )
+
+
+def of_figures(
+    counts: Counts, grades: Iterable[Grade], probes: Iterable[ProbeFigures], *, name: str = "The original"
+) -> Iterator[str]:
+    """Too few facts, and originals that know no more than guessing would; `name` is what the original is called."""
+    if 0 < counts.known_before < FEW_FACTS:
+        yield f"{name} knew only {_facts(counts.known_before)}: with so few, the share kept is uncertain."
+    few = [grade for grade in grades if 0 < grade.counts.known_before < FEW_FACTS_OF_A_SUBJECT]
+    if few:
+        named = ", ".join(f"{plain(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
+        yield f"Grades that rest on fewer than {FEW_FACTS_OF_A_SUBJECT} known facts say little: {named}."
+    for probe in probes:
+        yield from _at_chance(probe, name)
+        yield from _dropped(probe)
+
+
+def _at_chance(probe: ProbeFigures, who: str) -> Iterator[str]:
+    accuracy = probe.accuracy_original
+    if accuracy.value is None or accuracy.low is None:
+        return
+    baselines = {"guessing": probe.chance, "always giving the most frequent answer": probe.majority}
+    for name, baseline in baselines.items():
+        if baseline is not None and accuracy.low <= baseline:
+            yield (
+                f"{who} itself knows little of {plain(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
+                f"is not clearly above that of {name} ({share(baseline)}), so what is kept says little."
+            )
+            return
+
+
+def _dropped(probe: ProbeFigures) -> Iterator[str]:
+    dropped = sum(probe.dropped.values())
+    read = max(probe.facts_read, dropped)
+    if 2 * dropped > read:
+        reason = max(probe.dropped, key=lambda name: probe.dropped[name])
+        yield (
+            f"{percent(dropped, read)} of the facts of {plain(probe.probe, 60)} could not be asked, most because: "
+            f"{plain(reason, 120)}. Those that were are a selection."
+        )
+
+
+def _done(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("pruned") or group.get("quantized"))
+
+
+def _facts(number: int) -> str:
+    return "1 fact" if number == 1 else f"{count(number)} facts"

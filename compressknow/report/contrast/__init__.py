@@ -1,1 +1,0 @@
-"""What `compare` says of two checkpoints: settings, weights, and what each knows."""

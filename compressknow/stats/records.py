@@ -1,0 +1,155 @@
+"""The numbers of a comparison: raw counts, with ratios derived, and what each probe's answers come to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Facts by what the original and the compressed model know; ratios are derived, never stored.
+
+    >>> counts = Counts(both=8, lost=2, gained=1, neither=9)
+    >>> counts.n, counts.kept, counts + counts == Counts(16, 4, 2, 18)
+    (20, 0.8, True)
+    """
+
+    both: int = 0
+    lost: int = 0
+    gained: int = 0
+    neither: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.both + other.both, self.lost + other.lost, self.gained + other.gained, self.neither + other.neither
+        )
+
+    @property
+    def n(self) -> int:
+        return self.both + self.lost + self.gained + self.neither
+
+    @property
+    def known_before(self) -> int:
+        return self.both + self.lost
+
+    @property
+    def known_after(self) -> int:
+        return self.both + self.gained
+
+    @property
+    def kept(self) -> float | None:
+        """Knowledge kept: the share of what the original knew that the compressed model still knows."""
+        return self.both / self.known_before if self.known_before else None
+
+    @property
+    def flips(self) -> float | None:
+        return (self.lost + self.gained) / self.n if self.n else None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure with its 95 % interval. `value` is None where there is nothing to estimate from (no fact known, ...);
+    `low` and `high` are None where there are too few facts for an interval.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The facts of one relation, school subject or popularity bin.
+
+    Attributes
+    ----------
+    kept : knowledge kept with its Wilson interval.
+    p : exact McNemar test, two-sided; `p_holm` is adjusted over all groups of the same table (Holm).
+    answer_changed : share of facts whose top answer differs.
+    chance : expected accuracy of guessing; None where any text may be answered.
+    """
+
+    name: str
+    counts: Counts
+    kept: Estimate
+    p: float | None
+    p_holm: float | None
+    answer_changed: float | None
+    chance: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """How far the distribution at the answer's first position moved (nats), over the `n` facts that have one.
+
+    Attributes
+    ----------
+    rest : mean probability, before and after, of the tokens that are taken together as one: what moves among them is
+        not seen, so that the divergences are lower bounds. None where they are over the whole vocabulary.
+    """
+
+    n: int
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    rest: tuple[float, float] | None
+
+    @property
+    def is_lower_bound(self) -> bool:
+        return self.rest is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeFigures:
+    """All figures of one probe, original against one compressed model, paired by fact."""
+
+    probe: str
+    protocol: str
+    average: str
+    counts: Counts
+    accuracy_original: Estimate
+    accuracy_compressed: Estimate
+    difference: Estimate
+    kept: Estimate
+    kept_above_chance: Estimate
+    macro_original: Estimate
+    macro_compressed: Estimate
+    macro_difference: Estimate
+    p: float | None
+    answer_changed: float | None
+    movement: Movement | None
+    logp_change: Mapping[str, float] | None  # of the gold: p1 p5 p25 p50 p75 p95 p99
+    mrr: tuple[float, float] | None  # mean reciprocal rank of the gold, before and after
+    p_at_5: tuple[float, float] | None
+    lost_still_in_top5: int | None  # of the lost facts, how many golds are still among the five most likely answers
+    ece: tuple[float, float] | None
+    brier: tuple[float, float] | None
+    chance: float | None
+    majority: float | None
+    drop_absolute: float | None  # the paper's figures: accuracy before - after, in points of 1 and relative to before
+    drop_relative: float | None
+    by_relation: tuple[Group, ...]
+    by_subject: tuple[Group, ...]
+    by_popularity: tuple[Group, ...]
+    facts_read: int
+    dropped: Mapping[str, int]
+    limit: int | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedFact:
+    """A fact that was lost or gained, with what both models said."""
+
+    probe: str
+    relation: str
+    subject: str
+    prompt: str
+    gold: str
+    before: str
+    after: str
+    rank_before: int | None
+    rank_after: int | None
+    fact_id: str = ""

@@ -1,0 +1,200 @@
+"""The cells of a study, evaluated: each probe's answers in a folder of its own, so that a study resumes to the fact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from compressknow import __version__
+from compressknow.engine.identity import describe_variant, locate
+from compressknow.engine.language_model import LanguageModel, language_model_of
+from compressknow.engine.load import load_tokenizer
+from compressknow.errors import CompressknowError
+from compressknow.probe.answers import Answers
+from compressknow.probe.distributions import Distributions
+from compressknow.probe.evaluate import Questions
+from compressknow.probe.facts import Probe
+from compressknow.probe.run import Respondent, Settings, facts_of, is_answered, lacking, probe_model
+from compressknow.probe.sources.tasks import Task
+from compressknow.quiet import Bar, staged
+from compressknow.study.grid import Cell
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from compressknow.compress.variant import VariantMaker
+
+
+class Subject:
+    """The original of a study, found and opened once: it, and every cell, can be asked from here.
+
+    Parameters
+    ----------
+    keep_in : a folder on the disk that keeps the original's distributions for cells that are evaluated in this process;
+        None where there are none.
+    """
+
+    def __init__(
+        self, model: str | Path, settings: Settings, *, revision: str | None = None, keep_in: Path | None = None
+    ) -> None:
+        located = locate(model, revision)
+        if located.path.suffix == ".gguf":
+            raise CompressknowError(
+                f"{model} is a GGUF file: it is quantized already, and cannot be converted.",
+                hint="Give the checkpoint folder that it was made from.",
+            )
+        self.original, self._trusted = Respondent(located, settings), settings.trust_remote_code
+        self._written: dict[str, Questions] = {}
+        self._whole = Distributions(self.original, keep_in) if keep_in else None
+        self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
+
+    @cached_property
+    def maker(self) -> VariantMaker:
+        """Makes the cells; it is opened when it is first needed, for it needs torch."""
+        from compressknow.compress.variant import VariantMaker
+
+        return VariantMaker(self.original.located.path, trust_remote_code=self._trusted)
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._whole:
+            self._whole.close()
+        if "maker" in self.__dict__:
+            self.maker.__exit__(kind, error, trace)
+
+    def ask_original(self, probes: Sequence[Probe | Task], folder: Path, bar: Bar | None = None) -> Answers:
+        """The original's answers, kept in `folder`."""
+        return _ask(self.original, probes, folder, None, self._whole, bar)
+
+    def ask_cell(
+        self, cell: Cell, probes: Sequence[Probe | Task], cells: Path, reference: Answers, bar: Bar | None = None
+    ) -> Answers:
+        """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or asked."""
+        return _ask(self._respondent(cell), probes, cells / self.folder_of(cell), reference, self._whole, bar)
+
+    def is_answered(self, cell: Cell, probe: Probe | Task, cells: Path, reference: Answers) -> bool:
+        """Whether `ask_cell` would find these answers there."""
+        folder = cells / self.folder_of(cell) / folder_of(probe.name)
+        return is_answered(self._respondent(cell), probe, folder, reference)
+
+    def folder_of(self, cell: Cell) -> str:
+        """A name for a cell's folder. Another recipe may have had its key in an earlier grid of the same study."""
+        return f"{cell.key}-{self._respondent(cell).sha256[:8]}"
+
+    def _respondent(self, cell: Cell) -> CellRespondent:
+        return CellRespondent(self.original, cell, self.maker, self.tokenizer, self._written)
+
+
+def _ask(
+    respondent: Respondent,
+    probes: Sequence[Probe | Task],
+    folder: Path,
+    reference: Answers | None,
+    whole: Distributions | None,
+    bar: Bar | None,
+) -> Answers:
+    watched = staged(bar, facts=facts_of(probes))
+    if whole and reference:
+        # Before the first is asked: then the original need not be in memory beside the cell.
+        facts = [probe for probe in probes if isinstance(probe, Probe)]
+        whole.complete(
+            [p for p in facts if lacking(respondent, [p], folder / folder_of(p.name), reference, whole)],
+            reference,
+            watched,
+        )
+    try:
+        return merged(
+            [
+                probe_model(
+                    respondent, [probe], folder / folder_of(probe.name), reference=reference, whole=whole, bar=watched
+                )
+                for probe in probes
+            ]
+        )
+    finally:
+        respondent.release()
+
+
+def merged(parts: Sequence[Answers]) -> Answers:
+    """The answers of one model to several probes, asked apart."""
+    probes = {name: entry for part in parts for name, entry in part.record["probes"].items()}
+    return Answers(dict(parts[0].record) | {"probes": probes}, tuple(a for part in parts for a in part.answers))
+
+
+def folder_of(probe: str) -> str:
+    """The name of the folder that holds the answers to a probe: readable, and of that probe alone.
+
+    >>> folder_of("lama:trex")
+    'lama-trex-18e0'
+    """
+    digest = hashlib.sha256(probe.encode()).hexdigest()[:4]
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', probe).strip('-.')}-{digest}"
+
+
+class CellRespondent(Respondent):
+    """The original of a study, converted by a cell's recipe.
+
+    Parameters
+    ----------
+    original : of the same settings.
+    maker : of the original's checkpoint, open.
+    tokenizer : gives the original's.
+    written : questions that other cells were asked, by probe: the same tokens, for one tokenizer and architecture.
+    """
+
+    def __init__(
+        self,
+        original: Respondent,
+        cell: Cell,
+        maker: VariantMaker,
+        tokenizer: Callable[[], PreTrainedTokenizerBase],
+        written: dict[str, Questions],
+    ) -> None:
+        super().__init__(replace(original.located, name=cell.key), original.settings)
+        self._original, self._cell, self._maker = original, cell, maker
+        self._tokenizer, self._written = tokenizer, written
+        self._described: dict[str, Any] = {}
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of what the model is made of: no file holds it."""
+        made_of = [__version__, self._original.sha256, self._cell.recipe.to_dict()]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+    @cached_property
+    def loaded(self) -> LanguageModel:
+        variant = self._maker.make(self._maker.plan(self._cell.recipe))
+        self._described = describe_variant(self._cell.key, variant)
+        settings = self.settings
+        return language_model_of(
+            variant, self._maker, self._tokenizer(), device=settings.device, dtype=settings.computed_in
+        )
+
+    def questions(self, probe: Probe) -> Questions:
+        # By content: a search has two halves of one probe.
+        name = probe.fingerprint()
+        if name not in self._written:
+            self._written[name] = super().questions(probe)
+        questions = self._written[name]
+        questions.scorer.model = self.loaded.model
+        return questions
+
+    def release(self) -> None:
+        super().release()
+        for questions in self._written.values():
+            # The model would stay in memory beside the next one.
+            questions.scorer.release()
+
+    def described(self) -> dict[str, Any]:
+        return self._described

@@ -1,0 +1,133 @@
+"""The facts of a search: those that guide it, and those that are held out to judge what it finds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from compressknow.errors import CompressknowError, UsageError
+from compressknow.probe.answers import Answers
+from compressknow.probe.facts import Fact, Probe
+from compressknow.probe.sources.tasks import Task
+from compressknow.quiet import Bar
+from compressknow.study.cells import Subject
+from compressknow.study.folder import CELLS, ORIGINAL, CellResult
+from compressknow.study.grid import Cell
+from compressknow.study.running import Batch, Run
+
+# Of the facts to search with, the share that is asked first; fewer than so many facts tell too little to stop at.
+FIRST, FEWEST_FIRST = 0.2, 50
+
+
+class Parts(NamedTuple):
+    """The facts of a probe, each in one part.
+
+    Attributes
+    ----------
+    first : asked of every recipe, as a probe with a name of its own; None where there are few facts.
+    rest : asked of the recipes that may still keep enough after these.
+    held_out : not asked in the search.
+    """
+
+    first: Probe | None
+    rest: Probe
+    held_out: Probe
+
+
+def parts_of(probe: Probe | Task, seed: int) -> Parts:
+    """Half of the facts to search with, and half that are held out: of each relation as many, drawn by the seed."""
+    if not isinstance(probe, Probe):
+        raise UsageError(
+            f"A search needs facts that it can hold out, and {probe.name} is a task of lm-eval.",
+            hint="Search with atlas, LAMA, BEAR or facts of your own; ask the winner the task afterwards.",
+        )
+    searched, held_out = _cut(probe.facts, 0.5, seed)
+    if not searched or not held_out:
+        raise UsageError(f"{probe.name} has too few facts to hold half of them out.", hint="Raise --limit.")
+    first, rest = _cut(searched, FIRST, seed)
+    if len(first) < FEWEST_FIRST:
+        return Parts(None, replace(probe, facts=searched), replace(probe, facts=held_out))
+    # A second probe beside that of the rest: their answers are kept apart, and none is asked twice.
+    name = f"first of {probe.name}"
+    named = replace(probe, name=name, facts=tuple(replace(fact, probe=name) for fact in first))
+    return Parts(named, replace(probe, facts=rest), replace(probe, facts=held_out))
+
+
+def _cut(facts: Sequence[Fact], share: float, seed: int) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
+    """A share of each relation's facts, and the others, in their order."""
+    relations: dict[str, list[str]] = {}
+    for fact in facts:
+        relations.setdefault(fact.relation, []).append(fact.id)
+    drawn: set[str] = set()
+    seen = 0
+    for name, ids in sorted(relations.items()):
+        shuffled = sorted(ids)
+        random.Random(f"{seed}:{name}").shuffle(shuffled)
+        # What a relation's share leaves of a whole fact is carried over to the next one.
+        seen += len(ids)
+        drawn.update(shuffled[: int(share * seen) - len(drawn)])
+    first, others = (tuple(fact for fact in facts if (fact.id in drawn) is part) for part in (True, False))
+    return first, others
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One half of the facts, and what the original answers to them; `first` are those of the probes to ask first."""
+
+    subject: Subject
+    probes: tuple[Probe, ...]
+    first: tuple[Probe, ...]
+    folder: Path
+    original: Answers
+    run: Run
+
+    @classmethod
+    def of(
+        cls,
+        subject: Subject,
+        probes: Sequence[Probe],
+        folder: Path,
+        bar: Bar | None,
+        run: Run,
+        first: Sequence[Probe | None] = (),
+    ) -> Asked:
+        begun = tuple(probe for probe in first if probe)
+        whole = (*begun, *probes)
+        return cls(subject, whole, begun, folder, subject.ask_original(whole, folder / ORIGINAL, bar), run)
+
+    @property
+    def known(self) -> int:
+        return sum(answer.correct for answer in self.original.answers)
+
+    def ask(
+        self, cells: Sequence[Cell], hopeful: Callable[[Answers], bool] | None = None
+    ) -> Iterator[tuple[Cell, Answers]]:
+        """Each cell's answers, as they come; the first ones alone of those that are not `hopeful` after these.
+
+        Raises CompressknowError where a cell cannot be made or asked.
+        """
+        if hopeful and self.first:
+            going_on = []
+            for cell, answers in self._ask(cells, self.first):
+                if hopeful(answers):
+                    going_on.append(cell)
+                else:
+                    yield cell, answers
+            cells = going_on
+        yield from self._ask(cells, self.probes)
+
+    def _ask(self, cells: Sequence[Cell], probes: Sequence[Probe]) -> Iterator[tuple[Cell, Answers]]:
+        batch = Batch(self.subject, cells, probes, self.folder / CELLS, self.original)
+        with closing(self.run(batch)) as results:
+            for result in results:
+                yield _cell_and_answers(result)
+
+
+def _cell_and_answers(result: CellResult) -> tuple[Cell, Answers]:
+    if result.answers is None:
+        raise CompressknowError(f"{result.cell.recipe.setup} failed.", why=result.why)
+    return result.cell, result.answers
