@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from compressknow import __version__
+from compressknow._version import __version__
 from compressknow.cli.run import LazyGroup, run
 
 COMMANDS = {

@@ -88,9 +88,9 @@ def compare(
     compressknow compare MODEL CONVERTED -p atlas --limit 300 -o compare.html
     compressknow compare MODEL CONVERTED -p atlas --fail-under 0.95
     """
+    from compressknow.commands.compare import compare as contrast_of
     from compressknow.report.card.make import check_gate, gate
     from compressknow.report.diff.as_json import contrast_json
-    from compressknow.report.diff.compare import compare as contrast_of
 
     if fail_under is not None and not probes:
         raise click.UsageError("--fail-under judges knowledge: name what to ask with -p PROBE.")

@@ -51,7 +51,7 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
     compressknow probe MODEL -p lama:trex --data DIR -o answers/original
     compressknow probe CONVERTED -p atlas -o answers/converted --reference answers/original
     """
-    from compressknow.probe import probe as ask
+    from compressknow.commands.probe import probe as ask
 
     options, settings = split_options(given)
     with facts_bar() as bar, if_interrupted(RESUMES):

@@ -71,7 +71,7 @@ def report(
     compressknow report MODEL CONVERTED -p lama:trex --data DIR -o report.html -o report.md
     compressknow report MODEL CONVERTED --fail-under 0.95
     """
-    from compressknow.report import report as compare
+    from compressknow.commands.report import report as compare
     from compressknow.report.card.as_json import to_json
     from compressknow.report.card.make import check_gate, gate
 

@@ -77,8 +77,8 @@ def search(
     compressknow search MODEL -o found --keep 0.98 --minimize sparse-bytes
     compressknow convert MODEL CONVERTED --recipe found/recipe.toml
     """
+    from compressknow.commands.search import search as run
     from compressknow.report.search.view import gets, verdict
-    from compressknow.study.search import search as run
 
     seed = given["seed"]
     options, settings = split_options(given)

@@ -82,7 +82,7 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ..
     compressknow sweep MODEL -o study -p lama:trex --data DIR --grid paper
     compressknow sweep MODEL -o study --grid mine.toml --quantize int8
     """
-    from compressknow.study.sweep import sweep as run
+    from compressknow.commands.sweep import sweep as run
 
     options, settings = split_options(given)
     given["ray"] = split_ray(given)

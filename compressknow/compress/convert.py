@@ -16,10 +16,10 @@ from compressknow.compress.manifest import build_manifest, dry_run, serialize
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
+from compressknow.compress.proof import planned_headers, prove, prove_written
 from compressknow.compress.prune import Mask, choose
 from compressknow.compress.quantize import quantization_config
 from compressknow.compress.recipe import Prune, Recipe
-from compressknow.compress.runtimes import planned_headers, prove, prove_written
 from compressknow.compress.staging import Staging, clean, refuse_output
 from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, refuse_leading_out

@@ -20,7 +20,7 @@ LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "nump
 
 def versions() -> dict[str, str]:
     """Versions of the tool and of the libraries whose arithmetic and formats it relies on."""
-    from compressknow import __version__
+    from compressknow._version import __version__
 
     return {"compressknow": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 

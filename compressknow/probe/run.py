@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow import __version__
+from compressknow._version import __version__
 from compressknow.engine.identity import Located, describe, fingerprint
 from compressknow.engine.language_model import AUTO, CPU, check_device, device_of
 from compressknow.engine.load import reason_of

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from compressknow import __version__
+from compressknow._version import __version__
 from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import LanguageModel, language_model_of
 from compressknow.engine.load import load_tokenizer

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressknow import __version__, reading
+from compressknow import reading
+from compressknow._version import __version__
 from compressknow.compress.recipe import Prune, Quantize
 from compressknow.errors import OutputError
 from compressknow.files import LOCK, own_folder, write_whole

@@ -33,7 +33,7 @@ IMPORTED = (
     *("transformers.models.llama.modeling_llama", "transformers.masking_utils", "transformers.generation.utils"),
     *("compressknow.compress.convert", "compressknow.report.card.pages", "compressknow.report.search.view"),
     *(
-        "compressknow.study.search",
+        "compressknow.commands.search",
         "compressknow.probe.scoring.causal",
         "compressknow.probe.scoring.masked",
         "compressknow.probe.scoring.seq2seq",
@@ -100,13 +100,12 @@ def main(model: str, facts: str, folder: str, *seeds: str) -> None:
         importlib.import_module(name)
     import transformers
 
-    from compressknow.study import selection as judge
-    from compressknow.study import split as halves
+    from compressknow.study import selection, split
 
     assert transformers.AutoModelForCausalLM
     assert transformers.AutoTokenizer
     # So that some recipes are ruled out early and some are not.
-    halves.FEWEST_FIRST, halves.FIRST, judge.SURE = 8, 0.5, 0.5
+    split.FEWEST_FIRST, split.FIRST, selection.SURE = 8, 0.5, 0.5
     _, status = os.waitpid(life(Path(model), Path(facts), Path(folder) / "undisturbed", None), 0)
     assert status == 0
     for seed in seeds:

@@ -17,8 +17,6 @@ from compressknow.model.groups import structure_of
 from compressknow.probe.answers import read_answers
 from compressknow.probe.sources import open_probe
 from compressknow.report.search.records import Tried
-from compressknow.study import selection as judge
-from compressknow.study import split as halves
 from compressknow.study.space import Choice, Space
 from compressknow.study.split import parts_of
 from tests.knowing import facts_file, knowing

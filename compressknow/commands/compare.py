@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow import __version__
+from compressknow._version import __version__
 from compressknow.errors import UsageError
 from compressknow.reading import sha256_of
 from compressknow.report.diff.records import Behaviour, Checkpoint, Contrast

@@ -1,0 +1,1 @@
+"""One function per verb, each its own description: what is checked first, the steps, what comes back."""

@@ -1,0 +1,131 @@
+"""convert: a checkpoint pruned and quantized into a new folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressknow.compress.recipe import PruneMethod, Recipe, Scheme
+    from compressknow.model.structure import ModuleMap
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    *,
+    scope: str | Sequence[str] = ("blocks",),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    prune: float | None = None,
+    prune_method: PruneMethod = "l1-unstructured",
+    per_layer: bool = False,
+    norm: float = 1,
+    dim: int = 0,
+    seed: int = 0,
+    quantize: Scheme | None = None,
+    module_map: ModuleMap = "structural",
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Prune and quantize a checkpoint into a new folder of safetensors, with a manifest and a model card.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    output : the folder to write; it appears only when it is whole.
+    scope : which Linear layers: ``blocks`` (all in the transformer blocks), ``attention``, ``feed-forward``, ``final``,
+        ``overall`` and the finer ones of ``compressknow.model.scopes.SCOPES``.
+    include, exclude, layers : regular expressions on module names, and a range of blocks (``0-5``), that narrow it.
+    prune : share of the weights to zero, between 0 and 1.
+    prune_method : ``l1-unstructured``, ``ln-structured``, ``random-unstructured`` or ``random-structured``.
+    per_layer, norm, dim, seed : see `compressknow.compress.recipe.Prune`.
+    quantize : ``int8``, ``int8-paper`` or ``int8-weights``.
+    recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
+        or a converted folder.
+    overwrite : replace `output` where convert wrote it, once the new one is whole.
+    dry_run : write nothing; return what the manifest would hold, as far as the headers of the weight files tell it.
+    threads : tensors worked on at a time, by default one a core; the output does not depend on it.
+    progress : told the bytes read so far, and in all.
+
+    Returns
+    -------
+    The manifest: what was done, in total, by group and by tensor.
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : with what is wrong, why, and what to try.
+    """
+    given = locals()
+    from compressknow.compress.recipe import Where, recipe_of
+    from compressknow.compress.staging import clean, refuse_output
+    from compressknow.model.checkpoint import refuse_no_checkpoint
+
+    if recipe is None:
+        where = Where((scope,) if isinstance(scope, str) else tuple(scope), tuple(include), tuple(exclude), layers)
+        chosen = recipe_of(
+            where,
+            prune=prune,
+            prune_method=prune_method,
+            per_layer=per_layer,
+            norm=norm,
+            dim=dim,
+            seed=seed,
+            quantize=quantize,
+            module_map=module_map,
+        )
+    else:
+        _refuse_beside_recipe(given)
+        chosen = _as_recipe(recipe)
+    # What is wrong is said before torch is imported, which takes seconds.
+    refuse_no_checkpoint(model)
+    if not dry_run:
+        # What a dead run has left goes, whatever becomes of this one.
+        clean(Path(output))
+    refuse_output(Path(output), overwrite=overwrite, source=Path(model))
+    from compressknow.compress.convert import convert as convert_checkpoint
+    from compressknow.compress.convert import preview
+    from compressknow.report.model_card.render import model_card_for
+
+    if dry_run:
+        return preview(
+            model, output, chosen, revision=revision, trust_remote_code=trust_remote_code, overwrite=overwrite
+        )
+    return convert_checkpoint(
+        model,
+        output,
+        chosen,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        threads=threads,
+        progress=progress,
+        render_card=model_card_for,
+    )
+
+
+def _refuse_beside_recipe(given: dict[str, Any]) -> None:
+    """Raise UsageError where an option of `convert` that a recipe says instead differs from its default."""
+    from inspect import signature
+
+    from compressknow.compress.recipe import RECIPE_OPTIONS
+    from compressknow.errors import UsageError
+
+    defaults = signature(convert).parameters
+    if beside := [name for name in RECIPE_OPTIONS if given[name] != defaults[name].default]:
+        raise UsageError(f"A recipe says it all: leave out {', '.join(beside)}.")
+
+
+def _as_recipe(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:
+    from compressknow.compress.recipe import Recipe, read_recipe
+
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.from_dict(recipe) if isinstance(recipe, dict) else read_recipe(Path(recipe))

@@ -1,0 +1,32 @@
+"""inspect: the Linear layers of a checkpoint, counted; no weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressknow.model.structure import ModuleMap
+
+
+def inspect(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    module_map: ModuleMap = "structural",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Count a checkpoint's Linear layers by group and by scope, from its configuration; no weights are read.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    module_map : ``structural``, or ``paper`` for the split that the paper's authors use in BERT and RoBERTa.
+
+    Returns
+    -------
+    What ``compressknow inspect --json`` prints: groups, scopes, parameters stored and used, tied and unplaced weights.
+    """
+    from compressknow.model.summary import inspect_checkpoint
+
+    return inspect_checkpoint(model, module_map=module_map, revision=revision, trust_remote_code=trust_remote_code)

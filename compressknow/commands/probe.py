@@ -1,0 +1,62 @@
+"""probe: a model evaluated on facts, its answers kept in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compressknow.probe.answers import Answers
+    from compressknow.probe.run import Settings
+    from compressknow.probe.sources import Options
+    from compressknow.quiet import Bar
+
+
+def probe(
+    model: str | Path,
+    folder: str | Path,
+    probes: Sequence[str] | None = None,
+    *,
+    reference: str | Path | None = None,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    revision: str | None = None,
+    bar: Bar | None = None,
+) -> Answers:
+    """Ask a model facts, and keep its answers in a folder.
+
+    Parameters
+    ----------
+    model : a local folder, ``FOLDER/FILE.gguf`` or a hub id.
+    folder : where the answers are kept; what it holds of this model already is not asked again.
+    probes : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
+    reference : answers folder of the original model: its most likely tokens are asked for, so that the distance of the
+        two distributions can be told.
+    options : where data lies, protocol, sample; see `compressknow.probe.sources.Options`.
+    settings : device, dtype, batch size; see `compressknow.probe.run.Settings`.
+
+    Returns
+    -------
+    The answers and their record (the content of ``answers.parquet`` and ``probe.json``).
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : the model has no head or no tokenizer, a probe is unknown or leaves no
+        facts, the folder holds something else.
+    """
+    from compressknow.engine.identity import locate
+    from compressknow.probe.answers import read_answers
+    from compressknow.probe.run import Respondent, Settings, probe_model
+    from compressknow.probe.sources import DEFAULT, Options, open_all
+
+    asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
+    from compressknow.errors import CompressknowError
+
+    original = read_answers(Path(reference)) if reference is not None else None
+    if original and "sha256" not in original.record["model"]:
+        raise CompressknowError(
+            f"{reference} does not tell which model gave its answers.", hint="Probe the original again."
+        )
+    respondent = Respondent(locate(model, revision), settings or Settings())
+    return probe_model(respondent, asked, Path(folder), reference=original, bar=bar)

@@ -1,0 +1,85 @@
+"""report: what compressed models kept and lost of the original's knowledge, as a report card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compressknow.probe.run import Settings
+    from compressknow.probe.sources import Options
+    from compressknow.quiet import Bar
+    from compressknow.report.records import Card
+
+
+def report(
+    original: str | Path,
+    compressed: str | Path | Sequence[str | Path],
+    probes: Sequence[str] | None = None,
+    *,
+    outputs: Sequence[str | Path] = (),
+    options: Options | None = None,
+    settings: Settings | None = None,
+    no_facts: bool = False,
+    timed: bool = False,
+    into_model_card: bool = False,
+    keep_in: str | Path | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    command: str | None = None,
+    bar: Bar | None = None,
+) -> Card:
+    """Ask the original and each compressed model the same facts, and compare them.
+
+    Parameters
+    ----------
+    original, compressed : local folders, ``FOLDER/FILE.gguf``, hub ids, or answers folders that `probe` wrote.
+    probes : names; see `compressknow.probe`.
+    outputs : files to write: ``.html``, ``.md``, ``.json``.
+    options, settings : see `compressknow.probe`.
+    no_facts : leave the text of every fact out.
+    timed : measure each model's speed and memory on this machine.
+    into_model_card : write the verdict into the README.md of each compressed folder.
+    keep_in : folder of the answers; by default ``~/.cache/compressknow/answers``.
+    overwrite : replace `outputs` that are there already.
+    command : the command line to show on the card.
+
+    Returns
+    -------
+    The card, with all figures.
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : a model cannot be found, loaded or asked; two that cannot be compared;
+        an output that cannot be written.
+    """
+    from compressknow.probe.gather import default_answers_folder, gather
+    from compressknow.probe.run import Settings
+    from compressknow.probe.sources import Options
+    from compressknow.report.card.make import make_card
+    from compressknow.report.card.pages import write_reports
+    from compressknow.report.model_card.report_section import check_model_cards, write_into_model_cards
+    from compressknow.report.pages import check_outputs
+
+    models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
+    files = [Path(path) for path in outputs]
+    check_outputs(files, overwrite=overwrite)
+    if into_model_card:
+        check_model_cards(models)
+    before, after = gather(
+        original,
+        models,
+        [probes] if isinstance(probes, str) else list(probes or ()),
+        options or Options(),
+        settings or Settings(),
+        keep_in=Path(keep_in) if keep_in else default_answers_folder(),
+        revision=revision,
+        timed=timed,
+        bar=bar,
+    )
+    card = make_card(before, after, show_facts=not no_facts, command=command)
+    write_reports(card, files, overwrite=overwrite)
+    if into_model_card:
+        write_into_model_cards(card, models)
+    return card
