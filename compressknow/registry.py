@@ -1,0 +1,94 @@
+"""What is open to be extended: named things, each in a file of its own, built in or brought by another package.
+
+Another package adds one by an entry point, whose name is the name that users type::
+
+    [project.entry-points."compressknow.schemes"]
+    my-scheme = "my_package.scheme:MyScheme"
+
+Names are known without importing anything; what is named is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from compressknow.errors import CompressknowError, UsageError, did_you_mean
+
+Thing = TypeVar("Thing")
+
+
+class Registry(Generic[Thing]):
+    """Things of one kind by name.
+
+    Parameters
+    ----------
+    group : of the entry points by which other packages add to it, such as ``compressknow.schemes``.
+    kind : what one of them is called in messages, such as ``scheme``.
+    of : the class of its entries. An entry is an instance, or something that gives one when it is called.
+    built_in : name -> ``"module:attribute"``, in the order in which they are shown.
+    """
+
+    def __init__(self, group: str, kind: str, of: type[Thing], built_in: Mapping[str, str]) -> None:
+        self.group, self.kind = group, kind
+        self._of, self._built_in = of, dict(built_in)
+        self._loaded: dict[str, Thing] = {}
+
+    @cached_property
+    def _added(self) -> dict[str, EntryPoint]:
+        return {entry.name: entry for entry in sorted(entry_points(group=self.group), key=lambda entry: entry.name)}
+
+    def __iter__(self) -> Iterator[str]:
+        """Names: those built in first."""
+        return iter(dict.fromkeys((*self._built_in, *self._added)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._built_in or name in self._added
+
+    def __getitem__(self, name: str) -> Thing:
+        """What has this name.
+
+        Raises
+        ------
+        UsageError : nothing has it.
+        CompressknowError : another package's entry cannot be imported, is something else, or has the name of a
+            built-in one.
+        """
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def _load(self, name: str) -> Thing:
+        if name in self._built_in and name in self._added:
+            raise self._unfit(name, "The name is taken by a built-in one.")
+        if name in self._built_in:
+            module, _, attribute = self._built_in[name].partition(":")
+            return self._instance(name, getattr(importlib.import_module(module), attribute))
+        if name not in self._added:
+            near = did_you_mean(name, self)
+            raise UsageError(f"{name!r} is not known. {near}The {self.kind}s are {', '.join(self)}.")
+        try:
+            return self._instance(name, self._added[name].load())
+        except CompressknowError:
+            raise
+        except Exception as error:
+            # Whatever a foreign module does while it is imported.
+            raise self._unfit(name, f"{type(error).__name__}: {error}") from error
+
+    def _instance(self, name: str, found: object) -> Thing:
+        made = found() if not isinstance(found, self._of) and callable(found) else found
+        if not isinstance(made, self._of):
+            raise self._unfit(name, f"It is of the type {type(made).__name__}, not {self._of.__name__}.")
+        return made
+
+    def _unfit(self, name: str, why: str) -> CompressknowError:
+        added = self._added.get(name)
+        package = added.dist.name if added and added.dist else "an installed package"
+        return CompressknowError(
+            f"The {self.kind} {name!r} that {package} adds cannot be used.",
+            why=why,
+            hint=f"Update or uninstall {package}.",
+        )

@@ -1,0 +1,58 @@
+"""Names to things: those built in, those that other packages add, and those that cannot be used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from compressknow.errors import CompressknowError, UsageError
+from compressknow.registry import Registry
+from tests.extending import package
+
+BUILT_IN = {"ten": f"{__name__}:ten", "two": f"{__name__}:TWO"}
+TWO = 2
+
+
+def ten() -> int:
+    return 10
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[int]:
+    code = "NINE = 9\nFORTY = '40'\n"
+    entries = ["nine = toy:NINE", "forty = toy:FORTY", "none = toy:NONE", "two = toy:NINE", "broken = toy.broken:X"]
+    monkeypatch.syspath_prepend(str(package(tmp_path, "toy", code, {"compressknow.numbers": entries})))
+    monkeypatch.delitem(sys.modules, "toy", raising=False)
+    return Registry("compressknow.numbers", "number", int, BUILT_IN)
+
+
+def test_built_in_names_come_first_and_nothing_is_imported_for_them(registry: Registry[int]) -> None:
+    assert list(registry) == ["ten", "two", "broken", "forty", "nine", "none"]
+    assert "nine" in registry
+    assert "eleven" not in registry
+    assert "toy" not in sys.modules
+
+
+def test_an_entry_is_an_instance_or_gives_one(registry: Registry[int]) -> None:
+    assert (registry["ten"], registry["nine"]) == (10, 9)
+
+
+def test_an_unknown_name_is_told_what_it_may_have_meant(registry: Registry[int]) -> None:
+    with pytest.raises(UsageError, match=r"'nien' is not known. Did you mean nine\? The numbers are ten, two, broken"):
+        registry["nien"]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("forty", "It is of the type str, not int"),
+        ("none", "AttributeError"),
+        ("broken", "ModuleNotFoundError"),
+        ("two", "The name is taken by a built-in one"),
+    ],
+)
+def test_what_cannot_be_used_names_the_package_that_adds_it(registry: Registry[int], name: str, why: str) -> None:
+    with pytest.raises(CompressknowError, match=f"(?s)The number '{name}' that toy adds cannot be used.*{why}"):
+        registry[name]
