@@ -11,10 +11,10 @@ COMMANDS = {
     "inspect": ("compressknow.cli.inspect:inspect", "Show a checkpoint's Linear layers by group and scope."),
     "convert": ("compressknow.cli.convert:convert", "Prune and quantize a checkpoint into a new folder."),
     "verify": ("compressknow.cli.verify:verify", "Recount and rehash a converted checkpoint."),
-    "probe": ("compressknow.cli.probe:probe", "Ask a model facts, and keep its answers."),
+    "probe": ("compressknow.cli.probe:probe", "Evaluate a model on facts, and store its answers."),
     "report": ("compressknow.cli.report:report", "Show what compressed models kept and lost of the knowledge."),
     "compare": ("compressknow.cli.compare:compare", "Show how two checkpoints differ."),
-    "sweep": ("compressknow.cli.sweep:sweep", "Convert a model in every way of a grid, and ask each what it knows."),
+    "sweep": ("compressknow.cli.sweep:sweep", "Evaluate a model compressed in every way of a grid."),
     "search": ("compressknow.cli.search:search", "Find the smallest checkpoint that keeps what you ask for."),
 }
 
@@ -22,7 +22,7 @@ COMMANDS = {
 @click.group(
     cls=LazyGroup,
     commands_at=COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
 @click.version_option(__version__, message="%(prog)s %(version)s", help="Show the version and exit.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressknow.cli.help import EVALUATE, RUNS, command, option
 from compressknow.cli.options import EPILOG, Share, probe_options, split_options
 from compressknow.cli.progress import bytes_bar, facts_bar
 from compressknow.cli.report import command_of
@@ -34,36 +35,37 @@ if TYPE_CHECKING:
     from compressknow.report.tables import Table
 
 
-@click.command(short_help="Show how two checkpoints differ.", epilog=EPILOG)
+@command(short_help="Show how two checkpoints differ.", epilog=EPILOG)
 @click.argument("a")
 @click.argument("b")
-@click.option(
+@option(
     "-o",
     "--output",
     "outputs",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="File for the comparison: .html, .md or .json (repeatable).",
+    help="File, repeatable: .html, .md or .json.",
 )
 @probe_options
-@click.option(
+@option(
     "--fail-under",
     type=Share(),
     metavar="SHARE",
-    help="Exit with 3 if B knows less of what A knows: 0.95, or 95%. Needs -p.",
+    help="Exit with 3 if B keeps less of A: 0.95. Needs -p.",
 )
-@click.option("--no-facts", is_flag=True, help="Leave the text of every fact out.")
-@click.option(
+@option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
+@option(
     "--answers",
     "keep_in",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where answers are kept, so that no model is asked twice.  [default: ~/.cache/compressknow/answers]",
+    group=EVALUATE,
+    help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace files of -o that are there already.")
-@click.option("--threads", type=click.IntRange(1), help="Tensors worked on at a time.  [default: one a core]")
-@click.option("--revision", help="Branch, tag or commit of A, if it is a hub id.")
-@click.option("--revision-b", help="Branch, tag or commit of B, if it is a hub id.")
-@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+@option("--overwrite", is_flag=True, help="Replace existing files.")
+@option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
+@option("--revision", group=RUNS, help="Branch, tag or commit of A on the Hub.")
+@option("--revision-b", group=RUNS, help="Branch, tag or commit of B on the Hub.")
+@option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.pass_context
 def compare(
     ctx: click.Context,
@@ -78,9 +80,9 @@ def compare(
 ) -> None:
     """Show how checkpoint B differs from A: in settings, in what is stored, and weight by weight.
 
-    Both are local folders or hub ids, of one architecture: an original and what was made from it, two conversions, two
-    fine-tunes. int8 weights are compared as what they stand for. With -p both are asked facts as well, and the page
-    says what each keeps of the other's knowledge.
+    Both are local folders or Hub ids of one architecture: an original and what was made from it, two conversions, or
+    two fine-tunes. int8 weights are compared by the values that they stand for. With -p, both are evaluated on facts
+    too, and the page says what each keeps of the other's knowledge.
 
     \b
     compressknow compare MODEL CONVERTED

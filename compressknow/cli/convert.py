@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 import compressknow
-from compressknow.cli.options import OneOf, Share
+from compressknow.cli.help import COMPRESS, HOW, RUNS, command, option
+from compressknow.cli.options import REVISION, TRUST, OneOf, Share
 from compressknow.cli.progress import bytes_bar
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import show, show_json
@@ -19,65 +20,86 @@ from compressknow.model.scopes import DEFAULT_SCOPES
 from compressknow.report.format import count, percent, size
 from compressknow.report.model_card.render import growth, where_it_runs
 
+EPILOG = """\b
+Scopes (--scope):
+  blocks            every Linear layer in the transformer blocks (default)
+  attention         query, key, value and output projections
+  feed-forward      the Linear layers of the feed-forward blocks
+  final             the layer that gives vocabulary logits
+  overall           blocks and what lies beside them; quantized, final too
+  vision            the vision tower of a multimodal model
+  self-attention, cross-attention, encoder-attention, decoder-attention,
+  encoder, decoder  where the model has them
 
-@click.command(short_help="Prune and quantize a checkpoint into a new folder.")
+\b
+Methods (--prune-method):
+  l1-unstructured      the smallest weights of all (default)
+  ln-structured        whole channels of the smallest norm (--norm, --dim)
+  random-unstructured  any weights (--seed)
+  random-structured    any channels (--seed, --dim)
+
+\b
+Schemes (--quantize):
+  int8          8-bit weights and activations, to deploy
+  int8-weights  8-bit weights; activations stay float
+  int8-paper    as in the paper: per tensor, 7-bit activations
+"""
+
+
+@command(short_help="Prune and quantize a checkpoint into a new folder.", epilog=EPILOG)
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option(
-    "--scope",
-    multiple=True,
-    help="Which Linear layers, repeatable, or with commas: blocks (default: all in the transformer blocks), "
-    "attention, feed-forward, "
-    "final, overall (blocks and what lies beside them; when quantizing the final layer too), and where the model has "
-    "them self-attention, cross-attention, encoder-attention, decoder-attention, encoder, decoder, vision.",
+@option("--scope", group=COMPRESS, multiple=True, help="Linear layers, repeatable or with commas; see below.")
+@option(
+    "--include", group=COMPRESS, multiple=True, metavar="REGEX", help="Only modules whose name matches, repeatable."
 )
-@click.option("--include", multiple=True, metavar="REGEX", help="Keep only modules whose name matches (repeatable).")
-@click.option("--exclude", multiple=True, metavar="REGEX", help="Leave modules out whose name matches (repeatable).")
-@click.option("--layers", metavar="RANGE", help="Keep only these blocks, such as 0-5 or 0-2,11.")
-@click.option("--prune", type=Share(), metavar="AMOUNT", help="Zero this share of the weights: 0.2, or 20%.")
-@click.option(
-    "--prune-method", type=OneOf(PRUNE_METHODS), default=PRUNE_METHODS[0], show_default=True, help="How to choose them."
+@option("--exclude", group=COMPRESS, multiple=True, metavar="REGEX", help="No modules whose name matches, repeatable.")
+@option("--layers", group=COMPRESS, metavar="RANGE", help="Only these blocks, such as 0-5 or 0-2,11.")
+@option(
+    "--module-map",
+    group=COMPRESS,
+    type=OneOf(["structural", "paper"]),
+    default="structural",
+    help="structural (default) or paper, the authors' split.",
 )
-@click.option("--per-layer", is_flag=True, help="The share in each tensor by itself, not one threshold over all.")
-@click.option("--norm", type=float, default=1.0, show_default=True, help="Order of the norm, for ln-structured.")
-@click.option(
+@option("--prune", group=HOW, type=Share(), metavar="AMOUNT", help="Share of the weights to zero: 0.2, or 20%.")
+@option(
+    "--prune-method",
+    group=HOW,
+    type=OneOf(PRUNE_METHODS),
+    default=PRUNE_METHODS[0],
+    help="Which weights to zero; see below.",
+)
+@option("--per-layer", group=HOW, is_flag=True, help="Prune each tensor by AMOUNT, not all together.")
+@option("--norm", group=HOW, type=float, default=1.0, show_default=True, help="Order of the norm of ln-structured.")
+@option(
     "--dim",
+    group=HOW,
     type=click.IntRange(0, 1),
     default=0,
     show_default=True,
-    help="0 prunes whole output channels, 1 input channels, for the structured methods.",
+    help="Channels to prune: 0 output, 1 input.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For the random methods.")
-@click.option(
-    "--quantize",
-    type=OneOf(SCHEMES),
-    help="int8: to deploy (transformers, vLLM). int8-paper: as in the paper's study. int8-weights: activations stay "
-    "float.",
-)
-@click.option(
-    "--module-map",
-    type=OneOf(["structural", "paper"]),
-    default="structural",
-    show_default=True,
-    help="`paper` counts attention.output.dense of BERT and RoBERTa as feed-forward, as the paper does.",
-)
-@click.option(
+@option("--seed", group=HOW, type=click.IntRange(0), default=0, show_default=True, help="Seed of the random methods.")
+@option("--quantize", group=HOW, metavar="SCHEME", type=OneOf(SCHEMES), help="How to store the weights; see below.")
+@option(
     "--recipe",
+    group=HOW,
     type=click.Path(path_type=Path),
-    help="Do what a TOML file, a manifest or a converted folder says, instead of the options above.",
+    help="TOML file, manifest or converted folder to repeat.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be done, from the headers alone; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT, once the new one is whole, if convert wrote it.")
-@click.option("--threads", type=click.IntRange(1), help="Tensors worked on at a time.  [default: one a core]")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
+@option("--revision", group=RUNS, help=REVISION)
+@option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
+@option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
+@option("--overwrite", is_flag=True, help="Replace OUTPUT if convert wrote it.")
+@option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.pass_context
 def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Prune and quantize MODEL, a local folder or a hub id, into the new folder OUTPUT.
+    """Prune and quantize MODEL, a local folder or a Hub id, into the new folder OUTPUT.
 
-    OUTPUT loads in plain transformers; the last line printed says where else it runs. It holds a manifest,
-    compressknow.json, of all that was done to each tensor. The same input and recipe give the same bytes.
+    OUTPUT loads in plain transformers; the last line printed says where else it runs. Its manifest, compressknow.json,
+    records what was done to each tensor. The same input and recipe give the same bytes.
 
     \b
     compressknow convert MODEL OUT --scope attention --prune 0.2 --quantize int8

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from compressknow.cli.options import OneOf
+from compressknow.cli.help import COMPRESS, RUNS, command, option
+from compressknow.cli.options import REVISION, TRUST, OneOf
 from compressknow.cli.terminal import show, show_json
 
 LISTED = 8
@@ -17,22 +18,22 @@ WIDTH = 80
 DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8"}
 
 
-@click.command(short_help="Show a checkpoint's Linear layers by group and scope.")
+@command(short_help="Show a checkpoint's Linear layers by group and scope.")
 @click.argument("model")
-@click.option(
+@option(
     "--module-map",
+    group=COMPRESS,
     type=OneOf(["structural", "paper"]),
     default="structural",
-    show_default=True,
-    help="`paper` counts attention.output.dense of BERT and RoBERTa as feed-forward, as the paper does.",
+    help="structural (default) or paper, the authors' split.",
 )
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@option("--revision", group=RUNS, help=REVISION)
+@option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
     """Show the Linear layers of MODEL by group, and how many parameters each scope takes.
 
-    MODEL is a local folder or a hub id. A folder with only a config.json is enough.
+    MODEL is a local folder or a Hub id. A folder with only a config.json is enough.
     """
     from compressknow.model.summary import inspect_checkpoint
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressknow.cli.help import EVALUATE, RUNS, option
 from compressknow.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 FACTS = ("data", "protocol", "template", "limit", "seed", "map", "split", "tasks")
 RUNNING = ("device", "dtype", "batch_size", "trust_remote_code")
+TRUST = "Run the Python code that the checkpoint contains."
+REVISION = "Branch, tag or commit of a Hub id."
+_facts = partial(option, group=EVALUATE)
+_runs = partial(option, group=RUNS)
 
 EPILOG = """\b
 Probes (-p, repeatable):
@@ -31,65 +37,58 @@ Probes (-p, repeatable):
                       and every other task of lm-eval
 
 \b
-A line of facts:FILE.jsonl, for one:
+A line of facts:FILE.jsonl, for example:
   {"relation": "capital", "subject": "geography", "sub_label": "France",
    "obj_label": "Paris", "prompt": "The capital of France is [MASK].",
    "candidates": ["Paris", "Rome", "Madrid"], "popularity": 68000000}
-`prompt` and `obj_label` are required, the rest is optional. Instead of `prompt`
-it may have `template` ("The capital of [X] is [Y].") with `sub_label`. Without
-`candidates` the answer may be any text (of masked models any one token).
+`prompt` and `obj_label` are required, the rest is optional. Instead of
+`prompt` it may have `template` ("The capital of [X] is [Y].") with
+`sub_label`. Without `candidates` the answer may be any text (for masked
+models, any single token).
 """
 
 
 def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options, in the order of the help page."""
-    options = [
-        click.option("-p", "--probe", "probes", multiple=True, metavar="PROBE", help="What to ask; see below."),
-        click.option(
-            "--data",
-            type=click.Path(path_type=Path, exists=True, file_okay=False),
-            help="Where downloaded sets lie: a set's own folder, or one that holds lama/, bear/, tasks/.",
+    folder = click.Path(path_type=Path, exists=True, file_okay=False)
+    return _all(
+        command,
+        _facts(
+            "-p", "--probe", "probes", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."
         ),
-        click.option("--limit", type=click.IntRange(1), help="At most so many facts a probe, drawn by relation."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of the sample that --limit draws."),
-        click.option(
+        _facts("--data", type=folder, help="Folder of one set, or of lama/, bear/, tasks/."),
+        _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, sampled over relations."),
+        _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample."),
+        _facts(
             "--protocol",
             type=OneOf(["lama", "paper"]),
             default="lama",
             show_default=True,
-            help="How LAMA is asked: the official way, or as the paper's authors do.",
+            help="Rules for LAMA: lama or paper.",
         ),
-        click.option(
-            "--template", type=click.IntRange(1), default=1, show_default=True, help="Which wording of atlas and BEAR."
-        ),
-        click.option(
+        _facts("--template", type=click.IntRange(1), default=1, show_default=True, help="Wording of atlas and BEAR."),
+        _facts(
             "--map",
             multiple=True,
             metavar="KEY=COLUMN",
             help="Columns of hf:, repeatable: subject, object, prompt, template, relation, id, popularity, candidates.",
         ),
-        click.option("--split", help="Split of an hf: data set."),
-        click.option(
-            "--tasks",
-            type=click.Path(path_type=Path, exists=True, file_okay=False),
-            help="A folder of lm-eval tasks of your own.",
-        ),
-        click.option(
-            "--device",
-            default="auto",
-            show_default=True,
-            help="Where the model runs: cpu, cuda, cuda:1, mps, xpu; auto takes cuda, else mps, else cpu.",
-        ),
-        click.option(
+        _facts("--split", help="Split of an hf: data set."),
+        _facts("--tasks", type=folder, help="Folder of your own lm-eval tasks."),
+        _runs("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, xpu, auto."),
+        _runs(
             "--dtype",
             type=OneOf(["float32", "bfloat16", "float16", "auto"]),
-            help="What it computes in.  [default: float32 on cpu, else auto: the checkpoint's own]",
+            help="float32, bfloat16, float16 or auto (the checkpoint's).  [default: float32 on cpu, else auto]",
         ),
-        click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Facts a batch."),
-        click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings."),
-    ]
-    for option in reversed(options):
-        command = option(command)
+        _runs("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Facts per batch."),
+        _runs("--trust-remote-code", is_flag=True, help=TRUST),
+    )
+
+
+def _all(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
+    for each in reversed(options):
+        command = each(command)
     return command
 
 
@@ -106,18 +105,16 @@ def split_options(given: dict[str, Any]) -> tuple[Options, Settings]:
 
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Where the cells of a study run."""
-    options = [
-        click.option(
+    return _all(
+        command,
+        _runs(
             "--ray",
             metavar="ADDRESS",
-            help="Run on a Ray cluster: auto, ray://HOST:10001, HOST:6379, or local. MODEL must lie on shared storage.",
+            help="Ray cluster: auto, ray://HOST:10001, HOST:6379 or local. MODEL must lie on shared storage.",
         ),
-        click.option("--num-cpus", type=click.FloatRange(0), default=1, show_default=True, help="Cores of a Ray task."),
-        click.option("--num-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs of a Ray task."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+        _runs("--num-cpus", type=click.FloatRange(0), default=1, show_default=True, help="Cores per Ray task."),
+        _runs("--num-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs per Ray task."),
+    )
 
 
 def split_ray(given: dict[str, Any]) -> RayOptions | None:

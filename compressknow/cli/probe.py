@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.options import EPILOG, probe_options, split_options
+from compressknow.cli.help import EVALUATE, RUNS, command, option
+from compressknow.cli.options import EPILOG, REVISION, probe_options, split_options
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
@@ -22,34 +23,34 @@ WIDTH = 80
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
 
 
-@click.command(short_help="Ask a model facts, and keep its answers.", epilog=EPILOG)
+@command(short_help="Evaluate a model on facts, and store its answers.", epilog=EPILOG)
 @click.argument("model")
-@click.option(
+@option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder for the answers. It may hold answers of this model already: they are not asked for again.",
+    help="Folder for the answers; one that holds some resumes.",
 )
 @probe_options
-@click.option(
+@option(
     "--reference",
+    group=EVALUATE,
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Answers folder of the original: asks for the tokens that it holds most likely, so that a report can say how "
-    "far distributions moved.",
+    help="Answers folder of the original, to measure how far distributions moved.",
 )
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--json", "as_json", is_flag=True, help="Print the record of the probe as JSON.")
+@option("--revision", group=RUNS, help=REVISION)
+@option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Ask MODEL what it knows, fact by fact, and keep the answers in a folder.
+    """Evaluate MODEL on facts, and store its answers in a folder.
 
-    MODEL is a local folder, FOLDER/FILE.gguf or a hub id: a masked, causal or sequence-to-sequence language model. A
-    run that was stopped resumes.
+    MODEL is a local folder, FOLDER/FILE.gguf or a Hub id: a masked, causal or sequence-to-sequence language model. A
+    stopped run resumes.
 
     \b
     compressknow probe MODEL -p atlas -o answers/original
     compressknow probe MODEL -p lama:trex --data DIR -o answers/original
-    compressknow probe CONVERTED -p atlas -o answers/converted --reference answers/original
+    compressknow probe CONVERTED -o answers/converted --reference answers/original
     """
     from compressknow.commands.probe import probe as ask
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressknow.cli.help import EVALUATE, RUNS, command, option
 from compressknow.cli.options import EPILOG, Share, probe_options, split_options
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.run import RESUMES, if_interrupted
@@ -23,33 +24,32 @@ if TYPE_CHECKING:
     from compressknow.report.records import Card
 
 
-@click.command(short_help="Show what compressed models kept and lost of the knowledge.", epilog=EPILOG)
+@command(short_help="Show what compressed models kept and lost of the knowledge.", epilog=EPILOG)
 @click.argument("original")
 @click.argument("compressed", nargs=-1, required=True)
-@click.option(
+@option(
     "-o",
     "--output",
     "outputs",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="File for the report: .html, .md or .json (repeatable).",
+    help="Report file, repeatable: .html, .md or .json.",
 )
 @probe_options
-@click.option(
-    "--fail-under", type=Share(), metavar="SHARE", help="Exit with 3 if less of the knowledge is kept: 0.95, or 95%."
-)
-@click.option("--no-facts", is_flag=True, help="Leave the text of every fact out of the report.")
-@click.option("--time", "timed", is_flag=True, help="Measure speed and memory of each model on this machine too.")
-@click.option("--into-model-card", is_flag=True, help="Write the verdict into the README.md of each COMPRESSED folder.")
-@click.option(
+@option("--fail-under", type=Share(), metavar="SHARE", help="Exit with 3 if less is kept: 0.95, or 95%.")
+@option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
+@option("--time", "timed", group=EVALUATE, is_flag=True, help="Measure each model's speed and memory too.")
+@option("--into-model-card", is_flag=True, help="Add the verdict to each COMPRESSED README.md.")
+@option(
     "--answers",
     "keep_in",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where answers are kept, so that no model is asked twice.  [default: ~/.cache/compressknow/answers]",
+    group=EVALUATE,
+    help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace report files that are there already.")
-@click.option("--revision", help="Branch, tag or commit of ORIGINAL, if it is a hub id.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@option("--overwrite", is_flag=True, help="Replace existing report files.")
+@option("--revision", group=RUNS, help="Branch, tag or commit of ORIGINAL on the Hub.")
+@option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def report(
     ctx: click.Context,
@@ -62,13 +62,13 @@ def report(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Ask ORIGINAL and each COMPRESSED model the same facts, and report what is kept, lost and gained.
+    """Evaluate ORIGINAL and each COMPRESSED model on the same facts, and report what is kept, lost and gained.
 
-    Each is a local folder, FOLDER/FILE.gguf, a hub id, or an answers folder that `probe` wrote.
+    Each is a local folder, FOLDER/FILE.gguf, a Hub id, or an answers folder that `probe` wrote.
 
     \b
     compressknow report MODEL CONVERTED -o report.html
-    compressknow report MODEL CONVERTED -p lama:trex --data DIR -o report.html -o report.md
+    compressknow report MODEL CONVERTED -p lama:trex --data DIR -o report.html
     compressknow report MODEL CONVERTED --fail-under 0.95
     """
     from compressknow.commands.report import report as compare

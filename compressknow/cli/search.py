@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.options import EPILOG, OneOf, Share, probe_options, ray_options, split_options, split_ray
+from compressknow.cli.help import COMPRESS, HOW, RUNS, command, option
+from compressknow.cli.options import (
+    EPILOG,
+    REVISION,
+    OneOf,
+    Share,
+    probe_options,
+    ray_options,
+    split_options,
+    split_ray,
+)
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
@@ -24,53 +34,55 @@ COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}"
 SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weights"}
 
 
-@click.command(short_help="Find the smallest checkpoint that keeps what you ask for.", epilog=EPILOG)
+@command(short_help="Find the smallest checkpoint that keeps what you ask for.", epilog=EPILOG)
 @click.argument("model")
-@click.option(
+@option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder of the search; one that was stopped resumes.",
+    help="Folder of the search; a stopped one resumes.",
 )
-@click.option("--keep", type=Share(), required=True, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
-@click.option(
+@option("--keep", group=HOW, type=Share(), required=True, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
+@option(
     "--minimize",
+    group=HOW,
     type=OneOf(["bytes", "sparse-bytes", "nonzero"]),
     default="bytes",
     show_default=True,
-    help="What to make small: the size on disk, what a sparse store would take, or the weights left. Ties go to the "
-    "recipe that keeps more.",
+    help="bytes (on disk), sparse-bytes (in a sparse format) or nonzero (weights left).",
 )
-@click.option("--trials", type=click.IntRange(1), default=40, show_default=True, help="Recipes that Optuna chooses.")
-@click.option(
+@option("--trials", group=HOW, type=click.IntRange(1), default=40, show_default=True, help="Recipes for Optuna to try.")
+@option(
     "--quantize",
     "schemes",
+    group=HOW,
     multiple=True,
     type=OneOf(["int8", "int8-weights", "int8-paper"]),
-    help="Schemes to choose from (repeatable).  [default: int8, int8-weights]",
+    help="Scheme to try, repeatable.  [default: int8, int8-weights]",
 )
-@click.option(
+@option(
     "--module-map",
+    group=COMPRESS,
     type=OneOf(["structural", "paper"]),
     default="structural",
-    show_default=True,
-    help="What counts as attention and feed-forward.",
+    help="structural (default) or paper, the authors' split.",
 )
 @ray_options
 @probe_options
-@click.option("--no-facts", is_flag=True, help="Leave the text of every fact out of the winner's report card.")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--json", "as_json", is_flag=True, help="Print the search as JSON.")
+@option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
+@option("--revision", group=RUNS, help=REVISION)
+@option("--json", "as_json", is_flag=True, help="Print the search as JSON.")
 @click.pass_context
 def search(
     ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ...], as_json: bool, **given: Any
 ) -> None:
     """Find the cheapest checkpoint of MODEL that keeps a share of its knowledge.
 
-    Half of the facts guide the search; what it finds is judged on the other half, by the lower end of its interval.
-    OUTPUT gets the page (search.html), the recipe (recipe.toml), the converted checkpoint (winner/) and its report
-    card (report.html). Exits with 3 if nothing keeps as much. Needs Optuna: pip install 'compressknow[search]'.
+    Half of the facts guide the search. The recipe that it finds must keep the share on the other half, by the lower
+    end of its interval. OUTPUT gets the page (search.html), the recipe (recipe.toml), the converted checkpoint
+    (winner/) and its report card (report.html). Exits with 3 if nothing keeps as much. Needs Optuna:
+    pip install 'compressknow[search]'.
 
     \b
     compressknow search MODEL -o found --keep 0.95 --limit 1000

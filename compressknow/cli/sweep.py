@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.options import EPILOG, OneOf, probe_options, ray_options, split_options, split_ray
+from compressknow.cli.help import COMPRESS, HOW, RUNS, command, option
+from compressknow.cli.options import EPILOG, REVISION, OneOf, probe_options, ray_options, split_options, split_ray
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
@@ -42,40 +43,44 @@ one by one:
 """
 
 
-@click.command(short_help="Convert a model in every way of a grid, and ask each what it knows.", epilog=GRID + EPILOG)
+@command(short_help="Evaluate a model compressed in every way of a grid.", epilog=GRID + EPILOG)
 @click.argument("model")
-@click.option(
+@option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder of the study; one that was stopped resumes.",
+    help="Folder of the study; a stopped one resumes.",
 )
-@click.option("--grid", default="paper", show_default=True, metavar="paper|FILE.toml", help="Which recipes; see below.")
-@click.option(
+@option(
+    "--grid", group=HOW, default="paper", show_default=True, metavar="FILE", help="paper, or a TOML file; see below."
+)
+@option(
     "--module-map",
+    group=COMPRESS,
     type=OneOf(["structural", "paper"]),
-    help="What the paper's grid calls attention and feed-forward.  [default: paper]",
+    help="Of the paper's grid: structural or paper.  [default: paper]",
 )
-@click.option(
+@option(
     "--quantize",
     "scheme",
+    group=HOW,
     type=OneOf(["int8", "int8-paper", "int8-weights"]),
     help="Scheme of the paper's grid.  [default: int8-paper]",
 )
-@click.option("--no-facts", is_flag=True, expose_value=False, help="As for report; no page of a study shows a fact.")
-@click.option("--save", is_flag=True, help="Write each converted checkpoint too, into OUTPUT/models.")
+@option("--no-facts", is_flag=True, expose_value=False, help="As for report; a study shows no facts anyway.")
+@option("--save", is_flag=True, help="Write each checkpoint too, into OUTPUT/models.")
 @ray_options
 @probe_options
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--json", "as_json", is_flag=True, help="Print the study as JSON.")
+@option("--revision", group=RUNS, help=REVISION)
+@option("--json", "as_json", is_flag=True, help="Print the study as JSON.")
 @click.pass_context
 def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ...], as_json: bool, **given: Any) -> int:
-    """Convert MODEL in every way of a grid, in memory, and ask each the same facts.
+    """Convert MODEL in every way of a grid, in memory, and evaluate each on the same facts.
 
-    `--grid paper` is that of the study that this tool comes from: attention, feed-forward and everything pruned by 10
-    to 90 %, quantized, and both; the final layer pruned. OUTPUT gets the page of the study (study.html, study.md), its
-    figures, and a tidy table (cells.csv, cells.parquet).
+    `--grid paper` is the grid of the study behind this tool: attention, feed-forward and everything pruned by 10 to
+    90 %, quantized, and both; the final layer pruned. OUTPUT gets the study's page (study.html, study.md), its figures
+    and a tidy table (cells.csv, cells.parquet).
 
     \b
     compressknow sweep MODEL -o study --limit 300

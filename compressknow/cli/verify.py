@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from compressknow.cli.help import RUNS, command, option
 from compressknow.cli.progress import bytes_bar
 from compressknow.cli.terminal import show, show_json
 from compressknow.errors import CompressknowError
@@ -16,10 +17,10 @@ from compressknow.report.format import count, size
 WIDTH = 80
 
 
-@click.command(short_help="Recount and rehash a converted checkpoint.")
+@command(short_help="Recount and rehash a converted checkpoint.")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(1), help="Tensors worked on at a time.  [default: one a core]")
-@click.option("--json", "as_json", is_flag=True, help="Print what was compared and every difference as JSON.")
+@option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
+@option("--json", "as_json", is_flag=True, help="Print every difference as JSON.")
 @click.pass_context
 def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool) -> None:
     """Compare FOLDER, which `compressknow convert` wrote, with its manifest: hashes, zeros, dtypes and shapes.

@@ -16,6 +16,7 @@ import pytest
 
 from compressknow import __version__
 from compressknow.cli import COMMANDS, cli, main
+from compressknow.cli.help import GROUPS
 from compressknow.cli.run import LazyGroup, if_interrupted, run
 from compressknow.errors import CompressknowError, GateNotMet, UsageError
 
@@ -73,6 +74,19 @@ def test_every_command_and_option_has_help_and_stands_in_the_readme(name: str) -
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"{name} {parameter.opts[0]} has no help text"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_80_columns_in_groups_that_have_names(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([name, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    headings = [line.removesuffix(":") for line in lines if line.removesuffix(":") in GROUPS]
+    assert headings == [group for group in GROUPS if group in headings]
+    assert "Options:" not in lines
 
 
 @pytest.mark.parametrize("name", COMMANDS)
