@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 import compressknow
+from compressknow.libraries import OPTIONAL
 
 ROOT = Path(__file__).parent.parent
 RENDER = """
@@ -65,3 +70,41 @@ def test_dependencies_are_free_of_indexes_and_local_versions(wheel: Path) -> Non
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     assert any("torch" in line for line in required)
     assert not [line for line in required if "://" in line or "+" in line]
+
+
+def _normalized(requirement: str) -> str:
+    """The name of the package that a requirement is for, as indexes spell it."""
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
+
+
+def _declared() -> tuple[set[str], set[str]]:
+    """The packages that pyproject.toml asks for, and those of the extras for users."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name not in ("dev", "docs")}
+    return set(map(_normalized, project["dependencies"])), {_normalized(n) for needs in extras.values() for n in needs}
+
+
+def _imported() -> set[str]:
+    """The packages of which the code imports something, wherever in a file it does."""
+    nodes = [node for path in ROOT.glob("compressknow/**/*.py") for node in ast.walk(ast.parse(path.read_bytes()))]
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    tops = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"compressknow"}
+    of = packages_distributions()
+    return {_normalized(of[top][0]) for top in tops}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    declared, extras = _declared()
+    # pyproject.toml says why these are there.
+    by_others = {"accelerate", "safetensors", "gguf"}
+    assert _imported() == (declared | extras) - by_others
+
+
+def test_the_list_for_a_small_image_is_what_is_declared_without_the_optional_libraries() -> None:
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    listed = re.search(r"^\$ pip install --no-deps compressknow\n\$ pip install (.+(?:\n    .+)*)$", page, re.MULTILINE)
+    assert listed
+    names = listed.group(1).replace("\\\n", " ").split()
+    assert set(names) == _declared()[0] - set(OPTIONAL.values())
+    assert names == sorted(names)

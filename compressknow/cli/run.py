@@ -20,6 +20,7 @@ import click
 
 from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams, show
 from compressknow.errors import CompressknowError, did_you_mean, is_panic
+from compressknow.libraries import not_installed
 
 
 class LazyGroup(click.Group):
@@ -119,6 +120,8 @@ def _run(command: click.Command, args: list[str] | None) -> int:
     except MemoryError:
         _print_error("There is not enough memory.", None, "Run it where there is more, or with a smaller --batch-size.")
         return FAILED
+    except ModuleNotFoundError as error:
+        return _missing(error)
     except Exception as error:
         return _unexpected(error)
     except BaseException as error:
@@ -133,6 +136,15 @@ def _interrupted(stop: BaseException, code: int) -> int:
     notes = getattr(stop, "__notes__", ())
     show(f"Interrupted. {notes[0]}" if notes else "Interrupted", err=True)
     return code
+
+
+def _missing(error: ModuleNotFoundError) -> int:
+    """A library that every command needs, or one that another library needs."""
+    module = (error.name or "").partition(".")[0]
+    if module in ("", "compressknow"):
+        return _unexpected(error)
+    _print_error(not_installed(module).what)
+    return FAILED
 
 
 def _unexpected(error: BaseException) -> int:

@@ -69,9 +69,10 @@ def compare(
     from compressknow.probe.run import Settings
     from compressknow.probe.sources import Options, open_all
     from compressknow.report.diff.pages import write_contrasts
-    from compressknow.report.pages import check_outputs
+    from compressknow.report.pages import check_outputs, require_for
 
     files = [Path(path) for path in outputs]
+    require_for(files, *(("pyarrow", "scipy") if probes else ()))
     check_outputs(files, overwrite=overwrite)
     settings = settings or Settings()
     asked = open_all([probes] if isinstance(probes, str) else list(probes), options or Options())

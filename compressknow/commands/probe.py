@@ -45,6 +45,9 @@ def probe(
     compressknow.errors.CompressknowError : the model has no head or no tokenizer, a probe is unknown or leaves no
         facts, the folder holds something else.
     """
+    from compressknow.libraries import require
+
+    require("pyarrow")
     from compressknow.engine.identity import locate
     from compressknow.probe.answers import read_answers
     from compressknow.probe.run import Respondent, Settings, probe_model

@@ -60,10 +60,11 @@ def report(
     from compressknow.report.card.make import make_card
     from compressknow.report.card.pages import write_reports
     from compressknow.report.model_card.report_section import check_model_cards, write_into_model_cards
-    from compressknow.report.pages import check_outputs
+    from compressknow.report.pages import check_outputs, require_for
 
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
     files = [Path(path) for path in outputs]
+    require_for(files, "pyarrow", "scipy")
     check_outputs(files, overwrite=overwrite)
     if into_model_card:
         check_model_cards(models)

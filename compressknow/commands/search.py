@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from compressknow.compress.recipe import Quantize, Recipe
 from compressknow.compress.staging import discard
+from compressknow.libraries import require
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.probe.answers import Answers
 from compressknow.probe.run import Settings, refuse_twins
@@ -20,7 +21,7 @@ from compressknow.study.folder import claim, refuse_foreign
 from compressknow.study.grid import Cell
 from compressknow.study.running import RayOptions, runner
 from compressknow.study.selection import Aim, cheapness, confirm, level, may_meet, meets, promising
-from compressknow.study.space import TOGETHER, Space, cell_of, optimize, references, require_optuna
+from compressknow.study.space import TOGETHER, Space, cell_of, optimize, references
 from compressknow.study.split import Asked, parts_of
 
 if TYPE_CHECKING:
@@ -86,12 +87,12 @@ def search(
     """
     from compressknow.report.search.view import write_search
 
+    require("matplotlib", "optuna", "pyarrow", "scipy", *(["ray"] if ray else []))
     aim, folder = Aim(keep, minimize), Path(output)
     refuse_foreign(folder)
     asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
     refuse_twins(asked)
     parts = [parts_of(probe, seed) for probe in asked]
-    require_optuna()
     with (
         Subject(model, settings or Settings(), revision=revision, keep_in=None if ray else folder) as subject,
         claim(folder, subject.original),

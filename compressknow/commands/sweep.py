@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.errors import UsageError
+from compressknow.libraries import require
 from compressknow.probe.answers import Answers
 from compressknow.probe.run import Settings, refuse_twins
 from compressknow.probe.sources import DEFAULT, Options, open_all
@@ -74,6 +75,7 @@ def sweep(
     """
     from compressknow.report.study.pages import write_study
 
+    require("matplotlib", "pyarrow", "scipy", *(["ray"] if ray else []))
     folder = Path(output)
     refuse_foreign(folder)
     asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())

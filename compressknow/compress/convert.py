@@ -22,6 +22,7 @@ from compressknow.compress.quantize import quantization_config
 from compressknow.compress.recipe import Prune, Recipe
 from compressknow.compress.staging import Staging, clean, refuse_output
 from compressknow.errors import CheckpointError
+from compressknow.libraries import require
 from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, refuse_leading_out
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
@@ -191,6 +192,7 @@ def output_config(plan: Plan) -> dict[str, Any]:
     """The output's config.json."""
     if not plan.targets:
         return plan.config
+    require("compressed_tensors")
     version = importlib.metadata.version("compressed-tensors")
     settings = quantization_config(plan.targets, plan.ignore, version, plan.structure.prefix)
     return plan.config | {"quantization_config": settings}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compressknow.errors import CheckpointError
+from compressknow.libraries import require
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
 from compressknow.model.meta import meta_model
 from compressknow.model.torch_bin import DTYPE_NAMES
@@ -49,6 +50,8 @@ def load_report(
     ----------
     config : that of the checkpoint, its quantization included; left as it is.
     """
+    # transformers takes a `device_map` only with it, and its refusal would pass for a fault of the checkpoint.
+    require("accelerate")
     state = {name: _empty(*header) for name, header in tensors.items()}
     options = {"device_map": "meta", "dtype": "auto", "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:

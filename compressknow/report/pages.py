@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from compressknow.errors import OutputError, UsageError
 from compressknow.files import interrupted, refuse_broken_links
+from compressknow.libraries import require
 from compressknow.report.format import RIGHT_TO_LEFT, count, plain_lines
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -162,6 +163,12 @@ def _hash(text: str) -> str:
 
 
 FORMATS = (".html", ".md", ".json")
+
+
+def require_for(outputs: Sequence[Path], *modules: str) -> None:
+    """Raise CompressknowError where these libraries are missing, or the one that draws the charts of an HTML page."""
+    drawn = any(path.suffix.lower() == ".html" for path in outputs)
+    require(*modules, *(["matplotlib"] if drawn else []))
 
 
 def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:

@@ -59,7 +59,7 @@ Run = Callable[[Batch], Generator[CellResult]]
 def runner(ray: RayOptions | None, bar: Bar | None) -> Iterator[Run]:
     """What runs batches: here, one cell after the other, or on the cluster for as long as the context lasts.
 
-    Raises CompressknowError where Ray is missing or the cluster does not answer.
+    Raises CompressknowError where the cluster does not answer.
     """
     if ray is None:
         yield lambda batch: (
@@ -117,7 +117,7 @@ Files = dict[str, bytes]
 
 @contextmanager
 def connected(where: RayOptions) -> Iterator[Run]:
-    """What runs batches on a cluster. Raises CompressknowError where Ray is missing or no cluster answers."""
+    """What runs batches on a cluster. Raises CompressknowError where no cluster answers."""
     ray = _connect(where)
     try:
         yield partial(_results, ray, where)
@@ -164,10 +164,8 @@ def _result(batch: Batch, cell: Cell, failed: str | None) -> CellResult:
 
 
 def _connect(where: RayOptions) -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise CompressknowError("Ray is not installed.", hint="pip install 'compressknow[ray]'") from None
+    import ray
+
     try:
         _knock(where.address)
         if where.address == "local":

@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme, Step, Where, recipe_of
-from compressknow.errors import CompressknowError
 from compressknow.model.scopes import scope_names
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.probe.answers import Answers
@@ -153,14 +152,6 @@ def _bands(structure: Structure, scope: str) -> Iterator[Band]:
 Ask = Callable[[Sequence[Cell]], Iterable[tuple[Cell, Answers]]]
 # Trials that a cluster is given at once.
 TOGETHER = 8
-
-
-def require_optuna() -> None:
-    """Raise CompressknowError where it is not installed."""
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise CompressknowError("Optuna is not installed.", hint="pip install 'compressknow[search]'") from None
 
 
 def optimize(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.errors import CompressknowError, UsageError
+from compressknow.libraries import require
 from compressknow.probe.answers import check_parquet
 from compressknow.probe.facts import Fact, Probe, subject_of
 from compressknow.probe.scoring.prompts import UniqueIds, fill, wrong_blanks
@@ -38,6 +39,7 @@ def hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str
     Raises UsageError where the set, the split or a column is not there, CompressknowError where the hub is not reached
     or the data cannot be read.
     """
+    require("datasets", "pyarrow")
     splits = _load(dataset)
     chosen = _choose_split(list(splits), split, dataset)
     table = splits[chosen]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
+from compressknow.libraries import require
 from compressknow.probe.answers import Answer
 from compressknow.probe.sources.task_index import (
     COLUMNS,
@@ -97,6 +98,7 @@ def open_task(
     ------
     UsageError : unknown task, no such folder, a missing file of data, or a limit below 1.
     """
+    require("datasets", "lm_eval")
     task = name.partition(":")[2]
     for folder, option in ((data, "--data"), (include, "the task folder")):
         if folder is not None and not folder.is_dir():

@@ -1,0 +1,58 @@
+"""Libraries that some commands need and others do without: what is missing is told before any work.
+
+``inspect``, ``convert`` and ``verify`` run where none of `OPTIONAL` is installed: in a small image, say.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from compressknow.errors import CompressknowError
+
+# By the name that is imported: what pip is told.
+OPTIONAL = {
+    "datasets": "datasets",
+    "lm_eval": "lm-eval",
+    "matplotlib": "matplotlib",
+    "optuna": "'compressknow[search]'",
+    "pyarrow": "pyarrow",
+    "ray": "'compressknow[ray]'",
+    "scipy": "scipy",
+}
+# Others whose name for pip is another.
+_NAMES = {"compressed_tensors": "compressed-tensors", "yaml": "pyyaml"}
+
+
+def require(*modules: str) -> None:
+    """Raise CompressknowError, with the command that installs them, where libraries are missing; import none.
+
+    >>> require("json", "re")
+    >>> require("pyarow", "json", "scypy")
+    Traceback (most recent call last):
+    compressknow.errors.CompressknowError: pyarow and scypy are not installed. Install them with: pip install pyarow scypy
+    """  # noqa: E501
+    if missing := [module for module in modules if not _is_installed(module)]:
+        raise not_installed(*missing)
+
+
+def _is_installed(module: str) -> bool:
+    found = importlib.util.find_spec(module)
+    # A folder of that name in the working directory is found too, with no origin.
+    return found is not None and found.origin is not None
+
+
+def not_installed(*modules: str) -> CompressknowError:
+    """The error that names these modules, and what to tell pip."""
+    names = (OPTIONAL | _NAMES).get
+    packages = " ".join(names(module, module) for module in modules)
+    are, them = ("is", "it") if len(modules) == 1 else ("are", "them")
+    return CompressknowError(f"{_listed(modules)} {are} not installed. Install {them} with: pip install {packages}")
+
+
+def _listed(modules: tuple[str, ...]) -> str:
+    """
+    >>> _listed(("pyarrow", "scipy", "matplotlib"))
+    'pyarrow, scipy and matplotlib'
+    """
+    *first, last = modules
+    return f"{', '.join(first)} and {last}" if first else last
