@@ -146,7 +146,7 @@ def child(kind: str, source: Path, output: Path, size: int) -> None:
 
 
 def resident_mb(field: str) -> float:
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) / 1000 for line in status.splitlines() if line.startswith(field))
 
 

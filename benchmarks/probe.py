@@ -178,7 +178,7 @@ def child(options: Namespace) -> None:
     run = SIDES[side](part, language_of(part, side, options), options)
     run(1, batch_size)
     # From here on the peak is that of answering, not of loading.
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = resident_mb("VmRSS")
     start = time.perf_counter()
     answers = run(count, batch_size)

@@ -206,7 +206,7 @@ def measure_sweep(args: Sequence[str | Path], log: Path, turn: Callable[[int], N
     sweep, waited = Sweep(), 0.0
     start = time.perf_counter()
     with (
-        log.open("w") as errors,
+        log.open("w", encoding="utf-8") as errors,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
     ):
         assert process.stdin is not None
@@ -222,7 +222,7 @@ def measure_sweep(args: Sequence[str | Path], log: Path, turn: Callable[[int], N
             process.stdin.flush()
     sweep.wall = time.perf_counter() - start - waited
     if process.returncode:
-        sys.exit(f"compressknow sweep failed:\n{log.read_text()}")
+        sys.exit(f"compressknow sweep failed:\n{log.read_text(encoding='utf-8')}")
     return sweep
 
 

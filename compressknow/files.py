@@ -2,7 +2,10 @@
 
 A lock is the operating system's: a process that is killed holds none, whatever becomes of its number. A file is written
 under a temporary name beside its place, locked, and renamed when it is whole. So a temporary file that nobody has
-locked is a dead run's, and the next run removes it. What differs between systems lies here.
+locked is a dead run's, and the next run removes it.
+
+What differs between systems lies here too, found by what Python offers on each: Windows has no fcntl, and neither
+renames nor removes a file that is open; macOS reserves no room on a disk, and Windows has no reads at a position.
 """
 
 from __future__ import annotations
@@ -10,8 +13,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import importlib
+import importlib.util
 import os
+import re
 import secrets
+import shutil
 import signal
 import sys
 import threading
@@ -19,7 +26,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from compressknow.errors import OutputError
 
@@ -27,12 +34,19 @@ LOCK = ".lock"
 _SUFFIX = ".compressknow-"
 # Of a folder that other runs make and remove at the same time.
 _ATTEMPTS = 100
-_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 _NO_FOLLOW, _BINARY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_BINARY", 0)
+# At most so many bytes at a time: one call takes no more than 2 GB on macOS and Windows.
+_MOST_AT_ONCE = 1 << 30
 
-if sys.platform == "win32":
-    import msvcrt
+if importlib.util.find_spec("fcntl"):
+    fcntl: Any = importlib.import_module("fcntl")
+    _OPEN_FILES_MOVE = True
 
+    def _lock(descriptor: int, wait: bool) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+else:
+    msvcrt: Any = importlib.import_module("msvcrt")
     # Windows neither renames nor removes a file that is open.
     _OPEN_FILES_MOVE = False
     # Beyond what a lock file holds: nobody else may read a byte that is locked.
@@ -44,19 +58,123 @@ if sys.platform == "win32":
             try:
                 msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
                 return
-            except OSError:
+            except PermissionError:
                 if not wait:
                     raise BlockingIOError(errno.EAGAIN, "locked by another process") from None
                 time.sleep(0.1)
             finally:
                 os.lseek(descriptor, 0, os.SEEK_SET)
-else:
-    import fcntl
 
-    _OPEN_FILES_MOVE = True
 
-    def _lock(descriptor: int, wait: bool) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+# Virus scanners open what was just written; so long is waited until a file or folder can be moved.
+_WAITS = () if _OPEN_FILES_MOVE else (0.05, 0.1, 0.2, 0.4, 0.8)
+
+# A descriptor has one position, which threads share; where the system reads and writes only there, one at a time.
+_seeking = threading.Lock()
+
+
+def read_at(descriptor: int, buffer: memoryview, position: int) -> int:
+    """Fill `buffer` (bytes) from a file's byte `position` on; how many bytes there were before the file ended.
+
+    Threads may share a descriptor, here and in `write_at`.
+    """
+    done = 0
+    while piece := buffer[done : done + _MOST_AT_ONCE]:
+        if (count := _read_some(descriptor, piece, position + done)) == 0:
+            break
+        done += count
+    return done
+
+
+def _read_some(descriptor: int, buffer: memoryview, position: int) -> int:
+    if hasattr(os, "preadv"):
+        return int(os.preadv(descriptor, [buffer], position))
+    with _seeking:
+        os.lseek(descriptor, position, os.SEEK_SET)
+        piece = os.read(descriptor, len(buffer))
+    buffer[: len(piece)] = piece
+    return len(piece)
+
+
+def write_at(descriptor: int, data: memoryview, position: int) -> None:
+    """Write all of `data` (bytes) to a file, from its byte `position` on. Raises OSError."""
+    done = 0
+    while piece := data[done : done + _MOST_AT_ONCE]:
+        done += _write_some(descriptor, piece, position + done)
+
+
+def _write_some(descriptor: int, data: memoryview, position: int) -> int:
+    if hasattr(os, "pwrite"):
+        return int(os.pwrite(descriptor, data, position))
+    with _seeking:
+        os.lseek(descriptor, position, os.SEEK_SET)
+        return os.write(descriptor, data)
+
+
+def open_to_read(path: Path) -> int:
+    """A descriptor of a file's bytes, for `read_at`. Raises OSError."""
+    return os.open(path, os.O_RDONLY | _BINARY)
+
+
+def new_file(path: Path, size: int) -> int:
+    """A new file of `size` bytes, for `read_at` and `write_at`: where the disk has no room for it, it fails now.
+
+    Raises OSError: it exists (FileExistsError), or the disk is full (see `is_full`).
+    """
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | _BINARY, 0o666)
+    try:
+        _reserve(path, descriptor, size)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _reserve(path: Path, descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            # Some file systems reserve nothing, and some C libraries do not do it in their stead.
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    if shutil.disk_usage(path.parent).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    os.ftruncate(descriptor, size)
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file or folder another name, in place of a file of that name. Raises OSError.
+
+    Windows refuses that while anybody has it open: there it is tried for a while.
+    """
+    for seconds in _WAITS:
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    source.replace(target)
+
+
+def available_cores() -> int:
+    """How many cores this process may use, or has, where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes; its size now, where the system keeps no record of it."""
+    # Better than getrusage, by which a new process starts at the size of the one that has started it.
+    with contextlib.suppress(OSError):
+        if match := re.search(rb"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_bytes()):
+            return 1024 * int(match[1])
+    if importlib.util.find_spec("resource"):
+        resource: Any = importlib.import_module("resource")
+        unit = 1 if sys.platform == "darwin" else 1024
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+    memory: Any = importlib.import_module("psutil").Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))
 
 
 def lock(path: Path, *, wait: bool, make: bool = True) -> int:
@@ -64,7 +182,9 @@ def lock(path: Path, *, wait: bool, make: bool = True) -> int:
 
     Raises BlockingIOError where another process holds it and `wait` is False, OSError where there can be no lock.
     """
-    descriptor = os.open(path, (os.O_CREAT if make else 0) | os.O_RDWR | _NO_FOLLOW, 0o666)
+    if not _NO_FOLLOW and path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    descriptor = os.open(path, (os.O_CREAT if make else 0) | os.O_RDWR | _NO_FOLLOW | _BINARY, 0o666)
     try:
         _lock(descriptor, wait)
     except BaseException:
@@ -75,12 +195,16 @@ def lock(path: Path, *, wait: bool, make: bool = True) -> int:
 
 def remove_lock(path: Path, descriptor: int) -> None:
     """Remove a lock's file and let the lock go, in this order where the system can: nobody is to lock what vanishes."""
-    if _OPEN_FILES_MOVE:
-        path.unlink(missing_ok=True)
+    if not _OPEN_FILES_MOVE:
         os.close(descriptor)
-    else:
-        os.close(descriptor)
+        # Who has it open by now removes it.
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
+        return
+    try:
         path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -159,17 +283,27 @@ def own_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -> 
     finally:
         with uninterrupted():
             if descriptor is not None:
-                _leave(folder, made, worthless)
-                os.close(descriptor)
+                _leave(folder, descriptor, made, worthless)
 
 
-def _leave(folder: Path, made: Iterable[Path], worthless: Collection[str]) -> None:
+def _leave(folder: Path, descriptor: int, made: Iterable[Path], worthless: Collection[str]) -> None:
+    if not _holds_only(folder, {LOCK, *worthless}):
+        os.close(descriptor)
+        return
     with contextlib.suppress(OSError):
-        if {path.name for path in folder.iterdir()} <= {LOCK, *worthless}:
-            for name in (*worthless, LOCK):
-                (folder / name).unlink(missing_ok=True)
-            for path in made:
-                path.rmdir()
+        for name in worthless:
+            (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        remove_lock(folder / LOCK, descriptor)
+        for path in made:
+            path.rmdir()
+
+
+def _holds_only(folder: Path, names: Collection[str]) -> bool:
+    try:
+        return all(path.name in names for path in folder.iterdir())
+    except OSError:
+        return False
 
 
 def _lock_folder(folder: Path, wait: bool) -> int:
@@ -217,7 +351,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
     with _named(path), _temporary(path) as (temporary, file):
         yield file
         _finish(file)
-        temporary.replace(path)
+        move(temporary, path)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -264,15 +398,17 @@ def _whole(path: Path, content: bytes) -> Iterator[Path]:
 
 def _place(temporary: Path, path: Path, overwrite: bool) -> None:
     if overwrite:
-        temporary.replace(path)
+        move(temporary, path)
         return
     try:
+        if os.path.lexists(path):
+            raise FileExistsError
         path.hardlink_to(temporary)
     except FileExistsError:
         raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.") from None
-    except OSError:
-        # A file system without hard links.
-        temporary.replace(path)
+    except (OSError, NotImplementedError):
+        # A file system, or a system, without hard links.
+        move(temporary, path)
 
 
 def interrupted(paths: Collection[Path]) -> list[Path]:
@@ -283,7 +419,7 @@ def interrupted(paths: Collection[Path]) -> list[Path]:
     if all(path.is_file() for path in paths):
         for path in paths:
             _remove_dead(_temporaries(path))
-    return [path for path in paths if any(_is_dead(t) and _same(path, t) for t in _temporaries(path))]
+    return [path for path in paths if any(_is_left(path, t) for t in _temporaries(path))]
 
 
 def remove_strays(folder: Path) -> None:
@@ -302,16 +438,23 @@ def as_text(words: str) -> str:
     >>> as_text("model\udcff")
     'model\\udcff'
     """
+    with contextlib.suppress(UnicodeEncodeError):
+        # In a locale of ASCII the bytes of every other character are escaped, although they are UTF-8.
+        words = words.encode("ascii", "surrogateescape").decode("utf-8", "surrogateescape")
     return words.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut, where the system can."""
-    if sys.platform == "win32":
+    if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems sync files alone.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -343,16 +486,26 @@ def _named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file beside `path`, locked while it is written, and removed at the end unless it was renamed."""
-    temporary = None
+    """A new file beside `path`, locked while it is written, and removed at the end unless it was renamed.
+
+    Where a file that is open cannot be renamed, the lock is a file of its own, held until the other has its name.
+    """
+    locked = None
     try:
         with uninterrupted():
-            temporary, descriptor = new_locked_file(path.parent, f".{path.name}{_SUFFIX}")
-        with os.fdopen(descriptor, "wb") as file:
-            yield temporary, file
+            locked, descriptor = new_locked_file(path.parent, f".{path.name}{_SUFFIX}")
+        with os.fdopen(descriptor, "wb") if _OPEN_FILES_MOVE else _content_of(locked).open("xb") as file:
+            yield _content_of(locked), file
     finally:
-        if temporary:
-            temporary.unlink(missing_ok=True)
+        if locked:
+            _content_of(locked).unlink(missing_ok=True)
+            if not _OPEN_FILES_MOVE:
+                remove_lock(locked, descriptor)
+
+
+def _content_of(locked: Path) -> Path:
+    """The file whose writer holds the lock of the file `locked`: itself where the system can rename what is open."""
+    return locked if _OPEN_FILES_MOVE else locked.with_name(f"{locked.name}.new")
 
 
 def _finish(file: BinaryIO) -> None:
@@ -366,22 +519,17 @@ def _temporaries(path: Path) -> list[Path]:
     return list(path.parent.glob(f"{glob.escape(f'.{path.name}{_SUFFIX}')}????????"))
 
 
-def _is_dead(temporary: Path) -> bool:
+def _is_left(path: Path, temporary: Path) -> bool:
+    """Whether a run that is dead has linked a temporary file to its name, and the name is still of that file."""
     try:
         os.close(lock(temporary, wait=False, make=False))
-    except OSError:
-        return False
-    return True
-
-
-def _same(path: Path, other: Path) -> bool:
-    try:
-        return path.samefile(other)
+        return path.samefile(_content_of(temporary))
     except OSError:
         return False
 
 
 def _remove_dead(temporaries: Iterable[Path]) -> None:
     for temporary in temporaries:
-        with dead(temporary):
-            pass
+        with dead(temporary) as ended, contextlib.suppress(OSError):
+            if ended and not _OPEN_FILES_MOVE:
+                _content_of(temporary).unlink(missing_ok=True)

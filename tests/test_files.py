@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from compressknow.errors import OutputError
-from compressknow.files import LOCK, interrupted, own_folder, remove_strays, write_together, write_whole, written
+from compressknow.files import (
+    LOCK,
+    available_cores,
+    interrupted,
+    is_full,
+    new_file,
+    open_to_read,
+    own_folder,
+    peak_memory,
+    read_at,
+    remove_strays,
+    write_at,
+    write_together,
+    write_whole,
+    written,
+)
 
 DEADLINE = 20
+FULL = "No space left|File too large"
 
 
 def child(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    # Before it may stand what makes these tests run as on another system (tests/windows.py).
+    paths = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": paths}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -69,19 +89,21 @@ def test_what_a_killed_process_left_goes_with_the_next_write_of_that_file(tmp_pa
     with writing(tmp_path / "a") as process:
         process.send_signal(signal.SIGKILL)
         process.wait(DEADLINE)
-    (left,) = strays(tmp_path)
+    left = strays(tmp_path)
+    assert left
     write_whole(tmp_path / "b", b"another file")
-    assert strays(tmp_path) == [left]
+    assert strays(tmp_path) == left
     write_whole(tmp_path / "a", b"whole")
     assert names(tmp_path) == ["a", "b"]
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     with writing(tmp_path / "a"):
-        (mine,) = strays(tmp_path)
+        theirs = strays(tmp_path)
+        assert theirs
         write_whole(tmp_path / "a", b"whole")
         remove_strays(tmp_path)
-        assert names(tmp_path) == [mine, "a"]
+        assert names(tmp_path) == [*theirs, "a"]
 
 
 def test_files_of_the_users_that_look_alike_are_left_alone(tmp_path: Path) -> None:
@@ -198,3 +220,72 @@ def test_a_folder_without_anything_of_worth_goes_again(tmp_path: Path) -> None:
     with own_folder(tmp_path / "a" / "b", wait=False, worthless=("record",)):
         write_whole(tmp_path / "a" / "b" / "record", b"")
     assert names(tmp_path) == []
+
+
+def test_threads_read_and_write_one_file_at_their_own_places(tmp_path: Path) -> None:
+    pieces = [bytes([number]) * 10_007 for number in range(200)]
+    places = [sum(map(len, pieces[:number])) for number in range(len(pieces))]
+    writing, buffers = new_file(tmp_path / "a", sum(map(len, pieces))), [bytearray(10_007) for _ in pieces]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda piece, place: write_at(writing, memoryview(piece), place), pieces, places))
+        os.close(writing)
+        reading = open_to_read(tmp_path / "a")
+        counts = list(pool.map(lambda buffer, place: read_at(reading, memoryview(buffer), place), buffers, places))
+    assert counts == [10_007] * 200
+    assert buffers == pieces
+    assert (tmp_path / "a").read_bytes() == b"".join(pieces)
+    # Beyond its end there is nothing.
+    assert read_at(reading, memoryview(buffers[0]), places[-1] + 10_000) == 7
+    os.close(reading)
+
+
+def test_a_new_file_has_its_size_or_says_at_once_that_there_is_no_room(tmp_path: Path) -> None:
+    os.close(new_file(tmp_path / "a", 12_345))
+    assert (tmp_path / "a").read_bytes() == bytes(12_345)
+    with pytest.raises(FileExistsError):
+        new_file(tmp_path / "a", 1)
+    with pytest.raises(OSError, match=FULL) as error:
+        new_file(tmp_path / "b", 1 << 60)
+    assert is_full(error.value)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_reserves_no_room_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*arguments: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    os.close(new_file(tmp_path / "a", 12_345))
+    assert (tmp_path / "a").read_bytes() == bytes(12_345)
+    with pytest.raises(OSError, match=FULL) as error:
+        new_file(tmp_path / "b", 1 << 60)
+    assert is_full(error.value)
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EPERM, "no links here"), NotImplementedError()])
+def test_without_hard_links_files_appear_together_and_replace_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*arguments: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    (tmp_path / "b").write_bytes(b"the user's own")
+    with pytest.raises(OutputError, match="b exists already"):
+        write_together({tmp_path / name: b"new" for name in "abc"}, overwrite=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"b": b"the user's own"}
+    write_together({tmp_path / name: b"new" for name in "ac"}, overwrite=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a": b"new",
+        "b": b"the user's own",
+        "c": b"new",
+    }
+
+
+def test_what_this_process_may_use_and_has_used() -> None:
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)
+    held = bytearray(64 << 20)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
+    assert len(held) < peak_memory() < 64 * len(held)

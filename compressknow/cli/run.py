@@ -190,7 +190,7 @@ def _os_error(error: OSError) -> int:
 
 def _exit_orderly_on_signals() -> None:
     """Turn a request to end into SystemExit, so that temporary folders are removed on the way out."""
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
         # A signal that the caller has chosen to ignore (nohup) stays ignored.
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Protocol, TypeVar
 
 import torch
+
+from compressknow.files import available_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,7 +30,7 @@ class Pool:
     """A thread pool whose first error stops the rest: long tasks call `check` between two blocks."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or _available_cores()
+        self.threads = threads or available_cores()
         self._stopped = False
         self._torch_threads = torch.get_num_threads()
         self._executor = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -66,7 +67,3 @@ class Pool:
 
 class Stopped(Exception):
     """Ends a task whose result nobody waits for any more."""
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

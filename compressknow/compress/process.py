@@ -33,6 +33,7 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.prune import BlockMask, BoolArray, Mask
 from compressknow.compress.quantize import dequantize, per_channel, quantize, scales_of
 from compressknow.compress.recipe import Scheme
+from compressknow.files import new_file, write_at
 from compressknow.model.tensors import StoredTensor, byte_view
 from compressknow.reading import open_regular
 
@@ -78,11 +79,8 @@ class OutputFiles:
         self._flusher.start()
 
     def _create(self, folder: Path, name: str) -> None:
-        descriptor = os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        self._descriptors[name] = descriptor
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, self._layout.sizes[name])
-        _write_all(descriptor, memoryview(self._layout.headers[name]), 0)
+        descriptor = self._descriptors[name] = new_file(folder / name, self._layout.sizes[name])
+        write_at(descriptor, memoryview(self._layout.headers[name]), 0)
 
     def _flush(self) -> None:
         """Send to the disk what is written while the rest is computed, instead of waiting for it all at the end."""
@@ -96,7 +94,7 @@ class OutputFiles:
 
     def writer(self, tensor_name: str) -> TensorWriter:
         place = self._layout.places[tensor_name]
-        return TensorWriter(partial(_write_all, self._descriptors[place.file]), place.offset)
+        return TensorWriter(partial(write_at, self._descriptors[place.file]), place.offset)
 
     def sync(self, pool: Pool) -> None:
         """Wait until all that was written would survive a power cut."""
@@ -274,9 +272,3 @@ def hash_file(pool: Pool, path: Path, progress: Progress | None = None) -> str:
             if progress:
                 progress(count)
     return digest.hexdigest()
-
-
-def _write_all(descriptor: int, data: memoryview, position: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)

@@ -21,6 +21,7 @@ from compressknow.files import (
     cannot_write,
     dead,
     is_full,
+    move,
     new_locked_file,
     refuse_broken_links,
     remove_lock,
@@ -122,12 +123,12 @@ class Staging:
             with uninterrupted():
                 try:
                     if self.output.exists():
-                        self.output.rename(aside)
-                    self.folder.rename(self.output)
+                        move(self.output, aside)
+                    move(self.folder, self.output)
                     sync_folder(self.output.parent)
                 finally:
                     if aside.exists() and not self.output.exists():
-                        aside.rename(self.output)
+                        move(aside, self.output)
                     shutil.rmtree(aside, ignore_errors=True)
         except (KeyboardInterrupt, SystemExit) as stop:
             if not self.folder.exists():
@@ -215,13 +216,13 @@ def clean(output: Path) -> None:
 def discard(output: Path) -> None:
     """Remove an output that convert wrote. Of a run that dies meanwhile, all of it stays or none."""
     aside = output.with_name(f"{_prefix(output, 'old')}{secrets.token_hex(4)}")
-    output.rename(aside)
+    move(output, aside)
     shutil.rmtree(aside)
 
 
 def _clean_one(output: Path, of: Path) -> None:
     old, new = _twin(output, of, "old"), _twin(output, of, "new")
     if old.exists() and not output.exists():
-        old.rename(output)
+        move(old, output)
     for folder in (old, new):
         shutil.rmtree(folder, ignore_errors=True)

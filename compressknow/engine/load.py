@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,9 +110,11 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
 def _checkpoint_path(folder: str | Path) -> Path:
     path = Path(folder)
     if as_text(str(path)) != str(path):
+        encoding = sys.getfilesystemencoding().upper()
         raise CheckpointError(
-            f"The path {as_text(str(path))} is no text: it holds bytes that are not UTF-8.",
-            hint="Rename the folder: the libraries that load weights and tokenizers open no such path.",
+            f"The path {as_text(str(path))} is no text: it holds bytes that are not {encoding}.",
+            hint="Rename the folder, or set PYTHONUTF8=1 if its name is UTF-8: the libraries that load weights and "
+            "tokenizers open no such path.",
         )
     if path.suffix == ".gguf" and path.is_file():
         return path

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from compressknow.errors import CheckpointError
+from compressknow.files import open_to_read, read_at
 from compressknow.reading import open_regular, parse_json
 
 if TYPE_CHECKING:
@@ -73,12 +74,8 @@ class StoredTensor:
             buffer[:] = self.loaded[start : start + len(buffer)]
             return
         assert descriptor is not None
-        position, done = self.offset + start, 0
-        while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], position + done)
-            if count == 0:
-                raise CheckpointError(f"{self.file} ended while {self.name} was read: it changed under the conversion.")
-            done += count
+        if read_at(descriptor, buffer, self.offset + start) < len(buffer):
+            raise CheckpointError(f"{self.file} ended while {self.name} was read: it changed under the conversion.")
 
 
 class OpenFiles:
@@ -111,7 +108,7 @@ class OpenFiles:
 
     def descriptor(self, file: Path) -> int:
         if file not in self._descriptors:
-            opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            opened = open_to_read(file)
             # Two threads may open the same file at once; the first to register it wins.
             if (kept := self._descriptors.setdefault(file, opened)) != opened:
                 os.close(opened)

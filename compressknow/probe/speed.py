@@ -9,8 +9,6 @@ sample of atlas, which every family can be asked; the first round warms up and i
 from __future__ import annotations
 
 import json
-import re
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +18,7 @@ from typing import Any
 
 from compressknow.engine.identity import Located
 from compressknow.errors import CompressknowError
+from compressknow.files import peak_memory
 from compressknow.model.checkpoint import read_json
 from compressknow.probe.run import Respondent, Settings
 
@@ -32,9 +31,9 @@ def measure(located: Located, settings: Settings) -> dict[str, Any]:
     Raises CompressknowError where the measuring process fails.
     """
     arguments = [str(located.path), json.dumps(asdict(settings))]
-    done = subprocess.run(
-        [sys.executable, "-m", "compressknow.probe.speed", *arguments], capture_output=True, text=True, check=False
-    )
+    # Whatever the locale is, both write and read UTF-8.
+    command = [sys.executable, "-X", "utf8", "-m", "compressknow.probe.speed", *arguments]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="backslashreplace", check=False)
     if done.returncode:
         silent = f"The process that measures it ended with {done.returncode}."
         reason = (done.stderr.strip().splitlines() or [silent])[-1]
@@ -50,7 +49,7 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
     from compressknow.probe.sources.atlas import atlas
 
     _import_libraries(path)
-    libraries = _peak()
+    libraries = peak_memory()
     loaded = Respondent(Located(path.name, path), settings).loaded
     probe = atlas().limited(FACTS)
     questions = questions_of(scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe), settings.batch_size)
@@ -67,7 +66,7 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{settings.device}, {torch.get_num_threads()} threads",
         "facts_per_second": round(questions.asked / median, 1),
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else max(_peak() - libraries, 0),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else max(peak_memory() - libraries, 0),
     }
 
 
@@ -83,16 +82,6 @@ def _import_libraries(path: Path) -> None:
             import compressed_tensors  # noqa: F401
     for name in names:
         getattr(transformers, str(name), None)
-
-
-def _peak() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    # Better than getrusage, by which a new process starts at the size of the one that has started it.
-    if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return 1024 * int(match[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _main(path: str, settings: str) -> None:

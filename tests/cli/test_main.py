@@ -133,7 +133,7 @@ def test_traceback_comes_with_debug_only(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_error_of_the_system_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(group_with(lambda: open("/no/such/file").close()), ["act"]) == 1  # noqa: PTH123
+    assert run(group_with(lambda: open("/no/such/file", encoding="utf-8").close()), ["act"]) == 1  # noqa: PTH123
     assert capsys.readouterr().err == "Error: No such file or directory: /no/such/file\n"
 
 

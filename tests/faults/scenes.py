@@ -106,7 +106,7 @@ def _content(path: Path) -> bytes:
     if path.name != "probe.json":
         return path.read_bytes()
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return b"torn " + path.read_bytes()
     for probe in record["probes"].values():

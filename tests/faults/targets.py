@@ -229,7 +229,7 @@ def _regular(root: Path) -> dict[str, bytes]:
 
 def _counts(report: Path) -> object:
     """The counts that a report rests on."""
-    (compressed,) = json.loads(report.read_text())["compressed"]
+    (compressed,) = json.loads(report.read_text(encoding="utf-8"))["compressed"]
     keys = ("n", "both", "lost", "gained", "neither")
     return {name: [probe[key] for key in keys] for name, probe in compressed["probes"].items()}
 

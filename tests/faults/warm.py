@@ -259,7 +259,7 @@ def _follow(process: int, listener: int | None, watch: Watch, request: Request) 
 
 
 def _pages(column: int) -> int:
-    return int(Path("/proc/self/statm").read_text().split()[column]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[column]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _virtual() -> int:

@@ -83,7 +83,7 @@ def why_not() -> str | None:
         return f"system calls are watched on Linux alone (this is {platform.system()} on {platform.machine()})"
     actions = Path("/proc/sys/kernel/seccomp/actions_avail")
     release = [int(part) for part in re.findall(r"\d+", platform.release())[:2]]
-    if release < [5, 19] or not actions.is_file() or "user_notif" not in actions.read_text().split():
+    if release < [5, 19] or not actions.is_file() or "user_notif" not in actions.read_text(encoding="utf-8").split():
         return "this kernel does not tell of system calls (seccomp user notification, Linux 5.19)"
     return None
 

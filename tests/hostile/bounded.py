@@ -59,11 +59,11 @@ def _reset_peak() -> int:
     """Resident bytes now; the peak counts from here on. Where the system keeps no such count, 0 for ever."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
-        clear.write_text("5")
+        clear.write_text("5", encoding="utf-8")
     return _status("VmRSS")
 
 
 def _status(key: str) -> int:
     status = Path("/proc/self/status")
-    match = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    match = re.search(rf"{key}:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     return 1024 * int(match[1]) if match else 0

@@ -64,7 +64,7 @@ def test_a_pipe_as_any_input_is_refused_at_once(
         Path(folder).mkdir()
     for name in ("r.toml", "r.json", "f.jsonl", "answers/probe.json", "converted/compressknow.json"):
         fifo(Path(name))
-    Path("converted/config.json").write_text("{}")
+    Path("converted/config.json").write_text("{}", encoding="utf-8")
     for command in (
         ("convert", checkpoint, "out", "--recipe", "r.toml"),
         ("convert", checkpoint, "out", "--recipe", "r.json"),

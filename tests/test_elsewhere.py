@@ -1,0 +1,223 @@
+"""The same bytes elsewhere: without what only POSIX has, with what Windows forbids, and in a locale of ASCII."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressknow.files import LOCK
+from tests.knowing import facts_file, knowing
+from tests.test_files import DEADLINE, names, strays
+from tests.windows import ROOT, python_of
+
+COMMANDS = """
+    convert model new --prune 30% --quantize int8
+    convert model new --prune 50% --overwrite
+    convert modèle sécond --prune 20% --quantize int8
+    verify new
+    verify sécond
+    probe model -p facts:faits-é.jsonl -o answers
+    report model new -p facts:faits-é.jsonl --answers kept -o é.html -o r.md -o r.json --into-model-card
+    report model new -p facts:faits-é.jsonl --answers kept -o timed.json --time
+    compare model new -p facts:faits-é.jsonl --answers kept -o compared.html
+    sweep model -p facts:faits-é.jsonl --grid grid.toml -o study
+    sweep model -p facts:faits-é.jsonl --grid grid.toml -o study
+"""
+# One process for all: most of the time goes into importing the libraries.
+RUN = """
+import os, sys
+from compressknow.cli import main
+for line in sys.argv[1].splitlines():
+    if words := line.split():
+        print(f"{line.strip()!a}: {main(['--debug', *words])}", flush=True)
+"""
+linux = pytest.mark.skipif(sys.platform != "linux", reason="it stands on locks and /proc of Linux")
+ELSEWHERE = ("windows", "ascii")
+# What this machine took for it.
+_MEASURED = {"seconds", "speed"}
+_STRICT = """
+import warnings
+warnings.filterwarnings("error", category=EncodingWarning, module="compressknow")
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("model", "modèle"):
+        knowing("llama", folder / name)
+    facts_file(folder / "faits-é.jsonl")
+    (folder / "grid.toml").write_text('[axes]\nscope = ["attention"]\nprune = [0.2]\n', encoding="utf-8")
+    return folder
+
+
+def environment_of(kind: str, folder: Path) -> dict[str, str]:
+    if kind == "windows":
+        return python_of(folder)
+    if kind == "ascii":
+        (folder / "sitecustomize.py").write_text(_STRICT, encoding="utf-8")
+        locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "", "PYTHONWARNDEFAULTENCODING": "1"}
+        return os.environ | locale | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def run(kind: str, models: Path, folder: Path) -> Path:
+    """The folder in which all commands have ended well."""
+    work, before = folder / "work", folder / "before"
+    shutil.copytree(models, work)
+    before.mkdir()
+    # As a shell gives them, whatever the locale makes of them.
+    command = [os.fsencode(sys.executable), b"-c", RUN.encode(), COMMANDS.encode()]
+    done = subprocess.run(command, cwd=work, env=environment_of(kind, before), capture_output=True, check=False)
+    said = [line for line in done.stdout.decode("ascii", "replace").splitlines() if line.startswith("'")]
+    assert [line.rpartition(" ")[2] for line in said] == ["0"] * len(COMMANDS.split("\n    ")[1:]), (said, done.stderr)
+    return work
+
+
+@pytest.fixture(scope="module")
+def here(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run("here", models, tmp_path_factory.mktemp("here"))
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Every file: its bytes, or of a record that says how long something took, the rest of it."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            timed = path.name in ("probe.json", "timed.json")
+            files[str(path.relative_to(folder))] = (
+                _untimed(json.loads(path.read_bytes())) if timed else path.read_bytes()
+            )
+    return files
+
+
+def _untimed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _untimed(one) for key, one in value.items() if key not in _MEASURED}
+    return [_untimed(one) for one in value] if isinstance(value, list) else value
+
+
+@linux
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_every_command_writes_the_same_bytes(kind: str, here: Path, models: Path, tmp_path: Path) -> None:
+    there = content(run(kind, models, tmp_path))
+    assert sorted(there) == sorted(content(here))
+    assert [name for name, file in content(here).items() if there[name] != file] == []
+    assert "facts:faits-é.jsonl".encode() in there["é.html"]
+    assert '"modèle"'.encode() in there["sécond/compressknow.json"]
+
+
+# Those that hold of files and locks anywhere, by processes that are as on Windows.
+@linux
+def test_files_appear_whole_and_locks_hold_as_on_windows(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_files.py"]
+    done = subprocess.run(command, cwd=ROOT, env=python_of(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from compressknow.files import own_folder, write_whole, written
+with own_folder(Path(sys.argv[1]), wait=len(sys.argv) > 2), written(Path(sys.argv[1]) / "a") as file:
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(0 if len(sys.argv) > 2 else 60)
+"""
+
+
+@linux
+def test_as_on_windows_a_folder_is_one_runs_until_it_is_killed(tmp_path: Path) -> None:
+    environment, folder = python_of(tmp_path), tmp_path / "folder"
+
+    def owner(*wait: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", OWNER, str(folder), *wait]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    first = owner()
+    assert first.stdout is not None
+    assert first.stdout.readline() == "writing\n"
+    second, waiting = owner(), owner("wait")
+    assert "folder is in use by another run." in second.communicate(timeout=DEADLINE)[1]
+    assert second.returncode == 1
+    # What it writes, and the lock of that.
+    assert len(strays(folder)) == 2
+    time.sleep(0.5)
+    assert waiting.poll() is None
+    first.kill()
+    assert waiting.communicate(timeout=DEADLINE)[0] == "writing\n"
+    assert waiting.returncode == 0
+    assert names(folder) == [LOCK, "a"]
+    first.communicate()
+
+
+FORBIDDEN = """
+import errno, os, sys
+from pathlib import Path
+import compressknow.files as files
+here = Path(sys.argv[1])
+(here / "full").mkdir()
+(here / "full" / "a").touch()
+file = (here / "full" / "a").open("rb")
+def number(action):
+    try:
+        action()
+    except OSError as error:
+        return errno.errorcode[error.errno]
+actions = (
+    (here / "full" / "a").unlink,
+    lambda: (here / "full").rename(here / "b"),
+    lambda: (here / "full" / "a").rename(here / "b"),
+    lambda: (here / "con.txt").touch(),
+    lambda: (here / "a:b").mkdir(),
+)
+print([number(action) for action in actions], [hasattr(os, name) for name in ("pwrite", "O_CLOEXEC")])
+file.close()
+print([number(action) for action in actions[:1]])
+"""
+
+
+@linux
+def test_the_stand_in_for_windows_forbids_what_windows_forbids(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORBIDDEN, str(tmp_path)]
+    done = subprocess.run(command, env=python_of(tmp_path), capture_output=True, text=True, check=True)
+    assert done.stdout == "['EACCES', 'EACCES', 'EACCES', 'EINVAL', 'EINVAL'] [False, False]\n[None]\n"
+
+
+PATIENT = """
+import sys, threading
+from pathlib import Path
+from compressknow.errors import OutputError
+from compressknow.files import write_whole
+path = Path(sys.argv[1])
+file = path.open("rb")
+threading.Timer(float(sys.argv[2]), file.close).start()
+try:
+    write_whole(path, b"new")
+except OutputError as error:
+    print(error.what)
+"""
+
+
+@linux
+@pytest.mark.parametrize("seconds", [0.3, 5])
+def test_as_on_windows_a_file_is_replaced_once_nobody_has_it_open(tmp_path: Path, seconds: float) -> None:
+    environment, path = python_of(tmp_path), tmp_path / "folder" / "a"
+    path.parent.mkdir()
+    path.write_bytes(b"old")
+    command = [sys.executable, "-c", PATIENT, str(path), str(seconds)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    replaced = seconds < 1
+    assert done.stdout == ("" if replaced else f"{path} cannot be written: It is used by a process.\n")
+    assert path.read_bytes() == (b"new" if replaced else b"old")
+    assert names(path.parent) == ["a"]
