@@ -17,18 +17,14 @@ import torch
 
 from compressknow.compress.pool import Pool
 from compressknow.errors import CheckpointError
-from compressknow.model.tensors import DTYPE_SIZES, OpenFiles, StoredTensor, byte_view
+from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, StoredTensor, byte_view, torch_dtype
 
 BLOCK_ELEMENTS = 1 << 18
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What is read without being compressed: by comparisons.
-READABLE = TORCH_DTYPES | {
-    **{"F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-}
+FLOATS = (*FLOAT_DTYPES, "F64", "F8_E4M3", "F8_E5M2")
+# What is read, be it only for a comparison.
+READABLE = (*FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")
 # An element as an integer, and its bits without a float's sign.
 INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 class BitLayout(NamedTuple):
@@ -86,7 +82,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def _blocks(files: OpenFiles, tensor: StoredTensor) -> Iterator[Block]:
     rows, columns = matrix_shape(tensor.shape)
     height = max(1, min(rows, BLOCK_ELEMENTS // max(columns, 1)))
-    buffer = torch.empty(height, columns, dtype=READABLE[tensor.dtype])
+    buffer = torch.empty(height, columns, dtype=torch_dtype(tensor.dtype))
     raw = byte_view(buffer)
     row_bytes = columns * tensor.itemsize
     for first in range(0, rows, height):

@@ -17,8 +17,6 @@ import torch
 
 from compressknow.compress.blocks import (
     FLOATS,
-    READABLE,
-    TORCH_DTYPES,
     Block,
     Progress,
     Reader,
@@ -34,7 +32,7 @@ from compressknow.compress.prune import BlockMask, BoolArray, Mask
 from compressknow.compress.quantize import dequantize, per_channel, quantize, scales_of
 from compressknow.compress.recipe import Scheme
 from compressknow.files import new_file, write_at
-from compressknow.model.tensors import StoredTensor, byte_view
+from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 from compressknow.reading import open_regular
 
 COPY_BYTES = 1 << 20
@@ -179,7 +177,7 @@ class Work(Reader):
         """The one scale [1] of a tensor whose scheme has one, which takes a pass of its own."""
         if planned.scheme is None or per_channel(planned.scheme):
             return None
-        block_mask, largest = mask.start() if mask else None, torch.zeros(1, dtype=TORCH_DTYPES[planned.source.dtype])
+        block_mask, largest = mask.start() if mask else None, torch.zeros(1, dtype=torch_dtype(planned.source.dtype))
         for block in self.blocks(planned.source):
             largest = torch.maximum(largest, _Tally().prune(block, block_mask, planned.source).max())
         return scales_of(largest, planned.scheme)
@@ -190,10 +188,10 @@ class Work(Reader):
             self.pool.check()
             keys = raw_keys(piece, source.dtype)
             zeros += keys.size - int(np.count_nonzero(keys))
-            if planned.weight and source.dtype in TORCH_DTYPES:
-                check_finite(int(keys.max(initial=0)), TORCH_DTYPES[source.dtype], source)
+            if planned.weight and source.dtype in FLOAT_DTYPES:
+                check_finite(int(keys.max(initial=0)), torch_dtype(source.dtype), source)
             if source.dtype in FLOATS and piece:
-                energy += _energy(torch.frombuffer(piece, dtype=READABLE[source.dtype])[None])
+                energy += _energy(torch.frombuffer(piece, dtype=torch_dtype(source.dtype))[None])
             writer.write_bytes(piece)
             self.progress(len(piece))
         # A mask that is kept beside the weights may hold infinities.

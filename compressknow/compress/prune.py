@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressknow.compress.blocks import BIT_LAYOUTS, TORCH_DTYPES, Block, Reader, check_finite, magnitude_keys
+from compressknow.compress.blocks import BIT_LAYOUTS, Block, Reader, check_finite, magnitude_keys
 from compressknow.compress.pool import in_turn
 from compressknow.compress.recipe import Prune
 from compressknow.compress.threshold import Keys, select_smallest
 from compressknow.errors import CheckpointError
-from compressknow.model.tensors import StoredTensor
+from compressknow.model.tensors import StoredTensor, torch_dtype
 
 BoolArray = npt.NDArray[np.bool_]
 # The pruned weights of a block, [rows, columns]; asked for each block of a tensor in order.
@@ -120,7 +120,7 @@ def choose(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask
         return list(reader.pool.map(lambda each: _channel_mask(reader, step, each), weights))
     tensors = [each.tensor for each in weights]
     # Magnitudes of several dtypes compare in the widest.
-    common = TORCH_DTYPES[tensors[0].dtype] if len({tensor.dtype for tensor in tensors}) == 1 else torch.float32
+    common = torch_dtype(tensors[0].dtype) if len({tensor.dtype for tensor in tensors}) == 1 else torch.float32
     by_magnitude = step.method == "l1-unstructured"
     makers = [_magnitudes(common) if by_magnitude else _random_keys(step.seed, tensor) for tensor in tensors]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from compressknow.compress.blocks import TORCH_DTYPES
 from compressknow.compress.convert import choose_masks, output_config
 from compressknow.compress.layout import lay_out
 from compressknow.compress.manifest import build_manifest
@@ -20,14 +19,7 @@ from compressknow.compress.recipe import Recipe
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.structure import ModuleMap, Structure
-from compressknow.model.tensors import OpenFiles, byte_view
-
-_DTYPES = {
-    **TORCH_DTYPES,
-    **{"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-    **{"C64": torch.complex64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
-}
+from compressknow.model.tensors import OpenFiles, byte_view, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -120,9 +112,9 @@ class _Memory:
         self.made: dict[str, torch.Tensor] = {}
         for tensor in plan.tensors:
             if tensor.name not in self.kept:
-                self.made[tensor.name] = torch.empty(tensor.source.shape, dtype=_DTYPES[tensor.dtype])
+                self.made[tensor.name] = torch.empty(tensor.source.shape, dtype=torch_dtype(tensor.dtype))
             for name in tensor.scale_names:
-                self.made[name] = torch.empty(tensor.scale_shape, dtype=_DTYPES[tensor.source.dtype])
+                self.made[name] = torch.empty(tensor.scale_shape, dtype=torch_dtype(tensor.source.dtype))
 
     def writer(self, tensor_name: str) -> TensorWriter:
         memory = byte_view(self.made[tensor_name])

@@ -17,7 +17,7 @@ from compressknow.model.groups import structure_of
 from compressknow.model.meta import meta_model
 from compressknow.model.naming import Naming, suppliers
 from compressknow.model.structure import LinearWeight, Structure
-from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view
+from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _scale(reader: Reader, values: Values) -> torch.Tensor | None:
     """float32 scales, [rows, 1] or [1, 1]."""
     if values.scale is None:
         return None
-    buffer = torch.empty(values.scale.numel, 1, dtype=READABLE[values.scale.dtype])
+    buffer = torch.empty(values.scale.numel, 1, dtype=torch_dtype(values.scale.dtype))
     reader.files.read_into(values.scale, byte_view(buffer), 0)
     return buffer.to(torch.float32)
 

@@ -19,13 +19,12 @@ from compressknow.errors import CheckpointError
 from compressknow.libraries import require
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
 from compressknow.model.meta import meta_model
-from compressknow.model.torch_bin import DTYPE_NAMES
+from compressknow.model.tensors import torch_dtype
 from compressknow.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-TORCH_DTYPES: dict[str, torch.dtype] = {short: getattr(torch, name) for name, short in DTYPE_NAMES.items()}
 Header = tuple[str, tuple[int, ...]]
 
 
@@ -64,7 +63,7 @@ def load_report(
 
 
 def _empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
+    return torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
 
 
 def _sorted(names: Iterable[str]) -> tuple[str, ...]:

@@ -18,12 +18,25 @@ if TYPE_CHECKING:
     import torch
 
 
-# Bytes an element, by the safetensors name of the dtype.
-DTYPE_SIZES = {
-    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8},
-    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
+# Bytes per element by the safetensors name of a dtype, and torch's name of the same, where every torch here has it.
+_DTYPES = {
+    **{"F64": (8, "float64"), "F32": (4, "float32"), "F16": (2, "float16"), "BF16": (2, "bfloat16")},
+    **{"F8_E4M3": (1, "float8_e4m3fn"), "F8_E5M2": (1, "float8_e5m2"), "F8_E8M0": (1, None), "C64": (8, "complex64")},
+    **{"I64": (8, "int64"), "I32": (4, "int32"), "I16": (2, "int16"), "I8": (1, "int8"), "BOOL": (1, "bool")},
+    **{"U64": (8, "uint64"), "U32": (4, "uint32"), "U16": (2, "uint16"), "U8": (1, "uint8")},
 }
+DTYPE_SIZES = {name: size for name, (size, _) in _DTYPES.items()}
+TORCH_NAMES = {name: torch_name for name, (_, torch_name) in _DTYPES.items() if torch_name}
+# Those that can be compressed.
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a safetensors name. Raises KeyError for F8_E8M0, which torch 2.6 lacks."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return dtype
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

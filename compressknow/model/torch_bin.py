@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from compressknow.errors import CheckpointError
-from compressknow.model.tensors import StoredTensor, byte_view
+from compressknow.model.tensors import TORCH_NAMES, StoredTensor, byte_view
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +23,7 @@ ENCRYPTED = 0x2061
 MAX_PICKLE_BYTES = 32_000_000
 # Of what is compressed, or repeated by strides of 0: so many times the file's size, and so many bytes more.
 EXPANSION, MAX_EXPANDED_BYTES = 4, 256_000_000
-DTYPE_NAMES = {
-    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"},
-    **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64", "bool": "BOOL"},
-    **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8"},
-    **{"uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8"},
-}
+_NAMES_BY_TORCHS = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
@@ -157,7 +152,7 @@ def _lies_in(records: dict[int, int], tensor: torch.Tensor) -> bool:
 
 
 def _stored(path: Path, name: str, tensor: torch.Tensor, in_place: bool) -> StoredTensor:
-    dtype = DTYPE_NAMES.get(str(tensor.dtype).removeprefix("torch."))
+    dtype = _NAMES_BY_TORCHS.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise CheckpointError(
             f"{path}: {name} has dtype {tensor.dtype}, which safetensors cannot hold.", hint="Save it in another dtype."
