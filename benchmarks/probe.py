@@ -53,11 +53,11 @@ Answers = dict[str, Any]
 
 
 def probe_of(part: str, options: Namespace) -> Any:
-    from compressknow.probe.sources import open_probe
+    from compressknow.probe.sources import Options, open_probe
 
     if part in ("paper", "int8"):
-        return open_probe("lama:trex", data=options.data, protocol="paper", limit=options.facts)
-    return open_probe("bear", data=options.data, limit=options.bear_facts)
+        return open_probe("lama:trex", Options(data=options.data, protocol="paper", limit=options.facts))
+    return open_probe("bear", Options(data=options.data, limit=options.bear_facts))
 
 
 def bert_base(options: Namespace) -> tuple[Any, Any]:

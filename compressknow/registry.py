@@ -63,7 +63,7 @@ class Registry(Generic[Thing]):
 
     def _load(self, name: str) -> Thing:
         if name in self._built_in and name in self._added:
-            raise self._unfit(name, "The name is taken by a built-in one.")
+            raise self.unfit(name, "The name is taken by a built-in one.")
         if name in self._built_in:
             module, _, attribute = self._built_in[name].partition(":")
             return self._instance(name, getattr(importlib.import_module(module), attribute))
@@ -76,15 +76,20 @@ class Registry(Generic[Thing]):
             raise
         except Exception as error:
             # Whatever a foreign module does while it is imported.
-            raise self._unfit(name, f"{type(error).__name__}: {error}") from error
+            raise self.unfit(name, f"{type(error).__name__}: {error}") from error
 
     def _instance(self, name: str, found: object) -> Thing:
         made = found() if not isinstance(found, self._of) and callable(found) else found
         if not isinstance(made, self._of):
-            raise self._unfit(name, f"It is of the type {type(made).__name__}, not {self._of.__name__}.")
+            raise self.unfit(name, f"It is of the type {type(made).__name__}, not {self._of.__name__}.")
         return made
 
-    def _unfit(self, name: str, why: str) -> CompressknowError:
+    def is_added(self, name: str) -> bool:
+        """Whether another package has brought it."""
+        return name in self._added
+
+    def unfit(self, name: str, why: str) -> CompressknowError:
+        """The error to raise where what has this name cannot be used; it names the package that adds it."""
         added = self._added.get(name)
         package = added.dist.name if added and added.dist else "an installed package"
         return CompressknowError(

@@ -15,7 +15,7 @@ from compressknow.errors import CheckpointError, CompressknowError, UnsupportedE
 from compressknow.probe.answers import Answer, Answers
 from compressknow.probe.facts import Probe
 from compressknow.probe.scoring.prompts import Ids
-from compressknow.probe.sources.tasks import Task
+from compressknow.probe.sources import Task
 from compressknow.quiet import Pace, Progress
 
 if TYPE_CHECKING:

@@ -141,10 +141,10 @@ def _of(answers: Answers, probes: Sequence[str]) -> Answers:
 
 
 def _name(probe: str, answers: Answers) -> str:
-    """A probe's name as an answers folder has it: case does not matter, and a facts file goes by its own name."""
-    kind, _, path = probe.partition(":")
-    names = (probe, probe.lower().replace("_", "-"), f"facts:{Path(path).name}" if kind.lower() == "facts" else probe)
-    return next((name for name in names if name in answers.probes), probe)
+    """A probe's name as an answers folder has it."""
+    from compressknow.probe.sources import name_in_answers
+
+    return probe if probe in answers.probes else name_in_answers(probe)
 
 
 def _with_speed(answers: Answers, speed: dict[str, Any]) -> Answers:

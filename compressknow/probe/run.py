@@ -47,7 +47,7 @@ from compressknow.probe.evaluate import (
     scorer_for,
 )
 from compressknow.probe.facts import Probe, chance, majority
-from compressknow.probe.sources.tasks import Task, run_task
+from compressknow.probe.sources import Task
 from compressknow.quiet import Bar, PanicError, Progress, Stage, no_panics
 from compressknow.reading import sha256_of
 
@@ -261,7 +261,7 @@ def _ask_one(
             # lm-eval gives no distribution: there is nothing to ask anew.
             answers, entry = list(known.of(probe.name)), dict(known.record["probes"][probe.name])
         else:
-            answers, entry = run_task(respondent.loaded, probe)
+            answers, entry = probe.run(respondent.loaded)
     others = [a for a in stored(folder) if a.probe != probe.name and a.probe in record["probes"]]
     entry |= {
         "key": key,

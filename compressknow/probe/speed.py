@@ -3,7 +3,7 @@
     python -m compressknow.probe.speed PATH SETTINGS
 
 prints {"device", "facts_per_second", "peak_bytes"} as JSON; SETTINGS are those of `Settings`, as JSON. The facts are a
-sample of atlas, which every family can be asked; the first round warms up and is not counted.
+sample of the default probe, which suits every family; the first round warms up and is not counted.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
     import torch
 
     from compressknow.probe.evaluate import ask, questions_of, scorer_for
-    from compressknow.probe.sources.atlas import atlas
+    from compressknow.probe.sources import DEFAULT, Options, open_probe
 
     _import_libraries(path)
     libraries = peak_memory()
     loaded = Respondent(Located(path.name, path), settings).loaded
-    probe = atlas().limited(FACTS)
+    probe = open_probe(DEFAULT[0], Options(limit=FACTS))
     questions = questions_of(scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe), settings.batch_size)
     on_gpu = settings.device.startswith("cuda")
     seconds = []

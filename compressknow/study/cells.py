@@ -22,7 +22,7 @@ from compressknow.probe.distributions import Distributions
 from compressknow.probe.evaluate import Questions
 from compressknow.probe.facts import Probe
 from compressknow.probe.run import Respondent, Settings, facts_of, is_answered, lacking, probe_model
-from compressknow.probe.sources.tasks import Task
+from compressknow.probe.sources import Task
 from compressknow.quiet import Bar, staged
 from compressknow.study.grid import Cell
 

@@ -18,7 +18,7 @@ from compressknow.files import write_whole
 from compressknow.probe.answers import RECORD, TABLE, Answers
 from compressknow.probe.facts import Probe
 from compressknow.probe.run import Settings
-from compressknow.probe.sources.tasks import Task
+from compressknow.probe.sources import Task
 from compressknow.quiet import Bar, staged
 from compressknow.study.cells import Subject, folder_of
 from compressknow.study.folder import CellResult

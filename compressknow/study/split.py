@@ -12,7 +12,7 @@ from typing import NamedTuple
 from compressknow.errors import CompressknowError, UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.facts import Fact, Probe
-from compressknow.probe.sources.tasks import Task
+from compressknow.probe.sources import Task, source_of, usable
 from compressknow.quiet import Bar
 from compressknow.study.cells import Subject
 from compressknow.study.folder import CELLS, ORIGINAL, CellResult
@@ -40,10 +40,12 @@ class Parts(NamedTuple):
 
 def parts_of(probe: Probe | Task, seed: int) -> Parts:
     """Half of the facts to search with, and half that are held out: of each relation as many, drawn by the seed."""
-    if not isinstance(probe, Probe):
+    source = source_of(probe.name)
+    if not isinstance(probe, Probe) or (source and not source.held_out):
+        can = [kind for kind, source in usable() if source.held_out]
         raise UsageError(
-            f"A search needs facts that it can hold out, and {probe.name} is a task of lm-eval.",
-            hint="Search with atlas, LAMA, BEAR or facts of your own; ask the winner the task afterwards.",
+            f"A search needs facts that it can hold out; {probe.name} has none.",
+            hint=f"Search with {' or '.join(can)}, and evaluate the winner on the task afterwards.",
         )
     searched, held_out = _cut(probe.facts, 0.5, seed)
     if not searched or not held_out:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from compressknow.errors import UsageError
 from compressknow.probe.facts import Fact, Probe, chance, commonest, majority
-from compressknow.probe.sources import open_probe
+from compressknow.probe.sources import Options, open_probe
 from tests.knowing import facts_file
 
 
@@ -85,7 +85,9 @@ def test_the_fingerprint_is_that_of_the_facts_not_of_where_they_lie_or_how_well_
         (tmp_path / folder).mkdir()
         probes.append(open_probe(f"facts:{facts_file(tmp_path / folder / 'mine.jsonl')}"))
     assert probes[0].fingerprint() == probes[1].fingerprint()
-    assert open_probe(f"facts:{tmp_path / 'a' / 'mine.jsonl'}", limit=9).fingerprint() != probes[0].fingerprint()
+    assert (
+        open_probe(f"facts:{tmp_path / 'a' / 'mine.jsonl'}", Options(limit=9)).fingerprint() != probes[0].fingerprint()
+    )
 
 
 SIZES = st.dictionaries(st.text("abcdef", min_size=1, max_size=2), st.integers(1, 40), min_size=1, max_size=9)

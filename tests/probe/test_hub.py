@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from compressknow.errors import CompressknowError, UsageError
-from compressknow.probe.sources import open_probe
+from compressknow.probe.sources import Options, open_probe
 from compressknow.probe.sources.columns import KEYS, choose_columns, parse_columns
 from compressknow.probe.sources.hub import hub_facts
 from tests.probe.layouts import write_jsonl
@@ -172,7 +172,7 @@ def test_what_save_to_disk_wrote_is_read(tmp_path: Path, splits: bool) -> None:
 
 def test_open_probe_passes_columns_and_split(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "Set" / "dev.jsonl", MINE)
-    probe = open_probe(f"HF:{path.parent}", columns=BORN, split="validation", limit=1)
+    probe = open_probe(f"HF:{path.parent}", Options(columns=BORN, split="validation", limit=1))
     assert (probe.name, len(probe.facts)) == (f"hf:{path.parent}", 1)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.errors import UsageError
-from compressknow.probe.sources import is_lm_eval, open_probe
+from compressknow.probe.sources import Options, open_probe
 from tests.probe.layouts import DATA, bear_folder, lama_folder, real_data, write_jsonl
 
 FACT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}
@@ -17,21 +17,21 @@ FACT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}
 
 def message(name: str, **settings: object) -> str:
     with pytest.raises(UsageError) as caught:
-        open_probe(name, **settings)  # type: ignore[arg-type]
+        open_probe(name, Options(**settings))  # type: ignore[arg-type]
     return str(caught.value)
 
 
 @pytest.mark.parametrize("inside", ["", "lama", "LAMA", "data"])
 def test_lama_lies_in_the_folder_or_in_one_of_its_name(tmp_path: Path, inside: str) -> None:
     lama_folder(tmp_path / inside)
-    assert len(open_probe("lama:trex", data=tmp_path).facts) == 4
-    assert open_probe("lama:trex", data=tmp_path, protocol="paper").protocol == "lama-paper/1"
+    assert len(open_probe("lama:trex", Options(data=tmp_path)).facts) == 4
+    assert open_probe("lama:trex", Options(data=tmp_path, protocol="paper")).protocol == "lama-paper/1"
 
 
 @pytest.mark.parametrize("inside", ["", "bear", "BEAR"])
 def test_bear_lies_in_the_folder_or_in_one_of_its_name(tmp_path: Path, inside: str) -> None:
     bear_folder(tmp_path / inside)
-    assert open_probe("bear", data=tmp_path, template=2).facts[0].prompt == "Rhine ends in the [MASK]."
+    assert open_probe("bear", Options(data=tmp_path, template=2)).facts[0].prompt == "Rhine ends in the [MASK]."
 
 
 @pytest.mark.parametrize("name", ["Atlas", "ATLAS", "LAMA:SQuAD", "lama:Google_RE", "Bear", "FACTS:{}"])
@@ -39,7 +39,7 @@ def test_the_case_of_a_name_does_not_matter(tmp_path: Path, name: str) -> None:
     lama_folder(tmp_path)
     bear_folder(tmp_path)
     path = write_jsonl(tmp_path / "Mine.jsonl", [FACT])
-    probe = open_probe(name.format(path), data=tmp_path)
+    probe = open_probe(name.format(path), Options(data=tmp_path))
     assert probe.facts
     assert probe.name == ("facts:Mine.jsonl" if ":" in name and "F" in name else name.lower().replace("_", "-"))
 
@@ -77,9 +77,7 @@ def test_names_of_nothing_are_unknown(name: str) -> None:
 
 
 def test_lm_eval_is_not_read_here() -> None:
-    assert is_lm_eval("LM-Eval:boolq")
-    assert not is_lm_eval("atlas")
-    assert "is a task of lm-eval" in message("lm-eval:boolq")
+    assert "lm-eval:boolq is a task" in message("LM-Eval:boolq")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -109,10 +107,14 @@ def test_a_probe_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
 
 
 def test_a_limit_draws_from_every_relation_and_by_seed() -> None:
-    whole, few, other = open_probe("atlas"), open_probe("atlas", limit=200), open_probe("atlas", limit=200, seed=1)
+    whole, few, other = (
+        open_probe("atlas"),
+        open_probe("atlas", Options(limit=200)),
+        open_probe("atlas", Options(limit=200, seed=1)),
+    )
     assert len(few.facts) == 200
     assert {fact.relation for fact in few.facts} == {fact.relation for fact in whole.facts}
-    assert few.facts == open_probe("atlas", limit=200).facts
+    assert few.facts == open_probe("atlas", Options(limit=200)).facts
     assert few.facts != other.facts
 
 
@@ -127,5 +129,5 @@ def test_reading_facts_needs_no_torch_and_no_datasets() -> None:
 
 @real_data
 def test_the_folder_of_all_sets(tmp_path: Path) -> None:
-    assert len(open_probe("lama:google-re", data=DATA).facts) == 5527
-    assert len(open_probe("bear", data=DATA).facts) == 7731
+    assert len(open_probe("lama:google-re", Options(data=DATA)).facts) == 5527
+    assert len(open_probe("bear", Options(data=DATA)).facts) == 7731

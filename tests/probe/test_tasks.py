@@ -27,7 +27,7 @@ from compressknow.probe.facts import GENERAL
 from compressknow.probe.sources import task_index, tasks
 from compressknow.probe.sources.task_answers import NO_GOLD
 from compressknow.probe.sources.task_index import SHIPPED
-from compressknow.probe.sources.tasks import Task, open_task, run_task
+from compressknow.probe.sources.tasks import LmEvalTask, open_task, run_task
 from tests.knowing import KNOWN_FACTS, candidates, knowing
 from tests.probe.layouts import DATA, real_data, write_jsonl
 
@@ -349,8 +349,8 @@ def test_data_is_looked_for_in_the_folder_of_data_first(tmp_path: Path) -> None:
     assert open_task("lm-eval:cloze", include=folder).data == folder
     write_jsonl(tmp_path / "data" / "tasks" / "cloze.jsonl", cloze_rows(1))
     opened = open_task("lm-eval:cloze", include=folder, data=tmp_path / "data")
-    assert opened == Task("lm-eval:cloze", "cloze", folder, tmp_path / "data" / "tasks")
-    assert open_task("lm-eval:piqa", data=tmp_path / "data") == Task("lm-eval:piqa", "piqa")
+    assert opened == LmEvalTask("lm-eval:cloze", "cloze", folder, tmp_path / "data" / "tasks")
+    assert open_task("lm-eval:piqa", data=tmp_path / "data") == LmEvalTask("lm-eval:piqa", "piqa")
 
 
 def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

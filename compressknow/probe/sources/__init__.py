@@ -1,180 +1,206 @@
-"""The probes that a user names, read with one set of options."""
+"""The probes that a user names: a registry of their sources, each in one file, and what opens them by name."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, cast
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from compressknow.errors import UsageError, did_you_mean
+from compressknow.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.probe.facts import Probe
-from compressknow.probe.sources.atlas import atlas
-from compressknow.probe.sources.bear import METADATA, bear, is_bear
-from compressknow.probe.sources.bear import WHERE_FROM as BEAR_FROM
-from compressknow.probe.sources.hub import hub_facts
-from compressknow.probe.sources.lama import PROTOCOLS, SETS, holds_set, lama
-from compressknow.probe.sources.lama import WHERE_FROM as LAMA_FROM
-from compressknow.probe.sources.own_facts import own_facts
-from compressknow.probe.sources.task_index import COLUMNS
-from compressknow.probe.sources.tasks import Task, open_task
+from compressknow.probe.sources.source import Options, ProbeSource, Task
+from compressknow.registry import Registry
+
+__all__ = [
+    "DEFAULT",
+    "PROBES",
+    "Options",
+    "ProbeSource",
+    "Task",
+    "known_names",
+    "name_in_answers",
+    "open_all",
+    "open_probe",
+    "source_of",
+    "usable",
+]
 
 DEFAULT = ("atlas",)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How probes are read; each applies to the probes that know it.
-
-    Attributes
-    ----------
-    data : where downloaded sets lie: the set's own folder, or one that holds `lama/`, `bear/`, `tasks/`.
-    protocol : of LAMA: ``lama`` or ``paper``.
-    template : which of a relation's templates asks, from 1 (atlas, BEAR).
-    limit, seed : a sample of at most so many facts a probe; of lm-eval's tasks the first so many items.
-    columns, split : of ``hf:`` data sets.
-    tasks : a folder of lm-eval tasks of the user's own.
-    """
-
-    data: Path | None = None
-    protocol: str = "lama"
-    template: int = 1
-    limit: int | None = None
-    seed: int = 0
-    columns: Mapping[str, str] = field(default_factory=dict)
-    split: str | None = None
-    tasks: Path | None = None
+PROBES = Registry(
+    "compressknow.probes",
+    "probe",
+    ProbeSource,  # type: ignore[type-abstract]
+    {
+        "atlas": "compressknow.probe.sources.atlas:Atlas",
+        "lama": "compressknow.probe.sources.lama:Lama",
+        "bear": "compressknow.probe.sources.bear:Bear",
+        "facts": "compressknow.probe.sources.own_facts:OwnFacts",
+        "hf": "compressknow.probe.sources.hub:Hub",
+        "lm-eval": "compressknow.probe.sources.tasks:LmEval",
+    },
+)
 
 
 def open_all(names: Sequence[str], options: Options) -> list[Probe | Task]:
-    """The probes of these names, in their order. Raises UsageError for one that is unknown, missing or empty."""
+    """The probes of these names, in their order; each reads the options that its source takes.
+
+    Raises UsageError for one that is unknown, missing or empty, CompressknowError for one that cannot be used.
+    """
     if options.limit is not None and options.limit < 1:
         raise UsageError(f"--limit must be at least 1: {options.limit}.")
-    return [_open(name, options) for name in names]
+    _check_protocol(options)
+    return [_opened(name, options, only_taken=True) for name in names]
 
 
-def _open(name: str, options: Options) -> Probe | Task:
-    if is_lm_eval(name):
-        return open_task(name, data=options.data, include=options.tasks, limit=options.limit, seed=options.seed)
-    several = name.lower() in ("atlas", "bear")
-    return open_probe(
-        name,
-        data=options.data,
-        protocol=options.protocol,
-        # One option for all probes: those with one template have no other.
-        template=options.template if several else 1,
-        limit=options.limit,
-        seed=options.seed,
-        columns=options.columns,
-        split=options.split,
-    )
+def open_probe(name: str, options: Options | None = None) -> Probe:
+    """The probe of facts of that name; the case of letters does not matter, but in names of files.
 
-
-_FIXED = ("atlas", *(f"lama:{name}" for name in SETS), "bear")
-KNOWN = (*_FIXED, "facts:FILE.jsonl", "hf:DATASET", "lm-eval:TASK")
-
-
-def open_probe(
-    name: str,
-    *,
-    data: Path | None = None,
-    protocol: str = "lama",
-    template: int = 1,
-    limit: int | None = None,
-    seed: int = 0,
-    columns: Mapping[str, str] | None = None,
-    split: str | None = None,
-) -> Probe:
-    """The probe of that name, one of `KNOWN`; the case of letters does not matter, but in names of files.
-
-    Parameters
-    ----------
-    data : where downloaded sets lie: the set's own folder, or one that holds `lama/`, `bear/`.
-    protocol : how LAMA is asked, `lama` or `paper`; see `compressknow.probe.sources.lama.lama`.
-    template : which of a relation's templates asks, counted from 1; `atlas` and `bear` have several.
-    limit, seed : at most so many facts, drawn by relation; see `Probe.limited`.
-    columns, split : for `hf:` only; see `compressknow.probe.sources.hub.hub_facts`.
-
-    Raises UsageError where the name is unknown or names an lm-eval task, where the set is not there or damaged, where
-    there is no such protocol or template, and where no fact is left.
+    Raises UsageError where the name is unknown or that of a task, where the set is not there or damaged, where an
+    option is given that its source does not take or know, and where no fact is left.
     """
-    if protocol not in PROTOCOLS:
-        raise UsageError(f"Unknown protocol {protocol!r}.", hint=f"There is {' and '.join(PROTOCOLS)}.")
-    if is_lm_eval(name):
-        raise UsageError(f"{name} is a task of lm-eval.", hint="It holds no facts that could be read one by one.")
-    probe = _read(name, data, protocol, template, columns or {}, split)
-    if not probe.facts:
-        reasons = [f"  {count} dropped: {reason}" for reason, count in probe.dropped.items()]
-        raise UsageError(f"{probe.name} has no facts left to ask.", "\n".join(reasons) or "It is empty.")
-    return probe.limited(limit, seed)
+    opened = _opened(name, options or Options(), only_taken=False)
+    if not isinstance(opened, Probe):
+        raise UsageError(f"{opened.name} is a task.", hint="It holds no facts that could be read one by one.")
+    return opened
 
 
-def is_lm_eval(name: str) -> bool:
-    """Whether the name is ``lm-eval:TASK``: such a probe is run by lm-eval, not read."""
-    return name.lower().startswith("lm-eval:")
+def source_of(name: str) -> ProbeSource | None:
+    """The source of the probe of that name; None where there is none, or none that can be used here."""
+    kind, _ = _split(name)
+    if kind not in PROBES:
+        return None
+    try:
+        return PROBES[kind]
+    except CompressknowError:
+        return None
 
 
-def _read(
-    name: str, data: Path | None, protocol: str, template: int, columns: Mapping[str, str], split: str | None
-) -> Probe:
-    kind, _, rest = name.partition(":")
-    known = name.lower().replace("_", "-")
-    if known == "atlas":
-        return atlas(template)
-    if known == "bear":
-        return bear(_bear_folder(data), template)
-    if template != 1:
-        raise UsageError(f"{name} has no template {template}.", hint="Only atlas and bear have several templates.")
-    if known in _FIXED:
-        chosen = known.removeprefix("lama:")
-        return lama(_lama_folder(data, chosen), chosen, cast(Literal["lama", "paper"], protocol))
-    if kind.lower() == "facts" and rest:
-        return own_facts(_facts_file(Path(rest).expanduser()))
-    if kind.lower() == "hf" and rest:
-        return hub_facts(rest, columns, split)
-    raise _unknown(name)
+def name_in_answers(name: str) -> str:
+    """A probe's name as its answers have it: case does not matter, and a facts file goes by its own name."""
+    kind, part = _split(name)
+    source = source_of(kind)
+    return _joined(kind, source.named(_part(source, part))) if source else name
 
 
-def _facts_file(path: Path) -> Path:
-    if not path.is_file():
-        raise UsageError(f"There is no file {path}.", hint="facts: is followed by the path of a file of JSON lines.")
-    return path
+def known_names() -> list[str]:
+    """What can be named: each part of a source that has parts, and the form of what follows the names of others."""
+    return [_joined(kind, part) for kind, source in usable() for part in source.parts or (source.form,)]
+
+
+def usable() -> Iterator[tuple[str, ProbeSource]]:
+    """The names and sources of all kinds of probes, without those of other packages that cannot be used."""
+    for kind in PROBES:
+        if source := source_of(kind):
+            yield kind, source
+
+
+def _opened(name: str, options: Options, *, only_taken: bool) -> Probe | Task:
+    kind, part = _split(name)
+    if kind not in PROBES:
+        raise _unknown(name)
+    source = PROBES[kind]
+    part = _part(source, part)
+    if part not in source.parts if source.parts else bool(part) != bool(source.form):
+        raise _unknown(name)
+    full = _joined(kind, source.named(part))
+    opened = _checked(kind, full, _open(kind, source, full, part, _taken(full, source, options, only_taken)))
+    return opened.limited(options.limit, options.seed) if isinstance(opened, Probe) else opened
+
+
+def _split(name: str) -> tuple[str, str]:
+    kind, _, part = name.partition(":")
+    return kind.lower().replace("_", "-"), part
+
+
+def _joined(kind: str, part: str) -> str:
+    return f"{kind}:{part}" if part else kind
+
+
+def _part(source: ProbeSource, part: str) -> str:
+    """As the source has it: one of a few parts whatever its case, else as it stands."""
+    return part.lower().replace("_", "-") if source.parts else part
+
+
+def _taken(name: str, source: ProbeSource, options: Options, only_taken: bool) -> Options:
+    """The options that a source takes; of others it gets the defaults, or they are refused."""
+    takes = source.takes | {"limit", "seed", "data"} | ({"protocol"} if source.protocols else set())
+    given = [option for option in options.given() if option not in takes]
+    if given and not only_taken:
+        raise UsageError(f"{name} has no {given[0]} {getattr(options, given[0])}.", hint=_taking(given[0]))
+    default = Options()
+    kept = replace(options, **{option: getattr(default, option) for option in given})
+    if not source.protocols or options.protocol in source.protocols:
+        return kept
+    if not only_taken and "protocol" in options.given():
+        raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"There is {' and '.join(source.protocols)}.")
+    return replace(kept, protocol=source.protocols[0])
+
+
+def _taking(option: str) -> str:
+    kinds = [kind for kind, source in usable() if option in source.takes]
+    return f"Only {' and '.join(kinds)} can be given one."
+
+
+def _check_protocol(options: Options) -> None:
+    """Raise UsageError for a protocol that no source knows, be it named or not."""
+    if "protocol" in options.given():
+        known = list(dict.fromkeys(protocol for _, source in usable() for protocol in source.protocols))
+        if options.protocol not in known:
+            near = did_you_mean(options.protocol, known)
+            raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}There is {' and '.join(known)}.")
+
+
+def _open(kind: str, source: ProbeSource, name: str, part: str, options: Options) -> Probe | Task:
+    try:
+        return source.open(name, part, options)
+    except CompressknowError:
+        raise
+    except Exception as error:
+        if not PROBES.is_added(kind):
+            raise
+        # Whatever the code of another package does.
+        raise PROBES.unfit(kind, f"{type(error).__name__}: {error}") from error
+
+
+def _checked(kind: str, name: str, opened: object) -> Probe | Task:
+    """What a source gives, if it can be evaluated. Raises CompressknowError where it cannot."""
+    if isinstance(opened, Task):
+        return opened
+    if not isinstance(opened, Probe):
+        raise PROBES.unfit(kind, f"It gives a {type(opened).__name__}, neither a Probe nor a Task.")
+    if not opened.facts:
+        reasons = [f"  {count} dropped: {reason}" for reason, count in opened.dropped.items()]
+        raise UsageError(f"{opened.name} has no facts left to ask.", "\n".join(reasons) or "It is empty.")
+    if PROBES.is_added(kind) and (flaw := _flaw(name, opened)):
+        raise PROBES.unfit(kind, flaw)
+    return opened
+
+
+def _flaw(name: str, probe: Probe) -> str | None:
+    """What would go wrong with facts of another package after hours: the sources of this one see to it themselves."""
+    if probe.name != name or any(fact.probe != name for fact in probe.facts):
+        return f"The probe or a fact of it does not have the name {name!r}."
+    if twins := [fact for fact, times in Counter(fact.id for fact in probe.facts).items() if times > 1]:
+        return f"Two of its facts have the id {twins[0]!r}."
+    for fact in probe.facts:
+        if fact.candidates is not None and not _are_candidates(fact.candidates, fact.obj_label):
+            return f"The candidates of its fact {fact.id!r} are not two or more different ones, the object among them."
+    return None
+
+
+def _are_candidates(candidates: Sequence[str], answer: str) -> bool:
+    return len(set(candidates)) == len(candidates) > 1 and answer in candidates
 
 
 def _unknown(name: str) -> UsageError:
-    return UsageError(f"Unknown probe {name!r}.", hint=f"{_suggestion(name)}There is {', '.join(KNOWN)}.")
+    names = known_names()
+    return UsageError(f"Unknown probe {name!r}.", hint=f"{_suggestion(name)}There is {', '.join(names)}.")
 
 
 def _suggestion(name: str) -> str:
-    """What a name without its kind may be meant for."""
-    suffix = Path(name).suffix.lower()
-    if suffix == ".jsonl":
-        return f"Did you mean facts:{name}? "
-    if suffix in (".json", ".csv", ".parquet") or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return f"Did you mean hf:{name}? "
-    if name.lower() in COLUMNS:
-        return f"Did you mean lm-eval:{name.lower()}? "
-    return did_you_mean(name, _FIXED, cutoff=0.5)
-
-
-def _lama_folder(data: Path | None, name: str) -> Path:
-    url = f"{LAMA_FROM} (unpacked, it holds TREx/, Google_RE/, Squad/ and ConceptNet/)"
-    return _folder(data, ("lama", "LAMA", "data"), lambda folder: holds_set(folder, name), f"lama:{name}", url)
-
-
-def _bear_folder(data: Path | None) -> Path:
-    return _folder(data, ("bear", "BEAR"), is_bear, "bear", f"{BEAR_FROM}: the folder with {METADATA}")
-
-
-def _folder(data: Path | None, names: tuple[str, ...], holds: Callable[[Path], bool], probe: str, source: str) -> Path:
-    """The folder of a set: `data` itself or one of that name in it."""
-    places = [data, *(data / name for name in names)] if data else []
-    for place in places:
-        if holds(place):
-            return place
-    raise UsageError(
-        f"{data} does not hold {probe}." if data else f"{probe} does not come with compressknow.",
-        f"It can be had from {source}.",
-        f"Put it into DIR/{names[0]} and say --data DIR.",
-    )
+    """What a name may be meant for: one without its kind, or one that is nearly known."""
+    for kind, source in usable():
+        if source.meant(name):
+            return f"Did you mean {_joined(kind, _part(source, name))}? "
+    fixed = [_joined(kind, part) for kind, source in usable() if not source.form for part in source.parts or ("",)]
+    return did_you_mean(name, fixed, cutoff=0.5)

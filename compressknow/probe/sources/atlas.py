@@ -15,8 +15,20 @@ from typing import Any
 from compressknow.errors import CompressknowError
 from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.scoring.prompts import OBJECT, capitalized, fill, pick
+from compressknow.probe.sources.source import Options, ProbeSource
 
 PROTOCOL = "atlas/1"
+
+
+class Atlas(ProbeSource):
+    """``atlas``, in one of several wordings."""
+
+    help = "4,021 facts of six domains, built in; nothing to download"
+    takes = frozenset({"template"})
+
+    def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
+        """See `atlas`."""
+        return atlas(options.template)
 
 
 def atlas(template: int = 1) -> Probe:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.errors import UsageError
-from compressknow.probe.facts import Fact, Probe, subject_of
+from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.scoring.prompts import OBJECT, capitalized, fill, pick
 from compressknow.probe.sources.columns import file_hashes, read_rows
+from compressknow.probe.sources.domains import WIKIDATA, domain_of
+from compressknow.probe.sources.source import Options, ProbeSource
 from compressknow.reading import INDEX, read_json
 
 PROTOCOL = "bear/1"
@@ -23,8 +25,21 @@ METADATA = "metadata_relations.json"
 WHERE_FROM = "github.com/lm-pub-quiz/BEAR (CC BY-SA)"
 
 
-def is_bear(folder: Path) -> bool:
-    return (folder / METADATA).is_file()
+class Bear(ProbeSource):
+    """``bear``, in one of several wordings."""
+
+    help = "BEAR: 60 relations of Wikidata (--data DIR)"
+    takes = frozenset({"data", "template"})
+    folders = ("bear", "BEAR")
+    origin = f"{WHERE_FROM}: the folder with {METADATA}"
+
+    def holds(self, folder: Path, part: str) -> bool:  # noqa: ARG002
+        """By its list of relations."""
+        return (folder / METADATA).is_file()
+
+    def open(self, name: str, part: str, options: Options) -> Probe:
+        """See `bear`."""
+        return bear(self.find(name, part, options.data), options.template)
 
 
 def bear(folder: Path, template: int = 1) -> Probe:
@@ -74,7 +89,7 @@ def _facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> 
                 id=f"{relation}/{index}",
                 probe="bear",
                 relation=relation,
-                subject=subject_of(relation),
+                subject=domain_of(relation, WIKIDATA),
                 sub_label=subject,
                 obj_label=candidates[answer],
                 prompt=capitalized(fill(template, subject)),

@@ -11,6 +11,7 @@ from typing import Any
 
 from compressknow.errors import UsageError, did_you_mean
 from compressknow.probe.scoring.prompts import OBJECT
+from compressknow.probe.sources.domains import ARTS, GEOGRAPHY, PEOPLE, table
 from compressknow.reading import MOST_VALUES, NotReadable, parse_json, read_lines, sha256_of, values_in
 
 
@@ -107,6 +108,14 @@ class Columns:
         return list(dict.fromkeys(name for name in self.of.values() if name != self.fixed_template))
 
 
+# Domains of PopQA's properties, with underscores for spaces.
+POPQA = table(
+    {
+        GEOGRAPHY: "capital capital_of country",
+        PEOPLE: "place_of_birth father mother occupation religion",
+        ARTS: "author composer director genre producer screenwriter",
+    }
+)
 # PopQA asks questions ("What is Henry Feilden's occupation?"); these say the same with a blank at the end.
 _POPQA_TEMPLATES = {
     "author": "The author of [X] is [Y].",

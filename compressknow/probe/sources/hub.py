@@ -8,6 +8,7 @@ PopQA (``akariasai/PopQA``), LAMA's copies in Parquet, and tables with the colum
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,9 +20,13 @@ from typing import Any
 from compressknow.errors import CompressknowError, UsageError
 from compressknow.libraries import require
 from compressknow.probe.answers import check_parquet
-from compressknow.probe.facts import Fact, Probe, subject_of
+from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.scoring.prompts import UniqueIds, fill, wrong_blanks
-from compressknow.probe.sources.columns import Columns, choose_columns
+from compressknow.probe.sources.columns import POPQA, Columns, choose_columns
+from compressknow.probe.sources.domains import domain_of
+from compressknow.probe.sources.lama import CONCEPTNET
+from compressknow.probe.sources.lama import DOMAINS as LAMA
+from compressknow.probe.sources.source import Options, ProbeSource
 from compressknow.reading import NotReadable, parse_json
 
 PROTOCOL = "hf/1"
@@ -29,6 +34,25 @@ _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "
 # Where the user names no split: sets for evaluation have their facts in the first of these that there is.
 _SPLITS = ("test", "validation", "train")
 _ROWS_AT_ONCE = 10_000
+# Of the sets whose tables are known.
+DOMAINS = LAMA | CONCEPTNET | POPQA
+
+
+class Hub(ProbeSource):
+    """``hf:DATASET``."""
+
+    help = "a Hub data set, or a local Parquet, JSON or CSV file"
+    form = "DATASET"
+    takes = frozenset({"columns", "split"})
+
+    def meant(self, text: str) -> bool:
+        """By a file's suffix, or as a name on the hub has an owner."""
+        tables = set(_BUILDERS) - {".jsonl"}
+        return Path(text).suffix.lower() in tables or re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+
+    def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
+        """See `hub_facts`."""
+        return hub_facts(part, options.columns, options.split)
 
 
 def hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> Probe:
@@ -195,7 +219,7 @@ def _fact(probe: str, number: int, row: dict[str, Any], columns: Columns) -> Fac
         id=f"{relation}/{_text(row.get('id')) or number}",
         probe=probe,
         relation=relation,
-        subject=_text(row.get("school-subject")) or subject_of(relation),
+        subject=_text(row.get("school-subject")) or domain_of(relation, DOMAINS),
         sub_label=subject,
         obj_label=obj_label,
         prompt=prompt,

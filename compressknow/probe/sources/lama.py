@@ -15,12 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from compressknow.errors import UsageError
-from compressknow.probe.facts import Fact, Probe, subject_of, subject_of_set
+from compressknow.probe.facts import GENERAL, Fact, Probe
 from compressknow.probe.scoring.prompts import UniqueIds, fill, wrong_blanks
 from compressknow.probe.sources.columns import file_hashes, read_rows
+from compressknow.probe.sources.domains import COMMON_SENSE, PEOPLE, WIKIDATA, domain_of, table
+from compressknow.probe.sources.source import Options, ProbeSource
 from compressknow.reading import TOKENIZER, read_text
 
 WHERE_FROM = "https://dl.fbaipublicfiles.com/LAMA/data.zip"
@@ -35,6 +37,18 @@ _GOOGLE_RE = {
     "date_of_birth": "[X] (born [Y]).",
     "place_of_death": "[X] died in [Y] .",
 }
+GOOGLE_RE = table({PEOPLE: "place_of_birth date_of_birth place_of_death"})
+CONCEPTNET = table(
+    {
+        COMMON_SENSE: (
+            "AtLocation CapableOf Causes CausesDesire Desires HasA HasPrerequisite HasProperty HasSubevent IsA MadeOf "
+            "MotivatedByGoal NotDesires PartOf ReceivesAction UsedFor"
+        )
+    }
+)
+DOMAINS = WIKIDATA | GOOGLE_RE
+# Of the sets that are of one domain, whatever the relation.
+_DOMAINS_OF_SETS = {"conceptnet": COMMON_SENSE, "squad": GENERAL}
 # The official scripts' max_sentence_length, in words.
 _LONGEST_SENTENCE = 100
 
@@ -70,8 +84,24 @@ class _Row:
 _Rule = Callable[[_Row], str | None]
 
 
-def holds_set(folder: Path, name: str) -> bool:
-    return (folder / _FOLDERS[name]).is_dir()
+class Lama(ProbeSource):
+    """``lama:SET``, by one of two protocols."""
+
+    help = "LAMA: trex, google-re, squad, conceptnet (--data DIR)"
+    parts = SETS
+    takes = frozenset({"data", "protocol"})
+    protocols = tuple(PROTOCOLS)
+    folders = ("lama", "LAMA", "data")
+    origin = f"{WHERE_FROM} (unpacked, it holds TREx/, Google_RE/, Squad/ and ConceptNet/)"
+
+    def holds(self, folder: Path, part: str) -> bool:
+        """By the folder of the set itself."""
+        return (folder / _FOLDERS[part]).is_dir()
+
+    def open(self, name: str, part: str, options: Options) -> Probe:
+        """See `lama`."""
+        folder = self.find(name, part, options.data)
+        return lama(folder, part, cast(Literal["lama", "paper"], options.protocol))
 
 
 def lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -> Probe:
@@ -167,7 +197,7 @@ def _select(name: str, rows: Iterator[_Row], rules: list[_Rule]) -> tuple[tuple[
                 id=unique(f"{row.relation}/{identifier}"),
                 probe=f"lama:{name}",
                 relation=row.relation,
-                subject=subject_of_set(name) or subject_of(row.relation),
+                subject=_DOMAINS_OF_SETS.get(name) or domain_of(row.relation, DOMAINS),
                 sub_label=row.sub_label,
                 obj_label=row.obj_label,
                 prompt=row.prompt,

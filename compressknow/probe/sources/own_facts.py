@@ -13,6 +13,7 @@ from compressknow.files import as_text, name_of
 from compressknow.probe.facts import BLANK, GENERAL, Fact, Probe
 from compressknow.probe.scoring.prompts import OBJECT, SUBJECT, ends_open, fill, with_blank
 from compressknow.probe.sources.columns import json_lines
+from compressknow.probe.sources.source import Options, ProbeSource
 from compressknow.reading import sha256_of
 
 PROTOCOL = "facts/1"
@@ -50,6 +51,38 @@ _KEYS = (*_TEXTS, "id", "candidates", "popularity")
 _SHOWN = 5
 # Of a line's other keys, those that are looked at for a misspelling.
 _COMPARED = 100
+
+
+class OwnFacts(ProbeSource):
+    """``facts:FILE.jsonl``."""
+
+    help = "your own facts"
+    form = "FILE.jsonl"
+    details = """\
+A line of facts:FILE.jsonl, for one:
+  {"relation": "capital", "subject": "geography", "sub_label": "France",
+   "obj_label": "Paris", "prompt": "The capital of France is [MASK].",
+   "candidates": ["Paris", "Rome", "Madrid"], "popularity": 68000000}
+`prompt` and `obj_label` are required, the rest is optional. Instead of `prompt`
+it may have `template` ("The capital of [X] is [Y].") with `sub_label`. Without
+`candidates` the answer may be any text (of masked models any one token)."""
+
+    def named(self, part: str) -> str:
+        """The file's own name: a fact is the same wherever the file lies."""
+        return name_of(Path(part))
+
+    def meant(self, text: str) -> bool:
+        """By the file's suffix."""
+        return Path(text).suffix.lower() == ".jsonl"
+
+    def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
+        """See `own_facts`."""
+        path = Path(part).expanduser()
+        if not path.is_file():
+            raise UsageError(
+                f"There is no file {path}.", hint="facts: is followed by the path of a file of JSON lines."
+            )
+        return own_facts(path)
 
 
 def own_facts(path: Path) -> Probe:

@@ -16,7 +16,7 @@ from compressknow.errors import CompressknowError, UnsupportedError
 from compressknow.quiet import quiet
 
 if TYPE_CHECKING:
-    from compressknow.probe.sources.tasks import Task
+    from compressknow.probe.sources.tasks import LmEvalTask
 
 # Task files for lm-eval that read local JSON lines, and what the rows of those hold.
 SHIPPED = Path(__file__).parent / "tasks_local"
@@ -63,14 +63,14 @@ def data_files(entry: Any) -> dict[str, str]:
     }
 
 
-def local_files(task: Task) -> dict[str, Path]:
+def local_files(task: LmEvalTask) -> dict[str, Path]:
     """{split: path} of the task's local data."""
     if not (task.include and task.data):
         return {}
     return {split: task.data / file for split, file in data_files(entry_of(task.include, task.task)).items()}
 
 
-def build(task: Task, folder: Path) -> dict[str, Any]:
+def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
     """lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
 
     Raises CompressknowError where the data cannot be had or read, UnsupportedError for tasks that `run_task` cannot
@@ -89,7 +89,7 @@ def build(task: Task, folder: Path) -> dict[str, Any]:
     return built
 
 
-def _index_for(task: Task) -> Any:
+def _index_for(task: LmEvalTask) -> Any:
     """An index that holds a task and all that it is made of."""
     if task.include is None:
         return own_tasks()
@@ -106,7 +106,7 @@ def _is_whole(index: Mapping[str, Any], name: str) -> bool:
     return all(isinstance(one, str) and _is_whole(index, one) for one in members)
 
 
-def _overridden(task: Task, entry: Any, folder: Path) -> Path:
+def _overridden(task: LmEvalTask, entry: Any, folder: Path) -> Path:
     """A YAML file that includes the task's own and says where its data lies; tables made of it go to `folder`."""
     config: dict[str, Any] = {"include": str(entry.yaml_path.resolve())}
     if files := local_files(task):
@@ -128,7 +128,7 @@ def _refuse(what: str, built: Any) -> None:
         raise UnsupportedError(f"{what} runs code that the model writes, which is not done here.")
 
 
-def _explained(task: Task, error: Exception) -> CompressknowError:
+def _explained(task: LmEvalTask, error: Exception) -> CompressknowError:
     """An error of loading in words that say what to do."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     columns = COLUMNS.get(task.task)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.libraries import require
 from compressknow.probe.answers import Answer
+from compressknow.probe.sources.source import Options, ProbeSource, Task
 from compressknow.probe.sources.task_index import (
     COLUMNS,
     SHIPPED,
@@ -43,8 +44,26 @@ PROTOCOL = "lm-eval"
 _BATCH_SIZE = 32
 
 
+class LmEval(ProbeSource):
+    """``lm-eval:TASK``."""
+
+    help = "boolq, piqa, winogrande, and every other task of lm-eval"
+    form = "TASK"
+    takes = frozenset({"data", "tasks"})
+    held_out = False
+    evaluated = "run by lm-eval, judged item by item as the task does"
+
+    def meant(self, text: str) -> bool:
+        """By the names of the tasks that have local files."""
+        return text.lower() in COLUMNS
+
+    def open(self, name: str, part: str, options: Options) -> LmEvalTask:  # noqa: ARG002
+        """See `open_task`."""
+        return open_task(name, data=options.data, include=options.tasks, limit=options.limit, seed=options.seed)
+
+
 @dataclass(frozen=True)
-class Task:
+class LmEvalTask(Task):
     """A task of lm-eval, or a group of tasks.
 
     Attributes
@@ -72,6 +91,10 @@ class Task:
             digest.update(json.dumps([name, sha256_of(path)]).encode())
         return digest.hexdigest()
 
+    def run(self, loaded: LanguageModel) -> tuple[list[Answer], dict[str, Any]]:
+        """See `run_task`."""
+        return run_task(loaded, self)
+
     def _files(self) -> Iterator[tuple[Path, str]]:
         """The task folder's YAML and code, included files without a suffix too, and the local data."""
         for path in sorted(self.include.rglob("*")) if self.include else ():
@@ -83,7 +106,7 @@ class Task:
 
 def open_task(
     name: str, *, data: Path | None = None, include: Path | None = None, limit: int | None = None, seed: int = 0
-) -> Task:
+) -> LmEvalTask:
     """The task ``lm-eval:TASK``, one of lm-eval's or of a task folder; nothing is downloaded yet.
 
     Parameters
@@ -106,13 +129,13 @@ def open_task(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1: {limit}.")
     if include and (entry := entry_of(include, task)):
-        return Task(name, task, include, _data_of(name, entry, data), limit, seed)
+        return LmEvalTask(name, task, include, _data_of(name, entry, data), limit, seed)
     if task in COLUMNS:
         place = next((place for place in _places(data) if (place / f"{task}.jsonl").is_file()), None)
-        return Task(name, task, SHIPPED if place else None, place, limit, seed)
+        return LmEvalTask(name, task, SHIPPED if place else None, place, limit, seed)
     if not task or task not in own_tasks().all_tasks:
         raise _unknown(name, task, names_in(include) if include else [])
-    return Task(name, task, None, None, limit, seed)
+    return LmEvalTask(name, task, None, None, limit, seed)
 
 
 def _places(data: Path | None) -> list[Path]:
@@ -143,7 +166,7 @@ def _unknown(name: str, task: str, there: list[str]) -> UsageError:
 
 
 def run_task(
-    loaded: LanguageModel, task: Task, *, batch_size: int = _BATCH_SIZE
+    loaded: LanguageModel, task: LmEvalTask, *, batch_size: int = _BATCH_SIZE
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Have lm-eval run a task on a model; gives the answers, and the probe's entry in ``probe.json``.
 
@@ -168,7 +191,7 @@ def run_task(
 
 
 def _evaluate(
-    loaded: LanguageModel, task: Task, built: Mapping[str, Any], batch_size: int
+    loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any], batch_size: int
 ) -> tuple[list[Answer], dict[str, Any]]:
     from lm_eval import evaluate
 
@@ -242,7 +265,7 @@ def _nothing(*_: Any, **__: Any) -> None:
     """In place of a method that is not to do anything."""
 
 
-def _data_source(task: Task, built: Mapping[str, Any]) -> Any:
+def _data_source(task: LmEvalTask, built: Mapping[str, Any]) -> Any:
     """{file: sha256} of local data; otherwise where on the hub the sets lie."""
     if files := local_files(task):
         return {path.name: sha256_of(path) for path in files.values()}
@@ -251,7 +274,7 @@ def _data_source(task: Task, built: Mapping[str, Any]) -> Any:
     return ", ".join(paths)
 
 
-def _version(task: Task, versions: Mapping[str, Any]) -> str:
+def _version(task: LmEvalTask, versions: Mapping[str, Any]) -> str:
     """The task's own version; of a group without one, those of its tasks."""
     if versions.get(task.task) is not None:
         return str(versions[task.task])

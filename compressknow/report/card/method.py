@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from compressknow.probe.answers import REFERENCE_TOKENS, Answer
+from compressknow.probe.sources import source_of
 from compressknow.report.card.verdict import LOWEST, SCALE
 from compressknow.report.format import count, plain
 from compressknow.stats.distributions import CALIBRATION_BINS, POPULARITY_BINS
@@ -50,7 +51,6 @@ _ASKED = {
     "seq2seq": "The encoder reads each prompt with the blank as a sentinel; an answer is scored by the decoder, by the "
     "log-probability of all its tokens.",
 }
-_HARNESS = "lm-eval:"
 
 
 def method(family: str, probes: Iterable[tuple[ProbeFigures, Mapping[str, Any], Sequence[Answer]]]) -> tuple[str, ...]:
@@ -62,17 +62,14 @@ def method(family: str, probes: Iterable[tuple[ProbeFigures, Mapping[str, Any], 
     probes : of each probe its figures, its entry in the original's ``probe.json``, and the original's answers.
     """
     probes = list(probes)
-    own = any(not figures.probe.startswith(_HARNESS) for figures, _, _ in probes)
+    own = any(_evaluated(figures.probe) is None for figures, _, _ in probes)
     asked = [_ASKED[family]] if own and family in _ASKED else []
     return (*asked, *(_probe(*probe) for probe in probes), *_figures(), *_limits(figures for figures, _, _ in probes))
 
 
 def _probe(figures: ProbeFigures, entry: Mapping[str, Any], answers: Sequence[Answer]) -> str:
     name = plain(figures.probe, 60)
-    if figures.probe.startswith(_HARNESS):
-        how = "run by lm-eval, judged item by item as the task does"
-    else:
-        how = f"protocol {plain(figures.protocol, 60)}, {_choices(answers)}"
+    how = _evaluated(figures.probe) or f"protocol {plain(figures.protocol, 60)}, {_choices(answers)}"
     limited = f", a sample of {count(figures.limit)} by seed {figures.seed}" if figures.limit is not None else ""
     left_out = sum(figures.dropped.values())
     reasons = "; ".join(f"{plain(reason, 120)}: {count(n)}" for reason, n in figures.dropped.items() if n)
@@ -82,6 +79,12 @@ def _probe(figures: ProbeFigures, entry: Mapping[str, Any], answers: Sequence[An
         f"{name}: {how}; {count(figures.facts_read)} facts read{dropped}, {count(figures.counts.n)} asked{limited}; "
         f"its headline accuracy is {average}."
     ) + _own_note(entry)
+
+
+def _evaluated(probe: str) -> str | None:
+    """How its answers came about, where not by the scorers of this package: what its source says of that."""
+    source = source_of(probe)
+    return source.evaluated if source else None
 
 
 def _choices(answers: Sequence[Answer]) -> str:

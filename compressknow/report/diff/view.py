@@ -25,7 +25,7 @@ from compressknow.stats.records import Counts
 if TYPE_CHECKING:
     from compressknow.probe.facts import Probe
     from compressknow.probe.run import Respondent
-    from compressknow.probe.sources.tasks import Task
+    from compressknow.probe.sources import Task
     from compressknow.quiet import Bar
 
 
