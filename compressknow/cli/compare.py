@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.cli.help import EVALUATE, RUNS, command, option
-from compressknow.cli.options import EPILOG, Share, probe_options, split_options
+from compressknow.cli.options import Share, probe_options, probes_help, split_options
 from compressknow.cli.progress import bytes_bar, facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from compressknow.report.tables import Table
 
 
-@command(short_help="Show how two checkpoints differ.", epilog=EPILOG)
+@command(short_help="Show how two checkpoints differ.", more=probes_help)
 @click.argument("a")
 @click.argument("b")
 @option(

@@ -44,7 +44,25 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose options are shown in groups."""
+    """A command whose options are shown in groups.
+
+    Parameters
+    ----------
+    more : gives what follows the epilog, in its form; it is called when the page is shown.
+    """
+
+    def __init__(self, *args: Any, more: Callable[[], str] | None = None, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._more = more
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the epilog, and what follows it."""
+        if self._more is None:
+            super().format_epilog(ctx, formatter)
+            return
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text((self.epilog or "") + self._more())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the groups that have options, in their order; `--help` closes the last."""

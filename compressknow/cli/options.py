@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import partial
@@ -25,27 +26,26 @@ TRUST = "Run the Python code that the checkpoint contains."
 REVISION = "Branch, tag or commit of a Hub id."
 _facts = partial(option, group=EVALUATE)
 _runs = partial(option, group=RUNS)
+# Width of the column of names in the list of probes, and of the page.
+NAMES, WIDTH = 20, 78
 
-EPILOG = """\b
-Probes (-p, repeatable):
-  atlas               built in; nothing to download
-  lama:trex, lama:google-re, lama:squad, lama:conceptnet      (--data DIR)
-  bear                (--data DIR)
-  facts:FILE.jsonl    your own facts
-  hf:DATASET          a Hub data set, or a local Parquet, JSON or CSV file
-  lm-eval:TASK        boolq, piqa, winogrande (--data DIR for local copies)
-                      and every other task of lm-eval
 
-\b
-A line of facts:FILE.jsonl, for example:
-  {"relation": "capital", "subject": "geography", "sub_label": "France",
-   "obj_label": "Paris", "prompt": "The capital of France is [MASK].",
-   "candidates": ["Paris", "Rome", "Madrid"], "popularity": 68000000}
-`prompt` and `obj_label` are required, the rest is optional. Instead of
-`prompt` it may have `template` ("The capital of [X] is [Y].") with
-`sub_label`. Without `candidates` the answer may be any text (for masked
-models, any single token).
-"""
+def probes_help() -> str:
+    """The list of probes for the end of a help page, in click's form; those of other packages are imported for it."""
+    from compressknow.probe.sources import usable
+
+    sources = list(usable())
+    lines = [line for kind, source in sources for line in _listed(source.usage(kind), source.help)]
+    details = [source.details for _, source in sources if source.details]
+    return "\n\n".join(f"\b\n{text}" for text in ("\n".join(["Probes (-p, repeatable):", *lines]), *details))
+
+
+def _listed(usage: str, about: str) -> list[str]:
+    """One probe's lines. A long name has a line of its own."""
+    first, indent = f"  {usage:<{NAMES - 1}} ", " " * (NAMES + 2)
+    if len(first) > len(indent):
+        return [first.rstrip(), *textwrap.wrap(about, WIDTH, initial_indent=indent, subsequent_indent=indent)]
+    return textwrap.wrap(about, WIDTH, initial_indent=first, subsequent_indent=indent)
 
 
 def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,13 +59,7 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         _facts("--data", type=folder, help="Folder of one set, or of lama/, bear/, tasks/."),
         _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, sampled over relations."),
         _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample."),
-        _facts(
-            "--protocol",
-            type=OneOf(["lama", "paper"]),
-            default="lama",
-            show_default=True,
-            help="Rules for LAMA: lama or paper.",
-        ),
+        _facts("--protocol", metavar="NAME", default="lama", show_default=True, help="Rules for LAMA: lama or paper."),
         _facts("--template", type=click.IntRange(1), default=1, show_default=True, help="Wording of atlas and BEAR."),
         _facts(
             "--map",
@@ -100,6 +94,7 @@ def split_options(given: dict[str, Any]) -> tuple[Options, Settings]:
 
     facts = {name: given.pop(name) for name in FACTS}
     columns = parse_columns(facts.pop("map"))
+    facts["protocol"] = facts["protocol"].lower()
     return Options(columns=columns, **facts), Settings(**{name: given.pop(name) for name in RUNNING})
 
 

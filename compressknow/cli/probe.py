@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.cli.help import EVALUATE, RUNS, command, option
-from compressknow.cli.options import EPILOG, REVISION, probe_options, split_options
+from compressknow.cli.options import REVISION, probe_options, probes_help, split_options
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
@@ -23,7 +23,7 @@ WIDTH = 80
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
 
 
-@command(short_help="Evaluate a model on facts, and store its answers.", epilog=EPILOG)
+@command(short_help="Evaluate a model on facts, and store its answers.", more=probes_help)
 @click.argument("model")
 @option(
     "-o",

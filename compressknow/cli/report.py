@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.cli.help import EVALUATE, RUNS, command, option
-from compressknow.cli.options import EPILOG, Share, probe_options, split_options
+from compressknow.cli.options import Share, probe_options, probes_help, split_options
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compressknow.report.records import Card
 
 
-@command(short_help="Show what compressed models kept and lost of the knowledge.", epilog=EPILOG)
+@command(short_help="Show what compressed models kept and lost of the knowledge.", more=probes_help)
 @click.argument("original")
 @click.argument("compressed", nargs=-1, required=True)
 @option(

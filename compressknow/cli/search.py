@@ -10,11 +10,11 @@ import click
 
 from compressknow.cli.help import COMPRESS, HOW, RUNS, command, option
 from compressknow.cli.options import (
-    EPILOG,
     REVISION,
     OneOf,
     Share,
     probe_options,
+    probes_help,
     ray_options,
     split_options,
     split_ray,
@@ -34,7 +34,7 @@ COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}"
 SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weights"}
 
 
-@command(short_help="Find the smallest checkpoint that keeps what you ask for.", epilog=EPILOG)
+@command(short_help="Find the smallest checkpoint that keeps what you ask for.", more=probes_help)
 @click.argument("model")
 @option(
     "-o",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.cli.help import COMPRESS, HOW, RUNS, command, option
-from compressknow.cli.options import EPILOG, REVISION, OneOf, probe_options, ray_options, split_options, split_ray
+from compressknow.cli.options import REVISION, OneOf, probe_options, probes_help, ray_options, split_options, split_ray
 from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
@@ -43,7 +43,7 @@ one by one:
 """
 
 
-@command(short_help="Evaluate a model compressed in every way of a grid.", epilog=GRID + EPILOG)
+@command(short_help="Evaluate a model compressed in every way of a grid.", epilog=GRID, more=probes_help)
 @click.argument("model")
 @option(
     "-o",

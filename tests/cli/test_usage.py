@@ -57,6 +57,8 @@ CASES = [
     Case("probe {}/model -o {}/new -p atlass", "Did you mean atlas?"),
     Case("probe {}/model -o {}/new -p boolq", "Did you mean lm-eval:boolq?"),
     Case("probe {}/model -o {}/new -p trex", "Did you mean lama:trex?"),
+    Case("probe {}/model -o {}/new -p lama:trexx", "Did you mean lama:trex?"),
+    Case("probe {}/model -o {}/new --protocol papre", "Did you mean paper?"),
     Case("probe {}/model -o {}/new -p mine/facts.jsonl", "Did you mean facts:mine/facts.jsonl?"),
     Case("probe {}/model -o {}/new -p facts:{}/nowhere.jsonl", "There is no file"),
     Case("probe {}/nowhere -o {}/new", "no such folder"),

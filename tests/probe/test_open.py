@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from compressknow.errors import UsageError
-from compressknow.probe.sources import Options, open_probe
+from compressknow.probe.sources import Options, name_in_answers, open_all, open_probe, usable
 from tests.probe.layouts import DATA, bear_folder, lama_folder, real_data, write_jsonl
+from tests.shown import ROOT
 
 FACT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}
 
@@ -125,6 +127,26 @@ def test_reading_facts_needs_no_torch_and_no_datasets() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_manual_lists_every_probe_in_the_words_of_its_source() -> None:
+    manual = (ROOT / "docs" / "probes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)`[^|]*\| ([^|]+) \|", manual.partition("\n\n## ")[0], re.MULTILINE)
+    listed = [(usage, about.replace("`", "")) for usage, about in rows if usage != "-p"]
+    assert listed == [(source.usage(kind), source.help) for kind, source in usable()]
+
+
+def test_a_name_in_answers_is_found_however_it_is_written(tmp_path: Path) -> None:
+    names = ["ATLAS", "Lama:Google_RE", f"FACTS:{tmp_path / 'Mine.jsonl'}", "hf:Some/Set", "LM_Eval:boolq", "other:X"]
+    found = ["atlas", "lama:google-re", "facts:Mine.jsonl", "hf:Some/Set", "lm-eval:boolq", "other:X"]
+    assert [name_in_answers(name) for name in names] == found
+
+
+def test_options_that_a_probe_does_not_take_are_for_the_others(tmp_path: Path) -> None:
+    lama_folder(tmp_path)
+    atlas, trex = open_all(["atlas", "lama:trex"], Options(data=tmp_path, protocol="paper", template=2))
+    assert atlas.source["template"] == 2
+    assert trex.protocol == "lama-paper/1"
 
 
 @real_data

@@ -202,5 +202,5 @@ def _suggestion(name: str) -> str:
     for kind, source in usable():
         if source.meant(name):
             return f"Did you mean {_joined(kind, _part(source, name))}? "
-    fixed = [_joined(kind, part) for kind, source in usable() if not source.form for part in source.parts or ("",)]
+    fixed = [_joined(kind, part) for kind, source in usable() for part in source.parts or ([] if source.form else [""])]
     return did_you_mean(name, fixed, cutoff=0.5)

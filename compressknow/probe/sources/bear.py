@@ -28,7 +28,7 @@ WHERE_FROM = "github.com/lm-pub-quiz/BEAR (CC BY-SA)"
 class Bear(ProbeSource):
     """``bear``, in one of several wordings."""
 
-    help = "BEAR: 60 relations of Wikidata (--data DIR)"
+    help = "BEAR's 60 relations (--data DIR)"
     takes = frozenset({"data", "template"})
     folders = ("bear", "BEAR")
     origin = f"{WHERE_FROM}: the folder with {METADATA}"

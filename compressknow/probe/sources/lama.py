@@ -87,7 +87,8 @@ _Rule = Callable[[_Row], str | None]
 class Lama(ProbeSource):
     """``lama:SET``, by one of two protocols."""
 
-    help = "LAMA: trex, google-re, squad, conceptnet (--data DIR)"
+    help = "LAMA's trex, google-re, squad or conceptnet (--data DIR)"
+    form = "SET"
     parts = SETS
     takes = frozenset({"data", "protocol"})
     protocols = tuple(PROTOCOLS)

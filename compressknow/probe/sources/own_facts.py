@@ -59,13 +59,14 @@ class OwnFacts(ProbeSource):
     help = "your own facts"
     form = "FILE.jsonl"
     details = """\
-A line of facts:FILE.jsonl, for one:
+A line of facts:FILE.jsonl, for example:
   {"relation": "capital", "subject": "geography", "sub_label": "France",
    "obj_label": "Paris", "prompt": "The capital of France is [MASK].",
    "candidates": ["Paris", "Rome", "Madrid"], "popularity": 68000000}
-`prompt` and `obj_label` are required, the rest is optional. Instead of `prompt`
-it may have `template` ("The capital of [X] is [Y].") with `sub_label`. Without
-`candidates` the answer may be any text (of masked models any one token)."""
+`prompt` and `obj_label` are required, the rest is optional. Instead of
+`prompt` it may have `template` ("The capital of [X] is [Y].") with
+`sub_label`. Without `candidates` the answer may be any text (for masked
+models, any single token)."""
 
     def named(self, part: str) -> str:
         """The file's own name: a fact is the same wherever the file lies."""

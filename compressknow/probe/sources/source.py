@@ -72,11 +72,10 @@ class ProbeSource(ABC):
     Attributes
     ----------
     help : one line for ``--help``: which facts these are.
-    parts : what may follow the name and a colon, where that is one of a few names: those of LAMA's sets.
-    form : what follows the name and a colon, where it is anything of one form: ``FILE.jsonl``. Without `parts` or a
-        `form` the name stands alone.
+    form : what follows the name and a colon, in capitals as in ``FILE.jsonl``; empty where the name stands alone.
+    parts : all that may follow, in lower case, where that is one of a few names: those of LAMA's sets.
     takes : the fields of `Options` that it reads, beside `limit` and `seed`.
-    protocols : what ``--protocol`` may choose, the default first; empty where it has one way alone.
+    protocols : what ``--protocol`` may choose, in lower case, the default first; empty where it has one way alone.
     folders : where ``--data`` names a folder of several sets, the names that the set's own folder may have in there.
     origin : where its data can be downloaded, for the message that it is missing.
     held_out : whether half of its items can be held out, as a search does: of facts they can, of a `Task` they cannot.
@@ -86,8 +85,8 @@ class ProbeSource(ABC):
     """
 
     help: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]] = ()
     form: ClassVar[str] = ""
+    parts: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[frozenset[str]] = frozenset()
     protocols: ClassVar[tuple[str, ...]] = ()
     folders: ClassVar[tuple[str, ...]] = ()
@@ -109,6 +108,10 @@ class ProbeSource(ABC):
         Raises UsageError where there is no such thing, where its data is missing or damaged, or where an option makes
         no sense. Its message goes to the user.
         """
+
+    def usage(self, name: str) -> str:
+        """How users write it: ``lama:SET``."""
+        return f"{name}:{self.form}" if self.form else name
 
     def named(self, part: str) -> str:
         """What stands after the colon in the name of the probe and of its answers: the name of a file, not its path."""

@@ -47,7 +47,7 @@ _BATCH_SIZE = 32
 class LmEval(ProbeSource):
     """``lm-eval:TASK``."""
 
-    help = "boolq, piqa, winogrande, and every other task of lm-eval"
+    help = "boolq, piqa, winogrande (--data DIR for local copies), and every other task of lm-eval"
     form = "TASK"
     takes = frozenset({"data", "tasks"})
     held_out = False
