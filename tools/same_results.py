@@ -136,7 +136,7 @@ def reported(model: Path, output: Path, probes: list[str], facts: int, answers: 
     try:
         from compressknow.probe.sources import Options
     except ImportError:
-        from compressknow.probe.open import Options
+        from compressknow.probe.choose import Options
     keep_in = answers / hashlib.sha256(f"{compressknow.__file__}{output}".encode()).hexdigest()[:12]
     page = output.parent / "report.json"
     compressknow.report(model, output, probes, outputs=[page], options=Options(limit=facts), keep_in=keep_in)
