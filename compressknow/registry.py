@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
@@ -46,7 +47,27 @@ class Registry(Generic[Thing]):
         return iter(dict.fromkeys((*self._built_in, *self._added)))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._built_in or name in self._added
+        return isinstance(name, str) and (name in self._built_in or name in self._added)
+
+    def is_added(self, name: str) -> bool:
+        """Whether another package has brought it."""
+        return name in self._added
+
+    @contextmanager
+    def answering(self, name: str) -> Iterator[None]:
+        """While something of this name works: whatever it raises that is of no use to a user, it is named for.
+
+        Raises CompressknowError where another package's entry fails; what fails here is a fault of ours.
+        """
+        try:
+            yield
+        except (CompressknowError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if not self.is_added(name):
+                raise
+            what = f"The {self.kind} {name!r} that {self._package(name)} adds failed."
+            raise CompressknowError(what, why=f"{type(error).__name__}: {error}", hint=self._hint(name)) from error
 
     def __getitem__(self, name: str) -> Thing:
         """What has this name.
@@ -82,18 +103,19 @@ class Registry(Generic[Thing]):
         made = found() if not isinstance(found, self._of) and callable(found) else found
         if not isinstance(made, self._of):
             raise self.unfit(name, f"It is of the type {type(made).__name__}, not {self._of.__name__}.")
+        if getattr(made, "name", name) != name:
+            raise self.unfit(name, f"It calls itself {getattr(made, 'name', '')!r}.")
         return made
 
-    def is_added(self, name: str) -> bool:
-        """Whether another package has brought it."""
-        return name in self._added
+    def _package(self, name: str) -> str:
+        added = self._added.get(name)
+        return added.dist.name if added and added.dist else "an installed package"
+
+    def _hint(self, name: str) -> str:
+        return f"Update or uninstall {self._package(name)}."
 
     def unfit(self, name: str, why: str) -> CompressknowError:
         """The error to raise where what has this name cannot be used; it names the package that adds it."""
-        added = self._added.get(name)
-        package = added.dist.name if added and added.dist else "an installed package"
         return CompressknowError(
-            f"The {self.kind} {name!r} that {package} adds cannot be used.",
-            why=why,
-            hint=f"Update or uninstall {package}.",
+            f"The {self.kind} {name!r} that {self._package(name)} adds cannot be used.", why=why, hint=self._hint(name)
         )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -15,11 +15,17 @@ from compressknow.cli.options import REVISION, TRUST, OneOf, Share
 from compressknow.cli.progress import bytes_bar
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import show, show_json
-from compressknow.compress.recipe import PRUNE_METHODS, RECIPE_OPTIONS, SCHEMES
+from compressknow.compress.parameters import Parameter, Parametric
+from compressknow.compress.pruning import METHODS
+from compressknow.compress.recipe import RECIPE_OPTIONS, SHARED
+from compressknow.compress.schemes import SCHEMES, known, word_of
+from compressknow.errors import CompressknowError, UsageError
 from compressknow.model.scopes import DEFAULT_SCOPES
+from compressknow.registry import Registry
 from compressknow.report.format import count, percent, size
 from compressknow.report.model_card.render import growth, where_it_runs
 
+Made = TypeVar("Made", bound=Parametric)
 EPILOG = """\b
 Scopes (--scope):
   blocks            every Linear layer in the transformer blocks (default)
@@ -31,19 +37,69 @@ Scopes (--scope):
   self-attention, cross-attention, encoder-attention, decoder-attention,
   encoder, decoder  where the model has them
 
-\b
-Methods (--prune-method):
-  l1-unstructured      the smallest weights of all (default)
-  ln-structured        whole channels of the smallest norm (--norm, --dim)
-  random-unstructured  any weights (--seed)
-  random-structured    any channels (--seed, --dim)
-
-\b
-Schemes (--quantize):
-  int8          8-bit weights and activations, to deploy
-  int8-weights  8-bit weights; activations stay float
-  int8-paper    as in the paper: per tensor, 7-bit activations
 """
+DEFAULT_METHOD = next(iter(METHODS))
+
+
+def _usable(registry: Registry[Made]) -> dict[str, Made | None]:
+    """What a registry holds, by name; None for what cannot be used, which says why when it is asked for."""
+    found: dict[str, Made | None] = {}
+    for name in registry:
+        try:
+            found[name] = registry[name]
+        except CompressknowError:
+            found[name] = None
+    return found
+
+
+_METHODS, _SCHEMES = _usable(METHODS), _usable(SCHEMES)
+# By name; several methods may have one of the same name.
+_PARAMETERS: dict[str, list[Parameter]] = {}
+for _made in (*_METHODS.values(), *_SCHEMES.values()):
+    for _each in _made.parameters() if _made else ():
+        _PARAMETERS.setdefault(_each.name, []).append(_each)
+
+
+def _lines(heading: str, things: Mapping[str, Parametric | None]) -> str:
+    """A part of the help page: a line per name, with the options that it has."""
+    width = max(map(len, things))
+    lines = ["\b", heading]
+    for name, made in things.items():
+        options = ", ".join(p.option for p in made.parameters() if p.name != "per_layer") if made else ""
+        said = (made.help if made else "cannot be used") + (f" ({options})" if options else "")
+        lines.append(f"  {name:<{width}}  {said}" + (" (default)" if name == DEFAULT_METHOD else ""))
+    return "\n".join([*lines, "", ""])
+
+
+EPILOG += _lines("Methods (--prune-method):", _METHODS) + _lines("Schemes (--quantize):", _SCHEMES)
+
+
+def _parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """An option for each parameter that a method or a scheme declares."""
+    for each, *_ in reversed(_PARAMETERS.values()):
+        shown = not isinstance(each.default, bool) and each.default is not None
+        command = option(
+            f"{each.option}/--no-{each.option[2:]}" if each.default is True else each.option,
+            group=HOW,
+            default=each.default,
+            type=each.kind,
+            is_flag=each.kind is bool,
+            show_default=shown,
+            help=each.help,
+            callback=_checked,
+        )(command)
+    return command
+
+
+def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
+    """What fits no method or scheme that has such a parameter is refused as wrong usage."""
+    wrong = None
+    for each in _PARAMETERS[str(option.name)]:
+        try:
+            return each.check(value)
+        except UsageError as error:
+            wrong = wrong or error
+    raise click.BadParameter(str(wrong), ctx, option)
 
 
 @command(short_help="Prune and quantize a checkpoint into a new folder.", epilog=EPILOG)
@@ -66,22 +122,14 @@ Schemes (--quantize):
 @option(
     "--prune-method",
     group=HOW,
-    type=OneOf(PRUNE_METHODS),
-    default=PRUNE_METHODS[0],
+    type=OneOf(list(METHODS)),
+    default=DEFAULT_METHOD,
     help="Which weights to zero; see below.",
 )
-@option("--per-layer", group=HOW, is_flag=True, help="Prune each tensor by AMOUNT, not all together.")
-@option("--norm", group=HOW, type=float, default=1.0, show_default=True, help="Order of the norm of ln-structured.")
 @option(
-    "--dim",
-    group=HOW,
-    type=click.IntRange(0, 1),
-    default=0,
-    show_default=True,
-    help="Channels to prune: 0 output, 1 input.",
+    "--quantize", group=HOW, metavar="SCHEME", type=OneOf(list(SCHEMES)), help="How to store the weights; see below."
 )
-@option("--seed", group=HOW, type=click.IntRange(0), default=0, show_default=True, help="Seed of the random methods.")
-@option("--quantize", group=HOW, metavar="SCHEME", type=OneOf(SCHEMES), help="How to store the weights; see below.")
+@_parameter_options
 @option(
     "--recipe",
     group=HOW,
@@ -107,8 +155,12 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     compressknow convert MODEL OUT --recipe recipe.toml
     """
     given = {
-        name for name in RECIPE_OPTIONS if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        name
+        for name in dict.fromkeys((*RECIPE_OPTIONS, *_PARAMETERS))
+        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     }
+    further = {name: options.pop(name) for name in _PARAMETERS if name not in SHARED}
+    options["parameters"] = {name: value for name, value in further.items() if name in given}
     if options["recipe"] and given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
         raise click.UsageError(f"--recipe says it all: leave out {named}.")
@@ -121,18 +173,19 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
         show("\n".join(manifest_page(manifest, model, output, dry_run=dry_run)))
 
 
-COLUMNS = f"{'Group':<14}{'Parameters':>15}{'Pruned':>15}{'Zeros':>9}{'Int8':>8}{'Before':>10}{'After':>9}"
+WIDTH = 80
 
 
 def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:
     """Lines that say what was done, or with `dry_run` would be done, by group."""
+    word = word_of(known(row["scheme"] for row in manifest["tensors"] if row["scheme"])).capitalize()
     yield f"{manifest['setup']}: {model} -> {output}"
     yield ""
-    yield COLUMNS
-    yield "-" * len(COLUMNS)
+    yield f"{'Group':<14}{'Parameters':>15}{'Pruned':>15}{'Zeros':>9}{word:>8}{'Before':>10}{'After':>9}"
+    yield "-" * WIDTH
     for name, counts in manifest["groups"].items():
         yield _row(name, counts)
-    yield "-" * len(COLUMNS)
+    yield "-" * WIDTH
     yield _row("total", manifest["totals"])
     for tie in manifest["untied"]:
         shared = f"{tie['name']} no longer shares its weight with {tie['tied_to']}"
@@ -145,7 +198,7 @@ def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_
 
 
 def fill(text: str) -> str:
-    return textwrap.fill(text, len(COLUMNS), break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _row(name: str, counts: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json_text
+from compressknow.compress.schemes import SCHEMES
 from compressknow.errors import GateNotMet
 from compressknow.report.format import count, estimate, plain, size
 
@@ -58,7 +59,8 @@ SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weight
     "schemes",
     group=HOW,
     multiple=True,
-    type=OneOf(["int8", "int8-weights", "int8-paper"]),
+    metavar="SCHEME",
+    type=OneOf(list(SCHEMES)),
     help="Scheme to try, repeatable.  [default: int8, int8-weights]",
 )
 @option(

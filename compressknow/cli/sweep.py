@@ -15,6 +15,7 @@ from compressknow.cli.progress import facts_bar
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json_text
+from compressknow.compress.schemes import SCHEMES
 from compressknow.report.format import count, estimate, percent, plain
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ one by one:
     "--quantize",
     "scheme",
     group=HOW,
-    type=OneOf(["int8", "int8-paper", "int8-weights"]),
+    metavar="SCHEME",
+    type=OneOf(list(SCHEMES)),
     help="Scheme of the paper's grid.  [default: int8-paper]",
 )
 @option("--no-facts", is_flag=True, expose_value=False, help="As for report; a study shows no facts anyway.")

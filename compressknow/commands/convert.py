@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressknow.compress.recipe import PruneMethod, Recipe, Scheme
+    from compressknow.compress.recipe import Recipe
     from compressknow.model.structure import ModuleMap
 
 
@@ -20,13 +20,14 @@ def convert(
     exclude: Sequence[str] = (),
     layers: str | None = None,
     prune: float | None = None,
-    prune_method: PruneMethod = "l1-unstructured",
+    prune_method: str = "l1-unstructured",
     per_layer: bool = False,
     norm: float = 1,
     dim: int = 0,
     seed: int = 0,
-    quantize: Scheme | None = None,
+    quantize: str | None = None,
     module_map: ModuleMap = "structural",
+    parameters: Mapping[str, Any] | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -48,6 +49,7 @@ def convert(
     prune_method : ``l1-unstructured``, ``ln-structured``, ``random-unstructured`` or ``random-structured``.
     per_layer, norm, dim, seed : see `compressknow.compress.recipe.Prune`.
     quantize : ``int8``, ``int8-paper`` or ``int8-weights``.
+    parameters : by name, of the method and of the scheme, where they have further ones (those of other packages may).
     recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
         or a converted folder.
     overwrite : replace `output` where convert wrote it, once the new one is whole.
@@ -80,6 +82,7 @@ def convert(
             seed=seed,
             quantize=quantize,
             module_map=module_map,
+            parameters=parameters,
         )
     else:
         _refuse_beside_recipe(given)
@@ -119,7 +122,7 @@ def _refuse_beside_recipe(given: dict[str, Any]) -> None:
     from compressknow.errors import UsageError
 
     defaults = signature(convert).parameters
-    if beside := [name for name in RECIPE_OPTIONS if given[name] != defaults[name].default]:
+    if beside := [name for name in RECIPE_OPTIONS if (given[name] or None) != (defaults[name].default or None)]:
         raise UsageError(f"A recipe says it all: leave out {', '.join(beside)}.")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.compress.recipe import Quantize, Recipe
+from compressknow.compress.schemes import DEFAULT as USUAL
 from compressknow.compress.staging import discard
 from compressknow.libraries import require
 from compressknow.model.manifest import MANIFEST_NAME
@@ -25,7 +26,6 @@ from compressknow.study.space import TOGETHER, Space, cell_of, optimize, referen
 from compressknow.study.split import Asked, parts_of
 
 if TYPE_CHECKING:
-    from compressknow.compress.recipe import Scheme
     from compressknow.model.structure import ModuleMap
 
 SEARCHED, HELD_OUT, WINNER = "searched", "held-out", "winner"
@@ -42,7 +42,7 @@ def search(
     keep: float,
     minimize: str = "bytes",
     trials: int = TRIALS,
-    schemes: Sequence[Scheme] = ("int8", "int8-weights"),
+    schemes: Sequence[str] = ("int8", "int8-weights"),
     module_map: ModuleMap = "structural",
     probes: Sequence[str] | None = None,
     options: Options | None = None,
@@ -117,7 +117,7 @@ def search(
 def _explore(
     seen: Asked,
     aim: Aim,
-    schemes: Sequence[Scheme],
+    schemes: Sequence[str],
     module_map: ModuleMap,
     trials: int,
     together: int,
@@ -171,7 +171,7 @@ def _tried(seen: Asked, cell: Cell, answers: Answers, kind: str) -> Tried:
 
 def _name(recipe: Recipe) -> str:
     """The setup, and the scheme where it is not the usual one: the paper has one scheme and does not name it."""
-    schemes = {step.scheme for step in recipe.steps if isinstance(step, Quantize)} - {"int8"}
+    schemes = {step.scheme for step in recipe.steps if isinstance(step, Quantize)} - {USUAL}
     return f"{recipe.setup} ({', '.join(sorted(schemes))})" if schemes else recipe.setup
 
 

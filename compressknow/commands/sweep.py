@@ -20,7 +20,6 @@ from compressknow.study.grid import PAPER_SCHEME, Cell, paper_grid, read_grid
 from compressknow.study.running import Batch, RayOptions, runner
 
 if TYPE_CHECKING:
-    from compressknow.compress.recipe import Scheme
     from compressknow.model.structure import ModuleMap
 
 PAPER = "paper"
@@ -37,7 +36,7 @@ def sweep(
     options: Options | None = None,
     settings: Settings | None = None,
     module_map: ModuleMap | None = None,
-    scheme: Scheme | None = None,
+    scheme: str | None = None,
     save: bool = False,
     ray: RayOptions | None = None,
     revision: str | None = None,
@@ -100,7 +99,7 @@ def sweep(
     return study
 
 
-def _cells(subject: Subject, grid: str | Path, module_map: ModuleMap | None, scheme: Scheme | None) -> tuple[Cell, ...]:
+def _cells(subject: Subject, grid: str | Path, module_map: ModuleMap | None, scheme: str | None) -> tuple[Cell, ...]:
     if str(grid) != PAPER:
         if module_map or scheme:
             raise UsageError(

@@ -17,10 +17,10 @@ from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
 from compressknow.compress.proof import planned_headers, prove, prove_written
-from compressknow.compress.prune import Mask, choose
-from compressknow.compress.quantize import quantization_config
+from compressknow.compress.pruning import Mask, choose
 from compressknow.compress.recipe import Prune, Recipe
 from compressknow.compress.staging import Staging, clean, refuse_output
+from compressknow.compress.targets import quantization_config
 from compressknow.errors import CheckpointError
 from compressknow.libraries import require
 from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, refuse_leading_out

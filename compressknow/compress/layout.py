@@ -43,9 +43,7 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
     names = _file_names(shards)
     by_file: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {name: [] for name in names.values()}
     for tensor in tensors:
-        entries = by_file[_file_of(tensor.source, names)]
-        entries.append((tensor.name, tensor.dtype, tensor.source.shape))
-        entries += [(name, tensor.source.dtype, tensor.scale_shape) for name in tensor.scale_names]
+        by_file[_file_of(tensor.source, names)] += [(name, part.dtype, part.shape) for name, part in tensor.written]
     headers: dict[str, bytes] = {}
     sizes: dict[str, int] = {}
     places: dict[str, Place] = {}

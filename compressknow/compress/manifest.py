@@ -12,6 +12,7 @@ from typing import Any
 from compressknow.compress.plan import NOT_LINEAR, Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.runtimes import runtimes
+from compressknow.compress.schemes import SCALE, Stored
 from compressknow.model.manifest import COUNTS, MANIFEST_NAME, SCHEMA
 from compressknow.model.structure import GROUPS
 
@@ -135,7 +136,7 @@ def _planned_row(tensor: PlannedTensor) -> dict[str, Any]:
         "dtype_after": tensor.dtype,
         "numel": tensor.source.numel,
         "in_scope": tensor.in_scope,
-        "scheme": tensor.scheme,
+        "scheme": tensor.scheme.name if tensor.scheme else None,
         "bytes_before": tensor.bytes_before,
         "bytes_after": tensor.bytes_after,
     }
@@ -151,16 +152,22 @@ def _row(tensor: PlannedTensor, measured: Measured) -> dict[str, Any]:
         "relative_error": _nine_digits(measured.relative_error),
         "sha256": measured.sha256,
     }
-    if tensor.scheme:
+    if [part.suffix for part in tensor.stored] == ["", SCALE]:
+        scale = tensor.stored[1]
+        name, *also = tensor.names(scale)
         row["scale"] = {
-            "name": tensor.scale_name,
-            "shape": list(tensor.scale_shape),
-            "dtype": tensor.source.dtype,
-            "sha256": measured.scale_sha256,
+            **_part(name, scale, measured.beside[SCALE]),
             # Of modules that share the weight, each is given the same scale.
-            **({"also": list(tensor.scale_names[1:])} if tensor.sharing else {}),
+            **({"also": also} if also else {}),
         }
+    elif tensor.scheme:
+        hashes = {tensor.stored[0].suffix: measured.sha256, **measured.beside}
+        row["stored"] = [_part(name, part, hashes[part.suffix]) for name, part in tensor.written]
     return row
+
+
+def _part(name: str, part: Stored, sha256: str) -> dict[str, Any]:
+    return {"name": name, "shape": list(part.shape), "dtype": part.dtype, "sha256": sha256}
 
 
 __all__ = ["MANIFEST_NAME", "build_manifest", "dry_run", "serialize", "versions"]

@@ -9,11 +9,12 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from compressknow.compress.prune import Weights, pruned_count
-from compressknow.compress.quantize import scale_shape
-from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme
+from compressknow.compress.pruning import Weights, pruned_count
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Step
+from compressknow.compress.schemes import SCHEMES, Scheme, Stored
 from compressknow.compress.sources import Sources
 from compressknow.errors import UnsupportedError, UsageError
 from compressknow.model.checkpoint import Checkpoint, some_of
@@ -55,25 +56,30 @@ class PlannedTensor:
     def to_prune(self) -> Weights:
         return Weights(self.source, self.transposed)
 
+    @cached_property
+    def stored(self) -> tuple[Stored, ...]:
+        """What the output holds for it, by suffix of its name: its values first; scales and what else its scheme needs
+        behind them."""
+        if self.scheme is None:
+            return (Stored("", self.source.dtype, self.source.shape),)
+        with SCHEMES.answering(self.scheme.name):
+            return self.scheme.stored(self.source.shape, self.source.dtype)
+
     @property
     def dtype(self) -> str:
-        return "I8" if self.scheme else self.source.dtype
+        """Of what holds its values."""
+        return self.stored[0].dtype
+
+    def names(self, part: Stored) -> tuple[str, ...]:
+        """The names under which a part is written: its own, and those of modules that share the weight. A loader ties
+        their values; scales and the like it wants of each."""
+        own = self.name + part.suffix
+        return own, *(f"{module}.weight{part.suffix}" for module in self.sharing if part is not self.stored[0])
 
     @property
-    def scale_name(self) -> str:
-        return self.name + "_scale"
-
-    @property
-    def scale_names(self) -> tuple[str, ...]:
-        """The names under which the scales are written, the first of them `scale_name`; none without a scheme."""
-        if self.scheme is None:
-            return ()
-        return self.scale_name, *(f"{module}.weight_scale" for module in self.sharing)
-
-    @property
-    def scale_shape(self) -> tuple[int, ...]:
-        assert self.scheme is not None
-        return scale_shape(self.scheme, self.source.shape[0])
+    def written(self) -> Iterator[tuple[str, Stored]]:
+        """Every tensor of the output by its name."""
+        return ((name, part) for part in self.stored for name in self.names(part))
 
     @property
     def in_scope(self) -> bool:
@@ -85,8 +91,7 @@ class PlannedTensor:
 
     @property
     def bytes_after(self) -> int:
-        scale_bytes = math.prod(self.scale_shape) * self.source.itemsize if self.scheme else 0
-        return self.source.numel * DTYPE_SIZES[self.dtype] + scale_bytes * len(self.scale_names)
+        return sum(math.prod(part.shape) * DTYPE_SIZES[part.dtype] for _, part in self.written)
 
 
 @dataclass(frozen=True)
@@ -134,13 +139,14 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     ------
     UsageError : a scope, pattern or layer range matches nothing, or two steps prune or quantize the same weight.
     CheckpointError : a weight in scope is missing, or its shape disagrees with the config.
-    UnsupportedError : the input is quantized already, or a weight has no int8 form that loads and runs right.
+    UnsupportedError : the input is quantized already, or a weight has no quantized form that loads and runs
+        right.
     """
     sources = Sources(checkpoint, model, structure)
     actions = _actions(structure, recipe)
     _separate(actions, sources)
     for action in actions.values():
-        sources.check(action.weight, quantized=action.scheme is not None)
+        sources.check(action.weight, action.scheme)
     # What is stored in one tensor is changed as one.
     changed = list({t.name: t for action in actions.values() for t in _changed(action, sources)}.values())
     shared = {action.weight.parameter: sources.tied_embedding(action.weight) for action in actions.values()}
@@ -168,6 +174,7 @@ def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
     for index, step in enumerate(recipe.steps):
         kind: Action = "prune" if isinstance(step, Prune) else "quantize"
         where = step.where
+        _refuse_needs(step)
         for weight in select(structure, where.scope, kind, where.include, where.exclude, where.layers):
             before = actions.get(weight.parameter, _Action(weight))
             if (before.scheme if isinstance(step, Quantize) else before.prune) is not None:
@@ -176,9 +183,17 @@ def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
                     hint="Let the scopes of a recipe's steps not overlap: --exclude, or layers, narrow them.",
                 )
             actions[weight.parameter] = (
-                _Action(weight, before.prune, step.scheme) if isinstance(step, Quantize) else _Action(weight, index)
+                _Action(weight, before.prune, step.chosen) if isinstance(step, Quantize) else _Action(weight, index)
             )
     return actions
+
+
+def _refuse_needs(step: Step) -> None:
+    if isinstance(step, Prune) and step.chosen.needs == "activations":
+        raise UnsupportedError(
+            f"{step.method} looks at activations, which nothing gathers here yet.",
+            hint="Choose a method that looks at weights alone.",
+        )
 
 
 def _separate(actions: Mapping[str, _Action], sources: Sources) -> None:

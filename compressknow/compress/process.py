@@ -6,13 +6,14 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from compressknow.compress.blocks import (
@@ -28,9 +29,10 @@ from compressknow.compress.blocks import (
 from compressknow.compress.layout import Layout
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
-from compressknow.compress.prune import BlockMask, BoolArray, Mask
-from compressknow.compress.quantize import dequantize, per_channel, quantize, scales_of
-from compressknow.compress.recipe import Scheme
+from compressknow.compress.pruning import Mask, Pruned
+from compressknow.compress.schemes import SCALE, SCHEMES, Scheme, Stored
+from compressknow.compress.schemes.rounding import nearest
+from compressknow.errors import CompressknowError
 from compressknow.files import new_file, write_at
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 from compressknow.reading import open_regular
@@ -46,8 +48,8 @@ class Measured:
     """What was found and done in one tensor.
 
     `norm` is ||original|| (Frobenius; 0 of a tensor that holds no floats), `relative_error` ||written - original|| /
-    ||original||, the written weights dequantized; `sha256` is that of the written bytes, `scale_sha256` that of its
-    scales where it has any.
+    ||original||, the written weights dequantized; `sha256` is that of the written values, `beside` those of its scales
+    and what else its scheme stores, by suffix.
     """
 
     zeros_before: int
@@ -56,7 +58,7 @@ class Measured:
     norm: float
     relative_error: float
     sha256: str
-    scale_sha256: str | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 class OutputFiles:
@@ -152,35 +154,38 @@ class Work(Reader):
         return self._copy(planned)
 
     def _compress(self, planned: PlannedTensor, mask: Mask | None) -> Measured:
-        source, tally = planned.source, _Tally()
-        whole_scale = self._tensor_scale(planned, mask)
-        block_mask = mask.start() if mask else None
-        writer, scales = self.output.writer(planned.name), []
-        for block in self.blocks(source):
-            absmax = tally.prune(block, block_mask, source)
-            if planned.scheme is None:
+        tally, writer = _Tally(planned.source, mask), self._writer(planned, planned.stored[0])
+        if planned.scheme is None:
+            for block in self.blocks(planned.source):
+                tally.prune(block)
                 writer.write(tally.keep(block.values))
-            else:
-                scale = scales_of(absmax, planned.scheme) if whole_scale is None else whole_scale
-                scales.append(scale)
-                writer.write(tally.quantize(block.values, scale, planned.scheme))
-        scale_sha256 = None
-        if planned.scheme is not None:
-            scale = torch.cat(scales) if whole_scale is None else whole_scale
-            for name in planned.scale_names:
-                scale_writer = self.output.writer(name)
-                scale_writer.write(scale)
-                scale_sha256 = scale_writer.sha256
-        return tally.measured(writer.sha256, scale_sha256)
-
-    def _tensor_scale(self, planned: PlannedTensor, mask: Mask | None) -> torch.Tensor | None:
-        """The one scale [1] of a tensor whose scheme has one, which takes a pass of its own."""
-        if planned.scheme is None or per_channel(planned.scheme):
-            return None
-        block_mask, largest = mask.start() if mask else None, torch.zeros(1, dtype=torch_dtype(planned.source.dtype))
+            return tally.measured(writer.sha256, {})
+        coder = _Coder(planned, self._tensor_scale(planned, planned.scheme, mask))
         for block in self.blocks(planned.source):
-            largest = torch.maximum(largest, _Tally().prune(block, block_mask, planned.source).max())
-        return scales_of(largest, planned.scheme)
+            absmax = tally.prune(block, coder.span)
+            writer.write(coder.code(block.values, absmax, tally))
+        return tally.measured(writer.sha256, dict(self._write_beside(planned, coder.beside())))
+
+    def _tensor_scale(self, planned: PlannedTensor, scheme: Scheme, mask: Mask | None) -> torch.Tensor | None:
+        """The one scale [1] of a tensor whose scheme has one, which takes a pass of its own."""
+        if scheme.scale_per != "tensor":
+            return None
+        tally, largest = _Tally(planned.source, mask), torch.zeros(1, dtype=torch_dtype(planned.source.dtype))
+        for block in self.blocks(planned.source):
+            largest = torch.maximum(largest, tally.prune(block).max())
+        with SCHEMES.answering(scheme.name):
+            return scheme.scales(largest)
+
+    def _write_beside(self, planned: PlannedTensor, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+        """Write scales and the like; gives their hashes by suffix."""
+        for part in planned.stored[1:]:
+            for name in planned.names(part):
+                writer = self.output.writer(name)
+                writer.write(tensors[part.suffix])
+                yield part.suffix, writer.sha256
+
+    def _writer(self, planned: PlannedTensor, part: Stored) -> TensorWriter:
+        return self.output.writer(planned.names(part)[0])
 
     def _copy(self, planned: PlannedTensor) -> Measured:
         source, writer, zeros, energy = planned.source, self.output.writer(planned.name), 0, 0.0
@@ -199,51 +204,112 @@ class Work(Reader):
         return Measured(zeros, zeros, 0, norm, 0.0, writer.sha256)
 
 
+class _Coder:
+    """Turns the blocks of a tensor into what its scheme stores, and keeps their scales."""
+
+    def __init__(self, planned: PlannedTensor, whole_scale: torch.Tensor | None) -> None:
+        assert planned.scheme is not None
+        self._scheme, self._planned, self._whole = planned.scheme, planned, whole_scale
+        self._scales: list[torch.Tensor] = []
+
+    @property
+    def span(self) -> int | None:
+        """How many columns share a scale; None for all."""
+        return self._scheme.scale_per if isinstance(self._scheme.scale_per, int) else None
+
+    def code(self, values: torch.Tensor, absmax: torch.Tensor, tally: _Tally) -> torch.Tensor:
+        """The rows to be stored."""
+        with SCHEMES.answering(self._scheme.name):
+            scales = self._scheme.scales(absmax) if self._whole is None else self._whole
+            integers = nearest(values, scales, self._scheme)
+            tally.quantize(values, integers, scales, self._scheme)
+            rows = self._scheme.pack(integers)
+        self._scales.append(scales)
+        return self._fit(rows, self._planned.stored[0], len(values))
+
+    def beside(self) -> dict[str, torch.Tensor]:
+        """What is stored beside the rows, by suffix; called once, after the last block."""
+        with SCHEMES.answering(self._scheme.name):
+            made = dict(self._scheme.constants(self._planned.source.shape))
+        made[SCALE] = torch.cat(self._scales) if self._whole is None else self._whole
+        return {part.suffix: self._fit(made[part.suffix], part, part.shape[0]) for part in self._planned.stored[1:]}
+
+    def _fit(self, made: torch.Tensor, part: Stored, rows: int) -> torch.Tensor:
+        """What was made, if it is of the shape and dtype that was said: else it would not fit its place in the file."""
+        said = (torch_dtype(part.dtype), (rows, *part.shape[1:]))
+        if (made.dtype, tuple(made.shape)) != said:
+            raise CompressknowError(
+                f"The scheme {self._scheme.name!r} does not store what it says of {self._planned.name}.",
+                why=f"It makes {list(made.shape)} of {made.dtype} where it says {list(said[1])} of {said[0]}.",
+            )
+        return made
+
+
 class _Tally:
     """Counts and energies (sums of squares) of a tensor, added up over its blocks in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: StoredTensor, mask: Mask | None) -> None:
+        self._source, self._mask = source, mask.start() if mask else None
         self.zeros_before = self.zeros = self.pruned = 0
         self.energy = self.error_energy = 0.0
 
-    def prune(self, block: Block, mask: BlockMask | None, source: StoredTensor) -> torch.Tensor:
-        """Zero a block's pruned weights in place; its rows' largest magnitudes [rows, 1] after that."""
+    def prune(self, block: Block, span: int | None = None) -> torch.Tensor:
+        """Zero a block's pruned weights in place; the largest magnitudes [rows, groups] after that, of each `span`
+        columns of a row, by default all."""
         values = block.values
         keys = magnitude_keys(values)
-        largest = keys.max(axis=1, initial=0)
-        check_finite(int(largest.max(initial=0)), values.dtype, source)
+        largest = _largest(keys, span)
+        check_finite(int(largest.max(initial=0)), values.dtype, self._source)
         self.zeros_before += keys.size - int(np.count_nonzero(keys))
         self.energy += _energy(values)
-        if mask is not None:
-            pruned = mask(block)
+        if self._mask is not None:
+            found = self._mask(block)
+            pruned = found.mask if isinstance(found, Pruned) else found
             self.pruned += int(np.count_nonzero(pruned))
-            # Summed by itself: what the energy falls by is lost in its rounding where little is pruned.
-            self.error_energy += _energy(_take(values, pruned))
-            largest = magnitude_keys(values).max(axis=1, initial=0)
-        return torch.from_numpy(largest).view(values.dtype)[:, None]
+            if isinstance(found, Pruned):
+                self.error_energy += _replace(values, found)
+            else:
+                # Summed by itself: what the energy falls by is lost in its rounding where little is pruned.
+                self.error_energy += _energy(_take(values, pruned))
+            largest = _largest(magnitude_keys(values), span)
+        return torch.from_numpy(largest).view(values.dtype)
 
     def keep(self, values: torch.Tensor) -> torch.Tensor:
         self.zeros += values.numel() - int(np.count_nonzero(magnitude_keys(values)))
         return values
 
-    def quantize(self, values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-        quantized = quantize(values, scales, scheme)
-        self.zeros += quantized.numel() - int(np.count_nonzero(quantized.numpy()))
-        error = _energy(dequantize(quantized, scales).sub_(values.to(torch.float32)))
+    def quantize(self, values: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> None:
+        """Count what was rounded, and how far it is from what it was."""
+        self.zeros += integers.numel() - int(np.count_nonzero(integers.numpy()))
+        error = _energy(scheme.dequantize(integers, scales).sub_(values.to(torch.float32)))
         if math.isinf(error):
-            # Of a weight near the largest float, the nearest int8 step may lie beyond it.
-            exact = quantized.to(torch.float64) * scales.to(torch.float64) - values.to(torch.float64)
+            # Of a weight near the largest float, the nearest step may lie beyond it.
+            spread = scheme.spread(scales, integers.shape[-1])
+            exact = integers.to(torch.float64) * spread.to(torch.float64) - values.to(torch.float64)
             error = float(exact.square_().sum())
         self.error_energy += error
-        return quantized
 
-    def measured(self, sha256: str, scale_sha256: str | None) -> Measured:
+    def measured(self, sha256: str, beside: Mapping[str, str]) -> Measured:
         error = math.sqrt(self.error_energy / self.energy) if self.energy else 0.0
         norm = math.sqrt(self.energy)
-        return Measured(self.zeros_before, self.zeros, self.pruned, norm, error, sha256, scale_sha256)
+        return Measured(self.zeros_before, self.zeros, self.pruned, norm, error, sha256, beside)
 
 
-def _take(values: torch.Tensor, pruned: BoolArray) -> torch.Tensor:
+def _largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.NDArray[np.signedinteger]:
+    """The largest keys [rows, groups] of each `span` columns, by default of all."""
+    groups = keys[:, None] if span is None else keys.reshape(len(keys), -1, span)
+    found: npt.NDArray[np.signedinteger] = groups.max(axis=2, initial=0)
+    return found
+
+
+def _replace(values: torch.Tensor, found: Pruned) -> float:
+    """Give a block its new values, the pruned ones zero; the energy of the change."""
+    before = values.clone()
+    values.copy_(found.values).masked_fill_(torch.from_numpy(found.mask), 0)
+    return _energy(values.to(torch.float32) - before.to(torch.float32))
+
+
+def _take(values: torch.Tensor, pruned: npt.NDArray[np.bool_]) -> torch.Tensor:
     """Zero the pruned weights of a block; a copy that holds only them."""
     # As a product with the inverted mask, on bits: a masked copy of so irregular a mask takes ten times as long.
     bits = bits_of(values)

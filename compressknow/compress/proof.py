@@ -54,12 +54,7 @@ def prove_written(source: Checkpoint, tree: PreTrainedModel, folder: Path) -> No
 
 def planned_headers(tensors: Iterable[PlannedTensor]) -> dict[str, Header]:
     """Dtype and shape of all that a plan writes, scales included, by name."""
-    headers: dict[str, Header] = {}
-    for tensor in tensors:
-        headers[tensor.name] = tensor.dtype, tensor.source.shape
-        if tensor.scale_names:
-            headers |= dict.fromkeys(tensor.scale_names, (tensor.source.dtype, tensor.scale_shape))
-    return headers
+    return {name: (part.dtype, part.shape) for tensor in tensors for name, part in tensor.written}
 
 
 def _fault(found: LoadReport, source: Checkpoint, tree: PreTrainedModel) -> str | None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from compressknow.compress.parameters import Parameter
+from compressknow.compress.pruning import METHODS, PruningMethod
+from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.errors import UsageError, did_you_mean
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.model.scopes import DEFAULT_SCOPES, check_patterns, check_scope_names, layer_ranges
@@ -41,14 +46,12 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-PruneMethod = Literal["l1-unstructured", "ln-structured", "random-unstructured", "random-structured"]
-Scheme = Literal["int8", "int8-paper", "int8-weights"]
-PRUNE_METHODS: tuple[PruneMethod, ...] = get_args(PruneMethod)
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+# Parameters that every prune step says, whatever its method has of them.
+SHARED = ("per_layer", "norm", "dim", "seed")
 # Options of `convert`, in Python and on the command line, that a recipe says instead.
 RECIPE_OPTIONS = (
-    *("scope", "include", "exclude", "layers", "prune", "prune_method", "per_layer", "norm", "dim", "seed"),
-    *("quantize", "module_map"),
+    *("scope", "include", "exclude", "layers", "prune", "prune_method", *SHARED),
+    *("quantize", "module_map", "parameters"),
 )
 
 # The paper's words for a scope (sections 2.2-2.5, figure 8), and ours for the one that it does not have.
@@ -96,21 +99,23 @@ class Where:
 
 @dataclass(frozen=True)
 class Prune:
-    """Zero `amount` (0-1, both excluded) of the weights.
+    """Zero `amount` (0-1, both excluded) of the weights, which `method` chooses: see `compressknow.compress.pruning`.
 
     `l1-unstructured` and `random-unstructured` choose single weights, over all of the scope together or, with
     `per_layer`, in each tensor by itself. The structured methods take whole output channels (`dim` 0) or input channels
     (`dim` 1) of each layer, and of each expert in a fused stack, however its matrix is stored; `ln-structured` those of
-    the smallest L`norm`. `seed` is for the random methods. Semantics are those of torch.nn.utils.prune.
+    the smallest L`norm`. `seed` is for the random methods. `parameters` are those of other methods, by name. Semantics
+    are those of torch.nn.utils.prune.
     """
 
     amount: float
-    method: PruneMethod = "l1-unstructured"
+    method: str = "l1-unstructured"
     where: Where = Where()
     per_layer: bool = False
     norm: float = 1
     dim: int = 0
     seed: int = 0
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not _is_number(self.amount) or not 0 < self.amount < 1:
@@ -118,44 +123,73 @@ class Prune:
                 f"The pruning amount must lie between 0 and 1, both excluded: {self.amount!r}.",
                 hint=f"{_as_a_share(self.amount)}0.2 prunes 20 % of the weights; leave pruning out to prune none.",
             )
-        if self.method not in PRUNE_METHODS:
-            near = did_you_mean(str(self.method), PRUNE_METHODS)
-            hint = f"{near}There is {', '.join(PRUNE_METHODS)}."
-            raise UsageError(f"Unknown pruning method {self.method!r}.", hint=hint)
-        if not _is_number(self.norm) or not self.norm > 0:
-            raise UsageError(f"The norm must be a number above 0 (inf for the largest magnitude): {self.norm!r}.")
-        if not _is_whole(self.dim) or self.dim not in (0, 1):
-            raise UsageError(f"The dimension must be 0 (output channels) or 1 (input channels): {self.dim!r}.")
-        if not _is_whole(self.seed) or self.seed < 0:
-            raise UsageError(f"The seed must be a whole number of at least 0: {self.seed!r}.")
+        if self.method not in METHODS:
+            near = did_you_mean(str(self.method), METHODS)
+            raise UsageError(f"Unknown pruning method {self.method!r}.", hint=f"{near}There is {', '.join(METHODS)}.")
+        given = dict(self.parameters)
+        for each in _shared_parameters():
+            object.__setattr__(self, each.name, each.check(given.pop(each.name, getattr(self, each.name))))
+        object.__setattr__(self, "parameters", given)
+        object.__setattr__(self, "parameters", _own(self.chosen))
+
+    @cached_property
+    def chosen(self) -> PruningMethod:
+        """The method, with its parameters."""
+        method = METHODS[self.method]
+        has = {each.name for each in method.parameters()}
+        return method.with_values({name: getattr(self, name) for name in SHARED if name in has} | dict(self.parameters))
 
     @property
     def structured(self) -> bool:
-        return self.method.endswith("-structured")
+        """Whether whole channels fall."""
+        return self.chosen.structured
 
     @property
     def is_global(self) -> bool:
         """Whether one choice is made over all tensors of the scope together."""
-        return not self.structured and not self.per_layer
+        return self.chosen.over_scope
 
     @property
     def label(self) -> str:
         """`L1-structured`, `L1-unstructured` as the paper writes them."""
-        name = self.method.replace("ln-", f"L{self.norm:g}-").replace("l1-", "L1-")
-        return name + (f" dim {self.dim}" if self.structured and self.dim else "")
+        return self.chosen.label
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Store weights as int8 by one of the schemes of `compressknow.compress.quantize.SCHEME_ARGS`."""
+    """Store weights by one of the schemes of `compressknow.compress.schemes`, with its `parameters` by name."""
 
-    scheme: Scheme = "int8"
+    scheme: str = "int8"
     where: Where = Where()
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             hint = f"{did_you_mean(str(self.scheme), SCHEMES)}There is {', '.join(SCHEMES)}."
             raise UsageError(f"Unknown scheme {self.scheme!r}.", hint=hint)
+        object.__setattr__(self, "parameters", _own(self.chosen))
+
+    @cached_property
+    def chosen(self) -> Scheme:
+        """The scheme, with its parameters."""
+        return SCHEMES[self.scheme].with_values(self.parameters)
+
+    @property
+    def label(self) -> str:
+        """What the paper calls it, and parameters that are not as usual."""
+        return " ".join(["GQ", *(f"{name} {value}" for name, value in self.chosen.changed().items())])
+
+
+def _own(chosen: PruningMethod | Scheme) -> dict[str, Any]:
+    """The parameters that a step says only where its method or scheme has them."""
+    return {name: value for name, value in chosen.values().items() if name not in SHARED}
+
+
+@cache
+def _shared_parameters() -> tuple[Parameter, ...]:
+    built_in = [METHODS[name] for name in METHODS if not METHODS.is_added(name)]
+    known = {each.name: each for method in built_in for each in method.parameters()}
+    return tuple(known[name] for name in SHARED)
 
 
 Step = Prune | Quantize
@@ -203,21 +237,42 @@ def recipe_of(
     where: Where,
     *,
     prune: float | None = None,
-    prune_method: PruneMethod = "l1-unstructured",
-    per_layer: bool = False,
-    norm: float = 1,
-    dim: int = 0,
-    seed: int = 0,
-    quantize: Scheme | None = None,
+    prune_method: str = "l1-unstructured",
+    quantize: str | None = None,
     module_map: ModuleMap = "structural",
+    parameters: Mapping[str, Any] | None = None,
+    **shared: Any,
 ) -> Recipe:
-    """The recipe of single options: prune, quantize or both, in one place. See `Prune` and `Quantize`."""
+    """The recipe of single options: prune, quantize or both, in one place. See `Prune` and `Quantize`.
+
+    Parameters
+    ----------
+    parameters : of the method and of the scheme; each takes those that it has.
+    shared : `per_layer`, `norm`, `dim` and `seed`.
+    """
+    given = dict(parameters or {})
     steps: list[Step] = []
     if prune is not None:
-        steps.append(Prune(prune, prune_method, where, per_layer, norm, dim, seed))
+        steps.append(Prune(prune, prune_method, where, **shared))
     if quantize is not None:
         steps.append(Quantize(quantize, where))
-    return Recipe(tuple(steps), module_map)
+    recipe = Recipe(tuple(replace(step, parameters=_taken(given, step)) for step in steps), module_map)
+    _refuse_strangers(given, steps)
+    return recipe
+
+
+def _taken(given: Mapping[str, Any], step: Step) -> dict[str, Any]:
+    return {each.name: given[each.name] for each in step.chosen.parameters() if each.name in given}
+
+
+def _refuse_strangers(given: Mapping[str, Any], steps: list[Step]) -> None:
+    """Raise UsageError where a parameter is of no step."""
+    known = {each.name for step in steps for each in step.chosen.parameters()}
+    if strangers := sorted(set(given) - known):
+        names = " and ".join(step.chosen.name for step in steps)
+        near = did_you_mean(strangers[0], known)
+        hint = f"{near}There is {', '.join(sorted(known))}." if known else None
+        raise UsageError(f"{strangers[0]!r} is no parameter of {names}.", hint=hint)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -237,35 +292,38 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _step_to_dict(step: Step) -> dict[str, Any]:
-    values = {f.name: getattr(step, f.name) for f in fields(step) if f.name != "where"}
-    action = {"prune": values.pop("amount")} if isinstance(step, Prune) else {"quantize": values.pop("scheme")}
-    if isinstance(step, Prune) and math.isinf(step.norm):
-        values["norm"] = "inf"
+    action = {"prune": step.amount} if isinstance(step, Prune) else {"quantize": step.scheme}
+    values = {"method": step.method, **{n: getattr(step, n) for n in SHARED}} if isinstance(step, Prune) else {}
+    values |= step.parameters
     where = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(step.where).items()}
-    return {**action, **{key: value for key, value in (values | where).items() if value is not None}}
+    return {**action, **{key: _plain(value) for key, value in (values | where).items() if value is not None}}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity."""
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
 def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
-    kind: type[Prune] | type[Quantize]
     values = dict(values)
     if ("prune" in values) == ("quantize" in values):
         raise UsageError(f"{origin}: a step has either prune = AMOUNT or quantize = SCHEME.")
-    if "prune" in values:
-        kind, values["amount"] = Prune, values.pop("prune")
-    else:
-        kind, values["scheme"] = Quantize, values.pop("quantize")
-    if values.get("norm") == "inf":
-        values["norm"] = math.inf
     names = {f.name for f in fields(Where)}
-    where = {key: _strings(values.pop(key), key, origin) for key in sorted(names & set(values))}
-    known = {f.name for f in fields(kind)} - {"where"}
+    where = Where(**{key: _strings(values.pop(key), key, origin) for key in sorted(names & set(values))})
+    if "prune" in values:
+        amount, said = values.pop("prune"), {key: values.pop(key) for key in ("method", *SHARED) if key in values}
+        if not isinstance(said.get("per_layer", False), bool):
+            raise UsageError(f"{origin}: per_layer must be true or false.")
+        empty: Step = Prune(amount, where=where, **said)
+    else:
+        empty = Quantize(values.pop("quantize"), where)
+    known = {each.name for each in empty.chosen.parameters()}
+    known |= {"method", *SHARED} if isinstance(empty, Prune) else set()
     if unknown := sorted(set(values) - known):
         near = did_you_mean(unknown[0], sorted(known | names))
         hint = f"{near}There is {', '.join(sorted(known | names))}."
         raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
-    if not isinstance(values.get("per_layer", False), bool):
-        raise UsageError(f"{origin}: per_layer must be true or false.")
-    return kind(**values, where=Where(**where))
+    return replace(empty, parameters=values)
 
 
 def _strings(value: Any, key: str, origin: str) -> Any:
@@ -283,10 +341,6 @@ def _as_a_share(amount: Any) -> str:
     return f"Did you mean {amount:g}%, which is {amount / 100:g}? " if _is_number(amount) and 1 <= amount < 100 else ""
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -295,8 +349,9 @@ def _setup_parts(steps: tuple[Step, ...]) -> list[str]:
     prunes = [step for step in steps if isinstance(step, Prune)]
     quantizes = [step for step in steps if isinstance(step, Quantize)]
     if len(prunes) == 1 and len(quantizes) == 1 and prunes[0].where == quantizes[0].where and prunes[0].is_global:
-        return [f"{prunes[0].where.label}_GPQ {_prune_text(prunes[0])}"]
-    return [_prune_setup(step) for step in prunes] + [f"{step.where.label}_GQ" for step in quantizes]
+        quantized = quantizes[0].label.removeprefix("GQ")
+        return [f"{prunes[0].where.label}_GPQ {_prune_text(prunes[0])}{quantized}"]
+    return [_prune_setup(step) for step in prunes] + [f"{step.where.label}_{step.label}" for step in quantizes]
 
 
 def _prune_setup(step: Prune) -> str:
@@ -308,7 +363,8 @@ def _prune_setup(step: Prune) -> str:
 
 
 def _prune_text(step: Prune) -> str:
-    return _percent(step) if step.method == "l1-unstructured" else f"{step.label} {_percent(step)}"
+    # The paper's own method goes without saying.
+    return _percent(step) if step.chosen == METHODS[next(iter(METHODS))] else f"{step.label} {_percent(step)}"
 
 
 def _percent(step: Prune) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from compressknow.compress.schemes import SCHEMES, known, word_of
+
 TRANSFORMERS, ENGINE, VLLM = "transformers", "compressknow", "vLLM"
 # Text models that vLLM implements itself, by their classes in transformers. Mixtures of experts are not among them:
-# transformers fuses their experts, so that there is no int8 form of them here.
+# transformers fuses their experts, so that there is no quantized form of them here.
 VLLM_ARCHITECTURES = frozenset(
     f"{name}ForCausalLM"
     for name in (
@@ -18,7 +20,6 @@ VLLM_ARCHITECTURES = frozenset(
 ) | {"GPT2LMHeadModel"}
 # Layers that vLLM joins into one where they stand side by side (its `packed_modules_mapping`).
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-NO_INT8_HARDWARE = "not on Blackwell GPUs: no int8"
 
 
 def runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
@@ -28,7 +29,10 @@ def runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
 
 def vllm_limit(manifest: Mapping[str, Any]) -> str | None:
     """On which hardware vLLM cannot run a checkpoint that it otherwise does; None where there is no such limit."""
-    return NO_INT8_HARDWARE if not vllm_obstacle(manifest) and any(_quantized(manifest)) else None
+    if vllm_obstacle(manifest):
+        return None
+    limits = (scheme.vllm_limit() for scheme in known(row["scheme"] for row in _quantized(manifest)))
+    return next((limit for limit in limits if limit), None)
 
 
 def vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
@@ -37,15 +41,18 @@ def vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
     if architecture not in VLLM_ARCHITECTURES:
         return f"{architecture} is not among the text generation models that are known to run there"
     quantized = {_module(row): row for row in _quantized(manifest)}
-    if others := sorted({row["scheme"] for row in quantized.values()} - {"int8"}):
-        return f"it has no kernel for {others[0]}"
+    names = sorted({row["scheme"] for row in quantized.values()})
+    obstacles = (SCHEMES[n].vllm_obstacle() if n in SCHEMES else f"it has no kernel for {n}" for n in names)
+    if obstacle := next((obstacle for obstacle in obstacles if obstacle), None):
+        return obstacle
+    word = word_of(known(names))
     for group, what in (("final", "the final layer"), ("other", "a layer beside attention and feed-forward")):
         name = next((module for module, row in quantized.items() if row["group"] == group), None)
         if name:
-            return f"{what} ({name}) is int8, which it takes in floats only"
+            return f"{what} ({name}) is {word}, which it takes in floats only"
     modules = {_module(row) for row in manifest["tensors"] if row["name"].endswith(".weight")}
     split = next(_split(modules, quantized), None)
-    return f"it joins {split} into one layer, which must be int8 as a whole" if split else None
+    return f"it joins {split} into one layer, which must be {word} as a whole" if split else None
 
 
 def _quantized(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.direct_reads import Read, direct_reads
@@ -17,9 +18,10 @@ from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NO_INT8_FORM = {
-    "conv1d": "transformers' int8 loader takes nn.Linear modules; a Conv1D would be left with integers for weights.",
-    "experts": "transformers fuses all experts of a block into one weight; its int8 loader takes nn.Linear modules.",
+# Why a weight has no quantized form that loads and runs right.
+NO_FORM = {
+    "conv1d": "transformers' {word} loader takes nn.Linear modules; a Conv1D would be left with integers for weights.",
+    "experts": "transformers fuses all experts of a block into one weight; its {word} loader takes nn.Linear modules.",
     "reshaped": "transformers fuses, splits or transposes it on loading, which a separate scale does not survive.",
     "read": "Its model reads the weight itself, past the layer, and would leave its inputs unquantized.",
 }
@@ -120,8 +122,9 @@ class Sources:
         """Sorts output tensors as their sources are stored, created ones behind what they were tied to."""
         return self._position[source.name], created, name
 
-    def check(self, weight: LinearWeight, quantized: bool) -> None:
-        """Raise where a weight is not stored as the config says, or has no int8 form that loads and runs right."""
+    def check(self, weight: LinearWeight, scheme: Scheme | None) -> None:
+        """Raise where a weight is not stored as the config says, or has no form of the scheme that loads and runs
+        right."""
         parts = self.of(weight)
         if not parts:
             raise CheckpointError(
@@ -131,11 +134,12 @@ class Sources:
         reshaped = any(self.bound[part.name].reshaped for part in parts if part.name in self.bound)
         for part in parts:
             self._check_part(weight, part, reshaped)
-        if quantized and (reason := self._no_int8_form(weight, parts[0], reshaped)):
+        if scheme and (reason := self._no_form(weight, parts[0], reshaped, scheme)):
+            word, others = scheme.word, _kind(weight.module)
             raise UnsupportedError(
-                f"{weight.module} ({parts[0].name}) cannot be quantized to int8.",
+                f"{weight.module} ({parts[0].name}) cannot be quantized to {word}.",
                 why=reason,
-                hint=f"Prune it only, or narrow --scope to what has an int8 form: --exclude '{_kind(weight.module)}'.",
+                hint=f"Prune it only, or narrow --scope to what has an {word} form: --exclude '{others}'.",
             )
 
     def _check_part(self, weight: LinearWeight, part: StoredTensor, reshaped: bool) -> None:
@@ -157,12 +161,15 @@ class Sources:
                 hint="Config and weights do not belong together: download or save both again.",
             )
 
-    def _no_int8_form(self, weight: LinearWeight, part: StoredTensor, reshaped: bool) -> str | None:
+    def _no_form(self, weight: LinearWeight, part: StoredTensor, reshaped: bool, scheme: Scheme) -> str | None:
         if weight.kind != "linear":
-            return NO_INT8_FORM[weight.kind]
+            return NO_FORM[weight.kind].format(word=scheme.word)
         if reshaped or (part.name in self.bound and not self._scale_follows(weight, part)):
-            return NO_INT8_FORM["reshaped"]
-        return NO_INT8_FORM["read"] if self._read.keys() & set(weight.modules) else None
+            return NO_FORM["reshaped"]
+        if self._read.keys() & set(weight.modules):
+            return NO_FORM["read"]
+        with SCHEMES.answering(scheme.name):
+            return scheme.misfit(part.shape)
 
     @cached_property
     def _read(self) -> dict[str, Read]:

@@ -1,4 +1,4 @@
-"""Names of modules as targets in the layout of compressed-tensors.
+"""What config.json says of quantized layers: names of modules as targets in the layout of compressed-tensors.
 
 A target that begins with ``re:`` is a pattern, matched from the start of a module's name (by transformers and by vLLM);
 any other is a whole name, or the class of a module. Patterns here hold with and without the base model's prefix: what
@@ -10,9 +10,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressknow.compress.schemes import Scheme
 
 PATTERN = "re:"
+# The name of a layout that differs between groups; each group has its own.
+MIXED = "mixed-precision"
 _NUMBERS = re.compile(r"\(\?:(\d+(?:\|\d+)*)\)")
 
 
@@ -81,3 +87,35 @@ def _products(numbers: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
     for tails, firsts in alike.items():
         for inner in _products(tails):
             yield [firsts, *inner]
+
+
+def quantization_config(
+    targets: Mapping[Scheme, Sequence[str]], ignore: Sequence[str], version: str, prefix: str = ""
+) -> dict[str, Any]:
+    """`quantization_config` of config.json: exactly the named modules of each scheme, and by name each Linear module
+    that stays as it is (vLLM refuses a Linear that it finds in neither list).
+
+    `prefix` is that of the base model, which the names may do without: see `target_patterns`.
+    """
+    linears = {*ignore, *(name for names in targets.values() for name in names)}
+    ordered = sorted(targets.items(), key=lambda item: (item[0].name, repr(item[0].values())))
+    groups = {
+        f"group_{i}": {
+            "format": scheme.format,
+            "targets": target_patterns(names, prefix, linears.difference(names)),
+            **scheme.arguments(),
+            "output_activations": None,
+        }
+        for i, (scheme, names) in enumerate(ordered)
+    }
+    formats = {scheme.format for scheme in targets}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": target_patterns(ignore, prefix, linears.difference(ignore)),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": version,
+    }

@@ -112,9 +112,8 @@ class _Memory:
         self.made: dict[str, torch.Tensor] = {}
         for tensor in plan.tensors:
             if tensor.name not in self.kept:
-                self.made[tensor.name] = torch.empty(tensor.source.shape, dtype=torch_dtype(tensor.dtype))
-            for name in tensor.scale_names:
-                self.made[name] = torch.empty(tensor.scale_shape, dtype=torch_dtype(tensor.source.dtype))
+                for name, part in tensor.written:
+                    self.made[name] = torch.empty(part.shape, dtype=torch_dtype(part.dtype))
 
     def writer(self, tensor_name: str) -> TensorWriter:
         memory = byte_view(self.made[tensor_name])

@@ -152,7 +152,11 @@ def _stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, StoredTe
 
 
 def _expected(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the files must hold for a manifest row: the tensor, and its scale where it has one."""
+    """What the files must hold for a manifest row: the tensor, and its scale where it has one; or all that its scheme
+    stores for it."""
+    if "stored" in row:
+        yield from ((part["name"], part) for part in row["stored"])
+        return
     yield row["name"], {**row, "dtype": row["dtype_after"]}
     if scale := row.get("scale"):
         for name in (scale["name"], *scale.get("also", ())):

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from compressknow.compress.blocks import READABLE, Block, Reader, matrix_shape
-from compressknow.compress.quantize import dequantize
+from compressknow.compress.schemes.rounding import dequantize
 from compressknow.diff.records import Sums
 from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import Checkpoint

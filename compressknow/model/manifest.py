@@ -26,11 +26,13 @@ COUNTS = (
     "bytes_after",
 )
 _SUMS = {**dict.fromkeys(COUNTS, int), "relative_error?": float}
-_SCALE = {"name": str, "shape": [int], "dtype": str, "sha256": str, "also?": [str]}
+_PART = {"name": str, "shape": [int], "dtype": str, "sha256": str}
+_SCALE = {**_PART, "also?": [str]}
 _ROW = {
     **{"name": str, "group": str, "shape": [int], "dtype_after": str, "in_scope": bool, "scheme": (str, None)},
     **dict.fromkeys(("numel", "pruned", "zeros", "zeros_before", "bytes_before", "bytes_after"), int),
     **{"norm?": float, "relative_error": float, "sha256": str, "scale?": _SCALE},
+    "stored?": [_PART],
 }
 FORM = {
     **{"versions": {str: str}, "setup": str, "recipe": {"steps": [dict]}, "totals": _SUMS, "groups": {str: _SUMS}},

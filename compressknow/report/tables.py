@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from compressknow.compress.schemes import schemes_of, word_of
 from compressknow.report.format import NONE, answer, count, millions, number, ordinal, percent, plain, size
 from compressknow.report.records import Card, ModelFacts
 from compressknow.stats.records import ChangedFact, Estimate
@@ -110,7 +111,7 @@ def _parameters(model: ModelFacts) -> str:
 def layers(model: ModelFacts) -> Table | None:
     """Parameters, zeros and error of each group of layers; None for a checkpoint without a manifest."""
     rows = tuple(_layer_row(name, group) for name, group in model.groups.items() if group.get("parameters"))
-    columns = ("Group of layers", "Parameters", "Zeros", "Pruned", "int8", "Relative error")
+    columns = ("Group of layers", "Parameters", "Zeros", "Pruned", word_of(schemes_of(model.recipe)), "Relative error")
     return Table("What was done to which layers", columns, rows) if rows else None
 
 

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme, Where, recipe_of
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Where, recipe_of
 from compressknow.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
 from compressknow.model.structure import ModuleMap, Structure
@@ -20,7 +20,7 @@ MODULES = ("attention", "feed-forward", "overall")
 ATTENTIONS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
 AMOUNTS = tuple(tenths / 10 for tenths in range(1, 10))
 FEW_AMOUNTS = (0.2, 0.4)
-PAPER_SCHEME: Scheme = "int8-paper"
+PAPER_SCHEME = "int8-paper"
 
 AXES = ("scope", "method", "prune", "quantize", "module_map", "seed", "layers")
 FORMAT = """A grid file has an [axes] table of lists, and [[cells]] named one by one:
@@ -55,7 +55,7 @@ class Cell:
 
 
 def paper_grid(
-    structure: Structure, *, module_map: ModuleMap = "paper", scheme: Scheme = PAPER_SCHEME
+    structure: Structure, *, module_map: ModuleMap = "paper", scheme: str = PAPER_SCHEME
 ) -> tuple[Cell, ...]:
     """The paper's grid: GP 10-90 %, GQ, GPQ 20/40 % of attention, feed-forward and overall, the final layer pruned by
     20/40 % (L1-structured and L1-unstructured), and of an encoder-decoder model each kind of attention (figure 8).

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from compressknow.compress.recipe import Prune, Quantize, Recipe, Scheme, Step, Where, recipe_of
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Step, Where, recipe_of
 from compressknow.model.scopes import scope_names
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.probe.answers import Answers
@@ -66,7 +66,7 @@ class Space:
     schemes : that may be chosen, beside none.
     """
 
-    def __init__(self, structure: Structure, schemes: Sequence[Scheme], module_map: ModuleMap) -> None:
+    def __init__(self, structure: Structure, schemes: Sequence[str], module_map: ModuleMap) -> None:
         here = scope_names(structure)
         self.scopes = tuple(scope for scope in PRUNED if scope in here)
         self.quantized = (*self.scopes, BOTH, "overall") if len(self.scopes) > 1 else (*self.scopes, "overall")
@@ -90,7 +90,7 @@ class Space:
         """The recipe of a choice, or None where it leaves the model as it is."""
         steps: list[Step] = [step for scope, amount in choice.amounts for step in self._pruned(scope, amount, choice)]
         if choice.scheme != NONE and choice.quantized != NONE:
-            steps.append(Quantize(choice.scheme, Where(tuple(choice.quantized.split("+")))))  # type: ignore[arg-type]
+            steps.append(Quantize(choice.scheme, Where(tuple(choice.quantized.split("+")))))
         return Recipe(tuple(steps), self.module_map) if steps else None
 
     def _pruned(self, scope: str, amount: int, choice: Choice) -> Iterator[Prune]:
@@ -116,7 +116,7 @@ class Space:
                     yield Choice(amounts, 0, scheme, NONE if scheme == NONE else self.quantized[-2])
 
 
-def references(structure: Structure, schemes: Sequence[Scheme], module_map: ModuleMap) -> tuple[Cell, ...]:
+def references(structure: Structure, schemes: Sequence[str], module_map: ModuleMap) -> tuple[Cell, ...]:
     """Setups of the paper to set a search's result beside: GP, GQ and GPQ of each module."""
     recipes = []
     for scope in (scope for scope in MODULES if scope in scope_names(structure)):

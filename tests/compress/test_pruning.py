@@ -18,7 +18,8 @@ from compressknow.compress import blocks
 from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
-from compressknow.compress.prune import Weights, choose, tensor_seed
+from compressknow.compress.pruning import Weights, choose
+from compressknow.compress.pruning.masks import tensor_seed
 from compressknow.compress.recipe import Prune, Recipe, Where
 from compressknow.engine.load import load
 from compressknow.errors import CheckpointError

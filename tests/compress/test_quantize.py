@@ -29,18 +29,20 @@ from compressknow.compress.layout import lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import OutputFiles, Work
-from compressknow.compress.quantize import dequantize, quantization_config, quantize, scale_shape, scales_of
-from compressknow.compress.recipe import SCHEMES, Prune, Quantize, Recipe, Scheme, Where
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Where
+from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.schemes.rounding import nearest
+from compressknow.compress.targets import quantization_config
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.models import logits, save_tiny, tiny
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EVERYWHERE = Where(("overall",))
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+every_scheme = pytest.mark.parametrize("scheme", list(SCHEMES))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def intended(scheme: Scheme, targets: list[str] | None = None) -> QuantizationScheme:
+def intended(scheme: str, targets: list[str] | None = None) -> QuantizationScheme:
     """What a scheme's name promises, in compressed-tensors' own words."""
     row_weights = QuantizationArgs(num_bits=8, type="int", strategy="channel", symmetric=True, dynamic=False)
     weights, activations = {
@@ -59,7 +61,7 @@ def intended(scheme: Scheme, targets: list[str] | None = None) -> QuantizationSc
     )
 
 
-def by_compressed_tensors(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def by_compressed_tensors(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     """int8 weight and scale as compressed-tensors makes them of a float weight."""
     meant = intended(scheme)
     if meant.weights.strategy == "channel":
@@ -81,15 +83,15 @@ def by_torch(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.quantize_per_tensor(weight.float(), scale.item(), 0, torch.qint8).int_repr(), scale
 
 
-def expected_of(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def expected_of(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     return by_torch(weight) if scheme == "int8-paper" else by_compressed_tensors(weight, scheme)
 
 
-def by_stream(weight: Tensor, scheme: Scheme, folder: Path) -> tuple[Tensor, Tensor]:
+def by_stream(weight: Tensor, scheme: str, folder: Path) -> tuple[Tensor, Tensor]:
     """The same as the conversion writes them, from file to file."""
     save_file({"layer.weight": weight}, folder / "source.safetensors")
     (stored,) = read_header(folder / "source.safetensors").values()
-    planned = PlannedTensor("layer.weight", stored, "other", "layer", scheme=scheme)
+    planned = PlannedTensor("layer.weight", stored, "other", "layer", scheme=SCHEMES[scheme])
     outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
     with Pool(1) as pool, OpenFiles() as files:
         try:
@@ -127,9 +129,9 @@ def weights(draw: Any) -> Tensor:
 
 
 @settings(max_examples=150, deadline=None)
-@given(weights(), st.sampled_from(SCHEMES), st.sampled_from([1, 30, 1 << 18]))
+@given(weights(), st.sampled_from(list(SCHEMES)), st.sampled_from([1, 30, 1 << 18]))
 def test_written_weights_and_scales_are_those_of_compressed_tensors_or_torch(
-    weight: Tensor, scheme: Scheme, block_elements: int
+    weight: Tensor, scheme: str, block_elements: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_ELEMENTS", block_elements)
@@ -137,26 +139,27 @@ def test_written_weights_and_scales_are_those_of_compressed_tensors_or_torch(
     expected, expected_scale = expected_of(weight, scheme)
     assert same_bits(scale, expected_scale)
     assert same_bits(quantized, expected)
-    assert scale.shape == scale_shape(scheme, len(weight))
+    assert scale.shape == SCHEMES[scheme].scale_shape(tuple(weight.shape))
 
 
 @settings(max_examples=100, deadline=None)
 @given(weights())
 def test_functions_round_as_compressed_tensors_does_and_stay_within_half_a_step(weight: Tensor) -> None:
-    scales = scales_of(weight.abs().amax(1, keepdim=True), "int8")
-    quantized = quantize(weight, scales, "int8")
+    scheme = SCHEMES["int8"]
+    scales = scheme.scales(weight.abs().amax(1, keepdim=True))
+    quantized = nearest(weight, scales, scheme)
     expected, expected_scale = by_compressed_tensors(weight, "int8")
     assert same_bits(scales, expected_scale)
     assert same_bits(quantized, expected)
     if weight.dtype == torch.float32 and scales.min() > torch.finfo(torch.float32).tiny and scales.max() < 1e36:
-        error = (dequantize(quantized, scales).double() - weight.double()).abs()
+        error = (scheme.dequantize(quantized, scales).double() - weight.double()).abs()
         assert (error <= scales.double() * 0.5001).all()
 
 
 @every_scheme
 @every_dtype
 def test_converted_model_holds_what_compressed_tensors_or_torch_makes_of_each_layer(
-    dtype: torch.dtype, scheme: Scheme, tmp_path: Path
+    dtype: torch.dtype, scheme: str, tmp_path: Path
 ) -> None:
     shard = save_tiny("llama", tmp_path / "source", dtype) / "model.safetensors"
     source = load_file(shard)
@@ -180,7 +183,7 @@ def test_converted_model_holds_what_compressed_tensors_or_torch_makes_of_each_la
 
 @every_scheme
 @every_dtype
-def test_scale_of_what_is_all_zero_is_finite_and_not_zero(dtype: torch.dtype, scheme: Scheme, tmp_path: Path) -> None:
+def test_scale_of_what_is_all_zero_is_finite_and_not_zero(dtype: torch.dtype, scheme: str, tmp_path: Path) -> None:
     quantized, scale = by_stream(torch.zeros(3, 5, dtype=dtype), scheme, tmp_path)
     assert not quantized.any()
     assert scale.isfinite().all()
@@ -188,7 +191,7 @@ def test_scale_of_what_is_all_zero_is_finite_and_not_zero(dtype: torch.dtype, sc
 
 
 @every_scheme
-def test_rows_that_were_pruned_have_a_finite_scale(scheme: Scheme, tmp_path: Path) -> None:
+def test_rows_that_were_pruned_have_a_finite_scale(scheme: str, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "source")
     steps = (Prune(0.5, "ln-structured"), Quantize(scheme))
     manifest = convert(tmp_path / "source", tmp_path / "both", Recipe(steps))
@@ -202,8 +205,8 @@ def test_rows_that_were_pruned_have_a_finite_scale(scheme: Scheme, tmp_path: Pat
 
 
 @every_scheme
-def test_described_scheme_is_the_intended_one(scheme: Scheme) -> None:
-    described = QuantizationConfig.model_validate(quantization_config({scheme: ["b", "a"]}, ["c"], "0.20.0"))
+def test_described_scheme_is_the_intended_one(scheme: str) -> None:
+    described = QuantizationConfig.model_validate(quantization_config({SCHEMES[scheme]: ["b", "a"]}, ["c"], "0.20.0"))
     assert described.config_groups == {"group_0": intended(scheme, ["re:^a$", "re:^b$"])}
     assert described.ignore == ["re:^c$"]
     assert described.format == "int-quantized"

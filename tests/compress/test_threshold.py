@@ -17,7 +17,7 @@ from compressknow.compress import blocks
 from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
-from compressknow.compress.prune import Weights, choose
+from compressknow.compress.pruning import Weights, choose
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Step
 from compressknow.errors import CheckpointError
 from compressknow.model.tensors import OpenFiles, StoredTensor, byte_view

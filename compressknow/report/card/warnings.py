@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from compressknow.compress.schemes import schemes_of
 from compressknow.probe.answers import Answers
 from compressknow.report.format import count, percent, plain, share
 from compressknow.report.records import Grade, ModelFacts
@@ -63,11 +64,11 @@ def of_recipe(model: ModelFacts) -> Iterator[str]:
     """What a converted checkpoint's recipe makes of its answers."""
     if model.groups and not any(_done(group) for group in model.groups.values()):
         yield "Nothing of this model was in scope: no weight was pruned or quantized."
-    if any(step.get("quantize") == "int8-paper" for step in (model.recipe or {}).get("steps", ())):
+    if by_batch := [scheme.name for scheme in schemes_of(model.recipe) if scheme.rounds == "batch"]:
         yield (
-            "Quantized by int8-paper, whose activations share one scale a batch: each answer depends a little on the "
-            "facts that were asked beside it. The order of facts is fixed, so the figures repeat; other batches would "
-            "give slightly other ones."
+            f"Quantized by {by_batch[0]}, whose activations share one scale a batch: each answer depends a little on "
+            "the facts that were asked beside it. The order of facts is fixed, so the figures repeat; other batches "
+            "would give slightly other ones."
         )
     elif _rounds_activations(model.quantization or ""):
         yield (

@@ -14,6 +14,7 @@ import yaml
 
 from compressknow.compress.recipe import to_toml
 from compressknow.compress.runtimes import VLLM_ARCHITECTURES, runtimes, vllm_limit, vllm_obstacle
+from compressknow.compress.schemes import known, word_of
 from compressknow.reading import CARD, read_text
 from compressknow.report.format import count, number, percent, size
 from compressknow.report.pages import code_span, render
@@ -69,6 +70,7 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         quantized=bool(schemes),
         untied=[tie | {"size": size(tie["bytes"])} for tie in manifest.get("untied", [])],
         transformers_code=_transformers_code(architecture, model_type),
+        word=word_of(known(schemes)),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
         load_code=f'import compressknow\n\nmodel = compressknow.load("{_FOLDER}")',
         warnings=list(growth(manifest)),
@@ -91,7 +93,7 @@ def _metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes: set
     metadata["tags"] = [
         "compressknow",
         *(["pruning"] if pruned else []),
-        *(["quantization", "int8", "compressed-tensors"] if schemes else []),
+        *(["quantization", *sorted({s.word for s in known(schemes)}), "compressed-tensors"] if schemes else []),
     ]
     return metadata
 
@@ -124,8 +126,13 @@ def _deeds(totals: dict[str, Any], schemes: set[str]) -> list[str]:
         deeds.append(f"{count(totals['pruned'])} weights pruned ({share} of the {count(totals['in_scope'])} in scope)")
     if totals["quantized"]:
         names = ", ".join(code_span(scheme) for scheme in sorted(schemes))
-        deeds.append(f"{count(totals['quantized'])} weights quantized to 8-bit integers (scheme {names})")
+        deeds.append(f"{count(totals['quantized'])} weights quantized to {_nouns(schemes)} (scheme {names})")
     return deeds or ["nothing changed"]
+
+
+def _nouns(schemes: set[str]) -> str:
+    nouns = sorted({scheme.noun for scheme in known(schemes)})
+    return " and ".join(nouns) or "low-bit values"
 
 
 def _rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -204,6 +211,6 @@ def growth(manifest: Mapping[str, Any]) -> Iterator[str]:
         "the final layer is now stored beside the embedding that it shared its weight with. "
         "The scope `blocks` leaves it alone"
         if manifest.get("untied")
-        else "the scales of its narrow layers take more than int8 saves"
+        else f"the scales of its narrow layers take more than {word_of(known(_schemes(manifest)))} saves"
     )
     yield f"The output is larger than the input ({size(after)} against {size(before)}): {cause}."

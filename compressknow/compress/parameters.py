@@ -1,0 +1,121 @@
+"""Parameters that a pruning method or a scheme declares: once, for the command line, recipes and grids alike.
+
+A field of the class is a parameter::
+
+    class FirstColumns(PruningMethod):
+        width: int = parameter(default=1, help="Columns that go together.", must="be at least 1", fits=lambda n: n > 0)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self, dataclass_transform
+
+from compressknow.errors import UsageError, did_you_mean
+
+# What a step of a recipe, a cell of a grid and `convert` call other things.
+TAKEN = frozenset(
+    (
+        *("prune", "amount", "method", "quantize", "scheme", "steps", "module_map", "recipe", "parameters", "name"),
+        *("scope", "include", "exclude", "layers", "where", "model", "output", "prune_method", "threads", "progress"),
+        *("revision", "trust_remote_code", "dry_run", "overwrite", "json", "as_json", "help", "debug"),
+    )
+)
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: `kind` is bool, int, float or str; `must` says what its value must be beside that, and `fits`
+    whether it is."""
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    must: str = ""
+    fits: Callable[[Any], bool] = lambda _: True
+
+    @property
+    def option(self) -> str:
+        """How the command line calls it."""
+        return f"--{self.name.replace('_', '-')}"
+
+    def check(self, value: Any) -> Any:
+        """The value, ``inf`` as a number. Raises UsageError where it is of another kind, or does not fit."""
+        if self.kind is float and value == "inf":
+            value = math.inf
+        if value is None and self.default is None:
+            return value
+        if not _is_of(self.kind, value) or not self.fits(value):
+            raise UsageError(f"{self.name} must be {self.must or _KINDS[self.kind]}: {value!r}.")
+        return value
+
+
+def parameter(
+    *,
+    default: Any,
+    help: str,
+    kind: type | None = None,
+    must: str = "",
+    fits: Callable[[Any], bool] = lambda _: True,
+) -> Any:
+    """A field that is a parameter. Its kind is that of the default, unless it is given; None is allowed where it is the
+    default."""
+    return field(default=default, metadata={"parameter": (kind or type(default), help, must, fits)})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(parameter,))
+class Parametric:
+    """What has a name and parameters, which are the fields of its class. Every subclass is a frozen dataclass."""
+
+    name = ""
+    help = ""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclass(frozen=True)(cls)
+        for each in cls.parameters():
+            if each.name in TAKEN:
+                raise TypeError(f"No parameter can be called {each.name}.")
+            if each.kind not in _KINDS:
+                raise TypeError(f"The parameter {each.name} is neither bool, int, float nor str.")
+
+    @classmethod
+    def parameters(cls) -> tuple[Parameter, ...]:
+        """In the order in which they are declared."""
+        declared = []
+        for each in fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
+            if "parameter" not in each.metadata:
+                raise TypeError(f"{each.name} has a type, and is no parameter(...): leave out the type.")
+            kind, *rest = each.metadata["parameter"]
+            declared.append(Parameter(each.name, kind, each.default, *rest))
+        return tuple(declared)
+
+    def values(self) -> dict[str, Any]:
+        """By name, the value of each parameter."""
+        return {each.name: getattr(self, each.name) for each in self.parameters()}
+
+    def changed(self) -> dict[str, Any]:
+        """By name, the values that are not the default."""
+        return {p.name: value for p in self.parameters() if (value := getattr(self, p.name)) != p.default}
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """The same with these values. Raises UsageError where one has no such parameter, or does not fit."""
+        known = {each.name: each for each in self.parameters()}
+        if unknown := sorted(set(values) - set(known)):
+            there = f"It has {', '.join(known)}." if known else "It has none."
+            near = did_you_mean(unknown[0], known)
+            raise UsageError(f"{self.name} has no parameter {unknown[0]!r}.", hint=near + there)
+        return dataclasses.replace(  # type: ignore[type-var]
+            self, **{name: known[name].check(value) for name, value in values.items()}
+        )
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float)) if kind is float else isinstance(value, kind)

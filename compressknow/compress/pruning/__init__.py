@@ -1,0 +1,169 @@
+"""Pruning methods: which weights a step zeroes, with the semantics of torch.nn.utils.prune.
+
+A method decides first, over all tensors of its step (`PruningMethod.choose`), in passes that read the weights. What
+comes out of that is small: a mask a tensor, which is expanded block by block while the weights are written.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
+
+from compressknow.compress.parameters import Parametric
+from compressknow.errors import CompressknowError
+from compressknow.model.tensors import StoredTensor
+from compressknow.registry import Registry
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from compressknow.compress.blocks import Block, Reader
+    from compressknow.compress.recipe import Prune
+
+    BoolArray = npt.NDArray[np.bool_]
+
+Needs = Literal["nothing", "magnitudes", "activations"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A stored tensor to be pruned; `transposed` says that its last axis is the output (GPT-2's Conv1D)."""
+
+    tensor: StoredTensor
+    transposed: bool = False
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """The tensor as stacked matrices: their number (fused experts have many), rows and columns of each."""
+        shape = self.tensor.shape
+        return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+    def axis(self, dim: int) -> int:
+        """The axis of the stored matrices, 0 or 1, along which output (`dim` 0) or input channels (1) are counted."""
+        return dim ^ self.transposed
+
+
+class Pruned(NamedTuple):
+    """What a method makes of a block when it changes more than it zeroes.
+
+    Attributes
+    ----------
+    mask : the pruned weights, bool [rows, columns].
+    values : of all weights of the block [rows, columns], in its dtype; those of the pruned ones do not matter.
+    """
+
+    mask: BoolArray
+    values: torch.Tensor
+
+
+# The pruned weights of a block, bool [rows, columns]; called for each block of a tensor, in order.
+BlockMask = Callable[["Block"], "BoolArray | Pruned"]
+
+
+class Mask(Protocol):
+    """The pruned weights of one tensor."""
+
+    def start(self) -> BlockMask:
+        """Begin with the first block of the tensor; it may be begun several times."""
+        ...
+
+
+class PruningMethod(Parametric, abc.ABC):
+    """A way to choose the weights to zero; its parameters are its fields (`compressknow.compress.parameters`).
+
+    Attributes
+    ----------
+    name : what a recipe calls it, and its entry point.
+    help : a line of `convert --help`.
+    needs : what it looks at before the first weight is written: ``nothing``, ``magnitudes`` (a pass over the weights),
+        or ``activations``.
+    structured : it takes whole channels, not single weights.
+    """
+
+    needs: ClassVar[Needs] = "nothing"
+    structured: ClassVar[bool] = False
+
+    @property
+    def over_scope(self) -> bool:
+        """Whether one choice is made over all tensors of the step together: then it, not their shapes, decides how many
+        fall in which."""
+        return False
+
+    @property
+    def label(self) -> str:
+        """The method in the paper's words (`L1-structured`): what a setup is called."""
+        return " ".join([self.name, *(f"{name} {value}" for name, value in self.changed().items())])
+
+    def count(self, weights: Weights, amount: float) -> int:
+        """How many weights of a tensor fall, from its shape alone."""
+        return round(amount * weights.tensor.numel)
+
+    @abc.abstractmethod
+    def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
+        """A mask for each tensor. They are F32, F16 or BF16, in the order in which ties are broken.
+
+        The masks of one step zero exactly as many weights as `pruned_count` says, whatever the number of threads.
+        `reader` gives the blocks of a tensor, and its pool maps a function over the tensors.
+        """
+
+
+METHODS: Registry[PruningMethod] = Registry(
+    "compressknow.pruning",
+    "pruning method",
+    PruningMethod,  # type: ignore[type-abstract]
+    {
+        "l1-unstructured": "compressknow.compress.pruning.unstructured:L1Unstructured",
+        "ln-structured": "compressknow.compress.pruning.structured:LnStructured",
+        "random-unstructured": "compressknow.compress.pruning.unstructured:RandomUnstructured",
+        "random-structured": "compressknow.compress.pruning.structured:RandomStructured",
+    },
+)
+
+
+def pruned_count(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:
+    """How many weights a step zeroes, from shapes alone: in each tensor, and in all (`None` where one choice over all
+    tensors decides how many fall in which)."""
+    if step.is_global:
+        return None, round(step.amount * sum(each.tensor.numel for each in weights))
+    with METHODS.answering(step.method):
+        counts = [step.chosen.count(each, step.amount) for each in weights]
+    return counts, sum(counts)
+
+
+def choose(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask]:
+    """Decide what a step prunes.
+
+    Raises CheckpointError naming a tensor that holds NaN or an infinity, and CompressknowError where a method of
+    another package fails.
+    """
+    with METHODS.answering(step.method):
+        masks = step.chosen.choose(reader, weights, step.amount)
+        if len(masks) != len(weights):
+            raise CompressknowError(f"{step.method} gives {len(masks)} masks for {len(weights)} tensors.")
+    return [_Foreign(step.method, mask) if METHODS.is_added(step.method) else mask for mask in masks]
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """A mask of another package: it may fail in any way."""
+
+    method: str
+    mask: Mask
+
+    def start(self) -> BlockMask:
+        block_mask = self._begun()
+
+        def answered(block: Block) -> BoolArray | Pruned:
+            with METHODS.answering(self.method):
+                return block_mask(block)
+
+        return answered
+
+    def _begun(self) -> BlockMask:
+        with METHODS.answering(self.method):
+            return self.mask.start()

@@ -1,0 +1,130 @@
+"""The masks that the methods give: the weights of the smallest keys, or whole channels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressknow.compress.blocks import BIT_LAYOUTS, Block, Reader, check_finite, magnitude_keys
+from compressknow.compress.pool import in_turn
+from compressknow.compress.pruning import BlockMask, Weights
+from compressknow.compress.pruning.threshold import Keys, select_smallest
+from compressknow.model.tensors import StoredTensor, torch_dtype
+
+BoolArray = npt.NDArray[np.bool_]
+# Starts a tensor anew; what it returns gives the keys of each of its blocks in order.
+KeyMaker = Callable[[], Callable[[Block], Keys]]
+
+
+@dataclass(frozen=True)
+class KeyMask:
+    """Weights whose key is below `key`, and the first `ties` of those that have exactly this key."""
+
+    key: int
+    ties: int
+    keys_of: KeyMaker
+
+    def start(self) -> BlockMask:
+        left, keys_of = self.ties, self.keys_of()
+
+        def mask(block: Block) -> BoolArray:
+            nonlocal left
+            keys = keys_of(block)
+            pruned: BoolArray = keys < self.key
+            if left:
+                equal = np.flatnonzero(keys == self.key)[:left]
+                pruned.reshape(-1)[equal] = True
+                left -= len(equal)
+            return pruned
+
+        return mask
+
+
+@dataclass(frozen=True)
+class ChannelMask:
+    """Whole rows (`axis` 0) or columns (1) of each of the stacked matrices: `channels` is [matrices, channels]."""
+
+    channels: BoolArray
+    axis: int
+    rows: int
+
+    def start(self) -> BlockMask:
+        def mask(block: Block) -> BoolArray:
+            if self.axis == 0:
+                pruned = self.channels.reshape(-1)[block.rows, None]
+            else:
+                pruned = self.channels[np.arange(block.rows.start, block.rows.stop) // self.rows]
+            return np.ascontiguousarray(np.broadcast_to(pruned, tuple(block.values.shape)))
+
+        return mask
+
+
+def common_dtype(weights: Sequence[Weights]) -> torch.dtype:
+    """The dtype in which magnitudes of all the tensors compare: that of all, or the widest."""
+    dtypes = {each.tensor.dtype for each in weights}
+    return torch_dtype(dtypes.pop()) if len(dtypes) == 1 else torch.float32
+
+
+def magnitudes(common: torch.dtype) -> KeyMaker:
+    """Keys that order as the magnitudes in that dtype do."""
+    return lambda: lambda block: magnitude_keys(block.values.to(common))
+
+
+def smallest(
+    reader: Reader,
+    tensors: Sequence[StoredTensor],
+    makers: Sequence[KeyMaker],
+    common: torch.dtype,
+    amounts: int | Sequence[int],
+    *,
+    are_magnitudes: bool = False,
+) -> list[KeyMask]:
+    """Masks of the weights with the smallest keys: so many over all tensors together, or so many in each.
+
+    Parameters
+    ----------
+    makers : the keys of each tensor, non-negative, of as many bits as a float of the dtype `common` has without its
+        sign; `are_magnitudes` says that they are those of the weights in that dtype.
+
+    Raises CheckpointError naming a tensor that holds NaN or an infinity.
+    """
+
+    def keys(index: int) -> Iterator[Keys]:
+        keys_of = makers[index]()
+        for block in reader.blocks(tensors[index]):
+            found = keys_of(block)
+            sizes = found if are_magnitudes else magnitude_keys(block.values.to(common))
+            check_finite(int(sizes.max(initial=0)), common, tensors[index])
+            yield found
+
+    bits = BIT_LAYOUTS[common].bits
+    if isinstance(amounts, int):
+        chosen = select_smallest(reader.pool.map, len(tensors), amounts, bits, keys)
+        return [KeyMask(chosen.key, ties, maker) for ties, maker in zip(chosen.ties, makers, strict=True)]
+    singles = reader.pool.map(
+        lambda i: select_smallest(in_turn, 1, amounts[i], bits, lambda _: keys(i)), range(len(tensors))
+    )
+    return [KeyMask(one.key, one.ties[0], maker) for one, maker in zip(singles, makers, strict=True)]
+
+
+def channel_mask(scores: torch.Tensor, amount: float, axis: int, rows: int) -> ChannelMask:
+    """The channels of the lowest scores [matrices, channels], ties in their order."""
+    channels = np.zeros(tuple(scores.shape), dtype=np.bool_)
+    lowest = torch.argsort(scores, dim=1, stable=True)[:, : round(amount * scores.shape[1])].numpy()
+    np.put_along_axis(channels, lowest, True, axis=1)
+    return ChannelMask(channels, axis, rows)
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers for one tensor."""
+    return torch.Generator().manual_seed(tensor_seed(seed, name))
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """The seed of the random methods in one tensor: it depends on the tensor's name, not on what else is pruned."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")

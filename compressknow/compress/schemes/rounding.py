@@ -1,0 +1,23 @@
+"""From weights to whole numbers of a scheme's grid, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from compressknow.compress.schemes import Scheme
+
+# Takes the weights of a block [rows, columns], their scales, and the scheme whose grid they are to lie on; gives int8
+# of the same shape, between the grid's ends. The block is left as it is.
+Rounding = Callable[[torch.Tensor, torch.Tensor, Scheme], torch.Tensor]
+
+
+def nearest(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Each weight to the whole number nearest to it in units of its scale, ties to even."""
+    return scheme.steps(values, scales).clamp_(scheme.lowest, scheme.highest).round_().to(torch.int8)
+
+
+def dequantize(integers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 values of integers and scales that broadcast over them."""
+    return integers.to(torch.float32).mul_(scales.to(torch.float32))
