@@ -77,13 +77,13 @@ def fit_streams() -> Iterator[None]:
     if _descriptor(sys.stdout) != 1:
         yield
         return
-    printed = sys.stdout
+    printed, encoding = sys.stdout, _encoding_of(sys.stdout)
     printed.flush()
     results = os.dup(1)
     os.dup2(2, 1)
     try:
         buffered = io.BufferedWriter(_Results(results, "w", closefd=False))
-        sys.stdout = io.TextIOWrapper(buffered, printed.encoding, ESCAPE, line_buffering=os.isatty(results))
+        sys.stdout = io.TextIOWrapper(buffered, encoding, ESCAPE, line_buffering=os.isatty(results))
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -91,6 +91,14 @@ def fit_streams() -> Iterator[None]:
         sys.stdout = printed
         os.dup2(results, 1)
         os.close(results)
+
+
+def _encoding_of(output: Any) -> str:
+    """Encoding of the bytes that standard output takes. Python gives a Windows console text, not bytes: those it reads
+    in its code page."""
+    raw = getattr(getattr(output, "buffer", None), "raw", None)
+    console = isinstance(raw, getattr(io, "_WindowsConsoleIO", ()))
+    return (os.device_encoding(1) if console else None) or str(output.encoding)
 
 
 class _Results(io.FileIO):

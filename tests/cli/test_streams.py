@@ -79,6 +79,23 @@ sys.exit(run(click.Command("say", callback=lambda: [click.echo(text), click.echo
     assert done.stdout.decode(encoding) == done.stderr.decode(encoding) == SHOWN[encoding] + "\n"
 
 
+def test_a_windows_console_gets_its_code_page() -> None:
+    # A stand-in for the console: on Windows alone has Python its class and its code page.
+    script = """
+import io, os, sys, click
+from compressknow.cli.run import run
+class Console(io.FileIO):
+    pass
+io._WindowsConsoleIO, os.device_encoding = Console, {1: "cp850"}.get
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(Console(1, "w", closefd=False)), "utf-8")
+text = "Z\u00fcrich\u2026 \U0001f600"
+sys.exit(run(click.Command("say", callback=lambda: click.echo(text)), []))
+"""
+    done = shell('"$0" -c "$1"', script)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode("cp850") == "Zürich... \\ud83d\\ude00\n"
+
+
 def test_json_stays_json_in_a_narrow_encoding(model: Path) -> None:
     done = shell('"$0" -m compressknow inspect "$1" --json', model, PYTHONIOENCODING="latin-1")
     assert (done.returncode, done.stderr) == (0, b"")
