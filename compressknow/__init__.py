@@ -3,7 +3,7 @@
 >>> import compressknow
 >>> manifest = compressknow.convert("bert-base-uncased", "bert-att-int8", scope="attention", prune=0.2,
 ...                                 quantize="int8")  # doctest: +SKIP
->>> manifest["setup"]  # doctest: +SKIP
+>>> manifest.setup  # doctest: +SKIP
 'Att_GPQ 20%'
 >>> model = compressknow.load("bert-att-int8")  # doctest: +SKIP
 
@@ -28,30 +28,54 @@ if TYPE_CHECKING:
     from compressknow.commands.search import search
     from compressknow.commands.sweep import sweep
     from compressknow.commands.verify import verify
+    from compressknow.compress.manifest import Manifest
     from compressknow.compress.recipe import Prune, Quantize, Recipe, Where
-    from compressknow.errors import CompressknowError
+    from compressknow.compress.verify import Verification
+    from compressknow.errors import (
+        CheckpointError,
+        CompressknowError,
+        GateNotMet,
+        OutputError,
+        UnsupportedError,
+        UsageError,
+        VerificationError,
+    )
+    from compressknow.model.summary import Inspection
     from compressknow.probe.answers import Answers
     from compressknow.probe.run import Settings
     from compressknow.probe.sources import Options
+    from compressknow.quiet import Progress, Stage
     from compressknow.report.diff.records import Contrast
     from compressknow.report.records import Card
-    from compressknow.report.search.records import Search
+    from compressknow.report.search.records import Search, Trial
     from compressknow.report.study.records import Study
+    from compressknow.study.folder import CellResult
     from compressknow.study.running import RayOptions
 else:
+    _VERBS = ("compare", "convert", "inspect", "load", "probe", "report", "search", "sweep", "verify")
+    _RECORDS = {
+        "compress.manifest": ("Manifest",),
+        "compress.recipe": ("Prune", "Quantize", "Recipe", "Where"),
+        "compress.verify": ("Verification",),
+        "errors": (
+            *("CheckpointError", "CompressknowError", "GateNotMet", "OutputError", "UnsupportedError"),
+            *("UsageError", "VerificationError"),
+        ),
+        "model.summary": ("Inspection",),
+        "probe.answers": ("Answers",),
+        "probe.run": ("Settings",),
+        "probe.sources": ("Options",),
+        "quiet": ("Progress", "Stage"),
+        "report.diff.records": ("Contrast",),
+        "report.records": ("Card",),
+        "report.search.records": ("Search", "Trial"),
+        "report.study.records": ("Study",),
+        "study.folder": ("CellResult",),
+        "study.running": ("RayOptions",),
+    }
     _ADDRESSES = {
-        **{verb: f"commands.{verb}" for verb in ("compare", "convert", "inspect", "load", "probe", "report")},
-        **{verb: f"commands.{verb}" for verb in ("search", "sweep", "verify")},
-        **dict.fromkeys(("Prune", "Quantize", "Recipe", "Where"), "compress.recipe"),
-        "Answers": "probe.answers",
-        "Card": "report.records",
-        "CompressknowError": "errors",
-        "Contrast": "report.diff.records",
-        "Options": "probe.sources",
-        "RayOptions": "study.running",
-        "Search": "report.search.records",
-        "Settings": "probe.run",
-        "Study": "report.study.records",
+        **{verb: f"commands.{verb}" for verb in _VERBS},
+        **{record: module for module, records in _RECORDS.items() for record in records},
     }
 
     def __getattr__(name):
@@ -89,16 +113,29 @@ else:
 __all__ = [
     "Answers",
     "Card",
+    "CellResult",
+    "CheckpointError",
     "CompressknowError",
     "Contrast",
+    "GateNotMet",
+    "Inspection",
+    "Manifest",
     "Options",
+    "OutputError",
+    "Progress",
     "Prune",
     "Quantize",
     "RayOptions",
     "Recipe",
     "Search",
     "Settings",
+    "Stage",
     "Study",
+    "Trial",
+    "UnsupportedError",
+    "UsageError",
+    "Verification",
+    "VerificationError",
     "Where",
     "__version__",
     "compare",

@@ -6,13 +6,15 @@ import contextlib
 import io
 import os
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from compressknow.errors import is_panic
+from compressknow.errors import UsageError, is_panic
+from compressknow.format import plain
 
 
 @contextlib.contextmanager
@@ -83,52 +85,164 @@ def _no_bars() -> Iterator[None]:
         tqdm.__init__ = init
 
 
-def counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
-    """A function to tell each piece that is done; `progress` is told what is done so far, and the total."""
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
-
-    return report
-
-
-class Progress(Protocol):
-    """Told how many facts of how many are answered, and the seconds left, as far as that can be told already."""
-
-    def __call__(self, done: int, total: int, left: float | None = None) -> None: ...
+Work = Literal["evaluate", "convert", "verify", "hash", "compare"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run: one model is asked one probe.
+    """A part of a run: one kind of work on one model.
 
     Attributes
     ----------
-    number, of : which model it is of how many that are asked, from 1.
-    facts : of all probes that this model is asked; each of the others is asked the same.
+    work : ``evaluate`` (a model on the facts of a probe), ``convert``, ``verify``, ``hash`` or ``compare``.
+    model : what the model is called.
+    probe : what it is evaluated on; nothing for other work.
+    facts : of all probes that this model is evaluated on; each of the others is evaluated on the same.
+    device : where it computes.
+    number, of : which model it is of how many that are evaluated, from 1.
     again : the original, whose answers are known, once more for its distributions alone.
     """
 
-    probe: str
+    work: Work
     model: str
-    facts: int
+    probe: str = ""
+    facts: int = 0
     device: str = "cpu"
     number: int = 1
     of: int = 1
     again: bool = False
 
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "facts" if self.work == "evaluate" else "bytes"
 
-# Told the stage that begins; gives what is told of its progress.
-Bar = Callable[[Stage], AbstractContextManager[Progress | None]]
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: what `on_progress` is called with.
+
+    Of each stage one comes with ``begins``, some with ``advances``, and one with ``ends``, also where it fails.
+
+    Attributes
+    ----------
+    stage : the part of the run.
+    done, total : facts or bytes, as `Stage.unit` says; both 0 until the total is known.
+    left : seconds until the stage ends, as far as they can be told already.
+
+    Examples
+    --------
+    >>> print(Progress(Stage("evaluate", "smollm2", "atlas"), "advances", 2000, 4021, 50.0))
+    evaluate smollm2 on atlas: 2,000 of 4,021 facts, 50 s left
+    """
+
+    stage: Stage
+    state: Literal["begins", "advances", "ends"]
+    done: int = 0
+    total: int = 0
+    left: float | None = None
+
+    def __str__(self) -> str:
+        far = f"{self.done:,} of {self.total:,} {self.stage.unit}" if self.total else self.state
+        left = f", {self.left:.0f} s left" if self.left else ""
+        return f"{self.stage.work} {name_of(self.stage)}: {far}{left}"
 
 
-def staged(bar: Bar | None, **changes: Any) -> Bar | None:
+def name_of(stage: Stage) -> str:
+    """Which model, and what it is evaluated on, fit to be shown."""
+    return plain(stage.model, 40) + (f" on {plain(stage.probe, 40)}" if stage.probe else "")
+
+
+Listener = Callable[[Progress], None]
+# What the verbs take: a function, or the bars of tqdm, at a terminal and in a notebook.
+OnProgress = Listener | Literal["bar"]
+
+
+def listener(on_progress: OnProgress | None) -> Listener | None:
+    """What is called with each `Progress`. Raises UsageError where it is neither a function nor ``"bar"``."""
+    if isinstance(on_progress, str) and on_progress == "bar":
+        return Bars()
+    if on_progress is None or callable(on_progress):
+        return on_progress
+    raise UsageError(f"on_progress cannot be {on_progress!r}.", hint='Give a function of one argument, or "bar".')
+
+
+class Bars:
+    """A bar of tqdm for each stage: a widget in a notebook, a line at a terminal."""
+
+    def __init__(self) -> None:
+        self._bars: dict[Stage, Any] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        stage = progress.stage
+        if progress.state == "begins":
+            self._bars[stage] = _bar(stage)
+        bar = self._bars[stage]
+        if progress.total and bar.total != progress.total:
+            bar.reset(progress.total)
+            # What an earlier run has done says nothing of the pace.
+            bar.n = bar.initial = progress.done
+        bar.update(progress.done - bar.n)
+        if progress.state == "ends":
+            self._bars.pop(stage).close()
+
+
+def _bar(stage: Stage) -> Any:
+    with warnings.catch_warnings():
+        # In a notebook without ipywidgets it is a line of text, which is what there is.
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+    name = f"{stage.work} {name_of(stage)}"
+    if stage.unit == "bytes":
+        return tqdm(desc=name, unit="B", unit_scale=True)
+    return tqdm(desc=name, unit=" facts")
+
+
+class Advance(Protocol):
+    """Told how much of how much is done, and the seconds left, as far as that can be told already."""
+
+    def __call__(self, done: int, total: int, left: float | None = None) -> None: ...
+
+
+@contextlib.contextmanager
+def begun(listening: Listener | None, stage: Stage) -> Iterator[Advance | None]:
+    """Tell that a stage begins and, whatever becomes of it, ends; gives what to tell how far it is, or None."""
+    if listening is None:
+        yield None
+        return
+    last = Progress(stage, "begins")
+    listening(last)
+
+    def advance(done: int, total: int, left: float | None = None) -> None:
+        nonlocal last
+        last = Progress(stage, "advances", done, total, left)
+        listening(last)
+
+    try:
+        yield advance
+    finally:
+        listening(replace(last, state="ends"))
+
+
+def staged(listening: Listener | None, **changes: Any) -> Listener | None:
     """The same, for stages that know nothing of the run around them: `changes` are fields of `Stage`."""
-    return (lambda stage: bar(replace(stage, **changes))) if bar else None
+    if listening is None:
+        return None
+    return lambda progress: listening(replace(progress, stage=replace(progress.stage, **changes)))
+
+
+def counted(advance: Advance | None, total: int) -> Callable[[int], None]:
+    """A function to tell each piece that is done, from any thread; `advance` is told the sum of them, and the total."""
+    done, lock = 0, threading.Lock()
+
+    def add(count: int) -> None:
+        nonlocal done
+        if advance:
+            with lock:
+                done = min(done + count, total)
+                advance(done, total)
+
+    return add
 
 
 class Pace:

@@ -11,7 +11,7 @@ import click
 
 from compressknow.cli.help import EVALUATE, RUNS, command, option
 from compressknow.cli.options import Share, probe_options, probes_help, split_options
-from compressknow.cli.progress import bytes_bar, facts_bar
+from compressknow.cli.progress import Lines
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
@@ -98,7 +98,7 @@ def compare(
         raise click.UsageError("--fail-under judges knowledge: name what to ask with -p PROBE.")
     check_gate(fail_under)
     options, settings = split_options(given)
-    with bytes_bar("Comparing") as progress, facts_bar() as bar, if_interrupted(RESUMES if probes else NOTHING_WRITTEN):
+    with if_interrupted(RESUMES if probes else NOTHING_WRITTEN):
         contrast = contrast_of(
             a,
             b,
@@ -107,8 +107,7 @@ def compare(
             options=options,
             settings=settings,
             command=command_of(ctx),
-            progress=progress,
-            bar=bar,
+            on_progress=Lines(),
             **given,
         )
     if as_json:

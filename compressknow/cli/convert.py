@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 import click
 
-import compressknow
 from compressknow.cli.help import COMPRESS, HOW, RUNS, command, option
 from compressknow.cli.options import REVISION, TRUST, OneOf, Share
-from compressknow.cli.progress import bytes_bar
+from compressknow.cli.progress import Lines
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import show, show_json
 from compressknow.compress.parameters import Parameter, Parametric
@@ -154,6 +153,8 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     compressknow convert MODEL OUT --quantize int8 --exclude '^lm_head$'
     compressknow convert MODEL OUT --recipe recipe.toml
     """
+    from compressknow.commands.convert import convert as run
+
     given = {
         name
         for name in dict.fromkeys((*RECIPE_OPTIONS, *_PARAMETERS))
@@ -165,8 +166,8 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
         named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
         raise click.UsageError(f"--recipe says it all: leave out {named}.")
     options["scope"] = options["scope"] or DEFAULT_SCOPES
-    with bytes_bar("Converting") as progress, if_interrupted(NOTHING_WRITTEN):
-        manifest = compressknow.convert(model, output, dry_run=dry_run, progress=progress, **options)
+    with if_interrupted(NOTHING_WRITTEN):
+        manifest = run(model, output, dry_run=dry_run, on_progress=Lines(), **options)
     if as_json:
         show_json(manifest)
     else:

@@ -35,9 +35,9 @@ def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code
 
     MODEL is a local folder or a Hub id. A folder with only a config.json is enough.
     """
-    from compressknow.model.summary import inspect_checkpoint
+    from compressknow.commands.inspect import inspect as run
 
-    summary = inspect_checkpoint(model, module_map=module_map, revision=revision, trust_remote_code=trust_remote_code)
+    summary = run(model, module_map=module_map, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
         show_json(summary)
     else:

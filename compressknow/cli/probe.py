@@ -11,7 +11,7 @@ import click
 
 from compressknow.cli.help import EVALUATE, RUNS, command, option
 from compressknow.cli.options import REVISION, probe_options, probes_help, split_options
-from compressknow.cli.progress import facts_bar
+from compressknow.cli.progress import Lines
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
 from compressknow.report.format import count, percent, plain, share
@@ -55,8 +55,8 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
     from compressknow.commands.probe import probe as ask
 
     options, settings = split_options(given)
-    with facts_bar() as bar, if_interrupted(RESUMES):
-        answers = ask(model, output, probes or None, options=options, settings=settings, bar=bar, **given)
+    with if_interrupted(RESUMES):
+        answers = ask(model, output, probes or None, options=options, settings=settings, on_progress=Lines(), **given)
     if as_json:
         show_json(_with_scores(answers))
     else:

@@ -7,10 +7,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from compressknow.quiet import Bar, Progress, Stage
-from compressknow.report.format import count, plain, size
+from compressknow.format import count, plain, size
+from compressknow.quiet import Progress, Stage
 
 # Work that ends sooner shows no line.
 DELAY_SECONDS = 1.0
@@ -72,48 +72,38 @@ class Line:
             sys.stderr.flush()
 
 
-@contextlib.contextmanager
-def bytes_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to tell the bytes done and the bytes in all."""
-    start, told = time.monotonic(), (0, 0)
-
-    def text() -> str:
-        done, total = told
-        if not done:
-            return f"{label}: {duration(time.monotonic() - start)} so far"
-        left = (time.monotonic() - start) / done * (total - done)
-        return f"{label}: {size(done)} of {size(total)}, {duration(left)} left"
-
-    def update(done: int, total: int) -> None:
-        nonlocal told
-        told = done, total
-
-    with Line(text):
-        yield update
+# What work on bytes is called on its line.
+_LABELS = {"convert": "Converting", "verify": "Verifying", "hash": "Comparing", "compare": "Comparing"}
 
 
-@contextlib.contextmanager
-def facts_bar() -> Iterator[Bar]:
-    """For each stage of a run that begins, a function to tell the facts that are answered."""
-    announced = False
+class Lines:
+    """A line for each stage of a run, while it lasts; of a long run one that says about how long it takes, which stays.
 
-    @contextlib.contextmanager
-    def bar(stage: Stage) -> Iterator[Progress]:
-        nonlocal announced
-        state = _State(stage)
-        with Line(state.text) as line:
+    It is what the verbs take as `on_progress`.
+    """
 
-            def update(done: int, total: int, left: float | None = None) -> None:
-                nonlocal announced
-                state.update(done, total, left)
-                if left is not None and not announced and not stage.again:
-                    announced = True
-                    if (text := announcement(stage, done, total, left)) is not None:
-                        line.say(text)
+    def __init__(self) -> None:
+        self._announced = False
+        self._open: dict[Stage, tuple[_State, Line]] = {}
 
-            yield update
+    def __call__(self, progress: Progress) -> None:
+        stage = progress.stage
+        if progress.state == "begins":
+            state = _State(stage)
+            self._open[stage] = state, Line(state.text).__enter__()
+        elif progress.state == "ends":
+            self._open.pop(stage)[1].__exit__()
+        else:
+            state, line = self._open[stage]
+            state.update(progress)
+            self._announce(progress, line)
 
-    yield bar
+    def _announce(self, progress: Progress, line: Line) -> None:
+        if progress.left is None or self._announced or progress.stage.again:
+            return
+        self._announced = True
+        if (text := announcement(progress)) is not None:
+            line.say(text)
 
 
 class _State:
@@ -124,12 +114,22 @@ class _State:
         self._told: tuple[int, int] | None = None
         self._end: float | None = None
 
-    def update(self, done: int, total: int, left: float | None) -> None:
-        self._told = done, total
-        self._end = None if left is None else time.monotonic() + left
+    def update(self, progress: Progress) -> None:
+        self._told = progress.done, progress.total
+        self._end = None if progress.left is None else time.monotonic() + progress.left
 
     def text(self) -> str:
         """The line: which model, which probe, how far, how long still."""
+        return self._facts() if self._stage.unit == "facts" else self._bytes()
+
+    def _bytes(self) -> str:
+        label, spent = _LABELS[self._stage.work], time.monotonic() - self._start
+        done, total = self._told or (0, 0)
+        if not done:
+            return f"{label}: {duration(spent)} so far"
+        return f"{label}: {size(done)} of {size(total)}, {duration(spent / done * (total - done))} left"
+
+    def _facts(self) -> str:
         stage, now = self._stage, time.monotonic()
         which = f" ({stage.number} of {stage.of})" if stage.of > 1 and not stage.again else ""
         which = " again, for the KL over all tokens" if stage.again else which
@@ -141,11 +141,12 @@ class _State:
         return facts if self._end is None else f"{facts}, {duration(max(self._end - now, 0))} left"
 
 
-def announcement(stage: Stage, done: int, total: int, left: float) -> str | None:
+def announcement(progress: Progress) -> str | None:
     """About how long the whole run takes, from the time that is left of its first stage; None where it is not long."""
+    stage, done, total = progress.stage, progress.done, progress.total
     models = stage.of - stage.number + 1
     facts = max(stage.facts, total)
-    seconds = left / max(total - done, 1) * (facts * models - done)
+    seconds = (progress.left or 0.0) / max(total - done, 1) * (facts * models - done)
     if seconds < WORTH_SAYING:
         return None
     times = f" x {count(models)} models" if models > 1 else ""

@@ -12,7 +12,7 @@ import click
 
 from compressknow.cli.help import EVALUATE, RUNS, command, option
 from compressknow.cli.options import Share, probe_options, probes_help, split_options
-from compressknow.cli.progress import facts_bar
+from compressknow.cli.progress import Lines
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
 from compressknow.files import as_text
@@ -77,7 +77,7 @@ def report(
 
     check_gate(fail_under)
     options, settings = split_options(given)
-    with facts_bar() as bar, if_interrupted(RESUMES):
+    with if_interrupted(RESUMES):
         card = compare(
             original,
             compressed,
@@ -86,7 +86,7 @@ def report(
             options=options,
             settings=settings,
             command=command_of(ctx),
-            bar=bar,
+            on_progress=Lines(),
             **given,
         )
     if as_json:

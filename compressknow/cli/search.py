@@ -19,7 +19,7 @@ from compressknow.cli.options import (
     split_options,
     split_ray,
 )
-from compressknow.cli.progress import facts_bar
+from compressknow.cli.progress import Lines
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json_text
@@ -28,7 +28,7 @@ from compressknow.errors import GateNotMet
 from compressknow.report.format import count, estimate, plain, size
 
 if TYPE_CHECKING:
-    from compressknow.report.search.records import Tried
+    from compressknow.report.search.records import Trial
 
 WIDTH = 80
 COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}"
@@ -99,7 +99,7 @@ def search(
     given["ray"] = split_ray(given)
     if not given["schemes"]:
         del given["schemes"]
-    with facts_bar() as bar, if_interrupted(RESUMES):
+    with if_interrupted(RESUMES):
         found = run(
             model,
             output,
@@ -108,8 +108,8 @@ def search(
             settings=settings,
             seed=seed,
             command=command_of(ctx),
-            bar=bar,
-            told=None if as_json else _Lines(given["minimize"]),
+            on_progress=Lines(),
+            on_result=None if as_json else _Lines(given["minimize"]),
             **given,
         )
     if as_json:
@@ -132,16 +132,16 @@ class _Lines:
     def __init__(self, minimize: str) -> None:
         self._begun, self._minimize = False, minimize
 
-    def __call__(self, tried: Tried) -> None:
+    def __call__(self, trial: Trial) -> None:
         if not self._begun:
             self._begun = True
             columns = f"{COLUMNS}{SIZE_COLUMNS[self._minimize]:>12}"
             show(f"{columns}\n{'-' * len(columns)}")
-        kept = estimate(tried.kept.value, tried.kept.low, tried.kept.high)
-        name = plain(tried.setup, WIDTH)
+        kept = estimate(trial.kept.value, trial.kept.low, trial.kept.high)
+        name = plain(trial.setup, WIDTH)
         if len(name) > 39:
             show(name)
             name = ""
-        amount = tried.sizes[self._minimize]
-        told = count(amount) if self._minimize == "nonzero" else size(amount)
-        show(f"{name:<40}{kept:<28}{told:>12}")
+        amount = trial.sizes[self._minimize]
+        written = count(amount) if self._minimize == "nonzero" else size(amount)
+        show(f"{name:<40}{kept:<28}{written:>12}")

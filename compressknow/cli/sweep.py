@@ -11,7 +11,7 @@ import click
 
 from compressknow.cli.help import COMPRESS, HOW, RUNS, command, option
 from compressknow.cli.options import REVISION, OneOf, probe_options, probes_help, ray_options, split_options, split_ray
-from compressknow.cli.progress import facts_bar
+from compressknow.cli.progress import Lines
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json_text
@@ -19,7 +19,6 @@ from compressknow.compress.schemes import SCHEMES
 from compressknow.report.format import count, estimate, percent, plain
 
 if TYPE_CHECKING:
-    from compressknow.probe.answers import Answers
     from compressknow.report.study.records import Study
     from compressknow.study.folder import CellResult
 
@@ -94,7 +93,7 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ..
     options, settings = split_options(given)
     given["ray"] = split_ray(given)
     lines = _Lines(silent=as_json)
-    with facts_bar() as bar, if_interrupted(RESUMES):
+    with if_interrupted(RESUMES):
         study = run(
             model,
             output,
@@ -102,8 +101,8 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ..
             options=options,
             settings=settings,
             command=command_of(ctx),
-            bar=bar,
-            told=lines,
+            on_progress=Lines(),
+            on_result=lines,
             **given,
         )
     if as_json:
@@ -119,30 +118,28 @@ class _Lines:
     def __init__(self, silent: bool) -> None:
         self._silent, self._begun = silent, False
 
-    def __call__(self, result: CellResult, original: Answers) -> None:
+    def __call__(self, result: CellResult) -> None:
         if self._silent:
             return
         if not self._begun:
             self._begun = True
+            original = result.original
             right = sum(answer.correct for answer in original.answers)
             name, of = plain(original.record["model"]["name"], 40), len(original.answers)
             show(f"{name} answers {count(right)} of {count(of)} facts right ({percent(right, of)}).\n")
             show(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
-        show("\n".join(_line(result, original)))
+        show("\n".join(_line(result)))
 
 
-def _line(result: CellResult, original: Answers) -> Iterator[str]:
+def _line(result: CellResult) -> Iterator[str]:
     from compressknow.report.format import size
-    from compressknow.stats.intervals import proportion
 
-    name = plain(result.cell.recipe.setup, 33)
+    name = plain(result.setup, 33)
     if result.answers is None:
         yield from textwrap.wrap(f"{name}: failed: {plain(result.why, 300)}", WIDTH, subsequent_indent="  ")
         return
-    knew = {(answer.probe, answer.fact_id) for answer in original.answers if answer.correct}
-    right = [answer for answer in result.answers.answers if answer.correct]
-    kept = proportion(sum((answer.probe, answer.fact_id) in knew for answer in right), len(knew))
-    share = percent(len(right), len(result.answers.answers))
+    kept, right = result.kept, sum(answer.correct for answer in result.answers.answers)
+    share = percent(right, len(result.answers.answers))
     sparse = size(result.answers.record["model"]["totals"]["sparse_bytes"])
     yield f"{name:<34}{estimate(kept.value, kept.low, kept.high):<28}{share:>8}{sparse:>10}"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from compressknow.cli.help import RUNS, command, option
-from compressknow.cli.progress import bytes_bar
+from compressknow.cli.progress import Lines
 from compressknow.cli.terminal import show, show_json
 from compressknow.errors import CompressknowError
 from compressknow.report.format import count, size
@@ -28,18 +28,12 @@ def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool)
     Files that are not in the manifest are named, and so is an edited manifest. The exit code is 1 where anything
     differs. The model card, README.md, may be edited and is not compared.
     """
-    from compressknow.model.manifest import refuse_unconverted
+    from compressknow.commands.verify import verify as run
 
-    # Said before torch is imported, which takes a second.
-    refuse_unconverted(folder)
-    from compressknow.compress.verify import compare_to_manifest, raise_if_different
-
-    with bytes_bar("Verifying") as progress:
-        result = compare_to_manifest(folder, threads=threads, progress=progress)
+    result = run(folder, threads=threads, on_progress=Lines(), check=not as_json)
     if as_json:
         show_json(asdict(result))
         ctx.exit(CompressknowError.exit_code if result.differences else 0)
-    raise_if_different(folder, result)
     show(
         f"{folder}: {count(result.tensors)} tensors and {result.files} files as in the manifest ({size(result.bytes)})."
     )

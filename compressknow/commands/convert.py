@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compressknow.compress.manifest import Manifest
     from compressknow.compress.recipe import Recipe
     from compressknow.model.structure import ModuleMap
+    from compressknow.quiet import OnProgress
 
 
 def convert(
@@ -34,8 +36,8 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+    on_progress: OnProgress | None = None,
+) -> Manifest:
     """Prune and quantize a checkpoint into a new folder of safetensors, with a manifest and a model card.
 
     Parameters
@@ -55,63 +57,55 @@ def convert(
     overwrite : replace `output` where convert wrote it, once the new one is whole.
     dry_run : write nothing; return what the manifest would hold, as far as the headers of the weight files tell it.
     threads : tensors worked on at a time, by default one a core; the output does not depend on it.
-    progress : told the bytes read so far, and in all.
+    on_progress : called with each `compressknow.Progress`, in bytes; ``"bar"`` shows a bar.
 
     Returns
     -------
-    The manifest: what was done, in total, by group and by tensor.
+    The manifest: what was done, in total, by group and by tensor; a dict, with properties for its entries.
 
     Raises
     ------
     compressknow.errors.CompressknowError : with what is wrong, why, and what to try.
     """
-    given = locals()
-    from compressknow.compress.recipe import Where, recipe_of
+    chosen = _chosen(locals())
+    _refuse_before_work(model, Path(output), overwrite=overwrite, writes=not dry_run)
+    from compressknow.compress.convert import prepare, write
+    from compressknow.compress.manifest import dry_run as preview
+    from compressknow.quiet import Stage, begun, listener
+    from compressknow.report.model_card.render import model_card_for
+
+    with begun(listener(on_progress), Stage("convert", str(model))) as advance:
+        conversion = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
+        if dry_run:
+            return preview(conversion.plan)
+        return write(
+            conversion, output, overwrite=overwrite, threads=threads, advance=advance, render_card=model_card_for
+        )
+
+
+def _chosen(given: dict[str, Any]) -> Recipe:
+    """The recipe that the arguments of `convert` say: the one given, or one made of the options."""
+    from compressknow.compress.recipe import RECIPE_OPTIONS, Where, recipe_of
+
+    if given["recipe"] is not None:
+        _refuse_beside_recipe(given)
+        return _as_recipe(given["recipe"])
+    options = {name: given[name] for name in RECIPE_OPTIONS}
+    scope, include, exclude = (options.pop(name) for name in ("scope", "include", "exclude"))
+    scopes = (scope,) if isinstance(scope, str) else tuple(scope)
+    return recipe_of(Where(scopes, tuple(include), tuple(exclude), options.pop("layers")), **options)
+
+
+def _refuse_before_work(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:
+    """What is wrong with the two places is said before torch is imported, which takes seconds."""
     from compressknow.compress.staging import clean, refuse_output
     from compressknow.model.checkpoint import refuse_no_checkpoint
 
-    if recipe is None:
-        where = Where((scope,) if isinstance(scope, str) else tuple(scope), tuple(include), tuple(exclude), layers)
-        chosen = recipe_of(
-            where,
-            prune=prune,
-            prune_method=prune_method,
-            per_layer=per_layer,
-            norm=norm,
-            dim=dim,
-            seed=seed,
-            quantize=quantize,
-            module_map=module_map,
-            parameters=parameters,
-        )
-    else:
-        _refuse_beside_recipe(given)
-        chosen = _as_recipe(recipe)
-    # What is wrong is said before torch is imported, which takes seconds.
     refuse_no_checkpoint(model)
-    if not dry_run:
+    if writes:
         # What a dead run has left goes, whatever becomes of this one.
-        clean(Path(output))
-    refuse_output(Path(output), overwrite=overwrite, source=Path(model))
-    from compressknow.compress.convert import convert as convert_checkpoint
-    from compressknow.compress.convert import preview
-    from compressknow.report.model_card.render import model_card_for
-
-    if dry_run:
-        return preview(
-            model, output, chosen, revision=revision, trust_remote_code=trust_remote_code, overwrite=overwrite
-        )
-    return convert_checkpoint(
-        model,
-        output,
-        chosen,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-        threads=threads,
-        progress=progress,
-        render_card=model_card_for,
-    )
+        clean(output)
+    refuse_output(output, overwrite=overwrite, source=Path(model))
 
 
 def _refuse_beside_recipe(given: dict[str, Any]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from compressknow.model.structure import ModuleMap
+    from compressknow.model.summary import Inspection
 
 
 def inspect(
@@ -15,7 +16,7 @@ def inspect(
     revision: str | None = None,
     module_map: ModuleMap = "structural",
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
+) -> Inspection:
     """Count a checkpoint's Linear layers by group and by scope, from its configuration; no weights are read.
 
     Parameters

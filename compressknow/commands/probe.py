@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     from compressknow.probe.answers import Answers
     from compressknow.probe.run import Settings
     from compressknow.probe.sources import Options
-    from compressknow.quiet import Bar
+    from compressknow.quiet import OnProgress
 
 
 def probe(
     model: str | Path,
     folder: str | Path,
-    probes: Sequence[str] | None = None,
+    probes: str | Sequence[str] | None = None,
     *,
     reference: str | Path | None = None,
     options: Options | None = None,
     settings: Settings | None = None,
     revision: str | None = None,
-    bar: Bar | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Answers:
     """Ask a model facts, and keep its answers in a folder.
 
@@ -35,6 +35,7 @@ def probe(
         two distributions can be told.
     options : where data lies, protocol, sample; see `compressknow.probe.sources.Options`.
     settings : device, dtype, batch size; see `compressknow.probe.run.Settings`.
+    on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
 
     Returns
     -------
@@ -49,17 +50,11 @@ def probe(
 
     require("pyarrow")
     from compressknow.engine.identity import locate
-    from compressknow.probe.answers import read_answers
+    from compressknow.probe.gather import open_named, read_reference
     from compressknow.probe.run import Respondent, Settings, probe_model
-    from compressknow.probe.sources import DEFAULT, Options, open_all
+    from compressknow.quiet import listener
 
-    asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
-    from compressknow.errors import CompressknowError
-
-    original = read_answers(Path(reference)) if reference is not None else None
-    if original and "sha256" not in original.record["model"]:
-        raise CompressknowError(
-            f"{reference} does not tell which model gave its answers.", hint="Probe the original again."
-        )
+    asked = open_named(probes, options)
+    original = read_reference(reference) if reference is not None else None
     respondent = Respondent(locate(model, revision), settings or Settings())
-    return probe_model(respondent, asked, Path(folder), reference=original, bar=bar)
+    return probe_model(respondent, asked, Path(folder), reference=original, on_progress=listener(on_progress))

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from compressknow.probe.run import Settings
     from compressknow.probe.sources import Options
-    from compressknow.quiet import Bar
+    from compressknow.quiet import OnProgress
     from compressknow.report.records import Card
 
 
 def report(
     original: str | Path,
     compressed: str | Path | Sequence[str | Path],
-    probes: Sequence[str] | None = None,
+    probes: str | Sequence[str] | None = None,
     *,
     outputs: Sequence[str | Path] = (),
     options: Options | None = None,
@@ -28,7 +28,7 @@ def report(
     overwrite: bool = False,
     revision: str | None = None,
     command: str | None = None,
-    bar: Bar | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Card:
     """Ask the original and each compressed model the same facts, and compare them.
 
@@ -44,6 +44,7 @@ def report(
     keep_in : folder of the answers; by default ``~/.cache/compressknow/answers``.
     overwrite : replace `outputs` that are there already.
     command : the command line to show on the card.
+    on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
 
     Returns
     -------
@@ -54,9 +55,10 @@ def report(
     compressknow.errors.CompressknowError : a model cannot be found, loaded or asked; two that cannot be compared;
         an output that cannot be written.
     """
-    from compressknow.probe.gather import default_answers_folder, gather
+    from compressknow.probe.gather import default_answers_folder, gather, names_of
     from compressknow.probe.run import Settings
     from compressknow.probe.sources import Options
+    from compressknow.quiet import listener
     from compressknow.report.card.make import make_card
     from compressknow.report.card.pages import write_reports
     from compressknow.report.model_card.report_section import check_model_cards, write_into_model_cards
@@ -71,13 +73,13 @@ def report(
     before, after = gather(
         original,
         models,
-        [probes] if isinstance(probes, str) else list(probes or ()),
+        names_of(probes),
         options or Options(),
         settings or Settings(),
         keep_in=Path(keep_in) if keep_in else default_answers_folder(),
         revision=revision,
         timed=timed,
-        bar=bar,
+        on_progress=listener(on_progress),
     )
     card = make_card(before, after, show_facts=not no_facts, command=command)
     write_reports(card, files, overwrite=overwrite)

@@ -7,24 +7,19 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.errors import UsageError
 from compressknow.libraries import require
-from compressknow.probe.answers import Answers
-from compressknow.probe.run import Settings, refuse_twins
-from compressknow.probe.sources import DEFAULT, Options, open_all
-from compressknow.quiet import Bar, staged
-from compressknow.report.study.records import Study
-from compressknow.study.cells import Subject
+from compressknow.probe.gather import open_named
+from compressknow.probe.run import Settings
+from compressknow.quiet import OnProgress, listener, staged
+from compressknow.study.cells import Subject, save_cell
 from compressknow.study.folder import CELLS, MODELS, ORIGINAL, CellResult, claim, refuse_foreign, study_of
-from compressknow.study.grid import PAPER_SCHEME, Cell, paper_grid, read_grid
+from compressknow.study.grid import PAPER, grid_cells
 from compressknow.study.running import Batch, RayOptions, runner
 
 if TYPE_CHECKING:
     from compressknow.model.structure import ModuleMap
-
-PAPER = "paper"
-# Told each cell's result as it comes, and the original's answers.
-Told = Callable[[CellResult, Answers], None]
+    from compressknow.probe.sources import Options
+    from compressknow.report.study.records import Study
 
 
 def sweep(
@@ -32,7 +27,7 @@ def sweep(
     output: str | Path,
     *,
     grid: str | Path = PAPER,
-    probes: Sequence[str] | None = None,
+    probes: str | Sequence[str] | None = None,
     options: Options | None = None,
     settings: Settings | None = None,
     module_map: ModuleMap | None = None,
@@ -41,8 +36,8 @@ def sweep(
     ray: RayOptions | None = None,
     revision: str | None = None,
     command: str | None = None,
-    bar: Bar | None = None,
-    told: Told | None = None,
+    on_progress: OnProgress | None = None,
+    on_result: Callable[[CellResult], object] | None = None,
 ) -> Study:
     """Convert a model in every way of a grid, ask each what the original was asked, and write the study.
 
@@ -60,8 +55,8 @@ def sweep(
     save : write each converted checkpoint too, under ``models/``.
     ray : run the cells on a Ray cluster; see `compressknow.study.running.RayOptions`.
     command : the command line to show.
-    bar : gives, for a stage that begins, a context with a callable that is told of its progress.
-    told : is told each cell's result as it comes, and the original's answers.
+    on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
+    on_result : called with the result of each cell as it comes.
 
     Returns
     -------
@@ -75,48 +70,29 @@ def sweep(
     from compressknow.report.study.pages import write_study
 
     require("matplotlib", "pyarrow", "scipy", *(["ray"] if ray else []))
-    folder = Path(output)
+    folder, listening = Path(output), listener(on_progress)
     refuse_foreign(folder)
-    asked = open_all([probes] if isinstance(probes, str) else probes or DEFAULT, options or Options())
-    refuse_twins(asked)
+    asked = open_named(probes, options)
     # On a cluster the workers keep what they need.
     kept = None if ray else folder
     with Subject(model, settings or Settings(), revision=revision, keep_in=kept) as subject:
-        cells = _cells(subject, grid, module_map, scheme)
-        with claim(folder, subject.original), runner(ray, bar) as run:
-            original = subject.ask_original(asked, folder / ORIGINAL, staged(bar, of=len(cells) + 1))
-            results = run(Batch(subject, cells, asked, folder / CELLS, original))
+        cells = grid_cells(
+            # The model is opened for the paper's grid alone: what is wrong with a file is said before.
+            grid,
+            lambda chosen: subject.maker.structure(chosen),
+            module_map=module_map,
+            scheme=scheme,
+        )
+        with claim(folder, subject.original), runner(ray, listening) as run:
+            original = subject.ask_original(asked, folder / ORIGINAL, staged(listening, of=len(cells) + 1))
             found = {}
-            with closing(results):
+            with closing(run(Batch(subject, cells, asked, folder / CELLS, original))) as results:
                 for result in results:
                     found[result.cell] = result
                     if save and result.answers is not None:
-                        _save(subject, result.cell, folder / MODELS)
-                    if told:
-                        told(result, original)
+                        save_cell(subject, result.cell, folder / MODELS)
+                    if on_result:
+                        on_result(result)
             study = study_of(original, [found[cell] for cell in cells], command=command)
             write_study(study, folder)
     return study
-
-
-def _cells(subject: Subject, grid: str | Path, module_map: ModuleMap | None, scheme: str | None) -> tuple[Cell, ...]:
-    if str(grid) != PAPER:
-        if module_map or scheme:
-            raise UsageError(
-                "--module-map and --quantize are of the paper's grid.",
-                hint="A grid file says both itself: module_map and quantize are axes and keys of it.",
-            )
-        return read_grid(Path(grid))
-    chosen = module_map or "paper"
-    return paper_grid(subject.maker.structure(chosen), module_map=chosen, scheme=scheme or PAPER_SCHEME)
-
-
-def _save(subject: Subject, cell: Cell, models: Path) -> None:
-    """Write the cell's checkpoint, unless a run before has."""
-    from compressknow.compress.convert import convert
-    from compressknow.report.model_card.render import model_card_for
-
-    folder = models / subject.folder_of(cell)
-    if not folder.exists():
-        models.mkdir(exist_ok=True)
-        convert(subject.maker.checkpoint.folder, folder, cell.recipe, render_card=model_card_for)

@@ -7,10 +7,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from compressknow.compress.verify import Verification
+    from compressknow.quiet import OnProgress
 
 
-def verify(folder: str | Path) -> Verification:
+def verify(
+    folder: str | Path, *, threads: int | None = None, on_progress: OnProgress | None = None, check: bool = True
+) -> Verification:
     """Recount and rehash a converted checkpoint against its manifest.
+
+    Parameters
+    ----------
+    threads : tensors worked on at a time, by default one a core.
+    on_progress : called with each `compressknow.Progress`, in bytes; ``"bar"`` shows a bar.
+    check : False returns the differences in the result instead of raising an error.
 
     Returns
     -------
@@ -18,8 +27,18 @@ def verify(folder: str | Path) -> Verification:
 
     Raises
     ------
+    compressknow.errors.CheckpointError : the folder has no manifest, or one that this version cannot read.
     compressknow.errors.VerificationError : the weights differ from what the manifest says.
     """
-    from compressknow.compress.verify import verify as verify_checkpoint
+    from compressknow.model.manifest import refuse_unconverted
 
-    return verify_checkpoint(folder)
+    # Said before torch is imported, which takes a second.
+    refuse_unconverted(Path(folder))
+    from compressknow.compress.verify import compare_to_manifest, raise_if_different
+    from compressknow.quiet import Stage, begun, listener
+
+    with begun(listener(on_progress), Stage("verify", str(folder))) as advance:
+        result = compare_to_manifest(folder, threads=threads, advance=advance)
+    if check:
+        raise_if_different(folder, result)
+    return result

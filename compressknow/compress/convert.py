@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compressknow.compress.blocks import Reader
-from compressknow.compress.layout import lay_out
-from compressknow.compress.manifest import build_manifest, dry_run, serialize
+from compressknow.compress.layout import Layout, lay_out
+from compressknow.compress.manifest import Manifest, build_manifest, serialize
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
@@ -28,6 +27,7 @@ from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, sealed
 from compressknow.model.tensors import OpenFiles
+from compressknow.quiet import Advance, counted
 from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
@@ -42,35 +42,21 @@ WEIGHT_SUFFIXES = {
 REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, SAFETENSORS_INDEX, TORCH_INDEX}
 
 
-def plan_conversion(
+class Conversion(NamedTuple):
+    """What is to be done: a plan whose output is proved to load, and the checkpoint's module tree."""
+
+    plan: Plan
+    tree: PreTrainedModel
+
+
+def prepare(
     model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Plan:
+) -> Conversion:
     """Open a checkpoint and plan a recipe on it, from its headers alone. Raises what `make_plan` and `prove` do."""
-    return _prepare(model, recipe, revision, trust_remote_code)[0]
-
-
-def _prepare(
-    model: str | Path, recipe: Recipe, revision: str | None, trust_remote_code: bool
-) -> tuple[Plan, PreTrainedModel]:
-    """A plan whose output is proved to load, and the checkpoint's module tree."""
     checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
     plan = make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe)
     prove(checkpoint, tree, output_config(plan), planned_headers(plan.tensors))
-    return plan, tree
-
-
-def preview(
-    model: str | Path,
-    output: str | Path,
-    recipe: Recipe,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """What `convert` would do: see `dry_run`. Raises what it would raise before it reads any weight."""
-    refuse_output(Path(output), overwrite=overwrite, source=Path(model))
-    return dry_run(plan_conversion(model, recipe, revision=revision, trust_remote_code=trust_remote_code))
+    return Conversion(plan, tree)
 
 
 def convert(
@@ -78,23 +64,41 @@ def convert(
     output: str | Path,
     recipe: Recipe,
     *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
     render_card: Callable[[Mapping[str, Any], Path], str] | None = None,
-) -> dict[str, Any]:
-    """Prune and quantize a checkpoint into a new folder.
+) -> Manifest:
+    """Prune and quantize a checkpoint into a new folder: `refuse_output`, `prepare`, `write`.
+
+    Raises
+    ------
+    UsageError, CheckpointError, UnsupportedError : see `make_plan`; a weight in scope is NaN or infinite.
+    OutputError : the output exists, overlaps the input, or cannot be written.
+    """
+    clean(Path(output))
+    refuse_output(Path(output), overwrite=overwrite, source=Path(model))
+    return write(prepare(model, recipe), output, overwrite=overwrite, threads=threads, render_card=render_card)
+
+
+def write(
+    conversion: Conversion,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    advance: Advance | None = None,
+    render_card: Callable[[Mapping[str, Any], Path], str] | None = None,
+) -> Manifest:
+    """Carry a conversion out.
 
     Tensors stream through blocks of a fixed size: memory depends neither on the model nor on its largest tensor.
     The output appears whole, by one rename at the end, or not at all.
 
     Parameters
     ----------
-    model : folder or hub id; `output` a folder that does not exist, or one that convert wrote, with `overwrite`.
+    output : a folder that does not exist, or one that convert wrote, with `overwrite`.
     threads : tensors worked on at a time, by default one a core. The output's bytes do not depend on it.
-    progress : told the bytes read so far, and in all.
+    advance : told the bytes read so far, and in all.
     render_card : the model card's text for a manifest and the source folder; no card is written without it.
 
     Returns
@@ -103,41 +107,62 @@ def convert(
 
     Raises
     ------
-    UsageError, CheckpointError, UnsupportedError : see `make_plan`; a weight in scope is NaN or infinite.
-    OutputError : the output exists, overlaps the input, or cannot be written.
+    CheckpointError : a weight in scope is NaN or infinite.
+    OutputError : the output cannot be written.
     """
-    output = Path(output)
-    clean(output)
-    refuse_output(output, overwrite=overwrite, source=Path(model))
-    plan, tree = _prepare(model, recipe, revision, trust_remote_code)
-    layout = lay_out(plan.tensors, plan.checkpoint.shards)
+    plan, tree = conversion
     source = plan.checkpoint.folder
-    carried = list(carried_files(source))
-    with (
-        Staging(output, overwrite=overwrite, source=source) as staging,
-        Pool(threads) as pool,
-        OpenFiles() as files,
-    ):
-        outputs = OutputFiles(staging.folder, layout)
-        staging.expect(layout.sizes)
-        try:
-            work = Work(pool, files, _Reporter(progress, _bytes_to_read(plan)), outputs)
-            hashes, measured = _write_weights(work, plan, choose_masks(work, plan))
-            outputs.sync(pool)
-        finally:
-            outputs.close()
-        written = {"config.json": staging.write("config.json", _json(output_config(plan)))}
-        if layout.index:
-            written[SAFETENSORS_INDEX] = staging.write(SAFETENSORS_INDEX, _json(layout.index))
+    layout, carried = lay_out(plan.tensors, plan.checkpoint.shards), list(carried_files(source))
+    with Staging(Path(output), overwrite=overwrite, source=source) as staging:
+        weights = _write_weights(plan, layout, staging, threads, advance)
+        written = _write_config(plan, layout, staging)
         prove_written(plan.checkpoint, tree, staging.folder)
         copied = {name: staging.copy(source / name, name) for name in carried}
-        replaced = {name: sha256_of(source / name) for name in ("config.json", plan.checkpoint.index) if name}
-        manifest = sealed(build_manifest(plan, measured, hashes | copied | replaced, written | copied))
+        manifest = _manifest(plan, weights, written, copied)
         staging.write(MANIFEST_NAME, serialize(manifest))
         if render_card:
             staging.write(CARD_NAME, render_card(manifest, source).encode("utf-8", "backslashreplace"))
         staging.commit()
     return manifest
+
+
+class Weights(NamedTuple):
+    """What is known once the weights are written: SHA-256 of the files read, by name; what was measured, by tensor."""
+
+    hashes: dict[str, str]
+    measured: dict[str, Measured]
+
+
+def _write_weights(
+    plan: Plan, layout: Layout, staging: Staging, threads: int | None, advance: Advance | None
+) -> Weights:
+    """The weight files: what to prune is chosen, then all tensors are pruned, quantized and written."""
+    with Pool(threads) as pool, OpenFiles() as files:
+        outputs = OutputFiles(staging.folder, layout)
+        staging.expect(layout.sizes)
+        try:
+            work = Work(pool, files, counted(advance, _bytes_to_read(plan)), outputs)
+            hashes, measured = _write_tensors(work, plan, choose_masks(work, plan))
+            outputs.sync(pool)
+        finally:
+            outputs.close()
+    return Weights(hashes, measured)
+
+
+def _write_config(plan: Plan, layout: Layout, staging: Staging) -> dict[str, str]:
+    """config.json and, of several weight files, their index; SHA-256 by name."""
+    written = {"config.json": staging.write("config.json", _json(output_config(plan)))}
+    if layout.index:
+        written[SAFETENSORS_INDEX] = staging.write(SAFETENSORS_INDEX, _json(layout.index))
+    return written
+
+
+def _manifest(plan: Plan, weights: Weights, written: Mapping[str, str], copied: Mapping[str, str]) -> Manifest:
+    """`written` and `copied` : SHA-256 of the files beside the weights, by name."""
+    source = plan.checkpoint.folder
+    replaced = {name: sha256_of(source / name) for name in ("config.json", plan.checkpoint.index) if name}
+    read = {**weights.hashes, **copied, **replaced}
+    return Manifest(sealed(build_manifest(plan, weights.measured, read, {**written, **copied})))
 
 
 def carried_files(folder: Path) -> Iterator[str]:
@@ -168,7 +193,7 @@ def choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
     return masks
 
 
-def _write_weights(work: Work, plan: Plan, masks: Mapping[str, Mask]) -> tuple[dict[str, str], dict[str, Measured]]:
+def _write_tensors(work: Work, plan: Plan, masks: Mapping[str, Mask]) -> tuple[dict[str, str], dict[str, Measured]]:
     """Write all tensors, and hash the source files beside that: both keep every core busy, largest task first."""
     hashes: dict[str, str] = {}
     measured: dict[str, Measured] = {}
@@ -200,20 +225,6 @@ def output_config(plan: Plan) -> dict[str, Any]:
 
 def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-
-
-class _Reporter:
-    """Adds up the bytes that all threads have read."""
-
-    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-        self._lock = threading.Lock()
-
-    def __call__(self, count: int) -> None:
-        if self._progress is not None:
-            with self._lock:
-                self._done += count
-                self._progress(min(self._done, self._total), self._total)
 
 
 def _bytes_to_read(plan: Plan) -> int:

@@ -11,12 +11,89 @@ from typing import Any
 
 from compressknow.compress.plan import NOT_LINEAR, Plan, PlannedTensor
 from compressknow.compress.process import Measured
+from compressknow.compress.recipe import Recipe
 from compressknow.compress.runtimes import runtimes
 from compressknow.compress.schemes import SCALE, Stored
+from compressknow.format import NONE, count, percent, plain, size
 from compressknow.model.manifest import COUNTS, MANIFEST_NAME, SCHEMA
 from compressknow.model.structure import GROUPS
+from compressknow.notebook import Shown, Summary
 
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
+
+
+class Manifest(Shown, dict[str, Any]):
+    """What a conversion was made of and did: the content of ``compressknow.json``, or of a dry run.
+
+    A dict, which its properties read by name. A dry run has no zeros, errors and hashes, and `pruned` only where the
+    headers tell it.
+    """
+
+    @property
+    def setup(self) -> str:
+        """The paper's name of what was done, such as ``Att_GPQ 20%``."""
+        return str(self["setup"])
+
+    @property
+    def recipe(self) -> Recipe:
+        """The steps; `convert` takes them back and gives the same bytes."""
+        return Recipe.from_dict(self["recipe"])
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The checkpoint that was converted: name, revision, architecture, hashes of its files."""
+        return dict(self["source"])
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Counts of weights (``parameters``, ``in_scope``, ``pruned``, ``zeros_before``, ``zeros_after``,
+        ``quantized``), sizes (``bytes_before``, ``bytes_after``) and ``relative_error``.
+        """
+        return dict(self["totals"])
+
+    @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The same by group of layers."""
+        return dict(self["groups"])
+
+    @property
+    def tensors(self) -> list[dict[str, Any]]:
+        """An entry per tensor: name, group, shape, dtypes, what was done to it, its error and its hash."""
+        return list(self["tensors"])
+
+    @property
+    def runtimes(self) -> list[str]:
+        """What runs the output."""
+        return list(self["runtimes"])
+
+    def _summary(self) -> Summary:
+        totals = self.totals
+        return Summary(
+            f"Manifest: {plain(self.setup, 60)} of {plain(self.source['name'], 60)}",
+            f"{size(totals['bytes_before'])} before, {size(totals['bytes_after'])} after; {_done(totals)}.",
+            ("Group", "Parameters", "Pruned", "Quantized", "Before", "After"),
+            tuple(
+                (
+                    plain(name, 30),
+                    count(counts["parameters"]),
+                    _known(counts["pruned"]),
+                    count(counts["quantized"]),
+                    size(counts["bytes_before"]),
+                    size(counts["bytes_after"]),
+                )
+                for name, counts in self.groups.items()
+            ),
+        )
+
+
+def _done(totals: Mapping[str, Any]) -> str:
+    of = totals["parameters"]
+    pruned = "an unknown number" if totals["pruned"] is None else percent(totals["pruned"], of)
+    return f"of {count(of)} weights {pruned} pruned, {percent(totals['quantized'], of)} quantized"
+
+
+def _known(number: int | None) -> str:
+    return NONE if number is None else count(number)
 
 
 def versions() -> dict[str, str]:
@@ -26,7 +103,7 @@ def versions() -> dict[str, str]:
     return {"compressknow": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def dry_run(plan: Plan) -> dict[str, Any]:
+def dry_run(plan: Plan) -> Manifest:
     """What the manifest of a plan will hold, as far as headers tell it: no zeros, errors or hashes, and `pruned` by
     tensor only where no threshold over several tensors decides it."""
     known, total = plan.pruned_counts()
@@ -38,7 +115,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         if not groups_known and counts["in_scope"]:
             counts["pruned"] = None
     summary["totals"]["pruned"] = total
-    return {**summary, "tensors": [row | {"pruned": known.get(row["name"])} for row in rows]}
+    return Manifest({**summary, "tensors": [row | {"pruned": known.get(row["name"])} for row in rows]})
 
 
 def build_manifest(
@@ -170,4 +247,4 @@ def _part(name: str, part: Stored, sha256: str) -> dict[str, Any]:
     return {"name": name, "shape": list(part.shape), "dtype": part.dtype, "sha256": sha256}
 
 
-__all__ = ["MANIFEST_NAME", "build_manifest", "dry_run", "serialize", "versions"]
+__all__ = ["MANIFEST_NAME", "Manifest", "build_manifest", "dry_run", "serialize", "versions"]

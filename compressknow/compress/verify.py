@@ -16,10 +16,12 @@ from compressknow.compress.manifest import counts_of
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.errors import CheckpointError, VerificationError
+from compressknow.format import count, plain, size
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, SEAL, read_manifest, seal_of
 from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_metadata
-from compressknow.quiet import counted
+from compressknow.notebook import Shown, Summary
+from compressknow.quiet import Advance, counted
 from compressknow.reading import INDEX
 
 SHOWN = 20
@@ -43,8 +45,8 @@ class Difference:
         return f"{self.file}: {self.tensor + ': ' if self.tensor else ''}{self.what}"
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
     """What was compared, every difference found, and what could not be compared (`notes`)."""
 
     tensors: int
@@ -53,12 +55,11 @@ class Verification:
     differences: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
 
-
-def verify(folder: str | Path) -> Verification:
-    """As `compare_to_manifest`, but raises VerificationError listing the differences where there are any."""
-    result = compare_to_manifest(folder)
-    raise_if_different(folder, result)
-    return result
+    def _summary(self) -> Summary:
+        compared = f"{count(self.tensors)} tensors and {count(self.files)} files ({size(self.bytes)})"
+        found = f"differ in {count(len(self.differences))} places" if self.differences else "are as in the manifest"
+        rows = tuple((plain(d.file, 40), plain(d.tensor or "-", 60), plain(d.what, 80)) for d in self.differences)
+        return Summary("Verification", f"{compared} {found}.", ("File", "Tensor", "Difference"), rows)
 
 
 def raise_if_different(folder: str | Path, result: Verification) -> None:
@@ -74,7 +75,7 @@ def raise_if_different(folder: str | Path, result: Verification) -> None:
 
 
 def compare_to_manifest(
-    folder: str | Path, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None
+    folder: str | Path, *, threads: int | None = None, advance: Advance | None = None
 ) -> Verification:
     """Rehash and recount everything in a folder that convert wrote: tensors, scales, the files beside them.
 
@@ -91,7 +92,7 @@ def compare_to_manifest(
     stored, differences = _stored(folder, places)
     rows = {name: row for row in manifest["tensors"] for name, row in _expected(row)}
     total = sum(tensor.nbytes for tensor in stored.values())
-    report = counted(progress, total)
+    report = counted(advance, total)
     with Pool(threads) as pool, OpenFiles() as files:
         checks = pool.map(
             lambda name: _compare(

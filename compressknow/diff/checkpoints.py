@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from compressknow.compress.blocks import Reader
@@ -11,10 +11,12 @@ from compressknow.compress.pool import Pool
 from compressknow.diff.config import config_changes
 from compressknow.diff.parameters import Side, Values, deviation, side_of
 from compressknow.diff.records import Difference, StructureChange, TensorDifference
+from compressknow.engine.identity import Located
 from compressknow.errors import CompressknowError
-from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.checkpoint import Checkpoint, open_checkpoint, weight_files
 from compressknow.model.tensors import OpenFiles, StoredTensor
-from compressknow.quiet import counted
+from compressknow.quiet import Advance, Listener, Stage, begun, counted
+from compressknow.reading import sha256_of
 
 NOT_LINEAR = "not-linear"
 ABSENT = "-"
@@ -35,14 +37,14 @@ def difference(
     *,
     trust_remote_code: bool = False,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    advance: Advance | None = None,
 ) -> Difference:
     """Compare what two checkpoints hold, in the memory of a block a thread.
 
     Parameters
     ----------
     threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
-    progress : told the bytes read so far, and in all.
+    advance : told the bytes read so far, and in all.
 
     Raises
     ------
@@ -56,8 +58,35 @@ def difference(
         architecture=side_a.structure.architecture,
         config=config_changes(side_a.config, side_b.config),
         structure=tuple(_structure(side_a, side_b)),
-        tensors=tuple(_measure(side_a, side_b, pairs, threads, progress)),
+        tensors=tuple(_measure(side_a, side_b, pairs, threads, advance)),
     )
+
+
+def difference_of(
+    a: Located,
+    b: Located,
+    *,
+    trust_remote_code: bool = False,
+    threads: int | None = None,
+    on_progress: Listener | None = None,
+) -> Difference | None:
+    """As `difference`, of models that are found; None where one is a GGUF file, whose weights are packed."""
+    if ".gguf" in (a.path.suffix, b.path.suffix):
+        return None
+    with begun(on_progress, Stage("compare", f"{a.name} and {b.name}")) as advance:
+        opened = [open_checkpoint(located.path) for located in (a, b)]
+        return difference(*opened, trust_remote_code=trust_remote_code, threads=threads, advance=advance)
+
+
+def other_files(a: Located, b: Located) -> Iterator[str]:
+    """Small files that decide answers too and are not alike: of the tokenizer, and modelling code."""
+    if ".gguf" in (a.path.suffix, b.path.suffix):
+        return
+    left_out = {"config.json", *weight_files(a.path), *weight_files(b.path)}
+    for name in sorted({path.name for located in (a, b) for path in located.files} - left_out):
+        hashes = [sha256_of(located.path / name) if (located.path / name).is_file() else None for located in (a, b)]
+        if hashes[0] != hashes[1]:
+            yield name
 
 
 def _refuse_other_architecture(a: Side, b: Side) -> None:
@@ -136,11 +165,11 @@ def _told(tensor: StoredTensor | None) -> str:
 
 
 def _measure(
-    a: Side, b: Side, pairs: list[Pair], threads: int | None, progress: Callable[[int, int], None] | None
+    a: Side, b: Side, pairs: list[Pair], threads: int | None, advance: Advance | None
 ) -> Iterable[TensorDifference]:
     total = sum(pair.a.tensor.nbytes + pair.b.tensor.nbytes for pair in pairs)
     with Pool(threads) as pool, OpenFiles() as files:
-        reader = Reader(pool, files, counted(progress, total))
+        reader = Reader(pool, files, counted(advance, total))
         return pool.map(lambda pair: _compared(reader, a, b, pair), pairs)
 
 

@@ -8,8 +8,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressknow.format import count, plain
 from compressknow.model.scopes import scope_parameters
 from compressknow.model.structure import GROUPS, LinearWeight, ModuleMap, Structure
+from compressknow.notebook import Shown, Summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,13 +21,66 @@ if TYPE_CHECKING:
 Ties = dict[str, str]
 
 
+class Inspection(Shown, dict[str, Any]):
+    """What `inspect` tells of a checkpoint: the content of ``inspect --json``.
+
+    A dict, which its properties read by name.
+    """
+
+    @property
+    def model(self) -> str:
+        """What the checkpoint is called."""
+        return str(self["model"])
+
+    @property
+    def architecture(self) -> str:
+        """The class that transformers builds."""
+        return str(self["architecture"])
+
+    @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """By group of Linear layers: ``modules``, parameters ``stored`` and as ``used``, and its ``weights``."""
+        return dict(self["groups"])
+
+    @property
+    def scopes(self) -> dict[str, dict[str, int]]:
+        """By scope, the parameters that ``prune`` and ``quantize`` take."""
+        return dict(self["scopes"])
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Of the whole model, ``stored`` and as ``used``."""
+        return dict(self["parameters"])
+
+    @property
+    def tied(self) -> list[list[str]]:
+        """Pairs of names that share one tensor."""
+        return list(self["tied"])
+
+    @property
+    def unplaced(self) -> list[str]:
+        """Linear layers that no group has."""
+        return list(self["unplaced"])
+
+    def _summary(self) -> Summary:
+        return Summary(
+            f"{plain(self.model, 60)}: {plain(self.architecture, 60)}",
+            f"{count(self.parameters['stored'])} parameters.",
+            ("Group", "Modules", "Stored", "As used"),
+            tuple(
+                (plain(name, 30), count(group["modules"]), count(group["stored"]), count(group["used"]))
+                for name, group in self.groups.items()
+            ),
+        )
+
+
 def inspect_checkpoint(
     model: str | Path,
     *,
     module_map: ModuleMap = "structural",
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
+) -> Inspection:
     """Open a checkpoint, or a folder with only its config.json, and summarize what it is made of.
 
     Reads headers alone, except where the weight files hold both names of a tie: then it compares the two, since a
@@ -49,10 +104,10 @@ def inspect_checkpoint(
         return summarize(_tied_by(checkpoint.config, structure), checkpoint.name, None)
     dtypes, ties = _stored_dtypes(checkpoint, tree, structure)
     summary = summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
-    return {**summary, "missing": list(missing_weights(checkpoint, tree))}
+    return Inspection({**summary, "missing": list(missing_weights(checkpoint, tree))})
 
 
-def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> dict[str, Any]:
+def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> Inspection:
     """The record behind `inspect` and its `--json`.
 
     Parameters
@@ -70,7 +125,7 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
     groups = {group: [w for w in structure.linears if w.group == group] for group in GROUPS}
     if not groups["vision"]:
         del groups["vision"]
-    return {
+    summary = {
         "model": source_name,
         "architecture": structure.architecture,
         "model_type": structure.model_type,
@@ -82,6 +137,7 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
         "unplaced": list(dict.fromkeys(structure.unplaced)),
         "opaque": dict(structure.opaque),
     }
+    return Inspection(summary)
 
 
 def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[str, str] | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from compressknow.probe.answers import LOGP_FLOOR, Answers
 from compressknow.probe.evaluate import ask
 from compressknow.probe.facts import Probe
-from compressknow.quiet import Bar, Stage
+from compressknow.quiet import Listener, Stage, begun
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class Distributions:
             self._rows[key] = Rows(self._folder, len(probe.facts))
         return self._rows[key]
 
-    def complete(self, probes: Sequence[Probe], answers: Answers, bar: Bar | None) -> None:
+    def complete(self, probes: Sequence[Probe], answers: Answers, on_progress: Listener | None) -> None:
         """Have those of all facts of these probes, as far as the disk has room; `answers` are the original's to them.
 
         The original is in memory no longer than that.
@@ -61,18 +61,19 @@ class Distributions:
         try:
             for probe in lacking:
                 if not self.of(probe).gave_up:
-                    self._evaluate(probe, answers, bar)
+                    self._evaluate(probe, answers, on_progress)
         finally:
             if lacking:
                 self._original.release()
 
-    def _evaluate(self, probe: Probe, answers: Answers, bar: Bar | None) -> None:
+    def _evaluate(self, probe: Probe, answers: Answers, on_progress: Listener | None) -> None:
         original, rows = self._original, self.of(probe)
-        stage = Stage(probe.name, original.located.name, len(probe.facts), original.settings.device, again=True)
-        with bar(stage) if bar else contextlib.nullcontext() as progress:
+        name, device = original.located.name, original.settings.device
+        stage = Stage("evaluate", name, probe.name, len(probe.facts), device, again=True)
+        with begun(on_progress, stage) as advance:
             known = {answer.fact_id: answer for answer in answers.of(probe.name)}
             questions = original.questions(probe)
-            for _ in ask(questions, done=rows.facts, known=known, whole=rows.keep, progress=progress):
+            for _ in ask(questions, done=rows.facts, known=known, whole=rows.keep, advance=advance):
                 if rows.gave_up:
                     break
 

@@ -16,7 +16,7 @@ from compressknow.probe.answers import Answer, Answers
 from compressknow.probe.facts import Probe
 from compressknow.probe.scoring.prompts import Ids
 from compressknow.probe.sources import Task
-from compressknow.quiet import Pace, Progress
+from compressknow.quiet import Advance, Pace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ def ask(
     done: frozenset[str] = frozenset(),
     known: Mapping[str, Answer] | None = None,
     whole: Whole | None = None,
-    progress: Progress | None = None,
+    advance: Advance | None = None,
 ) -> Iterator[list[Answer]]:
     """Answers, a batch at a time, of all facts that are not `done`.
 
@@ -111,11 +111,11 @@ def ask(
     left = [batch for batch in questions.batches if not all(question.fact.id in done for question in batch)]
     total = questions.asked
     answered = total - sum(map(len, left))
-    if progress:
-        progress(answered, total)
-    pace = _pace(questions.scorer, left, measured=progress is not None and known is None)
-    if progress and pace.left is not None:
-        progress(answered, total, pace.left)
+    if advance:
+        advance(answered, total)
+    pace = _pace(questions.scorer, left, measured=advance is not None and known is None)
+    if advance and pace.left is not None:
+        advance(answered, total, pace.left)
     for batch in left:
         wanted = [reference[question.fact.id] for question in batch] if reference is not None else None
         if known is None:
@@ -124,8 +124,8 @@ def ask(
             yield questions.scorer.answer_anew(batch, [known[question.fact.id] for question in batch], wanted, whole)
         answered += len(batch)
         pace.add(_work(questions.scorer, batch))
-        if progress:
-            progress(answered, total, pace.left)
+        if advance:
+            advance(answered, total, pace.left)
 
 
 def _pace(scorer: Scorer, left: Sequence[tuple[Question, ...]], *, measured: bool) -> Pace:

@@ -13,14 +13,40 @@ from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers, is_answers_folder, read_answers
 
 if TYPE_CHECKING:
+    from compressknow.probe.facts import Probe
     from compressknow.probe.run import Settings
-    from compressknow.probe.sources import Options
-    from compressknow.quiet import Bar
+    from compressknow.probe.sources import Options, Task
+    from compressknow.quiet import Listener
 
 
 def default_answers_folder() -> Path:
     """Where answers are kept from one report to the next: ``$XDG_CACHE_HOME/compressknow/answers``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow" / "answers"
+
+
+def open_named(probes: str | Sequence[str] | None, options: Options | None) -> list[Probe | Task]:
+    """The probes that a user names, atlas where none is named. Raises UsageError as `open_all` does, and for twins."""
+    from compressknow.probe.run import refuse_twins
+    from compressknow.probe.sources import DEFAULT, Options, open_all
+
+    opened = open_all(names_of(probes) or DEFAULT, options or Options())
+    refuse_twins(opened)
+    return opened
+
+
+def names_of(probes: str | Sequence[str] | None) -> list[str]:
+    """One name, several or none, as a list."""
+    return [probes] if isinstance(probes, str) else list(probes or ())
+
+
+def read_reference(folder: str | Path) -> Answers:
+    """The original's answers, to evaluate others by. Raises CompressknowError where they do not tell whose they are."""
+    original = read_answers(Path(folder))
+    if "sha256" not in original.record["model"]:
+        raise CompressknowError(
+            f"{folder} does not tell which model gave its answers.", hint="Probe the original again."
+        )
+    return original
 
 
 def gather(
@@ -33,7 +59,7 @@ def gather(
     keep_in: Path,
     revision: str | None = None,
     timed: bool = False,
-    bar: Bar | None = None,
+    on_progress: Listener | None = None,
 ) -> tuple[Answers, list[Answers]]:
     """The original's answers and those of each compressed model, to the same probes.
 
@@ -53,7 +79,7 @@ def gather(
     if all(answers is not None for answers in stored):
         first, *others = [_of(answers, probes) for answers in stored if answers is not None]
         return first, others
-    return _ask(original, compressed, probes, options, settings, stored, keep_in, revision, timed, bar)
+    return _ask(original, compressed, probes, options, settings, stored, keep_in, revision, timed, on_progress)
 
 
 def _stored(model: str | Path) -> Answers | None:
@@ -71,7 +97,7 @@ def _ask(
     keep_in: Path,
     revision: str | None,
     timed: bool,
-    bar: Bar | None,
+    on_progress: Listener | None,
 ) -> tuple[Answers, list[Answers]]:
     from compressknow.engine.identity import locate
     from compressknow.probe.distributions import Distributions
@@ -103,8 +129,10 @@ def _ask(
             reference = gathered[0] if gathered else None
             folder = folder_of(keep_in, respondent.sha256, reference)
             number += 1
-            watched = staged(bar, number=number, of=of)
-            answers = probe_model(respondent, asked, folder, reference=reference, whole=whole, bar=watched, wait=True)
+            watched = staged(on_progress, number=number, of=of)
+            answers = probe_model(
+                respondent, asked, folder, reference=reference, whole=whole, on_progress=watched, wait=True
+            )
             respondent.release()
             speed = measure(respondent.located, respondent.settings) if timed else None
             gathered.append(_with_speed(answers, speed) if speed else answers)

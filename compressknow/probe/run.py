@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
@@ -48,7 +47,7 @@ from compressknow.probe.evaluate import (
 )
 from compressknow.probe.facts import Probe, chance, majority
 from compressknow.probe.sources import Task
-from compressknow.quiet import Bar, PanicError, Progress, Stage, no_panics
+from compressknow.quiet import Advance, Listener, PanicError, Stage, begun, no_panics
 from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
@@ -157,7 +156,7 @@ def probe_model(
     reference: Answers | None = None,
     known: Answers | None = None,
     whole: Distributions | None = None,
-    bar: Bar | None = None,
+    on_progress: Listener | None = None,
     wait: bool = False,
 ) -> Answers:
     """Ask a model some probes and keep the answers in `folder`, beside those that it holds already.
@@ -172,7 +171,7 @@ def probe_model(
     known : answers of this very model to these probes, with another reference: what it answers is taken from there.
     whole : the original's distributions over the whole vocabulary: those of `reference` are compared with this model's;
         without a reference this model is the original, and they are kept.
-    bar : gives, for a stage that begins, a context with a callable that is told of its progress.
+    on_progress : called with each `compressknow.quiet.Progress`.
     wait : wait for another run that uses the folder, rather than raise OutputError.
 
     Raises
@@ -185,13 +184,13 @@ def probe_model(
         record = _record(folder, respondent)
         if whole and reference:
             left = lacking(respondent, probes, folder, reference, whole)
-            whole.complete([probe for probe in left if not isinstance(probe, Task)], reference, bar)
+            whole.complete([probe for probe in left if not isinstance(probe, Task)], reference, on_progress)
         for probe in lacking(respondent, probes, folder, reference, whole):
             key = _key(respondent, probe, reference)
             # What lacks a divergence alone is not asked whole again.
             given = _answers(folder, record) if record["probes"].get(probe.name, {}).get("key") == key else known
-            stage = Stage(probe.name, respondent.located.name, facts_of(probes), respondent.settings.device)
-            _ask_one(respondent, probe, stage, folder, record, key, reference, given, whole, bar)
+            stage = Stage("evaluate", respondent.located.name, probe.name, facts_of(probes), respondent.settings.device)
+            _ask_one(respondent, probe, stage, folder, record, key, reference, given, whole, on_progress)
         tidy(folder)
         return _read(folder, [probe.name for probe in probes])
 
@@ -245,17 +244,17 @@ def _ask_one(
     reference: Answers | None,
     known: Answers | None,
     whole: Distributions | None,
-    bar: Bar | None,
+    on_progress: Listener | None,
 ) -> None:
     """Ask one probe and put its answers and its entry on disk, the answers first."""
     start = time.monotonic()
     if reference:
         refuse_other_questions(reference, probe)
         refuse_other_model(reference, respondent.located.name, respondent.loaded)
-    with bar(stage) if bar else contextlib.nullcontext() as progress:
+    with begun(on_progress, stage) as advance:
         if not isinstance(probe, Task):
             answers, entry = _ask_facts(
-                respondent, probe, parts_of(folder, key), reference, known, _told(whole, probe, reference), progress
+                respondent, probe, parts_of(folder, key), reference, known, _told(whole, probe, reference), advance
             )
         elif known:
             # lm-eval gives no distribution: there is nothing to ask anew.
@@ -286,7 +285,7 @@ def _ask_facts(
     reference: Answers | None,
     known: Answers | None,
     whole: Whole | None,
-    progress: Progress | None,
+    advance: Advance | None,
 ) -> tuple[list[Answer], dict[str, Any]]:
     questions = respondent.questions(probe)
     if not questions.asked:
@@ -295,7 +294,7 @@ def _ask_facts(
     ids = first_ids(reference, probe, questions) if reference else None
     done = frozenset(answer.fact_id for answer in answers)
     given = {answer.fact_id: answer for answer in known.of(probe.name)} if known else None
-    for part in _in_parts(ask(questions, reference=ids, done=done, known=given, whole=whole, progress=progress)):
+    for part in _in_parts(ask(questions, reference=ids, done=done, known=given, whole=whole, advance=advance)):
         write_part(parts, part)
         answers += part
     order = {fact.id: number for number, fact in enumerate(probe.facts)}

@@ -23,7 +23,7 @@ from compressknow.probe.evaluate import Questions
 from compressknow.probe.facts import Probe
 from compressknow.probe.run import Respondent, Settings, facts_of, is_answered, lacking, probe_model
 from compressknow.probe.sources import Task
-from compressknow.quiet import Bar, staged
+from compressknow.quiet import Listener, staged
 from compressknow.study.grid import Cell
 
 if TYPE_CHECKING:
@@ -73,15 +73,22 @@ class Subject:
         if "maker" in self.__dict__:
             self.maker.__exit__(kind, error, trace)
 
-    def ask_original(self, probes: Sequence[Probe | Task], folder: Path, bar: Bar | None = None) -> Answers:
+    def ask_original(
+        self, probes: Sequence[Probe | Task], folder: Path, on_progress: Listener | None = None
+    ) -> Answers:
         """The original's answers, kept in `folder`."""
-        return _ask(self.original, probes, folder, None, self._whole, bar)
+        return _ask(self.original, probes, folder, None, self._whole, on_progress)
 
     def ask_cell(
-        self, cell: Cell, probes: Sequence[Probe | Task], cells: Path, reference: Answers, bar: Bar | None = None
+        self,
+        cell: Cell,
+        probes: Sequence[Probe | Task],
+        cells: Path,
+        reference: Answers,
+        on_progress: Listener | None = None,
     ) -> Answers:
         """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or asked."""
-        return _ask(self._respondent(cell), probes, cells / self.folder_of(cell), reference, self._whole, bar)
+        return _ask(self._respondent(cell), probes, cells / self.folder_of(cell), reference, self._whole, on_progress)
 
     def is_answered(self, cell: Cell, probe: Probe | Task, cells: Path, reference: Answers) -> bool:
         """Whether `ask_cell` would find these answers there."""
@@ -102,9 +109,9 @@ def _ask(
     folder: Path,
     reference: Answers | None,
     whole: Distributions | None,
-    bar: Bar | None,
+    on_progress: Listener | None,
 ) -> Answers:
-    watched = staged(bar, facts=facts_of(probes))
+    watched = staged(on_progress, facts=facts_of(probes))
     if whole and reference:
         # Before the first is asked: then the original need not be in memory beside the cell.
         facts = [probe for probe in probes if isinstance(probe, Probe)]
@@ -117,7 +124,12 @@ def _ask(
         return merged(
             [
                 probe_model(
-                    respondent, [probe], folder / folder_of(probe.name), reference=reference, whole=whole, bar=watched
+                    respondent,
+                    [probe],
+                    folder / folder_of(probe.name),
+                    reference=reference,
+                    whole=whole,
+                    on_progress=watched,
                 )
                 for probe in probes
             ]
@@ -198,3 +210,14 @@ class CellRespondent(Respondent):
 
     def described(self) -> dict[str, Any]:
         return self._described
+
+
+def save_cell(subject: Subject, cell: Cell, models: Path) -> None:
+    """Write a cell's checkpoint below `models`, unless a run before has."""
+    from compressknow.compress.convert import convert
+    from compressknow.report.model_card.render import model_card_for
+
+    folder = models / subject.folder_of(cell)
+    if not folder.exists():
+        models.mkdir(exist_ok=True)
+        convert(subject.maker.checkpoint.folder, folder, cell.recipe, render_card=model_card_for)

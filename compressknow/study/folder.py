@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from compressknow import reading
@@ -19,17 +19,33 @@ from compressknow.reading import misfit
 from compressknow.report.card.make import compare, method_of, model_facts
 from compressknow.report.records import Comparison
 from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
-from compressknow.stats.records import ProbeFigures
+from compressknow.stats.intervals import proportion
+from compressknow.stats.records import Estimate, ProbeFigures
 from compressknow.study.grid import Cell
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What came of a cell: its answers, or why there are none."""
+    """What came of a cell: its answers beside the original's, or why there are none."""
 
     cell: Cell
-    answers: Answers | None = None
+    original: Answers = field(repr=False)
+    answers: Answers | None = field(default=None, repr=False)
     why: str | None = None
+
+    @property
+    def setup(self) -> str:
+        """The paper's name of what was done, such as ``Att_GPQ 20%``."""
+        return self.cell.recipe.setup
+
+    @property
+    def kept(self) -> Estimate:
+        """The share of the original's knowledge that is kept; without a value where there are no answers."""
+        if self.answers is None:
+            return Estimate(None)
+        knew = {(answer.probe, answer.fact_id) for answer in self.original.answers if answer.correct}
+        right = [answer for answer in self.answers.answers if answer.correct]
+        return proportion(sum((answer.probe, answer.fact_id) in knew for answer in right), len(knew))
 
 
 def study_of(original: Answers, results: Sequence[CellResult], *, command: str | None = None) -> Study:

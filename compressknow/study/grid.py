@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ ATTENTIONS = ("self-attention", "cross-attention", "encoder-attention", "decoder
 AMOUNTS = tuple(tenths / 10 for tenths in range(1, 10))
 FEW_AMOUNTS = (0.2, 0.4)
 PAPER_SCHEME = "int8-paper"
+PAPER = "paper"
 
 AXES = ("scope", "method", "prune", "quantize", "module_map", "seed", "layers")
 FORMAT = """A grid file has an [axes] table of lists, and [[cells]] named one by one:
@@ -52,6 +53,28 @@ class Cell:
         by_layer = any(isinstance(step, Prune) and step.per_layer for step in self.recipe.steps)
         kinds = [type(step) for step in self.recipe.steps]
         return len(wheres) == 1 and not narrowed and not by_layer and len(kinds) == len(set(kinds))
+
+
+def grid_cells(
+    grid: str | Path,
+    structure: Callable[[ModuleMap], Structure],
+    *,
+    module_map: ModuleMap | None = None,
+    scheme: str | None = None,
+) -> tuple[Cell, ...]:
+    """The cells of ``paper`` or of a TOML file; `structure` gives the model's, by module map.
+
+    Raises UsageError where the grid makes no sense, or where `module_map` or `scheme` stand beside a file.
+    """
+    if str(grid) != PAPER:
+        if module_map or scheme:
+            raise UsageError(
+                "--module-map and --quantize are of the paper's grid.",
+                hint="A grid file says both itself: module_map and quantize are axes and keys of it.",
+            )
+        return read_grid(Path(grid))
+    chosen = module_map or "paper"
+    return paper_grid(structure(chosen), module_map=chosen, scheme=scheme or PAPER_SCHEME)
 
 
 def paper_grid(

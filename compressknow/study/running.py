@@ -19,7 +19,7 @@ from compressknow.probe.answers import RECORD, TABLE, Answers
 from compressknow.probe.facts import Probe
 from compressknow.probe.run import Settings
 from compressknow.probe.sources import Task
-from compressknow.quiet import Bar, staged
+from compressknow.quiet import Listener, staged
 from compressknow.study.cells import Subject, folder_of
 from compressknow.study.folder import CellResult
 from compressknow.study.grid import Cell
@@ -56,7 +56,7 @@ Run = Callable[[Batch], Generator[CellResult]]
 
 
 @contextmanager
-def runner(ray: RayOptions | None, bar: Bar | None) -> Iterator[Run]:
+def runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterator[Run]:
     """What runs batches: here, one cell after the other, or on the cluster for as long as the context lasts.
 
     Raises CompressknowError where the cluster does not answer.
@@ -64,7 +64,7 @@ def runner(ray: RayOptions | None, bar: Bar | None) -> Iterator[Run]:
     if ray is None:
         yield lambda batch: (
             # The original has been asked before.
-            _here(batch, cell, _numbered(bar, number, len(batch.cells) + 1))
+            _here(batch, cell, _numbered(on_progress, number, len(batch.cells) + 1))
             for number, cell in enumerate(batch.cells, start=2)
         )
         return
@@ -73,20 +73,22 @@ def runner(ray: RayOptions | None, bar: Bar | None) -> Iterator[Run]:
         yield run
 
 
-def _numbered(bar: Bar | None, number: int, of: int) -> Bar | None:
+def _numbered(on_progress: Listener | None, number: int, of: int) -> Listener | None:
     """A cell that comes alone is one of a search, whose number nobody knows."""
-    return staged(bar, number=number, of=of) if of > 2 else bar
+    return staged(on_progress, number=number, of=of) if of > 2 else on_progress
 
 
-def _here(batch: Batch, cell: Cell, bar: Bar | None) -> CellResult:
+def _here(batch: Batch, cell: Cell, on_progress: Listener | None) -> CellResult:
     try:
-        return CellResult(cell, batch.subject.ask_cell(cell, batch.probes, batch.folder, batch.original, bar))
+        return CellResult(
+            cell, batch.original, batch.subject.ask_cell(cell, batch.probes, batch.folder, batch.original, on_progress)
+        )
     except OutputError:
         # A full disk, a folder that cannot be written: each cell would be evaluated in vain. The study resumes.
         raise
     except Exception as error:
         # Out of memory, or whatever a model's code raises: the other cells do not depend on it.
-        return CellResult(cell, why=reason(error))
+        return CellResult(cell, batch.original, why=reason(error))
 
 
 def reason(error: BaseException) -> str:
@@ -159,8 +161,8 @@ def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Ge
 
 def _result(batch: Batch, cell: Cell, failed: str | None) -> CellResult:
     if failed is not None:
-        return CellResult(cell, why=failed)
-    return CellResult(cell, batch.subject.ask_cell(cell, batch.probes, batch.folder, batch.original))
+        return CellResult(cell, batch.original, why=failed)
+    return CellResult(cell, batch.original, batch.subject.ask_cell(cell, batch.probes, batch.folder, batch.original))
 
 
 def _connect(where: RayOptions) -> Any:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from compressknow.compress.recipe import Recipe
 from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.report.card.make import compare
-from compressknow.report.search.records import SIZES, Tried
+from compressknow.report.search.records import SIZES, Trial
 from compressknow.stats.intervals import proportion
 from compressknow.stats.records import Estimate
-from compressknow.study.space import cell_of
-from compressknow.study.split import Asked
 
 # How many recipes may be tried on the held-out facts: each makes the interval that they are judged by wider.
 CONFIRMED = 5
@@ -42,38 +39,32 @@ def meets(kept: Estimate | None, keep: float) -> bool:
     return kept is not None and kept.low is not None and kept.low >= keep
 
 
-def may_meet(seen: Asked, answers: Answers, keep: float) -> bool:
+def kept_of(original: Answers, answers: Answers, level: float) -> Estimate:
+    """The share of the original's knowledge that these answers keep, with its interval of that level."""
+    counts = compare(original, answers, show_facts=False).counts
+    return proportion(counts.both, counts.known_before, level)
+
+
+def may_meet(original: Answers, answers: Answers, keep: float) -> bool:
     """Whether the first facts leave it open that as much is kept."""
-    counts = compare(seen.original, answers, show_facts=False).counts
-    high = proportion(counts.both, counts.known_before, SURE).high
+    high = kept_of(original, answers, SURE).high
     return high is None or high >= keep
 
 
-def cheapness(tried: Tried, aim: Aim) -> tuple[int, float, float]:
+def cheapness(trial: Trial, aim: Aim) -> tuple[int, float, float]:
     """What to sort by, the best first: the size; of one size what is kept, and then how far the answers moved."""
-    return tried.sizes[aim.minimize], -(tried.kept.low or 0.0), tried.harm or 0.0
+    return trial.sizes[aim.minimize], -(trial.kept.low or 0.0), trial.harm or 0.0
 
 
-def promising(tried: Sequence[Tried], aim: Aim) -> list[Tried]:
+def promising(trials: Sequence[Trial], aim: Aim) -> list[Trial]:
     """Those to ask the held-out facts, the cheapest first: they keep enough of the facts of the search. Where none
     does, the one that keeps most, to be told.
     """
-    candidates = sorted((t for t in tried if t.kept.value is not None), key=lambda t: cheapness(t, aim))
+    candidates = sorted((t for t in trials if t.kept.value is not None), key=lambda t: cheapness(t, aim))
     enough = [t for t in candidates if meets(t.kept, aim.keep)][:CONFIRMED]
     return enough or sorted(candidates, key=lambda t: -(t.kept.low or 0.0))[:1]
 
 
-def level(candidates: Sequence[Tried]) -> float:
+def level(candidates: Sequence[Trial]) -> float:
     """Of the intervals of the held-out facts, where so many may be tried on them (Bonferroni)."""
     return 1 - 0.05 / max(1, len(candidates))
-
-
-def confirm(unseen: Asked, aim: Aim, candidates: Sequence[Tried]) -> Iterator[Tried]:
-    """Each with what it keeps of the held-out facts, until one keeps enough there too."""
-    for each in candidates:
-        ((_, answers),) = unseen.ask([cell_of(Recipe.from_dict(dict(each.recipe)))])
-        counts = compare(unseen.original, answers, show_facts=False).counts
-        checked = replace(each, held_out=proportion(counts.both, counts.known_before, level(candidates)))
-        yield checked
-        if meets(checked.held_out, aim.keep):
-            return

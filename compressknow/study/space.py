@@ -1,22 +1,14 @@
-"""The recipes that a search may choose, and the optimizer that chooses."""
+"""The recipes that a search may choose."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Step, Where, recipe_of
 from compressknow.model.scopes import scope_names
 from compressknow.model.structure import ModuleMap, Structure
-from compressknow.probe.answers import Answers
-from compressknow.report.search.records import Tried
-from compressknow.study.grid import Cell, key_of
-
-if TYPE_CHECKING:
-    import optuna
-
 
 PRUNED = ("attention", "feed-forward")
 MODULES = (*PRUNED, "overall")
@@ -67,17 +59,29 @@ class Space:
     """
 
     def __init__(self, structure: Structure, schemes: Sequence[str], module_map: ModuleMap) -> None:
-        here = scope_names(structure)
-        self.scopes = tuple(scope for scope in PRUNED if scope in here)
+        self._here = scope_names(structure)
+        self.scopes = tuple(scope for scope in PRUNED if scope in self._here)
         self.quantized = (*self.scopes, BOTH, "overall") if len(self.scopes) > 1 else (*self.scopes, "overall")
         self.schemes, self.module_map = tuple(schemes), module_map
         self.bands = tuple(band for scope in self.scopes for band in _bands(structure, scope))
         self._rank: dict[Band, float] = {}
 
-    def trials_of_bands(self) -> Iterator[tuple[Band, Cell]]:
-        """Cells that show how much each band bears."""
-        for band in self.bands:
-            yield band, _cell(Recipe((band.pruned(TRIED),), self.module_map))
+    def one_band_each(self) -> dict[Recipe, Band]:
+        """Recipes that show how much each band bears."""
+        return {Recipe((band.pruned(TRIED),), self.module_map): band for band in self.bands}
+
+    def references(self) -> tuple[Recipe, ...]:
+        """Setups of the paper to set a search's result beside: GP, GQ and GPQ of each module."""
+        recipes = []
+        for scope in (scope for scope in MODULES if scope in self._here):
+            amounts = (0.1, 0.2, 0.3, 0.4, 0.5) if scope == "overall" else (0.2, 0.4)
+            # The first of the schemes alone, if there is one.
+            for scheme in (None, *self.schemes[:1]):
+                recipes += [
+                    recipe_of(Where((scope,)), prune=amount, quantize=scheme, module_map=self.module_map)
+                    for amount in ((None, *amounts) if scheme else amounts)
+                ]
+        return tuple(recipes)
 
     def learn(self, harm: Mapping[Band, float]) -> None:
         """Rank the bands of each scope by what pruning each did, from +1 (bears most) to -1 (bears least)."""
@@ -116,29 +120,6 @@ class Space:
                     yield Choice(amounts, 0, scheme, NONE if scheme == NONE else self.quantized[-2])
 
 
-def references(structure: Structure, schemes: Sequence[str], module_map: ModuleMap) -> tuple[Cell, ...]:
-    """Setups of the paper to set a search's result beside: GP, GQ and GPQ of each module."""
-    recipes = []
-    for scope in (scope for scope in MODULES if scope in scope_names(structure)):
-        amounts = (0.1, 0.2, 0.3, 0.4, 0.5) if scope == "overall" else (0.2, 0.4)
-        scheme = schemes[0] if schemes else None
-        where = Where((scope,))
-        recipes += [recipe_of(where, prune=amount, module_map=module_map) for amount in amounts]
-        if scheme:
-            recipes.append(recipe_of(where, quantize=scheme, module_map=module_map))
-            recipes += [recipe_of(where, prune=a, quantize=scheme, module_map=module_map) for a in amounts]
-    return tuple(map(_cell, recipes))
-
-
-def cell_of(recipe: Recipe) -> Cell:
-    return _cell(recipe)
-
-
-def _cell(recipe: Recipe) -> Cell:
-    # A recipe of many steps has a long name; its folder's hash tells it apart.
-    return Cell(key_of(recipe)[:60].rstrip("-."), recipe)
-
-
 def _bands(structure: Structure, scope: str) -> Iterator[Band]:
     """The layers of a scope in at most `BANDS` bands of equal size."""
     layers = sorted({w.layer for w in structure.linears if w.group == scope and w.layer is not None})
@@ -146,72 +127,3 @@ def _bands(structure: Structure, scope: str) -> Iterator[Band]:
     for band in range(number):
         part = layers[band * len(layers) // number : (band + 1) * len(layers) // number]
         yield Band(scope, f"{part[0]}-{part[-1]}")
-
-
-# Each cell's answers, as they come.
-Ask = Callable[[Sequence[Cell]], Iterable[tuple[Cell, Answers]]]
-# Trials that a cluster is given at once.
-TOGETHER = 8
-
-
-def optimize(
-    ask: Ask,
-    minimize: str,
-    keep: float,
-    space: Space,
-    trials: int,
-    together: int,
-    seed: int,
-    original: int,
-    note: Callable[[Cell, Answers, str], Tried],
-) -> None:
-    """Let Optuna choose recipes, `together` at a time, and tell it what came of them.
-
-    Its state is kept nowhere: from one seed and the same results it makes the same choices. So a search that was
-    stopped makes them again, finds the answers to the first of them on disk, and ends as if it had not been stopped.
-    """
-    study = _study(seed, space)
-    for start in range(0, trials, together):
-        asked = [study.ask() for _ in range(min(together, trials - start))]
-        recipes = [(trial, space.recipe(_choice(trial, space))) for trial in asked]
-        cells = {recipe: cell_of(recipe) for _, recipe in recipes if recipe is not None}
-        found = {cell.recipe: note(cell, answers, "search") for cell, answers in ask(list(cells.values()))}
-        for trial, recipe in recipes:
-            if recipe is None:
-                _tell(study, trial, original, keep - 1.0)
-            else:
-                kept = found[recipe].kept
-                # Less than a byte or a weight: of two of one size the one that keeps more is the better.
-                lost = 1 - (kept.value or 0.0)
-                _tell(study, trial, found[recipe].sizes[minimize] + lost, keep - (kept.low or 0.0))
-
-
-def _study(seed: int, space: Space) -> optuna.Study:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-    for choice in space.beginnings():
-        study.enqueue_trial(_parameters(choice))
-    return study
-
-
-def _tell(study: optuna.Study, trial: optuna.Trial, size: float, missing: float) -> None:
-    """`missing` is what it lacks of the share to be kept: a trial will do where that is not positive."""
-    trial.set_constraint("missing", missing)
-    study.tell(trial, size)
-
-
-def _choice(trial: optuna.Trial, space: Space) -> Choice:
-    for scope in space.scopes:
-        trial.suggest_int(scope, 0, MOST, step=STEP)
-    trial.suggest_categorical("tilt", TILTS)
-    trial.suggest_categorical("scheme", (NONE, *space.schemes))
-    trial.suggest_categorical("quantized", (NONE, *space.quantized))
-    chosen = trial.params
-    amounts = tuple((scope, chosen[scope]) for scope in space.scopes)
-    return Choice(amounts, chosen["tilt"], chosen["scheme"], chosen["quantized"])
-
-
-def _parameters(choice: Choice) -> dict[str, Any]:
-    return dict(choice.amounts) | {"tilt": choice.tilt, "scheme": choice.scheme, "quantized": choice.quantized}

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from compressknow.compress.recipe import Recipe
 from compressknow.errors import CompressknowError, UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.sources import Task, source_of, usable
-from compressknow.quiet import Bar
+from compressknow.quiet import Listener
 from compressknow.study.cells import Subject
 from compressknow.study.folder import CELLS, ORIGINAL, CellResult
-from compressknow.study.grid import Cell
+from compressknow.study.grid import Cell, key_of
 from compressknow.study.running import Batch, Run
 
 # Of the facts to search with, the share that is asked first; fewer than so many facts tell too little to stop at.
@@ -93,13 +94,13 @@ class Asked:
         subject: Subject,
         probes: Sequence[Probe],
         folder: Path,
-        bar: Bar | None,
+        on_progress: Listener | None,
         run: Run,
         first: Sequence[Probe | None] = (),
     ) -> Asked:
         begun = tuple(probe for probe in first if probe)
         whole = (*begun, *probes)
-        return cls(subject, whole, begun, folder, subject.ask_original(whole, folder / ORIGINAL, bar), run)
+        return cls(subject, whole, begun, folder, subject.ask_original(whole, folder / ORIGINAL, on_progress), run)
 
     @property
     def known(self) -> int:
@@ -127,6 +128,12 @@ class Asked:
         with closing(self.run(batch)) as results:
             for result in results:
                 yield _cell_and_answers(result)
+
+
+def cell_of(recipe: Recipe) -> Cell:
+    """The cell that a recipe makes, with a name of its steps."""
+    # A recipe of many steps has a long name; its folder's hash tells it apart.
+    return Cell(key_of(recipe)[:60].rstrip("-."), recipe)
 
 
 def _cell_and_answers(result: CellResult) -> tuple[Cell, Answers]:

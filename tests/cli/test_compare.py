@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import compressknow
 from compressknow.cli import main
 from compressknow.probe.answers import Answers, read_answers
+from compressknow.quiet import Progress
 from tests.engine.gguf_files import write_gguf
 from tests.knowing import facts_file, knowing
 from tests.models import save_tiny
@@ -408,12 +409,14 @@ def test_the_python_function_says_the_same(place: Path) -> None:
 
 
 def test_progress_is_told_of_hashing_and_of_the_weights(place: Path, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[Progress] = []
     shutil.copytree(place / "llama", tmp_path / "copy")
-    for other, phases in ((tmp_path / "copy", 1), (place / "llama-b", 2)):
+    for other, stages in ((tmp_path / "copy", ["hash"]), (place / "llama-b", ["hash", "compare"])):
         told.clear()
-        compressknow.compare(place / "llama", other, progress=lambda done, total: told.append((done, total)))
-        # Each phase ends at its whole; the first reads every file that decides what a model answers.
-        assert sum(done == total for done, total in told) == phases
+        compressknow.compare(place / "llama", other, on_progress=told.append)
+        assert [each.stage.work for each in told if each.state == "begins"] == stages
+        # Each stage ends at its whole; the first reads every file that decides what a model answers.
+        ends = [each for each in told if each.state == "ends"]
+        assert [each.stage.work for each in ends if each.done == each.total] == stages
         weights = (place / "llama" / "model.safetensors").stat().st_size
-        assert told[0][1] > 2 * weights
+        assert ends[0].total > 2 * weights

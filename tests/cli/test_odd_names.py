@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.cli import main
-from compressknow.compress.verify import verify
+from compressknow.commands.verify import verify
 from tests.knowing import facts_file, knowing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode on this system")

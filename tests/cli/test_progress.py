@@ -9,10 +9,11 @@ import time
 import pytest
 
 from compressknow.cli import progress
-from compressknow.cli.progress import announcement, bytes_bar, facts_bar
-from compressknow.quiet import Pace, Stage, staged
+from compressknow.cli.progress import Lines, announcement
+from compressknow.quiet import Pace, Progress, Stage, begun, staged
 
-STAGE = Stage("atlas", "smollm2-att-int8", facts=4021, number=2, of=3)
+STAGE = Stage("evaluate", "smollm2-att-int8", "atlas", facts=4021, number=2, of=3)
+CONVERTING = Stage("convert", "smollm2")
 
 
 class Screen(io.StringIO):
@@ -59,7 +60,7 @@ def test_a_line_says_which_model_which_probe_how_far_and_how_long_still(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = watch(monkeypatch, terminal=terminal)
-    with facts_bar() as bar, bar(STAGE) as told:
+    with begun(Lines(), STAGE) as told:
         assert told is not None
         until(screen, "smollm2-att-int8 (2 of 3), atlas: 0 s so far")
         told(0, 4021)
@@ -76,22 +77,21 @@ def test_the_whole_run_is_announced_once_before_the_first_batch_is_done(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = watch(monkeypatch, terminal=terminal)
-    with facts_bar() as bar:
-        for number in (1, 2):
-            watched = staged(bar, number=number, of=2)
-            assert watched is not None
-            with watched(STAGE) as told:
-                assert told is not None
-                told(0, 4021)
-                told(0, 4021, 270.0)
-                told(2000, 4021, 140.0)
+    lines = Lines()
+    for number in (1, 2):
+        with begun(staged(lines, number=number, of=2), STAGE) as told:
+            assert told is not None
+            told(0, 4021)
+            told(0, 4021, 270.0)
+            told(2000, 4021, 140.0)
     assert screen.lines == ["4,021 facts x 2 models on cpu: about 9 min."]
 
 
 @pytest.mark.usefixtures("often")
 def test_nothing_of_a_changing_line_stays_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=True)
-    with bytes_bar("Converting") as told:
+    with begun(Lines(), CONVERTING) as told:
+        assert told is not None
         told(1_000_000, 4_000_000)
         until(screen, "Converting: 1.0 MB of 4.0 MB")
     *_, last, end = screen.getvalue().split("\r")
@@ -102,8 +102,10 @@ def test_nothing_of_a_changing_line_stays_on_a_terminal(monkeypatch: pytest.Monk
 @both
 def test_work_that_ends_at_once_shows_nothing(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=terminal)
-    with facts_bar() as bar, bar(STAGE) as told, bytes_bar("Converting") as bytes_told:
+    lines = Lines()
+    with begun(lines, STAGE) as told, begun(lines, CONVERTING) as bytes_told:
         assert told is not None
+        assert bytes_told is not None
         told(4021, 4021, 0.0)
         bytes_told(1, 1)
     assert screen.getvalue() == ""
@@ -112,21 +114,24 @@ def test_work_that_ends_at_once_shows_nothing(terminal: bool, monkeypatch: pytes
 @pytest.mark.usefixtures("often")
 def test_a_screen_that_has_gone_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=True)
-    with bytes_bar("Converting"):
+    with begun(Lines(), CONVERTING):
         screen.close()
         time.sleep(0.05)
 
 
 def test_control_characters_of_a_name_are_not_written() -> None:
-    state = progress._State(Stage("atlas", "\x1b[31mred", facts=1))
+    state = progress._State(Stage("evaluate", "\x1b[31mred", "atlas", facts=1))
     assert "\x1b" not in state.text()
 
 
 def test_an_announcement_counts_the_models_that_are_still_to_be_asked() -> None:
-    assert announcement(STAGE, 0, 4021, 30.0) == "4,021 facts x 2 models on cpu: about 1 min."
-    assert announcement(STAGE, 0, 4021, 5.0) is None
-    of_one = Stage("atlas", "smollm2", facts=8042)
-    assert announcement(of_one, 2021, 4021, 100.0) == "8,042 facts on cpu: about 5 min."
+    def said(stage: Stage, done: int, left: float) -> str | None:
+        return announcement(Progress(stage, "advances", done, 4021, left))
+
+    assert said(STAGE, 0, 30.0) == "4,021 facts x 2 models on cpu: about 1 min."
+    assert said(STAGE, 0, 5.0) is None
+    of_one = Stage("evaluate", "smollm2", "atlas", facts=8042)
+    assert said(of_one, 2021, 100.0) == "8,042 facts on cpu: about 5 min."
 
 
 def test_the_time_left_is_that_of_a_sample_until_a_batch_is_done() -> None:
@@ -143,7 +148,9 @@ def test_the_time_left_is_that_of_a_sample_until_a_batch_is_done() -> None:
 
 def test_the_original_that_runs_again_is_told_apart(often: None, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=False)
-    with facts_bar() as bar, bar(Stage("atlas", "smollm2", facts=4021, number=2, of=3, again=True)) as update:
-        update(2010, 4021, 3600.0)
+    again = Stage("evaluate", "smollm2", "atlas", facts=4021, number=2, of=3, again=True)
+    with begun(Lines(), again) as told:
+        assert told is not None
+        told(2010, 4021, 3600.0)
         until(screen, "smollm2 again, for the KL over all tokens, atlas: 2,010 of 4,021 facts")
     assert "about" not in screen.getvalue()

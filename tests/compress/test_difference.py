@@ -336,7 +336,7 @@ def test_figures_do_not_depend_on_threads_and_progress_ends_at_the_whole(tmp_pat
     a = save_tiny("llama", tmp_path / "a")
     compressknow.convert(a, tmp_path / "b", prune=0.5, quantize="int8")
     told: list[tuple[int, int]] = []
-    one = compared(a, tmp_path / "b", threads=1, progress=lambda done, total: told.append((done, total)))
+    one = compared(a, tmp_path / "b", threads=1, advance=lambda done, total: told.append((done, total)))
     assert one == compared(a, tmp_path / "b", threads=3)
     assert told[-1][0] == told[-1][1] > 0
     assert sorted(told) == told

@@ -20,6 +20,7 @@ from compressknow.probe import distributions, run
 from compressknow.probe.answers import TABLE, read_table
 from compressknow.probe.distributions import Distributions, Rows, divergence_of
 from compressknow.probe.run import Settings
+from compressknow.quiet import Progress
 from compressknow.report.records import Card
 from compressknow.stats.records import Movement
 from tests.knowing import facts_file, knowing
@@ -113,12 +114,12 @@ def test_a_report_gives_the_divergence_over_all_tokens(place: Path, family: str,
 def test_what_was_cached_does_not_show(place: Path, family: str, tmp_path: Path) -> None:
     first, second = f"{family}-30", f"{family}-60"
     report(place, [first], tmp_path / "cached")
-    stages = []
-    bar = telling(lambda *_: None)
-    cached = report(place, [first, second], tmp_path / "cached", bar=lambda stage: stages.append(stage) or bar(stage))
+    told: list[Progress] = []
+    cached = report(place, [first, second], tmp_path / "cached", on_progress=told.append)
     fresh = report(place, [first, second], tmp_path / "fresh")
     assert movements(cached) == movements(fresh)
     assert tables(tmp_path / "cached") == tables(tmp_path / "fresh")
+    stages = [progress.stage for progress in told if progress.state == "begins"]
     assert [(stage.model, stage.again) for stage in stages] == [(family, True), (second, False)]
 
 
@@ -134,14 +135,14 @@ def test_a_killed_run_resumes_with_the_same_figures(
     monkeypatch.setattr(run, "SECONDS_BETWEEN_PARTS", 0.0)
     told: list[int] = []
 
-    def progress(done: int, total: int) -> None:
+    def advance(done: int) -> None:
         told.append(done)
         batches = sum(after > before for before, after in itertools.pairwise(told))
         if batches * FEW.batch_size >= facts:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        report(place, ["llama-60"], tmp_path / "killed", bar=telling(progress))
+        report(place, ["llama-60"], tmp_path / "killed", on_progress=telling(advance))
     resumed = report(place, ["llama-60"], tmp_path / "killed")
     assert movements(resumed) == movements(report(place, ["llama-60"], tmp_path / "whole"))
     assert tables(tmp_path / "killed") == tables(tmp_path / "whole")

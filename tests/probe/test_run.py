@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from compressknow.probe import run
 from compressknow.probe.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
 from compressknow.probe.run import Respondent, Settings, probe_model
 from compressknow.probe.sources import Options, open_all
-from compressknow.quiet import Bar, Progress, Stage
+from compressknow.quiet import Listener
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 FEW = Settings(batch_size=8)
@@ -45,29 +45,27 @@ def ask(
     options: Options | None = None,
     reference: Answers | None = None,
     known: Answers | None = None,
-    bar: Bar | None = None,
+    on_progress: Listener | None = None,
 ) -> Answers:
     files = [facts] if isinstance(facts, Path) else facts
     probes = open_all([f"facts:{file}" for file in files], options or Options())
-    return probe_model(Respondent(locate(model), settings), probes, folder, reference=reference, known=known, bar=bar)
+    respondent = Respondent(locate(model), settings)
+    return probe_model(respondent, probes, folder, reference=reference, known=known, on_progress=on_progress)
 
 
-def telling(progress: Callable[[int, int], None]) -> Bar:
-    @contextlib.contextmanager
-    def bar(stage: Stage) -> Iterator[Progress]:
-        yield lambda done, total, _=None: progress(done, total)
-
-    return bar
+def telling(advance: Callable[[int], None]) -> Listener:
+    """Tells how many facts are answered, each time that this changes."""
+    return lambda progress: advance(progress.done) if progress.state == "advances" else None
 
 
-def stopped_after(facts: int) -> Bar:
-    """A bar by which the user stops the run once so many facts are answered."""
+def stopped_after(facts: int) -> Listener:
+    """With this the user stops the run once so many facts are answered."""
 
-    def progress(done: int, total: int) -> None:
+    def advance(done: int) -> None:
         if done >= facts:
             raise KeyboardInterrupt
 
-    return telling(progress)
+    return telling(advance)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -100,7 +98,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tmp_path: Path) -> None:
     whole = ask(place / family, tmp_path / "whole", place / "facts.jsonl")
     with pytest.raises(KeyboardInterrupt):
-        ask(place / family, tmp_path / "killed", place / "facts.jsonl", bar=stopped_after(40))
+        ask(place / family, tmp_path / "killed", place / "facts.jsonl", on_progress=stopped_after(40))
     kept = [answer for part in (tmp_path / "killed" / PARTS).rglob("*.parquet") for answer in read_table(part)]
     assert 40 <= len(kept) < 64
 
@@ -128,12 +126,10 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
 @pytest.mark.usefixtures("parts_at_once")
 def test_what_a_killed_run_asked_otherwise_is_not_taken_up(place: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        ask(place / "llama", tmp_path / "a", place / "facts.jsonl", bar=stopped_after(40))
+        ask(place / "llama", tmp_path / "a", place / "facts.jsonl", on_progress=stopped_after(40))
     told: list[int] = []
     settings = Settings(batch_size=16)
-    ask(
-        place / "llama", tmp_path / "a", place / "facts.jsonl", settings, bar=telling(lambda done, _: told.append(done))
-    )
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl", settings, on_progress=telling(told.append))
     ask(place / "llama", tmp_path / "b", place / "facts.jsonl", settings)
     assert told[-1] == 64
     assert (tmp_path / "a" / TABLE).read_bytes() == (tmp_path / "b" / TABLE).read_bytes()

@@ -31,14 +31,14 @@ def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
     grid.write_text(GRID, encoding="utf-8")
     killed: list[int] = []
 
-    def kill_one(result: CellResult, _: object) -> None:
+    def kill_one(result: CellResult) -> None:
         assert result.answers is not None, result.why
         if not killed and (busy := workers()):
             killed.append(busy[0].pid)
             busy[0].kill()
 
     compressknow.sweep(
-        model, tmp_path / "ray", grid=grid, probes=[probe], ray=RayOptions("local", num_cpus=1), told=kill_one
+        model, tmp_path / "ray", grid=grid, probes=[probe], ray=RayOptions("local", num_cpus=1), on_result=kill_one
     )
     assert killed
     compressknow.sweep(model, tmp_path / "here", grid=grid, probes=[probe])

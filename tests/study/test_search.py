@@ -16,7 +16,7 @@ from compressknow.files import LOCK
 from compressknow.model.groups import structure_of
 from compressknow.probe.answers import read_answers
 from compressknow.probe.sources import open_probe
-from compressknow.report.search.records import Tried
+from compressknow.report.search.records import Trial
 from compressknow.study import selection, split
 from compressknow.study.space import Choice, Space
 from compressknow.study.split import parts_of
@@ -132,15 +132,15 @@ def test_a_search_goes_on_where_it_was_and_ends_as_one_that_was_not_stopped(
 
     chosen = []
 
-    def stop(tried: Tried) -> None:
-        chosen.append(tried) if tried.kind == "search" else None
+    def stop(trial: Trial) -> None:
+        chosen.append(trial) if trial.kind == "search" else None
         if len(chosen) == after:
             raise Stop
 
     options = {"keep": KEEP, "trials": TRIALS, "probes": [llama.probe]}
     folder = llama.folder / f"stopped-{after}"
     with pytest.raises(Stop):
-        compressknow.search(llama.model, folder, told=stop, **options)
+        compressknow.search(llama.model, folder, on_result=stop, **options)
     asked = {p: p.stat().st_mtime_ns for p in folder.rglob("answers.parquet")}
     assert len(asked) > 20
     compressknow.search(llama.model, folder, **options)

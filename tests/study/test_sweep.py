@@ -147,13 +147,13 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(llama: Place) -> None:
 
     seen = []
 
-    def stop(result: CellResult, _: object) -> None:
+    def stop(result: CellResult) -> None:
         seen.append(result.cell.key)
         if len(seen) == 3:
             raise Stop
 
     with pytest.raises(Stop):
-        compressknow.sweep(llama.model, llama.folder / "stopped", grid=llama.grid, probes=[llama.probe], told=stop)
+        compressknow.sweep(llama.model, llama.folder / "stopped", grid=llama.grid, probes=[llama.probe], on_result=stop)
     tables = {p: p.stat().st_mtime_ns for p in (llama.folder / "stopped").rglob("answers.parquet")}
     assert len(tables) == 4
     assert not (llama.folder / "stopped" / "cells.csv").exists()

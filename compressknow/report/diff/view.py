@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from compressknow.probe.answers import Answers
-from compressknow.probe.gather import folder_of
+from compressknow.probe.both_ways import BothWays
 from compressknow.report.card import warnings as cautions
 from compressknow.report.card.make import make_card
 from compressknow.report.card.view import Size
@@ -22,58 +20,7 @@ from compressknow.report.tables import Entry, FactList, Table
 from compressknow.stats.paired import Pair, paired, subject_order
 from compressknow.stats.records import Counts
 
-if TYPE_CHECKING:
-    from compressknow.probe.facts import Probe
-    from compressknow.probe.run import Respondent
-    from compressknow.probe.sources import Task
-    from compressknow.quiet import Bar
-
-
 TOP = 3
-
-
-class BothWays(NamedTuple):
-    """Answers of `a` and `b`, and of each with the probabilities of the other's most likely tokens."""
-
-    a: Answers
-    b_like_a: Answers
-    b: Answers
-    a_like_b: Answers
-
-
-def ask_both_ways(
-    a: Respondent, b: Respondent, probes: Sequence[Probe | Task], keep_in: Path, bar: Bar | None = None
-) -> BothWays:
-    """Ask both models, one in memory at a time: each once for its answers, and once more for what it gives the other
-    tokens. Answers that `keep_in` holds already are not asked for again.
-
-    Raises CompressknowError where a model cannot be loaded or asked, or where the two have no vocabulary in common.
-    """
-    from compressknow.probe.distributions import Distributions
-    from compressknow.probe.run import probe_model
-    from compressknow.quiet import staged
-
-    def ask(
-        model: Respondent, reference: Answers | None, whole: Distributions | None, known: Answers | None = None
-    ) -> Answers:
-        folder = folder_of(keep_in, model.sha256, reference)
-        watched = staged(bar, number=1 if model is a else 2, of=2)
-        return probe_model(model, probes, folder, reference=reference, known=known, whole=whole, bar=watched, wait=True)
-
-    if a.sha256 == b.sha256:
-        alone = ask(a, None, None)
-        a.release()
-        return BothWays(alone, alone, alone, alone)
-    with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
-        of_a = ask(a, None, whole_a)
-        a.release()
-        b_like_a = ask(b, of_a, whole_a)
-        whole_a.close()
-        of_b = ask(b, None, whole_b, known=b_like_a)
-        b.release()
-        a_like_b = ask(a, of_b, whole_b, known=of_a)
-        a.release()
-    return BothWays(of_a, b_like_a, of_b, a_like_b)
 
 
 def behaviour_of(answers: BothWays, *, show_facts: bool) -> Behaviour:

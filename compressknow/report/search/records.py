@@ -18,7 +18,7 @@ SIZES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class Trial:
     """A recipe that was asked.
 
     Attributes
@@ -66,11 +66,11 @@ class Search:
     known_held_out: int
     level: float
     sizes: Mapping[str, int]
-    tried: tuple[Tried, ...]
-    confirmed: tuple[Tried, ...]
-    winner: Tried | None
-    closest: Tried | None
-    naive: Tried | None
+    tried: tuple[Trial, ...]
+    confirmed: tuple[Trial, ...]
+    winner: Trial | None
+    closest: Trial | None
+    naive: Trial | None
     seed: int
     versions: Mapping[str, str]
     command: str | None

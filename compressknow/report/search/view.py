@@ -14,7 +14,7 @@ from compressknow.files import write_whole
 from compressknow.report.drawing import INK, MUTED, SERIES, axes, percent_axis
 from compressknow.report.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
 from compressknow.report.pages import html_page
-from compressknow.report.search.records import SIZES, Search, Tried
+from compressknow.report.search.records import SIZES, Search, Trial
 from compressknow.report.tables import Entry, Table, identity
 from compressknow.stats.records import Estimate
 
@@ -115,7 +115,7 @@ def _too_few(search: Search) -> str:
     )
 
 
-def _held_out(tried: Tried) -> str:
+def _held_out(tried: Trial) -> str:
     kept = tried.held_out or Estimate(None)
     return estimate(kept.value, kept.low, kept.high)
 
@@ -147,7 +147,7 @@ def gets(search: Search) -> str:
     return f"{_GETS[search.minimize]} On disk it is {size(on_disk)} ({smaller(search.sizes['bytes'], on_disk)})."
 
 
-def _setup(tried: Tried) -> str:
+def _setup(tried: Trial) -> str:
     return plain(tried.setup, 160)
 
 
@@ -155,7 +155,7 @@ def _amount(amount: int, search: Search) -> str:
     return count(amount) if search.minimize == "nonzero" else size(amount)
 
 
-def _row(tried: Tried) -> tuple[str, ...]:
+def _row(tried: Trial) -> tuple[str, ...]:
     sizes = tried.sizes
     return size(sizes["sparse-bytes"]), size(sizes["bytes"]), f"{sizes['nonzero'] / 1e6:.1f}"
 
@@ -248,16 +248,16 @@ def pareto(search: Search) -> str:
     return drawn()
 
 
-def front(points: Sequence[Tried], minimize: str) -> list[Tried]:
+def front(points: Sequence[Trial], minimize: str) -> list[Trial]:
     """Those of which none keeps more at the same size or less, the smallest first."""
-    best: list[Tried] = []
+    best: list[Trial] = []
     for point in sorted(points, key=lambda t: (t.sizes[minimize], -(t.kept.value or 0))):
         if not best or (point.kept.value or 0) > (best[-1].kept.value or 0):
             best.append(point)
     return best
 
 
-def _told(tried: Tried, search: Search) -> str:
+def _told(tried: Trial, search: Search) -> str:
     amount = tried.sizes[search.minimize]
     return f"{amount / 1e6:.1f} millions" if search.minimize == "nonzero" else size(amount)
 

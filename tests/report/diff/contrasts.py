@@ -11,9 +11,10 @@ from compressknow.diff.records import (
     Sums,
     TensorDifference,
 )
+from compressknow.probe.both_ways import BothWays
 from compressknow.report.diff.records import Checkpoint, Contrast
 from compressknow.report.diff.verdict import contrast_verdict
-from compressknow.report.diff.view import BothWays, behaviour_of
+from compressknow.report.diff.view import behaviour_of
 from tests.report.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
 
 MODULES = ("SelfAttention.q", "SelfAttention.v", "DenseReluDense.wi")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from compressknow.report.records import ModelFacts
-from compressknow.report.search.records import Search, Tried
+from compressknow.report.search.records import Search, Trial
 from compressknow.stats.records import Estimate
 
 
-def tried(setup: str, kind: str, size: int, kept: float, held_out: float | None = None) -> Tried:
+def tried(setup: str, kind: str, size: int, kept: float, held_out: float | None = None) -> Trial:
     def estimate(value: float) -> Estimate:
         return Estimate(value, max(0.0, value - 0.04), min(1.0, value + 0.04))
 
     recipe = {"module_map": "structural", "steps": [{"prune": size / 1e8, "scope": ["attention"]}]}
     sizes = {"sparse-bytes": size, "bytes": 2 * size, "nonzero": size // 2}
     known = None if held_out is None else estimate(held_out)
-    return Tried(setup, kind, recipe, estimate(kept), 150 if kept > 0.5 else 30, sizes, known, 0.25)
+    return Trial(setup, kind, recipe, estimate(kept), 150 if kept > 0.5 else 30, sizes, known, 0.25)
 
 
 def found(text: str = "a-model") -> Search:

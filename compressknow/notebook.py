@@ -1,0 +1,103 @@
+"""How a result looks at a prompt and in a notebook: a heading, a sentence, and a small table; no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+# Rows beyond these are counted.
+SHOWN_AT_A_PROMPT, SHOWN_IN_A_NOTEBOOK = 8, 20
+# In colours of the page around it, be it light or dark.
+TABLE = "border-collapse:collapse;font-variant-numeric:tabular-nums;color:inherit"
+CELL = "padding:2px 10px;border-bottom:1px solid rgba(128,128,128,0.35);background:transparent;color:inherit"
+
+
+class Summary(NamedTuple):
+    """What is worth seeing of a result.
+
+    Attributes
+    ----------
+    title : what it is, and of what.
+    verdict : a sentence, or nothing.
+    columns, rows : a table whose first column names, and whose others are figures; maybe empty.
+    """
+
+    title: str
+    verdict: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
+class Shown:
+    """Something that says `_summary`, and is shown by it."""
+
+    __slots__ = ()
+
+    def _summary(self) -> Summary:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return as_text(self._summary())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._summary())
+
+
+def as_text(summary: Summary) -> str:
+    """Lines in angle brackets, as an object without a literal form is shown; nothing in the fields is changed.
+
+    >>> print(as_text(Summary("Card: a against b", "95 % kept.", ("Group", "n"), [("x", "12"), ("longer", "3")])))
+    <Card: a against b
+      95 % kept.
+      Group    n
+      x       12
+      longer   3>
+    """
+    rows = [summary.columns, *summary.rows[:SHOWN_AT_A_PROMPT]] if summary.rows else []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [summary.title, *([f"  {summary.verdict}"] if summary.verdict else [])]
+    lines += [f"  {_aligned(row, widths)}" for row in rows]
+    if more := _more(summary, SHOWN_AT_A_PROMPT):
+        lines.append(f"  {more}")
+    return f"<{chr(10).join(lines)}>"
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    name, *figures = (cell for cell in row)
+    padded = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True)]
+    return "  ".join([f"{name:<{widths[0]}}", *padded])
+
+
+def as_html(summary: Summary) -> str:
+    """The same as a fragment of HTML; every field is escaped, for it may come from a model or a file.
+
+    >>> as_html(Summary("<b>"))
+    '<div><p><strong>&lt;b&gt;</strong></p></div>'
+    """
+    verdict = f"<br>{escape(summary.verdict)}" if summary.verdict else ""
+    table = _table(summary) if summary.rows else ""
+    more = _more(summary, SHOWN_IN_A_NOTEBOOK)
+    return (
+        f"<div><p><strong>{escape(summary.title)}</strong>{verdict}</p>{table}{f'<p>{more}</p>' if more else ''}</div>"
+    )
+
+
+def _table(summary: Summary) -> str:
+    head = _row(summary.columns, "th")
+    rows = "".join(_row(row, "td") for row in summary.rows[:SHOWN_IN_A_NOTEBOOK])
+    return f'<table style="{TABLE}"><thead>{head}</thead><tbody>{rows}</tbody></table>'
+
+
+def _row(cells: Sequence[str], tag: str) -> str:
+    sides = ("left", *("right" for _ in cells[1:]))
+    return f"<tr>{''.join(_cell(cell, tag, side) for cell, side in zip(cells, sides, strict=True))}</tr>"
+
+
+def _cell(text: str, tag: str, side: str) -> str:
+    return f'<{tag} style="{CELL};text-align:{side}">{escape(text)}</{tag}>'
+
+
+def _more(summary: Summary, shown: int) -> str:
+    more = len(summary.rows) - shown
+    return f"and {more:,} more" if more > 0 else ""

@@ -1,0 +1,192 @@
+"""The search for the cheapest recipe that keeps enough: explore on one half of the facts, confirm on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from compressknow.compress.recipe import Quantize, Recipe
+from compressknow.compress.schemes import DEFAULT
+from compressknow.probe.answers import Answers
+from compressknow.report.card.make import compare, model_facts
+from compressknow.report.search.records import Search, Trial
+from compressknow.stats.records import Estimate
+from compressknow.study.optimizer import Optimizer
+from compressknow.study.selection import Aim, cheapness, kept_of, level, may_meet, meets, promising
+from compressknow.study.space import Space
+from compressknow.study.split import Asked, cell_of
+
+# Trials that a cluster is given at once.
+TOGETHER = 8
+# Recipes, and of what kind their trials are (see `Trial`) -> each with its trial, as they come.
+Evaluate = Callable[[Sequence[Recipe], str], Iterable[tuple[Recipe, Trial]]]
+# A recipe, and the level of the interval -> what it keeps of the held-out facts.
+Confirm = Callable[[Recipe, float], Estimate]
+
+
+class RecipeSearch:
+    """What a search has tried so far, and what comes of it. It reads and writes nothing: `evaluate` does the work.
+
+    Parameters
+    ----------
+    space : the recipes to choose from.
+    evaluate : makes trials of recipes, on the facts of the search; no recipe is given to it twice.
+    sizes : of the original, as `Trial.sizes`.
+    together : how many recipes are chosen before the next result is known: more than one on a cluster.
+
+    Attributes
+    ----------
+    confirmed : the trials that were put to the held-out facts, the cheapest first.
+    level : of the intervals that these were held to.
+    """
+
+    def __init__(
+        self, space: Space, aim: Aim, evaluate: Evaluate, sizes: Mapping[str, int], *, together: int = 1
+    ) -> None:
+        self.aim, self.sizes = aim, sizes
+        self.confirmed: tuple[Trial, ...] = ()
+        self.level = level(())
+        self._space, self._evaluate, self._together = space, evaluate, together
+        self._chosen: list[Recipe] = []
+        self._trials: dict[Recipe, Trial] = {}
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """In the order in which they were chosen: on a cluster they come in another each time."""
+        return tuple(self._trials[recipe] for recipe in dict.fromkeys(self._chosen))
+
+    @property
+    def winner(self) -> Trial | None:
+        """The cheapest that keeps enough of the held-out facts too."""
+        return next((trial for trial in self.confirmed if meets(trial.held_out, self.aim.keep)), None)
+
+    def explore(self, trials: int, seed: int) -> None:
+        """The paper's setups, then the layers one band after the other, then so many trials of the optimizer."""
+        self._try(self._space.references(), "paper")
+        bands = self._space.one_band_each()
+        tried = self._try(list(bands), "layers")
+        self._space.learn({band: tried[recipe].harm or 0.0 for recipe, band in bands.items()})
+        optimizer = Optimizer(self._space, seed)
+        for start in range(0, trials, self._together):
+            self._optimize(optimizer, min(self._together, trials - start))
+
+    def confirm(self, confirm: Confirm) -> None:
+        """Put the promising trials to the held-out facts, the cheapest first, until one keeps enough there too."""
+        candidates = promising(self.trials, self.aim)
+        self.level = level(candidates)
+        for trial in candidates:
+            kept = confirm(Recipe.from_dict(dict(trial.recipe)), self.level)
+            self.confirmed += (replace(trial, held_out=kept),)
+            if self.winner:
+                return
+
+    def _try(self, recipes: Sequence[Recipe], kind: str) -> dict[Recipe, Trial]:
+        self._chosen += recipes
+        new = [recipe for recipe in dict.fromkeys(recipes) if recipe not in self._trials]
+        if new:
+            self._trials.update(self._evaluate(new, kind))
+        return {recipe: self._trials[recipe] for recipe in recipes}
+
+    def _optimize(self, optimizer: Optimizer, number: int) -> None:
+        """Let the optimizer choose so many, and tell it what came of them."""
+        chosen = optimizer.choose(number)
+        tried = self._try([recipe for _, recipe in chosen if recipe is not None], "search")
+        keep, minimize = self.aim.keep, self.aim.minimize
+        for trial, recipe in chosen:
+            if recipe is None:
+                optimizer.tell(trial, self.sizes[minimize], keep - 1.0)
+            else:
+                kept = tried[recipe].kept
+                # Less than a byte or a weight: of two of one size the one that keeps more is the better.
+                lost = 1 - (kept.value or 0.0)
+                optimizer.tell(trial, tried[recipe].sizes[minimize] + lost, keep - (kept.low or 0.0))
+
+
+def evaluating(searched: Asked, aim: Aim, on_result: Callable[[Trial], object] | None = None) -> Evaluate:
+    """What evaluates recipes on the facts of a search; those that fall short of the first facts on these alone."""
+
+    def evaluate(recipes: Sequence[Recipe], kind: str) -> Iterator[tuple[Recipe, Trial]]:
+        cells = [cell_of(recipe) for recipe in recipes]
+        for cell, answers in searched.ask(cells, lambda first: may_meet(searched.original, first, aim.keep)):
+            trial = trial_of(searched.original, cell.recipe, answers, kind)
+            if on_result:
+                on_result(trial)
+            yield cell.recipe, trial
+
+    return evaluate
+
+
+def confirming(held_out: Asked) -> Confirm:
+    """What evaluates a recipe on the held-out facts."""
+
+    def confirm(recipe: Recipe, level: float) -> Estimate:
+        ((_, answers),) = held_out.ask([cell_of(recipe)])
+        return kept_of(held_out.original, answers, level)
+
+    return confirm
+
+
+def trial_of(original: Answers, recipe: Recipe, answers: Answers, kind: str) -> Trial:
+    """The record of a recipe that was evaluated."""
+    comparison = compare(original, answers, show_facts=False)
+    moved = [(p.movement.n, p.movement.kl_mean) for p in comparison.probes if p.movement]
+    total, model = sum(n for n, _ in moved), answers.record["model"]
+    return Trial(
+        setup=_name(recipe),
+        kind=kind,
+        recipe=recipe.to_dict(),
+        kept=comparison.kept,
+        facts=len(answers.answers),
+        sizes={
+            "sparse-bytes": model["totals"]["sparse_bytes"],
+            "bytes": model["bytes"],
+            "nonzero": model["totals"]["nonzero"],
+        },
+        harm=sum(n * mean for n, mean in moved) / total if total else None,
+    )
+
+
+def _name(recipe: Recipe) -> str:
+    """The setup, and the scheme where it is not the usual one: the paper has one scheme and does not name it."""
+    schemes = {step.scheme for step in recipe.steps if isinstance(step, Quantize)} - {DEFAULT}
+    return f"{recipe.setup} ({', '.join(sorted(schemes))})" if schemes else recipe.setup
+
+
+def sizes_of_original(original: Answers) -> dict[str, int]:
+    """A dense model's sparse size is its size; what is zero in it already is not counted."""
+    model = original.record["model"]
+    return {"sparse-bytes": model["bytes"], "bytes": model["bytes"], "nonzero": model["parameters"]}
+
+
+def search_of(search: RecipeSearch, searched: Asked, held_out: Asked, *, seed: int, command: str | None) -> Search:
+    """The record of a search that has ended."""
+    keep, winner = search.aim.keep, search.winner
+    failed = [trial.recipe for trial in search.confirmed if not meets(trial.held_out, keep)]
+    naive = [t for t in search.trials if _is_naive(t) and meets(t.kept, keep) and t.recipe not in failed]
+    nearest = max(search.confirmed, key=lambda t: (t.held_out and t.held_out.low) or 0.0, default=None)
+    return Search(
+        original=model_facts(searched.original.record["model"]),
+        keep=keep,
+        minimize=search.aim.minimize,
+        probes=tuple(probe.name for probe in held_out.probes),
+        searched=len(searched.original.answers),
+        first=sum(len(probe.facts) for probe in searched.first),
+        held_out=len(held_out.original.answers),
+        known_searched=searched.known,
+        known_held_out=held_out.known,
+        level=search.level,
+        sizes=search.sizes,
+        tried=search.trials,
+        confirmed=search.confirmed,
+        winner=winner,
+        closest=None if winner else nearest,
+        naive=min(naive, key=lambda t: cheapness(t, search.aim), default=None),
+        seed=seed,
+        versions=dict(searched.original.record["versions"]),
+        command=command,
+    )
+
+
+def _is_naive(trial: Trial) -> bool:
+    """Everything pruned by one amount, quantized or not."""
+    return trial.kind == "paper" and all(step["scope"] == ["overall"] for step in trial.recipe["steps"])
