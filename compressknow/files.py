@@ -493,7 +493,7 @@ def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     locked = None
     try:
         with uninterrupted():
-            locked, descriptor = new_locked_file(path.parent, f".{path.name}{_SUFFIX}")
+            locked, descriptor = new_locked_file(path.parent, _prefix(path))
         with os.fdopen(descriptor, "wb") if _OPEN_FILES_MOVE else _content_of(locked).open("xb") as file:
             yield _content_of(locked), file
     finally:
@@ -515,8 +515,14 @@ def _finish(file: BinaryIO) -> None:
         file.close()
 
 
+def _prefix(path: Path) -> str:
+    """What the names of temporary files of a file begin with. A name has at most 255 bytes, and they are longer."""
+    beginning = path.name.encode("utf-8", "surrogateescape")
+    return f".{path.name if len(beginning) <= 200 else beginning[:200].decode('utf-8', 'ignore')}{_SUFFIX}"
+
+
 def _temporaries(path: Path) -> list[Path]:
-    return list(path.parent.glob(f"{glob.escape(f'.{path.name}{_SUFFIX}')}????????"))
+    return list(path.parent.glob(f"{glob.escape(_prefix(path))}????????"))
 
 
 def _is_left(path: Path, temporary: Path) -> bool:

@@ -85,6 +85,17 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "x" + "ä" * 127, "b" * 200, "b" * 201])
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path, name: str) -> None:
+    with writing(tmp_path / name) as process:
+        write_whole(tmp_path / name, b"old")
+        process.kill()
+        process.wait(DEADLINE)
+    assert strays(tmp_path)
+    write_whole(tmp_path / name, b"whole")
+    assert names(tmp_path) == [name]
+
+
 def test_what_a_killed_process_left_goes_with_the_next_write_of_that_file(tmp_path: Path) -> None:
     with writing(tmp_path / "a") as process:
         process.send_signal(signal.SIGKILL)

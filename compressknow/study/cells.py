@@ -151,7 +151,8 @@ def folder_of(probe: str) -> str:
     'lama-trex-18e0'
     """
     digest = hashlib.sha256(probe.encode()).hexdigest()[:4]
-    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', probe).strip('-.')}-{digest}"
+    # No name is longer than 255 bytes.
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', probe).strip('-.')[:240]}-{digest}"
 
 
 class CellRespondent(Respondent):

@@ -221,4 +221,5 @@ def key_of(recipe: Recipe) -> str:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "cell"
+    # Of a folder whose name gets a number and a hash: no name is longer than 255 bytes.
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:240] or "cell"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from compressknow.compress.recipe import Prune, Quantize, Where, recipe_of
 from compressknow.errors import UsageError
 from compressknow.model.groups import structure_of
+from compressknow.study.cells import folder_of
 from compressknow.study.grid import AMOUNTS, Cell, paper_grid, read_grid
 from tests.models import tiny
 
@@ -97,6 +99,16 @@ def test_a_recipe_is_run_once_and_keys_are_unique(tmp_path: Path) -> None:
         "a",
         "a-2",
     ]
+
+
+def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Path) -> None:
+    long = "".join(f'[[cells]]\nname = "{"long:" * 80}{number}"\nprune = 0.{number}\n' for number in range(1, 4))
+    folders = [f"{cell.key}-{'0' * 8}" for cell in grid(tmp_path / "grid.toml", long)]
+    folders += [folder_of(f"facts:{'é' * 120}.jsonl"), folder_of(f"facts:{'x' * 249}.jsonl")]
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        assert re.fullmatch(r"[A-Za-z0-9.-]+", folder)
+    assert len({*folders}) == 5
 
 
 @pytest.mark.parametrize(
