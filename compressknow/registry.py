@@ -39,8 +39,12 @@ class Registry(Generic[Thing]):
         self._loaded: dict[str, Thing] = {}
 
     @cached_property
-    def _added(self) -> dict[str, EntryPoint]:
-        return {entry.name: entry for entry in sorted(entry_points(group=self.group), key=lambda entry: entry.name)}
+    def _added(self) -> dict[str, list[EntryPoint]]:
+        """By name, the entry points that bring it: one, or several packages contend for it."""
+        added: dict[str, list[EntryPoint]] = {}
+        for entry in sorted(entry_points(group=self.group), key=lambda entry: (entry.name, _package(entry))):
+            added.setdefault(entry.name, []).append(entry)
+        return added
 
     def __iter__(self) -> Iterator[str]:
         """Names: those built in first."""
@@ -66,7 +70,7 @@ class Registry(Generic[Thing]):
         except Exception as error:
             if not self.is_added(name):
                 raise
-            what = f"The {self.kind} {name!r} that {self._package(name)} adds failed."
+            what = f"The {self.kind} {name!r} that {self.added_by(name)} adds failed."
             raise CompressknowError(what, why=f"{type(error).__name__}: {error}", hint=self._hint(name)) from error
 
     def __getitem__(self, name: str) -> Thing:
@@ -82,17 +86,42 @@ class Registry(Generic[Thing]):
             self._loaded[name] = self._load(name)
         return self._loaded[name]
 
+    def usable(self) -> tuple[dict[str, Thing], dict[str, CompressknowError]]:
+        """By name, all things that can be used, and why the others cannot: where one must not stop the others.
+
+        A name that is built in and added too stands in both: for the built-in thing, and for the one that is left out.
+        """
+        found: dict[str, Thing] = {}
+        unusable: dict[str, CompressknowError] = {}
+        for name in self:
+            try:
+                found[name] = self[name]
+            except CompressknowError as error:
+                unusable[name] = error
+                if name in self._built_in:
+                    found[name] = self._own(name)
+        return found, unusable
+
+    def added_by(self, name: str) -> str:
+        """The packages that add this name; empty where it is built in alone."""
+        return " and ".join(map(_package, self._added.get(name, ())))
+
+    def _own(self, name: str) -> Thing:
+        module, _, attribute = self._built_in[name].partition(":")
+        return self._instance(name, getattr(importlib.import_module(module), attribute))
+
     def _load(self, name: str) -> Thing:
         if name in self._built_in and name in self._added:
             raise self.unfit(name, "The name is taken by a built-in one.")
         if name in self._built_in:
-            module, _, attribute = self._built_in[name].partition(":")
-            return self._instance(name, getattr(importlib.import_module(module), attribute))
+            return self._own(name)
         if name not in self._added:
             near = did_you_mean(name, self)
             raise UsageError(f"{name!r} is not known. {near}The {self.kind}s are {', '.join(self)}.")
+        if len(self._added[name]) > 1:
+            raise self.unfit(name, f"Two packages add a {self.kind} of that name.", hint="Uninstall one of them.")
         try:
-            return self._instance(name, self._added[name].load())
+            return self._instance(name, self._added[name][0].load())
         except CompressknowError:
             raise
         except Exception as error:
@@ -107,15 +136,18 @@ class Registry(Generic[Thing]):
             raise self.unfit(name, f"It calls itself {getattr(made, 'name', '')!r}.")
         return made
 
-    def _package(self, name: str) -> str:
-        added = self._added.get(name)
-        return added.dist.name if added and added.dist else "an installed package"
+    def unfit(self, name: str, why: str, *, hint: str | None = None) -> CompressknowError:
+        """The error to raise where what has this name cannot be used; it names the package that adds it."""
+        by = self.added_by(name)
+        return CompressknowError(
+            f"The {self.kind} {name!r} that {by} {'add' if ' and ' in by else 'adds'} cannot be used.",
+            why=why,
+            hint=hint or self._hint(name),
+        )
 
     def _hint(self, name: str) -> str:
-        return f"Update or uninstall {self._package(name)}."
+        return f"Update or uninstall {self.added_by(name)}."
 
-    def unfit(self, name: str, why: str) -> CompressknowError:
-        """The error to raise where what has this name cannot be used; it names the package that adds it."""
-        return CompressknowError(
-            f"The {self.kind} {name!r} that {self._package(name)} adds cannot be used.", why=why, hint=self._hint(name)
-        )
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "an installed package"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressknow.report.format import number, plain, share
 from compressknow.report.svg import COLOURS, inline
@@ -71,6 +71,30 @@ class Level:
 
     name: str
     value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A chart of a section, drawn where a page has room for it.
+
+    Attributes
+    ----------
+    title, told : its name, and its figures in words, for those who cannot see it.
+    draw : draws on axes of the page's look; colours are `INK`, `MUTED`, `RULE`, `PAPER` and `SERIES` of this module.
+    height : in the units of `WIDTH`.
+    """
+
+    kind: ClassVar[str] = "chart"
+    title: str
+    told: str
+    draw: Callable[[Axes], object]
+    height: int = 200
+
+    def svg(self, id: str) -> str:
+        """The SVG element; `id` as in `axes`."""
+        with axes(self.height, id, self.title, self.told) as (plot, drawn):
+            self.draw(plot)
+        return drawn()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,12 @@ _LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 def render(template: str, **values: Any) -> str:
     """Fill in the template of that file name; a name that the template wants and does not get is an error."""
     return _environment().get_template(template).render(**values)
+
+
+def macro(template: str, name: str) -> Callable[..., str]:
+    """One piece of a template, as a function of what it is given."""
+    found: Callable[..., str] = getattr(_environment().get_template(template).module, name)
+    return found
 
 
 def source(name: str) -> str:
@@ -141,7 +147,7 @@ def html_page(template: str, *, styles: Sequence[str] = ("style.css",), **values
 
 def markdown_page(template: str, **values: Any) -> str:
     """Fill in the template of that file name; what it leaves out leaves no gap."""
-    return re.sub(r"\n{3,}", "\n\n", render(template, **values))
+    return re.sub(r"\n{3,}", "\n\n", render(template, **values)).rstrip("\n") + "\n"
 
 
 def _policy(style: str, script: str) -> str:

@@ -65,7 +65,13 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The original against one compressed model, over all probes."""
+    """The original against one compressed model, over all probes.
+
+    Attributes
+    ----------
+    measured : by section of the card, by probe: what the section itself measured, as values for JSON.
+    left_out : sections of other packages that failed and are not shown; `warnings` say why.
+    """
 
     model: ModelFacts
     verdict: str
@@ -77,6 +83,8 @@ class Comparison:
     lost: tuple[ChangedFact, ...]
     gained: tuple[ChangedFact, ...]
     warnings: tuple[str, ...]
+    measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

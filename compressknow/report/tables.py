@@ -1,18 +1,14 @@
-"""Tables as both formats print them: of facts that were lost or gained, and of the models themselves."""
+"""Tables and labelled values as both formats print them, and what those are of any model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from compressknow.compress.schemes import schemes_of, word_of
-from compressknow.report.format import NONE, answer, count, millions, number, ordinal, percent, plain, size
+from compressknow.report.format import NONE, millions, percent, plain
 from compressknow.report.records import Card, ModelFacts
-from compressknow.stats.records import ChangedFact, Estimate
-
-_FACT_COLUMNS = ("Asked", "Right answer", "Original", "Compressed", "Rank of the right answer", "Relation")
-_BLANK = "[MASK]"
+from compressknow.stats.records import Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +22,10 @@ class Table:
     prose : all cells are text, not figures.
     pinned : so many rows stay on top however the others are sorted.
     sortable : a click on a column's header sorts by it.
+    captioned : Markdown says the caption too; not where the section's title says it.
     """
 
+    kind: ClassVar[str] = "table"
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -37,35 +35,7 @@ class Table:
     prose: bool = False
     pinned: int = 0
     sortable: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class FactList:
-    """Facts in two tables: those shown at once, and the rest; `left_out` is how many only the JSON has."""
-
-    total: int
-    first: Table | None
-    rest: Table | None
-    left_out: int
-
-
-def fact_list(facts: tuple[ChangedFact, ...], limit: int, shown: int) -> FactList:
-    """The first `limit` facts, `shown` of them at once."""
-    rows = tuple(_fact_row(fact) for fact in facts[:limit])
-    first = Table("", _FACT_COLUMNS, rows[:shown], prose=True) if rows else None
-    rest = Table("", _FACT_COLUMNS, rows[shown:], prose=True) if rows[shown:] else None
-    return FactList(len(facts), first, rest, len(facts) - len(rows))
-
-
-def _fact_row(fact: ChangedFact) -> tuple[str, ...]:
-    return (
-        plain(fact.prompt.replace(_BLANK, "___"), 300),
-        plain(fact.gold),
-        answer(fact.before),
-        answer(fact.after),
-        f"{ordinal(fact.rank_before)} → {ordinal(fact.rank_after)}" if fact.rank_before or fact.rank_after else "-",
-        plain(fact.relation, 60),
-    )
+    captioned: bool = True
 
 
 _SHORT = 12  # hexadecimal digits that tell any two checkpoints apart
@@ -106,46 +76,6 @@ def _source(source: Mapping[str, Any]) -> str:
 def _parameters(model: ModelFacts) -> str:
     zeros = f", {percent(model.zeros, model.parameters)} of them zero" if model.zeros is not None else ""
     return f"{millions(model.parameters)}{zeros}"
-
-
-def layers(model: ModelFacts) -> Table | None:
-    """Parameters, zeros and error of each group of layers; None for a checkpoint without a manifest."""
-    rows = tuple(_layer_row(name, group) for name, group in model.groups.items() if group.get("parameters"))
-    columns = ("Group of layers", "Parameters", "Zeros", "Pruned", word_of(schemes_of(model.recipe)), "Relative error")
-    return Table("What was done to which layers", columns, rows) if rows else None
-
-
-def _layer_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
-    parameters = int(group["parameters"])
-
-    def part(key: str) -> str:
-        return percent(int(group[key]), parameters) if group.get(key) is not None else NONE
-
-    error = group.get("relative_error")
-    return (
-        plain(name, 60),
-        count(parameters),
-        part("zeros_after"),
-        part("pruned"),
-        part("quantized"),
-        number(float(error), 4) if error is not None else NONE,
-    )
-
-
-def speed(original: ModelFacts, model: ModelFacts) -> Table | None:
-    """Facts a second and peak memory, where both were measured or at least one was."""
-    rows = tuple(
-        (
-            who,
-            plain(m.speed.device, 60),
-            f"{m.speed.facts_per_second:,.1f}",
-            size(m.speed.peak_bytes) if m.speed.peak_bytes is not None else NONE,
-        )
-        for who, m in (("original", original), ("compressed", model))
-        if m.speed
-    )
-    columns = ("Model", "Device", "Facts a second", "Peak memory")
-    return Table("Speed and memory, measured on this machine", columns, rows) if rows else None
 
 
 def run_entries(card: Card) -> tuple[Entry, ...]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from compressknow.errors import CompressknowError, GateNotMet, UsageError
 from compressknow.probe.answers import Answers
+from compressknow.report.card import assembly
 from compressknow.report.card import warnings as cautions
 from compressknow.report.card.method import method
+from compressknow.report.card.section import ProbeAnswers
 from compressknow.report.card.verdict import grades, labels_of, verdict, verdict_of_several
 from compressknow.report.format import count
 from compressknow.report.records import Card, Comparison, ModelFacts, Speed
@@ -37,8 +40,9 @@ def make_card(
     """
     if not compressed:
         raise UsageError("There is no compressed model to compare.", hint="Give at least one beside the original.")
-    comparisons = [compare(original, answers, show_facts=show_facts) for answers in compressed]
-    model, common = model_facts(original.record["model"]), _common_warnings(comparisons)
+    model = model_facts(original.record["model"])
+    comparisons = [_with_sections(model, original, answers, show_facts=show_facts) for answers in compressed]
+    common = _common_warnings(comparisons)
     return Card(
         verdict=verdict_of_several(model.name, comparisons) if len(comparisons) > 1 else comparisons[0].verdict,
         original=model,
@@ -47,8 +51,19 @@ def make_card(
         show_facts=show_facts,
         versions=dict(original.record.get("versions", {})),
         command=command,
-        method=method_of(original, comparisons),
+        method=method_of(original, comparisons, assembly.sentences(comparisons)),
     )
+
+
+def _with_sections(model: ModelFacts, original: Answers, compressed: Answers, *, show_facts: bool) -> Comparison:
+    comparison = compare(original, compressed, show_facts=show_facts)
+
+    @cache
+    def answers() -> tuple[ProbeAnswers, ...]:
+        asked = {probe.probe: _asked(original, compressed, probe.probe) for probe in comparison.probes}
+        return tuple(ProbeAnswers(probe, tuple(paired(probe, *both)), *both[2:]) for probe, both in asked.items())
+
+    return assembly.with_sections(model, comparison, answers, show_facts=show_facts)
 
 
 def model_facts(record: Mapping[str, Any]) -> ModelFacts:
@@ -172,11 +187,12 @@ def _common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     return tuple(w for w in comparisons[0].warnings if all(w in other.warnings for other in comparisons))
 
 
-def method_of(original: Answers, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+def method_of(original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()) -> tuple[str, ...]:
     """How the probes were asked and judged, and the limits of that, in sentences."""
     probes: dict[str, ProbeFigures] = {}
     for comparison in comparisons:
         for figures in comparison.probes:
             probes.setdefault(figures.probe, figures)
     family = original.record["model"]["family"]
-    return method(family, [(p, original.record["probes"][name], original.of(name)) for name, p in probes.items()])
+    asked = [(p, original.record["probes"][name], original.of(name)) for name, p in probes.items()]
+    return method(family, asked, of_sections)

@@ -1,4 +1,4 @@
-"""How facts were evaluated and judged, and what the figures mean to readers who meet them for the first time."""
+"""How facts were evaluated and judged, in sentences, and how kept knowledge is graded."""
 
 from __future__ import annotations
 
@@ -13,36 +13,9 @@ from compressknow.stats.distributions import CALIBRATION_BINS, POPULARITY_BINS
 from compressknow.stats.intervals import RESAMPLES, SEED
 from compressknow.stats.records import ProbeFigures
 
-GLOSSARY = (
-    ("Knowledge kept", "of the facts that the original knew, the share that the compressed model still knows."),
-    ("Kept above chance", "the same, counting only what is known beyond guessing among the candidates."),
-    ("Lost, gained, flips", "facts that only the original knows, that only the compressed model knows, and both."),
-    (
-        "Interval",
-        "the range in brackets: with other facts of the same kind, 95 of 100 such ranges hold the true figure.",
-    ),
-    (
-        "p",
-        "how often chance alone splits lost and gained facts as unevenly; a small p means that the net change is real.",
-    ),
-    ("Top answer changed", "facts to which the answer differs, from one wrong answer to another included."),
-    ("Among the top 5", "a right answer that is still close to the top is hidden, not erased."),
-    ("Mean reciprocal rank", "1 where the right answer always comes first, 1/2 where it comes second, and so on."),
-    ("Movement (KL)", "how far the probabilities of the next token moved, in nats; 0 is no change at all."),
-    ("Calibration error, Brier score", "how far a model's confidence is from being right; 0 is perfect."),
-    ("Always the commonest answer", "what a model scores that knows nothing and always says the same."),
-    ("The paper's drop", "accuracy before minus accuracy after, in points, and relative to accuracy before."),
-)
-
 _SCALE = ", ".join(f"{grade} from {least} % kept" if grade == "A+" else f"{grade} {least} %" for grade, least in SCALE)
 LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named beside the letter."
 SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark says that the interval reaches over several grades."
-HOLM = (
-    "p is of the exact McNemar test, adjusted over the relations of a table (Holm): below 0.05, chance hardly explains "
-    "that a relation lost more than it gained, or less."
-)
-
-
 _ASKED = {
     "masked": "The blank of each prompt is the model's mask; an answer of several tokens is scored by its "
     "pseudo-log-likelihood.",
@@ -53,18 +26,24 @@ _ASKED = {
 }
 
 
-def method(family: str, probes: Iterable[tuple[ProbeFigures, Mapping[str, Any], Sequence[Answer]]]) -> tuple[str, ...]:
+def method(
+    family: str,
+    probes: Iterable[tuple[ProbeFigures, Mapping[str, Any], Sequence[Answer]]],
+    of_sections: Sequence[str] = (),
+) -> tuple[str, ...]:
     """The sentences.
 
     Parameters
     ----------
     family : ``masked``, ``causal`` or ``seq2seq``.
     probes : of each probe its figures, its entry in the original's ``probe.json``, and the original's answers.
+    of_sections : how the card's sections compute what they alone show.
     """
     probes = list(probes)
     own = any(_evaluated(figures.probe) is None for figures, _, _ in probes)
     asked = [_ASKED[family]] if own and family in _ASKED else []
-    return (*asked, *(_probe(*probe) for probe in probes), *_figures(), *_limits(figures for figures, _, _ in probes))
+    limits = _limits(figures for figures, _, _ in probes)
+    return (*asked, *(_probe(*probe) for probe in probes), *_figures(), *of_sections, *limits)
 
 
 def _probe(figures: ProbeFigures, entry: Mapping[str, Any], answers: Sequence[Answer]) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 from markupsafe import Markup
 
 from compressknow.files import write_together
-from compressknow.report.card import charts, view
+from compressknow.report.card import view
 from compressknow.report.card.as_json import to_json
-from compressknow.report.card.method import GLOSSARY, HOLM, LEGEND, SHORT_LEGEND
+from compressknow.report.card.charts import setups
+from compressknow.report.card.method import LEGEND, SHORT_LEGEND
+from compressknow.report.card.section import Limits
 from compressknow.report.format import json_text
 from compressknow.report.pages import html_page, markdown_page
 from compressknow.report.records import Card
@@ -21,7 +23,7 @@ _LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 600, 240
 _FEW, _RELATIONS_OF_MANY = 5, 20
 # Facts that the Markdown holds of one comparison, and of all together.
 _FACTS, _FACTS_IN_ALL = 50, 300
-_WORDS: Any = {"glossary": GLOSSARY, "legend": LEGEND, "short_legend": SHORT_LEGEND, "holm": HOLM}
+_WORDS: Any = {"legend": LEGEND, "short_legend": SHORT_LEGEND}
 
 
 def write_reports(card: Card, paths: Sequence[Path], *, overwrite: bool) -> None:
@@ -42,30 +44,23 @@ def rendered(card: Card, suffix: str) -> str:
 def render_html(card: Card) -> str:
     """The page: the same card gives the same bytes."""
     page = view.page(card, _limits(len(card.comparisons)))
-    drawn = {place: tuple(map(Markup, svgs)) for place, svgs in _charts(card, page).items()}
-    return html_page("report.html.j2", page=page, charts=drawn, **_WORDS)
+    names = [compared.name for compared in page.compared]
+    charts = setups(card.comparisons, names, "overview-chart") if page.overview else ()
+    return html_page("report.html.j2", page=page, charts=tuple(map(Markup, charts)), **_WORDS)
 
 
 def render_markdown(card: Card) -> str:
     """What the page says, without its charts and with fewer facts, as GitHub-flavoured Markdown."""
     facts = min(_FACTS, _FACTS_IN_ALL // max(1, len(card.comparisons)))
-    page = view.page(card, view.Limits(lost=facts, gained=facts, open=facts))
+    page = view.page(card, Limits(lost=facts, gained=facts, shown=facts))
     return markdown_page("report.md.j2", page=page, **_WORDS)
 
 
-def _limits(models: int) -> view.Limits:
-    return view.Limits(
+def _limits(models: int) -> Limits:
+    return Limits(
         lost=min(_LOST, _LOST_IN_ALL // max(1, models)),
         gained=min(_GAINED, _GAINED_IN_ALL // max(1, models)),
         relations=None if models <= _FEW else _RELATIONS_OF_MANY,
+        # Of several models, a chart for each would take seconds.
+        charts=models == 1,
     )
-
-
-def _charts(card: Card, page: view.Page) -> dict[str, tuple[str, ...]]:
-    """By place on the page. With several models, popularity is a table only: a chart for each would take seconds."""
-    if page.overview:
-        names = [section.name for section in page.sections]
-        return {"overview": charts.setups(card.comparisons, names, "overview-chart")}
-    section = page.sections[0]
-    drawn = {p.id: charts.popularity(p.popularity_groups, f"{p.id}-chart", p.name) for p in section.probes}
-    return {id: (chart,) for id, chart in drawn.items() if chart}

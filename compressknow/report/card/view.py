@@ -9,23 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from compressknow.compress.recipe import to_toml
-from compressknow.report import probe_tables
+from compressknow.report.card import assembly
+from compressknow.report.card.section import Limits
 from compressknow.report.card.verdict import labels_of
 from compressknow.report.format import NONE, count, estimate, plain, plain_lines, share, size, smaller
-from compressknow.report.probe_tables import ProbeTables
+from compressknow.report.parts import Shown
+from compressknow.report.probe_tables import headline_accuracy
 from compressknow.report.records import Card, Comparison, Grade
-from compressknow.report.tables import Entry, FactList, Table, fact_list, hashes, identity, layers, run_entries, speed
-from compressknow.stats.records import ChangedFact, Counts, Estimate
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How many facts, and relations of a probe, a format shows of one comparison; the JSON has them all."""
-
-    lost: int
-    gained: int
-    open: int = 20
-    relations: int | None = None
+from compressknow.report.tables import Entry, Table, hashes, identity, run_entries
+from compressknow.stats.records import Counts, Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +45,8 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
-    """One compressed model against the original."""
+class Compared:
+    """One compressed model against the original: the report card itself, and the sections below it."""
 
     id: str
     name: str
@@ -67,47 +59,13 @@ class Section:
     counts: Counts
     size: Size
     identity: tuple[Entry, ...]
-    lost: FactList
-    gained: FactList
-    probes: tuple[ProbeTables, ...]
-    figures: Table
-    missing: tuple[str, ...]
-    layers: Table | None
-    speed: Table | None
-    dropped: Table | None
     recipe: str | None
-
-    @property
-    def has_relations(self) -> bool:
-        return any(probe.relations for probe in self.probes)
-
-    @property
-    def has_popularity(self) -> bool:
-        return any(probe.popularity for probe in self.probes)
-
-    @property
-    def has_subjects(self) -> bool:
-        return any(probe.subjects for probe in self.probes)
-
-    @property
-    def contents(self) -> tuple[tuple[str, str], ...]:
-        """The parts after the report card: id and name."""
-        parts = (
-            ("lost", "Facts lost", True),
-            ("gained", "Facts gained", True),
-            ("relations", "By relation", self.has_relations),
-            ("popularity", "By popularity", self.has_popularity),
-            ("layers", "By group of layers", self.layers),
-            ("figures", "All figures", True),
-            ("speed", "Speed and memory", self.speed),
-            ("dropped", "Facts not asked", self.dropped),
-        )
-        return tuple((f"{self.id}-{part}", name) for part, name, there in parts if there)
+    sections: tuple[Shown, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A whole card. With one compressed model, `sections` has one and there is no overview."""
+    """A whole card. With one compressed model, `compared` has one and there is no overview."""
 
     title: str
     headline: str
@@ -116,22 +74,30 @@ class Page:
     warnings: tuple[str, ...]
     identity: tuple[Entry, ...]
     overview: Table | None
-    sections: tuple[Section, ...]
-    show_facts: bool
+    compared: tuple[Compared, ...]
     method: tuple[str, ...]
+    glossary: tuple[tuple[str, str], ...]
     run: tuple[Entry, ...]
     hashes: tuple[Entry, ...]
     command: str | None
+
+    @property
+    def contents(self) -> tuple[tuple[str, str], ...]:
+        """The parts below the report card: id and name."""
+        ends = (("method", "Method and limits"), ("run", "The run"))
+        if len(self.compared) > 1:
+            return ("models", "Each compressed model"), *ends
+        return (*((section.id, section.title) for section in self.compared[0].sections), *ends)
 
 
 def page(card: Card, limits: Limits) -> Page:
     """The card as text."""
     names = section_names(card)
-    sections = tuple(
-        _section(card, comparison, f"m{i}", name, limits)
+    compared = tuple(
+        _compared(card, comparison, f"m{i}", name, limits)
         for i, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1)
     )
-    single = sections[0] if len(sections) == 1 else None
+    single = compared[0] if len(compared) == 1 else None
     warnings = [*card.warnings, *(card.comparisons[0].warnings if single else ())]
     headline = single.headline if single else _headline_of_several(card.comparisons)
     return Page(
@@ -142,9 +108,9 @@ def page(card: Card, limits: Limits) -> Page:
         warnings=tuple(dict.fromkeys(plain(warning, 1000) for warning in warnings)),
         identity=identity(card.original),
         overview=None if single else _overview(card, names),
-        sections=sections,
-        show_facts=card.show_facts,
+        compared=compared,
         method=tuple(plain(sentence, 2000) for sentence in card.method),
+        glossary=assembly.glossary(card.comparisons),
         run=run_entries(card),
         hashes=hashes(card),
         command=plain(card.command, 2000) if card.command else None,
@@ -181,11 +147,10 @@ def _headline_of_several(comparisons: Iterable[Comparison]) -> str:
     return f"{len(comparisons)} compressed models keep {low} to {share(max(kept))} of the knowledge"
 
 
-def _section(card: Card, comparison: Comparison, id: str, name: str, limits: Limits) -> Section:
+def _compared(card: Card, comparison: Comparison, id: str, name: str, limits: Limits) -> Compared:
     model, counts = comparison.model, comparison.counts
-    figures, missing = probe_tables.figures(comparison.probes)
     before, after = card.original.bytes, model.bytes
-    return Section(
+    return Compared(
         id=id,
         name=name,
         headline=kept_headline(comparison.kept),
@@ -197,24 +162,9 @@ def _section(card: Card, comparison: Comparison, id: str, name: str, limits: Lim
         counts=counts,
         size=Size(size(before), size(after), smaller(before, after), *_shares(after, before)),
         identity=identity(model),
-        lost=_facts(card, comparison.lost, limits.lost, limits),
-        gained=_facts(card, comparison.gained, limits.gained, limits),
-        probes=tuple(
-            probe_tables.tables(probe, f"{id}-p{i}", limits.relations)
-            for i, probe in enumerate(comparison.probes, start=1)
-        ),
-        figures=figures,
-        missing=missing,
-        layers=layers(model),
-        speed=speed(card.original, model),
-        dropped=probe_tables.dropped(comparison.probes),
         recipe=plain_lines(to_toml(dict(model.recipe))) if model.recipe else None,
+        sections=assembly.shown(card.original, comparison, id, limits, show_facts=card.show_facts),
     )
-
-
-def _facts(card: Card, facts: tuple[ChangedFact, ...], limit: int, limits: Limits) -> FactList:
-    # Left out here, no text of a fact can reach any format.
-    return fact_list(facts if card.show_facts else (), limit, limits.open)
 
 
 def _grade_row(grade: Grade) -> GradeRow:
@@ -270,7 +220,7 @@ def _overview(card: Card, names: tuple[str, ...]) -> Table:
 
 
 def _original_row(card: Card, probes: list[str], subjects: list[str]) -> tuple[str, ...]:
-    accuracy = {p.probe: probe_tables.headline_accuracy(p)[0].value for c in card.comparisons for p in c.probes}
+    accuracy = {p.probe: headline_accuracy(p)[0].value for c in card.comparisons for p in c.probes}
     return (
         "original",
         size(card.original.bytes),
@@ -281,7 +231,7 @@ def _original_row(card: Card, probes: list[str], subjects: list[str]) -> tuple[s
 
 
 def _overview_row(comparison: Comparison, name: str, probes: list[str], subjects: list[str]) -> tuple[str, ...]:
-    accuracy = {probe.probe: probe_tables.headline_accuracy(probe)[1].value for probe in comparison.probes}
+    accuracy = {probe.probe: headline_accuracy(probe)[1].value for probe in comparison.probes}
     grades = {grade.subject: grade for grade in comparison.grades}
     return (
         name,

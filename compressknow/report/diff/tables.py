@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from compressknow.diff.records import Difference, StructureChange, Sums, TensorDifference, summed
@@ -20,12 +20,16 @@ from compressknow.report.format import (
     plain,
     share,
 )
-from compressknow.report.tables import FactList, Table
+from compressknow.report.parts import BLANK, fact_parts
+from compressknow.report.parts import Part as PagePart
+from compressknow.report.tables import Table
 from compressknow.stats.records import Estimate, Group, Movement, ProbeFigures
 
 _COLUMNS = ("Asked", "Right answer", "A answers", "B answers", "Known by", "Relation")
 _GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")
-_BLANK = "[MASK]"
+_ANSWERS = "Facts that the two answer differently: the answers that each holds most likely, best first"
+# Of what a page cuts: which page it is, and which file has it all.
+OF_COMPARISON = ("comparison", "compare.json")
 
 # A probe's figures with A as the original, and with B.
 Both = tuple[ProbeFigures, ProbeFigures]
@@ -54,16 +58,15 @@ def group_tables(probes: tuple[Both, ...]) -> tuple[Table, ...]:
     return tuple(table for table in found if table.rows)
 
 
-def answers_list(answers: tuple[SideBySide, ...], limit: int, shown: int) -> FactList:
+def answer_parts(answers: tuple[SideBySide, ...], limit: int, shown: int) -> Iterator[PagePart]:
     """The facts that are answered differently, `shown` of them at once."""
     rows = tuple(map(_row, answers[:limit]))
-    first, rest = (Table("", _COLUMNS, some, prose=True) if some else None for some in (rows[:shown], rows[shown:]))
-    return FactList(len(answers), first, rest, len(answers) - len(rows))
+    return fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=OF_COMPARISON)
 
 
 def _row(fact: SideBySide) -> tuple[str, ...]:
     return (
-        plain(fact.prompt.replace(_BLANK, "___"), 300),
+        plain(fact.prompt.replace(BLANK, "___"), 300),
         plain(fact.gold),
         _top(fact.top_a, fact.rank_a),
         _top(fact.top_b, fact.rank_b),

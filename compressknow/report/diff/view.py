@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
+from compressknow.diff.records import Difference
 from compressknow.probe.answers import Answers
 from compressknow.probe.both_ways import BothWays
 from compressknow.report.card import warnings as cautions
 from compressknow.report.card.make import make_card
 from compressknow.report.card.view import Size
-from compressknow.report.diff import tables as knowledge
 from compressknow.report.diff import tables as weights
+from compressknow.report.diff.heat_map import heat_map
 from compressknow.report.diff.records import Behaviour, Checkpoint, Contrast, KnownBy, SideBySide
 from compressknow.report.diff.verdict import names_of
-from compressknow.report.format import NONE, number, plain, share, size, smaller
+from compressknow.report.format import NONE, count, number, plain, share, size, smaller
+from compressknow.report.parts import NO_FACTS, Drawn, Folded, LeftOut, Part, Shown
 from compressknow.report.records import Card
-from compressknow.report.tables import Entry, FactList, Table
+from compressknow.report.tables import Entry
 from compressknow.stats.paired import Pair, paired, subject_order
 from compressknow.stats.records import Counts
 
@@ -89,7 +93,19 @@ def _row(pair: Pair) -> SideBySide:
 
 
 _SHORT = 12
-_GROUPS = "What differs by group of layers"
+_WEIGHTS = "groups"
+_SHADES = (
+    "Relative error of each Linear weight, from faint to full colour in equal ratios; grey did not change. The marks "
+    "under the map are the errors at which the shades change."
+)
+METHOD = (
+    "Weights are compared as numbers, tensor by tensor, in float64; int8 weights as what they stand for, the stored "
+    "integer times its scale. The relative error is ‖B − A‖ / ‖A‖ by the Frobenius norm, signal to noise is "
+    "20 log10 ‖A‖ / ‖B − A‖ in decibels, the cosine is of the angle between A and B. Figures of a group or a layer are "
+    "those of all its weights taken as one tensor, so that large weights count for more than small ones.",
+    "Layers and modules are those of Linear weights; biases, norms and embeddings are under not-linear. A weight that "
+    "one side shares with another (a final layer tied to the embedding) is compared with what it shares.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,37 +115,21 @@ class Limits:
     tensors: int
     facts: int
     open: int
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """The tables of the weights. `grid` is the heat map, `cells` the same as a table."""
-
-    groups: Table
-    grid: weights.Grid | None
-    cells: Table | None
-    layers: Table | None
-    tensors: Table | None
-    tensors_left_out: int
-
-
-@dataclass(frozen=True, slots=True)
-class Knowledge:
-    """The tables of the answers. `counts` are those of A as the original, over all probes."""
-
-    counts: Counts
-    figures: Table
-    groups: tuple[Table, ...]
-    answers: FactList
-    method: tuple[str, ...]
+    charts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A whole comparison."""
+    """A whole comparison.
+
+    Attributes
+    ----------
+    counts : of facts, A as the original, over all probes; None where no facts were asked.
+    weights : of `sections` the one that HTML shows beside the sizes, before all others.
+    """
 
     id: str
-    name: str
+    models: str
     title: str
     headline: str
     verdict: str
@@ -137,39 +137,34 @@ class Page:
     size: Size
     a: tuple[Entry, ...]
     b: tuple[Entry, ...]
-    identical: bool
-    weights: Weights | None
-    settings: Table | None
-    structure: Table | None
-    knowledge: Knowledge | None
-    show_facts: bool
+    counts: Counts | None
+    weights: Shown | None
+    sections: tuple[Shown, ...]
+    method: tuple[str, ...]
     run: tuple[Entry, ...]
     command: str | None
 
     @property
     def contents(self) -> tuple[tuple[str, str], ...]:
         """The parts of the page: id and name."""
-        parts = (
-            ("knowledge", "Knowledge", self.knowledge),
-            ("answers", "Answers side by side", self.knowledge),
-            ("map", "By layer and module", self.weights and self.weights.cells),
-            ("layers", "By layer", self.weights and self.weights.layers),
-            ("tensors", "By tensor", self.weights and self.weights.tensors),
-            ("structure", "Settings and structure", self.settings or self.structure),
-            ("method", "Method", True),
-        )
-        return tuple((id, name) for id, name, there in parts if there)
+        return (*((section.id, section.title) for section in self.below), ("compare-method", "Method"))
+
+    @property
+    def below(self) -> tuple[Shown, ...]:
+        """The sections but the weights."""
+        return tuple(section for section in self.sections if section is not self.weights)
 
 
 def contrast_page(contrast: Contrast, limits: Limits) -> Page:
     """The comparison as text."""
     a, b = names_of(contrast.a, contrast.b)
     headline = _headline(contrast)
-    difference = contrast.difference
+    there = contrast.behaviour.b_against_a if contrast.behaviour else None
+    sections = tuple(section for section in _sections(contrast, limits) if section.parts)
     versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in contrast.versions.items())
     return Page(
         id="compare",
-        name=f"{a} and {b}",
+        models=f"{a} and {b}",
         title=f"{headline}: {a} and {b}",
         headline=headline,
         verdict=plain(contrast.verdict, 1000),
@@ -177,12 +172,10 @@ def contrast_page(contrast: Contrast, limits: Limits) -> Page:
         size=_size(contrast.a.bytes, contrast.b.bytes),
         a=_identity(contrast.a),
         b=_identity(contrast.b),
-        identical=contrast.identical,
-        weights=_weights(contrast, limits),
-        settings=weights.settings_table(difference, contrast.files) if difference else None,
-        structure=weights.structure_table(difference) if difference else None,
-        knowledge=_knowledge(contrast.behaviour, limits) if contrast.behaviour else None,
-        show_facts=contrast.show_facts,
+        counts=there.comparisons[0].counts if there else None,
+        weights=next((section for section in sections if section.id == _WEIGHTS), None),
+        sections=sections,
+        method=(*METHOD, *(plain(sentence, 2000) for sentence in (there.method if there else ()))),
         run=(Entry("Versions", versions or NONE),),
         command=plain(contrast.command, 2000) if contrast.command else None,
     )
@@ -221,30 +214,60 @@ def _identity(side: Checkpoint) -> tuple[Entry, ...]:
     return tuple(entry for entry in entries if entry)
 
 
-def _weights(contrast: Contrast, limits: Limits) -> Weights | None:
-    difference = contrast.difference
-    if difference is None or not difference.tensors:
-        return None
-    grid, layers = weights.grid(difference), weights.layers(difference)
-    tensors, left_out = weights.tensors_table(difference, limits.tensors)
-    total = weights.Part("all", difference.tensors)
-    changed = bool(difference.total.energy_change) or not difference.total.finite
-    return Weights(
-        groups=weights.parts_table(_GROUPS, "Group", weights.groups(difference), total),
-        grid=grid if changed else None,
-        cells=weights.grid_table(grid) if grid and changed else None,
-        layers=weights.parts_table("Linear weights by layer", "Layer", layers) if layers and changed else None,
-        tensors=tensors,
-        tensors_left_out=left_out,
-    )
+def _sections(contrast: Contrast, limits: Limits) -> Iterator[Shown]:
+    if contrast.behaviour:
+        yield Shown("compare-knowledge", "Knowledge", tuple(_knowledge(contrast.behaviour)))
+        yield Shown("compare-answers", "Answers side by side", tuple(_answers(contrast, contrast.behaviour, limits)))
+    if difference := contrast.difference:
+        yield Shown(_WEIGHTS, "Weights", tuple(_groups(difference)))
+        yield Shown("compare-map", "By layer and module", tuple(_map(difference, limits)))
+        yield Shown("compare-layers", "By layer", tuple(_layers(difference)))
+        yield Shown("compare-tensors", "By tensor", tuple(_tensors(difference, limits)))
+        stored = weights.settings_table(difference, contrast.files), weights.structure_table(difference)
+        yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
 
 
-def _knowledge(behaviour: Behaviour, limits: Limits) -> Knowledge:
-    probes = knowledge.probes_of(behaviour)
-    return Knowledge(
-        counts=behaviour.b_against_a.comparisons[0].counts,
-        figures=knowledge.figures_table(probes),
-        groups=knowledge.group_tables(probes),
-        answers=knowledge.answers_list(behaviour.answers, limits.facts, limits.open),
-        method=tuple(plain(sentence, 2000) for sentence in behaviour.b_against_a.method),
-    )
+def _knowledge(behaviour: Behaviour) -> Iterator[Part]:
+    probes = weights.probes_of(behaviour)
+    yield weights.figures_table(probes)
+    if groups := weights.group_tables(probes):
+        yield Folded("By school subject and by relation", groups)
+
+
+def _answers(contrast: Contrast, behaviour: Behaviour, limits: Limits) -> Iterator[Part]:
+    if contrast.show_facts:
+        yield from weights.answer_parts(behaviour.answers, limits.facts, limits.open)
+    else:
+        yield NO_FACTS
+
+
+def _groups(difference: Difference) -> Iterator[Part]:
+    if difference.tensors:
+        total = weights.Part("all", difference.tensors)
+        yield weights.parts_table("What differs by group of layers", "Group", weights.groups(difference), total)
+
+
+def _map(difference: Difference, limits: Limits) -> Iterator[Part]:
+    grid = weights.grid(difference)
+    if grid is None or not _changed(difference):
+        return
+    if limits.charts and (drawn := heat_map(grid, "heat")):
+        yield Drawn(Markup(drawn), note=_SHADES, look="map")
+    yield Folded("The map as a table", (weights.grid_table(grid),))
+
+
+def _layers(difference: Difference) -> Iterator[Part]:
+    layers = weights.layers(difference)
+    if layers and _changed(difference):
+        yield weights.parts_table("Linear weights by layer", "Layer", layers)
+
+
+def _tensors(difference: Difference, limits: Limits) -> Iterator[Part]:
+    table, left_out = weights.tensors_table(difference, limits.tensors)
+    if table:
+        title = f"{count(len(table.rows))} tensors that differ, those first that differ most"
+        yield Folded(title, (table, LeftOut(left_out, *weights.OF_COMPARISON)))
+
+
+def _changed(difference: Difference) -> bool:
+    return bool(difference.total.energy_change) or not difference.total.finite

@@ -36,13 +36,12 @@ class SearchPage:
     headline: str
     verdict: str
     gets: str
-    model: str
+    models: str
     recipe: str | None
     confirmed: Table
     layers: Table | None
     tried: Table
     method: tuple[str, ...]
-    identity: tuple[Entry, ...]
     run: tuple[Entry, ...]
     command: str | None
 
@@ -55,14 +54,13 @@ def search_page(search: Search) -> SearchPage:
         headline=headline(search),
         verdict=verdict(search),
         gets=gets(search),
-        model=plain(search.original.name, 80),
+        models=plain(search.original.name, 80),
         recipe=plain_lines(to_toml(dict(search.winner.recipe))) if search.winner else None,
         confirmed=_confirmed(search),
         layers=_layers(search),
         tried=_tried(search),
         method=_method(search),
-        identity=identity(search.original),
-        run=(Entry("Seed", str(search.seed)), Entry("Versions", versions)),
+        run=(*identity(search.original), Entry("Seed", str(search.seed)), Entry("Versions", versions)),
         command=plain(search.command, 2000) if search.command else None,
     )
 

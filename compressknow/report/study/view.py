@@ -30,7 +30,7 @@ class StudyPage:
     """A whole study as text."""
 
     title: str
-    model: str
+    models: str
     headline: str
     verdict: str
     warnings: tuple[str, ...]
@@ -42,7 +42,6 @@ class StudyPage:
     cells: Table
     failed: Table | None
     single_warnings: tuple[tuple[str, str], ...]
-    identity: tuple[Entry, ...]
     run: tuple[Entry, ...]
     command: str | None
     method: tuple[str, ...]
@@ -54,7 +53,7 @@ def study_page(study: Study) -> StudyPage:
     behind = (tables.contrasts_table(study, found), tables.bounds_table(study, found))
     return StudyPage(
         title=f"{headline}: {plain(study.original.name, 60)}",
-        model=f"{plain(study.original.name, 80)} and {count(len(study.cells))} compressed forms of it",
+        models=f"{plain(study.original.name, 80)} and {count(len(study.cells))} compressed forms of it",
         headline=headline,
         verdict=summary.verdict(study),
         warnings=_warnings(study),
@@ -66,8 +65,7 @@ def study_page(study: Study) -> StudyPage:
         cells=tables.cells_table(study),
         failed=tables.failed_table(study),
         single_warnings=_single_warnings(study),
-        identity=identity(study.original),
-        run=_run(study),
+        run=(*identity(study.original), *_run(study)),
         command=plain(study.command, 2000) if study.command else None,
         method=tuple(plain(sentence, 2000) for sentence in study.method),
     )

@@ -1,0 +1,61 @@
+"""The facts that were lost, and those that were gained, with what both models answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from compressknow.report.card.section import Context, Section
+from compressknow.report.format import answer, ordinal, plain
+from compressknow.report.parts import BLANK, Part, fact_parts
+from compressknow.report.records import Comparison
+from compressknow.stats.records import ChangedFact
+
+_COLUMNS = ("Asked", "Right answer", "Original", "Compressed", "Rank of the right answer", "Relation")
+
+
+class Lost(Section):
+    """Facts that only the original knows."""
+
+    title = "Facts lost"
+    order = 10
+    shows_facts = True
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        caption = "The original answered these right, the compressed model does not"
+        yield from _facts(context.comparison.lost, caption, "lost", context.limits.lost, context.limits.shown)
+
+    def to_json(self, comparison: Comparison) -> Mapping[str, Any]:
+        return {"lost_facts": [asdict(fact) for fact in comparison.lost]}
+
+
+class Gained(Section):
+    """Facts that only the compressed model knows."""
+
+    title = "Facts gained"
+    order = 20
+    shows_facts = True
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        caption = "The original answered these wrong, the compressed model answers them right"
+        yield from _facts(context.comparison.gained, caption, "gained", context.limits.gained, context.limits.shown)
+
+    def to_json(self, comparison: Comparison) -> Mapping[str, Any]:
+        return {"gained_facts": [asdict(fact) for fact in comparison.gained]}
+
+
+def _facts(facts: tuple[ChangedFact, ...], caption: str, shade: str, limit: int, shown: int) -> Iterator[Part]:
+    rows = tuple(map(_row, facts[:limit]))
+    return fact_parts(caption, _COLUMNS, rows, shown, left_out=len(facts) - len(rows), shade=shade)
+
+
+def _row(fact: ChangedFact) -> tuple[str, ...]:
+    return (
+        plain(fact.prompt.replace(BLANK, "___"), 300),
+        plain(fact.gold),
+        answer(fact.before),
+        answer(fact.after),
+        f"{ordinal(fact.rank_before)} → {ordinal(fact.rank_after)}" if fact.rank_before or fact.rank_after else "-",
+        plain(fact.relation, 60),
+    )

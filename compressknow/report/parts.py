@@ -1,0 +1,185 @@
+"""The kinds of things that a section of a page is made of.
+
+A section says what it has to say in these. The templates have one piece for each kind, in HTML and in Markdown, which
+escapes all text: nothing of a section is HTML, but for a chart, and that is drawn by `report.drawing` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from markupsafe import Markup
+
+from compressknow.report.drawing import Chart
+from compressknow.report.format import count
+from compressknow.report.tables import Table
+
+__all__ = [
+    "BLANK",
+    "NO_FACTS",
+    "Beside",
+    "Chart",
+    "Drawn",
+    "Facts",
+    "Folded",
+    "LeftOut",
+    "Note",
+    "Part",
+    "Remarks",
+    "Shown",
+    "Table",
+    "Text",
+    "drawn",
+    "fact_parts",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph."""
+
+    kind: ClassVar[str] = "text"
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a reader must know of what stands above, in small print."""
+
+    kind: ClassVar[str] = "note"
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Remarks:
+    """Sentences under a title: folded in HTML, a list in Markdown."""
+
+    kind: ClassVar[str] = "remarks"
+    title: str
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Facts and what models answered: text throughout, one fact a row, `shade` the style of its last answer.
+
+    The last column is small in HTML, under the first.
+    """
+
+    kind: ClassVar[str] = "facts"
+    table: Table
+    shade: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """How many more of the above only the JSON has; nothing where there are none."""
+
+    kind: ClassVar[str] = "left-out"
+    number: int
+    page: str = "report"
+    file: str = "report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A chart as SVG, made by `report.drawing`; Markdown leaves it out.
+
+    Attributes
+    ----------
+    title : stands above it; `note` below it.
+    look : a class of the style sheet.
+    """
+
+    kind: ClassVar[str] = "drawn"
+    svg: Markup
+    title: str = ""
+    note: str = ""
+    look: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A chart, and the table of its figures beside it where there is room."""
+
+    kind: ClassVar[str] = "beside"
+    chart: Chart | Drawn | None
+    table: Table
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """More under a title, unfolded by a click; Markdown shows it all, without the title."""
+
+    kind: ClassVar[str] = "folded"
+    title: str
+    parts: tuple[Part, ...]
+
+
+Part = Table | Text | Note | Remarks | Facts | LeftOut | Chart | Drawn | Beside | Folded
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A section as it stands on a page; `id` is its own on the page."""
+
+    id: str
+    title: str
+    parts: tuple[Part, ...]
+
+
+def drawn(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
+    """The parts with their charts drawn and ids given; with neither charts nor bars in tables where not `charts`."""
+    for number, part in enumerate(parts, start=1):
+        if isinstance(part, Chart):
+            if charts:
+                yield _draw(part, f"{id}-{number}")
+        elif isinstance(part, Beside):
+            chart = _draw(part.chart, f"{id}-{number}") if charts and isinstance(part.chart, Chart) else None
+            yield replace(part, chart=chart, table=_table(part.table, charts))
+        elif isinstance(part, Folded):
+            yield replace(part, parts=tuple(drawn(part.parts, f"{id}-{number}", charts)))
+        else:
+            yield _table(part, charts) if isinstance(part, Table) else part
+
+
+def _draw(chart: Chart, id: str) -> Drawn:
+    return Drawn(Markup(chart.svg(id)))
+
+
+def _table(table: Table, bars: bool) -> Table:
+    return table if bars else replace(table, bars=())
+
+
+BLANK = "[MASK]"
+# What stands in their place where no text of a fact may be shown.
+NO_FACTS = Text("The text of the facts was left out on request.")
+
+
+def fact_parts(
+    caption: str,
+    columns: tuple[str, ...],
+    rows: tuple[tuple[str, ...], ...],
+    shown: int,
+    *,
+    left_out: int,
+    shade: str = "",
+    of: tuple[str, str] = ("report", "report.json"),
+) -> Iterator[Part]:
+    """Facts as parts of a section, `shown` of them at once.
+
+    Parameters
+    ----------
+    left_out : how many more there are than `rows`; `of` is which page this is, and which file has them all.
+    """
+    if not rows:
+        yield Text("None.")
+        return
+    yield Facts(Table(caption, columns, rows[:shown], prose=True), shade)
+    if rest := rows[shown:]:
+        yield Folded(
+            f"{count(len(rest))} more", (Facts(Table(f"{caption}, continued", columns, rest, prose=True), shade),)
+        )
+    yield LeftOut(left_out, *of)
