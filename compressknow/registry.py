@@ -53,6 +53,10 @@ class Registry(Generic[Thing]):
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and (name in self._built_in or name in self._added)
 
+    def is_built_in(self, name: str) -> bool:
+        """Whether it is one of our own, which another package may contend for the name of."""
+        return name in self._built_in
+
     def is_added(self, name: str) -> bool:
         """Whether another package has brought it."""
         return name in self._added

@@ -7,16 +7,26 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from compressknow.cli import main
+from compressknow.probe.answers import TABLE, write_record, write_table
 from compressknow.probe.sources import PROBES
 from compressknow.registry import Registry
+from compressknow.report.card.sections import SECTIONS
+from compressknow.report.format import plain
 from tests.extending import package
 from tests.knowing import KNOWN_FACTS, knowing
+from tests.report.answering import WORDS, answer, entry, run
+from tests.report.hostile import TEXTS
+from tests.report.pages import Element, read
 from tests.shown import ROOT
 
 MANUAL = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -190,3 +200,214 @@ class TestProbe:
         assert "atlas  " in capsys.readouterr().out
         assert main(["probe", "model", "-o", "a", "-p", "atlass"]) == 2
         assert "Did you mean atlas?" in capsys.readouterr().err
+
+
+class TestSection:
+    """The manual's section, on cards made from stored answers: of a model, and of one that says Rome of most facts."""
+
+    ANSWERS = (
+        [answer(number, number < 40, predicted=WORDS[number % 8]) for number in range(50)],
+        [answer(number, number < 10) for number in range(50)],
+    )
+
+    @pytest.fixture(autouse=True)
+    def place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name, answers in zip(("before", "after"), run(self.ANSWERS), strict=True):
+            Path(name).mkdir()
+            write_table(Path(name, TABLE), answers.answers)
+            write_record(Path(name), answers.record | {"probes": {"atlas": entry(facts=50, asked=50)}})
+
+    @pytest.fixture
+    def favourites(self, install) -> None:
+        install(SECTIONS, "favourites", example("A section of the report"), "Favourites")
+
+    @staticmethod
+    def report(*given: str) -> tuple[Element, str, dict[str, Any]]:
+        """The card by the command line: HTML, Markdown, JSON."""
+        files = [Path("card.html"), Path("card.md"), Path("card.json")]
+        assert main(["report", "before", "after", *given, "--overwrite", *(f"-o{file}" for file in files)]) == 0
+        html, markdown, figures = (file.read_text(encoding="utf-8") for file in files)
+        return read(html), markdown, json.loads(figures)
+
+    @staticmethod
+    def sections(page: Element) -> dict[str, Element]:
+        """By id."""
+        return {each.attributes.get("aria-labelledby", ""): each for each in page.all("section")}
+
+    def test_the_example_is_short(self) -> None:
+        assert len(example("A section of the report").splitlines()) < 40
+
+    @pytest.mark.usefixtures("favourites")
+    def test_report_shows_it_in_every_format(self, capsys: pytest.CaptureFixture[str]) -> None:
+        page, markdown, figures = self.report()
+        section = self.sections(page)["m1-favourites"]
+        cells = [[cell.text for cell in row.children if isinstance(cell, Element)] for row in section.all("tr")]
+        assert cells == [["Probe", "Original", "Compressed"], ["atlas", "14.0 %", "80.0 %"]]
+        assert section.one("figure").one("desc").text == "atlas 80 %"
+        titles = [each.text for each in page.one("nav").all("a")]
+        assert titles[titles.index("By relation") + 1] == "Favourite answers"
+        assert "## Favourite answers\n\nShare of facts that get the favourite answer:\n\n| Probe |" in markdown
+        warned = "The compressed model gives one answer to 80.0 % of the facts of atlas."
+        for text in (page.text, markdown):
+            assert "A model that has forgotten a lot" in text
+            assert "one that it gives to most of its facts" in text
+            assert warned in text
+        assert warned in capsys.readouterr().out
+        assert figures["compressed"][0]["probes"]["atlas"]["favourites"] == [0.14, 0.8]
+
+    @pytest.mark.usefixtures("favourites")
+    def test_each_of_several_models_has_it_without_its_chart(self) -> None:
+        page, markdown, figures = self.report("after")
+        headings = {each.attributes.get("id"): each for each in page.all("h4")}
+        for model in ("m1", "m2"):
+            section = headings[f"{model}-favourites"].parent
+            assert section is not None
+            assert [cell.text for cell in section.one("table").all("td")] == ["14.0 %", "80.0 %"]
+            assert not section.all("figure")
+        assert markdown.count("### Favourite answers") == 2
+        assert [each["probes"]["atlas"]["favourites"] for each in figures["compressed"]] == [[0.14, 0.8]] * 2
+
+    @pytest.mark.parametrize("says", [True, False], ids=["shows_facts", "forgets to say so"])
+    def test_no_facts_leaves_out_what_shows_them(self, says: bool, install) -> None:
+        code = """
+            from compressknow.report.card.section import Section
+            from compressknow.report.parts import Text
+
+            class Prompts(Section):
+                title = "Prompts"
+                shows_facts = SAYS
+
+                def measure(self, answers):
+                    return [before.prompt for before, _ in answers.pairs]
+
+                def parts(self, context):
+                    yield Text(context.measured["atlas"][7])
+        """
+        install(SECTIONS, "prompts", textwrap.dedent(code).replace("SAYS", str(says)), "Prompts")
+        page, markdown, figures = self.report()
+        assert "capital of country 7" in self.sections(page)["m1-prompts"].text
+        page, markdown, figures = self.report("--no-facts")
+        for text in (page.text, markdown, json.dumps(figures)):
+            assert "capital of country" not in text
+        assert ("m1-prompts" in self.sections(page)) is says
+        assert any("it shows the text of facts" in each for each in figures["compressed"][0]["warnings"]) is not says
+
+    @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+    def test_no_text_of_it_breaks_out(self, text: str, install) -> None:
+        code = """
+            from markupsafe import Markup
+            from compressknow.report.card.section import Section
+            from compressknow.report.parts import *
+
+            class Said(Section):
+                def __init__(self):
+                    self.title, self.method, self.glossary = self.text, (self.text,), ((self.text, self.text),)
+
+                def parts(self, context):
+                    T = self.text
+                    table = Table(T, (T, T), ((T, T), (T, T)), sortable=True)
+                    yield from (Text(T), Note(T), Remarks(T, [T]), table, Facts(table, T), Folded(T, (Note(T), table)))
+                    yield Chart(T, T, lambda axes: axes.set_title(" ".join(T.split()).strip(chr(0xD800))))
+                    yield Beside(None, table)
+                    yield LeftOut(3, T, T)
+
+                def warnings(self, context):
+                    yield self.text
+
+            class Harmless(Said):
+                order, text = 101, "harmless"
+
+            class Hostile(Said):
+                order, text = 102, Markup(TEXT)
+        """
+        code = textwrap.dedent(code).replace("TEXT", repr(text))
+        install(SECTIONS, "harmless", code, "Harmless")
+        install(SECTIONS, "hostile", code, "Hostile")
+        page, markdown, figures = self.report()
+        assert not [each for each in figures["compressed"][0]["warnings"] if "is left out" in each]
+        sections = self.sections(page)
+        assert sections["m1-hostile"].shape == sections["m1-harmless"].shape
+        assert plain(text, 60)[:30] in sections["m1-hostile"].text
+        tokens = [token.type for token in MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)]
+        headings = [place for place, kind in enumerate(tokens) if kind == "heading_open"][-4:]
+        harmless, hostile = (tokens[start:end] for start, end in pairwise(headings[:3]))
+        assert hostile == harmless
+        assert not {"html_block", "link_open"} & set(tokens)
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (("most_common(1)[0][1] / len", "most_common(1)[0][9] / len"), "IndexError: tuple index out of range."),
+            (("sides]", "sides], {0}"), "TypeError: Object of type set is not JSON serializable."),
+            (("len(side) for", "len(side) * float('nan') for"), "ValueError: Out of range float values"),
+            (("yield Note(", "yield str("), "TypeError: `parts` gives str, which is no part of a section."),
+            (("yield Note(", "yield (lambda text: Drawn('<b>'))("), "TypeError: `parts` gives Drawn"),
+            (('("Probe", "Original", "Compressed")', '("Probe", "Original")'), "ValueError: a row of the table"),
+            (("axes.barh(**bars)", "axes.barh(bars)"), "TypeError"),
+            (("def parts(", "def part("), "NotImplementedError"),
+            (('title = "Favourite answers"', 'title = ""'), "it has no title."),
+            (("order = 45", "order = 'first'"), "its order is no number."),
+            (("class Favourites(Section)", "class Favourites"), "not Section"),
+            (("from collections import Counter", "import nothing_like_it"), "ModuleNotFoundError"),
+        ],
+        ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
+    )
+    def test_one_that_fails_is_left_out_with_a_warning(
+        self, change: tuple[str, str], says: str, install, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code = example("A section of the report").replace("Chart, Note", "Chart, Drawn, Note")
+        assert change[0] in code
+        install(SECTIONS, "favourites", code.replace(*change), "Favourites")
+        page, markdown, figures = self.report()
+        assert "m1-favourites" not in self.sections(page)
+        assert "m1-figures" in self.sections(page)
+        assert "## Favourite answers" not in markdown
+        assert "favourites" not in figures["compressed"][0]["probes"]["atlas"]
+        (warning,) = [each for each in figures["compressed"][0]["warnings"] if "toy_favourites" in each]
+        assert says in warning
+        assert "Update or uninstall toy_favourites." in warning
+        assert warning in page.text
+        said = capsys.readouterr()
+        assert "The section 'favourites' that toy_favourites adds" in said.out
+        assert "Traceback" not in said.err
+
+    @pytest.mark.parametrize("name", ["Favourites", "5favourites", "top"])
+    def test_a_name_that_is_no_id_is_refused(self, name: str, install) -> None:
+        install(SECTIONS, name, example("A section of the report"), "Favourites")
+        _, markdown, figures = self.report()
+        assert "## Favourite answers" not in markdown
+        assert any("its name must be of small letters" in each for each in figures["compressed"][0]["warnings"])
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [("figures", "The name is taken by a built-in one."), ("kept", "ValueError: report.json has that name")],
+    )
+    def test_a_name_that_is_taken_takes_nothing_away(self, name: str, why: str, install) -> None:
+        install(SECTIONS, name, example("A section of the report"), "Favourites")
+        SECTIONS._loaded.pop(name, None)
+        page, _, figures = self.report()
+        assert "Knowledge kept" in self.sections(page)["m1-figures"].text
+        assert figures["compressed"][0]["probes"]["atlas"]["kept"] == 0.25
+        (warning,) = [each for each in figures["compressed"][0]["warnings"] if f"toy_{name}" in each]
+        assert why in warning
+
+    @pytest.mark.usefixtures("favourites")
+    def test_of_two_packages_with_one_name_neither_is_shown(self, tmp_path: Path, monkeypatch) -> None:
+        entries = {"compressknow.sections": ["favourites = second:Favourites"]}
+        code = example("A section of the report")
+        monkeypatch.syspath_prepend(str(package(tmp_path / "second-site", "second", code, entries)))
+        SECTIONS.__dict__.pop("_added", None)
+        page, _, figures = self.report()
+        assert "m1-favourites" not in self.sections(page)
+        (warning,) = [each for each in figures["compressed"][0]["warnings"] if "second" in each]
+        assert "The section 'favourites' that second and toy_favourites add cannot be used." in warning
+        assert "Uninstall one of them." in warning
+
+    def test_a_process_of_its_own_finds_what_pip_has_installed(self, tmp_path: Path) -> None:
+        entries = {"compressknow.sections": ["favourites = other:Favourites"]}
+        site = package(tmp_path / "other-site", "other", example("A section of the report"), entries)
+        path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", str(ROOT))])
+        command = [sys.executable, "-m", "compressknow", "report", "before", "after", "-o", "card.md"]
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=True)
+        assert "## Favourite answers" in Path("card.md").read_text(encoding="utf-8")

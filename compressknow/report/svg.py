@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from xml.etree import ElementTree
 
+from compressknow.report.format import plain
+
 # What charts are drawn in: colours that matplotlib takes, each the name of a class of the page's style sheet.
 COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c2 c3 c4 c5 c6".split(), start=1)}
 _CLASSES = {colour: name for name, colour in COLOURS.items()}
@@ -20,6 +22,8 @@ _NUMBERS = {"d", "x", "y", "width", "height", "transform", "stroke-width", "stro
 _TITLE_WIDTH, _MARGIN, _LINE = 52, 40, 16
 _COLUMNS = 2
 _SIZE = re.compile(r"([\d.]+)px")
+# No XML may hold the first of these; the others turn the direction of writing.
+_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 _DECIMALS = re.compile(r"-?\d+\.\d+")
 
 
@@ -31,7 +35,7 @@ def inline(raw: str, id: str, title: str, description: str) -> str:
     id : of the element; nothing else on the page may have it or begin with it.
     title, description : plain text, escaped here.
     """
-    root = ElementTree.fromstring(raw)
+    root = ElementTree.fromstring(_UNSEEN.sub(lambda unseen: plain(unseen.group()), raw))
     for element in root.iter():
         element.tag = _local(element.tag)
     _drop(root, {"metadata", "style"})

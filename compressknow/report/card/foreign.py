@@ -33,14 +33,14 @@ _KINDS = (Table, Text, Note, Remarks, Facts, LeftOut, Chart, Beside, Folded)
 
 def is_foreign(name: str) -> bool:
     """Whether another package adds the section."""
-    return SECTIONS.is_added(name)
+    return not SECTIONS.is_built_in(name)
 
 
 def usable() -> tuple[dict[str, Section], tuple[str, ...]]:
     """All sections that can be used, by name, in the order in which they stand; and why others cannot, in sentences."""
     found, unusable = SECTIONS.usable()
     reasons = [" ".join(filter(None, (error.what, error.why, error.hint))) for error in unusable.values()]
-    for name in [name for name in found if is_foreign(name) and name not in unusable]:
+    for name in [name for name in found if is_foreign(name)]:
         if why := _unfit(name, found[name]):
             del found[name]
             reasons.append(left_out(name, why))
