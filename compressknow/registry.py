@@ -77,6 +77,15 @@ class Registry(Generic[Thing]):
             what = f"The {self.kind} {name!r} that {self.added_by(name)} adds failed."
             raise CompressknowError(what, why=f"{type(error).__name__}: {error}", hint=self._hint(name)) from error
 
+    def built_in(self) -> dict[str, Thing]:
+        """Those of this package, by name, whatever others add."""
+        return {name: self._own(name) for name in self._built_in}
+
+    @property
+    def first(self) -> str:
+        """The one that is meant where none is named."""
+        return next(iter(self))
+
     def __getitem__(self, name: str) -> Thing:
         """What has this name.
 

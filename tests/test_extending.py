@@ -14,16 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from markdown_it import MarkdownIt
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import compressknow
 from compressknow.cli import main
+from compressknow.compress.pruning import METHODS
+from compressknow.compress.recipe import Prune, Recipe, read_recipe, to_toml
+from compressknow.compress.schemes import SCHEMES
+from compressknow.engine.layers import LAYERS
 from compressknow.probe.answers import TABLE, write_record, write_table
 from compressknow.probe.sources import PROBES
 from compressknow.registry import Registry
 from compressknow.report.card.sections import SECTIONS
 from compressknow.report.format import plain
 from tests.extending import package
-from tests.knowing import KNOWN_FACTS, knowing
+from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.report.answering import WORDS, answer, entry, run
 from tests.report.hostile import TEXTS
 from tests.report.pages import Element, read
@@ -32,9 +41,9 @@ from tests.shown import ROOT
 MANUAL = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
-def example(section: str) -> str:
+def example(section: str, level: int = 2) -> str:
     """The code that the manual shows for it: what users copy is what is tested."""
-    text = MANUAL.partition(f"\n## {section}\n")[2]
+    text = MANUAL.partition(f"\n{'#' * level} {section}\n")[2]
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
 
 
@@ -42,19 +51,25 @@ def example(section: str) -> str:
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """Installs a package of one module that adds one entry, for this test."""
     changed: list[tuple[Registry, str]] = []
+    # Their options depend on what is installed when they are imported.
+    commands = [f"compressknow.cli.{name}" for name in ("convert", "sweep", "search")]
 
     def add(registry: Registry, name: str, code: str, attribute: str) -> None:
-        module = f"toy_{name}"
+        module = f"toy_{name.replace('-', '_')}"
         entries = {registry.group: [f"{name} = {module}:{attribute}"]}
         monkeypatch.syspath_prepend(str(package(tmp_path / "site", module, code, entries)))
         changed.append((registry, name))
         registry.__dict__.pop("_added", None)
+        for command in commands:
+            sys.modules.pop(command, None)
 
     yield add
     for registry, name in changed:
         registry.__dict__.pop("_added", None)
         registry._loaded.pop(name, None)
-        sys.modules.pop(f"toy_{name}", None)
+        sys.modules.pop(f"toy_{name.replace('-', '_')}", None)
+    for command in commands if changed else ():
+        sys.modules.pop(command, None)
 
 
 class TestProbe:
@@ -411,3 +426,400 @@ class TestSection:
         command = [sys.executable, "-m", "compressknow", "report", "before", "after", "-o", "card.md"]
         subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=True)
         assert "## Favourite answers" in Path("card.md").read_text(encoding="utf-8")
+
+
+def rows(folder: str) -> list[dict[str, object]]:
+    """What the manifest of a folder says of each weight in scope."""
+    manifest = json.loads(Path(folder, "compressknow.json").read_text(encoding="utf-8"))
+    return [row for row in manifest["tensors"] if row["in_scope"]]
+
+
+def run_apart(site: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, which finds what is installed in `site`."""
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", str(ROOT))])
+    return subprocess.run(
+        [sys.executable, "-m", "compressknow", *args],
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place with a model that knows the facts of facts.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+    knowing("llama", Path("model"))
+    facts_file(Path("facts.jsonl"))
+    return tmp_path
+
+
+class TestPruningMethod:
+    """The manual's l1-spans."""
+
+    @pytest.fixture
+    def spans(self, install, home: Path) -> None:  # noqa: ARG002
+        install(METHODS, "l1-spans", example("A pruning method"), "Spans")
+
+    def test_the_example_is_short(self) -> None:
+        assert len(example("A pruning method").splitlines()) < 40
+
+    @pytest.mark.usefixtures("spans")
+    def test_it_zeroes_the_smallest_among_neighbours(self, capsys: pytest.CaptureFixture[str]) -> None:
+        options = ["--prune", "50%", "--prune-method", "l1-spans", "--span", "4"]
+        assert main(["convert", "model", "planned", *options, "--dry-run", "--json"]) == 0
+        planned = json.loads(capsys.readouterr().out)
+        assert main(["convert", "model", "pruned", *options]) == 0
+        assert "Blocks l1-spans span 4 50%" in capsys.readouterr().out
+        before, after = (load_file(f"{name}/model.safetensors") for name in ("model", "pruned"))
+        for row in rows("pruned"):
+            spans, kept = (weights[row["name"]].view(-1, 4) for weights in (before, after))
+            order = spans.abs().argsort(dim=1, stable=True)
+            assert torch.equal(kept.gather(1, order[:, 2:]), spans.gather(1, order[:, 2:]))
+            assert not kept.gather(1, order[:, :2]).any()
+        # Two of four by two of four weights fall: known from the shapes.
+        assert sum(row["pruned"] for row in rows("pruned")) == planned["totals"]["pruned"] == 36_864
+        assert main(["verify", "pruned"]) == 0
+
+    @pytest.mark.usefixtures("spans")
+    def test_its_bytes_do_not_depend_on_threads_and_come_again_from_the_manifest(self) -> None:
+        options = ["--prune", "0.3", "--prune-method", "l1-spans", "--span", "16", "--scope", "overall"]
+        assert main(["convert", "model", "one", *options, "--threads", "1"]) == 0
+        assert main(["convert", "model", "two", *options, "--threads", "2"]) == 0
+        assert main(["convert", "model", "three", "--recipe", "one"]) == 0
+        one, *others = (Path(name, "model.safetensors").read_bytes() for name in ("one", "two", "three"))
+        assert all(other == one for other in others)
+        (step,) = json.loads(Path("three", "compressknow.json").read_text(encoding="utf-8"))["recipe"]["steps"]
+        assert (step["method"], step["span"]) == ("l1-spans", 16)
+
+    @pytest.mark.usefixtures("spans")
+    def test_a_recipe_python_and_a_grid_take_its_parameter(self) -> None:
+        assert Prune(0.5, "l1-spans").parameters == {"span": 8}
+        assert Prune(0.5, "l1-spans") != Prune(0.5, "l1-spans", parameters={"span": 4})
+        recipe = Recipe((Prune(0.5, "l1-spans", parameters={"span": 4}),))
+        Path("recipe.toml").write_text(to_toml(recipe.to_dict()), encoding="utf-8")
+        assert read_recipe(Path("recipe.toml")) == recipe
+        manifest = compressknow.convert(
+            "model", "out", prune=0.5, prune_method="l1-spans", parameters={"span": 4}, dry_run=True
+        )
+        assert manifest["recipe"] == recipe.to_dict()
+        axes = "[axes]\nprune = [0.5]\nmethod = ['l1-spans', 'l1-unstructured']\nspan = [4, 8]\n"
+        Path("grid.toml").write_text(axes, encoding="utf-8")
+        assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml", "-p", "facts:facts.jsonl"]) == 0
+        study = json.loads(Path("study", "study.json").read_text(encoding="utf-8"))
+        # What has no span is not run once for each.
+        setups = [cell["setup"] for cell in study["cells"]]
+        assert setups == ["Blocks l1-spans span 4 50%", "Blocks l1-spans 50%", "Blocks_GP 50%"]
+        assert [cell["method"] for cell in study["cells"]] == ["l1-spans", "l1-spans", "l1-unstructured"]
+
+    @pytest.mark.usefixtures("spans")
+    def test_help_shows_it_and_report_tells_what_it_cost(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["convert", "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert "--span INTEGER        Neighbours that compete in l1-spans.  [default: 8]" in shown
+        assert "l1-spans             the smallest among neighbours in a row (--span)" in shown
+        assert main(["convert", "model", "pruned", "--prune", "75%", "--prune-method", "l1-spans"]) == 0
+        assert main(["report", "model", "pruned", "-p", "facts:facts.jsonl", "-o", "card.json", "-o", "card.html"]) == 0
+        (found,) = json.loads(Path("card.json").read_text(encoding="utf-8"))["compressed"]
+        assert found["probes"]["facts:facts.jsonl"]["lost"] > 10
+        assert "l1-spans 75%" in Path("card.html").read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            (["--prune-method", "l1-span"], "Did you mean l1-spans?"),
+            (["--prune-method", "l1-spans", "--span", "1"], "span must be at least 2: 1"),
+            (["--prune-method", "l1-spans", "--spam", "4"], "Did you mean --span?"),
+            (["--span", "4"], "'span' is no parameter of l1-unstructured"),
+        ],
+    )
+    @pytest.mark.usefixtures("spans")
+    def test_wrong_use_is_one_message(self, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["convert", "model", "out", "--prune", "0.5", *options]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("[[steps]]\nprune = 0.5\nmethod = 'l1-spans'\nspam = 4\n", "Did you mean span?"),
+            ("[[steps]]\nprune = 0.5\nmethod = 'l1-spans'\nspan = 4.5\n", "span must be at least 2: 4.5"),
+            ("[[steps]]\nprune = 0.5\nspan = 4\n", "unknown key 'span'"),
+        ],
+    )
+    @pytest.mark.usefixtures("spans")
+    def test_a_wrong_recipe_is_one_message(self, text: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("recipe.toml").write_text(text, encoding="utf-8")
+        assert main(["convert", "model", "out", "--recipe", "recipe.toml"]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
+
+    @pytest.mark.usefixtures("spans")
+    def test_a_grid_whose_cells_lack_a_parameter_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("grid.toml").write_text("[axes]\nprune = [0.5]\nspan = [4]\n", encoding="utf-8")
+        assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml"]) == 2
+        assert "no cell has the parameter span" in " ".join(capsys.readouterr().err.split())
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (("scatter_(2", "scatter_(7"), "IndexError"),
+            (("[EachBlock(pruned)] * len(weights)", "[]"), "gives 0 masks for 14 tensors"),
+            (("def count(self, weights, amount)", "def count(self)"), "TypeError"),
+            (("round(amount * self.span)\n\n", "1\n\n"), "prunes 36,864 weights where it said"),
+            (("def choose(", "def chosen("), "abstract"),
+            (('name = "l1-spans"', 'name = "spans"'), "It calls itself 'spans'"),
+            (("span: int = parameter(", "scope: int = parameter("), "No parameter can be called scope"),
+            (("from compressknow.compress.parameters import", "from nothing_like_it import"), "ModuleNotFoundError"),
+            (("class Spans(PruningMethod)", "class Spans"), "not PruningMethod"),
+        ],
+        ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
+    )
+    def test_what_is_wrong_with_it_is_one_message(
+        self,
+        change: tuple[str, str],
+        says: str,
+        install,
+        home: Path,  # noqa: ARG002
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        code = example("A pruning method")
+        assert change[0] in code
+        install(METHODS, "l1-spans", code.replace(*change), "Spans")
+        options = ["--prune", "0.5", "--prune-method", "l1-spans"]
+        assert refused(["convert", "model", "out", *options], capsys, says)
+
+    def test_one_that_cannot_be_used_does_not_keep_others_from_working(
+        self,
+        install,
+        home: Path,  # noqa: ARG002
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        install(METHODS, "broken", "import nothing_like_it\n", "Broken")
+        assert main(["convert", "--help"]) == 0
+        assert "broken               cannot be used" in capsys.readouterr().out
+        assert main(["convert", "model", "out", "--prune", "0.5"]) == 0
+
+    def test_a_process_of_its_own_finds_what_pip_has_installed(self, home: Path) -> None:
+        entries = {"compressknow.pruning": ["l1-spans = other:Spans"]}
+        site = package(home / "site", "other", example("A pruning method"), entries)
+        options = ["--prune", "0.5", "--prune-method", "l1-spans", "--span", "4"]
+        done = run_apart(site, "convert", "model", "out", *options)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Blocks l1-spans span 4 50%: model -> out" in done.stdout
+        # Where it is not installed, what was made by it is still read.
+        assert main(["verify", "out"]) == 0
+        assert main(["compare", "model", "out"]) == 0
+        assert main(["report", "model", "out", "-p", "facts:facts.jsonl", "-o", "card.md"]) == 0
+
+
+def refused(args: list[str], capsys: pytest.CaptureFixture[str], says: str) -> bool:
+    """Whether a command ends with one message that says it, and leaves nothing behind."""
+    there = sorted(Path.cwd().iterdir())
+    exit_code = main(args)
+    said = capsys.readouterr().err
+    assert exit_code in (1, 2)
+    assert [line for line in said.splitlines() if line.startswith("Error: ")] == said.splitlines()[:1]
+    assert says in " ".join(said.split())
+    assert "Traceback" not in said
+    assert "fault of compressknow" not in said
+    assert sorted(Path.cwd().iterdir()) == there
+    return True
+
+
+# What pack-quantized of compressed-tensors is: eight integers in 32 bits, and the shape beside them.
+INT4 = """
+from compressknow.compress.schemes import SCALE, Scheme, Stored
+
+
+class Int4(Scheme):
+    name = "toy-int4"
+    help = "4-bit weights in groups of 32"
+    word, noun, format = "int4", "4-bit integers", "pack-quantized"
+    bits, lowest, highest, scale_per = 4, -8, 7, 32
+
+    def stored(self, shape, dtype):
+        rows, columns = shape
+        packed = Stored("_packed", "I32", (rows, columns // 8))
+        return packed, Stored(SCALE, dtype, self.scale_shape(shape)), Stored("_shape", "I64", (2,))
+
+    def arguments(self):
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+        return {"weights": weights, "input_activations": None}
+
+    def scales(self, absmax):
+        return (absmax / 7.5).clamp(min=1e-30)
+
+    def pack(self, integers):
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        return pack_to_int32(integers, 4)
+
+    def constants(self, shape):
+        import torch
+
+        return {"_shape": torch.tensor(shape)}
+"""
+
+
+def weights_by_transformers(folder: str) -> dict[str, torch.Tensor]:
+    """The weights with which plain transformers computes."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model(torch.tensor([[1, 2, 3]]))  # it unpacks them before it computes for the first time
+    return {name: weight.float() for name, weight in model.state_dict().items() if name.endswith("proj.weight")}
+
+
+def test_the_manual_has_a_row_for_each_method_and_scheme() -> None:
+    page = (ROOT / "docs" / "commands" / "convert.md").read_text(encoding="utf-8")
+    named = {name for line in page.splitlines() if line.startswith("| `") for name in re.findall("`([^`]+)`", line)}
+    assert {*METHODS, *SCHEMES} <= named
+
+
+class TestScheme:
+    """The manual's int6, and one that packs its weights."""
+
+    @pytest.fixture
+    def int6(self, install, home: Path) -> None:  # noqa: ARG002
+        install(SCHEMES, "int6", example("A quantization scheme"), "Int6")
+
+    @pytest.fixture
+    def int4(self, install, home: Path) -> None:  # noqa: ARG002
+        install(SCHEMES, "toy-int4", INT4, "Int4")
+
+    def test_the_examples_are_short(self) -> None:
+        assert len(example("A quantization scheme").splitlines()) < 40
+        assert len(INT4.splitlines()) < 40
+
+    @pytest.mark.usefixtures("int6")
+    def test_plain_transformers_loads_the_values_that_are_meant(self) -> None:
+        assert main(["convert", "model", "six", "--quantize", "int6", "--group", "32"]) == 0
+        before, loaded = load_file("model/model.safetensors"), weights_by_transformers("six")
+        for row in rows("six"):
+            groups = before[row["name"]].view(-1, 32)
+            scales = groups.abs().amax(1, keepdim=True) / 31.5
+            expected = (groups / scales).round().clamp(-32, 31) * scales
+            assert torch.allclose(loaded[row["name"]].view(-1, 32), expected, rtol=1e-6, atol=0)
+            assert row["relative_error"] == pytest.approx(float((expected - groups).norm() / groups.norm()), rel=1e-4)
+
+    @pytest.mark.usefixtures("int4")
+    def test_what_is_packed_is_loaded_verified_and_counted(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["convert", "model", "four", "--prune", "0.5", "--quantize", "toy-int4"]) == 0
+        said = capsys.readouterr().out
+        assert "Int4    Before" in said
+        assert "It does not run in vLLM: it has no kernel for toy-int4." in " ".join(said.split())
+        written, loaded = load_file("four/model.safetensors"), weights_by_transformers("four")
+        for row in rows("four"):
+            values, packed, scales = (written[row["name"] + end] for end in ("_shape", "_packed", "_scale"))
+            assert values.tolist() == row["shape"]
+            integers = unpack_from_int32(packed, 4, torch.Size(row["shape"]))
+            assert row["zeros"] == int((integers == 0).sum()) >= row["pruned"] > 0
+            assert torch.equal(loaded[row["name"]], integers * scales.repeat_interleave(32, dim=1))
+            assert row["bytes_after"] == row["numel"] // 2 + row["numel"] // 32 * 4 + 16
+            assert row["bits"] == 4
+        assert main(["verify", "four"]) == 0
+        name = next(name for name in written if name.endswith("_packed"))
+        written[name][0, 0] += 1
+        save_file(written, "four/model.safetensors", metadata={"format": "pt"})
+        assert main(["verify", "four"]) == 1
+        assert f"{name}: its bytes differ" in capsys.readouterr().err
+
+    @pytest.mark.usefixtures("int6")
+    def test_pages_call_it_by_its_words(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["convert", "model", "six", "--quantize", "int6", "--group", "64"]) == 0
+        assert main(["inspect", "six"]) == 0
+        assert main(["compare", "model", "six", "--json"]) == 0
+        shown = capsys.readouterr().out
+        assert "int8" in shown
+        card = Path("six", "README.md").read_text(encoding="utf-8")
+        assert "weights quantized to 6-bit integers (scheme `int6`)" in card
+        assert "- int6" in card
+        assert main(["probe", "six", "-p", "facts:facts.jsonl", "-o", "answers"]) == 0
+        assert main(["report", "model", "six", "-p", "facts:facts.jsonl", "-o", "card.json", "-o", "card.md"]) == 0
+        (found,) = json.loads(Path("card.json").read_text(encoding="utf-8"))["compressed"]
+        # Six bits cost such a model little, and something.
+        assert found["probes"]["facts:facts.jsonl"]["n"] == 64
+        assert found["probes"]["facts:facts.jsonl"]["kept"] > 0.8
+        text = Path("card.md").read_text(encoding="utf-8")
+        assert "| int6 |" in text
+        assert r"Blocks\_GQ group 64" in text
+
+    @pytest.mark.usefixtures("int6")
+    def test_compare_reads_the_values_of_its_groups(self) -> None:
+        assert main(["convert", "model", "six", "--quantize", "int6"]) == 0
+        found = compressknow.compare("model", "six").difference.tensors
+        errors = {row["name"]: row["relative_error"] for row in rows("six")}
+        compared = {each.name: each.sums.relative_error for each in found if each.name in errors}
+        assert compared == pytest.approx(errors, rel=1e-4)
+
+    @pytest.mark.usefixtures("int6")
+    def test_a_grid_and_a_search_take_it(self, capsys: pytest.CaptureFixture[str]) -> None:
+        axes = "[axes]\nquantize = ['int6', 'int8']\ngroup = [8, 64]\n"
+        Path("grid.toml").write_text(axes, encoding="utf-8")
+        assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml", "-p", "facts:facts.jsonl"]) == 0
+        study = json.loads(Path("study", "study.json").read_text(encoding="utf-8"))
+        assert [cell["setup"] for cell in study["cells"]] == [
+            "Blocks_GQ group 8", "Blocks_GQ group 64", "Blocks_GQ"
+        ]  # fmt: skip
+        capsys.readouterr()
+        assert main(["sweep", "model", "-o", "study", "--quantize", "int66"]) == 2
+        assert "Did you mean int6?" in " ".join(capsys.readouterr().err.split())
+
+    @pytest.mark.usefixtures("int6")
+    def test_group_that_does_not_divide_is_refused_before_any_work(self, capsys: pytest.CaptureFixture[str]) -> None:
+        options = ["--quantize", "int6", "--group", "48"]
+        assert refused(["convert", "model", "out", *options], capsys, "64 input channels are no multiple of the group")
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (("torch.finfo", "torch.info"), "AttributeError"),
+            (("(absmax / 31.5)", "(absmax.double() / 31.5)"), "does not store what it says of model.layers"),
+            (("return (absmax", "return 0 * (absmax"), "scales that are zero or no numbers"),
+            (('"strategy": "group"', '"strategy": "bunch"'), "transformers would not load the output"),
+            (("def arguments", "def argument"), "abstract"),
+            (("bits, lowest, highest = 6, -32, 31", "bits: int = 6"), "bits has a type, and is no parameter(...)"),
+        ],
+        ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
+    )
+    def test_what_is_wrong_with_it_is_one_message(
+        self,
+        change: tuple[str, str],
+        says: str,
+        install,
+        home: Path,  # noqa: ARG002
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        code = example("A quantization scheme")
+        assert change[0] in code
+        install(SCHEMES, "int6", code.replace(*change), "Int6")
+        assert refused(["convert", "model", "out", "--quantize", "int6"], capsys, says)
+
+    @pytest.mark.usefixtures("int6")
+    def test_a_layer_of_the_engine_computes_with_its_integers(
+        self, install, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        layer = example("A layer of the engine", level=3)
+        assert len(layer.splitlines()) < 40
+        install(LAYERS, "int6-layer", layer, "Kind")
+        # What no layer is for runs as floats.
+        for group, computed in {
+            "16": "Computed on cpu in float32 + int6.",
+            "32": "Computed on cpu in float32.",
+        }.items():
+            assert main(["convert", "model", "six", "--quantize", "int6", "--group", group, "--overwrite"]) == 0
+            assert main(["probe", "six", "-p", "facts:facts.jsonl", "-o", f"answers-{group}"]) == 0
+            assert computed in capsys.readouterr().out
+        assert main(["convert", "model", "six", "--quantize", "int6", "--overwrite"]) == 0
+        model, floats = compressknow.load("six"), AutoModelForCausalLM.from_pretrained("six")
+        ids = torch.tensor([[5, 9, 17, 4]])
+        assert torch.allclose(model(ids).logits, floats(ids).logits, atol=1e-4)
+
+    def test_a_process_of_its_own_finds_it_and_others_read_what_it_made(self, home: Path) -> None:
+        entries = {"compressknow.schemes": ["int6 = other:Int6"]}
+        site = package(home / "site", "other", example("A quantization scheme"), entries)
+        done = run_apart(site, "convert", "model", "out", "--quantize", "int6", "--group", "64")
+        assert (done.returncode, done.stderr) == (0, "")
+        for command in (["verify", "out"], ["inspect", "out"], ["compare", "model", "out"]):
+            assert main(command) == 0
+        assert main(["report", "model", "out", "-p", "facts:facts.jsonl", "-o", "card.md"]) == 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -18,13 +18,11 @@ from compressknow.compress.parameters import Parameter, Parametric
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import RECIPE_OPTIONS, SHARED
 from compressknow.compress.schemes import SCHEMES, known, word_of
-from compressknow.errors import CompressknowError, UsageError
+from compressknow.errors import UsageError
 from compressknow.model.scopes import DEFAULT_SCOPES
-from compressknow.registry import Registry
 from compressknow.report.format import count, percent, size
 from compressknow.report.model_card.render import growth, where_it_runs
 
-Made = TypeVar("Made", bound=Parametric)
 EPILOG = """\b
 Scopes (--scope):
   blocks            every Linear layer in the transformer blocks (default)
@@ -37,40 +35,31 @@ Scopes (--scope):
   encoder, decoder  where the model has them
 
 """
-DEFAULT_METHOD = next(iter(METHODS))
 
 
-def _usable(registry: Registry[Made]) -> dict[str, Made | None]:
-    """What a registry holds, by name; None for what cannot be used, which says why when it is asked for."""
-    found: dict[str, Made | None] = {}
-    for name in registry:
-        try:
-            found[name] = registry[name]
-        except CompressknowError:
-            found[name] = None
-    return found
-
-
-_METHODS, _SCHEMES = _usable(METHODS), _usable(SCHEMES)
+_METHODS, _SCHEMES = METHODS.usable()[0], SCHEMES.usable()[0]
 # By name; several methods may have one of the same name.
 _PARAMETERS: dict[str, list[Parameter]] = {}
 for _made in (*_METHODS.values(), *_SCHEMES.values()):
-    for _each in _made.parameters() if _made else ():
+    for _each in _made.parameters():
         _PARAMETERS.setdefault(_each.name, []).append(_each)
 
 
-def _lines(heading: str, things: Mapping[str, Parametric | None]) -> str:
+def _lines(heading: str, registry: Iterable[str], usable: Mapping[str, Parametric]) -> str:
     """A part of the help page: a line per name, with the options that it has."""
-    width = max(map(len, things))
+    width = max(map(len, registry))
     lines = ["\b", heading]
-    for name, made in things.items():
-        options = ", ".join(p.option for p in made.parameters() if p.name != "per_layer") if made else ""
-        said = (made.help if made else "cannot be used") + (f" ({options})" if options else "")
-        lines.append(f"  {name:<{width}}  {said}" + (" (default)" if name == DEFAULT_METHOD else ""))
+    for name in registry:
+        # What goes for nearly all methods is left out.
+        options = [p.option for p in usable[name].parameters() if p.name != "per_layer"] if name in usable else []
+        said = usable[name].help if name in usable else "cannot be used"
+        said += f" ({', '.join(options)})" if options else ""
+        lines.append(f"  {name:<{width}}  {said}" + (" (default)" if name == METHODS.first else ""))
     return "\n".join([*lines, "", ""])
 
 
-EPILOG += _lines("Methods (--prune-method):", _METHODS) + _lines("Schemes (--quantize):", _SCHEMES)
+EPILOG += _lines("Methods (--prune-method):", METHODS, _METHODS)
+EPILOG += _lines("Schemes (--quantize):", SCHEMES, _SCHEMES)
 
 
 def _parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,7 +111,7 @@ def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
     "--prune-method",
     group=HOW,
     type=OneOf(list(METHODS)),
-    default=DEFAULT_METHOD,
+    default=METHODS.first,
     help="Which weights to zero; see below.",
 )
 @option(

@@ -33,7 +33,7 @@ one by one:
   method = ["l1-unstructured"]      # and ln-structured, random-...
   prune = [0, 0.2, 0.4]             # 0: none
   quantize = ["none", "int8"]       # and int8-paper, int8-weights
-  layers = ["0-5"]                  # also: seed, module_map
+  layers = ["0-5"]                  # also: seed, module_map, norm, dim, ...
   [[cells]]
   name = "first-heads"
   scope = "attention"

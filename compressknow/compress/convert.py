@@ -16,11 +16,11 @@ from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
 from compressknow.compress.proof import planned_headers, prove, prove_written
-from compressknow.compress.pruning import Mask, choose
+from compressknow.compress.pruning import Mask, choose, pruned_count
 from compressknow.compress.recipe import Prune, Recipe
 from compressknow.compress.staging import Staging, clean, refuse_output
 from compressknow.compress.targets import quantization_config
-from compressknow.errors import CheckpointError
+from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.libraries import require
 from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, refuse_leading_out
 from compressknow.model.groups import structure_of
@@ -143,6 +143,7 @@ def _write_weights(
         try:
             work = Work(pool, files, counted(advance, _bytes_to_read(plan)), outputs)
             hashes, measured = _write_tensors(work, plan, choose_masks(work, plan))
+            refuse_miscounts(plan, measured)
             outputs.sync(pool)
         finally:
             outputs.close()
@@ -191,6 +192,16 @@ def choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
             chosen = choose(work, step, [tensor.to_prune for tensor in tensors])
             masks |= {tensor.name: mask for tensor, mask in zip(tensors, chosen, strict=True)}
     return masks
+
+
+def refuse_miscounts(plan: Plan, measured: Mapping[str, Measured]) -> None:
+    """Raise CompressknowError where a step did not prune as many weights as it said it would."""
+    for index, step in enumerate(plan.recipe.steps):
+        if isinstance(step, Prune):
+            tensors = plan.pruned_by(index)
+            _, said = pruned_count(step, [tensor.to_prune for tensor in tensors])
+            if (found := sum(measured[tensor.name].pruned for tensor in tensors)) != said:
+                raise CompressknowError(f"{step.method} prunes {found:,} weights where it said {said:,}.")
 
 
 def _write_tensors(work: Work, plan: Plan, masks: Mapping[str, Mask]) -> tuple[dict[str, str], dict[str, Measured]]:

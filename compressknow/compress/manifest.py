@@ -239,6 +239,7 @@ def _row(tensor: PlannedTensor, measured: Measured) -> dict[str, Any]:
         }
     elif tensor.scheme:
         hashes = {tensor.stored[0].suffix: measured.sha256, **measured.beside}
+        row["bits"] = tensor.scheme.bits
         row["stored"] = [_part(name, part, hashes[part.suffix]) for name, part in tensor.written]
     return row
 

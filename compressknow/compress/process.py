@@ -174,7 +174,7 @@ class Work(Reader):
         for block in self.blocks(planned.source):
             largest = torch.maximum(largest, tally.prune(block).max())
         with SCHEMES.answering(scheme.name):
-            return scheme.scales(largest)
+            return scales_of(scheme, largest)
 
     def _write_beside(self, planned: PlannedTensor, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
         """Write scales and the like; gives their hashes by suffix."""
@@ -204,6 +204,14 @@ class Work(Reader):
         return Measured(zeros, zeros, 0, norm, 0.0, writer.sha256)
 
 
+def scales_of(scheme: Scheme, absmax: torch.Tensor) -> torch.Tensor:
+    """Its scales. Raises CompressknowError where one is zero or no number: nothing could be divided by it."""
+    scales = scheme.scales(absmax)
+    if not bool((scales > 0).all() & torch.isfinite(scales).all()):
+        raise CompressknowError(f"The scheme {scheme.name!r} gives scales that are zero or no numbers.")
+    return scales
+
+
 class _Coder:
     """Turns the blocks of a tensor into what its scheme stores, and keeps their scales."""
 
@@ -220,7 +228,7 @@ class _Coder:
     def code(self, values: torch.Tensor, absmax: torch.Tensor, tally: _Tally) -> torch.Tensor:
         """The rows to be stored."""
         with SCHEMES.answering(self._scheme.name):
-            scales = self._scheme.scales(absmax) if self._whole is None else self._whole
+            scales = scales_of(self._scheme, absmax) if self._whole is None else self._whole
             integers = nearest(values, scales, self._scheme)
             tally.quantize(values, integers, scales, self._scheme)
             rows = self._scheme.pack(integers)

@@ -109,7 +109,7 @@ class Prune:
     """
 
     amount: float
-    method: str = "l1-unstructured"
+    method: str = METHODS.first
     where: Where = Where()
     per_layer: bool = False
     norm: float = 1
@@ -159,7 +159,7 @@ class Prune:
 class Quantize:
     """Store weights by one of the schemes of `compressknow.compress.schemes`, with its `parameters` by name."""
 
-    scheme: str = "int8"
+    scheme: str = SCHEMES.first
     where: Where = Where()
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -187,8 +187,7 @@ def _own(chosen: PruningMethod | Scheme) -> dict[str, Any]:
 
 @cache
 def _shared_parameters() -> tuple[Parameter, ...]:
-    built_in = [METHODS[name] for name in METHODS if not METHODS.is_added(name)]
-    known = {each.name: each for method in built_in for each in method.parameters()}
+    known = {each.name: each for method in METHODS.built_in().values() for each in method.parameters()}
     return tuple(known[name] for name in SHARED)
 
 
@@ -237,7 +236,7 @@ def recipe_of(
     where: Where,
     *,
     prune: float | None = None,
-    prune_method: str = "l1-unstructured",
+    prune_method: str = METHODS.first,
     quantize: str | None = None,
     module_map: ModuleMap = "structural",
     parameters: Mapping[str, Any] | None = None,
@@ -364,7 +363,7 @@ def _prune_setup(step: Prune) -> str:
 
 def _prune_text(step: Prune) -> str:
     # The paper's own method goes without saying.
-    return _percent(step) if step.chosen == METHODS[next(iter(METHODS))] else f"{step.label} {_percent(step)}"
+    return _percent(step) if step.chosen == METHODS[METHODS.first] else f"{step.label} {_percent(step)}"
 
 
 def _percent(step: Prune) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compressknow.compress.convert import choose_masks, output_config
+from compressknow.compress.convert import choose_masks, output_config, refuse_miscounts
 from compressknow.compress.layout import lay_out
 from compressknow.compress.manifest import build_manifest
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
@@ -92,6 +92,7 @@ class VariantMaker:
                 return work.write(tensor, masks.get(tensor.name))
 
             measured = dict(zip((t.name for t in plan.tensors), pool.map(write, plan.tensors), strict=True))
+        refuse_miscounts(plan, measured)
         self._keep(plan, output, measured)
         files = lay_out(plan.tensors, plan.checkpoint.shards).sizes
         manifest = build_manifest(plan, measured, {}, {})

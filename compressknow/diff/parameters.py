@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from compressknow.compress.blocks import READABLE, Block, Reader, matrix_shape
-from compressknow.compress.schemes.rounding import dequantize
+from compressknow.compress.schemes.rounding import dequantize, per_column
 from compressknow.diff.records import Sums
 from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import Checkpoint
@@ -33,8 +33,10 @@ class Values:
 
 
 def is_scale_of(scale: StoredTensor, tensor: StoredTensor) -> bool:
-    """Whether a scale is one number for the tensor or one for each of its rows."""
-    return scale.dtype in FLOAT_DTYPES and scale.numel in (1, matrix_shape(tensor.shape)[0])
+    """Whether a scale is one number for the tensor, one for each of its rows, or one for each group of columns."""
+    rows, columns = matrix_shape(tensor.shape)
+    per_group = len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not columns % scale.shape[1]
+    return scale.dtype in FLOAT_DTYPES and (scale.numel in (1, rows) or bool(per_group))
 
 
 def deviation(reader: Reader, a: Values, b: Values) -> tuple[Sums, bool]:
@@ -53,10 +55,11 @@ def deviation(reader: Reader, a: Values, b: Values) -> tuple[Sums, bool]:
 
 
 def _scale(reader: Reader, values: Values) -> torch.Tensor | None:
-    """float32 scales, [rows, 1] or [1, 1]."""
+    """float32 scales, [rows, groups], [rows, 1] or [1, 1]."""
     if values.scale is None:
         return None
-    buffer = torch.empty(values.scale.numel, 1, dtype=torch_dtype(values.scale.dtype))
+    rows = matrix_shape(values.tensor.shape)[0] if values.scale.numel > 1 else 1
+    buffer = torch.empty(rows, values.scale.numel // rows, dtype=torch_dtype(values.scale.dtype))
     reader.files.read_into(values.scale, byte_view(buffer), 0)
     return buffer.to(torch.float32)
 
@@ -71,7 +74,8 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 def _floats(block: Block, scale: torch.Tensor | None) -> torch.Tensor:
     if scale is None:
         return block.values.to(torch.float64)
-    return dequantize(block.values, scale if len(scale) == 1 else scale[block.rows]).to(torch.float64)
+    of_rows = scale if len(scale) == 1 else scale[block.rows]
+    return dequantize(block.values, per_column(of_rows, block.values.shape[-1])).to(torch.float64)
 
 
 def _sums(x: torch.Tensor, y: torch.Tensor) -> Sums:
@@ -142,11 +146,12 @@ class Side:
         return (name for name in self.linears if name not in self.supply and self.packed(name))
 
     def _dequantizable(self, tensor: StoredTensor) -> Values | None:
-        """An int8 weight in the layout of compressed-tensors, symmetric, with a scale a row or one in all."""
+        """An int8 weight in the layout of compressed-tensors, symmetric, with scales as `is_scale_of` says."""
         module = tensor.name.removesuffix(".weight")
         scale = self.parts.get(module, {}).get(f"{tensor.name}_scale")
-        zero_point = f"{tensor.name}_zero_point" in self.parts.get(module, {})
-        if tensor.dtype != "I8" or scale is None or zero_point or not is_scale_of(scale, tensor):
+        # A zero point, or groups of columns that are no neighbours.
+        more = {f"{tensor.name}_zero_point", f"{tensor.name}_g_idx"} & set(self.parts.get(module, {}))
+        if tensor.dtype != "I8" or scale is None or more or not is_scale_of(scale, tensor):
             return None
         return Values(tensor, scale)
 

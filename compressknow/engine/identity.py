@@ -209,7 +209,8 @@ def _manifest_facts(path: Path) -> dict[str, Any]:
 def _sparse_bytes(row: Mapping[str, Any]) -> int:
     """The non-zero weights at their width plus one bit a weight, and the scales."""
     dense = int(row["bytes_after"])
-    spared = int(row["zeros"]) * DTYPE_SIZES[row["dtype_after"]] - math.ceil(int(row["numel"]) / 8)
+    bits: int = row.get("bits", 8 * DTYPE_SIZES[row["dtype_after"]])
+    spared = int(row["zeros"]) * bits // 8 - math.ceil(int(row["numel"]) / 8)
     return dense - max(spared, 0)
 
 

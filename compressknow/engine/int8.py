@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compressknow.engine.layers import EngineLinear, LayerKind
 
-class Int8Linear(nn.Module):
+
+class Int8Linear(EngineLinear):
     """A Linear with int8 weights whose activations are quantized as they come: the schemes ``int8``, ``int8-paper``.
 
     Parameters
@@ -30,6 +32,7 @@ class Int8Linear(nn.Module):
     of an input [tokens, in].
     """
 
+    word = "int8"
     weight_sums: torch.Tensor | None
 
     def __init__(
@@ -91,7 +94,9 @@ def rounds_activations(model: nn.Module) -> bool:
 
 def _rounds(module: nn.Module) -> bool:
     scheme: Any = getattr(module, "quantization_scheme", None)
-    return isinstance(module, Int8Linear) or (scheme is not None and scheme.input_activations is not None)
+    if isinstance(module, EngineLinear):
+        return module.rounds is not None
+    return scheme is not None and scheme.input_activations is not None
 
 
 @contextlib.contextmanager
@@ -100,7 +105,7 @@ def unrounded(model: nn.Module) -> Iterator[None]:
     switched: list[tuple[Any, str, bool]] = []
     for module in filter(_rounds, model.modules()):
         # The second is compressed-tensors' own name, for modules that it has prepared.
-        name = "rounds" if isinstance(module, Int8Linear) else "quantization_enabled"
+        name = "rounds" if isinstance(module, EngineLinear) else "quantization_enabled"
         switched.append((module, name, getattr(module, name, True)))
         setattr(module, name, False)
     try:
@@ -130,6 +135,18 @@ def layer_of(module: nn.Module) -> Int8Linear | None:
     bits = scheme.input_activations.num_bits
     weight, scale = parts["weight"].data, parts["weight_scale"].data
     return Int8Linear(weight, scale, parts.get("bias"), bits=bits, per_token=per_token)
+
+
+class Int8Kind(LayerKind):
+    """Weights and activations of 8 bits or less."""
+
+    def runs_on(self, device: str | torch.device) -> bool:
+        """See the function."""
+        return runs_on(device)
+
+    def layer_of(self, module: nn.Module) -> Int8Linear | None:
+        """See the function."""
+        return layer_of(module)
 
 
 def _dynamic_kind(scheme: Any) -> bool | None:

@@ -91,10 +91,10 @@ class LanguageModel:
     @property
     def dtype(self) -> str:
         """What it computes in: ``float32``, or ``float32 + int8`` where some layers multiply in int8."""
-        from compressknow.engine.int8 import Int8Linear
+        from compressknow.engine.layers import EngineLinear
 
-        in_int8 = any(isinstance(module, Int8Linear) for module in self.model.modules())
-        return str(self.model.dtype).removeprefix("torch.") + (" + int8" if in_int8 else "")
+        words = {module.word for module in self.model.modules() if isinstance(module, EngineLinear)}
+        return " + ".join([str(self.model.dtype).removeprefix("torch."), *sorted(words)])
 
     @property
     def vocabulary(self) -> str:

@@ -244,11 +244,12 @@ def _refuse_missing(path: Path, report: dict[str, Any], headless: str | None) ->
 
 
 def _unpack(model: Any, device: str | torch.device) -> None:
-    """Put the engine's int8 layers in place of compressed-tensors' where the device runs them, and unpack the rest to
+    """Put the engine's layers in place of compressed-tensors' where the device runs them, and unpack the rest to
     floats module by module, as `ModelCompressor.decompress_model` does. That one also puts the model under its own
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
-    from compressknow.engine.int8 import layer_of, runs_on, steady
+    from compressknow.engine.int8 import steady
+    from compressknow.engine.layers import kinds_on, layer_of
     from compressknow.model.direct_reads import direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
@@ -259,12 +260,12 @@ def _unpack(model: Any, device: str | torch.device) -> None:
 
     # By module: one that stands in two places stays one.
     layers: dict[Any, Any] = {}
-    in_int8 = runs_on(device)
+    kinds = kinds_on(device)
     # Their weight is used by other modules too, or hidden states are cast to its dtype: both want floats.
-    in_floats = {model.get_submodule(name) for name in direct_reads(model)} if in_int8 else set()
+    in_floats = {model.get_submodule(name) for name in direct_reads(model)} if kinds else set()
     for module in model.modules():
         if is_module_quantized(module):
-            layer = layer_of(module) if in_int8 and module not in in_floats else None
+            layer = layer_of(module, kinds) if module not in in_floats else None
             if layer:
                 layers[module] = layer
             else:

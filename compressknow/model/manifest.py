@@ -32,7 +32,7 @@ _ROW = {
     **{"name": str, "group": str, "shape": [int], "dtype_after": str, "in_scope": bool, "scheme": (str, None)},
     **dict.fromkeys(("numel", "pruned", "zeros", "zeros_before", "bytes_before", "bytes_after"), int),
     **{"norm?": float, "relative_error": float, "sha256": str, "scale?": _SCALE},
-    "stored?": [_PART],
+    **{"stored?": [_PART], "bits?": int},
 }
 FORM = {
     **{"versions": {str: str}, "setup": str, "recipe": {"steps": [dict]}, "totals": _SUMS, "groups": {str: _SUMS}},

@@ -9,7 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Where, recipe_of
+from compressknow.compress.schemes import SCHEMES
 from compressknow.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
 from compressknow.model.structure import ModuleMap, Structure
@@ -126,9 +128,10 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
 
 
 def _product(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Recipe]]:
-    if unknown := sorted(set(axes) - set(AXES)):
-        near = did_you_mean(unknown[0], AXES)
-        raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"{near}There is {', '.join(AXES)}.")
+    there = (*AXES, *_parameters())
+    if unknown := sorted(set(axes) - set(there)):
+        near = did_you_mean(unknown[0], there)
+        raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"{near}There is {', '.join(there)}.")
     for name, axis in axes.items():
         if not isinstance(axis, list) or not axis:
             raise UsageError(f"{path}: the axis {name} must be a list, and not empty.", hint=FORMAT)
@@ -144,6 +147,28 @@ def _refuse_contradiction(axes: Mapping[str, Any], path: Path) -> None:
     prunes = any(_is_given(amount) for amount in axes.get("prune", ()))
     if idle := [name for name in ("method", "seed") if name in axes and not prunes]:
         raise UsageError(f"{path}: the axis {idle[0]} is of pruning, and no cell prunes.", hint="Add the axis prune.")
+    methods = axes.get("method", (METHODS.first,)) if prunes else ()
+    has = set().union(*(_parameters_of(name) for name in (*methods, *axes.get("quantize", ()))))
+    if idle := sorted(set(axes) - set(AXES) - has):
+        raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {_owners(idle[0])} it is one.")
+
+
+def _parameters() -> list[str]:
+    """All parameters that a method or a scheme has, and that are no axes of every grid."""
+    things = (*METHODS.usable()[0].values(), *SCHEMES.usable()[0].values())
+    return [
+        name for name in dict.fromkeys(each.name for thing in things for each in thing.parameters()) if name not in AXES
+    ]
+
+
+def _parameters_of(name: Any) -> set[str]:
+    """Of the method or scheme of that name; none of what is neither."""
+    things = [registry[name] for registry in (METHODS, SCHEMES) if name in registry]
+    return {each.name for thing in things for each in thing.parameters()}
+
+
+def _owners(parameter: str) -> str:
+    return ", ".join(name for name in (*METHODS, *SCHEMES) if parameter in _parameters_of(name))
 
 
 def _named(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe]:
@@ -153,11 +178,13 @@ def _named(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe]:
         raise UsageError(f"{where}: its name must be text.", hint=FORMAT)
     if "steps" in point:
         return name, Recipe.from_dict(point, where)
-    if unknown := sorted(set(point) - set(AXES)):
-        near = did_you_mean(unknown[0], AXES)
+    chosen = (point.get("method", METHODS.first) if _is_given(point.get("prune")) else None, point.get("quantize"))
+    there = [*AXES, *(name for name in _parameters() if name in set().union(*map(_parameters_of, chosen)))]
+    if unknown := sorted(set(point) - set(there)):
+        near = did_you_mean(unknown[0], there)
         raise UsageError(
             f"{where}: unknown key {unknown[0]!r}.",
-            hint=f"{near}There is name, {', '.join(AXES)}, or the steps of a recipe.",
+            hint=f"{near}There is name, {', '.join(there)}, or the steps of a recipe.",
         )
     if not _does_something(point):
         raise UsageError(f"{where}: it neither prunes nor quantizes.", hint=FORMAT)
@@ -169,9 +196,10 @@ def _recipe(point: Mapping[str, Any], where: str) -> Recipe:
     shared = _only(given, "layers") | {"scope": given.get("scope", list(DEFAULT_SCOPES))}
     steps = []
     if "prune" in given:
-        steps.append(_only(given, "prune", "method", "seed") | shared)
+        of_method = _parameters_of(given.get("method", METHODS.first)).difference(AXES)
+        steps.append(_only(given, "prune", "method", "seed") | _only(point, *of_method) | shared)
     if "quantize" in given:
-        steps.append(_only(given, "quantize") | shared)
+        steps.append(_only(given, "quantize") | _only(point, *_parameters_of(given["quantize"])) | shared)
     more = _only(given, "module_map")
     try:
         return Recipe.from_dict({"steps": steps} | more, where)

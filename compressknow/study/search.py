@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from compressknow.compress.recipe import Quantize, Recipe
-from compressknow.compress.schemes import DEFAULT
+from compressknow.compress.schemes import SCHEMES
 from compressknow.probe.answers import Answers
 from compressknow.report.card.make import compare, model_facts
 from compressknow.report.search.records import Search, Trial
@@ -148,7 +148,7 @@ def trial_of(original: Answers, recipe: Recipe, answers: Answers, kind: str) -> 
 
 def _name(recipe: Recipe) -> str:
     """The setup, and the scheme where it is not the usual one: the paper has one scheme and does not name it."""
-    schemes = {step.scheme for step in recipe.steps if isinstance(step, Quantize)} - {DEFAULT}
+    schemes = {step.scheme for step in recipe.steps if isinstance(step, Quantize)} - {SCHEMES.first}
     return f"{recipe.setup} ({', '.join(sorted(schemes))})" if schemes else recipe.setup
 
 

@@ -308,8 +308,15 @@ PACKED: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
             f"{x}.weight_zero_point": torch.ones(32, 1, dtype=torch.int8),
         }
     ),
-    "int8 in groups": lambda tensors, x: tensors.update(
-        {f"{x}.weight": torch.ones(32, 32, dtype=torch.int8), f"{x}.weight_scale": torch.ones(32, 4)}
+    "int8 in groups that are no neighbours": lambda tensors, x: tensors.update(
+        {
+            f"{x}.weight": torch.ones(32, 32, dtype=torch.int8),
+            f"{x}.weight_scale": torch.ones(32, 4),
+            f"{x}.weight_g_idx": torch.arange(32, dtype=torch.int32) % 4,
+        }
+    ),
+    "int8 with scales of another shape": lambda tensors, x: tensors.update(
+        {f"{x}.weight": torch.ones(32, 32, dtype=torch.int8), f"{x}.weight_scale": torch.ones(32, 5)}
     ),
 }
 

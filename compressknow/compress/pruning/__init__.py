@@ -73,6 +73,17 @@ class Mask(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class EachBlock:
+    """A mask whose blocks do not depend on each other: `pruned` gives those of any block."""
+
+    pruned: BlockMask
+
+    def start(self) -> BlockMask:
+        """The same for every tensor that it is begun for."""
+        return self.pruned
+
+
 class PruningMethod(Parametric, abc.ABC):
     """A way to choose the weights to zero; its parameters are its fields (`compressknow.compress.parameters`).
 

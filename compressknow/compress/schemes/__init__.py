@@ -101,9 +101,9 @@ class Scheme(Parametric, abc.ABC):
 
     def spread(self, scales: torch.Tensor, columns: int) -> torch.Tensor:
         """Scales that broadcast over [rows, columns]."""
-        if isinstance(self.scale_per, int):
-            return scales.repeat_interleave(columns // scales.shape[-1], dim=-1)
-        return scales
+        from compressknow.compress.schemes.rounding import per_column
+
+        return per_column(scales, columns)
 
     def pack(self, integers: torch.Tensor) -> torch.Tensor:
         """The rows to store for rows of integers (int8 [rows, columns])."""
@@ -132,7 +132,6 @@ SCHEMES: Registry[Scheme] = Registry(
         "int8-weights": "compressknow.compress.schemes.int8_weights:Int8Weights",
     },
 )
-DEFAULT = "int8"
 
 
 def known(names: Iterable[str]) -> list[Scheme]:
@@ -148,5 +147,5 @@ def schemes_of(recipe: Mapping[str, Any] | None) -> list[Scheme]:
 
 def word_of(schemes: Iterable[Scheme]) -> str:
     """One word for what schemes make of weights: ``int8``, or ``low-bit`` where they differ."""
-    words = {scheme.word for scheme in schemes} or {SCHEMES[DEFAULT].word}
+    words = {scheme.word for scheme in schemes} or {SCHEMES[SCHEMES.first].word}
     return words.pop() if len(words) == 1 else "low-bit"

@@ -18,6 +18,12 @@ def nearest(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch
     return scheme.steps(values, scales).clamp_(scheme.lowest, scheme.highest).round_().to(torch.int8)
 
 
+def per_column(scales: torch.Tensor, columns: int) -> torch.Tensor:
+    """Scales that broadcast over [rows, columns], of those that neighbouring columns may share [rows, groups]."""
+    groups = scales.shape[-1]
+    return scales if groups == 1 else scales.repeat_interleave(columns // groups, dim=-1)
+
+
 def dequantize(integers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """float32 values of integers and scales that broadcast over them."""
     return integers.to(torch.float32).mul_(scales.to(torch.float32))
