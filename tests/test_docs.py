@@ -229,10 +229,10 @@ def test_formats_page_names_every_key(at_home: Path) -> None:
         json.loads((at_home / name).read_text(encoding="utf-8"))
         for name in ("build/smollm2-att-int8/compressknow.json", "card.json", "compare.json", "study/study.json")
     )
-    entry = report["compressed"][0]
+    entry, record = report["compressed"][0], answers.record.to_dict()
     shown = [
         manifest, manifest["source"], manifest["totals"], manifest["tensors"][0],
-        answers.record, answers.record["model"], *answers.record["probes"].values(),
+        record, record["model"], *record["probes"].values(),
         dict.fromkeys(field.name for field in dataclasses.fields(answers.answers[0])),
         report, entry, *entry["probes"].values(),
         compared, compared["weights"], compared["weights"]["total"],

@@ -64,20 +64,20 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
 
 
 def _page(answers: Answers, output: Path) -> Iterator[str]:
-    model = answers.record["model"]
-    yield f"{plain(model['name'])}: answers in {output}"
-    yield f"Computed on {plain(model['device'], 20)} in {plain(model['computed_in'], 20)}."
+    model = answers.record.model
+    yield f"{plain(model.name)}: answers in {output}"
+    yield f"Computed on {plain(model.device, 20)} in {plain(model.computed_in, 20)}."
     yield ""
     yield COLUMNS
     yield "-" * len(COLUMNS)
-    for name, entry in answers.record["probes"].items():
+    for name, entry in answers.record.probes.items():
         given = answers.of(name)
         right = sum(answer.correct for answer in given)
         yield (
             f"{_short(name):<32}{count(len(given)):>10}{count(right):>10}{percent(right, len(given)):>10}"
-            f"{share(entry.get('chance')):>9}{count(sum(entry['dropped'].values())):>9}"
+            f"{share(entry.chance):>9}{count(sum(entry.dropped.values())):>9}"
         )
-        for reason, number in entry["dropped"].items():
+        for reason, number in entry.dropped.items():
             yield from textwrap.wrap(f"  {count(number)} dropped: {reason}", WIDTH, subsequent_indent="    ")
     if len(answers.probes) == 1:
         yield from _by_subject(answers)
@@ -100,7 +100,7 @@ def _short(name: str) -> str:
 
 def _with_scores(answers: Answers) -> dict[str, Any]:
     probes = {
-        name: entry | {"right": sum(answer.correct for answer in answers.of(name))}
-        for name, entry in answers.record["probes"].items()
+        name: entry.to_dict() | {"right": sum(answer.correct for answer in answers.of(name))}
+        for name, entry in answers.record.probes.items()
     }
-    return dict(answers.record) | {"probes": probes}
+    return answers.record.to_dict() | {"probes": probes}

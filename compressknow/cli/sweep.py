@@ -125,7 +125,7 @@ class _Lines:
             self._begun = True
             original = result.original
             right = sum(answer.correct for answer in original.answers)
-            name, of = plain(original.record["model"]["name"], 40), len(original.answers)
+            name, of = plain(original.record.model.name, 40), len(original.answers)
             show(f"{name} answers {count(right)} of {count(of)} facts right ({percent(right, of)}).\n")
             show(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
         show("\n".join(_line(result)))
@@ -140,7 +140,7 @@ def _line(result: CellResult) -> Iterator[str]:
         return
     kept, right = result.kept, sum(answer.correct for answer in result.answers.answers)
     share = percent(right, len(result.answers.answers))
-    sparse = size(result.answers.record["model"]["totals"]["sparse_bytes"])
+    sparse = size(result.answers.record.model.totals["sparse_bytes"])
     yield f"{name:<34}{estimate(kept.value, kept.low, kept.high):<28}{share:>8}{sparse:>10}"
 
 

@@ -55,7 +55,7 @@ def report(
     compressknow.errors.CompressknowError : a model cannot be found, loaded or asked; two that cannot be compared;
         an output that cannot be written.
     """
-    from compressknow.probe.gather import default_answers_folder, gather, names_of
+    from compressknow.probe.gather import Evaluation, default_answers_folder, gather, names_of
     from compressknow.probe.run import Settings
     from compressknow.probe.sources import Options
     from compressknow.quiet import listener
@@ -70,17 +70,14 @@ def report(
     check_outputs(files, overwrite=overwrite)
     if into_model_card:
         check_model_cards(models)
-    before, after = gather(
-        original,
-        models,
+    evaluation = Evaluation(
         names_of(probes),
         options or Options(),
         settings or Settings(),
         keep_in=Path(keep_in) if keep_in else default_answers_folder(),
-        revision=revision,
         timed=timed,
-        on_progress=listener(on_progress),
     )
+    before, after = gather(original, models, evaluation, revision=revision, on_progress=listener(on_progress))
     card = make_card(before, after, show_facts=not no_facts, command=command)
     write_reports(card, files, overwrite=overwrite)
     if into_model_card:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CompressknowError, OutputError
 from compressknow.files import LOCK, own_folder, write_whole, written
+from compressknow.probe.records import Record
 from compressknow.reading import RECORD as RECORD_BYTES
 from compressknow.reading import NotReadable, check_regular, misfit, read_json, sha256_of
 
@@ -98,20 +99,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """All answers of one model, and the record of how they came about (the content of ``probe.json``).
+    """All answers of one model, and the record of how they came about (the content of ``probe.json``)."""
 
-    `record` is {"schema", "model": {...}, "probes": {NAME: {...}}, "versions": {...}}; a probe's entry holds
-    "protocol", "fingerprint", "facts" (as read), "asked", "dropped" {reason: number}, "average", "chance", "majority",
-    "seed", "limit", "seconds", "source" and "reference" (sha256 of the model whose most likely tokens were asked for,
-    its own or the original's).
-    """
-
-    record: Mapping[str, Any]
+    record: Record
     answers: tuple[Answer, ...]
 
     @property
     def probes(self) -> tuple[str, ...]:
-        return tuple(self.record["probes"])
+        return tuple(self.record.probes)
 
     def of(self, probe: str) -> list[Answer]:
         """The answers to one probe, in the order of its facts."""
@@ -208,21 +203,21 @@ def read_answers(folder: Path) -> Answers:
     record = read_record(folder)
     check_table(folder, record)
     answers = Answers(record, tuple(read_table(folder / TABLE)))
-    for probe, entry in record["probes"].items():
+    for probe, entry in record.probes.items():
         ids = {answer.fact_id for answer in answers.of(probe)}
-        if len(answers.of(probe)) != entry["asked"] or len(ids) != entry["asked"]:
+        if len(answers.of(probe)) != entry.asked or len(ids) != entry.asked:
             raise CompressknowError(
-                f"{folder / TABLE} holds {len(ids)} facts of {probe}, {RECORD} says {entry['asked']}.",
+                f"{folder / TABLE} holds {len(ids)} facts of {probe}, {RECORD} says {entry.asked}.",
                 hint="The folder is damaged: probe the model again.",
             )
     return answers
 
 
-def check_table(folder: Path, record: Mapping[str, Any]) -> None:
+def check_table(folder: Path, record: Record) -> None:
     """Raise CompressknowError where the table is not the one whose hash the record holds; an old record holds none."""
-    if HASH not in record or not (folder / TABLE).is_file():
+    if record.answers_sha256 is None or not (folder / TABLE).is_file():
         return
-    if sha256_of(folder / TABLE) != record[HASH]:
+    if sha256_of(folder / TABLE) != record.answers_sha256:
         raise CompressknowError(
             f"{folder / TABLE} is not the file that {RECORD} was written for: its hash is another.",
             why="It was changed since, or the two come from different folders.",
@@ -230,7 +225,7 @@ def check_table(folder: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> Record:
     """``probe.json`` of an answers folder."""
     try:
         record = read_json(folder / RECORD, RECORD_BYTES)
@@ -249,7 +244,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CompressknowError(
             f"{folder / RECORD} is damaged: {wrong}.", hint="Probe the model again, into another folder."
         )
-    return dict(record)
+    return Record.from_dict(record)
 
 
 def _not_finite(record: Mapping[str, Any]) -> str | None:
@@ -265,9 +260,9 @@ def is_answers_folder(folder: Path) -> bool:
     return (folder / RECORD).is_file() and not (folder / "config.json").is_file()
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+def write_record(folder: Path, record: Record) -> None:
     """Write ``probe.json``; it appears under its name only when it is whole."""
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(record.to_dict(), indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / RECORD, text.encode("utf-8", "backslashreplace"))
 
 

@@ -79,7 +79,7 @@ def ask_both_ways(
     Raises CompressknowError where a model cannot be loaded or asked, or where the two have no vocabulary in common.
     """
     from compressknow.probe.distributions import Distributions
-    from compressknow.probe.run import probe_model
+    from compressknow.probe.run import Beside, probe_model
     from compressknow.quiet import staged
 
     def ask(
@@ -87,9 +87,7 @@ def ask_both_ways(
     ) -> Answers:
         folder = folder_of(keep_in, model.sha256, reference)
         watched = staged(on_progress, number=1 if model is a else 2, of=2)
-        return probe_model(
-            model, probes, folder, reference=reference, known=known, whole=whole, on_progress=watched, wait=True
-        )
+        return probe_model(model, probes, folder, Beside(reference, known, whole), on_progress=watched, wait=True)
 
     if a.sha256 == b.sha256:
         alone = ask(a, None, None)

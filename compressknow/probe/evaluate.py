@@ -167,13 +167,13 @@ def _batches(questions: Iterable[Question], size: int) -> Iterator[tuple[Questio
 
 def refuse_other_questions(reference: Answers, probe: Probe | Task) -> None:
     """Raise UsageError where the original was not asked this probe, or other questions of it."""
-    asked = reference.record["probes"].get(probe.name)
+    asked = reference.record.probes.get(probe.name)
     if asked is None and not isinstance(probe, Task):
         raise UsageError(
             f"The original was not asked {probe.name}, whose most likely tokens are wanted.",
             hint="Probe the original with the same -p PROBE first.",
         )
-    if asked and asked.get("fingerprint") != probe.fingerprint():
+    if asked and asked.fingerprint != probe.fingerprint():
         raise UsageError(
             f"The original was asked other questions of {probe.name}.",
             hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --data), or probe "
@@ -183,12 +183,15 @@ def refuse_other_questions(reference: Answers, probe: Probe | Task) -> None:
 
 def refuse_other_model(reference: Answers, name: str, loaded: LanguageModel) -> None:
     """Raise CompressknowError where a model cannot be a compressed form of the original: its tokens are others."""
-    before = reference.record["model"]
-    for key, value in (("family", loaded.family), ("vocabulary", loaded.vocabulary)):
-        if before.get(key) not in (None, value):
+    before = reference.record.model
+    for key, known, value in (
+        ("family", before.family, loaded.family),
+        ("vocabulary", before.vocabulary, loaded.vocabulary),
+    ):
+        if known not in (None, value):
             raise CompressknowError(
-                f"{name} is no compressed form of {before.get('name')}: they differ in {key}.",
-                why=f"{before.get('name')} has {before[key]}, {name} has {value}.",
+                f"{name} is no compressed form of {before.name}: they differ in {key}.",
+                why=f"{before.name} has {known}, {name} has {value}.",
                 hint="Compare a model with the checkpoint that it was made from.",
             )
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers, is_answers_folder, read_answers
 
 if TYPE_CHECKING:
     from compressknow.probe.facts import Probe
-    from compressknow.probe.run import Settings
+    from compressknow.probe.run import Beside, Respondent, Settings
     from compressknow.probe.sources import Options, Task
     from compressknow.quiet import Listener
 
@@ -42,44 +42,57 @@ def names_of(probes: str | Sequence[str] | None) -> list[str]:
 def read_reference(folder: str | Path) -> Answers:
     """The original's answers, to evaluate others by. Raises CompressknowError where they do not tell whose they are."""
     original = read_answers(Path(folder))
-    if "sha256" not in original.record["model"]:
+    if original.record.model.sha256 is None:
         raise CompressknowError(
             f"{folder} does not tell which model gave its answers.", hint="Probe the original again."
         )
     return original
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What models are evaluated on, how, and where their answers are kept.
+
+    Attributes
+    ----------
+    probes : names; by default those of the answers folders, or atlas.
+    keep_in : a folder that gets one answers folder per model.
+    timed : measure the speed and the memory of each model; of answers folders nothing can be measured.
+    """
+
+    probes: Sequence[str]
+    options: Options
+    settings: Settings
+    keep_in: Path
+    timed: bool = False
+
+
 def gather(
     original: str | Path,
     compressed: Sequence[str | Path],
-    probes: Sequence[str],
-    options: Options,
-    settings: Settings,
+    evaluation: Evaluation,
     *,
-    keep_in: Path,
     revision: str | None = None,
-    timed: bool = False,
     on_progress: Listener | None = None,
 ) -> tuple[Answers, list[Answers]]:
     """The original's answers and those of each compressed model, to the same probes.
 
-    Models are asked what `keep_in` does not hold yet, the original first: the others are asked for its most likely
-    tokens, so that distributions can be compared. Answers folders are taken as they are.
+    Models are evaluated on what is not kept yet, the original first: the others are asked for its most likely tokens,
+    so that distributions can be compared. Answers folders are taken as they are.
 
     Parameters
     ----------
-    probes : names; by default those of the answers folders, or atlas.
-    keep_in : a folder that gets one answers folder a model.
     revision : of the original, if it is a hub id.
-    timed : measure the speed and the memory of each model; of answers folders nothing can be measured.
 
-    Raises CompressknowError where a model cannot be found, loaded or asked.
+    Raises CompressknowError where a model cannot be found, loaded or evaluated.
     """
-    stored = [_stored(model) for model in (original, *compressed)]
+    models = [original, *compressed]
+    stored = [_stored(model) for model in models]
     if all(answers is not None for answers in stored):
-        first, *others = [_of(answers, probes) for answers in stored if answers is not None]
-        return first, others
-    return _ask(original, compressed, probes, options, settings, stored, keep_in, revision, timed, on_progress)
+        first, *others = [_of(answers, evaluation.probes) for answers in stored if answers is not None]
+    else:
+        first, *others = _Gathering(models, stored, evaluation, revision).run(on_progress)
+    return first, others
 
 
 def _stored(model: str | Path) -> Answers | None:
@@ -87,61 +100,70 @@ def _stored(model: str | Path) -> Answers | None:
     return read_answers(Path(model)) if is_answers_folder(Path(model)) else None
 
 
-def _ask(
-    original: str | Path,
-    compressed: Sequence[str | Path],
-    probes: Sequence[str],
-    options: Options,
-    settings: Settings,
-    stored: list[Answers | None],
-    keep_in: Path,
-    revision: str | None,
-    timed: bool,
-    on_progress: Listener | None,
-) -> tuple[Answers, list[Answers]]:
-    from compressknow.engine.identity import locate
-    from compressknow.probe.distributions import Distributions
-    from compressknow.probe.run import Respondent, probe_model
-    from compressknow.probe.sources import DEFAULT, open_all
-    from compressknow.probe.speed import measure
-    from compressknow.quiet import staged
+class _Gathering:
+    """Models, the original first, some of which are answers folders: `stored` holds the answers of these."""
 
-    known = next((answers for answers in stored if answers is not None), None)
-    names = list(probes) or (list(known.probes) if known else list(DEFAULT))
-    asked = open_all(names, _like(known, options))
-    names = [probe.name for probe in asked]
-    # All are found before the first is asked: a wrong name is told at once.
-    revisions = [revision, *(None for _ in compressed)]
-    respondents = [
-        None if answers else Respondent(locate(model, of), settings)
-        for model, of, answers in zip((original, *compressed), revisions, stored, strict=True)
-    ]
-    # What is kept of the original's distributions serves models alone that are evaluated beside it.
-    beside = respondents[0] if any(respondents[1:]) else None
-    gathered: list[Answers] = []
-    number, of = 0, sum(respondent is not None for respondent in respondents)
-    with Distributions(beside, keep_in) if beside else contextlib.nullcontext() as whole:
-        for answers, respondent in zip(stored, respondents, strict=True):
-            if respondent is None:
-                assert answers is not None
-                gathered.append(_of(answers, names))
-                continue
-            reference = gathered[0] if gathered else None
-            folder = folder_of(keep_in, respondent.sha256, reference)
-            number += 1
-            watched = staged(on_progress, number=number, of=of)
-            answers = probe_model(
-                respondent, asked, folder, reference=reference, whole=whole, on_progress=watched, wait=True
-            )
-            respondent.release()
-            speed = measure(respondent.located, respondent.settings) if timed else None
-            gathered.append(_with_speed(answers, speed) if speed else answers)
-    return gathered[0], gathered[1:]
+    def __init__(
+        self,
+        models: Sequence[str | Path],
+        stored: Sequence[Answers | None],
+        evaluation: Evaluation,
+        revision: str | None,
+    ) -> None:
+        from compressknow.engine.identity import locate
+        from compressknow.probe.run import Respondent
+        from compressknow.probe.sources import DEFAULT, open_all
+
+        self._stored, self._evaluation = stored, evaluation
+        known = next((answers for answers in stored if answers is not None), None)
+        names = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT))
+        self._probes = open_all(names, _like(known, evaluation.options))
+        # All are found before the first is evaluated: a wrong name is told at once.
+        revisions = [revision, *(None for _ in models[1:])]
+        self._respondents = [
+            None if answers else Respondent(locate(model, of), evaluation.settings)
+            for model, of, answers in zip(models, revisions, stored, strict=True)
+        ]
+
+    def run(self, on_progress: Listener | None) -> list[Answers]:
+        """The answers of all, in their order."""
+        from compressknow.probe.distributions import Distributions
+        from compressknow.probe.run import Beside
+        from compressknow.quiet import staged
+
+        first, *others = self._respondents
+        # What is kept of the original's distributions serves models alone that are evaluated beside it.
+        kept_of = first if any(others) else None
+        names = [probe.name for probe in self._probes]
+        gathered: list[Answers] = []
+        number, of = 0, sum(respondent is not None for respondent in self._respondents)
+        with Distributions(kept_of, self._evaluation.keep_in) if kept_of else contextlib.nullcontext() as whole:
+            for answers, respondent in zip(self._stored, self._respondents, strict=True):
+                reference = gathered[0] if gathered else None
+                if respondent is not None:
+                    number += 1
+                    watched = staged(on_progress, number=number, of=of)
+                    gathered.append(self._evaluate(respondent, Beside(reference, whole=whole), watched))
+                elif answers is not None:
+                    gathered.append(_of(answers, names))
+        return gathered
+
+    def _evaluate(self, respondent: Respondent, beside: Beside, on_progress: Listener | None) -> Answers:
+        from compressknow.probe.run import probe_model
+        from compressknow.probe.speed import measure
+
+        folder = folder_of(self._evaluation.keep_in, respondent.sha256, beside.reference)
+        answers = probe_model(respondent, self._probes, folder, beside, on_progress=on_progress, wait=True)
+        respondent.release()
+        if not self._evaluation.timed:
+            return answers
+        model = replace(answers.record.model, speed=measure(respondent.located, respondent.settings))
+        return replace(answers, record=replace(answers.record, model=model))
 
 
 def folder_of(keep_in: Path, sha256: str, reference: Answers | None) -> Path:
     """A folder for each model, and one more for each original whose tokens it was asked for."""
-    of = f"-{reference.record['model']['sha256'][:16]}" if reference else ""
+    of = f"-{(reference.record.model.sha256 or '')[:16]}" if reference else ""
     return keep_in / f"{sha256[:16]}{of}"
 
 
@@ -149,8 +171,10 @@ def _like(known: Answers | None, options: Options) -> Options:
     """The options, with the sample that an answers folder was asked where the user names none."""
     if known is None or options.limit is not None:
         return options
-    entry: dict[str, Any] = next(iter(known.record["probes"].values()), {})
-    return replace(options, limit=entry.get("limit"), seed=entry.get("seed", options.seed))
+    entry = next(iter(known.record.probes.values()), None)
+    if entry is None:
+        return options
+    return replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
 
 
 def _of(answers: Answers, probes: Sequence[str]) -> Answers:
@@ -160,12 +184,12 @@ def _of(answers: Answers, probes: Sequence[str]) -> Answers:
     probes = [_name(probe, answers) for probe in probes]
     if missing := [name for name in probes if name not in answers.probes]:
         raise CompressknowError(
-            f"{answers.record['model'].get('name')} was not asked {missing[0]}.",
+            f"{answers.record.model.name} was not asked {missing[0]}.",
             why=f"Its answers folder holds: {', '.join(answers.probes)}.",
             hint="Leave out -p, name one of these, or probe the model again.",
         )
-    kept = {name: answers.record["probes"][name] for name in probes}
-    return Answers(dict(answers.record) | {"probes": kept}, tuple(a for a in answers.answers if a.probe in kept))
+    kept = {name: answers.record.probes[name] for name in probes}
+    return Answers(replace(answers.record, probes=kept), tuple(a for a in answers.answers if a.probe in kept))
 
 
 def _name(probe: str, answers: Answers) -> str:
@@ -173,8 +197,3 @@ def _name(probe: str, answers: Answers) -> str:
     from compressknow.probe.sources import name_in_answers
 
     return probe if probe in answers.probes else name_in_answers(probe)
-
-
-def _with_speed(answers: Answers, speed: dict[str, Any]) -> Answers:
-    record = dict(answers.record)
-    return replace(answers, record=record | {"model": {**record["model"], "speed": speed}})

@@ -17,7 +17,6 @@ from compressknow.engine.language_model import AUTO, CPU, check_device, device_o
 from compressknow.engine.load import reason_of
 from compressknow.errors import CheckpointError, OutputError, UsageError
 from compressknow.probe.answers import (
-    HASH,
     RECORD,
     SCHEMA_VERSION,
     TABLE,
@@ -46,6 +45,7 @@ from compressknow.probe.evaluate import (
     scorer_for,
 )
 from compressknow.probe.facts import Probe, chance, majority
+from compressknow.probe.records import ModelRecord, ProbeEntry, Record
 from compressknow.probe.sources import Task
 from compressknow.quiet import Advance, Listener, PanicError, Stage, begun, no_panics
 from compressknow.reading import sha256_of
@@ -134,10 +134,10 @@ class Respondent:
         """What the model's files tell of it."""
         return describe(self.located)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> ModelRecord:
         """The "model" entry of ``probe.json``."""
         loaded = self.loaded
-        return self.described() | {
+        evaluated = {
             "sha256": self.sha256,
             "architecture": type(loaded.model).__name__,
             "family": loaded.family,
@@ -146,31 +146,56 @@ class Respondent:
             "device": str(self.settings.device),
             "computed_in": loaded.dtype,
         }
+        return ModelRecord.from_dict(self.described() | evaluated)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What the answers of a model stand beside.
+
+    Attributes
+    ----------
+    reference : answers of the original: the same tokens are evaluated at the answer's first position.
+    known : answers of this very model to these probes, with another reference: what it answers is taken from there.
+    whole : the original's distributions over the whole vocabulary: those of `reference` are compared with this model's;
+        without a reference this model is the original, and they are kept.
+    """
+
+    reference: Answers | None = None
+    known: Answers | None = None
+    whole: Distributions | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the original; None where this model is the original."""
+        return self.reference.record.model.sha256 if self.reference else None
+
+    def of_batches(self, probe: Probe) -> Whole | None:
+        """What is done with each batch's distributions: the original's are kept, those of others compared with them."""
+        if self.whole is None:
+            return None
+        rows = self.whole.of(probe)
+        return rows.divergence if self.reference else rows.keep
 
 
 def probe_model(
     respondent: Respondent,
     probes: Sequence[Probe | Task],
     folder: Path,
+    beside: Beside | None = None,
     *,
-    reference: Answers | None = None,
-    known: Answers | None = None,
-    whole: Distributions | None = None,
     on_progress: Listener | None = None,
     wait: bool = False,
 ) -> Answers:
-    """Ask a model some probes and keep the answers in `folder`, beside those that it holds already.
+    """Evaluate a model on some probes and keep the answers in `folder`, beside those that it holds already.
 
-    A probe that the folder holds for this very model, these facts and this reference is not asked again; one that was
-    cut short resumes.
+    A probe that the folder holds for this very model, these facts and this reference is not evaluated again; one that
+    was cut short resumes.
 
     Parameters
     ----------
     folder : an answers folder of this model, or a new one.
-    reference : answers of the original: the same tokens are asked for at the answer's first position.
-    known : answers of this very model to these probes, with another reference: what it answers is taken from there.
-    whole : the original's distributions over the whole vocabulary: those of `reference` are compared with this model's;
-        without a reference this model is the original, and they are kept.
+    beside : the original's answers, and what else is known; by default this model is the original.
     on_progress : called with each `compressknow.quiet.Progress`.
     wait : wait for another run that uses the folder, rather than raise OutputError.
 
@@ -180,40 +205,32 @@ def probe_model(
     CompressknowError : the model or a probe is not the one of the reference.
     """
     refuse_twins(probes)
+    beside = beside or Beside()
     with locked(folder, wait):
-        record = _record(folder, respondent)
-        if whole and reference:
-            left = lacking(respondent, probes, folder, reference, whole)
-            whole.complete([probe for probe in left if not isinstance(probe, Task)], reference, on_progress)
-        for probe in lacking(respondent, probes, folder, reference, whole):
-            key = _key(respondent, probe, reference)
-            # What lacks a divergence alone is not asked whole again.
-            given = _answers(folder, record) if record["probes"].get(probe.name, {}).get("key") == key else known
-            stage = Stage("evaluate", respondent.located.name, probe.name, facts_of(probes), respondent.settings.device)
-            _ask_one(respondent, probe, stage, folder, record, key, reference, given, whole, on_progress)
+        run = _Run(respondent, folder, beside, on_progress)
+        if beside.whole and beside.reference:
+            left = lacking(respondent, probes, folder, beside)
+            beside.whole.complete([probe for probe in left if isinstance(probe, Probe)], beside.reference, on_progress)
+        for probe in lacking(respondent, probes, folder, beside):
+            run.add(probe, facts_of(probes))
         tidy(folder)
         return _read(folder, [probe.name for probe in probes])
 
 
 def is_answered(respondent: Respondent, probe: Probe | Task, folder: Path, reference: Answers | None) -> bool:
-    """Whether `folder` holds this model's answers to this probe, so that `probe_model` would ask nothing."""
-    return not lacking(respondent, [probe], folder, reference)
+    """Whether `folder` holds this model's answers to this probe, so that `probe_model` would evaluate nothing."""
+    return not lacking(respondent, [probe], folder, Beside(reference))
 
 
-def lacking(
-    respondent: Respondent,
-    probes: Sequence[Probe | Task],
-    folder: Path,
-    reference: Answers | None,
-    whole: Distributions | None = None,
-) -> list[Probe | Task]:
-    """The probes to which `folder` holds no answers of this model; with `whole` and a reference, those too whose
+def lacking(respondent: Respondent, probes: Sequence[Probe | Task], folder: Path, beside: Beside) -> list[Probe | Task]:
+    """The probes to which `folder` holds no answers of this model; with the original's distributions, those too whose
     answers lack a divergence over the whole vocabulary that can be had.
     """
-    record = read_record(folder) if is_answers_folder(folder) else {"probes": {}}
-    keys = {name: entry.get("key") for name, entry in record["probes"].items()}
-    missing = {probe.name for probe in probes if keys.get(probe.name) != _key(respondent, probe, reference)}
-    if whole and reference and missing != {probe.name for probe in probes}:
+    entries = read_record(folder).probes if is_answers_folder(folder) else {}
+    keys = {name: entry.key for name, entry in entries.items()}
+    missing = {probe.name for probe in probes if keys.get(probe.name) != _key(respondent, probe, beside)}
+    whole = beside.whole
+    if whole and beside.reference and missing != {probe.name for probe in probes}:
         bare = {answer.probe for answer in stored(folder) if answer.first_kl is None}
         possible = (probe for probe in probes if isinstance(probe, Probe) and not whole.of(probe).gave_up)
         missing |= bare & {probe.name for probe in possible}
@@ -234,98 +251,96 @@ def refuse_twins(probes: Sequence[Probe | Task]) -> None:
         )
 
 
-def _ask_one(
-    respondent: Respondent,
-    probe: Probe | Task,
-    stage: Stage,
-    folder: Path,
-    record: dict[str, Any],
-    key: str,
-    reference: Answers | None,
-    known: Answers | None,
-    whole: Distributions | None,
-    on_progress: Listener | None,
-) -> None:
-    """Ask one probe and put its answers and its entry on disk, the answers first."""
-    start = time.monotonic()
-    if reference:
-        refuse_other_questions(reference, probe)
-        refuse_other_model(reference, respondent.located.name, respondent.loaded)
-    with begun(on_progress, stage) as advance:
-        if not isinstance(probe, Task):
-            answers, entry = _ask_facts(
-                respondent, probe, parts_of(folder, key), reference, known, _told(whole, probe, reference), advance
-            )
-        elif known:
-            # lm-eval gives no distribution: there is nothing to ask anew.
-            answers, entry = list(known.of(probe.name)), dict(known.record["probes"][probe.name])
-        else:
-            answers, entry = probe.run(respondent.loaded)
-    others = [a for a in stored(folder) if a.probe != probe.name and a.probe in record["probes"]]
-    entry |= {
-        "key": key,
-        "reference": reference.record["model"]["sha256"] if reference else respondent.sha256,
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    if record["probes"].pop(probe.name, None) or record.pop(HASH, None):
-        # Neither the old entry nor the old hash must stand beside the new answers, should this run be killed here.
-        record.pop(HASH, None)
-        write_record(folder, record)
-    write_table(folder / TABLE, [*others, *answers])
-    record[HASH] = sha256_of(folder / TABLE)
-    record["probes"][probe.name] = entry
-    record["model"] = respondent.record()
-    write_record(folder, record)
+class _Run:
+    """A run of one model: each probe's answers and its entry go into the folder, the answers first."""
+
+    def __init__(self, respondent: Respondent, folder: Path, beside: Beside, on_progress: Listener | None) -> None:
+        self._respondent, self._folder, self._beside, self._on_progress = respondent, folder, beside, on_progress
+        self._record = _record(folder, respondent)
+
+    def add(self, probe: Probe | Task, facts: int) -> None:
+        """Evaluate the model on a probe; `facts` are those of all probes, for the time that is left."""
+        start = time.monotonic()
+        respondent, reference = self._respondent, self._beside.reference
+        if reference:
+            refuse_other_questions(reference, probe)
+            refuse_other_model(reference, respondent.located.name, respondent.loaded)
+        key = _key(respondent, probe, self._beside)
+        known = self._known(probe.name, key)
+        stage = Stage("evaluate", respondent.located.name, probe.name, facts, respondent.settings.device)
+        with begun(self._on_progress, stage) as advance:
+            if isinstance(probe, Probe):
+                answers, entry = self._evaluate(probe, parts_of(self._folder, key), known, advance)
+            elif known:
+                # A task gives no distribution: there is nothing to evaluate anew.
+                answers, entry = list(known.of(probe.name)), known.record.probes[probe.name]
+            else:
+                answers, entry = probe.run(respondent.loaded)
+        seconds = round(time.monotonic() - start, 1)
+        of = self._beside.sha256 or respondent.sha256
+        self._keep(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds))
+
+    def _known(self, name: str, key: str) -> Answers | None:
+        """Answers of this model to the probe that lack a divergence alone: they are not evaluated whole again."""
+        entry = self._record.probes.get(name)
+        if entry is None or entry.key != key:
+            return self._beside.known
+        return Answers(self._record, tuple(stored(self._folder)))
+
+    def _evaluate(
+        self, probe: Probe, parts: Path, known: Answers | None, advance: Advance | None
+    ) -> tuple[list[Answer], ProbeEntry]:
+        questions = self._respondent.questions(probe)
+        if not questions.asked:
+            raise _nothing_left(probe, questions.dropped)
+        answers, reference = stored_parts(parts), self._beside.reference
+        batches = ask(
+            questions,
+            reference=first_ids(reference, probe, questions) if reference else None,
+            done=frozenset(answer.fact_id for answer in answers),
+            known={answer.fact_id: answer for answer in known.of(probe.name)} if known else None,
+            whole=self._beside.of_batches(probe),
+            advance=advance,
+        )
+        for part in _in_parts(batches):
+            write_part(parts, part)
+            answers += part
+        order = {fact.id: number for number, fact in enumerate(probe.facts)}
+        answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
+        return answers, _entry(probe, answers, questions.dropped)
+
+    def _keep(self, name: str, answers: Sequence[Answer], entry: ProbeEntry) -> None:
+        record, folder = self._record, self._folder
+        others = [a for a in stored(folder) if a.probe != name and a.probe in record.probes]
+        probes = {other: kept for other, kept in record.probes.items() if other != name}
+        if name in record.probes or record.answers_sha256 is not None:
+            # Neither the old entry nor the old hash must stand beside the new answers, should this run be killed here.
+            write_record(folder, record.without_hash(probes))
+        write_table(folder / TABLE, [*others, *answers])
+        self._record = replace(
+            record.without_hash(probes | {name: entry}),
+            model=self._respondent.record(),
+            answers_sha256=sha256_of(folder / TABLE),
+        )
+        write_record(folder, self._record)
 
 
-def _ask_facts(
-    respondent: Respondent,
-    probe: Probe,
-    parts: Path,
-    reference: Answers | None,
-    known: Answers | None,
-    whole: Whole | None,
-    advance: Advance | None,
-) -> tuple[list[Answer], dict[str, Any]]:
-    questions = respondent.questions(probe)
-    if not questions.asked:
-        raise _nothing_left(probe, questions.dropped)
-    answers = stored_parts(parts)
-    ids = first_ids(reference, probe, questions) if reference else None
-    done = frozenset(answer.fact_id for answer in answers)
-    given = {answer.fact_id: answer for answer in known.of(probe.name)} if known else None
-    for part in _in_parts(ask(questions, reference=ids, done=done, known=given, whole=whole, advance=advance)):
-        write_part(parts, part)
-        answers += part
-    order = {fact.id: number for number, fact in enumerate(probe.facts)}
-    answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
-    return answers, _entry(probe, answers, questions.dropped)
-
-
-def _told(whole: Distributions | None, probe: Probe, reference: Answers | None) -> Whole | None:
-    """What is done with each batch's distributions: the original's are kept, those of others compared with them."""
-    if whole is None:
-        return None
-    rows = whole.of(probe)
-    return rows.divergence if reference else rows.keep
-
-
-def _entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> dict[str, Any]:
-    asked = {answer.fact_id for answer in answers}
-    facts = [fact for fact in probe.facts if fact.id in asked]
-    return {
-        "protocol": probe.protocol,
-        "fingerprint": probe.fingerprint(),
-        "facts": probe.read,
-        "asked": len(answers),
-        "dropped": dict(dropped),
-        "average": probe.average,
-        "chance": chance(answer.choices for answer in answers),
-        "majority": majority(facts, probe.commonest),
-        "limit": probe.limit,
-        "seed": probe.seed,
-        "source": dict(probe.source),
-    }
+def _entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> ProbeEntry:
+    evaluated = {answer.fact_id for answer in answers}
+    facts = [fact for fact in probe.facts if fact.id in evaluated]
+    return ProbeEntry(
+        protocol=probe.protocol,
+        fingerprint=probe.fingerprint(),
+        facts=probe.read,
+        asked=len(answers),
+        dropped=dict(dropped),
+        average=probe.average,
+        chance=chance(answer.choices for answer in answers),
+        majority=majority(facts, probe.commonest),
+        limit=probe.limit,
+        seed=probe.seed,
+        source=dict(probe.source),
+    )
 
 
 def _nothing_left(probe: Probe, dropped: Mapping[str, int]) -> UsageError:
@@ -335,13 +350,13 @@ def _nothing_left(probe: Probe, dropped: Mapping[str, int]) -> UsageError:
     )
 
 
-def _key(respondent: Respondent, probe: Probe | Task, reference: Answers | None) -> str:
+def _key(respondent: Respondent, probe: Probe | Task, beside: Beside) -> str:
     """A hash of all that decides the answers: the model, the facts, whose tokens are asked for, and how it is run."""
     settings = respondent.settings
     decides = [
         # Another version may ask or score otherwise.
         *(SCHEMA_VERSION, __version__, respondent.sha256, probe.fingerprint()),
-        reference.record["model"]["sha256"] if reference else None,
+        beside.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),
     ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
@@ -360,30 +375,27 @@ def _in_parts(batches: Iterator[list[Answer]]) -> Iterator[list[Answer]]:
         yield part
 
 
-def _answers(folder: Path, record: Mapping[str, Any]) -> Answers:
-    return Answers(dict(record) | {"probes": dict(record["probes"])}, tuple(stored(folder)))
-
-
 def _read(folder: Path, names: Sequence[str]) -> Answers:
     """The answers to these probes alone; the folder may hold those to others."""
     record = read_record(folder)
-    probes = {name: record["probes"][name] for name in names}
-    return Answers(record | {"probes": probes}, tuple(a for a in stored(folder) if a.probe in probes))
+    probes = {name: record.probes[name] for name in names}
+    return Answers(replace(record, probes=probes), tuple(a for a in stored(folder) if a.probe in probes))
 
 
-def _record(folder: Path, respondent: Respondent) -> dict[str, Any]:
+def _record(folder: Path, respondent: Respondent) -> Record:
     """The record of the folder so far; a new one where there is none."""
     if not (folder / RECORD).is_file():
-        return {"schema": SCHEMA_VERSION, "model": {}, "probes": {}, "versions": _versions()}
+        model = ModelRecord(name=respondent.located.name)
+        return Record(schema=SCHEMA_VERSION, model=model, probes={}, versions=_versions())
     record = read_record(folder)
     check_table(folder, record)
-    if record["model"].get("sha256") != respondent.sha256:
+    if record.model.sha256 != respondent.sha256:
         raise OutputError(
-            f"{folder} holds the answers of another model ({record['model'].get('name')}).",
+            f"{folder} holds the answers of another model ({record.model.name}).",
             why="Or of this one before its files changed.",
             hint="Choose another folder for the answers, or remove that one.",
         )
-    return record | {"versions": _versions()}
+    return replace(record, versions=_versions())
 
 
 def _versions() -> dict[str, str]:

@@ -20,12 +20,13 @@ from compressknow.engine.identity import Located
 from compressknow.errors import CompressknowError
 from compressknow.files import peak_memory
 from compressknow.model.checkpoint import read_json
+from compressknow.probe.records import Speed
 from compressknow.probe.run import Respondent, Settings
 
 FACTS, ROUNDS = 192, 3
 
 
-def measure(located: Located, settings: Settings) -> dict[str, Any]:
+def measure(located: Located, settings: Settings) -> Speed:
     """Facts a second (the median of some rounds) and peak memory beyond what the libraries take, in bytes.
 
     Raises CompressknowError where the measuring process fails.
@@ -38,8 +39,7 @@ def measure(located: Located, settings: Settings) -> dict[str, Any]:
         silent = f"The process that measures it ended with {done.returncode}."
         reason = (done.stderr.strip().splitlines() or [silent])[-1]
         raise CompressknowError(f"The speed of {located.name} could not be measured.", why=reason)
-    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return measured
+    return Speed(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from compressknow.probe.records import Speed
 from compressknow.stats.records import ChangedFact, Counts, Estimate, ProbeFigures
 
 
@@ -23,15 +24,6 @@ class Grade:
     grade: str
     unsure: bool = False
     range: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Measured on this machine: facts a second and peak memory, in the same run."""
-
-    device: str
-    facts_per_second: float
-    peak_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)

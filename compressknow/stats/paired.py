@@ -12,6 +12,7 @@ import numpy as np
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.facts import SCHOOL_SUBJECTS
+from compressknow.probe.records import ProbeEntry
 from compressknow.stats.distributions import (
     POPULARITY_BINS,
     bin_names,
@@ -34,8 +35,8 @@ _BLOCK = 4096
 def compare_probe(
     original: Sequence[Answer],
     compressed: Sequence[Answer],
-    entry_original: Mapping[str, Any],
-    entry_compressed: Mapping[str, Any],
+    entry_original: ProbeEntry,
+    entry_compressed: ProbeEntry,
     *,
     probe: str | None = None,
 ) -> ProbeFigures:
@@ -53,43 +54,56 @@ def compare_probe(
     """
     name = probe or (original[0].probe if original else "the probe")
     pairs = paired(name, original, compressed, entry_original, entry_compressed)
-    average = str(entry_original.get("average", "micro"))
-    total, by_relation = counts(pairs), _groups(pairs, lambda answer: answer.relation)
-    before, after, difference = macro([group.counts for group in by_relation])
-    kept = proportion(total.both, total.known_before)
-    known = [pair for pair in pairs if pair[0].correct]
-    drop_absolute, drop_relative = _drop(total, (before, after) if average == "macro" else None)
+    by_subject = _groups(pairs, lambda answer: answer.subject)
     return ProbeFigures(
         probe=name,
-        protocol=str(entry_original.get("protocol", "")),
-        average=average,
-        counts=total,
-        accuracy_original=proportion(total.known_before, total.n),
-        accuracy_compressed=proportion(total.known_after, total.n),
-        difference=paired_difference(total),
-        kept=kept,
-        kept_above_chance=above_chance(kept, _chance(known)),
-        macro_original=before,
-        macro_compressed=after,
-        macro_difference=difference,
-        p=mcnemar(total),
+        **_share_figures(pairs, entry_original.average),
         answer_changed=_answer_changed(pairs),
         movement=_movement(pairs) if _same_reference(entry_original, entry_compressed) else None,
         logp_change=percentiles([change for pair in pairs if (change := _logp_change(pair)) is not None]),
         **_rank_figures(pairs),
         **_confidence_figures(pairs),
-        chance=entry_original.get("chance"),
-        majority=entry_original.get("majority"),
-        drop_absolute=drop_absolute,
-        drop_relative=drop_relative,
-        by_relation=by_relation,
-        by_subject=tuple(sorted(_groups(pairs, lambda answer: answer.subject), key=lambda g: subject_order(g.name))),
+        by_subject=tuple(sorted(by_subject, key=lambda group: subject_order(group.name))),
         by_popularity=_by_popularity(pairs),
-        facts_read=int(entry_original.get("facts", total.n)),
-        dropped=dict(sorted(entry_original.get("dropped", {}).items())),
-        limit=entry_original.get("limit"),
-        seed=int(entry_original.get("seed") or 0),
+        **_given(entry_original),
     )
+
+
+def _share_figures(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
+    """What is counted of right and wrong: shares with their intervals, over facts and over relations."""
+    total, by_relation = counts(pairs), _groups(pairs, lambda answer: answer.relation)
+    before, after, difference = macro([group.counts for group in by_relation])
+    kept = proportion(total.both, total.known_before)
+    drop_absolute, drop_relative = _drop(total, (before, after) if average == "macro" else None)
+    return {
+        "counts": total,
+        "accuracy_original": proportion(total.known_before, total.n),
+        "accuracy_compressed": proportion(total.known_after, total.n),
+        "difference": paired_difference(total),
+        "kept": kept,
+        "kept_above_chance": above_chance(kept, _chance([pair for pair in pairs if pair[0].correct])),
+        "macro_original": before,
+        "macro_compressed": after,
+        "macro_difference": difference,
+        "p": mcnemar(total),
+        "drop_absolute": drop_absolute,
+        "drop_relative": drop_relative,
+        "by_relation": by_relation,
+    }
+
+
+def _given(entry: ProbeEntry) -> dict[str, Any]:
+    """What the original's run says of the probe."""
+    return {
+        "protocol": entry.protocol,
+        "average": entry.average,
+        "chance": entry.chance,
+        "majority": entry.majority,
+        "facts_read": entry.facts,
+        "dropped": dict(sorted(entry.dropped.items())),
+        "limit": entry.limit,
+        "seed": entry.seed or 0,
+    }
 
 
 def changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
@@ -185,9 +199,9 @@ def _drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tuple[floa
     return before - after, (before - after) / before if before else None
 
 
-def _same_reference(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> bool:
+def _same_reference(original: ProbeEntry, compressed: ProbeEntry) -> bool:
     """Whether both models were asked for the probabilities of the same model's most likely tokens."""
-    return original.get("reference") is not None and original.get("reference") == compressed.get("reference")
+    return original.reference is not None and original.reference == compressed.reference
 
 
 def _movement(pairs: Sequence[Pair]) -> Movement | None:
@@ -299,8 +313,8 @@ def paired(
     probe: str,
     original: Sequence[Answer],
     compressed: Sequence[Answer],
-    entry_original: Mapping[str, Any],
-    entry_compressed: Mapping[str, Any],
+    entry_original: ProbeEntry,
+    entry_compressed: ProbeEntry,
 ) -> list[Pair]:
     """Answers to the same facts, in the order of the facts' ids.
 
@@ -319,13 +333,13 @@ def counts(pairs: Sequence[Pair]) -> Counts:
     return Counts(both, before - both, after - both, len(pairs) - before - after + both)
 
 
-def _same_questions(probe: str, original: Mapping[str, Any], compressed: Mapping[str, Any]) -> None:
-    if all(original.get(key) == compressed.get(key) for key in ("protocol", "fingerprint")):
+def _same_questions(probe: str, original: ProbeEntry, compressed: ProbeEntry) -> None:
+    if (original.protocol, original.fingerprint) == (compressed.protocol, compressed.fingerprint):
         return
     differing = [
-        f"{label} {original.get(key)} and {compressed.get(key)}"
+        f"{label} {getattr(original, key)} and {getattr(compressed, key)}"
         for key, label in _SETTINGS.items()
-        if original.get(key) != compressed.get(key)
+        if getattr(original, key) != getattr(compressed, key)
     ]
     raise CompressknowError(
         f"The two models were not asked the same questions of {probe}, so their answers cannot be compared.",

@@ -21,7 +21,7 @@ from compressknow.probe.answers import Answers
 from compressknow.probe.distributions import Distributions
 from compressknow.probe.evaluate import Questions
 from compressknow.probe.facts import Probe
-from compressknow.probe.run import Respondent, Settings, facts_of, is_answered, lacking, probe_model
+from compressknow.probe.run import Beside, Respondent, Settings, facts_of, is_answered, lacking, probe_model
 from compressknow.probe.sources import Task
 from compressknow.quiet import Listener, staged
 from compressknow.study.grid import Cell
@@ -111,26 +111,19 @@ def _ask(
     whole: Distributions | None,
     on_progress: Listener | None,
 ) -> Answers:
-    watched = staged(on_progress, facts=facts_of(probes))
+    watched, beside = staged(on_progress, facts=facts_of(probes)), Beside(reference, whole=whole)
     if whole and reference:
         # Before the first is asked: then the original need not be in memory beside the cell.
         facts = [probe for probe in probes if isinstance(probe, Probe)]
         whole.complete(
-            [p for p in facts if lacking(respondent, [p], folder / folder_of(p.name), reference, whole)],
+            [p for p in facts if lacking(respondent, [p], folder / folder_of(p.name), beside)],
             reference,
             watched,
         )
     try:
         return merged(
             [
-                probe_model(
-                    respondent,
-                    [probe],
-                    folder / folder_of(probe.name),
-                    reference=reference,
-                    whole=whole,
-                    on_progress=watched,
-                )
+                probe_model(respondent, [probe], folder / folder_of(probe.name), beside, on_progress=watched)
                 for probe in probes
             ]
         )
@@ -140,8 +133,8 @@ def _ask(
 
 def merged(parts: Sequence[Answers]) -> Answers:
     """The answers of one model to several probes, asked apart."""
-    probes = {name: entry for part in parts for name, entry in part.record["probes"].items()}
-    return Answers(dict(parts[0].record) | {"probes": probes}, tuple(a for part in parts for a in part.answers))
+    probes = {name: entry for part in parts for name, entry in part.record.probes.items()}
+    return Answers(replace(parts[0].record, probes=probes), tuple(a for part in parts for a in part.answers))
 
 
 def folder_of(probe: str) -> str:

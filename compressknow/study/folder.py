@@ -56,11 +56,11 @@ def study_of(original: Answers, results: Sequence[CellResult], *, command: str |
     )
     comparisons = [cell.comparison for cell in cells]
     return Study(
-        original=model_facts(original.record["model"]),
+        original=model_facts(original.record.model),
         probes=_probes(original, comparisons),
         cells=cells,
         failed=failed,
-        versions=dict(original.record["versions"]),
+        versions=dict(original.record.versions),
         command=command,
         method=method_of(original, comparisons),
     )
@@ -68,7 +68,7 @@ def study_of(original: Answers, results: Sequence[CellResult], *, command: str |
 
 def study_cell(original: Answers, cell: Cell, answers: Answers) -> StudyCell:
     """A cell's record, all figures included."""
-    totals, steps = answers.record["model"]["totals"], cell.recipe.steps
+    totals, steps = answers.record.model.totals, cell.recipe.steps
     prune = next((step for step in steps if isinstance(step, Prune)), None)
     quantize = next((step for step in steps if isinstance(step, Quantize)), None)
     return StudyCell(
@@ -83,7 +83,7 @@ def study_cell(original: Answers, cell: Cell, answers: Answers) -> StudyCell:
         pruned=totals["pruned"],
         quantized=totals["quantized"],
         nonzero=totals["nonzero"],
-        bytes=answers.record["model"]["bytes"],
+        bytes=answers.record.model.bytes or 0,
         sparse_bytes=totals["sparse_bytes"],
         comparison=compare(original, answers, show_facts=False),
         correct={probe: _correct(answers, probe, original.of(probe)) for probe in answers.probes},

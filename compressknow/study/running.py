@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -233,5 +233,5 @@ def _store(folder: Path, files: Files) -> None:
 
 
 def _only(answers: Answers, probe: str) -> Answers:
-    entry = {probe: answers.record["probes"][probe]}
-    return Answers(dict(answers.record) | {"probes": entry}, tuple(answers.of(probe)))
+    entry = {probe: answers.record.probes[probe]}
+    return Answers(replace(answers.record, probes=entry), tuple(answers.of(probe)))

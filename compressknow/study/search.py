@@ -130,7 +130,7 @@ def trial_of(original: Answers, recipe: Recipe, answers: Answers, kind: str) -> 
     """The record of a recipe that was evaluated."""
     comparison = compare(original, answers, show_facts=False)
     moved = [(p.movement.n, p.movement.kl_mean) for p in comparison.probes if p.movement]
-    total, model = sum(n for n, _ in moved), answers.record["model"]
+    total, model = sum(n for n, _ in moved), answers.record.model
     return Trial(
         setup=_name(recipe),
         kind=kind,
@@ -138,9 +138,9 @@ def trial_of(original: Answers, recipe: Recipe, answers: Answers, kind: str) -> 
         kept=comparison.kept,
         facts=len(answers.answers),
         sizes={
-            "sparse-bytes": model["totals"]["sparse_bytes"],
-            "bytes": model["bytes"],
-            "nonzero": model["totals"]["nonzero"],
+            "sparse-bytes": model.totals["sparse_bytes"],
+            "bytes": model.bytes or 0,
+            "nonzero": model.totals["nonzero"],
         },
         harm=sum(n * mean for n, mean in moved) / total if total else None,
     )
@@ -154,8 +154,8 @@ def _name(recipe: Recipe) -> str:
 
 def sizes_of_original(original: Answers) -> dict[str, int]:
     """A dense model's sparse size is its size; what is zero in it already is not counted."""
-    model = original.record["model"]
-    return {"sparse-bytes": model["bytes"], "bytes": model["bytes"], "nonzero": model["parameters"]}
+    model = original.record.model
+    return {"sparse-bytes": model.bytes or 0, "bytes": model.bytes or 0, "nonzero": model.parameters or 0}
 
 
 def search_of(search: RecipeSearch, searched: Asked, held_out: Asked, *, seed: int, command: str | None) -> Search:
@@ -165,7 +165,7 @@ def search_of(search: RecipeSearch, searched: Asked, held_out: Asked, *, seed: i
     naive = [t for t in search.trials if _is_naive(t) and meets(t.kept, keep) and t.recipe not in failed]
     nearest = max(search.confirmed, key=lambda t: (t.held_out and t.held_out.low) or 0.0, default=None)
     return Search(
-        original=model_facts(searched.original.record["model"]),
+        original=model_facts(searched.original.record.model),
         keep=keep,
         minimize=search.aim.minimize,
         probes=tuple(probe.name for probe in held_out.probes),
@@ -182,7 +182,7 @@ def search_of(search: RecipeSearch, searched: Asked, held_out: Asked, *, seed: i
         closest=None if winner else nearest,
         naive=min(naive, key=lambda t: cheapness(t, search.aim), default=None),
         seed=seed,
-        versions=dict(searched.original.record["versions"]),
+        versions=dict(searched.original.record.versions),
         command=command,
     )
 

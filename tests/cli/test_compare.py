@@ -82,17 +82,17 @@ def refused(ended: Ended, code: int, *words: str) -> None:
 def answers_of(place: Path, model: str, like: str | None = None) -> Answers:
     """The kept answers of a model, with the probabilities of the most likely tokens of another, or of itself."""
     folders = [folder for folder in (place / "kept").iterdir() if ("-" in folder.name) == (like is not None)]
-    found = [answers for folder in folders if (answers := read_answers(folder)).record["model"]["name"] == model]
+    found = [answers for folder in folders if (answers := read_answers(folder)).record.model.name == model]
     (only,) = [a for a in found if like is None or reference(a) == sha256(place, like)]
     return only
 
 
 def reference(answers: Answers) -> str:
-    return answers.record["probes"]["facts:facts.jsonl"]["reference"]
+    return answers.record.probes["facts:facts.jsonl"].reference
 
 
 def sha256(place: Path, model: str) -> str:
-    return answers_of(place, model).record["model"]["sha256"]
+    return answers_of(place, model).record.model.sha256
 
 
 def kl_mean(p: Answers, q: Answers) -> float:

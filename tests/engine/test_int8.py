@@ -92,8 +92,8 @@ def test_facts_are_answered_as_in_plain_transformers(family: str, scheme: Any, t
     ours = compressknow.probe(folder, tmp_path / "ours", probes=[facts])
     with without_vnni():
         plain = compressknow.probe(folder, tmp_path / "plain", probes=[facts])
-    assert ours.record["model"]["computed_in"] == "float32 + int8"
-    assert plain.record["model"]["computed_in"] == "float32"
+    assert ours.record.model.computed_in == "float32 + int8"
+    assert plain.record.model.computed_in == "float32"
     assert [answer.predicted for answer in ours.answers] == [answer.predicted for answer in plain.answers]
     assert [a.logp_gold for a in ours.answers] == pytest.approx([a.logp_gold for a in plain.answers], abs=0.05)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from compressknow.probe.answers import (
     write_record,
     write_table,
 )
+from compressknow.probe.records import ModelRecord, ProbeEntry, Record
 
 
 def answer(**changes: Any) -> Answer:
@@ -165,7 +166,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_table_is_one_error_that_names_it(damage: str, tmp_path: Path) -> None:
-    write_record(tmp_path, RECORD_OF)
+    write_record(tmp_path, Record.from_dict(RECORD_OF))
     DAMAGE[damage](tmp_path / TABLE)
     for read in (lambda: read_table(tmp_path / TABLE), lambda: read_answers(tmp_path)):
         with pytest.raises(CompressknowError, match="cannot be read as answers") as caught:
@@ -175,11 +176,11 @@ def test_a_damaged_table_is_one_error_that_names_it(damage: str, tmp_path: Path)
 
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
-    write_record(tmp_path, RECORD_OF)
-    assert read_record(tmp_path) == RECORD_OF
+    write_record(tmp_path, Record.from_dict(RECORD_OF))
+    assert read_record(tmp_path).to_dict() == RECORD_OF
     assert "möbel" in (tmp_path / RECORD).read_text(encoding="utf-8")
-    write_record(tmp_path, RECORD_OF | {"versions": {"torch": "2"}})
-    assert read_record(tmp_path)["versions"] == {"torch": "2"}
+    write_record(tmp_path, Record.from_dict(RECORD_OF | {"versions": {"torch": "2"}}))
+    assert read_record(tmp_path).versions == {"torch": "2"}
     assert [path.name for path in tmp_path.iterdir()] == [RECORD]
 
 
@@ -200,7 +201,7 @@ def test_a_folder_without_a_record_is_none(tmp_path: Path) -> None:
     with pytest.raises(CompressknowError, match="no answers folder"):
         read_answers(tmp_path)
     assert not is_answers_folder(tmp_path)
-    write_record(tmp_path, RECORD_OF)
+    write_record(tmp_path, Record.from_dict(RECORD_OF))
     assert is_answers_folder(tmp_path)
     # A checkpoint may hold a file of that name.
     (tmp_path / "config.json").write_text("{}")
@@ -209,7 +210,7 @@ def test_a_folder_without_a_record_is_none(tmp_path: Path) -> None:
 
 def test_answers_are_told_apart_by_probe_in_their_order(tmp_path: Path) -> None:
     answers = [answer(probe=probe, fact_id=str(number)) for number, probe in enumerate(["b", "a", "b", "a"])]
-    write_record(tmp_path, RECORD_OF | {"probes": {"b": ENTRY, "a": ENTRY}})
+    write_record(tmp_path, Record.from_dict(RECORD_OF | {"probes": {"b": ENTRY, "a": ENTRY}}))
     write_table(tmp_path / TABLE, answers)
     back = read_answers(tmp_path)
     assert isinstance(back, Answers)
@@ -231,3 +232,24 @@ def test_a_record_with_a_number_beyond_all_numbers_is_damaged(tmp_path: Path) ->
     (tmp_path / RECORD).write_text(json.dumps(record))
     with pytest.raises(CompressknowError, match=r"probe\.json is damaged: it holds a number that is infinite or none"):
         read_record(tmp_path)
+
+
+def test_keys_that_no_field_has_and_keys_that_are_missing_stay_as_they_are(tmp_path: Path) -> None:
+    entry = {"new": [1], **ENTRY, "limit": None, "other": {"a": None}}
+    model = {"size": "large", "name": "m", "zeros": None}
+    written = {**RECORD_OF, "model": model, "probes": {"atlas": entry}, "tool": "other"}
+    (tmp_path / RECORD).write_text(json.dumps(written), encoding="utf-8")
+    record = read_record(tmp_path)
+    assert json.dumps(record.to_dict()) == json.dumps(written)
+    changed = replace(record, probes={"atlas": replace(record.probes["atlas"], key="k", asked=1)})
+    entry_then = {**entry, "asked": 1, "key": "k"}
+    assert json.dumps(changed.to_dict()) == json.dumps({**written, "probes": {"atlas": entry_then}})
+
+
+def test_a_new_entry_says_where_there_is_no_chance_and_no_sample() -> None:
+    entry = ProbeEntry(protocol="p/1", fingerprint="f", facts=1, asked=1, seed=0, source={})
+    assert list(entry.to_dict().items()) == [
+        *(("protocol", "p/1"), ("fingerprint", "f"), ("facts", 1), ("asked", 1), ("dropped", {}), ("average", "micro")),
+        *(("chance", None), ("majority", None), ("limit", None), ("seed", 0), ("source", {})),
+    ]
+    assert ModelRecord(name="m").to_dict() == {"name": "m"}

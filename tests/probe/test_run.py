@@ -17,7 +17,7 @@ from compressknow.errors import CheckpointError, CompressknowError, OutputError,
 from compressknow.files import LOCK
 from compressknow.probe import run
 from compressknow.probe.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
-from compressknow.probe.run import Respondent, Settings, probe_model
+from compressknow.probe.run import Beside, Respondent, Settings, probe_model
 from compressknow.probe.sources import Options, open_all
 from compressknow.quiet import Listener
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
@@ -50,7 +50,7 @@ def ask(
     files = [facts] if isinstance(facts, Path) else facts
     probes = open_all([f"facts:{file}" for file in files], options or Options())
     respondent = Respondent(locate(model), settings)
-    return probe_model(respondent, probes, folder, reference=reference, known=known, on_progress=on_progress)
+    return probe_model(respondent, probes, folder, Beside(reference, known), on_progress=on_progress)
 
 
 def telling(advance: Callable[[int], None]) -> Listener:
@@ -174,7 +174,7 @@ def test_another_way_of_running_asks_anew(place: Path, tmp_path: Path, settings:
     answers = ask(place / "llama", tmp_path / "a", place / "facts.jsonl", settings)
     assert len(loads) == 2
     assert len(answers.answers) == 64
-    assert answers.record["model"]["computed_in"] == settings.here().computed_in
+    assert answers.record.model.computed_in == settings.here().computed_in
 
 
 def test_one_folder_holds_several_probes_and_a_new_one_leaves_the_others(
@@ -194,7 +194,7 @@ def test_one_folder_holds_several_probes_and_a_new_one_leaves_the_others(
     assert both.probes == ("facts:one.jsonl", "facts:two.jsonl", "facts:three.jsonl")
     assert len(both.answers) == 48
     for probe in first.probes:
-        assert both.record["probes"][probe] == first.record["probes"][probe]
+        assert both.record.probes[probe] == first.record.probes[probe]
         assert [a.fact_id for a in both.of(probe)] == [a.fact_id for a in first.of(probe)]
 
 
@@ -229,8 +229,8 @@ def test_a_sample_is_drawn_by_its_seed(place: Path, tmp_path: Path) -> None:
     def asked(folder: str, limit: int, seed: int) -> set[str]:
         options = Options(limit=limit, seed=seed)
         answers = ask(place / "llama", tmp_path / folder, place / "facts.jsonl", options=options)
-        entry = answers.record["probes"]["facts:facts.jsonl"]
-        assert (entry["limit"], entry["seed"], entry["facts"], entry["asked"]) == (limit, seed, 64, limit)
+        entry = answers.record.probes["facts:facts.jsonl"]
+        assert (entry.limit, entry.seed, entry.facts, entry.asked) == (limit, seed, 64, limit)
         return {answer.fact_id for answer in answers.answers}
 
     twelve = asked("a", 12, 0)

@@ -152,9 +152,9 @@ def test_answers_are_those_of_a_plain_loop(loaded: LanguageModel, tmp_path: Path
     write_table(tmp_path / "answers.parquet", answers)
     assert len(read_table(tmp_path / "answers.parquet")) == 5
     assert json.loads(json.dumps(entry)) == entry
-    assert (entry["facts"], entry["asked"], entry["dropped"], entry["truncated"]) == (5, 5, {}, 0)
-    assert (entry["chance"], entry["majority"], entry["average"]) == (pytest.approx(1 / 6), 0.2, "micro")
-    assert entry["protocol"] == "lm-eval/3.0"
+    assert (entry.facts, entry.asked, entry.dropped, entry.truncated) == (5, 5, {}, 0)
+    assert (entry.chance, entry.majority, entry.average) == (pytest.approx(1 / 6), 0.2, "micro")
+    assert entry.protocol == "lm-eval/3.0"
 
 
 def test_accuracy_is_what_simple_evaluate_reports(t5: LanguageModel, tmp_path: Path) -> None:
@@ -168,8 +168,8 @@ def test_accuracy_is_what_simple_evaluate_reports(t5: LanguageModel, tmp_path: P
     results = lm_eval.simple_evaluate(lm, tasks=["cloze"], task_manager=manager, limit=5, bootstrap_iters=0)
     answers, entry = run_task(t5, open_task("lm-eval:cloze", include=tmp_path, limit=5))
     accuracy = sum(answer.correct for answer in answers) / len(answers)
-    assert accuracy == results["results"]["cloze"][entry["source"]["metrics"]["cloze"]]
-    assert (entry["facts"], entry["asked"], entry["limit"]) == (6, 5, 5)
+    assert accuracy == results["results"]["cloze"][entry.source["metrics"]["cloze"]]
+    assert (entry.facts, entry.asked, entry.limit) == (6, 5, 5)
     scores = [sample["filtered_resps"] for sample in results["samples"]["cloze"]]
     for answer, choices in zip(answers, scores, strict=True):
         assert max(answer.top5_logp) == pytest.approx(max(score for score, _ in choices), abs=1e-4)
@@ -223,8 +223,8 @@ def test_boolq_reads_labels_and_answers(llama: LanguageModel, tmp_path: Path) ->
     assert glue == own
     assert [answer.gold for answer in glue] == ["yes", "no"]
     assert glue[0].prompt == "The marsh is in Corvia . Question: is the marsh in Corvia? Answer:"
-    assert list(entry["source"]["data"]) == ["boolq.jsonl"]
-    assert (entry["chance"], entry["majority"]) == (0.5, 0.5)
+    assert list(entry.source["data"]) == ["boolq.jsonl"]
+    assert (entry.chance, entry.majority) == (0.5, 0.5)
 
 
 def test_items_of_the_same_tokens_are_scored_where_their_continuation_begins(
@@ -256,9 +256,9 @@ PROMPTS = {
 def test_real_sets_run_offline_and_score_as_a_plain_loop(loaded: LanguageModel, name: str) -> None:
     answers, entry = run_task(loaded, open_task(f"lm-eval:{name}", data=DATA, limit=20))
     lines = (DATA / "tasks" / f"{name}.jsonl").read_text().splitlines()
-    assert (entry["facts"], entry["asked"], entry["chance"]) == (len(lines), 20, 0.5)
+    assert (entry.facts, entry.asked, entry.chance) == (len(lines), 20, 0.5)
     # Passages are longer than the 64 tokens of these models.
-    assert (entry["truncated"] > 10) == (name == "boolq")
+    assert (entry.truncated > 10) == (name == "boolq")
     for line, answer in zip(lines[:4], answers, strict=False):
         row = json.loads(line)
         scores = [log_likelihood(loaded, *pair) for pair in PROMPTS[name](row)]
@@ -274,8 +274,8 @@ def test_written_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Path
     assert [answer.predicted for answer in answers] == [fact.obj_label for fact in CAPITALS[:5]]
     assert all(answer.correct for answer in answers)
     assert {(a.rank, a.logp_gold, a.choices, a.top5) for a in answers} == {(None, None, None, ())}
-    assert entry["chance"] is entry["majority"] is None
-    assert entry["source"]["metrics"] == {"written": "exact_match,trimmed"}
+    assert entry.chance is entry.majority is None
+    assert entry.source["metrics"] == {"written": "exact_match,trimmed"}
 
 
 def test_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path)
         ("lm-eval:both:written/0", "written"),
         ("lm-eval:both:written/1", "written"),
     ]
-    assert (entry["facts"], entry["chance"]) == (10, None)
+    assert (entry.facts, entry.chance) == (10, None)
 
 
 def test_items_without_a_right_choice_are_counted(llama: LanguageModel, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_items_without_a_right_choice_are_counted(llama: LanguageModel, tmp_path
     rows[1]["label"] = -1
     answers, entry = run_task(llama, open_task("lm-eval:cloze", include=cloze(tmp_path, rows=rows)))
     assert [answer.fact_id for answer in answers] == ["lm-eval:cloze:0", "lm-eval:cloze:2"]
-    assert entry["dropped"] == {NO_GOLD: 1}
+    assert entry.dropped == {NO_GOLD: 1}
     hidden = cloze(tmp_path, rows=[row | {"label": -1} for row in rows])
     with pytest.raises(CompressknowError, match="marks no answers as right"):
         run_task(llama, open_task("lm-eval:cloze", include=hidden))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compressknow.probe.answers import SCHEMA_VERSION, Answer, Answers
+from compressknow.probe.records import ModelRecord, ProbeEntry, Record
 
 ORIGINAL_HASH, COMPRESSED_HASH = "a" * 64, "b" * 64
 WORDS = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Quito", "Bern", "Riga")
@@ -43,7 +44,7 @@ def sides(both: int = 0, lost: int = 0, gained: int = 0, neither: int = 0, **cha
     return tuple([answer(number, cell[side], **changes) for number, cell in enumerate(cells)] for side in (0, 1))
 
 
-def entry(**changes: Any) -> dict[str, Any]:
+def entry(**changes: Any) -> ProbeEntry:
     """A probe's entry in probe.json."""
     values = {
         "protocol": "closed/1",
@@ -60,10 +61,10 @@ def entry(**changes: Any) -> dict[str, Any]:
         "source": {},
         "reference": ORIGINAL_HASH,
     }
-    return values | changes
+    return ProbeEntry.from_dict(values | changes)
 
 
-def model(**changes: Any) -> dict[str, Any]:
+def model(**changes: Any) -> ModelRecord:
     """The model's entry in probe.json."""
     values = {
         "name": "tiny-bert",
@@ -75,21 +76,21 @@ def model(**changes: Any) -> dict[str, Any]:
         "bytes": 4_000_000,
         "dtype": "float32",
     }
-    return values | changes
+    return ModelRecord.from_dict(values | changes)
 
 
 def answers(
     rows: Iterable[Answer],
-    model_entry: Mapping[str, Any] | None = None,
-    probes: Mapping[str, Mapping[str, Any]] | None = None,
+    model_entry: ModelRecord | None = None,
+    probes: Mapping[str, ProbeEntry] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> Answers:
-    record = {
-        "schema": SCHEMA_VERSION,
-        "model": dict(model_entry or model()),
-        "probes": dict(probes or {"atlas": entry()}),
-        "versions": dict(versions or {"compressknow": "0.1.0", "torch": "2.9.0"}),
-    }
+    record = Record(
+        schema=SCHEMA_VERSION,
+        model=model_entry or model(),
+        probes=dict(probes or {"atlas": entry()}),
+        versions=dict(versions or {"compressknow": "0.1.0", "torch": "2.9.0"}),
+    )
     return Answers(record, tuple(rows))
 
 

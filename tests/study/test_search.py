@@ -82,7 +82,7 @@ def test_the_winner_keeps_what_was_asked_on_facts_that_the_search_did_not_see(pl
     card = compressknow.report(place.model, folder / "winner", place.probe, keep_in=place.folder / "answers")
     assert compressknow.verify(folder / "winner")
     stored = [read_answers(f) for f in (place.folder / "answers").iterdir()]
-    after = next(a for a in stored if a.record["model"]["name"] == "winner")
+    after = next(a for a in stored if a.record.model.name == "winner")
     right = {a.fact_id: a.correct for a in after.answers}
     known = [a.fact_id for a in original.answers if a.correct]
     kept = sum(right[id] for id in known)

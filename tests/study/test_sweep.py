@@ -106,7 +106,7 @@ def test_the_table_counts_what_the_answers_say(swept: Place) -> None:
         right = {a.fact_id: a.correct for a in answers.answers}
         assert int(row["both"]) == sum(original[id] and right[id] for id in right)
         assert int(row["gained"]) == sum(right[id] and not original[id] for id in right)
-        assert int(row["pruned"]) == answers.record["model"]["totals"]["pruned"]
+        assert int(row["pruned"]) == answers.record.model.totals["pruned"]
 
 
 def test_knowledge_falls_as_more_is_pruned(swept: Place) -> None:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from compressknow.errors import UsageError
 from compressknow.probe.facts import Probe
@@ -18,6 +18,7 @@ from compressknow.probe.facts import Probe
 if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
     from compressknow.probe.answers import Answer
+    from compressknow.probe.records import ProbeEntry
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Task(ABC):
         """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
 
     @abstractmethod
-    def run(self, loaded: LanguageModel) -> tuple[list[Answer], dict[str, Any]]:
+    def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
         """The answers of a model, and the task's entry in ``probe.json``. Raises CompressknowError where it cannot."""
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.libraries import require
 from compressknow.probe.answers import Answer
+from compressknow.probe.records import ProbeEntry
 from compressknow.probe.sources.source import Options, ProbeSource, Task
 from compressknow.probe.sources.task_index import (
     COLUMNS,
@@ -91,7 +92,7 @@ class LmEvalTask(Task):
             digest.update(json.dumps([name, sha256_of(path)]).encode())
         return digest.hexdigest()
 
-    def run(self, loaded: LanguageModel) -> tuple[list[Answer], dict[str, Any]]:
+    def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
         """See `run_task`."""
         return run_task(loaded, self)
 
@@ -167,7 +168,7 @@ def _unknown(name: str, task: str, there: list[str]) -> UsageError:
 
 def run_task(
     loaded: LanguageModel, task: LmEvalTask, *, batch_size: int = _BATCH_SIZE
-) -> tuple[list[Answer], dict[str, Any]]:
+) -> tuple[list[Answer], ProbeEntry]:
     """Have lm-eval run a task on a model; gives the answers, and the probe's entry in ``probe.json``.
 
     The model is neither copied nor moved nor changed, the tokenizer is left as it is, and so are all random states.
@@ -192,12 +193,44 @@ def run_task(
 
 def _evaluate(
     loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any], batch_size: int
-) -> tuple[list[Answer], dict[str, Any]]:
-    from lm_eval import evaluate
-
+) -> tuple[list[Answer], ProbeEntry]:
     from compressknow.probe.sources.task_answers import Collected, truncated
 
     lm = _wrapped(loaded, built, batch_size)
+    results = _results(lm, task, built)
+    collected, cut = Collected(), 0
+    for name, one in built["tasks"].items():
+        samples = results["samples"][name]
+        collected.add(task.name, one, samples, several=len(built["tasks"]) > 1)
+        cut += truncated(samples, lm)
+    if not collected.answers:
+        raise CompressknowError(f"{task.name} marks no answers as right.", hint="Choose a split or file that has them.")
+    entry = ProbeEntry(
+        protocol=f"{PROTOCOL}/{_version(task, results['versions'])}",
+        fingerprint=task.fingerprint(),
+        facts=sum(number["original"] for number in results["n-samples"].values()),
+        asked=len(collected.answers),
+        dropped=dict(collected.dropped),
+        truncated=cut,
+        chance=collected.chance,
+        majority=collected.majority,
+        limit=task.limit,
+        seed=task.seed,
+        source={
+            "lm_eval": version("lm_eval"),
+            "task": task.task,
+            "data": _data_source(task, built),
+            "metrics": collected.metrics,
+            "limit takes": "the first items of each task",
+        },
+    )
+    return collected.answers, entry
+
+
+def _results(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping[str, Any]:
+    """lm-eval's results, each item's among them. Raises CompressknowError where an item cannot be evaluated."""
+    from lm_eval import evaluate
+
     # Not `simple_evaluate`: it starts git and other programs, whose complaints would be seen. Its settings are these.
     for one in built["tasks"].values():
         if one.get_config("num_fewshot") is None:
@@ -211,34 +244,7 @@ def _evaluate(
         if isinstance(error, AssertionError) and not str(error):
             reason = f"An answer is empty, or longer than the {lm.max_length} tokens that the model takes."
         raise CompressknowError(f"lm-eval cannot finish {task.name}.", reason) from error
-    collected, cut = Collected(), 0
-    for name, one in built["tasks"].items():
-        samples = results["samples"][name]
-        collected.add(task.name, one, samples, several=len(built["tasks"]) > 1)
-        cut += truncated(samples, lm)
-    if not collected.answers:
-        raise CompressknowError(f"{task.name} marks no answers as right.", hint="Choose a split or file that has them.")
-    entry = {
-        "protocol": f"{PROTOCOL}/{_version(task, results['versions'])}",
-        "fingerprint": task.fingerprint(),
-        "facts": sum(number["original"] for number in results["n-samples"].values()),
-        "asked": len(collected.answers),
-        "dropped": dict(collected.dropped),
-        "truncated": cut,
-        "average": "micro",
-        "chance": collected.chance,
-        "majority": collected.majority,
-        "limit": task.limit,
-        "seed": task.seed,
-        "source": {
-            "lm_eval": version("lm_eval"),
-            "task": task.task,
-            "data": _data_source(task, built),
-            "metrics": collected.metrics,
-            "limit takes": "the first items of each task",
-        },
-    }
-    return collected.answers, entry
+    return dict(results)
 
 
 def _wrapped(loaded: LanguageModel, built: Mapping[str, Any], batch_size: int) -> Any:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from compressknow.errors import CompressknowError, GateNotMet, UsageError
 from compressknow.probe.answers import Answers
+from compressknow.probe.records import ModelRecord
 from compressknow.report.card import assembly
 from compressknow.report.card import warnings as cautions
 from compressknow.report.card.method import method
 from compressknow.report.card.section import ProbeAnswers
 from compressknow.report.card.verdict import grades, labels_of, verdict, verdict_of_several
 from compressknow.report.format import count
-from compressknow.report.records import Card, Comparison, ModelFacts, Speed
+from compressknow.report.records import Card, Comparison, ModelFacts
 from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.paired import Pair, changed_facts, compare_probe, paired
 from compressknow.stats.records import Counts, ProbeFigures
@@ -40,7 +41,7 @@ def make_card(
     """
     if not compressed:
         raise UsageError("There is no compressed model to compare.", hint="Give at least one beside the original.")
-    model = model_facts(original.record["model"])
+    model = model_facts(original.record.model)
     comparisons = [_with_sections(model, original, answers, show_facts=show_facts) for answers in compressed]
     common = _common_warnings(comparisons)
     return Card(
@@ -49,7 +50,7 @@ def make_card(
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
         warnings=common,
         show_facts=show_facts,
-        versions=dict(original.record.get("versions", {})),
+        versions=dict(original.record.versions),
         command=command,
         method=method_of(original, comparisons, assembly.sentences(comparisons)),
     )
@@ -66,19 +67,16 @@ def _with_sections(model: ModelFacts, original: Answers, compressed: Answers, *,
     return assembly.with_sections(model, comparison, answers, show_facts=show_facts)
 
 
-def model_facts(record: Mapping[str, Any]) -> ModelFacts:
+def model_facts(record: ModelRecord) -> ModelFacts:
     """The "model" entry of a ``probe.json`` as a record. Raises CompressknowError where it says too little."""
-    missing = [key for key in _REQUIRED if record.get(key) is None]
+    missing = [key for key in _REQUIRED if getattr(record, key) is None]
     if missing:
         raise CompressknowError(
             f"The record of the answers does not say the model's {', '.join(missing)}.",
             hint="Probe the model again with this version.",
         )
-    known: dict[str, Any] = {key: record.get(key) for key in ModelFacts.__dataclass_fields__}
-    speed = record.get("speed")
-    return ModelFacts(
-        **known | {"groups": dict(record.get("groups") or {}), "speed": Speed(**speed) if speed else None}
-    )
+    known: dict[str, Any] = {key: getattr(record, key) for key in ModelFacts.__dataclass_fields__}
+    return ModelFacts(**known | {"groups": dict(record.groups or {})})
 
 
 def check_gate(fail_under: float | None) -> None:
@@ -119,7 +117,7 @@ def _shortfall(label: str, counts: Counts) -> str:
 
 def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) -> Comparison:
     """All figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
-    before, model = model_facts(original.record["model"]), model_facts(compressed.record["model"])
+    before, model = model_facts(original.record.model), model_facts(compressed.record.model)
     _refuse_incomparable(original, compressed)
     probes = [probe for probe in original.probes if probe in compressed.probes]
     asked = {probe: _asked(original, compressed, probe) for probe in probes}
@@ -153,24 +151,25 @@ def _asked(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...
     return (
         original.of(probe),
         compressed.of(probe),
-        original.record["probes"][probe],
-        compressed.record["probes"][probe],
+        original.record.probes[probe],
+        compressed.record.probes[probe],
     )
 
 
 def _refuse_incomparable(original: Answers, compressed: Answers) -> None:
     """Models that cannot be set side by side fact by fact."""
-    before, after = original.record["model"], compressed.record["model"]
-    for key, what in (("family", "family"), ("vocabulary", "vocabulary")):
-        if before.get(key) is not None and after.get(key) is not None and before[key] != after[key]:
+    before, after = original.record.model, compressed.record.model
+    for key in ("family", "vocabulary"):
+        one, other = getattr(before, key), getattr(after, key)
+        if one is not None and other is not None and one != other:
             raise CompressknowError(
-                f"{after['name']} is no compressed form of {before['name']}: they differ in {what}.",
-                why=f"{before['name']} has {before[key]}, {after['name']} has {after[key]}.",
+                f"{after.name} is no compressed form of {before.name}: they differ in {key}.",
+                why=f"{before.name} has {one}, {after.name} has {other}.",
                 hint="Compare a model with the checkpoint that it was made from.",
             )
     if not set(original.probes) & set(compressed.probes):
         raise CompressknowError(
-            f"{before['name']} and {after['name']} were asked no probe in common.",
+            f"{before.name} and {after.name} were asked no probe in common.",
             why=f"The one was asked {_listed(original.probes)}, the other {_listed(compressed.probes)}.",
             hint="Probe both with the same -p PROBE.",
         )
@@ -193,6 +192,6 @@ def method_of(original: Answers, comparisons: Sequence[Comparison], of_sections:
     for comparison in comparisons:
         for figures in comparison.probes:
             probes.setdefault(figures.probe, figures)
-    family = original.record["model"]["family"]
-    asked = [(p, original.record["probes"][name], original.of(name)) for name, p in probes.items()]
+    family = original.record.model.family or ""
+    asked = [(p, original.record.probes[name], original.of(name)) for name, p in probes.items()]
     return method(family, asked, of_sections)

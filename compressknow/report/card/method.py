@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from compressknow.probe.answers import REFERENCE_TOKENS, Answer
+from compressknow.probe.records import ProbeEntry
 from compressknow.probe.sources import source_of
 from compressknow.report.card.verdict import LOWEST, SCALE
 from compressknow.report.format import count, plain
@@ -28,7 +28,7 @@ _ASKED = {
 
 def method(
     family: str,
-    probes: Iterable[tuple[ProbeFigures, Mapping[str, Any], Sequence[Answer]]],
+    probes: Iterable[tuple[ProbeFigures, ProbeEntry, Sequence[Answer]]],
     of_sections: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """The sentences.
@@ -46,7 +46,7 @@ def method(
     return (*asked, *(_probe(*probe) for probe in probes), *_figures(), *of_sections, *limits)
 
 
-def _probe(figures: ProbeFigures, entry: Mapping[str, Any], answers: Sequence[Answer]) -> str:
+def _probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) -> str:
     name = plain(figures.probe, 60)
     how = _evaluated(figures.probe) or f"protocol {plain(figures.protocol, 60)}, {_choices(answers)}"
     limited = f", a sample of {count(figures.limit)} by seed {figures.seed}" if figures.limit is not None else ""
@@ -74,10 +74,9 @@ def _choices(answers: Sequence[Answer]) -> str:
     return f"one of {count(low)} answers" if low == high else f"one of {count(low)} to {count(high)} answers"
 
 
-def _own_note(entry: Mapping[str, Any]) -> str:
+def _own_note(entry: ProbeEntry) -> str:
     """What the reader of the facts says of its own way: licence, template."""
-    source = entry.get("source") or {}
-    template = source.get("template") if isinstance(source, Mapping) else None
+    template = (entry.source or {}).get("template")
     return f" Template: {plain(template, 200)}." if template else ""
 
 

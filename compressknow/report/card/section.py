@@ -11,6 +11,7 @@ from compressknow.report.records import Comparison, ModelFacts
 from compressknow.stats.records import ProbeFigures
 
 if TYPE_CHECKING:
+    from compressknow.probe.records import ProbeEntry
     from compressknow.stats.paired import Pair
 
 
@@ -26,8 +27,8 @@ class ProbeAnswers:
 
     probe: str
     pairs: tuple[Pair, ...]
-    entry_original: Mapping[str, Any]
-    entry_compressed: Mapping[str, Any]
+    entry_original: ProbeEntry
+    entry_compressed: ProbeEntry
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,14 +87,14 @@ def _rounds_activations(quantization: str) -> bool:
 
 def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:
     """What the two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
-    yield from _versions(original.record.get("versions", {}), compressed.record.get("versions", {}))
+    yield from _versions(original.record.versions, compressed.record.versions)
     for who, these, others in (("original", original, compressed), ("compressed model", compressed, original)):
         only = [plain(probe, 60) for probe in these.probes if probe not in others.probes]
         if only:
             yield f"Not compared, since only the {who} was asked: {', '.join(only)}."
         yield from of_answers(f"The {who}", these)
     for probe in probes:
-        references = [side.record["probes"][probe].get("reference") for side in (original, compressed)]
+        references = [side.record.probes[probe].reference for side in (original, compressed)]
         if None not in references and references[0] != references[1]:
             yield (
                 f"How far distributions moved on {plain(probe, 60)} was not measured: the two models gave the "

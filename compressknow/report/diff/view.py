@@ -56,7 +56,7 @@ def _side_by_side(a: Answers, b: Answers) -> Iterator[SideBySide]:
 
 
 def _paired(probe: str, a: Answers, b: Answers) -> list[Pair]:
-    return paired(probe, a.of(probe), b.of(probe), a.record["probes"][probe], b.record["probes"][probe])
+    return paired(probe, a.of(probe), b.of(probe), a.record.probes[probe], b.record.probes[probe])
 
 
 def _differ(pair: Pair) -> bool:

@@ -63,7 +63,7 @@ def test_is_strict_json_for_a_model_that_broke() -> None:
 
 def test_the_same_answers_give_the_same_bytes() -> None:
     original, compressed = run(sides(50, 10, 5, 20))
-    turned = [answers(reversed(side.answers), side.record["model"]) for side in (original, compressed)]
+    turned = [answers(reversed(side.answers), side.record.model) for side in (original, compressed)]
     texts = [
         json.dumps(to_json(make_card(one, [other]))) for one, other in ((original, compressed), (turned[0], turned[1]))
     ]

@@ -10,7 +10,7 @@ import pytest
 
 from compressknow.errors import CompressknowError, GateNotMet, UsageError
 from compressknow.report.card.make import gate, make_card, model_facts
-from compressknow.report.records import Card
+from compressknow.report.records import Card, Speed
 from compressknow.stats.records import Counts
 from tests.report.answering import COMPRESSED_HASH, answer, answers, entry, model, run, sides
 
@@ -108,7 +108,7 @@ class TestCard:
         original, compressed = run(sides(50, 10, 5, 20))
         shuffled = (
             answers(reversed(original.answers)),
-            answers(reversed(compressed.answers), compressed.record["model"]),
+            answers(reversed(compressed.answers), compressed.record.model),
         )
         assert make_card(original, [compressed]) == make_card(shuffled[0], [shuffled[1]])
 
@@ -193,9 +193,9 @@ class TestWarnings:
 
     def test_devices_and_versions_that_differ(self) -> None:
         rows = sides(200)
-        speed = {"device": "cpu", "facts_per_second": 10.0, "peak_bytes": None}
+        speed = Speed("cpu", facts_per_second=10.0, peak_bytes=None)
         original = answers(rows[0], model(speed=speed))
-        faster = model(sha256="b" * 64, speed=speed | {"device": "cuda"})
+        faster = model(sha256="b" * 64, speed=replace(speed, device="cuda"))
         compressed = answers(rows[1], faster, versions={"compressknow": "0.1.0", "torch": "2.8.0"})
         text = warnings_of(make_card(original, [compressed]))
         assert "different devices (cpu and cuda)" in text
@@ -240,7 +240,7 @@ class TestRefused:
         for key, value in (("family", "causal"), ("vocabulary", 50257)):
             original = answers(rows[0], model(vocabulary=30522))
             with pytest.raises(CompressknowError, match=f"they differ in {key}"):
-                make_card(original, [answers(rows[1], model(sha256="b" * 64, vocabulary=30522) | {key: value})])
+                make_card(original, [answers(rows[1], model(**{"sha256": "b" * 64, "vocabulary": 30522, key: value}))])
 
     def test_no_probe_in_common(self) -> None:
         rows = sides(5)

@@ -48,11 +48,11 @@ def study(
     original = _answers(asked, range(asked.known), model(family=family))
     made = tuple(_cell(cell, asked, original, family) for cell in cells)
     return Study(
-        original=model_facts(original.record["model"]),
+        original=model_facts(original.record.model),
         probes=tuple(_probe(name, asked) for name in asked.probes),
         cells=made,
         failed=tuple(failed),
-        versions=dict(original.record["versions"]),
+        versions=dict(original.record.versions),
         command="compressknow sweep tiny-bert -o study",
         method=method_of(original, [cell.comparison for cell in made]),
     )

@@ -1,0 +1,147 @@
+"""What ``probe.json`` holds, as typed records. They are written as they were read: unknown keys, order and all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A JSON object with fields of known names; `read` is the object that it was read from, if it was."""
+
+    # Written even if null or empty in an object that is new; in one that was read, only if they stood there.
+    always: ClassVar[frozenset[str]] = frozenset()
+    read: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Of a JSON object whose form was checked; keys that are no fields are kept for `to_dict`."""
+        known = {each.name for each in fields(cls)} - {"read"}
+        return cls(**{key: value for key, value in values.items() if key in known}, read=dict(values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object: what was read, in its order, with the fields as they are now."""
+        own = {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.name != "read"}
+        kept = {key: own.pop(key, value) for key, value in self.read.items()}
+        always = frozenset() if self.read else self.always
+        return kept | {name: value for name, value in own.items() if value not in (None, {}) or name in always}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Part):
+        return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return value
+
+
+@dataclass(frozen=True)
+class ProbeEntry(_Part):
+    """How the answers to one probe came about: an entry of "probes".
+
+    Attributes
+    ----------
+    protocol, fingerprint : the way of evaluating, and a hash of the facts: answers compare where both are equal.
+    facts : so many were read; `asked` so many were evaluated, `dropped` so many left out, by reason.
+    truncated : items of a task that lost the beginning of their context; None of facts.
+    average : ``micro`` over facts or ``macro`` over relations, for the probe's headline accuracy.
+    chance, majority : accuracy of guessing, and of the most frequent answers; None where there is none.
+    limit, seed : of the sample, if one was drawn.
+    source : where the facts come from.
+    key : a hash of all that decides the answers; those of old versions have none.
+    reference : sha256 of the model whose most likely tokens were evaluated, its own or the original's.
+    seconds : wall time.
+    """
+
+    always: ClassVar[frozenset[str]] = frozenset({"dropped", "chance", "majority", "limit", "source"})
+
+    protocol: str
+    fingerprint: str
+    facts: int
+    asked: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    truncated: int | None = None
+    average: str = "micro"
+    chance: float | None = None
+    majority: float | None = None
+    limit: int | None = None
+    seed: int | None = None
+    source: Mapping[str, Any] | None = None
+    key: str | None = None
+    reference: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Measured on this machine: facts per second and peak memory in bytes, in the same run."""
+
+    device: str
+    facts_per_second: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class ModelRecord(_Part):
+    """The model that gave the answers: the object "model". Old records and other tools' lack some of it.
+
+    Attributes
+    ----------
+    parameters, bytes, zeros : numbers of weights, of bytes on disk, and of weights that are zero.
+    vocabulary : the number of tokens, or a hash of them.
+    dtype : of the weights as stored; `computed_in` what they were run in, on `device`.
+    setup, recipe, source, groups : of a converted checkpoint, what its manifest says.
+    totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
+    speed : measured for one report; it is not stored.
+    """
+
+    name: str
+    revision: str | None = None
+    bytes: int | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    setup: str | None = None
+    recipe: Mapping[str, Any] | None = None
+    source: Mapping[str, Any] | None = None
+    zeros: int | None = None
+    groups: Mapping[str, Mapping[str, Any]] | None = None
+    totals: Mapping[str, int] = field(default_factory=dict)
+    sha256: str | None = None
+    architecture: str | None = None
+    family: str | None = None
+    parameters: int | None = None
+    vocabulary: str | int | None = None
+    device: str | None = None
+    computed_in: str | None = None
+    speed: Speed | None = None
+
+
+@dataclass(frozen=True)
+class Record(_Part):
+    """All of ``probe.json``; `answers_sha256` is the hash of the table, which old versions did not write."""
+
+    always: ClassVar[frozenset[str]] = frozenset({"probes", "versions"})
+
+    schema: int
+    model: ModelRecord
+    probes: Mapping[str, ProbeEntry]
+    versions: Mapping[str, str]
+    answers_sha256: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Of the whole object."""
+        parts = {
+            "model": ModelRecord.from_dict(values["model"]),
+            "probes": {name: ProbeEntry.from_dict(entry) for name, entry in values["probes"].items()},
+        }
+        return super().from_dict({**values, **parts})
+
+    def without_hash(self, probes: Mapping[str, ProbeEntry]) -> Record:
+        """The record with these probes, before the table is written that belongs to them."""
+        read = {key: value for key, value in self.read.items() if key != "answers_sha256"}
+        return replace(self, probes=probes, answers_sha256=None, read=read)
