@@ -14,22 +14,31 @@ from markupsafe import Markup
 
 from compressknow.report.drawing import Chart
 from compressknow.report.format import count
-from compressknow.report.tables import Table
+from compressknow.report.tables import Entry, Table
 
 __all__ = [
+    "BAR",
     "BLANK",
     "NO_FACTS",
     "Beside",
     "Chart",
+    "Charts",
+    "Claim",
+    "Claims",
+    "Code",
     "Drawn",
+    "Entries",
     "Facts",
     "Folded",
     "LeftOut",
     "Note",
+    "Page",
     "Part",
     "Remarks",
+    "Sentences",
     "Shown",
     "Table",
+    "Terms",
     "Text",
     "drawn",
     "fact_parts",
@@ -46,10 +55,69 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What a reader must know of what stands above, in small print."""
+    """What a reader must know of what stands above, in small print; `drawn` of what HTML alone draws."""
 
     kind: ClassVar[str] = "note"
     sentence: str
+    drawn: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sentences:
+    """Several: a paragraph each or, `joined`, one paragraph in HTML; a list in Markdown."""
+
+    kind: ClassVar[str] = "sentences"
+    sentences: tuple[str, ...]
+    joined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Labelled values."""
+
+    kind: ClassVar[str] = "entries"
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Text to be copied as it is; nothing where there is none."""
+
+    kind: ClassVar[str] = "code"
+    text: str | None
+    language: str
+    look: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Names, the key of each where it has one, and what is said of them."""
+
+    kind: ClassVar[str] = "terms"
+    terms: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What is claimed of whom, whether it holds, and why; `look` is the answer as a class of the style sheet."""
+
+    id: str
+    claim: str
+    families: str
+    answer: str
+    look: str
+    statistic: str
+    why: str
+    per_million: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """Claims, each with its answer."""
+
+    kind: ClassVar[str] = "claims"
+    caption: str
+    claims: tuple[Claim, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +169,15 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Charts:
+    """Charts side by side where there is room, under one title where they have one; Markdown leaves them out."""
+
+    kind: ClassVar[str] = "charts"
+    charts: tuple[Drawn, ...]
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Beside:
     """A chart, and the table of its figures beside it where there is room."""
 
@@ -111,23 +188,78 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """More under a title, unfolded by a click; Markdown shows it all, without the title."""
+    """More under a title, unfolded by a click; Markdown shows it all without the title, if `in_text`."""
 
     kind: ClassVar[str] = "folded"
     title: str
     parts: tuple[Part, ...]
+    in_text: bool = True
 
 
-Part = Table | Text | Note | Remarks | Facts | LeftOut | Chart | Drawn | Beside | Folded
+Part = (
+    Table
+    | Text
+    | Note
+    | Sentences
+    | Remarks
+    | Entries
+    | Code
+    | Terms
+    | Claims
+    | Facts
+    | LeftOut
+    | Chart
+    | Drawn
+    | Charts
+    | Beside
+    | Folded
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A section as it stands on a page; `id` is its own on the page."""
+    """A section as it stands on a page.
+
+    Attributes
+    ----------
+    id : its own on the page.
+    look : a class of the style sheet.
+    short : its name in the table of contents, where that is not the title.
+    """
 
     id: str
     title: str
     parts: tuple[Part, ...]
+    look: str = ""
+    short: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of sections, one below the other.
+
+    Attributes
+    ----------
+    kind : what the page is: ``study``, ``search``.
+    models : which models it is about.
+    first : the title of `warnings`.
+    unlisted : so many sections stand before the table of contents, which does not list them.
+    """
+
+    kind: str
+    title: str
+    models: str
+    headline: str
+    verdict: str
+    first: str
+    warnings: tuple[str, ...]
+    sections: tuple[Shown, ...]
+    unlisted: int
+
+    @property
+    def contents(self) -> tuple[tuple[str, str], ...]:
+        """Id and name of the sections listed."""
+        return tuple((section.id, section.short or section.title) for section in self.sections[self.unlisted :])
 
 
 def drawn(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
@@ -154,6 +286,7 @@ def _table(table: Table, bars: bool) -> Table:
 
 
 BLANK = "[MASK]"
+BAR = "The bar is the share kept, the line on it the 95 % interval."
 # What stands in their place where no text of a fact may be shown.
 NO_FACTS = Text("The text of the facts was left out on request.")
 

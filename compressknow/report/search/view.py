@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,17 @@ from compressknow.files import write_whole
 from compressknow.report.drawing import INK, MUTED, SERIES, axes, percent_axis
 from compressknow.report.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
 from compressknow.report.pages import html_page
+from compressknow.report.parts import BAR, Charts, Code, Drawn, Entries, Note, Page, Sentences, Shown
 from compressknow.report.search.records import SIZES, Search, Trial
 from compressknow.report.tables import Entry, Table, identity
 from compressknow.stats.records import Estimate
 
+_FRONT = (
+    "Kept of the facts of the search. The broken line is the share that was asked for; a recipe must reach it with the "
+    "lower end of its interval."
+)
+# A search's page is short enough to have no table of contents.
+_ALL = 99
 _KINDS = {"paper": "a setup of the paper", "search": "chosen by the search", "layers": "some layers alone"}
 _GETS = {
     "sparse-bytes": "No current runtime reads a sparse store: on disk pruned weights are dense, and what you get today "
@@ -28,41 +35,34 @@ _GETS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class SearchPage:
-    """A whole search as text."""
-
-    title: str
-    headline: str
-    verdict: str
-    gets: str
-    models: str
-    recipe: str | None
-    confirmed: Table
-    layers: Table | None
-    tried: Table
-    method: tuple[str, ...]
-    run: tuple[Entry, ...]
-    command: str | None
-
-
-def search_page(search: Search) -> SearchPage:
-    """The search as text."""
-    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in search.versions.items())
-    return SearchPage(
+def search_page(search: Search) -> Page:
+    """The search as text, with its chart."""
+    return Page(
+        kind="search",
         title=f"{headline(search)}: {plain(search.original.name, 60)}",
+        models=plain(search.original.name, 80),
         headline=headline(search),
         verdict=verdict(search),
-        gets=gets(search),
-        models=plain(search.original.name, 80),
-        recipe=plain_lines(to_toml(dict(search.winner.recipe))) if search.winner else None,
-        confirmed=_confirmed(search),
-        layers=_layers(search),
-        tried=_tried(search),
-        method=_method(search),
-        run=(*identity(search.original), Entry("Seed", str(search.seed)), Entry("Versions", versions)),
-        command=plain(search.command, 2000) if search.command else None,
+        first="What you get today",
+        warnings=(gets(search),),
+        sections=tuple(section for section in _sections(search) if section.parts),
+        unlisted=_ALL,
     )
+
+
+def _sections(search: Search) -> Iterator[Shown]:
+    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in search.versions.items())
+    run = (*identity(search.original), Entry("Seed", str(search.seed)), Entry("Versions", versions))
+    command = plain(search.command, 2000) if search.command else None
+    recipe = plain_lines(to_toml(dict(search.winner.recipe))) if search.winner else None
+    layers = _layers(search)
+    yield Shown("front", "Kept against size", (Charts((Drawn(Markup(pareto(search))),)), Note(_FRONT)))
+    yield Shown("winner", "The recipe that won", (Code(recipe, "toml"),) if recipe else ())
+    yield Shown("held-out", "On the held-out facts", (_confirmed(search),), look="wide")
+    yield Shown("tried", "All recipes", (_tried(search), Note("", drawn=BAR)), look="wide")
+    yield Shown("layers", "Layers", (layers,) if layers else ())
+    yield Shown("method", "Method and limits", (Sentences(_method(search)),), look="text")
+    yield Shown("run", "The run", (Code(command, "sh", look="command"), Entries(run)), look="text")
 
 
 def headline(search: Search) -> str:
@@ -271,7 +271,7 @@ def write_search(search: Search, folder: Path) -> None:
 
 def render_search_html(search: Search) -> str:
     """The page: the same search gives the same bytes."""
-    return html_page("search.html.j2", page=search_page(search), chart=Markup(pareto(search)))
+    return html_page("sections.html.j2", page=search_page(search))
 
 
 def search_to_json(search: Search) -> dict[str, Any]:

@@ -5,39 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from markupsafe import Markup
-
 from compressknow.files import write_whole
 from compressknow.report.format import json_text
 from compressknow.report.pages import html_page, markdown_page, source
 from compressknow.report.study.charts import NAMES, Chart, study_charts
 from compressknow.report.study.export import study_to_json, tidy_rows, to_csv, to_parquet
-from compressknow.report.study.findings import MINIMAL, NEAR
 from compressknow.report.study.records import Study
-from compressknow.report.study.summary import CLIFF
 from compressknow.report.study.view import study_page
 from compressknow.report.svg import standalone
-
-SENTENCES = (
-    "Two cells are compared fact by fact, over all probes together: exact two-sided McNemar tests, adjusted by Holm's "
-    "method over the comparisons of a finding. A finding holds where all comparisons that separate their cells "
-    "(p < 0.05) point as claimed, with one at least for each part of the claim; it does not hold where one points the "
-    "other way round; else nothing can be told.",
-    "A comparison does not count where neither cell is clearly above the baseline (95 % interval), over the probes of "
-    "which the original knows more than that: what is right there by chance or habit separates nothing. The baseline "
-    "is that of always the same answer where there are at most five to choose from, of guessing among more, and zero "
-    "where any text may be answered.",
-    f"F1 calls a decline minimal where accuracy falls by less than {100 * MINIMAL:g} % of what it was. F5 asks that "
-    "what is left beyond the baseline, on average over the amounts above 50 %, is less than the share of weights left, "
-    f"and at the largest amount less than {100 * NEAR:g} %, as F10 does. The whole 95 % interval must lie below the "
-    "limit; for a finding to fail, that of one figure, adjusted for their number (Bonferroni), must lie above it.",
-    "Per million parameters, each form's loss of accuracy is divided by the number of parameters that it changed: "
-    "those quantized, or those pruned where none were. p is of the mean paired difference (normal approximation).",
-    f"The cliff is the first amount asked at which less than {100 * CLIFF:g} % of the knowledge is kept. 30 % counts "
-    "as low, 50 % as medium. Charts show means over probes, then each probe, averaged as its protocol does.",
-    "The sparse size is what a store would take that keeps only weights that are not zero, with one bit a weight to "
-    "say which; no current runtime reads one, and on disk pruned weights are dense.",
-)
 
 
 def render_study_html(study: Study, charts: Sequence[Chart] | None = None) -> str:
@@ -48,22 +23,12 @@ def render_study_html(study: Study, charts: Sequence[Chart] | None = None) -> st
     charts : those of `study_charts(study)`, where they are drawn already.
     """
     drawn = study_charts(study) if charts is None else charts
-    return html_page(
-        "study.html.j2",
-        page=study_page(study),
-        means=[(chart.title, _marked(chart)[0][1]) for chart in drawn if not chart.by_probe],
-        by_probe=[(chart.title, _marked(chart)) for chart in drawn if chart.by_probe],
-        definitions=SENTENCES,
-    )
-
-
-def _marked(chart: Chart) -> list[tuple[str, Markup]]:
-    return [(panel.probe, Markup(panel.svg)) for panel in chart.panels]
+    return html_page("sections.html.j2", page=study_page(study, drawn))
 
 
 def render_study_markdown(study: Study) -> str:
     """The study as GitHub-flavoured Markdown; the same study gives the same text."""
-    return markdown_page("study.md.j2", page=study_page(study), definitions=SENTENCES)
+    return markdown_page("sections.md.j2", page=study_page(study))
 
 
 FIGURES = "figures"

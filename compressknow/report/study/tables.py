@@ -116,6 +116,7 @@ def cells_table(study: Study) -> Table:
         bars_after=1,
         pinned=1,
         sortable=len(study.cells) > 1,
+        captioned=False,
     )
 
 
@@ -195,7 +196,6 @@ def bounds_table(study: Study, found: Sequence[Finding]) -> Table | None:
     return Table("Figures held against a limit", columns, rows) if rows else None
 
 
-def failed_table(study: Study) -> Table | None:
-    """Cells that could not be made or asked, and why."""
-    rows = tuple((plain(cell.setup, 80), plain(cell.key, 80), plain(cell.why, 1000)) for cell in study.failed)
-    return Table("Cells that failed", ("Setup", "Key", "Why"), rows, prose=True) if rows else None
+def failed_cells(study: Study) -> tuple[tuple[str, str, str], ...]:
+    """Cells that could not be made or asked: setup, key, and why."""
+    return tuple((plain(cell.setup, 80), plain(cell.key, 80), plain(cell.why, 1000)) for cell in study.failed)

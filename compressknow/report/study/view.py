@@ -2,73 +2,128 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+
+from markupsafe import Markup
 
 from compressknow.report.format import NONE, count, plain
+from compressknow.report.parts import (
+    BAR,
+    Charts,
+    Claim,
+    Claims,
+    Code,
+    Drawn,
+    Entries,
+    Folded,
+    Note,
+    Page,
+    Part,
+    Sentences,
+    Shown,
+    Terms,
+    Text,
+)
 from compressknow.report.study import summary, tables
-from compressknow.report.study.findings import FAMILIES, Finding, findings
+from compressknow.report.study.charts import Chart
+from compressknow.report.study.findings import FAMILIES, MINIMAL, NEAR, Finding, findings
 from compressknow.report.study.records import Study, names
-from compressknow.report.tables import Entry, Table, identity
+from compressknow.report.study.summary import CLIFF
+from compressknow.report.tables import Entry, identity
+
+_DEFINITIONS = (
+    "Two cells are compared fact by fact, over all probes together: exact two-sided McNemar tests, adjusted by Holm's "
+    "method over the comparisons of a finding. A finding holds where all comparisons that separate their cells "
+    "(p < 0.05) point as claimed, with one at least for each part of the claim; it does not hold where one points the "
+    "other way round; else nothing can be told.",
+    "A comparison does not count where neither cell is clearly above the baseline (95 % interval), over the probes of "
+    "which the original knows more than that: what is right there by chance or habit separates nothing. The baseline "
+    "is that of always the same answer where there are at most five to choose from, of guessing among more, and zero "
+    "where any text may be answered.",
+    f"F1 calls a decline minimal where accuracy falls by less than {100 * MINIMAL:g} % of what it was. F5 asks that "
+    "what is left beyond the baseline, on average over the amounts above 50 %, is less than the share of weights left, "
+    f"and at the largest amount less than {100 * NEAR:g} %, as F10 does. The whole 95 % interval must lie below the "
+    "limit; for a finding to fail, that of one figure, adjusted for their number (Bonferroni), must lie above it.",
+    "Per million parameters, each form's loss of accuracy is divided by the number of parameters that it changed: "
+    "those quantized, or those pruned where none were. p is of the mean paired difference (normal approximation).",
+    f"The cliff is the first amount asked at which less than {100 * CLIFF:g} % of the knowledge is kept. 30 % counts "
+    "as low, 50 % as medium. Charts show means over probes, then each probe, averaged as its protocol does.",
+    "The sparse size is what a store would take that keeps only weights that are not zero, with one bit a weight to "
+    "say which; no current runtime reads one, and on disk pruned weights are dense.",
+)
+_CELLS = "Pruned and quantized are in millions of parameters; p is of the exact McNemar test against the original."
+_FINDINGS = "The paper's findings"
+_LAYOUT = "Laid out as in the paper; Baseline is the original itself, a dash a cell that the study has not."
 
 
-@dataclass(frozen=True, slots=True)
-class FindingRow:
-    """One of the paper's findings; `kind` is its answer as a word for a style sheet."""
-
-    id: str
-    claim: str
-    families: str
-    answer: str
-    kind: str
-    statistic: str
-    why: str
-    per_million: str
-
-
-@dataclass(frozen=True, slots=True)
-class StudyPage:
-    """A whole study as text."""
-
-    title: str
-    models: str
-    headline: str
-    verdict: str
-    warnings: tuple[str, ...]
-    paragraph: tuple[str, ...]
-    findings: tuple[FindingRow, ...]
-    behind: tuple[Table, ...]
-    paper_tables: tuple[Table, ...]
-    majorities: str
-    cells: Table
-    failed: Table | None
-    single_warnings: tuple[tuple[str, str], ...]
-    run: tuple[Entry, ...]
-    command: str | None
-    method: tuple[str, ...]
-
-
-def study_page(study: Study) -> StudyPage:
-    """The study as text; no fact's text is in it."""
+def study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
+    """The study as text, with its charts where they are given; no fact's text is in it."""
     found, headline = findings(study), summary.headline(study)
-    behind = (tables.contrasts_table(study, found), tables.bounds_table(study, found))
-    return StudyPage(
+    return Page(
+        kind="study",
         title=f"{headline}: {plain(study.original.name, 60)}",
         models=f"{plain(study.original.name, 80)} and {count(len(study.cells))} compressed forms of it",
         headline=headline,
         verdict=summary.verdict(study),
+        first="Read this first",
         warnings=_warnings(study),
-        paragraph=summary.paragraph(study, found),
-        findings=tuple(map(_finding_row, found)),
-        behind=tuple(table for table in behind if table),
-        paper_tables=tables.paper_tables(study),
-        majorities=tables.majorities(study),
-        cells=tables.cells_table(study),
-        failed=tables.failed_table(study),
-        single_warnings=_single_warnings(study),
-        run=(*identity(study.original), *_run(study)),
-        command=plain(study.command, 2000) if study.command else None,
-        method=tuple(plain(sentence, 2000) for sentence in study.method),
+        sections=tuple(section for section in _sections(study, found, charts) if section.parts),
+        unlisted=1,
     )
+
+
+def _sections(study: Study, found: Sequence[Finding], charts: Sequence[Chart]) -> Iterator[Shown]:
+    said = summary.paragraph(study, found)
+    none = Text("There are no cells to say anything of.")
+    method = tuple(plain(sentence, 2000) for sentence in study.method)
+    command = plain(study.command, 2000) if study.command else None
+    run = (*identity(study.original), *_run(study))
+    yield Shown("found", "What was found", (Sentences(said, joined=True) if said else none,), look="text")
+    yield Shown("charts", "Charts", tuple(_charts(charts)))
+    yield Shown("findings", "The paper's ten findings, tested here", tuple(_findings(study, found)), short=_FINDINGS)
+    yield Shown("tables", "The paper's tables", tuple(_paper_tables(study)), look="wide")
+    yield Shown("cells", "All cells", tuple(_cells(study)), look="wide")
+    yield Shown("failed", "Cells that failed", tuple(_failed(study)))
+    yield Shown("method", "Method and limits", (Sentences((*method, *_DEFINITIONS)),), look="text")
+    yield Shown("run", "The run", (Code(command, "sh", look="command"), Entries(run)), look="text")
+
+
+def _charts(charts: Sequence[Chart]) -> Iterator[Part]:
+    if means := [chart for chart in charts if not chart.by_probe]:
+        yield Charts(tuple(Drawn(Markup(chart.panels[0].svg), chart.title) for chart in means))
+        yield Note("Lines across a bar are 95 % intervals.")
+    if by_probe := [chart for chart in charts if chart.by_probe]:
+        panels = [
+            Charts(tuple(Drawn(Markup(panel.svg), panel.probe) for panel in chart.panels), chart.title)
+            for chart in by_probe
+        ]
+        yield Folded("The same for each probe", (Note("Each plot has a scale of its own."), *panels))
+
+
+def _findings(study: Study, found: Sequence[Finding]) -> Iterator[Part]:
+    yield Claims("Each finding, whether it holds of this model, and why", tuple(map(_claim, found)))
+    behind = (tables.contrasts_table(study, found), tables.bounds_table(study, found))
+    if any(behind):
+        title = "All comparisons and figures behind the findings"
+        yield Folded(title, tuple(table for table in behind if table), in_text=False)
+
+
+def _paper_tables(study: Study) -> Iterator[Part]:
+    if found := tables.paper_tables(study):
+        yield Note(f"{_LAYOUT} {tables.majorities(study)}".rstrip())
+        yield from found
+
+
+def _cells(study: Study) -> Iterator[Part]:
+    yield tables.cells_table(study)
+    yield Note(_CELLS, drawn=BAR)
+    if single := _single_warnings(study):
+        yield Folded("Warnings of single cells", (Terms(tuple((cells, "", warning) for warning, cells in single)),))
+
+
+def _failed(study: Study) -> Iterator[Part]:
+    if failed := tables.failed_cells(study):
+        yield Terms(failed)
 
 
 def _warnings(study: Study) -> tuple[str, ...]:
@@ -96,9 +151,9 @@ def _single_warnings(study: Study) -> tuple[tuple[str, str], ...]:
     return tuple((warning, ", ".join(named)) for warning, named in cells.items())
 
 
-def _finding_row(finding: Finding) -> FindingRow:
+def _claim(finding: Finding) -> Claim:
     families = ", ".join(FAMILIES[family] for family in finding.families)
-    return FindingRow(
+    return Claim(
         finding.id,
         finding.claim,
         "all families" if set(finding.families) == set(FAMILIES) else families,
