@@ -271,6 +271,14 @@ class TestSection:
         assert warned in capsys.readouterr().out
         assert figures["compressed"][0]["probes"]["atlas"]["favourites"] == [0.14, 0.8]
 
+    def test_the_example_for_contributors_works(self, install) -> None:
+        text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("### A section of the report")[2]
+        install(SECTIONS, "sureness", re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "Sureness")
+        page, markdown, figures = self.report()
+        assert figures["compressed"][0]["probes"]["atlas"]["sureness"] == [-0.5, -1.25]
+        assert [cell.text for cell in self.sections(page)["m1-sureness"].all("td")] == ["−0.500", "−1.250"]
+        assert "| atlas | −0.500 | −1.250 |" in markdown
+
     @pytest.mark.usefixtures("favourites")
     def test_each_of_several_models_has_it_without_its_chart(self) -> None:
         page, markdown, figures = self.report("after")

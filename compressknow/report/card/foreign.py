@@ -39,7 +39,7 @@ def is_foreign(name: str) -> bool:
 def usable() -> tuple[dict[str, Section], tuple[str, ...]]:
     """All sections that can be used, by name, in the order in which they stand; and why others cannot, in sentences."""
     found, unusable = SECTIONS.usable()
-    reasons = [" ".join(filter(None, (error.what, error.why, error.hint))) for error in unusable.values()]
+    reasons = [" ".join(f"{part.rstrip('.')}." for part in str(error).split("\n")) for error in unusable.values()]
     for name in [name for name in found if is_foreign(name)]:
         if why := _unfit(name, found[name]):
             del found[name]
