@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from compressknow.engine.layers import LAYERS
 from compressknow.probe.answers import TABLE, write_record, write_table
 from compressknow.probe.sources import PROBES
 from compressknow.registry import Registry
+from compressknow.report.card.make import make_card
 from compressknow.report.card.sections import SECTIONS
 from compressknow.report.format import plain
+from compressknow.report.model_card.report_section import with_report
 from tests.extending import package
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.report.answering import WORDS, answer, entry, run
@@ -231,7 +234,7 @@ class TestSection:
         for name, answers in zip(("before", "after"), run(self.ANSWERS), strict=True):
             Path(name).mkdir()
             write_table(Path(name, TABLE), answers.answers)
-            write_record(Path(name), answers.record | {"probes": {"atlas": entry(facts=50, asked=50)}})
+            write_record(Path(name), replace(answers.record, probes={"atlas": entry(facts=50, asked=50)}))
 
     @pytest.fixture
     def favourites(self, install) -> None:
@@ -314,7 +317,7 @@ class TestSection:
         for text in (page.text, markdown, json.dumps(figures)):
             assert "capital of country" not in text
         assert ("m1-prompts" in self.sections(page)) is says
-        assert any("it shows the text of facts" in each for each in figures["compressed"][0]["warnings"]) is not says
+        assert any("it shows the text of facts" in each for each in figures["warnings"]) is not says
 
     @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
     def test_no_text_of_it_breaks_out(self, text: str, install) -> None:
@@ -348,7 +351,7 @@ class TestSection:
         install(SECTIONS, "harmless", code, "Harmless")
         install(SECTIONS, "hostile", code, "Hostile")
         page, markdown, figures = self.report()
-        assert not [each for each in figures["compressed"][0]["warnings"] if "is left out" in each]
+        assert not [each for each in figures["warnings"] if "is left out" in each]
         sections = self.sections(page)
         assert sections["m1-hostile"].shape == sections["m1-harmless"].shape
         assert plain(text, 60)[:30] in sections["m1-hostile"].text
@@ -387,7 +390,7 @@ class TestSection:
         assert "m1-figures" in self.sections(page)
         assert "## Favourite answers" not in markdown
         assert "favourites" not in figures["compressed"][0]["probes"]["atlas"]
-        (warning,) = [each for each in figures["compressed"][0]["warnings"] if "toy_favourites" in each]
+        (warning,) = [each for each in figures["warnings"] if "toy_favourites" in each]
         assert says in warning
         assert "Update or uninstall toy_favourites." in warning
         assert warning in page.text
@@ -395,12 +398,19 @@ class TestSection:
         assert "The section 'favourites' that toy_favourites adds" in said.out
         assert "Traceback" not in said.err
 
+    def test_one_that_fails_is_no_matter_of_the_model_card(self, install) -> None:
+        install(SECTIONS, "broken", "import nothing_like_it\n", "Broken")
+        original, compressed = run(self.ANSWERS)
+        card = make_card(original, [compressed])
+        assert any("toy_broken" in warning for warning in card.warnings)
+        assert "toy_broken" not in with_report("", card.original, card.comparisons[0])
+
     @pytest.mark.parametrize("name", ["Favourites", "5favourites", "top"])
     def test_a_name_that_is_no_id_is_refused(self, name: str, install) -> None:
         install(SECTIONS, name, example("A section of the report"), "Favourites")
         _, markdown, figures = self.report()
         assert "## Favourite answers" not in markdown
-        assert any("its name must be of small letters" in each for each in figures["compressed"][0]["warnings"])
+        assert any("its name must be of small letters" in each for each in figures["warnings"])
 
     @pytest.mark.parametrize(
         ("name", "why"),
@@ -412,7 +422,7 @@ class TestSection:
         page, _, figures = self.report()
         assert "Knowledge kept" in self.sections(page)["m1-figures"].text
         assert figures["compressed"][0]["probes"]["atlas"]["kept"] == 0.25
-        (warning,) = [each for each in figures["compressed"][0]["warnings"] if f"toy_{name}" in each]
+        (warning,) = [each for each in figures["warnings"] if f"toy_{name}" in each]
         assert why in warning
 
     @pytest.mark.usefixtures("favourites")
@@ -423,7 +433,7 @@ class TestSection:
         SECTIONS.__dict__.pop("_added", None)
         page, _, figures = self.report()
         assert "m1-favourites" not in self.sections(page)
-        (warning,) = [each for each in figures["compressed"][0]["warnings"] if "second" in each]
+        (warning,) = [each for each in figures["warnings"] if "second" in each]
         assert "The section 'favourites' that second and toy_favourites add cannot be used." in warning
         assert "Uninstall one of them." in warning
 

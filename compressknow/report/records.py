@@ -62,7 +62,7 @@ class Comparison:
     Attributes
     ----------
     measured : by section of the card, by probe: what the section itself measured, as values for JSON.
-    left_out : sections of other packages that failed and are not shown; `warnings` say why.
+    left_out : sections of other packages that failed and are not shown, and why: a warning of the card.
     """
 
     model: ModelFacts
@@ -76,7 +76,7 @@ class Comparison:
     gained: tuple[ChangedFact, ...]
     warnings: tuple[str, ...]
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,10 @@ def with_sections(original: ModelFacts, comparison: Comparison, answers: Answeri
     ----------
     answers : gives what both models answered to each probe; called where it is needed only.
     """
-    sections, unusable = usable()
-    warnings, failed = [*comparison.warnings, *unusable], []
+    warnings = [*comparison.warnings]
+    failed: dict[str, str] = {}
     measured: dict[str, Mapping[str, Any]] = {}
-    for name, section in sections.items():
+    for name, section in usable()[0].items():
         if section.shows_facts and not show_facts:
             continue
         try:
@@ -40,12 +40,17 @@ def with_sections(original: ModelFacts, comparison: Comparison, answers: Answeri
             # Whatever another package does; a failure of our own is to be seen.
             if not is_foreign(name):
                 raise
-            failed.append(name)
-            warnings.append(left_out(name, error))
+            failed[name] = left_out(name, error)
         else:
             warnings += said
             measured |= {name: context.measured} if context.measured else {}
-    return replace(comparison, measured=measured, left_out=tuple(failed), warnings=tuple(warnings))
+    return replace(comparison, measured=measured, left_out=failed, warnings=tuple(warnings))
+
+
+def failures(comparisons: Iterable[Comparison]) -> tuple[str, ...]:
+    """Why sections of other packages are not on the card: a sentence each."""
+    _, unusable = usable()
+    return tuple(dict.fromkeys((*unusable, *(why for each in comparisons for why in each.left_out.values()))))
 
 
 def _measured(name: str, section: Section, context: Context, answers: Answering) -> Context:

@@ -48,7 +48,7 @@ def make_card(
         verdict=verdict_of_several(model.name, comparisons) if len(comparisons) > 1 else comparisons[0].verdict,
         original=model,
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
-        warnings=common,
+        warnings=(*common, *assembly.failures(comparisons)),
         show_facts=show_facts,
         versions=dict(original.record.versions),
         command=command,
