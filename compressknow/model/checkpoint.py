@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -183,10 +184,15 @@ def _resolve(model: str | Path, revision: str | None, weights: bool) -> tuple[Pa
 
 def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     def fetch(*patterns: str) -> Path:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+        get = partial(snapshot_download, model, revision=revision, allow_patterns=list(patterns))
+        try:
+            return Path(get())
+        except OfflineModeIsEnabled:
+            # Of a revision given as a commit, some releases (1.33) want the hub's list of files though all are there.
+            return Path(get(local_files_only=True))
 
     try:
         folder = fetch("config.json")

@@ -78,7 +78,7 @@ def quantize_in_memory(model: nn.Module, modules: list[str], scheme: str) -> Non
     inputs = {**activations, "type": "int", "dynamic": True} if activations else None
     group = {"targets": modules, "weights": weights, "input_activations": inputs}
     config = QuantizationConfig(config_groups={"group_0": group}, quantization_status="frozen")
-    apply_quantization_config(model, config, show_progress=False)
+    apply_quantization_config(model, config)
     over = {"dim": 1, "keepdim": True} if strategy == "channel" else {}
     for name in modules:
         module = model.get_submodule(name)
