@@ -56,3 +56,21 @@ def test_an_unknown_name_is_told_what_it_may_have_meant(registry: Registry[int])
 def test_what_cannot_be_used_names_the_package_that_adds_it(registry: Registry[int], name: str, why: str) -> None:
     with pytest.raises(CompressknowError, match=f"(?s)The number '{name}' that toy adds cannot be used.*{why}"):
         registry[name]
+
+
+def test_where_one_must_not_stop_the_others_all_that_can_be_used_are_given(registry: Registry[int]) -> None:
+    found, unusable = registry.usable()
+    assert found == {"ten": 10, "two": 2, "nine": 9}
+    assert list(unusable) == ["two", "broken", "forty", "none"]
+    assert registry.is_built_in("two")
+    assert (registry.added_by("two"), registry.added_by("ten")) == ("toy", "")
+
+
+def test_of_two_packages_that_add_one_name_neither_is_taken(
+    registry: Registry[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = {"compressknow.numbers": ["nine = other:NINE"]}
+    monkeypatch.syspath_prepend(str(package(tmp_path / "other", "other", "NINE = 99", entries)))
+    with pytest.raises(CompressknowError, match=r"(?s)'nine' that other and toy add cannot be used.*Uninstall one of"):
+        registry["nine"]
+    assert "nine" not in registry.usable()[0]
