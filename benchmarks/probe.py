@@ -96,13 +96,13 @@ def some(facts: Sequence[Any], count: int) -> list[Any]:
 
 def ours(part: str, language: tuple[Any, Any, str], options: Namespace) -> Callable[[int, int], Answers]:
     """Each fact's most likely token, and whether it is right; of BEAR the answer, the object's rank, the best score."""
-    from compressknow.probe.evaluate import ask, questions_of, scorer_for
+    from compressknow.probe.evaluate import evaluate, prompts_of, scorer_for
 
     probe = probe_of(part, options)
 
     def run(count: int, batch_size: int) -> Answers:
         scorer = scorer_for(*language, replace(probe, facts=tuple(some(probe.facts, count))))
-        answers = (answer for batch in ask(questions_of(scorer, batch_size)) for answer in batch)
+        answers = (answer for batch in evaluate(prompts_of(scorer, batch_size)) for answer in batch)
         if part in ("paper", "int8"):
             return {answer.fact_id: [int(answer.first_ids[0]), answer.correct] for answer in answers}
         return {answer.fact_id: [answer.predicted, answer.rank, answer.top5_logp[0]] for answer in answers}

@@ -17,7 +17,7 @@ sides must count as many right answers in each; their log-probabilities may diff
 numbers lie elsewhere in memory.
 
 Overhead is the share of the sweep's wall time (the process's start, the original and the pages included) that is not
-spent in `compressknow.probe.evaluate.ask`: importing, making and loading variants, tokenizing, writing answers,
+spent in `compressknow.probe.evaluate.evaluate`: importing, making and loading variants, tokenizing, writing answers,
 statistics.
 """
 
@@ -63,7 +63,7 @@ class Sweep:
     """What was measured of a sweep, in seconds; its clock stood still while the other side had its turns.
 
     `ends` holds when the original and each cell had their last answer, from the process's start; `asking` the seconds
-    within `ask` for the same; `wall` when the process ended.
+    within it for the same; `wall` when the process ended.
     """
 
     ends: list[float] = field(default_factory=list)
@@ -180,10 +180,10 @@ def child(args: list[str]) -> None:
     import compressknow.probe.run as run
     from compressknow.cli import main as command_line
 
-    ask, out = run.ask, sys.stdout
+    evaluate, out = run.evaluate, sys.stdout
 
     def timed(*args: Any, **options: Any) -> Iterator[list[Answer]]:
-        batches, seconds = ask(*args, **options), 0.0
+        batches, seconds = evaluate(*args, **options), 0.0
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
@@ -194,7 +194,7 @@ def child(args: list[str]) -> None:
         print(seconds, file=out, flush=True)
         sys.stdin.readline()
 
-    run.ask = timed
+    run.evaluate = timed
     with contextlib.redirect_stdout(sys.stderr):
         code = command_line(args)
     sys.exit(code)

@@ -28,7 +28,7 @@ from compressknow.compress.recipe import Prune, Recipe, read_recipe, to_toml
 from compressknow.compress.schemes import SCHEMES
 from compressknow.engine.layers import LAYERS
 from compressknow.probe.answers import TABLE, write_record, write_table
-from compressknow.probe.sources import PROBES
+from compressknow.probe.sources import PROBES, Options, open_probe
 from compressknow.registry import Registry
 from compressknow.report.card.make import make_card
 from compressknow.report.card.sections import SECTIONS
@@ -101,6 +101,13 @@ class TestProbe:
 
     def test_the_example_is_short(self) -> None:
         assert len(example("A probe").splitlines()) < 40
+
+    def test_the_source_that_contributors_read_of_is_complete(self, install) -> None:
+        text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n### A probe\n")[2]
+        install(PROBES, "rivers", re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "Rivers")
+        probe = open_probe("Rivers", Options(limit=2, seed=1))
+        assert [fact.probe for fact in probe.facts] == ["rivers", "rivers"]
+        assert probe.read == 3
 
     @pytest.mark.usefixtures("models")
     def test_report_puts_it_on_the_card(self) -> None:

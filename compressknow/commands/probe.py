@@ -51,10 +51,10 @@ def probe(
     require("pyarrow")
     from compressknow.engine.identity import locate
     from compressknow.probe.gather import open_named, read_reference
-    from compressknow.probe.run import Beside, Respondent, Settings, probe_model
+    from compressknow.probe.run import Beside, ModelHandle, Settings, probe_model
     from compressknow.quiet import listener
 
     asked = open_named(probes, options)
     original = read_reference(reference) if reference is not None else None
-    respondent = Respondent(locate(model, revision), settings or Settings())
-    return probe_model(respondent, asked, Path(folder), Beside(original), on_progress=listener(on_progress))
+    handle = ModelHandle(locate(model, revision), settings or Settings())
+    return probe_model(handle, asked, Path(folder), Beside(original), on_progress=listener(on_progress))

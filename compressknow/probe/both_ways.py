@@ -14,7 +14,7 @@ from compressknow.probe.gather import folder_of
 if TYPE_CHECKING:
     from compressknow.probe.distributions import Distributions
     from compressknow.probe.facts import Probe
-    from compressknow.probe.run import Respondent, Settings
+    from compressknow.probe.run import ModelHandle, Settings
     from compressknow.probe.sources import Task
     from compressknow.quiet import Listener
 
@@ -28,18 +28,18 @@ class Named(NamedTuple):
 
 def find_both(
     a: Named, b: Named, settings: Settings, on_progress: Listener | None = None
-) -> tuple[Respondent, Respondent]:
+) -> tuple[ModelHandle, ModelHandle]:
     """Both checkpoints, found and hashed; a folder that is given twice is hashed once, and is one of them.
 
     Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
     """
     from compressknow.engine.identity import fingerprint, locate
-    from compressknow.probe.run import Respondent
+    from compressknow.probe.run import ModelHandle
     from compressknow.quiet import Stage, begun, counted
 
     for named in (a, b):
         _refuse_answers(Path(named.model))
-    first, second = Respondent(locate(*a), settings), Respondent(locate(*b), settings)
+    first, second = ModelHandle(locate(*a), settings), ModelHandle(locate(*b), settings)
     if first.located.path.resolve() == second.located.path.resolve():
         return first, first
     total = sum(path.stat().st_size for side in (first, second) for path in side.located.files)
@@ -67,8 +67,8 @@ class BothWays(NamedTuple):
 
 
 def ask_both_ways(
-    a: Respondent,
-    b: Respondent,
+    a: ModelHandle,
+    b: ModelHandle,
     probes: Sequence[Probe | Task],
     keep_in: Path,
     on_progress: Listener | None = None,
@@ -83,7 +83,7 @@ def ask_both_ways(
     from compressknow.quiet import staged
 
     def ask(
-        model: Respondent, reference: Answers | None, whole: Distributions | None, known: Answers | None = None
+        model: ModelHandle, reference: Answers | None, whole: Distributions | None, known: Answers | None = None
     ) -> Answers:
         folder = folder_of(keep_in, model.sha256, reference)
         watched = staged(on_progress, number=1 if model is a else 2, of=2)

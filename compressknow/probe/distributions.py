@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressknow.probe.answers import LOGP_FLOOR, Answers
-from compressknow.probe.evaluate import ask
+from compressknow.probe.evaluate import evaluate
 from compressknow.probe.facts import Probe
 from compressknow.quiet import Listener, Stage, begun
 
 if TYPE_CHECKING:
     import torch
 
-    from compressknow.probe.run import Respondent
+    from compressknow.probe.run import ModelHandle
 
 # What must stay free on the disk: the answers are to find room.
 RESERVE = 256 << 20
@@ -41,7 +41,7 @@ class Distributions:
     folder : on the disk that is to hold them; it need not be there before the first is kept.
     """
 
-    def __init__(self, original: Respondent, folder: Path) -> None:
+    def __init__(self, original: ModelHandle, folder: Path) -> None:
         self._original, self._folder = original, folder
         self._rows: dict[str, Rows] = {}
 
@@ -72,8 +72,8 @@ class Distributions:
         stage = Stage("evaluate", name, probe.name, len(probe.facts), device, again=True)
         with begun(on_progress, stage) as advance:
             known = {answer.fact_id: answer for answer in answers.of(probe.name)}
-            questions = original.questions(probe)
-            for _ in ask(questions, done=rows.facts, known=known, whole=rows.keep, advance=advance):
+            prompts = original.prompts(probe)
+            for _ in evaluate(prompts, done=rows.facts, known=known, whole=rows.keep, advance=advance):
                 if rows.gave_up:
                     break
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from compressknow.engine.language_model import LanguageModel
-    from compressknow.probe.scoring.scorer import Question, Scorer, Whole
+    from compressknow.probe.scoring.scorer import Query, Scorer, Whole
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -34,15 +34,15 @@ MOST_FURTHER = 64
 
 
 @dataclass(frozen=True)
-class Questions:
-    """The facts of a probe as one model can be asked them, in batches of one shape; and those that cannot be asked."""
+class Prompts:
+    """The facts of a probe as one model reads them, in batches of one shape; and those that it cannot read, by reason."""
 
     scorer: Scorer
-    batches: tuple[tuple[Question, ...], ...]
+    batches: tuple[tuple[Query, ...], ...]
     dropped: Mapping[str, int]
 
     @property
-    def asked(self) -> int:
+    def total(self) -> int:
         return sum(len(batch) for batch in self.batches)
 
 
@@ -76,21 +76,21 @@ def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, famil
     return scorers[family](model, tokenizer, probe)
 
 
-def questions_of(scorer: Scorer, batch_size: int = BATCH_SIZE) -> Questions:
-    """The probe's facts as questions: sorted by length, so that a batch needs no padding; the order is fixed."""
-    asked: list[Question] = []
+def prompts_of(scorer: Scorer, batch_size: int = BATCH_SIZE) -> Prompts:
+    """The probe's facts as prompts: sorted by length, so that a batch needs no padding; the order is fixed."""
+    queries: list[Query] = []
     dropped: Counter[str] = Counter(scorer.probe.dropped)
     for fact in scorer.probe.facts:
-        question = scorer.question(fact)
-        if isinstance(question, str):
-            dropped[question] += 1
+        query = scorer.query(fact)
+        if isinstance(query, str):
+            dropped[query] += 1
         else:
-            asked.append(question)
-    return Questions(scorer, tuple(_batches(asked, batch_size)), dict(dropped))
+            queries.append(query)
+    return Prompts(scorer, tuple(_batches(queries, batch_size)), dict(dropped))
 
 
-def ask(
-    questions: Questions,
+def evaluate(
+    prompts: Prompts,
     *,
     reference: Mapping[str, Ids] | None = None,
     done: frozenset[str] = frozenset(),
@@ -108,27 +108,27 @@ def ask(
     known : fact id -> what this model answered, with the log-probabilities of other tokens: these alone are asked for.
     whole : is told each batch's distributions over the whole vocabulary; see `compressknow.probe.distributions`.
     """
-    left = [batch for batch in questions.batches if not all(question.fact.id in done for question in batch)]
-    total = questions.asked
+    left = [batch for batch in prompts.batches if not all(query.fact.id in done for query in batch)]
+    total = prompts.total
     answered = total - sum(map(len, left))
     if advance:
         advance(answered, total)
-    pace = _pace(questions.scorer, left, measured=advance is not None and known is None)
+    pace = _pace(prompts.scorer, left, measured=advance is not None and known is None)
     if advance and pace.left is not None:
         advance(answered, total, pace.left)
     for batch in left:
-        wanted = [reference[question.fact.id] for question in batch] if reference is not None else None
+        wanted = [reference[query.fact.id] for query in batch] if reference is not None else None
         if known is None:
-            yield questions.scorer.answer(batch, wanted, whole)
+            yield prompts.scorer.answer(batch, wanted, whole)
         else:
-            yield questions.scorer.answer_anew(batch, [known[question.fact.id] for question in batch], wanted, whole)
+            yield prompts.scorer.answer_anew(batch, [known[query.fact.id] for query in batch], wanted, whole)
         answered += len(batch)
-        pace.add(_work(questions.scorer, batch))
+        pace.add(_work(prompts.scorer, batch))
         if advance:
             advance(answered, total, pace.left)
 
 
-def _pace(scorer: Scorer, left: Sequence[tuple[Question, ...]], *, measured: bool) -> Pace:
+def _pace(scorer: Scorer, left: Sequence[tuple[Query, ...]], *, measured: bool) -> Pace:
     """The pace of the batches that are left; `measured` asks a few facts of some of them first, to take the time."""
     work = sum(_work(scorer, batch) for batch in left)
     if not measured or sum(map(len, left)) < LEAST * SAMPLE:
@@ -142,30 +142,30 @@ def _pace(scorer: Scorer, left: Sequence[tuple[Question, ...]], *, measured: boo
     return Pace(work, sum(_work(scorer, sample) for sample in samples), time.monotonic() - start)
 
 
-def _work(scorer: Scorer, batch: Iterable[Question]) -> int:
+def _work(scorer: Scorer, batch: Iterable[Query]) -> int:
     """What a batch costs, about, in tokens. Masked models read the whole prompt again for each further token of a
     candidate; of many candidates most need not be finished.
     """
     again = scorer.family == "masked"
-    return sum(_tokens(question, again) for question in batch)
+    return sum(_tokens(query, again) for query in batch)
 
 
-def _tokens(question: Question, again: bool) -> int:
-    further = min(sum(len(option) - 1 for option in question.options), MOST_FURTHER)
-    return len(question.prompt) * (1 + further) if again else len(question.prompt) + further
+def _tokens(query: Query, again: bool) -> int:
+    further = min(sum(len(option) - 1 for option in query.options), MOST_FURTHER)
+    return len(query.prompt) * (1 + further) if again else len(query.prompt) + further
 
 
-def _batches(questions: Iterable[Question], size: int) -> Iterator[tuple[Question, ...]]:
-    shapes: dict[tuple[int, ...], list[Question]] = {}
-    for question in questions:
-        shapes.setdefault(question.shape, []).append(question)
+def _batches(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]:
+    shapes: dict[tuple[int, ...], list[Query]] = {}
+    for query in prompts:
+        shapes.setdefault(query.shape, []).append(query)
     for shape in sorted(shapes):
         alike = shapes[shape]
         for start in range(0, len(alike), size):
             yield tuple(alike[start : start + size])
 
 
-def refuse_other_questions(reference: Answers, probe: Probe | Task) -> None:
+def refuse_other_facts(reference: Answers, probe: Probe | Task) -> None:
     """Raise UsageError where the original was not asked this probe, or other questions of it."""
     asked = reference.record.probes.get(probe.name)
     if asked is None and not isinstance(probe, Task):
@@ -196,13 +196,13 @@ def refuse_other_model(reference: Answers, name: str, loaded: LanguageModel) -> 
             )
 
 
-def first_ids(reference: Answers, probe: Probe, questions: Questions) -> dict[str, Ids]:
+def first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
     """Fact id -> the tokens that the original held most likely at the answer's first position.
 
     Raises CompressknowError where a fact that is to be asked is not among the original's answers.
     """
     ids = {answer.fact_id: answer.first_ids for answer in reference.of(probe.name)}
-    wanted = [question.fact.id for batch in questions.batches for question in batch]
+    wanted = [query.fact.id for batch in prompts.batches for query in batch]
     if missing := [fact for fact in wanted if fact not in ids]:
         raise CompressknowError(
             f"The original's answers to {probe.name} lack {len(missing):,} of {len(wanted):,} facts "

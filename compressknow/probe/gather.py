@@ -1,4 +1,4 @@
-"""The answers that a report compares: read from answers folders, or asked of models and kept."""
+"""The answers that a report compares: read from answers folders, or given by models and kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compressknow.probe.answers import Answers, is_answers_folder, read_answers
 
 if TYPE_CHECKING:
     from compressknow.probe.facts import Probe
-    from compressknow.probe.run import Beside, Respondent, Settings
+    from compressknow.probe.run import Beside, ModelHandle, Settings
     from compressknow.probe.sources import Options, Task
     from compressknow.quiet import Listener
 
@@ -111,7 +111,7 @@ class _Gathering:
         revision: str | None,
     ) -> None:
         from compressknow.engine.identity import locate
-        from compressknow.probe.run import Respondent
+        from compressknow.probe.run import ModelHandle
         from compressknow.probe.sources import DEFAULT, open_all
 
         self._stored, self._evaluation = stored, evaluation
@@ -120,8 +120,8 @@ class _Gathering:
         self._probes = open_all(names, _like(known, evaluation.options))
         # All are found before the first is evaluated: a wrong name is told at once.
         revisions = [revision, *(None for _ in models[1:])]
-        self._respondents = [
-            None if answers else Respondent(locate(model, of), evaluation.settings)
+        self._handles = [
+            None if answers else ModelHandle(locate(model, of), evaluation.settings)
             for model, of, answers in zip(models, revisions, stored, strict=True)
         ]
 
@@ -131,33 +131,33 @@ class _Gathering:
         from compressknow.probe.run import Beside
         from compressknow.quiet import staged
 
-        first, *others = self._respondents
+        first, *others = self._handles
         # What is kept of the original's distributions serves models alone that are evaluated beside it.
         kept_of = first if any(others) else None
         names = [probe.name for probe in self._probes]
         gathered: list[Answers] = []
-        number, of = 0, sum(respondent is not None for respondent in self._respondents)
+        number, of = 0, sum(handle is not None for handle in self._handles)
         with Distributions(kept_of, self._evaluation.keep_in) if kept_of else contextlib.nullcontext() as whole:
-            for answers, respondent in zip(self._stored, self._respondents, strict=True):
+            for answers, handle in zip(self._stored, self._handles, strict=True):
                 reference = gathered[0] if gathered else None
-                if respondent is not None:
+                if handle is not None:
                     number += 1
                     watched = staged(on_progress, number=number, of=of)
-                    gathered.append(self._evaluate(respondent, Beside(reference, whole=whole), watched))
+                    gathered.append(self._evaluate(handle, Beside(reference, whole=whole), watched))
                 elif answers is not None:
                     gathered.append(_of(answers, names))
         return gathered
 
-    def _evaluate(self, respondent: Respondent, beside: Beside, on_progress: Listener | None) -> Answers:
+    def _evaluate(self, handle: ModelHandle, beside: Beside, on_progress: Listener | None) -> Answers:
         from compressknow.probe.run import probe_model
         from compressknow.probe.speed import measure
 
-        folder = folder_of(self._evaluation.keep_in, respondent.sha256, beside.reference)
-        answers = probe_model(respondent, self._probes, folder, beside, on_progress=on_progress, wait=True)
-        respondent.release()
+        folder = folder_of(self._evaluation.keep_in, handle.sha256, beside.reference)
+        answers = probe_model(handle, self._probes, folder, beside, on_progress=on_progress, wait=True)
+        handle.release()
         if not self._evaluation.timed:
             return answers
-        model = replace(answers.record.model, speed=measure(respondent.located, respondent.settings))
+        model = replace(answers.record.model, speed=measure(handle.located, handle.settings))
         return replace(answers, record=replace(answers.record, model=model))
 
 

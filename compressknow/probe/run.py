@@ -1,4 +1,4 @@
-"""One model, some probes, one answers folder: what is answered already is not asked again."""
+"""One model, some probes, one answers folder: what is answered already is not evaluated again."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from compressknow.probe.answers import (
 )
 from compressknow.probe.evaluate import (
     BATCH_SIZE,
-    Questions,
-    ask,
+    Prompts,
+    evaluate,
     first_ids,
-    questions_of,
+    prompts_of,
+    refuse_other_facts,
     refuse_other_model,
-    refuse_other_questions,
     scorer_for,
 )
 from compressknow.probe.facts import Probe, chance, majority
@@ -85,8 +85,8 @@ class Settings:
         return self.dtype or ("float32" if self.device == CPU else "auto")
 
 
-class Respondent:
-    """A model that is asked: found and hashed at once, loaded when the first question comes."""
+class ModelHandle:
+    """A model located and hashed at once, and loaded on demand."""
 
     def __init__(self, located: Located, settings: Settings) -> None:
         self.located, self._settings = located, settings
@@ -112,13 +112,13 @@ class Respondent:
             trust_remote_code=settings.trust_remote_code,
         )
 
-    def questions(self, probe: Probe) -> Questions:
-        """The probe's facts as this model can be asked them."""
+    def prompts(self, probe: Probe) -> Prompts:
+        """The probe's facts as this model reads them."""
         loaded = self.loaded
         try:
             with no_panics():
                 scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)
-                return questions_of(scorer, self.settings.batch_size)
+                return prompts_of(scorer, self.settings.batch_size)
         except PanicError as error:
             raise CheckpointError(
                 f"The tokenizer of {self.located.name} fails on the facts of {probe.name}.",
@@ -127,7 +127,7 @@ class Respondent:
             ) from error
 
     def release(self) -> None:
-        """Let go of the model's memory; it is loaded again if it is asked again."""
+        """Let go of the model's memory; it is loaded again on demand."""
         self.__dict__.pop("loaded", None)
 
     def described(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class Beside:
 
 
 def probe_model(
-    respondent: Respondent,
+    handle: ModelHandle,
     probes: Sequence[Probe | Task],
     folder: Path,
     beside: Beside | None = None,
@@ -207,28 +207,28 @@ def probe_model(
     refuse_twins(probes)
     beside = beside or Beside()
     with locked(folder, wait):
-        run = _Run(respondent, folder, beside, on_progress)
+        run = _Run(handle, folder, beside, on_progress)
         if beside.whole and beside.reference:
-            left = lacking(respondent, probes, folder, beside)
+            left = lacking(handle, probes, folder, beside)
             beside.whole.complete([probe for probe in left if isinstance(probe, Probe)], beside.reference, on_progress)
-        for probe in lacking(respondent, probes, folder, beside):
+        for probe in lacking(handle, probes, folder, beside):
             run.add(probe, facts_of(probes))
         tidy(folder)
         return _read(folder, [probe.name for probe in probes])
 
 
-def is_answered(respondent: Respondent, probe: Probe | Task, folder: Path, reference: Answers | None) -> bool:
+def is_answered(handle: ModelHandle, probe: Probe | Task, folder: Path, reference: Answers | None) -> bool:
     """Whether `folder` holds this model's answers to this probe, so that `probe_model` would evaluate nothing."""
-    return not lacking(respondent, [probe], folder, Beside(reference))
+    return not lacking(handle, [probe], folder, Beside(reference))
 
 
-def lacking(respondent: Respondent, probes: Sequence[Probe | Task], folder: Path, beside: Beside) -> list[Probe | Task]:
+def lacking(handle: ModelHandle, probes: Sequence[Probe | Task], folder: Path, beside: Beside) -> list[Probe | Task]:
     """The probes to which `folder` holds no answers of this model; with the original's distributions, those too whose
     answers lack a divergence over the whole vocabulary that can be had.
     """
     entries = read_record(folder).probes if is_answers_folder(folder) else {}
     keys = {name: entry.key for name, entry in entries.items()}
-    missing = {probe.name for probe in probes if keys.get(probe.name) != _key(respondent, probe, beside)}
+    missing = {probe.name for probe in probes if keys.get(probe.name) != _key(handle, probe, beside)}
     whole = beside.whole
     if whole and beside.reference and missing != {probe.name for probe in probes}:
         bare = {answer.probe for answer in stored(folder) if answer.first_kl is None}
@@ -254,20 +254,20 @@ def refuse_twins(probes: Sequence[Probe | Task]) -> None:
 class _Run:
     """A run of one model: each probe's answers and its entry go into the folder, the answers first."""
 
-    def __init__(self, respondent: Respondent, folder: Path, beside: Beside, on_progress: Listener | None) -> None:
-        self._respondent, self._folder, self._beside, self._on_progress = respondent, folder, beside, on_progress
-        self._record = _record(folder, respondent)
+    def __init__(self, handle: ModelHandle, folder: Path, beside: Beside, on_progress: Listener | None) -> None:
+        self._handle, self._folder, self._beside, self._on_progress = handle, folder, beside, on_progress
+        self._record = _record(folder, handle)
 
     def add(self, probe: Probe | Task, facts: int) -> None:
         """Evaluate the model on a probe; `facts` are those of all probes, for the time that is left."""
         start = time.monotonic()
-        respondent, reference = self._respondent, self._beside.reference
+        handle, reference = self._handle, self._beside.reference
         if reference:
-            refuse_other_questions(reference, probe)
-            refuse_other_model(reference, respondent.located.name, respondent.loaded)
-        key = _key(respondent, probe, self._beside)
+            refuse_other_facts(reference, probe)
+            refuse_other_model(reference, handle.located.name, handle.loaded)
+        key = _key(handle, probe, self._beside)
         known = self._known(probe.name, key)
-        stage = Stage("evaluate", respondent.located.name, probe.name, facts, respondent.settings.device)
+        stage = Stage("evaluate", handle.located.name, probe.name, facts, handle.settings.device)
         with begun(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
                 answers, entry = self._evaluate(probe, parts_of(self._folder, key), known, advance)
@@ -275,9 +275,9 @@ class _Run:
                 # A task gives no distribution: there is nothing to evaluate anew.
                 answers, entry = list(known.of(probe.name)), known.record.probes[probe.name]
             else:
-                answers, entry = probe.run(respondent.loaded)
+                answers, entry = probe.run(handle.loaded)
         seconds = round(time.monotonic() - start, 1)
-        of = self._beside.sha256 or respondent.sha256
+        of = self._beside.sha256 or handle.sha256
         self._keep(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds))
 
     def _known(self, name: str, key: str) -> Answers | None:
@@ -290,13 +290,13 @@ class _Run:
     def _evaluate(
         self, probe: Probe, parts: Path, known: Answers | None, advance: Advance | None
     ) -> tuple[list[Answer], ProbeEntry]:
-        questions = self._respondent.questions(probe)
-        if not questions.asked:
-            raise _nothing_left(probe, questions.dropped)
+        prompts = self._handle.prompts(probe)
+        if not prompts.total:
+            raise _nothing_left(probe, prompts.dropped)
         answers, reference = stored_parts(parts), self._beside.reference
-        batches = ask(
-            questions,
-            reference=first_ids(reference, probe, questions) if reference else None,
+        batches = evaluate(
+            prompts,
+            reference=first_ids(reference, probe, prompts) if reference else None,
             done=frozenset(answer.fact_id for answer in answers),
             known={answer.fact_id: answer for answer in known.of(probe.name)} if known else None,
             whole=self._beside.of_batches(probe),
@@ -307,7 +307,7 @@ class _Run:
             answers += part
         order = {fact.id: number for number, fact in enumerate(probe.facts)}
         answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
-        return answers, _entry(probe, answers, questions.dropped)
+        return answers, _entry(probe, answers, prompts.dropped)
 
     def _keep(self, name: str, answers: Sequence[Answer], entry: ProbeEntry) -> None:
         record, folder = self._record, self._folder
@@ -319,7 +319,7 @@ class _Run:
         write_table(folder / TABLE, [*others, *answers])
         self._record = replace(
             record.without_hash(probes | {name: entry}),
-            model=self._respondent.record(),
+            model=self._handle.record(),
             answers_sha256=sha256_of(folder / TABLE),
         )
         write_record(folder, self._record)
@@ -350,12 +350,12 @@ def _nothing_left(probe: Probe, dropped: Mapping[str, int]) -> UsageError:
     )
 
 
-def _key(respondent: Respondent, probe: Probe | Task, beside: Beside) -> str:
+def _key(handle: ModelHandle, probe: Probe | Task, beside: Beside) -> str:
     """A hash of all that decides the answers: the model, the facts, whose tokens are asked for, and how it is run."""
-    settings = respondent.settings
+    settings = handle.settings
     decides = [
         # Another version may ask or score otherwise.
-        *(SCHEMA_VERSION, __version__, respondent.sha256, probe.fingerprint()),
+        *(SCHEMA_VERSION, __version__, handle.sha256, probe.fingerprint()),
         beside.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),
     ]
@@ -382,14 +382,14 @@ def _read(folder: Path, names: Sequence[str]) -> Answers:
     return Answers(replace(record, probes=probes), tuple(a for a in stored(folder) if a.probe in probes))
 
 
-def _record(folder: Path, respondent: Respondent) -> Record:
+def _record(folder: Path, handle: ModelHandle) -> Record:
     """The record of the folder so far; a new one where there is none."""
     if not (folder / RECORD).is_file():
-        model = ModelRecord(name=respondent.located.name)
+        model = ModelRecord(name=handle.located.name)
         return Record(schema=SCHEMA_VERSION, model=model, probes={}, versions=_versions())
     record = read_record(folder)
     check_table(folder, record)
-    if record.model.sha256 != respondent.sha256:
+    if record.model.sha256 != handle.sha256:
         raise OutputError(
             f"{folder} holds the answers of another model ({record.model.name}).",
             why="Or of this one before its files changed.",

@@ -21,7 +21,7 @@ from compressknow.errors import CompressknowError
 from compressknow.files import peak_memory
 from compressknow.model.checkpoint import read_json
 from compressknow.probe.records import Speed
-from compressknow.probe.run import Respondent, Settings
+from compressknow.probe.run import ModelHandle, Settings
 
 FACTS, ROUNDS = 192, 3
 
@@ -45,19 +45,19 @@ def measure(located: Located, settings: Settings) -> Speed:
 def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
     import torch
 
-    from compressknow.probe.evaluate import ask, questions_of, scorer_for
+    from compressknow.probe.evaluate import evaluate, prompts_of, scorer_for
     from compressknow.probe.sources import DEFAULT, Options, open_probe
 
     _import_libraries(path)
     libraries = peak_memory()
-    loaded = Respondent(Located(path.name, path), settings).loaded
+    loaded = ModelHandle(Located(path.name, path), settings).loaded
     probe = open_probe(DEFAULT[0], Options(limit=FACTS))
-    questions = questions_of(scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe), settings.batch_size)
+    prompts = prompts_of(scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe), settings.batch_size)
     on_gpu = settings.device.startswith("cuda")
     seconds = []
     for _ in range(1 + ROUNDS):
         start = time.perf_counter()
-        for _ in ask(questions):
+        for _ in evaluate(prompts):
             pass
         if on_gpu:
             torch.cuda.synchronize()
@@ -65,7 +65,7 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
     median = sorted(seconds[1:])[ROUNDS // 2]
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{settings.device}, {torch.get_num_threads()} threads",
-        "facts_per_second": round(questions.asked / median, 1),
+        "facts_per_second": round(prompts.total / median, 1),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else max(peak_memory() - libraries, 0),
     }
 

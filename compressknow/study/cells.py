@@ -19,9 +19,9 @@ from compressknow.engine.load import load_tokenizer
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers
 from compressknow.probe.distributions import Distributions
-from compressknow.probe.evaluate import Questions
+from compressknow.probe.evaluate import Prompts
 from compressknow.probe.facts import Probe
-from compressknow.probe.run import Beside, Respondent, Settings, facts_of, is_answered, lacking, probe_model
+from compressknow.probe.run import Beside, ModelHandle, Settings, facts_of, is_answered, lacking, probe_model
 from compressknow.probe.sources import Task
 from compressknow.quiet import Listener, staged
 from compressknow.study.grid import Cell
@@ -50,8 +50,8 @@ class Subject:
                 f"{model} is a GGUF file: it is quantized already, and cannot be converted.",
                 hint="Give the checkpoint folder that it was made from.",
             )
-        self.original, self._trusted = Respondent(located, settings), settings.trust_remote_code
-        self._written: dict[str, Questions] = {}
+        self.original, self._trusted = ModelHandle(located, settings), settings.trust_remote_code
+        self._written: dict[str, Prompts] = {}
         self._whole = Distributions(self.original, keep_in) if keep_in else None
         self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
 
@@ -88,23 +88,23 @@ class Subject:
         on_progress: Listener | None = None,
     ) -> Answers:
         """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or asked."""
-        return _ask(self._respondent(cell), probes, cells / self.folder_of(cell), reference, self._whole, on_progress)
+        return _ask(self._handle(cell), probes, cells / self.folder_of(cell), reference, self._whole, on_progress)
 
     def is_answered(self, cell: Cell, probe: Probe | Task, cells: Path, reference: Answers) -> bool:
         """Whether `ask_cell` would find these answers there."""
         folder = cells / self.folder_of(cell) / folder_of(probe.name)
-        return is_answered(self._respondent(cell), probe, folder, reference)
+        return is_answered(self._handle(cell), probe, folder, reference)
 
     def folder_of(self, cell: Cell) -> str:
         """A name for a cell's folder. Another recipe may have had its key in an earlier grid of the same study."""
-        return f"{cell.key}-{self._respondent(cell).sha256[:8]}"
+        return f"{cell.key}-{self._handle(cell).sha256[:8]}"
 
-    def _respondent(self, cell: Cell) -> CellRespondent:
-        return CellRespondent(self.original, cell, self.maker, self.tokenizer, self._written)
+    def _handle(self, cell: Cell) -> CellHandle:
+        return CellHandle(self.original, cell, self.maker, self.tokenizer, self._written)
 
 
 def _ask(
-    respondent: Respondent,
+    handle: ModelHandle,
     probes: Sequence[Probe | Task],
     folder: Path,
     reference: Answers | None,
@@ -116,19 +116,19 @@ def _ask(
         # Before the first is asked: then the original need not be in memory beside the cell.
         facts = [probe for probe in probes if isinstance(probe, Probe)]
         whole.complete(
-            [p for p in facts if lacking(respondent, [p], folder / folder_of(p.name), beside)],
+            [p for p in facts if lacking(handle, [p], folder / folder_of(p.name), beside)],
             reference,
             watched,
         )
     try:
         return merged(
             [
-                probe_model(respondent, [probe], folder / folder_of(probe.name), beside, on_progress=watched)
+                probe_model(handle, [probe], folder / folder_of(probe.name), beside, on_progress=watched)
                 for probe in probes
             ]
         )
     finally:
-        respondent.release()
+        handle.release()
 
 
 def merged(parts: Sequence[Answers]) -> Answers:
@@ -148,7 +148,7 @@ def folder_of(probe: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', probe).strip('-.')[:240]}-{digest}"
 
 
-class CellRespondent(Respondent):
+class CellHandle(ModelHandle):
     """The original of a study, converted by a cell's recipe.
 
     Parameters
@@ -156,16 +156,16 @@ class CellRespondent(Respondent):
     original : of the same settings.
     maker : of the original's checkpoint, open.
     tokenizer : gives the original's.
-    written : questions that other cells were asked, by probe: the same tokens, for one tokenizer and architecture.
+    written : prompts that other cells were asked, by probe: the same tokens, for one tokenizer and architecture.
     """
 
     def __init__(
         self,
-        original: Respondent,
+        original: ModelHandle,
         cell: Cell,
         maker: VariantMaker,
         tokenizer: Callable[[], PreTrainedTokenizerBase],
-        written: dict[str, Questions],
+        written: dict[str, Prompts],
     ) -> None:
         super().__init__(replace(original.located, name=cell.key), original.settings)
         self._original, self._cell, self._maker = original, cell, maker
@@ -187,20 +187,20 @@ class CellRespondent(Respondent):
             variant, self._maker, self._tokenizer(), device=settings.device, dtype=settings.computed_in
         )
 
-    def questions(self, probe: Probe) -> Questions:
+    def prompts(self, probe: Probe) -> Prompts:
         # By content: a search has two halves of one probe.
         name = probe.fingerprint()
         if name not in self._written:
-            self._written[name] = super().questions(probe)
-        questions = self._written[name]
-        questions.scorer.model = self.loaded.model
-        return questions
+            self._written[name] = super().prompts(probe)
+        prompts = self._written[name]
+        prompts.scorer.model = self.loaded.model
+        return prompts
 
     def release(self) -> None:
         super().release()
-        for questions in self._written.values():
+        for prompts in self._written.values():
             # The model would stay in memory beside the next one.
-            questions.scorer.release()
+            prompts.scorer.release()
 
     def described(self) -> dict[str, Any]:
         return self._described

@@ -14,7 +14,7 @@ from compressknow.compress.recipe import Prune, Quantize
 from compressknow.errors import OutputError
 from compressknow.files import LOCK, own_folder, write_whole
 from compressknow.probe.answers import Answer, Answers
-from compressknow.probe.run import Respondent
+from compressknow.probe.run import ModelHandle
 from compressknow.reading import misfit
 from compressknow.report.card.make import compare, method_of, model_facts
 from compressknow.report.records import Comparison
@@ -129,7 +129,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path, original: Respondent) -> Iterator[None]:
+def claim(folder: Path, original: ModelHandle) -> Iterator[None]:
     """Take a folder for a study of this model: a new one, or one that holds such a study already.
 
     Raises OutputError where it is a file, holds something else, a study of another model or version, or is in use.
@@ -153,7 +153,7 @@ def _foreign(folder: Path) -> bool:
     return RECORD not in names and any(name != LOCK and not name.startswith(f".{RECORD}.") for name in names)
 
 
-def _identity(original: Respondent) -> dict[str, str]:
+def _identity(original: ModelHandle) -> dict[str, str]:
     return {"model": original.located.name, "sha256": original.sha256}
 
 

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compressknow.probe.answers import Answer
-from compressknow.probe.evaluate import ask, questions_of, scorer_for
+from compressknow.probe.evaluate import evaluate, prompts_of, scorer_for
 from compressknow.probe.facts import BLANK, Fact, Probe
 from tests.knowing import KNOWN_FACTS, candidates
 from tests.models import VOCABULARY
@@ -37,8 +37,8 @@ def answers_to(
     reference: Mapping[str, Any] | None = None,
 ) -> dict[str, Answer]:
     """Fact id -> answer, as the scorers give it."""
-    questions = questions_of(scorer_for(model, tokenizer, family, probe), batch_size)
-    return {answer.fact_id: answer for answers in ask(questions, reference=reference) for answer in answers}
+    prompts = prompts_of(scorer_for(model, tokenizer, family, probe), batch_size)
+    return {answer.fact_id: answer for answers in evaluate(prompts, reference=reference) for answer in answers}
 
 
 def sentence(tokenizer: Words, before: str, text: str, after: str) -> tuple[list[int], list[int]]:

@@ -20,7 +20,7 @@ from lm_pub_quiz import Dataset, Evaluator
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.probe.evaluate import scorer_for
 from compressknow.probe.facts import Fact, Probe
-from compressknow.probe.scoring.scorer import Question
+from compressknow.probe.scoring.scorer import Query
 from compressknow.probe.sources.bear import METADATA, bear
 from tests.models import tiny
 from tests.probe.layouts import DATA, real_data, write_jsonl
@@ -143,12 +143,12 @@ def theirs(language: LanguageModel, folder: Path, relation: str, template: int, 
 def ours(language: LanguageModel, probe: Probe, fact: Fact) -> np.ndarray:
     """The scores of all candidates, those included that an answer can do without."""
     scorer = scorer_for(language.model, language.tokenizer, language.family, probe)
-    question = scorer.question(fact)
-    assert isinstance(question, Question)
+    query = scorer.query(fact)
+    assert isinstance(query, Query)
     with torch.inference_mode():
-        log_probs, state = scorer.first([question])
-        firsts = scorer.bounds([question], log_probs)[0]
-        return scorer.finish(state, [(0, ids) for ids in question.options], firsts, np.full(len(firsts), -np.inf))
+        log_probs, state = scorer.first([query])
+        firsts = scorer.bounds([query], log_probs)[0]
+        return scorer.finish(state, [(0, ids) for ids in query.options], firsts, np.full(len(firsts), -np.inf))
 
 
 def check_agreement(language: LanguageModel, folder: Path, relation: str, template: int, facts: int = 9) -> int:

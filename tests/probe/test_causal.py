@@ -13,10 +13,10 @@ import transformers as hf
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import CheckpointError
-from compressknow.probe.evaluate import questions_of, scorer_for
+from compressknow.probe.evaluate import prompts_of, scorer_for
 from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.scoring.decoding import DecodingScorer
-from compressknow.probe.scoring.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS, Question
+from compressknow.probe.scoring.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS, Query
 from tests.knowing import knowing
 from tests.models import tiny
 from tests.probe.references import (
@@ -132,7 +132,7 @@ def test_one_token_of_the_whole_vocabulary_or_of_given_words(knows: LanguageMode
     full = as_probe(facts, vocabulary="full")
     answers = asked(knows, full)
     assert answers.keys() == {fact.id for fact in one_word}
-    dropped = questions_of(scorer_for(knows.model, knows.tokenizer, "causal", full)).dropped
+    dropped = prompts_of(scorer_for(knows.model, knows.tokenizer, "causal", full)).dropped
     assert dropped == {SEVERAL_TOKENS: len(facts) - len(one_word)}
     tokens = [knows.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(knows.tokenizer))]
     words = ("forest", "marsh", "Velin", "Avish", "honey", "clay")
@@ -175,7 +175,7 @@ def test_free_answers_are_decoded_greedily(knows: LanguageModel, batch_size: int
 def test_a_free_answer_is_only_asked_for_at_the_end_of_a_sentence(knows: LanguageModel) -> None:
     fact = replace(known_facts(closed=False)[0], prompt="The [MASK] lives in the forest.")
     probe = as_probe([fact], vocabulary="open")
-    assert questions_of(scorer_for(knows.model, knows.tokenizer, "causal", probe)).dropped == {BLANK_NOT_LAST: 1}
+    assert prompts_of(scorer_for(knows.model, knows.tokenizer, "causal", probe)).dropped == {BLANK_NOT_LAST: 1}
 
 
 @pytest.mark.parametrize("vocabulary", ["closed", "full", "open"])
@@ -204,10 +204,10 @@ def test_every_architecture_agrees_with_the_plain_reference(name: str) -> None:
     check_same(backwards, answers)
     scorer = scorer_for(model, tokenizer, "causal", as_probe(facts))
     assert isinstance(scorer, DecodingScorer)
-    question = scorer.question(facts[0])
-    assert isinstance(question, Question)
+    query = scorer.query(facts[0])
+    assert isinstance(query, Query)
     with torch.inference_mode():
-        _, prefix = scorer.first([question])
+        _, prefix = scorer.first([query])
     assert (prefix.cache is None) == (name in KEEP_NO_CACHE)
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from compressknow.probe.evaluate import questions_of, scorer_for
+from compressknow.probe.evaluate import prompts_of, scorer_for
 from compressknow.probe.facts import BLANK, Fact
 from compressknow.probe.scoring.prompts import Encoder
 from compressknow.probe.scoring.scorer import NO_TOKENS
@@ -213,5 +213,5 @@ def test_a_fact_with_a_candidate_that_has_no_tokens_is_not_asked(
 ) -> None:
     tokenizer = tokenizers["word pieces"]
     fact = replace(facts()[0], candidates=("Guinea", text))
-    questions = questions_of(scorer_for(_bert(len(tokenizer)), tokenizer, "masked", as_probe([fact])))
-    assert questions.dropped == {NO_TOKENS: 1}
+    prompts = prompts_of(scorer_for(_bert(len(tokenizer)), tokenizer, "masked", as_probe([fact])))
+    assert prompts.dropped == {NO_TOKENS: 1}

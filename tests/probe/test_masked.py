@@ -14,7 +14,7 @@ import transformers as hf
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import CheckpointError, UnsupportedError
-from compressknow.probe.evaluate import questions_of, scorer_for
+from compressknow.probe.evaluate import prompts_of, scorer_for
 from compressknow.probe.facts import BLANK, Fact, Probe
 from compressknow.probe.scoring.masked import MaskedScorer
 from compressknow.probe.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
@@ -111,7 +111,7 @@ def test_without_candidates_the_answer_is_one_token_of_the_vocabulary(knows: Lan
     answers = asked(knows, probe)
     one_word = [fact for fact in facts if " " not in fact.obj_label]
     assert answers.keys() == {fact.id for fact in one_word}
-    assert questions_of(scorer_for(knows.model, knows.tokenizer, "masked", probe)).dropped == {
+    assert prompts_of(scorer_for(knows.model, knows.tokenizer, "masked", probe)).dropped == {
         SEVERAL_TOKENS: len(facts) - len(one_word)
     }
     tokens = [knows.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(knows.tokenizer))]
@@ -139,7 +139,7 @@ def test_only_words_of_the_given_vocabulary_are_answered(knows: LanguageModel) -
     answers = asked(knows, probe)
     kept = [fact for fact in facts if fact.obj_label in words and " " not in fact.obj_label]
     assert answers.keys() == {fact.id for fact in kept}
-    dropped = questions_of(scorer_for(knows.model, knows.tokenizer, "masked", probe)).dropped
+    dropped = prompts_of(scorer_for(knows.model, knows.tokenizer, "masked", probe)).dropped
     assert dropped == {NOT_IN_VOCABULARY: len(facts) - len(kept)}
     ids = sorted(knows.tokenizer.convert_tokens_to_ids(list(words[:8])))
     texts = knows.tokenizer.convert_ids_to_tokens(ids)

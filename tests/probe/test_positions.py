@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from compressknow.engine.language_model import load_language_model
-from compressknow.probe.evaluate import ask, questions_of, scorer_for
+from compressknow.probe.evaluate import evaluate, prompts_of, scorer_for
 from compressknow.probe.scoring.prompts import most_tokens
 from compressknow.probe.scoring.scorer import TOO_LONG
 from compressknow.probe.sources.own_facts import own_facts
@@ -44,7 +44,7 @@ def test_a_prompt_that_is_too_long_is_dropped_and_counted(family: str, tmp_path)
     fits = replace(probe.facts[0], id="fits", prompt="The capital " * 20 + probe.facts[0].prompt)
     scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, replace(probe, facts=(long, fits)))
 
-    questions = questions_of(scorer)
+    prompts = prompts_of(scorer)
 
-    assert questions.dropped == {TOO_LONG: 1}
-    assert [answer.fact_id for batch in ask(questions) for answer in batch] == ["fits"]
+    assert prompts.dropped == {TOO_LONG: 1}
+    assert [answer.fact_id for batch in evaluate(prompts) for answer in batch] == ["fits"]

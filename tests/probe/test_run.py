@@ -17,7 +17,7 @@ from compressknow.errors import CheckpointError, CompressknowError, OutputError,
 from compressknow.files import LOCK
 from compressknow.probe import run
 from compressknow.probe.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
-from compressknow.probe.run import Beside, Respondent, Settings, probe_model
+from compressknow.probe.run import Beside, ModelHandle, Settings, probe_model
 from compressknow.probe.sources import Options, open_all
 from compressknow.quiet import Listener
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
@@ -49,8 +49,8 @@ def ask(
 ) -> Answers:
     files = [facts] if isinstance(facts, Path) else facts
     probes = open_all([f"facts:{file}" for file in files], options or Options())
-    respondent = Respondent(locate(model), settings)
-    return probe_model(respondent, probes, folder, Beside(reference, known), on_progress=on_progress)
+    handle = ModelHandle(locate(model), settings)
+    return probe_model(handle, probes, folder, Beside(reference, known), on_progress=on_progress)
 
 
 def telling(advance: Callable[[int], None]) -> Listener:
@@ -102,7 +102,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
     kept = [answer for part in (tmp_path / "killed" / PARTS).rglob("*.parquet") for answer in read_table(part)]
     assert 40 <= len(kept) < 64
 
-    respondent = Respondent(locate(place / family), FEW)
+    handle = ModelHandle(locate(place / family), FEW)
     rows: list[int] = []
     (probe,) = open_all([f"facts:{place / 'facts.jsonl'}"], Options())
     scorers = run.scorer_for
@@ -115,7 +115,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "scorer_for", counting)
-        resumed = probe_model(respondent, [probe], tmp_path / "killed")
+        resumed = probe_model(handle, [probe], tmp_path / "killed")
 
     assert sum(rows) == len(KNOWN_FACTS) - len(kept)
     assert (tmp_path / "killed" / TABLE).read_bytes() == (tmp_path / "whole" / TABLE).read_bytes()

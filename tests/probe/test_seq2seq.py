@@ -11,7 +11,7 @@ import torch
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import UnsupportedError
-from compressknow.probe.evaluate import questions_of, scorer_for
+from compressknow.probe.evaluate import prompts_of, scorer_for
 from compressknow.probe.facts import BLANK, Fact, Probe
 from compressknow.probe.scoring.scorer import BLANK_NOT_LAST
 from tests.knowing import knowing
@@ -159,8 +159,8 @@ def test_bart_is_asked_for_the_answer_alone_where_that_is_enough() -> None:
 def test_bart_writes_no_free_answer_into_the_middle_of_a_sentence() -> None:
     facts = [replace(fact, candidates=None) for fact in word_facts()]
     probe = as_probe(facts, vocabulary="open")
-    questions = questions_of(scorer_for(tiny("bart"), word_tokenizer(), "seq2seq", probe))
-    assert questions.dropped == {BLANK_NOT_LAST: 2}
+    prompts = prompts_of(scorer_for(tiny("bart"), word_tokenizer(), "seq2seq", probe))
+    assert prompts.dropped == {BLANK_NOT_LAST: 2}
 
 
 def test_a_tokenizer_that_knows_no_blank_is_refused() -> None:

@@ -15,7 +15,7 @@ from compressknow.engine.identity import locate
 from compressknow.errors import OutputError
 from compressknow.files import LOCK
 from compressknow.probe.answers import read_answers
-from compressknow.probe.run import Respondent, Settings
+from compressknow.probe.run import ModelHandle, Settings
 from compressknow.study.folder import RECORD, CellResult, claim
 from tests.knowing import facts_file, knowing
 
@@ -131,13 +131,13 @@ def test_a_study_that_was_killed_before_its_record_was_whole_is_begun_anew(llama
     study.mkdir()
     (study / LOCK).touch()
     (study / f".{RECORD}.compressknow-0123abcd").write_text("{")
-    with claim(study, Respondent(locate(llama.model), Settings())):
+    with claim(study, ModelHandle(locate(llama.model), Settings())):
         assert sorted(path.name for path in study.iterdir()) == [LOCK, RECORD]
         (study / "original").mkdir()
-    with claim(study, Respondent(locate(llama.model), Settings())):
+    with claim(study, ModelHandle(locate(llama.model), Settings())):
         pass
     (study / RECORD).unlink()
-    with pytest.raises(OutputError, match="is no study"), claim(study, Respondent(locate(llama.model), Settings())):
+    with pytest.raises(OutputError, match="is no study"), claim(study, ModelHandle(locate(llama.model), Settings())):
         pass
 
 
@@ -179,7 +179,7 @@ def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
     llama: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = llama.folder / "unwritten"
-    with claim(study, Respondent(locate(llama.model), Settings())):
+    with claim(study, ModelHandle(locate(llama.model), Settings())):
         (study / "cells").symlink_to(llama.folder / "gone")
     assert llama.sweep("unwritten") == 1
     assert "cells is a link that leads nowhere" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.probe.facts import Fact
 from compressknow.probe.scoring.decoding import DecodingScorer, Encoded
 from compressknow.probe.scoring.prompts import Ids
-from compressknow.probe.scoring.scorer import Question
+from compressknow.probe.scoring.scorer import Query
 
 
 class CausalScorer(DecodingScorer):
@@ -35,8 +35,8 @@ class CausalScorer(DecodingScorer):
         after, context = fact.after if rest else "", self._context(fact)
         return tuple(self.encoder.answer(context, text + after, fact.gap) for text in texts)
 
-    def first(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
-        read = self.read(batch, torch.tensor([question.prompt for question in batch], device=self.model.device))
+    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+        read = self.read(batch, torch.tensor([query.prompt for query in batch], device=self.model.device))
         if self.reads_ahead and getattr(self.model.config, "is_decoder", None) is False:
             raise UnsupportedError(
                 f"{type(self.model).__name__} sees the tokens after the one that it predicts.",

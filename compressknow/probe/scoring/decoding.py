@@ -21,7 +21,7 @@ from compressknow.engine.language_model import embedding_rows
 from compressknow.probe.answers import Answer
 from compressknow.probe.scoring.prompts import Ids
 from compressknow.probe.scoring.ranking import Scores, best_of, make_answer, rank_of
-from compressknow.probe.scoring.scorer import ROWS, SLACK_TOKENS, Question, Scorer
+from compressknow.probe.scoring.scorer import ROWS, SLACK_TOKENS, Query, Scorer
 
 # Logits of one forward pass, at most: 256 MB of float32.
 LOGITS = 1 << 26
@@ -81,8 +81,8 @@ class DecodingScorer(Scorer):
     def ends(self, token: int) -> bool:
         """Whether a free answer ends with this token."""
 
-    def bounds(self, batch: Sequence[Question], log_probs: torch.Tensor) -> list[Scores]:
-        heads = [torch.tensor([ids[0] for ids in question.options], device=log_probs.device) for question in batch]
+    def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
+        heads = [torch.tensor([ids[0] for ids in query.options], device=log_probs.device) for query in batch]
         return [row[head].double().cpu().numpy() for row, head in zip(log_probs, heads, strict=True)]
 
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
@@ -112,8 +112,8 @@ class DecodingScorer(Scorer):
             places = [n for n, row in enumerate(walking) if known < len(rows[row][1]) and not scores[row] < bars[row]]
             walking = [walking[place] for place in places]
 
-    def written(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:
-        chosen = [index for index, question in enumerate(batch) if not question.options and not self.one_token]
+    def written(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:
+        chosen = [index for index, query in enumerate(batch) if not query.options and not self.one_token]
         if not chosen:
             return []
         longest = max(len(batch[index].gold) for index in chosen) + SLACK_TOKENS
@@ -122,16 +122,16 @@ class DecodingScorer(Scorer):
         rest = self.finish(state, [(index, batch[index].gold) for index in chosen], zeros, zeros - np.inf)
         answers = []
         for index, more in zip(chosen, rest, strict=True):
-            question, scores = batch[index], log_probs[index].double().cpu().numpy()
-            first = question.gold[0]
-            text = self.encoder.decode(texts[index][: len(question.gold) + SLACK_TOKENS])
+            query, scores = batch[index], log_probs[index].double().cpu().numpy()
+            first = query.gold[0]
+            text = self.encoder.decode(texts[index][: len(query.gold) + SLACK_TOKENS])
             rank = rank_of(first, scores)
-            text, correct = judged(text, question.fact.obj_label)
+            text, correct = judged(text, query.fact.obj_label)
             known = correct and rank is not None
             best = best_of(scores)
             tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
             logp = float(scores[first] + more)
-            answers.append(make_answer(question.fact, tokens, scores[best], rank, logp, None, correct=known))
+            answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, correct=known))
         return answers
 
     def _generate(self, state: Prefix, log_probs: torch.Tensor, tokens: int) -> list[list[int]]:
@@ -148,7 +148,7 @@ class DecodingScorer(Scorer):
         return [self._ended(row) for row in torch.cat(written, dim=1).tolist()]
 
     def read(
-        self, batch: Sequence[Question], ids: torch.Tensor, encoder: Encoded | None = None
+        self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None = None
     ) -> tuple[torch.Tensor, Prefix]:
         """Read the prefixes of a batch: log-probabilities of the next token, [batch, vocabulary], and what is left."""
         if self._reading is None:
@@ -179,8 +179,8 @@ class DecodingScorer(Scorer):
     def _kept(self, cache: Any) -> Any:
         return splittable(cache) if self._caches else None
 
-    def _try_reading(self, batch: Sequence[Question], ids: torch.Tensor, encoder: Encoded | None) -> Reading:
-        """How this model may read, found out by two questions."""
+    def _try_reading(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> Reading:
+        """How this model may read, found out by two queries."""
         # No longer than the prompts, where these are long: they may end at the last position that there is.
         prefix = ids[:, :-TRIED] if ids.shape[1] > TRIED else ids
         more = torch.tensor([(asked.gold + asked.prompt * TRIED)[:TRIED] for asked in batch], device=ids.device)
@@ -215,11 +215,11 @@ class DecodingScorer(Scorer):
         device, end = prefix.ids.device, known + width
         ids = torch.tensor([option[:end] + option[-1:] * (end - len(option)) for _, option in rows], device=device)
         real = torch.tensor([[place < len(option) for place in range(known, end)] for _, option in rows], device=device)
-        questions = torch.tensor([index for index, _ in rows], device=device)
+        queries = torch.tensor([index for index, _ in rows], device=device)
         read = ids[:, known - 1 : -1]
         if cache is None:
-            read = torch.cat([prefix.ids[questions], ids[:, :-1]], dim=1)
-        logits, after = self.forward(read, cache, prefix.encoder and prefix.encoder.rows(questions), width)
+            read = torch.cat([prefix.ids[queries], ids[:, :-1]], dim=1)
+        logits, after = self.forward(read, cache, prefix.encoder and prefix.encoder.rows(queries), width)
         logits = logits.float()
         log_probs = logits.gather(2, ids[:, known:].unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
         scores: Scores = log_probs.double().where(real, 0.0).sum(1).cpu().numpy()

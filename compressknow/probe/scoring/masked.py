@@ -18,9 +18,9 @@ from compressknow.errors import CheckpointError
 from compressknow.probe.facts import BLANK, Fact
 from compressknow.probe.scoring.prompts import Ids
 from compressknow.probe.scoring.ranking import Scores
-from compressknow.probe.scoring.scorer import ROWS, Question, Scorer, group_by_length
+from compressknow.probe.scoring.scorer import ROWS, Query, Scorer, group_by_length
 
-# Index of the question, the number of tokens of an option, and its beginning: what a pass predicts the next token from.
+# Index of the query, the number of tokens of an option, and its beginning: what a pass predicts the next token from.
 Step = tuple[int, int, Ids]
 
 
@@ -50,12 +50,12 @@ class MaskedScorer(Scorer):
     def one_token(self) -> bool:
         return True
 
-    def first(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
-        return self._log_probs([(question.prompt, self._blank(question)) for question in batch]), batch
+    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+        return self._log_probs([(query.prompt, self._blank(query)) for query in batch]), batch
 
-    def bounds(self, batch: Sequence[Question], log_probs: torch.Tensor) -> list[Scores]:
-        scores = [np.empty(len(question.options)) for question in batch]
-        groups = [group_by_length(question.options) for question in batch]
+    def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
+        scores = [np.empty(len(query.options)) for query in batch]
+        groups = [group_by_length(query.options) for query in batch]
         for length in sorted({length for group in groups for length in group}):
             chosen = [index for index, group in enumerate(groups) if length in group]
             masked = log_probs[chosen] if length == 1 else self._first_of(length, [batch[i] for i in chosen])
@@ -66,7 +66,7 @@ class MaskedScorer(Scorer):
         return scores
 
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
-        batch: Sequence[Question] = state
+        batch: Sequence[Query] = state
         scores, place = scores.copy(), 1
         while alive := [row for row, (_, ids) in enumerate(rows) if place < len(ids) and not scores[row] < bars[row]]:
             # Candidates that begin alike share the passes of their common beginning.
@@ -79,7 +79,7 @@ class MaskedScorer(Scorer):
             place += 1
         return scores
 
-    def _steps(self, batch: Sequence[Question], wanted: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
+    def _steps(self, batch: Sequence[Query], wanted: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
         """Log-probabilities of the wanted tokens after each beginning of a candidate."""
         sizes: dict[int, list[Step]] = {}
         for step in wanted:
@@ -94,14 +94,14 @@ class MaskedScorer(Scorer):
                     found[step] = dict(zip(wanted[step], values, strict=True))
         return found
 
-    def _first_of(self, length: int, batch: Sequence[Question]) -> torch.Tensor:
-        return self._log_probs([self._row(question, length, ()) for question in batch])
+    def _first_of(self, length: int, batch: Sequence[Query]) -> torch.Tensor:
+        return self._log_probs([self._row(query, length, ()) for query in batch])
 
-    def _row(self, question: Question, length: int, beginning: Ids) -> tuple[Ids, int]:
+    def _row(self, query: Query, length: int, beginning: Ids) -> tuple[Ids, int]:
         """The prompt with `length` masks in place of one, the first ones filled; and where the next token stands."""
-        place = self._blank(question)
+        place = self._blank(query)
         masks = (self.tokenizer.mask_token_id,) * (length - len(beginning))
-        return (*question.prompt[:place], *beginning, *masks, *question.prompt[place + 1 :]), place + len(beginning)
+        return (*query.prompt[:place], *beginning, *masks, *query.prompt[place + 1 :]), place + len(beginning)
 
     def _without_space(self, prompt: Ids) -> Ids:
         """The prompt without a token for the space before the mask: that space is part of the answer's first token.
@@ -113,8 +113,8 @@ class MaskedScorer(Scorer):
         space = before and before[0] not in self.tokenizer.all_special_ids and not self.encoder.decode(before)
         return prompt[: place - 1] + prompt[place:] if space else prompt
 
-    def _blank(self, question: Question) -> int:
-        return question.prompt.index(self.tokenizer.mask_token_id)
+    def _blank(self, query: Query) -> int:
+        return query.prompt.index(self.tokenizer.mask_token_id)
 
     def _log_probs(self, rows: Sequence[tuple[Ids, int]]) -> torch.Tensor:
         """Log-probabilities at one position of each row, [rows, vocabulary], float32; rows of one length."""

@@ -51,7 +51,7 @@ BLANK_NOT_LAST = "the blank is not at the end of the prompt"
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Query:
     """A fact in the ids of one model.
 
     Attributes
@@ -60,7 +60,7 @@ class Question:
     options : ids of each candidate, for facts that have candidates.
     gold : ids of the object; for facts with candidates those of its option.
     aliases : ids of single tokens that count as the object, for answers out of a vocabulary.
-    shape : questions of one shape run in one batch, without padding.
+    shape : queries of one shape run in one batch, without padding.
     """
 
     fact: Fact
@@ -101,22 +101,22 @@ class Scorer(ABC):
         """Ids that are scored for each of these answers; with what follows the blank if `rest`."""
 
     @abstractmethod
-    def first(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
+    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         """Log-probabilities at the answer's first position, [batch, vocabulary], and what `finish` goes on from."""
 
     @abstractmethod
-    def bounds(self, batch: Sequence[Question], log_probs: torch.Tensor) -> list[Scores]:
-        """For each question the log-probabilities of its options' first tokens, [options]."""
+    def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
+        """For each query the log-probabilities of its options' first tokens, [options]."""
 
     @abstractmethod
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
         """Scores of whole options, [rows]: `scores` of the first tokens, and the log-probabilities of those after them.
 
-        A row is (question, ids of an option). One that falls below its bar on the way is left there.
+        A row is (query, ids of an option). One that falls below its bar on the way is left there.
         """
 
-    def written(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:  # noqa: ARG002
-        """Answers to the questions where any text may be answered; families that only choose have none."""
+    def written(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:  # noqa: ARG002
+        """Answers to the queries where any text may be answered; families that only choose have none."""
         return []
 
     def unaskable(self, fact: Fact) -> str | None:
@@ -129,8 +129,8 @@ class Scorer(ABC):
 
     # What they share.
 
-    def question(self, fact: Fact) -> Question | str:
-        """The question that a fact makes, or the reason why it is dropped."""
+    def query(self, fact: Fact) -> Query | str:
+        """The query that a fact makes, or the reason why it is dropped."""
         if reason := self.unaskable(fact):
             return reason
         prompt = self.prompt(fact)
@@ -149,17 +149,17 @@ class Scorer(ABC):
                 return NOT_IN_VOCABULARY if self.probe.vocabulary == "words" else SEVERAL_TOKENS
         else:
             (gold,) = self.options(fact, [fact.obj_label], rest=False)
-        question = Question(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
-        return self._unfit(question) or question
+        query = Query(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
+        return self._unfit(query) or query
 
     def answer(
-        self, batch: Sequence[Question], reference: Sequence[Ids] | None, whole: Whole | None = None
+        self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None
     ) -> list[Answer]:
-        """Answers to questions of one shape.
+        """Answers to queries of one shape.
 
         Parameters
         ----------
-        reference : for each question the ids at the answer's first position whose log-probabilities are kept; by
+        reference : for each query the ids at the answer's first position whose log-probabilities are kept; by
             default the most likely ones of this model.
         whole : is told the whole distributions; gives their divergences from the original's.
         """
@@ -174,7 +174,7 @@ class Scorer(ABC):
 
     def answer_anew(
         self,
-        batch: Sequence[Question],
+        batch: Sequence[Query],
         answers: Sequence[Answer],
         reference: Sequence[Ids] | None,
         whole: Whole | None = None,
@@ -183,8 +183,8 @@ class Scorer(ABC):
         with torch.inference_mode():
             return self._with_distributions(batch, answers, self._begun(batch)[0], reference, whole)
 
-    def _begun(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
-        """`first`, tried on two questions before any other: a model that cannot read them cannot be asked at all."""
+    def _begun(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+        """`first`, tried on two queries before any other: a model that cannot read them cannot be asked at all."""
         self._refuse_ids_beyond(batch)
         if not self._tried:
             try:
@@ -200,21 +200,21 @@ class Scorer(ABC):
             self._tried = True
         return self.first(batch)
 
-    def _refuse_ids_beyond(self, batch: Sequence[Question]) -> None:
+    def _refuse_ids_beyond(self, batch: Sequence[Query]) -> None:
         """A tokenizer may have few tokens, and yet a number for one that the embedding has no row for."""
         rows = embedding_rows(self.model)
-        for question in batch:
-            largest = max(chain(question.prompt, question.gold, *question.options), default=0)
+        for query in batch:
+            largest = max(chain(query.prompt, query.gold, *query.options), default=0)
             if largest >= rows:
                 raise CheckpointError(
                     f"The tokenizer gives token {largest:,}, the model's embedding has {rows:,} rows: no pair.",
-                    f"It stands in the fact {question.fact.id}.",
+                    f"It stands in the fact {query.fact.id}.",
                     "Put the tokenizer that the model was trained with beside its weights.",
                 )
 
     def _with_distributions(
         self,
-        batch: Sequence[Question],
+        batch: Sequence[Query],
         answers: Sequence[Answer],
         log_probs: torch.Tensor,
         reference: Sequence[Ids] | None,
@@ -222,21 +222,21 @@ class Scorer(ABC):
     ) -> list[Answer]:
         ids = self._reference_ids(log_probs, reference)
         kept = log_probs.gather(1, ids).float().cpu().numpy()
-        divergences = whole([question.fact.id for question in batch], log_probs) if whole else [None] * len(batch)
+        divergences = whole([query.fact.id for query in batch], log_probs) if whole else [None] * len(batch)
         found = {answer.fact_id: answer for answer in answers}
         # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
         rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
-        return [with_distribution(found[question.fact.id], *distribution) for question, *distribution in rows]
+        return [with_distribution(found[query.fact.id], *distribution) for query, *distribution in rows]
 
-    def _unfit(self, question: Question) -> str | None:
-        """Why the ids of a question cannot be asked, or None."""
-        free = not question.options and not self.one_token
-        answers = question.options or (question.gold,)
-        if (question.options or free) and not all(answers):
+    def _unfit(self, query: Query) -> str | None:
+        """Why the ids of a query cannot be asked, or None."""
+        free = not query.options and not self.one_token
+        answers = query.options or (query.gold,)
+        if (query.options or free) and not all(answers):
             return NO_TOKENS
-        if question.options.count(question.gold) > 1:
+        if query.options.count(query.gold) > 1:
             return SAME_TOKENS
-        longest = max(question.shape) + max(map(len, answers)) + (SLACK_TOKENS if free else 0)
+        longest = max(query.shape) + max(map(len, answers)) + (SLACK_TOKENS if free else 0)
         return TOO_LONG if self._most is not None and longest > self._most else None
 
     @cached_property
@@ -282,8 +282,8 @@ class Scorer(ABC):
             return torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()
         return log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
 
-    def _closed(self, batch: Sequence[Question], log_probs: torch.Tensor, state: Any) -> list[Answer]:
-        chosen = [index for index, question in enumerate(batch) if question.options]
+    def _closed(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:
+        chosen = [index for index, query in enumerate(batch) if query.options]
         if not chosen:
             return []
         contests = [
@@ -300,8 +300,8 @@ class Scorer(ABC):
         settle(contests, finish)
         return [chosen_of(batch[index].fact, contest) for index, contest in zip(chosen, contests, strict=True)]
 
-    def _single(self, batch: Sequence[Question], log_probs: torch.Tensor) -> list[Answer]:
-        chosen = [index for index, question in enumerate(batch) if not question.options and self.one_token]
+    def _single(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Answer]:
+        chosen = [index for index, query in enumerate(batch) if not query.options and self.one_token]
         if not chosen:
             return []
         scores = log_probs[chosen]
@@ -310,14 +310,14 @@ class Scorer(ABC):
         values = scores.double().cpu().numpy()
         return [self._word(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)]
 
-    def _word(self, question: Question, scores: Scores, ids: Any) -> Answer:
+    def _word(self, query: Query, scores: Scores, ids: Any) -> Answer:
         best = best_of(scores)
         words = tuple(self.encoder.decode([ids[index]]) for index in best)
-        places = [int(place) for place in np.searchsorted(ids, question.aliases)]
+        places = [int(place) for place in np.searchsorted(ids, query.aliases)]
         gold = max(places, key=lambda place: (scores[place], -place), default=None)
         rank = None if gold is None else rank_of(gold, scores)
         logp = None if gold is None else float(scores[gold])
-        return make_answer(question.fact, words, scores[best], rank, logp, len(ids), correct=rank == 1)
+        return make_answer(query.fact, words, scores[best], rank, logp, len(ids), correct=rank == 1)
 
 
 def _one_begins_another(options: Sequence[Ids]) -> bool:

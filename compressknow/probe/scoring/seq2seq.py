@@ -16,7 +16,7 @@ from compressknow.errors import UnsupportedError
 from compressknow.probe.facts import BLANK, Fact
 from compressknow.probe.scoring.decoding import DecodingScorer, Encoded
 from compressknow.probe.scoring.prompts import Ids
-from compressknow.probe.scoring.scorer import Question
+from compressknow.probe.scoring.scorer import Query
 
 FIRST_SENTINEL, NEXT_SENTINEL = "<extra_id_0>", "<extra_id_1>"
 
@@ -41,11 +41,11 @@ class Seq2SeqScorer(DecodingScorer):
     def unaskable(self, fact: Fact) -> str | None:
         return None if self._has_sentinels else super().unaskable(fact)
 
-    def first(self, batch: Sequence[Question]) -> tuple[torch.Tensor, Any]:
+    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         device = self.model.device
-        ids = torch.tensor([question.prompt for question in batch], device=device)
+        ids = torch.tensor([query.prompt for query in batch], device=device)
         encoder = self.model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))
-        begun = torch.tensor([self._beginning(question.fact) for question in batch], device=device)
+        begun = torch.tensor([self._beginning(query.fact) for query in batch], device=device)
         return self.read(batch, begun, Encoded(ids, encoder).rows(slice(None)))
 
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
