@@ -35,7 +35,7 @@ MOST_FURTHER = 64
 
 @dataclass(frozen=True)
 class Prompts:
-    """The facts of a probe as one model reads them, in batches of one shape; and those that it cannot read, by reason."""
+    """The facts of a probe as one model reads them, in batches of one shape; and those that it cannot, by reason."""
 
     scorer: Scorer
     batches: tuple[tuple[Query, ...], ...]
