@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
+from compressknow.format import plain
+
+WIDTH = 80
+# What is longer is cut.
+TITLE_CHARACTERS, VERDICT_CHARACTERS, CELL_CHARACTERS = 200, 800, 60
 # Rows beyond these are counted.
 SHOWN_AT_A_PROMPT, SHOWN_IN_A_NOTEBOOK = 8, 20
 # In colours of the page around it, be it light or dark.
@@ -29,6 +35,16 @@ class Summary(NamedTuple):
     rows: Sequence[Sequence[str]] = ()
 
 
+def _fit(summary: Summary) -> Summary:
+    """On one line each, short, and without characters that nobody sees: the texts may come from a model or a file."""
+    return Summary(
+        plain(summary.title, TITLE_CHARACTERS),
+        plain(summary.verdict, VERDICT_CHARACTERS),
+        summary.columns,
+        [[plain(cell, CELL_CHARACTERS) for cell in row] for row in summary.rows[:SHOWN_IN_A_NOTEBOOK]],
+    )
+
+
 class Shown:
     """Something that says `_summary`, and is shown by it."""
 
@@ -38,14 +54,21 @@ class Shown:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return as_text(self._summary())
+        # One that lacks what its class promises, such as a dict that was emptied, is shown as it is.
+        try:
+            return as_text(self._summary())
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return super().__repr__()
 
-    def _repr_html_(self) -> str:
-        return as_html(self._summary())
+    def _repr_html_(self) -> str | None:
+        try:
+            return as_html(self._summary())
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return None
 
 
 def as_text(summary: Summary) -> str:
-    """Lines in angle brackets, as an object without a literal form is shown; nothing in the fields is changed.
+    """Lines in angle brackets, as an object without a literal form is shown.
 
     >>> print(as_text(Summary("Card: a against b", "95 % kept.", ("Group", "n"), [("x", "12"), ("longer", "3")])))
     <Card: a against b
@@ -54,27 +77,29 @@ def as_text(summary: Summary) -> str:
       x       12
       longer   3>
     """
+    more, summary = _more(summary, SHOWN_AT_A_PROMPT), _fit(summary)
     rows = [summary.columns, *summary.rows[:SHOWN_AT_A_PROMPT]] if summary.rows else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [summary.title, *([f"  {summary.verdict}"] if summary.verdict else [])]
+    lines = [summary.title, *textwrap.wrap(summary.verdict, WIDTH, initial_indent="  ", subsequent_indent="  ")]
     lines += [f"  {_aligned(row, widths)}" for row in rows]
-    if more := _more(summary, SHOWN_AT_A_PROMPT):
+    if more:
         lines.append(f"  {more}")
     return f"<{chr(10).join(lines)}>"
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    name, *figures = (cell for cell in row)
+    name, *figures = row
     padded = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True)]
     return "  ".join([f"{name:<{widths[0]}}", *padded])
 
 
 def as_html(summary: Summary) -> str:
-    """The same as a fragment of HTML; every field is escaped, for it may come from a model or a file.
+    """The same as a fragment of HTML, every text escaped.
 
     >>> as_html(Summary("<b>"))
     '<div><p><strong>&lt;b&gt;</strong></p></div>'
     """
+    more, summary = _more(summary, SHOWN_IN_A_NOTEBOOK), _fit(summary)
     verdict = f"<br>{escape(summary.verdict)}" if summary.verdict else ""
     table = _table(summary) if summary.rows else ""
     more = _more(summary, SHOWN_IN_A_NOTEBOOK)
@@ -95,7 +120,8 @@ def _row(cells: Sequence[str], tag: str) -> str:
 
 
 def _cell(text: str, tag: str, side: str) -> str:
-    return f'<{tag} style="{CELL};text-align:{side}">{escape(text)}</{tag}>'
+    scope = ' scope="col"' if tag == "th" else ""
+    return f'<{tag}{scope} style="{CELL};text-align:{side}">{escape(text)}</{tag}>'
 
 
 def _more(summary: Summary, shown: int) -> str:

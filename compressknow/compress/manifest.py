@@ -74,7 +74,7 @@ class Manifest(Shown, dict[str, Any]):
             ("Group", "Parameters", "Pruned", "Quantized", "Before", "After"),
             tuple(
                 (
-                    plain(name, 30),
+                    name,
                     count(counts["parameters"]),
                     _known(counts["pruned"]),
                     count(counts["quantized"]),

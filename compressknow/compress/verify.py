@@ -16,7 +16,7 @@ from compressknow.compress.manifest import counts_of
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.errors import CheckpointError, VerificationError
-from compressknow.format import count, plain, size
+from compressknow.format import count, size
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, SEAL, read_manifest, seal_of
 from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_metadata
@@ -58,7 +58,7 @@ class Verification(Shown):
     def _summary(self) -> Summary:
         compared = f"{count(self.tensors)} tensors and {count(self.files)} files ({size(self.bytes)})"
         found = f"differ in {count(len(self.differences))} places" if self.differences else "are as in the manifest"
-        rows = tuple((plain(d.file, 40), plain(d.tensor or "-", 60), plain(d.what, 80)) for d in self.differences)
+        rows = tuple((d.file, d.tensor or "-", d.what) for d in self.differences)
         return Summary("Verification", f"{compared} {found}.", ("File", "Tensor", "Difference"), rows)
 
 

@@ -68,7 +68,7 @@ class Inspection(Shown, dict[str, Any]):
             f"{count(self.parameters['stored'])} parameters.",
             ("Group", "Modules", "Stored", "As used"),
             tuple(
-                (plain(name, 30), count(group["modules"]), count(group["stored"]), count(group["used"]))
+                (name, count(group["modules"]), count(group["stored"]), count(group["used"]))
                 for name, group in self.groups.items()
             ),
         )

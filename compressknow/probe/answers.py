@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CompressknowError, OutputError
 from compressknow.files import LOCK, own_folder, write_whole, written
+from compressknow.format import count, percent, plain
+from compressknow.notebook import Shown, Summary
 from compressknow.probe.records import Record
 from compressknow.reading import RECORD as RECORD_BYTES
 from compressknow.reading import NotReadable, check_regular, misfit, read_json, sha256_of
@@ -97,8 +99,8 @@ class Answer:
     first_kl: float | None = None
 
 
-@dataclass(frozen=True)
-class Answers:
+@dataclass(frozen=True, repr=False)
+class Answers(Shown):
     """All answers of one model, and the record of how they came about (the content of ``probe.json``)."""
 
     record: Record
@@ -111,6 +113,20 @@ class Answers:
     def of(self, probe: str) -> list[Answer]:
         """The answers to one probe, in the order of its facts."""
         return [answer for answer in self.answers if answer.probe == probe]
+
+    def _summary(self) -> Summary:
+        right, of = sum(answer.correct for answer in self.answers), len(self.answers)
+        return Summary(
+            f"Answers of {plain(self.record.model.name, 60)}",
+            f"{count(right)} of {count(of)} facts right ({percent(right, of)}).",
+            ("Probe", "Facts", "Right", "Share"),
+            tuple(_probe_row(probe, self.of(probe)) for probe in self.probes),
+        )
+
+
+def _probe_row(probe: str, answers: Sequence[Answer]) -> tuple[str, ...]:
+    right = sum(answer.correct for answer in answers)
+    return probe, count(len(answers)), count(right), percent(right, len(answers))
 
 
 def schema() -> pa.Schema:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from compressknow.format import count, estimate, plain, size
+from compressknow.notebook import Shown, Summary
 from compressknow.probe.records import Speed
 from compressknow.stats.records import ChangedFact, Counts, Estimate, ProbeFigures
 
@@ -79,8 +81,8 @@ class Comparison:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+@dataclass(frozen=True, slots=True, repr=False)
+class Card(Shown):
     """A whole report card: one original against one or several compressed models."""
 
     verdict: str
@@ -91,3 +93,25 @@ class Card:
     versions: Mapping[str, str]
     command: str | None
     method: tuple[str, ...]  # sentences: how it was asked and judged, and the limits of that
+
+    def _summary(self) -> Summary:
+        """By subject of one model, a line per model of several."""
+        title = f"Card: what {plain(self.original.name, 60)} knew"
+        if len(self.comparisons) == 1:
+            (comparison,) = self.comparisons
+            grades = ("Subject", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
+            return Summary(title, self.verdict, grades, tuple(map(_grade_row, comparison.grades)))
+        models = ("Model", "Setup", "Size", "Kept (95 % interval)")
+        return Summary(title, self.verdict, models, tuple(map(_model_row, self.comparisons)))
+
+
+def _grade_row(grade: Grade) -> tuple[str, ...]:
+    kept = estimate(grade.kept.value, grade.kept.low, grade.kept.high)
+    mark = grade.grade + ("?" if grade.unsure else "")
+    return grade.subject, count(grade.counts.known_before), count(grade.counts.both), kept, mark
+
+
+def _model_row(comparison: Comparison) -> tuple[str, ...]:
+    model, kept = comparison.model, comparison.kept
+    kept_text = estimate(kept.value, kept.low, kept.high)
+    return model.name, model.setup or "-", size(model.bytes), kept_text

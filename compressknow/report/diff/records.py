@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from compressknow.diff.records import Difference
+from compressknow.diff.records import Difference, Sums, TensorDifference, summed
+from compressknow.format import count, number, plain, size
+from compressknow.notebook import Shown, Summary
 from compressknow.report.records import Card
 
 KnownBy = Literal["only A", "only B", "neither"]
@@ -60,8 +62,8 @@ class Behaviour:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Contrast:
+@dataclass(frozen=True, slots=True, repr=False)
+class Contrast(Shown):
     """Two checkpoints, b against a.
 
     Attributes
@@ -83,3 +85,19 @@ class Contrast:
     show_facts: bool
     versions: Mapping[str, str]
     command: str | None
+
+    def _summary(self) -> Summary:
+        names = [f"{plain(side.name, 40)} ({size(side.bytes)})" for side in (self.a, self.b)]
+        groups = summed(self.difference.tensors, lambda tensor: tensor.group) if self.difference else {}
+        rows = tuple((group, *_weights(tensors)) for group, tensors in groups.items())
+        return Summary(
+            f"Contrast: {names[1]} against {names[0]}",
+            self.verdict,
+            ("Group", "Weights", "Zeros before", "Zeros after", "Relative error"),
+            rows,
+        )
+
+
+def _weights(tensors: Sequence[TensorDifference]) -> tuple[str, ...]:
+    sums = sum((tensor.sums for tensor in tensors), Sums())
+    return count(sums.numel), count(sums.zeros_a), count(sums.zeros_b), number(sums.relative_error)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from compressknow.format import count, estimate, plain, share, size
+from compressknow.notebook import Shown, Summary
 from compressknow.report.records import ModelFacts
 from compressknow.stats.records import Estimate
 
@@ -40,8 +42,8 @@ class Trial:
     harm: float | None = None  # mean KL divergence from the original, nats
 
 
-@dataclass(frozen=True, slots=True)
-class Search:
+@dataclass(frozen=True, slots=True, repr=False)
+class Search(Shown):
     """A whole search.
 
     Attributes
@@ -74,3 +76,26 @@ class Search:
     seed: int
     versions: Mapping[str, str]
     command: str | None
+
+    def _summary(self) -> Summary:
+        return Summary(
+            f"Search: the smallest {plain(self.original.name, 60)} that keeps {share(self.keep)}",
+            self._outcome(),
+            ("Held-out facts decide", f"Kept of {count(self.known_held_out)} known", SIZES[self.minimize].capitalize()),
+            tuple(self._row(trial) for trial in self.confirmed),
+        )
+
+    def _outcome(self) -> str:
+        tried = f"{count(len(self.tried))} recipes tried"
+        if self.winner is None:
+            return f"{tried}; none keeps that much for sure."
+        sizes = [self._size(of.sizes[self.minimize]) for of in (self, self.winner)]
+        return f"{tried}; {plain(self.winner.setup, 120)} wins: {sizes[1]}, the original {sizes[0]}."
+
+    def _row(self, trial: Trial) -> tuple[str, ...]:
+        kept = trial.held_out or Estimate(None)
+        written = estimate(kept.value, kept.low, kept.high)
+        return trial.setup, written, self._size(trial.sizes[self.minimize])
+
+    def _size(self, amount: int) -> str:
+        return count(amount) if self.minimize == "nonzero" else size(amount)

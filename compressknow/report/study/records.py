@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from compressknow.report.format import plain
+from compressknow.format import count, estimate, plain, size
+from compressknow.notebook import Shown, Summary
 from compressknow.report.records import Comparison, ModelFacts
 
 
@@ -78,8 +79,8 @@ class FailedCell:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Study:
+@dataclass(frozen=True, slots=True, repr=False)
+class Study(Shown):
     """A whole study, in the order of its grid."""
 
     original: ModelFacts
@@ -89,6 +90,21 @@ class Study:
     versions: Mapping[str, str]
     command: str | None
     method: tuple[str, ...]  # sentences: how it was asked and judged, and the limits of that
+
+    def _summary(self) -> Summary:
+        failed = f", {count(len(self.failed))} failed" if self.failed else ""
+        probes = ", ".join(plain(probe.name, 40) for probe in self.probes)
+        return Summary(
+            f"Study: {plain(self.original.name, 60)}",
+            f"{count(len(self.cells))} cells{failed}; evaluated on {probes or 'nothing'}.",
+            ("Setup", "Kept (95 % interval)", "On disk", "Sparse"),
+            tuple(map(_cell_row, self.cells)),
+        )
+
+
+def _cell_row(cell: StudyCell) -> tuple[str, ...]:
+    kept = cell.comparison.kept
+    return cell.setup, estimate(kept.value, kept.low, kept.high), size(cell.bytes), size(cell.sparse_bytes)
 
 
 UNSTRUCTURED, STRUCTURED = "l1-unstructured", "ln-structured"

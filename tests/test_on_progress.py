@@ -1,0 +1,141 @@
+"""`on_progress` and `on_result`: what every verb tells of a run, to a function or to bars."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import compressknow
+from compressknow import Progress, Stage
+from compressknow.quiet import Bars, begun, counted, listener, staged
+from tests.knowing import facts_file, knowing
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    knowing("llama", folder / "llama")
+    facts_file(folder / "facts.jsonl")
+    (folder / "grid.toml").write_text('[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.3]\n')
+    compressknow.convert(folder / "llama", folder / "pruned", prune=0.5)
+    return folder
+
+
+def stages(told: list[Progress]) -> list[tuple[str, str, int, int]]:
+    """The stages, in order; each begins, advances to its whole and ends before the next begins."""
+    found: list[tuple[str, str, int, int]] = []
+    open_stage: Stage | None = None
+    for progress in told:
+        if progress.state == "begins":
+            assert open_stage is None
+            assert (progress.done, progress.total) == (0, 0)
+            open_stage = progress.stage
+        assert progress.stage == open_stage
+        assert 0 <= progress.done <= progress.total
+        if progress.state == "ends":
+            assert progress.done == progress.total > 0
+            stage = progress.stage
+            found.append((stage.work, stage.model, stage.number, stage.of))
+            open_stage = None
+    assert open_stage is None
+    return found
+
+
+def test_each_verb_tells_its_stages(place: Path, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    model, facts = place / "llama", f"facts:{place / 'facts.jsonl'}"
+    compressknow.convert(model, tmp_path / "out", prune=0.5, on_progress=told.append)
+    compressknow.verify(tmp_path / "out", on_progress=told.append)
+    assert stages(told) == [("convert", str(model), 1, 1), ("verify", str(tmp_path / "out"), 1, 1)]
+    assert {progress.stage.unit for progress in told} == {"bytes"}
+    told.clear()
+    compressknow.probe(model, tmp_path / "answers", facts, on_progress=told.append)
+    assert stages(told) == [("evaluate", "llama", 1, 1)]
+    assert {progress.stage.unit for progress in told} == {"facts"}
+    told.clear()
+    compressknow.report(model, place / "pruned", facts, keep_in=tmp_path / "kept", on_progress=told.append)
+    assert stages(told) == [("evaluate", "llama", 1, 2), ("evaluate", "pruned", 2, 2)]
+    assert {(progress.stage.probe, progress.stage.facts) for progress in told} == {("facts:facts.jsonl", 64)}
+
+
+def test_a_sweep_tells_each_cell_and_its_result(place: Path, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    results: list[compressknow.CellResult] = []
+    study = compressknow.sweep(
+        place / "llama",
+        tmp_path / "study",
+        grid=place / "grid.toml",
+        probes=f"facts:{place / 'facts.jsonl'}",
+        on_progress=told.append,
+        on_result=results.append,
+    )
+    assert [(number, of) for *_, number, of in stages(told)] == [(1, 3), (2, 3), (3, 3)]
+    assert [result.setup for result in results] == [cell.setup for cell in study.cells]
+    assert [result.kept for result in results] == [cell.comparison.kept for cell in study.cells]
+
+
+def test_a_stage_ends_where_its_work_fails() -> None:
+    told: list[Progress] = []
+    stage = Stage("verify", "x")
+
+    def work() -> None:
+        with begun(told.append, stage) as advance:
+            assert advance is not None
+            advance(1, 2)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert [(progress.state, progress.done) for progress in told] == [("begins", 0), ("advances", 1), ("ends", 1)]
+
+
+def test_threads_add_up_to_the_whole() -> None:
+    told: list[tuple[int, int]] = []
+    add = counted(lambda *far: told.append(far[:2]), 4000)
+    threads = [threading.Thread(target=lambda: [add(1) for _ in range(1000)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == [(done, 4000) for done in range(1, 4001)]
+
+
+def test_nobody_listens() -> None:
+    assert listener(None) is None
+    assert staged(None, number=2) is None
+    with begun(None, Stage("verify", "x")) as advance:
+        assert advance is None
+
+
+@pytest.mark.parametrize("wrong", ["bars", "", 3])
+def test_what_is_no_listener_is_refused(wrong: object, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(compressknow.UsageError, match="on_progress cannot be"):
+        compressknow.convert(place / "llama", tmp_path / "out", prune=0.5, on_progress=wrong)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_bars_show_each_stage(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    compressknow.convert(place / "llama", tmp_path / "out", prune=0.5, on_progress="bar")
+    facts = f"facts:{place / 'facts.jsonl'}"
+    compressknow.probe(tmp_path / "out", tmp_path / "answers", facts, on_progress="bar")
+    shown = screen.getvalue()
+    assert "convert " in shown
+    assert "evaluate out on facts:facts.jsonl: 100%" in shown
+    assert "64/64" in shown
+
+
+def test_a_bar_writes_no_control_characters_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with begun(Bars(), Stage("evaluate", "\x1b[31mred", "atlas")) as advance:
+        assert advance is not None
+        advance(30, 40)
+        advance(40, 40, 0.0)
+    assert "40/40" in screen.getvalue()
+    assert "\x1b[31m" not in screen.getvalue()

@@ -1,0 +1,149 @@
+"""What a type checker knows of `import compressknow`, found by running mypy on what a user writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compressknow
+
+ROOT = Path(__file__).parents[1]
+# The types of these are their own affair, and take minutes to read.
+SETTINGS = """[mypy]
+strict = true
+[mypy-torch.*,transformers.*,numpy.*,pyarrow.*,optuna.*,matplotlib.*,click.*,jinja2.*,huggingface_hub.*]
+follow_imports = skip
+"""
+# A line, and what mypy says of it.
+WRONG = {
+    'compressknow.convert("a", "b", quantise="int8")': 'Unexpected keyword argument "quantise"',
+    'compressknow.convert("a", "b", prune="0.2")': 'incompatible type "str"; expected "float | None"',
+    'compressknow.convert("a", "b", progress=print)': 'Unexpected keyword argument "progress"',
+    'compressknow.convert("a", "b", on_progress="lines")': 'Argument "on_progress"',
+    'compressknow.convert("a", "b").totls': '"Manifest" has no attribute "totls"',
+    'compressknow.inspect("a").scope': '"Inspection" has no attribute "scope"',
+    'compressknow.verify("a").diferences': '"Verification" has no attribute "diferences"',
+    'compressknow.probe("a", "b").answer': '"Answers" has no attribute "answer"',
+    'compressknow.report("a", "b").verdit': '"Card" has no attribute "verdit"',
+    'compressknow.compare("a", "b").diff': '"Contrast" has no attribute "diff"',
+    'compressknow.sweep("a", "b", on_result=lambda result: result.anwers)': '"CellResult" has no attribute "anwers"',
+    'compressknow.search("a", "b")': 'Missing named argument "keep"',
+    'compressknow.search("a", "b", keep=0.9).winer': '"Search" has no attribute "winer"',
+    'compressknow.Settings(devise="cpu")': 'Unexpected keyword argument "devise"',
+    "compressknow.forget": 'Module has no attribute "forget"',
+}
+RIGHT = '''"""What a user writes: every verb, every record."""
+
+from pathlib import Path
+
+import compressknow
+from compressknow import (
+    Answers,
+    Card,
+    CellResult,
+    CheckpointError,
+    CompressknowError,
+    Contrast,
+    GateNotMet,
+    Inspection,
+    Manifest,
+    Options,
+    OutputError,
+    Progress,
+    Prune,
+    Quantize,
+    RayOptions,
+    Recipe,
+    Search,
+    Settings,
+    Stage,
+    Study,
+    Trial,
+    UnsupportedError,
+    UsageError,
+    Verification,
+    VerificationError,
+    Where,
+)
+
+MODEL = Path("model")
+
+
+def on_progress(progress: Progress) -> None:
+    stage: Stage = progress.stage
+    print(stage.work, stage.unit, progress.done, progress.total, progress.left)
+
+
+def on_cell(result: CellResult) -> None:
+    print(result.setup, result.kept.value, result.why)
+
+
+def on_trial(trial: Trial) -> None:
+    print(trial.setup, trial.kept.low)
+
+
+def main() -> None:
+    where = Where(("attention",))
+    recipe = Recipe((Prune(0.2, where=where), Quantize("int8", where)))
+    options, settings = Options(limit=20, seed=1), Settings(device="cpu", batch_size=8)
+    inspection: Inspection = compressknow.inspect(MODEL)
+    stored: int = inspection.parameters["stored"]
+    manifest: Manifest = compressknow.convert(MODEL, "out", recipe=recipe, on_progress=on_progress)
+    again: Recipe = manifest.recipe
+    setup: str = manifest.setup
+    verification: Verification = compressknow.verify("out", on_progress="bar")
+    found: int = len(verification.differences)
+    answers: Answers = compressknow.probe(MODEL, "answers", "atlas", options=options, settings=settings)
+    card: Card = compressknow.report(MODEL, "out", ["atlas"], outputs=["report.html"], on_progress="bar")
+    kept: float | None = card.comparisons[0].kept.value
+    contrast: Contrast = compressknow.compare(MODEL, "out", on_progress=on_progress)
+    error: float | None = contrast.difference.total.relative_error if contrast.difference else None
+    study: Study = compressknow.sweep(MODEL, "study", ray=RayOptions("local"), on_result=on_cell)
+    search: Search = compressknow.search(MODEL, "found", keep=0.98, on_result=on_trial)
+    winner: Trial | None = search.winner
+    model = compressknow.load("out", device="cpu")
+    print(stored, again, setup, found, answers.probes, kept, error, study.cells, winner, model)
+
+
+try:
+    main()
+except (UsageError, CheckpointError, UnsupportedError, OutputError, VerificationError, GateNotMet) as error:
+    print(error.what)
+except CompressknowError as error:
+    print(error.what, error.why, error.hint)
+'''
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a user's two scripts, and what mypy says of them; the package is one that is installed."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "mypy.ini").write_text(SETTINGS)
+    (folder / "right.py").write_text(RIGHT)
+    (folder / "wrong.py").write_text("\n".join(["import compressknow", "", *WRONG, ""]))
+    command = [sys.executable, "-m", "mypy", "right.py", "wrong.py"]
+    ended = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1, ended.stderr
+    return folder, ended.stdout.splitlines()
+
+
+def test_what_is_right_has_no_error(checked: tuple[Path, list[str]]) -> None:
+    assert [line for line in checked[1] if line.startswith("right.py")] == []
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_keyword_or_attribute_is_found(checked: tuple[Path, list[str]], line: str) -> None:
+    number = 3 + list(WRONG).index(line)
+    said = [found for found in checked[1] if found.startswith(f"wrong.py:{number}: error:")]
+    assert any(WRONG[line] in found for found in said), said
+
+
+def test_the_script_names_everything_that_there_is() -> None:
+    left = [name for name in compressknow.__all__ if name not in RIGHT and not name.startswith("_")]
+    assert left == []
