@@ -67,7 +67,7 @@ def search(
     minimize : ``bytes`` (on disk, where pruned weights are dense), ``sparse-bytes`` (non-zero weights at their width
         and one bit a weight) or ``nonzero`` (weights left). Ties go to the recipe that keeps more.
     trials : recipes that the optimiser chooses, beside the paper's setups.
-    schemes : int8 schemes that it may choose from.
+    schemes : schemes that it may choose from.
     probes, options, settings : see `compressknow.probe`; lm-eval's tasks cannot be held out.
     seed : of the halves and of the optimiser.
     no_facts : leave the text of every fact out of the winner's report card.

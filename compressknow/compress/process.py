@@ -31,7 +31,7 @@ from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import Mask, Pruned
 from compressknow.compress.schemes import SCALE, SCHEMES, Scheme, Stored
-from compressknow.compress.schemes.rounding import nearest
+from compressknow.compress.schemes.rounding import Rounding, nearest
 from compressknow.errors import CompressknowError
 from compressknow.files import new_file, write_at
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
@@ -215,8 +215,9 @@ def scales_of(scheme: Scheme, absmax: torch.Tensor) -> torch.Tensor:
 class _Coder:
     """Turns the blocks of a tensor into what its scheme stores, and keeps their scales."""
 
-    def __init__(self, planned: PlannedTensor, whole_scale: torch.Tensor | None) -> None:
+    def __init__(self, planned: PlannedTensor, whole_scale: torch.Tensor | None, rounding: Rounding = nearest) -> None:
         assert planned.scheme is not None
+        self._rounding = rounding
         self._scheme, self._planned, self._whole = planned.scheme, planned, whole_scale
         self._scales: list[torch.Tensor] = []
 
@@ -229,7 +230,7 @@ class _Coder:
         """The rows to be stored."""
         with SCHEMES.answering(self._scheme.name):
             scales = scales_of(self._scheme, absmax) if self._whole is None else self._whole
-            integers = nearest(values, scales, self._scheme)
+            integers = self._rounding(values, scales, self._scheme)
             tally.quantize(values, integers, scales, self._scheme)
             rows = self._scheme.pack(integers)
         self._scales.append(scales)
@@ -260,6 +261,8 @@ class _Tally:
         self._source, self._mask = source, mask.start() if mask else None
         self.zeros_before = self.zeros = self.pruned = 0
         self.energy = self.error_energy = 0.0
+        # Of a block that was given new values: how far they are from these is no sum of single steps.
+        self._original: torch.Tensor | None = None
 
     def prune(self, block: Block, span: int | None = None) -> torch.Tensor:
         """Zero a block's pruned weights in place; the largest magnitudes [rows, groups] after that, of each `span`
@@ -275,7 +278,7 @@ class _Tally:
             pruned = found.mask if isinstance(found, Pruned) else found
             self.pruned += int(np.count_nonzero(pruned))
             if isinstance(found, Pruned):
-                self.error_energy += _replace(values, found)
+                self._original = _replace(values, found, self._source)
             else:
                 # Summed by itself: what the energy falls by is lost in its rounding where little is pruned.
                 self.error_energy += _energy(_take(values, pruned))
@@ -284,16 +287,19 @@ class _Tally:
 
     def keep(self, values: torch.Tensor) -> torch.Tensor:
         self.zeros += values.numel() - int(np.count_nonzero(magnitude_keys(values)))
+        if self._original is not None:
+            self.error_energy += _energy(values.to(torch.float32) - self._original.to(torch.float32))
         return values
 
     def quantize(self, values: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> None:
         """Count what was rounded, and how far it is from what it was."""
         self.zeros += integers.numel() - int(np.count_nonzero(integers.numpy()))
-        error = _energy(scheme.dequantize(integers, scales).sub_(values.to(torch.float32)))
+        original = values if self._original is None else self._original
+        error = _energy(scheme.dequantize(integers, scales).sub_(original.to(torch.float32)))
         if math.isinf(error):
             # Of a weight near the largest float, the nearest step may lie beyond it.
             spread = scheme.spread(scales, integers.shape[-1])
-            exact = integers.to(torch.float64) * spread.to(torch.float64) - values.to(torch.float64)
+            exact = integers.to(torch.float64) * spread.to(torch.float64) - original.to(torch.float64)
             error = float(exact.square_().sum())
         self.error_energy += error
 
@@ -310,11 +316,13 @@ def _largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.NDArr
     return found
 
 
-def _replace(values: torch.Tensor, found: Pruned) -> float:
-    """Give a block its new values, the pruned ones zero; the energy of the change."""
+def _replace(values: torch.Tensor, found: Pruned, source: StoredTensor) -> torch.Tensor:
+    """Give a block its new values, the pruned ones zero; those that it had."""
     before = values.clone()
     values.copy_(found.values).masked_fill_(torch.from_numpy(found.mask), 0)
-    return _energy(values.to(torch.float32) - before.to(torch.float32))
+    if not bool(torch.isfinite(values).all()):
+        raise CompressknowError(f"What pruning makes of {source.name} holds NaN or an infinity.")
+    return before
 
 
 def _take(values: torch.Tensor, pruned: npt.NDArray[np.bool_]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import Prune, Quantize, Recipe, Where, recipe_of
+from compressknow.compress.recipe import Quantize, Recipe, Where, recipe_of
 from compressknow.compress.schemes import SCHEMES
 from compressknow.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
@@ -52,9 +52,9 @@ class Cell:
         """Whether scope, method, amount and scheme say it all: the cells that the paper's figures draw."""
         wheres = {step.where for step in self.recipe.steps}
         narrowed = any(replace(where, scope=()) != Where(()) for where in wheres)
-        by_layer = any(isinstance(step, Prune) and step.per_layer for step in self.recipe.steps)
+        special = any(step.chosen.changed().keys() - {"seed"} for step in self.recipe.steps)
         kinds = [type(step) for step in self.recipe.steps]
-        return len(wheres) == 1 and not narrowed and not by_layer and len(kinds) == len(set(kinds))
+        return len(wheres) == 1 and not narrowed and not special and len(kinds) == len(set(kinds))
 
 
 def grid_cells(

@@ -41,7 +41,7 @@ class Choice:
     ----------
     amounts : by scope, pruned of a layer that bears as much as the middle one.
     tilt : pruned more of the layers that bear most, and less of those that bear least.
-    scheme, quantized : int8 scheme and its scope, or ``none`` both.
+    scheme, quantized : scheme and its scope, or ``none`` both.
     """
 
     amounts: tuple[tuple[str, int], ...]

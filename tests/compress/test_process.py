@@ -12,9 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressknow.compress.blocks import Block
 from compressknow.compress.convert import convert
+from compressknow.compress.layout import lay_out
+from compressknow.compress.plan import PlannedTensor
+from compressknow.compress.pool import Pool
+from compressknow.compress.process import Measured, OutputFiles, Work
+from compressknow.compress.pruning import EachBlock, Pruned
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Step, Where
-from compressknow.model.tensors import read_header
+from compressknow.compress.schemes import SCHEMES
+from compressknow.errors import CompressknowError
+from compressknow.model.tensors import OpenFiles, read_header
 from tests.models import save_tiny
 
 PRUNES = {
@@ -165,3 +173,60 @@ def test_errors_hold_where_the_squares_of_weights_leave_float32(
         error = relative_error(values_of(written, row["name"]), scaled[row["name"]])
         assert bool(row["relative_error"]) == row["in_scope"]
         assert row["relative_error"] == pytest.approx(error, rel=1e-4), row["name"]
+
+
+def compensated(block: Block) -> Pruned:
+    """As methods do that make up for what they zero: every second column falls, and the next one takes its weights."""
+    values = block.values.clone()
+    values[:, 1::2] += values[:, ::2]
+    mask = torch.zeros(values.shape, dtype=torch.bool)
+    mask[:, ::2] = True
+    return Pruned(mask.numpy(), values)
+
+
+def written_by(weight: Tensor, scheme: str | None, folder: Path, mask: EachBlock) -> tuple[dict[str, Tensor], Measured]:
+    """What the conversion writes of one weight, and what it says of it."""
+    save_file({"layer.weight": weight}, folder / "source.safetensors")
+    (stored,) = read_header(folder / "source.safetensors").values()
+    chosen = SCHEMES[scheme] if scheme else None
+    planned = PlannedTensor("layer.weight", stored, "other", "layer", prune=0, scheme=chosen)
+    outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
+    with Pool(1) as pool, OpenFiles() as files:
+        try:
+            measured = Work(pool, files, lambda _: None, outputs).write(planned, mask)
+        finally:
+            outputs.close()
+    return load_file(folder / "model.safetensors"), measured
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_a_method_may_give_the_weights_that_stay_new_values(
+    scheme: str | None, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressknow.compress.blocks.BLOCK_ELEMENTS", 100)
+    weight = torch.randn((20, 30), generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = weight.clone()
+    expected[:, 1::2] += expected[:, ::2]
+    expected[:, ::2] = 0
+    written, measured = written_by(weight, scheme, tmp_path, EachBlock(compensated))
+    if scheme is None:
+        assert torch.equal(written["layer.weight"], expected)
+    else:
+        scales = written["layer.weight_scale"].double()
+        off = (values_of(written, "layer.weight") - expected.double()).abs()
+        # 16 bits round the quotient before it is rounded to a whole number.
+        assert (off <= scales * (0.5001 if dtype == torch.float32 else 1.01)).all()
+        assert (written["layer.weight"][:, ::2] == 0).all()
+    assert (measured.pruned, measured.zeros_before) == (300, 0)
+    assert measured.zeros == zeros([written["layer.weight"]])
+    change = relative_error(values_of(written, "layer.weight"), weight)
+    assert measured.relative_error == pytest.approx(change, rel=1e-5)
+
+
+def test_new_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    def broken(block: Block) -> Pruned:
+        return Pruned(torch.zeros(block.values.shape, dtype=torch.bool).numpy(), block.values / 0)
+
+    with pytest.raises(CompressknowError, match=r"What pruning makes of layer.weight holds NaN"):
+        written_by(torch.ones(4, 4), None, tmp_path, EachBlock(broken))

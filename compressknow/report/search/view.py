@@ -202,7 +202,7 @@ def _method(search: Search) -> tuple[str, ...]:
         f"{count(search.known_held_out)} known).",
         "First the paper's setups were asked, and each band of layers pruned by 50 % alone: the bands whose pruning "
         "moves answers most (KL divergence) bear least. Then Optuna's TPE sampler chose an amount for attention and "
-        "for feed-forward, how far the layers that bear most are pruned more than those that bear least, and an int8 "
+        "for feed-forward, how far the layers that bear most are pruned more than those that bear least, and a "
         "scheme, for the smallest size of which the lower end of the interval keeps what was asked for. Ties go to the "
         "recipe that keeps more.",
         *(early if search.first else ()),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from compressknow.compress.pruning import METHODS
 from compressknow.report import drawing
 from compressknow.report.drawing import Bar, Level, Line
 from compressknow.report.format import plain
@@ -27,7 +28,7 @@ from compressknow.stats.intervals import mean
 from compressknow.stats.records import Estimate
 
 _GPQ_AMOUNTS = (20, 40)
-_METHODS = {UNSTRUCTURED: "L1-unstructured", STRUCTURED: "L1-structured"}
+_METHODS = (UNSTRUCTURED, STRUCTURED)
 
 
 def mean_drop(comparison: Comparison) -> Estimate:
@@ -107,7 +108,7 @@ def of_final_layer(study: Study) -> tuple[Bar, ...]:
     """A group for each amount, a bar for each method."""
     by_method = {method: pruned(study, "final", method) for method in _METHODS}
     return _known(
-        Bar(_METHODS[method], mean_drop(cells[amount].comparison), series, f"{amount:g} %")
+        Bar(METHODS[method].label, mean_drop(cells[amount].comparison), series, f"{amount:g} %")
         for amount in sorted({amount for cells in by_method.values() for amount in cells})
         for series, (method, cells) in enumerate(by_method.items())
         if amount in cells

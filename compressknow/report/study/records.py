@@ -44,7 +44,7 @@ class StudyCell:
     scope : ``attention``, ``feed-forward``, ``overall``, ``final``, ``self-attention``, ..., several joined by ``+``.
     method : the pruning method as a recipe names it (``l1-unstructured``), or None where nothing is pruned.
     amount : share of the weights that is pruned (0 to 1), or None.
-    scheme : the int8 scheme (``int8``, ``int8-paper``, ``int8-weights``), or None.
+    scheme : the scheme as a recipe names it (``int8-paper``), or None.
     plain : the cell is made by scope, method, amount and scheme alone, over the whole scope at once: one of those that
         the paper's figures draw. False for cells narrowed by layers or patterns, pruned by layer, or of several steps.
     in_scope : parameters that the recipe acts on; `pruned` and `quantized` those that it changed.
@@ -107,6 +107,7 @@ def _cell_row(cell: StudyCell) -> tuple[str, ...]:
     return cell.setup, estimate(kept.value, kept.low, kept.high), size(cell.bytes), size(cell.sparse_bytes)
 
 
+# The methods that the paper prunes by.
 UNSTRUCTURED, STRUCTURED = "l1-unstructured", "ln-structured"
 MODULES = ("overall", "attention", "feed-forward")
 ATTENTION_KINDS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
@@ -132,7 +133,7 @@ def pruned_and_quantized(study: Study, scope: str, scheme: str) -> dict[float, S
 
 
 def schemes(study: Study) -> tuple[str, ...]:
-    """The int8 schemes of the study's plain cells, in the order of the grid."""
+    """The schemes of the study's plain cells, in the order of the grid."""
     return tuple(dict.fromkeys(c.scheme for c in study.cells if c.plain and c.scheme is not None))
 
 

@@ -38,7 +38,7 @@ _OF_FAMILY = {
 
 
 def paper_tables(study: Study) -> tuple[Table, ...]:
-    """Table 3 (encoder-only, in %), 4 (decoder-only) or 5 (encoder-decoder, shares of 1), one for each int8 scheme.
+    """Table 3 (encoder-only, in %), 4 (decoder-only) or 5 (encoder-decoder, shares of 1), one for each scheme.
 
     "Baseline" is the original itself, as in the paper; accuracies are averaged as each probe's protocol does. Cells
     that the study has not are "-"; a scheme without any is left out.
