@@ -286,7 +286,7 @@ def _table(table: Table, bars: bool) -> Table:
 
 
 BLANK = "[MASK]"
-BAR = "The bar is the share kept, the line on it the 95 % interval."
+BAR = "The bar shows the share kept, and the line on it the 95 % interval."
 # What stands in their place where no text of a fact may be shown.
 NO_FACTS = Text("The text of the facts was left out on request.")
 

@@ -53,7 +53,7 @@ def group_tables(probes: tuple[Both, ...]) -> tuple[Table, ...]:
     found = []
     for there, back in probes:
         name = plain(there.probe, 60)
-        found.append(_groups(f"{name} by school subject", "School subject", there.by_subject, back.by_subject))
+        found.append(_groups(f"{name} by domain", "Domain", there.by_subject, back.by_subject))
         found.append(_groups(f"{name} by relation", "Relation", there.by_relation, back.by_relation))
     return tuple(table for table in found if table.rows)
 

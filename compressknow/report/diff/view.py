@@ -231,7 +231,7 @@ def _knowledge(behaviour: Behaviour) -> Iterator[Part]:
     probes = weights.probes_of(behaviour)
     yield weights.figures_table(probes)
     if groups := weights.group_tables(probes):
-        yield Folded("By school subject and by relation", groups)
+        yield Folded("By domain and by relation", groups)
 
 
 def _answers(contrast: Contrast, behaviour: Behaviour, limits: Limits) -> Iterator[Part]:

@@ -20,8 +20,8 @@ from compressknow.report.tables import Entry, Table, identity
 from compressknow.stats.records import Estimate
 
 _FRONT = (
-    "Kept of the facts of the search. The broken line is the share that was asked for; a recipe must reach it with the "
-    "lower end of its interval."
+    "The share is measured on the facts of the search split. The broken line is the share that you asked for; the lower "
+    "end of a recipe's interval must reach it."
 )
 # A search's page is short enough to have no table of contents.
 _ALL = 99
@@ -56,8 +56,8 @@ def _sections(search: Search) -> Iterator[Shown]:
     command = plain(search.command, 2000) if search.command else None
     recipe = plain_lines(to_toml(dict(search.winner.recipe))) if search.winner else None
     layers = _layers(search)
-    yield Shown("front", "Kept against size", (Charts((Drawn(Markup(pareto(search))),)), Note(_FRONT)))
-    yield Shown("winner", "The recipe that won", (Code(recipe, "toml"),) if recipe else ())
+    yield Shown("front", "Knowledge kept against size", (Charts((Drawn(Markup(pareto(search))),)), Note(_FRONT)))
+    yield Shown("winner", "The winning recipe", (Code(recipe, "toml"),) if recipe else ())
     yield Shown("held-out", "On the held-out facts", (_confirmed(search),), look="wide")
     yield Shown("tried", "All recipes", (_tried(search), Note("", drawn=BAR)), look="wide")
     yield Shown("layers", "Layers", (layers,) if layers else ())

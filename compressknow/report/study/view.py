@@ -51,9 +51,9 @@ _DEFINITIONS = (
     "The sparse size is what a store would take that keeps only weights that are not zero, with one bit a weight to "
     "say which; no current runtime reads one, and on disk pruned weights are dense.",
 )
-_CELLS = "Pruned and quantized are in millions of parameters; p is of the exact McNemar test against the original."
+_CELLS = "Pruned and quantized are in millions of parameters; p is from the exact McNemar test against the original."
 _FINDINGS = "The paper's findings"
-_LAYOUT = "Laid out as in the paper; Baseline is the original itself, a dash a cell that the study has not."
+_LAYOUT = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
 
 
 def study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
@@ -74,13 +74,13 @@ def study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
 
 def _sections(study: Study, found: Sequence[Finding], charts: Sequence[Chart]) -> Iterator[Shown]:
     said = summary.paragraph(study, found)
-    none = Text("There are no cells to say anything of.")
+    none = Text("The study has no cells.")
     method = tuple(plain(sentence, 2000) for sentence in study.method)
     command = plain(study.command, 2000) if study.command else None
     run = (*identity(study.original), *_run(study))
     yield Shown("found", "What was found", (Sentences(said, joined=True) if said else none,), look="text")
     yield Shown("charts", "Charts", tuple(_charts(charts)))
-    yield Shown("findings", "The paper's ten findings, tested here", tuple(_findings(study, found)), short=_FINDINGS)
+    yield Shown("findings", "The paper's ten findings, tested on this model", tuple(_findings(study, found)), short=_FINDINGS)
     yield Shown("tables", "The paper's tables", tuple(_paper_tables(study)), look="wide")
     yield Shown("cells", "All cells", tuple(_cells(study)), look="wide")
     yield Shown("failed", "Cells that failed", tuple(_failed(study)))
@@ -91,17 +91,17 @@ def _sections(study: Study, found: Sequence[Finding], charts: Sequence[Chart]) -
 def _charts(charts: Sequence[Chart]) -> Iterator[Part]:
     if means := [chart for chart in charts if not chart.by_probe]:
         yield Charts(tuple(Drawn(Markup(chart.panels[0].svg), chart.title) for chart in means))
-        yield Note("Lines across a bar are 95 % intervals.")
+        yield Note("The lines across the bars show 95 % intervals.")
     if by_probe := [chart for chart in charts if chart.by_probe]:
         panels = [
             Charts(tuple(Drawn(Markup(panel.svg), panel.probe) for panel in chart.panels), chart.title)
             for chart in by_probe
         ]
-        yield Folded("The same for each probe", (Note("Each plot has a scale of its own."), *panels))
+        yield Folded("The same for each probe", (Note("Each plot has its own scale."), *panels))
 
 
 def _findings(study: Study, found: Sequence[Finding]) -> Iterator[Part]:
-    yield Claims("Each finding, whether it holds of this model, and why", tuple(map(_claim, found)))
+    yield Claims("Each finding, whether it holds for this model, and why", tuple(map(_claim, found)))
     behind = (tables.contrasts_table(study, found), tables.bounds_table(study, found))
     if any(behind):
         title = "All comparisons and figures behind the findings"
@@ -118,7 +118,7 @@ def _cells(study: Study) -> Iterator[Part]:
     yield tables.cells_table(study)
     yield Note(_CELLS, drawn=BAR)
     if single := _single_warnings(study):
-        yield Folded("Warnings of single cells", (Terms(tuple((cells, "", warning) for warning, cells in single)),))
+        yield Folded("Warnings about single cells", (Terms(tuple((cells, "", warning) for warning, cells in single)),))
 
 
 def _failed(study: Study) -> Iterator[Part]:

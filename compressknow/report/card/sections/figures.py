@@ -52,7 +52,7 @@ class Figures(Section):
             yield Remarks("Why some figures are missing", missing)
         subjects = tuple(_by_subject(probe) for probe in probes if probe.by_subject)
         if subjects:
-            yield Folded("By school subject, probe by probe", subjects)
+            yield Folded("By domain, probe by probe", subjects)
 
     def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
         return {
@@ -86,8 +86,8 @@ class Figures(Section):
 
 
 def _by_subject(probe: ProbeFigures) -> Table:
-    caption = f"{plain(probe.probe, 60)} by school subject"
-    return groups_table(probe.by_subject, "School subject", caption, bars=False)
+    caption = f"{plain(probe.probe, 60)} by domain"
+    return groups_table(probe.by_subject, "Domain", caption, bars=False)
 
 
 def _figures(probes: tuple[ProbeFigures, ...]) -> tuple[Table, tuple[str, ...]]:
