@@ -20,8 +20,8 @@ from compressknow.report.tables import Entry, Table, identity
 from compressknow.stats.records import Estimate
 
 _FRONT = (
-    "The share is measured on the facts of the search split. The broken line is the share that you asked for; the lower "
-    "end of a recipe's interval must reach it."
+    "The share is measured on the facts of the search split. The broken line is the share that you asked for; the "
+    "lower end of a recipe's interval must reach it."
 )
 # A search's page is short enough to have no table of contents.
 _ALL = 99

@@ -80,7 +80,9 @@ def _sections(study: Study, found: Sequence[Finding], charts: Sequence[Chart]) -
     run = (*identity(study.original), *_run(study))
     yield Shown("found", "What was found", (Sentences(said, joined=True) if said else none,), look="text")
     yield Shown("charts", "Charts", tuple(_charts(charts)))
-    yield Shown("findings", "The paper's ten findings, tested on this model", tuple(_findings(study, found)), short=_FINDINGS)
+    yield Shown(
+        "findings", "The paper's ten findings, tested on this model", tuple(_findings(study, found)), short=_FINDINGS
+    )
     yield Shown("tables", "The paper's tables", tuple(_paper_tables(study)), look="wide")
     yield Shown("cells", "All cells", tuple(_cells(study)), look="wide")
     yield Shown("failed", "Cells that failed", tuple(_failed(study)))
