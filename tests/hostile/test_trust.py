@@ -16,6 +16,7 @@ import compressknow
 from compressknow.cli import main
 from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.probe.answers import HASH, RECORD, TABLE, read_answers, write_record
+from compressknow.probe.records import Record
 from compressknow.reading import misfit, sha256_of
 from tests.hostile.bounded import bounded
 from tests.knowing import facts_file, knowing
@@ -78,14 +79,14 @@ def test_an_answers_table_is_the_one_that_its_record_was_written_for(answers: Pa
 def test_answers_of_an_older_version_have_no_hash_and_are_read(answers: Path) -> None:
     record = json.loads((answers / RECORD).read_text())
     del record[HASH]
-    write_record(answers, record)
+    write_record(answers, Record.from_dict(record))
     assert read_answers(answers).answers
 
 
 def test_a_row_less_is_seen_without_a_hash_too(answers: Path) -> None:
     record = json.loads((answers / RECORD).read_text())
     del record[HASH]
-    write_record(answers, record)
+    write_record(answers, Record.from_dict(record))
     table = pq.read_table(answers / TABLE)
     pq.write_table(table.slice(1), answers / TABLE)
     with pytest.raises(CompressknowError, match=r"probe.json says \d+"):
@@ -111,7 +112,7 @@ def test_a_mutant_of_a_record_is_read_or_refused_in_one_message(
 def test_a_table_of_the_right_types_with_holes(answers: Path, column: str) -> None:
     record = json.loads((answers / RECORD).read_text())
     del record[HASH]
-    write_record(answers, record)
+    write_record(answers, Record.from_dict(record))
     table = pq.read_table(answers / TABLE)
     values = table[column].to_pylist()
     values[0] = None
