@@ -24,6 +24,7 @@ from compressknow.engine.language_model import LanguageModel, load_language_mode
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.probe.answers import Answer, read_table, write_table
 from compressknow.probe.facts import GENERAL
+from compressknow.probe.records import ProbeEntry
 from compressknow.probe.sources import task_index, tasks
 from compressknow.probe.sources.task_answers import NO_GOLD
 from compressknow.probe.sources.task_index import SHIPPED
@@ -151,7 +152,7 @@ def test_answers_are_those_of_a_plain_loop(loaded: LanguageModel, tmp_path: Path
         assert all(answer.correct for answer in answers)
     write_table(tmp_path / "answers.parquet", answers)
     assert len(read_table(tmp_path / "answers.parquet")) == 5
-    assert json.loads(json.dumps(entry)) == entry
+    assert ProbeEntry.from_dict(json.loads(json.dumps(entry.to_dict()))) == entry
     assert (entry.facts, entry.asked, entry.dropped, entry.truncated) == (5, 5, {}, 0)
     assert (entry.chance, entry.majority, entry.average) == (pytest.approx(1 / 6), 0.2, "micro")
     assert entry.protocol == "lm-eval/3.0"
