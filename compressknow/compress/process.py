@@ -174,7 +174,7 @@ class Work(Reader):
         for block in self.blocks(planned.source):
             largest = torch.maximum(largest, tally.prune(block).max())
         with SCHEMES.answering(scheme.name):
-            return scales_of(scheme, largest)
+            return scheme.scales(largest)
 
     def _write_beside(self, planned: PlannedTensor, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
         """Write scales and the like; gives their hashes by suffix."""
@@ -204,14 +204,6 @@ class Work(Reader):
         return Measured(zeros, zeros, 0, norm, 0.0, writer.sha256)
 
 
-def scales_of(scheme: Scheme, absmax: torch.Tensor) -> torch.Tensor:
-    """Its scales. Raises CompressknowError where one is zero or no number: nothing could be divided by it."""
-    scales = scheme.scales(absmax)
-    if not bool((scales > 0).all() & torch.isfinite(scales).all()):
-        raise CompressknowError(f"The scheme {scheme.name!r} gives scales that are zero or no numbers.")
-    return scales
-
-
 class _Coder:
     """Turns the blocks of a tensor into what its scheme stores, and keeps their scales."""
 
@@ -229,7 +221,7 @@ class _Coder:
     def code(self, values: torch.Tensor, absmax: torch.Tensor, tally: _Tally) -> torch.Tensor:
         """The rows to be stored."""
         with SCHEMES.answering(self._scheme.name):
-            scales = scales_of(self._scheme, absmax) if self._whole is None else self._whole
+            scales = self._scheme.scales(absmax) if self._whole is None else self._whole
             integers = self._rounding(values, scales, self._scheme)
             tally.quantize(values, integers, scales, self._scheme)
             rows = self._scheme.pack(integers)
@@ -240,7 +232,9 @@ class _Coder:
         """What is stored beside the rows, by suffix; called once, after the last block."""
         with SCHEMES.answering(self._scheme.name):
             made = dict(self._scheme.constants(self._planned.source.shape))
-        made[SCALE] = torch.cat(self._scales) if self._whole is None else self._whole
+        made[SCALE] = scales = torch.cat(self._scales) if self._whole is None else self._whole
+        if not bool((scales > 0).all() & torch.isfinite(scales).all()):
+            raise CompressknowError(f"The scheme {self._scheme.name!r} gives scales that are zero or no numbers.")
         return {part.suffix: self._fit(made[part.suffix], part, part.shape[0]) for part in self._planned.stored[1:]}
 
     def _fit(self, made: torch.Tensor, part: Stored, rows: int) -> torch.Tensor:
