@@ -81,7 +81,9 @@ def _declared() -> tuple[set[str], set[str]]:
     """The packages that pyproject.toml asks for, and those of the extras for users."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {name: needs for name, needs in project["optional-dependencies"].items() if name not in ("dev", "docs")}
-    return set(map(_normalized, project["dependencies"])), {_normalized(n) for needs in extras.values() for n in needs}
+    # What another system needs is looked up by name there.
+    needed = [need for need in project["dependencies"] if "sys_platform" not in need]
+    return set(map(_normalized, needed)), {_normalized(n) for needs in extras.values() for n in needs}
 
 
 def _imported() -> set[str]:
