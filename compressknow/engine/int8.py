@@ -161,9 +161,9 @@ def _dynamic_kind(scheme: Any) -> bool | None:
     return {("token", True): True, ("tensor", False): False}.get((inputs.strategy, inputs.symmetric))
 
 
-# Every product has this many rows: kernels choose their way by the number of rows and of threads, and only products of one
-# shape are sure to go one way (AMD EPYC and Intel Xeon, AVX-512, MKL, torch 2.13). With 128 a long input takes 1.2 times
-# as long as in one product, and one of 128 rows no longer; with 16 it would be 2.5 times.
+# Every product has this many rows: kernels choose their way by the number of rows and of threads, and only products of
+# one shape are sure to go one way (AMD EPYC and Intel Xeon, AVX-512, MKL, torch 2.13). With 128 a long input takes 1.2
+# times as long as in one product, and one of 128 rows no longer; with 16 it would be 2.5 times.
 ROWS = 128
 
 
