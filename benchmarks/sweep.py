@@ -154,7 +154,7 @@ class Theirs:
         self.model, self.folder, self.asked = model, folder, asked(options)
         self.seconds: dict[str, tuple[float, float]] = {}
 
-    def ask_original(self) -> None:
+    def evaluate_original(self) -> None:
         compressknow("probe", self.model, "-o", self.folder / "original", *self.asked)
 
     def do(self, cell: Cell) -> None:
@@ -295,7 +295,7 @@ def report(options: Namespace, folder: Path) -> None:
     print(f"\n{len(cells)} of the {len(grid)} cells of the paper's grid, {options.facts} facts of T-REx", flush=True)
     theirs, study = Theirs(model, folder, options), folder / "study"
     if shared:
-        theirs.ask_original()
+        theirs.evaluate_original()
 
     def turn(number: int) -> None:
         if cells[number] in shared:

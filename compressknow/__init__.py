@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from compressknow.probe.run import Settings
     from compressknow.probe.sources import Options
     from compressknow.quiet import Progress, Stage
-    from compressknow.report.diff.records import Contrast
+    from compressknow.report.diff.records import CheckpointComparison
     from compressknow.report.records import Card
     from compressknow.report.search.records import Search, Trial
     from compressknow.report.study.records import Study
@@ -66,7 +66,7 @@ else:
         "probe.run": ("Settings",),
         "probe.sources": ("Options",),
         "quiet": ("Progress", "Stage"),
-        "report.diff.records": ("Contrast",),
+        "report.diff.records": ("CheckpointComparison",),
         "report.records": ("Card",),
         "report.search.records": ("Search", "Trial"),
         "report.study.records": ("Study",),
@@ -114,9 +114,9 @@ __all__ = [
     "Answers",
     "Card",
     "CellResult",
+    "CheckpointComparison",
     "CheckpointError",
     "CompressknowError",
-    "Contrast",
     "GateNotMet",
     "Inspection",
     "Manifest",

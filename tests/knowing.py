@@ -77,7 +77,7 @@ KNOWN_FACTS = tuple(
     for relation, (template, subjects, objects) in _RELATIONS.items()
     for subject, obj in zip(subjects, objects, strict=True)
 )
-_SCHOOL_SUBJECT = {"capital": "geography", "language": "geography", "food": "science", "home": "science"}
+_DOMAIN = {"capital": "geography", "language": "geography", "food": "science", "home": "science"}
 
 
 def candidates(relation: str) -> list[str]:
@@ -92,7 +92,7 @@ def facts_file(path: Path) -> Path:
             row = {
                 "id": f"{fact.relation}-{number % 16:02}",
                 "relation": fact.relation,
-                "subject": _SCHOOL_SUBJECT[fact.relation],
+                "subject": _DOMAIN[fact.relation],
                 "sub_label": fact.sub_label,
                 "obj_label": fact.obj_label,
                 "prompt": fact.sentence("[MASK]"),

@@ -16,7 +16,7 @@ from compressknow.notebook import Shown
 from tests.models import save_tiny
 from tests.report.answering import run, sides
 from tests.report.card.cards import card_of_nothing, card_of_one, card_of_several
-from tests.report.diff.contrasts import contrast_of, identical
+from tests.report.diff.contrasts import comparison_of, identical
 from tests.report.hostile import TEXTS, hostile
 from tests.report.search.searches import found
 from tests.report.study.studies import empty, failed_only, whole_grid
@@ -26,7 +26,7 @@ MADE = {
     "card": card_of_one(),
     "cards": card_of_several(),
     "card of nothing": card_of_nothing(),
-    "contrast": contrast_of(),
+    "contrast": comparison_of(),
     "identical": identical(),
     "search": found(),
     "study": whole_grid(),

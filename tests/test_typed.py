@@ -29,7 +29,7 @@ WRONG = {
     'compressknow.verify("a").diferences': '"Verification" has no attribute "diferences"',
     'compressknow.probe("a", "b").answer': '"Answers" has no attribute "answer"',
     'compressknow.report("a", "b").verdit': '"Card" has no attribute "verdit"',
-    'compressknow.compare("a", "b").diff': '"Contrast" has no attribute "diff"',
+    'compressknow.compare("a", "b").diff': '"CheckpointComparison" has no attribute "diff"',
     'compressknow.sweep("a", "b", on_result=lambda result: result.anwers)': '"CellResult" has no attribute "anwers"',
     'compressknow.search("a", "b")': 'Missing named argument "keep"',
     'compressknow.search("a", "b", keep=0.9).winer': '"Search" has no attribute "winer"',

@@ -31,7 +31,7 @@ from compressknow.report.format import plain, size, smaller
 
 if TYPE_CHECKING:
     from compressknow.diff.records import Difference
-    from compressknow.report.diff.records import Behaviour, Checkpoint, Contrast
+    from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison
     from compressknow.report.tables import Table
 
 
@@ -90,16 +90,16 @@ def compare(
     compressknow compare MODEL CONVERTED -p atlas --limit 300 -o compare.html
     compressknow compare MODEL CONVERTED -p atlas --fail-under 0.95
     """
-    from compressknow.commands.compare import compare as contrast_of
+    from compressknow.commands.compare import compare as comparison_of
     from compressknow.report.card.make import check_gate, gate
-    from compressknow.report.diff.as_json import contrast_json
+    from compressknow.report.diff.as_json import diff_json
 
     if fail_under is not None and not probes:
         raise click.UsageError("--fail-under judges knowledge: name what to ask with -p PROBE.")
     check_gate(fail_under)
     options, settings = split_options(given)
     with if_interrupted(RESUMES if probes else NOTHING_WRITTEN):
-        contrast = contrast_of(
+        comparison = comparison_of(
             a,
             b,
             probes,
@@ -111,15 +111,15 @@ def compare(
             **given,
         )
     if as_json:
-        show_json(contrast_json(contrast))
+        show_json(diff_json(comparison))
     else:
-        show("\n".join(_lines(contrast, outputs)))
-    if fail_under is not None and contrast.behaviour:
-        gate(contrast.behaviour.b_against_a, fail_under)
+        show("\n".join(_lines(comparison, outputs)))
+    if fail_under is not None and comparison.behaviour:
+        gate(comparison.behaviour.b_against_a, fail_under)
 
 
-def _lines(contrast: Contrast, outputs: tuple[Path, ...]) -> Iterator[str]:
-    yield from compare_page(contrast)
+def _lines(comparison: CheckpointComparison, outputs: tuple[Path, ...]) -> Iterator[str]:
+    yield from compare_page(comparison)
     if outputs:
         yield f"\nWritten: {', '.join(map(str, outputs))}"
 
@@ -131,18 +131,18 @@ WORST = 5
 SHOWN = 8
 
 
-def compare_page(contrast: Contrast) -> Iterator[str]:
+def compare_page(comparison: CheckpointComparison) -> Iterator[str]:
     """Lines: the verdict, sizes, weights by group, the layers that differ most, structure, settings, knowledge."""
-    yield from textwrap.wrap(contrast.verdict, WIDTH)
+    yield from textwrap.wrap(comparison.verdict, WIDTH)
     yield ""
-    yield from _sizes(contrast.a, contrast.b)
-    if contrast.difference:
-        yield from _weights(contrast.difference)
-        yield from _listed(structure_table(contrast.difference))
-        yield from _listed(settings_table(contrast.difference, contrast.files))
-    if contrast.behaviour:
-        yield from _knowledge(contrast.behaviour)
-    for warning in contrast.warnings:
+    yield from _sizes(comparison.a, comparison.b)
+    if comparison.difference:
+        yield from _weights(comparison.difference)
+        yield from _listed(structure_table(comparison.difference))
+        yield from _listed(settings_table(comparison.difference, comparison.files))
+    if comparison.behaviour:
+        yield from _knowledge(comparison.behaviour)
+    for warning in comparison.warnings:
         yield ""
         yield from textwrap.wrap(f"! {warning}", WIDTH, subsequent_indent="  ")
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from compressknow.probe.run import Settings
     from compressknow.probe.sources import Options
     from compressknow.quiet import OnProgress
-    from compressknow.report.diff.records import Contrast
+    from compressknow.report.diff.records import CheckpointComparison
 
 
 def compare(
@@ -29,7 +29,7 @@ def compare(
     threads: int | None = None,
     command: str | None = None,
     on_progress: OnProgress | None = None,
-) -> Contrast:
+) -> CheckpointComparison:
     """Compare two checkpoints of one architecture: settings, what is stored, every weight and, if asked, knowledge.
 
     Parameters
@@ -58,19 +58,19 @@ def compare(
         an output that cannot be written.
     """
     from compressknow.engine.identity import describe
-    from compressknow.probe.both_ways import Named, ask_both_ways, find_both
+    from compressknow.probe.both_ways import Named, evaluate_both, find_both
     from compressknow.probe.gather import default_answers_folder, open_named
     from compressknow.probe.run import Settings
     from compressknow.quiet import listener
-    from compressknow.report.diff.make import checkpoint_of, make_contrast
-    from compressknow.report.diff.pages import write_contrasts
+    from compressknow.report.diff.make import checkpoint_of, make_comparison
+    from compressknow.report.diff.pages import write_comparisons
     from compressknow.report.diff.view import behaviour_of
     from compressknow.report.pages import check_outputs, require_for
 
     files = [Path(path) for path in outputs]
     require_for(files, *(("pyarrow", "scipy") if probes else ()))
     check_outputs(files, overwrite=overwrite)
-    asked = open_named(probes, options) if probes else []
+    opened = open_named(probes, options) if probes else []
     settings, listening = settings or Settings(), listener(on_progress)
     first, second = find_both(Named(a, revision), Named(b, revision_b), settings, listening)
     # It imports torch, which takes seconds: what is missing is said before.
@@ -82,10 +82,10 @@ def compare(
         difference = difference_of(
             first.located, second.located, trust_remote_code=trusted, threads=threads, on_progress=listening
         )
-    if asked:
+    if opened:
         folder = Path(keep_in) if keep_in else default_answers_folder()
-        behaviour = behaviour_of(ask_both_ways(first, second, asked, folder, listening), show_facts=not no_facts)
-    contrast = make_contrast(
+        behaviour = behaviour_of(evaluate_both(first, second, opened, folder, listening), show_facts=not no_facts)
+    comparison = make_comparison(
         checkpoint_of(describe(first.located), first.sha256),
         checkpoint_of(describe(second.located), second.sha256),
         difference,
@@ -94,5 +94,5 @@ def compare(
         show_facts=not no_facts,
         command=command,
     )
-    write_contrasts(contrast, files, overwrite=overwrite)
-    return contrast
+    write_comparisons(comparison, files, overwrite=overwrite)
+    return comparison

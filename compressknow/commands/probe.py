@@ -54,7 +54,7 @@ def probe(
     from compressknow.probe.run import Beside, ModelHandle, Settings, probe_model
     from compressknow.quiet import listener
 
-    asked = open_named(probes, options)
+    opened = open_named(probes, options)
     original = read_reference(reference) if reference is not None else None
     handle = ModelHandle(locate(model, revision), settings or Settings())
-    return probe_model(handle, asked, Path(folder), Beside(original), on_progress=listener(on_progress))
+    return probe_model(handle, opened, Path(folder), Beside(original), on_progress=listener(on_progress))

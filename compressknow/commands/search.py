@@ -10,7 +10,7 @@ from compressknow.libraries import require
 from compressknow.probe.gather import open_named
 from compressknow.probe.run import Settings
 from compressknow.quiet import OnProgress, listener
-from compressknow.study.cells import Subject
+from compressknow.study.cells import StudyModel
 from compressknow.study.folder import claim, refuse_foreign
 from compressknow.study.found import HELD_OUT, SEARCHED, write_found
 from compressknow.study.running import RayOptions, runner
@@ -22,9 +22,9 @@ from compressknow.study.search import (
     search_of,
     sizes_of_original,
 )
-from compressknow.study.selection import Aim
+from compressknow.study.selection import Criterion
 from compressknow.study.space import Space
-from compressknow.study.split import Asked, parts_of
+from compressknow.study.split import EvaluationSet, parts_of
 
 if TYPE_CHECKING:
     from compressknow.model.structure import ModuleMap
@@ -86,25 +86,25 @@ def search(
         `output` holds something else.
     """
     require("matplotlib", "optuna", "pyarrow", "scipy", *(["ray"] if ray else []))
-    aim, folder, listening = Aim(keep, minimize), Path(output), listener(on_progress)
+    criterion, folder, listening = Criterion(keep, minimize), Path(output), listener(on_progress)
     refuse_foreign(folder)
     parts = [parts_of(probe, seed) for probe in open_named(probes, options)]
     with (
-        Subject(model, settings or Settings(), revision=revision, keep_in=None if ray else folder) as subject,
-        claim(folder, subject.original),
+        StudyModel(model, settings or Settings(), revision=revision, keep_in=None if ray else folder) as study_model,
+        claim(folder, study_model.original),
         runner(ray, listening) as run,
     ):
         rest, first = [part.rest for part in parts], [part.first for part in parts]
-        searched = Asked.of(subject, rest, folder / SEARCHED, listening, run, first)
+        searched = EvaluationSet.of(study_model, rest, folder / SEARCHED, listening, run, first)
         chosen = RecipeSearch(
-            Space(subject.maker.structure(module_map), schemes, module_map),
-            aim,
-            evaluating(searched, aim, on_result),
+            Space(study_model.maker.structure(module_map), schemes, module_map),
+            criterion,
+            evaluating(searched, criterion, on_result),
             sizes_of_original(searched.original),
             together=TOGETHER if ray else 1,
         )
         chosen.explore(trials, seed)
-        held_out = Asked.of(subject, [part.held_out for part in parts], folder / HELD_OUT, listening, run)
+        held_out = EvaluationSet.of(study_model, [part.held_out for part in parts], folder / HELD_OUT, listening, run)
         chosen.confirm(confirming(held_out))
         found = search_of(chosen, searched, held_out, seed=seed, command=command)
         write_found(found, held_out, folder, show_facts=not no_facts)

@@ -11,7 +11,7 @@ from compressknow.libraries import require
 from compressknow.probe.gather import open_named
 from compressknow.probe.run import Settings
 from compressknow.quiet import OnProgress, listener, staged
-from compressknow.study.cells import Subject, save_cell
+from compressknow.study.cells import StudyModel, save_cell
 from compressknow.study.folder import CELLS, MODELS, ORIGINAL, CellResult, claim, refuse_foreign, study_of
 from compressknow.study.grid import PAPER, grid_cells
 from compressknow.study.running import Batch, RayOptions, runner
@@ -72,25 +72,25 @@ def sweep(
     require("matplotlib", "pyarrow", "scipy", *(["ray"] if ray else []))
     folder, listening = Path(output), listener(on_progress)
     refuse_foreign(folder)
-    asked = open_named(probes, options)
+    opened = open_named(probes, options)
     # On a cluster the workers keep what they need.
     kept = None if ray else folder
-    with Subject(model, settings or Settings(), revision=revision, keep_in=kept) as subject:
+    with StudyModel(model, settings or Settings(), revision=revision, keep_in=kept) as study_model:
         cells = grid_cells(
             # The model is opened for the paper's grid alone: what is wrong with a file is said before.
             grid,
-            lambda chosen: subject.maker.structure(chosen),
+            lambda chosen: study_model.maker.structure(chosen),
             module_map=module_map,
             scheme=scheme,
         )
-        with claim(folder, subject.original), runner(ray, listening) as run:
-            original = subject.ask_original(asked, folder / ORIGINAL, staged(listening, of=len(cells) + 1))
+        with claim(folder, study_model.original), runner(ray, listening) as run:
+            original = study_model.evaluate_original(opened, folder / ORIGINAL, staged(listening, of=len(cells) + 1))
             found = {}
-            with closing(run(Batch(subject, cells, asked, folder / CELLS, original))) as results:
+            with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:
                 for result in results:
                     found[result.cell] = result
                     if save and result.answers is not None:
-                        save_cell(subject, result.cell, folder / MODELS)
+                        save_cell(study_model, result.cell, folder / MODELS)
                     if on_result:
                         on_result(result)
             study = study_of(original, [found[cell] for cell in cells], command=command)

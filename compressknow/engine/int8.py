@@ -173,7 +173,7 @@ class SteadyLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         filled = functional.pad(rows, (0, 0, 0, -len(rows) % ROWS))
-        products = [super(SteadyLinear, self).forward(part) for part in filled.split(ROWS)]
+        products = [super(SteadyLinear, self).forward(part) for part in torch.split(filled, ROWS)]
         values = products[0] if len(products) == 1 else torch.cat(products)
         return values[: len(rows)].reshape(*x.shape[:-1], self.out_features)
 

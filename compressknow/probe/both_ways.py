@@ -66,7 +66,7 @@ class BothWays(NamedTuple):
     a_like_b: Answers
 
 
-def ask_both_ways(
+def evaluate_both(
     a: ModelHandle,
     b: ModelHandle,
     probes: Sequence[Probe | Task],
@@ -82,7 +82,7 @@ def ask_both_ways(
     from compressknow.probe.run import Beside, probe_model
     from compressknow.quiet import staged
 
-    def ask(
+    def evaluate(
         model: ModelHandle, reference: Answers | None, whole: Distributions | None, known: Answers | None = None
     ) -> Answers:
         folder = folder_of(keep_in, model.sha256, reference)
@@ -90,16 +90,16 @@ def ask_both_ways(
         return probe_model(model, probes, folder, Beside(reference, known, whole), on_progress=watched, wait=True)
 
     if a.sha256 == b.sha256:
-        alone = ask(a, None, None)
+        alone = evaluate(a, None, None)
         a.release()
         return BothWays(alone, alone, alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
-        of_a = ask(a, None, whole_a)
+        of_a = evaluate(a, None, whole_a)
         a.release()
-        b_like_a = ask(b, of_a, whole_a)
+        b_like_a = evaluate(b, of_a, whole_a)
         whole_a.close()
-        of_b = ask(b, None, whole_b, known=b_like_a)
+        of_b = evaluate(b, None, whole_b, known=b_like_a)
         b.release()
-        a_like_b = ask(a, of_b, whole_b, known=of_a)
+        a_like_b = evaluate(a, of_b, whole_b, known=of_a)
         a.release()
     return BothWays(of_a, b_like_a, of_b, a_like_b)

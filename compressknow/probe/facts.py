@@ -16,7 +16,7 @@ from compressknow.errors import UsageError
 BLANK = "[MASK]"
 
 # The subjects of the report card's grades.
-SCHOOL_SUBJECTS = (
+DOMAINS = (
     "geography",
     "language",
     "science",
@@ -108,11 +108,11 @@ class Probe:
     read: int = -1
     limit: int | None = None
     seed: int = 0
-    commonest: Mapping[str, str] = field(default_factory=dict)
+    most_frequent: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.commonest:
-            object.__setattr__(self, "commonest", commonest(self.facts))
+        if not self.most_frequent:
+            object.__setattr__(self, "most_frequent", most_frequent(self.facts))
         if self.read < 0:
             object.__setattr__(self, "read", len(self.facts) + sum(self.dropped.values()))
 
@@ -185,7 +185,7 @@ def chance(choices: Iterable[int | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(numbers) else None
 
 
-def commonest(facts: Iterable[Fact]) -> dict[str, str]:
+def most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
     """Each relation's most frequent object; of equally frequent ones the first."""
     objects: dict[str, Counter[str]] = {}
     for fact in facts:

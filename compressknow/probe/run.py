@@ -336,7 +336,7 @@ def _entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) 
         dropped=dict(dropped),
         average=probe.average,
         chance=chance(answer.choices for answer in answers),
-        majority=majority(facts, probe.commonest),
+        majority=majority(facts, probe.most_frequent),
         limit=probe.limit,
         seed=probe.seed,
         source=dict(probe.source),

@@ -135,7 +135,7 @@ def lines(
         + ", ".join(f"{written(y.value, unit)} at {amount:g} %" for amount, y in line.points)
         for line in drawn_lines
     )
-    with axes(260, id, title, f"{told}.{_levels_told(levels, unit)}") as (plot, drawn):
+    with axes(260, id, title, f"{told}.{_levels_in_words(levels, unit)}") as (plot, drawn):
         ends = [_line(plot, line, i, 100 * start) for i, line in enumerate(drawn_lines)]
         largest = max(x for x, *_ in ends)
         shown = [100 * start, *(100 * (y.value or 0.0) for line in drawn_lines for _, y in line.points)]
@@ -187,7 +187,7 @@ def _level_places(levels: Sequence[Level], gap: float) -> list[float]:
     return apart([100 * level.value for level in levels], gap, float("-inf"))
 
 
-def _levels_told(levels: Sequence[Level], unit: str) -> str:
+def _levels_in_words(levels: Sequence[Level], unit: str) -> str:
     return "".join(f" {plain(level.name, 40)}: {written(level.value, unit)}." for level in levels)
 
 
@@ -207,7 +207,9 @@ def bars(
     )
     places = _bar_places(drawn_bars)
     last = places[-1]
-    with axes(40 + round(22 * (last + 1 + 0.9 * len(levels))), id, title, f"{told}.{_levels_told(levels, unit)}") as (
+    with axes(
+        40 + round(22 * (last + 1 + 0.9 * len(levels))), id, title, f"{told}.{_levels_in_words(levels, unit)}"
+    ) as (
         plot,
         drawn,
     ):

@@ -35,7 +35,7 @@ def inline(raw: str, id: str, title: str, description: str) -> str:
     id : of the element; nothing else on the page may have it or begin with it.
     title, description : plain text, escaped here.
     """
-    root = ElementTree.fromstring(_UNSEEN.sub(lambda unseen: plain(unseen.group()), raw))
+    root = ElementTree.fromstring(_UNSEEN.sub(lambda held_out: plain(held_out.group()), raw))
     for element in root.iter():
         element.tag = _local(element.tag)
     _drop(root, {"metadata", "style"})

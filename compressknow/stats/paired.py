@@ -11,7 +11,7 @@ import numpy as np
 
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import REFERENCE_TOKENS, Answer
-from compressknow.probe.facts import SCHOOL_SUBJECTS
+from compressknow.probe.facts import DOMAINS
 from compressknow.probe.records import ProbeEntry
 from compressknow.stats.distributions import (
     POPULARITY_BINS,
@@ -63,7 +63,7 @@ def compare_probe(
         logp_change=percentiles([change for pair in pairs if (change := _logp_change(pair)) is not None]),
         **_rank_figures(pairs),
         **_confidence_figures(pairs),
-        by_subject=tuple(sorted(by_subject, key=lambda group: subject_order(group.name))),
+        by_subject=tuple(sorted(by_subject, key=lambda group: domain_order(group.name))),
         by_popularity=_by_popularity(pairs),
         **_given(entry_original),
     )
@@ -119,7 +119,7 @@ def changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple
 def _place(pair: Pair, sign: int) -> tuple[Any, ...]:
     fact, change = pair[0], _logp_change(pair)
     # Facts whose change is not known come last of their relation.
-    return subject_order(fact.subject), fact.relation, change is None, sign * (change or 0.0), fact.probe, fact.fact_id
+    return domain_order(fact.subject), fact.relation, change is None, sign * (change or 0.0), fact.probe, fact.fact_id
 
 
 def _changed(pair: Pair) -> ChangedFact:
@@ -138,9 +138,9 @@ def _changed(pair: Pair) -> ChangedFact:
     )
 
 
-def subject_order(subject: str) -> tuple[int, str]:
+def domain_order(subject: str) -> tuple[int, str]:
     """Sort key: school subjects as on a report card, then all others by name."""
-    place = SCHOOL_SUBJECTS.index(subject) if subject in SCHOOL_SUBJECTS else len(SCHOOL_SUBJECTS)
+    place = DOMAINS.index(subject) if subject in DOMAINS else len(DOMAINS)
     return place, subject
 
 
@@ -320,7 +320,7 @@ def paired(
 
     Raises CompressknowError where the two sides were not asked the same: by protocol, by fingerprint or by the facts.
     """
-    _same_questions(probe, entry_original, entry_compressed)
+    _same_prompts(probe, entry_original, entry_compressed)
     before, after = _by_id(probe, original), _by_id(probe, compressed)
     _same_facts(probe, before, after)
     return [(before[fact], after[fact]) for fact in sorted(before)]
@@ -333,7 +333,7 @@ def counts(pairs: Sequence[Pair]) -> Counts:
     return Counts(both, before - both, after - both, len(pairs) - before - after + both)
 
 
-def _same_questions(probe: str, original: ProbeEntry, compressed: ProbeEntry) -> None:
+def _same_prompts(probe: str, original: ProbeEntry, compressed: ProbeEntry) -> None:
     if (original.protocol, original.fingerprint) == (compressed.protocol, compressed.fingerprint):
         return
     differing = [

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from compressknow.compress.variant import VariantMaker
 
 
-class Subject:
+class StudyModel:
     """The original of a study, found and opened once: it, and every cell, can be asked from here.
 
     Parameters
@@ -62,7 +62,7 @@ class Subject:
 
         return VariantMaker(self.original.located.path, trust_remote_code=self._trusted)
 
-    def __enter__(self) -> Subject:
+    def __enter__(self) -> StudyModel:
         return self
 
     def __exit__(
@@ -73,13 +73,13 @@ class Subject:
         if "maker" in self.__dict__:
             self.maker.__exit__(kind, error, trace)
 
-    def ask_original(
+    def evaluate_original(
         self, probes: Sequence[Probe | Task], folder: Path, on_progress: Listener | None = None
     ) -> Answers:
         """The original's answers, kept in `folder`."""
-        return _ask(self.original, probes, folder, None, self._whole, on_progress)
+        return _evaluate(self.original, probes, folder, None, self._whole, on_progress)
 
-    def ask_cell(
+    def evaluate_cell(
         self,
         cell: Cell,
         probes: Sequence[Probe | Task],
@@ -88,7 +88,7 @@ class Subject:
         on_progress: Listener | None = None,
     ) -> Answers:
         """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or asked."""
-        return _ask(self._handle(cell), probes, cells / self.folder_of(cell), reference, self._whole, on_progress)
+        return _evaluate(self._handle(cell), probes, cells / self.folder_of(cell), reference, self._whole, on_progress)
 
     def is_answered(self, cell: Cell, probe: Probe | Task, cells: Path, reference: Answers) -> bool:
         """Whether `ask_cell` would find these answers there."""
@@ -103,7 +103,7 @@ class Subject:
         return CellHandle(self.original, cell, self.maker, self.tokenizer, self._written)
 
 
-def _ask(
+def _evaluate(
     handle: ModelHandle,
     probes: Sequence[Probe | Task],
     folder: Path,
@@ -206,12 +206,12 @@ class CellHandle(ModelHandle):
         return self._described
 
 
-def save_cell(subject: Subject, cell: Cell, models: Path) -> None:
+def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
     """Write a cell's checkpoint below `models`, unless a run before has."""
     from compressknow.compress.convert import convert
     from compressknow.report.model_card.render import model_card_for
 
-    folder = models / subject.folder_of(cell)
+    folder = models / study_model.folder_of(cell)
     if not folder.exists():
         models.mkdir(exist_ok=True)
-        convert(subject.maker.checkpoint.folder, folder, cell.recipe, render_card=model_card_for)
+        convert(study_model.maker.checkpoint.folder, folder, cell.recipe, render_card=model_card_for)

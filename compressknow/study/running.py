@@ -20,7 +20,7 @@ from compressknow.probe.facts import Probe
 from compressknow.probe.run import Settings
 from compressknow.probe.sources import Task
 from compressknow.quiet import Listener, staged
-from compressknow.study.cells import Subject, folder_of
+from compressknow.study.cells import StudyModel, folder_of
 from compressknow.study.folder import CellResult
 from compressknow.study.grid import Cell
 
@@ -44,7 +44,7 @@ class RayOptions:
 class Batch:
     """Cells to ask: `folder` keeps their answers, `original` is the reference."""
 
-    subject: Subject
+    study_model: StudyModel
     cells: Sequence[Cell]
     probes: Sequence[Probe | Task]
     folder: Path
@@ -81,7 +81,9 @@ def _numbered(on_progress: Listener | None, number: int, of: int) -> Listener | 
 def _here(batch: Batch, cell: Cell, on_progress: Listener | None) -> CellResult:
     try:
         return CellResult(
-            cell, batch.original, batch.subject.ask_cell(cell, batch.probes, batch.folder, batch.original, on_progress)
+            cell,
+            batch.original,
+            batch.study_model.evaluate_cell(cell, batch.probes, batch.folder, batch.original, on_progress),
         )
     except OutputError:
         # A full disk, a folder that cannot be written: each cell would be evaluated in vain. The study resumes.
@@ -134,8 +136,8 @@ def _results(ray: Any, where: RayOptions, batch: Batch) -> Generator[CellResult]
     pending: dict[Any, tuple[Cell, str]] = {}
     for cell in batch.cells:
         for probe in batch.probes:
-            if not batch.subject.is_answered(cell, probe, batch.folder, original):
-                pending[run.remote(_job(batch.subject, cell, where), *shared[probe.name])] = (cell, probe.name)
+            if not batch.study_model.is_answered(cell, probe, batch.folder, original):
+                pending[run.remote(_job(batch.study_model, cell, where), *shared[probe.name])] = (cell, probe.name)
     yield from _collect(ray, batch, pending)
 
 
@@ -152,7 +154,7 @@ def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Ge
             (ready, *_), _ = ray.wait(list(pending), num_returns=1)
             cell, probe = pending.pop(ready)
             try:
-                _store(batch.folder / batch.subject.folder_of(cell) / folder_of(probe), ray.get(ready))
+                _store(batch.folder / batch.study_model.folder_of(cell) / folder_of(probe), ray.get(ready))
             except Exception as error:
                 failed.setdefault(cell, reason(getattr(error, "cause", None) or error))
             left[cell] -= 1
@@ -162,7 +164,9 @@ def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Ge
 def _result(batch: Batch, cell: Cell, failed: str | None) -> CellResult:
     if failed is not None:
         return CellResult(cell, batch.original, why=failed)
-    return CellResult(cell, batch.original, batch.subject.ask_cell(cell, batch.probes, batch.folder, batch.original))
+    return CellResult(
+        cell, batch.original, batch.study_model.evaluate_cell(cell, batch.probes, batch.folder, batch.original)
+    )
 
 
 def _connect(where: RayOptions) -> Any:
@@ -194,12 +198,12 @@ def _no_cluster(where: RayOptions, error: Exception) -> CompressknowError:
     )
 
 
-def _job(subject: Subject, cell: Cell, where: RayOptions) -> Job:
-    located = subject.original.located
+def _job(study_model: StudyModel, cell: Cell, where: RayOptions) -> Job:
+    located = study_model.original.located
     # A hub id is downloaded by the worker; a folder must be on storage that it shares.
     model = located.name if located.revision else str(located.path.resolve())
     threads = max(1, round(where.num_cpus))
-    original = subject.original
+    original = study_model.original
     return Job(model, located.revision, original.sha256, cell, original.settings, threads)
 
 
@@ -208,19 +212,19 @@ def _run(job: Job, probe: Probe | Task, reference: Answers) -> Files:
     import torch
 
     torch.set_num_threads(job.threads)
-    subject = _subject(job.model, job.settings, job.revision)
-    if subject.original.sha256 != job.sha256:
+    study_model = _subject(job.model, job.settings, job.revision)
+    if study_model.original.sha256 != job.sha256:
         raise CompressknowError(f"{job.model} is another model on this worker.", hint="Share one storage with all.")
     with tempfile.TemporaryDirectory() as folder:
-        subject.ask_cell(job.cell, [probe], Path(folder), reference)
-        answers = Path(folder) / subject.folder_of(job.cell) / folder_of(probe.name)
+        study_model.evaluate_cell(job.cell, [probe], Path(folder), reference)
+        answers = Path(folder) / study_model.folder_of(job.cell) / folder_of(probe.name)
         return {name: (answers / name).read_bytes() for name in (TABLE, RECORD)}
 
 
 @cache
-def _subject(model: str, settings: Settings, revision: str | None) -> Subject:
+def _subject(model: str, settings: Settings, revision: str | None) -> StudyModel:
     """Opened once a worker."""
-    return Subject(model, settings, revision=revision, keep_in=Path(tempfile.gettempdir()))
+    return StudyModel(model, settings, revision=revision, keep_in=Path(tempfile.gettempdir()))
 
 
 def _store(folder: Path, files: Files) -> None:

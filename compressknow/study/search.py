@@ -12,9 +12,9 @@ from compressknow.report.card.make import compare, model_facts
 from compressknow.report.search.records import Search, Trial
 from compressknow.stats.records import Estimate
 from compressknow.study.optimizer import Optimizer
-from compressknow.study.selection import Aim, cheapness, kept_of, level, may_meet, meets, promising
+from compressknow.study.selection import Criterion, cheapness, kept_of, level, may_meet, meets, promising
 from compressknow.study.space import Space
-from compressknow.study.split import Asked, cell_of
+from compressknow.study.split import EvaluationSet, cell_of
 
 # Trials that a cluster is given at once.
 TOGETHER = 8
@@ -41,9 +41,9 @@ class RecipeSearch:
     """
 
     def __init__(
-        self, space: Space, aim: Aim, evaluate: Evaluate, sizes: Mapping[str, int], *, together: int = 1
+        self, space: Space, criterion: Criterion, evaluate: Evaluate, sizes: Mapping[str, int], *, together: int = 1
     ) -> None:
-        self.aim, self.sizes = aim, sizes
+        self.criterion, self.sizes = criterion, sizes
         self.confirmed: tuple[Trial, ...] = ()
         self.level = level(())
         self._space, self._evaluate, self._together = space, evaluate, together
@@ -58,7 +58,7 @@ class RecipeSearch:
     @property
     def winner(self) -> Trial | None:
         """The cheapest that keeps enough of the held-out facts too."""
-        return next((trial for trial in self.confirmed if meets(trial.held_out, self.aim.keep)), None)
+        return next((trial for trial in self.confirmed if meets(trial.held_out, self.criterion.keep)), None)
 
     def explore(self, trials: int, seed: int) -> None:
         """The paper's setups, then the layers one band after the other, then so many trials of the optimizer."""
@@ -72,7 +72,7 @@ class RecipeSearch:
 
     def confirm(self, confirm: Confirm) -> None:
         """Put the promising trials to the held-out facts, the cheapest first, until one keeps enough there too."""
-        candidates = promising(self.trials, self.aim)
+        candidates = promising(self.trials, self.criterion)
         self.level = level(candidates)
         for trial in candidates:
             kept = confirm(Recipe.from_dict(dict(trial.recipe)), self.level)
@@ -91,7 +91,7 @@ class RecipeSearch:
         """Let the optimizer choose so many, and tell it what came of them."""
         chosen = optimizer.choose(number)
         tried = self._try([recipe for _, recipe in chosen if recipe is not None], "search")
-        keep, minimize = self.aim.keep, self.aim.minimize
+        keep, minimize = self.criterion.keep, self.criterion.minimize
         for trial, recipe in chosen:
             if recipe is None:
                 optimizer.tell(trial, self.sizes[minimize], keep - 1.0)
@@ -102,12 +102,14 @@ class RecipeSearch:
                 optimizer.tell(trial, tried[recipe].sizes[minimize] + lost, keep - (kept.low or 0.0))
 
 
-def evaluating(searched: Asked, aim: Aim, on_result: Callable[[Trial], object] | None = None) -> Evaluate:
+def evaluating(
+    searched: EvaluationSet, criterion: Criterion, on_result: Callable[[Trial], object] | None = None
+) -> Evaluate:
     """What evaluates recipes on the facts of a search; those that fall short of the first facts on these alone."""
 
     def evaluate(recipes: Sequence[Recipe], kind: str) -> Iterator[tuple[Recipe, Trial]]:
         cells = [cell_of(recipe) for recipe in recipes]
-        for cell, answers in searched.ask(cells, lambda first: may_meet(searched.original, first, aim.keep)):
+        for cell, answers in searched.evaluate(cells, lambda first: may_meet(searched.original, first, criterion.keep)):
             trial = trial_of(searched.original, cell.recipe, answers, kind)
             if on_result:
                 on_result(trial)
@@ -116,11 +118,11 @@ def evaluating(searched: Asked, aim: Aim, on_result: Callable[[Trial], object] |
     return evaluate
 
 
-def confirming(held_out: Asked) -> Confirm:
+def confirming(held_out: EvaluationSet) -> Confirm:
     """What evaluates a recipe on the held-out facts."""
 
     def confirm(recipe: Recipe, level: float) -> Estimate:
-        ((_, answers),) = held_out.ask([cell_of(recipe)])
+        ((_, answers),) = held_out.evaluate([cell_of(recipe)])
         return kept_of(held_out.original, answers, level)
 
     return confirm
@@ -158,16 +160,18 @@ def sizes_of_original(original: Answers) -> dict[str, int]:
     return {"sparse-bytes": model.bytes or 0, "bytes": model.bytes or 0, "nonzero": model.parameters or 0}
 
 
-def search_of(search: RecipeSearch, searched: Asked, held_out: Asked, *, seed: int, command: str | None) -> Search:
+def search_of(
+    search: RecipeSearch, searched: EvaluationSet, held_out: EvaluationSet, *, seed: int, command: str | None
+) -> Search:
     """The record of a search that has ended."""
-    keep, winner = search.aim.keep, search.winner
+    keep, winner = search.criterion.keep, search.winner
     failed = [trial.recipe for trial in search.confirmed if not meets(trial.held_out, keep)]
     naive = [t for t in search.trials if _is_naive(t) and meets(t.kept, keep) and t.recipe not in failed]
     nearest = max(search.confirmed, key=lambda t: (t.held_out and t.held_out.low) or 0.0, default=None)
     return Search(
         original=model_facts(searched.original.record.model),
         keep=keep,
-        minimize=search.aim.minimize,
+        minimize=search.criterion.minimize,
         probes=tuple(probe.name for probe in held_out.probes),
         searched=len(searched.original.answers),
         first=sum(len(probe.facts) for probe in searched.first),
@@ -180,7 +184,7 @@ def search_of(search: RecipeSearch, searched: Asked, held_out: Asked, *, seed: i
         confirmed=search.confirmed,
         winner=winner,
         closest=None if winner else nearest,
-        naive=min(naive, key=lambda t: cheapness(t, search.aim), default=None),
+        naive=min(naive, key=lambda t: cheapness(t, search.criterion), default=None),
         seed=seed,
         versions=dict(searched.original.record.versions),
         command=command,

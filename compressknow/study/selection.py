@@ -19,7 +19,7 @@ SURE = 0.99
 
 
 @dataclass(frozen=True)
-class Aim:
+class Criterion:
     """What is asked for: the share of knowledge to keep, and what is to be small."""
 
     keep: float
@@ -51,17 +51,17 @@ def may_meet(original: Answers, answers: Answers, keep: float) -> bool:
     return high is None or high >= keep
 
 
-def cheapness(trial: Trial, aim: Aim) -> tuple[int, float, float]:
+def cheapness(trial: Trial, criterion: Criterion) -> tuple[int, float, float]:
     """What to sort by, the best first: the size; of one size what is kept, and then how far the answers moved."""
-    return trial.sizes[aim.minimize], -(trial.kept.low or 0.0), trial.harm or 0.0
+    return trial.sizes[criterion.minimize], -(trial.kept.low or 0.0), trial.harm or 0.0
 
 
-def promising(trials: Sequence[Trial], aim: Aim) -> list[Trial]:
+def promising(trials: Sequence[Trial], criterion: Criterion) -> list[Trial]:
     """Those to ask the held-out facts, the cheapest first: they keep enough of the facts of the search. Where none
     does, the one that keeps most, to be told.
     """
-    candidates = sorted((t for t in trials if t.kept.value is not None), key=lambda t: cheapness(t, aim))
-    enough = [t for t in candidates if meets(t.kept, aim.keep)][:CONFIRMED]
+    candidates = sorted((t for t in trials if t.kept.value is not None), key=lambda t: cheapness(t, criterion))
+    enough = [t for t in candidates if meets(t.kept, criterion.keep)][:CONFIRMED]
     return enough or sorted(candidates, key=lambda t: -(t.kept.low or 0.0))[:1]
 
 

@@ -15,7 +15,7 @@ from compressknow.probe.answers import Answers
 from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.sources import Task, source_of, usable
 from compressknow.quiet import Listener
-from compressknow.study.cells import Subject
+from compressknow.study.cells import StudyModel
 from compressknow.study.folder import CELLS, ORIGINAL, CellResult
 from compressknow.study.grid import Cell, key_of
 from compressknow.study.running import Batch, Run
@@ -66,22 +66,22 @@ def _cut(facts: Sequence[Fact], share: float, seed: int) -> tuple[tuple[Fact, ..
     for fact in facts:
         relations.setdefault(fact.relation, []).append(fact.id)
     drawn: set[str] = set()
-    seen = 0
+    counted = 0
     for name, ids in sorted(relations.items()):
         shuffled = sorted(ids)
         random.Random(f"{seed}:{name}").shuffle(shuffled)
         # What a relation's share leaves of a whole fact is carried over to the next one.
-        seen += len(ids)
-        drawn.update(shuffled[: int(share * seen) - len(drawn)])
+        counted += len(ids)
+        drawn.update(shuffled[: int(share * counted) - len(drawn)])
     first, others = (tuple(fact for fact in facts if (fact.id in drawn) is part) for part in (True, False))
     return first, others
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationSet:
     """One half of the facts, and what the original answers to them; `first` are those of the probes to ask first."""
 
-    subject: Subject
+    study_model: StudyModel
     probes: tuple[Probe, ...]
     first: tuple[Probe, ...]
     folder: Path
@@ -91,22 +91,24 @@ class Asked:
     @classmethod
     def of(
         cls,
-        subject: Subject,
+        study_model: StudyModel,
         probes: Sequence[Probe],
         folder: Path,
         on_progress: Listener | None,
         run: Run,
         first: Sequence[Probe | None] = (),
-    ) -> Asked:
+    ) -> EvaluationSet:
         begun = tuple(probe for probe in first if probe)
         whole = (*begun, *probes)
-        return cls(subject, whole, begun, folder, subject.ask_original(whole, folder / ORIGINAL, on_progress), run)
+        return cls(
+            study_model, whole, begun, folder, study_model.evaluate_original(whole, folder / ORIGINAL, on_progress), run
+        )
 
     @property
     def known(self) -> int:
         return sum(answer.correct for answer in self.original.answers)
 
-    def ask(
+    def evaluate(
         self, cells: Sequence[Cell], hopeful: Callable[[Answers], bool] | None = None
     ) -> Iterator[tuple[Cell, Answers]]:
         """Each cell's answers, as they come; the first ones alone of those that are not `hopeful` after these.
@@ -115,16 +117,16 @@ class Asked:
         """
         if hopeful and self.first:
             going_on = []
-            for cell, answers in self._ask(cells, self.first):
+            for cell, answers in self._evaluate(cells, self.first):
                 if hopeful(answers):
                     going_on.append(cell)
                 else:
                     yield cell, answers
             cells = going_on
-        yield from self._ask(cells, self.probes)
+        yield from self._evaluate(cells, self.probes)
 
-    def _ask(self, cells: Sequence[Cell], probes: Sequence[Probe]) -> Iterator[tuple[Cell, Answers]]:
-        batch = Batch(self.subject, cells, probes, self.folder / CELLS, self.original)
+    def _evaluate(self, cells: Sequence[Cell], probes: Sequence[Probe]) -> Iterator[tuple[Cell, Answers]]:
+        batch = Batch(self.study_model, cells, probes, self.folder / CELLS, self.original)
         with closing(self.run(batch)) as results:
             for result in results:
                 yield _cell_and_answers(result)

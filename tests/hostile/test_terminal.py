@@ -22,7 +22,7 @@ OURS = "\u2068\u2069"
 Printed = Callable[..., str]
 
 
-def unseen(text: str) -> list[str]:
+def held_out(text: str) -> list[str]:
     return [f"U+{ord(c):04X} in {text[max(0, i - 40) : i + 20]!r}" for i, c in enumerate(text) if not fine(c)]
 
 
@@ -38,8 +38,8 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
         capsys.readouterr()
         ended = main(list(map(str, args)))
         out, err = capsys.readouterr()
-        assert not unseen(out), unseen(out)
-        assert not unseen(err), unseen(err)
+        assert not held_out(out), held_out(out)
+        assert not held_out(err), held_out(err)
         assert code is None or ended == code, out + err
         return out + err
 
@@ -63,7 +63,7 @@ def test_a_folders_name(model: Path, tmp_path: Path, printed: Printed) -> None:
         printed(*args, code=0)
     printed("convert", model, out, *pruned, "--quantize", "int8", code=0)
     readme = (out / "README.md").read_text()
-    assert not unseen(readme), unseen(readme)
+    assert not held_out(readme), held_out(readme)
     for args in (
         ("verify", out),
         ("verify", out, "--json"),
@@ -73,7 +73,7 @@ def test_a_folders_name(model: Path, tmp_path: Path, printed: Printed) -> None:
         printed(*args, code=0)
     pages = [tmp_path / f"c{HOSTILE}.{kind}" for kind in ("md", "json", "html")]
     printed("compare", model, out, *(part for page in pages for part in ("-o", page)), code=0)
-    assert not unseen(pages[0].read_text())
+    assert not held_out(pages[0].read_text())
     (out / HOSTILE).write_text("")
     (out / "config.json").unlink()
     assert "⟨U+001B⟩" in printed("verify", out, code=1)
@@ -153,12 +153,12 @@ def test_facts_and_answers(tmp_path: Path, printed: Printed) -> None:
     printed("report", model, out, *probe, "--answers", tmp_path / "kept", "--json", code=0)
     printed("compare", model, out, *probe, "--answers", tmp_path / "kept", code=0)
     for page in (*tmp_path.glob("*.md"), out / "README.md"):
-        assert not unseen(page.read_text()), page.name
+        assert not held_out(page.read_text()), page.name
     (tmp_path / "grid.toml").write_text('[axes]\nscope = ["attention"]\nprune = [0.5]\n')
     study = tmp_path / f"s{HOSTILE}"
     printed("sweep", model, "-o", study, "--grid", tmp_path / "grid.toml", *probe, code=0)
     printed("sweep", model, "-o", study, "--grid", tmp_path / "grid.toml", *probe, "--json", code=0)
-    assert not unseen((study / "study.md").read_text())
+    assert not held_out((study / "study.md").read_text())
     facts.write_text(json.dumps({"prompt": HOSTILE, "obj_label": 1, HOSTILE: 2, "subjekt": HOSTILE}))
     assert "Error: " in printed("probe", model, *probe, "-o", tmp_path / "b")
 
@@ -177,7 +177,7 @@ def test_json_means_the_same_after_it_was_escaped(capsys: pytest.CaptureFixture[
     show_json(values)
     out = capsys.readouterr().out
     assert json.loads(out) == values
-    assert not unseen(out)
+    assert not held_out(out)
     assert "möbel 東京 🦙" in out
     show("möbel\n\t東京 \u202e")
     assert capsys.readouterr().out == "möbel\n 東京 ⟨U+202E⟩\n"

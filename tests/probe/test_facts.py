@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.errors import UsageError
-from compressknow.probe.facts import Fact, Probe, chance, commonest, majority
+from compressknow.probe.facts import Fact, Probe, chance, majority, most_frequent
 from compressknow.probe.sources import Options, open_probe
 from tests.knowing import facts_file
 
@@ -165,9 +165,9 @@ def test_chance_is_of_the_possible_answers_and_unknown_where_any_text_may_be_giv
 
 def test_the_majority_is_of_each_relation() -> None:
     facts = [fact(0), fact(1, candidates=("Paris", "Rome", "Oslo", "Bern")), fact(2, "language", obj_label="Rome")]
-    assert majority(facts, commonest(facts)) == 1
+    assert majority(facts, most_frequent(facts)) == 1
     more = [*facts, fact(3, obj_label="Rome")]
-    assert majority(more, commonest(more)) == 3 / 4
+    assert majority(more, most_frequent(more)) == 3 / 4
     assert majority([], {}) is None
 
 
@@ -176,5 +176,5 @@ def test_the_majority_of_a_sample_is_that_of_all_facts() -> None:
     probe = Probe("p", "p", tuple(fact(i, obj_label=places[i % 4], candidates=places) for i in range(40)))
     for sample in (probe.limited(1, seed) for seed in range(8)):
         (only,) = sample.facts
-        assert majority(sample.facts, sample.commonest) == (only.obj_label == "Paris")
-    assert majority(probe.facts, probe.commonest) == 1 / 4
+        assert majority(sample.facts, sample.most_frequent) == (only.obj_label == "Paris")
+    assert majority(probe.facts, probe.most_frequent) == 1 / 4

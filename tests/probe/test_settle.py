@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressknow.probe.scoring.ranking import TOP, Contest, rank_of, settle
+from compressknow.probe.scoring.ranking import TOP, Ranking, rank_candidates, rank_of
 
 # Few values, so that many scores are equal; exact in binary, so that sums are.
 LOG_PROBS = st.sampled_from([0.0, -0.25, -0.5, -1.0, -1.0, -2.0, -4.0, -8.0])
@@ -22,81 +22,81 @@ def beginnings(tree: dict, ids: tuple[int, ...]) -> list[float]:
     return list(accumulate(tree[ids[: size + 1]] for size in range(len(ids))))
 
 
-def contest_of(tree: dict, candidates: list, gold: int) -> tuple[Contest, np.ndarray]:
+def ranking_of(tree: dict, candidates: list, gold: int) -> tuple[Ranking, np.ndarray]:
     """A contest of candidates whose tokens have these log-probabilities, and the scores of the whole candidates."""
     whole = np.array([beginnings(tree, ids)[-1] for ids in candidates])
     bounds = np.array([tree[ids[:1]] for ids in candidates])
-    return Contest(bounds, np.array([len(ids) == 1 for ids in candidates]), gold % len(candidates)), whole
+    return Ranking(bounds, np.array([len(ids) == 1 for ids in candidates]), gold % len(candidates)), whole
 
 
 @given(st.data(), st.lists(TREE, min_size=1, max_size=3))
 def test_the_best_five_the_rank_and_the_score_are_those_of_brute_force(data: st.DataObject, trees: list) -> None:
-    contests, wholes, parts = [], [], []
+    rankings, wholes, parts = [], [], []
     for tree in trees:
         candidates = data.draw(st.lists(CANDIDATE, min_size=1, max_size=20))
-        contest, whole = contest_of(tree, candidates, data.draw(st.integers(0, 19)))
-        contests.append(contest)
+        ranking, whole = ranking_of(tree, candidates, data.draw(st.integers(0, 19)))
+        rankings.append(ranking)
         wholes.append(whole)
         parts.append([beginnings(tree, ids) for ids in candidates])
     seen = set()
 
     def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
         assert not seen & set(pairs), "a candidate is scored twice"
-        assert all(not contests[index].finished[candidate] for index, candidate in pairs)
+        assert all(not rankings[index].finished[candidate] for index, candidate in pairs)
         seen.update(pairs)
         found = [parts[index][candidate] for index, candidate in pairs]
         # As far as the first token that shows that it falls below its bar.
         below = [[score for score in part if score < bar] for part, bar in zip(found, bars, strict=True)]
         return np.array([fallen[0] if fallen else part[-1] for part, fallen in zip(found, below, strict=True)])
 
-    settle(contests, finish)
-    for contest, whole in zip(contests, wholes, strict=True):
+    rank_candidates(rankings, finish)
+    for ranking, whole in zip(rankings, wholes, strict=True):
         best = np.argsort(-whole, kind="stable")
-        assert list(contest.order()[:TOP]) == list(best[:TOP])
-        assert list(contest.scores[best[:TOP]]) == list(whole[best[:TOP]])
-        assert contest.scores[contest.gold] == whole[contest.gold]
-        assert rank_of(contest.gold, contest.scores) == list(best).index(contest.gold) + 1
+        assert list(ranking.order()[:TOP]) == list(best[:TOP])
+        assert list(ranking.scores[best[:TOP]]) == list(whole[best[:TOP]])
+        assert ranking.scores[ranking.gold] == whole[ranking.gold]
+        assert rank_of(ranking.gold, ranking.scores) == list(best).index(ranking.gold) + 1
 
 
 def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_left_alone() -> None:
     bounds = np.array([-1.0, -1.5, -2.0, -2.5, -3.0, *(-10.0 - np.arange(95))])
-    contest = Contest(bounds, np.zeros(100, dtype=bool), 1)
+    ranking = Ranking(bounds, np.zeros(100, dtype=bool), 1)
     finished = []
 
     def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
         finished.extend(candidate for _, candidate in pairs)
-        return np.array([contest.scores[candidate] - 0.5 for _, candidate in pairs])
+        return np.array([ranking.scores[candidate] - 0.5 for _, candidate in pairs])
 
-    settle([contest], finish)
+    rank_candidates([ranking], finish)
     assert sorted(finished) == [0, 1, 2, 3, 4]
 
 
 def test_an_unlikely_object_makes_those_finish_that_may_outrank_it() -> None:
     bounds = -np.arange(1.0, 101.0)
-    contest = Contest(bounds, np.zeros(100, dtype=bool), 49)
+    ranking = Ranking(bounds, np.zeros(100, dtype=bool), 49)
     finished = set()
 
     def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
         finished.update(candidate for _, candidate in pairs)
-        return np.array([contest.scores[candidate] - 0.25 for _, candidate in pairs])
+        return np.array([ranking.scores[candidate] - 0.25 for _, candidate in pairs])
 
-    settle([contest], finish)
+    rank_candidates([ranking], finish)
     assert finished == set(range(50))
-    assert rank_of(49, contest.scores) == 50
+    assert rank_of(49, ranking.scores) == 50
 
 
 def test_nothing_is_finished_where_all_candidates_are_one_token() -> None:
     def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
         raise AssertionError(pairs)
 
-    settle([Contest(np.array([-2.0, -1.0]), np.array([True, True]), 0)], finish)
+    rank_candidates([Ranking(np.array([-2.0, -1.0]), np.array([True, True]), 0)], finish)
 
 
 @pytest.mark.parametrize("gold", [0, 2])
 def test_numbers_that_are_none_end_and_give_no_rank(gold: int) -> None:
-    contest = Contest(np.full(9, np.nan), np.zeros(9, dtype=bool), gold)
-    settle([contest], lambda _, bars: np.full(len(bars), np.nan))
-    assert rank_of(gold, contest.scores) is None
+    ranking = Ranking(np.full(9, np.nan), np.zeros(9, dtype=bool), gold)
+    rank_candidates([ranking], lambda _, bars: np.full(len(bars), np.nan))
+    assert rank_of(gold, ranking.scores) is None
 
 
 def test_among_equal_scores_the_earlier_candidate_comes_first_whichever_is_the_object() -> None:

@@ -11,7 +11,7 @@ from compressknow.model.groups import structure_of
 from compressknow.report.search.records import Trial
 from compressknow.stats.records import Estimate
 from compressknow.study.search import RecipeSearch
-from compressknow.study.selection import CONFIRMED, Aim
+from compressknow.study.selection import CONFIRMED, Criterion
 from compressknow.study.space import Space
 from tests.models import tiny
 
@@ -54,7 +54,7 @@ class Evaluated:
 
 def search(evaluated: Evaluated, keep: float = 0.9, together: int = 1, seed: int = 0, trials: int = 30) -> RecipeSearch:
     space = Space(structure_of(tiny("llama")), ["int8"], "structural")
-    made = RecipeSearch(space, Aim(keep), evaluated, ORIGINAL, together=together)
+    made = RecipeSearch(space, Criterion(keep), evaluated, ORIGINAL, together=together)
     made.explore(trials, seed)
     return made
 

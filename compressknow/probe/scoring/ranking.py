@@ -20,7 +20,7 @@ Finish = Callable[[list[tuple[int, int]], Scores], Scores]
 
 
 @dataclass
-class Contest:
+class Ranking:
     """The candidates of one fact.
 
     Attributes
@@ -68,16 +68,16 @@ def rank_of(gold: int, scores: Scores) -> int | None:
     return int(1 + np.sum(scores > scores[gold]) + np.sum(scores[:gold] == scores[gold]))
 
 
-def settle(contests: Sequence[Contest], finish: Finish) -> None:
+def rank_candidates(rankings: Sequence[Ranking], finish: Finish) -> None:
     """Score as few tokens as make the best five and the object's rank certain in each contest, changed in place."""
-    while pairs := [(index, int(place)) for index, contest in enumerate(contests) for place in contest.wanted()]:
-        known = {index: contests[index].bar() for index, _ in pairs}
+    while pairs := [(index, int(place)) for index, ranking in enumerate(rankings) for place in ranking.wanted()]:
+        known = {index: rankings[index].bar() for index, _ in pairs}
         bars = np.array([-np.inf if (bar := known[index]) is None else bar for index, _ in pairs])
         scores = finish(pairs, bars)
         # One that has fallen below its bar may not be whole, and need not be.
         for (index, place), score, whole in zip(pairs, scores, ~(scores < bars), strict=True):
-            contests[index].scores[place] = score
-            contests[index].finished[place] = whole
+            rankings[index].scores[place] = score
+            rankings[index].finished[place] = whole
 
 
 def best_of(scores: Scores) -> Any:
@@ -89,13 +89,13 @@ def best_of(scores: Scores) -> Any:
     return near[np.argsort(-scores[near], kind="stable")][:TOP]
 
 
-def chosen_of(fact: Fact, contest: Contest) -> Answer:
+def chosen_of(fact: Fact, ranking: Ranking) -> Answer:
     assert fact.candidates is not None
-    best = contest.order()[:TOP]
+    best = ranking.order()[:TOP]
     words = tuple(fact.candidates[index] for index in best)
-    logp = float(contest.scores[contest.gold])
-    rank = rank_of(contest.gold, contest.scores)
-    return make_answer(fact, words, contest.scores[best], rank, logp, len(fact.candidates), correct=rank == 1)
+    logp = float(ranking.scores[ranking.gold])
+    rank = rank_of(ranking.gold, ranking.scores)
+    return make_answer(fact, words, ranking.scores[best], rank, logp, len(fact.candidates), correct=rank == 1)
 
 
 def make_answer(

@@ -20,13 +20,13 @@ from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.facts import Fact, Probe
 from compressknow.probe.scoring.prompts import Encoder, Ids, most_tokens
 from compressknow.probe.scoring.ranking import (
-    Contest,
+    Ranking,
     Scores,
     best_of,
     chosen_of,
     make_answer,
+    rank_candidates,
     rank_of,
-    settle,
     with_distribution,
 )
 
@@ -286,19 +286,19 @@ class Scorer(ABC):
         chosen = [index for index, query in enumerate(batch) if query.options]
         if not chosen:
             return []
-        contests = [
-            Contest(first, np.array([len(ids) == 1 for ids in batch[index].options]), _gold_index(batch[index].fact))
+        rankings = [
+            Ranking(first, np.array([len(ids) == 1 for ids in batch[index].options]), _gold_index(batch[index].fact))
             for index, first in zip(chosen, self.bounds([batch[i] for i in chosen], log_probs[chosen]), strict=True)
         ]
-        firsts = [contest.scores.copy() for contest in contests]
+        firsts = [ranking.scores.copy() for ranking in rankings]
 
         def finish(pairs: list[tuple[int, int]], bars: Scores) -> Scores:
-            rows = [(chosen[contest], batch[chosen[contest]].options[candidate]) for contest, candidate in pairs]
-            first = np.array([firsts[contest][candidate] for contest, candidate in pairs])
+            rows = [(chosen[ranking], batch[chosen[ranking]].options[candidate]) for ranking, candidate in pairs]
+            first = np.array([firsts[ranking][candidate] for ranking, candidate in pairs])
             return self.finish(state, rows, first, bars)
 
-        settle(contests, finish)
-        return [chosen_of(batch[index].fact, contest) for index, contest in zip(chosen, contests, strict=True)]
+        rank_candidates(rankings, finish)
+        return [chosen_of(batch[index].fact, ranking) for index, ranking in zip(chosen, rankings, strict=True)]
 
     def _single(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Answer]:
         chosen = [index for index, query in enumerate(batch) if not query.options and self.one_token]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compressknow.probe.facts import GENERAL, SCHOOL_SUBJECTS
+from compressknow.probe.facts import DOMAINS, GENERAL
 
-GEOGRAPHY, LANGUAGE, SCIENCE, PEOPLE, ARTS, COMMON_SENSE = SCHOOL_SUBJECTS
+GEOGRAPHY, LANGUAGE, SCIENCE, PEOPLE, ARTS, COMMON_SENSE = DOMAINS
 
 
 def table(relations: Mapping[str, str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from compressknow.errors import UnsupportedError
 from compressknow.probe.answers import Answer
-from compressknow.probe.facts import BLANK, GENERAL, SCHOOL_SUBJECTS
+from compressknow.probe.facts import BLANK, DOMAINS, GENERAL
 from compressknow.probe.scoring.ranking import rank_of
 
 # Of an item's context, so much of its end is shown.
@@ -70,7 +70,7 @@ class Collected:
                 "probe": probe,
                 "fact_id": f"{probe}:{item}",
                 "relation": name,
-                "subject": SCHOOL_SUBJECTS[-1] if name in _COMMON_SENSE else GENERAL,
+                "subject": DOMAINS[-1] if name in _COMMON_SENSE else GENERAL,
                 "sub_label": "",
                 "popularity": None,
             }

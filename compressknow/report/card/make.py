@@ -11,7 +11,7 @@ from compressknow.errors import CompressknowError, GateNotMet, UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.records import ModelRecord
 from compressknow.report.card import assembly
-from compressknow.report.card import warnings as cautions
+from compressknow.report.card import warnings as warnings
 from compressknow.report.card.method import method
 from compressknow.report.card.section import ProbeAnswers
 from compressknow.report.card.verdict import grades, labels_of, verdict, verdict_of_several
@@ -138,10 +138,10 @@ def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) 
         lost=lost,
         gained=gained,
         warnings=(
-            *cautions.of_order(before, model),
-            *cautions.of_models(before, model),
-            *cautions.of_runs(original, compressed, probes),
-            *cautions.of_figures(counts, graded, figures),
+            *warnings.of_order(before, model),
+            *warnings.of_models(before, model),
+            *warnings.of_runs(original, compressed, probes),
+            *warnings.of_figures(counts, graded, figures),
         ),
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from compressknow.report.format import count, p_value, percent, plain, share
 from compressknow.report.records import Comparison, Grade, ModelFacts
 from compressknow.stats.intervals import proportion
-from compressknow.stats.paired import subject_order
+from compressknow.stats.paired import domain_order
 from compressknow.stats.records import Counts, Estimate, ProbeFigures
 
 # The least that must be kept for each grade, in percent.
@@ -23,7 +23,7 @@ def grades(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
     for probe in probes:
         for group in probe.by_subject:
             totals[group.name] = totals.get(group.name, Counts()) + group.counts
-    return tuple(_grade(subject, totals[subject]) for subject in sorted(totals, key=subject_order))
+    return tuple(_grade(subject, totals[subject]) for subject in sorted(totals, key=domain_order))
 
 
 def grade_of(part: float, whole: float = 1) -> str:

@@ -8,26 +8,26 @@ from typing import Any
 
 from compressknow.diff.records import Difference, Sums, TensorDifference, summed
 from compressknow.report.card.as_json import comparison_json
-from compressknow.report.diff.records import Behaviour, Contrast
+from compressknow.report.diff.records import Behaviour, CheckpointComparison
 from compressknow.report.diff.tables import groups
 
 SCHEMA = 1
 
 
-def contrast_json(contrast: Contrast) -> dict[str, Any]:
+def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
     """Plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order; what cannot be told is None."""
     return {
         "schema": SCHEMA,
-        "verdict": contrast.verdict,
-        "identical": contrast.identical,
-        "a": asdict(contrast.a),
-        "b": asdict(contrast.b),
-        "files": list(contrast.files),
-        **_difference(contrast.difference),
-        "behaviour": _behaviour(contrast.behaviour, contrast.show_facts) if contrast.behaviour else None,
-        "warnings": list(contrast.warnings),
-        "versions": dict(contrast.versions),
-        "command": contrast.command,
+        "verdict": comparison.verdict,
+        "identical": comparison.identical,
+        "a": asdict(comparison.a),
+        "b": asdict(comparison.b),
+        "files": list(comparison.files),
+        **_difference(comparison.difference),
+        "behaviour": _behaviour(comparison.behaviour, comparison.show_facts) if comparison.behaviour else None,
+        "warnings": list(comparison.warnings),
+        "versions": dict(comparison.versions),
+        "command": comparison.command,
     }
 
 

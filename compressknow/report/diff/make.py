@@ -7,8 +7,8 @@ from typing import Any
 
 from compressknow._version import __version__
 from compressknow.diff.records import Difference
-from compressknow.report.diff.records import Behaviour, Checkpoint, Contrast
-from compressknow.report.diff.verdict import contrast_cautions, contrast_verdict, names_of
+from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison
+from compressknow.report.diff.verdict import comparison_verdict, comparison_warnings, names_of
 
 
 def checkpoint_of(described: Mapping[str, Any], sha256: str) -> Checkpoint:
@@ -17,7 +17,7 @@ def checkpoint_of(described: Mapping[str, Any], sha256: str) -> Checkpoint:
     return Checkpoint(**known | {"sha256": sha256})
 
 
-def make_contrast(
+def make_comparison(
     a: Checkpoint,
     b: Checkpoint,
     difference: Difference | None,
@@ -26,7 +26,7 @@ def make_contrast(
     files: Sequence[str] = (),
     show_facts: bool = True,
     command: str | None = None,
-) -> Contrast:
+) -> CheckpointComparison:
     """The whole comparison, with its verdict and its warnings.
 
     Parameters
@@ -36,15 +36,15 @@ def make_contrast(
     files : other files that differ.
     """
     identical = a.sha256 == b.sha256
-    return Contrast(
-        verdict=contrast_verdict(names_of(a, b), identical, difference, behaviour),
+    return CheckpointComparison(
+        verdict=comparison_verdict(names_of(a, b), identical, difference, behaviour),
         a=a,
         b=b,
         identical=identical,
         files=tuple(files),
         difference=difference,
         behaviour=behaviour,
-        warnings=tuple(contrast_cautions(a, b, identical, difference, behaviour)),
+        warnings=tuple(comparison_warnings(a, b, identical, difference, behaviour)),
         show_facts=show_facts,
         versions=dict(behaviour.b_against_a.versions) if behaviour else {"compressknow": __version__},
         command=command,

@@ -6,36 +6,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressknow.files import write_together
-from compressknow.report.diff.as_json import contrast_json
-from compressknow.report.diff.records import Contrast
-from compressknow.report.diff.view import Limits, contrast_page
+from compressknow.report.diff.as_json import diff_json
+from compressknow.report.diff.records import CheckpointComparison
+from compressknow.report.diff.view import Limits, comparison_page
 from compressknow.report.format import json_text
 from compressknow.report.pages import html_page, markdown_page
 
 _HTML, _MARKDOWN = Limits(tensors=500, facts=500, open=20, charts=True), Limits(tensors=30, facts=50, open=50)
 
 
-def render_contrast_html(contrast: Contrast) -> str:
+def render_comparison_html(comparison: CheckpointComparison) -> str:
     """The page: the same comparison gives the same bytes."""
     styles = ("style.css", "compare.css")
-    return html_page("compare.html.j2", styles=styles, page=contrast_page(contrast, _HTML))
+    return html_page("compare.html.j2", styles=styles, page=comparison_page(comparison, _HTML))
 
 
-def render_contrast_markdown(contrast: Contrast) -> str:
+def render_comparison_markdown(comparison: CheckpointComparison) -> str:
     """The same as GitHub-flavoured Markdown, with fewer tensors and facts."""
-    return markdown_page("compare.md.j2", page=contrast_page(contrast, _MARKDOWN))
+    return markdown_page("compare.md.j2", page=comparison_page(comparison, _MARKDOWN))
 
 
-def write_contrasts(contrast: Contrast, paths: Sequence[Path], *, overwrite: bool) -> None:
+def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path], *, overwrite: bool) -> None:
     """Write the comparison in the formats that the names ask for: all files appear, each of them whole, or none."""
-    contents = {path: rendered(contrast, path.suffix.lower()).encode("utf-8") for path in paths}
+    contents = {path: rendered(comparison, path.suffix.lower()).encode("utf-8") for path in paths}
     write_together(contents, overwrite=overwrite)
 
 
-def rendered(contrast: Contrast, suffix: str) -> str:
+def rendered(comparison: CheckpointComparison, suffix: str) -> str:
     """The comparison as text: ``.html``, ``.md`` or ``.json``."""
     if suffix == ".html":
-        return render_contrast_html(contrast)
+        return render_comparison_html(comparison)
     if suffix == ".md":
-        return render_contrast_markdown(contrast)
-    return json_text(contrast_json(contrast))
+        return render_comparison_markdown(comparison)
+    return json_text(diff_json(comparison))

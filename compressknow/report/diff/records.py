@@ -63,7 +63,7 @@ class Behaviour:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Contrast(Shown):
+class CheckpointComparison(Shown):
     """Two checkpoints, b against a.
 
     Attributes

@@ -15,7 +15,7 @@ _LONG = 120
 _ASK = "Behaviour can be compared all the same: name what to ask with -p PROBE."
 
 
-def contrast_cautions(
+def comparison_warnings(
     a: Checkpoint, b: Checkpoint, identical: bool, difference: Difference | None, behaviour: Behaviour | None
 ) -> Iterator[str]:
     """What stands in the wrong place, could not be compared, or is broken; and the warnings on the answers."""
@@ -51,7 +51,7 @@ def names_of(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
     return names if names[0] != names[1] else ("A", "B")
 
 
-def contrast_verdict(
+def comparison_verdict(
     names: tuple[str, str], identical: bool, difference: Difference | None, behaviour: Behaviour | None
 ) -> str:
     """The sentences, on the weights and, where they were asked, on the answers.

@@ -10,18 +10,18 @@ from markupsafe import Markup
 from compressknow.diff.records import Difference
 from compressknow.probe.answers import Answers
 from compressknow.probe.both_ways import BothWays
-from compressknow.report.card import warnings as cautions
+from compressknow.report.card import warnings as warnings
 from compressknow.report.card.make import make_card
 from compressknow.report.card.view import Size
 from compressknow.report.diff import tables as weights
 from compressknow.report.diff.heat_map import heat_map
-from compressknow.report.diff.records import Behaviour, Checkpoint, Contrast, KnownBy, SideBySide
+from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, KnownBy, SideBySide
 from compressknow.report.diff.verdict import names_of
 from compressknow.report.format import NONE, count, number, plain, share, size, smaller
 from compressknow.report.parts import NO_FACTS, Drawn, Folded, LeftOut, Part, Shown
 from compressknow.report.records import Card
 from compressknow.report.tables import Entry
-from compressknow.stats.paired import Pair, paired, subject_order
+from compressknow.stats.paired import Pair, domain_order, paired
 from compressknow.stats.records import Counts
 
 TOP = 3
@@ -41,12 +41,12 @@ def behaviour_of(answers: BothWays, *, show_facts: bool) -> Behaviour:
 
 def _warnings(answers: BothWays, there: Card, back: Card) -> Iterator[str]:
     """Those of a report in both directions, but for what concerns grades."""
-    yield from cautions.of_models(there.original, back.original)
-    yield from cautions.of_recipe(there.original)
+    yield from warnings.of_models(there.original, back.original)
+    yield from warnings.of_recipe(there.original)
     for name, given, card in (("A", answers.a, there), ("B", answers.b, back)):
         comparison = card.comparisons[0]
-        yield from cautions.of_answers(name, given)
-        yield from cautions.of_figures(comparison.counts, (), comparison.probes, name=name)
+        yield from warnings.of_answers(name, given)
+        yield from warnings.of_figures(comparison.counts, (), comparison.probes, name=name)
 
 
 def _side_by_side(a: Answers, b: Answers) -> Iterator[SideBySide]:
@@ -72,7 +72,7 @@ def _known_by(pair: Pair) -> KnownBy:
 def _place(pair: Pair) -> tuple[object, ...]:
     fact = pair[0]
     order = ("only A", "only B", "neither").index(_known_by(pair))
-    return order, subject_order(fact.subject), fact.relation, fact.probe, fact.fact_id
+    return order, domain_order(fact.subject), fact.relation, fact.probe, fact.fact_id
 
 
 def _row(pair: Pair) -> SideBySide:
@@ -155,42 +155,42 @@ class Page:
         return tuple(section for section in self.sections if section is not self.weights)
 
 
-def contrast_page(contrast: Contrast, limits: Limits) -> Page:
+def comparison_page(comparison: CheckpointComparison, limits: Limits) -> Page:
     """The comparison as text."""
-    a, b = names_of(contrast.a, contrast.b)
-    headline = _headline(contrast)
-    there = contrast.behaviour.b_against_a if contrast.behaviour else None
-    sections = tuple(section for section in _sections(contrast, limits) if section.parts)
-    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in contrast.versions.items())
+    a, b = names_of(comparison.a, comparison.b)
+    headline = _headline(comparison)
+    there = comparison.behaviour.b_against_a if comparison.behaviour else None
+    sections = tuple(section for section in _sections(comparison, limits) if section.parts)
+    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in comparison.versions.items())
     return Page(
         id="compare",
         models=f"{a} and {b}",
         title=f"{headline}: {a} and {b}",
         headline=headline,
-        verdict=plain(contrast.verdict, 1000),
-        warnings=tuple(plain(warning, 1000) for warning in contrast.warnings),
-        size=_size(contrast.a.bytes, contrast.b.bytes),
-        a=_identity(contrast.a),
-        b=_identity(contrast.b),
+        verdict=plain(comparison.verdict, 1000),
+        warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
+        size=_size(comparison.a.bytes, comparison.b.bytes),
+        a=_identity(comparison.a),
+        b=_identity(comparison.b),
         counts=there.comparisons[0].counts if there else None,
         weights=next((section for section in sections if section.id == _WEIGHTS), None),
         sections=sections,
         method=(*METHOD, *(plain(sentence, 2000) for sentence in (there.method if there else ()))),
         run=(Entry("Versions", versions or NONE),),
-        command=plain(contrast.command, 2000) if contrast.command else None,
+        command=plain(comparison.command, 2000) if comparison.command else None,
     )
 
 
-def _headline(contrast: Contrast) -> str:
-    if contrast.identical:
+def _headline(comparison: CheckpointComparison) -> str:
+    if comparison.identical:
         return "Identical"
-    if contrast.behaviour and (kept := contrast.behaviour.b_against_a.comparisons[0].kept.value) is not None:
+    if comparison.behaviour and (kept := comparison.behaviour.b_against_a.comparisons[0].kept.value) is not None:
         return f"B knows {share(kept)} of what A knows"
-    if contrast.difference is None or not contrast.difference.tensors:
+    if comparison.difference is None or not comparison.difference.tensors:
         return "Weights that cannot be compared"
-    total = contrast.difference.total
+    total = comparison.difference.total
     if not total.energy_change and total.finite:
-        return "The same weights" if contrast.difference.same_weights else "The same values"
+        return "The same weights" if comparison.difference.same_weights else "The same values"
     return f"Relative error {number(total.relative_error, 4)}"
 
 
@@ -214,16 +214,18 @@ def _identity(side: Checkpoint) -> tuple[Entry, ...]:
     return tuple(entry for entry in entries if entry)
 
 
-def _sections(contrast: Contrast, limits: Limits) -> Iterator[Shown]:
-    if contrast.behaviour:
-        yield Shown("compare-knowledge", "Knowledge", tuple(_knowledge(contrast.behaviour)))
-        yield Shown("compare-answers", "Answers side by side", tuple(_answers(contrast, contrast.behaviour, limits)))
-    if difference := contrast.difference:
+def _sections(comparison: CheckpointComparison, limits: Limits) -> Iterator[Shown]:
+    if comparison.behaviour:
+        yield Shown("compare-knowledge", "Knowledge", tuple(_knowledge(comparison.behaviour)))
+        yield Shown(
+            "compare-answers", "Answers side by side", tuple(_answers(comparison, comparison.behaviour, limits))
+        )
+    if difference := comparison.difference:
         yield Shown(_WEIGHTS, "Weights", tuple(_groups(difference)))
         yield Shown("compare-map", "By layer and module", tuple(_map(difference, limits)))
         yield Shown("compare-layers", "By layer", tuple(_layers(difference)))
         yield Shown("compare-tensors", "By tensor", tuple(_tensors(difference, limits)))
-        stored = weights.settings_table(difference, contrast.files), weights.structure_table(difference)
+        stored = weights.settings_table(difference, comparison.files), weights.structure_table(difference)
         yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
 
 
@@ -234,8 +236,8 @@ def _knowledge(behaviour: Behaviour) -> Iterator[Part]:
         yield Folded("By domain and by relation", groups)
 
 
-def _answers(contrast: Contrast, behaviour: Behaviour, limits: Limits) -> Iterator[Part]:
-    if contrast.show_facts:
+def _answers(comparison: CheckpointComparison, behaviour: Behaviour, limits: Limits) -> Iterator[Part]:
+    if comparison.show_facts:
         yield from weights.answer_parts(behaviour.answers, limits.facts, limits.open)
     else:
         yield NO_FACTS

@@ -14,7 +14,7 @@ from compressknow.report.study import summary
 from compressknow.report.study.findings import Finding, findings
 from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.report.study.summary import cliffs, module_that_hurts_least
-from compressknow.report.study.tests import Bound, Contrast
+from compressknow.report.study.tests import Bound, CheckpointComparison
 from compressknow.stats.records import Estimate, ProbeFigures
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def _finding(finding: Finding) -> dict[str, Any]:
     keys = ("claim", "families", "answer", "statistic", "why", "per_million")
     return {
         **{key: getattr(finding, key) for key in keys},
-        "comparisons": [_contrast(pair) for pair in finding.contrasts],
+        "comparisons": [_paired_test(pair) for pair in finding.paired_tests],
         "limits": [_bound(bound) for bound in finding.bounds],
     }
 
 
-def _contrast(pair: Contrast) -> dict[str, Any]:
+def _paired_test(pair: CheckpointComparison) -> dict[str, Any]:
     return {
         "less": pair.less,
         "more": pair.more,

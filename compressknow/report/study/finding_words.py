@@ -6,24 +6,24 @@ from collections.abc import Sequence
 
 from compressknow.report.format import count, estimate, number, p_value, share
 from compressknow.report.study.records import Study, names
-from compressknow.report.study.tests import CANNOT_TELL, HOLDS, Bound, Contrast
+from compressknow.report.study.tests import CANNOT_TELL, HOLDS, Bound, CheckpointComparison
 
 _FEW = 3  # comparisons that are told one by one; of more, their number and the one that separates best
 NO_CELLS = "The study has no cells for it."
 
 
-def contrasts(study: Study, pairs: Sequence[Contrast]) -> str:
+def paired_tests(study: Study, pairs: Sequence[CheckpointComparison]) -> str:
     """Each of a few comparisons with its numbers; of many, how many separate their cells, and the clearest."""
     if not pairs:
         return "-"
     called = names(study)
     if len(pairs) <= _FEW:
-        return " ".join(contrast(pair, called) for pair in pairs)
+        return " ".join(paired_test(pair, called) for pair in pairs)
     best = min(pairs, key=lambda pair: 2.0 if pair.p_holm is None else pair.p_holm)
-    return f"{_numbers(pairs)} The clearest: {contrast(best, called)}"
+    return f"{_numbers(pairs)} The clearest: {paired_test(best, called)}"
 
 
-def contrast(pair: Contrast, called: dict[str, str]) -> str:
+def paired_test(pair: CheckpointComparison, called: dict[str, str]) -> str:
     """One comparison: what each answers right, what only one of them does, and p."""
     c = pair.counts
     sentence = (
@@ -35,7 +35,7 @@ def contrast(pair: Contrast, called: dict[str, str]) -> str:
     return f"{sentence} ({p_value(pair.p_holm)})."
 
 
-def _numbers(pairs: Sequence[Contrast]) -> str:
+def _numbers(pairs: Sequence[CheckpointComparison]) -> str:
     as_claimed, against = sum(p.direction > 0 for p in pairs), sum(p.direction < 0 for p in pairs)
     floor = sum(p.at_floor for p in pairs)
     parts = [
@@ -47,7 +47,7 @@ def _numbers(pairs: Sequence[Contrast]) -> str:
     return f"{count(len(pairs))} comparisons: {', '.join(parts)}."
 
 
-def why_contrasts(answer: str, pairs: Sequence[Contrast], parts: Sequence[str]) -> str:
+def why_paired_tests(answer: str, pairs: Sequence[CheckpointComparison], parts: Sequence[str]) -> str:
     """What decides."""
     if not pairs:
         return NO_CELLS
@@ -67,7 +67,7 @@ def why_contrasts(answer: str, pairs: Sequence[Contrast], parts: Sequence[str]) 
     return f"Chance could explain the differences{where}."
 
 
-def per_million(study: Study, answer: str, pairs: Sequence[Contrast]) -> str:
+def per_million(study: Study, answer: str, pairs: Sequence[CheckpointComparison]) -> str:
     """The same question by million parameters changed, with the clearest comparison."""
     told = [pair for pair in pairs if pair.rate_p_holm is not None and pair.rate.value is not None]
     if not told:

@@ -25,18 +25,18 @@ from compressknow.report.study.records import (
 )
 from compressknow.report.study.tests import (
     Bound,
-    Contrast,
+    CheckpointComparison,
     adjusted,
     average,
-    contrast,
+    decide,
+    decide_below,
     decline,
-    judge,
-    judge_below,
     left,
+    paired_test,
     strict_level,
 )
 
-NOT_ASKED = "not asked of this family"
+NOT_EVALUATED = "not asked of this family"
 FAMILIES = {"masked": "encoder-only", "seq2seq": "encoder-decoder", "causal": "decoder-only"}
 LOW, MEDIUM, HIGH = (10, 30), (30, 50), (50, 100)
 MINIMAL = 0.10  # a decline below a tenth of the original's accuracy is called minimal (F1)
@@ -69,7 +69,7 @@ class Finding:
     statistic: str
     why: str
     per_million: str = ""
-    contrasts: tuple[Contrast, ...] = ()
+    paired_tests: tuple[CheckpointComparison, ...] = ()
     bounds: tuple[Bound, ...] = ()
 
 
@@ -90,7 +90,7 @@ def _finding(study: Study, claim: _Claim) -> Finding:
     if study.original.family in claim.families:
         return claim.test(study, claim)
     named = " and ".join(FAMILIES[family] for family in claim.families)
-    return Finding(claim.id, claim.text, claim.families, NOT_ASKED, "-", f"The paper says it of {named} models.")
+    return Finding(claim.id, claim.text, claim.families, NOT_EVALUATED, "-", f"The paper says it of {named} models.")
 
 
 def low_decline(study: Study, claim: _Claim) -> Finding:
@@ -111,12 +111,12 @@ def medium_attention_less(study: Study, claim: _Claim) -> Finding:
 
     Exact McNemar between the two cells at each amount, Holm over amounts; see `cell_contrasts.judge`.
     """
-    return _by_contrasts(study, claim, _at_equal_amounts(study, _ATTENTION, _FEED_FORWARD))
+    return _by_paired_tests(study, claim, _at_equal_amounts(study, _ATTENTION, _FEED_FORWARD))
 
 
 def medium_attention_more(study: Study, claim: _Claim) -> Finding:
     """F3: the other way round, likewise."""
-    return _by_contrasts(study, claim, _at_equal_amounts(study, _FEED_FORWARD, _ATTENTION))
+    return _by_paired_tests(study, claim, _at_equal_amounts(study, _FEED_FORWARD, _ATTENTION))
 
 
 def overall_pruned_most(study: Study, claim: _Claim) -> Finding:
@@ -126,12 +126,12 @@ def overall_pruned_most(study: Study, claim: _Claim) -> Finding:
     """
     overall = pruned(study, _OVERALL)
     pairs = [
-        contrast(study, cell, overall[amount], f"against {scope}")
+        paired_test(study, cell, overall[amount], f"against {scope}")
         for scope in (_ATTENTION, _FEED_FORWARD)
         for amount, cell in pruned(study, scope).items()
         if amount in overall
     ]
-    return _by_contrasts(study, claim, pairs, (f"against {_ATTENTION}", f"against {_FEED_FORWARD}"))
+    return _by_paired_tests(study, claim, pairs, (f"against {_ATTENTION}", f"against {_FEED_FORWARD}"))
 
 
 def high_rapid(study: Study, claim: _Claim) -> Finding:
@@ -157,7 +157,7 @@ def high_rapid(study: Study, claim: _Claim) -> Finding:
 
 def attention_quantized_less(study: Study, claim: _Claim) -> Finding:
     """F6: quantized, attention hurts less than feed-forward: McNemar for each scheme, Holm over schemes."""
-    return _by_contrasts(study, claim, _by_scheme(study, _ATTENTION, _FEED_FORWARD))
+    return _by_paired_tests(study, claim, _by_scheme(study, _ATTENTION, _FEED_FORWARD))
 
 
 def overall_quantized_most(study: Study, claim: _Claim) -> Finding:
@@ -167,7 +167,7 @@ def overall_quantized_most(study: Study, claim: _Claim) -> Finding:
     """
     parts = {scope: f"against {scope}" for scope in (_ATTENTION, _FEED_FORWARD)}
     pairs = [pair for scope, part in parts.items() for pair in _by_scheme(study, scope, _OVERALL, part)]
-    return _by_contrasts(study, claim, pairs, tuple(parts.values()))
+    return _by_paired_tests(study, claim, pairs, tuple(parts.values()))
 
 
 def pruned_and_quantized_attention(study: Study, claim: _Claim) -> Finding:
@@ -179,19 +179,19 @@ def pruned_and_quantized_attention(study: Study, claim: _Claim) -> Finding:
     order = (_ATTENTION, _FEED_FORWARD)
     reverse = order[::-1] if study.original.family == "seq2seq" else order
     pairs = [
-        contrast(study, less[amount], more[amount], f"at {amount} %")
+        paired_test(study, less[amount], more[amount], f"at {amount} %")
         for amount, scopes in ((20, order), (40, reverse))
         for less, more in (tuple(pruned_and_quantized(study, s, scheme) for s in scopes) for scheme in schemes(study))
         if amount in less and amount in more
     ]
-    return _by_contrasts(study, claim, pairs, ("at 20 %", "at 40 %"))
+    return _by_paired_tests(study, claim, pairs, ("at 20 %", "at 40 %"))
 
 
 def final_structured_more(study: Study, claim: _Claim) -> Finding:
     """F9: the final layer pruned L1-structured hurts more than L1-unstructured: McNemar at each equal amount, Holm."""
     single, rows = pruned(study, _FINAL, UNSTRUCTURED), pruned(study, _FINAL, STRUCTURED)
-    pairs = [contrast(study, cell, rows[amount]) for amount, cell in single.items() if amount in rows]
-    return _by_contrasts(study, claim, pairs)
+    pairs = [paired_test(study, cell, rows[amount]) for amount, cell in single.items() if amount in rows]
+    return _by_paired_tests(study, claim, pairs)
 
 
 def final_near_baseline(study: Study, claim: _Claim) -> Finding:
@@ -211,38 +211,40 @@ def _within(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> di
     return {amount: cell for amount, cell in cells.items() if limits[0] < amount <= limits[1]}
 
 
-def _at_equal_amounts(study: Study, less: str, more: str) -> Iterator[Contrast]:
+def _at_equal_amounts(study: Study, less: str, more: str) -> Iterator[CheckpointComparison]:
     others = pruned(study, more)
     for amount, cell in _within(pruned(study, less), MEDIUM).items():
         if amount in others:
-            yield contrast(study, cell, others[amount])
+            yield paired_test(study, cell, others[amount])
 
 
-def _by_scheme(study: Study, less: str, more: str, part: str = "") -> Iterator[Contrast]:
+def _by_scheme(study: Study, less: str, more: str, part: str = "") -> Iterator[CheckpointComparison]:
     others = quantized(study, more)
     for scheme, cell in quantized(study, less).items():
         if scheme in others:
-            yield contrast(study, cell, others[scheme], part)
+            yield paired_test(study, cell, others[scheme], part)
 
 
-def _by_contrasts(study: Study, claim: _Claim, pairs: Iterable[Contrast], parts: Sequence[str] = ("",)) -> Finding:
-    contrasts = adjusted(pairs)
-    answer = judge([(each.part, each.direction) for each in contrasts], parts)
-    by_rate = judge([(each.part, each.rate_direction) for each in contrasts], parts)
+def _by_paired_tests(
+    study: Study, claim: _Claim, pairs: Iterable[CheckpointComparison], parts: Sequence[str] = ("",)
+) -> Finding:
+    paired_tests = adjusted(pairs)
+    answer = decide([(each.part, each.direction) for each in paired_tests], parts)
+    by_rate = decide([(each.part, each.rate_direction) for each in paired_tests], parts)
     return Finding(
         claim.id,
         claim.text,
         claim.families,
         answer,
-        words.contrasts(study, contrasts),
-        words.why_contrasts(answer, contrasts, parts),
-        words.per_million(study, by_rate, contrasts),
-        contrasts,
+        words.paired_tests(study, paired_tests),
+        words.why_paired_tests(answer, paired_tests, parts),
+        words.per_million(study, by_rate, paired_tests),
+        paired_tests,
     )
 
 
 def _by_limits(study: Study, claim: _Claim, bounds: Sequence[Bound], what: str) -> Finding:
-    answer = judge_below(bounds)
+    answer = decide_below(bounds)
     return Finding(
         claim.id,
         claim.text,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from compressknow.report.format import count, plain, points, share
-from compressknow.report.study.findings import HIGH, LOW, MEDIUM, NOT_ASKED, Finding
+from compressknow.report.study.findings import HIGH, LOW, MEDIUM, NOT_EVALUATED, Finding
 from compressknow.report.study.records import MODULES, Study, StudyCell, names, pruned, quantized, schemes
-from compressknow.report.study.tests import CANNOT_TELL, DOES_NOT_HOLD, HOLDS, adjusted, contrast, judge
+from compressknow.report.study.tests import CANNOT_TELL, DOES_NOT_HOLD, HOLDS, adjusted, decide, paired_test
 
 LEVELS = {"10 to 30 %": LOW, "30 to 50 %": MEDIUM, "more than 50 %": HIGH}
 CLIFF = 0.90  # knowledge kept falls off the cliff at the first amount that keeps less
@@ -79,8 +79,8 @@ def _least(
     }
     order = sorted(kept, key=lambda scope: -kept[scope])
     best, rivals = order[0], order[1:]
-    pairs = adjusted(contrast(study, there[best][a], there[rival][a], rival) for rival in rivals for a in amounts)
-    clear = judge([(pair.part, pair.direction) for pair in pairs], rivals) == HOLDS
+    pairs = adjusted(paired_test(study, there[best][a], there[rival][a], rival) for rival in rivals for a in amounts)
+    clear = decide([(pair.part, pair.direction) for pair in pairs], rivals) == HOLDS
     return Least(level, amounts, {scope: kept[scope] for scope in order}, clear)
 
 
@@ -213,7 +213,7 @@ def _scheme(study: Study, scheme: str) -> str:
 
 def _tally(found: Iterable[Finding]) -> Iterator[str]:
     """How many of the findings that are asked of this family hold."""
-    asked = [each for each in found if each.answer != NOT_ASKED]
+    asked = [each for each in found if each.answer != NOT_EVALUATED]
     parts = []
     for answer, one, several in _VERBS:
         ids = [each.id for each in asked if each.answer == answer]

@@ -144,7 +144,7 @@ def _millions(parameters: int) -> str:
     return number(parameters / 1e6, 1) if parameters else NONE
 
 
-def contrasts_table(study: Study, found: Sequence[Finding]) -> Table | None:
+def paired_tests_table(study: Study, found: Sequence[Finding]) -> Table | None:
     """Every comparison of two cells behind the findings."""
     called = names(study)
     rows = tuple(
@@ -159,7 +159,7 @@ def contrasts_table(study: Study, found: Sequence[Finding]) -> Table | None:
             "not counted" if pair.at_floor else _bare(pair.rate_p_holm),
         )
         for finding in found
-        for pair in finding.contrasts
+        for pair in finding.paired_tests
     )
     columns = (
         "Finding: said to hurt less / more",

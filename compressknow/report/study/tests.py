@@ -16,7 +16,7 @@ HOLDS, DOES_NOT_HOLD, CANNOT_TELL = "holds", "does not hold", "cannot tell"
 
 
 @dataclass(frozen=True, slots=True)
-class Contrast:
+class CheckpointComparison:
     """Two cells, paired by fact over all probes that both were asked; `less` is the one that a claim says hurts less.
 
     Attributes
@@ -53,7 +53,7 @@ class Contrast:
         return _direction(self.rate.value or 0.0, self.rate_p_holm)
 
 
-def contrast(study: Study, less: StudyCell, more: StudyCell, part: str = "") -> Contrast:
+def paired_test(study: Study, less: StudyCell, more: StudyCell, part: str = "") -> CheckpointComparison:
     """Set two cells of the study side by side."""
     probes = [probe for probe in study.probes if probe.name in less.correct and probe.name in more.correct]
     original = together([probe.correct for probe in probes])
@@ -63,21 +63,21 @@ def contrast(study: Study, less: StudyCell, more: StudyCell, part: str = "") -> 
     counts = tally(first, second)
     above = [probe for probe in probes if is_known(probe)]
     at_floor = not any(_above_floor([(p, cell.correct[p.name]) for p in above]) for cell in (less, more))
-    return Contrast(less.key, more.key, part, counts, mcnemar(counts), at_floor, rate, rate_p)
+    return CheckpointComparison(less.key, more.key, part, counts, mcnemar(counts), at_floor, rate, rate_p)
 
 
-def adjusted(contrasts: Iterable[Contrast]) -> tuple[Contrast, ...]:
+def adjusted(paired_tests: Iterable[CheckpointComparison]) -> tuple[CheckpointComparison, ...]:
     """The contrasts of one claim with their p-values adjusted over those that count (Holm)."""
-    contrasts = tuple(contrasts)
-    by_count = holm([None if each.at_floor else each.p for each in contrasts])
-    by_rate = holm([None if each.at_floor else each.rate_p for each in contrasts])
+    paired_tests = tuple(paired_tests)
+    by_count = holm([None if each.at_floor else each.p for each in paired_tests])
+    by_rate = holm([None if each.at_floor else each.rate_p for each in paired_tests])
     return tuple(
         replace(each, p_holm=p, rate_p_holm=rate_p)
-        for each, p, rate_p in zip(contrasts, by_count, by_rate, strict=True)
+        for each, p, rate_p in zip(paired_tests, by_count, by_rate, strict=True)
     )
 
 
-def judge(directions: Sequence[tuple[str, int]], parts: Sequence[str]) -> str:
+def decide(directions: Sequence[tuple[str, int]], parts: Sequence[str]) -> str:
     """The answer to a claim from its contrasts: a pair of part and direction each.
 
     It does not hold where any contrast separates its cells the other way round. It holds where none does and, in each
@@ -138,7 +138,7 @@ class Bound:
     limit: float
 
 
-def judge_below(bounds: Sequence[Bound]) -> str:
+def decide_below(bounds: Sequence[Bound]) -> str:
     """The answer to "all of these are below their limits".
 
     It holds where every interval lies below its limit, does not hold where any strict interval lies above.

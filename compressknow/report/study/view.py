@@ -104,7 +104,7 @@ def _charts(charts: Sequence[Chart]) -> Iterator[Part]:
 
 def _findings(study: Study, found: Sequence[Finding]) -> Iterator[Part]:
     yield Claims("Each finding, whether it holds for this model, and why", tuple(map(_claim, found)))
-    behind = (tables.contrasts_table(study, found), tables.bounds_table(study, found))
+    behind = (tables.paired_tests_table(study, found), tables.bounds_table(study, found))
     if any(behind):
         title = "All comparisons and figures behind the findings"
         yield Folded(title, tuple(table for table in behind if table), in_text=False)

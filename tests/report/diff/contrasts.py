@@ -12,8 +12,8 @@ from compressknow.diff.records import (
     TensorDifference,
 )
 from compressknow.probe.both_ways import BothWays
-from compressknow.report.diff.records import Checkpoint, Contrast
-from compressknow.report.diff.verdict import contrast_verdict
+from compressknow.report.diff.records import Checkpoint, CheckpointComparison
+from compressknow.report.diff.verdict import comparison_verdict
 from compressknow.report.diff.view import behaviour_of
 from tests.report.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
 
@@ -61,7 +61,7 @@ def difference_of(layers: int = 3) -> Difference:
     )
 
 
-def contrast_of(*, facts: bool = True, show_facts: bool = True, layers: int = 3) -> Contrast:
+def comparison_of(*, facts: bool = True, show_facts: bool = True, layers: int = 3) -> CheckpointComparison:
     a = Checkpoint("tiny-t5", "main", ORIGINAL_HASH, 4_000_000, "F32")
     b = Checkpoint(
         "tiny-t5-int8", None, COMPRESSED_HASH, 1_100_000, "I8 + F32", "int8", "Overall_GQ", {"name": "tiny-t5"}
@@ -69,8 +69,8 @@ def contrast_of(*, facts: bool = True, show_facts: bool = True, layers: int = 3)
     of_a, of_b = run(sides(140, 30, 2, 60))
     behaviour = behaviour_of(BothWays(of_a, of_b, of_b, of_a), show_facts=show_facts) if facts else None
     difference = difference_of(layers)
-    return Contrast(
-        verdict=contrast_verdict((a.name, b.name), False, difference, behaviour),
+    return CheckpointComparison(
+        verdict=comparison_verdict((a.name, b.name), False, difference, behaviour),
         a=a,
         b=b,
         identical=False,
@@ -84,8 +84,8 @@ def contrast_of(*, facts: bool = True, show_facts: bool = True, layers: int = 3)
     )
 
 
-def identical() -> Contrast:
+def identical() -> CheckpointComparison:
     """One checkpoint beside itself."""
-    found = contrast_of(facts=False)
-    verdict = contrast_verdict((found.a.name, found.b.name), True, None, None)
+    found = comparison_of(facts=False)
+    verdict = comparison_verdict((found.a.name, found.b.name), True, None, None)
     return replace(found, identical=True, difference=None, files=(), warnings=(), verdict=verdict)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from compressknow.report.diff.pages import render_contrast_html
-from tests.report.diff.contrasts import contrast_of
+from compressknow.report.diff.pages import render_comparison_html
+from tests.report.diff.contrasts import comparison_of
 from tests.report.in_browser import overflow, unfold, violations
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     file: Path = tmp_path_factory.mktemp("pages") / "compare.html"
-    file.write_text(render_contrast_html(contrast_of()), encoding="utf-8")
+    file.write_text(render_comparison_html(comparison_of()), encoding="utf-8")
     return file.as_uri()
 
 

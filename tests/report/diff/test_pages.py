@@ -16,29 +16,29 @@ import pytest
 from markdown_it import MarkdownIt
 
 from compressknow.diff.records import Difference
-from compressknow.report.diff.as_json import contrast_json
+from compressknow.report.diff.as_json import diff_json
 from compressknow.report.diff.heat_map import heat_map
-from compressknow.report.diff.pages import render_contrast_html, render_contrast_markdown
-from compressknow.report.diff.records import Contrast
+from compressknow.report.diff.pages import render_comparison_html, render_comparison_markdown
+from compressknow.report.diff.records import CheckpointComparison
 from compressknow.report.diff.tables import Grid, grid
-from compressknow.report.diff.verdict import contrast_verdict
+from compressknow.report.diff.verdict import comparison_verdict
 from compressknow.report.format import plain
-from tests.report.diff.contrasts import contrast_of, difference_of, identical
+from tests.report.diff.contrasts import comparison_of, difference_of, identical
 from tests.report.hostile import TEXTS
 from tests.report.pages import Element, read
 
-MADE: dict[str, Callable[[], Contrast]] = {
-    "weights": lambda: contrast_of(facts=False),
-    "facts": contrast_of,
-    "no facts shown": lambda: contrast_of(show_facts=False),
+MADE: dict[str, Callable[[], CheckpointComparison]] = {
+    "weights": lambda: comparison_of(facts=False),
+    "facts": comparison_of,
+    "no facts shown": lambda: comparison_of(show_facts=False),
     "identical": identical,
-    "unread": lambda: replace(contrast_of(facts=False), difference=None),
+    "unread": lambda: replace(comparison_of(facts=False), difference=None),
 }
 
 
 @pytest.fixture(params=sorted(MADE), scope="module")
 def page(request: pytest.FixtureRequest) -> Element:
-    return read(render_contrast_html(MADE[request.param]()))
+    return read(render_comparison_html(MADE[request.param]()))
 
 
 def rows_of(page: Element, caption: str) -> list[list[str]]:
@@ -47,7 +47,7 @@ def rows_of(page: Element, caption: str) -> list[list[str]]:
 
 
 def test_groups_layers_and_cells_say_their_figures() -> None:
-    page = read(render_contrast_html(contrast_of()))
+    page = read(render_comparison_html(comparison_of()))
     assert rows_of(page, "What differs by group of layers")[1] == [
         *("attention", "18,000", "0 %", "20.0 %", "0.1232", "0.99339", "18.2 dB", "0.3200"),
     ]
@@ -59,7 +59,7 @@ def test_groups_layers_and_cells_say_their_figures() -> None:
 
 
 def test_tensors_that_differ_come_first_that_differ_most() -> None:
-    rows = rows_of(read(render_contrast_html(contrast_of())), "Tensors that differ")
+    rows = rows_of(read(render_comparison_html(comparison_of())), "Tensors that differ")
     assert len(rows) == 1 + 12
     errors = [float(row[5]) for row in rows[1:]]
     assert errors == sorted(errors, reverse=True)
@@ -67,7 +67,7 @@ def test_tensors_that_differ_come_first_that_differ_most() -> None:
 
 
 def test_structure_and_settings_are_told() -> None:
-    page = read(render_contrast_html(contrast_of(facts=False)))
+    page = read(render_comparison_html(comparison_of(facts=False)))
     assert rows_of(page, "Tensors that are not stored alike")[1:] == [
         ["another type", "2", "F32", "I8", "a.weight, b.weight"],
         ["only in B", "1", "-", "F32 [7]", "c.weight"],
@@ -81,7 +81,7 @@ def test_structure_and_settings_are_told() -> None:
 
 
 def test_both_directions_are_told() -> None:
-    page = read(render_contrast_html(contrast_of()))
+    page = read(render_comparison_html(comparison_of()))
     figures = dict(rows_of(page, "What each knows, and how far their answers are apart"))
     assert figures["Of what A knows, B keeps"].startswith("82.4 %")
     assert figures["Of what B knows, A keeps"].startswith("98.6 %")
@@ -157,9 +157,9 @@ def test_headings_go_down_in_order_and_tables_are_whole(page: Element) -> None:
     assert set(regions.values()) <= {1}
 
 
-def hostile(text: str) -> Contrast:
+def hostile(text: str) -> CheckpointComparison:
     """A comparison with `text` for every name, setting and fact that comes from others."""
-    made = contrast_of()
+    made = comparison_of()
     assert made.difference is not None
     assert made.behaviour is not None
     difference, behaviour = made.difference, made.behaviour
@@ -194,8 +194,8 @@ def hostile(text: str) -> Contrast:
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_hostile_text_stays_text(text: str) -> None:
-    harmless = read(render_contrast_html(hostile("harmless"))).shape
-    html = render_contrast_html(hostile(text))
+    harmless = read(render_comparison_html(hostile("harmless"))).shape
+    html = render_comparison_html(hostile(text))
     page = read(html)
     assert page.shape == harmless
     assert plain(text, 60)[:30] in page.one("main").text
@@ -204,7 +204,7 @@ def test_hostile_text_stays_text(text: str) -> None:
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_hostile_text_stays_text_in_markdown(text: str) -> None:
-    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(render_contrast_markdown(hostile(text)))
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(render_comparison_markdown(hostile(text)))
     inner = [child for token in tokens for child in (token.children or ())]
     assert not {token.type for token in (*tokens, *inner)} & {"html_block", "html_inline", "link_open", "image"}
     headings = [inline.content for token, inline in pairwise(tokens) if token.type == "heading_open"]
@@ -214,28 +214,28 @@ def test_hostile_text_stays_text_in_markdown(text: str) -> None:
 @pytest.mark.parametrize("name", MADE)
 def test_markdown_and_json_say_the_verdict_and_json_holds_no_nan(name: str) -> None:
     made = MADE[name]()
-    told: dict[str, Any] = contrast_json(made)
+    told: dict[str, Any] = diff_json(made)
     assert json.loads(json.dumps(told, allow_nan=False)).keys() == told.keys()
     assert told["verdict"] == made.verdict
-    assert " ".join(made.verdict.split()[:3]) in render_contrast_markdown(made).replace("\\", "")
+    assert " ".join(made.verdict.split()[:3]) in render_comparison_markdown(made).replace("\\", "")
 
 
 def test_verdicts() -> None:
     difference = difference_of()
     same = replace(difference, tensors=tuple(t for t in difference.tensors if t.same_bytes), structure=())
     names = ("one", "two")
-    assert contrast_verdict(names, True, None, None).startswith("one and two are identical")
-    assert contrast_verdict(names, False, same, None) == (
+    assert comparison_verdict(names, True, None, None).startswith("one and two are identical")
+    assert comparison_verdict(names, False, same, None) == (
         "two has the weights of one, to the byte; what differs lies beside them."
     )
-    assert contrast_verdict(names, False, difference, None) == (
+    assert comparison_verdict(names, False, difference, None) == (
         "two differs from one in 12 of 19 tensors (63.2 % of the weights): relative error 0.1199, most in attention "
         "(0.1232); 1 tensor is only in B, 1 tensor is packed in a form that cannot be compared."
     )
-    assert contrast_verdict(names, False, None, None) == "The weights of one and two could not be compared."
+    assert comparison_verdict(names, False, None, None) == "The weights of one and two could not be compared."
 
 
 def test_many_tensors_are_cut_and_counted() -> None:
-    page = read(render_contrast_html(contrast_of(facts=False, layers=200)))
+    page = read(render_comparison_html(comparison_of(facts=False, layers=200)))
     assert len(rows_of(page, "Tensors that differ")) == 1 + 500
     assert "300 more are in the JSON of this comparison" in page.text

@@ -8,7 +8,7 @@ import pytest
 from compressknow.report.study.findings import Finding, findings
 from compressknow.report.study.records import floor
 from compressknow.report.study.summary import cliffs, module_that_hurts_least, paragraph, verdict
-from compressknow.report.study.tests import adjusted, contrast, decline, judge, left
+from compressknow.report.study.tests import adjusted, decide, decline, left, paired_test
 from compressknow.stats.intervals import mean, rate_difference
 from tests.report.study.studies import Asked, Cell, gp, gpq, gq, study, whole_grid
 
@@ -109,13 +109,13 @@ def test_a_study_without_cells_can_tell_nothing() -> None:
 
 def test_cells_that_are_not_plain_are_left_out() -> None:
     cells = [Cell(ATT, GOOD, None, "int8", None, plain=False), gq(FF, BAD, "int8")]
-    assert of(findings(study(cells)), "F6").contrasts == ()
+    assert of(findings(study(cells)), "F6").paired_tests == ()
 
 
 def test_comparison_is_mcnemar_on_the_same_facts() -> None:
     # Facts 0 to 6 only the first answers right, fact 7 only the second: 2 (1 + 8) / 2^8.
     made = study([gp(ATT, 0.4, {*range(8, 100), *range(7)}), gp(FF, 0.4, {*range(8, 100), 7})])
-    (pair,) = of(findings(made), "F2").contrasts
+    (pair,) = of(findings(made), "F2").paired_tests
     assert (pair.counts.both, pair.counts.lost, pair.counts.gained, pair.counts.neither) == (92, 7, 1, 200)
     assert pair.p == pytest.approx(18 / 256)
     assert "99 of 300 right" in of(findings(made), "F2").statistic
@@ -126,8 +126,8 @@ def test_p_is_adjusted_over_the_comparisons_of_a_finding() -> None:
     # Alone each would be significant: 2 / 2^6 = 0.03; two of them are not.
     cells = [cell for a in (0.4, 0.5) for cell in (gp(ATT, a, range(186)), gp(FF, a, range(180)))]
     finding = of(findings(study(cells)), "F2")
-    assert [pair.p for pair in finding.contrasts] == [pytest.approx(2 / 64)] * 2
-    assert [pair.p_holm for pair in finding.contrasts] == [pytest.approx(4 / 64)] * 2
+    assert [pair.p for pair in finding.paired_tests] == [pytest.approx(2 / 64)] * 2
+    assert [pair.p_holm for pair in finding.paired_tests] == [pytest.approx(4 / 64)] * 2
     assert finding.answer == "cannot tell"
     assert of(findings(study(cells[:2])), "F2").answer == "holds"
 
@@ -136,7 +136,7 @@ def test_what_is_no_better_than_the_baseline_decides_nothing() -> None:
     # Of a task with two answers, always "yes" beats tossing a coin: both know nothing.
     cells = [*at(ATT, range(190), 0.2), *at(FF, range(190), 0.2), *at(ALL, range(150, 400), 0.2)]
     finding = of(findings(study(cells, "causal", CAUSAL_TASK)), "F4")
-    assert all(pair.p is not None and pair.p < 0.01 and pair.at_floor for pair in finding.contrasts)
+    assert all(pair.p is not None and pair.p < 0.01 and pair.at_floor for pair in finding.paired_tests)
     assert finding.answer == "cannot tell"
     assert finding.why == "No cell knows clearly more than the baseline: there is nothing left to compare."
     # Where any text may be answered, as little is knowledge.
@@ -147,7 +147,7 @@ def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> Non
     # 40 % of 21 M lose 20 facts of 300, 40 % of 64 M lose 60: less in all, more by million.
     finding = of(findings(study([gp(ATT, 0.4, range(180)), gp(FF, 0.4, range(160))])), "F2")
     assert finding.answer == "holds"
-    (pair,) = finding.contrasts
+    (pair,) = finding.paired_tests
     assert pair.rate.value == pytest.approx(40 / 300 / (0.4 * 64) - 20 / 300 / (0.4 * 21))
     assert finding.per_million.startswith("Per million parameters changed:")
     assert "FF_GP 40% loses 0.273 points of accuracy less a million than Att_GP 40%" in finding.per_million
@@ -172,17 +172,17 @@ def test_mean_of_one_figure_is_itself_and_none_makes_none() -> None:
 
 
 def test_claim_of_several_parts_needs_each() -> None:
-    assert judge([("a", 1), ("b", 0)], ["a", "b"]) == "cannot tell"
-    assert judge([("a", 1), ("b", 1), ("b", 0)], ["a", "b"]) == "holds"
-    assert judge([("a", 1), ("b", -1)], ["a", "b"]) == "does not hold"
-    assert judge([], [""]) == "cannot tell"
+    assert decide([("a", 1), ("b", 0)], ["a", "b"]) == "cannot tell"
+    assert decide([("a", 1), ("b", 1), ("b", 0)], ["a", "b"]) == "holds"
+    assert decide([("a", 1), ("b", -1)], ["a", "b"]) == "does not hold"
+    assert decide([], [""]) == "cannot tell"
 
 
 def test_contrast_leaves_out_probes_that_one_cell_lacks() -> None:
     made = study([gp(ATT, 0.4, GOOD), gp(FF, 0.4, BAD)], asked=Asked(probes=("a", "b")))
     less, more = made.cells
     only = {"a": more.correct["a"]}
-    (pair,) = adjusted([contrast(made, less, type(more)(**{**fields_of(more), "correct": only}))])
+    (pair,) = adjusted([paired_test(made, less, type(more)(**{**fields_of(more), "correct": only}))])
     assert pair.counts.n == 300
 
 

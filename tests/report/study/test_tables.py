@@ -11,7 +11,7 @@ import pytest
 from compressknow.report.study.export import COLUMNS, schema, tidy_rows, to_csv, to_parquet
 from compressknow.report.study.findings import findings
 from compressknow.report.study.records import FailedCell, names
-from compressknow.report.study.tables import bounds_table, cells_table, contrasts_table, failed_cells, paper_tables
+from compressknow.report.study.tables import bounds_table, cells_table, failed_cells, paired_tests_table, paper_tables
 from tests.report.hostile import TEXTS
 from tests.report.study.studies import Asked, gp, gpq, gq, study, whole_grid
 
@@ -81,14 +81,14 @@ def test_cells_of_one_setup_are_told_apart() -> None:
 def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
     made = whole_grid()
     found = findings(made)
-    behind, figures = contrasts_table(made, found), bounds_table(made, found)
+    behind, figures = paired_tests_table(made, found), bounds_table(made, found)
     assert behind is not None
     assert figures is not None
-    assert len(behind.rows) == sum(len(finding.contrasts) for finding in found)
+    assert len(behind.rows) == sum(len(finding.paired_tests) for finding in found)
     assert behind.rows[0][0] == "F2 Att_GP 40% / FF_GP 40%"
     assert len(figures.rows) == sum(len(finding.bounds) for finding in found)
     nothing = study([])
-    assert contrasts_table(nothing, findings(nothing)) is None
+    assert paired_tests_table(nothing, findings(nothing)) is None
 
 
 def test_failed_cells_have_their_reasons() -> None:
