@@ -27,12 +27,12 @@ from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Prune, Recipe, read_recipe, to_toml
 from compressknow.compress.schemes import SCHEMES
 from compressknow.engine.layers import LAYERS
+from compressknow.format import plain
 from compressknow.probe.answers import TABLE, write_record, write_table
 from compressknow.probe.sources import PROBES, Options, open_probe
 from compressknow.registry import Registry
 from compressknow.report.card.make import make_card
 from compressknow.report.card.sections import SECTIONS
-from compressknow.report.format import plain
 from compressknow.report.model_card.report_section import with_report
 from tests.extending import package
 from tests.knowing import KNOWN_FACTS, facts_file, knowing

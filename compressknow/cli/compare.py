@@ -15,6 +15,7 @@ from compressknow.cli.progress import Lines
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
+from compressknow.format import plain, size, smaller
 from compressknow.report.diff.tables import (
     Part,
     figures_table,
@@ -27,7 +28,6 @@ from compressknow.report.diff.tables import (
     worst,
 )
 from compressknow.report.diff.verdict import names_of
-from compressknow.report.format import plain, size, smaller
 
 if TYPE_CHECKING:
     from compressknow.diff.records import Difference

@@ -19,8 +19,8 @@ from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import RECIPE_OPTIONS, SHARED
 from compressknow.compress.schemes import SCHEMES, known, word_of
 from compressknow.errors import UsageError
+from compressknow.format import count, percent, size
 from compressknow.model.scopes import DEFAULT_SCOPES
-from compressknow.report.format import count, percent, size
 from compressknow.report.model_card.render import growth, where_it_runs
 
 EPILOG = """\b

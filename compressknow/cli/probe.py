@@ -14,7 +14,7 @@ from compressknow.cli.options import REVISION, probe_options, probes_help, split
 from compressknow.cli.progress import Lines
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
-from compressknow.report.format import count, percent, plain, share
+from compressknow.format import count, percent, plain, share
 
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers

@@ -16,7 +16,7 @@ from compressknow.cli.progress import Lines
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
 from compressknow.files import as_text
-from compressknow.report.format import at_least, count, estimate, p_value, plain, share, size
+from compressknow.format import at_least, count, estimate, p_value, plain, share, size
 from compressknow.report.records import Card, Comparison
 from compressknow.stats.records import Estimate
 

@@ -25,7 +25,7 @@ from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json_text
 from compressknow.compress.schemes import SCHEMES
 from compressknow.errors import GateNotMet
-from compressknow.report.format import count, estimate, plain, size
+from compressknow.format import count, estimate, plain, size
 
 if TYPE_CHECKING:
     from compressknow.report.search.records import Trial

@@ -16,7 +16,7 @@ from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json_text
 from compressknow.compress.schemes import SCHEMES
-from compressknow.report.format import count, estimate, percent, plain
+from compressknow.format import count, estimate, percent, plain
 
 if TYPE_CHECKING:
     from compressknow.report.study.records import Study
@@ -132,7 +132,7 @@ class _Lines:
 
 
 def _line(result: CellResult) -> Iterator[str]:
-    from compressknow.report.format import size
+    from compressknow.format import size
 
     name = plain(result.setup, 33)
     if result.answers is None:

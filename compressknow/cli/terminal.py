@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from compressknow.report.format import is_seen, json_text, plain_lines
+from compressknow.format import is_seen, json_text, plain_lines
 
 
 def show(text: str = "", *, err: bool = False) -> None:

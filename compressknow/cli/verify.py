@@ -12,7 +12,7 @@ from compressknow.cli.help import RUNS, command, option
 from compressknow.cli.progress import Lines
 from compressknow.cli.terminal import show, show_json
 from compressknow.errors import CompressknowError
-from compressknow.report.format import count, size
+from compressknow.format import count, size
 
 WIDTH = 80
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compressknow.report.format import number, plain, share
+from compressknow.format import number, plain, share
 from compressknow.report.svg import COLOURS, inline
 from compressknow.stats.records import Estimate
 

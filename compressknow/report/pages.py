@@ -16,8 +16,8 @@ from markupsafe import Markup, escape
 
 from compressknow.errors import OutputError, UsageError
 from compressknow.files import interrupted, refuse_broken_links
+from compressknow.format import RIGHT_TO_LEFT, count, plain_lines
 from compressknow.libraries import require
-from compressknow.report.format import RIGHT_TO_LEFT, count, plain_lines
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Installed, the templates lie inside the package; in a checkout, at the top of the repository.

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from markupsafe import Markup
 
+from compressknow.format import count
 from compressknow.report.drawing import Chart
-from compressknow.report.format import count
 from compressknow.report.tables import Entry, Table
 
 __all__ = [

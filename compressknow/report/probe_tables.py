@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressknow.report.format import count, estimate, p_value, plain, share
+from compressknow.format import count, estimate, p_value, plain, share
 from compressknow.report.tables import Table
 from compressknow.stats.records import Estimate, Group, ProbeFigures
 

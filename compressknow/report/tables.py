@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from compressknow.report.format import NONE, millions, percent, plain
+from compressknow.format import NONE, millions, percent, plain
 from compressknow.report.records import Card, ModelFacts
 from compressknow.stats.records import Estimate
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from compressknow.compress.manifest import serialize
-from compressknow.report.format import json_text
+from compressknow.format import json_text
 
 
 @pytest.mark.parametrize("written", [lambda values: json_text(values).encode(), serialize])

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from compressknow.format import plain
 from compressknow.report.card.foreign import checked, is_foreign, left_out, try_out, usable
 from compressknow.report.card.section import Context, Limits, ProbeAnswers, Section
-from compressknow.report.format import plain
 from compressknow.report.parts import NO_FACTS, Part, Shown, Text, drawn
 from compressknow.report.records import Comparison, ModelFacts
 from compressknow.stats.records import ProbeFigures

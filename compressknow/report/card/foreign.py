@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from compressknow.format import plain
 from compressknow.report.card.section import Context, ProbeAnswers, Section
 from compressknow.report.card.sections import SECTIONS
 from compressknow.report.drawing import Chart
-from compressknow.report.format import plain
 from compressknow.report.pages import macro
 from compressknow.report.parts import Beside, Facts, Folded, LeftOut, Note, Part, Remarks, Shown, Text, drawn
 from compressknow.report.tables import Table

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from compressknow.errors import CompressknowError, GateNotMet, UsageError
+from compressknow.format import count
 from compressknow.probe.answers import Answers
 from compressknow.probe.records import ModelRecord
 from compressknow.report.card import assembly
@@ -15,7 +16,6 @@ from compressknow.report.card import warnings as warnings
 from compressknow.report.card.method import method
 from compressknow.report.card.section import ProbeAnswers
 from compressknow.report.card.verdict import grades, labels_of, verdict, verdict_of_several
-from compressknow.report.format import count
 from compressknow.report.records import Card, Comparison, ModelFacts
 from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.paired import Pair, changed_facts, compare_probe, paired

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from compressknow.format import count, plain
 from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.records import ProbeEntry
 from compressknow.probe.sources import source_of
 from compressknow.report.card.verdict import LOWEST, SCALE
-from compressknow.report.format import count, plain
 from compressknow.stats.distributions import CALIBRATION_BINS, POPULARITY_BINS
 from compressknow.stats.intervals import RESAMPLES, SEED
 from compressknow.stats.records import ProbeFigures

@@ -9,12 +9,12 @@ from typing import Any
 from markupsafe import Markup
 
 from compressknow.files import write_together
+from compressknow.format import json_text
 from compressknow.report.card import view
 from compressknow.report.card.as_json import to_json
 from compressknow.report.card.charts import setups
 from compressknow.report.card.method import LEGEND, SHORT_LEGEND
 from compressknow.report.card.section import Limits
-from compressknow.report.format import json_text
 from compressknow.report.pages import html_page, markdown_page
 from compressknow.report.records import Card
 

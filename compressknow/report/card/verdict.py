@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from compressknow.report.format import count, p_value, percent, plain, share
+from compressknow.format import count, p_value, percent, plain, share
 from compressknow.report.records import Comparison, Grade, ModelFacts
 from compressknow.stats.intervals import proportion
 from compressknow.stats.paired import domain_order

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from compressknow.compress.recipe import to_toml
+from compressknow.format import NONE, count, estimate, plain, plain_lines, share, size, smaller
 from compressknow.report.card import assembly
 from compressknow.report.card.section import Limits
 from compressknow.report.card.verdict import labels_of
-from compressknow.report.format import NONE, count, estimate, plain, plain_lines, share, size, smaller
 from compressknow.report.parts import Shown
 from compressknow.report.probe_tables import headline_accuracy
 from compressknow.report.records import Card, Comparison, Grade

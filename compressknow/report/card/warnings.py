@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.schemes import schemes_of
+from compressknow.format import count, percent, plain, share
 from compressknow.probe.answers import Answers
-from compressknow.report.format import count, percent, plain, share
 from compressknow.report.records import Grade, ModelFacts
 from compressknow.stats.records import Counts, ProbeFigures
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from markupsafe import escape
 
+from compressknow.format import number
 from compressknow.report.diff.tables import Grid
-from compressknow.report.format import number
 
 _WIDTH, _LABEL, _ROW, _TOP = 720, 76, 19, 26
 _WIDEST = 110

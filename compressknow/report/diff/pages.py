@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressknow.files import write_together
+from compressknow.format import json_text
 from compressknow.report.diff.as_json import diff_json
 from compressknow.report.diff.records import CheckpointComparison
 from compressknow.report.diff.view import Limits, comparison_page
-from compressknow.report.format import json_text
 from compressknow.report.pages import html_page, markdown_page
 
 _HTML, _MARKDOWN = Limits(tensors=500, facts=500, open=20, charts=True), Limits(tensors=30, facts=50, open=50)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from compressknow.diff.records import Difference, StructureChange, Sums, TensorDifference, summed
-from compressknow.report.diff.records import Behaviour, SideBySide
-from compressknow.report.format import (
+from compressknow.format import (
     NONE,
     answer,
     at_least,
@@ -20,6 +19,7 @@ from compressknow.report.format import (
     plain,
     share,
 )
+from compressknow.report.diff.records import Behaviour, SideBySide
 from compressknow.report.parts import BLANK, fact_parts
 from compressknow.report.parts import Part as PagePart
 from compressknow.report.tables import Table

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from compressknow.diff.records import Difference, Sums, summed
+from compressknow.format import count, number, percent, plain
 from compressknow.report.card.warnings import was_made_from
 from compressknow.report.diff.records import Behaviour, Checkpoint
-from compressknow.report.format import count, number, percent, plain
 from compressknow.stats.records import Counts
 
 _LONG = 120

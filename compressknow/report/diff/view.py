@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from compressknow.diff.records import Difference
+from compressknow.format import NONE, count, number, plain, share, size, smaller
 from compressknow.probe.answers import Answers
 from compressknow.probe.both_ways import BothWays
 from compressknow.report.card import warnings as warnings
@@ -17,7 +18,6 @@ from compressknow.report.diff import tables as weights
 from compressknow.report.diff.heat_map import heat_map
 from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, KnownBy, SideBySide
 from compressknow.report.diff.verdict import names_of
-from compressknow.report.format import NONE, count, number, plain, share, size, smaller
 from compressknow.report.parts import NO_FACTS, Drawn, Folded, LeftOut, Part, Shown
 from compressknow.report.records import Card
 from compressknow.report.tables import Entry

@@ -15,8 +15,8 @@ import yaml
 from compressknow.compress.recipe import to_toml
 from compressknow.compress.runtimes import VLLM_ARCHITECTURES, runtimes, vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import known, word_of
+from compressknow.format import count, number, percent, size
 from compressknow.reading import CARD, read_text
-from compressknow.report.format import count, number, percent, size
 from compressknow.report.pages import code_span, render
 
 # What stays true of a model when it is compressed.

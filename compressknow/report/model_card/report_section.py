@@ -12,9 +12,9 @@ import yaml
 
 from compressknow.errors import OutputError
 from compressknow.files import write_whole
+from compressknow.format import count, estimate, size
 from compressknow.reading import CARD as CARD_BYTES
 from compressknow.reading import NotReadable, read_text
-from compressknow.report.format import count, estimate, size
 from compressknow.report.model_card.render import FRONT_MATTER
 from compressknow.report.pages import render, yaml_text
 from compressknow.report.records import Card, Comparison, ModelFacts

@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from compressknow.compress.recipe import to_toml
 from compressknow.files import write_whole
+from compressknow.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
 from compressknow.report.drawing import INK, MUTED, SERIES, axes, percent_axis
-from compressknow.report.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
 from compressknow.report.pages import html_page
 from compressknow.report.parts import BAR, Charts, Code, Drawn, Entries, Note, Page, Sentences, Shown
 from compressknow.report.search.records import SIZES, Search, Trial

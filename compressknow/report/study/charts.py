@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from compressknow.compress.pruning import METHODS
+from compressknow.format import plain
 from compressknow.report import drawing
 from compressknow.report.drawing import Bar, Level, Line
-from compressknow.report.format import plain
 from compressknow.report.records import Comparison
 from compressknow.report.study.records import (
     ATTENTION_KINDS,

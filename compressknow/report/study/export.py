@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from compressknow.report.format import plain
+from compressknow.format import plain
 from compressknow.report.probe_tables import headline_accuracy
 from compressknow.report.study import summary
 from compressknow.report.study.findings import Finding, findings

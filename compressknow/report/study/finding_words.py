@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compressknow.report.format import count, estimate, number, p_value, share
+from compressknow.format import count, estimate, number, p_value, share
 from compressknow.report.study.records import Study, names
 from compressknow.report.study.tests import CANNOT_TELL, HOLDS, Bound, CheckpointComparison
 

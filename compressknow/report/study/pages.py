@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressknow.files import write_whole
-from compressknow.report.format import json_text
+from compressknow.format import json_text
 from compressknow.report.pages import html_page, markdown_page, source
 from compressknow.report.study.charts import NAMES, Chart, study_charts
 from compressknow.report.study.export import study_to_json, tidy_rows, to_csv, to_parquet

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from compressknow.report.format import count, plain, points, share
+from compressknow.format import count, plain, points, share
 from compressknow.report.study.findings import HIGH, LOW, MEDIUM, NOT_EVALUATED, Finding
 from compressknow.report.study.records import MODULES, Study, StudyCell, names, pruned, quantized, schemes
 from compressknow.report.study.tests import CANNOT_TELL, DOES_NOT_HOLD, HOLDS, adjusted, decide, paired_test

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from compressknow.report.format import NONE, count, estimate, number, p_value, plain, share, size
+from compressknow.format import NONE, count, estimate, number, p_value, plain, share, size
 from compressknow.report.probe_tables import headline_accuracy
 from compressknow.report.study.findings import Finding
 from compressknow.report.study.records import (

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
 
-from compressknow.report.format import NONE, count, plain
+from compressknow.format import NONE, count, plain
 from compressknow.report.parts import (
     BAR,
     Charts,

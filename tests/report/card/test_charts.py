@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from compressknow.format import plain
 from compressknow.report.card import charts
 from compressknow.report.card.sections.popularity import popularity_chart
 from compressknow.report.card.view import section_names
-from compressknow.report.format import plain
 from compressknow.stats.records import Counts, Estimate, Group
 from tests.report.card.cards import POPULARITY, card_of_several, group
 from tests.report.hostile import TEXTS

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from compressknow.format import plain
 from compressknow.report.card.make import make_card
 from compressknow.report.card.pages import render_html
-from compressknow.report.format import plain
 from compressknow.report.pages import isolated
 from compressknow.report.records import Card
 from tests.report.answering import run, sides

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compressknow.report.format import plain
+from compressknow.format import plain
 from compressknow.report.search.view import render_search_html
 from tests.report.hostile import TEXTS
 from tests.report.pages import read

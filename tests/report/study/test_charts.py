@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from compressknow.format import plain
 from compressknow.report.drawing import Bar, Level, Line, bars, lines
-from compressknow.report.format import plain
 from compressknow.report.pages import source
 from compressknow.report.study.charts import NAMES, Chart, baselines, guessing, mean_drop, mean_kept, study_charts
 from compressknow.report.study.records import Study

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from compressknow.report.format import plain
+from compressknow.format import plain
 from compressknow.report.study.charts import NAMES
 from compressknow.report.study.export import study_to_json
 from compressknow.report.study.findings import findings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from compressknow.format import count, percent, plain
 from compressknow.report.card.section import Context, Section
-from compressknow.report.format import count, percent, plain
 from compressknow.report.parts import Part
 from compressknow.report.tables import Table
 from compressknow.stats.records import ProbeFigures

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from compressknow.format import answer, ordinal, plain
 from compressknow.report.card.section import Context, Section
-from compressknow.report.format import answer, ordinal, plain
 from compressknow.report.parts import BLANK, Part, fact_parts
 from compressknow.report.records import Comparison
 from compressknow.stats.records import ChangedFact

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from compressknow.format import NONE, at_least, count, estimate, number, p_value, percent, plain, points, share
 from compressknow.report.card.section import Context, Section
-from compressknow.report.format import NONE, at_least, count, estimate, number, p_value, percent, plain, points, share
 from compressknow.report.parts import Folded, Part, Remarks
 from compressknow.report.probe_tables import groups_table
 from compressknow.report.tables import Table

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from compressknow.compress.schemes import schemes_of, word_of
+from compressknow.format import NONE, count, number, percent, plain
 from compressknow.report.card.section import Context, Section
-from compressknow.report.format import NONE, count, number, percent, plain
 from compressknow.report.parts import Part
 from compressknow.report.tables import Table
 

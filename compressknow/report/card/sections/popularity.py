@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from compressknow.format import plain, share
 from compressknow.report import drawing
 from compressknow.report.card.section import Context, Section
 from compressknow.report.drawing import Chart, percents
-from compressknow.report.format import plain, share
 from compressknow.report.parts import Beside, Part
 from compressknow.report.probe_tables import groups_table
 from compressknow.report.values import groups_to_json

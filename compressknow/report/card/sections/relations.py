@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from compressknow.format import count, plain
 from compressknow.report.card.section import Context, Section
-from compressknow.report.format import count, plain
 from compressknow.report.parts import Note, Part
 from compressknow.report.probe_tables import groups_table
 from compressknow.report.tables import Table

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from compressknow.format import NONE, plain, size
 from compressknow.report.card.section import Context, Section
-from compressknow.report.format import NONE, plain, size
 from compressknow.report.parts import Part
 from compressknow.report.tables import Table
 
