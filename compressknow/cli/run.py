@@ -10,6 +10,7 @@ import io
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -206,10 +207,17 @@ def _no_signal_lost() -> Iterator[None]:
         stop = dropped.exc_value
         if isinstance(stop, (KeyboardInterrupt, _Stopped)):
             number = int(str(stop.code)) - 128 if isinstance(stop, _Stopped) else signal.SIGINT
-            # Not at once: it would be dropped in here.
-            threading.Timer(0.01, signal.raise_signal, [number]).start()
+            threading.Thread(target=again, args=(number, threading.get_ident()), daemon=True).start()
         else:
             before(dropped)
+
+    def again(number: int, thread: int) -> None:
+        # Not while this hook runs: the signal would be dropped in it.
+        while any(
+            frame.f_code is hook.__code__ for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))
+        ):
+            time.sleep(0.01)
+        signal.raise_signal(number)
 
     sys.unraisablehook = hook
     try:

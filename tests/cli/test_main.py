@@ -142,21 +142,32 @@ def test_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.split() == ["Interrupted"]
 
 
+@pytest.fixture
+def default_handlers() -> Iterator[None]:
+    """As in a process of its own: a test that ran here before may have brought libraries that take signals (Ray)."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("default_handlers")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_command_says_what_became_of_its_work(
-    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work() -> None:
         with if_interrupted("Nothing was written."):
             os.kill(os.getpid(), number)
             time.sleep(60)
 
-    before = signal.getsignal(signal.SIGTERM)
-    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))
     assert run(group_with(work), ["act"]) == code
     assert capsys.readouterr().err.strip() == "Interrupted. Nothing was written."
 
 
+@pytest.mark.usefixtures("default_handlers")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_that_comes_while_an_object_is_removed_is_not_lost(
     number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from compressknow.probe.records import ProbeEntry
 from compressknow.stats.paired import compare_probe
 from compressknow.stats.records import Movement
 from tests.models import tiny
@@ -43,7 +44,7 @@ def movement(before: PreTrainedModel, after: PreTrainedModel) -> tuple[Movement,
         with torch.no_grad():
             p, q = (model(input_ids=ids).logits[0, -1].double().log_softmax(-1) for model in (before, after))
         whole.append(float(functional.kl_div(q, p, log_target=True, reduction="sum")))
-    entry = {"reference": "a", "fingerprint": "f"}
+    entry = ProbeEntry(protocol="p/1", fingerprint="f", facts=1, asked=1, reference="a")
     figures = compare_probe(list(originals.values()), list(others.values()), entry, entry)
     assert figures.movement is not None
     return figures.movement, float(np.mean(whole))
