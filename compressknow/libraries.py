@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from importlib.metadata import version
 
 from compressknow.errors import CompressknowError
 
@@ -21,6 +23,8 @@ OPTIONAL = {
 }
 # Others whose name for pip is another.
 _NAMES = {"compressed_tensors": "compressed-tensors", "yaml": "pyyaml"}
+# Older releases leave out whether a GGUF file puts its first token before a text: it is asked otherwise, unseen.
+GGUF_TRANSFORMERS = "5.23"
 
 
 def require(*modules: str) -> None:
@@ -33,6 +37,19 @@ def require(*modules: str) -> None:
     """  # noqa: E501
     if missing := [module for module in modules if not _is_installed(module)]:
         raise not_installed(*missing)
+
+
+def reads_gguf() -> bool:
+    """Whether the transformers that is installed reads a GGUF file as what it is."""
+    return _release(version("transformers")) >= _release(GGUF_TRANSFORMERS)
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """
+    >>> _release("5.9.0") < _release("5.23") <= _release("5.23.0.dev0")
+    True
+    """
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
 def _is_installed(module: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import compressknow
-from compressknow.libraries import OPTIONAL
+from compressknow.libraries import GGUF_TRANSFORMERS, OPTIONAL
 
 ROOT = Path(__file__).parent.parent
 RENDER = """
@@ -101,6 +101,11 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     # pyproject.toml says why these are there.
     by_others = {"accelerate", "safetensors", "gguf"}
     assert _imported() == (declared | extras) - by_others
+
+
+def test_the_extra_for_gguf_files_asks_for_a_transformers_that_reads_them() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert f"transformers>={GGUF_TRANSFORMERS}" in extras["gguf"]
 
 
 def test_the_list_for_a_small_image_is_what_is_declared_without_the_optional_libraries() -> None:

@@ -6,11 +6,13 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.errors import CheckpointError, CompressknowError
+from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.files import as_text
+from compressknow.libraries import GGUF_TRANSFORMERS, reads_gguf
 from compressknow.model.scopes import refuse_slow_targets
 from compressknow.quiet import no_panics, quiet
 
@@ -46,6 +48,7 @@ def load(
     Raises
     ------
     CheckpointError : no such folder, or it cannot be loaded whole: a weight that the model needs is missing.
+    UnsupportedError : a GGUF file, and a transformers that reads those otherwise.
     """
     path = _checkpoint_path(folder)
     with quiet(), _as_checkpoint_error(path):
@@ -89,7 +92,10 @@ def load_variant(
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder or GGUF file. Raises CheckpointError where there is none."""
+    """The tokenizer of a checkpoint folder or GGUF file.
+
+    Raises CheckpointError where there is none, UnsupportedError as `load` does.
+    """
     from transformers import AutoTokenizer
 
     path = _checkpoint_path(folder)
@@ -117,6 +123,13 @@ def _checkpoint_path(folder: str | Path) -> Path:
             "tokenizers open no such path.",
         )
     if path.suffix == ".gguf" and path.is_file():
+        if not reads_gguf():
+            raise UnsupportedError(
+                f"{path} is a GGUF file: it needs transformers {GGUF_TRANSFORMERS} or newer, and "
+                f"{version('transformers')} is installed.",
+                why="Older releases begin its texts with other tokens, so that it would answer otherwise.",
+                hint=f"Upgrade with: pip install 'transformers>={GGUF_TRANSFORMERS}'",
+            )
         return path
     if not path.is_dir():
         raise CheckpointError(f"{folder}: no such folder.", hint="Give a checkpoint folder: config.json and weights.")

@@ -21,7 +21,7 @@ import compressknow
 from compressknow.cli import main
 from compressknow.probe.answers import Answers, read_answers
 from compressknow.quiet import Progress
-from tests.engine.gguf_files import write_gguf
+from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.models import save_tiny
 from tests.report.pages import read
@@ -300,6 +300,7 @@ def test_the_same_values_in_another_type_are_told(run: Run, place: Path, tmp_pat
     assert read((tmp_path / "c.html").read_text()).one("h1").text == "The same values"
 
 
+@needs_gguf
 def test_a_gguf_file_is_compared_by_what_it_knows(run: Run, place: Path, tmp_path: Path) -> None:
     a, b = (write_gguf(place / name, tmp_path / f"{name}.gguf") for name in ("llama", "llama-b"))
     ended = run("{place}/llama", b)

@@ -6,8 +6,16 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
+import transformers
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
+
+from compressknow.libraries import GGUF_TRANSFORMERS, reads_gguf
+
+needs_gguf = pytest.mark.skipif(
+    not reads_gguf(), reason=f"GGUF files need transformers {GGUF_TRANSFORMERS}: this is {transformers.__version__}"
+)
 
 _TYPE = gguf.GGMLQuantizationType.Q8_0
 # Words that begin a sentence or follow without a space; all others carry theirs.

