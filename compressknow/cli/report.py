@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compressknow.report.records import Card
 
 
-@command(short_help="Show what compressed models kept and lost of the knowledge.", more=probes_help)
+@command(short_help="Show which knowledge compressed models kept and lost.", more=probes_help)
 @click.argument("original")
 @click.argument("compressed", nargs=-1, required=True)
 @option(
@@ -122,7 +122,7 @@ def command_of(ctx: click.Context) -> str:
 
 
 WIDTH = 80
-GRADES = f"{'Subject':<22}{'Known before':>14}{'Kept':>8}   {'Share kept (95 % interval)':<27}{'Grade':>6}"
+GRADES = f"{'Domain':<22}{'Known before':>14}{'Kept':>8}   {'Share kept (95 % interval)':<27}{'Grade':>6}"
 MODELS = f"{'Model':<40}{'Size':>10}  {'Kept (95 % interval)':<28}"
 
 

@@ -92,14 +92,14 @@ class Card(Shown):
     show_facts: bool
     versions: Mapping[str, str]
     command: str | None
-    method: tuple[str, ...]  # sentences: how it was asked and judged, and the limits of that
+    method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
 
     def _summary(self) -> Summary:
         """By subject of one model, a line per model of several."""
         title = f"Card: what {plain(self.original.name, 60)} knew"
         if len(self.comparisons) == 1:
             (comparison,) = self.comparisons
-            grades = ("Subject", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
+            grades = ("Domain", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
             return Summary(title, self.verdict, grades, tuple(map(_grade_row, comparison.grades)))
         models = ("Model", "Setup", "Size", "Kept (95 % interval)")
         return Summary(title, self.verdict, models, tuple(map(_model_row, self.comparisons)))

@@ -342,7 +342,7 @@ def _same_prompts(probe: str, original: ProbeEntry, compressed: ProbeEntry) -> N
         if getattr(original, key) != getattr(compressed, key)
     ]
     raise CompressknowError(
-        f"The two models were not asked the same questions of {probe}, so their answers cannot be compared.",
+        f"The two models were not evaluated on {probe} in the same way, so their answers cannot be compared.",
         why=f"They differ in: {', '.join(differing) or 'the facts, prompts or candidates themselves'}.",
         hint="Probe both models again with the same data and the same options.",
     )

@@ -168,7 +168,7 @@ def _refuse_other(record: Path, said: Mapping[str, object]) -> None:
     if differs == "sha256":
         raise OutputError(
             f"{record.parent} is a study of another model ({found.get('model')}).",
-            why="Or of this one before its files changed.",
+            why="Or the model's files have changed since then.",
             hint="Choose a new folder for the study.",
         )
     if differs:

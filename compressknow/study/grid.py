@@ -71,8 +71,8 @@ def grid_cells(
     if str(grid) != PAPER:
         if module_map or scheme:
             raise UsageError(
-                "--module-map and --quantize are of the paper's grid.",
-                hint="A grid file says both itself: module_map and quantize are axes and keys of it.",
+                "--module-map and --quantize apply only to the paper's grid.",
+                hint="Set module_map and quantize in the grid file instead.",
             )
         return read_grid(Path(grid))
     chosen = module_map or "paper"
@@ -146,7 +146,9 @@ def _refuse_contradiction(axes: Mapping[str, Any], path: Path) -> None:
     """Axes that say how to prune where nothing is pruned."""
     prunes = any(_is_given(amount) for amount in axes.get("prune", ()))
     if idle := [name for name in ("method", "seed") if name in axes and not prunes]:
-        raise UsageError(f"{path}: the axis {idle[0]} is of pruning, and no cell prunes.", hint="Add the axis prune.")
+        raise UsageError(
+            f"{path}: the axis {idle[0]} applies to pruning, but no cell prunes.", hint="Add the axis prune."
+        )
     methods = axes.get("method", (METHODS.first,)) if prunes else ()
     has = set().union(*(_parameters_of(name) for name in (*methods, *axes.get("quantize", ()))))
     if idle := sorted(set(axes) - set(AXES) - has):

@@ -29,7 +29,7 @@ class Criterion:
         if not 0 < self.keep <= 1:
             raise UsageError(
                 f"The share of knowledge to keep must lie between 0 and 1: {self.keep:g}.",
-                hint="0.95, or 95%, asks for 95 %.",
+                hint="Write 95 % as 0.95 or 95%.",
             )
         if self.minimize not in SIZES:
             raise UsageError(f"Unknown size {self.minimize!r}.", hint=f"There is {', '.join(SIZES)}.")

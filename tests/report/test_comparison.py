@@ -220,7 +220,9 @@ class TestChangedFacts:
 class TestRefused:
     def test_other_protocols(self) -> None:
         rows = sides(both=1)
-        with pytest.raises(CompressknowError, match=r"same questions of atlas.*\n.*protocol closed/1 and paper/1"):
+        with pytest.raises(
+            CompressknowError, match=r"evaluated on atlas in the same way.*\n.*protocol closed/1 and paper/1"
+        ):
             compare_probe(*rows, entry(), entry(protocol="paper/1", fingerprint="e" * 64))
 
     def test_other_questions(self) -> None:

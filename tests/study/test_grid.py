@@ -118,7 +118,7 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ("[axes]\nprune = [0]", "no cell"),
         ("[axes]\nprune = []", "must be a list, and not empty"),
         ("[axes]\nprune = 0.5", "must be a list"),
-        ("[axes]\nprune = [2]", "between 0 and 1"),
+        ("[axes]\nprune = [2]", "greater than 0 and less than 1"),
         ('[axes]\nquantize = ["int4"]', "int4"),
         ("[axes]\namount = [0.1]", "'amount'"),
         ("[grid]\nprune = [0.1]", "'grid'"),

@@ -27,7 +27,7 @@ _REQUIRED = ("name", "sha256", "architecture", "family", "parameters", "bytes", 
 def make_card(
     original: Answers, compressed: Sequence[Answers], *, show_facts: bool = True, command: str | None = None
 ) -> Card:
-    """Compare each compressed model with the original, over the probes that both were asked.
+    """Compare each compressed model with the original, over the probes that both were evaluated on.
 
     Parameters
     ----------
@@ -83,8 +83,8 @@ def check_gate(fail_under: float | None) -> None:
     """Raise UsageError where `fail_under` is no share."""
     if fail_under is not None and not 0 <= fail_under <= 1:
         raise UsageError(
-            f"The least share of knowledge kept must lie between 0 and 1: {fail_under:g}.",
-            hint="0.95, or 95%, asks for 95 %.",
+            f"--fail-under must be between 0 and 1: {fail_under:g}.",
+            hint="Write 95 % as 0.95 or 95%.",
         )
 
 
@@ -163,14 +163,15 @@ def _refuse_incomparable(original: Answers, compressed: Answers) -> None:
         one, other = getattr(before, key), getattr(after, key)
         if one is not None and other is not None and one != other:
             raise CompressknowError(
-                f"{after.name} is no compressed form of {before.name}: they differ in {key}.",
+                f"{after.name} is not a compressed version of {before.name}: they differ in {key}.",
                 why=f"{before.name} has {one}, {after.name} has {other}.",
                 hint="Compare a model with the checkpoint that it was made from.",
             )
     if not set(original.probes) & set(compressed.probes):
         raise CompressknowError(
-            f"{before.name} and {after.name} were asked no probe in common.",
-            why=f"The one was asked {_listed(original.probes)}, the other {_listed(compressed.probes)}.",
+            f"{before.name} and {after.name} were not evaluated on any common probe.",
+            why=f"The original was evaluated on {_listed(original.probes)}, "
+            f"the other model on {_listed(compressed.probes)}.",
             hint="Probe both with the same -p PROBE.",
         )
 
@@ -187,7 +188,7 @@ def _common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
 
 
 def method_of(original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()) -> tuple[str, ...]:
-    """How the probes were asked and judged, and the limits of that, in sentences."""
+    """How the probes were run and judged, and the limits of that, in sentences."""
     probes: dict[str, ProbeFigures] = {}
     for comparison in comparisons:
         for figures in comparison.probes:

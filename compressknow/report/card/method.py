@@ -55,8 +55,8 @@ def _probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) 
     dropped = f", {count(left_out)} left out ({reasons})" if left_out else ", none left out"
     average = "the mean over relations" if figures.average == "macro" else "the share of all facts"
     return (
-        f"{name}: {how}; {count(figures.facts_read)} facts read{dropped}, {count(figures.counts.n)} asked{limited}; "
-        f"its headline accuracy is {average}."
+        f"{name}: {how}; {count(figures.facts_read)} facts read{dropped}, {count(figures.counts.n)} "
+        f"evaluated{limited}; its headline accuracy is {average}."
     ) + _own_note(entry)
 
 
@@ -69,7 +69,7 @@ def _evaluated(probe: str) -> str | None:
 def _choices(answers: Sequence[Answer]) -> str:
     numbers = [answer.choices for answer in answers if answer.choices is not None]
     if not numbers or len(numbers) < len(answers):
-        return "any text may be answered"
+        return "the answer is free text"
     low, high = min(numbers), max(numbers)
     return f"one of {count(low)} answers" if low == high else f"one of {count(low)} to {count(high)} answers"
 
@@ -106,8 +106,8 @@ def _figures() -> Iterator[str]:
 
 def _limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
     yield (
-        "Limits: a fact counts as known when its object comes out first for the wording that was asked; other wordings "
-        "may fare otherwise, and a lost fact may be ranked second."
+        "Limits: a fact counts as known if its object ranks first for the wording used. Other wordings may give other "
+        "results, and a lost fact may rank second."
     )
     if any(probe.chance for probe in probes):
         yield (

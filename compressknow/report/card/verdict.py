@@ -78,7 +78,7 @@ loss that chance does not explain (p = 0.012).
     """
     name = plain(original, _NAME)
     if not counts.n:
-        return f"No fact was asked of both models: nothing can be said of what is left of {name}."
+        return f"The models were not evaluated on any common fact, so nothing can be said about what {name} lost."
     if not counts.known_before:
         return _nothing_known(name, counts)
     if not counts.lost:
@@ -96,9 +96,7 @@ def verdict_of_several(original: str, comparisons: Sequence[Comparison]) -> str:
     labels = labels_of([comparison.model for comparison in comparisons])
     known = [(c.counts, label) for c, label in zip(comparisons, labels, strict=True) if c.counts.known_before]
     if not known:
-        return (
-            f"{name} knew none of the facts that it was asked, so there is nothing that a compressed model could keep."
-        )
+        return f"{name} knew none of the facts, so there is nothing that a compressed model could keep."
     best, worst = max(known, key=_kept), min(known, key=_kept)
     if len(known) == 1:
         return f"{best[1]} keeps {_share(best[0])} of the facts that {name} knew."
@@ -128,7 +126,7 @@ def labels_of(models: Sequence[ModelFacts]) -> list[str]:
 
 def _nothing_known(name: str, counts: Counts) -> str:
     gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
-    return f"{name} knew none of the {_facts(counts.n)} that it was asked, so there is nothing to keep{gained}."
+    return f"{name} knew none of the {_facts(counts.n)}, so there is nothing to keep{gained}."
 
 
 def _interval(counts: Counts, kept: Estimate) -> str:

@@ -38,7 +38,7 @@ def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
     if original.speed and model.speed and original.speed.device != model.speed.device:
         yield (
             f"The models ran on different devices ({plain(original.speed.device, 60)} and "
-            f"{plain(model.speed.device, 60)}): answers that are almost tied may differ for that alone."
+            f"{plain(model.speed.device, 60)}): answers that are almost tied may differ for this reason alone."
         )
 
 
@@ -66,17 +66,16 @@ def of_recipe(model: ModelFacts) -> Iterator[str]:
         yield "Nothing of this model was in scope: no weight was pruned or quantized."
     if by_batch := [scheme.name for scheme in schemes_of(model.recipe) if scheme.rounds == "batch"]:
         yield (
-            f"Quantized by {by_batch[0]}, whose activations share one scale a batch: each answer depends a little on "
-            "the facts that were asked beside it. The order of facts is fixed, so the figures repeat; other batches "
-            "would give slightly other ones."
+            f"With {by_batch[0]}, the activations of a batch share one scale, so each answer depends slightly on the "
+            "other facts in its batch. The order of facts is fixed, so the figures are reproducible, but another "
+            "batch size would change them slightly."
         )
     elif _rounds_activations(model.quantization or ""):
         yield (
-            "Its activations are rounded to 8 bits as they are computed, and a last bit that differs may round them "
-            "the other way: the same weights computed in another way (plain floats, another CPU) "
-            f"answer otherwise too. For {MEASURED_ON} that changed {ROUNDING_ATTENTION} of the answers from right to "
-            f"wrong or back with attention quantized, {ROUNDING_BOTH} with the feed-forward blocks too: a change of "
-            "that size may be rounding alone."
+            "This model rounds activations to 8 bits, so tiny numerical differences (plain floating point, another "
+            f"CPU) can change answers. On {MEASURED_ON}, rounding alone flipped {ROUNDING_ATTENTION} of the answers "
+            f"between right and wrong with attention quantized, and {ROUNDING_BOTH} with feed-forward quantized too. A "
+            "change of this size may be rounding alone."
         )
 
 
@@ -91,7 +90,7 @@ def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> It
     for who, these, others in (("original", original, compressed), ("compressed model", compressed, original)):
         only = [plain(probe, 60) for probe in these.probes if probe not in others.probes]
         if only:
-            yield f"Not compared, since only the {who} was asked: {', '.join(only)}."
+            yield f"Not compared, because only the {who} was evaluated on them: {', '.join(only)}."
         yield from of_answers(f"The {who}", these)
     for probe in probes:
         references = [side.record.probes[probe].reference for side in (original, compressed)]
@@ -110,7 +109,10 @@ def _versions(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> Ite
         if name in compressed and original[name] != compressed[name]
     ]
     if differing:
-        yield f"The two models were asked by different versions ({', '.join(differing)}), which may change answers too."
+        yield (
+            f"The two models were evaluated with different versions ({', '.join(differing)}), which may change answers "
+            "too."
+        )
 
 
 def of_answers(who: str, answers: Answers) -> Iterator[str]:
@@ -120,8 +122,8 @@ def of_answers(who: str, answers: Answers) -> Iterator[str]:
     )
     for probe, number in numbers.items():
         yield (
-            f"{who} computes no numbers (NaN) for {_facts(number)} of {plain(probe, 60)}: it is broken, and its "
-            "answers there mean nothing."
+            f"{who} computes no numbers (NaN) for {_facts(number)} of {plain(probe, 60)}: it is broken, and these "
+            "answers are meaningless."
         )
 
 
@@ -160,8 +162,8 @@ def _dropped(probe: ProbeFigures) -> Iterator[str]:
     if 2 * dropped > read:
         reason = max(probe.dropped, key=lambda name: probe.dropped[name])
         yield (
-            f"{percent(dropped, read)} of the facts of {plain(probe.probe, 60)} could not be asked, most because: "
-            f"{plain(reason, 120)}. Those that were are a selection."
+            f"{percent(dropped, read)} of the facts of {plain(probe.probe, 60)} were dropped, mostly for this reason: "
+            f"{plain(reason, 120)}. The rest may not be representative."
         )
 
 

@@ -25,7 +25,7 @@ from compressknow.report.parts import Part as PagePart
 from compressknow.report.tables import Table
 from compressknow.stats.records import Estimate, Group, Movement, ProbeFigures
 
-_COLUMNS = ("Asked", "Right answer", "A answers", "B answers", "Known by", "Relation")
+_COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Relation")
 _GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")
 _ANSWERS = "Facts that the two answer differently: the answers that each holds most likely, best first"
 # Of what a page cuts: which page it is, and which file has it all.
@@ -45,7 +45,7 @@ def figures_table(probes: tuple[Both, ...]) -> Table:
     """Every figure that says something of two models on a level, a column a probe."""
     rows = tuple((name, *(write(both[side]) for both in probes)) for name, side, write in _FIGURES)
     columns = ("Figure", *(plain(there.probe, 60) for there, _ in probes))
-    return Table("What each knows, and how far their answers are apart", columns, rows)
+    return Table("What each model knows, and how much their answers differ", columns, rows)
 
 
 def group_tables(probes: tuple[Both, ...]) -> tuple[Table, ...]:
@@ -118,7 +118,7 @@ def _pair(pair: tuple[float, float] | None, write: Callable[[float], str]) -> st
 # The direction that a figure is of, and the figure.
 _THERE, _BACK = 0, 1
 _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
-    ("Facts asked", _THERE, lambda p: count(p.counts.n)),
+    ("Facts evaluated", _THERE, lambda p: count(p.counts.n)),
     ("A is right", _THERE, lambda p: _written(p.accuracy_original)),
     ("B is right", _THERE, lambda p: _written(p.accuracy_compressed)),
     ("Both know", _THERE, lambda p: count(p.counts.both)),
@@ -256,8 +256,8 @@ _KINDS = {
     "missing": "only in A",
     "retyped": "another type",
     "reshaped": "another shape",
-    "untied": "shared in A, of its own in B",
-    "tied": "of its own in A, shared in B",
+    "untied": "tied in A, untied in B",
+    "tied": "untied in A, tied in B",
     "packed": "packed: not compared",
 }
 

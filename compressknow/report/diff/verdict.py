@@ -12,7 +12,7 @@ from compressknow.report.diff.records import Behaviour, Checkpoint
 from compressknow.stats.records import Counts
 
 _LONG = 120
-_ASK = "Behaviour can be compared all the same: name what to ask with -p PROBE."
+_ASK = "To compare their answers instead, choose a probe with -p PROBE."
 
 
 def comparison_warnings(
@@ -75,7 +75,7 @@ def _weights(names: tuple[str, str], difference: Difference) -> str:
         return f"No tensor of {a} and {b} can be compared: {apart or 'there is none'}."
     if not changed:
         if not apart:
-            return f"{b} has the weights of {a}, to the byte; what differs lies beside them."
+            return f"The weights of {a} and {b} are identical to the byte; only other files differ."
         return f"What both {a} and {b} hold is the same to the byte; {apart}."
     total, those = difference.total, sum((tensor.sums for tensor in changed), Sums())
     if not total.energy_change:
@@ -119,7 +119,7 @@ def _knowledge(names: tuple[str, str], behaviour: Behaviour) -> str:
     a, b = names
     there, back = behaviour.b_against_a.comparisons[0].counts, behaviour.a_against_b.comparisons[0].counts
     if not there.known_before and not back.known_before:
-        return f"Neither knows any of the {count(there.n)} facts that both were asked."
+        return f"Neither model knows any of the {count(there.n)} facts."
     return f"{b} knows {_kept(there)} that {a} knows, {a} knows {_kept(back)} that {b} knows."
 
 

@@ -99,9 +99,9 @@ _SHADES = (
     "under the map are the errors at which the shades change."
 )
 METHOD = (
-    "Weights are compared as numbers, tensor by tensor, in float64; int8 weights as what they stand for, the stored "
-    "integer times its scale. The relative error is ‖B − A‖ / ‖A‖ by the Frobenius norm, signal to noise is "
-    "20 log10 ‖A‖ / ‖B − A‖ in decibels, the cosine is of the angle between A and B. Figures of a group or a layer are "
+    "Weights are compared as numbers, tensor by tensor, in float64; int8 weights by the values they represent "
+    "(stored integer times scale). The relative error is ‖B − A‖ / ‖A‖ by the Frobenius norm, signal to noise is 20 "
+    "log10 ‖A‖ / ‖B − A‖ in decibels, the cosine is of the angle between A and B. Figures of a group or a layer are "
     "those of all its weights taken as one tensor, so that large weights count for more than small ones.",
     "Layers and modules are those of Linear weights; biases, norms and embeddings are under not-linear. A weight that "
     "one side shares with another (a final layer tied to the embedding) is compared with what it shares.",

@@ -208,8 +208,8 @@ def growth(manifest: Mapping[str, Any]) -> Iterator[str]:
     if after <= before:
         return
     cause = (
-        "the final layer is now stored beside the embedding that it shared its weight with. "
-        "The scope `blocks` leaves it alone"
+        "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. The scope "
+        "`blocks` leaves it out"
         if manifest.get("untied")
         else f"the scales of its narrow layers take more than {word_of(known(_schemes(manifest)))} saves"
     )

@@ -33,7 +33,7 @@ def check_metadata(front_matter: str) -> dict[str, Any]:
         raise OutputError(
             "the model card's metadata is no valid YAML, and would be lost.",
             why=str(error).splitlines()[0],
-            hint="Mend what stands between the --- lines.",
+            hint="Correct the text between the --- lines.",
         ) from error
     if metadata is None:
         return {}
@@ -41,7 +41,7 @@ def check_metadata(front_matter: str) -> dict[str, Any]:
     if not isinstance(metadata, dict) or not (index is None or _is_index(index)):
         raise OutputError(
             "the model card's metadata is not of the form that the Hub reads, and would be lost.",
-            hint="Mend what stands between the --- lines: keys and values; `model-index` is a list of models.",
+            hint="Correct the text between the --- lines: keys and values; `model-index` is a list of models.",
         )
     return metadata
 

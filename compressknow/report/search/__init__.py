@@ -1,1 +1,1 @@
-"""What `search` says of the cheapest checkpoint that keeps what was asked for."""
+"""What `search` says of the smallest checkpoint that keeps a share of the knowledge."""

@@ -1,4 +1,4 @@
-"""The typed records of a search for the cheapest checkpoint that keeps what is asked for."""
+"""The typed records of a search for the smallest checkpoint that keeps a share of the knowledge."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A recipe that was asked.
+    """A recipe that was evaluated.
 
     Attributes
     ----------

@@ -20,7 +20,7 @@ from compressknow.report.tables import Entry, Table, identity
 from compressknow.stats.records import Estimate
 
 _FRONT = (
-    "The share is measured on the facts of the search split. The broken line is the share that you asked for; the "
+    "The share is measured on the facts of the search split. The broken line is the share to keep; the "
     "lower end of a recipe's interval must reach it."
 )
 # A search's page is short enough to have no table of contents.
@@ -67,13 +67,13 @@ def _sections(search: Search) -> Iterator[Shown]:
 
 def headline(search: Search) -> str:
     """What stands above everything."""
-    asked = f"{100 * search.keep:.6g} %"
+    least = f"{100 * search.keep:.6g} %"
     if search.winner is None:
-        return f"Nothing that was tried surely keeps {asked}"
+        return f"No recipe tried is certain to keep {least}"
     before, after = search.sizes[search.minimize], search.winner.sizes[search.minimize]
     if after >= before:
-        return f"Nothing smaller than the original surely keeps {asked}"
-    return f"{share(1 - after / before)} smaller, and at least {asked} kept"
+        return f"Nothing smaller than the original is certain to keep {least}"
+    return f"{share(1 - after / before)} smaller, and at least {least} kept"
 
 
 def verdict(search: Search) -> str:
@@ -91,10 +91,10 @@ def verdict(search: Search) -> str:
 
 def _missed(search: Search) -> str:
     if search.closest is None:
-        return f"No recipe could be asked that keeps {share(search.keep)}."
+        return f"No recipe that keeps {share(search.keep)} could be evaluated."
     closest = search.closest
     return (
-        f"No recipe of {count(len(search.tried))} keeps {share(search.keep)} for sure. The closest is "
+        f"No recipe of {count(len(search.tried))} is certain to keep {share(search.keep)}. The closest is "
         f"{_setup(closest)}: it keeps {_held_out(closest)} of the {count(search.known_held_out)} facts held out that "
         f"{plain(search.original.name, 60)} knew{_too_few(search)}."
     )
@@ -108,8 +108,8 @@ def _too_few(search: Search) -> str:
     if best is None or best >= search.keep:
         return ""
     return (
-        f"; were all of them kept, no more than {share(best)} would be sure: ask more facts (a larger --limit) or for "
-        "less"
+        f"; even if it kept all of them, only {share(best)} would be certain: use more facts (a larger --limit) or "
+        "lower --keep"
     )
 
 
@@ -164,7 +164,7 @@ _SIZES = ("Sparse size", "On disk", "Weights left, millions")
 def _tried(search: Search) -> Table:
     rows = sorted(search.tried, key=lambda t: (t.sizes[search.minimize], -(t.kept.value or 0.0)))
     return Table(
-        "Every recipe that was asked, the smallest first",
+        "All evaluated recipes, smallest first",
         ("Recipe", "Why", "Kept, facts of the search", "Facts", *_SIZES),
         tuple((_setup(t), _KINDS[t.kind], _kept(t.kept), count(t.facts), *_row(t)) for t in rows),
         bars=tuple(t.kept for t in rows),
@@ -176,13 +176,13 @@ def _tried(search: Search) -> Table:
 def _confirmed(search: Search) -> Table:
     rows = tuple((_setup(t), _kept(t.kept), _held_out(t), *_row(t)) for t in search.confirmed)
     columns = ("Recipe", "Kept, facts of the search", "Kept, held-out facts", *_SIZES)
-    return Table("Recipes that were asked the held-out facts", columns, rows)
+    return Table("Recipes evaluated on the held-out facts", columns, rows)
 
 
 def _layers(search: Search) -> Table | None:
     rows = tuple((_setup(t), _kept(t.kept), number(t.harm, 4)) for t in search.tried if t.kind == "layers")
     columns = ("Pruned", "Kept", "Mean KL divergence, nats")
-    return Table("How much some layers bear", columns, rows) if rows else None
+    return Table("Sensitivity of groups of layers", columns, rows) if rows else None
 
 
 def _kept(kept: Estimate) -> str:
@@ -192,25 +192,26 @@ def _kept(kept: Estimate) -> str:
 def _method(search: Search) -> tuple[str, ...]:
     early = (
         f"A recipe of which {count(search.first)} of the facts of the search, drawn by the seed too, showed that it "
-        "keeps less than was asked for (by the upper end of a 99 % interval) was asked no more: its figures are of "
-        "these alone.",
+        "keeps less than --keep (by the upper end of a 99 % interval) was not evaluated further; its figures "
+        "are based on these facts alone.",
     )
     return (
-        f"Half of the facts of each relation of {', '.join(plain(p, 60) for p in search.probes)}, drawn by the seed, "
-        f"were asked in the search ({count(search.searched)}, of which the original knew "
+        f"Half of the facts of each relation of {', '.join(plain(p, 60) for p in search.probes)}, chosen by the seed, "
+        f"formed the search split ({count(search.searched)}, of which the original knew "
         f"{count(search.known_searched)}); the other half was held out ({count(search.held_out)}, "
         f"{count(search.known_held_out)} known).",
-        "First the paper's setups were asked, and each band of layers pruned by 50 % alone: the bands whose pruning "
-        "moves answers most (KL divergence) bear least. Then Optuna's TPE sampler chose an amount for attention and "
-        "for feed-forward, how far the layers that bear most are pruned more than those that bear least, and a "
-        "scheme, for the smallest size of which the lower end of the interval keeps what was asked for. Ties go to the "
-        "recipe that keeps more.",
+        "The search first evaluated the paper's setups, then pruned each band of layers alone by 50 %: the bands "
+        "whose pruning moves answers most (KL divergence) are the most sensitive. Then Optuna's TPE sampler chose an "
+        "amount for attention and for feed-forward, how much more to prune the least sensitive layers than the most "
+        "sensitive ones, and a scheme, for the smallest size of which the lower end of the interval keeps the "
+        "share of --keep. Ties go to the recipe that keeps more.",
         *(early if search.first else ()),
-        f"The cheapest recipes that did were asked the held-out facts, until one kept as much there too, by the lower "
-        f"end of its {100 * search.level:g} % interval (Wilson; adjusted for the number of recipes that might be tried "
-        "so, Bonferroni). What the search knows of a recipe is no proof: it was chosen by it.",
-        "The sparse size is what a store would take that keeps only weights that are not zero, with one bit a weight "
-        "to say which.",
+        "The smallest recipes that did were evaluated on the held-out facts, until one kept as much there too, by "
+        f"the lower end of its {100 * search.level:g} % interval (Wilson; adjusted for the number of recipes that "
+        "might be tried so, Bonferroni). Results on the search split prove nothing about the winner, because they "
+        "were used to choose it.",
+        "The sparse size is what a store would take that keeps only weights that are not zero, plus one bit per "
+        "weight to mark them.",
     )
 
 

@@ -41,7 +41,7 @@ def _numbers(pairs: Sequence[CheckpointComparison]) -> str:
     parts = [
         f"{count(as_claimed)} as claimed",
         f"{count(against)} the other way round",
-        f"{count(len(pairs) - as_claimed - against - floor)} that chance could explain",
+        f"{count(len(pairs) - as_claimed - against - floor)} not significant",
         *([f"{count(floor)} not counted, neither cell being clearly above the baseline"] if floor else []),
     ]
     return f"{count(len(pairs))} comparisons: {', '.join(parts)}."
@@ -52,11 +52,11 @@ def why_paired_tests(answer: str, pairs: Sequence[CheckpointComparison], parts: 
     if not pairs:
         return NO_CELLS
     if answer == HOLDS:
-        return "Every comparison that separates its cells does so as claimed."
+        return "Every significant comparison agrees with the claim."
     if answer != CANNOT_TELL:
         if any(pair.direction > 0 for pair in pairs):
-            return "Some comparisons separate their cells as claimed, some the other way round."
-        return "Those comparisons that separate their cells do so the other way round."
+            return "Some significant comparisons agree with the claim, others contradict it."
+        return "All significant comparisons contradict the claim."
     open_parts = [part for part in parts if not any(p.direction > 0 and p.part == part for p in pairs)]
     missing = [part for part in open_parts if not any(pair.part == part for pair in pairs)]
     if missing and missing != [""]:

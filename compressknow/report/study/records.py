@@ -72,7 +72,7 @@ class StudyCell:
 
 @dataclass(frozen=True, slots=True)
 class FailedCell:
-    """A cell that could not be made or asked, and why."""
+    """A cell that could not be made or evaluated, and why."""
 
     key: str
     setup: str
@@ -89,7 +89,7 @@ class Study(Shown):
     failed: tuple[FailedCell, ...]
     versions: Mapping[str, str]
     command: str | None
-    method: tuple[str, ...]  # sentences: how it was asked and judged, and the limits of that
+    method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
 
     def _summary(self) -> Summary:
         failed = f", {count(len(self.failed))} failed" if self.failed else ""

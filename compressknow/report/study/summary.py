@@ -149,7 +149,7 @@ def _modules_in_short(least: Sequence[Least]) -> str:
 def _cliffs_in_short(edges: Sequence[Cliff]) -> str:
     fallen = [f"{edge.below:g} % ({edge.module})" for edge in edges if edge.below is not None]
     if not fallen:
-        return f"no amount that was asked keeps less than {share(CLIFF)}"
+        return f"no amount in the grid keeps less than {share(CLIFF)}"
     return f"less than {100 * CLIFF:g} % is kept from {_listed(fallen)} on"
 
 
@@ -192,7 +192,7 @@ def _cliff_in_words(edge: Cliff) -> str:
     where = (
         f"keeps less than {100 * CLIFF:g} % from {edge.below:g} % on ({share(edge.kept)})"
         if edge.below is not None
-        else f"keeps at least {100 * CLIFF:g} % at every amount that was asked"
+        else f"keeps at least {100 * CLIFF:g} % at every amount in the grid"
     )
     start, end = edge.steepest
     steep = f" It falls fastest from {start:g} to {end:g} %, by {points(edge.fall).removeprefix('+')}."
@@ -225,7 +225,7 @@ def _tally(found: Iterable[Finding]) -> Iterator[str]:
 _VERBS = (
     (HOLDS, "holds", "hold"),
     (DOES_NOT_HOLD, "does not hold", "do not hold"),
-    (CANNOT_TELL, "cannot be told", "cannot be told"),
+    (CANNOT_TELL, "cannot be decided", "cannot be decided"),
 )
 
 

@@ -81,7 +81,7 @@ def _accuracy(value: float | None, in_percent: bool) -> str:
 
 
 def accuracy(cell: StudyCell, probe: str) -> float | None:
-    """Of the compressed model, averaged as the probe's protocol does; None where it was not asked."""
+    """Of the compressed model, averaged as the probe's protocol does; None where it was not evaluated."""
     return next((headline_accuracy(p)[1].value for p in cell.comparison.probes if p.probe == probe), None)
 
 
@@ -197,5 +197,5 @@ def bounds_table(study: Study, found: Sequence[Finding]) -> Table | None:
 
 
 def failed_cells(study: Study) -> tuple[tuple[str, str, str], ...]:
-    """Cells that could not be made or asked: setup, key, and why."""
+    """Cells that could not be made or evaluated: setup, key, and why."""
     return tuple((plain(cell.setup, 80), plain(cell.key, 80), plain(cell.why, 1000)) for cell in study.failed)

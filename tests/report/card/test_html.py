@@ -67,7 +67,7 @@ def test_first_screen_says_what_was_kept() -> None:
     assert page.one("h1").text == "89.4 % of its knowledge kept"
     grades = with_class(page, "table", "grades")[0]
     rows = [[cell.text for cell in row.children if isinstance(cell, Element)] for row in grades.all("tr")]
-    assert rows[0] == ["Subject", "Known before", "Kept", "Grade"]
+    assert rows[0] == ["Domain", "Known before", "Kept", "Grade"]
     assert rows[1] == ["geography", "413 of 563", "92.3 % (89.3 to 94.5 %)", "C B to C"]
     assert rows[-1] == ["All subjects", "947 of 1,895", "89.4 % (87.3 to 91.2 %)", ""]
 

@@ -82,7 +82,7 @@ def test_structure_and_settings_are_told() -> None:
 
 def test_both_directions_are_told() -> None:
     page = read(render_comparison_html(comparison_of()))
-    figures = dict(rows_of(page, "What each knows, and how far their answers are apart"))
+    figures = dict(rows_of(page, "What each model knows, and how much their answers differ"))
     assert figures["Of what A knows, B keeps"].startswith("82.4 %")
     assert figures["Of what B knows, A keeps"].startswith("98.6 %")
     assert (figures["Only A knows"], figures["Only B knows"]) == ("30", "2")
@@ -226,7 +226,7 @@ def test_verdicts() -> None:
     names = ("one", "two")
     assert comparison_verdict(names, True, None, None).startswith("one and two are identical")
     assert comparison_verdict(names, False, same, None) == (
-        "two has the weights of one, to the byte; what differs lies beside them."
+        "The weights of one and two are identical to the byte; only other files differ."
     )
     assert comparison_verdict(names, False, difference, None) == (
         "two differs from one in 12 of 19 tensors (63.2 % of the weights): relative error 0.1199, most in attention "

@@ -56,4 +56,4 @@ def test_the_page_says_what_was_found(page: Page, files: dict[str, Path]) -> Non
     assert "60.0 MB: 40.0 % less than the original (100.0 MB)" in verdict
     assert "25.0 % less than the naive choice, one amount over everything (Overall_GP 20%, 80.0 MB)" in verdict
     page.goto(files["none"].as_uri())
-    assert page.locator("h1").inner_text() == "Nothing that was tried surely keeps 90 %"
+    assert page.locator("h1").inner_text() == "No recipe tried is certain to keep 90 %"

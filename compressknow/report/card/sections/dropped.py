@@ -1,4 +1,4 @@
-"""Facts that were read and not asked, by reason."""
+"""Facts that were read and not evaluated, by reason."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from compressknow.stats.records import ProbeFigures
 class Dropped(Section):
     """A row a reason and probe."""
 
-    title = "Facts not asked"
+    title = "Dropped facts"
     order = 80
 
     def parts(self, context: Context) -> Iterator[Part]:
         if rows := tuple(row for probe in context.comparison.probes for row in _rows(probe)):
             columns = ("Reason", "Probe", "Facts", "Of those read")
-            yield Table("Facts that were read and not asked", columns, rows, captioned=False)
+            yield Table("Facts that were dropped", columns, rows, captioned=False)
 
     def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
         return {

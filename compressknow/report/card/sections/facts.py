@@ -12,7 +12,7 @@ from compressknow.report.parts import BLANK, Part, fact_parts
 from compressknow.report.records import Comparison
 from compressknow.stats.records import ChangedFact
 
-_COLUMNS = ("Asked", "Right answer", "Original", "Compressed", "Rank of the right answer", "Relation")
+_COLUMNS = ("Prompt", "Right answer", "Original", "Compressed", "Rank of the right answer", "Relation")
 
 
 class Lost(Section):

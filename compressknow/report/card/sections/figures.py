@@ -28,7 +28,7 @@ class Figures(Section):
         ("Lost, gained, flips", "facts that only the original knows, that only the compressed model knows, and both."),
         (
             "Interval",
-            "the range in brackets: with other facts of the same kind, 95 of 100 such ranges hold the true figure.",
+            "the range in brackets: for other facts of the same kind, 95 of 100 such ranges contain the true value.",
         ),
         (
             "p",
@@ -36,11 +36,11 @@ class Figures(Section):
             "real.",
         ),
         ("Top answer changed", "facts to which the answer differs, from one wrong answer to another included."),
-        ("Among the top 5", "a right answer that is still close to the top is hidden, not erased."),
+        ("Among the top 5", "if the right answer is still near the top, the fact is suppressed rather than erased."),
         ("Mean reciprocal rank", "1 where the right answer always comes first, 1/2 where it comes second, and so on."),
         ("Movement (KL)", "how far the probabilities of the next token moved, in nats; 0 is no change at all."),
         ("Calibration error, Brier score", "how far a model's confidence is from being right; 0 is perfect."),
-        ("Always the commonest answer", "what a model scores that knows nothing and always says the same."),
+        ("Majority baseline", "what a model scores that knows nothing and always says the same."),
         ("The paper's drop", "accuracy before minus accuracy after, in points, and relative to accuracy before."),
     )
 
@@ -177,10 +177,10 @@ _NO_DISTRIBUTION = "the answers hold no distribution over tokens."
 _LOGP = "Change of the right answer's log-probability"
 _NO_LOGP = "the answers hold no probability of the right answer."
 _NO_RANK = "the answers hold no rank of the right answer."
-_NO_CONFIDENCE = "it needs the probability of each answer, which this way of asking does not give."
+_NO_CONFIDENCE = "it needs the probability of each answer, which this protocol does not give."
 
 _FIGURES = (
-    _Figure("Facts asked", _facts),
+    _Figure("Facts evaluated", _facts),
     _Figure("Accuracy before", lambda p: _written(p.accuracy_original), _NO_FACTS),
     _Figure("Accuracy after", lambda p: _written(p.accuracy_compressed), _NO_FACTS),
     _Figure("Difference", lambda p: _written(p.difference, points), _NO_FACTS),
@@ -193,7 +193,7 @@ _FIGURES = (
     _Figure(
         "Kept above chance",
         lambda p: _written(p.kept_above_chance),
-        "any text may be answered, so that nothing is right by chance, or the original was no better than chance.",
+        "the answer is free text, so that nothing is right by chance, or the original was no better than chance.",
     ),
     _Figure("Lost", _lost),
     _Figure("Gained", _gained),
@@ -214,11 +214,11 @@ _FIGURES = (
     _Figure(f"{_LOGP}, 1st to 99th percentile", lambda p: _logp_change(p, "p1", "p99")),
     _Figure("Calibration error (ECE)", lambda p: _pair(p.ece, number), _NO_CONFIDENCE),
     _Figure("Brier score", lambda p: _pair(p.brier, number), _NO_CONFIDENCE),
-    _Figure("Right by chance", lambda p: share(p.chance), "any text may be answered."),
-    _Figure("Always the commonest answer", lambda p: share(p.majority), _NO_FACTS),
+    _Figure("Right by chance", lambda p: share(p.chance), "the answer is free text."),
+    _Figure("Majority baseline", lambda p: share(p.majority), _NO_FACTS),
     _Figure("The paper's drop, absolute", lambda p: points(p.drop_absolute).removeprefix("+"), _NO_FACTS),
     _Figure("The paper's drop, relative", lambda p: share(p.drop_relative), _NOTHING_KNOWN),
     _Figure("Headline accuracy is the", lambda p: _AVERAGES.get(p.average, plain(p.average, 40))),
-    _Figure("Way of asking", lambda p: plain(p.protocol, 60)),
+    _Figure("Protocol", lambda p: plain(p.protocol, 60)),
     _Figure("Seed", lambda p: str(p.seed)),
 )

@@ -40,4 +40,4 @@ def _table(probe: ProbeFigures, limit: int | None) -> Table:
         return groups_table(groups, "Relation", caption)
     most = sorted(groups, key=lambda group: -group.counts.lost)[:limit]
     others = count(len(groups) - limit)
-    return groups_table(tuple(most), "Relation", f"{caption}: those that lost most; {others} more are in the JSON")
+    return groups_table(tuple(most), "Relation", f"{caption}, largest losses first; {others} more are in the JSON")
