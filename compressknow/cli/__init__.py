@@ -10,12 +10,12 @@ from compressknow.cli.run import LazyGroup, run
 COMMANDS = {
     "inspect": ("compressknow.cli.inspect:inspect", "Show a checkpoint's Linear layers by group and scope."),
     "convert": ("compressknow.cli.convert:convert", "Prune and quantize a checkpoint into a new folder."),
-    "verify": ("compressknow.cli.verify:verify", "Recount and rehash a converted checkpoint."),
+    "verify": ("compressknow.cli.verify:verify", "Check a converted checkpoint against its manifest."),
     "probe": ("compressknow.cli.probe:probe", "Evaluate a model on facts, and store its answers."),
-    "report": ("compressknow.cli.report:report", "Show what compressed models kept and lost of the knowledge."),
+    "report": ("compressknow.cli.report:report", "Show which knowledge compressed models kept and lost."),
     "compare": ("compressknow.cli.compare:compare", "Show how two checkpoints differ."),
-    "sweep": ("compressknow.cli.sweep:sweep", "Evaluate a model compressed in every way of a grid."),
-    "search": ("compressknow.cli.search:search", "Find the smallest checkpoint that keeps what you ask for."),
+    "sweep": ("compressknow.cli.sweep:sweep", "Evaluate a model compressed by every recipe of a grid."),
+    "search": ("compressknow.cli.search:search", "Find the smallest checkpoint that keeps a share of the knowledge."),
 }
 
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     "--fail-under",
     type=Share(),
     metavar="SHARE",
-    help="Exit with 3 if B keeps less of A: 0.95. Needs -p.",
+    help="Exit with 3 if B keeps less of A's knowledge: 0.95. Needs -p.",
 )
 @option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
 @option(
@@ -95,7 +95,7 @@ def compare(
     from compressknow.report.diff.as_json import diff_json
 
     if fail_under is not None and not probes:
-        raise click.UsageError("--fail-under judges knowledge: name what to ask with -p PROBE.")
+        raise click.UsageError("--fail-under needs a probe: choose one with -p PROBE.")
     check_gate(fail_under)
     options, settings = split_options(given)
     with if_interrupted(RESUMES if probes else NOTHING_WRITTEN):

@@ -29,7 +29,7 @@ Scopes (--scope):
   attention         query, key, value and output projections
   feed-forward      the Linear layers of the feed-forward blocks
   final             the layer that gives vocabulary logits
-  overall           blocks and what lies beside them; quantized, final too
+  overall           blocks and other Linear layers; final too if quantized
   vision            the vision tower of a multimodal model
   self-attention, cross-attention, encoder-attention, decoder-attention,
   encoder, decoder  where the model has them
@@ -153,7 +153,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     options["parameters"] = {name: value for name, value in further.items() if name in given}
     if options["recipe"] and given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
-        raise click.UsageError(f"--recipe says it all: leave out {named}.")
+        raise click.UsageError(f"--recipe cannot be combined with {named}.")
     options["scope"] = options["scope"] or DEFAULT_SCOPES
     with if_interrupted(NOTHING_WRITTEN):
         manifest = run(model, output, dry_run=dry_run, on_progress=Lines(), **options)

@@ -54,8 +54,8 @@ def _page(summary: dict[str, Any]) -> Iterator[str]:
     ties = _patterns(f"{name} = {source}" for name, source in summary["tied"])
     yield from _list("Tied (stored once)", ties)
     yield from _list("Missing from the weight files", summary.get("missing", []))
-    yield from _list("Unplaced (--include or --exclude them by name)", _patterns(summary["unplaced"]))
-    yield from _list("Matrices that are no Linear layers (never compressed)", _patterns(summary["opaque"]))
+    yield from _list("Unplaced (choose with --include or --exclude)", _patterns(summary["unplaced"]))
+    yield from _list("Matrices that are not Linear layers (never compressed)", _patterns(summary["opaque"]))
 
 
 def _groups(groups: dict[str, Any]) -> Iterator[str]:

@@ -56,7 +56,7 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         _facts(
             "-p", "--probe", "probes", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."
         ),
-        _facts("--data", type=folder, help="Folder of one set, or of lama/, bear/, tasks/."),
+        _facts("--data", type=folder, help="Folder with a data set, or with lama/, bear/, tasks/."),
         _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, sampled over relations."),
         _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample."),
         _facts("--protocol", metavar="NAME", default="lama", show_default=True, help="Rules for LAMA: lama or paper."),
@@ -105,7 +105,7 @@ def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
         _runs(
             "--ray",
             metavar="ADDRESS",
-            help="Ray cluster: auto, ray://HOST:10001, HOST:6379 or local. MODEL must lie on shared storage.",
+            help="Ray cluster: auto, ray://HOST:10001, HOST:6379 or local. MODEL must be on shared storage.",
         ),
         _runs("--num-cpus", type=click.FloatRange(0), default=1, show_default=True, help="Cores per Ray task."),
         _runs("--num-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs per Ray task."),
@@ -135,7 +135,7 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
             # 0.07 of "7%", where 7 * 0.01 would be 0.07000000000000001.
             return float(Decimal(number) / 100 if text.endswith("%") else Decimal(number))
         except (InvalidOperation, OverflowError):
-            self.fail(f"{text!r} is no number; write 0.2 or 20%.", param, ctx)
+            self.fail(f"{text!r} is not a number; write 0.2 or 20%.", param, ctx)
 
 
 class OneOf(click.Choice[str]):
@@ -146,4 +146,6 @@ class OneOf(click.Choice[str]):
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:  # noqa: ARG002
         """Of a name that is none of them."""
-        return f"{value!r} is not known. {did_you_mean(str(value), self.choices)}There is {', '.join(self.choices)}."
+        return (
+            f"{value!r} is not known. {did_you_mean(str(value), self.choices)}Choose one of {', '.join(self.choices)}."
+        )

@@ -1,4 +1,4 @@
-"""`compressknow probe`: ask one model facts, and keep its answers."""
+"""`compressknow probe`: evaluate one model on facts, and keep its answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
     "--output",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder for the answers; one that holds some resumes.",
+    help="Folder for the answers; a stopped run resumes.",
 )
 @probe_options
 @option(

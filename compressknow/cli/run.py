@@ -76,7 +76,7 @@ class LazyGroup(click.Group):
 
 FAILED = 1
 INTERRUPTED = 130
-RESUMES = "The answers so far are kept: the same command resumes."
+RESUMES = "The answers so far are saved. Repeat the command to resume."
 NOTHING_WRITTEN = "Nothing was written."
 
 
@@ -119,7 +119,7 @@ def _run(command: click.Command, args: list[str] | None) -> int:
     except OSError as error:
         return _os_error(error)
     except MemoryError:
-        _print_error("There is not enough memory.", None, "Run it where there is more, or with a smaller --batch-size.")
+        _print_error("There is not enough memory.", None, "Use a machine with more memory, or a smaller --batch-size.")
         return FAILED
     except ModuleNotFoundError as error:
         return _missing(error)
@@ -151,7 +151,7 @@ def _missing(error: ModuleNotFoundError) -> int:
 def _unexpected(error: BaseException) -> int:
     _print_error(
         f"unexpected {type(error).__name__}: {error}",
-        "This is a fault of compressknow, not of what you asked for.",
+        "This is a bug in compressknow.",
         "Run it again as `compressknow --debug ...` and report the traceback.",
     )
     return FAILED

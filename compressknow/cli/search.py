@@ -1,4 +1,4 @@
-"""`compressknow search`: the cheapest checkpoint that keeps what is asked for."""
+"""`compressknow search`: the smallest checkpoint that keeps a share of the knowledge."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}"
 SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weights"}
 
 
-@command(short_help="Find the smallest checkpoint that keeps what you ask for.", more=probes_help)
+@command(short_help="Find the smallest checkpoint that keeps a share of the knowledge.", more=probes_help)
 @click.argument("model")
 @option(
     "-o",
@@ -121,8 +121,8 @@ def search(
         show(f"\nWritten: {output}/search.html" + (", recipe.toml, winner/, report.html" if found.winner else ""))
     if found.winner is None:
         raise GateNotMet(
-            f"Nothing that was tried keeps {100 * found.keep:g} % for sure.",
-            hint="Ask for less (--keep), ask more facts (--limit), or let it try more (--trials).",
+            f"No recipe tried is certain to keep {100 * found.keep:g} %.",
+            hint="Lower --keep, use more facts (--limit), or run more trials (--trials).",
         )
 
 

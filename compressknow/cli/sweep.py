@@ -1,4 +1,4 @@
-"""`compressknow sweep`: one model converted in every way of a grid, each asked the same facts."""
+"""`compressknow sweep`: one model converted by every recipe of a grid, each evaluated on the same facts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ WIDTH = 80
 COLUMNS = f"{'Setup':<34}{'Kept (95 % interval)':<28}{'Right':>8}{'Sparse':>10}"
 GRID = """\
 \b
-A grid file (--grid FILE.toml) has axes, whose product is run, and cells named
-one by one:
+A grid file (--grid FILE.toml) has axes, whose combinations are all run, and
+single cells:
   [axes]
   scope = ["attention", "feed-forward", "overall"]
   method = ["l1-unstructured"]      # and ln-structured, random-...
@@ -43,7 +43,7 @@ one by one:
 """
 
 
-@command(short_help="Evaluate a model compressed in every way of a grid.", epilog=GRID, more=probes_help)
+@command(short_help="Evaluate a model compressed by every recipe of a grid.", epilog=GRID, more=probes_help)
 @click.argument("model")
 @option(
     "-o",
@@ -69,7 +69,7 @@ one by one:
     type=OneOf(list(SCHEMES)),
     help="Scheme of the paper's grid.  [default: int8-paper]",
 )
-@option("--no-facts", is_flag=True, expose_value=False, help="As for report; a study shows no facts anyway.")
+@option("--no-facts", is_flag=True, expose_value=False, help="Accepted as in report; a study never shows facts.")
 @option("--save", is_flag=True, help="Write each checkpoint too, into OUTPUT/models.")
 @ray_options
 @probe_options
@@ -156,6 +156,6 @@ def _end(study: Study, output: Path) -> Iterator[str]:
         yield ""
         yield from textwrap.wrap(
             f"! {count(len(study.failed))} of {count(len(study.failed) + len(study.cells))} cells failed; the study "
-            "says why. Run it again to try them once more.",
+            "lists the reasons. Repeat the command to retry them.",
             WIDTH,
         )

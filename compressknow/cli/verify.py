@@ -17,7 +17,7 @@ from compressknow.format import count, size
 WIDTH = 80
 
 
-@command(short_help="Recount and rehash a converted checkpoint.")
+@command(short_help="Check a converted checkpoint against its manifest.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
 @option("--json", "as_json", is_flag=True, help="Print every difference as JSON.")
@@ -35,7 +35,7 @@ def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool)
         show_json(asdict(result))
         ctx.exit(CompressknowError.exit_code if result.differences else 0)
     show(
-        f"{folder}: {count(result.tensors)} tensors and {result.files} files as in the manifest ({size(result.bytes)})."
+        f"{folder}: {count(result.tensors)} tensors and {result.files} files match the manifest ({size(result.bytes)})."
     )
     for note in result.notes:
         show("\n".join(textwrap.wrap(f"! {note}", WIDTH, subsequent_indent="  ")))

@@ -1,4 +1,4 @@
-"""compare: two checkpoints set side by side, in what they are and, where asked, in what they know."""
+"""compare: two checkpoints set side by side, in what they are and, with probes, in what they know."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def compare(
     command: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> CheckpointComparison:
-    """Compare two checkpoints of one architecture: settings, what is stored, every weight and, if asked, knowledge.
+    """Compare two checkpoints of one architecture: settings, what is stored, every weight and, with probes, knowledge.
 
     Parameters
     ----------
     a, b : local folders or hub ids. int8 weights are compared as what they stand for.
-    probes : what to ask both, such as ``["atlas"]``; nothing by default. See `compressknow.probe`.
+    probes : what to evaluate both on, such as ``["atlas"]``; nothing by default. See `compressknow.probe`.
     outputs : files to write: ``.html``, ``.md``, ``.json``.
     options, settings : see `compressknow.probe`.
     no_facts : leave the text of every fact out.

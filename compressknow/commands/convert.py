@@ -117,7 +117,7 @@ def _refuse_beside_recipe(given: dict[str, Any]) -> None:
 
     defaults = signature(convert).parameters
     if beside := [name for name in RECIPE_OPTIONS if (given[name] or None) != (defaults[name].default or None)]:
-        raise UsageError(f"A recipe says it all: leave out {', '.join(beside)}.")
+        raise UsageError(f"A recipe cannot be combined with {', '.join(beside)}.")
 
 
 def _as_recipe(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:

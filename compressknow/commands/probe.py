@@ -24,14 +24,14 @@ def probe(
     revision: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Answers:
-    """Ask a model facts, and keep its answers in a folder.
+    """Evaluate a model on facts, and keep its answers in a folder.
 
     Parameters
     ----------
     model : a local folder, ``FOLDER/FILE.gguf`` or a hub id.
-    folder : where the answers are kept; what it holds of this model already is not asked again.
+    folder : where the answers are kept; what it holds of this model already is not evaluated again.
     probes : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
-    reference : answers folder of the original model: its most likely tokens are asked for, so that the distance of the
+    reference : answers folder of the original model: its most likely tokens are scored, so that the distance of the
         two distributions can be told.
     options : where data lies, protocol, sample; see `compressknow.probe.sources.Options`.
     settings : device, dtype, batch size; see `compressknow.probe.run.Settings`.

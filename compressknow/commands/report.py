@@ -30,7 +30,7 @@ def report(
     command: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Card:
-    """Ask the original and each compressed model the same facts, and compare them.
+    """Evaluate the original and each compressed model on the same facts, and compare them.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def report(
 
     Raises
     ------
-    compressknow.errors.CompressknowError : a model cannot be found, loaded or asked; two that cannot be compared;
+    compressknow.errors.CompressknowError : a model cannot be found, loaded or evaluated; two that cannot be compared;
         an output that cannot be written.
     """
     from compressknow.probe.gather import Evaluation, default_answers_folder, gather, names_of

@@ -1,4 +1,4 @@
-"""search: the cheapest checkpoint that keeps what is asked for, judged on facts that the search did not see."""
+"""search: the smallest checkpoint that keeps a share of the knowledge, judged on facts that the search did not see."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def search(
 
     Raises
     ------
-    compressknow.errors.CompressknowError : the model or a probe cannot be found or asked, Optuna is missing, or
+    compressknow.errors.CompressknowError : the model or a probe cannot be found or evaluated, Optuna is missing, or
         `output` holds something else.
     """
     require("matplotlib", "optuna", "pyarrow", "scipy", *(["ray"] if ray else []))

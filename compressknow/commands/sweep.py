@@ -1,4 +1,4 @@
-"""sweep: one model, every cell of a grid, the same facts asked of all."""
+"""sweep: one model, every cell of a grid, all evaluated on the same facts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sweep(
     on_progress: OnProgress | None = None,
     on_result: Callable[[CellResult], object] | None = None,
 ) -> Study:
-    """Convert a model in every way of a grid, ask each what the original was asked, and write the study.
+    """Convert a model by every recipe of a grid, evaluate each like the original, and write the study.
 
     Variants are made in memory, each the very one that `convert` would write. A study that was stopped resumes; a
     cell that fails is recorded, and the rest goes on.
@@ -64,8 +64,8 @@ def sweep(
 
     Raises
     ------
-    compressknow.errors.CompressknowError : the model or a probe cannot be found or asked, the grid makes no sense, the
-        cluster does not answer, or `output` holds something else.
+    compressknow.errors.CompressknowError : the model or a probe cannot be found or evaluated, the grid makes no sense,
+        the cluster does not answer, or `output` holds something else.
     """
     from compressknow.report.study.pages import write_study
 

@@ -77,7 +77,7 @@ def refused(ended: Ended, code: int, *words: str) -> None:
     assert ended.out == ""
     assert len(re.findall(r"^Error: ", ended.err, re.MULTILINE)) == 1
     assert "Traceback" not in ended.err
-    assert "fault of compressknow" not in ended.err
+    assert "bug in compressknow" not in ended.err
     for word in words:
         assert word in ended.err
 
@@ -126,31 +126,35 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "a model that is missing": (("probe", "./none", *FACTS, "-o", "answers"), 1, ("./none: no such folder",)),
     "a file for a model": (("probe", "{place}/facts.jsonl", "-o", "answers"), 1, ("is a file, not a checkpoint",)),
     "a GGUF file that is missing": (("probe", "none/x.gguf", "-o", "answers"), 1, ("no such file",)),
-    "a hub id that is not to be had": (("probe", "some/model", "-o", "answers"), 1, ("some/model is neither", "hub")),
+    "a hub id that is not to be had": (
+        ("probe", "some/model", "-o", "answers"),
+        1,
+        ("some/model is not a local folder", "Hub"),
+    ),
     "answers for a model": (("probe", "{place}/on-llama", "-o", "answers"), 1, ("config.json is missing",)),
     "a reference that is no answers folder": (
         (*PROBE, *FACTS, "--reference", "{place}/bert"),
         1,
-        ("bert is no answers folder",),
+        ("bert is not an answers folder",),
     ),
     "a reference of another family": ((*PROBE, *FACTS, "--reference", "{place}/on-bert"), 1, ("differ in family",)),
     "no compressed model": (("report", "{place}/on-llama"), 2, ("Missing argument 'COMPRESSED...'",)),
-    "a gate in percent": ((*REPORT, "--fail-under", "95"), 2, ("must lie between 0 and 1", "0.95")),
-    "a gate that is no number": ((*REPORT, "--fail-under", "nan"), 2, ("must lie between 0 and 1",)),
+    "a gate in percent": ((*REPORT, "--fail-under", "95"), 2, ("--fail-under must be between 0 and 1", "0.95")),
+    "a gate that is no number": ((*REPORT, "--fail-under", "nan"), 2, ("--fail-under must be between 0 and 1",)),
     "an unknown format": ((*REPORT, "-o", "report.pdf"), 2, ("report.pdf", ".html, .md or .json")),
     "a format that is missing": ((*REPORT, "-o", "report"), 2, (".html, .md or .json",)),
     "an output in no folder": ((*REPORT, "-o", "none/report.md"), 1, ("none: no such folder",)),
     "two outputs of one name": ((*REPORT, "-o", "a.md", "-o", "./a.md"), 2, ("Two reports have one name",)),
-    "a probe that was not asked": ((*REPORT, "-p", "atlas"), 1, ("was not asked atlas", "facts:facts.jsonl")),
+    "a probe that was not asked": ((*REPORT, "-p", "atlas"), 1, ("was not evaluated on atlas", "facts:facts.jsonl")),
     "answers of another family": (
         ("report", "{place}/on-bert", "{place}/on-llama"),
         1,
-        ("llama is no compressed form of bert: they differ in family",),
+        ("llama is not a compressed version of bert: they differ in family",),
     ),
     "models of other families": (
         ("report", "{place}/bert", "{place}/t5", *FACTS, "--answers", "kept", "-o", "report.html"),
         1,
-        ("t5 is no compressed form of bert: they differ in family",),
+        ("t5 is not a compressed version of bert: they differ in family",),
     ),
     "a compressed model that is missing": (
         ("report", "{place}/llama", "./none", "-o", "report.html"),
@@ -165,7 +169,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "other facts of the same probe": (
         ("report", "{place}/on-llama", "{place}/llama-5", *FACTS, "--limit", "9", "--answers", "kept"),
         2,
-        ("was asked other questions of facts:facts.jsonl", "--limit"),
+        ("was evaluated on other facts or prompts of facts:facts.jsonl", "--limit"),
     ),
 }
 
@@ -236,14 +240,14 @@ def test_a_compressed_model_of_another_vocabulary_is_refused(
     path = model("llama") / "tokenizer.json"
     path.write_text(path.read_text().replace('"capital"', '"Capital"'))
     ended = run("report", "{place}/on-llama", "model", *FACTS, "--answers", "kept")
-    refused(ended, 1, "model is no compressed form of llama: they differ in vocabulary")
+    refused(ended, 1, "model is not a compressed version of llama: they differ in vocabulary")
     nothing_written(tmp_path)
 
 
 def test_a_probe_that_leaves_no_fact_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "model").write_text('{"prompt": "The first [MASK] wins.", "obj_label": "never seen"}')
     ended = run("probe", "{place}/bert", "-p", "facts:model", "-o", "answers")
-    refused(ended, 2, "facts:model leaves no fact that this model could be asked", "1 dropped: ")
+    refused(ended, 2, "facts:model has no fact that this model can be evaluated on", "1 dropped: ")
     nothing_written(tmp_path)
 
 
@@ -288,15 +292,20 @@ def test_an_output_that_is_a_link_to_nowhere_is_refused(run: Run, tmp_path: Path
 def test_damaged_answers_are_refused(run: Run, place: Path, tmp_path: Path) -> None:
     answers = Path(shutil.copytree(place / "on-llama-5", tmp_path / "model"))
     (answers / "answers.parquet").write_bytes(b"PAR1 no more")
-    refused(run("report", "{place}/on-llama", "model"), 1, "its hash is another")
+    refused(run("report", "{place}/on-llama", "model"), 1, "its hash differs")
     (answers / RECORD).write_text("{}")
-    refused(run("report", "{place}/on-llama", "model"), 1, "is no answers folder")
+    refused(run("report", "{place}/on-llama", "model"), 1, "is not an answers folder")
     nothing_written(tmp_path)
 
 
 def test_answers_to_other_questions_are_refused(run: Run, place: Path, tmp_path: Path) -> None:
     assert run("probe", "{place}/llama-5", *FACTS, "--limit", "30", "-o", "model").code == 0
-    refused(run("report", "{place}/on-llama", "model"), 1, "not asked the same questions", "--limit None and 30")
+    refused(
+        run("report", "{place}/on-llama", "model"),
+        1,
+        "not evaluated on facts:facts.jsonl in the same way",
+        "--limit None and 30",
+    )
 
 
 def test_an_original_may_be_answers_and_the_compressed_a_model(run: Run, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case("convert {}/model {}/new --prune 20", "Did you mean 20%, which is 0.2?"),
-    Case("convert {}/model {}/new --prune 0", "between 0 and 1"),
+    Case("convert {}/model {}/new --prune 0", "greater than 0 and less than 1"),
     Case("convert {}/model {}/new --prune abc", "write 0.2 or 20%"),
     Case("convert {}/model {}/new", "Nothing to do"),
     Case("convert {}/model {}/new --prune 20% --scope atention", "Did you mean attention?"),
@@ -42,7 +42,7 @@ CASES = [
     Case("convert {}/model {}/new --prun 20%", "Did you mean --prune?"),
     Case("convert {}/model {}/new --prune 20% --layers 5-", "is no range of layers"),
     Case("convert {}/model {}/new --prune 20% --layers 5-2", "Write 2-5."),
-    Case("convert {}/model {}/new --prune 20% --include (", "is no regular expression"),
+    Case("convert {}/model {}/new --prune 20% --include (", "is not a valid regular expression"),
     Case("convert {}/model {}/there --prune 20%", "exists already"),
     Case("convert {}/model {}/model --prune 20%", "is the input itself"),
     Case("convert {}/nowhere {}/new --prune 20%", "no such folder"),
@@ -101,5 +101,5 @@ def test_wrong_request_is_answered_before_torch_is_imported(
     code, said, imported = answered[case]
     assert code in (1, 2)
     assert case.says in " ".join(said.split())
-    assert "fault of compressknow" not in said
+    assert "bug in compressknow" not in said
     assert imported == []
