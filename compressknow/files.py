@@ -469,7 +469,7 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     full = is_full(error)
     why = "no space left" if full else error.strerror or str(error)
     hint = (
-        "Free space, or write elsewhere; what was whole before is kept."
+        "Free some space, or choose another place. Files that were complete before are unchanged."
         if full
         else "Choose another place, or change its permissions."
     )

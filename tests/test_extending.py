@@ -183,7 +183,7 @@ class TestProbe:
         said = capsys.readouterr().err
         assert "empty does not hold almanac:capital." in said
         assert "example.org/almanac.zip" in said
-        assert "Put it into DIR/almanac and say --data DIR." in said
+        assert "Put it into DIR/almanac and pass --data DIR." in said
 
     @pytest.mark.parametrize(
         ("change", "says"),
@@ -213,7 +213,7 @@ class TestProbe:
         assert [line for line in said.splitlines() if line.startswith("Error: ")] == said.splitlines()[:1]
         assert says in said
         assert "Traceback" not in said
-        assert "fault of compressknow" not in said
+        assert "bug in compressknow" not in said
         assert "toy_almanac" in said or says == "has no facts left"
         assert not Path("a").exists()
 
@@ -648,7 +648,7 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], says: str) -> b
     assert [line for line in said.splitlines() if line.startswith("Error: ")] == said.splitlines()[:1]
     assert says in " ".join(said.split())
     assert "Traceback" not in said
-    assert "fault of compressknow" not in said
+    assert "bug in compressknow" not in said
     assert sorted(Path.cwd().iterdir()) == there
     return True
 
@@ -801,7 +801,7 @@ class TestScheme:
             (("torch.finfo", "torch.info"), "AttributeError"),
             (("(absmax / 31.5)", "(absmax.double() / 31.5)"), "does not store what it says of model.layers"),
             (("return (absmax", "return 0 * (absmax"), "scales that are zero or no numbers"),
-            (('"strategy": "group"', '"strategy": "bunch"'), "transformers would not load the output"),
+            (('"strategy": "group"', '"strategy": "bunch"'), "transformers could not load the output"),
             (("def arguments", "def argument"), "abstract"),
             (("bits, lowest, highest = 6, -32, 31", "bits: int = 6"), "bits has a type, and is no parameter(...)"),
         ],

@@ -117,6 +117,6 @@ def check_finite(largest_key: int, values_dtype: torch.dtype, tensor: StoredTens
         what = "an infinity" if largest_key == infinity else "NaN"
         raise CheckpointError(
             f"{tensor.name} in {tensor.file.name} holds {what}.",
-            why="Its largest weight decides scales and thresholds, so nothing sound can be made of it.",
+            why="Scales and thresholds depend on its largest weight, so it cannot be compressed.",
             hint="Find a sound copy of the checkpoint, or repair the tensor.",
         )

@@ -179,8 +179,8 @@ def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
             before = actions.get(weight.parameter, _Action(weight))
             if (before.scheme if isinstance(step, Quantize) else before.prune) is not None:
                 raise UsageError(
-                    f"{weight.module} would be {kind}d by two steps.",
-                    hint="Let the scopes of a recipe's steps not overlap: --exclude, or layers, narrow them.",
+                    f"Two steps would {kind} {weight.module}.",
+                    hint="Narrow the steps with exclude or layers, so that their scopes do not overlap.",
                 )
             actions[weight.parameter] = (
                 _Action(weight, before.prune, step.chosen) if isinstance(step, Quantize) else _Action(weight, index)
@@ -206,7 +206,7 @@ def _separate(actions: Mapping[str, _Action], sources: Sources) -> None:
             others_of = some_of(set(siblings) - {action.weight.parameter})
             raise UnsupportedError(
                 f"{action.weight.parameter} is stored in one tensor with {others_of}.",
-                why="transformers takes it apart on loading in a way that is no cut between rows.",
+                why="transformers splits it on loading, and not between rows.",
                 hint="Prune all of them by one step, or none; and quantize none.",
             )
 

@@ -40,7 +40,7 @@ def prove(source: Checkpoint, tree: PreTrainedModel, config: Mapping[str, Any], 
     found = load_report(type(tree), config_from_dict(tree, copy.deepcopy(dict(config))), tensors)
     if fault := _fault(found, source, tree):
         raise UnsupportedError(
-            f"{type(tree).__name__} cannot be compressed so: transformers would not load the output.",
+            f"{type(tree).__name__} cannot be compressed in this way: transformers could not load the output.",
             why=fault,
             hint="Prune only, or narrow --scope (or --exclude) to other layers.",
         )
@@ -61,7 +61,7 @@ def _fault(found: LoadReport, source: Checkpoint, tree: PreTrainedModel) -> str 
     if found == LoadReport():
         return None
     if found.failure and CONVERSION_FAILED in found.failure:
-        return "It fuses or splits weights of this model on loading, and fails to where others of them are quantized."
+        return "It fuses or splits weights of this model on loading, and fails if only some of them are quantized."
     if found.failure:
         return f"Loading stops: {found.failure}"
     before = load_report(type(tree), tree.config, headers_of(source))

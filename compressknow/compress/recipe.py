@@ -120,7 +120,7 @@ class Prune:
     def __post_init__(self) -> None:
         if not _is_number(self.amount) or not 0 < self.amount < 1:
             raise UsageError(
-                f"The pruning amount must lie between 0 and 1, both excluded: {self.amount!r}.",
+                f"The pruning amount must be greater than 0 and less than 1: {self.amount!r}.",
                 hint=f"{_as_a_share(self.amount)}0.2 prunes 20 % of the weights; leave pruning out to prune none.",
             )
         if self.method not in METHODS:

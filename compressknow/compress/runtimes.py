@@ -49,10 +49,10 @@ def vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
     for group, what in (("final", "the final layer"), ("other", "a layer beside attention and feed-forward")):
         name = next((module for module, row in quantized.items() if row["group"] == group), None)
         if name:
-            return f"{what} ({name}) is {word}, which it takes in floats only"
+            return f"{what} ({name}) is {word}, but vLLM supports it only in floating point"
     modules = {_module(row) for row in manifest["tensors"] if row["name"].endswith(".weight")}
     split = next(_split(modules, quantized), None)
-    return f"it joins {split} into one layer, which must be {word} as a whole" if split else None
+    return f"it fuses {split}, so all or none of these must be {word}" if split else None
 
 
 def _quantized(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

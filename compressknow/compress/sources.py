@@ -158,7 +158,7 @@ class Sources:
         if stored.shape != self._shapes[parameter]:
             raise CheckpointError(
                 f"{stored.name} has shape {list(stored.shape)}, config.json says {list(self._shapes[parameter])}.",
-                hint="Config and weights do not belong together: download or save both again.",
+                hint="The config and the weights do not match: download or save both again.",
             )
 
     def _no_form(self, weight: LinearWeight, part: StoredTensor, reshaped: bool, scheme: Scheme) -> str | None:
@@ -211,6 +211,6 @@ def _refuse_unusable(checkpoint: Checkpoint) -> None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(
             f"{checkpoint.name} is quantized already ({method}).",
-            why="Quantizing it again would add its errors up.",
+            why="Quantizing it again would add to its errors.",
             hint="Start from the original checkpoint.",
         )

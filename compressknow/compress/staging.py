@@ -141,7 +141,7 @@ class Staging:
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != size:
                 raise OutputError(
-                    f"{self.output} was not written: {name} vanished or changed before it was whole.",
+                    f"{self.output} was not written: {name} disappeared or changed before the output was complete.",
                     why=f"Something removed or changed files in {self.folder}, where it was being written.",
                     hint="Run it again, and leave hidden folders beside OUTPUT alone.",
                 )

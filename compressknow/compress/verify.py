@@ -106,7 +106,7 @@ def compare_to_manifest(
     differences += _compare_counts(manifest)
     differences += [Difference(name, None, "not in the manifest") for name in _added(folder, manifest, places)]
     if SEAL in manifest and manifest[SEAL] != seal_of(manifest):
-        what = "it was edited: its recipe, source, versions or counts are not those that its sha256 was made of"
+        what = "it was edited: its sha256 does not match its contents"
         differences.append(Difference(MANIFEST_NAME, None, what))
     differences += [difference for check in checks for difference in check]
     notes = () if SEAL in manifest else (UNSEALED,)
@@ -146,7 +146,7 @@ def _stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, StoredTe
             differences.append(Difference(file, None, error.what))
             continue
         if metadata != METADATA:
-            differences.append(Difference(file, None, f"says of itself {metadata}, expected {METADATA}"))
+            differences.append(Difference(file, None, f"its metadata is {metadata}, expected {METADATA}"))
         differences += [Difference(file, name, "stored twice") for name in tensors if name in stored]
         stored |= tensors
     return stored, differences

@@ -93,9 +93,9 @@ def _refuse_other_architecture(a: Side, b: Side) -> None:
     if a.structure.architecture != b.structure.architecture:
         raise CompressknowError(
             f"{a.name} and {b.name} cannot be compared: they are of different architectures.",
-            why=f"{a.name} is {a.structure.architecture}, {b.name} is {b.structure.architecture}: their weights have "
-            "nothing to do with each other.",
-            hint="Compare an original and what was made from it, or two checkpoints that were made from one.",
+            why=f"{a.name} is {a.structure.architecture}, {b.name} is {b.structure.architecture}: their weights "
+            "cannot be matched.",
+            hint="Compare an original with its conversion, or two checkpoints made from the same original.",
         )
 
 

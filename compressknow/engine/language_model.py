@@ -52,9 +52,10 @@ def device_of(name: str) -> str:
         there = f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
         raise UsageError(f"There is no device {name}.", hint=f"This machine has {there}.")
     raise UsageError(
-        f"--device {name}: no {kind} device is at hand.",
-        why=f"torch {torch.__version__} finds none: there is none, its driver is missing, or torch is built without.",
-        hint="Leave out --device for the best that there is, or say --device cpu.",
+        f"--device {name}: no {kind} device is available.",
+        why=f"torch {torch.__version__} finds none: the machine has none, its driver is missing, "
+        "or torch was built without support for it.",
+        hint="Leave out --device to use the best available device, or pass --device cpu.",
     )
 
 
@@ -127,8 +128,9 @@ def load_language_model(
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise CheckpointError(
             f"{path} has no tokenizer: it lacks the file of its vocabulary.",
-            why="transformers makes up one that knows special tokens alone, and every word would be unknown.",
-            hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) beside its weights.",
+            why="transformers would create one with only special tokens, and every word would be unknown.",
+            hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) in the same folder "
+            "as the weights.",
         )
     model = load(
         path,

@@ -109,7 +109,8 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
             raise CheckpointError(
                 f"{path} has no tokenizer that loads.",
                 why=reason_of(error),
-                hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) beside its weights.",
+                hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) in the same folder "
+                "as the weights.",
             ) from error
 
 
@@ -118,7 +119,7 @@ def _checkpoint_path(folder: str | Path) -> Path:
     if as_text(str(path)) != str(path):
         encoding = sys.getfilesystemencoding().upper()
         raise CheckpointError(
-            f"The path {as_text(str(path))} is no text: it holds bytes that are not {encoding}.",
+            f"The path {as_text(str(path))} is not valid {encoding}.",
             hint="Rename the folder, or set PYTHONUTF8=1 if its name is UTF-8: the libraries that load weights and "
             "tokenizers open no such path.",
         )
@@ -134,7 +135,7 @@ def _checkpoint_path(folder: str | Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{folder}: no such folder.", hint="Give a checkpoint folder: config.json and weights.")
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json.", hint="A checkpoint folder has one beside its weights.")
+        raise CheckpointError(f"{folder} has no config.json.", hint="It must be in the same folder as the weights.")
     for file in sorted(path.iterdir()):
         # transformers does without it: text would be split into other tokens.
         if file.is_symlink() and not file.exists():
@@ -301,7 +302,9 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
         raise
     except ImportError as error:
         hint = f"pip install {error.name.partition('.')[0]}" if error.name else None
-        raise CheckpointError(f"{path} needs a library that is not here.", why=reason_of(error), hint=hint) from error
+        raise CheckpointError(
+            f"{path} needs a library that is not installed.", why=reason_of(error), hint=hint
+        ) from error
     except Exception as error:
         raise CheckpointError(f"{path} cannot be loaded.", why=reason_of(error)) from error
 
@@ -310,7 +313,7 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
 _ADVICE = {
     "weights.only": "Its .bin file holds more than tensors, and loading that could run code; or it is damaged.",
     "ignore_mismatched_sizes": "Its weights have other shapes than its config.json says.",
-    "trust_remote_code": "It needs Python code of its own: --trust-remote-code runs it, where you trust it.",
+    "trust_remote_code": "It needs its own Python code. If you trust it, pass --trust-remote-code.",
 }
 
 

@@ -101,7 +101,7 @@ def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
     try:
         content = reading.read_json(path, most)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.", hint="A checkpoint folder has one beside its weights.") from None
+        raise CheckpointError(f"{path} is missing.", hint="It must be in the same folder as the weights.") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", hint=DOWNLOAD_AGAIN) from None
     if not isinstance(content, dict):
@@ -202,9 +202,9 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
                 fetch("pytorch_model*.bin")
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{model} is neither a folder here nor to be had from the hub.",
+            f"{model} is not a local folder, and it could not be downloaded from the Hub.",
             why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            hint=f"Download it where the hub can be reached (hf download {model}) and give the folder.",
+            hint=f"Download it on a machine with access to the Hub (hf download {model}), then give the folder.",
         ) from None
     return folder, folder.name
 
@@ -243,6 +243,6 @@ def refuse_leading_out(folder: Path, path: Path) -> None:
     is_cached = inside.parent.name == "snapshots" and (repository / "blobs").is_dir()
     if not target.is_relative_to(repository if is_cached else inside):
         raise CheckpointError(
-            f"{path} leads out of the checkpoint, to {target}: not copied.",
+            f"{path} is a link that leads outside the checkpoint, to {target}: not copied.",
             hint="Put the file itself in its place if it belongs to the checkpoint, or remove the link.",
         )

@@ -63,7 +63,7 @@ def _architecture(path: Path, raw: dict[str, Any]) -> str:
         known = _candidates(raw.get("model_type")) or ["BertForMaskedLM"]
         raise CheckpointError(
             f"{path} names no architecture.",
-            "Which class the weights belong to decides which layers there are.",
+            "The architecture determines which layers the model has.",
             f'Add the one that they belong to, for example "architectures": ["{known[0]}"].',
         )
     return str(names[0])
@@ -228,7 +228,7 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
         for key, value in _entries(level):
             if isinstance(value, (int, float)) and abs(value) > _most(key):
                 raise CheckpointError(
-                    f"{path} has {key} {value:,}, and at most {_most(key):,} is sound.",
+                    f"{path} has {key} {value:,}, but the maximum is {_most(key):,}.",
                     hint="Is the config damaged? Download or save it again.",
                 )
         inner = [value.values() if isinstance(value, Mapping) else value for value in level]

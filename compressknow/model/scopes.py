@@ -39,7 +39,7 @@ class Pattern:
             re.compile(pattern)
             self._compiled = regex.compile(pattern)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
-            raise UsageError(f"{option} {pattern!r} is no regular expression: {error}.") from None
+            raise UsageError(f"{option} {pattern!r} is not a valid regular expression: {error}.") from None
 
     def search(self, name: str) -> bool:
         """Whether the pattern matches anywhere in a name."""
@@ -150,7 +150,7 @@ def check_scope_names(scopes: Iterable[str]) -> None:
 
 
 def check_patterns(include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Raise UsageError for what is no regular expression."""
+    """Raise UsageError for what is not a valid regular expression."""
     _compile("--include", include)
     _compile("--exclude", exclude)
 
@@ -247,7 +247,7 @@ def _check_pattern(option: str, pattern: Pattern, names: list[str], structure: S
     raise UsageError(
         f"{option} {pattern.pattern!r} matches no Linear layer of the scope.",
         why,
-        f"There is, with N for a number: {', '.join(_close(pattern.pattern, names))}.",
+        f"Available modules (N stands for a number): {', '.join(_close(pattern.pattern, names))}.",
     )
 
 
@@ -267,8 +267,7 @@ def _refuse_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) -
     left = [name for name in wanted if not any(pattern.search(name) for pattern in excludes)]
     if left:
         raise UnsupportedError(
-            f"{len(left)} matrices of the scope are no Linear layers, so that they cannot be compressed:\n"
-            + _listed(left),
+            f"{len(left)} matrices in the scope are not Linear layers and cannot be compressed:\n" + _listed(left),
             hint=f"Leave them out by name, for example --exclude '{_example(left)}'.",
         )
 
@@ -278,7 +277,7 @@ def _refuse_unplaced(unplaced: list[LinearWeight], resolved: Patterns) -> None:
     if left:
         raise UnsupportedError(
             f"No rule tells which group {len(left)} Linear layers belong to:\n" + _listed(left),
-            hint=f"Take them into the scope with --include '{_example(left)}', or leave them out with --exclude.",
+            hint=f"Add them to the scope with --include '{_example(left)}', or leave them out with --exclude.",
         )
 
 

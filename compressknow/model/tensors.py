@@ -174,7 +174,7 @@ def _load(path: Path) -> tuple[dict[str, Any], int]:
     except ValueError as error:
         raise _damaged(path, f"its header cannot be read ({error})") from None
     if not isinstance(header, dict) or not _is_text_by_name(header.get(METADATA, {})):
-        raise _damaged(path, "its header is no object of tensors by name")
+        raise _damaged(path, "its header is not a JSON object of tensors by name")
     return header, 8 + length
 
 

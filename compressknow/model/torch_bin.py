@@ -108,8 +108,8 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     wanted = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if wanted:
         return CheckpointError(
-            f"{path} is refused: its pickle asks for more than tensors, and loading it could run code.",
-            why=f"It asks for {wanted.group(1)}.",
+            f"{path} is refused: its pickle contains more than tensors, and loading it could run code.",
+            why=f"It refers to {wanted.group(1)}.",
             hint="Save it again as safetensors, in an environment that you trust it in.",
         )
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -235,7 +235,7 @@ def check_table(folder: Path, record: Record) -> None:
         return
     if sha256_of(folder / TABLE) != record.answers_sha256:
         raise CompressknowError(
-            f"{folder / TABLE} is not the file that {RECORD} was written for: its hash is another.",
+            f"{folder / TABLE} does not match {RECORD}: its hash differs.",
             why="It was changed since, or the two come from different folders.",
             hint="Probe the model again, into another folder.",
         )
@@ -248,7 +248,7 @@ def read_record(folder: Path) -> Record:
         version = record["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompressknowError(
-            f"{folder} is no answers folder: its {RECORD} is missing or damaged.",
+            f"{folder} is not an answers folder: its {RECORD} is missing or damaged.",
             hint="Give a checkpoint, or a folder that `compressknow probe` wrote.",
         ) from error
     if version != SCHEMA_VERSION:
@@ -268,7 +268,7 @@ def _not_finite(record: Mapping[str, Any]) -> str | None:
     try:
         json.dumps(record, allow_nan=False)
     except ValueError:
-        return "it holds a number that is infinite or none"
+        return "it contains a number that is infinite or NaN"
     return None
 
 
@@ -297,7 +297,7 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
     if _foreign(folder):
         raise OutputError(
-            f"{folder} exists already, and is no answers folder.", hint="Choose a new folder for the answers."
+            f"{folder} already exists and is not an answers folder.", hint="Choose a new folder for the answers."
         )
     with own_folder(folder, wait=wait):
         yield

@@ -53,7 +53,7 @@ def _refuse_answers(path: Path) -> None:
     if is_answers_folder(path):
         raise UsageError(
             f"{path} holds answers, no checkpoint.",
-            hint="`compressknow report` compares answers; give the checkpoints that they are from.",
+            hint="Use `compressknow report` to compare answers, or give the checkpoints that they come from.",
         )
 
 

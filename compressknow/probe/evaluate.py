@@ -60,12 +60,12 @@ def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, famil
     unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens
     if size > rows and not (unused and tokenizer.convert_ids_to_tokens(rows) == END_OF_TEXT):
         raise CheckpointError(
-            f"The tokenizer has {size:,} tokens, the model's embedding {rows:,} rows: they are no pair.",
-            hint="Put the tokenizer that the model was trained with beside its weights.",
+            f"The tokenizer has {size:,} tokens, the model's embedding {rows:,} rows: they do not match.",
+            hint="Put the tokenizer that the model was trained with in the same folder as the weights.",
         )
     if family == "masked" and tokenizer.mask_token is None:
         raise UnsupportedError(
-            "The tokenizer has no mask token: a masked language model cannot be asked without.",
+            "The tokenizer has no mask token: a masked language model cannot be evaluated without one.",
             hint="Set `mask_token` in its tokenizer_config.json.",
         )
     scorers: dict[str, type[MaskedScorer | CausalScorer | Seq2SeqScorer]] = {
@@ -170,12 +170,12 @@ def refuse_other_facts(reference: Answers, probe: Probe | Task) -> None:
     asked = reference.record.probes.get(probe.name)
     if asked is None and not isinstance(probe, Task):
         raise UsageError(
-            f"The original was not asked {probe.name}, whose most likely tokens are wanted.",
+            f"The original was not evaluated on {probe.name}, but its most likely tokens are needed.",
             hint="Probe the original with the same -p PROBE first.",
         )
     if asked and asked.fingerprint != probe.fingerprint():
         raise UsageError(
-            f"The original was asked other questions of {probe.name}.",
+            f"The original was evaluated on other facts or prompts of {probe.name}.",
             hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --data), or probe "
             "it again.",
         )
@@ -190,7 +190,7 @@ def refuse_other_model(reference: Answers, name: str, loaded: LanguageModel) -> 
     ):
         if known not in (None, value):
             raise CompressknowError(
-                f"{name} is no compressed form of {before.name}: they differ in {key}.",
+                f"{name} is not a compressed version of {before.name}: they differ in {key}.",
                 why=f"{before.name} has {known}, {name} has {value}.",
                 hint="Compare a model with the checkpoint that it was made from.",
             )

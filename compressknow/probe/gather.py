@@ -44,7 +44,7 @@ def read_reference(folder: str | Path) -> Answers:
     original = read_answers(Path(folder))
     if original.record.model.sha256 is None:
         raise CompressknowError(
-            f"{folder} does not tell which model gave its answers.", hint="Probe the original again."
+            f"{folder} does not record which model its answers come from.", hint="Probe the original again."
         )
     return original
 
@@ -184,7 +184,7 @@ def _of(answers: Answers, probes: Sequence[str]) -> Answers:
     probes = [_name(probe, answers) for probe in probes]
     if missing := [name for name in probes if name not in answers.probes]:
         raise CompressknowError(
-            f"{answers.record.model.name} was not asked {missing[0]}.",
+            f"{answers.record.model.name} was not evaluated on {missing[0]}.",
             why=f"Its answers folder holds: {', '.join(answers.probes)}.",
             hint="Leave out -p, name one of these, or probe the model again.",
         )

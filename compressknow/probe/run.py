@@ -346,7 +346,7 @@ def _entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) 
 def _nothing_left(probe: Probe, dropped: Mapping[str, int]) -> UsageError:
     reasons = "\n".join(f"{count:,} dropped: {reason}" for reason, count in dropped.items())
     return UsageError(
-        f"{probe.name} leaves no fact that this model could be asked.", reasons, "Choose another probe or protocol."
+        f"{probe.name} has no fact that this model can be evaluated on.", reasons, "Choose another probe or protocol."
     )
 
 
@@ -392,7 +392,7 @@ def _record(folder: Path, handle: ModelHandle) -> Record:
     if record.model.sha256 != handle.sha256:
         raise OutputError(
             f"{folder} holds the answers of another model ({record.model.name}).",
-            why="Or of this one before its files changed.",
+            why="Or the model's files have changed since then.",
             hint="Choose another folder for the answers, or remove that one.",
         )
     return replace(record, versions=_versions())

@@ -172,7 +172,7 @@ def test_a_weight_that_is_no_number_is_named(
 
 @pytest.mark.parametrize("amount", ["0", "1", "-0.1", "1.5", "nan", "inf"])
 def test_an_amount_out_of_range(source: Path, refused: Refused, amount: str) -> None:
-    assert "must lie between 0 and 1" in refused(source, "--prune", amount, code=2)
+    assert "must be greater than 0 and less than 1" in refused(source, "--prune", amount, code=2)
 
 
 @pytest.mark.parametrize("options", [["--prune", "much"], ["--quantize", "int4"], ["--threads", "0"], ["--dim", "2"]])
@@ -313,9 +313,9 @@ RECIPES = {
     "no steps": ("module_map = 'paper'", "no list of [[steps]]"),
     "unknown key": ("[[steps]]\nprune = 0.2\namout = 3", "amout"),
     "neither": ("[[steps]]\nscope = ['attention']", "either prune = AMOUNT or quantize = SCHEME"),
-    "wrong type": ("[[steps]]\nprune = '20 %'", "must lie between 0 and 1"),
+    "wrong type": ("[[steps]]\nprune = '20 %'", "must be greater than 0 and less than 1"),
     "scope of numbers": ("[[steps]]\nprune = 0.2\nscope = [1]", "scope must be a list of text"),
-    "twice": ("[[steps]]\nprune = 0.2\n[[steps]]\nprune = 0.3\nscope = 'attention'", "pruned by two steps"),
+    "twice": ("[[steps]]\nprune = 0.2\n[[steps]]\nprune = 0.3\nscope = 'attention'", "Two steps would prune"),
     "order": ("[[steps]]\nquantize = 'int8'\n[[steps]]\nprune = 0.3", "prunes before it quantizes"),
     "scheme": ("[[steps]]\nquantize = 'int4'", "int8-paper"),
     "no text": (b"[[steps]]\nprune = 0.2 # \xff", "cannot be read"),
@@ -324,7 +324,7 @@ RECIPES = {
     "one step": ("[steps]\nprune = 0.2", "no list of [[steps]]"),
     "no step": ("steps = []", "Nothing to do"),
     "module map": ("module_map = 3\n[[steps]]\nprune = 0.2", "structural"),
-    "a truth": ("[[steps]]\nprune = true", "must lie between 0 and 1"),
+    "a truth": ("[[steps]]\nprune = true", "must be greater than 0 and less than 1"),
     "a method": ("[[steps]]\nprune = 0.2\nmethod = 3", "l1-unstructured"),
     "a norm": ("[[steps]]\nprune = 0.2\nnorm = 'big'", "norm"),
     "a seed": ("[[steps]]\nprune = 0.2\nseed = 1.5", "seed"),
@@ -353,4 +353,4 @@ def test_a_recipe_that_is_missing_or_given_beside_options(source: Path, refused:
     message = refused(
         source, "--recipe", str(tmp_path / "recipe.toml"), "--scope", "attention", "--prune", "0.1", code=2
     )
-    assert "leave out --prune, --scope" in message
+    assert "cannot be combined with --prune, --scope" in message

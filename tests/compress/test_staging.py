@@ -173,7 +173,7 @@ def test_files_that_vanish_while_the_output_is_written_are_an_error(source: Path
         shutil.rmtree(staging) if lost == "everything" else (staging / lost).unlink()
         return "# A card"
 
-    with pytest.raises(OutputError, match="vanished or changed before it was whole"):
+    with pytest.raises(OutputError, match="disappeared or changed before the output was complete"):
         convert(source, tmp_path / "out", Recipe((Prune(0.2),)), render_card=lose)
     assert list(tmp_path.iterdir()) == []
 

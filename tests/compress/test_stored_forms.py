@@ -91,6 +91,6 @@ def test_what_a_forward_pass_does_not_read_is_no_direct_read() -> None:
 def test_an_output_that_transformers_would_not_load_is_refused_before_any_work(tmp_path: Path) -> None:
     # It keeps experts one by one in place of a stack where a checkpoint is int8.
     save("llama4_text", "Llama4ForCausalLM", tmp_path / "in")
-    with pytest.raises(UnsupportedError, match="transformers would not load the output"):
+    with pytest.raises(UnsupportedError, match="transformers could not load the output"):
         compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -87,7 +87,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tensor less": (lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(WEIGHT)), f"{WEIGHT}: missing"),
     "what the file says of itself": (
         lambda folder: save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors"),
-        "model.safetensors: says of itself {}, expected {'format': 'pt'}",
+        "model.safetensors: its metadata is {}, expected {'format': 'pt'}",
     ),
     "the config": (lambda folder: flip(folder / "config.json", 10), "config.json: its bytes differ"),
     "the tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: missing"),

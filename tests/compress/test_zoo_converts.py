@@ -33,7 +33,7 @@ REASONS = {
     "experts": "fuses all experts",
     "reshaped": "fuses, splits or transposes",
     "read past the layer": "reads the weight itself",
-    "does not load": "would not load the output",
+    "does not load": "could not load the output",
     "no Linear layers": "no Linear layers",
     "empty scope": "is empty in",
 }

@@ -81,7 +81,7 @@ class Outcome:
             found.append(f"exit code {self.code}")
         if self.peak > BYTES:
             found.append(f"{self.peak / 1e9:.1f} GB of memory")
-        if "fault of compressknow" in text:
+        if "bug in compressknow" in text:
             found.append("calls itself at fault")
         if "Traceback" in text:
             found.append("a traceback")

@@ -46,7 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
     printed = capsys.readouterr()
     assert code in (1, 2), printed
     assert printed.err.count("Error: ") == 1, printed.err
-    assert "fault of compressknow" not in printed.err, printed.err
+    assert "bug in compressknow" not in printed.err, printed.err
     assert "Traceback" not in printed.err, printed.err
     return printed.err
 

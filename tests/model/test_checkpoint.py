@@ -387,14 +387,16 @@ def test_hub_id_is_found_in_the_cache_offline(cache: Path, variable: str, revisi
 
 def test_hub_id_out_of_reach_says_how_to_get_it_elsewhere() -> None:
     message = refused(lambda: open_checkpoint("nobody/no-such-model-anywhere"))
-    assert message.startswith("nobody/no-such-model-anywhere is neither a folder here nor to be had from the hub.\n")
+    assert message.startswith(
+        "nobody/no-such-model-anywhere is not a local folder, and it could not be downloaded from the Hub.\n"
+    )
     assert "hf download nobody/no-such-model-anywhere" in message
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "./none", "../none", "~/none", "a b", "-x", "org/na--me"])
 def test_what_can_be_no_hub_id_is_not_asked_for(name: str) -> None:
     message = refused(lambda: open_checkpoint(name))
-    assert "no such folder." in message or "neither a folder here" in message
+    assert "no such folder." in message or "is not a local folder" in message
 
 
 # --- PyTorch .bin files -----------------------------------------------------------------------------------------------
@@ -565,7 +567,7 @@ def test_pickle_that_wants_to_run_code_is_refused_and_does_not(zipped: bool, tmp
     state = {"model.norm.weight": torch.ones(32), "payload": WantsToRun(marker)}
     torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     message = refused(lambda: open_checkpoint(folder))
-    assert "pytorch_model.bin is refused: its pickle asks for more than tensors" in message
+    assert "pytorch_model.bin is refused: its pickle contains more than tensors" in message
     assert "mkdir" in message
     assert "safetensors" in message
     # torch's advice to load it without the check is not passed on.

@@ -222,7 +222,7 @@ def test_a_pattern_that_matches_outside_the_scope_says_where() -> None:
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_pattern_that_is_no_regular_expression_is_an_error(option: str) -> None:
-    with pytest.raises(UsageError, match="no regular expression"):
+    with pytest.raises(UsageError, match="not a valid regular expression"):
         select(ONE_STACK, ["attention"], "prune", **{option: ["(unclosed"]})  # type: ignore[arg-type]
 
 

@@ -187,7 +187,7 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "1", "{}", '"schema"', "\udcff"])
 def test_a_damaged_record_is_one_error(content: str, tmp_path: Path) -> None:
     (tmp_path / RECORD).write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(CompressknowError, match="no answers folder"):
+    with pytest.raises(CompressknowError, match="not an answers folder"):
         read_record(tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_a_record_of_another_version_says_which(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_record_is_none(tmp_path: Path) -> None:
-    with pytest.raises(CompressknowError, match="no answers folder"):
+    with pytest.raises(CompressknowError, match="not an answers folder"):
         read_answers(tmp_path)
     assert not is_answers_folder(tmp_path)
     write_record(tmp_path, Record.from_dict(RECORD_OF))
@@ -230,7 +230,9 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> No
 def test_a_record_with_a_number_beyond_all_numbers_is_damaged(tmp_path: Path) -> None:
     record = RECORD_OF | {"versions": {"torch": "2"}, "model": {"name": "m", "source": {"bytes": float("inf")}}}
     (tmp_path / RECORD).write_text(json.dumps(record))
-    with pytest.raises(CompressknowError, match=r"probe\.json is damaged: it holds a number that is infinite or none"):
+    with pytest.raises(
+        CompressknowError, match=r"probe\.json is damaged: it contains a number that is infinite or NaN"
+    ):
         read_record(tmp_path)
 
 

@@ -59,7 +59,7 @@ def test_a_set_that_is_not_there_says_where_to_get_and_to_put_it(
     without, elsewhere = message(name), message(name, data=tmp_path)
     assert f"{name} does not come with compressknow." in without
     assert f"{tmp_path} does not hold {name}." in elsewhere
-    assert all(source in text and f"{folder} and say --data DIR" in text for text in (without, elsewhere))
+    assert all(source in text and f"{folder} and pass --data DIR" in text for text in (without, elsewhere))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_probe_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
     rows += [{"sub_label": "x", "obj_label": "gold", "masked_sentences": ["No blank."]}]
     write_jsonl(tmp_path / "Squad" / "test.jsonl", rows)
     text = message("lama:squad", data=tmp_path)
-    assert "lama:squad has no facts left to ask." in text
+    assert "lama:squad has no facts to evaluate." in text
     assert "3 dropped: object outside the common vocabulary" in text
     assert "1 dropped: no blank in the sentence" in text
 

@@ -212,7 +212,7 @@ def test_a_failed_probe_leaves_the_answers_that_were_there(place: Path, tmp_path
     ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
     before = bytes_of(tmp_path / "a")
     other = Path(shutil.copy(place / "facts.jsonl", tmp_path / "other.jsonl"))
-    with pytest.raises(CompressknowError, match=r"was not asked facts:other\.jsonl"):
+    with pytest.raises(CompressknowError, match=r"was not evaluated on facts:other\.jsonl"):
         ask(place / "llama", tmp_path / "a", other, reference=read_answers(tmp_path / "a"))
     assert bytes_of(tmp_path / "a") == before
 
@@ -282,7 +282,7 @@ def test_a_link_that_leads_nowhere_is_one_message(place: Path, tmp_path: Path, w
 def test_a_folder_that_holds_something_else_is_left_alone(place: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / content).write_text("the user's own")
-    with pytest.raises(OutputError, match="is no answers folder"):
+    with pytest.raises(OutputError, match="is not an answers folder"):
         ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
     assert bytes_of(tmp_path / "a") == {content: b"the user's own"}
 
@@ -320,7 +320,7 @@ def test_a_reference_that_was_asked_other_questions_is_refused_before_any_is_ask
     place: Path, tmp_path: Path, loads: list[Path]
 ) -> None:
     reference = ask(place / "llama", tmp_path / "original", place / "facts.jsonl", options=Options(limit=30))
-    with pytest.raises(UsageError, match=r"was asked other questions of facts:facts\.jsonl"):
+    with pytest.raises(UsageError, match=r"was evaluated on other facts or prompts of facts:facts\.jsonl"):
         ask(place / "llama-3", tmp_path / "a", place / "facts.jsonl", reference=reference)
     assert loads == [place / "llama"]
     assert not (tmp_path / "a").exists()
@@ -328,7 +328,9 @@ def test_a_reference_that_was_asked_other_questions_is_refused_before_any_is_ask
 
 def test_a_model_of_another_kind_is_refused_before_it_is_asked(place: Path, tmp_path: Path) -> None:
     reference = ask(place / "llama", tmp_path / "original", place / "facts.jsonl")
-    with pytest.raises(CompressknowError, match="bert is no compressed form of llama: they differ in family") as error:
+    with pytest.raises(
+        CompressknowError, match="bert is not a compressed version of llama: they differ in family"
+    ) as error:
         ask(place / "bert", tmp_path / "a", place / "facts.jsonl", reference=reference)
     assert error.value.why == "llama has causal, bert has masked."
     assert not (tmp_path / "a").exists()

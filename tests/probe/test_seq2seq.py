@@ -166,5 +166,5 @@ def test_bart_writes_no_free_answer_into_the_middle_of_a_sentence() -> None:
 def test_a_tokenizer_that_knows_no_blank_is_refused() -> None:
     tokenizer = word_tokenizer()
     tokenizer.mask_token = None
-    with pytest.raises(UnsupportedError, match="fills no blanks"):
+    with pytest.raises(UnsupportedError, match="cannot fill in blanks"):
         answers_to(tiny("bart"), tokenizer, "seq2seq", as_probe(word_facts()))

@@ -40,7 +40,7 @@ class CausalScorer(DecodingScorer):
         if self.reads_ahead and getattr(self.model.config, "is_decoder", None) is False:
             raise UnsupportedError(
                 f"{type(self.model).__name__} sees the tokens after the one that it predicts.",
-                why="Its configuration says that it is no decoder.",
+                why="Its configuration says that it is not a decoder.",
                 hint="If it was trained to continue texts, set `is_decoder` to true in its config.json.",
             )
         return read

@@ -70,8 +70,8 @@ class Seq2SeqScorer(DecodingScorer):
             return True
         if self.tokenizer.mask_token is None:
             raise UnsupportedError(
-                f"The tokenizer has neither {FIRST_SENTINEL} nor a mask token: this model fills no blanks.",
-                hint="T5, Flan-T5, BART and their kin do; ask this one lm-eval's tasks (-p lm-eval:TASK).",
+                f"The tokenizer has neither {FIRST_SENTINEL} nor a mask token: this model cannot fill in blanks.",
+                hint="T5, Flan-T5, BART and similar models can. Evaluate this one on lm-eval's tasks: -p lm-eval:TASK.",
             )
         return False
 

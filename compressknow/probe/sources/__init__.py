@@ -170,7 +170,7 @@ def _checked(kind: str, name: str, opened: object) -> Probe | Task:
         raise PROBES.unfit(kind, f"It gives a {type(opened).__name__}, neither a Probe nor a Task.")
     if not opened.facts:
         reasons = [f"  {count} dropped: {reason}" for reason, count in opened.dropped.items()]
-        raise UsageError(f"{opened.name} has no facts left to ask.", "\n".join(reasons) or "It is empty.")
+        raise UsageError(f"{opened.name} has no facts to evaluate.", "\n".join(reasons) or "It is empty.")
     if PROBES.is_added(kind) and (flaw := _flaw(name, opened)):
         raise PROBES.unfit(kind, flaw)
     return opened

@@ -151,11 +151,11 @@ def _explained(dataset: str, error: Exception) -> CompressknowError:
     if isinstance(error, ConnectionError):
         page = f"huggingface.co/datasets/{dataset.partition(':')[0]}"
         hint = f"Download {page} where there is a network, and name the folder: hf:FOLDER."
-        return CompressknowError(f"hf:{dataset} is neither here nor can the hub be reached.", reason, hint)
+        return CompressknowError(f"hf:{dataset} is not on this machine, and the Hub cannot be reached.", reason, hint)
     if isinstance(error, RuntimeError) and "scripts are no longer supported" in reason:
         return UsageError(
             what,
-            "It is loaded by a script of its own, which the datasets library runs no more since version 4.",
+            "It is loaded by a script of its own, which the datasets library has not run since version 4.",
             "Look for a copy in Parquet (a branch refs/convert/parquet often has one), download it, and say hf:FOLDER.",
         )
     if isinstance(error, ValueError) and "BuilderConfig" in reason:

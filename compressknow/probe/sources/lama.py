@@ -177,7 +177,7 @@ def _vocabulary(path: Path) -> tuple[str, ...]:
         raise UsageError(
             f"There is no {path}.",
             "The lama protocol ranks the words of LAMA's common vocabulary.",
-            "Get https://dl.fbaipublicfiles.com/LAMA/common_vocab_cased.txt, or ask by --protocol paper.",
+            "Get https://dl.fbaipublicfiles.com/LAMA/common_vocab_cased.txt, or use --protocol paper.",
         )
     try:
         lines = read_text(path, TOKENIZER).split("\n")

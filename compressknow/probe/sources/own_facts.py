@@ -18,7 +18,7 @@ from compressknow.reading import sha256_of
 
 PROTOCOL = "facts/1"
 SCHEMA = f"""\
-One JSON object a line, in UTF-8; blank lines are skipped. Each needs
+One JSON object per line, in UTF-8; blank lines are skipped. Each needs
 
   prompt      a sentence with the object's place as one {BLANK}: "The capital of France is {BLANK}."; for causal
               models its beginning is enough, "The capital of France is": the object comes next
@@ -31,9 +31,10 @@ or, in place of the prompt,
 
 and may have
 
-  candidates  list of at least 2 answers to choose from, the object among them; without it any answer may be given
+  candidates  list of at least 2 answers to choose from, the object among them; without it, the model may give any
+              answer
   relation    what the fact is about, for tables by relation (default: the file's name)
-  subject     school subject, for the grades: geography, language, science, history and people, arts and literature,
+  subject     domain, for the grades: geography, language, science, history and people, arts and literature,
               common sense, or a text of your own (default: {GENERAL})
   sub_label   the subject's name, also beside a prompt
   popularity  a number above 0, greater for a better known subject, for figures by popularity
@@ -43,7 +44,7 @@ Other keys are ignored.
 """
 
 _HINT = (
-    f'The least that a line may hold is {{"prompt": "The capital of France is {BLANK}.", "obj_label": "Paris"}}; '
+    f'A line needs at least {{"prompt": "The capital of France is {BLANK}.", "obj_label": "Paris"}}; '
     "compressknow probe --help shows all keys."
 )
 _TEXTS = ("prompt", "template", "obj_label", "sub_label", "relation", "subject")
@@ -129,7 +130,7 @@ def _error(path: Path, problems: list[str]) -> UsageError:
 
 def _problems(row: dict[str, Any]) -> list[str]:
     """What is wrong with one line, each as ``KEY: what``; types first, since the other rules need them right."""
-    wrong = [f"{key}: must be a text, not empty" for key in _TEXTS if key in row and not _is_text(row[key])]
+    wrong = [f"{key}: must be a non-empty string" for key in _TEXTS if key in row and not _is_text(row[key])]
     wrong += _wrong_types(row)
     return wrong or [*_misspelt(row), *_missing(row), *_wrong_prompt(row), *_wrong_candidates(row)]
 
@@ -141,7 +142,7 @@ def _is_text(value: object) -> bool:
 def _wrong_types(row: dict[str, Any]) -> list[str]:
     wrong = []
     if "id" in row and not _is_text(row["id"]) and type(row["id"]) is not int:
-        wrong.append("id: must be a text, not empty")
+        wrong.append("id: must be a non-empty string")
     candidates = row.get("candidates")
     if candidates is not None and not (isinstance(candidates, list) and all(map(_is_text, candidates))):
         wrong.append("candidates: must be a list of texts, none empty")

@@ -137,6 +137,6 @@ class ProbeSource(ABC):
                 return place
         raise UsageError(
             f"{data} does not hold {name}." if data else f"{name} does not come with compressknow.",
-            f"It can be had from {self.origin}." if self.origin else None,
-            f"Put it into DIR/{self.folders[0]} and say --data DIR." if self.folders else "Say --data DIR.",
+            f"Download it from {self.origin}." if self.origin else None,
+            f"Put it into DIR/{self.folders[0]} and pass --data DIR." if self.folders else "Pass --data DIR.",
         )

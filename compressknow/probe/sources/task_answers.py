@@ -117,7 +117,7 @@ def _metric(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> str:
         if better.get(metric, True) and all(_is_verdict(sample.get(metric)) for sample in samples):
             return str(metric)
     raise UnsupportedError(
-        f"lm-eval's task {name} does not say right or wrong of each item.",
+        f"lm-eval's task {name} does not mark each item as right or wrong.",
         f"It reports {', '.join(named) or 'nothing'}.",
         "Choose a task that reports acc or exact_match.",
     )

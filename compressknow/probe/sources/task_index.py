@@ -134,14 +134,16 @@ def _explained(task: LmEvalTask, error: Exception) -> CompressknowError:
     columns = COLUMNS.get(task.task)
     if isinstance(error, ConnectionError):
         if columns:
-            hint = f"Put JSON lines with {columns} into DIR/{task.task}.jsonl and say --data DIR."
+            hint = f"Put JSON lines with {columns} into DIR/{task.task}.jsonl and pass --data DIR."
         else:
             hint = "Load it once where there is a network, or give a task folder whose YAML names local data_files."
-        return CompressknowError(f"The data of {task.name} is neither here nor can the hub be reached.", reason, hint)
+        return CompressknowError(
+            f"The data of {task.name} is not on this machine, and the Hub cannot be reached.", reason, hint
+        )
     if isinstance(error, RuntimeError) and "scripts are no longer supported" in reason:
         return UnsupportedError(
             f"{task.name} cannot be loaded.",
-            "Its data set comes as a script, which the datasets library runs no more since version 4.",
+            "Its data set comes as a script, which the datasets library has not run since version 4.",
             "Give a task folder whose YAML names local data_files.",
         )
     if task.include == SHIPPED:

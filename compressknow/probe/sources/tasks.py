@@ -153,7 +153,7 @@ def _data_of(name: str, entry: Any, data: Path | None) -> Path | None:
             return Path(place)
     raise UsageError(
         f"{name} needs {', '.join(files)}, which neither its task folder nor --data holds.",
-        hint=f"Put it beside {entry.yaml_path.name}, or into DIR and say --data DIR.",
+        hint=f"Put it beside {entry.yaml_path.name}, or into DIR and pass --data DIR.",
     )
 
 
@@ -184,7 +184,7 @@ def run_task(
     """
     if loaded.family not in ("causal", "seq2seq"):
         raise UnsupportedError(
-            f"{task.name} cannot be asked of a {loaded.family} model: lm-eval has none of these.",
+            f"{task.name} cannot evaluate a {loaded.family} model: lm-eval does not support these.",
             hint="The probes atlas, lama:..., bear, facts:... and hf:... can.",
         )
     with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silent(), _random(loaded, task.seed):
