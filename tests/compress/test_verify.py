@@ -120,7 +120,7 @@ def test_the_model_card_may_be_edited(converted: Path, capsys: pytest.CaptureFix
     (converted / "README.md").write_text("# Mine")
     capsys.readouterr()
     assert main(["verify", str(converted)]) == 0
-    assert "as in the manifest" in capsys.readouterr().out
+    assert "match the manifest" in capsys.readouterr().out
 
 
 def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
