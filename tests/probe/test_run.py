@@ -164,7 +164,7 @@ def test_changed_weights_are_refused_in_the_folder_of_the_old_ones(place: Path, 
     shutil.copy(place / "llama-3" / "model.safetensors", model / "model.safetensors")
     with pytest.raises(OutputError, match="holds the answers of another model") as error:
         ask(model, tmp_path / "a", place / "facts.jsonl")
-    assert "before its files changed" in str(error.value.why)
+    assert "files have changed since then" in str(error.value.why)
     assert bytes_of(tmp_path / "a") == before
 
 
