@@ -121,7 +121,7 @@ def load_language_model(
 
     Raises
     ------
-    CheckpointError : it lacks a language-modelling head, weights or a tokenizer: it is never asked with random ones.
+    CheckpointError : it lacks a language-modelling head, weights or a tokenizer: none is ever made up at random.
     UnsupportedError : it is no language model of text.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -152,7 +152,7 @@ def load_language_model(
 def language_model_of(
     variant: Variant, maker: VariantMaker, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: str
 ) -> LanguageModel:
-    """A conversion in memory, ready to be asked; `tokenizer` is that of its source."""
+    """A conversion in memory, ready to be evaluated; `tokenizer` is that of its source."""
     model = load_variant(variant, maker, device=device, dtype=None if dtype == "auto" else dtype)
     return LanguageModel(model, tokenizer, _family(model) or "")
 

@@ -73,10 +73,10 @@ def evaluate_both(
     keep_in: Path,
     on_progress: Listener | None = None,
 ) -> BothWays:
-    """Ask both models, one in memory at a time: each once for its answers, and once more for what it gives the other
-    tokens. Answers that `keep_in` holds already are not asked for again.
+    """Evaluate both models, one in memory at a time: each once for its answers, and once more for what it gives the
+    other's tokens. Answers that `keep_in` holds already are not asked for again.
 
-    Raises CompressknowError where a model cannot be loaded or asked, or where the two have no vocabulary in common.
+    Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
     """
     from compressknow.probe.distributions import Distributions
     from compressknow.probe.run import Beside, probe_model

@@ -103,9 +103,9 @@ def evaluate(
     Parameters
     ----------
     reference : fact id -> ids at the answer's first position whose log-probabilities are wanted: the original's.
-    done : ids of facts that are answered. A batch is left out whole or asked whole, so that a batch that is asked
+    done : ids of facts that are answered. A batch is left out whole or run whole, so that a batch that is run
         later is the same one.
-    known : fact id -> what this model answered, with the log-probabilities of other tokens: these alone are asked for.
+    known : fact id -> what this model answered, with the log-probabilities of other tokens: these alone are scored.
     whole : is told each batch's distributions over the whole vocabulary; see `compressknow.probe.distributions`.
     """
     left = [batch for batch in prompts.batches if not all(query.fact.id in done for query in batch)]
@@ -129,7 +129,7 @@ def evaluate(
 
 
 def _pace(scorer: Scorer, left: Sequence[tuple[Query, ...]], *, measured: bool) -> Pace:
-    """The pace of the batches that are left; `measured` asks a few facts of some of them first, to take the time."""
+    """The pace of the batches that are left; `measured` runs a few facts of some of them first, to take the time."""
     work = sum(_work(scorer, batch) for batch in left)
     if not measured or sum(map(len, left)) < LEAST * SAMPLE:
         return Pace(work)
@@ -166,7 +166,7 @@ def _batches(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]
 
 
 def refuse_other_facts(reference: Answers, probe: Probe | Task) -> None:
-    """Raise UsageError where the original was not asked this probe, or other questions of it."""
+    """Raise UsageError where the original was not evaluated on this probe, or on other prompts of it."""
     asked = reference.record.probes.get(probe.name)
     if asked is None and not isinstance(probe, Task):
         raise UsageError(
@@ -199,7 +199,7 @@ def refuse_other_model(reference: Answers, name: str, loaded: LanguageModel) -> 
 def first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
     """Fact id -> the tokens that the original held most likely at the answer's first position.
 
-    Raises CompressknowError where a fact that is to be asked is not among the original's answers.
+    Raises CompressknowError where a fact to be evaluated is not among the original's answers.
     """
     ids = {answer.fact_id: answer.first_ids for answer in reference.of(probe.name)}
     wanted = [query.fact.id for batch in prompts.batches for query in batch]

@@ -30,7 +30,7 @@ GENERAL = "general"
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact, asked as a sentence with a blank.
+    """One fact, put as a sentence with a blank.
 
     `candidates` are the answers to choose from, the object among them, or None: then the answer is one word of the
     probe's vocabulary or, where the probe has none, whatever the model says. `popularity` is any positive number that
@@ -72,12 +72,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Probe:
-    """A set of facts and how they are asked and counted.
+    """A set of facts and how they are evaluated and counted.
 
     Attributes
     ----------
     name : as the user names it: ``atlas``, ``lama:trex``, ``facts:mine.jsonl``.
-    protocol : name and version of the way of asking; answers of different protocols are not compared.
+    protocol : name and version of the way of evaluating; answers of different protocols are not compared.
     dropped : reason -> number of facts that the reader left out. Scorers add theirs.
     vocabulary : ``closed`` (the facts have candidates), ``words`` (one word out of `words`), ``full`` (one token out of
         the model's whole vocabulary), ``open`` (free text of causal and seq2seq models, one token of masked models).
@@ -117,7 +117,7 @@ class Probe:
             object.__setattr__(self, "read", len(self.facts) + sum(self.dropped.values()))
 
     def fingerprint(self) -> str:
-        """A hash of all that decides what is asked: the same one means that answers can be set side by side."""
+        """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
         digest = hashlib.sha256()
         settings = [self.name, self.protocol, self.vocabulary, self.words, self.fold_case, self.keep_unanswerable]
         settings.append(self.score_rest)

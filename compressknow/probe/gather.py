@@ -168,7 +168,7 @@ def folder_of(keep_in: Path, sha256: str, reference: Answers | None) -> Path:
 
 
 def _like(known: Answers | None, options: Options) -> Options:
-    """The options, with the sample that an answers folder was asked where the user names none."""
+    """The options, with the sample that an answers folder was evaluated on where the user names none."""
     if known is None or options.limit is not None:
         return options
     entry = next(iter(known.record.probes.values()), None)

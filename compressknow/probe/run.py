@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from compressknow.probe.distributions import Distributions
     from compressknow.probe.scoring.scorer import Whole
 
-# Answers are put on disk this often: what a killed run has to ask again.
+# Answers are put on disk this often: what a killed run has to run again.
 SECONDS_BETWEEN_PARTS = 10.0
 
 
@@ -354,7 +354,7 @@ def _key(handle: ModelHandle, probe: Probe | Task, beside: Beside) -> str:
     """A hash of all that decides the answers: the model, the facts, whose tokens are asked for, and how it is run."""
     settings = handle.settings
     decides = [
-        # Another version may ask or score otherwise.
+        # Another version may prompt or score otherwise.
         *(SCHEMA_VERSION, __version__, handle.sha256, probe.fingerprint()),
         beside.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),

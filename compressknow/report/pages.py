@@ -1,4 +1,4 @@
-"""Pages: templates, escaping, HTML that asks nothing of any server, Markdown, and where they may be written."""
+"""Pages: templates, escaping, HTML that requests nothing from any server, Markdown, and where they may be written."""
 
 from __future__ import annotations
 

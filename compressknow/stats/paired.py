@@ -50,7 +50,7 @@ def compare_probe(
 
     Raises
     ------
-    CompressknowError : the two sides were asked different questions.
+    CompressknowError : the two sides were evaluated on different prompts.
     """
     name = probe or (original[0].probe if original else "the probe")
     pairs = paired(name, original, compressed, entry_original, entry_compressed)
@@ -200,7 +200,7 @@ def _drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tuple[floa
 
 
 def _same_reference(original: ProbeEntry, compressed: ProbeEntry) -> bool:
-    """Whether both models were asked for the probabilities of the same model's most likely tokens."""
+    """Whether both models gave the probabilities of the same model's most likely tokens."""
     return original.reference is not None and original.reference == compressed.reference
 
 
@@ -305,7 +305,7 @@ def _both(before: float | None, after: float | None) -> tuple[float, float] | No
 # The original's and the compressed model's answer to one fact.
 Pair = tuple[Answer, Answer]
 
-# What may make two runs of one probe ask different questions, and how a user calls it.
+# What may make two runs of one probe differ, and how a user calls it.
 _SETTINGS = {"protocol": "protocol", "limit": "--limit", "seed": "--seed", "facts": "facts read"}
 
 
@@ -318,7 +318,7 @@ def paired(
 ) -> list[Pair]:
     """Answers to the same facts, in the order of the facts' ids.
 
-    Raises CompressknowError where the two sides were not asked the same: by protocol, by fingerprint or by the facts.
+    Raises CompressknowError where the two sides were not evaluated alike: other protocol, fingerprint or facts.
     """
     _same_prompts(probe, entry_original, entry_compressed)
     before, after = _by_id(probe, original), _by_id(probe, compressed)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class StudyModel:
-    """The original of a study, found and opened once: it, and every cell, can be asked from here.
+    """The original of a study, found and opened once: it, and every cell, is evaluated from here.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ class StudyModel:
         reference: Answers,
         on_progress: Listener | None = None,
     ) -> Answers:
-        """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or asked."""
+        """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or evaluated."""
         return _evaluate(self._handle(cell), probes, cells / self.folder_of(cell), reference, self._whole, on_progress)
 
     def is_answered(self, cell: Cell, probe: Probe | Task, cells: Path, reference: Answers) -> bool:
@@ -113,7 +113,7 @@ def _evaluate(
 ) -> Answers:
     watched, beside = staged(on_progress, facts=facts_of(probes)), Beside(reference, whole=whole)
     if whole and reference:
-        # Before the first is asked: then the original need not be in memory beside the cell.
+        # Before the first is evaluated: then the original need not be in memory beside the cell.
         facts = [probe for probe in probes if isinstance(probe, Probe)]
         whole.complete(
             [p for p in facts if lacking(handle, [p], folder / folder_of(p.name), beside)],
@@ -132,7 +132,7 @@ def _evaluate(
 
 
 def merged(parts: Sequence[Answers]) -> Answers:
-    """The answers of one model to several probes, asked apart."""
+    """The answers of one model to several probes, evaluated apart."""
     probes = {name: entry for part in parts for name, entry in part.record.probes.items()}
     return Answers(replace(parts[0].record, probes=probes), tuple(a for part in parts for a in part.answers))
 
@@ -156,7 +156,7 @@ class CellHandle(ModelHandle):
     original : of the same settings.
     maker : of the original's checkpoint, open.
     tokenizer : gives the original's.
-    written : prompts that other cells were asked, by probe: the same tokens, for one tokenizer and architecture.
+    written : prompts that other cells were given, by probe: the same tokens, for one tokenizer and architecture.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class RayOptions:
 
 @dataclass(frozen=True)
 class Batch:
-    """Cells to ask: `folder` keeps their answers, `original` is the reference."""
+    """Cells to evaluate: `folder` keeps their answers, `original` is the reference."""
 
     study_model: StudyModel
     cells: Sequence[Cell]
@@ -51,7 +51,7 @@ class Batch:
     original: Answers
 
 
-# Results as they come; what the folder holds already is not asked again.
+# Results as they come; what the folder holds already is not evaluated again.
 Run = Callable[[Batch], Generator[CellResult]]
 
 
@@ -63,7 +63,7 @@ def runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterator[Run
     """
     if ray is None:
         yield lambda batch: (
-            # The original has been asked before.
+            # The original has been evaluated before.
             _here(batch, cell, _numbered(on_progress, number, len(batch.cells) + 1))
             for number, cell in enumerate(batch.cells, start=2)
         )

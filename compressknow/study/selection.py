@@ -14,7 +14,7 @@ from compressknow.stats.records import Estimate
 
 # How many recipes may be tried on the held-out facts: each makes the interval that they are judged by wider.
 CONFIRMED = 5
-# A recipe is asked no more where the first facts say at this level that it keeps less than is asked for.
+# A recipe is evaluated no further where the first facts say at this level that it keeps less than is asked for.
 SURE = 0.99
 
 
@@ -57,7 +57,7 @@ def cheapness(trial: Trial, criterion: Criterion) -> tuple[int, float, float]:
 
 
 def promising(trials: Sequence[Trial], criterion: Criterion) -> list[Trial]:
-    """Those to ask the held-out facts, the cheapest first: they keep enough of the facts of the search. Where none
+    """Those to confirm on held-out facts, the cheapest first: they keep enough of the facts of the search. Where none
     does, the one that keeps most, to be told.
     """
     candidates = sorted((t for t in trials if t.kept.value is not None), key=lambda t: cheapness(t, criterion))

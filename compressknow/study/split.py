@@ -20,7 +20,7 @@ from compressknow.study.folder import CELLS, ORIGINAL, CellResult
 from compressknow.study.grid import Cell, key_of
 from compressknow.study.running import Batch, Run
 
-# Of the facts to search with, the share that is asked first; fewer than so many facts tell too little to stop at.
+# Of the facts to search with, the share that is evaluated first; fewer than so many facts tell too little to stop at.
 FIRST, FEWEST_FIRST = 0.2, 50
 
 
@@ -29,9 +29,9 @@ class Parts(NamedTuple):
 
     Attributes
     ----------
-    first : asked of every recipe, as a probe with a name of its own; None where there are few facts.
-    rest : asked of the recipes that may still keep enough after these.
-    held_out : not asked in the search.
+    first : for every recipe, as a probe with a name of its own; None where there are few facts.
+    rest : for the recipes that may still keep enough after these.
+    held_out : not used in the search.
     """
 
     first: Probe | None
@@ -54,7 +54,7 @@ def parts_of(probe: Probe | Task, seed: int) -> Parts:
     first, rest = _cut(searched, FIRST, seed)
     if len(first) < FEWEST_FIRST:
         return Parts(None, replace(probe, facts=searched), replace(probe, facts=held_out))
-    # A second probe beside that of the rest: their answers are kept apart, and none is asked twice.
+    # A second probe beside that of the rest: their answers are kept apart, and none is evaluated twice.
     name = f"first of {probe.name}"
     named = replace(probe, name=name, facts=tuple(replace(fact, probe=name) for fact in first))
     return Parts(named, replace(probe, facts=rest), replace(probe, facts=held_out))
@@ -79,7 +79,7 @@ def _cut(facts: Sequence[Fact], share: float, seed: int) -> tuple[tuple[Fact, ..
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """One half of the facts, and what the original answers to them; `first` are those of the probes to ask first."""
+    """One half of the facts, and what the original answers to them; `first` are the probes to evaluate first."""
 
     study_model: StudyModel
     probes: tuple[Probe, ...]
@@ -113,7 +113,7 @@ class EvaluationSet:
     ) -> Iterator[tuple[Cell, Answers]]:
         """Each cell's answers, as they come; the first ones alone of those that are not `hopeful` after these.
 
-        Raises CompressknowError where a cell cannot be made or asked.
+        Raises CompressknowError where a cell cannot be made or evaluated.
         """
         if hopeful and self.first:
             going_on = []

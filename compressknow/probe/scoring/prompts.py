@@ -70,7 +70,7 @@ def with_blank(prompt: str) -> str:
 
 
 def wrong_blanks(prompt: str) -> str | None:
-    """Why the prompt cannot be asked, as a reason to drop it; None where it holds one blank."""
+    """Why the prompt cannot be used, as a reason to drop it; None where it holds one blank."""
     count = prompt.count(BLANK)
     return None if count == 1 else "no blank in the sentence" if count == 0 else "several blanks in the sentence"
 

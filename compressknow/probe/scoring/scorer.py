@@ -72,7 +72,7 @@ class Query:
 
 
 class Scorer(ABC):
-    """Asks one model the facts of one probe."""
+    """Scores one model on the facts of one probe."""
 
     family: ClassVar[str]
     # Cached properties that depend on the model's weights.
@@ -94,7 +94,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def prompt(self, fact: Fact) -> Ids:
-        """What the model reads first; raises CompressknowError where a prompt cannot be asked at all."""
+        """What the model reads first; raises CompressknowError where a prompt cannot be used at all."""
 
     @abstractmethod
     def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
@@ -120,7 +120,7 @@ class Scorer(ABC):
         return []
 
     def unaskable(self, fact: Fact) -> str | None:
-        """Why this family cannot be asked such a fact, or None."""
+        """Why this family cannot be evaluated on such a fact, or None."""
         last = fact.before and not re.search(r"\w", fact.after)
         return None if fact.candidates or last else BLANK_NOT_LAST
 
@@ -184,7 +184,7 @@ class Scorer(ABC):
             return self._with_distributions(batch, answers, self._begun(batch)[0], reference, whole)
 
     def _begun(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
-        """`first`, tried on two queries before any other: a model that cannot read them cannot be asked at all."""
+        """`first`, tried on two queries before any other: a model that cannot read them cannot be evaluated at all."""
         self._refuse_ids_beyond(batch)
         if not self._tried:
             try:
@@ -229,7 +229,7 @@ class Scorer(ABC):
         return [with_distribution(found[query.fact.id], *distribution) for query, *distribution in rows]
 
     def _unfit(self, query: Query) -> str | None:
-        """Why the ids of a query cannot be asked, or None."""
+        """Why the ids of a query cannot be run, or None."""
         free = not query.options and not self.one_token
         answers = query.options or (query.gold,)
         if (query.options or free) and not all(answers):

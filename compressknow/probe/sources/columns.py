@@ -139,7 +139,7 @@ _POPQA_TEMPLATES = {
 _LABELS = {"subject": "sub_label sub", "object": "obj_label", "relation": "predicate_id pred relation", "id": "uuid id"}
 _OWN = {**_LABELS, "popularity": "popularity", "candidates": "candidates", "school-subject": "subject"}
 # Kind of table: (columns by which it is known, the columns of each key in order of preference, templates by relation).
-# LAMA's copies on the hub have the template and a sentence of the text in each row; the official code asks by template.
+# LAMA's copies on the hub have the template and a sentence of the text in each row; the official code uses templates.
 _KNOWN: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
     "PopQA": (
         "subj prop obj s_pop",
@@ -180,7 +180,7 @@ def check_key(key: str) -> None:
 def choose_columns(there: Iterable[str], given: Mapping[str, str], where: str) -> Columns:
     """The columns of a table that has those `there`: as for a table that is known, but what is `given` comes first.
 
-    Raises UsageError, which lists the columns there are, where one is not there or too few are named to ask facts.
+    Raises UsageError, which lists the columns there are, where one is not there or too few are named to make facts.
     """
     present = set(there)
     for key in given:
@@ -210,7 +210,7 @@ def _recognised(present: set[str]) -> Columns:
 
 
 def _lacking(columns: Columns) -> str | None:
-    """The key without which no fact can be asked."""
+    """The key without which no fact can be made."""
     if "object" not in columns.of:
         return "object"
     if "prompt" in columns.of:

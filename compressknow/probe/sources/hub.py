@@ -56,7 +56,7 @@ class Hub(ProbeSource):
 
 
 def hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> Probe:
-    """All facts of one split of a data set; rows that cannot be asked are counted in `dropped`.
+    """All facts of one split of a data set; rows that make no fact are counted in `dropped`.
 
     `columns` is {one of `compressknow.probe.sources.columns.KEYS`: name of a column}; "template" may also be a template
     itself.

@@ -85,7 +85,7 @@ class LmEvalTask(Task):
     seed: int = 0
 
     def fingerprint(self) -> str:
-        """A hash of all that decides what is asked: the same one means that answers can be set side by side."""
+        """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
         digest = hashlib.sha256()
         digest.update(json.dumps([self.name, self.task, self.limit, self.seed, version("lm_eval")]).encode())
         for path, name in self._files():

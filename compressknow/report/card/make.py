@@ -32,12 +32,12 @@ def make_card(
     Parameters
     ----------
     show_facts : False leaves the text of every fact out of the card.
-    command : the command line that asked for it, to be shown.
+    command : the command line to show.
 
     Raises
     ------
     CompressknowError : a compressed model is of another family or vocabulary, shares no probe with the original, or
-        was asked other questions.
+        was evaluated on other prompts.
     """
     if not compressed:
         raise UsageError("There is no compressed model to compare.", hint="Give at least one beside the original.")
@@ -61,8 +61,8 @@ def _with_sections(model: ModelFacts, original: Answers, compressed: Answers, *,
 
     @cache
     def answers() -> tuple[ProbeAnswers, ...]:
-        asked = {probe.probe: _asked(original, compressed, probe.probe) for probe in comparison.probes}
-        return tuple(ProbeAnswers(probe, tuple(paired(probe, *both)), *both[2:]) for probe, both in asked.items())
+        evaluated = {probe.probe: _evaluated(original, compressed, probe.probe) for probe in comparison.probes}
+        return tuple(ProbeAnswers(probe, tuple(paired(probe, *both)), *both[2:]) for probe, both in evaluated.items())
 
     return assembly.with_sections(model, comparison, answers, show_facts=show_facts)
 
@@ -120,11 +120,11 @@ def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) 
     before, model = model_facts(original.record.model), model_facts(compressed.record.model)
     _refuse_incomparable(original, compressed)
     probes = [probe for probe in original.probes if probe in compressed.probes]
-    asked = {probe: _asked(original, compressed, probe) for probe in probes}
-    figures = tuple(compare_probe(*asked[probe], probe=probe) for probe in probes)
+    evaluated = {probe: _evaluated(original, compressed, probe) for probe in probes}
+    figures = tuple(compare_probe(*evaluated[probe], probe=probe) for probe in probes)
     counts = sum((probe.counts for probe in figures), Counts())
     kept, p = proportion(counts.both, counts.known_before), mcnemar(counts)
-    pairs: list[Pair] = [pair for probe in probes for pair in paired(probe, *asked[probe])] if show_facts else []
+    pairs: list[Pair] = [pair for probe in probes for pair in paired(probe, *evaluated[probe])] if show_facts else []
     lost, gained = changed_facts(pairs)
     graded = grades(figures)
     return Comparison(
@@ -146,7 +146,7 @@ def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) 
     )
 
 
-def _asked(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...]:
+def _evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...]:
     """Both models' answers to a probe, and its entries in both records."""
     return (
         original.of(probe),
@@ -194,5 +194,5 @@ def method_of(original: Answers, comparisons: Sequence[Comparison], of_sections:
         for figures in comparison.probes:
             probes.setdefault(figures.probe, figures)
     family = original.record.model.family or ""
-    asked = [(p, original.record.probes[name], original.of(name)) for name, p in probes.items()]
-    return method(family, asked, of_sections)
+    evaluated = [(p, original.record.probes[name], original.of(name)) for name, p in probes.items()]
+    return method(family, evaluated, of_sections)

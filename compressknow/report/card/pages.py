@@ -1,4 +1,4 @@
-"""A report card as a file: HTML that asks nothing of any server and is whole without JavaScript, Markdown, JSON."""
+"""A report card as a file: HTML that requests nothing and is whole without JavaScript, Markdown, JSON."""
 
 from __future__ import annotations
 

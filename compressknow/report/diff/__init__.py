@@ -1,1 +1,1 @@
-"""The page of a comparison: two checkpoints in what they are and, where asked, in what they know."""
+"""The page of a comparison: two checkpoints in what they are and, with probes, in what they know."""

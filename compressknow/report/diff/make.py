@@ -32,7 +32,7 @@ def make_comparison(
     Parameters
     ----------
     difference : of the weights; None where both are the same to the byte, or where they cannot be read.
-    behaviour : of the answers; None where nothing was asked.
+    behaviour : of the answers; None where nothing was evaluated.
     files : other files that differ.
     """
     identical = a.sha256 == b.sha256

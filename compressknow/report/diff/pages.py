@@ -1,4 +1,4 @@
-"""A comparison of two checkpoints as a file: HTML that asks nothing of any server, Markdown, JSON."""
+"""A comparison of two checkpoints as a file: HTML that requests nothing from any server, Markdown, JSON."""
 
 from __future__ import annotations
 

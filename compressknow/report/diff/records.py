@@ -71,7 +71,7 @@ class CheckpointComparison(Shown):
     identical : all files that decide what the models answer are the same to the byte; then there is no `difference`.
     files : other files than weights and config that differ, such as those of the tokenizer.
     difference : None too where the weights cannot be read; a warning says so.
-    behaviour : None where nothing was asked.
+    behaviour : None where nothing was evaluated.
     """
 
     verdict: str

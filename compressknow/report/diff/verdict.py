@@ -54,7 +54,7 @@ def names_of(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
 def comparison_verdict(
     names: tuple[str, str], identical: bool, difference: Difference | None, behaviour: Behaviour | None
 ) -> str:
-    """The sentences, on the weights and, where they were asked, on the answers.
+    """The sentences, on the weights and, where there are some, on the answers.
 
     Parameters
     ----------

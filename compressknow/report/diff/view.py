@@ -124,7 +124,7 @@ class Page:
 
     Attributes
     ----------
-    counts : of facts, A as the original, over all probes; None where no facts were asked.
+    counts : of facts, A as the original, over all probes; None where no facts were evaluated.
     weights : of `sections` the one that HTML shows beside the sizes, before all others.
     """
 

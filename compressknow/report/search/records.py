@@ -27,8 +27,8 @@ class Trial:
     ----------
     kind : ``paper`` for one of the paper's setups, ``search`` for one that the search chose, ``layers`` for one that
         shows how much some layers bear.
-    kept : on the facts of the search that it was asked; `facts` says how many these are. `held_out` on those kept from
-        the search, where it was asked these.
+    kept : on the facts of the search that it was evaluated on; `facts` is their number. `held_out` on those kept from
+        the search, where it was evaluated on these.
     sizes : ``sparse-bytes``, ``bytes`` and ``nonzero``.
     """
 
@@ -52,7 +52,7 @@ class Search(Shown):
     winner : the cheapest that keeps it on the held-out facts, or None; `closest` what came nearest then.
     naive : the cheapest of everything pruned by one amount that keeps as much on the facts of the search, or None.
     searched, held_out : numbers of facts; `known_searched`, `known_held_out` those that the original answers right.
-    first : how many of those to search with are asked first; 0 where all are asked at once.
+    first : how many of those to search with are evaluated first; 0 where all are at once.
     level : of the intervals of the held-out facts, adjusted for how many recipes were tried on these.
     sizes : of the original.
     """

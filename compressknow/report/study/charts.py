@@ -277,7 +277,7 @@ def _drawn(study: Study, figure: _Figure, id: str, title: str) -> str | None:
 
 
 def _of_probe(study: Study, probe: StudyProbe) -> Study:
-    """The study as if this probe alone had been asked."""
+    """The study as if this were the only probe."""
     cells = (
         replace(
             cell,

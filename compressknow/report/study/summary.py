@@ -40,7 +40,7 @@ class Least:
 
 @dataclass(frozen=True, slots=True)
 class Cliff:
-    """Where knowledge kept falls off as a module is pruned; amounts in percent, of those that were asked.
+    """Where knowledge kept falls off as a module is pruned; amounts in percent, of those in the grid.
 
     Attributes
     ----------
@@ -212,11 +212,11 @@ def _scheme(study: Study, scheme: str) -> str:
 
 
 def _tally(found: Iterable[Finding]) -> Iterator[str]:
-    """How many of the findings that are asked of this family hold."""
-    asked = [each for each in found if each.answer != NOT_EVALUATED]
+    """How many of the findings that concern this family hold."""
+    evaluated = [each for each in found if each.answer != NOT_EVALUATED]
     parts = []
     for answer, one, several in _VERBS:
-        ids = [each.id for each in asked if each.answer == answer]
+        ids = [each.id for each in evaluated if each.answer == answer]
         parts += [f"{_listed(ids)} {one if len(ids) == 1 else several}"] if ids else []
     if parts:
         yield f"Of the paper's findings for this family of models, {'; '.join(parts)}."

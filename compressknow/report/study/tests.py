@@ -17,7 +17,7 @@ HOLDS, DOES_NOT_HOLD, CANNOT_TELL = "holds", "does not hold", "cannot tell"
 
 @dataclass(frozen=True, slots=True)
 class CheckpointComparison:
-    """Two cells, paired by fact over all probes that both were asked; `less` is the one that a claim says hurts less.
+    """Two cells, paired by fact over all probes that both have; `less` is the one that a claim says hurts less.
 
     Attributes
     ----------
@@ -102,11 +102,11 @@ def is_known(probe: StudyProbe) -> bool:
     return _above_floor([(probe, probe.correct)])
 
 
-def _above_floor(asked: Sequence[tuple[StudyProbe, Sequence[bool]]]) -> bool:
+def _above_floor(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]]) -> bool:
     """Whether what is right of all these probes together is above their floors, its whole interval."""
-    n, right = sum(probe.n for probe, _ in asked), sum(sum(correct) for _, correct in asked)
+    n, right = sum(probe.n for probe, _ in evaluated), sum(sum(correct) for _, correct in evaluated)
     low = proportion(right, n).low
-    return low is not None and low * n > sum(probe.n * floor(probe) for probe, _ in asked)
+    return low is not None and low * n > sum(probe.n * floor(probe) for probe, _ in evaluated)
 
 
 def together(right: Sequence[Sequence[bool]]) -> np.ndarray:
@@ -164,8 +164,8 @@ def decline(study: Study, cell: StudyCell, level: float = 0.95) -> Estimate:
 
     From the paired difference with Newcombe's interval; the original's accuracy is taken as it was measured.
     """
-    asked = [probe for probe in study.probes if probe.name in cell.correct]
-    counts = tally(together([p.correct for p in asked]), together([cell.correct[p.name] for p in asked]))
+    evaluated = [probe for probe in study.probes if probe.name in cell.correct]
+    counts = tally(together([p.correct for p in evaluated]), together([cell.correct[p.name] for p in evaluated]))
     difference = paired_difference(counts, level)
     if difference.value is None or difference.low is None or difference.high is None or not counts.known_before:
         return Estimate(None)
@@ -181,10 +181,10 @@ def left(study: Study, cell: StudyCell, level: float = 0.95) -> Estimate:
     Over the probes of which the original knows clearly more than the floor; None where there is no such probe. The
     interval is Wilson's for the cell's accuracy; the original's is taken as it was measured.
     """
-    asked = [probe for probe in study.probes if probe.name in cell.correct and is_known(probe)]
-    n, nothing = sum(probe.n for probe in asked), sum(probe.n * floor(probe) for probe in asked)
-    known = sum(sum(probe.correct) for probe in asked) - nothing
-    after = proportion(sum(sum(cell.correct[probe.name]) for probe in asked), n, level)
+    evaluated = [probe for probe in study.probes if probe.name in cell.correct and is_known(probe)]
+    n, nothing = sum(probe.n for probe in evaluated), sum(probe.n * floor(probe) for probe in evaluated)
+    known = sum(sum(probe.correct) for probe in evaluated) - nothing
+    after = proportion(sum(sum(cell.correct[probe.name]) for probe in evaluated), n, level)
     if not n or after.value is None or after.low is None or after.high is None:
         return Estimate(None)
     return Estimate(*((n * share - nothing) / known for share in (after.value, after.low, after.high)))
