@@ -191,7 +191,7 @@ class TestProbe:
             (("holds(self, folder, part):", "holds(self):"), "TypeError"),
             (("path.read_text", "path.read_txt"), "AttributeError"),
             (('f"{part}/{subject}"', "part"), "Two of its facts have the id 'capital'"),
-            (("for subject, obj, sentence in rows", "for subject, obj, sentence in ()"), "has no facts left"),
+            (("for subject, obj, sentence in rows", "for subject, obj, sentence in ()"), "has no facts to evaluate"),
             (("probe=name", 'probe="almanac"'), "does not have the name 'almanac:capital'"),
             (("candidates=objects", "candidates=objects[1:]"), "candidates of its fact 'capital/Avaland'"),
             (("return Probe(", "return (lambda *_, source: None)("), "neither a Probe nor a Task"),
@@ -214,7 +214,7 @@ class TestProbe:
         assert says in said
         assert "Traceback" not in said
         assert "bug in compressknow" not in said
-        assert "toy_almanac" in said or says == "has no facts left"
+        assert "toy_almanac" in said or says == "has no facts to evaluate"
         assert not Path("a").exists()
 
     def test_one_that_cannot_be_used_does_not_keep_others_from_working(

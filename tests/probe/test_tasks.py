@@ -376,7 +376,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_cannot_be_run_is_refused(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedError, match=r"cannot be asked of a masked model.*\n.*atlas"):
+    with pytest.raises(UnsupportedError, match=r"cannot evaluate a masked model.*\n.*atlas"):
         run_task(replace(llama, family="masked"), open_task("lm-eval:boolq"))
 
     own = TaskManager(include_path=str(LM_EVALS / "super_glue" / "boolq"), include_defaults=False)

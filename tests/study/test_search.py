@@ -170,7 +170,7 @@ def test_what_cannot_be_kept_is_said_with_what_came_closest(llama: Place, capsys
     said = capsys.readouterr()
     assert "The closest is" in said.out
     # 32 facts, all kept: by no outcome could 99.9 % be sure.
-    assert "ask more facts" in " ".join(said.out.split())
+    assert "use more facts" in " ".join(said.out.split())
     assert "No recipe tried is certain to keep 99.9 %" in said.err
     found = llama.found("much")
     assert found["winner"] is None
