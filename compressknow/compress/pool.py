@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -47,17 +48,33 @@ class Pool:
 
     def map(self, task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]:
         """Results in the order of `items`. Raises the first error, after the tasks under way have ended."""
-        futures = [self._executor.submit(task, item) for item in items]
+        results: dict[int, Result] = {}
+        # What ends is told by a queue. Waiting for futures takes their locks, and a signal that comes meanwhile leaves
+        # them taken: their threads would wait for ever.
+        ended: SimpleQueue[BaseException | None] = SimpleQueue()
+
+        def run(place: int, item: Item) -> None:
+            try:
+                results[place] = task(item)
+            except BaseException as error:
+                ended.put(error)
+            else:
+                ended.put(None)
+
+        number = 0
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for number, item in enumerate(items, start=1):
+                self._executor.submit(run, number, item)
+            outcomes = (ended.get() for _ in range(number))
+            error = next((outcome for outcome in outcomes if outcome is not None), None)
         except BaseException:
             self._stopped = True
             raise
-        if failed := next((f for f in done if not isinstance(f.exception(), (Stopped, type(None)))), None):
+        if error is not None:
             self._stopped = True
             self._executor.shutdown(cancel_futures=True)
-            failed.result()
-        return [future.result() for future in futures]
+            raise error
+        return [results[place] for place in range(1, number + 1)]
 
     def check(self) -> None:
         """Raise Stopped where another task has failed or the user has interrupted."""
