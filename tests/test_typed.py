@@ -47,7 +47,7 @@ from compressknow import (
     CellResult,
     CheckpointError,
     CompressknowError,
-    Contrast,
+    CheckpointComparison,
     GateNotMet,
     Inspection,
     Manifest,
@@ -100,8 +100,8 @@ def main() -> None:
     answers: Answers = compressknow.probe(MODEL, "answers", "atlas", options=options, settings=settings)
     card: Card = compressknow.report(MODEL, "out", ["atlas"], outputs=["report.html"], on_progress="bar")
     kept: float | None = card.comparisons[0].kept.value
-    contrast: Contrast = compressknow.compare(MODEL, "out", on_progress=on_progress)
-    error: float | None = contrast.difference.total.relative_error if contrast.difference else None
+    comparison: CheckpointComparison = compressknow.compare(MODEL, "out", on_progress=on_progress)
+    error: float | None = comparison.difference.total.relative_error if comparison.difference else None
     study: Study = compressknow.sweep(MODEL, "study", ray=RayOptions("local"), on_result=on_cell)
     search: Search = compressknow.search(MODEL, "found", keep=0.98, on_result=on_trial)
     winner: Trial | None = search.winner

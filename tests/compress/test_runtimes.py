@@ -45,9 +45,9 @@ def test_encoders_and_encoder_decoders_do_not_run_in_vllm(name: str, options: An
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"scope": "attention", "include": ["q_proj"]}, "joins q_proj, k_proj and v_proj of model.layers.0.self_attn"),
-        ({"scope": "attention", "exclude": [r"1\.self_attn\.v_proj"]}, "of model.layers.1.self_attn into one"),
-        ({"exclude": ["gate_proj"]}, "joins gate_proj and up_proj of model.layers.0.mlp"),
+        ({"scope": "attention", "include": ["q_proj"]}, "fuses q_proj, k_proj and v_proj of model.layers.0.self_attn"),
+        ({"scope": "attention", "exclude": [r"1\.self_attn\.v_proj"]}, "of model.layers.1.self_attn, so all or none"),
+        ({"exclude": ["gate_proj"]}, "fuses gate_proj and up_proj of model.layers.0.mlp"),
         ({"scope": "overall"}, "the final layer (lm_head) is int8"),
         ({"quantize": "int8-weights"}, "no kernel for int8-weights"),
         ({"quantize": "int8-paper"}, "no kernel for int8-paper"),
@@ -86,7 +86,7 @@ def test_the_architectures_of_vllm_are_decoders_of_transformers() -> None:
 def test_an_output_that_grows_is_warned_of_with_the_reason(name: str, tmp_path: Path) -> None:
     (warning,) = growth(planned(name, tmp_path, scope="final", prune=0.2))
     assert "larger than the input" in warning
-    assert "the embedding that it shared its weight with" in warning
+    assert "no longer shares its weight with the embedding" in warning
     assert not list(growth(planned(name, tmp_path, quantize="int8")))
 
 

@@ -34,7 +34,7 @@ REASONS = {
     "reshaped": "fuses, splits or transposes",
     "read past the layer": "reads the weight itself",
     "does not load": "could not load the output",
-    "no Linear layers": "no Linear layers",
+    "no Linear layers": "not Linear layers",
     "empty scope": "is empty in",
 }
 # compressed-tensors gives one scale to all tokens of an input [tokens, in]: OPT's feed-forward has such.

@@ -91,7 +91,7 @@ class CheckpointComparison(Shown):
         groups = summed(self.difference.tensors, lambda tensor: tensor.group) if self.difference else {}
         rows = tuple((group, *_weights(tensors)) for group, tensors in groups.items())
         return Summary(
-            f"Contrast: {names[1]} against {names[0]}",
+            f"CheckpointComparison: {names[1]} against {names[0]}",
             self.verdict,
             ("Group", "Weights", "Zeros before", "Zeros after", "Relative error"),
             rows,
