@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from compressknow.errors import OutputError, UsageError
-from compressknow.files import interrupted, refuse_broken_links
+from compressknow.files import interrupted, refuse_broken_links, write_together
 from compressknow.format import RIGHT_TO_LEFT, count, plain_lines
 from compressknow.libraries import require
 
@@ -196,3 +196,12 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
             raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
     if len({path.resolve() for path in outputs}) < len(outputs):
         raise UsageError("Two reports have one name.", hint="Give each -o a name of its own.")
+
+
+def write_formats(rendered: Callable[[str], str], paths: Sequence[Path], *, overwrite: bool) -> None:
+    """Write a page in the formats that the names ask for: all files appear, each of them whole, or none.
+
+    `rendered` gives the text of a format: ``.html``, ``.md`` or ``.json``.
+    """
+    contents = {path: rendered(path.suffix.lower()).encode("utf-8") for path in paths}
+    write_together(contents, overwrite=overwrite)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from compressknow.files import write_together
 from compressknow.format import json_text
 from compressknow.report.card import view
 from compressknow.report.card.as_json import to_json
 from compressknow.report.card.charts import setups
 from compressknow.report.card.method import LEGEND, SHORT_LEGEND
 from compressknow.report.card.section import Limits
-from compressknow.report.pages import html_page, markdown_page
+from compressknow.report.pages import html_page, markdown_page, write_formats
 from compressknow.report.records import Card
 
 # What the page holds of one comparison, and of all together: beyond, it would grow past a megabyte.
@@ -28,8 +28,7 @@ _WORDS: Any = {"legend": LEGEND, "short_legend": SHORT_LEGEND}
 
 def write_reports(card: Card, paths: Sequence[Path], *, overwrite: bool) -> None:
     """Write the card in the formats that the names ask for: all files appear, each of them whole, or none."""
-    contents = {path: rendered(card, path.suffix.lower()).encode("utf-8") for path in paths}
-    write_together(contents, overwrite=overwrite)
+    write_formats(partial(rendered, card), paths, overwrite=overwrite)
 
 
 def rendered(card: Card, suffix: str) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from compressknow.files import write_together
 from compressknow.format import json_text
 from compressknow.report.diff.as_json import diff_json
 from compressknow.report.diff.records import CheckpointComparison
 from compressknow.report.diff.view import Limits, comparison_page
-from compressknow.report.pages import html_page, markdown_page
+from compressknow.report.pages import html_page, markdown_page, write_formats
 
 _HTML, _MARKDOWN = Limits(tensors=500, facts=500, open=20, charts=True), Limits(tensors=30, facts=50, open=50)
 
@@ -28,8 +28,7 @@ def render_comparison_markdown(comparison: CheckpointComparison) -> str:
 
 def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path], *, overwrite: bool) -> None:
     """Write the comparison in the formats that the names ask for: all files appear, each of them whole, or none."""
-    contents = {path: rendered(comparison, path.suffix.lower()).encode("utf-8") for path in paths}
-    write_together(contents, overwrite=overwrite)
+    write_formats(partial(rendered, comparison), paths, overwrite=overwrite)
 
 
 def rendered(comparison: CheckpointComparison, suffix: str) -> str:
