@@ -16,6 +16,7 @@ from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
 from compressknow.format import plain, size, smaller
+from compressknow.report.diff.make import names_of
 from compressknow.report.diff.tables import (
     Part,
     figures_table,
@@ -27,7 +28,6 @@ from compressknow.report.diff.tables import (
     structure_table,
     worst,
 )
-from compressknow.report.diff.verdict import names_of
 
 if TYPE_CHECKING:
     from compressknow.diff.records import Difference
@@ -92,7 +92,7 @@ def compare(
     """
     from compressknow.commands.compare import compare as comparison_of
     from compressknow.report.card.make import check_gate, gate
-    from compressknow.report.diff.as_json import diff_json
+    from compressknow.report.diff.pages import diff_json
 
     if fail_under is not None and not probes:
         raise click.UsageError("--fail-under needs a probe: choose one with -p PROBE.")

@@ -72,8 +72,8 @@ def report(
     compressknow report MODEL CONVERTED --fail-under 0.95
     """
     from compressknow.commands.report import report as compare
-    from compressknow.report.card.as_json import to_json
     from compressknow.report.card.make import check_gate, gate
+    from compressknow.report.card.pages import to_json
 
     check_gate(fail_under)
     options, settings = split_options(given)

@@ -1,15 +1,15 @@
-"""The typed records that a report card is made of: filled by the statistics, rendered to HTML, Markdown and JSON."""
+"""The typed records that a report card is made of, and their values in JSON, under the names that others rely on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from compressknow.format import count, estimate, plain, size
 from compressknow.notebook import Shown, Summary
 from compressknow.probe.records import Speed
-from compressknow.stats.records import ChangedFact, Counts, Estimate, ProbeFigures
+from compressknow.stats.records import ChangedFact, Counts, Estimate, Group, ProbeFigures
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +115,36 @@ def _model_row(comparison: Comparison) -> tuple[str, ...]:
     model, kept = comparison.model, comparison.kept
     kept_text = estimate(kept.value, kept.low, kept.high)
     return model.name, model.setup or "-", size(model.bytes), kept_text
+
+
+def counts_to_json(counts: Counts) -> dict[str, int]:
+    """Facts in all, and by what the two models know."""
+    return {"n": counts.n, **asdict(counts)}
+
+
+def estimate_to_json(name: str, estimate: Estimate) -> dict[str, Any]:
+    """A figure under its name, and its interval: [low, high], or None."""
+    interval = None if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
+    return {name: estimate.value, f"{name}_interval": interval}
+
+
+def pair_to_json(name: str, pair: tuple[float, float] | None) -> dict[str, float | None]:
+    """A figure of the original and of the compressed model."""
+    before, after = pair or (None, None)
+    return {f"{name}_original": before, f"{name}_compressed": after}
+
+
+def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
+    """By name of the group."""
+    return {
+        group.name: {
+            **counts_to_json(group.counts),
+            **estimate_to_json("kept", group.kept),
+            "mcnemar_p": group.p,
+            "mcnemar_p_holm": group.p_holm,
+            "flips": group.counts.flips,
+            "answer_changed": group.answer_changed,
+            "chance": group.chance,
+        }
+        for group in groups
+    }

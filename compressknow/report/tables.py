@@ -1,4 +1,4 @@
-"""Tables and labelled values as both formats print them, and what those are of any model."""
+"""Tables and labelled values as both formats print them, and what those are of any model and any probe."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from compressknow.format import NONE, millions, percent, plain
+from compressknow.format import NONE, count, estimate, millions, p_value, percent, plain, share
 from compressknow.report.records import Card, ModelFacts
-from compressknow.stats.records import Estimate
+from compressknow.stats.records import Estimate, Group, ProbeFigures
+
+_GROUP_COLUMNS = ("Facts", "Known before", "Lost", "Gained", "Kept", "Answer changed", "p (Holm)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +91,36 @@ def hashes(card: Card) -> tuple[Entry, ...]:
     """The SHA-256 of every model, in full."""
     models = (card.original, *(comparison.model for comparison in card.comparisons))
     return tuple(Entry(plain(model.name, 60), plain(model.sha256, 80), code=True) for model in models)
+
+
+def headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
+    """Of the original and of the compressed model, averaged as the probe's protocol does."""
+    if probe.average == "macro":
+        return probe.macro_original, probe.macro_compressed
+    return probe.accuracy_original, probe.accuracy_compressed
+
+
+def groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bars: bool = True) -> Table:
+    """A row a group; `kind` is what a group is of."""
+    return Table(
+        caption,
+        (kind, *_GROUP_COLUMNS),
+        tuple(_group_row(group) for group in groups),
+        bars=tuple(group.kept for group in groups) if bars else (),
+        bars_after=5,
+        sortable=len(groups) > 1,
+    )
+
+
+def _group_row(group: Group) -> tuple[str, ...]:
+    counts = group.counts
+    return (
+        plain(group.name, 80),
+        count(counts.n),
+        count(counts.known_before),
+        count(counts.lost),
+        count(counts.gained),
+        estimate(group.kept.value, group.kept.low, group.kept.high),
+        share(group.answer_changed),
+        p_value(group.p_holm).removeprefix("p = ").removeprefix("p "),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,12 @@ from typing import Any
 from markupsafe import Markup
 
 from compressknow.format import json_text
-from compressknow.report.card import view
-from compressknow.report.card.as_json import to_json
-from compressknow.report.card.charts import setups
+from compressknow.report.card import assembly, view
 from compressknow.report.card.method import LEGEND, SHORT_LEGEND
 from compressknow.report.card.section import Limits
+from compressknow.report.card.view import setups
 from compressknow.report.pages import html_page, markdown_page, write_formats
-from compressknow.report.records import Card
+from compressknow.report.records import Card, Comparison, Grade, counts_to_json, estimate_to_json
 
 # What the page holds of one comparison, and of all together: beyond, it would grow past a megabyte.
 _LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 600, 240
@@ -24,6 +24,7 @@ _FEW, _RELATIONS_OF_MANY = 5, 20
 # Facts that the Markdown holds of one comparison, and of all together.
 _FACTS, _FACTS_IN_ALL = 50, 300
 _WORDS: Any = {"legend": LEGEND, "short_legend": SHORT_LEGEND}
+SCHEMA = 1
 
 
 def write_reports(card: Card, paths: Sequence[Path], *, overwrite: bool) -> None:
@@ -63,3 +64,50 @@ def _limits(models: int) -> Limits:
         # Of several models, a chart for each would take seconds.
         charts=models == 1,
     )
+
+
+def to_json(card: Card) -> dict[str, Any]:
+    """Plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order.
+
+    Shares and accuracies lie between 0 and 1; what cannot be told is None; intervals are [low, high], 95 %. Without
+    ``card.show_facts`` no text of a fact is in it.
+    """
+    return {
+        "schema": SCHEMA,
+        "verdict": card.verdict,
+        "original": asdict(card.original),
+        "compressed": [comparison_json(comparison, card.show_facts) for comparison in card.comparisons],
+        "warnings": list(card.warnings),
+        "method": list(card.method),
+        "versions": dict(card.versions),
+        "command": card.command,
+    }
+
+
+def comparison_json(comparison: Comparison, show_facts: bool) -> dict[str, Any]:
+    """One compressed model against the original, as plain values."""
+    return {
+        "setup": comparison.model.setup,
+        "source": comparison.model.source,
+        "model": asdict(comparison.model),
+        "verdict": comparison.verdict,
+        **counts_to_json(comparison.counts),
+        **estimate_to_json("kept", comparison.kept),
+        "mcnemar_p": comparison.p,
+        "grades": {grade.subject: grade.grade for grade in comparison.grades},
+        "grade_details": {grade.subject: _grade(grade) for grade in comparison.grades},
+        "probes": {
+            probe.probe: assembly.probe_to_json(comparison, probe, show_facts=show_facts) for probe in comparison.probes
+        },
+        "warnings": list(comparison.warnings),
+        **assembly.to_json(comparison, show_facts=show_facts),
+    }
+
+
+def _grade(grade: Grade) -> dict[str, Any]:
+    return {
+        "grade": grade.grade,
+        "range": grade.range,
+        **counts_to_json(grade.counts),
+        **estimate_to_json("kept", grade.kept),
+    }

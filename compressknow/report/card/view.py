@@ -5,19 +5,24 @@ All texts of models and facts go through `plain` here; the templates escape for 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from compressknow.compress.recipe import to_toml
 from compressknow.format import NONE, count, estimate, plain, plain_lines, share, size, smaller
+from compressknow.report import drawing
 from compressknow.report.card import assembly
 from compressknow.report.card.section import Limits
 from compressknow.report.card.verdict import labels_of
+from compressknow.report.drawing import Line
 from compressknow.report.parts import Shown
-from compressknow.report.probe_tables import headline_accuracy
 from compressknow.report.records import Card, Comparison, Grade
-from compressknow.report.tables import Entry, Table, hashes, identity, run_entries
+from compressknow.report.tables import Entry, Table, hashes, headline_accuracy, identity, run_entries
 from compressknow.stats.records import Counts, Estimate
+
+_MOST_BARS = 15
+_AMOUNT = re.compile(r"(?P<scope>.*\S)\s+(?P<amount>\d+(?:\.\d+)?)\s*%")
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,3 +251,36 @@ def _short_grade(grade: Grade | None) -> str:
     if grade is None:
         return NONE
     return plain(grade.grade, 4) + ("?" if grade.unsure else "")
+
+
+def setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> tuple[str, ...]:
+    """Charts of what several compressed models kept: lines where setups are amounts by scope, bars for the others."""
+    lines, others = split(comparisons)
+    title = "Knowledge kept by how much was pruned"
+    charts = [drawing.lines(lines, f"{id}-lines", title, start=1)] if lines else []
+    # Many bars would repeat the overview's, one below the other.
+    bars = (
+        []
+        if len(others) > _MOST_BARS
+        else [drawing.Bar(names[i], comparisons[i].kept) for i in others if comparisons[i].kept.value is not None]
+    )
+    return (*charts, *([drawing.bars(bars, f"{id}-bars", "Knowledge kept by compressed model")] if bars else []))
+
+
+def split(comparisons: Sequence[Comparison]) -> tuple[tuple[Line, ...], tuple[int, ...]]:
+    """Scopes of which at least two amounts were pruned, and the places of all other comparisons.
+
+    More scopes than there are ways of drawing a line are left to the bars.
+    """
+    amounts: dict[str, dict[float, int]] = {}
+    for place, comparison in enumerate(comparisons):
+        match = _AMOUNT.fullmatch(comparison.model.setup or "")
+        if match and comparison.kept.value is not None:
+            amounts.setdefault(match["scope"], {}).setdefault(float(match["amount"]), place)
+    several = [(scope, by_amount) for scope, by_amount in amounts.items() if len(by_amount) > 1][: len(drawing.MARKERS)]
+    lines = tuple(
+        Line(scope, tuple((amount, comparisons[place].kept) for amount, place in sorted(by_amount.items())))
+        for scope, by_amount in several
+    )
+    drawn = {place for _, by_amount in several for place in by_amount.values()}
+    return lines, tuple(place for place in range(len(comparisons)) if place not in drawn)

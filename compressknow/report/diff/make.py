@@ -1,14 +1,20 @@
-"""The records of a comparison of two checkpoints, from what is known of each and what was found to differ."""
+"""The records of a comparison of two checkpoints, its verdict, and what to read first beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compressknow._version import __version__
-from compressknow.diff.records import Difference
+from compressknow.diff.records import Difference, Sums, summed
+from compressknow.format import count, number, percent, plain
+from compressknow.report.card.warnings import was_made_from
 from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison
-from compressknow.report.diff.verdict import comparison_verdict, comparison_warnings, names_of
+from compressknow.stats.records import Counts
+
+_LONG = 120
+_ASK = "To compare their answers instead, choose a probe with -p PROBE."
 
 
 def checkpoint_of(described: Mapping[str, Any], sha256: str) -> Checkpoint:
@@ -49,3 +55,123 @@ def make_comparison(
         versions=dict(behaviour.b_against_a.versions) if behaviour else {"compressknow": __version__},
         command=command,
     )
+
+
+def comparison_warnings(
+    a: Checkpoint, b: Checkpoint, identical: bool, difference: Difference | None, behaviour: Behaviour | None
+) -> Iterator[str]:
+    """What stands in the wrong place, could not be compared, or is broken; and the warnings on the answers."""
+    if was_made_from(a, b):
+        yield "A was made from B, as its manifest says: give B first to see what it lost."
+    if not identical and difference is None:
+        yield _left_out("The weights of a GGUF file are packed: they were not compared.", behaviour)
+    if difference and (packed := difference.packed()):
+        yield _packed(len(packed), packed[0].name, behaviour)
+    for tensor in difference.tensors if difference else ():
+        if not tensor.sums.finite:
+            yield f"{plain(tensor.name, _LONG)} holds NaN or infinity: neither it nor what it is a part of has figures."
+    if behaviour and not identical:
+        yield from behaviour.warnings
+
+
+def _packed(number: int, example: str, behaviour: Behaviour | None) -> str:
+    weights = "1 weight is" if number == 1 else f"{count(number)} weights are"
+    said = f"{weights} packed in a form whose values cannot be read here, {plain(example, _LONG)} for one, and left out"
+    return _left_out(f"{said} of all figures of weights.", behaviour)
+
+
+def _left_out(said: str, behaviour: Behaviour | None) -> str:
+    return said if behaviour else f"{said} {_ASK}"
+
+
+_NAME = 60
+
+
+def names_of(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
+    """What sentences call the two: their names where these differ."""
+    names = plain(a.name, _NAME), plain(b.name, _NAME)
+    return names if names[0] != names[1] else ("A", "B")
+
+
+def comparison_verdict(
+    names: tuple[str, str], identical: bool, difference: Difference | None, behaviour: Behaviour | None
+) -> str:
+    """The sentences, on the weights and, where there are some, on the answers.
+
+    Parameters
+    ----------
+    names : what to call a and b.
+    """
+    if identical:
+        return f"{names[0]} and {names[1]} are identical: every file that decides an answer is the same to the byte."
+    said = [_weights(names, difference)] if difference else []
+    said += [_knowledge(names, behaviour)] if behaviour else []
+    return " ".join(said) or f"The weights of {names[0]} and {names[1]} could not be compared."
+
+
+def _weights(names: tuple[str, str], difference: Difference) -> str:
+    a, b = names
+    changed = [tensor for tensor in difference.tensors if not tensor.same_bytes]
+    apart = _apart(difference)
+    if not difference.tensors:
+        return f"No tensor of {a} and {b} can be compared: {apart or 'there is none'}."
+    if not changed:
+        if not apart:
+            return f"The weights of {a} and {b} are identical to the byte; only other files differ."
+        return f"What both {a} and {b} hold is the same to the byte; {apart}."
+    total, those = difference.total, sum((tensor.sums for tensor in changed), Sums())
+    if not total.energy_change:
+        opening = f"{b} stores {count(len(changed))} of {_tensors(len(difference.tensors))} otherwise than {a} does"
+        return f"{opening}, with the same values{f'; {apart}' if apart else ''}."
+    opening = (
+        f"{b} differs from {a} in {count(len(changed))} of {_tensors(len(difference.tensors))} "
+        f"({percent(those.numel, total.numel)} of the weights): relative error {number(total.relative_error, 4)}"
+    )
+    return f"{opening}{_most(difference)}{f'; {apart}' if apart else ''}."
+
+
+def _most(difference: Difference) -> str:
+    """The group that differs most, where there are several."""
+    groups = summed(difference.tensors, lambda tensor: tensor.group)
+    errors = {group: sum((t.sums for t in those), Sums()).relative_error or 0.0 for group, those in groups.items()}
+    if len(errors) < 2 or not any(errors.values()):
+        return ""
+    group = max(errors, key=lambda group: errors[group])
+    return f", most in {group} ({number(errors[group], 4)})"
+
+
+def _apart(difference: Difference) -> str:
+    kinds = Counter(change.kind for change in difference.structure)
+    told = {
+        "added": "is only in B",
+        "missing": "is only in A",
+        "reshaped": "has another shape",
+        "packed": "is packed in a form that cannot be compared",
+    }
+    several = {"is": "are", "has": "have"}
+    parts = []
+    for kind, words in told.items():
+        if number_of := kinds.get(kind):  # type: ignore[call-overload]
+            verb, _, rest = words.partition(" ")
+            parts.append(f"{_tensors(number_of)} {verb if number_of == 1 else several[verb]} {rest}")
+    return ", ".join(parts)
+
+
+def _knowledge(names: tuple[str, str], behaviour: Behaviour) -> str:
+    a, b = names
+    there, back = behaviour.b_against_a.comparisons[0].counts, behaviour.a_against_b.comparisons[0].counts
+    if not there.known_before and not back.known_before:
+        return f"Neither model knows any of the {count(there.n)} facts."
+    return f"{b} knows {_kept(there)} that {a} knows, {a} knows {_kept(back)} that {b} knows."
+
+
+def _kept(counts: Counts) -> str:
+    if not counts.known_before:
+        return "none of the 0 facts"
+    return (
+        f"{count(counts.both)} of the {count(counts.known_before)} facts ({percent(counts.both, counts.known_before)})"
+    )
+
+
+def _tensors(number_of: int) -> str:
+    return "1 tensor" if number_of == 1 else f"{count(number_of)} tensors"

@@ -16,8 +16,8 @@ from compressknow.report.card.make import make_card
 from compressknow.report.card.view import Size
 from compressknow.report.diff import tables as weights
 from compressknow.report.diff.heat_map import heat_map
+from compressknow.report.diff.make import names_of
 from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, KnownBy, SideBySide
-from compressknow.report.diff.verdict import names_of
 from compressknow.report.parts import NO_FACTS, Drawn, Folded, LeftOut, Part, Shown
 from compressknow.report.records import Card
 from compressknow.report.tables import Entry

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from compressknow.format import plain
-from compressknow.report.probe_tables import headline_accuracy
 from compressknow.report.study import summary
 from compressknow.report.study.findings import Finding, findings
 from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.report.study.summary import cliffs, module_that_hurts_least
 from compressknow.report.study.tests import Bound, CheckpointComparison
+from compressknow.report.tables import headline_accuracy
 from compressknow.stats.records import Estimate, ProbeFigures
 
 if TYPE_CHECKING:

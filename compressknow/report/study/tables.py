@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from compressknow.format import NONE, count, estimate, number, p_value, plain, share, size
-from compressknow.report.probe_tables import headline_accuracy
 from compressknow.report.study.findings import Finding
 from compressknow.report.study.records import (
     MODULES,
@@ -17,7 +16,7 @@ from compressknow.report.study.records import (
     quantized,
     schemes,
 )
-from compressknow.report.tables import Table
+from compressknow.report.tables import Table, headline_accuracy
 from compressknow.stats.records import Estimate
 
 _SHORT = {"overall": "Overall", "attention": "Att", "feed-forward": "FF"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from compressknow.report.card.as_json import to_json
 from compressknow.report.card.make import make_card
+from compressknow.report.card.pages import to_json
 from tests.report.answering import answers, entry, model, run, sides
 
 # Section 8 of the design: others rely on these.

@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from compressknow.format import plain
-from compressknow.report.card import charts
-from compressknow.report.card.sections.popularity import popularity_chart
+from compressknow.report.card import view
+from compressknow.report.card.sections.groups import popularity_chart
 from compressknow.report.card.view import section_names
 from compressknow.stats.records import Counts, Estimate, Group
 from tests.report.card.cards import POPULARITY, card_of_several, group
@@ -38,7 +38,7 @@ def drawn(name: str | None = None) -> tuple[str, ...]:
     if name is not None:
         comparisons = tuple(replace(c, model=replace(c.model, setup=name)) for c in comparisons)
     names = [plain(c.model.setup, 80) for c in comparisons]
-    return charts.setups(comparisons, names, "overview")
+    return view.setups(comparisons, names, "overview")
 
 
 def test_chart_has_the_bins_and_their_figures() -> None:
@@ -58,7 +58,7 @@ def test_fewer_than_two_bins_are_no_chart() -> None:
 
 def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
     comparisons = card_of_several((20, 40)).comparisons
-    lines, others = charts.split(comparisons)
+    lines, others = view.split(comparisons)
     assert [line.scope for line in lines] == ["Att_GP", "Att_GPQ", "FF_GP", "FF_GPQ", "All_GP", "All_GPQ"]
     assert [[amount for amount, _ in line.points] for line in lines] == [[20, 40]] * 6
     assert [comparisons[place].model.setup for place in others] == ["Att_GQ", "FF_GQ", "All_GQ"]
@@ -70,7 +70,7 @@ def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
 def test_every_comparison_is_in_one_chart_at_most() -> None:
     comparisons = card_of_several((20, 40)).comparisons
     twice = (*comparisons, *comparisons)
-    lines, others = charts.split(twice)
+    lines, others = view.split(twice)
     assert sum(len(line.points) for line in lines) + len(others) == len(twice)
     assert len(section_names(replace(card_of_several((20, 40)), comparisons=twice))) == len(twice)
 
@@ -78,8 +78,8 @@ def test_every_comparison_is_in_one_chart_at_most() -> None:
 def test_many_bars_are_left_to_the_table() -> None:
     comparisons = card_of_several((20, 40)).comparisons[:1] * 20
     comparisons = tuple(replace(c, model=replace(c.model, setup=None)) for c in comparisons)
-    assert charts.setups(comparisons, ["x"] * 20, "overview") == ()
-    assert len(charts.setups(comparisons[:5], ["x"] * 5, "overview")) == 1
+    assert view.setups(comparisons, ["x"] * 20, "overview") == ()
+    assert len(view.setups(comparisons[:5], ["x"] * 5, "overview")) == 1
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
@@ -133,5 +133,5 @@ def test_same_figures_give_the_same_bytes_in_another_process() -> None:
 
 
 def test_matplotlib_is_not_imported_until_a_chart_is_drawn() -> None:
-    code = "import sys, compressknow.report.card.charts; print('matplotlib' in sys.modules)"
+    code = "import sys, compressknow.report.card.view; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

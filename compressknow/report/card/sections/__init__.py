@@ -1,4 +1,4 @@
-"""The sections of a report card, each in a file of its own."""
+"""The sections of a report card, by name: of facts, of groups of facts, of probes, and of the models themselves."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SECTIONS: Registry[Section] = Registry(
     {
         "lost": f"{_HERE}.facts:Lost",
         "gained": f"{_HERE}.facts:Gained",
-        "relations": f"{_HERE}.relations:Relations",
-        "popularity": f"{_HERE}.popularity:Popularity",
-        "layers": f"{_HERE}.layers:Layers",
+        "relations": f"{_HERE}.groups:Relations",
+        "popularity": f"{_HERE}.groups:Popularity",
+        "layers": f"{_HERE}.models:Layers",
         "figures": f"{_HERE}.figures:Figures",
-        "speed": f"{_HERE}.speed:Speed",
-        "dropped": f"{_HERE}.dropped:Dropped",
+        "speed": f"{_HERE}.models:Speed",
+        "dropped": f"{_HERE}.facts:Dropped",
     },
 )

@@ -1,4 +1,4 @@
-"""The facts that were lost, and those that were gained, with what both models answered."""
+"""The facts themselves: those lost and gained, with what both models answered, and those not evaluated, by reason."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from compressknow.format import answer, ordinal, plain
+from compressknow.format import answer, count, ordinal, percent, plain
 from compressknow.report.card.section import Context, Section
 from compressknow.report.parts import BLANK, Part, fact_parts
 from compressknow.report.records import Comparison
-from compressknow.stats.records import ChangedFact
+from compressknow.report.tables import Table
+from compressknow.stats.records import ChangedFact, ProbeFigures
 
 _COLUMNS = ("Prompt", "Right answer", "Original", "Compressed", "Rank of the right answer", "Relation")
 
@@ -59,3 +60,30 @@ def _row(fact: ChangedFact) -> tuple[str, ...]:
         f"{ordinal(fact.rank_before)} → {ordinal(fact.rank_after)}" if fact.rank_before or fact.rank_after else "-",
         plain(fact.relation, 60),
     )
+
+
+class Dropped(Section):
+    """A row a reason and probe."""
+
+    title = "Dropped facts"
+    order = 80
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        if rows := tuple(row for probe in context.comparison.probes for row in _dropped(probe)):
+            columns = ("Reason", "Probe", "Facts", "Of those read")
+            yield Table("Facts that were dropped", columns, rows, captioned=False)
+
+    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
+        return {
+            "facts_read": probe.facts_read,
+            "dropped": dict(probe.dropped),
+            "limit": probe.limit,
+            "seed": probe.seed,
+        }
+
+
+def _dropped(probe: ProbeFigures) -> Iterator[tuple[str, ...]]:
+    read = max(probe.facts_read, sum(probe.dropped.values()))
+    for reason, number in probe.dropped.items():
+        if number:
+            yield plain(reason, 120), plain(probe.probe, 60), count(number), percent(number, read)

@@ -9,9 +9,8 @@ from typing import Any
 from compressknow.format import NONE, at_least, count, estimate, number, p_value, percent, plain, points, share
 from compressknow.report.card.section import Context, Section
 from compressknow.report.parts import Folded, Part, Remarks
-from compressknow.report.probe_tables import groups_table
-from compressknow.report.tables import Table
-from compressknow.report.values import counts_to_json, estimate_to_json, groups_to_json, pair_to_json
+from compressknow.report.records import counts_to_json, estimate_to_json, groups_to_json, pair_to_json
+from compressknow.report.tables import Table, groups_table
 from compressknow.stats.records import Estimate, Movement, ProbeFigures
 
 _AVERAGES = {"micro": "share of all facts", "macro": "mean over relations"}

@@ -1,4 +1,4 @@
-"""What was done to which layers, as the manifest of a converted checkpoint tells it."""
+"""The models themselves: what was done to which layers, how fast each is, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from compressknow.compress.schemes import schemes_of, word_of
-from compressknow.format import NONE, count, number, percent, plain
+from compressknow.format import NONE, count, number, percent, plain, size
 from compressknow.report.card.section import Context, Section
 from compressknow.report.parts import Part
 from compressknow.report.tables import Table
+
+_COLUMNS = ("Model", "Device", "Facts a second", "Peak memory")
 
 
 class Layers(Section):
@@ -20,13 +22,13 @@ class Layers(Section):
 
     def parts(self, context: Context) -> Iterator[Part]:
         model = context.comparison.model
-        if rows := tuple(_row(name, group) for name, group in model.groups.items() if group.get("parameters")):
+        if rows := tuple(_group_row(name, group) for name, group in model.groups.items() if group.get("parameters")):
             scheme = word_of(schemes_of(model.recipe))
             columns = ("Group of layers", "Parameters", "Zeros", "Pruned", scheme, "Relative error")
             yield Table("What was done to which layers", columns, rows, captioned=False)
 
 
-def _row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
+def _group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
     parameters = int(group["parameters"])
 
     def part(key: str) -> str:
@@ -41,3 +43,24 @@ def _row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
         part("quantized"),
         number(float(error), 4) if error is not None else NONE,
     )
+
+
+class Speed(Section):
+    """Facts a second and peak memory, of both models or of the one that was measured."""
+
+    title = "Speed and memory"
+    order = 70
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        rows = tuple(
+            (
+                who,
+                plain(model.speed.device, 60),
+                f"{model.speed.facts_per_second:,.1f}",
+                size(model.speed.peak_bytes) if model.speed.peak_bytes is not None else NONE,
+            )
+            for who, model in (("original", context.original), ("compressed", context.comparison.model))
+            if model.speed
+        )
+        if rows:
+            yield Table("Speed and memory, measured on this machine", _COLUMNS, rows)

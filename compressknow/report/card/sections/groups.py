@@ -1,4 +1,4 @@
-"""What was kept of facts that are widely known, and of those that are not."""
+"""What was kept of each group of facts: by relation, and by how widely the facts are known."""
 
 from __future__ import annotations
 
@@ -6,17 +6,48 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from compressknow.format import plain, share
+from compressknow.format import count, plain, share
 from compressknow.report import drawing
 from compressknow.report.card.section import Context, Section
 from compressknow.report.drawing import Chart, percents
-from compressknow.report.parts import Beside, Part
-from compressknow.report.probe_tables import groups_table
-from compressknow.report.values import groups_to_json
+from compressknow.report.parts import Beside, Note, Part
+from compressknow.report.records import groups_to_json
+from compressknow.report.tables import Table, groups_table
 from compressknow.stats.records import Estimate, Group, ProbeFigures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+class Relations(Section):
+    """A table a probe, a row a relation."""
+
+    title = "By relation"
+    order = 30
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        tables = [
+            _most_lost(probe, context.limits.relations) for probe in context.comparison.probes if probe.by_relation
+        ]
+        yield from tables
+        if tables:
+            yield Note(
+                "p is of the exact McNemar test, adjusted over the relations of a table (Holm): below 0.05, chance "
+                "hardly explains that a relation lost more than it gained, or less."
+            )
+
+    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
+        return {"by_relation": groups_to_json(probe.by_relation)}
+
+
+def _most_lost(probe: ProbeFigures, limit: int | None) -> Table:
+    """All relations, or the `limit` that lost most."""
+    caption, groups = f"{plain(probe.probe, 60)} by relation", probe.by_relation
+    if limit is None or len(groups) <= limit:
+        return groups_table(groups, "Relation", caption)
+    most = sorted(groups, key=lambda group: -group.counts.lost)[:limit]
+    others = count(len(groups) - limit)
+    return groups_table(tuple(most), "Relation", f"{caption}, largest losses first; {others} more are in the JSON")
 
 
 class Popularity(Section):
