@@ -16,22 +16,8 @@ from pathlib import Path
 import pytest
 
 from compressknow.errors import OutputError
-from compressknow.files import (
-    LOCK,
-    available_cores,
-    interrupted,
-    is_full,
-    new_file,
-    open_to_read,
-    own_folder,
-    peak_memory,
-    read_at,
-    remove_strays,
-    write_at,
-    write_together,
-    write_whole,
-    written,
-)
+from compressknow.files import LOCK, interrupted, own_folder, remove_strays, write_together, write_whole, written
+from compressknow.system import available_cores, is_full, new_file, open_to_read, peak_memory, read_at, write_at
 
 DEADLINE = 20
 FULL = "No space left|File too large"

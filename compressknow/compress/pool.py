@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from compressknow.files import available_cores
+from compressknow.system import available_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -33,9 +33,9 @@ from compressknow.compress.pruning import Mask, Pruned
 from compressknow.compress.schemes import SCALE, SCHEMES, Scheme, Stored
 from compressknow.compress.schemes.rounding import Rounding, nearest
 from compressknow.errors import CompressknowError
-from compressknow.files import new_file, write_at
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 from compressknow.reading import open_regular
+from compressknow.system import new_file, write_at
 
 COPY_BYTES = 1 << 20
 FLUSH_SECONDS = 0.1

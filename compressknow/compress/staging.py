@@ -17,19 +17,10 @@ from pathlib import Path
 from types import TracebackType
 
 from compressknow.errors import OutputError
-from compressknow.files import (
-    cannot_write,
-    dead,
-    is_full,
-    move,
-    new_locked_file,
-    refuse_broken_links,
-    remove_lock,
-    sync_folder,
-    uninterrupted,
-)
+from compressknow.files import cannot_write, dead, new_locked_file, refuse_broken_links
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.reading import open_regular
+from compressknow.system import is_full, move, remove_lock, sync_folder, uninterrupted
 
 COPY_BYTES = 1 << 20
 

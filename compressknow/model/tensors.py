@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from compressknow.errors import CheckpointError
-from compressknow.files import open_to_read, read_at
 from compressknow.reading import open_regular, parse_json
+from compressknow.system import open_to_read, read_at
 
 if TYPE_CHECKING:
     import torch

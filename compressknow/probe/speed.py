@@ -18,10 +18,10 @@ from typing import Any
 
 from compressknow.engine.identity import Located
 from compressknow.errors import CompressknowError
-from compressknow.files import peak_memory
 from compressknow.model.checkpoint import read_json
 from compressknow.probe.records import Speed
 from compressknow.probe.run import ModelHandle, Settings
+from compressknow.system import peak_memory
 
 FACTS, ROUNDS = 192, 3
 
