@@ -8,6 +8,7 @@ bfloat16.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -40,7 +41,9 @@ of the 4-bit file, not the original's.
 
 
 def main() -> None:
-    checkpoint = Path(sys.argv[1] if len(sys.argv) > 1 else "build/smollm2")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint", nargs="?", default="build/smollm2", type=Path, help="a folder to make")
+    checkpoint = parser.parse_args().checkpoint
     if checkpoint.is_dir():
         print(f"{checkpoint} is there already.")
         return
