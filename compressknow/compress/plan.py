@@ -189,7 +189,7 @@ def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
 
 
 def _refuse_needs(step: Step) -> None:
-    if isinstance(step, Prune) and step.chosen.needs == "activations":
+    if isinstance(step, Prune) and step.chosen.needs in ("norms", "products"):
         raise UnsupportedError(
             f"{step.method} looks at activations, which nothing gathers here yet.",
             hint="Choose a method that looks at weights alone.",

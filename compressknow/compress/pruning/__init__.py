@@ -1,7 +1,9 @@
 """Pruning methods: which weights a step zeroes, with the semantics of torch.nn.utils.prune.
 
-A method decides first, over all tensors of its step (`PruningMethod.choose`), in passes that read the weights. What
-comes out of that is small: a mask a tensor, which is expanded block by block while the weights are written.
+A method that looks at weights alone decides first, over all tensors of its step (`PruningMethod.choose`), in passes
+that read the weights. What comes out of that is small: a mask a tensor, which is expanded block by block while the
+weights are written. One that looks at activations (`Calibrated`) prunes a whole matrix at a time, as its inputs are
+known.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ if TYPE_CHECKING:
     import torch
 
     from compressknow.compress.blocks import Block, Reader
+    from compressknow.compress.calibrate.statistics import InputStatistics
     from compressknow.compress.recipe import Prune
 
     BoolArray = npt.NDArray[np.bool_]
 
-Needs = Literal["nothing", "magnitudes", "activations"]
+Needs = Literal["nothing", "magnitudes", "norms", "products"]
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ class PruningMethod(Parametric, abc.ABC):
     ----------
     name : what a recipe calls it, and its entry point.
     help : a line of `convert --help`.
-    needs : what it looks at before the first weight is written: ``nothing``, ``magnitudes`` (a pass over the weights),
-        or ``activations``.
+    needs : what it looks at before a weight is written: ``nothing``, ``magnitudes`` (a pass over the weights), or, of
+        a Linear's inputs X [tokens, in] on the calibration text, ``norms`` (of its columns) or ``products`` (X^T X).
     structured : it takes whole channels, not single weights.
     """
 
@@ -120,6 +123,33 @@ class PruningMethod(Parametric, abc.ABC):
 
         The masks of one step zero exactly as many weights as `pruned_count` says, whatever the number of threads.
         `reader` gives the blocks of a tensor, and its pool maps a function over the tensors.
+        """
+
+    def prune(
+        self, weight: torch.Tensor, inputs: InputStatistics, amount: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Calibrated.prune`; no other method has it."""
+        raise NotImplementedError(f"{self.name} does not look at activations.")
+
+
+class Calibrated(PruningMethod):
+    """A method that looks at activations; `needs` is ``norms`` or ``products``."""
+
+    needs: ClassVar[Needs] = "norms"
+
+    def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
+        """Weights alone do not tell it: see `prune`."""
+        raise NotImplementedError(f"{self.name} looks at activations.")
+
+    @abc.abstractmethod
+    def prune(
+        self, weight: torch.Tensor, inputs: InputStatistics, amount: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Prune one matrix, float32 [out, in] however it is stored, and leave it as it is.
+
+        Gives the pruned weights, bool [out, in], exactly as many as `count` says; and new values of all, float32
+        [out, in], where it changes those that stay (the pruned ones do not matter). The result must not depend on the
+        number of threads; ties go in the order of the index.
         """
 
 
