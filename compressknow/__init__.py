@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from compressknow.quiet import Progress, Stage
     from compressknow.report.diff.records import CheckpointComparison
     from compressknow.report.records import Card
-    from compressknow.report.search.records import Search, Trial
+    from compressknow.report.search import Search, Trial
     from compressknow.report.study.records import Study
     from compressknow.study.folder import CellResult
     from compressknow.study.running import RayOptions
@@ -68,7 +68,7 @@ else:
         "quiet": ("Progress", "Stage"),
         "report.diff.records": ("CheckpointComparison",),
         "report.records": ("Card",),
-        "report.search.records": ("Search", "Trial"),
+        "report.search": ("Search", "Trial"),
         "report.study.records": ("Study",),
         "study.folder": ("CellResult",),
         "study.running": ("RayOptions",),

@@ -33,7 +33,7 @@ from compressknow.probe.sources import PROBES, Options, open_probe
 from compressknow.registry import Registry
 from compressknow.report.card.make import make_card
 from compressknow.report.card.sections import SECTIONS
-from compressknow.report.model_card.report_section import with_report
+from compressknow.report.model_card import with_report
 from tests.extending import package
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.report.answering import WORDS, answer, entry, run

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from compressknow.report.card.pages import render_html, render_markdown  # noqa: E402
-from compressknow.report.model_card.render import render_model_card  # noqa: E402
+from compressknow.report.model_card import render_model_card  # noqa: E402
 from tests.report.card.cards import card_of_one  # noqa: E402
 from tests.report.card.test_html import GOLDEN as CARD_PAGE  # noqa: E402
 from tests.report.card.test_markdown import GOLDEN as CARD_MARKDOWN  # noqa: E402

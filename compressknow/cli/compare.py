@@ -16,7 +16,7 @@ from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
 from compressknow.cli.terminal import show, show_json
 from compressknow.format import plain, size, smaller
-from compressknow.report.diff.make import names_of
+from compressknow.report.diff.records import names_of
 from compressknow.report.diff.tables import (
     Part,
     figures_table,

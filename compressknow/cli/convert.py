@@ -21,7 +21,7 @@ from compressknow.compress.schemes import SCHEMES, known, word_of
 from compressknow.errors import UsageError
 from compressknow.format import count, percent, size
 from compressknow.model.scopes import DEFAULT_SCOPES
-from compressknow.report.model_card.render import growth, where_it_runs
+from compressknow.report.model_card import growth, where_it_runs
 
 EPILOG = """\b
 Scopes (--scope):

@@ -28,7 +28,7 @@ from compressknow.errors import GateNotMet
 from compressknow.format import count, estimate, plain, size
 
 if TYPE_CHECKING:
-    from compressknow.report.search.records import Trial
+    from compressknow.report.search import Trial
 
 WIDTH = 80
 COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}"
@@ -92,7 +92,7 @@ def search(
     compressknow convert MODEL CONVERTED --recipe found/recipe.toml
     """
     from compressknow.commands.search import search as run
-    from compressknow.report.search.view import gets, verdict
+    from compressknow.report.search import gets, verdict
 
     seed = given["seed"]
     options, settings = split_options(given)

@@ -62,9 +62,8 @@ def compare(
     from compressknow.probe.gather import default_answers_folder, open_named
     from compressknow.probe.run import Settings
     from compressknow.quiet import listener
-    from compressknow.report.diff.make import checkpoint_of, make_comparison
+    from compressknow.report.diff.make import behaviour_of, checkpoint_of, make_comparison
     from compressknow.report.diff.pages import write_comparisons
-    from compressknow.report.diff.view import behaviour_of
     from compressknow.report.pages import check_outputs, require_for
 
     files = [Path(path) for path in outputs]

@@ -72,7 +72,7 @@ def convert(
     from compressknow.compress.convert import prepare, write
     from compressknow.compress.manifest import dry_run as preview
     from compressknow.quiet import Stage, begun, listener
-    from compressknow.report.model_card.render import model_card_for
+    from compressknow.report.model_card import model_card_for
 
     with begun(listener(on_progress), Stage("convert", str(model))) as advance:
         conversion = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)

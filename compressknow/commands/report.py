@@ -61,7 +61,7 @@ def report(
     from compressknow.quiet import listener
     from compressknow.report.card.make import make_card
     from compressknow.report.card.pages import write_reports
-    from compressknow.report.model_card.report_section import check_model_cards, write_into_model_cards
+    from compressknow.report.model_card import check_model_cards, write_into_model_cards
     from compressknow.report.pages import check_outputs, require_for
 
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)

@@ -16,20 +16,20 @@ from compressknow.study.found import HELD_OUT, SEARCHED, write_found
 from compressknow.study.running import RayOptions, runner
 from compressknow.study.search import (
     TOGETHER,
+    Criterion,
     RecipeSearch,
     confirming,
     evaluating,
     search_of,
     sizes_of_original,
 )
-from compressknow.study.selection import Criterion
 from compressknow.study.space import Space
 from compressknow.study.split import EvaluationSet, parts_of
 
 if TYPE_CHECKING:
     from compressknow.model.structure import ModuleMap
     from compressknow.probe.sources import Options
-    from compressknow.report.search.records import Search, Trial
+    from compressknow.report.search import Search, Trial
 
 TRIALS = 40
 

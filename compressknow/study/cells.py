@@ -209,7 +209,7 @@ class CellHandle(ModelHandle):
 def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
     """Write a cell's checkpoint below `models`, unless a run before has."""
     from compressknow.compress.convert import convert
-    from compressknow.report.model_card.render import model_card_for
+    from compressknow.report.model_card import model_card_for
 
     folder = models / study_model.folder_of(cell)
     if not folder.exists():

@@ -9,7 +9,7 @@ from compressknow.compress.staging import discard
 from compressknow.files import write_whole
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.report.card.make import make_card
-from compressknow.report.search.records import Search, Trial
+from compressknow.report.search import Search, Trial
 from compressknow.study.split import EvaluationSet, cell_of
 
 SEARCHED, HELD_OUT, WINNER = "searched", "held-out", "winner"
@@ -19,7 +19,7 @@ WRITTEN = (*PAGES, RECIPE, *REPORTS)
 
 def write_found(found: Search, held_out: EvaluationSet, folder: Path, *, show_facts: bool) -> None:
     """Write all of it, in the place of what an earlier search of this folder has found."""
-    from compressknow.report.search.view import write_search
+    from compressknow.report.search import write_search
 
     _remove_earlier(folder, but_winner=found.winner is not None)
     if found.winner:
@@ -45,7 +45,7 @@ def _write_winner(
     """The converted winner, its recipe, and its report card over the held-out facts."""
     from compressknow.compress.convert import convert
     from compressknow.report.card.pages import write_reports
-    from compressknow.report.model_card.render import model_card_for
+    from compressknow.report.model_card import model_card_for
 
     recipe, source = Recipe.from_dict(dict(winner.recipe)), held_out.study_model.maker.checkpoint.folder
     replaces = _is_earlier_winner(folder / WINNER)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from compressknow.compress.recipe import Quantize, Recipe
 from compressknow.compress.schemes import SCHEMES
+from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.report.card.make import compare, model_facts
-from compressknow.report.search.records import Search, Trial
+from compressknow.report.search import SIZES, Search, Trial
+from compressknow.stats.intervals import proportion
 from compressknow.stats.records import Estimate
-from compressknow.study.optimizer import Optimizer
-from compressknow.study.selection import Criterion, cheapness, kept_of, level, may_meet, meets, promising
-from compressknow.study.space import Space
+from compressknow.study.space import Optimizer, Space
 from compressknow.study.split import EvaluationSet, cell_of
 
 # Trials that a cluster is given at once.
@@ -22,6 +22,10 @@ TOGETHER = 8
 Evaluate = Callable[[Sequence[Recipe], str], Iterable[tuple[Recipe, Trial]]]
 # A recipe, and the level of the interval -> what it keeps of the held-out facts.
 Confirm = Callable[[Recipe, float], Estimate]
+# How many recipes may be tried on the held-out facts: each makes the interval that they are judged by wider.
+CONFIRMED = 5
+# A recipe is evaluated no further where the first facts say at this level that it keeps less than is asked for.
+SURE = 0.99
 
 
 class RecipeSearch:
@@ -194,3 +198,55 @@ def search_of(
 def _is_naive(trial: Trial) -> bool:
     """Everything pruned by one amount, quantized or not."""
     return trial.kind == "paper" and all(step["scope"] == ["overall"] for step in trial.recipe["steps"])
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What is asked for: the share of knowledge to keep, and what is to be small."""
+
+    keep: float
+    minimize: str = "bytes"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise UsageError(
+                f"The share of knowledge to keep must lie between 0 and 1: {self.keep:g}.",
+                hint="Write 95 % as 0.95 or 95%.",
+            )
+        if self.minimize not in SIZES:
+            raise UsageError(f"Unknown size {self.minimize!r}.", hint=f"There is {', '.join(SIZES)}.")
+
+
+def meets(kept: Estimate | None, keep: float) -> bool:
+    return kept is not None and kept.low is not None and kept.low >= keep
+
+
+def kept_of(original: Answers, answers: Answers, level: float) -> Estimate:
+    """The share of the original's knowledge that these answers keep, with its interval of that level."""
+    counts = compare(original, answers, show_facts=False).counts
+    return proportion(counts.both, counts.known_before, level)
+
+
+def may_meet(original: Answers, answers: Answers, keep: float) -> bool:
+    """Whether the first facts leave it open that as much is kept."""
+    high = kept_of(original, answers, SURE).high
+    return high is None or high >= keep
+
+
+def cheapness(trial: Trial, criterion: Criterion) -> tuple[int, float, float]:
+    """What to sort by, the best first: the size; of one size what is kept, and then how far the answers moved."""
+    return trial.sizes[criterion.minimize], -(trial.kept.low or 0.0), trial.harm or 0.0
+
+
+def promising(trials: Sequence[Trial], criterion: Criterion) -> list[Trial]:
+    """Those to confirm on held-out facts, the cheapest first: they keep enough of the facts of the search. Where none
+    does, the one that keeps most, to be told.
+    """
+    candidates = sorted((t for t in trials if t.kept.value is not None), key=lambda t: cheapness(t, criterion))
+    enough = [t for t in candidates if meets(t.kept, criterion.keep)][:CONFIRMED]
+    return enough or sorted(candidates, key=lambda t: -(t.kept.low or 0.0))[:1]
+
+
+def level(candidates: Sequence[Trial]) -> float:
+    """Of the intervals of the held-out facts, where so many may be tried on them (Bonferroni)."""
+    return 1 - 0.05 / max(1, len(candidates))

@@ -31,7 +31,7 @@ ALONE = {
 IMPORTED = (
     *("matplotlib.figure", "optuna", "pyarrow.parquet", "scipy.stats", "torch", "compressed_tensors"),
     *("transformers.models.llama.modeling_llama", "transformers.masking_utils", "transformers.generation.utils"),
-    *("compressknow.compress.convert", "compressknow.report.card.pages", "compressknow.report.search.view"),
+    *("compressknow.compress.convert", "compressknow.report.card.pages", "compressknow.report.search"),
     *(
         "compressknow.commands.search",
         "compressknow.probe.scoring.causal",
@@ -100,12 +100,12 @@ def main(model: str, facts: str, folder: str, *seeds: str) -> None:
         importlib.import_module(name)
     import transformers
 
-    from compressknow.study import selection, split
+    from compressknow.study import search, split
 
     assert transformers.AutoModelForCausalLM
     assert transformers.AutoTokenizer
     # So that some recipes are ruled out early and some are not.
-    split.FEWEST_FIRST, split.FIRST, selection.SURE = 8, 0.5, 0.5
+    split.FEWEST_FIRST, split.FIRST, search.SURE = 8, 0.5, 0.5
     _, status = os.waitpid(life(Path(model), Path(facts), Path(folder) / "undisturbed", None), 0)
     assert status == 0
     for seed in seeds:

@@ -8,10 +8,9 @@ import pytest
 
 from compressknow.compress.recipe import Prune, Quantize, Recipe
 from compressknow.model.groups import structure_of
-from compressknow.report.search.records import Trial
+from compressknow.report.search import Trial
 from compressknow.stats.records import Estimate
-from compressknow.study.search import RecipeSearch
-from compressknow.study.selection import CONFIRMED, Criterion
+from compressknow.study.search import CONFIRMED, Criterion, RecipeSearch
 from compressknow.study.space import Space
 from tests.models import tiny
 

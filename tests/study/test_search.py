@@ -16,8 +16,8 @@ from compressknow.files import LOCK
 from compressknow.model.groups import structure_of
 from compressknow.probe.answers import read_answers
 from compressknow.probe.sources import open_probe
-from compressknow.report.search.records import Trial
-from compressknow.study import selection, split
+from compressknow.report.search import Trial
+from compressknow.study import search, split
 from compressknow.study.space import Choice, Space
 from compressknow.study.split import parts_of
 from tests.knowing import facts_file, knowing
@@ -244,7 +244,7 @@ def test_what_plainly_falls_short_on_the_first_facts_is_asked_no_more(
     monkeypatch.setattr(split, "FEWEST_FIRST", 8)
     monkeypatch.setattr(split, "FIRST", 0.5)
     # Of 16 facts two or three are lost at most, which says nothing at 99 %.
-    monkeypatch.setattr(selection, "SURE", 0.5)
+    monkeypatch.setattr(search, "SURE", 0.5)
     # More than 32 facts can show: nothing wins, but much falls short.
     assert llama.search("early", "--keep", "0.97", "--trials", "20") == 3
     found = llama.found("early")

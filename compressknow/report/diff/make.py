@@ -1,4 +1,4 @@
-"""The records of a comparison of two checkpoints, its verdict, and what to read first beside it."""
+"""The records of a comparison of two checkpoints: both sides, what both know, the verdict, what to read first."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import Any
 from compressknow._version import __version__
 from compressknow.diff.records import Difference, Sums, summed
 from compressknow.format import count, number, percent, plain
-from compressknow.report.card.warnings import was_made_from
-from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison
+from compressknow.probe.answers import Answers
+from compressknow.probe.both_ways import BothWays
+from compressknow.report.card import warnings
+from compressknow.report.card.make import make_card
+from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, KnownBy, SideBySide, names_of
+from compressknow.report.records import Card
+from compressknow.stats.paired import Pair, domain_order, paired
 from compressknow.stats.records import Counts
 
+TOP = 3
 _LONG = 120
 _ASK = "To compare their answers instead, choose a probe with -p PROBE."
 
@@ -61,7 +67,7 @@ def comparison_warnings(
     a: Checkpoint, b: Checkpoint, identical: bool, difference: Difference | None, behaviour: Behaviour | None
 ) -> Iterator[str]:
     """What stands in the wrong place, could not be compared, or is broken; and the warnings on the answers."""
-    if was_made_from(a, b):
+    if warnings.was_made_from(a, b):
         yield "A was made from B, as its manifest says: give B first to see what it lost."
     if not identical and difference is None:
         yield _left_out("The weights of a GGUF file are packed: they were not compared.", behaviour)
@@ -82,15 +88,6 @@ def _packed(number: int, example: str, behaviour: Behaviour | None) -> str:
 
 def _left_out(said: str, behaviour: Behaviour | None) -> str:
     return said if behaviour else f"{said} {_ASK}"
-
-
-_NAME = 60
-
-
-def names_of(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
-    """What sentences call the two: their names where these differ."""
-    names = plain(a.name, _NAME), plain(b.name, _NAME)
-    return names if names[0] != names[1] else ("A", "B")
 
 
 def comparison_verdict(
@@ -175,3 +172,68 @@ def _kept(counts: Counts) -> str:
 
 def _tensors(number_of: int) -> str:
     return "1 tensor" if number_of == 1 else f"{count(number_of)} tensors"
+
+
+def behaviour_of(answers: BothWays, *, show_facts: bool) -> Behaviour:
+    """The statistics in both directions. Raises CompressknowError where the two did not answer the same facts."""
+    there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts)
+    back = make_card(answers.b, [answers.a_like_b], show_facts=show_facts)
+    return Behaviour(
+        b_against_a=there,
+        a_against_b=back,
+        answers=tuple(_side_by_side(answers.a, answers.b_like_a)) if show_facts else (),
+        warnings=tuple(dict.fromkeys(_warnings(answers, there, back))),
+    )
+
+
+def _warnings(answers: BothWays, there: Card, back: Card) -> Iterator[str]:
+    """Those of a report in both directions, but for what concerns grades."""
+    yield from warnings.of_models(there.original, back.original)
+    yield from warnings.of_recipe(there.original)
+    for name, given, card in (("A", answers.a, there), ("B", answers.b, back)):
+        comparison = card.comparisons[0]
+        yield from warnings.of_answers(name, given)
+        yield from warnings.of_figures(comparison.counts, (), comparison.probes, name=name)
+
+
+def _side_by_side(a: Answers, b: Answers) -> Iterator[SideBySide]:
+    pairs = [pair for probe in a.probes for pair in _paired(probe, a, b) if _differ(pair)]
+    for pair in sorted(pairs, key=_place):
+        yield _row(pair)
+
+
+def _paired(probe: str, a: Answers, b: Answers) -> list[Pair]:
+    return paired(probe, a.of(probe), b.of(probe), a.record.probes[probe], b.record.probes[probe])
+
+
+def _differ(pair: Pair) -> bool:
+    return pair[0].predicted != pair[1].predicted or pair[0].correct != pair[1].correct
+
+
+def _known_by(pair: Pair) -> KnownBy:
+    if pair[0].correct == pair[1].correct:
+        return "neither"
+    return "only A" if pair[0].correct else "only B"
+
+
+def _place(pair: Pair) -> tuple[object, ...]:
+    fact = pair[0]
+    order = ("only A", "only B", "neither").index(_known_by(pair))
+    return order, domain_order(fact.subject), fact.relation, fact.probe, fact.fact_id
+
+
+def _row(pair: Pair) -> SideBySide:
+    a, b = pair
+    return SideBySide(
+        probe=a.probe,
+        fact_id=a.fact_id,
+        relation=a.relation,
+        subject=a.subject,
+        prompt=a.prompt,
+        gold=a.gold,
+        known_by=_known_by(pair),
+        top_a=a.top5[:TOP] or (a.predicted,),
+        top_b=b.top5[:TOP] or (b.predicted,),
+        rank_a=a.rank,
+        rank_b=b.rank,
+    )

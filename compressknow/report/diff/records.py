@@ -98,6 +98,12 @@ class CheckpointComparison(Shown):
         )
 
 
+def names_of(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
+    """What sentences call the two: their names where these differ."""
+    names = plain(a.name, 60), plain(b.name, 60)
+    return names if names[0] != names[1] else ("A", "B")
+
+
 def _weights(tensors: Sequence[TensorDifference]) -> tuple[str, ...]:
     sums = sum((tensor.sums for tensor in tensors), Sums())
     return count(sums.numel), count(sums.zeros_a), count(sums.zeros_b), number(sums.relative_error)

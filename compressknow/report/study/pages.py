@@ -1,18 +1,33 @@
-"""A study on disk: its page, the same in Markdown and JSON, the tidy table, the figures."""
+"""A study on disk: its page, the same in Markdown and JSON, a row per cell and probe (CSV, Parquet), the figures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from compressknow.files import write_whole
-from compressknow.format import json_text
+from compressknow.format import json_text, plain
 from compressknow.report.pages import html_page, markdown_page, source
+from compressknow.report.study import summary
 from compressknow.report.study.charts import NAMES, Chart, study_charts
-from compressknow.report.study.export import study_to_json, tidy_rows, to_csv, to_parquet
-from compressknow.report.study.records import Study
+from compressknow.report.study.findings import Finding, findings
+from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
+from compressknow.report.study.summary import cliffs, module_that_hurts_least
+from compressknow.report.study.tests import Bound, CheckpointComparison
 from compressknow.report.study.view import study_page
 from compressknow.report.svg import standalone
+from compressknow.report.tables import headline_accuracy
+from compressknow.stats.records import Estimate, ProbeFigures
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+SCHEMA = 1
 
 
 def render_study_html(study: Study, charts: Sequence[Chart] | None = None) -> str:
@@ -57,3 +72,182 @@ def _write_figures(charts: tuple[Chart, ...], folder: Path) -> None:
         write_whole(folder / f"{chart.name}.svg", standalone(panels, chart.title, style).encode("utf-8"))
     for name in set(NAMES) - {chart.name for chart in charts}:
         (folder / f"{name}.svg").unlink(missing_ok=True)
+
+
+def study_to_json(study: Study) -> dict[str, Any]:
+    """Plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order.
+
+    Shares and accuracies lie between 0 and 1, sizes are bytes; what cannot be told is None; intervals are [low, high],
+    95 %. ``cells`` are the rows of the tidy table, one a cell and probe. No fact's text is in it.
+    """
+    found = findings(study)
+    return {
+        "schema": SCHEMA,
+        "verdict": summary.verdict(study),
+        "paragraph": list(summary.paragraph(study, found)),
+        "original": asdict(study.original),
+        "probes": {probe.name: _probe(probe) for probe in study.probes},
+        "findings": {finding.id: _finding(finding) for finding in found},
+        "hurts_least": [asdict(least) for least in module_that_hurts_least(study)],
+        "cliffs": [asdict(cliff) for cliff in cliffs(study)],
+        "kept": {cell.key: _kept(cell.comparison.kept, cell.comparison.p) for cell in study.cells},
+        "cells": tidy_rows(study),
+        "method": list(study.method),
+        "versions": dict(study.versions),
+        "command": study.command,
+    }
+
+
+def _probe(probe: StudyProbe) -> dict[str, Any]:
+    keys = ("n", "average", "accuracy", "majority", "chance")
+    return {key: getattr(probe, key) for key in keys}
+
+
+def _kept(kept: Estimate, p: float | None) -> dict[str, Any]:
+    """Of one cell, over all probes' facts."""
+    return {"kept": kept.value, "kept_interval": _interval(kept), "mcnemar_p": p}
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    keys = ("claim", "families", "answer", "statistic", "why", "per_million")
+    return {
+        **{key: getattr(finding, key) for key in keys},
+        "comparisons": [_paired_test(pair) for pair in finding.paired_tests],
+        "limits": [_bound(bound) for bound in finding.bounds],
+    }
+
+
+def _paired_test(pair: CheckpointComparison) -> dict[str, Any]:
+    return {
+        "less": pair.less,
+        "more": pair.more,
+        "part": pair.part,
+        "n": pair.counts.n,
+        "both": pair.counts.both,
+        "only_less": pair.counts.lost,
+        "only_more": pair.counts.gained,
+        "neither": pair.counts.neither,
+        "mcnemar_p": pair.p,
+        "mcnemar_p_holm": pair.p_holm,
+        "at_floor": pair.at_floor,
+        "per_million": pair.rate.value,
+        "per_million_interval": _interval(pair.rate),
+        "per_million_p": pair.rate_p,
+        "per_million_p_holm": pair.rate_p_holm,
+    }
+
+
+def _bound(bound: Bound) -> dict[str, Any]:
+    return {
+        "of": bound.of,
+        "value": bound.value.value,
+        "interval": _interval(bound.value),
+        "adjusted_interval": _interval(bound.strict),
+        "limit": bound.limit,
+    }
+
+
+def _interval(estimate: Estimate) -> list[float] | None:
+    return None if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
+
+
+_TEXT, _SHARE, _COUNT = "string", "double", "int64"
+# Columns and their types, in order. Shares and accuracies lie between 0 and 1; sizes are bytes.
+COLUMNS: Mapping[str, str] = {
+    **dict.fromkeys(("key", "setup", "scope", "method"), _TEXT),
+    "amount": _SHARE,
+    **dict.fromkeys(("scheme", "probe"), _TEXT),
+    **dict.fromkeys(("n", "both", "lost", "gained", "neither"), _COUNT),
+    **dict.fromkeys(("accuracy_original", "accuracy_compressed", "drop_absolute", "drop_relative"), _SHARE),
+    **dict.fromkeys(("kept", "kept_low", "kept_high", "mcnemar_p", "answer_changed", "kl_mean"), _SHARE),
+    "kl_is_lower_bound": "bool",
+    **dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "bytes", "sparse_bytes"), _COUNT),
+    **dict.fromkeys(("status", "error"), _TEXT),
+}
+_LONGEST = 2000  # characters of a text
+
+
+def tidy_rows(study: Study) -> list[dict[str, Any]]:
+    """One row a cell and probe, in the order of the grid; cells that failed last, with None where nothing is known.
+
+    Accuracies are averaged as the probe's protocol does (over facts, or over relations); `status` is ``ok`` or
+    ``failed``; the text of an error is on one line.
+    """
+    rows = [_row(cell, probe) for cell in study.cells for probe in cell.comparison.probes]
+    probes: list[str | None] = [probe.name for probe in study.probes]
+    return rows + [_failed(cell, probe) for cell in study.failed for probe in probes or [None]]
+
+
+def _row(cell: StudyCell, probe: ProbeFigures) -> dict[str, Any]:
+    before, after = headline_accuracy(probe)
+    counts = probe.counts
+    values = {
+        **_cell(cell),
+        "probe": plain(probe.probe),
+        "n": counts.n,
+        "both": counts.both,
+        "lost": counts.lost,
+        "gained": counts.gained,
+        "neither": counts.neither,
+        "accuracy_original": before.value,
+        "accuracy_compressed": after.value,
+        "drop_absolute": probe.drop_absolute,
+        "drop_relative": probe.drop_relative,
+        "kept": probe.kept.value,
+        "kept_low": probe.kept.low,
+        "kept_high": probe.kept.high,
+        "mcnemar_p": probe.p,
+        "answer_changed": probe.answer_changed,
+        "kl_mean": probe.movement.kl_mean if probe.movement else None,
+        "kl_is_lower_bound": probe.movement.is_lower_bound if probe.movement else None,
+    }
+    return {name: values.get(name) for name in COLUMNS} | {"status": "ok"}
+
+
+def _cell(cell: StudyCell) -> dict[str, Any]:
+    return {
+        "key": plain(cell.key),
+        "setup": plain(cell.setup),
+        "scope": plain(cell.scope),
+        "method": plain(cell.method) if cell.method else None,
+        "amount": cell.amount,
+        "scheme": plain(cell.scheme) if cell.scheme else None,
+        "in_scope": cell.in_scope,
+        "pruned": cell.pruned,
+        "quantized": cell.quantized,
+        "nonzero": cell.nonzero,
+        "bytes": cell.bytes,
+        "sparse_bytes": cell.sparse_bytes,
+    }
+
+
+def _failed(cell: FailedCell, probe: str | None) -> dict[str, Any]:
+    known = {"key": plain(cell.key), "setup": plain(cell.setup), "probe": plain(probe) if probe else None}
+    return {**dict.fromkeys(COLUMNS), **known, "status": "failed", "error": plain(cell.why, _LONGEST)}
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The rows as CSV in UTF-8, a header first; None is an empty field, numbers have all their digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8")
+
+
+def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The rows as a Parquet file of `schema`; the same rows give the same bytes (by one version of pyarrow)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {name: [row[name] for row in rows] for name in COLUMNS}
+    written = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=schema()), written, compression="zstd")
+    return written.getvalue()
+
+
+def schema() -> pa.Schema:
+    """Columns of ``cells.parquet``."""
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()])

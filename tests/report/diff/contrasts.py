@@ -12,9 +12,8 @@ from compressknow.diff.records import (
     TensorDifference,
 )
 from compressknow.probe.both_ways import BothWays
-from compressknow.report.diff.make import comparison_verdict
+from compressknow.report.diff.make import behaviour_of, comparison_verdict
 from compressknow.report.diff.records import Checkpoint, CheckpointComparison
-from compressknow.report.diff.view import behaviour_of
 from tests.report.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
 
 MODULES = ("SelfAttention.q", "SelfAttention.v", "DenseReluDense.wi")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressknow.report.records import ModelFacts
-from compressknow.report.search.records import Search, Trial
+from compressknow.report.search import Search, Trial
 from compressknow.stats.records import Estimate
 
 

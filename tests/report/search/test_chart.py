@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from compressknow.report.search.records import Trial
-from compressknow.report.search.view import front
+from compressknow.report.search import Trial, front
 from compressknow.stats.records import Estimate
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compressknow.format import plain
-from compressknow.report.search.view import render_search_html
+from compressknow.report.search import render_search_html
 from tests.report.hostile import TEXTS
 from tests.report.pages import read
 from tests.report.search.searches import found

@@ -15,9 +15,8 @@ from markdown_it import MarkdownIt
 
 from compressknow.format import plain
 from compressknow.report.study.charts import NAMES
-from compressknow.report.study.export import study_to_json
 from compressknow.report.study.findings import findings
-from compressknow.report.study.pages import render_study_html, render_study_markdown, write_study
+from compressknow.report.study.pages import render_study_html, render_study_markdown, study_to_json, write_study
 from tests.report.hostile import TEXTS
 from tests.report.pages import Element, read
 from tests.report.study.studies import STUDIES, TASKS, Asked, empty, gp, hostile, study, whole_grid

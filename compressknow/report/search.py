@@ -1,24 +1,31 @@
-"""The page of a search: what it says, as text in order, its chart, and the same as JSON."""
+"""What a search for the smallest checkpoint that keeps enough knowledge says: its records, page, chart and JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from compressknow import notebook
 from compressknow.compress.recipe import to_toml
 from compressknow.files import write_whole
 from compressknow.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
 from compressknow.report.drawing import INK, MUTED, SERIES, axes, percent_axis
 from compressknow.report.pages import html_page
 from compressknow.report.parts import BAR, Charts, Code, Drawn, Entries, Note, Page, Sentences, Shown
-from compressknow.report.search.records import SIZES, Search, Trial
+from compressknow.report.records import ModelFacts
 from compressknow.report.tables import Entry, Table, identity
 from compressknow.stats.records import Estimate
 
+# What may be made small, and how people call it.
+SIZES = {
+    "bytes": "size on disk",
+    "sparse-bytes": "sparse size",
+    "nonzero": "weights left",
+}
 _FRONT = (
     "The share is measured on the facts of the search split. The broken line is the share to keep; the "
     "lower end of a recipe's interval must reach it."
@@ -33,6 +40,88 @@ _GETS = {
     "nonzero": "No current runtime leaves out weights that are zero: they are dense on disk and in memory, and what "
     "you get today is the size on disk.",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A recipe that was evaluated.
+
+    Attributes
+    ----------
+    kind : ``paper`` for one of the paper's setups, ``search`` for one that the search chose, ``layers`` for one that
+        shows how much some layers bear.
+    kept : on the facts of the search that it was evaluated on; `facts` is their number. `held_out` on those kept from
+        the search, where it was evaluated on these.
+    sizes : ``sparse-bytes``, ``bytes`` and ``nonzero``.
+    """
+
+    setup: str
+    kind: str
+    recipe: Mapping[str, Any]
+    kept: Estimate
+    facts: int
+    sizes: Mapping[str, int]
+    held_out: Estimate | None = None
+    harm: float | None = None  # mean KL divergence from the original, nats
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Search(notebook.Shown):
+    """A whole search.
+
+    Attributes
+    ----------
+    keep : share of knowledge that must be kept; `minimize` one of `SIZES`.
+    winner : the cheapest that keeps it on the held-out facts, or None; `closest` what came nearest then.
+    naive : the cheapest of everything pruned by one amount that keeps as much on the facts of the search, or None.
+    searched, held_out : numbers of facts; `known_searched`, `known_held_out` those that the original answers right.
+    first : how many of those to search with are evaluated first; 0 where all are at once.
+    level : of the intervals of the held-out facts, adjusted for how many recipes were tried on these.
+    sizes : of the original.
+    """
+
+    original: ModelFacts
+    keep: float
+    minimize: str
+    probes: tuple[str, ...]
+    searched: int
+    first: int
+    held_out: int
+    known_searched: int
+    known_held_out: int
+    level: float
+    sizes: Mapping[str, int]
+    tried: tuple[Trial, ...]
+    confirmed: tuple[Trial, ...]
+    winner: Trial | None
+    closest: Trial | None
+    naive: Trial | None
+    seed: int
+    versions: Mapping[str, str]
+    command: str | None
+
+    def _summary(self) -> notebook.Summary:
+        return notebook.Summary(
+            f"Search: the smallest {plain(self.original.name, 60)} that keeps {share(self.keep)}",
+            self._outcome(),
+            ("Held-out facts decide", f"Kept of {count(self.known_held_out)} known", SIZES[self.minimize].capitalize()),
+            tuple(self._row(trial) for trial in self.confirmed),
+        )
+
+    def _outcome(self) -> str:
+        tried = f"{count(len(self.tried))} recipes tried"
+        if self.winner is None:
+            return f"{tried}; none keeps that much for sure."
+        sizes = [self._size(of.sizes[self.minimize]) for of in (self, self.winner)]
+        return f"{tried}; {plain(self.winner.setup, 120)} wins: {sizes[1]}, the original {sizes[0]}."
+
+    def _row(self, trial: Trial) -> tuple[str, ...]:
+        kept = trial.held_out or Estimate(None)
+        written = estimate(kept.value, kept.low, kept.high)
+        return trial.setup, written, self._size(trial.sizes[self.minimize])
+
+    def _size(self, amount: int) -> str:
+        return count(amount) if self.minimize == "nonzero" else size(amount)
 
 
 def search_page(search: Search) -> Page:

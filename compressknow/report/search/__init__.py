@@ -1,1 +1,0 @@
-"""What `search` says of the smallest checkpoint that keeps a share of the knowledge."""
