@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import transformers as hf
@@ -96,6 +98,15 @@ def tiny(name: str, seed: int = 0) -> PreTrainedModel:
             # As Flan-T5: a final layer of its own, which its config cannot say.
             model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.2)
     return model
+
+
+def tiny_of_groups(name: str) -> PreTrainedModel:
+    """As `tiny`, with feed-forward blocks of 64 in place of 48: the inputs of its blocks divide into groups of 32."""
+    with contextlib.ExitStack() as patches:
+        for settings in (_BERT, _LLAMA, _T5, _BART, _DISTILBERT, _OPT):
+            wider = {key: 64 for key, value in settings.items() if value == 48}
+            patches.enter_context(patch.dict(settings, wider))
+        return tiny.__wrapped__(name)
 
 
 def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Path:

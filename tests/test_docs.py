@@ -80,7 +80,7 @@ def _small_llama(folder: Path) -> None:
     backend.train_from_iterator([*facts, *[f"Say {word} {word}" for word in WORDS] * 500], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0, eos_token_id=0, bos_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):

@@ -32,7 +32,7 @@ single cells:
   scope = ["attention", "feed-forward", "overall"]
   method = ["l1-unstructured"]      # and ln-structured, random-...
   prune = [0, 0.2, 0.4]             # 0: none
-  quantize = ["none", "int8"]       # and int8-paper, int8-weights
+  quantize = ["none", "int8"]       # and int8-paper, int8-weights, int4
   layers = ["0-5"]                  # also: seed, module_map, norm, dim, ...
   [[cells]]
   name = "first-heads"

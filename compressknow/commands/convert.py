@@ -50,7 +50,7 @@ def convert(
     prune : share of the weights to zero, between 0 and 1.
     prune_method : ``l1-unstructured``, ``ln-structured``, ``random-unstructured`` or ``random-structured``.
     per_layer, norm, dim, seed : see `compressknow.compress.recipe.Prune`.
-    quantize : ``int8``, ``int8-paper`` or ``int8-weights``.
+    quantize : ``int8``, ``int8-weights``, ``int8-paper`` or ``int4``.
     parameters : by name, of the method and of the scheme, where they have further ones (those of other packages may).
     recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
         or a converted folder.

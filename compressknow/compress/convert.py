@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,7 @@ from compressknow.compress.pruning import Mask, choose, pruned_count
 from compressknow.compress.recipe import Prune, Recipe
 from compressknow.compress.staging import Staging, clean, refuse_output
 from compressknow.compress.targets import quantization_config
-from compressknow.errors import CheckpointError, CompressknowError
+from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.libraries import require
 from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, refuse_leading_out
 from compressknow.model.groups import structure_of
@@ -55,8 +56,26 @@ def prepare(
     """Open a checkpoint and plan a recipe on it, from its headers alone. Raises what `make_plan` and `prove` do."""
     checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
     plan = make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe)
-    prove(checkpoint, tree, output_config(plan), planned_headers(plan.tensors))
-    return Conversion(plan, tree)
+    return Conversion(proved(plan, tree), tree)
+
+
+def proved(plan: Plan, tree: PreTrainedModel) -> Plan:
+    """The plan of an output that transformers loads.
+
+    Some families (T5) initialize layers by their weight, which packed layers do not have. Transformers unpacks these
+    while it loads them, if their config says so: by the scheme of all weights, and without rounding activations.
+
+    Raises UnsupportedError where it loads neither form.
+    """
+    headers = planned_headers(plan.tensors)
+    try:
+        prove(plan.checkpoint, tree, output_config(plan), headers)
+    except UnsupportedError:
+        if len(plan.targets) != 1 or any(scheme.rounds for scheme in plan.targets):
+            raise
+        plan = replace(plan, unpacked=True)
+        prove(plan.checkpoint, tree, output_config(plan), headers)
+    return plan
 
 
 def convert(
@@ -231,6 +250,8 @@ def output_config(plan: Plan) -> dict[str, Any]:
     require("compressed_tensors")
     version = importlib.metadata.version("compressed-tensors")
     settings = quantization_config(plan.targets, plan.ignore, version, plan.structure.prefix)
+    if plan.unpacked:
+        settings["dequantize"] = True
     return plan.config | {"quantization_config": settings}
 
 

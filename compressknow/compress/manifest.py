@@ -214,6 +214,7 @@ def _planned_row(tensor: PlannedTensor) -> dict[str, Any]:
         "numel": tensor.source.numel,
         "in_scope": tensor.in_scope,
         "scheme": tensor.scheme.name if tensor.scheme else None,
+        **({"parameters": values} if tensor.scheme and (values := tensor.scheme.values()) else {}),
         "bytes_before": tensor.bytes_before,
         "bytes_after": tensor.bytes_after,
     }

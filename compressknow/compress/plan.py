@@ -97,7 +97,8 @@ class PlannedTensor:
 @dataclass(frozen=True)
 class Plan:
     """All that a conversion will do. `targets` names the modules that each scheme quantizes, `ignore` the Linear
-    modules that stay as they are, `config` is the output's config.json without its quantization."""
+    modules that stay as they are, `config` is the output's config.json without its quantization. `unpacked` has
+    transformers turn its weights into floats while it loads them, and not before it first computes."""
 
     checkpoint: Checkpoint
     structure: Structure
@@ -107,6 +108,7 @@ class Plan:
     ignore: tuple[str, ...]
     untied: tuple[Untied, ...]
     config: dict[str, Any] = field(repr=False)
+    unpacked: bool = False
 
     def pruned_by(self, step: int) -> list[PlannedTensor]:
         """The tensors that a prune step acts on, in the order in which it breaks ties."""
@@ -145,8 +147,11 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     sources = Sources(checkpoint, model, structure)
     actions = _actions(structure, recipe)
     _separate(actions, sources)
+    shapes: dict[Scheme | None, set[tuple[int, ...]]] = {}
     for action in actions.values():
-        sources.check(action.weight, action.scheme)
+        shapes.setdefault(action.scheme, set()).add(action.weight.shape)
+    for action in actions.values():
+        sources.check(action.weight, action.scheme, shapes[action.scheme])
     # What is stored in one tensor is changed as one.
     changed = list({t.name: t for action in actions.values() for t in _changed(action, sources)}.values())
     shared = {action.weight.parameter: sources.tied_embedding(action.weight) for action in actions.values()}

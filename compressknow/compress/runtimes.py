@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from compressknow.compress.schemes import SCHEMES, known, word_of
@@ -28,10 +28,11 @@ def runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def vllm_limit(manifest: Mapping[str, Any]) -> str | None:
-    """On which hardware vLLM cannot run a checkpoint that it otherwise does; None where there is no such limit."""
+    """Where or how alone vLLM runs a checkpoint; None where it does not, and where there is no such limit."""
     if vllm_obstacle(manifest):
         return None
-    limits = (scheme.vllm_limit() for scheme in known(row["scheme"] for row in _quantized(manifest)))
+    shapes = _shapes(manifest)
+    limits = (scheme.vllm_limit(shapes[scheme.name]) for scheme in known(shapes))
     return next((limit for limit in limits if limit), None)
 
 
@@ -41,34 +42,46 @@ def vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
     if architecture not in VLLM_ARCHITECTURES:
         return f"{architecture} is not among the text generation models that are known to run there"
     quantized = {_module(row): row for row in _quantized(manifest)}
-    names = sorted({row["scheme"] for row in quantized.values()})
-    obstacles = (SCHEMES[n].vllm_obstacle() if n in SCHEMES else f"it has no kernel for {n}" for n in names)
+    shapes = _shapes(manifest)
+    obstacles = (
+        SCHEMES[name].vllm_obstacle(shapes[name]) if name in SCHEMES else f"it has no kernel for {name}"
+        for name in sorted(shapes)
+    )
     if obstacle := next((obstacle for obstacle in obstacles if obstacle), None):
         return obstacle
-    word = word_of(known(names))
+    word = word_of(known(shapes))
     for group, what in (("final", "the final layer"), ("other", "a layer beside attention and feed-forward")):
         name = next((module for module, row in quantized.items() if row["group"] == group), None)
         if name:
             return f"{what} ({name}) is {word}, but vLLM supports it only in floating point"
     modules = {_module(row) for row in manifest["tensors"] if row["name"].endswith(".weight")}
-    split = next(_split(modules, quantized), None)
-    return f"it fuses {split}, so all or none of these must be {word}" if split else None
+    return next((f"it fuses {split}" for split in _split(modules, quantized, word)), None)
 
 
 def _quantized(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     return (row for row in manifest["tensors"] if row.get("scheme"))
 
 
+def _shapes(manifest: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
+    """By scheme, the shapes of the weights that it stores."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for row in _quantized(manifest):
+        shapes.setdefault(row["scheme"], []).append(tuple(row["shape"]))
+    return shapes
+
+
 def _module(row: Mapping[str, Any]) -> str:
     return str(row["name"]).removesuffix(".weight")
 
 
-def _split(modules: set[str], quantized: Iterable[str]) -> Iterator[str]:
-    """Layers that stand side by side, would be joined, and are not all quantized."""
-    done = set(quantized)
-    for module in quantized:
+def _split(modules: set[str], quantized: Mapping[str, Mapping[str, Any]], word: str) -> Iterator[str]:
+    """Layers that stand side by side, would be joined, and are not all quantized in one way."""
+    ways = {module: (row["scheme"], row.get("parameters")) for module, row in quantized.items()}
+    for module, way in ways.items():
         parent, _, leaf = module.rpartition(".")
         together = next((leaves for leaves in FUSED if leaf in leaves), ())
         there = [name for name in together if f"{parent}.{name}" in modules]
-        if not all(f"{parent}.{name}" in done for name in there):
-            yield f"{', '.join(there[:-1])} and {there[-1]} of {parent}"
+        others = [ways.get(f"{parent}.{name}") for name in there]
+        if any(other != way for other in others):
+            must = f"all or none of these must be {word}" if None in others else "these must be quantized in one way"
+            yield f"{', '.join(there[:-1])} and {there[-1]} of {parent}, so {must}"

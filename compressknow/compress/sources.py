@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -122,9 +122,9 @@ class Sources:
         """Sorts output tensors as their sources are stored, created ones behind what they were tied to."""
         return self._position[source.name], created, name
 
-    def check(self, weight: LinearWeight, scheme: Scheme | None) -> None:
+    def check(self, weight: LinearWeight, scheme: Scheme | None, alike: Iterable[tuple[int, ...]] = ()) -> None:
         """Raise where a weight is not stored as the config says, or has no form of the scheme that loads and runs
-        right."""
+        right. `alike` are the shapes of all weights of the same scheme."""
         parts = self.of(weight)
         if not parts:
             raise CheckpointError(
@@ -139,7 +139,8 @@ class Sources:
             raise UnsupportedError(
                 f"{weight.module} ({parts[0].name}) cannot be quantized to {word}.",
                 why=reason,
-                hint=f"Prune it only, or narrow --scope to what has an {word} form: --exclude '{others}'.",
+                hint=f"{_fitting(scheme, alike)}Prune it only, or narrow --scope to what has an {word} form: "
+                f"--exclude '{others}'.",
             )
 
     def _check_part(self, weight: LinearWeight, part: StoredTensor, reshaped: bool) -> None:
@@ -179,6 +180,15 @@ class Sources:
     def _scale_follows(self, weight: LinearWeight, part: StoredTensor) -> bool:
         name = part.name if self.bound[part.name].parameter == weight.parameter else weight.parameter
         return self._naming.scale_follows(name, weight.parameter)
+
+
+def _fitting(scheme: Scheme, shapes: Iterable[tuple[int, ...]]) -> str:
+    """The options by which weights of all these shapes can be stored; nothing where none are needed, or none help."""
+    with SCHEMES.answering(scheme.name):
+        fit = scheme.fit(shapes) or {}
+    changed = {name: value for name, value in fit.items() if value != scheme.values()[name]}
+    given = " ".join(f"{each.option} {changed[each.name]}" for each in scheme.parameters() if each.name in changed)
+    return f"With {given} all layers in scope can be stored. " if given else ""
 
 
 def _kind(module: str) -> str:

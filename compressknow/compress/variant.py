@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compressknow.compress.convert import choose_masks, output_config, refuse_miscounts
+from compressknow.compress.convert import choose_masks, output_config, proved, refuse_miscounts
 from compressknow.compress.layout import lay_out
 from compressknow.compress.manifest import build_manifest
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
@@ -73,8 +73,10 @@ class VariantMaker:
         return self._structures[module_map]
 
     def plan(self, recipe: Recipe) -> Plan:
-        """What a recipe does, from headers alone. Raises what `make_plan` does."""
-        return make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
+        """What a recipe does, from headers alone. Raises what `make_plan` and `proved` do."""
+        plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
+        # Only where weights are not stored under their own names may a form not load.
+        return proved(plan, self.tree) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
 
     def make(self, plan: Plan) -> Variant:
         """The converted checkpoint of a plan of this maker.

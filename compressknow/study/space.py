@@ -8,6 +8,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Step, Where, recipe_of
+from compressknow.compress.schemes import SCHEMES
+from compressknow.errors import UnsupportedError
 from compressknow.model.scopes import scope_names
 from compressknow.model.structure import ModuleMap, Structure
 
@@ -60,7 +62,9 @@ class Space:
 
     Parameters
     ----------
-    schemes : that may be chosen, beside none.
+    schemes : that may be chosen, beside none; with the nearest values of their parameters that the model can have.
+
+    Raises UnsupportedError where it can have none.
     """
 
     def __init__(self, structure: Structure, schemes: Sequence[str], module_map: ModuleMap) -> None:
@@ -68,6 +72,7 @@ class Space:
         self.scopes = tuple(scope for scope in PRUNED if scope in self._here)
         self.quantized = (*self.scopes, BOTH, "overall") if len(self.scopes) > 1 else (*self.scopes, "overall")
         self.schemes, self.module_map = tuple(schemes), module_map
+        self._parameters = {scheme: _fitting(structure, scheme) for scheme in self.schemes}
         self.bands = tuple(band for scope in self.scopes for band in _bands(structure, scope))
         self._rank: dict[Band, float] = {}
 
@@ -82,8 +87,15 @@ class Space:
             amounts = (0.1, 0.2, 0.3, 0.4, 0.5) if scope == "overall" else (0.2, 0.4)
             # The first of the schemes alone, if there is one.
             for scheme in (None, *self.schemes[:1]):
+                parameters = self._parameters.get(scheme or NONE)
                 recipes += [
-                    recipe_of(Where((scope,)), prune=amount, quantize=scheme, module_map=self.module_map)
+                    recipe_of(
+                        Where((scope,)),
+                        prune=amount,
+                        quantize=scheme,
+                        module_map=self.module_map,
+                        parameters=parameters,
+                    )
                     for amount in ((None, *amounts) if scheme else amounts)
                 ]
         return tuple(recipes)
@@ -99,7 +111,8 @@ class Space:
         """The recipe of a choice, or None where it leaves the model as it is."""
         steps: list[Step] = [step for scope, amount in choice.amounts for step in self._pruned(scope, amount, choice)]
         if choice.scheme != NONE and choice.quantized != NONE:
-            steps.append(Quantize(choice.scheme, Where(tuple(choice.quantized.split("+")))))
+            where = Where(tuple(choice.quantized.split("+")))
+            steps.append(Quantize(choice.scheme, where, self._parameters[choice.scheme]))
         return Recipe(tuple(steps), self.module_map) if steps else None
 
     def _pruned(self, scope: str, amount: int, choice: Choice) -> Iterator[Prune]:
@@ -123,6 +136,21 @@ class Space:
                 if amount or scheme != NONE:
                     amounts = tuple((scope, amount) for scope in self.scopes)
                     yield Choice(amounts, 0, scheme, NONE if scheme == NONE else self.quantized[-2])
+
+
+def _fitting(structure: Structure, scheme: str) -> dict[str, Any]:
+    """Parameters of a scheme by which all of a model's layers can be stored."""
+    shapes = {weight.shape for weight in structure.linears if weight.group not in (None, "vision")}
+    with SCHEMES.answering(scheme):
+        fit = SCHEMES[scheme].fit(shapes)
+    if fit is None:
+        reason = next(filter(None, map(SCHEMES[scheme].misfit, sorted(shapes))))
+        raise UnsupportedError(
+            f"{structure.architecture} has a layer that cannot be quantized to {scheme}.",
+            why=reason,
+            hint="Search without it, or convert with --scope or --exclude.",
+        )
+    return fit
 
 
 def _bands(structure: Structure, scope: str) -> Iterator[Band]:

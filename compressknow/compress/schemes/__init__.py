@@ -76,6 +76,11 @@ class Scheme(Parametric, abc.ABC):
             return f"Its {shape[1]} input channels are no multiple of the group size {self.scale_per}."
         return None
 
+    def fit(self, shapes: Iterable[tuple[int, ...]]) -> dict[str, Any] | None:
+        """Values of its parameters, as near as can be to those it has, by which weights of all these shapes can be
+        stored; None where there are none."""
+        return {} if all(self.misfit(shape) is None for shape in shapes) else None
+
     @abc.abstractmethod
     def arguments(self) -> dict[str, Any]:
         """Its `weights` and `input_activations` in a group of `quantization_config`, as compressed-tensors names them;
@@ -113,12 +118,13 @@ class Scheme(Parametric, abc.ABC):
         """By suffix, what is stored beside values and scales and does not depend on them."""
         return {}
 
-    def vllm_obstacle(self) -> str | None:
-        """Why vLLM does not run it, as the end of "It does not run in vLLM: "; None where it does."""
+    def vllm_obstacle(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
+        """Why vLLM does not run it with weights of these shapes, as the end of "It does not run in vLLM: "; None where
+        it does."""
         return f"it has no kernel for {self.name}"
 
-    def vllm_limit(self) -> str | None:
-        """On which hardware vLLM does not run it though it does elsewhere; None where there is no such limit."""
+    def vllm_limit(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
+        """Where or how alone vLLM runs it with weights of these shapes; None where there is no such limit."""
         return None
 
 
@@ -130,6 +136,7 @@ SCHEMES: Registry[Scheme] = Registry(
         "int8": "compressknow.compress.schemes.int8:Int8",
         "int8-paper": "compressknow.compress.schemes.int8_paper:Int8Paper",
         "int8-weights": "compressknow.compress.schemes.int8_weights:Int8Weights",
+        "int4": "compressknow.compress.schemes.int4:Int4",
     },
 )
 

@@ -6,6 +6,7 @@ absmax / 127.5 in the weight's own dtype, division and rounding in that dtype to
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressknow.compress.schemes import Activations, Scheme
@@ -42,10 +43,10 @@ class Int8(Scheme):
         scales = absmax / HALF_RANGE
         return torch.where(scales == 0, torch.finfo(absmax.dtype).eps, scales)
 
-    def vllm_obstacle(self) -> str | None:
+    def vllm_obstacle(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
         """It has a kernel."""
         return None
 
-    def vllm_limit(self) -> str | None:
+    def vllm_limit(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
         """Blackwell has no int8 kernels."""
         return "not on Blackwell GPUs: no int8"

@@ -1,0 +1,101 @@
+"""int4: weights of 4 bits with a scale for each group of input channels; activations stay floats.
+
+Bit for bit what compressed-tensors computes and packs (`calculate_qparams`, `quantize`, `pack_to_int32`): symmetric
+weights, scale = absmax / 7.5 in the weight's own dtype, and eight integers of a row, each plus 8, in 32 bits, the first
+in the lowest ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from compressknow.compress.parameters import parameter
+from compressknow.compress.schemes import SCALE, Scheme, Stored
+
+if TYPE_CHECKING:
+    import torch
+
+# Half the range of 16 levels.
+HALF_RANGE = 7.5
+GROUP_SIZES = (32, 64, 128)
+# Integers in one of 32 bits, and what is added to each so that it is not negative.
+PACKED, OFFSET = 8, 8
+# Of vLLM's kernels: what outputs must be a multiple of in all, and inputs and outputs in those that take bfloat16 too
+# (MarlinLinearKernel, ExllamaLinearKernel: `can_implement`).
+VLLM_OUTPUTS, MARLIN_INPUTS, MARLIN_OUTPUTS = 8, 128, 64
+
+
+class Int4(Scheme):
+    """See the module."""
+
+    name = "int4"
+    help = "4-bit weights; activations stay float"
+    word = "int4"
+    noun = "4-bit integers"
+    bits, lowest, highest = 4, -8, 7
+    format = "pack-quantized"
+    group_size: int = parameter(
+        default=128,
+        help="Input channels that share a scale: 32, 64 or 128.",
+        must="32, 64 or 128",
+        fits=lambda size: size in GROUP_SIZES,
+    )
+
+    @property
+    def scale_per(self) -> int:
+        """A group of input channels."""
+        return self.group_size
+
+    def stored(self, shape: tuple[int, ...], dtype: str) -> tuple[Stored, ...]:
+        """Eight weights in 32 bits, the scales, and the shape that unpacking needs."""
+        rows, columns = shape
+        packed = Stored("_packed", "I32", (rows, columns // PACKED))
+        return packed, Stored(SCALE, dtype, self.scale_shape(shape)), Stored("_shape", "I64", (2,))
+
+    def fit(self, shapes: Iterable[tuple[int, ...]]) -> dict[str, Any] | None:
+        """Its own group size, or else the largest that divides them all."""
+        columns = {shape[1] for shape in shapes}
+        sizes = (self.group_size, *reversed(GROUP_SIZES))
+        return next(({"group_size": size} for size in sizes if not any(n % size for n in columns)), None)
+
+    def arguments(self) -> dict[str, Any]:
+        """Weights alone."""
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
+        return {
+            "weights": {**weights, "strategy": "group", "group_size": self.group_size},
+            "input_activations": None,
+        }
+
+    def scales(self, absmax: torch.Tensor) -> torch.Tensor:
+        """absmax / 7.5. An all-zero group gets the dtype's epsilon: finite, not 0."""
+        import torch
+
+        scales = absmax / HALF_RANGE
+        return torch.where(scales == 0, torch.finfo(absmax.dtype).eps, scales)
+
+    def pack(self, integers: torch.Tensor) -> torch.Tensor:
+        """int32 [rows, columns / 8]."""
+        import torch
+
+        # Two bytes are one integer here, the first in its lower half, and then share a byte.
+        pairs = (integers + OFFSET).view(torch.int16)
+        return (pairs | pairs >> 4).to(torch.uint8).view(torch.int32)
+
+    def constants(self, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """The shape."""
+        import torch
+
+        return {"_shape": torch.tensor(shape, dtype=torch.int64)}
+
+    def vllm_obstacle(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
+        """Its kernels take outputs by eights."""
+        odd = next((rows for rows, _ in shapes if rows % VLLM_OUTPUTS), None)
+        told = f"its int4 kernels take multiples of {VLLM_OUTPUTS} output channels, and a layer has {odd}"
+        return told if odd else None
+
+    def vllm_limit(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
+        """Marlin takes float16 and bfloat16; what has other sizes goes to kernels that take float16."""
+        if any(rows % MARLIN_OUTPUTS or columns % MARLIN_INPUTS for rows, columns in shapes):
+            return "there with --dtype float16: the sizes of its layers do not fit the Marlin kernels"
+        return None

@@ -1,0 +1,363 @@
+"""int4: what is stored is what compressed-tensors computes and packs, bit for bit, and plain transformers loads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, T5ForConditionalGeneration
+
+import compressknow
+from compressknow.compress import blocks
+from compressknow.compress.layout import lay_out
+from compressknow.compress.plan import PlannedTensor
+from compressknow.compress.pool import Pool
+from compressknow.compress.process import OutputFiles, Work
+from compressknow.compress.recipe import Quantize, Recipe, Where
+from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
+from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.targets import quantization_config
+from compressknow.errors import CompressknowError, UnsupportedError, UsageError
+from compressknow.model.groups import structure_of
+from compressknow.model.scopes import select
+from compressknow.model.tensors import OpenFiles, read_header
+from compressknow.study.space import Choice, Space
+from tests.compress.test_loading import load
+from tests.compress.test_quantize import DTYPES, ROWS, same_bits
+from tests.models import BUILDERS, QUANTIZABLE, logits, save_tiny, tiny, tiny_of_groups
+
+SIZES = (32, 64, 128)
+BLOCKS = ["attention", "feed-forward"]
+# Families that initialize layers by their weight: their packed layers have none.
+UNPACKED = ("t5-gated", "t5-tied")
+
+
+def of_groups(size: int) -> Any:
+    return SCHEMES["int4"].with_values({"group_size": size})
+
+
+def intended(size: int, targets: list[str] | None = None) -> QuantizationScheme:
+    """What the scheme's name promises, in compressed-tensors' own words."""
+    weights = QuantizationArgs(num_bits=4, type="int", strategy="group", symmetric=True, dynamic=False, group_size=size)
+    return QuantizationScheme(targets=targets or ["Linear"], weights=weights, format="pack-quantized")
+
+
+def by_compressed_tensors(weight: Tensor, size: int) -> dict[str, Tensor]:
+    """What compressed-tensors stores for a float weight, by the suffix of its name."""
+    groups = weight.unflatten(1, (-1, size))
+    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), intended(size).weights)
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}
+    return PackedQuantizationCompressor.compress(state, intended(size))
+
+
+def by_stream(weight: Tensor, size: int, folder: Path) -> dict[str, Tensor]:
+    """The same as the conversion writes it, from file to file."""
+    save_file({"layer.weight": weight}, folder / "source.safetensors")
+    (stored,) = read_header(folder / "source.safetensors").values()
+    planned = PlannedTensor("layer.weight", stored, "other", "layer", scheme=of_groups(size))
+    outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
+    with Pool(1) as pool, OpenFiles() as files:
+        try:
+            Work(pool, files, lambda _: None, outputs).write(planned, None)
+        finally:
+            outputs.close()
+    return {name.removeprefix("layer."): made for name, made in load_file(folder / "model.safetensors").items()}
+
+
+@st.composite
+def weights(draw: Any) -> tuple[Tensor, int]:
+    """A weight, each of its groups zero, tiny, huge or plain; and the size of these."""
+    size, dtype = draw(st.sampled_from(SIZES)), draw(st.sampled_from(DTYPES))
+    rows, groups = draw(st.integers(1, 6)), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    weight = torch.rand((rows * groups, size), generator=generator, dtype=torch.float64) * 2 - 1
+    info = torch.finfo(dtype)
+    factors = {"zero": 0, "denormal": info.tiny / 16, "smallest": info.tiny, "small": 1e-3, "one": 1, "huge": info.max}
+    kinds = draw(st.lists(st.sampled_from(ROWS), min_size=len(weight), max_size=len(weight)))
+    for group, kind in zip(weight, kinds, strict=True):
+        group *= factors.get(kind, 1)
+        if kind == "negative at its largest":
+            # It lies at -7.5 scales, a tie between -8 and -7.
+            group[0] = -1.0001
+    return weight.to(dtype).view(rows, -1), size
+
+
+@settings(max_examples=150, deadline=None)
+@given(weights(), st.sampled_from([1, 300, 1 << 18]))
+def test_what_is_written_is_what_compressed_tensors_makes(drawn: tuple[Tensor, int], block_elements: int) -> None:
+    weight, size = drawn
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_ELEMENTS", block_elements)
+        written = by_stream(weight, size, Path(folder))
+    expected = by_compressed_tensors(weight, size)
+    assert written.keys() == expected.keys() == {"weight_packed", "weight_scale", "weight_shape"}
+    assert same_bits(written["weight_scale"], expected["weight_scale"])
+    assert same_bits(written["weight_packed"], expected["weight_packed"])
+    assert torch.equal(written["weight_shape"], expected["weight_shape"])
+    assert written["weight_shape"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("columns", [32, 64, 1504])
+def test_integers_are_packed_as_compressed_tensors_packs_them(columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    integers = torch.randint(-8, 8, (7, columns), generator=generator, dtype=torch.int8)
+    before = integers.clone()
+    packed = of_groups(32).pack(integers)
+    assert same_bits(packed, pack_to_int32(integers, 4))
+    assert torch.equal(unpack_from_int32(packed, 4, integers.shape), integers)
+    assert torch.equal(integers, before)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_described_scheme_is_the_intended_one(size: int) -> None:
+    described = QuantizationConfig.model_validate(quantization_config({of_groups(size): ["b", "a"]}, ["c"], "0.20.0"))
+    assert described.config_groups == {"group_0": intended(size, ["re:^a$", "re:^b$"])}
+    assert described.format == "pack-quantized"
+
+
+def in_memory(name: str, modules: list[str], size: int) -> PreTrainedModel:
+    """The model, compressed by compressed-tensors' own functions."""
+    model = tiny_of_groups(name)
+    config = QuantizationConfig(config_groups={"group_0": intended(size, modules)}, quantization_status="frozen")
+    apply_quantization_config(model, config)
+    for module in map(model.get_submodule, modules):
+        groups = module.weight.detach().unflatten(1, (-1, size))
+        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), module.quantization_scheme.weights)
+        module.weight_scale.data = scale
+        module.quantization_status = QuantizationStatus.FROZEN
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", QUANTIZABLE)
+def test_plain_transformers_computes_what_the_model_in_memory_does(name: str, tmp_path: Path) -> None:
+    model = tiny_of_groups(name)
+    model.save_pretrained(tmp_path / "in")
+    compressknow.convert(
+        tmp_path / "in", tmp_path / "out", scope=BLOCKS, quantize="int4", parameters={"group_size": 32}
+    )
+    modules = [m for weight in select(structure_of(model), BLOCKS, "quantize") for m in weight.modules]
+    expected = logits(in_memory(name, modules, 32))
+    plain = load(tmp_path / "out")
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(expected, logits(model), atol=1e-3)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"].get("dequantize", False) is (name in UNPACKED)
+    assert not compressknow.verify(tmp_path / "out").differences
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_a_family_whose_packed_form_does_not_load_is_unpacked_on_loading(name: str, tmp_path: Path) -> None:
+    tiny_of_groups(name).save_pretrained(tmp_path / "in")
+    given: dict[str, Any] = {"scope": BLOCKS, "quantize": "int4", "parameters": {"group_size": 32}}
+    manifest = compressknow.convert(tmp_path / "in", tmp_path / "out", **given)
+    assert manifest["runtimes"] == ["transformers", "compressknow"]
+    plain, ours = T5ForConditionalGeneration.from_pretrained(tmp_path / "out"), compressknow.load(tmp_path / "out")
+    assert torch.equal(logits(plain.eval()), logits(ours))
+    ids = torch.arange(5, 15)[None]
+    tokens = [model.generate(ids, max_new_tokens=6, do_sample=False) for model in (plain, ours)]
+    assert torch.equal(*tokens)
+    # The very reason: without that line of its config, transformers cannot load it.
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["quantization_config"]["dequantize"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AttributeError, match="no attribute 'weight'"):
+        T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+
+
+RECIPE = """
+[[steps]]
+quantize = "int4"
+group_size = 32
+scope = ["attention"]
+
+[[steps]]
+quantize = "{other}"
+scope = ["feed-forward"]
+"""
+
+
+@pytest.mark.parametrize("other", ["int8", "int8-weights", "int8-paper"])
+def test_a_recipe_that_mixes_schemes_loads(other: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "in")
+    (tmp_path / "mixed.toml").write_text(RECIPE.format(other=other))
+    compressknow.convert(tmp_path / "in", tmp_path / "mixed", recipe=tmp_path / "mixed.toml")
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    assert {group["format"] for group in config["config_groups"].values()} == {"pack-quantized", "int-quantized"}
+    # As one scheme after the other: what the first wrote is put into the source of the second.
+    compressknow.convert(
+        tmp_path / "in", tmp_path / "four", scope="attention", quantize="int4", parameters={"group_size": 32}
+    )
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    for name, values in unpacked(tmp_path / "four").items():
+        tensors[name] = values
+    shutil.copytree(tmp_path / "in", tmp_path / "again")
+    save_file(tensors, tmp_path / "again" / "model.safetensors", {"format": "pt"})
+    compressknow.convert(tmp_path / "again", tmp_path / "both", scope="feed-forward", quantize=other)
+    assert torch.equal(logits(load(tmp_path / "mixed")), logits(load(tmp_path / "both")))
+
+
+def unpacked(folder: Path) -> dict[str, Tensor]:
+    """By name, the values of the packed weights of a folder."""
+    stored = load_file(folder / "model.safetensors")
+    return {
+        name.removesuffix("_packed"): unpack_from_int32(packed, 4, torch.Size(shape))
+        * stored[name.replace("_packed", "_scale")].repeat_interleave(shape[1] // groups.shape[1], dim=1)
+        for name, packed in stored.items()
+        if name.endswith("_packed")
+        for shape in [stored[name.replace("_packed", "_shape")].tolist()]
+        for groups in [stored[name.replace("_packed", "_scale")]]
+    }
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+@pytest.mark.parametrize("other", ["int8", "int8-weights"])
+def test_a_mixture_that_cannot_be_unpacked_on_loading_is_refused(name: str, other: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path / "in")
+    (tmp_path / "mixed.toml").write_text(RECIPE.format(other=other))
+    with pytest.raises(UnsupportedError, match="transformers could not load the output"):
+        compressknow.convert(tmp_path / "in", tmp_path / "out", recipe=tmp_path / "mixed.toml")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pruned_weights_stay_zero(dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny_of_groups("llama").to(dtype).save_pretrained(tmp_path / "in")
+    given: dict[str, Any] = {"scope": BLOCKS, "prune": 0.5}
+    four = {"quantize": "int4", "parameters": {"group_size": 32}}
+    compressknow.convert(tmp_path / "in", tmp_path / "pruned", **given)
+    manifest = compressknow.convert(tmp_path / "in", tmp_path / "both", **given, **four)
+    pruned = load_file(tmp_path / "pruned" / "model.safetensors")
+    found = unpacked(tmp_path / "both")
+    assert len(found) == 14
+    for name, values in found.items():
+        assert not values[pruned[name] == 0].any()
+    rows = {row["name"]: row for row in manifest["tensors"]}
+    assert all(rows[name]["zeros"] == int((values == 0).sum()) for name, values in found.items())
+    assert manifest["totals"]["pruned"] == sum(int((pruned[name] == 0).sum()) for name in found)
+
+
+def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Path) -> None:
+    tiny_of_groups("llama").save_pretrained(tmp_path / "in")
+    with pytest.raises(UnsupportedError, match="32 input channels are no multiple of the group size 128") as caught:
+        compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4")
+    assert "With --group-size 32 all layers in scope can be stored." in str(caught.value)
+    save_tiny("llama", tmp_path / "narrow")
+    with pytest.raises(UnsupportedError, match="48 input channels are no multiple of the group size 32") as caught:
+        compressknow.convert(tmp_path / "narrow", tmp_path / "out", quantize="int4", parameters={"group_size": 32})
+    assert "--group-size" not in str(caught.value)
+    assert r"--exclude 'model\.layers\.\d+\.mlp\.down_proj$'" in str(caught.value)
+    with pytest.raises(UsageError, match="group_size must be 32, 64 or 128: 16"):
+        compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4", parameters={"group_size": 16})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_largest_group_size_that_divides_all_is_told(size: int) -> None:
+    shapes = [(8, 3 * size), (16, size * 128), (8, size)]
+    assert of_groups(32).fit(shapes) == {"group_size": 32}
+    assert of_groups(128).fit(shapes) == {"group_size": size}
+    assert of_groups(size).fit([*shapes, (8, 48)]) is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_what_has_no_form_is_refused(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path / "in")
+    with pytest.raises(UnsupportedError, match=r"cannot be quantized to int4|It fuses or splits weights"):
+        compressknow.convert(
+            tmp_path / "in", tmp_path / "out", scope="attention", quantize="int4", parameters={"group_size": 32}
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipe_and_manifest_give_the_same_bytes_by_one_thread_or_two(tmp_path: Path) -> None:
+    tiny_of_groups("llama").save_pretrained(tmp_path / "in")
+    given: dict[str, Any] = {"prune": 0.2, "quantize": "int4", "parameters": {"group_size": 32}}
+    manifest = compressknow.convert(tmp_path / "in", tmp_path / "one", threads=1, **given)
+    compressknow.convert(tmp_path / "in", tmp_path / "two", threads=2, recipe=tmp_path / "one")
+    files = [sorted(path for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert [path.name for path in files[0]] == [path.name for path in files[1]]
+    assert all(one.read_bytes() == two.read_bytes() for one, two in zip(*files, strict=True))
+    step = manifest["recipe"]["steps"][1]
+    assert (step["quantize"], step["group_size"]) == ("int4", 32)
+    assert manifest["setup"] == "Blocks_GPQ 20% group_size 32"
+    row = next(row for row in manifest["tensors"] if row["scheme"])
+    assert (row["bits"], row["parameters"]) == (4, {"group_size": 32})
+
+
+def planned(folder: Path, **options: Any) -> dict[str, Any]:
+    if not (folder / "in").exists():
+        tiny_of_groups("llama").save_pretrained(folder / "in")
+    given = {"quantize": "int4", "parameters": {"group_size": 32}, **options}
+    return compressknow.convert(folder / "in", folder / "out", dry_run=True, **given)
+
+
+def test_it_runs_in_vllm_where_its_kernels_take_the_layers(tmp_path: Path) -> None:
+    manifest = planned(tmp_path)
+    assert manifest["runtimes"] == ["transformers", "compressknow", "vLLM"]
+    assert "--dtype float16" in str(vllm_limit(manifest))
+    assert of_groups(32).vllm_limit([(64, 128), (192, 256)]) is None
+    assert of_groups(32).vllm_limit([(64, 128), (64, 192)]) is not None
+    assert "multiples of 8 output channels, and a layer has 12" in str(of_groups(32).vllm_obstacle([(8, 32), (12, 32)]))
+    assert "and a layer has 99" in str(vllm_obstacle(planned(tmp_path, scope="overall")))
+    assert "all or none of these must be int4" in str(vllm_obstacle(planned(tmp_path, exclude=["q_proj"])))
+
+
+@pytest.mark.parametrize("other", [{"quantize": "int8"}, {"quantize": "int4", "group_size": 64}], ids=str)
+def test_layers_that_vllm_fuses_must_be_quantized_in_one_way(other: dict[str, Any], tmp_path: Path) -> None:
+    where = {"scope": ["attention"], "include": ["[kv]_proj"]}
+    # A model whose inputs divide by 64 too.
+    model = BUILDERS["llama"]()
+    wide = type(model)(type(model.config)(**{**model.config.to_dict(), "hidden_size": 64}))
+    wide.save_pretrained(tmp_path / "in")
+    first = {"quantize": "int4", "group_size": 32, "scope": ["attention"], "include": ["q_proj"]}
+    recipe = {"steps": [first, {**other, **where}]}
+    manifest = planned(tmp_path, quantize=None, parameters=None, recipe=compressknow.Recipe.from_dict(recipe))
+    assert "q_proj, k_proj and v_proj" in str(vllm_obstacle(manifest))
+    assert "these must be quantized in one way" in str(vllm_obstacle(manifest))
+
+
+def test_infinite_weights_are_refused(tmp_path: Path) -> None:
+    tiny_of_groups("llama").save_pretrained(tmp_path / "in")
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CompressknowError, match=r"up_proj\.weight in model\.safetensors holds an infinity"):
+        compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4", parameters={"group_size": 32})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tiny_models_are_those_of_the_other_tests_but_for_their_width() -> None:
+    assert tiny_of_groups("llama").config.intermediate_size == 64
+    assert tiny("llama").config.intermediate_size == 48
+
+
+def test_a_search_takes_the_largest_group_size_that_all_layers_have() -> None:
+    space = Space(structure_of(tiny_of_groups("llama")), ["int4", "int8"], "structural")
+    quantized = [step for recipe in space.references() for step in recipe.steps if isinstance(step, Quantize)]
+    assert quantized
+    assert all((step.scheme, step.parameters) == ("int4", {"group_size": 32}) for step in quantized)
+    chosen = space.recipe(Choice((("attention", 0),), 0, "int4", "attention+feed-forward"))
+    assert chosen == Recipe((Quantize("int4", Where(("attention", "feed-forward")), {"group_size": 32}),))
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM has a layer that cannot be quantized to int4"):
+        Space(structure_of(tiny("llama")), ["int8", "int4"], "structural")
