@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.help import EVALUATE, RUNS, command, option
-from compressknow.cli.options import Share, probe_options, probes_help, split_options
-from compressknow.cli.progress import Lines
+from compressknow.cli.options import EVALUATE, RUNS, Share, command, option, probe_options, probes_help, split_options
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
-from compressknow.cli.terminal import show, show_json
+from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.format import plain, size, smaller
 from compressknow.report.diff.records import names_of
 from compressknow.report.diff.tables import (

@@ -9,11 +9,9 @@ from typing import Any
 
 import click
 
-from compressknow.cli.help import COMPRESS, HOW, RUNS, command, option
-from compressknow.cli.options import REVISION, TRUST, OneOf, Share
-from compressknow.cli.progress import Lines
+from compressknow.cli.options import COMPRESS, HOW, REVISION, RUNS, TRUST, OneOf, Share, command, option
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
-from compressknow.cli.terminal import show, show_json
+from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.compress.parameters import Parameter, Parametric
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import RECIPE_OPTIONS, SHARED

@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from compressknow.cli.help import COMPRESS, RUNS, command, option
-from compressknow.cli.options import REVISION, TRUST, OneOf
+from compressknow.cli.options import COMPRESS, REVISION, RUNS, TRUST, OneOf, command, option
 from compressknow.cli.terminal import show, show_json
 
 LISTED = 8

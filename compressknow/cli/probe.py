@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.help import EVALUATE, RUNS, command, option
-from compressknow.cli.options import REVISION, probe_options, probes_help, split_options
-from compressknow.cli.progress import Lines
+from compressknow.cli.options import (
+    EVALUATE,
+    REVISION,
+    RUNS,
+    command,
+    option,
+    probe_options,
+    probes_help,
+    split_options,
+)
 from compressknow.cli.run import RESUMES, if_interrupted
-from compressknow.cli.terminal import show, show_json
+from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.format import count, percent, plain, share
 
 if TYPE_CHECKING:

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.help import EVALUATE, RUNS, command, option
-from compressknow.cli.options import Share, probe_options, probes_help, split_options
-from compressknow.cli.progress import Lines
+from compressknow.cli.options import EVALUATE, RUNS, Share, command, option, probe_options, probes_help, split_options
 from compressknow.cli.run import RESUMES, if_interrupted
-from compressknow.cli.terminal import show, show_json
+from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.files import as_text
 from compressknow.format import at_least, count, estimate, p_value, plain, share, size
 from compressknow.report.records import Card, Comparison

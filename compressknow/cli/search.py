@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.help import COMPRESS, HOW, RUNS, command, option
 from compressknow.cli.options import (
+    COMPRESS,
+    HOW,
     REVISION,
+    RUNS,
     OneOf,
     Share,
+    command,
+    option,
     probe_options,
     probes_help,
     ray_options,
     split_options,
     split_ray,
 )
-from compressknow.cli.progress import Lines
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
-from compressknow.cli.terminal import show, show_json_text
+from compressknow.cli.terminal import Lines, show, show_json_text
 from compressknow.compress.schemes import SCHEMES
 from compressknow.errors import GateNotMet
 from compressknow.format import count, estimate, plain, size

@@ -1,4 +1,7 @@
-"""The terminal: the one place that prints, and streams that may close or break."""
+"""The terminal: the one place that prints, streams that may close or break, and how far a run is.
+
+Progress goes to stderr: a line that changes on a terminal, a line a minute elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,23 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
-from compressknow.format import is_seen, json_text, plain_lines
+from compressknow.format import count, is_seen, json_text, plain, plain_lines, size
+from compressknow.quiet import Progress, Stage
+
+# Work that ends sooner shows no line.
+DELAY_SECONDS = 1.0
+# How often the line is written anew: on a terminal, and where each one stays.
+SECONDS_ON_A_TERMINAL, SECONDS_ELSEWHERE = 0.5, 60.0
+# A run of which so many seconds are left is announced.
+WORTH_SAYING = 20.0
+NAME = 32
 
 
 def show(text: str = "", *, err: bool = False) -> None:
@@ -138,3 +152,158 @@ def _descriptor(stream: Any) -> int | None:
         return int(stream.fileno())
     except (AttributeError, OSError, ValueError):
         return None
+
+
+class Line:
+    """What `text` says, written anew by a thread until the context ends; nothing of it stays on a terminal."""
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        self._text = text
+        self._terminal = sys.stderr.isatty()
+        self._shown = 0
+        self._end = threading.Event()
+        # Of what is written: a line that stays must not come in the middle of one that changes.
+        self._writing = threading.Lock()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Line:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        with self._writing:
+            self._write(self._cleared())
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        with self._writing:
+            self._write(f"{self._cleared()}{text}\n")
+
+    def _run(self) -> None:
+        seconds = SECONDS_ON_A_TERMINAL if self._terminal else SECONDS_ELSEWHERE
+        wait = DELAY_SECONDS if self._terminal else seconds
+        while not self._end.wait(wait):
+            wait = seconds
+            with self._writing:
+                self._write(self._changed(self._text()) if self._terminal else f"{self._text()}\n")
+
+    def _changed(self, text: str) -> str:
+        text = text[: max(_columns() - 1, 1)]
+        before, self._shown = self._shown, len(text)
+        return f"\r{text:<{before}}" + "\b" * max(before - len(text), 0)
+
+    def _cleared(self) -> str:
+        before, self._shown = self._shown, 0
+        return f"\r{' ' * before}\r" if before else ""
+
+    def _write(self, text: str) -> None:
+        # Whoever read it may have gone; the work goes on.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+# What work on bytes is called on its line.
+_LABELS = {"convert": "Converting", "verify": "Verifying", "hash": "Comparing", "compare": "Comparing"}
+
+
+class Lines:
+    """A line for each stage of a run, while it lasts; of a long run one that says about how long it takes, which stays.
+
+    It is what the verbs take as `on_progress`.
+    """
+
+    def __init__(self) -> None:
+        self._announced = False
+        self._open: dict[Stage, tuple[_State, Line]] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        stage = progress.stage
+        if progress.state == "begins":
+            state = _State(stage)
+            self._open[stage] = state, Line(state.text).__enter__()
+        elif progress.state == "ends":
+            self._open.pop(stage)[1].__exit__()
+        else:
+            state, line = self._open[stage]
+            state.update(progress)
+            self._announce(progress, line)
+
+    def _announce(self, progress: Progress, line: Line) -> None:
+        if progress.left is None or self._announced or progress.stage.again:
+            return
+        self._announced = True
+        if (text := announcement(progress)) is not None:
+            line.say(text)
+
+
+class _State:
+    """What is known of a stage: nothing at first, while the model is loaded."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage, self._start = stage, time.monotonic()
+        self._told: tuple[int, int] | None = None
+        self._end: float | None = None
+
+    def update(self, progress: Progress) -> None:
+        self._told = progress.done, progress.total
+        self._end = None if progress.left is None else time.monotonic() + progress.left
+
+    def text(self) -> str:
+        """The line: which model, which probe, how far, how long still."""
+        return self._facts() if self._stage.unit == "facts" else self._bytes()
+
+    def _bytes(self) -> str:
+        label, spent = _LABELS[self._stage.work], time.monotonic() - self._start
+        done, total = self._told or (0, 0)
+        if not done:
+            return f"{label}: {duration(spent)} so far"
+        return f"{label}: {size(done)} of {size(total)}, {duration(spent / done * (total - done))} left"
+
+    def _facts(self) -> str:
+        stage, now = self._stage, time.monotonic()
+        which = f" ({stage.number} of {stage.of})" if stage.of > 1 and not stage.again else ""
+        which = " again, for the KL over all tokens" if stage.again else which
+        name = f"{plain(stage.model, NAME)}{which}, {plain(stage.probe, NAME)}"
+        if self._told is None:
+            return f"{name}: {duration(now - self._start)} so far"
+        done, total = self._told
+        facts = f"{name}: {count(done)} of {count(total)} facts"
+        return facts if self._end is None else f"{facts}, {duration(max(self._end - now, 0))} left"
+
+
+def announcement(progress: Progress) -> str | None:
+    """About how long the whole run takes, from the time that is left of its first stage; None where it is not long."""
+    stage, done, total = progress.stage, progress.done, progress.total
+    models = stage.of - stage.number + 1
+    facts = max(stage.facts, total)
+    seconds = (progress.left or 0.0) / max(total - done, 1) * (facts * models - done)
+    if seconds < WORTH_SAYING:
+        return None
+    times = f" x {count(models)} models" if models > 1 else ""
+    return f"{count(facts)} facts{times} on {plain(stage.device, 20)}: about {duration(seconds)}."
+
+
+def duration(seconds: float) -> str:
+    """In units that are worth reading.
+
+    >>> [duration(seconds) for seconds in (0.2, 59.4, 95, 3 * 3600 + 250, 200_000)]
+    ['0 s', '59 s', '2 min', '3 h 4 min', '56 h']
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes and hours < 10 else f"{round(seconds / 3600)} h"
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import click
 
-from compressknow.cli.help import RUNS, command, option
-from compressknow.cli.progress import Lines
-from compressknow.cli.terminal import show, show_json
+from compressknow.cli.options import RUNS, command, option
+from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.errors import CompressknowError
 from compressknow.format import count, size
 

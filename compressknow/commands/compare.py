@@ -58,8 +58,7 @@ def compare(
         an output that cannot be written.
     """
     from compressknow.engine.identity import describe
-    from compressknow.probe.both_ways import Named, evaluate_both, find_both
-    from compressknow.probe.gather import default_answers_folder, open_named
+    from compressknow.probe.gather import Named, default_answers_folder, evaluate_both, find_both, open_named
     from compressknow.probe.run import Settings
     from compressknow.quiet import listener
     from compressknow.report.diff.make import behaviour_of, checkpoint_of, make_comparison

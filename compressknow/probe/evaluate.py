@@ -51,9 +51,7 @@ def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, famil
 
     Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.
     """
-    from compressknow.probe.scoring.causal import CausalScorer
-    from compressknow.probe.scoring.masked import MaskedScorer
-    from compressknow.probe.scoring.seq2seq import Seq2SeqScorer
+    from compressknow.probe.scoring.families import CausalScorer, MaskedScorer, Seq2SeqScorer
 
     rows, size = embedding_rows(model), len(tokenizer)
     # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.

@@ -16,7 +16,7 @@ import pytest
 
 from compressknow import __version__
 from compressknow.cli import COMMANDS, cli, main
-from compressknow.cli.help import GROUPS
+from compressknow.cli.options import GROUPS
 from compressknow.cli.run import LazyGroup, if_interrupted, run
 from compressknow.errors import CompressknowError, GateNotMet, UsageError
 

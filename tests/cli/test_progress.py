@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from compressknow.cli import progress
-from compressknow.cli.progress import Lines, announcement
+from compressknow.cli import terminal
+from compressknow.cli.terminal import Lines, announcement
 from compressknow.quiet import Pace, Progress, Stage, begun, staged
 
 STAGE = Stage("evaluate", "smollm2-att-int8", "atlas", facts=4021, number=2, of=3)
@@ -35,7 +35,7 @@ class Screen(io.StringIO):
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DELAY_SECONDS", "SECONDS_ON_A_TERMINAL", "SECONDS_ELSEWHERE"):
-        monkeypatch.setattr(progress, name, 0.01)
+        monkeypatch.setattr(terminal, name, 0.01)
 
 
 def until(screen: Screen, text: str) -> None:
@@ -120,7 +120,7 @@ def test_a_screen_that_has_gone_stops_no_work(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_control_characters_of_a_name_are_not_written() -> None:
-    state = progress._State(Stage("evaluate", "\x1b[31mred", "atlas", facts=1))
+    state = terminal._State(Stage("evaluate", "\x1b[31mred", "atlas", facts=1))
     assert "\x1b" not in state.text()
 
 

@@ -16,7 +16,7 @@ from compressknow.engine.language_model import LanguageModel, load_language_mode
 from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.probe.evaluate import prompts_of, scorer_for
 from compressknow.probe.facts import BLANK, Fact, Probe
-from compressknow.probe.scoring.masked import MaskedScorer
+from compressknow.probe.scoring.families import MaskedScorer
 from compressknow.probe.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
 from tests.knowing import knowing
 from tests.models import tiny

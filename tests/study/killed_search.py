@@ -34,9 +34,9 @@ IMPORTED = (
     *("compressknow.compress.convert", "compressknow.report.card.pages", "compressknow.report.search"),
     *(
         "compressknow.commands.search",
-        "compressknow.probe.scoring.causal",
-        "compressknow.probe.scoring.masked",
-        "compressknow.probe.scoring.seq2seq",
+        "compressknow.probe.scoring.families",
+        "compressknow.probe.scoring.families",
+        "compressknow.probe.scoring.families",
     ),
 )
 

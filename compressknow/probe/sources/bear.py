@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.errors import UsageError
-from compressknow.probe.facts import Fact, Probe
+from compressknow.probe.facts import WIKIDATA, Fact, Probe, domain_of
 from compressknow.probe.scoring.prompts import OBJECT, capitalized, fill, pick
 from compressknow.probe.sources.columns import file_hashes, read_rows
-from compressknow.probe.sources.domains import WIKIDATA, domain_of
 from compressknow.probe.sources.source import Options, ProbeSource
 from compressknow.reading import INDEX, read_json
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.errors import UsageError, did_you_mean
+from compressknow.probe.facts import ARTS, GEOGRAPHY, PEOPLE, by_relation
 from compressknow.probe.scoring.prompts import OBJECT
-from compressknow.probe.sources.domains import ARTS, GEOGRAPHY, PEOPLE, table
 from compressknow.reading import MOST_VALUES, NotReadable, parse_json, read_lines, sha256_of, values_in
 
 
@@ -109,7 +109,7 @@ class Columns:
 
 
 # Domains of PopQA's properties, with underscores for spaces.
-POPQA = table(
+POPQA = by_relation(
     {
         GEOGRAPHY: "capital capital_of country",
         PEOPLE: "place_of_birth father mother occupation religion",

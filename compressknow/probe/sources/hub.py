@@ -20,10 +20,9 @@ from typing import Any
 from compressknow.errors import CompressknowError, UsageError
 from compressknow.libraries import require
 from compressknow.probe.answers import check_parquet
-from compressknow.probe.facts import Fact, Probe
+from compressknow.probe.facts import Fact, Probe, domain_of
 from compressknow.probe.scoring.prompts import UniqueIds, fill, wrong_blanks
 from compressknow.probe.sources.columns import POPQA, Columns, choose_columns
-from compressknow.probe.sources.domains import domain_of
 from compressknow.probe.sources.lama import CONCEPTNET
 from compressknow.probe.sources.lama import DOMAINS as LAMA
 from compressknow.probe.sources.source import Options, ProbeSource

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from compressknow.errors import UsageError
-from compressknow.probe.facts import GENERAL, Fact, Probe
+from compressknow.probe.facts import COMMON_SENSE, GENERAL, PEOPLE, WIKIDATA, Fact, Probe, by_relation, domain_of
 from compressknow.probe.scoring.prompts import UniqueIds, fill, wrong_blanks
 from compressknow.probe.sources.columns import file_hashes, read_rows
-from compressknow.probe.sources.domains import COMMON_SENSE, PEOPLE, WIKIDATA, domain_of, table
 from compressknow.probe.sources.source import Options, ProbeSource
 from compressknow.reading import TOKENIZER, read_text
 
@@ -37,8 +36,8 @@ _GOOGLE_RE = {
     "date_of_birth": "[X] (born [Y]).",
     "place_of_death": "[X] died in [Y] .",
 }
-GOOGLE_RE = table({PEOPLE: "place_of_birth date_of_birth place_of_death"})
-CONCEPTNET = table(
+GOOGLE_RE = by_relation({PEOPLE: "place_of_birth date_of_birth place_of_death"})
+CONCEPTNET = by_relation(
     {
         COMMON_SENSE: (
             "AtLocation CapableOf Causes CausesDesire Desires HasA HasPrerequisite HasProperty HasSubevent IsA MadeOf "

@@ -10,7 +10,7 @@ from compressknow._version import __version__
 from compressknow.diff.records import Difference, Sums, summed
 from compressknow.format import count, number, percent, plain
 from compressknow.probe.answers import Answers
-from compressknow.probe.both_ways import BothWays
+from compressknow.probe.gather import BothWays
 from compressknow.report.card import warnings
 from compressknow.report.card.make import make_card
 from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, KnownBy, SideBySide, names_of

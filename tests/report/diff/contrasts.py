@@ -11,7 +11,7 @@ from compressknow.diff.records import (
     Sums,
     TensorDifference,
 )
-from compressknow.probe.both_ways import BothWays
+from compressknow.probe.gather import BothWays
 from compressknow.report.diff.make import behaviour_of, comparison_verdict
 from compressknow.report.diff.records import Checkpoint, CheckpointComparison
 from tests.report.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
