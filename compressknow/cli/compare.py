@@ -14,7 +14,7 @@ from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.format import plain, size, smaller
-from compressknow.report.diff.records import names_of
+from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, names_of
 from compressknow.report.diff.tables import (
     Part,
     figures_table,
@@ -29,7 +29,6 @@ from compressknow.report.diff.tables import (
 
 if TYPE_CHECKING:
     from compressknow.diff.records import Difference
-    from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison
     from compressknow.report.tables import Table
 
 

@@ -6,7 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -17,9 +17,6 @@ from compressknow.files import as_text
 from compressknow.format import at_least, count, estimate, p_value, plain, share, size
 from compressknow.report.records import Card, Comparison
 from compressknow.stats.records import Estimate
-
-if TYPE_CHECKING:
-    from compressknow.report.records import Card
 
 
 @command(short_help="Show which knowledge compressed models kept and lost.", more=probes_help)

@@ -27,7 +27,7 @@ from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json_text
 from compressknow.compress.schemes import SCHEMES
-from compressknow.format import count, estimate, percent, plain
+from compressknow.format import count, estimate, percent, plain, size
 
 if TYPE_CHECKING:
     from compressknow.report.study.records import Study
@@ -143,8 +143,6 @@ class _Lines:
 
 
 def _line(result: CellResult) -> Iterator[str]:
-    from compressknow.format import size
-
     name = plain(result.setup, 33)
     if result.answers is None:
         yield from textwrap.wrap(f"{name}: failed: {plain(result.why, 300)}", WIDTH, subsequent_indent="  ")
