@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults lint format docs bench clean
+.PHONY: demo test test-lowest faults lint format docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-gguf
@@ -12,6 +12,13 @@ demo: $(VENV)/.stamp-gguf
 
 test: lint docs
 	$(BIN)/python -m pytest -n 2
+
+# All tests with the lowest versions that tests/lowest.txt names, in an environment of their own (7 GB: torch with CUDA).
+test-lowest:
+	PIP_CONSTRAINT=tests/lowest.txt $(MAKE) VENV=.venv-lowest .venv-lowest/.stamp-dev
+	.venv-lowest/bin/python -m pytest -n 2
+
+.venv-lowest/.stamp-dev: tests/lowest.txt
 
 # Every disturbance of every command, and 20,000 damaged files: hours. `make faults FILES=1000` is shorter.
 faults: $(VENV)/.stamp-dev

@@ -12,6 +12,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import compressknow
 from compressknow.libraries import GGUF_TRANSFORMERS, OPTIONAL
@@ -115,3 +117,15 @@ def test_the_list_for_a_small_image_is_what_is_declared_without_the_optional_lib
     names = listed.group(1).replace("\\\n", " ").split()
     assert set(names) == _declared()[0] - set(OPTIONAL.values())
     assert names == sorted(names)
+
+
+def test_the_lowest_versions_that_are_tested_are_those_that_are_asked_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "tests" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    asked = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}
+    assert len(pins) == 3
+    for pin in pins:
+        (exact,), (lowest,) = pin.specifier, asked[pin.name]
+        assert (exact.operator, lowest.operator) == ("==", ">=")
+        assert Version(exact.version) == Version(lowest.version), pin.name

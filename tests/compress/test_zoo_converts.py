@@ -19,7 +19,7 @@ from compressknow.engine import int8
 from compressknow.engine.load import load
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.quiet import quiet
-from tests.model.test_zoo import SETTINGS
+from tests.model.test_zoo import BEFORE_5_20, SETTINGS
 from tests.zoo import ZOO, inputs_of, tiny_model
 
 # No forward pass of token ids alone, or hundreds of millions of parameters whatever the config says.
@@ -110,4 +110,5 @@ def test_what_convert_writes_loads_whole_and_computes_the_same_everywhere(tmp_pa
     print(f"\n{len(names)} classes: {dict(outcomes.most_common())}")
     assert {reason.removeprefix("pruned only: ") for reason in outcomes} <= {*REASONS, "int8", "not built"}
     assert outcomes["not built"] <= 0.15 * len(names)
-    assert outcomes["int8"] >= 0.5 * len(names)
+    # Older releases have other classes, so that a part may hold more of those with fused experts.
+    assert outcomes["int8"] >= (0.45 if BEFORE_5_20 else 0.5) * len(names)

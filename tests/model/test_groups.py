@@ -187,7 +187,9 @@ def structure(name: str, module_map: ModuleMap = "structural", **settings: Any) 
 
 
 def small(architecture: str, module_map: ModuleMap = "structural", **config: Any) -> Structure:
-    model_class = getattr(transformers, architecture)
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture} yet")
     with torch.device("meta"):
         return structure_of(model_class(model_class.config_class(**config)), module_map)
 

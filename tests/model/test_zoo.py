@@ -327,6 +327,8 @@ def test_blocks_are_numbered_from_zero_without_gaps(zoo: dict[str, Structure]) -
 
 def test_both_stacks_of_an_encoder_decoder_model_are_told_apart(zoo: dict[str, Structure]) -> None:
     for model_type, name in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.items():
+        if BEFORE_5_20 and name in BUILT_SINCE_5_20:
+            continue
         structure = zoo[name]
         stacks = {w.stack for w in structure.linears if w.group in ("attention", "feed-forward")}
         assert stacks in ({"encoder", "decoder"}, {None}), model_type

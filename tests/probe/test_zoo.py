@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from compressknow.engine.language_model import _family
 from compressknow.errors import UnsupportedError
 from compressknow.probe.facts import BLANK, Fact
-from tests.model.test_zoo import NOT_BUILT, ZOO
+from tests.model.test_zoo import BEFORE_5_20, BUILT_SINCE_5_20, NOT_BUILT, ZOO
 from tests.probe.references import WORDS, Words, answers_to, as_probe, masked, sentence, word_facts, word_tokenizer
 from tests.probe.tiny_zoo import build_tiny
 
@@ -36,6 +36,8 @@ NOT_TINY = NOT_BUILT | {
     "Gemma4AssistantForCausalLM",
     "Gemma4UnifiedAssistantForCausalLM",
 }
+# Nor do older releases build these from settings as small as the zoo's.
+TINY_LATER = BUILT_SINCE_5_20 | {"CohereCompassForCausalLM", "DbrxForCausalLM"}
 
 
 def two_facts(*, closed: bool = True) -> tuple[Fact, Fact]:
@@ -87,6 +89,8 @@ def silent() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", sorted(CLASSES.keys() - NOT_TINY))
 def test_a_class_scores_two_facts_as_a_plain_loop_does(name: str) -> None:
+    if BEFORE_5_20 and name in TINY_LATER:
+        pytest.skip(f"transformers {transformers.__version__} builds no tiny {name}")
     with silent():
         model = build_tiny(CLASSES[name], name)
         tokenizer, family = word_tokenizer(), _family(model)
@@ -107,6 +111,7 @@ def test_a_class_scores_two_facts_as_a_plain_loop_does(name: str) -> None:
             assert len(answers_to(model, tokenizer, family, as_probe(two_facts(closed=False)))) == 2
 
 
+@pytest.mark.skipif(BEFORE_5_20, reason="the classes are those of newer releases")
 def test_nearly_every_class_is_built_and_asked() -> None:
     assert len(NOT_TINY | REFUSED.keys()) <= 0.03 * len(CLASSES)
     assert NOT_TINY | REFUSED.keys() <= CLASSES.keys()
