@@ -85,7 +85,8 @@ def _no_bars() -> Iterator[None]:
         tqdm.__init__ = init
 
 
-Work = Literal["evaluate", "convert", "verify", "hash", "compare"]
+Work = Literal["evaluate", "convert", "sample", "calibrate", "verify", "hash", "compare"]
+UNITS = {"evaluate": "facts", "sample": "tokens", "calibrate": "blocks"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Stage:
 
     Attributes
     ----------
-    work : ``evaluate`` (a model on the facts of a probe), ``convert``, ``verify``, ``hash`` or ``compare``.
+    work : ``evaluate`` (a model on the facts of a probe), ``convert``, ``sample`` (the text to calibrate on),
+        ``calibrate`` (convert block by block), ``verify``, ``hash`` or ``compare``.
     model : what the model is called.
     probe : what it is evaluated on; nothing for other work.
     facts : of all probes that this model is evaluated on; each of the others is evaluated on the same.
@@ -115,7 +117,7 @@ class Stage:
     @property
     def unit(self) -> str:
         """What is counted."""
-        return "facts" if self.work == "evaluate" else "bytes"
+        return UNITS.get(self.work, "bytes")
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Progress:
     Attributes
     ----------
     stage : the part of the run.
-    done, total : facts or bytes, as `Stage.unit` says; both 0 until the total is known.
+    done, total : facts, bytes, tokens or blocks, as `Stage.unit` says; both 0 until the total is known.
     left : seconds until the stage ends, as far as they can be told already.
 
     Examples
@@ -195,7 +197,7 @@ def _bar(stage: Stage) -> Any:
     name = f"{stage.work} {name_of(stage)}"
     if stage.unit == "bytes":
         return tqdm(desc=name, unit="B", unit_scale=True)
-    return tqdm(desc=name, unit=" facts")
+    return tqdm(desc=name, unit=f" {stage.unit}")
 
 
 class Advance(Protocol):

@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from compressknow.cli.options import COMPRESS, HOW, REVISION, RUNS, TRUST, OneOf, Share, command, option
+from compressknow.cli.options import CALIBRATION, COMPRESS, HOW, REVISION, RUNS, TRUST, OneOf, Share, command, option
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.compress.parameters import Parameter, Parametric
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import RECIPE_OPTIONS, SHARED
+from compressknow.compress.recipe import RECIPE_OPTIONS, ROUNDINGS, SHARED
 from compressknow.compress.schemes import SCHEMES, known, word_of
 from compressknow.errors import UsageError
 from compressknow.format import count, percent, size
@@ -115,7 +115,22 @@ def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
 @option(
     "--quantize", group=HOW, metavar="SCHEME", type=OneOf(list(SCHEMES)), help="How to store the weights; see below."
 )
+@option("--rounding", group=HOW, type=OneOf(list(ROUNDINGS)), default=ROUNDINGS[0], help="nearest, or gptq.")
+@option("--smooth", group=HOW, type=Share(), metavar="ALPHA", help="Move outliers of activations into weights: 0.5.")
 @_parameter_options
+@option(
+    "--calibration",
+    group=CALIBRATION,
+    metavar="TEXT",
+    help="self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
+)
+@option(
+    "--calibration-tokens",
+    group=CALIBRATION,
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many tokens of it.  [default: 32768]",
+)
 @option(
     "--recipe",
     group=HOW,

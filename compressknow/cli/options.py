@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 
 # The groups, in the order in which one decides.
-COMPRESS, HOW, EVALUATE, RUNS, OUTPUT = (
+COMPRESS, HOW, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
     "What to compress",
     "How to compress it",
+    "Calibration",
     "What to evaluate",
     "Where it runs",
     "Output",
 )
-GROUPS = (COMPRESS, HOW, EVALUATE, RUNS, OUTPUT)
+GROUPS = (COMPRESS, HOW, CALIBRATION, EVALUATE, RUNS, OUTPUT)
 # Width of the column of names, where help texts start in the same line.
 NAMES = 22
 FACTS = ("data", "protocol", "template", "limit", "seed", "map", "split", "tasks")

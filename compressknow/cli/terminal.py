@@ -205,8 +205,11 @@ class Line:
             sys.stderr.flush()
 
 
-# What work on bytes is called on its line.
-_LABELS = {"convert": "Converting", "verify": "Verifying", "hash": "Comparing", "compare": "Comparing"}
+# What work that evaluates nothing is called on its line.
+_LABELS = {
+    **{"convert": "Converting", "sample": "Writing the calibration text", "calibrate": "Compressing"},
+    **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},
+}
 
 
 class Lines:
@@ -253,14 +256,17 @@ class _State:
 
     def text(self) -> str:
         """The line: which model, which probe, how far, how long still."""
-        return self._facts() if self._stage.unit == "facts" else self._bytes()
+        return self._facts() if self._stage.unit == "facts" else self._counted()
 
-    def _bytes(self) -> str:
+    def _counted(self) -> str:
         label, spent = _LABELS[self._stage.work], time.monotonic() - self._start
         done, total = self._told or (0, 0)
         if not done:
             return f"{label}: {duration(spent)} so far"
-        return f"{label}: {size(done)} of {size(total)}, {duration(spent / done * (total - done))} left"
+        far = f"{size(done)} of {size(total)}"
+        if self._stage.unit != "bytes":
+            far = f"{count(done)} of {count(total)} {self._stage.unit}"
+        return f"{label}: {far}, {duration(spent / done * (total - done))} left"
 
     def _facts(self) -> str:
         stage, now = self._stage, time.monotonic()

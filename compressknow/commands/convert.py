@@ -28,6 +28,10 @@ def convert(
     dim: int = 0,
     seed: int = 0,
     quantize: str | None = None,
+    rounding: str = "nearest",
+    smooth: float | None = None,
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
     module_map: ModuleMap = "structural",
     parameters: Mapping[str, Any] | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
@@ -51,13 +55,17 @@ def convert(
     prune_method : ``l1-unstructured``, ``ln-structured``, ``random-unstructured`` or ``random-structured``.
     per_layer, norm, dim, seed : see `compressknow.compress.recipe.Prune`.
     quantize : ``int8``, ``int8-weights``, ``int8-paper`` or ``int4``.
+    rounding : ``nearest``, or ``gptq``, which needs calibration.
+    smooth : alpha of SmoothQuant, for schemes that round activations (``int8``).
+    calibration : the text for methods that look at activations: ``self`` (the model's own samples), the path of a
+        ``.txt`` or ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default, drawn by `seed`.
     parameters : by name, of the method and of the scheme, where they have further ones (those of other packages may).
     recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
         or a converted folder.
     overwrite : replace `output` where convert wrote it, once the new one is whole.
     dry_run : write nothing; return what the manifest would hold, as far as the headers of the weight files tell it.
     threads : tensors worked on at a time, by default one a core; the output does not depend on it.
-    on_progress : called with each `compressknow.Progress`, in bytes; ``"bar"`` shows a bar.
+    on_progress : called with each `compressknow.Progress`, in bytes or blocks; ``"bar"`` shows a bar.
 
     Returns
     -------
@@ -69,18 +77,22 @@ def convert(
     """
     chosen = _chosen(locals())
     _refuse_before_work(model, Path(output), overwrite=overwrite, writes=not dry_run)
-    from compressknow.compress.convert import prepare, write
+    from compressknow.compress.convert import prepare, text_for, write
     from compressknow.compress.manifest import dry_run as preview
     from compressknow.quiet import Stage, begun, listener
     from compressknow.report.model_card import model_card_for
 
-    with begun(listener(on_progress), Stage("convert", str(model))) as advance:
+    listening, calibrates = listener(on_progress), chosen.calibration is not None
+    how: dict[str, Any] = {"overwrite": overwrite, "threads": threads, "render_card": model_card_for}
+    with begun(listening, Stage("sample" if calibrates else "convert", str(model))) as advance:
         conversion = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
             return preview(conversion.plan)
-        return write(
-            conversion, output, overwrite=overwrite, threads=threads, advance=advance, render_card=model_card_for
-        )
+        if not calibrates:
+            return write(conversion, output, advance=advance, **how)
+        text = text_for(conversion, trust_remote_code=trust_remote_code, advance=advance)
+    with begun(listening, Stage("calibrate", str(model))) as advance:
+        return write(conversion, output, text=text, advance=advance, **how)
 
 
 def _chosen(given: dict[str, Any]) -> Recipe:

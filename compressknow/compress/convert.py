@@ -34,6 +34,9 @@ from compressknow.reading import sha256_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from compressknow.compress.calibrate.compression import Calibrated
+    from compressknow.compress.calibrate.text import CalibrationText  # type: ignore[import-untyped,unused-ignore]
+
 # Weights in any form, and what only training needs: not carried along.
 WEIGHT_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data"),
@@ -78,6 +81,29 @@ def proved(plan: Plan, tree: PreTrainedModel) -> Plan:
     return plan
 
 
+def text_for(
+    conversion: Conversion, *, trust_remote_code: bool = False, advance: Advance | None = None
+) -> CalibrationText | None:
+    """What a recipe is calibrated on; None where no step looks at activations. Raises what `calibration_text` does.
+
+    `advance` is told the tokens that the model has written, and in all, where it writes the text itself.
+    """
+    plan = conversion.plan
+    if (calibration := plan.recipe.calibration) is None:
+        return None
+    from compressknow.compress.calibrate.text import calibration_text  # type: ignore[import-untyped,unused-ignore]
+
+    return calibration_text(
+        plan.checkpoint.folder,
+        conversion.tree,
+        text=calibration.text,
+        tokens=calibration.tokens,
+        seed=calibration.seed,
+        trust_remote_code=trust_remote_code,
+        advance=advance,
+    )
+
+
 def convert(
     model: str | Path,
     output: str | Path,
@@ -96,7 +122,9 @@ def convert(
     """
     clean(Path(output))
     refuse_output(Path(output), overwrite=overwrite, source=Path(model))
-    return write(prepare(model, recipe), output, overwrite=overwrite, threads=threads, render_card=render_card)
+    conversion = prepare(model, recipe)
+    text = text_for(conversion)
+    return write(conversion, output, text=text, overwrite=overwrite, threads=threads, render_card=render_card)
 
 
 def write(
@@ -104,6 +132,7 @@ def write(
     output: str | Path,
     *,
     overwrite: bool = False,
+    text: CalibrationText | None = None,
     threads: int | None = None,
     advance: Advance | None = None,
     render_card: Callable[[Mapping[str, Any], Path], str] | None = None,
@@ -116,8 +145,9 @@ def write(
     Parameters
     ----------
     output : a folder that does not exist, or one that convert wrote, with `overwrite`.
+    text : what the model runs over; wanted where a step of the recipe looks at activations.
     threads : tensors worked on at a time, by default one a core. The output's bytes do not depend on it.
-    advance : told the bytes read so far, and in all.
+    advance : told the bytes read so far, and in all; with a `text`, the blocks that are done.
     render_card : the model card's text for a manifest and the source folder; no card is written without it.
 
     Returns
@@ -133,11 +163,11 @@ def write(
     source = plan.checkpoint.folder
     layout, carried = lay_out(plan.tensors, plan.checkpoint.shards), list(carried_files(source))
     with Staging(Path(output), overwrite=overwrite, source=source) as staging:
-        weights = _write_weights(plan, layout, staging, threads, advance)
+        weights = _write_weights(conversion, layout, staging, text, threads, advance)
         written = _write_config(plan, layout, staging)
         prove_written(plan.checkpoint, tree, staging.folder)
         copied = {name: staging.copy(source / name, name) for name in carried}
-        manifest = _manifest(plan, weights, written, copied)
+        manifest = _manifest(plan, weights, written, copied, text)
         staging.write(MANIFEST_NAME, serialize(manifest))
         if render_card:
             staging.write(CARD_NAME, render_card(manifest, source).encode("utf-8", "backslashreplace"))
@@ -150,23 +180,49 @@ class Weights(NamedTuple):
 
     hashes: dict[str, str]
     measured: dict[str, Measured]
+    calibrated: Calibrated | None
 
 
 def _write_weights(
-    plan: Plan, layout: Layout, staging: Staging, threads: int | None, advance: Advance | None
+    conversion: Conversion,
+    layout: Layout,
+    staging: Staging,
+    text: CalibrationText | None,
+    threads: int | None,
+    advance: Advance | None,
 ) -> Weights:
     """The weight files: what to prune is chosen, then all tensors are pruned, quantized and written."""
+    plan = conversion.plan
     with Pool(threads) as pool, OpenFiles() as files:
         outputs = OutputFiles(staging.folder, layout)
         staging.expect(layout.sizes)
         try:
-            work = Work(pool, files, counted(advance, _bytes_to_read(plan)), outputs)
-            hashes, measured = _write_tensors(work, plan, choose_masks(work, plan))
+            work = Work(pool, files, counted(None if text else advance, _bytes_to_read(plan)), outputs)
+            masks = choose_masks(work, plan)
+            calibrated = compress_blocks(conversion, work, masks, text, staging.folder, advance)
+            hashes, measured = _write_tensors(work, plan, masks, calibrated.measured if calibrated else {})
             refuse_miscounts(plan, measured)
             outputs.sync(pool)
         finally:
             outputs.close()
-    return Weights(hashes, measured)
+    return Weights(hashes, measured, calibrated)
+
+
+def compress_blocks(
+    conversion: Conversion,
+    work: Work,
+    masks: Mapping[str, Mask],
+    text: CalibrationText | None,
+    folder: Path | None = None,
+    advance: Advance | None = None,
+) -> Calibrated | None:
+    """All in scope, block by block, where a step looks at activations: see `calibrate`. Nothing is done elsewhere."""
+    if conversion.plan.recipe.calibration is None:
+        return None
+    from compressknow.compress.calibrate.compression import calibrate
+
+    assert text is not None
+    return calibrate(conversion.plan, conversion.tree, work, masks, text, folder=folder, told=advance or max)
 
 
 def _write_config(plan: Plan, layout: Layout, staging: Staging) -> dict[str, str]:
@@ -177,12 +233,28 @@ def _write_config(plan: Plan, layout: Layout, staging: Staging) -> dict[str, str
     return written
 
 
-def _manifest(plan: Plan, weights: Weights, written: Mapping[str, str], copied: Mapping[str, str]) -> Manifest:
+def _manifest(
+    plan: Plan,
+    weights: Weights,
+    written: Mapping[str, str],
+    copied: Mapping[str, str],
+    text: CalibrationText | None,
+) -> Manifest:
     """`written` and `copied` : SHA-256 of the files beside the weights, by name."""
     source = plan.checkpoint.folder
     replaced = {name: sha256_of(source / name) for name in ("config.json", plan.checkpoint.index) if name}
     read = {**weights.hashes, **copied, **replaced}
-    return Manifest(sealed(build_manifest(plan, weights.measured, read, {**written, **copied})))
+    calibration = calibration_record(text, weights.calibrated)
+    return Manifest(sealed(build_manifest(plan, weights.measured, read, {**written, **copied}, calibration)))
+
+
+def calibration_record(text: CalibrationText | None, done: Calibrated | None) -> dict[str, Any] | None:
+    """What a manifest says of calibration; None where there was none."""
+    if text is None or done is None:
+        return None
+    said = {"kind": text.kind, "source": text.source, "sha256": text.sha256, "tokens": text.tokens, "seed": text.seed}
+    smoothed = {"smoothed": done.smoothed} if done.smoothed else {}
+    return {**said, "blocks_apart": done.apart, "unseen": done.unseen, **smoothed}
 
 
 def carried_files(folder: Path) -> Iterator[str]:
@@ -203,10 +275,10 @@ def carried_files(folder: Path) -> Iterator[str]:
 
 
 def choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
-    """What the plan prunes, by tensor name."""
+    """What the plan prunes by looking at weights alone, by tensor name."""
     masks: dict[str, Mask] = {}
     for index, step in enumerate(plan.recipe.steps):
-        if isinstance(step, Prune):
+        if isinstance(step, Prune) and not step.calibrated:
             tensors = plan.pruned_by(index)
             chosen = choose(work, step, [tensor.to_prune for tensor in tensors])
             masks |= {tensor.name: mask for tensor, mask in zip(tensors, chosen, strict=True)}
@@ -223,10 +295,13 @@ def refuse_miscounts(plan: Plan, measured: Mapping[str, Measured]) -> None:
                 raise CompressknowError(f"{step.method} prunes {found:,} weights where it said {said:,}.")
 
 
-def _write_tensors(work: Work, plan: Plan, masks: Mapping[str, Mask]) -> tuple[dict[str, str], dict[str, Measured]]:
-    """Write all tensors, and hash the source files beside that: both keep every core busy, largest task first."""
+def _write_tensors(
+    work: Work, plan: Plan, masks: Mapping[str, Mask], done: Mapping[str, Measured]
+) -> tuple[dict[str, str], dict[str, Measured]]:
+    """Write all tensors but those that are `done`, and hash the source files beside that: both keep every core busy,
+    largest task first."""
     hashes: dict[str, str] = {}
-    measured: dict[str, Measured] = {}
+    measured = dict(done)
 
     def hash_shard(name: str) -> None:
         hashes[name] = hash_file(work.pool, plan.checkpoint.folder / name, work.progress)
@@ -237,7 +312,7 @@ def _write_tensors(work: Work, plan: Plan, masks: Mapping[str, Mask]) -> tuple[d
     hashing = [
         ((plan.checkpoint.folder / name).stat().st_size, partial(hash_shard, name)) for name in plan.checkpoint.shards
     ]
-    writing = [(tensor.source.nbytes, partial(write, tensor)) for tensor in plan.tensors]
+    writing = [(tensor.source.nbytes, partial(write, tensor)) for tensor in plan.tensors if tensor.name not in done]
     tasks = sorted([*hashing, *writing], key=lambda task: -task[0])
     work.pool.map(lambda task: task[1](), tasks)
     return hashes, measured

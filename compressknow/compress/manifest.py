@@ -119,7 +119,11 @@ def dry_run(plan: Plan) -> Manifest:
 
 
 def build_manifest(
-    plan: Plan, measured: Mapping[str, Measured], source_files: Mapping[str, str], files: Mapping[str, str]
+    plan: Plan,
+    measured: Mapping[str, Measured],
+    source_files: Mapping[str, str],
+    files: Mapping[str, str],
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest as plain values.
 
@@ -127,13 +131,15 @@ def build_manifest(
     ----------
     measured : by name, every tensor of the plan.
     source_files, files : SHA-256 of the files that were read, and of those written beside the weights.
+    calibration : on what text, and how it went, where a step looked at activations.
     """
     rows = [_row(tensor, measured[tensor.name]) for tensor in plan.tensors]
     summary = _summary(plan, rows, source_files)
     summary["totals"]["relative_error"] = pooled_error(rows)
     for group, counts in summary["groups"].items():
         counts["relative_error"] = pooled_error(row for row in rows if row["group"] == group)
-    return {**summary, "files": dict(sorted(files.items())), "tensors": rows}
+    said = {} if calibration is None else {"calibration": dict(calibration)}
+    return {**summary, **said, "files": dict(sorted(files.items())), "tensors": rows}
 
 
 def serialize(manifest: Mapping[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.pruning import Weights, pruned_count
-from compressknow.compress.recipe import Prune, Quantize, Recipe, Step
+from compressknow.compress.recipe import Prune, Quantize, Recipe
 from compressknow.compress.schemes import SCHEMES, Scheme, Stored
 from compressknow.compress.sources import Sources
 from compressknow.errors import UnsupportedError, UsageError
@@ -35,10 +35,11 @@ class PlannedTensor:
     """A tensor of the output.
 
     `transposed` says that the last axis of a weight is its output.
-    `module` is the Linear that it is the weight of, where it is changed; `prune` is the position of its prune step in
-    the recipe; `created` marks one that the source holds only under a tied name, `weight` one that the module tree has
-    as a parameter (not as a buffer, nor not at all). `sharing` names further modules that hold the same weight: a
-    loader ties their weights to it, but gives each a scale of its own.
+    `module` is the Linear that it is the weight of, and `parameter` its name in the module tree, where it is changed;
+    `prune` and `quantize` are the positions of its steps in the recipe; `created` marks one that the source holds only
+    under a tied name, `weight` one that the module tree has as a parameter (not as a buffer, nor not at all). `sharing`
+    names further modules that hold the same weight: a loader ties their weights to it, but gives each a scale of its
+    own.
     """
 
     name: str
@@ -51,6 +52,8 @@ class PlannedTensor:
     weight: bool = True
     transposed: bool = False
     sharing: tuple[str, ...] = ()
+    parameter: str = ""
+    quantize: int | None = None
 
     @property
     def to_prune(self) -> Weights:
@@ -108,7 +111,24 @@ class Plan:
     ignore: tuple[str, ...]
     untied: tuple[Untied, ...]
     config: dict[str, Any] = field(repr=False)
+    sources: Sources = field(repr=False, compare=False)
     unpacked: bool = False
+
+    def prune_step(self, tensor: PlannedTensor) -> Prune | None:
+        """What prunes a tensor."""
+        step = None if tensor.prune is None else self.recipe.steps[tensor.prune]
+        return step if isinstance(step, Prune) else None
+
+    def quantize_step(self, tensor: PlannedTensor) -> Quantize | None:
+        """What quantizes a tensor."""
+        step = None if tensor.quantize is None else self.recipe.steps[tensor.quantize]
+        return step if isinstance(step, Quantize) else None
+
+    def is_calibrated(self, tensor: PlannedTensor) -> bool:
+        """Whether what is done to a tensor depends on its inputs on the calibration text."""
+        return any(
+            step is not None and step.calibrated for step in (self.prune_step(tensor), self.quantize_step(tensor))
+        )
 
     def pruned_by(self, step: int) -> list[PlannedTensor]:
         """The tensors that a prune step acts on, in the order in which it breaks ties."""
@@ -132,6 +152,7 @@ class _Action:
     weight: LinearWeight
     prune: int | None = None
     scheme: Scheme | None = None
+    quantize: int | None = None
 
 
 def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure, recipe: Recipe) -> Plan:
@@ -162,7 +183,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     tensors = tuple(sorted([*changed, *kept], key=lambda t: sources.order(t.source, t.created, t.name)))
     targets = _targets(changed)
     quantized = {module for modules in targets.values() for module in modules}
-    return Plan(
+    plan = Plan(
         checkpoint,
         structure,
         recipe,
@@ -171,7 +192,10 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
         tuple(m for w in structure.linears if w.kind == "linear" for m in w.modules if m not in quantized),
         tuple(_untied(changed, shared_with)),
         config,
+        sources,
     )
+    _refuse_unreachable(plan)
+    return plan
 
 
 def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
@@ -179,7 +203,6 @@ def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
     for index, step in enumerate(recipe.steps):
         kind: Action = "prune" if isinstance(step, Prune) else "quantize"
         where = step.where
-        _refuse_needs(step)
         for weight in select(structure, where.scope, kind, where.include, where.exclude, where.layers):
             before = actions.get(weight.parameter, _Action(weight))
             if (before.scheme if isinstance(step, Quantize) else before.prune) is not None:
@@ -188,17 +211,11 @@ def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
                     hint="Narrow the steps with exclude or layers, so that their scopes do not overlap.",
                 )
             actions[weight.parameter] = (
-                _Action(weight, before.prune, step.chosen) if isinstance(step, Quantize) else _Action(weight, index)
+                _Action(weight, before.prune, step.chosen, index)
+                if isinstance(step, Quantize)
+                else _Action(weight, index)
             )
     return actions
-
-
-def _refuse_needs(step: Step) -> None:
-    if isinstance(step, Prune) and step.chosen.needs in ("norms", "products"):
-        raise UnsupportedError(
-            f"{step.method} looks at activations, which nothing gathers here yet.",
-            hint="Choose a method that looks at weights alone.",
-        )
 
 
 def _separate(actions: Mapping[str, _Action], sources: Sources) -> None:
@@ -224,7 +241,18 @@ def _changed(action: _Action, sources: Sources) -> Iterator[PlannedTensor]:
         group = weight.group or "other"
         transposed = weight.transposed != sources.is_transposed_on_loading(stored)
         yield PlannedTensor(
-            name, stored, group, weight.module, action.prune, action.scheme, created, True, transposed, weight.sharing
+            name,
+            stored,
+            group,
+            weight.module,
+            action.prune,
+            action.scheme,
+            created,
+            True,
+            transposed,
+            weight.sharing,
+            weight.parameter,
+            action.quantize,
         )
 
 
@@ -248,6 +276,16 @@ def _kept(
 def _pairs(shared_with: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """An embedding, and the weight whose stored values are its own where the checkpoint has no other."""
     return ((embedding, parameter) for parameter, embedding in shared_with.items())
+
+
+def _refuse_unreachable(plan: Plan) -> None:
+    """Raise UnsupportedError where a step needs to see what no text reaches: the towers of multimodal models."""
+    for tensor in plan.tensors:
+        if tensor.group == "vision" and plan.is_calibrated(tensor):
+            raise UnsupportedError(
+                f"{tensor.module} cannot be calibrated: it reads no text.",
+                hint="Leave --scope vision to methods that look at weights alone.",
+            )
 
 
 def _untied(changed: list[PlannedTensor], shared_with: Mapping[str, str]) -> Iterator[Untied]:

@@ -147,24 +147,35 @@ class Work(Reader):
 
     output: Output
 
-    def write(self, planned: PlannedTensor, mask: Mask | None) -> Measured:
+    def write(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment | None = None) -> Measured:
         """Write one tensor of the output. Raises CheckpointError where a weight is NaN or infinite."""
         if planned.in_scope:
-            return self._compress(planned, mask)
+            return self._compress(planned, mask, treatment or Treatment())
         return self._copy(planned)
 
-    def _compress(self, planned: PlannedTensor, mask: Mask | None) -> Measured:
+    def _compress(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment) -> Measured:
         tally, writer = _Tally(planned.source, mask), self._writer(planned, planned.stored[0])
         if planned.scheme is None:
-            for block in self.blocks(planned.source):
+            for block in self.blocks(planned.source, whole=treatment.whole):
                 tally.prune(block)
                 writer.write(tally.keep(block.values))
+                treatment.see(block.rows, block.values)
             return tally.measured(writer.sha256, {})
-        coder = _Coder(planned, self._tensor_scale(planned, planned.scheme, mask))
-        for block in self.blocks(planned.source):
+        coder = _Coder(planned, self._tensor_scale(planned, planned.scheme, mask), treatment)
+        for block in self.blocks(planned.source, whole=treatment.whole):
             absmax = tally.prune(block, coder.span)
-            writer.write(coder.code(block.values, absmax, tally))
+            writer.write(coder.code(block, absmax, tally))
         return tally.measured(writer.sha256, dict(self._write_beside(planned, coder.beside())))
+
+    def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> Measured:
+        """Write a tensor that others make up for: `values` of its dtype, which times `factors` are what it was."""
+        original = next(self.blocks(planned.source, whole=True)).values.reshape(values.shape)
+        writer, energy = self.output.writer(planned.name), _energy(original[None])
+        writer.write(values)
+        error = _energy((values.to(torch.float32) * factors - original.to(torch.float32))[None])
+        zeros = [each.numel() - int(torch.count_nonzero(each)) for each in (original, values)]
+        relative = math.sqrt(error / energy) if energy else 0.0
+        return Measured(zeros[0], zeros[1], 0, math.sqrt(energy), relative, writer.sha256)
 
     def _tensor_scale(self, planned: PlannedTensor, scheme: Scheme, mask: Mask | None) -> torch.Tensor | None:
         """The one scale [1] of a tensor whose scheme has one, which takes a pass of its own."""
@@ -204,12 +215,35 @@ class Work(Reader):
         return Measured(zeros, zeros, 0, norm, 0.0, writer.sha256)
 
 
+def _unseen(rows: slice, values: torch.Tensor) -> None:
+    """Nobody looks at what was written."""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How a tensor is compressed, where that is not as for all.
+
+    Attributes
+    ----------
+    rounding : to the grid of its scheme.
+    whole : as one block: what is done to a row needs what was learned of all, or takes long to begin.
+    factors : what its input channels [columns] are multiplied with before they are rounded (see
+        `compressknow.compress.calibrate.smooth`).
+    see : told the rows and the values (those that were rounded dequantized, float32) of each block that was written.
+    """
+
+    rounding: Rounding = nearest
+    whole: bool = False
+    factors: torch.Tensor | None = None
+    see: Callable[[slice, torch.Tensor], object] = _unseen
+
+
 class _Coder:
     """Turns the blocks of a tensor into what its scheme stores, and keeps their scales."""
 
-    def __init__(self, planned: PlannedTensor, whole_scale: torch.Tensor | None, rounding: Rounding = nearest) -> None:
+    def __init__(self, planned: PlannedTensor, whole_scale: torch.Tensor | None, treatment: Treatment) -> None:
         assert planned.scheme is not None
-        self._rounding = rounding
+        self._treatment = treatment
         self._scheme, self._planned, self._whole = planned.scheme, planned, whole_scale
         self._scales: list[torch.Tensor] = []
 
@@ -218,13 +252,18 @@ class _Coder:
         """How many columns share a scale; None for all."""
         return self._scheme.scale_per if isinstance(self._scheme.scale_per, int) else None
 
-    def code(self, values: torch.Tensor, absmax: torch.Tensor, tally: _Tally) -> torch.Tensor:
+    def code(self, block: Block, absmax: torch.Tensor, tally: _Tally) -> torch.Tensor:
         """The rows to be stored."""
+        values, factors = block.values, self._treatment.factors
+        if factors is not None:
+            values = (values.to(torch.float32) * factors).to(values.dtype)
+            absmax = torch.from_numpy(_largest(magnitude_keys(values), self.span)).view(values.dtype)
         with SCHEMES.answering(self._scheme.name):
             scales = self._scheme.scales(absmax) if self._whole is None else self._whole
-            integers = self._rounding(values, scales, self._scheme)
-            tally.quantize(values, integers, scales, self._scheme)
+            integers = self._treatment.rounding(values, scales, self._scheme)
+            written = tally.quantize(block.values, integers, scales, self._scheme, factors)
             rows = self._scheme.pack(integers)
+        self._treatment.see(block.rows, written)
         self._scales.append(scales)
         return self._fit(rows, self._planned.stored[0], len(values))
 
@@ -285,17 +324,27 @@ class _Tally:
             self.error_energy += _energy(values.to(torch.float32) - self._original.to(torch.float32))
         return values
 
-    def quantize(self, values: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> None:
-        """Count what was rounded, and how far it is from what it was."""
+    def quantize(
+        self,
+        values: torch.Tensor,
+        integers: torch.Tensor,
+        scales: torch.Tensor,
+        scheme: Scheme,
+        factors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Count what was rounded, and how far it is from what it was; gives the rounded values, dequantized. Where they
+        were multiplied with `factors` first, they are compared without these, which something else makes up for."""
         self.zeros += integers.numel() - int(np.count_nonzero(integers.numpy()))
         original = values if self._original is None else self._original
-        error = _energy(scheme.dequantize(integers, scales).sub_(original.to(torch.float32)))
+        written = scheme.dequantize(integers, scales)
+        error = _energy((written if factors is None else written / factors) - original.to(torch.float32))
         if math.isinf(error):
             # Of a weight near the largest float, the nearest step may lie beyond it.
             spread = scheme.spread(scales, integers.shape[-1])
             exact = integers.to(torch.float64) * spread.to(torch.float64) - original.to(torch.float64)
             error = float(exact.square_().sum())
         self.error_energy += error
+        return written
 
     def measured(self, sha256: str, beside: Mapping[str, str]) -> Measured:
         error = math.sqrt(self.error_energy / self.energy) if self.energy else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -51,8 +51,10 @@ SHARED = ("per_layer", "norm", "dim", "seed")
 # Options of `convert`, in Python and on the command line, that a recipe says instead.
 RECIPE_OPTIONS = (
     *("scope", "include", "exclude", "layers", "prune", "prune_method", *SHARED),
-    *("quantize", "module_map", "parameters"),
+    *("quantize", "rounding", "smooth", "calibration", "calibration_tokens", "module_map", "parameters"),
 )
+# How weights are brought to a scheme's grid.
+ROUNDINGS = ("nearest", "gptq")
 
 # The paper's words for a scope (sections 2.2-2.5, figure 8), and ours for the one that it does not have.
 PAPER_SCOPES = {
@@ -140,6 +142,11 @@ class Prune:
         return method.with_values({name: getattr(self, name) for name in SHARED if name in has} | dict(self.parameters))
 
     @property
+    def calibrated(self) -> bool:
+        """Whether it looks at activations."""
+        return self.chosen.needs in ("norms", "products")
+
+    @property
     def structured(self) -> bool:
         """Whether whole channels fall."""
         return self.chosen.structured
@@ -157,17 +164,51 @@ class Prune:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Store weights by one of the schemes of `compressknow.compress.schemes`, with its `parameters` by name."""
+    """Store weights by one of the schemes of `compressknow.compress.schemes`, with its `parameters` by name.
+
+    `rounding` brings them to its grid: ``nearest``, or ``gptq`` (Frantar et al. 2022), column by column, the error
+    carried on to what is not yet rounded. `smooth` (0-1, of schemes that round activations by token) moves that much of
+    the activations' outliers into the weights (Xiao et al. 2023, alpha).
+    """
 
     scheme: str = SCHEMES.first
     where: Where = Where()
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    rounding: str = ROUNDINGS[0]
+    smooth: float | None = None
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             hint = f"{did_you_mean(str(self.scheme), SCHEMES)}There is {', '.join(SCHEMES)}."
             raise UsageError(f"Unknown scheme {self.scheme!r}.", hint=hint)
         object.__setattr__(self, "parameters", _own(self.chosen))
+        self._check_rounding()
+        self._check_smooth()
+
+    def _check_rounding(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            near = did_you_mean(str(self.rounding), ROUNDINGS)
+            raise UsageError(f"Unknown rounding {self.rounding!r}.", hint=f"{near}There is {', '.join(ROUNDINGS)}.")
+        if self.rounding != "nearest" and self.chosen.rounds == "batch":
+            raise UsageError(
+                f"{self.scheme} is rounded to nearest alone.",
+                hint="It is there to repeat the paper; use int8, int8-weights or int4 with gptq.",
+            )
+
+    def _check_smooth(self) -> None:
+        if self.smooth is None:
+            return
+        if not _is_number(self.smooth) or not 0 < self.smooth <= 1:
+            raise UsageError(f"smooth must be greater than 0 and at most 1: {self.smooth!r}.", hint="0.5 is usual.")
+        if self.chosen.rounds != "token":
+            raise UsageError(
+                f"{self.scheme} has nothing to smooth: it rounds no activations by token.", hint="Use it with int8."
+            )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it looks at activations."""
+        return self.rounding != "nearest" or self.smooth is not None
 
     @cached_property
     def chosen(self) -> Scheme:
@@ -176,8 +217,11 @@ class Quantize:
 
     @property
     def label(self) -> str:
-        """What the paper calls it, and parameters that are not as usual."""
-        return " ".join(["GQ", *(f"{name} {value}" for name, value in self.chosen.changed().items())])
+        """What the paper calls it, and what is not as usual."""
+        further = [f"{name} {value}" for name, value in self.chosen.changed().items()]
+        further += [self.rounding] if self.rounding != "nearest" else []
+        further += [f"smooth {self.smooth:g}"] if self.smooth is not None else []
+        return " ".join(["GQ", *further])
 
 
 def _own(chosen: PruningMethod | Scheme) -> dict[str, Any]:
@@ -191,19 +235,54 @@ def _shared_parameters() -> tuple[Parameter, ...]:
     return tuple(known[name] for name in SHARED)
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The text that the model runs over, for steps that look at activations.
+
+    `text` is ``self`` (the model's own samples), the path of a .txt or .jsonl file, or ``hf:DATASET``; `tokens` of it
+    are taken, drawn by `seed`.
+    """
+
+    text: str = "self"
+    tokens: int = 32_768
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text:
+            raise UsageError(
+                f"{self.text!r} is no calibration text.", hint="Give self, FILE.txt, FILE.jsonl or hf:DATASET."
+            )
+        for name, least in (("tokens", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UsageError(f"calibration: {name} must be a whole number of at least {least}: {value!r}.")
+
+
 Step = Prune | Quantize
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps in order. A weight is pruned by one step and quantized by one step at most, in that order."""
+    """Steps in order. A weight is pruned by one step and quantized by one step at most, in that order.
+
+    `calibration` is there where a step looks at activations, and nowhere else.
+    """
 
     steps: tuple[Step, ...]
     module_map: ModuleMap = "structural"
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:
             raise UsageError("Nothing to do.", hint="Give --prune AMOUNT, --quantize SCHEME or both.")
+        calibrated = any(step.calibrated for step in self.steps)
+        if calibrated and self.calibration is None:
+            object.__setattr__(self, "calibration", Calibration())
+        if self.calibration is not None and not calibrated:
+            raise UsageError(
+                "There is nothing to calibrate: no step looks at activations.",
+                hint="Leave it out, or use --prune-method wanda or sparsegpt, --rounding gptq or --smooth.",
+            )
         if self.module_map not in get_args(ModuleMap):
             raise UsageError(f"Unknown module map {self.module_map!r}.", hint="There is structural and paper.")
         kinds = [isinstance(step, Quantize) for step in self.steps]
@@ -218,18 +297,31 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_dict` takes them back."""
-        return {"module_map": self.module_map, "steps": [_step_to_dict(step) for step in self.steps]}
+        calibration = {} if self.calibration is None else {"calibration": asdict(self.calibration)}
+        return {"module_map": self.module_map, **calibration, "steps": [_step_to_dict(step) for step in self.steps]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> Recipe:
         """Raises UsageError where a key is unknown, missing or of the wrong type; `origin` names the file."""
-        unknown = sorted(set(values) - {"module_map", "steps"})
+        unknown = sorted(set(values) - {"module_map", "steps", "calibration"})
         steps = values.get("steps")
         if unknown or not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
             wrong = f"unknown key {unknown[0]!r}" if unknown else "no list of [[steps]]"
             raise UsageError(f"{origin}: {wrong}.", hint="See examples/recipes for the format.")
         parsed = tuple(_step_from_dict(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps))
-        return cls(parsed, values.get("module_map", "structural"))
+        calibration = _calibration(values.get("calibration"), f"{origin}, calibration")
+        return cls(parsed, values.get("module_map", "structural"), calibration)
+
+
+def _calibration(values: Any, origin: str) -> Calibration | None:
+    """Of a recipe; a text alone says which text."""
+    if values is None:
+        return None
+    known = {each.name for each in fields(Calibration)}
+    given = {"text": values} if isinstance(values, str) else values
+    if not isinstance(given, dict) or set(given) - known:
+        raise UsageError(f"{origin}: there is {', '.join(sorted(known))}.")
+    return Calibration(**given)
 
 
 def recipe_of(
@@ -247,17 +339,31 @@ def recipe_of(
     Parameters
     ----------
     parameters : of the method and of the scheme; each takes those that it has.
-    shared : `per_layer`, `norm`, `dim` and `seed`.
+    shared : `per_layer`, `norm`, `dim` and `seed`; `rounding` and `smooth`; `calibration` and `calibration_tokens`.
     """
     given = dict(parameters or {})
+    rounded = {name: shared.pop(name) for name in ("rounding", "smooth") if shared.get(name) is not None}
+    text, tokens = shared.pop("calibration", None), shared.pop("calibration_tokens", None)
     steps: list[Step] = []
     if prune is not None:
-        steps.append(Prune(prune, prune_method, where, **shared))
+        steps.append(Prune(prune, prune_method, where, **{n: v for n, v in shared.items() if n in SHARED}))
     if quantize is not None:
-        steps.append(Quantize(quantize, where))
-    recipe = Recipe(tuple(replace(step, parameters=_taken(given, step)) for step in steps), module_map)
+        steps.append(Quantize(quantize, where, **rounded))
+    elif rounded.get("smooth") is not None or rounded.get("rounding", "nearest") != "nearest":
+        raise UsageError("There is nothing to round.", hint="--rounding and --smooth go with --quantize SCHEME.")
+    calibration = _calibration_of(text, tokens, shared.get("seed", 0), steps)
+    steps = [replace(step, parameters=_taken(given, step)) for step in steps]
+    recipe = Recipe(tuple(steps), module_map, calibration)
     _refuse_strangers(given, steps)
     return recipe
+
+
+def _calibration_of(text: str | None, tokens: int | None, seed: int, steps: Sequence[Step]) -> Calibration | None:
+    """That of the options, where there are any or a step wants it."""
+    given: dict[str, Any] = {name: value for name, value in (("text", text), ("tokens", tokens)) if value is not None}
+    if not given and not any(step.calibrated for step in steps):
+        return None
+    return Calibration(**given, seed=seed)
 
 
 def _taken(given: Mapping[str, Any], step: Step) -> dict[str, Any]:
@@ -294,6 +400,9 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
     action = {"prune": step.amount} if isinstance(step, Prune) else {"quantize": step.scheme}
     values = {"method": step.method, **{n: getattr(step, n) for n in SHARED}} if isinstance(step, Prune) else {}
     values |= step.parameters
+    if isinstance(step, Quantize):
+        values |= {} if step.rounding == "nearest" else {"rounding": step.rounding}
+        values |= {} if step.smooth is None else {"smooth": step.smooth}
     where = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(step.where).items()}
     return {**action, **{key: _plain(value) for key, value in (values | where).items() if value is not None}}
 
@@ -315,9 +424,10 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
             raise UsageError(f"{origin}: per_layer must be true or false.")
         empty: Step = Prune(amount, where=where, **said)
     else:
-        empty = Quantize(values.pop("quantize"), where)
+        said = {key: values.pop(key) for key in ("rounding", "smooth") if key in values}
+        empty = Quantize(values.pop("quantize"), where, **said)
     known = {each.name for each in empty.chosen.parameters()}
-    known |= {"method", *SHARED} if isinstance(empty, Prune) else set()
+    known |= {"method", *SHARED} if isinstance(empty, Prune) else {"rounding", "smooth"}
     if unknown := sorted(set(values) - known):
         near = did_you_mean(unknown[0], sorted(known | names))
         hint = f"{near}There is {', '.join(sorted(known | names))}."

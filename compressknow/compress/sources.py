@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 # Why a weight has no quantized form that loads and runs right.
@@ -86,6 +87,28 @@ class Sources:
     def tensor(self, parameter: str) -> StoredTensor:
         """The stored tensor that gives a parameter its values."""
         return self._tensors[self.supply[parameter]]
+
+    def supplied(self, parameter: str) -> bool:
+        """Whether the checkpoint holds its values, under its own name or a tied one."""
+        return parameter in self._parts or parameter in self.supply
+
+    def values(self, parameter: str, read: Callable[[StoredTensor], torch.Tensor]) -> torch.Tensor:
+        """A parameter as its module holds it, made of what `read` gives of its stored tensors."""
+        parts = self._parts.get(parameter) or [self.tensor(parameter)]
+        converted = any(self.bound[part.name].reshaped for part in parts if part.name in self.bound)
+        if not converted:
+            return read(parts[0])
+        return self._naming.made(parameter, {part.name: read(part) for part in parts})
+
+    def matrix_of(self, stored: StoredTensor, parameter: str) -> int:
+        """Which matrix of a stack a stored tensor is a part of; 0 of a parameter that is one matrix.
+
+        Experts that are stored one by one have their number in their names, and are stacked by it.
+        """
+        if len(self._shapes[parameter]) < 3:
+            return 0
+        number = re.search(r"experts\.(\d+)\.", stored.name)
+        return int(number.group(1)) if number else 0
 
     def is_stored(self, parameter: str) -> bool:
         return parameter in self._parts

@@ -5,21 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compressknow.compress.convert import choose_masks, output_config, proved, refuse_miscounts
+from compressknow.compress.convert import (
+    Conversion,
+    calibration_record,
+    choose_masks,
+    compress_blocks,
+    output_config,
+    proved,
+    refuse_miscounts,
+    text_for,
+)
 from compressknow.compress.layout import lay_out
 from compressknow.compress.manifest import build_manifest
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, TensorWriter, Work
-from compressknow.compress.recipe import Recipe
+from compressknow.compress.recipe import Calibration, Recipe
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles, byte_view, torch_dtype
+
+if TYPE_CHECKING:
+    from compressknow.compress.calibrate.text import CalibrationText  # type: ignore[import-untyped,unused-ignore]
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,8 @@ class VariantMaker:
         threads: int | None = None,
     ) -> None:
         self.checkpoint, self.tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
-        self._threads = threads
+        self._threads, self._trusted = threads, trust_remote_code
+        self._texts: dict[Calibration, CalibrationText] = {}
         self._structures: dict[ModuleMap, Structure] = {}
         self._files = OpenFiles()
         self._kept: dict[str, torch.Tensor] = {}
@@ -81,24 +94,36 @@ class VariantMaker:
     def make(self, plan: Plan) -> Variant:
         """The converted checkpoint of a plan of this maker.
 
-        Raises CheckpointError where a weight in scope is NaN or infinite.
+        Raises CheckpointError where a weight in scope is NaN or infinite, and what `text_for` and `calibrate` do.
         """
-        output = _Memory(plan, self._kept)
+        output, text = _Memory(plan, self._kept), self._text(plan)
         with Pool(self._threads) as pool:
             work = Work(pool, self._files, lambda _: None, output)
             masks = choose_masks(work, plan)
+            calibrated = compress_blocks(Conversion(plan, self.tree), work, masks, text)
+            done = calibrated.measured if calibrated else {}
 
             def write(tensor: PlannedTensor) -> Measured:
                 if tensor.name in output.kept:
                     return self._measured[tensor.name]
-                return work.write(tensor, masks.get(tensor.name))
+                return done.get(tensor.name) or work.write(tensor, masks.get(tensor.name))
 
             measured = dict(zip((t.name for t in plan.tensors), pool.map(write, plan.tensors), strict=True))
         refuse_miscounts(plan, measured)
         self._keep(plan, output, measured)
         files = lay_out(plan.tensors, plan.checkpoint.shards).sizes
-        manifest = build_manifest(plan, measured, {}, {})
+        manifest = build_manifest(plan, measured, {}, {}, calibration_record(text, calibrated))
         return Variant(output.kept | output.made, output_config(plan), manifest, sum(files.values()))
+
+    def _text(self, plan: Plan) -> CalibrationText | None:
+        """What a plan is calibrated on; made once for all recipes that say the same of it."""
+        if (calibration := plan.recipe.calibration) is None:
+            return None
+        if calibration not in self._texts:
+            text = text_for(Conversion(plan, self.tree), trust_remote_code=self._trusted)
+            assert text is not None
+            self._texts[calibration] = text
+        return self._texts[calibration]
 
     def _keep(self, plan: Plan, output: _Memory, measured: dict[str, Measured]) -> None:
         for tensor in plan.tensors:

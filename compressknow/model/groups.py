@@ -51,6 +51,12 @@ def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -
     )
 
 
+def block_names(model: PreTrainedModel) -> list[str]:
+    """The transformer blocks of a model, outermost ones alone, in tree order; none in towers that read no text."""
+    tree = _Tree(model)
+    return [name for name in tree.layers if not tree.in_tower(name)]
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a module hangs: the modules above it, the repeated block around it, and its index in the stack."""

@@ -119,6 +119,22 @@ class Naming:
             return {}
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
+    def made(self, parameter: str, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What transformers makes a parameter of, from all the stored tensors (by name) that it is converted from.
+
+        Raises KeyError where its conversion does not give that parameter.
+        """
+        from transformers.core_model_loading import dot_natural_key
+
+        parts: list[tuple[str, torch.Tensor]] = []
+        name = parameter
+        for stored in sorted(sources, key=dot_natural_key):
+            name, pattern = self._rename(stored, self._tree)
+            assert pattern is not None  # Else it would be stored as the module holds it.
+            parts.append((pattern, sources[stored]))
+        converter = self._converters[self._converter_of(parts[-1][0])]
+        return self._convert(name, converter, parts)[parameter]
+
     def transposes(self, stored: str, shape: tuple[int, ...], parameter: str) -> bool:
         """Whether a stored tensor has its last two axes swapped on the way to `parameter`."""
         from transformers.core_model_loading import Transpose

@@ -1,1 +1,1 @@
-"""What methods that look at activations know of them: gathered on a calibration text, layer by layer."""
+"""Compression by what is seen of the inputs: the text, the run over it, the sums kept, and what is done with them."""

@@ -1,0 +1,204 @@
+"""What the Linear weights of a block are multiplied with, seen where it happens, and the sums kept of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from compressknow.compress.calibrate.statistics import InputStatistics
+
+# Which arguments are the inputs and the weight, of all functions by which layers multiply.
+OPERANDS: dict[Any, tuple[int, int]] = {
+    functional.linear: (0, 1),
+    torch.addmm: (1, 2),
+    torch.baddbmm: (1, 2),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), (0, 1)),
+    **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__), (0, 1)),
+}
+TURN_SECONDS = 0.05
+
+
+class Key(NamedTuple):
+    """A weight matrix: that of a parameter, or of one `matrix` of a stack of them."""
+
+    parameter: str
+    matrix: int = 0
+
+
+class Seen(NamedTuple):
+    """That a weight was multiplied with these inputs [..., in], which were at that `version` (see torch)."""
+
+    key: Key
+    inputs: torch.Tensor
+    version: int
+
+
+class Watch(TorchFunctionMode):
+    """Notes the inputs of some weights while it is entered, in its thread alone.
+
+    Parameters
+    ----------
+    weights : the parameters to watch, by name.
+    copies : keep copies of the inputs, where a block overwrites them after it has used them.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], *, copies: bool = False) -> None:
+        super().__init__()
+        self._copies: dict[tuple[Any, ...], torch.Tensor] | None = {} if copies else None
+        self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
+        self._strides = {name: _matrix_size(tensor) for name, tensor in weights.items()}
+        self.seen: list[Seen] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if (places := OPERANDS.get(func)) and len(args) > places[1]:
+            left, right = (args[place] for place in places)
+            self._note(left, right)
+            if left.dim() > 1 and right.dim() > 1:
+                # Mamba writes its products the other way round.
+                self._note(right.transpose(-1, -2), left)
+        return func(*args, **kwargs or {})
+
+    def _note(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+        name = self._names.get(weight.untyped_storage().data_ptr())
+        if name is None:
+            return
+        if self._copies is not None:
+            inputs = self._copies.setdefault((*_identity(inputs), inputs._version), inputs.clone())
+        if weight.dim() > 2:
+            # A batch of products, one with each matrix.
+            self.seen += [Seen(Key(name, matrix), inputs[matrix], inputs._version) for matrix in range(len(weight))]
+        else:
+            matrix = weight.storage_offset() // self._strides[name]
+            self.seen.append(Seen(Key(name, matrix), inputs, inputs._version))
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether inputs that were noted have changed since."""
+        return any(each.inputs._version != each.version for each in self.seen)
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _matrix_size(tensor: torch.Tensor) -> int:
+    """Elements of a matrix, or of each of a stack."""
+    return int(tensor.shape[-1] * tensor.shape[-2]) if tensor.dim() > 1 else max(tensor.numel(), 1)
+
+
+class Sums:
+    """Sums over the inputs of weights, batch by batch; weights that read the same tensors share one.
+
+    Batches come from several threads; each is added after the one before it, so that the sums are the same bits for any
+    number of them.
+
+    Parameters
+    ----------
+    order : the parameters that may be seen; sums are added in it.
+    products : keep X^T X; else the sums of squares alone.
+    peaks : keep the largest magnitudes.
+    check : called while a batch waits for its turn; raises where waiting is in vain.
+    """
+
+    def __init__(self, order: Iterable[str], *, products: bool, peaks: bool, check: Callable[[], None]) -> None:
+        self._order = {name: place for place, name in enumerate(order)}
+        self._products, self._peaks, self._check = products, peaks, check
+        self._sums: dict[Key, _Sum] = {}
+        self._leaders: dict[str, str] = {}
+        # How far each batch has come, in the order of keys.
+        self._passed: dict[int, tuple[float, float]] = {}
+        self._turn = threading.Condition()
+
+    def begin(self) -> None:
+        """Another round of batches, numbered from 0."""
+        self._passed.clear()
+
+    def add(self, batch: int, seen: list[Seen]) -> None:
+        """Add what one batch has shown; `batch` counts from 0, and comes after all before it have begun."""
+        try:
+            self._wait(batch, (0, 0))
+            by_key: dict[Key, list[torch.Tensor]] = {}
+            for key, inputs in self._without_twins(seen):
+                by_key.setdefault(key, []).append(inputs)
+            self._pass(batch, (1, -1))
+            for key in sorted(by_key, key=self._place):
+                self._wait(batch, self._place(key))
+                own = self._sums.get(key) or self._sums.setdefault(
+                    key, _Sum(key.parameter, products=self._products, peaks=self._peaks)
+                )
+                for inputs in by_key[key]:
+                    own.add(inputs)
+                self._pass(batch, self._place(key, after=True))
+        finally:
+            self._pass(batch, (float("inf"), 0))
+
+    def of(self, key: Key) -> InputStatistics | None:
+        """What was seen of a weight's inputs; None where it was not used."""
+        found = self._sums.get(Key(self._leaders.get(key.parameter, key.parameter), key.matrix))
+        return None if found is None else found.statistics
+
+    def _without_twins(self, seen: list[Seen]) -> list[tuple[Key, torch.Tensor]]:
+        """One of each tensor of inputs for all parameters that read it: that of their leader. The first batch tells
+        which do, while all others wait for it."""
+        read: dict[str, dict[tuple[Any, ...], tuple[Key, torch.Tensor]]] = {}
+        for key, inputs, _ in seen:
+            read.setdefault(key.parameter, {})[key.matrix, _identity(inputs)] = key, inputs
+        first: dict[tuple[Any, ...], str] = {}
+        kept: list[tuple[Key, torch.Tensor]] = []
+        for parameter, tensors in read.items():
+            leader = first.setdefault(tuple(tensors), parameter)
+            if self._leaders.setdefault(parameter, leader) != leader:
+                raise RuntimeError(f"{parameter} and {self._leaders[parameter]} read the same in some batches alone")
+            kept += tensors.values() if leader == parameter else ()
+        return kept
+
+    def _place(self, key: Key, *, after: bool = False) -> tuple[float, float]:
+        return self._order[key.parameter] + 1, key.matrix + after
+
+    def _wait(self, batch: int, place: tuple[float, float]) -> None:
+        """Until the batch before has passed that place."""
+        with self._turn:
+            while batch and not self._passed.get(batch - 1, (0, 0)) > place:
+                self._check()
+                self._turn.wait(TURN_SECONDS)
+
+    def _pass(self, batch: int, place: tuple[float, float]) -> None:
+        with self._turn:
+            self._passed[batch] = place
+            self._turn.notify_all()
+
+
+class _Sum:
+    def __init__(self, name: str, *, products: bool, peaks: bool) -> None:
+        self._name, self._keeps_products, self._keeps_peaks = name, products, peaks
+        self._tokens = 0
+        self._squares = self._peaks = self._products = torch.empty(0)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+        if not self._tokens:
+            width = rows.shape[1]
+            self._squares, self._peaks = torch.zeros(width), torch.zeros(width)
+            if self._keeps_products:
+                self._products = torch.zeros(width, width)
+        self._tokens += len(rows)
+        if self._keeps_products:
+            self._products.addmm_(rows.T, rows)
+        else:
+            self._squares += torch.linalg.vector_norm(rows, dim=0).square_()
+        if self._keeps_peaks and len(rows):
+            self._peaks = torch.maximum(self._peaks, rows.abs().amax(dim=0))
+
+    @property
+    def statistics(self) -> InputStatistics:
+        products = self._products if self._keeps_products else None
+        squares = products.diagonal().clone() if products is not None else self._squares
+        peaks = self._peaks if self._keeps_peaks else None
+        return InputStatistics(self._name.removesuffix(".weight"), self._tokens, squares, peaks, products)

@@ -1,0 +1,222 @@
+"""The blocks of a model, one after the other, over all of the calibration text."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import Cache
+
+from compressknow.compress.calibrate.forward import Call, ForwardPass, stopping_before
+from compressknow.compress.calibrate.gathering import Sums, Watch
+from compressknow.compress.calibrate.model import StreamedModel
+from compressknow.compress.pool import Pool
+from compressknow.errors import CompressknowError
+from compressknow.format import size
+
+# Hidden states of more than this lie in files between the blocks.
+MOST_BYTES_IN_MEMORY = 1 << 30
+
+
+class Visitor(Protocol):
+    """What is done on the way."""
+
+    @property
+    def alone(self) -> Collection[str]:
+        """Modules in no block to stop before, too: single Linear layers."""
+
+    def watched(self, module: str) -> Collection[str]:
+        """The parameters of a block (or single layer) whose inputs are to be seen; none where nothing is to be done."""
+
+    def sums(self, module: str) -> Sums:
+        """Where the sums over the inputs of what is watched go."""
+
+    def visit(self, module: str, again: Callable[[], Any]) -> None:
+        """All batches were seen. The module's weights are loaded; those that change are changed for what follows.
+        `again` runs the module on the first batch once more, and gives its output."""
+
+    def output(self, module: str, batch: int, call: Call, output: Any) -> None:
+        """What a block has made of a batch, as the next block will see it."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do, so that the rest of the model need not be run."""
+
+
+def walk(
+    streamed: StreamedModel,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    visitor: Visitor,
+    pool: Pool,
+    folder: Path | None = None,
+    told: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Run the batches through the model side by side, block by block, and have each visited.
+
+    Every batch is computed by one thread alone, so that results do not depend on how many there are.
+
+    Parameters
+    ----------
+    batches : keyword arguments of the model's forward function: ``input_ids`` int64 [sequences, tokens], and
+        ``decoder_input_ids`` where it has a decoder.
+    folder : where hidden states that are large lie meanwhile; in memory without one.
+    told : called with the name of each block when it is done.
+
+    Raises
+    ------
+    CompressknowError : a block gives NaN or infinities, or there is no memory for it.
+    """
+    passes = [ForwardPass(streamed.model, batch) for batch in batches]
+    stops = [*streamed.blocks, *visitor.alone]
+    tokens = sum(tensor.numel() for batch in batches for tensor in batch.values())
+    with ExitStack() as stack:
+        forwards = stack.enter_context(stopping_before(streamed.model, stops))
+        for each in passes:
+            stack.callback(each.close)
+        calls = pool.map(ForwardPass.advance, passes)
+        parking = _Parking(folder, tokens)
+        while (module := _same(calls)) is not None:
+            step = _Step(streamed, module, forwards[module], visitor, pool, parking)
+            with _memory_named(streamed, module):
+                calls = step.take(passes, [call for call in calls if call])
+            told(module)
+            if visitor.done:
+                break
+
+
+def _same(calls: Sequence[Call | None]) -> str | None:
+    """Where all passes stand; None at the end of the model."""
+    names = {call and call.module for call in calls}
+    if len(names) != 1:
+        raise RuntimeError(f"the model takes other ways for other batches: to {names}")
+    return names.pop()
+
+
+class _Step:
+    """One block, or single layer, before which all passes stand."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        module: str,
+        forward: Callable[..., Any],
+        visitor: Visitor,
+        pool: Pool,
+        parking: _Parking,
+    ) -> None:
+        self._streamed, self._module, self._forward = streamed, module, forward
+        self._visitor, self._pool, self._parking = visitor, pool, parking
+
+    def take(self, passes: Sequence[ForwardPass], calls: Sequence[Call]) -> list[Call | None]:
+        """The same passes one stop later; nothing where nothing is left to do."""
+        is_block = self._module in self._streamed.blocks
+        with self._streamed.loaded(self._module) if is_block else ExitStack():
+            if names := self._visitor.watched(self._module):
+                self._gather(names, calls)
+                self._visitor.visit(self._module, lambda: self._run(_own(calls[0])))
+                if self._visitor.done:
+                    return []
+            return self._pool.map(self._on, list(enumerate(zip(passes, calls, strict=True))))
+
+    def _gather(self, names: Collection[str], calls: Sequence[Call]) -> None:
+        weights = {name: self._streamed.model.get_parameter(name) for name in names}
+        sums = self._visitor.sums(self._module)
+        sums.begin()
+
+        def gather(numbered: tuple[int, Call]) -> None:
+            number, call = numbered
+            watch = self._watched(weights, call, copies=False)
+            if watch.overwritten:
+                watch = self._watched(weights, call, copies=True)
+            sums.add(number, watch.seen)
+
+        self._pool.map(gather, list(enumerate(calls)))
+
+    def _watched(self, weights: Mapping[str, torch.Tensor], call: Call, *, copies: bool) -> Watch:
+        watch = Watch(weights, copies=copies)
+        with watch:
+            self._run(_own(call))
+        return watch
+
+    def _on(self, numbered: tuple[int, tuple[ForwardPass, Call]]) -> Call | None:
+        number, (forward_pass, call) = numbered
+        output = self._run(call)
+        self._visitor.output(self._module, number, call, output)
+        return forward_pass.advance(self._parking.park(output))
+
+    def _run(self, call: Call) -> Any:
+        self._pool.check()
+        with torch.no_grad():
+            output = self._forward(*call.args, **call.kwargs)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(output)[:1]):
+            raise CompressknowError(
+                f"{self._module} gives NaN or infinities on the calibration text.",
+                why="So nothing can be learned of what its layers read.",
+                hint="See that the checkpoint is whole: `compressknow probe` it, or take another calibration text.",
+            )
+        return output
+
+
+def tensors_in(output: Any) -> list[torch.Tensor]:
+    """The floating-point tensors of what a module gives; its hidden states come first."""
+    if isinstance(output, torch.Tensor):
+        return [output] if output.is_floating_point() else []
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return [tensor for value in values for tensor in tensors_in(value)]
+
+
+def _own(call: Call) -> Call:
+    """A call that may write into what it is given: it will be run once more."""
+    return Call(call.module, tuple(map(_copy, call.args)), {key: _copy(value) for key, value in call.kwargs.items()})
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return copy.deepcopy(value) if isinstance(value, Cache) else value
+
+
+class _Parking:
+    """Where hidden states wait for the next block: in memory, or in files that the system writes out where it must."""
+
+    def __init__(self, folder: Path | None, tokens: int) -> None:
+        self._folder, self._tokens, self._numbers = folder, tokens, count()
+
+    def park(self, output: Any) -> Any:
+        """The same values of a block's output."""
+        if isinstance(output, torch.Tensor) and output.dim() > 1:
+            large = self._tokens * output.shape[-1] * output.itemsize > MOST_BYTES_IN_MEMORY
+            return self._in_file(output) if large and self._folder else output
+        if isinstance(output, tuple) and output and type(output) is tuple:
+            return (self.park(output[0]), *output[1:])
+        return output
+
+    def _in_file(self, output: torch.Tensor) -> torch.Tensor:
+        assert self._folder is not None
+        path = self._folder / f".hidden-{next(self._numbers)}"
+        kept = torch.from_file(str(path), shared=True, size=output.numel(), dtype=output.dtype).view(output.shape)
+        # The mapping lives as long as the tensor, also without its name (but on Windows, where the folder goes later).
+        with suppress(OSError):
+            path.unlink()
+        return kept.copy_(output)
+
+
+@contextmanager
+def _memory_named(streamed: StreamedModel, module: str) -> Iterator[None]:
+    """What fails for want of memory says for which block, and how much it takes."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "alloc" not in str(error).lower():
+            raise
+        numel = sum(parameter.numel() for parameter in streamed.model.get_submodule(module).parameters())
+        raise CompressknowError(
+            f"There is no memory to calibrate {module}.",
+            why=f"Its weights alone take {size(4 * numel)} in float32, and what is gathered of their inputs more.",
+            hint="Take fewer --calibration-tokens, a method that looks at weights alone, or another machine.",
+        ) from None

@@ -1,0 +1,154 @@
+"""Blocks run one after the other: what their layers are seen to read is what they read when the whole model runs."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compressknow.compress.calibrate.forward import Call
+from compressknow.compress.calibrate.gathering import Key, Sums
+from compressknow.compress.calibrate.model import StreamedModel
+from compressknow.compress.calibrate.walk import walk
+from compressknow.compress.pool import Pool
+from compressknow.compress.sources import Sources
+from compressknow.errors import CompressknowError
+from compressknow.model.groups import structure_of
+from compressknow.model.loading import open_complete
+from compressknow.model.tensors import OpenFiles
+from tests.models import save_tiny, tiny
+
+FAMILIES = ("bert", "albert", "t5-gated", "bart", "gpt2", "llama-tied", "opt", "gpt-neox")
+Batches = list[dict[str, torch.Tensor]]
+
+
+class Seeing:
+    """Looks at every block, and changes none."""
+
+    alone: Collection[str] = ()
+    done = False
+
+    def __init__(self, weights: Mapping[str, list[str]], check: Callable[[], None]) -> None:
+        self.weights = weights
+        self.by_block = {block: Sums(names, products=True, peaks=True, check=check) for block, names in weights.items()}
+        self.order: list[str] = []
+
+    def watched(self, module: str) -> Collection[str]:
+        return self.weights[module]
+
+    def sums(self, module: str) -> Sums:
+        return self.by_block[module]
+
+    def visit(self, module: str, again: Callable[[], Any]) -> None:  # noqa: ARG002
+        self.order.append(module)
+
+    def output(self, module: str, batch: int, call: Call, output: Any) -> None:
+        pass
+
+
+def batches_of(model: PreTrainedModel, count: int = 5) -> Batches:
+    drawing = torch.Generator().manual_seed(3)
+
+    def drawn(length: int) -> torch.Tensor:
+        return torch.randint(5, model.config.vocab_size, (2, length), generator=drawing)
+
+    two = model.config.is_encoder_decoder
+    return [{"input_ids": drawn(11), **({"decoder_input_ids": drawn(7)} if two else {})} for _ in range(count)]
+
+
+def walked(folder: Path, batches: Batches, threads: int = 2) -> tuple[Seeing, dict[str, Any]]:
+    checkpoint, tree = open_complete(folder)
+    structure = structure_of(tree)
+    with OpenFiles() as files, Pool(threads) as pool:
+        streamed = StreamedModel(tree, Sources(checkpoint, tree, structure), files)
+        weights = {
+            block: [w.parameter for w in structure.linears if f"{w.module}.".startswith(f"{block}.")]
+            for block in streamed.blocks
+        }
+        seeing = Seeing(weights, pool.check)
+        walk(streamed, batches, seeing, pool)
+    found = {name: seeing.by_block[block].of(Key(name)) for block, names in weights.items() for name in names}
+    return seeing, found
+
+
+def seen_by_hooks(model: PreTrainedModel, batches: Batches) -> dict[str, torch.Tensor]:
+    """X^T X of every Linear, in float64, of the whole model."""
+    products: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1]).double()
+            products[name] = products.get(name, torch.zeros(1)) + rows.T @ rows
+
+        return add
+
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            module.register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    return products
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_seen_block_by_block_is_what_the_whole_model_shows(name: str, tmp_path: Path) -> None:
+    folder = save_tiny(name, tmp_path / "in")
+    model = copy.deepcopy(tiny(name))
+    batches = batches_of(model)
+    seeing, found = walked(folder, batches)
+    expected = seen_by_hooks(model, batches)
+    assert len(set(seeing.order)) >= 2 or name == "albert"
+    assert found
+    for parameter, statistics in found.items():
+        products = expected[parameter.removesuffix(".weight")].float()
+        assert statistics is not None, parameter
+        assert torch.allclose(statistics.products, products, rtol=1e-3, atol=1e-3 * float(products.abs().max()))
+        assert torch.equal(statistics.squares, statistics.products.diagonal())
+
+
+def test_sums_are_the_same_bits_whatever_the_number_of_threads(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    batches = batches_of(tiny("llama"), 9)
+    one, several = (walked(folder, batches, threads)[1] for threads in (1, 3))
+    for parameter, statistics in one.items():
+        assert torch.equal(statistics.products, several[parameter].products), parameter
+        assert torch.equal(statistics.peaks, several[parameter].peaks), parameter
+
+
+def test_layers_that_read_the_same_tensor_share_their_sums(tmp_path: Path) -> None:
+    _, found = walked(save_tiny("llama", tmp_path / "in"), batches_of(tiny("llama")))
+    layer = "model.layers.0"
+    q, k, v = (found[f"{layer}.self_attn.{name}_proj.weight"].products for name in "qkv")
+    assert q is k is v
+    gate, up = (found[f"{layer}.mlp.{name}_proj.weight"].products for name in ("gate", "up"))
+    assert gate is up
+    assert found[f"{layer}.self_attn.o_proj.weight"].products is not q
+
+
+def test_a_block_that_gives_nan_is_named(tmp_path: Path) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "in")
+    with pytest.raises(CompressknowError, match=r"model\.layers\.1 gives NaN"):
+        walked(tmp_path / "in", batches_of(model))
+
+
+def test_a_walk_that_fails_leaves_no_thread(tmp_path: Path) -> None:
+    before = threading.active_count()
+    model = copy.deepcopy(tiny("llama"))
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("inf"))
+    model.save_pretrained(tmp_path / "in")
+    with pytest.raises(CompressknowError):
+        walked(tmp_path / "in", batches_of(model))
+    assert threading.active_count() == before
