@@ -11,7 +11,7 @@ import click
 
 from compressknow.cli.options import CALIBRATION, COMPRESS, HOW, REVISION, RUNS, TRUST, OneOf, Share, command, option
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
-from compressknow.cli.terminal import Lines, show, show_json
+from compressknow.cli.terminal import Lines, duration, show, show_json
 from compressknow.compress.parameters import Parameter, Parametric
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import RECIPE_OPTIONS, ROUNDINGS, SHARED
@@ -19,7 +19,7 @@ from compressknow.compress.schemes import SCHEMES, known, word_of
 from compressknow.errors import UsageError
 from compressknow.format import count, percent, size
 from compressknow.model.scopes import DEFAULT_SCOPES
-from compressknow.report.model_card import growth, where_it_runs
+from compressknow.report.model_card import calibrated, growth, where_it_runs
 
 EPILOG = """\b
 Scopes (--scope):
@@ -193,9 +193,15 @@ def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_
     for tie in manifest["untied"]:
         shared = f"{tie['name']} no longer shares its weight with {tie['tied_to']}"
         yield "\n" + fill(f"{shared}: {size(tie['bytes'])} more.")
+    if told := " ".join(calibrated(manifest)):
+        yield "\n" + fill(told)
     for warning in growth(manifest):
         yield "\n" + fill(f"Warning: {warning}")
     yield "\n" + fill(where_it_runs(manifest))
+    if needed := manifest.get("estimate"):
+        blocks, memory, seconds = (needed[key] for key in ("blocks", "bytes", "seconds"))
+        told = f"Calibration takes about {duration(seconds)} for {count(blocks)} blocks, and {size(memory)} of memory."
+        yield "\n" + fill(told)
     if dry_run:
         yield "\nDry run: nothing was written."
 

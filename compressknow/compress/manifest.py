@@ -105,7 +105,8 @@ def versions() -> dict[str, str]:
 
 def dry_run(plan: Plan) -> Manifest:
     """What the manifest of a plan will hold, as far as headers tell it: no zeros, errors or hashes, and `pruned` by
-    tensor only where no threshold over several tensors decides it."""
+    tensor only where no threshold over several tensors decides it. Of what is calibrated, `estimate` says how many
+    blocks, bytes and seconds it takes."""
     known, total = plan.pruned_counts()
     rows = [{**_planned_row(tensor), "pruned": known.get(tensor.name, 0)} for tensor in plan.tensors]
     summary = _summary(plan, rows)
@@ -115,6 +116,10 @@ def dry_run(plan: Plan) -> Manifest:
         if not groups_known and counts["in_scope"]:
             counts["pruned"] = None
     summary["totals"]["pruned"] = total
+    if plan.recipe.calibration is not None:
+        from compressknow.compress.calibrate.estimate import estimate
+
+        summary["estimate"] = estimate(plan)._asdict()
     return Manifest({**summary, "tensors": [row | {"pruned": known.get(row["name"])} for row in rows]})
 
 

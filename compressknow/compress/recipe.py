@@ -42,6 +42,8 @@ def _lines(table: dict[str, Any]) -> list[str]:
 def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(_lines(dict(value)))}}}"
     # Numbers, booleans and texts are written as in JSON, but that TOML wants DEL escaped too.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 

@@ -34,10 +34,15 @@ _ROW = {
     **{"norm?": float, "relative_error": float, "sha256": str, "scale?": _SCALE},
     **{"stored?": [_PART], "bits?": int},
 }
+_CALIBRATION = {
+    **{"kind": str, "source": str, "sha256": str, "tokens": int, "seed": int, "blocks_apart": bool, "unseen": [str]},
+    "smoothed?": {str: [str]},
+}
 FORM = {
     **{"versions": {str: str}, "setup": str, "recipe": {"steps": [dict]}, "totals": _SUMS, "groups": {str: _SUMS}},
     "source": {"name": str, "revision?": (str, None), "files": {str: str}},
     **{"files": {str: str}, "tensors": [_ROW], "runtimes?": [str], f"{SEAL}?": str},
+    "calibration?": _CALIBRATION,
 }
 
 

@@ -142,7 +142,7 @@ class Sums:
     def of(self, key: Key) -> InputStatistics | None:
         """What was seen of a weight's inputs; None where it was not used."""
         found = self._sums.get(Key(self._leaders.get(key.parameter, key.parameter), key.matrix))
-        return None if found is None else found.statistics
+        return None if found is None else found.statistics()
 
     def _without_twins(self, seen: list[Seen]) -> list[tuple[Key, torch.Tensor]]:
         """One of each tensor of inputs for all parameters that read it: that of their leader. The first batch tells
@@ -179,6 +179,7 @@ class _Sum:
     def __init__(self, name: str, *, products: bool, peaks: bool) -> None:
         self._name, self._keeps_products, self._keeps_peaks = name, products, peaks
         self._tokens = 0
+        self._statistics: InputStatistics | None = None
         self._squares = self._peaks = self._products = torch.empty(0)
 
     def add(self, inputs: torch.Tensor) -> None:
@@ -189,6 +190,7 @@ class _Sum:
             if self._keeps_products:
                 self._products = torch.zeros(width, width)
         self._tokens += len(rows)
+        self._statistics = None
         if self._keeps_products:
             self._products.addmm_(rows.T, rows)
         else:
@@ -196,9 +198,12 @@ class _Sum:
         if self._keeps_peaks and len(rows):
             self._peaks = torch.maximum(self._peaks, rows.abs().amax(dim=0))
 
-    @property
     def statistics(self) -> InputStatistics:
-        products = self._products if self._keeps_products else None
-        squares = products.diagonal().clone() if products is not None else self._squares
-        peaks = self._peaks if self._keeps_peaks else None
-        return InputStatistics(self._name.removesuffix(".weight"), self._tokens, squares, peaks, products)
+        """Of all that was added; one object for all that ask, who keep what they make of it by that."""
+        if self._statistics is None:
+            products = self._products if self._keeps_products else None
+            squares = products.diagonal().clone() if products is not None else self._squares
+            peaks = self._peaks if self._keeps_peaks else None
+            name = self._name.removesuffix(".weight")
+            self._statistics = InputStatistics(name, self._tokens, squares, peaks, products)
+        return self._statistics
