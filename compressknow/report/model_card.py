@@ -226,7 +226,7 @@ def calibrated(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "Its blocks cannot be run one by one, so each layer was fitted to what the original model gives it."
     if unseen := done["unseen"]:
         weights = "A weight was" if len(unseen) == 1 else f"{count(len(unseen))} weights were"
-        yield f"{weights} compressed as if nothing was known of the inputs, which too few tokens reach: {some_of(unseen)}."
+        yield f"{weights} compressed without knowledge of the inputs, for too few tokens reach them: {some_of(unseen)}."
 
 
 def growth(manifest: Mapping[str, Any]) -> Iterator[str]:

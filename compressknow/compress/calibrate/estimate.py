@@ -10,16 +10,16 @@ import torch
 
 from compressknow.compress.plan import Plan
 from compressknow.compress.recipe import Quantize, Step
-from compressknow.files import available_cores
 from compressknow.model.structure import LinearWeight
+from compressknow.system import available_cores
 
 TRIAL, TRIALS = 512, 8
 FLOAT_BYTES = 4
 
 
 class Estimate(NamedTuple):
-    """What calibration takes: the blocks (and single layers) that are compressed, bytes at most at a time beside what is
-    always there, and seconds, of which a bare product of matrices tells the pace; the text is not in it."""
+    """What calibration takes: the blocks (and single layers) that are compressed, bytes of memory at most, and seconds,
+    of which a bare product of matrices tells the pace; the text is not in it."""
 
     blocks: int
     bytes: int
@@ -73,4 +73,5 @@ def _pace() -> float:
     for _ in range(TRIALS):
         torch.mm(matrix, matrix)
     spent = time.perf_counter() - start
-    return 2 * TRIAL**3 * TRIALS / spent * max(1, available_cores() / torch.get_num_threads())
+    pace: float = 2 * TRIAL**3 * TRIALS / spent * max(1, available_cores() / torch.get_num_threads())
+    return pace
