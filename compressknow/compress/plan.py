@@ -7,12 +7,12 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from compressknow.compress.pruning import Weights, pruned_count
+from compressknow.compress.pruning import METHODS, Weights, pruned_count
 from compressknow.compress.recipe import Prune, Quantize, Recipe
 from compressknow.compress.schemes import SCHEMES, Scheme, Stored
 from compressknow.compress.sources import Sources
@@ -175,6 +175,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
         sources.check(action.weight, action.scheme, shapes[action.scheme])
     # What is stored in one tensor is changed as one.
     changed = list({t.name: t for action in actions.values() for t in _changed(action, sources)}.values())
+    _refuse_misfits(changed, recipe)
     shared = {action.weight.parameter: sources.tied_embedding(action.weight) for action in actions.values()}
     shared_with = {parameter: embedding for parameter, embedding in shared.items() if embedding}
     config = untied_config(checkpoint.config, model) if shared_with else dict(checkpoint.config)
@@ -203,6 +204,8 @@ def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
     for index, step in enumerate(recipe.steps):
         kind: Action = "prune" if isinstance(step, Prune) else "quantize"
         where = step.where
+        if isinstance(step, Prune):
+            step.chosen.check(step.amount)
         for weight in select(structure, where.scope, kind, where.include, where.exclude, where.layers):
             before = actions.get(weight.parameter, _Action(weight))
             if (before.scheme if isinstance(step, Quantize) else before.prune) is not None:
@@ -216,6 +219,24 @@ def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
                 else _Action(weight, index)
             )
     return actions
+
+
+def _refuse_misfits(changed: Iterable[PlannedTensor], recipe: Recipe) -> None:
+    misfits: dict[str, tuple[Prune, str]] = {}
+    for tensor in changed:
+        step = recipe.steps[tensor.prune] if tensor.prune is not None else None
+        if isinstance(step, Prune):
+            with METHODS.answering(step.method):
+                why = step.chosen.misfit(tensor.to_prune)
+            if why:
+                misfits[tensor.module or tensor.name] = step, why
+    if misfits:
+        step, why = next(iter(misfits.values()))
+        raise UnsupportedError(
+            f"{step.label} does not fit {some_of(misfits)}.",
+            why=why,
+            hint="Leave them out with --exclude, or choose other parameters.",
+        )
 
 
 def _separate(actions: Mapping[str, _Action], sources: Sources) -> None:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InputStatistics:
     """What was seen of the inputs X [tokens, in] of one Linear on the calibration text.
 

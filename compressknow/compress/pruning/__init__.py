@@ -117,6 +117,13 @@ class PruningMethod(Parametric, abc.ABC):
         """How many weights of a tensor fall, from its shape alone."""
         return round(amount * weights.tensor.numel)
 
+    def check(self, amount: float) -> None:
+        """Raise UsageError where the method cannot prune this amount; most can prune any."""
+
+    def misfit(self, weights: Weights) -> str | None:  # noqa: ARG002
+        """Why a tensor of this shape cannot be pruned so, as a sentence; None where it can."""
+        return None
+
     @abc.abstractmethod
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
         """A mask for each tensor. They are F32, F16 or BF16, in the order in which ties are broken.
@@ -162,6 +169,8 @@ METHODS: Registry[PruningMethod] = Registry(
         "ln-structured": "compressknow.compress.pruning.structured:LnStructured",
         "random-unstructured": "compressknow.compress.pruning.unstructured:RandomUnstructured",
         "random-structured": "compressknow.compress.pruning.structured:RandomStructured",
+        "wanda": "compressknow.compress.pruning.wanda:Wanda",
+        "sparsegpt": "compressknow.compress.pruning.sparsegpt:SparseGPT",
     },
 )
 

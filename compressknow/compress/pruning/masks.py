@@ -12,7 +12,7 @@ import torch
 
 from compressknow.compress.blocks import BIT_LAYOUTS, Block, Reader, check_finite, magnitude_keys
 from compressknow.compress.pool import in_turn
-from compressknow.compress.pruning import BlockMask, Weights
+from compressknow.compress.pruning import BlockMask, EachBlock, Mask, Weights
 from compressknow.compress.pruning.threshold import Keys, select_smallest
 from compressknow.model.tensors import StoredTensor, torch_dtype
 
@@ -110,6 +110,79 @@ def smallest(
         lambda i: select_smallest(in_turn, 1, amounts[i], bits, lambda _: keys(i)), range(len(tensors))
     )
     return [KeyMask(one.key, one.ties[0], maker) for one, maker in zip(singles, makers, strict=True)]
+
+
+def score_keys(scores: torch.Tensor, zero: torch.Tensor) -> Keys:
+    """Integers that order as non-negative float32 scores do, but that weights which are `zero` (bool) come first."""
+    keys = magnitude_keys(scores)
+    keys[zero.numpy()] = -1
+    return keys
+
+
+def smallest_of_rows(keys: Keys, count: int) -> BoolArray:
+    """The `count` smallest keys of each row [rows, columns], ties in the order of columns."""
+    if count == 0:
+        return np.zeros(keys.shape, dtype=np.bool_)
+    # Partitioning integers is ten times as fast as sorting them, which finding the indices would take.
+    highest = np.partition(keys, count - 1, axis=1)[:, count - 1 : count]
+    pruned: BoolArray = keys <= highest
+    spare = pruned.sum(axis=1) - count
+    tied = np.flatnonzero(spare)
+    equal = keys[tied] == highest[tied]
+    from_the_last = equal[:, ::-1].cumsum(axis=1)[:, ::-1]
+    pruned[tied] &= ~equal | (from_the_last > spare[tied, None])
+    return pruned
+
+
+def group_mask(reader: Reader, weights: Weights, size: int, count: int) -> Mask:
+    """The `count` smallest magnitudes in each group of `size` neighbouring input channels, ties in their order."""
+    if weights.axis(1) == 1:
+        return EachBlock(lambda block: _along_columns(magnitude_keys(block.values), size, count))
+    return EachBlock(_RowGroups(size, count, _straddling(reader, weights.tensor, size, count)).pruned)
+
+
+def _along_columns(keys: Keys, size: int, count: int) -> BoolArray:
+    return smallest_of_rows(keys.reshape(-1, size), count).reshape(keys.shape)
+
+
+def _along_rows(keys: Keys, size: int, count: int) -> BoolArray:
+    return np.ascontiguousarray(_along_columns(np.ascontiguousarray(keys.T), size, count).T)
+
+
+def _straddling(reader: Reader, tensor: StoredTensor, size: int, count: int) -> dict[int, BoolArray]:
+    """What falls of the groups of rows that lie in more than one block, by their first row."""
+    found: dict[int, BoolArray] = {}
+    rest: Keys | None = None
+    for block in reader.blocks(tensor):
+        keys, first = magnitude_keys(block.values), block.first_row
+        if rest is not None:
+            keys, first = np.concatenate([rest, keys]), first - len(rest)
+            if len(keys) >= size:
+                found[first] = _along_rows(keys[:size], size, count)
+        left = len(keys) % size
+        rest = keys[len(keys) - left :].copy() if left else None
+    return found
+
+
+@dataclass(frozen=True)
+class _RowGroups:
+    """Groups of `size` rows: those within a block are chosen when it comes, the others are `straddling`."""
+
+    size: int
+    count: int
+    straddling: dict[int, BoolArray]
+
+    def pruned(self, block: Block) -> BoolArray:
+        start, stop = block.rows.start, block.rows.stop
+        first, last = -(-start // self.size) * self.size, stop // self.size * self.size
+        parts = []
+        if start < first:
+            parts.append(self.straddling[first - self.size][start - first + self.size :][: stop - start])
+        if first < last:
+            parts.append(_along_rows(magnitude_keys(block.values[first - start : last - start]), self.size, self.count))
+        if first <= last < stop:
+            parts.append(self.straddling[last][: stop - last])
+        return np.concatenate(parts)
 
 
 def channel_mask(scores: torch.Tensor, amount: float, axis: int, rows: int) -> ChannelMask:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from compressknow.compress.parameters import parameter
 from compressknow.compress.pruning import Mask, PruningMethod, Weights
+from compressknow.compress.pruning.patterns import Patterned
 
 if TYPE_CHECKING:
     from compressknow.compress.blocks import Block, Reader
@@ -35,8 +36,9 @@ class Unstructured(PruningMethod):
         return [self.count(each, amount) for each in weights]
 
 
-class L1Unstructured(Unstructured):
-    """The smallest magnitudes. One threshold over all of the step, ties in the order of tensors, then of index."""
+class L1Unstructured(Patterned, Unstructured):
+    """The smallest magnitudes. One threshold over all of the step, ties in the order of tensors, then of index; with a
+    pattern, in each group by itself."""
 
     name = "l1-unstructured"
     help = "the smallest weights of all"
@@ -44,12 +46,14 @@ class L1Unstructured(Unstructured):
     @property
     def label(self) -> str:
         """As the paper writes it."""
-        return "L1-unstructured"
+        return f"L1-unstructured {self.pattern or ''}".strip()
 
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
         """See `PruningMethod.choose`."""
-        from compressknow.compress.pruning.masks import common_dtype, magnitudes, smallest
+        from compressknow.compress.pruning.masks import common_dtype, group_mask, magnitudes, smallest
 
+        if (groups := self.groups) is not None:
+            return reader.pool.map(lambda each: group_mask(reader, each, groups.of, groups.pruned), weights)
         common = common_dtype(weights)
         tensors = [each.tensor for each in weights]
         makers = [magnitudes(common)] * len(tensors)
