@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressknow.engine.load import family_of_class, load, load_tokenizer, load_variant
 from compressknow.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
@@ -124,14 +124,7 @@ def load_language_model(
     CheckpointError : it lacks a language-modelling head, weights or a tokenizer: none is ever made up at random.
     UnsupportedError : it is no language model of text.
     """
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
-        raise CheckpointError(
-            f"{path} has no tokenizer: it lacks the file of its vocabulary.",
-            why="transformers would create one with only special tokens, and every word would be unknown.",
-            hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) in the same folder "
-            "as the weights.",
-        )
+    tokenizer = load_whole_tokenizer(path, trust_remote_code=trust_remote_code)
     model = load(
         path,
         device=device,
@@ -140,7 +133,7 @@ def load_language_model(
         language_model=True,
     )
     _refuse_borrowed_head(path, model)
-    family = _family(model)
+    family = family_of(model)
     if family is None:
         raise UnsupportedError(
             f"{path} is a {type(model).__name__}: no masked, causal or sequence-to-sequence language model.",
@@ -149,12 +142,25 @@ def load_language_model(
     return LanguageModel(model, tokenizer, family)
 
 
+def load_whole_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. Raises CheckpointError where there is none, or one without words."""
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise CheckpointError(
+            f"{path} has no tokenizer: it lacks the file of its vocabulary.",
+            why="transformers would create one with only special tokens, and every word would be unknown.",
+            hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) in the same folder "
+            "as the weights.",
+        )
+    return tokenizer
+
+
 def language_model_of(
     variant: Variant, maker: VariantMaker, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: str
 ) -> LanguageModel:
     """A conversion in memory, ready to be evaluated; `tokenizer` is that of its source."""
     model = load_variant(variant, maker, device=device, dtype=None if dtype == "auto" else dtype)
-    return LanguageModel(model, tokenizer, _family(model) or "")
+    return LanguageModel(model, tokenizer, family_of(model) or "")
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -166,6 +172,48 @@ def embedding_rows(model: PreTrainedModel) -> int:
         return rows
     raise UnsupportedError(
         f"{type(model).__name__} has no embedding of text tokens.", hint="Give a language model of text."
+    )
+
+
+# Tokenizers without a length of their own say 10^30.
+_NO_LIMIT = 1 << 24
+_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+
+
+def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The number of tokens that a model has positions for, or None where nothing bounds it (T5, ALiBi, Mamba)."""
+    config = model.config.get_text_config()
+    stated = [value for name in _NAMES if isinstance(value := getattr(config, name, None), int) and value > 0]
+    bounds = [length - _reserved(model) for length in stated]
+    if tokenizer.model_max_length and tokenizer.model_max_length < _NO_LIMIT:
+        bounds.append(int(tokenizer.model_max_length))
+    return min(bounds, default=None)
+
+
+def _reserved(model: PreTrainedModel) -> int:
+    """Positions that no token gets: RoBERTa and its kin count from the one after padding's."""
+    for name, module in model.named_modules():
+        if name.endswith(("position_embeddings", "embed_positions")):
+            padding: Any = getattr(module, "padding_idx", None)
+            return int(padding) + 1 if padding is not None else 0
+    return 0
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    """The token that a decoder begins with, as `generate` finds it. Raises UnsupportedError where none is named."""
+    config, generation = model.config, model.generation_config
+    named = (
+        (config, "decoder_start_token_id"),
+        (generation, "decoder_start_token_id"),
+        (generation, "bos_token_id"),
+        (config.get_text_config(decoder=True), "bos_token_id"),
+    )
+    for holder, name in named:
+        if isinstance(token := getattr(holder, name, None), int):
+            return token
+    raise UnsupportedError(
+        f"The configuration of {type(model).__name__} names no token that its decoder begins with.",
+        hint="Set `decoder_start_token_id` in its config.json.",
     )
 
 
@@ -186,8 +234,11 @@ def _refuse_borrowed_head(path: Path, model: PreTrainedModel) -> None:
         )
 
 
-def _family(model: PreTrainedModel) -> str | None:
-    """By the class; modelling code that comes with a checkpoint is told by the name of its class and its config."""
+def family_of(model: PreTrainedModel) -> str | None:
+    """``masked``, ``causal`` or ``seq2seq``, or None where a model is none of these.
+
+    By the class; modelling code that comes with a checkpoint is told by the name of its class and its config.
+    """
     name = type(model).__name__
     if family := family_of_class(name):
         # Some that transformers lists as sequence-to-sequence turn speech into text: given text, they go on writing.

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from compressknow.engine.language_model import load_language_model
+from compressknow.engine.language_model import load_language_model, most_tokens
 from compressknow.probe.evaluate import evaluate, prompts_of, scorer_for
-from compressknow.probe.scoring.prompts import most_tokens
 from compressknow.probe.scoring.scorer import TOO_LONG
 from compressknow.probe.sources.own_facts import own_facts
 from tests.knowing import facts_file, knowing

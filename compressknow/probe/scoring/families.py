@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compressknow.engine.language_model import decoder_start
 from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.probe.facts import BLANK, Fact
 from compressknow.probe.scoring.decoding import DecodingScorer, Encoded
@@ -302,21 +303,7 @@ class Seq2SeqScorer(DecodingScorer):
 
     @cached_property
     def _start(self) -> int:
-        """The token that the decoder begins with, as `generate` finds it."""
-        config, generation = self.model.config, self.model.generation_config
-        named = (
-            (config, "decoder_start_token_id"),
-            (generation, "decoder_start_token_id"),
-            (generation, "bos_token_id"),
-            (config.get_text_config(decoder=True), "bos_token_id"),
-        )
-        for holder, name in named:
-            if isinstance(token := getattr(holder, name, None), int):
-                return token
-        raise UnsupportedError(
-            f"The configuration of {type(self.model).__name__} names no token that its decoder begins with.",
-            hint="Set `decoder_start_token_id` in its config.json.",
-        )
+        return decoder_start(self.model)
 
     def _id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))

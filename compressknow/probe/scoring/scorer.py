@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from compressknow.engine.language_model import embedding_rows
+from compressknow.engine.language_model import embedding_rows, most_tokens
 from compressknow.engine.load import reason_of
 from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.facts import Fact, Probe
-from compressknow.probe.scoring.prompts import Encoder, Ids, most_tokens
+from compressknow.probe.scoring.prompts import Encoder, Ids
 from compressknow.probe.scoring.ranking import (
     Ranking,
     Scores,

@@ -9,27 +9,23 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compressknow.errors import CompressknowError, UsageError
-from compressknow.libraries import require
-from compressknow.probe.answers import check_parquet
+from compressknow.errors import UsageError
 from compressknow.probe.facts import Fact, Probe, domain_of
 from compressknow.probe.scoring.prompts import UniqueIds, fill, wrong_blanks
 from compressknow.probe.sources.columns import POPQA, Columns, choose_columns
 from compressknow.probe.sources.lama import CONCEPTNET
 from compressknow.probe.sources.lama import DOMAINS as LAMA
 from compressknow.probe.sources.source import Options, ProbeSource
-from compressknow.reading import NotReadable, parse_json
+from compressknow.reading import parse_json
+from compressknow.tables import SUFFIXES, load_tables
 
 PROTOCOL = "hf/1"
-_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 # Where the user names no split: sets for evaluation have their facts in the first of these that there is.
 _SPLITS = ("test", "validation", "train")
 _ROWS_AT_ONCE = 10_000
@@ -46,7 +42,7 @@ class Hub(ProbeSource):
 
     def meant(self, text: str) -> bool:
         """By a file's suffix, or as a name on the hub has an owner."""
-        tables = set(_BUILDERS) - {".jsonl"}
+        tables = set(SUFFIXES) - {".jsonl"}
         return Path(text).suffix.lower() in tables or re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
@@ -62,8 +58,7 @@ def hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str
     Raises UsageError where the set, the split or a column is not there, CompressknowError where the hub is not reached
     or the data cannot be read.
     """
-    require("datasets", "pyarrow")
-    splits = _load(dataset)
+    splits = load_tables(dataset)
     chosen = _choose_split(list(splits), split, dataset)
     table = splits[chosen]
     named = choose_columns(table.column_names, columns or {}, f"hf:{dataset}")
@@ -76,94 +71,6 @@ def hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str
         vocabulary="closed" if all(fact.candidates for fact in facts) else "open",
         source={"dataset": dataset, "split": chosen, "columns": dict(named.of), "known as": named.known_as},
     )
-
-
-def _load(dataset: str) -> Any:
-    """{name of a split: its table}."""
-    path = Path(dataset).expanduser()
-    if not path.exists() and _names_a_path(dataset):
-        raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the hub.")
-    _check_tables(path)
-    import datasets
-
-    with _quiet():
-        try:
-            if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-                loaded = datasets.load_from_disk(str(path))
-            elif path.is_file():
-                loaded = datasets.load_dataset(_builder(path), data_files=str(path))
-            elif path.is_dir():
-                loaded = datasets.load_dataset(str(path))
-            else:
-                name, _, config = dataset.partition(":")
-                loaded = datasets.load_dataset(name, config or None)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise _explained(dataset, error) from error
-    return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
-
-
-def _check_tables(path: Path) -> None:
-    """Raise UsageError where a local file or folder has a Parquet file that would fill the memory."""
-    for table in [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else ():
-        if table.suffix.lower() == ".parquet":
-            try:
-                check_parquet(table)
-            except NotReadable as error:
-                raise UsageError(f"{table} cannot be read: {error}.", hint="Get the data set again.") from None
-            except (OSError, ValueError):  # No Parquet file at all: `datasets` says what is wrong.
-                continue
-
-
-def _names_a_path(dataset: str) -> bool:
-    """Whether this cannot be a name on the hub: those are NAME or OWNER/NAME, with a colon and a configuration."""
-    name = dataset.partition(":")[0]
-    return dataset.startswith((".", "/", "~")) or name.count("/") > 1 or Path(dataset).suffix.lower() in _BUILDERS
-
-
-def _builder(path: Path) -> str:
-    builder = _BUILDERS.get(path.suffix.lower())
-    if builder is None:
-        raise UsageError(f"{path}: no table of a known kind.", hint=f"Known are {', '.join(_BUILDERS)}.")
-    return builder
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars where stderr is no terminal, and no log lines of `datasets` beside the error that is raised."""
-    import datasets
-
-    verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
-
-
-def _explained(dataset: str, error: Exception) -> CompressknowError:
-    """The library's error in words that say what to do."""
-    what, reason = f"hf:{dataset} cannot be read.", str(error.__cause__ or error).split("\n")[0]
-    if isinstance(error, ConnectionError):
-        page = f"huggingface.co/datasets/{dataset.partition(':')[0]}"
-        hint = f"Download {page} where there is a network, and name the folder: hf:FOLDER."
-        return CompressknowError(f"hf:{dataset} is not on this machine, and the Hub cannot be reached.", reason, hint)
-    if isinstance(error, RuntimeError) and "scripts are no longer supported" in reason:
-        return UsageError(
-            what,
-            "It is loaded by a script of its own, which the datasets library has not run since version 4.",
-            "Look for a copy in Parquet (a branch refs/convert/parquet often has one), download it, and say hf:FOLDER.",
-        )
-    if isinstance(error, ValueError) and "BuilderConfig" in reason:
-        return UsageError(what, reason, "The configuration follows the name: hf:NAME:CONFIG.")
-    if isinstance(error, ValueError) and "Config name is missing" in reason:
-        return UsageError(what, str(error).replace("\n", " "), "The configuration follows the name: hf:NAME:CONFIG.")
-    if isinstance(error, FileNotFoundError):
-        return UsageError(what, reason, "hf: is followed by a name on the hub, a folder or a file.")
-    return CompressknowError(what, reason)
 
 
 def _choose_split(there: list[str], wanted: str | None, dataset: str) -> str:
