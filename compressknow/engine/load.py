@@ -218,7 +218,8 @@ def _auto_class(config: Any, architecture: str | None, trust_remote_code: bool) 
         remote = str(auto_map.get(auto.__name__, ""))
         if trust_remote_code and remote.rpartition(".")[2] == architecture:
             return auto
-    for auto in (AutoModelForSeq2SeqLM, AutoModelForCausalLM, AutoModelForMaskedLM):
+    # An encoder's config has a causal class too, which no checkpoint is of.
+    for auto in (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM):
         if type(config) in auto._model_mapping:
             return auto
     return AutoModel

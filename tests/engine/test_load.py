@@ -123,6 +123,8 @@ def test_unknown_architecture_falls_back_to_the_model_type(tmp_path: Path) -> No
     model = saved("bert", tmp_path)
     edit_config(tmp_path, architectures=["SomeonesBertWithAnotherName"])
     assert torch.equal(logits(load(tmp_path)), logits(model))
+    # transformers has a causal class for BERT's config as well: AntiBERTy, say, is none.
+    assert type(load(tmp_path, language_model=True)).__name__ == "BertForMaskedLM"
 
 
 def test_dtype_of_the_float_weights_can_be_chosen(tmp_path: Path) -> None:

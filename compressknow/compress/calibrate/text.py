@@ -1,0 +1,232 @@
+"""The text that a checkpoint is calibrated on: the model's own, a file's or a data set's, as batches of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressknow.compress.calibrate.passages import SELF, Kind, kind_of, passages
+from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compressknow.compress.calibrate.packing import Form
+
+TOKENS = 32_768
+# Of one batch, about.
+BATCH_TOKENS = 2_048
+# A shorter text says too little of what a layer reads: it is refused unless no more was asked for.
+FEWEST_TOKENS = 2_048
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """A text to calibrate a model on.
+
+    Attributes
+    ----------
+    kind : ``self``, ``file`` or ``hf``.
+    source : ``self``, the path as it was given, or ``hf:NAME``.
+    sha256 : of all token ids in `batches`.
+    seed : what the model's own text, and what is hidden of any text, was drawn with.
+    tokens : of the text, special tokens included: whole sequences alone. Fewer than were asked for where the text is
+        shorter.
+    asked : tokens that were asked for.
+    batches : arguments of a forward pass each: ``input_ids`` and, for encoder-decoder models, ``decoder_input_ids``;
+        int64 [sequences, tokens], of equal shapes but for the last, which may have fewer sequences. Nothing is padded.
+    texts : what stands in each sequence, nothing hidden, without special tokens.
+    """
+
+    kind: Kind
+    source: str
+    sha256: str
+    seed: int
+    tokens: int
+    asked: int
+    batches: tuple[dict[str, torch.Tensor], ...]
+    texts: tuple[str, ...]
+
+
+def check_text(text: str, tokens: int) -> None:
+    """Raise UsageError where no text could be made of a request. Imports nothing large.
+
+    >>> check_text("self", 0)
+    Traceback (most recent call last):
+    compressknow.errors.UsageError: 0 tokens to calibrate on.
+    Give 1 or more; 32,768 is usual.
+    """
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise UsageError(f"{tokens!r} tokens to calibrate on.", hint=f"Give 1 or more; {TOKENS:,} is usual.")
+    if kind_of(text) == "file" and not Path(text).expanduser().exists():
+        raise UsageError(f"There is no calibration text {text}.")
+
+
+def calibration_text(
+    folder: Path,
+    tree: PreTrainedModel,
+    *,
+    text: str = SELF,
+    tokens: int = TOKENS,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    on_tokens: Callable[[int, int], None] | None = None,
+) -> CalibrationText:
+    """The text to calibrate a checkpoint on, the same for the same arguments on one machine.
+
+    Sequences have 512 tokens, or as many as the model has positions for, or sentinels; texts follow one another in them
+    with the tokenizer's separator between.
+
+    Parameters
+    ----------
+    folder : the checkpoint. Its weights are read for ``self`` alone.
+    tree : its module tree, which may be on the meta device.
+    text : ``self`` (the model's own samples), ``FILE.txt``, ``FILE.jsonl`` (key ``text``) or ``hf:DATASET``.
+    tokens : rounded down to whole sequences. A text of fewer is taken whole, from 2,048 tokens on.
+    seed : of the samples, and of what is hidden from models that fill blanks.
+    on_tokens : called with the tokens that the model has written, and how many it is to write.
+
+    Raises
+    ------
+    UsageError : no such text, or `tokens` make no sequence.
+    CompressknowError : the text cannot be read, is too short, or has tokens that the model does not.
+    CheckpointError : the checkpoint has no tokenizer; or, for ``self``, no head.
+    UnsupportedError : for ``self``, a model that writes no text.
+    """
+    check_text(text, tokens)
+    import torch
+
+    from compressknow.compress.calibrate.corruption import inputs_of
+    from compressknow.compress.calibrate.packing import form_of
+    from compressknow.engine.language_model import load_whole_tokenizer
+    from compressknow.quiet import quiet
+
+    tokenizer = load_whole_tokenizer(folder, trust_remote_code=trust_remote_code)
+    with quiet():
+        form = form_of(tree, tokenizer)
+        rows = _rows(tokens, form)
+        if text == SELF:
+            pieces: Iterable[Sequence[int]] = _own(folder, form, rows, seed, trust_remote_code, on_tokens)
+        else:
+            pieces = _read(text, tokenizer, form)
+        bodies = _packed(pieces, form, rows, text, tokenizer)
+        inputs = inputs_of(bodies, form, tree, torch.Generator().manual_seed(seed))
+    batches = tuple(_batches(inputs, max(1, BATCH_TOKENS // form.length)))
+    return CalibrationText(
+        kind=kind_of(text),
+        source=text,
+        sha256=_sha256(batches),
+        seed=seed,
+        tokens=len(bodies) * form.length,
+        asked=tokens,
+        batches=batches,
+        texts=tuple(tokenizer.batch_decode(bodies.tolist(), skip_special_tokens=True)),
+    )
+
+
+def _rows(tokens: int, form: Form) -> int:
+    if rows := tokens // form.length:
+        return rows
+    raise UsageError(
+        f"{tokens:,} tokens to calibrate on make no sequence: this model's have {form.length:,}.",
+        hint=f"Give {form.length:,} or more; {TOKENS:,} is usual.",
+    )
+
+
+def _own(
+    folder: Path,
+    form: Form,
+    rows: int,
+    seed: int,
+    trust_remote_code: bool,
+    on_tokens: Callable[[int, int], None] | None,
+) -> list[list[int]]:
+    from compressknow.compress.calibrate.samples import HINT, check_writes, compute_dtype, samples
+    from compressknow.engine.language_model import load_language_model
+
+    check_writes(folder, form)
+    try:
+        model = load_language_model(folder, dtype=compute_dtype(), trust_remote_code=trust_remote_code)
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(error.what, error.why, HINT) from error
+    return samples(model, form, rows * form.body, seed, on_tokens)
+
+
+def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator[list[int]]:
+    """Token ids of each passage, those of the separator first where it begins another text than the first."""
+    for number, passage in enumerate(passages(text)):
+        ids = tokenizer(passage.text, add_special_tokens=False, verbose=False)["input_ids"]
+        yield [*form.separator, *ids] if passage.begins and number else list(ids)
+
+
+def _packed(
+    pieces: Iterable[Sequence[int]], form: Form, rows: int, text: str, tokenizer: PreTrainedTokenizerBase
+) -> torch.Tensor:
+    """Bodies of sequences, int64 [sequences, form.body]: `rows` of them, or as many as the text fills."""
+    from compressknow.compress.calibrate.packing import check_ids, pack
+
+    bodies, found = pack(pieces, form, rows)
+    fewest = min(-(-FEWEST_TOKENS // form.length), rows)
+    if len(bodies) < fewest:
+        raise CompressknowError(
+            f"{text} has {found:,} tokens of this model, and {fewest * form.body:,} are needed to calibrate it.",
+            hint=f"Give a longer text; {TOKENS:,} tokens are usual.",
+        )
+    check_ids(bodies, form, tokenizer.unk_token_id, text)
+    return bodies
+
+
+def _batches(inputs: dict[str, torch.Tensor], rows: int) -> Iterator[dict[str, torch.Tensor]]:
+    for start in range(0, len(inputs["input_ids"]), rows):
+        yield {name: ids[start : start + rows] for name, ids in inputs.items()}
+
+
+def _sha256(batches: Iterable[dict[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, ids in batch.items():
+            digest.update(f"{name} {tuple(ids.shape)}".encode())
+            digest.update(ids.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+# A stop after a word of three letters or more, so that "St. Louis" is no end; uncased tokenizers put spaces around it.
+_SENTENCE = re.compile(r"(?<=\w\w\w[.!?])\s+|\s+[.!?]\s+|\n+")
+
+_WORD = re.compile(r"[^\W_]+")
+
+
+def facts_in(texts: Iterable[str], pairs: Iterable[tuple[str, str]]) -> int:
+    """How many facts stand in texts: pairs of names, of subject and object, that a sentence has both of.
+
+    Names are compared as words, without case, accents and punctuation. A pair that is given twice counts twice.
+
+    >>> text = "Paris, the capital of France, lies on the Seine. Rome does not."
+    >>> facts_in([text], [("France", "paris"), ("Rome", "Seine"), ("Rom", "not")])
+    1
+    """
+    sentences = [_words(part) for text in texts for part in _SENTENCE.split(text)]
+    found: dict[str, frozenset[int]] = {}
+    return sum(
+        not _having(subject, sentences, found).isdisjoint(_having(obj, sentences, found)) for subject, obj in pairs
+    )
+
+
+def _having(name: str, sentences: Sequence[str], found: dict[str, frozenset[int]]) -> frozenset[int]:
+    """Which sentences have a name, found once."""
+    words = _words(name)
+    if words not in found:
+        found[words] = frozenset(at for at, sentence in enumerate(sentences) if words in sentence and words.strip())
+    return found[words]
+
+
+def _words(text: str) -> str:
+    """Words with a space before and after each."""
+    plain = "".join(mark for mark in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(mark))
+    return f" {' '.join(_WORD.findall(plain))} "

@@ -1,0 +1,297 @@
+"""Calibration texts: what the batches hold, that they are the same again, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from compressknow.compress.calibrate.corruption import hidden_of, spans_of
+from compressknow.compress.calibrate.text import CalibrationText, calibration_text, facts_in
+from compressknow.engine.language_model import load_language_model
+from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.model.meta import meta_model
+from tests.knowing import KNOWN_FACTS, knowing
+from tests.models import save_tiny
+
+SHARED = Path(__file__).parents[4] / "shared" / "models"
+FAMILIES = ("bert", "llama", "t5")
+SENTENCES = [fact.sentence(fact.obj_label) for fact in KNOWN_FACTS]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: knowing(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """A text of a few thousand tokens."""
+    path = tmp_path / "notes.txt"
+    path.write_text("\n".join(SENTENCES * 8), encoding="utf-8")
+    return path
+
+
+def made(folder: Path, text: str | Path = "self", tokens: int = 640, seed: int = 0) -> CalibrationText:
+    return calibration_text(folder, meta_model(folder), text=str(text), tokens=tokens, seed=seed)
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def runs(model: PreTrainedModel, text: CalibrationText) -> bool:
+    """Whether a model reads every batch, and gives numbers for it."""
+    with torch.inference_mode():
+        return all(bool(model(**batch).logits.isfinite().all()) for batch in text.batches)
+
+
+@pytest.mark.parametrize("source", ["self", "file"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_is_whole_sequences_that_the_model_reads(
+    family: str, source: str, folders: dict[str, Path], notes: Path
+) -> None:
+    text = made(folders[family], "self" if source == "self" else notes)
+    length = 64 if family != "t5" else 21  # T5 has two sentinels here, and so room for one span
+    assert text.tokens == 640 // length * length
+    assert text.kind == source
+    assert len(text.texts) == sum(len(batch["input_ids"]) for batch in text.batches) == 640 // length
+    assert {ids.dtype for batch in text.batches for ids in batch.values()} == {torch.int64}
+    assert runs(load_language_model(folders[family]).model, text)
+
+
+def test_a_causal_model_reads_the_file_after_its_first_token(folders: dict[str, Path], notes: Path) -> None:
+    tokenizer = tokenizer_of(folders["llama"])
+    text = made(folders["llama"], notes)
+    ids = torch.cat([batch["input_ids"] for batch in text.batches])
+    assert set(ids[:, 0].tolist()) == {tokenizer.bos_token_id}
+    whole = tokenizer(notes.read_text(), add_special_tokens=False)["input_ids"]
+    assert ids[:, 1:].flatten().tolist() == whole[: 10 * 63]
+
+
+def test_texts_of_a_jsonl_file_are_separated_as_the_tokenizer_would(folders: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n".join(json.dumps({"text": sentence}) for sentence in SENTENCES * 2))
+    tokenizer = tokenizer_of(folders["llama"])
+    ids = torch.cat([batch["input_ids"] for batch in made(folders["llama"], path).batches])[:, 1:].flatten().tolist()
+    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in SENTENCES[:2])
+    between = [tokenizer.eos_token_id, tokenizer.bos_token_id]
+    assert ids[: len(first) + 2 + len(second)] == [*first, *between, *second]
+
+
+def test_a_masked_model_has_15_percent_of_its_words_hidden(folders: dict[str, Path], notes: Path) -> None:
+    tokenizer = tokenizer_of(folders["bert"])
+    ids = torch.cat([batch["input_ids"] for batch in made(folders["bert"], notes).batches])
+    assert (ids == tokenizer.mask_token_id).sum(1).tolist() == [round(0.15 * 62)] * 10
+    assert set(ids[:, 0].tolist()) == {tokenizer.cls_token_id}
+    assert set(ids[:, -1].tolist()) == {tokenizer.sep_token_id}
+    whole = torch.tensor(tokenizer(notes.read_text(), add_special_tokens=False)["input_ids"][: 10 * 62]).reshape(10, 62)
+    seen = ids[:, 1:-1] != tokenizer.mask_token_id
+    assert torch.equal(ids[:, 1:-1][seen], whole[seen])
+
+
+def test_a_t5_reads_what_is_left_and_its_decoder_what_was_hidden(folders: dict[str, Path], notes: Path) -> None:
+    tokenizer = tokenizer_of(folders["t5"])
+    batch = made(folders["t5"], notes).batches[0]
+    whole = tokenizer(notes.read_text(), add_special_tokens=False)["input_ids"]
+    first, second = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"])
+    read, written = batch["input_ids"][0].tolist(), batch["decoder_input_ids"][0].tolist()
+    # What it reads while it learns: its start, then the labels but for the last, </s>.
+    assert written[:2] == [tokenizer.pad_token_id, first]
+    assert written[-1] == second
+    place = read.index(first)
+    assert read[-1] == tokenizer.eos_token_id
+    assert [*read[:place], *written[2:-1], *read[place + 1 : -1]] == whole[:20]
+
+
+def test_a_bart_reads_masks_and_its_decoder_the_whole_text(tmp_path: Path, notes: Path) -> None:
+    folder = save_tiny("bart", tmp_path / "bart")
+    tokens = tokenizer_of(knowing("bert", tmp_path / "bert"))
+    tokens.save_pretrained(folder)
+    # BERT's words that the tiny embedding has rows for.
+    text = " ".join(word for word in " ".join(SENTENCES * 4).split() if tokens.get_vocab().get(word, 99) < 99)
+    notes.write_text(text)
+    batch = made(folder, notes, tokens=400).batches[0]
+    read, written = batch["input_ids"][0].tolist(), batch["decoder_input_ids"][0].tolist()
+    hidden, spans = hidden_of(38, 0.15)
+    assert read.count(tokens.mask_token_id) == spans == 2
+    assert len(read) == 40 - hidden + spans
+    assert len(written) == 40
+    assert written[1] == tokens.cls_token_id
+    assert tokens.mask_token_id not in written
+    assert written[2:] == tokens(text, add_special_tokens=False)["input_ids"][:38]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_seed_and_not_threads_decide_what_a_model_writes(family: str, folders: dict[str, Path]) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = made(folders[family], seed=3)
+        torch.set_num_threads(4)
+        again, other = made(folders[family], seed=3), made(folders[family], seed=4)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert first.texts == again.texts
+    assert first.sha256 == again.sha256 != other.sha256
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_how_many_cores_write_changes_nothing(
+    cores: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = made(folders["bert"], tokens=3200).sha256
+    monkeypatch.setattr("compressknow.compress.pool.available_cores", lambda: cores)
+    assert made(folders["bert"], tokens=3200).sha256 == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_model_writes_what_it_knows(family: str, folders: dict[str, Path]) -> None:
+    """Its own text holds facts that words drawn at random would not put together."""
+    pairs = [(fact.sub_label, fact.obj_label) for fact in KNOWN_FACTS]
+    own = made(folders[family], tokens=4096).texts
+    wrong = [(subject, obj) for (subject, _), (_, obj) in zip(pairs, pairs[5:] + pairs[:5], strict=True)]
+    assert facts_in(own, pairs) > facts_in(own, wrong)
+
+
+def test_spans_have_the_sizes_that_were_asked_for_and_never_touch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        spans = spans_of(40, 4, 12, generator)
+        assert sum(end - start for start, end in spans) == 12
+        assert spans[0][0] > 0
+        assert spans[-1][1] == 40
+        assert all(start > end for (_, end), (start, _) in pairwise(spans))
+
+
+def test_a_text_that_is_shorter_than_asked_is_taken_whole(folders: dict[str, Path], notes: Path) -> None:
+    text = made(folders["llama"], notes, tokens=1_000_000)
+    words = len(tokenizer_of(folders["llama"])(notes.read_text(), add_special_tokens=False)["input_ids"])
+    assert text.tokens == words // 63 * 64
+    assert text.asked == 1_000_000
+
+
+def test_progress_ends_at_all_tokens(folders: dict[str, Path]) -> None:
+    told: list[tuple[int, int]] = []
+    calibration_text(
+        folders["llama"], meta_model(folders["llama"]), tokens=640, on_tokens=lambda *far: told.append(far)
+    )
+    assert told == sorted(told)
+    assert told[-1][0] >= 0.95 * told[-1][1]
+
+
+def test_a_data_set_on_disk_is_read_row_by_row(folders: dict[str, Path], tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"title": ["a"] * 128, "text": [*SENTENCES, "", *SENTENCES[1:]]})
+    rows.save_to_disk(tmp_path / "set")
+    text = made(folders["llama"], f"hf:{tmp_path / 'set'}", tokens=640)
+    assert (text.kind, text.source) == ("hf", f"hf:{tmp_path / 'set'}")
+    assert text.texts[0].startswith(SENTENCES[0].removesuffix("."))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "has 0 tokens of this model, and 630 are needed"),
+        ("short.txt", b"The capital of Drenn is Velin.", "has 7 tokens of this model, and 630 are needed"),
+        ("latin.txt", "Caf\xe9".encode("latin-1"), "latin.txt is not UTF-8"),
+        ("broken.jsonl", b'{"text": "Velin."}\n{"text": ', "broken.jsonl, line 2: no JSON"),
+        ("other.jsonl", b'{"text": "Velin."}\n\n{"body": "Velin."}', 'other.jsonl, line 3: no text under "text"'),
+        ("number.jsonl", b'{"text": 1}', 'number.jsonl, line 1: no text under "text"'),
+        ("foreign.txt", b"quux " * 2000, "does not know 100% of the tokens"),
+    ],
+)
+def test_a_bad_text_is_one_message(
+    name: str, content: bytes, message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CompressknowError, match=message) as caught:
+        made(folders["llama"], tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "message"),
+    [
+        ("none.txt", 640, "There is no calibration text none.txt"),
+        ("notes.pdf", 640, "There is no calibration text 'notes.pdf'"),
+        ("hf:", 640, "There is no calibration text 'hf:'"),
+        ("hf:./nothing", 640, "There is no folder or file"),
+        ("self", 0, "0 tokens to calibrate on"),
+        ("self", 63, "63 tokens to calibrate on make no sequence: this model's have 64"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(
+    text: str, tokens: int, message: str, folders: dict[str, Path]
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        made(folders["llama"], text, tokens)
+
+
+def test_tokens_without_a_row_in_the_embedding_are_refused(tmp_path: Path, notes: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "tiny")
+    tokenizer = tokenizer_of(knowing("llama", tmp_path / "known"))
+    tokenizer.add_tokens(["quux"])
+    tokenizer.save_pretrained(folder)
+    notes.write_text("quux " * 800)
+    with pytest.raises(CompressknowError, match="the model's embedding has 99 rows"):
+        made(folder, notes)
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path, notes: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "tiny")
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        made(folder, notes)
+
+
+def test_a_model_that_gives_nan_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    loaded = load_language_model(folders["llama"])
+    with torch.no_grad():
+        loaded.model.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CompressknowError, match="gives NaN while it writes"):
+        made(tmp_path)
+
+
+def test_a_model_without_head_is_calibrated_on_a_file_and_not_on_itself(
+    folders: dict[str, Path], tmp_path: Path, notes: Path
+) -> None:
+    loaded = load_language_model(folders["bert"])
+    loaded.model.bert.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    assert made(tmp_path, notes).tokens == 640
+    with pytest.raises((CheckpointError, UnsupportedError), match=r"FILE\.txt"):
+        made(tmp_path)
+
+
+def test_a_fact_stands_in_a_text_where_a_sentence_has_both_names() -> None:
+    texts = ["In St. Louis lives Ana.\nCafé Zoé is in Paris . rome has none", "Ana likes New York."]
+    pairs = [
+        ("Ana", "St. Louis"), ("cafe zoe", "PARIS"), ("Ana", "new york"),
+        ("Rome", "Paris"), ("Ana", "York New"), ("An", "New York"), ("Ana", ""), ("?", "Ana"),
+    ]  # fmt: skip
+    assert [facts_in(texts, [pair]) for pair in pairs] == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert facts_in(texts, pairs) == 3
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of shared data is not here")
+@pytest.mark.parametrize("name", ["minilm-facts", "t5-facts"])
+def test_models_that_know_facts_write_texts_of_many_words(name: str) -> None:
+    text = made(SHARED / name, tokens=2048)
+    assert len({word for sequence in text.texts for word in sequence.split()}) > 150
+    assert runs(load_language_model(SHARED / name).model, text)
+
+
+@pytest.mark.network
+def test_smollm2_writes_english(smollm2: Path) -> None:
+    text = made(smollm2, tokens=2048)
+    words = " ".join(text.texts).casefold().split()
+    assert {"the", "and", "of", "to"} <= set(words)
+    assert len(set(words)) > 300
