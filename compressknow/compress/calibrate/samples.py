@@ -7,8 +7,6 @@ They lie in the model's domain whatever that is (a language, code, proteins) and
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,8 +17,8 @@ from compressknow.compress.pool import Pool, Stopped
 from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.load import reason_of
 from compressknow.errors import CompressknowError, UnsupportedError
+from compressknow.quiet import Advance, counted
 
-OnTokens = Callable[[int, int], None]
 HINT = "Give a text to calibrate it on: FILE.txt, FILE.jsonl or hf:DATASET."
 
 
@@ -40,12 +38,12 @@ def check_writes(folder: Path, form: Form) -> None:
     raise UnsupportedError(f"{folder} cannot write a text to be calibrated on.", why, HINT)
 
 
-def samples(language_model: LanguageModel, form: Form, tokens: int, seed: int, on_tokens: OnTokens | None) -> Pieces:
+def samples(language_model: LanguageModel, form: Form, tokens: int, seed: int, advance: Advance | None) -> Pieces:
     """Token ids of texts that the model writes, `tokens` or more in all, without special tokens around them.
 
     The same on one machine whatever the number of threads: each batch of texts is written by one thread, from numbers
-    that the seed and the batch's place alone determine. `on_tokens` is called with tokens done and in all, by one
-    thread at a time, not always the same.
+    that the seed and the batch's place alone determine. `advance` is told tokens done and in all, by one thread at
+    a time, not always the same.
 
     Raises UnsupportedError where the model cannot write, CompressknowError where it gives NaN.
     """
@@ -55,7 +53,7 @@ def samples(language_model: LanguageModel, form: Form, tokens: int, seed: int, o
     found: Pieces = []
     try:
         with Pool() as pool:
-            writer = WRITERS[form.family](language_model.model, form, tokens, pool.check, _counter(tokens, on_tokens))
+            writer = WRITERS[form.family](language_model.model, form, tokens, pool.check, counted(advance, tokens))
             batches = 0
             while (missing := tokens - sum(map(len, found))) > 0:
                 more = min(pool.threads, -(-missing // writer.batch_tokens))
@@ -75,17 +73,3 @@ def samples(language_model: LanguageModel, form: Form, tokens: int, seed: int, o
 def _generator(seed: int, batch: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{batch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _counter(total: int, on_tokens: OnTokens | None) -> Callable[[float], None]:
-    """Adds up tokens that are done, and passes them on."""
-    lock, done = threading.Lock(), 0.0
-
-    def add(tokens: float) -> None:
-        nonlocal done
-        with lock:
-            done += tokens
-            if on_tokens:
-                on_tokens(min(int(done), total), total)
-
-    return add

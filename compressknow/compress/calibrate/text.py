@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from compressknow.compress.calibrate.packing import Form
+    from compressknow.quiet import Advance
 
 TOKENS = 32_768
 # Of one batch, about.
@@ -76,7 +77,7 @@ def calibration_text(
     tokens: int = TOKENS,
     seed: int = 0,
     trust_remote_code: bool = False,
-    on_tokens: Callable[[int, int], None] | None = None,
+    advance: Advance | None = None,
 ) -> CalibrationText:
     """The text to calibrate a checkpoint on, the same for the same arguments on one machine.
 
@@ -90,7 +91,7 @@ def calibration_text(
     text : ``self`` (the model's own samples), ``FILE.txt``, ``FILE.jsonl`` (key ``text``) or ``hf:DATASET``.
     tokens : rounded down to whole sequences. A text of fewer is taken whole, from 2,048 tokens on.
     seed : of the samples, and of what is hidden from models that fill blanks.
-    on_tokens : called with the tokens that the model has written, and how many it is to write.
+    advance : told the tokens that the model has written, and how many it is to write, by one thread at a time.
 
     Raises
     ------
@@ -112,7 +113,7 @@ def calibration_text(
         form = form_of(tree, tokenizer)
         rows = _rows(tokens, form)
         if text == SELF:
-            pieces: Iterable[Sequence[int]] = _own(folder, form, rows, seed, trust_remote_code, on_tokens)
+            pieces: Iterable[Sequence[int]] = _own(folder, form, rows, seed, trust_remote_code, advance)
         else:
             pieces = _read(text, tokenizer, form)
         bodies = _packed(pieces, form, rows, text, tokenizer)
@@ -145,7 +146,7 @@ def _own(
     rows: int,
     seed: int,
     trust_remote_code: bool,
-    on_tokens: Callable[[int, int], None] | None,
+    advance: Advance | None,
 ) -> list[list[int]]:
     from compressknow.compress.calibrate.samples import HINT, check_writes, compute_dtype, samples
     from compressknow.engine.language_model import load_language_model
@@ -155,7 +156,7 @@ def _own(
         model = load_language_model(folder, dtype=compute_dtype(), trust_remote_code=trust_remote_code)
     except (CheckpointError, UnsupportedError) as error:
         raise type(error)(error.what, error.why, HINT) from error
-    return samples(model, form, rows * form.body, seed, on_tokens)
+    return samples(model, form, rows * form.body, seed, advance)
 
 
 def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator[list[int]]:

@@ -35,7 +35,7 @@ class Writer:
     form: Form
     wanted: int
     check: Callable[[], None]
-    done: Callable[[float], None]
+    done: Callable[[int], None]
 
     def write(self, generator: torch.Generator) -> Pieces:
         """The token ids of a batch of texts."""
@@ -90,7 +90,7 @@ class Writer:
 
         # The model's own settings (beams, forced or forbidden tokens) are for answers; `generate` would mix them in.
         self.model.generation_config = config
-        drawing = _Drawing(self, generator, self.batch_tokens / config.max_new_tokens / passes)
+        drawing = _Drawing(self, generator, max(1, self.batch_tokens // config.max_new_tokens // passes))
         written: torch.Tensor = self.model.generate(**inputs, logits_processor=LogitsProcessorList([drawing]))
         return written
 
@@ -101,7 +101,7 @@ class _Drawing:
 
     writer: Writer
     generator: torch.Generator
-    tokens: float
+    tokens: int
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         drawn = self.writer.draw(scores, self.generator)
@@ -177,7 +177,7 @@ class MaskedWriter(Writer):
             ids = torch.tensor([self.form.framed(row) for row in body.tolist()])
             logits = self.model(input_ids=ids).logits[:, start + places].flatten(0, 1)
             body[:, places] = self.draw(logits, generator).reshape(len(body), -1)
-            self.done(self.batch_tokens / (self.STRETCH - 1))
+            self.done(self.batch_tokens // (self.STRETCH - 1))
         return [[*row, *self.form.separator] for row in body.tolist()]
 
 

@@ -178,9 +178,11 @@ def test_a_text_that_is_shorter_than_asked_is_taken_whole(folders: dict[str, Pat
 
 def test_progress_ends_at_all_tokens(folders: dict[str, Path]) -> None:
     told: list[tuple[int, int]] = []
-    calibration_text(
-        folders["llama"], meta_model(folders["llama"]), tokens=640, on_tokens=lambda *far: told.append(far)
-    )
+
+    def advance(done: int, total: int, left: float | None = None) -> None:
+        told.append((done, total))
+
+    calibration_text(folders["llama"], meta_model(folders["llama"]), tokens=640, advance=advance)
     assert told == sorted(told)
     assert told[-1][0] >= 0.95 * told[-1][1]
 
