@@ -9,12 +9,25 @@ from typing import Any
 
 import click
 
-from compressknow.cli.options import CALIBRATION, COMPRESS, HOW, REVISION, RUNS, TRUST, OneOf, Share, command, option
+from compressknow.cli.options import (
+    CALIBRATION,
+    COMPRESS,
+    HOW,
+    REVISION,
+    RUNS,
+    TRUST,
+    Blocks,
+    OneOf,
+    Share,
+    command,
+    option,
+)
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, duration, show, show_json
 from compressknow.compress.parameters import Parameter, Parametric
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import RECIPE_OPTIONS, ROUNDINGS, SHARED
+from compressknow.compress.removal.words import removed_in_words
 from compressknow.compress.schemes import SCHEMES, known, word_of
 from compressknow.errors import UsageError
 from compressknow.format import count, percent, size
@@ -104,6 +117,20 @@ def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
     default="structural",
     help="structural (default) or paper, the authors' split.",
 )
+@option(
+    "--drop-blocks",
+    group=HOW,
+    type=Blocks(),
+    metavar="N|LIST",
+    help="Transformer blocks to leave out: a number, or 20-23.",
+)
+@option(
+    "--drop-neurons",
+    group=HOW,
+    type=Share(),
+    metavar="AMOUNT",
+    help="Share of each feed-forward block's neurons to leave out.",
+)
 @option("--prune", group=HOW, type=Share(), metavar="AMOUNT", help="Share of the weights to zero: 0.2, or 20%.")
 @option(
     "--prune-method",
@@ -190,6 +217,8 @@ def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_
         yield _row(name, counts)
     yield "-" * WIDTH
     yield _row("total", manifest["totals"])
+    if removed := " ".join(removed_in_words(manifest.get("removed"))):
+        yield "\n" + fill(removed)
     for tie in manifest["untied"]:
         shared = f"{tie['name']} no longer shares its weight with {tie['tied_to']}"
         yield "\n" + fill(f"{shared}: {size(tie['bytes'])} more.")

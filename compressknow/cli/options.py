@@ -223,6 +223,17 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
             self.fail(f"{text!r} is not a number; write 0.2 or 20%.", param, ctx)
 
 
+class Blocks(click.ParamType):  # type: ignore[type-arg]
+    """How many blocks, or which: 4, or 20-23."""
+
+    name = "blocks"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:  # noqa: ARG002
+        """A number as one, all else as it stands: the recipe checks it."""
+        text = str(value).strip()
+        return int(text) if text.isdecimal() and text.isascii() else text
+
+
 class OneOf(click.Choice[str]):
     """One of some names, in any case of letters; what is nearly one of them is told so."""
 

@@ -21,6 +21,8 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layers: str | None = None,
+    drop_blocks: int | str | None = None,
+    drop_neurons: float | None = None,
     prune: float | None = None,
     prune_method: str = "l1-unstructured",
     per_layer: bool = False,
@@ -42,7 +44,8 @@ def convert(
     threads: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
-    """Prune and quantize a checkpoint into a new folder of safetensors, with a manifest and a model card.
+    """Drop blocks and neurons of a checkpoint, prune and quantize it, into a new folder of safetensors, with a manifest
+    and a model card.
 
     Parameters
     ----------
@@ -51,6 +54,9 @@ def convert(
     scope : which Linear layers: ``blocks`` (all in the transformer blocks), ``attention``, ``feed-forward``, ``final``,
         ``overall`` and the finer ones of ``compressknow.model.scopes.SCOPES``.
     include, exclude, layers : regular expressions on module names, and a range of blocks (``0-5``), that narrow it.
+    drop_blocks : how many blocks of each stack to leave out, or which: ``"20-23"``. Of the scopes, ``encoder`` and
+        ``decoder`` narrow it.
+    drop_neurons : share of the hidden units of each feed-forward block to leave out; narrowed likewise.
     prune : share of the weights to zero, between 0 and 1.
     prune_method : ``l1-unstructured``, ``ln-structured``, ``random-unstructured`` or ``random-structured``.
     per_layer, norm, dim, seed : see `compressknow.compress.recipe.Prune`.

@@ -19,11 +19,12 @@ from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
 from compressknow.compress.proof import planned_headers, prove, prove_written
 from compressknow.compress.pruning import Mask, choose, pruned_count
 from compressknow.compress.recipe import Prune, Recipe
+from compressknow.compress.removal.smaller import remove
 from compressknow.compress.staging import Staging, clean, refuse_output
 from compressknow.compress.targets import quantization_config
 from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.libraries import require
-from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, refuse_leading_out
+from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, Checkpoint, refuse_leading_out
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, sealed
@@ -56,9 +57,9 @@ class Conversion(NamedTuple):
 def prepare(
     model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Conversion:
-    """Open a checkpoint and plan a recipe on it, from its headers alone. Raises what `make_plan` and `prove` do."""
-    checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
-    plan = make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe)
+    """Open a checkpoint and plan a recipe on it, from its headers alone. Raises what `remove`, `make_plan` and `prove`
+    do."""
+    plan, tree = planned(*open_complete(model, revision, trust_remote_code=trust_remote_code), recipe)
     return Conversion(proved(plan, tree), tree)
 
 
@@ -102,6 +103,14 @@ def text_for(
         trust_remote_code=trust_remote_code,
         advance=advance,
     )
+
+
+def planned(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Conversion:
+    """What a recipe does to a checkpoint, of whose smaller form the plan is if the recipe drops anything."""
+    removal = remove(checkpoint, tree, recipe)
+    structure = structure_of(removal.tree, recipe.module_map)
+    plan = make_plan(removal.checkpoint, removal.tree, structure, recipe)
+    return Conversion(replace(plan, removal=removal) if removal else plan, removal.tree)
 
 
 def convert(

@@ -35,15 +35,17 @@ class Layout:
 
 
 def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
-    """One safetensors file for each of the source's weight files, with an index where there are several.
+    """One safetensors file for each of the source's weight files of which tensors are left, with an index where there
+    are several.
 
     Within a file tensors are sorted by the width of their dtype, widest first, as the safetensors library does: so
     each lies aligned without holes, which the format forbids.
     """
-    names = _file_names(shards)
+    shard_of = {tensor.name: _shard_of(tensor.source, shards) for tensor in tensors}
+    names = _file_names([shard for shard in shards if shard in shard_of.values()])
     by_file: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {name: [] for name in names.values()}
     for tensor in tensors:
-        by_file[_file_of(tensor.source, names)] += [(name, part.dtype, part.shape) for name, part in tensor.written]
+        by_file[names[shard_of[tensor.name]]] += [(name, part.dtype, part.shape) for name, part in tensor.written]
     headers: dict[str, bytes] = {}
     sizes: dict[str, int] = {}
     places: dict[str, Place] = {}
@@ -56,16 +58,13 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
 
 def _file_names(shards: Sequence[str]) -> dict[str, str]:
     if len(shards) == 1:
-        return {PurePath(shards[0]).as_posix(): SAFETENSORS}
-    return {
-        PurePath(shard).as_posix(): f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        for i, shard in enumerate(shards)
-    }
+        return {shards[0]: SAFETENSORS}
+    return {shard: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i, shard in enumerate(shards)}
 
 
-def _file_of(source: StoredTensor, names: Mapping[str, str]) -> str:
+def _shard_of(source: StoredTensor, shards: Sequence[str]) -> str:
     # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
-    parts = source.file.parts
+    parts, names = source.file.parts, {PurePath(shard).as_posix(): shard for shard in shards}
     ends = ("/".join(parts[start:]) for start in range(len(parts)))
     return next(names[end] for end in ends if end in names)
 

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.plan import NOT_LINEAR, Plan, PlannedTensor
 from compressknow.compress.process import Measured
@@ -18,6 +18,9 @@ from compressknow.format import NONE, count, percent, plain, size
 from compressknow.model.manifest import COUNTS, MANIFEST_NAME, SCHEMA
 from compressknow.model.structure import GROUPS
 from compressknow.notebook import Shown, Summary
+
+if TYPE_CHECKING:
+    from compressknow.compress.removal.smaller import Removal
 
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
 
@@ -108,7 +111,7 @@ def dry_run(plan: Plan) -> Manifest:
     tensor only where no threshold over several tensors decides it. Of what is calibrated, `estimate` says how many
     blocks, bytes and seconds it takes."""
     known, total = plan.pruned_counts()
-    rows = [{**_planned_row(tensor), "pruned": known.get(tensor.name, 0)} for tensor in plan.tensors]
+    rows = [{**_planned_row(tensor, plan.removal), "pruned": known.get(tensor.name, 0)} for tensor in plan.tensors]
     summary = _summary(plan, rows)
     groups_known = len(known) == sum(tensor.prune is not None for tensor in plan.tensors)
     for counts in (summary["totals"], *summary["groups"].values()):
@@ -138,7 +141,7 @@ def build_manifest(
     source_files, files : SHA-256 of the files that were read, and of those written beside the weights.
     calibration : on what text, and how it went, where a step looked at activations.
     """
-    rows = [_row(tensor, measured[tensor.name]) for tensor in plan.tensors]
+    rows = [_row(tensor, measured[tensor.name], plan.removal) for tensor in plan.tensors]
     summary = _summary(plan, rows, source_files)
     summary["totals"]["relative_error"] = pooled_error(rows)
     for group, counts in summary["groups"].items():
@@ -156,6 +159,8 @@ def serialize(manifest: Mapping[str, Any]) -> bytes:
 
 def _summary(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, str] | None = None) -> dict[str, Any]:
     checkpoint = plan.checkpoint
+    removed = _removed(plan.removal, rows) if plan.removal else None
+    left_out = removed["tensors"] if removed else []
     source = {
         "name": checkpoint.name,
         "revision": checkpoint.revision,
@@ -169,19 +174,55 @@ def _summary(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, 
         "source": source,
         "recipe": plan.recipe.to_dict(),
         "setup": plan.recipe.setup,
-        "totals": counts_of(rows),
+        "totals": counts_of(rows, left_out),
         "groups": {
-            group: counts_of(row for row in rows if row["group"] == group)
+            group: counts_of(
+                (row for row in rows if row["group"] == group), (row for row in left_out if row["group"] == group)
+            )
             for group in (*GROUPS, NOT_LINEAR)
-            if any(row["group"] == group for row in rows)
+            if any(row["group"] == group for row in (*rows, *left_out))
         },
         "untied": [asdict(untied) for untied in plan.untied],
+        **({"removed": removed} if removed else {}),
     }
     return summary | {"runtimes": list(runtimes(summary | {"tensors": rows}))}
 
 
-def counts_of(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Totals of manifest rows."""
+def _removed(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a recipe left out: blocks and neurons by setting of the config, parameters and bytes in all, and the tensors
+    of dropped blocks."""
+    left_out: list[dict[str, Any]] = [
+        {
+            **{"name": tensor.name, "group": group, "shape": list(tensor.shape), "dtype": tensor.dtype},
+            **{"numel": tensor.numel, "bytes_before": tensor.nbytes},
+        }
+        for tensor, group in removal.left_out
+    ]
+    cut = sum(math.prod(row["shape_before"]) - row["numel"] for row in rows if "shape_before" in row)
+    cut_bytes = sum(one.source.nbytes - removal.checkpoint.tensors[name].nbytes for name, one in removal.cuts.items())
+    return {
+        "parameters": sum(row["numel"] for row in left_out) + cut,
+        "bytes": sum(row["bytes_before"] for row in left_out) + cut_bytes,
+        "blocks": [
+            {
+                **{"stack": drop.stack.name, "key": ".".join(drop.stack.keys), "before": drop.stack.count},
+                **{"after": len(drop.kept), "dropped": list(drop.dropped)},
+            }
+            for drop in removal.blocks
+        ],
+        "neurons": [
+            {
+                **{"key": ".".join(drop.width.keys), "before": drop.width.value, "after": drop.after},
+                "modules": [network.down.module for network in drop.networks],
+            }
+            for drop in removal.neurons
+        ],
+        "tensors": left_out,
+    }
+
+
+def counts_of(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, Any]] = ()) -> dict[str, int]:
+    """Totals of manifest rows; of tensors that were left out only the bytes count that they took."""
     total = dict.fromkeys(COUNTS, 0)
     for row in rows:
         total["parameters"] += row["numel"]
@@ -192,6 +233,7 @@ def counts_of(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
         total["quantized"] += row["numel"] if row["scheme"] else 0
         total["bytes_before"] += row["bytes_before"]
         total["bytes_after"] += row["bytes_after"]
+    total["bytes_before"] += sum(row["bytes_before"] for row in left_out)
     return total
 
 
@@ -215,24 +257,28 @@ def _nine_digits(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def _planned_row(tensor: PlannedTensor) -> dict[str, Any]:
+def _planned_row(tensor: PlannedTensor, removal: Removal | None) -> dict[str, Any]:
+    before = removal.before(tensor.source.name) if removal else None
+    name_before = removal.names.get(tensor.source.name, tensor.source.name) if removal else tensor.source.name
     return {
         "name": tensor.name,
+        **({"name_before": name_before} if name_before != tensor.source.name else {}),
         "group": tensor.group,
         "shape": list(tensor.source.shape),
+        **({"shape_before": list(before.shape)} if before else {}),
         "dtype_before": tensor.source.dtype,
         "dtype_after": tensor.dtype,
         "numel": tensor.source.numel,
         "in_scope": tensor.in_scope,
         "scheme": tensor.scheme.name if tensor.scheme else None,
         **({"parameters": values} if tensor.scheme and (values := tensor.scheme.values()) else {}),
-        "bytes_before": tensor.bytes_before,
+        "bytes_before": before.nbytes if before else tensor.bytes_before,
         "bytes_after": tensor.bytes_after,
     }
 
 
-def _row(tensor: PlannedTensor, measured: Measured) -> dict[str, Any]:
-    row = _planned_row(tensor) | {
+def _row(tensor: PlannedTensor, measured: Measured, removal: Removal | None) -> dict[str, Any]:
+    row = _planned_row(tensor, removal) | {
         "pruned": measured.pruned,
         # A weight that got values of its own was not there before.
         "zeros_before": 0 if tensor.created else measured.zeros_before,

@@ -25,6 +25,8 @@ from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from compressknow.compress.removal.smaller import Removal
+
 
 # The group of every tensor that is not a Linear weight: embeddings, norms, biases.
 NOT_LINEAR = "not-linear"
@@ -101,7 +103,8 @@ class PlannedTensor:
 class Plan:
     """All that a conversion will do. `targets` names the modules that each scheme quantizes, `ignore` the Linear
     modules that stay as they are, `config` is the output's config.json without its quantization. `unpacked` has
-    transformers turn its weights into floats while it loads them, and not before it first computes."""
+    transformers turn its weights into floats while it loads them, and not before it first computes. `removal` is
+    what made the checkpoint of the one that was given, where the recipe makes it smaller."""
 
     checkpoint: Checkpoint
     structure: Structure
@@ -113,6 +116,7 @@ class Plan:
     config: dict[str, Any] = field(repr=False)
     sources: Sources = field(repr=False, compare=False)
     unpacked: bool = False
+    removal: Removal | None = None
 
     def prune_step(self, tensor: PlannedTensor) -> Prune | None:
         """What prunes a tensor."""
@@ -202,6 +206,8 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
 def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
     actions: dict[str, _Action] = {}
     for index, step in enumerate(recipe.steps):
+        if not isinstance(step, Prune | Quantize):
+            continue
         kind: Action = "prune" if isinstance(step, Prune) else "quantize"
         where = step.where
         if isinstance(step, Prune):

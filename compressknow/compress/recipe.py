@@ -52,7 +52,7 @@ def _value(value: Any) -> str:
 SHARED = ("per_layer", "norm", "dim", "seed")
 # Options of `convert`, in Python and on the command line, that a recipe says instead.
 RECIPE_OPTIONS = (
-    *("scope", "include", "exclude", "layers", "prune", "prune_method", *SHARED),
+    *("scope", "include", "exclude", "layers", "drop_blocks", "drop_neurons", "prune", "prune_method", *SHARED),
     *("quantize", "rounding", "smooth", "calibration", "calibration_tokens", "module_map", "parameters"),
 )
 # How weights are brought to a scheme's grid.
@@ -99,6 +99,102 @@ class Where:
         narrowed += [f"include {pattern}" for pattern in self.include]
         narrowed += [f"exclude {pattern}" for pattern in self.exclude]
         return named + (f"[{', '.join(narrowed)}]" if narrowed else "")
+
+
+# The scopes that narrow what is dropped: blocks and neurons are of a side of the model, not of a kind of layer.
+SIDES = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class DropBlocks:
+    """Leave whole transformer blocks out, of each stack by itself.
+
+    `blocks` is how many (those whose output is most like their input on the calibration text), or a text that names
+    them by number: ``20-23``, ``0-2,5``, ``7``. `where` has the scope ``encoder`` or ``decoder``, or is as it is by
+    default: all stacks of the language model.
+    """
+
+    blocks: int | str
+    where: Where = Where()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.blocks, str):
+            layer_ranges(self.blocks)
+        elif not _is_whole(self.blocks) or self.blocks < 1:
+            raise UsageError(
+                f"{self.blocks!r} is no number of blocks to drop.", hint="Give a number such as 4, or blocks: 20-23."
+            )
+        _refuse_narrow(self.where, "drop_blocks")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the calibration text decides which blocks go."""
+        return self.named is None
+
+    @property
+    def named(self) -> tuple[int, ...] | None:
+        """The blocks that it names, ascending; None where it says how many."""
+        if not isinstance(self.blocks, str):
+            return None
+        return tuple(sorted({number for numbers in layer_ranges(self.blocks).values() for number in numbers}))
+
+    @property
+    def label(self) -> str:
+        """`Drop4`: how many blocks go."""
+        return f"Drop{self.blocks if self.named is None else len(self.named)}{_side(self.where)}"
+
+
+@dataclass(frozen=True)
+class DropNeurons:
+    """Leave hidden units of the feed-forward blocks out: `amount` (0-1, both excluded) of them, the same number in each
+    block.
+
+    What is kept is rounded to the nearest multiple of `multiple`; by default of the largest power of two up to 128 that
+    divides the width, so that what takes columns in groups before (int4, kernels) still can. `where` is as for
+    `DropBlocks`.
+    """
+
+    amount: float
+    multiple: int | None = None
+    where: Where = Where()
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.amount) or not 0 < self.amount < 1:
+            raise UsageError(
+                f"The amount of neurons to drop must be greater than 0 and less than 1: {self.amount!r}.",
+                hint=f"{_as_a_share(self.amount)}0.2 drops 20 % of the neurons of each feed-forward block.",
+            )
+        if self.multiple is not None and (not _is_whole(self.multiple) or self.multiple < 1):
+            raise UsageError(
+                f"multiple must be a whole number of at least 1: {self.multiple!r}.", hint="1 is the exact amount."
+            )
+        _refuse_narrow(self.where, "drop_neurons")
+
+    @property
+    def calibrated(self) -> bool:
+        """The calibration text decides which neurons go."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """`DropNeurons 20%`."""
+        return f"DropNeurons{_side(self.where)} {self.amount * 100:.6g}%"
+
+
+def _refuse_narrow(where: Where, key: str) -> None:
+    if where != Where() and (where != Where(where.scope) or not set(where.scope) <= set(SIDES)):
+        raise UsageError(
+            f"{key} takes no other scope than encoder or decoder, and no include, exclude or layers.",
+            hint="Put what prunes and quantizes into steps of their own.",
+        )
+
+
+def _side(where: Where) -> str:
+    return "" if where == Where() else f"[{'+'.join(where.scope)}]"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -260,12 +356,21 @@ class Calibration:
                 raise UsageError(f"calibration: {name} must be a whole number of at least {least}: {value!r}.")
 
 
-Step = Prune | Quantize
+Step = DropBlocks | DropNeurons | Prune | Quantize
+# In the order in which a recipe has them, by the key that says what a step does.
+STEPS: dict[str, type[Step]] = {
+    "drop_blocks": DropBlocks,
+    "drop_neurons": DropNeurons,
+    "prune": Prune,
+    "quantize": Quantize,
+}
+_ORDER = tuple(STEPS.values())
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps in order. A weight is pruned by one step and quantized by one step at most, in that order.
+    """Steps in order: blocks are dropped, then neurons. What is left is pruned and quantized, each weight by one step
+    of each kind at most.
 
     `calibration` is there where a step looks at activations, and nowhere else.
     """
@@ -276,20 +381,31 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.steps:
-            raise UsageError("Nothing to do.", hint="Give --prune AMOUNT, --quantize SCHEME or both.")
+            raise UsageError(
+                "Nothing to do.", hint="Give --prune AMOUNT, --quantize SCHEME, --drop-blocks or --drop-neurons."
+            )
         calibrated = any(step.calibrated for step in self.steps)
         if calibrated and self.calibration is None:
             object.__setattr__(self, "calibration", Calibration())
         if self.calibration is not None and not calibrated:
             raise UsageError(
                 "There is nothing to calibrate: no step looks at activations.",
-                hint="Leave it out, or use --prune-method wanda or sparsegpt, --rounding gptq or --smooth.",
+                hint="Leave it out, or use --prune-method wanda or sparsegpt, --rounding gptq, --smooth, "
+                "--drop-blocks N or --drop-neurons.",
             )
         if self.module_map not in get_args(ModuleMap):
             raise UsageError(f"Unknown module map {self.module_map!r}.", hint="There is structural and paper.")
-        kinds = [isinstance(step, Quantize) for step in self.steps]
+        kinds = [_ORDER.index(type(step)) for step in self.steps]
         if kinds != sorted(kinds):
+            if min(kinds) < _ORDER.index(Prune):
+                what = "A recipe drops blocks first, then neurons, before it prunes and quantizes."
+                raise UsageError(what, hint="Put the steps into this order.")
             raise UsageError("A recipe prunes before it quantizes.", hint="Put the quantize steps last.")
+
+    @property
+    def removals(self) -> tuple[DropBlocks | DropNeurons, ...]:
+        """The steps that make the model smaller."""
+        return tuple(step for step in self.steps if isinstance(step, DropBlocks | DropNeurons))
 
     @property
     def setup(self) -> str:
@@ -329,6 +445,8 @@ def _calibration(values: Any, origin: str) -> Calibration | None:
 def recipe_of(
     where: Where,
     *,
+    drop_blocks: int | str | None = None,
+    drop_neurons: float | None = None,
     prune: float | None = None,
     prune_method: str = METHODS.first,
     quantize: str | None = None,
@@ -336,7 +454,8 @@ def recipe_of(
     parameters: Mapping[str, Any] | None = None,
     **shared: Any,
 ) -> Recipe:
-    """The recipe of single options: prune, quantize or both, in one place. See `Prune` and `Quantize`.
+    """The recipe of single options, at most one step of a kind, in one place. See `DropBlocks`, `DropNeurons`, `Prune`
+    and `Quantize`.
 
     Parameters
     ----------
@@ -346,18 +465,23 @@ def recipe_of(
     given = dict(parameters or {})
     rounded = {name: shared.pop(name) for name in ("rounding", "smooth") if shared.get(name) is not None}
     text, tokens = shared.pop("calibration", None), shared.pop("calibration_tokens", None)
-    steps: list[Step] = []
+    side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()
+    removals: list[Step] = []
+    if drop_blocks is not None:
+        removals.append(DropBlocks(drop_blocks, side))
+    if drop_neurons is not None:
+        removals.append(DropNeurons(drop_neurons, where=side))
+    steps: list[Prune | Quantize] = []
     if prune is not None:
         steps.append(Prune(prune, prune_method, where, **{n: v for n, v in shared.items() if n in SHARED}))
     if quantize is not None:
         steps.append(Quantize(quantize, where, **rounded))
     elif rounded.get("smooth") is not None or rounded.get("rounding", "nearest") != "nearest":
         raise UsageError("There is nothing to round.", hint="--rounding and --smooth go with --quantize SCHEME.")
-    calibration = _calibration_of(text, tokens, shared.get("seed", 0), steps)
-    steps = [replace(step, parameters=_taken(given, step)) for step in steps]
-    recipe = Recipe(tuple(steps), module_map, calibration)
+    calibration = _calibration_of(text, tokens, shared.get("seed", 0), [*removals, *steps])
     _refuse_strangers(given, steps)
-    return recipe
+    chosen = (replace(step, parameters=_taken(given, step)) for step in steps)
+    return Recipe((*removals, *chosen), module_map, calibration)
 
 
 def _calibration_of(text: str | None, tokens: int | None, seed: int, steps: Sequence[Step]) -> Calibration | None:
@@ -368,11 +492,11 @@ def _calibration_of(text: str | None, tokens: int | None, seed: int, steps: Sequ
     return Calibration(**given, seed=seed)
 
 
-def _taken(given: Mapping[str, Any], step: Step) -> dict[str, Any]:
+def _taken(given: Mapping[str, Any], step: Prune | Quantize) -> dict[str, Any]:
     return {each.name: given[each.name] for each in step.chosen.parameters() if each.name in given}
 
 
-def _refuse_strangers(given: Mapping[str, Any], steps: list[Step]) -> None:
+def _refuse_strangers(given: Mapping[str, Any], steps: list[Prune | Quantize]) -> None:
     """Raise UsageError where a parameter is of no step."""
     known = {each.name for step in steps for each in step.chosen.parameters()}
     if strangers := sorted(set(given) - known):
@@ -399,6 +523,8 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _step_to_dict(step: Step) -> dict[str, Any]:
+    if isinstance(step, DropBlocks | DropNeurons):
+        return _removal_to_dict(step)
     action = {"prune": step.amount} if isinstance(step, Prune) else {"quantize": step.scheme}
     values = {"method": step.method, **{n: getattr(step, n) for n in SHARED}} if isinstance(step, Prune) else {}
     values |= step.parameters
@@ -409,6 +535,14 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
     return {**action, **{key: _plain(value) for key, value in (values | where).items() if value is not None}}
 
 
+def _removal_to_dict(step: DropBlocks | DropNeurons) -> dict[str, Any]:
+    scope = {"scope": list(step.where.scope)} if step.where != Where() else {}
+    if isinstance(step, DropBlocks):
+        return {"drop_blocks": step.blocks, **scope}
+    multiple = {} if step.multiple is None else {"multiple": step.multiple}
+    return {"drop_neurons": step.amount, **multiple, **scope}
+
+
 def _plain(value: Any) -> Any:
     """JSON has no infinity."""
     return "inf" if isinstance(value, float) and math.isinf(value) else value
@@ -416,15 +550,20 @@ def _plain(value: Any) -> Any:
 
 def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
     values = dict(values)
-    if ("prune" in values) == ("quantize" in values):
-        raise UsageError(f"{origin}: a step has either prune = AMOUNT or quantize = SCHEME.")
+    actions = sorted(STEPS.keys() & values.keys())
+    if len(actions) != 1:
+        raise UsageError(
+            f"{origin}: a step has either prune = AMOUNT or quantize = SCHEME, or drop_blocks or drop_neurons."
+        )
     names = {f.name for f in fields(Where)}
     where = Where(**{key: _strings(values.pop(key), key, origin) for key in sorted(names & set(values))})
+    if actions[0].startswith("drop_"):
+        return _removal_from_dict(actions[0], values, where, origin)
     if "prune" in values:
         amount, said = values.pop("prune"), {key: values.pop(key) for key in ("method", *SHARED) if key in values}
         if not isinstance(said.get("per_layer", False), bool):
             raise UsageError(f"{origin}: per_layer must be true or false.")
-        empty: Step = Prune(amount, where=where, **said)
+        empty: Prune | Quantize = Prune(amount, where=where, **said)
     else:
         said = {key: values.pop(key) for key in ("rounding", "smooth") if key in values}
         empty = Quantize(values.pop("quantize"), where, **said)
@@ -435,6 +574,13 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
         hint = f"{near}There is {', '.join(sorted(known | names))}."
         raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
     return replace(empty, parameters=values)
+
+
+def _removal_from_dict(action: str, values: dict[str, Any], where: Where, origin: str) -> Step:
+    what, multiple = values.pop(action), values.pop("multiple", None) if action == "drop_neurons" else None
+    if values:
+        raise UsageError(f"{origin}: unknown key {min(values)!r}.", hint=f"{did_you_mean(min(values), ['scope'])}")
+    return DropBlocks(what, where) if action == "drop_blocks" else DropNeurons(what, multiple, where)
 
 
 def _strings(value: Any, key: str, origin: str) -> Any:
@@ -459,6 +605,11 @@ def _is_number(value: Any) -> bool:
 def _setup_parts(steps: tuple[Step, ...]) -> list[str]:
     prunes = [step for step in steps if isinstance(step, Prune)]
     quantizes = [step for step in steps if isinstance(step, Quantize)]
+    removals = [step.label for step in steps if isinstance(step, DropBlocks | DropNeurons)]
+    return removals + _of_weights(prunes, quantizes)
+
+
+def _of_weights(prunes: list[Prune], quantizes: list[Quantize]) -> list[str]:
     if len(prunes) == 1 and len(quantizes) == 1 and prunes[0].where == quantizes[0].where and prunes[0].is_global:
         quantized = quantizes[0].label.removeprefix("GQ")
         return [f"{prunes[0].where.label}_GPQ {_prune_text(prunes[0])}{quantized}"]

@@ -15,6 +15,7 @@ from compressknow.compress.convert import (
     choose_masks,
     compress_blocks,
     output_config,
+    planned,
     proved,
     refuse_miscounts,
     text_for,
@@ -86,7 +87,10 @@ class VariantMaker:
         return self._structures[module_map]
 
     def plan(self, recipe: Recipe) -> Plan:
-        """What a recipe does, from headers alone. Raises what `make_plan` and `proved` do."""
+        """What a recipe does, from headers alone. Raises what `remove`, `make_plan` and `proved` do."""
+        if recipe.removals:
+            plan, tree = planned(self.checkpoint, self.tree, recipe)
+            return proved(plan, tree)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
         # Only where weights are not stored under their own names may a form not load.
         return proved(plan, self.tree) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
@@ -96,11 +100,14 @@ class VariantMaker:
 
         Raises CheckpointError where a weight in scope is NaN or infinite, and what `text_for` and `calibrate` do.
         """
-        output, text = _Memory(plan, self._kept), self._text(plan)
+        # Names of a smaller model are those of other tensors.
+        output, text = _Memory(plan, {} if plan.removal else self._kept), self._text(plan)
         with Pool(self._threads) as pool:
             work = Work(pool, self._files, lambda _: None, output)
             masks = choose_masks(work, plan)
-            calibrated = compress_blocks(Conversion(plan, self.tree), work, masks, text)
+            calibrated = compress_blocks(
+                Conversion(plan, plan.removal.tree if plan.removal else self.tree), work, masks, text
+            )
             done = calibrated.measured if calibrated else {}
 
             def write(tensor: PlannedTensor) -> Measured:
@@ -110,7 +117,8 @@ class VariantMaker:
 
             measured = dict(zip((t.name for t in plan.tensors), pool.map(write, plan.tensors), strict=True))
         refuse_miscounts(plan, measured)
-        self._keep(plan, output, measured)
+        if not plan.removal:
+            self._keep(plan, output, measured)
         files = lay_out(plan.tensors, plan.checkpoint.shards).sizes
         manifest = build_manifest(plan, measured, {}, {}, calibration_record(text, calibrated))
         return Variant(output.kept | output.made, output_config(plan), manifest, sum(files.values()))

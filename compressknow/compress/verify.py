@@ -203,10 +203,11 @@ def _compare_file(pool: Pool, folder: Path, name: str, sha256: str) -> list[Diff
 
 
 def _compare_counts(manifest: dict[str, Any]) -> list[Difference]:
-    rows = manifest["tensors"]
-    sums = {"totals": (manifest["totals"], counts_of(rows))}
+    rows, left_out = manifest["tensors"], manifest.get("removed", {}).get("tensors", [])
+    sums = {"totals": (manifest["totals"], counts_of(rows, left_out))}
     for group, counts in manifest["groups"].items():
-        sums[f"groups.{group}"] = (counts, counts_of(row for row in rows if row["group"] == group))
+        of_group = ([row for row in those if row["group"] == group] for those in (rows, left_out))
+        sums[f"groups.{group}"] = (counts, counts_of(*of_group))
     return [
         Difference(MANIFEST_NAME, None, f"{where}.{key} is {said.get(key)}, its tensors add up to {count}")
         for where, (said, counted) in sums.items()

@@ -96,7 +96,7 @@ def describe(located: Located) -> dict[str, Any]:
     """What the files tell of a model, for the record of its answers; loads no weights.
 
     Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words) and, of a converted
-    checkpoint, setup, recipe, source, zeros and groups as its manifest has them.
+    checkpoint, setup, recipe, source, zeros, groups and removed as its manifest has them.
     """
     described = {"name": located.name, "revision": located.revision}
     if located.path.suffix == ".gguf":
@@ -215,6 +215,7 @@ def _sparse_bytes(row: Mapping[str, Any]) -> int:
 
 
 def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    removed = manifest.get("removed", {})
     return {
         "setup": manifest["setup"],
         "recipe": manifest["recipe"],
@@ -222,4 +223,5 @@ def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "zeros": manifest["totals"]["zeros_after"],
         # A manifest of before has none for its groups: a mean over tensors would be another figure.
         "groups": {name: {"relative_error": None} | group for name, group in manifest["groups"].items()},
+        **({"removed": {key: value for key, value in removed.items() if key != "tensors"}} if removed else {}),
     }

@@ -32,7 +32,17 @@ _ROW = {
     **{"name": str, "group": str, "shape": [int], "dtype_after": str, "in_scope": bool, "scheme": (str, None)},
     **dict.fromkeys(("numel", "pruned", "zeros", "zeros_before", "bytes_before", "bytes_after"), int),
     **{"norm?": float, "relative_error": float, "sha256": str, "scale?": _SCALE},
-    **{"stored?": [_PART], "bits?": int},
+    **{"stored?": [_PART], "bits?": int, "name_before?": str, "shape_before?": [int]},
+}
+_BLOCKS = {"stack": str, "key": str, "before": int, "after": int, "dropped": [int]}
+_NEURONS = {"key": str, "before": int, "after": int, "modules": [str]}
+_LEFT_OUT = {"name": str, "group": str, "shape": [int], "dtype": str, "numel": int, "bytes_before": int}
+REMOVED: dict[str, Any] = {
+    "parameters": int,
+    "bytes": int,
+    "blocks": [_BLOCKS],
+    "neurons": [_NEURONS],
+    "tensors": [_LEFT_OUT],
 }
 _CALIBRATION = {
     **{"kind": str, "source": str, "sha256": str, "tokens": int, "seed": int, "blocks_apart": bool, "unseen": [str]},
@@ -43,6 +53,7 @@ FORM = {
     "source": {"name": str, "revision?": (str, None), "files": {str: str}},
     **{"files": {str: str}, "tensors": [_ROW], "runtimes?": [str], f"{SEAL}?": str},
     "calibration?": _CALIBRATION,
+    "removed?": REMOVED,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import time
@@ -130,17 +131,36 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
         raise CheckpointError(what, _reason(error)) from error
 
 
+def rebuilt(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> PreTrainedModel:
+    """A module tree of the same class with another content of its config.json, which lies at `path`.
+
+    Raises CheckpointError where no such model can be built.
+    """
+    with _quiet():
+        try:
+            config = config_from_dict(tree, copy.deepcopy(raw))
+        except Exception as error:  # Configs validate themselves with errors of every kind.
+            raise CheckpointError(f"{path} is no valid config of {type(tree).__name__}.", _reason(error)) from error
+        return _build(path, type(tree), config)
+
+
 def config_from_dict(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
     """The config that the class of a module tree is given for the content of a config.json."""
-    is_builtin = _is_builtin(type(tree).__name__) and raw.get("model_type") in CONFIG_MAPPING_NAMES
-    config_class = CONFIG_MAPPING[raw["model_type"]] if is_builtin else type(tree.config)
-    # JSON has no infinity: transformers writes one as an object of its own.
-    config: PreTrainedConfig = config_class.from_dict(config_class._decode_special_floats(raw))
+    config = whole_config(tree, raw)
     part = _config_for(type(tree), config)
     if part is not config and "quantization_config" in raw:
         # As the auto classes do.
         part.quantization_config = raw["quantization_config"]
     return part
+
+
+def whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
+    """All settings of a config.json, defaults included: of a multimodal checkpoint, those of its other parts too."""
+    is_builtin = _is_builtin(type(tree).__name__) and raw.get("model_type") in CONFIG_MAPPING_NAMES
+    config_class = CONFIG_MAPPING[raw["model_type"]] if is_builtin else type(tree.config)
+    # JSON has no infinity: transformers writes one as an object of its own.
+    config: PreTrainedConfig = config_class.from_dict(config_class._decode_special_floats(raw))
+    return config
 
 
 def _config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.errors import CompressknowError, OutputError
 from compressknow.files import LOCK, own_folder, write_whole, written
 from compressknow.format import count, percent, plain
+from compressknow.model.manifest import REMOVED
 from compressknow.notebook import Shown, Summary
 from compressknow.probe.records import Record
 from compressknow.reading import RECORD as RECORD_BYTES
@@ -47,6 +48,7 @@ RECORD_FORM: dict[str, Any] = {
         **{"computed_in?": str, "setup?": (str, None), "quantization?": (str, None), "recipe?": (dict, None)},
         **{"source?": (dict, None), "groups?": ({str: _COUNTS | {"relative_error?": (float, None)}}, None)},
         "totals?": {str: (int, float, None)},
+        "removed?": ({key: form for key, form in REMOVED.items() if key != "tensors"}, None),
     },
     "probes": {
         str: {

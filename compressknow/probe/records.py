@@ -94,7 +94,7 @@ class ModelRecord(_Part):
     parameters, bytes, zeros : numbers of weights, of bytes on disk, and of weights that are zero.
     vocabulary : the number of tokens, or a hash of them.
     dtype : of the weights as stored; `computed_in` what they were run in, on `device`.
-    setup, recipe, source, groups : of a converted checkpoint, what its manifest says.
+    setup, recipe, source, groups, removed : of a converted checkpoint, what its manifest says.
     totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
     speed : measured for one report; it is not stored.
     """
@@ -109,6 +109,7 @@ class ModelRecord(_Part):
     source: Mapping[str, Any] | None = None
     zeros: int | None = None
     groups: Mapping[str, Mapping[str, Any]] | None = None
+    removed: Mapping[str, Any] | None = None
     totals: Mapping[str, int] = field(default_factory=dict)
     sha256: str | None = None
     architecture: str | None = None

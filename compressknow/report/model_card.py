@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from compressknow.compress.recipe import to_toml
+from compressknow.compress.removal.words import removed_in_words
 from compressknow.compress.runtimes import VLLM_ARCHITECTURES, runtimes, vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import known, word_of
 from compressknow.errors import OutputError
@@ -70,12 +71,13 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         architecture=architecture,
         setup=manifest["setup"],
         version=manifest["versions"]["compressknow"],
-        deeds=_deeds(totals, schemes),
+        deeds=_deeds(manifest, schemes),
         size_before=size(totals["bytes_before"]),
         size_after=size(totals["bytes_after"]),
         zeros_before=count(totals["zeros_before"]),
         zeros_after=count(totals["zeros_after"]),
         rows=_rows(manifest),
+        removed=" ".join(removed_in_words(manifest.get("removed"))),
         pruned=totals["pruned"] > 0,
         quantized=bool(schemes),
         untied=[tie | {"size": size(tie["bytes"])} for tie in manifest.get("untied", [])],
@@ -100,7 +102,7 @@ def _metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes: set
         metadata["base_model"] = base
         if schemes:
             metadata["base_model_relation"] = "quantized"
-    pruned = manifest["totals"]["pruned"] > 0
+    pruned = manifest["totals"]["pruned"] > 0 or "removed" in manifest
     metadata["tags"] = [
         "compressknow",
         *(["pruning"] if pruned else []),
@@ -129,9 +131,11 @@ def _schemes(manifest: Mapping[str, Any]) -> set[str]:
     return {str(tensor["scheme"]) for tensor in manifest["tensors"] if tensor.get("scheme")}
 
 
-def _deeds(totals: dict[str, Any], schemes: set[str]) -> list[str]:
+def _deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
     """What was done, as the parts of a sentence."""
-    deeds = []
+    deeds, totals = [], manifest["totals"]
+    if removed := manifest.get("removed"):
+        deeds.append(f"{count(removed['parameters'])} parameters left out")
     if totals["pruned"]:
         share = percent(totals["pruned"], totals["in_scope"])
         deeds.append(f"{count(totals['pruned'])} weights pruned ({share} of the {count(totals['in_scope'])} in scope)")

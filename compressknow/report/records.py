@@ -38,6 +38,7 @@ class ModelFacts:
     quantization : the quantization that its config names, in words, or None.
     groups : by group of layers, as the manifest has it: parameters, zeros_after, pruned, quantized, relative_error.
     recipe : the recipe of the manifest, or None.
+    removed : blocks and neurons that were dropped, as the manifest has it, or None.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ModelFacts:
     source: Mapping[str, Any] | None = None
     zeros: int | None = None
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    removed: Mapping[str, Any] | None = None
     speed: Speed | None = None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import Quantize, Recipe, Where, recipe_of
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Where, recipe_of
 from compressknow.compress.schemes import SCHEMES
 from compressknow.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
@@ -52,7 +52,9 @@ class Cell:
         """Whether scope, method, amount and scheme say it all: the cells that the paper's figures draw."""
         wheres = {step.where for step in self.recipe.steps}
         narrowed = any(replace(where, scope=()) != Where(()) for where in wheres)
-        special = any(step.chosen.changed().keys() - {"seed"} for step in self.recipe.steps)
+        special = bool(self.recipe.removals) or any(
+            step.chosen.changed().keys() - {"seed"} for step in self.recipe.steps if isinstance(step, Prune | Quantize)
+        )
         kinds = [type(step) for step in self.recipe.steps]
         return len(wheres) == 1 and not narrowed and not special and len(kinds) == len(set(kinds))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from compressknow.compress.plan import Plan
-from compressknow.compress.recipe import Quantize, Step
+from compressknow.compress.recipe import Prune, Quantize, Step
 from compressknow.model.structure import LinearWeight
 from compressknow.system import available_cores
 
@@ -46,7 +46,9 @@ def estimate(plan: Plan) -> Estimate:
 
 
 def _wants_products(step: Step) -> bool:
-    return step.rounding == "gptq" if isinstance(step, Quantize) else step.chosen.needs == "products"
+    if isinstance(step, Quantize):
+        return step.rounding == "gptq"
+    return isinstance(step, Prune) and step.chosen.needs == "products"
 
 
 def _places(plan: Plan) -> dict[str, list[LinearWeight]]:

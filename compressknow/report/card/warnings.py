@@ -62,7 +62,7 @@ def _source(model: ModelFacts | Checkpoint) -> str | None:
 
 def of_recipe(model: ModelFacts) -> Iterator[str]:
     """What a converted checkpoint's recipe makes of its answers."""
-    if model.groups and not any(_done(group) for group in model.groups.values()):
+    if model.groups and not model.removed and not any(_done(group) for group in model.groups.values()):
         yield "Nothing of this model was in scope: no weight was pruned or quantized."
     if by_batch := [scheme.name for scheme in schemes_of(model.recipe) if scheme.rounds == "batch"]:
         yield (

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from compressknow.compress.removal.words import removed_in_words
 from compressknow.compress.schemes import schemes_of, word_of
 from compressknow.format import NONE, count, number, percent, plain, size
 from compressknow.report.card.section import Context, Section
-from compressknow.report.parts import Part
+from compressknow.report.parts import Note, Part
 from compressknow.report.tables import Table
 
 _COLUMNS = ("Model", "Device", "Facts a second", "Peak memory")
 
 
 class Layers(Section):
-    """Parameters, zeros and error of each group of layers; left out for a checkpoint without a manifest."""
+    """Parameters, zeros and error of each group of layers, and what was dropped; left out for a checkpoint without a
+    manifest."""
 
     title = "By group of layers"
     order = 50
@@ -26,6 +28,8 @@ class Layers(Section):
             scheme = word_of(schemes_of(model.recipe))
             columns = ("Group of layers", "Parameters", "Zeros", "Pruned", scheme, "Relative error")
             yield Table("What was done to which layers", columns, rows, captioned=False)
+        if removed := " ".join(removed_in_words(model.removed)):
+            yield Note(plain(removed, 1000))
 
 
 def _group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,0 +1,273 @@
+"""Blocks left out: what transformers loads computes what the model does with its list of blocks cut by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import compressknow
+from compressknow.compress.recipe import DropBlocks, DropNeurons, Prune, Recipe, Where, read_recipe, recipe_of
+from compressknow.compress.variant import VariantMaker
+from compressknow.compress.verify import compare_to_manifest
+from compressknow.errors import UnsupportedError, UsageError
+from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep, save_deep, without_blocks
+from tests.models import logits, save_tiny
+
+# ModernBERT's first block has no norm before its attention: no other can take its place.
+CHOICES = ([0], [1, 2], [DEPTH - 1])
+UNLIKE = {("modernbert", 0)}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("deep")
+    return {name: save_deep(name, root / name) for name in BUILDERS}
+
+
+def load(folder: Path) -> transformers.PreTrainedModel:
+    """By transformers alone; nothing may be missing, left over, or filled in at random."""
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def stacks_of(name: str) -> tuple[str, ...]:
+    return STACKS.get(name, ("model.layers",))
+
+
+def depth_of(name: str, stack: str) -> int:
+    return len(deep(name).get_submodule(stack))
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(name, dropped, id=f"{name}-{'-'.join(map(str, dropped))}")
+        for name in BUILDERS
+        for dropped in CHOICES
+        if (name, dropped[0]) not in UNLIKE and all(max(dropped) < depth_of(name, stack) for stack in stacks_of(name))
+    ]
+
+
+@pytest.mark.parametrize(("name", "dropped"), cases())
+def test_logits_are_those_of_the_model_cut_by_hand(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, dropped: Sequence[int]
+) -> None:
+    manifest = compressknow.convert(checkpoints[name], tmp_path / "out", drop_blocks=",".join(map(str, dropped)))
+    expected = logits(without_blocks(name, dict.fromkeys(stacks_of(name), dropped)))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, logits(deep(name)), atol=1e-3)
+    assert manifest.setup == f"Drop{len(dropped)}"
+    assert not compare_to_manifest(tmp_path / "out").differences
+
+
+@pytest.mark.parametrize(("name", "side"), [(n, s) for n in ("t5", "mt5", "bart") for s in ("encoder", "decoder")])
+def test_scope_narrows_to_a_side(checkpoints: dict[str, Path], tmp_path: Path, name: str, side: str) -> None:
+    compressknow.convert(checkpoints[name], tmp_path / "out", drop_blocks="0-1", scope=side)
+    stack = next(stack for stack in stacks_of(name) if side in stack)
+    expected = logits(without_blocks(name, {stack: [0, 1]}))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_repeated_settings_stay_true(tmp_path: Path) -> None:
+    """Configs of BART as its authors published them say the number of the encoder's blocks twice."""
+    config = json.loads((save_deep("bart", tmp_path / "in") / "config.json").read_text())
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1", scope="encoder")
+    after = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (after["encoder_layers"], after["num_hidden_layers"], after["decoder_layers"]) == (2, 2, DEPTH)
+
+
+def test_kinds_of_layers_stay_with_their_blocks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    compressknow.convert(checkpoints["gemma3"], tmp_path / "out", drop_blocks="1")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def test_weights_on_the_way_are_dropped_and_the_rest_is_pruned_and_quantized(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    steps = {"drop_blocks": "1-2", "prune": 0.3, "quantize": "int8", "scope": "feed-forward", "layers": "1"}
+    manifest = compressknow.convert(checkpoints["llama"], tmp_path / "out", **steps)
+    rows = {row["name"]: row for row in manifest.tensors}
+    moved = rows["model.layers.1.mlp.up_proj.weight"]
+    assert moved["name_before"] == "model.layers.3.mlp.up_proj.weight"
+    assert moved["scheme"] == "int8"
+    assert "name_before" not in rows["model.layers.0.mlp.up_proj.weight"]
+    assert rows["model.layers.0.mlp.up_proj.weight"]["scheme"] is None
+    assert manifest.setup == "Drop2 + FF[layers 1]_GPQ 30%"
+    # The whole of the original counts as before: its own tensors in all.
+    source = load_file(checkpoints["llama"] / "model.safetensors")
+    assert manifest.totals["bytes_before"] == sum(t.numel() * t.element_size() for t in source.values())
+    removed = manifest["removed"]
+    assert {row["name"] for row in removed["tensors"]} == {n for n in source if ".layers.1." in n or ".layers.2." in n}
+    assert removed["parameters"] == sum(source[row["name"]].numel() for row in removed["tensors"])
+    assert manifest.totals["parameters"] + removed["parameters"] == sum(t.numel() for t in source.values())
+    assert not compare_to_manifest(tmp_path / "out").differences
+
+
+def test_a_manifest_whose_dropped_tensors_do_not_add_up_is_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    compressknow.convert(checkpoints["llama"], tmp_path / "out", drop_blocks="1")
+    path = tmp_path / "out" / "compressknow.json"
+    manifest = json.loads(path.read_text())
+    manifest["removed"]["tensors"].pop()
+    path.write_text(json.dumps(manifest))
+    found = {str(difference) for difference in compare_to_manifest(tmp_path / "out").differences}
+    assert any("totals.bytes_before" in difference for difference in found)
+
+
+def test_a_recipe_repeats_it_with_the_same_bytes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    compressknow.convert(checkpoints["t5"], tmp_path / "a", drop_blocks="0,2", prune=0.2, threads=1)
+    compressknow.convert(checkpoints["t5"], tmp_path / "b", recipe=tmp_path / "a", threads=2)
+    for name in ("model.safetensors", "config.json", "compressknow.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_variant_in_memory_is_what_is_written(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_of(Where(), drop_blocks="1", quantize="int8")
+    compressknow.convert(checkpoints["llama"], tmp_path / "out", recipe=recipe)
+    with VariantMaker(checkpoints["llama"]) as maker:
+        # A variant before and after, which must not be given tensors of other blocks under the same names.
+        plain = [maker.make(maker.plan(recipe_of(Where(), prune=0.2))) for _ in range(2)]
+        variant = maker.make(maker.plan(recipe))
+        again = maker.make(maker.plan(recipe_of(Where(), prune=0.2)))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == variant.tensors.keys()
+    assert all(torch.equal(tensor, variant.tensors[name]) for name, tensor in written.items())
+    assert variant.config["num_hidden_layers"] == DEPTH - 1
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in plain[0].tensors.items())
+
+
+@pytest.mark.parametrize("form", ["sharded", "prefixless", "buffers"])
+def test_checkpoints_of_other_forms(tmp_path: Path, form: str) -> None:
+    name = "llama" if form == "sharded" else "bert" if form == "prefixless" else "gpt2"
+    source = save_deep(name, tmp_path / "in", **({"max_shard_size": "20KB"} if form == "sharded" else {}))
+    if form == "prefixless":
+        # The base model's names, as BertModel saves them, beside the head's.
+        tensors = load_file(source / "model.safetensors")
+        renamed = {n.removeprefix("bert."): t for n, t in tensors.items()}
+        save_file(renamed, source / "model.safetensors", metadata={"format": "pt"})
+    if form == "buffers":
+        # Masks that old versions saved with each block; no parameter takes them.
+        tensors = load_file(source / "model.safetensors")
+        masks = {f"transformer.h.{i}.attn.masked_bias": torch.tensor(float(i)) for i in range(DEPTH)}
+        save_file(tensors | masks, source / "model.safetensors", metadata={"format": "pt"})
+    compressknow.convert(source, tmp_path / "out", drop_blocks="1,2")
+    model = getattr(transformers, type(deep(name)).__name__).from_pretrained(tmp_path / "out").eval()
+    expected = logits(without_blocks(name, {stacks_of(name)[0]: [1, 2]}))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert not compare_to_manifest(tmp_path / "out").differences
+    if form == "buffers":
+        written = load_file(tmp_path / "out" / "model.safetensors")
+        assert [float(written[f"transformer.h.{i}.attn.masked_bias"]) for i in range(2)] == [0, 3]
+        assert "transformer.h.2.attn.masked_bias" not in written
+
+
+def test_a_shard_that_nothing_is_left_of_is_not_written(tmp_path: Path) -> None:
+    source = save_deep("llama", tmp_path / "in", max_shard_size="20KB")
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = set(index.values())
+    in_dropped = {name for name in index if ".layers.1." in name or ".layers.2." in name}
+    gone = shards - {index[name] for name in index.keys() - in_dropped}
+    assert gone
+    manifest = compressknow.convert(source, tmp_path / "out", drop_blocks="1-2")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(shards) - len(gone)
+    assert shards <= manifest.source["files"].keys()
+
+
+REFUSED = {
+    "all": ("llama", "0-3", "would leave none"),
+    "beyond": ("llama", "2-4", "no block 4"),
+    "backwards": ("llama", "3-2", "no range"),
+    "text": ("llama", "many", "no range"),
+    "zero": ("llama", 0, "no number of blocks"),
+    "shorter side": ("bart", "3", "no block 3"),
+}
+
+
+@pytest.mark.parametrize(("name", "blocks", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_dropped_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, blocks: Any, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        compressknow.convert(checkpoints[name], tmp_path / "out", drop_blocks=blocks)
+    assert not any(tmp_path.iterdir())
+
+
+def test_shared_blocks_cannot_be_dropped(tmp_path: Path) -> None:
+    source = save_tiny("albert", tmp_path / "in")
+    with pytest.raises(UnsupportedError, match="share one set of weights"):
+        compressknow.convert(source, tmp_path / "out", drop_blocks="0")
+
+
+def test_a_block_that_would_become_another_kind_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="cannot be dropped"):
+        compressknow.convert(checkpoints["modernbert"], tmp_path / "out", drop_blocks="0")
+
+
+def test_a_mixture_after_dense_blocks_keeps_as_many_of_these(tmp_path: Path) -> None:
+    """DeepSeek's config says how many blocks are dense: none of them may go, unless all that follow would be alike."""
+    config = transformers.DeepseekV3Config(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=DEPTH, num_attention_heads=4,
+        num_key_value_heads=4, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, vocab_size=99,
+        first_k_dense_replace=2, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path / "in")
+    with pytest.raises(UnsupportedError, match="cannot be dropped"):
+        compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="0")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="3")
+
+
+def test_a_scale_that_depends_on_the_place_is_refused(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=DEPTH, n_head=4, vocab_size=99, n_positions=40, scale_attn_by_inverse_layer_idx=True
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "in")
+    with pytest.raises(UnsupportedError, match="cannot be dropped"):
+        compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1")
+
+
+def test_steps_and_their_order(tmp_path: Path) -> None:
+    steps = (DropBlocks("2-3", Where(("decoder",))), DropNeurons(0.2, multiple=8), Prune(0.1))
+    recipe = Recipe(steps)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.setup == "Drop2[decoder] + DropNeurons 20% + Blocks_GP 10%"
+    (tmp_path / "r.toml").write_text(
+        "[[steps]]\ndrop_blocks = '2-3'\nscope = ['decoder']\n[[steps]]\ndrop_neurons = 0.2\nmultiple = 8\n"
+        "[[steps]]\nprune = 0.1\n"
+    )
+    assert read_recipe(tmp_path / "r.toml") == recipe
+    with pytest.raises(UsageError, match="drops blocks first, then neurons"):
+        Recipe(steps[::-1])
+
+
+BAD_STEPS = {
+    "both": ({"drop_blocks": 2, "prune": 0.1}, "a step has either"),
+    "unknown key": ({"drop_blocks": 2, "amount": 0.1}, "unknown key 'amount'"),
+    "multiple of blocks": ({"drop_blocks": 2, "multiple": 8}, "unknown key 'multiple'"),
+    "true": ({"drop_blocks": True}, "no number of blocks"),
+    "half": ({"drop_blocks": 1.5}, "no number of blocks"),
+    "scope": ({"drop_blocks": 2, "scope": ["attention"]}, "no other scope than encoder or decoder"),
+    "layers": ({"drop_neurons": 0.2, "layers": "0-1"}, "no other scope than encoder or decoder"),
+    "percent": ({"drop_neurons": 20}, "Did you mean 20%"),
+    "none": ({"drop_neurons": 0}, "greater than 0"),
+    "multiple": ({"drop_neurons": 0.2, "multiple": 0}, "whole number of at least 1"),
+}
+
+
+@pytest.mark.parametrize(("step", "said"), BAD_STEPS.values(), ids=BAD_STEPS)
+def test_steps_that_make_no_sense(step: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Recipe.from_dict({"steps": [step]})
+
+
+def test_scope_of_options_narrows_only_as_a_side() -> None:
+    assert recipe_of(Where(("attention",)), drop_blocks=2, prune=0.1).steps[0] == DropBlocks(2)
+    assert recipe_of(Where(("encoder",)), drop_blocks=2).steps == (DropBlocks(2, Where(("encoder",))),)
