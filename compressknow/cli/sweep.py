@@ -41,9 +41,13 @@ A grid file (--grid FILE.toml) has axes, whose combinations are all run, and
 single cells:
   [axes]
   scope = ["attention", "feed-forward", "overall"]
-  method = ["l1-unstructured"]      # and ln-structured, random-...
-  prune = [0, 0.2, 0.4]             # 0: none
+  method = ["l1-unstructured"]      # and wanda, sparsegpt, ln-structured, ...
+  prune = [0, 0.5]                  # 0: none
+  pattern = ["none", "2:4"]         # of methods that have patterns
   quantize = ["none", "int8"]       # and int8-paper, int8-weights, int4
+  rounding = ["nearest", "gptq"]    # of every scheme but int8-paper
+  smooth = [0, 0.5]                 # of int8; group_size of int4
+  calibration = ["self"]            # or FILE.txt, ...; calibration_tokens
   layers = ["0-5"]                  # also: seed, module_map, norm, dim, ...
   [[cells]]
   name = "first-heads"

@@ -210,8 +210,6 @@ def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
             continue
         kind: Action = "prune" if isinstance(step, Prune) else "quantize"
         where = step.where
-        if isinstance(step, Prune):
-            step.chosen.check(step.amount)
         for weight in select(structure, where.scope, kind, where.include, where.exclude, where.layers):
             before = actions.get(weight.parameter, _Action(weight))
             if (before.scheme if isinstance(step, Quantize) else before.prune) is not None:

@@ -57,6 +57,8 @@ RECIPE_OPTIONS = (
 )
 # How weights are brought to a scheme's grid.
 ROUNDINGS = ("nearest", "gptq")
+# The paper has one scheme, of 8 bits, and does not name it.
+PAPER_BITS = 8
 
 # The paper's words for a scope (sections 2.2-2.5, figure 8), and ours for the one that it does not have.
 PAPER_SCOPES = {
@@ -231,6 +233,8 @@ class Prune:
             object.__setattr__(self, each.name, each.check(given.pop(each.name, getattr(self, each.name))))
         object.__setattr__(self, "parameters", given)
         object.__setattr__(self, "parameters", _own(self.chosen))
+        with METHODS.answering(self.method):
+            self.chosen.check(self.amount)
 
     @cached_property
     def chosen(self) -> PruningMethod:
@@ -315,11 +319,21 @@ class Quantize:
 
     @property
     def label(self) -> str:
-        """What the paper calls it, and what is not as usual."""
+        """What the paper calls it, and what is not as usual. It says no scheme: a scheme of 8 bits goes without
+        saying."""
+        return " ".join(["GQ", *([self.scheme] if self.is_named else []), *self.further])
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the setup says the scheme."""
+        return self.chosen.bits != PAPER_BITS
+
+    @property
+    def further(self) -> list[str]:
+        """What is not as usual beside the scheme, in words."""
         further = [f"{name} {value}" for name, value in self.chosen.changed().items()]
-        further += [self.rounding] if self.rounding != "nearest" else []
-        further += [f"smooth {self.smooth:g}"] if self.smooth is not None else []
-        return " ".join(["GQ", *further])
+        further += [self.rounding] if self.rounding != ROUNDINGS[0] else []
+        return further + ([f"smooth {self.smooth:g}"] if self.smooth is not None else [])
 
 
 def _own(chosen: PruningMethod | Scheme) -> dict[str, Any]:

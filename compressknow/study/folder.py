@@ -10,9 +10,10 @@ from pathlib import Path
 
 from compressknow import reading
 from compressknow._version import __version__
-from compressknow.compress.recipe import Prune, Quantize
+from compressknow.compress.recipe import Calibration, Prune, Quantize
 from compressknow.errors import OutputError
 from compressknow.files import LOCK, own_folder, write_whole
+from compressknow.format import count
 from compressknow.probe.answers import Answer, Answers
 from compressknow.probe.run import ModelHandle
 from compressknow.reading import misfit
@@ -50,7 +51,11 @@ class CellResult:
 
 def study_of(original: Answers, results: Sequence[CellResult], *, command: str | None = None) -> Study:
     """The records of a study, in the order of its grid."""
-    cells = tuple(study_cell(original, r.cell, r.answers) for r in results if r.answers is not None)
+    made = [result.cell for result in results if result.answers is not None]
+    texts = {cell.recipe.calibration for cell in made} - {None}
+    cells = tuple(
+        study_cell(original, r.cell, r.answers, several_texts=len(texts) > 1) for r in results if r.answers is not None
+    )
     failed = tuple(
         FailedCell(r.cell.key, r.cell.recipe.setup, r.why or "unknown") for r in results if r.answers is None
     )
@@ -66,11 +71,13 @@ def study_of(original: Answers, results: Sequence[CellResult], *, command: str |
     )
 
 
-def study_cell(original: Answers, cell: Cell, answers: Answers) -> StudyCell:
-    """A cell's record, all figures included."""
+def study_cell(original: Answers, cell: Cell, answers: Answers, *, several_texts: bool = False) -> StudyCell:
+    """A cell's record, all figures included; with the calibration text told wherever there are several."""
     totals, steps = answers.record.model.totals, cell.recipe.steps
     prune = next((step for step in steps if isinstance(step, Prune)), None)
     quantize = next((step for step in steps if isinstance(step, Quantize)), None)
+    text = _in_words(cell.recipe.calibration)
+    on = f" on {text}" if text and several_texts else ""
     return StudyCell(
         key=cell.key,
         setup=cell.recipe.setup,
@@ -78,6 +85,9 @@ def study_cell(original: Answers, cell: Cell, answers: Answers) -> StudyCell:
         method=prune.method if prune else None,
         amount=prune.amount if prune else None,
         scheme=quantize.scheme if quantize else None,
+        pruning=f"{cell.pruning}{on if prune and prune.calibrated else ''}" if prune else None,
+        quantization=f"{cell.quantization}{on if quantize and quantize.calibrated else ''}" if quantize else None,
+        calibration=text,
         plain=cell.plain,
         in_scope=totals["in_scope"],
         pruned=totals["pruned"],
@@ -88,6 +98,14 @@ def study_cell(original: Answers, cell: Cell, answers: Answers) -> StudyCell:
         comparison=compare(original, answers, show_facts=False),
         correct={probe: _correct(answers, probe, original.of(probe)) for probe in answers.probes},
     )
+
+
+def _in_words(calibration: Calibration | None) -> str | None:
+    """Text, tokens and, where it is not the usual one, the seed."""
+    if calibration is None:
+        return None
+    seed = f", seed {calibration.seed}" if calibration.seed else ""
+    return f"{calibration.text}, {count(calibration.tokens)} tokens{seed}"
 
 
 def _correct(answers: Answers, probe: str, order: Sequence[Answer]) -> tuple[bool, ...]:

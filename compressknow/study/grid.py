@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import Prune, Quantize, Recipe, Where, recipe_of
+from compressknow.compress.recipe import ROUNDINGS, Calibration, Prune, Quantize, Recipe, Where, recipe_of
 from compressknow.compress.schemes import SCHEMES
 from compressknow.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
@@ -25,7 +25,10 @@ FEW_AMOUNTS = (0.2, 0.4)
 PAPER_SCHEME = "int8-paper"
 PAPER = "paper"
 
-AXES = ("scope", "method", "prune", "quantize", "module_map", "seed", "layers")
+# What a step that quantizes says beside its scheme's parameters, and what a recipe says of its calibration.
+ROUNDED, CALIBRATED = ("rounding", "smooth"), ("calibration", "calibration_tokens")
+AXES = ("scope", "method", "prune", "quantize", "module_map", "seed", "layers", *ROUNDED, *CALIBRATED)
+LOOKS = "Add a method such as wanda, rounding gptq, or smooth."
 FORMAT = """A grid file has an [axes] table of lists, and [[cells]] named one by one:
 
 [axes]
@@ -49,14 +52,26 @@ class Cell:
 
     @property
     def plain(self) -> bool:
-        """Whether scope, method, amount and scheme say it all: the cells that the paper's figures draw."""
+        """Whether scope, `pruning`, amount and `quantization` say it all: the cells that figures draw."""
         wheres = {step.where for step in self.recipe.steps}
         narrowed = any(replace(where, scope=()) != Where(()) for where in wheres)
-        special = bool(self.recipe.removals) or any(
-            step.chosen.changed().keys() - {"seed"} for step in self.recipe.steps if isinstance(step, Prune | Quantize)
-        )
         kinds = [type(step) for step in self.recipe.steps]
-        return len(wheres) == 1 and not narrowed and not special and len(kinds) == len(set(kinds))
+        return len(wheres) == 1 and not narrowed and not self.recipe.removals and len(kinds) == len(set(kinds))
+
+    @property
+    def pruning(self) -> str | None:
+        """The pruning method with what is not as usual of it, but for the seed, such as ``wanda pattern 2:4``."""
+        step = next((step for step in self.recipe.steps if isinstance(step, Prune)), None)
+        if step is None:
+            return None
+        further = [f"{name} {value}" for name, value in step.chosen.changed().items() if name != "seed"]
+        return " ".join([step.method, *further])
+
+    @property
+    def quantization(self) -> str | None:
+        """The scheme with what is not as usual of it, such as ``int4 group_size 64 gptq``."""
+        step = next((step for step in self.recipe.steps if isinstance(step, Quantize)), None)
+        return None if step is None else " ".join([step.scheme, *step.further])
 
 
 def grid_cells(
@@ -139,22 +154,48 @@ def _product(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Recipe
             raise UsageError(f"{path}: the axis {name} must be a list, and not empty.", hint=FORMAT)
     _refuse_contradiction(axes, path)
     for values in product(*axes.values()):
-        point = dict(zip(axes, values, strict=True))
+        point = _applying(dict(zip(axes, values, strict=True)))
         if _does_something(point):
             yield None, _recipe(point, f"{path}, [axes]")
 
 
 def _refuse_contradiction(axes: Mapping[str, Any], path: Path) -> None:
-    """Axes that say how to prune where nothing is pruned."""
-    prunes = any(_is_given(amount) for amount in axes.get("prune", ()))
-    if idle := [name for name in ("method", "seed") if name in axes and not prunes]:
-        raise UsageError(
-            f"{path}: the axis {idle[0]} applies to pruning, but no cell prunes.", hint="Add the axis prune."
-        )
+    """Axes that say how to prune, quantize or calibrate where no cell does."""
+    prunes, quantizes = (any(map(_is_given, axes.get(name, ()))) for name in ("prune", "quantize"))
     methods = axes.get("method", (METHODS.first,)) if prunes else ()
+    calibrated = any(map(_looks_at_activations, methods))
+    calibrated |= any(value in ROUNDINGS[1:] for value in axes.get("rounding", ()))
+    calibrated |= any(map(_is_given, axes.get("smooth", ())))
+    for names, does, what, hint in (
+        (("method",), prunes, "pruning, but no cell prunes", "Add the axis prune."),
+        (ROUNDED, quantizes, "quantization, but no cell quantizes", "Add the axis quantize."),
+        (CALIBRATED, calibrated, "methods that look at activations, but no cell has one", LOOKS),
+        (("seed",), prunes or calibrated, "pruning, but no cell prunes", "Add the axis prune."),
+    ):
+        if idle := [name for name in names if name in axes and not does]:
+            raise UsageError(f"{path}: the axis {idle[0]} applies to {what}.", hint=hint)
     has = set().union(*(_parameters_of(name) for name in (*methods, *axes.get("quantize", ()))))
     if idle := sorted(set(axes) - set(AXES) - has):
         raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {_owners(idle[0])} it is one.")
+
+
+def _looks_at_activations(method: Any) -> bool:
+    return method in METHODS and METHODS[method].needs in ("norms", "products")
+
+
+def _applying(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point of the axes without what its scheme and its method do not have."""
+    scheme = SCHEMES[point["quantize"]] if point.get("quantize") in SCHEMES else None
+    idle = {"rounding"} if scheme and scheme.rounds == "batch" else set()
+    idle |= {"smooth"} if scheme and scheme.rounds != "token" else set()
+    idle |= set() if _is_given(point.get("quantize")) else set(ROUNDED)
+    left = {name: value for name, value in point.items() if name not in idle}
+    return left if _calibrates(left) else {name: left[name] for name in left if name not in CALIBRATED}
+
+
+def _calibrates(point: Mapping[str, Any]) -> bool:
+    prunes = _is_given(point.get("prune")) and _looks_at_activations(point.get("method", METHODS.first))
+    return prunes or point.get("rounding") in ROUNDINGS[1:] or _is_given(point.get("smooth"))
 
 
 def _parameters() -> list[str]:
@@ -192,23 +233,39 @@ def _named(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe]:
         )
     if not _does_something(point):
         raise UsageError(f"{where}: it neither prunes nor quantizes.", hint=FORMAT)
+    if not _is_given(point.get("quantize")) and (idle := [key for key in ROUNDED if _is_given(point.get(key))]):
+        raise UsageError(f"{where}: {idle[0]} applies to quantization, and it does not quantize.", hint="Add quantize.")
     return name, _recipe(point, where)
 
 
 def _recipe(point: Mapping[str, Any], where: str) -> Recipe:
     given = {name: value for name, value in point.items() if _is_given(value) or name == "seed"}
+    # What may be nothing is a text where there is something: "none" is nothing.
+    said = {name: value for name, value in point.items() if value != "none"}
     shared = _only(given, "layers") | {"scope": given.get("scope", list(DEFAULT_SCOPES))}
     steps = []
     if "prune" in given:
         of_method = _parameters_of(given.get("method", METHODS.first)).difference(AXES)
-        steps.append(_only(given, "prune", "method", "seed") | _only(point, *of_method) | shared)
+        steps.append(_only(given, "prune", "method", "seed") | _only(said, *of_method) | shared)
     if "quantize" in given:
-        steps.append(_only(given, "quantize") | _only(point, *_parameters_of(given["quantize"])) | shared)
-    more = _only(given, "module_map")
+        of_scheme = _parameters_of(given["quantize"])
+        steps.append(_only(given, "quantize", *ROUNDED) | _only(said, *of_scheme) | shared)
+    more = _only(given, "module_map") | _calibration(given, where)
     try:
         return Recipe.from_dict({"steps": steps} | more, where)
     except CompressknowError as error:
         raise UsageError(f"{where}: {error.what}", error.why, error.hint) from None
+
+
+def _calibration(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a recipe says of its calibration: the text, or a table of what `Calibration` has."""
+    said = given.get("calibration", {})
+    table = dict(said) if isinstance(said, Mapping) else {"text": said}
+    for name, key in (("tokens", "calibration_tokens"), ("seed", "seed")):
+        if key in given and name in table:
+            raise UsageError(f"{where}: calibration has {name} already.", hint=f"Leave out {key}.")
+        table |= {name: given[key]} if key in given else {}
+    return {"calibration": table} if table and (_calibrates(given) or given.keys() & set(CALIBRATED)) else {}
 
 
 def _only(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -248,8 +305,21 @@ def key_of(recipe: Recipe) -> str:
     >>> key_of(recipe_of(Where(("attention",)), prune=0.2, quantize="int8"))
     'att-gpq-20-int8'
     """
-    schemes = [step.scheme for step in recipe.steps if isinstance(step, Quantize)]
-    return "-".join([_slug(recipe.setup), *dict.fromkeys(schemes)])
+    schemes = [step.scheme for step in recipe.steps if isinstance(step, Quantize) and not step.is_named]
+    return "-".join([_slug(recipe.setup), *dict.fromkeys(schemes), *_said_of(recipe.calibration)])
+
+
+def _said_of(calibration: Calibration | None) -> Iterator[str]:
+    """What is not as usual of a calibration, for a key."""
+    usual = Calibration()
+    if calibration is None or calibration == usual:
+        return
+    if calibration.text != usual.text:
+        yield _slug(Path(calibration.text).name)
+    if calibration.tokens != usual.tokens:
+        yield f"{calibration.tokens}-tokens"
+    if calibration.seed != usual.seed:
+        yield f"seed-{calibration.seed}"
 
 
 def _slug(text: str) -> str:

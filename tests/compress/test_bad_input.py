@@ -175,7 +175,7 @@ def test_an_amount_out_of_range(source: Path, refused: Refused, amount: str) -> 
     assert "must be greater than 0 and less than 1" in refused(source, "--prune", amount, code=2)
 
 
-@pytest.mark.parametrize("options", [["--prune", "much"], ["--quantize", "int4"], ["--threads", "0"], ["--dim", "2"]])
+@pytest.mark.parametrize("options", [["--prune", "much"], ["--quantize", "int3"], ["--threads", "0"], ["--dim", "2"]])
 def test_an_option_that_makes_no_sense(source: Path, refused: Refused, options: list[str]) -> None:
     assert options[0] in refused(source, *options, code=2)
 

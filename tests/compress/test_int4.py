@@ -299,7 +299,7 @@ def test_recipe_and_manifest_give_the_same_bytes_by_one_thread_or_two(tmp_path: 
     assert all(one.read_bytes() == two.read_bytes() for one, two in zip(*files, strict=True))
     step = manifest["recipe"]["steps"][1]
     assert (step["quantize"], step["group_size"]) == ("int4", 32)
-    assert manifest["setup"] == "Blocks_GPQ 20% group_size 32"
+    assert manifest["setup"] == "Blocks_GPQ 20% int4 group_size 32"
     row = next(row for row in manifest["tensors"] if row["scheme"])
     assert (row["bits"], row["parameters"]) == (4, {"group_size": 32})
 

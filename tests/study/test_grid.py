@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.compress.recipe import Prune, Quantize, Where, recipe_of
+from compressknow.compress.recipe import Calibration, Prune, Quantize, Where, recipe_of
 from compressknow.errors import UsageError
 from compressknow.model.groups import structure_of
 from compressknow.study.cells import folder_of
@@ -101,6 +101,74 @@ def test_a_recipe_is_run_once_and_keys_are_unique(tmp_path: Path) -> None:
     ]
 
 
+def test_what_a_cells_method_and_scheme_do_not_have_is_left_out_of_it(tmp_path: Path) -> None:
+    cells = grid(
+        tmp_path / "grid.toml",
+        """
+        [axes]
+        scope = ["attention"]
+        method = ["l1-unstructured", "wanda", "ln-structured"]
+        prune = [0, 0.5]
+        pattern = ["none", "2:4"]
+        quantize = ["none", "int8", "int8-paper", "int4"]
+        group_size = [64]
+        rounding = ["nearest", "gptq"]
+        smooth = [0, 0.5]
+        calibration = ["facts.txt"]
+        calibration_tokens = [4096]
+        """,
+    )
+    # Quantized alone: int8 and int4 either way, int8 smoothed too; int8-paper is rounded to nearest.
+    ways = {"int8", "int8 gptq", "int8 smooth 0.5", "int8 gptq smooth 0.5", "int8-paper", "int4 group_size 64"}
+    ways |= {"int4 group_size 64 gptq"}
+    methods = {"l1-unstructured", "wanda", "ln-structured"} | {f"{m} pattern 2:4" for m in ("l1-unstructured", "wanda")}
+    assert {(c.pruning, c.quantization) for c in cells} == {
+        (method, way) for method in (*methods, None) for way in (*ways, None) if method or way
+    }
+    assert len(cells) == len({cell.key for cell in cells}) == len({cell.recipe for cell in cells}) == 47
+    text = Calibration("facts.txt", 4096)
+    for cell in cells:
+        assert cell.plain
+        looks = any(step.calibrated for step in cell.recipe.steps)
+        assert cell.recipe.calibration == (text if looks else None)
+        assert ("facts.txt-4096-tokens" in cell.key) is looks
+
+
+def test_setups_and_keys_tell_methods_schemes_and_texts_apart(tmp_path: Path) -> None:
+    cells = grid(
+        tmp_path / "grid.toml",
+        """
+        [[cells]]
+        scope = "attention"
+        quantize = "int4"
+        rounding = "gptq"
+        [[cells]]
+        scope = "attention"
+        prune = 0.5
+        method = "wanda"
+        pattern = "2:4"
+        calibration = { text = "hf:some/set", tokens = 2048, seed = 3 }
+        [[cells]]
+        scope = "attention"
+        prune = 0.5
+        method = "sparsegpt"
+        quantize = "int4"
+        group_size = 32
+        [[cells]]
+        scope = "attention"
+        prune = 0.2
+        quantize = "int8"
+        """,
+    )
+    assert [(cell.recipe.setup, cell.key) for cell in cells] == [
+        ("Att_GQ int4 gptq", "att-gq-int4-gptq"),
+        ("Att wanda 2:4 50%", "att-wanda-2-4-50-set-2048-tokens-seed-3"),
+        ("Att sparsegpt 50% + Att_GQ int4 group_size 32", "att-sparsegpt-50-att-gq-int4-group-size-32"),
+        ("Att_GPQ 20%", "att-gpq-20-int8"),
+    ]
+    assert cells[1].recipe.calibration == Calibration("hf:some/set", 2048, 3)
+
+
 def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Path) -> None:
     long = "".join(f'[[cells]]\nname = "{"long:" * 80}{number}"\nprune = 0.{number}\n' for number in range(1, 4))
     folders = [f"{cell.key}-{'0' * 8}" for cell in grid(tmp_path / "grid.toml", long)]
@@ -119,7 +187,7 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ("[axes]\nprune = []", "must be a list, and not empty"),
         ("[axes]\nprune = 0.5", "must be a list"),
         ("[axes]\nprune = [2]", "greater than 0 and less than 1"),
-        ('[axes]\nquantize = ["int4"]', "int4"),
+        ('[axes]\nquantize = ["int3"]', "int3"),
         ("[axes]\namount = [0.1]", "'amount'"),
         ("[grid]\nprune = [0.1]", "'grid'"),
         ('[axes]\nquantize = ["int8"]\nmethod = ["l1-unstructured"]', "no cell prunes"),
@@ -127,6 +195,20 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ("[[cells]]\nprune = 0.1\nlayer = 3", "'layer'"),
         ("[[cells]]\nname = 3\nprune = 0.1", "name"),
         ("[axes\n", "cannot be read"),
+        ('[axes]\nprune = [0.5]\nrounding = ["gptq"]', "rounding applies to quantization, but no cell quantizes"),
+        ('[axes]\nprune = [0.5]\ncalibration = ["self"]', "calibration applies to methods that look at activations"),
+        ('[axes]\nquantize = ["int8"]\nseed = [1]', "seed applies to pruning"),
+        ('[axes]\nprune = [0.3]\npattern = ["2:4"]', "prunes 0.5 of the weights, not 0.3"),
+        ('[axes]\nquantize = ["int4"]\nrounding = ["up"]', "Unknown rounding 'up'"),
+        ('[axes]\nprune = [0.5]\nmethod = ["wanda"]\ncalibration = [{txt = "self"}]', "calibration: there is"),
+        (
+            '[axes]\nprune = [0.5]\nmethod = ["wanda"]\ncalibration_tokens = [9]\ncalibration = [{tokens = 9}]',
+            "calibration has tokens already",
+        ),
+        ("[[cells]]\nprune = 0.5\nsmooth = 0.5", "smooth applies to quantization"),
+        ('[[cells]]\nquantize = "int4"\nsmooth = 0.5', "nothing to smooth"),
+        ('[[cells]]\nquantize = "int8-paper"\nrounding = "gptq"', "rounded to nearest alone"),
+        ('[[cells]]\nprune = 0.5\ncalibration = "self"', "nothing to calibrate"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused_with_its_name(tmp_path: Path, text: str, says: str) -> None:

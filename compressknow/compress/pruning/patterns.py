@@ -49,6 +49,12 @@ class Patterned(PruningMethod):
     )
 
     @property
+    def label(self) -> str:
+        """Its name, and the pattern as it is written."""
+        further = [f"{name} {value}" for name, value in self.changed().items() if name != "pattern"]
+        return " ".join([self.name, *further, *([self.pattern] if self.pattern else [])])
+
+    @property
     def groups(self) -> Pattern | None:
         """The pattern, if there is one."""
         return Pattern.parse(self.pattern)

@@ -81,7 +81,7 @@ def by_amount(study: Study, scopes: Iterable[str], of: Callable[[Comparison], Es
 def when_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar, ...]:
     """A group for each scheme, a bar for each scope."""
     return _known(
-        Bar(scope, mean_drop(cell.comparison), series, plain(scheme, 20))
+        Bar(scope, mean_drop(cell.comparison), series, plain(scheme, 60))
         for scheme in schemes(study)
         for series, scope in enumerate(scopes)
         if (cell := quantized(study, scope).get(scheme))
@@ -91,7 +91,7 @@ def when_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar, ...]:
 def when_both(study: Study, scopes: Iterable[str]) -> tuple[Bar, ...]:
     """A group for each scheme and amount, a bar for each scope."""
     return _known(
-        Bar(scope, mean_drop(cell.comparison), series, f"{amount} % and {plain(scheme, 20)}")
+        Bar(scope, mean_drop(cell.comparison), series, f"{amount} % and {plain(scheme, 60)}")
         for scheme in schemes(study)
         for amount in _GPQ_AMOUNTS
         for series, scope in enumerate(scopes)

@@ -156,7 +156,7 @@ _TEXT, _SHARE, _COUNT = "string", "double", "int64"
 COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("key", "setup", "scope", "method"), _TEXT),
     "amount": _SHARE,
-    **dict.fromkeys(("scheme", "probe"), _TEXT),
+    **dict.fromkeys(("scheme", "pruning", "quantization", "calibration", "probe"), _TEXT),
     **dict.fromkeys(("n", "both", "lost", "gained", "neither"), _COUNT),
     **dict.fromkeys(("accuracy_original", "accuracy_compressed", "drop_absolute", "drop_relative"), _SHARE),
     **dict.fromkeys(("kept", "kept_low", "kept_high", "mcnemar_p", "answer_changed", "kl_mean"), _SHARE),
@@ -212,6 +212,9 @@ def _cell(cell: StudyCell) -> dict[str, Any]:
         "method": plain(cell.method) if cell.method else None,
         "amount": cell.amount,
         "scheme": plain(cell.scheme) if cell.scheme else None,
+        "pruning": plain(cell.pruning) if cell.pruning else None,
+        "quantization": plain(cell.quantization) if cell.quantization else None,
+        "calibration": plain(cell.calibration) if cell.calibration else None,
         "in_scope": cell.in_scope,
         "pruned": cell.pruned,
         "quantized": cell.quantized,

@@ -45,8 +45,11 @@ class StudyCell:
     method : the pruning method as a recipe names it (``l1-unstructured``), or None where nothing is pruned.
     amount : share of the weights that is pruned (0 to 1), or None.
     scheme : the scheme as a recipe names it (``int8-paper``), or None.
-    plain : the cell is made by scope, method, amount and scheme alone, over the whole scope at once: one of those that
-        the paper's figures draw. False for cells narrowed by layers or patterns, pruned by layer, or of several steps.
+    pruning, quantization : method and scheme with what is not as usual of them (``wanda pattern 2:4``, ``int4 gptq``),
+        and the calibration text where the study has several: what a line or a bar of the figures is of.
+    calibration : the text as a recipe names it, and how many tokens (``self, 32,768 tokens``); None without one.
+    plain : the cell is made by scope, pruning, amount and quantization alone, in one step each: one of those that the
+        figures draw. False for cells narrowed by layers or patterns, or of several steps.
     in_scope : parameters that the recipe acts on; `pruned` and `quantized` those that it changed.
     nonzero : weights that are not zero, of the whole model; `bytes` on disk, where pruned weights are dense;
         `sparse_bytes` what a sparse store would take: the non-zero weights at their width plus one bit a weight.
@@ -59,6 +62,9 @@ class StudyCell:
     method: str | None
     amount: float | None
     scheme: str | None
+    pruning: str | None
+    quantization: str | None
+    calibration: str | None
     plain: bool
     in_scope: int
     pruned: int
@@ -117,24 +123,30 @@ _FEW_ANSWERS = 5
 
 def pruned(study: Study, scope: str, method: str = UNSTRUCTURED) -> dict[float, StudyCell]:
     """The cells of a scope that are pruned and not quantized, by amount in percent, ascending."""
-    found = {percent(c): c for c in _plain(study, scope) if c.method == method and c.scheme is None}
+    found = {percent(c): c for c in _plain(study, scope) if c.pruning == method and c.quantization is None}
     return dict(sorted(found.items()))
 
 
 def quantized(study: Study, scope: str) -> dict[str, StudyCell]:
     """The cells of a scope that are quantized and not pruned, by scheme."""
-    return {c.scheme: c for c in _plain(study, scope) if c.method is None and c.scheme is not None}
+    return {c.quantization: c for c in _plain(study, scope) if c.pruning is None and c.quantization is not None}
 
 
-def pruned_and_quantized(study: Study, scope: str, scheme: str) -> dict[float, StudyCell]:
+def pruned_and_quantized(study: Study, scope: str, scheme: str, method: str = UNSTRUCTURED) -> dict[float, StudyCell]:
     """The cells of a scope that are pruned and then quantized by that scheme, by amount in percent, ascending."""
-    found = {percent(c): c for c in _plain(study, scope) if c.method == UNSTRUCTURED and c.scheme == scheme}
+    found = {percent(c): c for c in _plain(study, scope) if c.pruning == method and c.quantization == scheme}
     return dict(sorted(found.items()))
 
 
 def schemes(study: Study) -> tuple[str, ...]:
-    """The schemes of the study's plain cells, in the order of the grid."""
-    return tuple(dict.fromkeys(c.scheme for c in study.cells if c.plain and c.scheme is not None))
+    """The schemes of the study's plain cells, each with what is not as usual of it, in the order of the grid."""
+    return tuple(dict.fromkeys(c.quantization for c in study.cells if c.plain and c.quantization is not None))
+
+
+def methods(study: Study) -> tuple[str, ...]:
+    """Likewise the methods that the study's modules are pruned by."""
+    cells = (c for c in study.cells if c.plain and c.scope in MODULES)
+    return tuple(dict.fromkeys(c.pruning for c in cells if c.pruning is not None))
 
 
 def percent(cell: StudyCell) -> float:
@@ -147,12 +159,14 @@ def names(study: Study) -> dict[str, str]:
     does not tell it from another either.
     """
     several = len({cell.scheme for cell in study.cells} - {None}) > 1
-    called = {
-        cell.key: plain(cell.setup, 80) + (f" ({plain(cell.scheme, 20)})" if several and cell.scheme else "")
-        for cell in study.cells
-    }
+    called = {cell.key: plain(cell.setup, 80) + (_scheme(cell) if several else "") for cell in study.cells}
     repeated = Counter(called.values())
     return {key: f"{name} [{plain(key, 60)}]" if repeated[name] > 1 else name for key, name in called.items()}
+
+
+def _scheme(cell: StudyCell) -> str:
+    """The scheme, unless the setup says it or there is none."""
+    return f" ({plain(cell.scheme, 20)})" if cell.scheme and cell.scheme not in cell.setup.split() else ""
 
 
 def floor(probe: StudyProbe) -> float:

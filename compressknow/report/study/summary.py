@@ -208,7 +208,7 @@ def _by_module(study: Study, scheme: str) -> dict[str, float]:
 def _scheme(study: Study, scheme: str) -> str:
     kept = _by_module(study, scheme)
     said = _listed([f"{module} keeps {share(kept[module])}" for module in sorted(kept, key=lambda m: -kept[m])])
-    return f"Quantized by {plain(scheme, 20)}, {said}."
+    return f"Quantized by {plain(scheme, 60)}, {said}."
 
 
 def _tally(found: Iterable[Finding]) -> Iterator[str]:

@@ -218,7 +218,7 @@ def _paper_table(study: Study, scheme: str) -> Table:
     place, family, in_percent = _OF_FAMILY.get(study.original.family, _OF_FAMILY["masked"])
     rows = tuple(_paper_row(study, scheme, probe, in_percent) for probe in study.probes)
     unit = "accuracy in %" if in_percent else "accuracy"
-    caption = f"Table {place} ({family}), {plain(scheme, 20)}, {unit}"
+    caption = f"Table {place} ({family}), {plain(scheme, 60)}, {unit}"
     return Table(caption, PAPER_COLUMNS, rows)
 
 
