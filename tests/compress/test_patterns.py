@@ -11,6 +11,9 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
 from compressknow.cli import main
@@ -194,3 +197,27 @@ def test_what_is_no_pattern_is_refused(pattern: object) -> None:
 def test_with_a_pattern_no_choice_is_made_over_the_scope(per_layer: bool) -> None:
     assert not Prune(0.5, per_layer=per_layer, parameters={"pattern": "2:4"}).is_global
     assert Prune(0.5).is_global
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_methods_that_look_at_activations_have_it_however_a_layer_is_stored(
+    name: str, method: str, tmp_path: Path
+) -> None:
+    save_tiny(name, tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{word} " for word in range(3, 99)) * 20, encoding="utf-8")
+    words = {str(word): word for word in range(99)}
+    backend = Tokenizer(WordLevel(words, unk_token="0"))
+    backend.pre_tokenizer = Whitespace()
+    hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="1", unk_token="0").save_pretrained(
+        tmp_path / "source"
+    )
+    given = ["--scope", "feed-forward", "--prune", "0.75", "--prune-method", method, "--pattern", "1:4"]
+    calibration = ["--calibration", str(text), "--calibration-tokens", "1024"]
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), *given, *calibration]) == 0
+    before, after = (matrices_of(tmp_path / folder) for folder in ("source", "out"))
+    assert len(after) == {"gpt2": 4, "mixtral": 24}[name]
+    for original, matrix in zip(before, after, strict=True):
+        assert bool((matrix.unflatten(-1, (-1, 4)) == 0).sum(-1).eq(3).all())
+        assert torch.equal(matrix[matrix != 0], original[matrix != 0]) is (method == "wanda")
