@@ -101,7 +101,7 @@ def text_for(
         tokens=calibration.tokens,
         seed=calibration.seed,
         trust_remote_code=trust_remote_code,
-        advance=advance,
+        on_tokens=advance,
     )
 
 

@@ -1,0 +1,210 @@
+"""What calibration makes of a checkpoint, against the same done by hand on the whole model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from compressknow.compress.calibrate.text import CalibrationText
+from compressknow.compress.convert import prepare, write
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Step, Where
+from compressknow.errors import UnsupportedError
+from compressknow.quiet import quiet
+from tests.compress.calibrate.test_walk import batches_of
+from tests.models import save_tiny, tiny
+
+OVERALL, BLOCKS = Where(("overall",)), Where(("blocks",))
+
+
+def text_of(model: PreTrainedModel, count: int = 5) -> CalibrationText:
+    batches = batches_of(model, count)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    return CalibrationText("file", "drawn.txt", "0" * 64, 0, tokens, tokens, tuple(batches), ())
+
+
+def compressed(folder: Path, output: Path, *steps: Step, count: int = 5, threads: int = 2) -> dict[str, Any]:
+    conversion = prepare(folder, Recipe(steps))
+    return write(conversion, output, text=text_of(conversion.tree, count), threads=threads)
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))
+
+
+def norms_by_hook(model: PreTrainedModel, block: nn.Module, batches: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """The norm of each input channel of a block's layers, float64."""
+    squares: dict[str, Any] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            squares[name] = squares.get(name, 0) + args[0].reshape(-1, args[0].shape[-1]).double().square().sum(0)
+
+        return add
+
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in linears(block)]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for each in hooks:
+        each.remove()
+    return {name: found.sqrt() for name, found in squares.items()}
+
+
+def test_each_block_is_pruned_by_what_it_sees_once_all_before_it_are(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    compressed(folder, tmp_path / "out", Prune(0.5, "wanda", OVERALL))
+    by_hand, batches = copy.deepcopy(tiny("llama")), batches_of(tiny("llama"))
+    for block in by_hand.model.layers:
+        norms = norms_by_hook(by_hand, block, batches)
+        for name, layer in linears(block):
+            scores = layer.weight.data.double().abs() * norms[name]
+            lowest = scores.argsort(dim=1, stable=True)[:, : round(0.5 * scores.shape[1])]
+            layer.weight.data.scatter_(1, lowest, 0)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, by_hand.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (Prune(0.5, "sparsegpt", BLOCKS), Quantize("int8", BLOCKS, rounding="gptq")),
+        (Quantize("int8", BLOCKS, smooth=0.5),),
+        (Prune(0.3, where=BLOCKS), Quantize("int8-weights", OVERALL, rounding="gptq")),
+    ],
+    ids=["sparsegpt-gptq", "smooth", "l1-gptq-overall"],
+)
+def test_the_same_bytes_with_one_thread_and_several(steps: tuple[Step, ...], tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    hashes = []
+    for threads in (1, 3):
+        compressed(folder, tmp_path / str(threads), *steps, threads=threads, count=9)
+        content = (tmp_path / str(threads) / "model.safetensors").read_bytes()
+        hashes.append(hashlib.sha256(content).hexdigest())
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("method", ["l1-unstructured", "wanda", "sparsegpt"])
+def test_gptq_keeps_the_zeros_of_the_prune_step(method: str, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    compressed(folder, tmp_path / "pruned", Prune(0.5, method, BLOCKS))
+    compressed(folder, tmp_path / "out", Prune(0.5, method, BLOCKS), Quantize("int8-weights", BLOCKS, rounding="gptq"))
+    pruned, both = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
+    seen = 0
+    for name, tensor in both.items():
+        if tensor.dtype == torch.int8 and method == "l1-unstructured":
+            # The other methods see other inputs once the blocks before are rounded too.
+            assert bool((tensor[pruned[name] == 0] == 0).all()), name
+        seen += tensor.dtype == torch.int8 and int((tensor == 0).sum()) >= tensor.numel() // 2
+    assert seen == 14
+
+
+def outlying(folder: Path) -> Path:
+    """A model some of whose channels are far larger than all others, as in large language models."""
+    model = copy.deepcopy(tiny("llama"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight[3] *= 60
+                norm.weight[7] *= 40
+            for name, linear in linears(layer):
+                if linear.weight.shape[1] == norm.weight.shape[0] and "o_proj" not in name:
+                    linear.weight[:, 3] /= 60
+                    linear.weight[:, 7] /= 40
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_smoothing_moves_outliers_into_weights_and_brings_logits_nearer(tmp_path: Path) -> None:
+    folder = outlying(tmp_path / "in")
+    original, inputs = loaded(folder), batches_of(tiny("llama"), 8)[-1]
+    errors = {}
+    for name, smooth in (("plain", None), ("smooth", 0.5)):
+        manifest = compressed(folder, tmp_path / name, Quantize("int8", BLOCKS, smooth=smooth)) if smooth else None
+        if manifest is None:
+            write(prepare(folder, Recipe((Quantize("int8", BLOCKS),))), tmp_path / name)
+        else:
+            assert sorted(manifest["calibration"]["smoothed"]) == [
+                f"model.layers.{layer}.{norm}_layernorm" for layer in (0, 1) for norm in ("input", "post_attention")
+            ]
+        with torch.no_grad():
+            errors[name] = float((loaded(tmp_path / name)(**inputs).logits - original(**inputs).logits).norm())
+    assert errors["smooth"] < 0.5 * errors["plain"], errors
+
+
+def test_a_norm_that_feeds_the_residual_stream_too_takes_nothing(tmp_path: Path) -> None:
+    folder = save_tiny("bert", tmp_path / "in")
+    with pytest.raises(UnsupportedError, match="can be smoothed"):
+        compressed(folder, tmp_path / "out", Quantize("int8", BLOCKS, smooth=0.5))
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_gemmas_norms_are_divided_with_what_they_add(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=96, pad_token_id=0)
+    model = Gemma2ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "in")
+    compressed(tmp_path / "in", tmp_path / "out", Quantize("int8-weights", BLOCKS, rounding="gptq"))
+    manifest = compressed(tmp_path / "in", tmp_path / "smooth", Quantize("int8", BLOCKS, smooth=0.5))
+    assert len(manifest["calibration"]["smoothed"]) == 4
+    inputs = batches_of(model)[0]
+    with torch.no_grad():
+        before, after = model(**inputs).logits, loaded(tmp_path / "smooth")(**inputs).logits
+    assert float((after - before).norm() / before.norm()) < 0.05
+
+
+def test_a_killed_calibrated_conversion_leaves_nothing_that_the_next_does_not_clean(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from tests.compress.calibrate.test_compression import *\n"
+        "import compressknow.compress.calibrate.compression as c\n"
+        "told = c._Run.compress_all\n"
+        "def slow(*a, **k):\n    told(*a, **k)\n    print('block', flush=True)\n    time.sleep(60)\n"
+        "c._Run.compress_all = slow\n"
+        "compressed(Path(sys.argv[1]), Path(sys.argv[2]), Prune(0.5, 'wanda', BLOCKS))\n"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "block\n"
+        run.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.iterdir())) > 1
+    compressed(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_progress_tells_blocks(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    conversion = prepare(folder, Recipe((Prune(0.5, "wanda", BLOCKS),)))
+    told: list[tuple[int, int]] = []
+    write(
+        conversion,
+        tmp_path / "out",
+        text=text_of(conversion.tree),
+        advance=lambda done, total, left=None: told.append((done, total)),
+    )
+    assert told == [(1, 2), (2, 2)]
