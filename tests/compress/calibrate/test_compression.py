@@ -108,13 +108,13 @@ def test_gptq_keeps_the_zeros_of_the_prune_step(method: str, tmp_path: Path) -> 
     compressed(folder, tmp_path / "pruned", Prune(0.5, method, BLOCKS))
     compressed(folder, tmp_path / "out", Prune(0.5, method, BLOCKS), Quantize("int8-weights", BLOCKS, rounding="gptq"))
     pruned, both = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
-    seen = 0
-    for name, tensor in both.items():
-        if tensor.dtype == torch.int8 and method == "l1-unstructured":
-            # The other methods see other inputs once the blocks before are rounded too.
-            assert bool((tensor[pruned[name] == 0] == 0).all()), name
-        seen += tensor.dtype == torch.int8 and int((tensor == 0).sum()) >= tensor.numel() // 2
-    assert seen == 14
+    rounded = [name for name, tensor in both.items() if tensor.dtype == torch.int8]
+    assert len(rounded) == 14
+    # The first block sees the same inputs in both.
+    for name in rounded if method == "l1-unstructured" else rounded[:7]:
+        assert bool((both[name][pruned[name] == 0] == 0).all()), name
+    zeros = sum(int((both[name] == 0).sum()) for name in rounded)
+    assert zeros >= sum(int((pruned[name] == 0).sum()) for name in rounded) > 0.49 * sum(both[n].numel() for n in rounded)
 
 
 def outlying(folder: Path) -> Path:
