@@ -1,0 +1,75 @@
+"""Every architecture that can be built tiny: its blocks are run apart, and every weight in scope is reached or named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressknow.compress.calibrate.compression import calibrate
+from compressknow.compress.calibrate.text import CalibrationText
+from compressknow.compress.plan import make_plan
+from compressknow.compress.pool import Pool
+from compressknow.compress.process import TensorWriter, Work
+from compressknow.compress.recipe import Prune, Recipe, Where
+from compressknow.errors import CompressknowError, UnsupportedError
+from compressknow.model.groups import structure_of
+from compressknow.model.loading import open_complete
+from compressknow.model.tensors import OpenFiles
+from compressknow.quiet import quiet
+from tests.compress.test_zoo_converts import CLASSES, built
+from tests.zoo import inputs_of
+
+PARTS = 6
+# At least; all that is left runs as a whole.
+SHARE = 0.85
+
+
+class Nowhere:
+    """An output that keeps nothing."""
+
+    def writer(self, tensor_name: str) -> TensorWriter:
+        return TensorWriter(lambda data, position: None, 0)
+
+
+def outcome_of(name: str, folder: Path) -> str:
+    made = built(name)
+    if made is None:
+        return "not built"
+    model, _ = made
+    with quiet():
+        model.save_pretrained(folder)
+    batch = {key: value for key, value in inputs_of(model).items() if isinstance(value, torch.Tensor)}
+    text = CalibrationText("file", "drawn.txt", "0" * 64, 0, 24, 24, (batch, batch), ())
+    checkpoint, tree = open_complete(folder)
+    try:
+        plan = make_plan(checkpoint, tree, structure_of(tree), Recipe((Prune(0.5, "wanda", Where(("overall",))),)))
+    except UnsupportedError:
+        return "refused"
+    with Pool(1) as pool, OpenFiles() as files:
+        done = calibrate(plan, tree, Work(pool, files, lambda _: None, Nowhere()), {}, text)
+    scope = {tensor.name for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"}
+    assert set(done.measured) == scope, name
+    return "apart" if done.apart else "together"
+
+
+def outcomes(names: list[str], folder: Path) -> Iterator[tuple[str, str]]:
+    for name in names:
+        try:
+            yield name, outcome_of(name, folder / name)
+        except CompressknowError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_blocks_of_nearly_all_architectures_run_apart(part: int, tmp_path: Path) -> None:
+    found = dict(outcomes(sorted(CLASSES)[part::PARTS], tmp_path))
+    counts = Counter(found.values())
+    ran = counts["apart"] + counts["together"]
+    print(f"{counts['apart']} of {ran} architectures apart; {dict(counts)}")
+    print(sorted(name for name, outcome in found.items() if outcome == "together"))
+    assert ran > 30
+    assert counts["apart"] >= SHARE * ran
