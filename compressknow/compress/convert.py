@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compressknow.compress.calibrate.compression import Calibrated
-    from compressknow.compress.calibrate.text import CalibrationText  # type: ignore[import-untyped,unused-ignore]
+    from compressknow.compress.calibrate.text import CalibrationText
 
 # Weights in any form, and what only training needs: not carried along.
 WEIGHT_SUFFIXES = {
@@ -92,7 +92,7 @@ def text_for(
     plan = conversion.plan
     if (calibration := plan.recipe.calibration) is None:
         return None
-    from compressknow.compress.calibrate.text import calibration_text  # type: ignore[import-untyped,unused-ignore]
+    from compressknow.compress.calibrate.text import calibration_text
 
     return calibration_text(
         plan.checkpoint.folder,
@@ -101,7 +101,7 @@ def text_for(
         tokens=calibration.tokens,
         seed=calibration.seed,
         trust_remote_code=trust_remote_code,
-        on_tokens=advance,
+        advance=advance,
     )
 
 

@@ -32,7 +32,7 @@ from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles, byte_view, torch_dtype
 
 if TYPE_CHECKING:
-    from compressknow.compress.calibrate.text import CalibrationText  # type: ignore[import-untyped,unused-ignore]
+    from compressknow.compress.calibrate.text import CalibrationText
 
 
 @dataclass(frozen=True)

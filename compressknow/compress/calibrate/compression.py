@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compressknow.compress.blocks import Block
-    from compressknow.compress.calibrate.text import CalibrationText  # type: ignore[import-untyped,unused-ignore]
+    from compressknow.compress.calibrate.text import CalibrationText
 
 # Fewer tokens than this tell nothing of the inputs of an expert.
 LEAST_TOKENS = 32
@@ -300,10 +300,9 @@ class _Whole:
 def _gptq(
     inputs: InputStatistics, pruned: bool, values: torch.Tensor, scales: torch.Tensor, scheme: Scheme
 ) -> torch.Tensor:
-    from compressknow.compress.schemes.gptq import gptq  # type: ignore[import-untyped,unused-ignore]
+    from compressknow.compress.schemes.gptq import gptq
 
-    integers: torch.Tensor = gptq(values, scales, scheme, inputs, values == 0 if pruned else None)
-    return integers
+    return gptq(values, scales, scheme, inputs, values == 0 if pruned else None)
 
 
 def _refuse_smoothing(plan: Plan, why: str) -> None:

@@ -1,4 +1,4 @@
-"""Every architecture that can be built tiny: its blocks are run apart, and every weight in scope is reached or named."""
+"""Every architecture that can be built tiny: its blocks run apart, and every weight in scope is reached or named."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SHARE = 0.85
 class Nowhere:
     """An output that keeps nothing."""
 
-    def writer(self, tensor_name: str) -> TensorWriter:
-        return TensorWriter(lambda data, position: None, 0)
+    def writer(self, tensor_name: str) -> TensorWriter:  # noqa: ARG002
+        return TensorWriter(lambda *_: None, 0)
 
 
 def outcome_of(name: str, folder: Path) -> str:
