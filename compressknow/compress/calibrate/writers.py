@@ -187,7 +187,9 @@ class FillingWriter(Writer):
     T5 writes what stands in the blanks, each after its sentinel; BART the whole text.
     """
 
-    TOGETHER, BLANKS, PER_BLANK, PASSES = 16, 16, 5, 3
+    BLANKS, PER_BLANK, PASSES = 16, 5, 3
+    # Blanks that are filled together: texts of few sentinels are many.
+    TOGETHER = 256
 
     @cached_property
     def blanks(self) -> int:
@@ -195,10 +197,14 @@ class FillingWriter(Writer):
 
     @property
     def batch_tokens(self) -> int:
-        return self.TOGETHER * self.blanks * self.PASSES
+        return self.rows * self.blanks * self.PASSES
+
+    @cached_property
+    def rows(self) -> int:
+        return min(self.TOGETHER // self.blanks, -(-self.wanted // (self.blanks * self.PASSES)))
 
     def _write(self, generator: torch.Generator) -> Pieces:
-        texts = self.random_tokens(self.TOGETHER, self.blanks, generator).tolist()
+        texts = self.random_tokens(self.rows, self.blanks, generator).tolist()
         for _ in range(self.PASSES):
             texts = self._filled(texts, [self._gaps(len(ids), generator) for ids in texts], generator)
         return [[*ids, *self.form.separator] for ids in texts if ids]
