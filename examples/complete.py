@@ -5,22 +5,25 @@ python examples/complete.py build/smollm2 build/smollm2-att-int8
 
 from __future__ import annotations
 
-import sys
+import argparse
 from typing import Any
-
-import torch
-from transformers import AutoTokenizer
-
-import compressknow
 
 PROMPTS = ("The capital of France is", "The chemical symbol for gold is", "The largest planet in our solar system is")
 COLUMN = 43
 
 
 def main() -> None:
-    original, converted = sys.argv[1:3]
-    tokenizer = AutoTokenizer.from_pretrained(original)
-    models = [compressknow.load(folder) for folder in (original, converted)]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("original", help="a checkpoint, with its tokenizer")
+    parser.add_argument("converted", help="what `compressknow convert` made of it")
+    given = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    import compressknow
+
+    tokenizer = AutoTokenizer.from_pretrained(given.original)
+    models = [compressknow.load(folder) for folder in (given.original, given.converted)]
     print_row("", "original", "converted")
     for prompt in PROMPTS:
         print_row(prompt, *(complete(model, tokenizer, prompt) for model in models))
@@ -28,6 +31,8 @@ def main() -> None:
 
 def complete(model: Any, tokenizer: Any, prompt: str, tokens: int = 10) -> str:
     """The `tokens` most likely next tokens, one after the other, on one line."""
+    import torch
+
     inputs = tokenizer(prompt, return_tensors="pt")
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)

