@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from _thread import start_new_thread
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Protocol, TypeVar
+from weakref import finalize
 
 import torch
 
@@ -28,13 +31,19 @@ def in_turn(task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Re
 
 
 class Pool:
-    """A thread pool whose first error stops the rest: long tasks call `check` between two blocks."""
+    """A thread pool whose first error stops the rest: long tasks call `check` between two blocks.
+
+    A signal may raise between any two steps of the main thread, and a lock that is written in Python would stay taken:
+    who needs it next would wait for ever. So the main thread touches no such lock, only queues that are written in C.
+    """
 
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads or available_cores()
         self._stopped = False
         self._torch_threads = torch.get_num_threads()
-        self._executor = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._crew = _Crew(self.threads)
+        # For a signal that comes before the first step of `__exit__`.
+        finalize(self, self._crew.dismiss)
 
     def __enter__(self) -> Pool:
         return self
@@ -42,45 +51,109 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopped = error is not None
-        self._executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._torch_threads)
+        try:
+            self._end()
+        finally:
+            torch.set_num_threads(self._torch_threads)
 
     def map(self, task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]:
-        """Results in the order of `items`. Raises the first error, after the tasks under way have ended."""
+        """Results in the order of `items`; a task begins after those before it have begun. Raises the first error,
+        after the tasks under way have ended; then the pool is of no more use."""
+        self.check()
         results: dict[int, Result] = {}
-        # What ends is told by a queue. Waiting for futures takes their locks, and a signal that comes meanwhile leaves
-        # them taken: their threads would wait for ever.
-        ended: SimpleQueue[BaseException | None] = SimpleQueue()
 
         def run(place: int, item: Item) -> None:
-            try:
-                results[place] = task(item)
-            except BaseException as error:
-                ended.put(error)
-            else:
-                ended.put(None)
+            self.check()
+            results[place] = task(item)
 
-        number = 0
         try:
-            for number, item in enumerate(items, start=1):
-                self._executor.submit(run, number, item)
-            outcomes = (ended.get() for _ in range(number))
-            error = next((outcome for outcome in outcomes if outcome is not None), None)
+            jobs = [partial(run, place, item) for place, item in enumerate(items)]
+            self._crew.work(jobs)
         except BaseException:
-            self._stopped = True
+            self._end()
             raise
-        if error is not None:
-            self._stopped = True
-            self._executor.shutdown(cancel_futures=True)
-            raise error
-        return [results[place] for place in range(1, number + 1)]
+        return [results[place] for place in range(len(jobs))]
 
     def check(self) -> None:
         """Raise Stopped where another task has failed or the user has interrupted."""
         if self._stopped:
             raise Stopped
 
+    def _end(self) -> None:
+        self._stopped = True
+        self._crew.dismiss()
+        self._crew.wait()
+
 
 class Stopped(Exception):
     """Ends a task whose result nobody waits for any more."""
+
+
+class _Crew:
+    """Worker threads, and a foreman, who starts them: `Thread.start` waits for a lock that is written in Python."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # What the main thread waits for: a job has ended (None), or will not (an error).
+        self._told: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._left: SimpleQueue[None] = SimpleQueue()
+        self._foremen: list[int] = []
+        self._workers: list[Thread] = []
+        self._gone = False
+
+    def work(self, jobs: list[partial[None]]) -> None:
+        """Do the jobs. Raises the first error, while others are under way."""
+        if jobs and not self._foremen:
+            # Begun and listed in one step, between whose halves no signal comes.
+            self._foremen.extend(map(start_new_thread, (self._lead,), ((),)))
+        for job in jobs:
+            self._jobs.put(job)
+        for _ in jobs:
+            error = self._told.get()
+            if error is not None:
+                raise error
+
+    def dismiss(self) -> None:
+        """Let the workers go when they have come to the end of the jobs."""
+        self._jobs.put(None)
+
+    def wait(self) -> None:
+        """Until all workers that were dismissed have ended."""
+        # A signal may come after a message was taken and before it was seen: the attribute says it too.
+        while self._foremen and not self._gone:
+            self._told.get()
+        for worker in self._workers:
+            worker.join()
+
+    def _lead(self) -> None:
+        try:
+            for _ in range(self._threads):
+                worker = Thread(target=self._work, daemon=True)
+                worker.start()
+                self._workers.append(worker)
+        except BaseException as error:
+            self._told.put(error)
+        for _ in self._workers:
+            self._left.get()
+        self._gone = True
+        self._told.put(Stopped())
+
+    def _work(self) -> None:
+        try:
+            torch.set_num_threads(1)
+            for job in iter(self._jobs.get, None):
+                self._told.put(_outcome(job))
+                # Not kept, with all that it holds, until the next one comes.
+                del job
+        finally:
+            self._jobs.put(None)
+            self._left.put(None)
+
+
+def _outcome(job: Callable[[], None]) -> BaseException | None:
+    try:
+        job()
+    except BaseException as error:
+        return error
+    return None

@@ -5,13 +5,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+import torch
 
-from compressknow.compress.pool import Pool
+from compressknow.compress.pool import Pool, Stopped
 
 INTERRUPTED_OFTEN = """
-import signal, time
+import signal, sys, threading, time
+import torch
 from compressknow.compress.pool import Pool
 
 class Alarm(Exception):
@@ -21,31 +25,38 @@ def ring(*_):
     raise Alarm
 
 signal.signal(signal.SIGALRM, ring)
+torch.set_num_threads(3)
 ended = 0
-for number in range(60):
+for number in range(int(sys.argv[1])):
     try:
         with Pool(2) as pool:
-            signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.0007 * number)
-            pool.map(lambda item: time.sleep(0.0002), range(600))
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]) * (number + 1))
+            pool.map(lambda item: time.sleep(0.0002), range(int(sys.argv[3])))
+        signal.setitimer(signal.ITIMER_REAL, 0)
     except Alarm:
         ended += 1
+    assert torch.get_num_threads() == 3, number
+    pool = None
+    while threading.active_count() > 1:
+        time.sleep(0.001)
 print(ended)
 """
 
-# A signal that comes while `concurrent.futures.wait` holds the locks of futures.
-INTERRUPTED_IN_WAIT = """
-from concurrent.futures import _base
+# Raises where a signal would leave a lock taken.
+INTERRUPTED_IN_LOCKS = """
+from threading import Condition, get_ident, main_thread
 from compressknow.compress.pool import Pool
 
-enter = _base._AcquireFutures.__enter__
+enter = Condition.__enter__
 
 def interrupted(self):
     enter(self)
-    raise KeyboardInterrupt
+    if get_ident() == main_thread().ident:
+        raise KeyboardInterrupt
 
-_base._AcquireFutures.__enter__ = interrupted
+Condition.__enter__ = interrupted
 with Pool(2) as pool:
+    print(sum(pool.map(int, range(1000))))
     print(sum(pool.map(int, range(1000))))
 """
 
@@ -56,20 +67,76 @@ def test_results_come_in_the_order_of_the_items() -> None:
         assert pool.map(str, []) == []
 
 
+def test_a_task_begins_after_those_before_it() -> None:
+    begun: list[int] = []
+    both = threading.Barrier(2)
+
+    def task(item: int) -> None:
+        begun.append(item)
+        if item < 2:
+            both.wait(timeout=60)
+
+    with Pool(2) as pool:
+        pool.map(task, range(20))
+    assert sorted(begun[:2]) == [0, 1]
+    assert sorted(begun) == list(range(20))
+
+
+def test_tasks_compute_with_one_thread_each() -> None:
+    before, threads = torch.get_num_threads(), threading.active_count()
+    with Pool(2) as pool:
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(4))) == {1}
+    assert (torch.get_num_threads(), threading.active_count()) == (before, threads)
+
+
 def test_the_error_of_a_task_is_raised() -> None:
     with Pool(2) as pool, pytest.raises(ZeroDivisionError):
         pool.map(lambda item: 1 // item, [1, 0, 1])
 
 
+def test_an_error_stops_the_tasks_under_way_and_those_to_come() -> None:
+    begun: list[int] = []
+    waiting = threading.Event()
+
+    def task(item: int) -> None:
+        begun.append(item)
+        if item:
+            waiting.set()
+            while True:
+                pool.check()
+                time.sleep(0.001)
+        assert waiting.wait(timeout=60)
+        raise ZeroDivisionError
+
+    threads = threading.active_count()
+    with Pool(2) as pool:
+        with pytest.raises(ZeroDivisionError):
+            pool.map(task, range(10))
+        assert threading.active_count() == threads
+        with pytest.raises(Stopped):
+            pool.map(task, range(10))
+    assert len(begun) <= 3
+
+
+def test_an_error_of_the_items_is_raised() -> None:
+    with Pool(2) as pool, pytest.raises(ZeroDivisionError):
+        pool.map(str, (1 // item for item in (1, 0)))
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
-def test_an_interruption_at_any_moment_ends_the_run() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_OFTEN], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert int(done.stdout) > 30
+@pytest.mark.parametrize(
+    ("rounds", "step", "items"),
+    [(60, 0.0007, 600), (400, 0.00001, 5)],
+    ids=["while tasks run", "while threads start and end"],
+)
+def test_an_interruption_at_any_moment_ends_the_run(rounds: int, step: float, items: int) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_OFTEN, *map(str, (rounds, step, items))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > rounds // 20
 
 
 def test_no_lock_is_held_that_a_signal_could_leave_taken() -> None:
-    command = [sys.executable, "-c", INTERRUPTED_IN_WAIT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "499500\n"
+    command = [sys.executable, "-c", INTERRUPTED_IN_LOCKS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "499500\n499500\n", done.stderr
