@@ -1,6 +1,6 @@
 """How many facts a second are answered, beside the paper's own loop and beside lm-pub-quiz, in one run.
 
-    python benchmarks/probe.py [--data DIR] [--model DIR] [--rounds 3] [--skip paper,batches,int8,bear,masked]
+    python benchmarks/probe.py [--data DIR] [--model DIR] [--rounds 3] [--skip paper,batches,int8,int4,bear,masked]
 
 Every measurement is a process of its own. Its clock starts after the model is loaded and has answered once, and stops
 at the last answer: writing prompts, tokenizing and scoring count. Its memory is the peak above what it held with the
@@ -13,6 +13,9 @@ compute in float32 and are asked the same facts; the slower side a part of them,
   counts again for each sentence of a batch is left out.
 - `int8`: T-REx, and that BERT quantized whole by `convert`, in the engine's int8 layers and unpacked to floats, as
   plain transformers computes it, beside the original.
+- `int4`: no facts, but tokens that the causal model of `bear` decodes one at a time as `compressknow.load` gives it,
+  quantized whole by the scheme int4 in groups of 64, beside the original in float32 and in bfloat16; and the bytes
+  of the int4 layers, with all that they hold, beside the same in float32.
 - `bear`: BEAR's first template, and a causal model (examples/smollm2.py makes one). lm-pub-quiz has the batch size that
   is the fastest of `--their-batches` for it, with conditional scores and sums, as its authors recommend for BEAR.
 - `masked`: the same with a masked model and `answer_l2r+word_l2r`.
@@ -40,9 +43,13 @@ from compressknow.errors import CompressknowError
 from compressknow.probe.evaluate import BATCH_SIZE
 
 # Ratios of facts a second that compressknow is held to.
-BOUNDS = {"paper": 30, "bear": 5}
+BOUNDS = {"paper": 30, "int4": 1.5, "bear": 5}
+# Of float32, what int4 layers may take.
+INT4_BYTES = 0.2
 # Sides of the part `int8`.
 ENGINE, UNPACKED, ORIGINAL = "int8", "int8 in floats", "float32"
+# Sides of the part `int4`; the original has two.
+PACKED, HALF = "int4", "bfloat16"
 BATCH_SIZES = (1, 8, 32, 128)
 # Scores that differ by less are equal: two orders of summation.
 ROUNDING = 1e-3
@@ -86,6 +93,23 @@ def language_of(part: str, side: str, options: Namespace) -> tuple[Any, Any, str
         # lm-pub-quiz begins each text so, whatever the tokenizer's own way is.
         language.tokenizer.add_bos_token = language.tokenizer.bos_token is not None
     return language.model, language.tokenizer, language.family
+
+
+def decoding(side: str, options: Namespace) -> Callable[[int, int], Answers]:
+    """The tokens that follow a text, each decoded by itself."""
+    import torch
+
+    from compressknow.engine.load import load, load_tokenizer
+
+    folder = options.checkpoints / PACKED if side == PACKED else options.model
+    model = load(folder, dtype=HALF if side == HALF else ORIGINAL)
+    ids = torch.tensor([load_tokenizer(folder)("The capital of France is Paris, and").input_ids])
+
+    def run(count: int, _: int) -> Answers:
+        made = model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        return {str(place): token for place, token in enumerate(made[0, ids.shape[1] :].tolist())}
+
+    return run
 
 
 def some(facts: Sequence[Any], count: int) -> list[Any]:
@@ -175,7 +199,7 @@ SIDES: dict[str, Callable[..., Callable[[int, int], Answers]]] = {
 def child(options: Namespace) -> None:
     """Let one side answer, and print its seconds, peak memory and answers."""
     part, side, count, batch_size = *options.child[:2], *map(int, options.child[2:])
-    run = SIDES[side](part, language_of(part, side, options), options)
+    run = decoding(side, options) if part == "int4" else SIDES[side](part, language_of(part, side, options), options)
     run(1, batch_size)
     # From here on the peak is that of answering, not of loading.
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
@@ -205,8 +229,9 @@ def compare(part: str, sides: dict[str, tuple[int, int]], rounds: int) -> dict[s
     for side, (_, batch_size) in sides.items():
         speeds = sorted(run["speed"] for run in runs[side])
         asked, peak = len(runs[side][0]["answers"]), max(run["peak_mb"] for run in runs[side])
-        line = f"{statistics.median(speeds):>9.2f} facts/s ({speeds[0]:.2f}-{speeds[-1]:.2f}){peak:>8.0f} MB"
-        print(f"{side:<18}{line}  {asked} facts, batches of {batch_size}", flush=True)
+        unit = "tokens" if part == "int4" else "facts"
+        line = f"{statistics.median(speeds):>9.2f} {unit}/s ({speeds[0]:.2f}-{speeds[-1]:.2f}){peak:>8.0f} MB"
+        print(f"{side:<18}{line}  {asked} {unit}, batches of {batch_size}", flush=True)
     return {
         side: {"speed": statistics.median(run["speed"] for run in of_side), "answers": of_side[-1]["answers"]}
         for side, of_side in runs.items()
@@ -258,6 +283,24 @@ def report_int8(options: Namespace) -> None:
         print(f"{'ratio':<18}{results[ENGINE]['speed'] / results[other]['speed']:>8.1f}x of {other}", flush=True)
 
 
+def report_int4(options: Namespace) -> None:
+    from compressknow import convert, load
+    from compressknow.engine.int4 import Int4Linear
+
+    print(f"\nDecoding one token at a time, {options.model.name}, quantized whole by the scheme int4, groups of 64")
+    with tempfile.TemporaryDirectory() as folder:
+        convert(options.model, Path(folder) / PACKED, scope="overall", quantize="int4", parameters={"group_size": 64})
+        layers = [layer for layer in load(Path(folder) / PACKED).modules() if isinstance(layer, Int4Linear)]
+        sys.argv += ["--checkpoints", folder]
+        results = compare("int4", dict.fromkeys((PACKED, ORIGINAL, HALF), (options.tokens, 1)), options.rounds)
+    faster = max((ORIGINAL, HALF), key=lambda side: results[side]["speed"])
+    report_ratio("int4", {side: results[side] for side in (PACKED, faster)})
+    held = sum(tensor.nbytes for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
+    share = held / sum(4 * layer.unlisted for layer in layers)
+    verdict = "met" if share <= INT4_BYTES else "not met"
+    print(f"{'weights':<18}{share:>8.3f}x of float32 ({held / 1e6:.0f} MB; bound {INT4_BYTES}x: {verdict})", flush=True)
+
+
 def report_bear(part: str, options: Namespace) -> None:
     print(f"\nBEAR, {(options.model if part == 'bear' else options.masked_model).name}")
     count = options.bear_facts
@@ -285,13 +328,17 @@ def same_ranking(predicted: str, rank: int, top: float, labels: list[str], gold:
 
 def missing(part: str, options: Namespace) -> str | None:
     """Why a part cannot be measured here, or None."""
+    from compressknow.engine.int4 import runs_on
+
     if part in options.skip.split(","):
         return "skipped by --skip"
     if part in ("bear", "masked") and not importlib.util.find_spec("lm_pub_quiz"):
         return "lm-pub-quiz is not installed (pip install lm-pub-quiz)"
-    folder = options.model if part == "bear" else options.masked_model
+    folder = options.model if part in ("bear", "int4") else options.masked_model
     if not (folder / "tokenizer.json").is_file():
         return f"there is no model in {folder}"
+    if part == "int4":
+        return None if runs_on("cpu") else "this CPU has no fast kernel for int4"
     try:
         probe_of("bear" if part in ("bear", "masked") else "paper", options)
     except CompressknowError as error:
@@ -306,6 +353,7 @@ def main() -> None:
     parser.add_argument("--masked-model", type=Path, default=SHARED / "models" / "minilm-facts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--facts", type=int, default=1000, help="facts of T-REx for compressknow")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to decode")
     parser.add_argument("--paper-facts", type=int, default=32, help="those of them for the paper's loop")
     parser.add_argument("--bear-facts", type=int, default=500, help="facts of BEAR for compressknow")
     parser.add_argument("--their-facts", type=int, default=40, help="those of them for lm-pub-quiz")
@@ -317,7 +365,7 @@ def main() -> None:
     if options.child:
         child(options)
         return
-    for part in ("paper", "batches", "int8", "bear", "masked"):
+    for part in ("paper", "batches", "int8", "int4", "bear", "masked"):
         if reason := missing(part, options):
             print(f"\n{part}: not measured: {reason}", flush=True)
         elif part == "paper":
@@ -326,6 +374,8 @@ def main() -> None:
             report_batches(options)
         elif part == "int8":
             report_int8(options)
+        elif part == "int4":
+            report_int4(options)
         else:
             report_bear(part, options)
 

@@ -71,7 +71,10 @@ def _count(kind: str) -> int:
 
 # Names that compressed-tensors gives to what it keeps in a quantized layer.
 _BESIDE_WEIGHTS = frozenset(
-    (*(f"{of}_{what}" for of in ("weight", "input", "output") for what in ("scale", "zero_point")), "weight_g_idx")
+    (
+        *(f"{of}_{what}" for of in ("weight", "input", "output") for what in ("scale", "zero_point")),
+        *("weight_g_idx", "weight_shape"),
+    )
 )
 
 
@@ -86,8 +89,12 @@ class LanguageModel:
     @property
     def parameters(self) -> int:
         """How many the model has; what quantization stores beside its weights is none of them."""
+        from compressknow.engine.layers import EngineLinear
+
         named = self.model.named_parameters()
-        return sum(parameter.numel() for name, parameter in named if name.rpartition(".")[2] not in _BESIDE_WEIGHTS)
+        listed = sum(parameter.numel() for name, parameter in named if name.rpartition(".")[2] not in _BESIDE_WEIGHTS)
+        unlisted = (module.unlisted for module in self.model.modules() if isinstance(module, EngineLinear))
+        return int(listed) + sum(unlisted)
 
     @property
     def dtype(self) -> str:
@@ -133,6 +140,7 @@ def load_language_model(
         language_model=True,
     )
     _refuse_borrowed_head(path, model)
+    _steady(model)
     family = family_of(model)
     if family is None:
         raise UnsupportedError(
@@ -160,7 +168,18 @@ def language_model_of(
 ) -> LanguageModel:
     """A conversion in memory, ready to be evaluated; `tokenizer` is that of its source."""
     model = load_variant(variant, maker, device=device, dtype=None if dtype == "auto" else dtype)
+    _steady(model)
     return LanguageModel(model, tokenizer, family_of(model) or "")
+
+
+def _steady(model: PreTrainedModel) -> None:
+    """Beside layers that round what comes in, float layers must give a row the same bits in any batch. It takes longer
+    for few rows, so that a model that is loaded for other ends goes without."""
+    from compressknow.engine.int8 import rounds_activations, steady
+    from compressknow.engine.layers import EngineLinear
+
+    if rounds_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):
+        steady(model)
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -21,10 +21,16 @@ class EngineLinear(nn.Module):
     ----------
     word : what it multiplies in, such as ``int8``.
     rounds : whether it rounds what comes in; None where it never does.
+    unlisted : weights that it holds in another form than a parameter.
     """
 
     word: ClassVar[str]
     rounds: bool | None = None
+
+    @property
+    def unlisted(self) -> int:
+        """None."""
+        return 0
 
 
 class LayerKind(abc.ABC):
@@ -44,7 +50,7 @@ LAYERS: Registry[LayerKind] = Registry(
     "compressknow.layers",
     "engine layer",
     LayerKind,  # type: ignore[type-abstract]
-    {"int8": "compressknow.engine.int8:Int8Kind"},
+    {"int8": "compressknow.engine.int8:Int8Kind", "int4": "compressknow.engine.int4:Int4Kind"},
 )
 
 

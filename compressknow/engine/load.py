@@ -34,9 +34,9 @@ def load(
     """The model of a checkpoint folder, in eval mode; its class is the one that the config names.
 
     An int8 checkpoint whose activations are quantized runs in int8 on CPUs that have the instructions for it (see
-    `compressknow.engine.int8`). Other int8 weights keep their values, but are unpacked to floats here: transformers
-    itself does so only at the first forward of the whole model, so that `generate` fails where an encoder is called by
-    itself (T5, BART).
+    `compressknow.engine.int8`), and int4 weights stay packed on CPUs with AVX-512 (`compressknow.engine.int4`).
+    Other quantized weights keep their values, but are unpacked to floats here: transformers itself does so only at the
+    first forward of the whole model, so that `generate` fails where an encoder is called by itself (T5, BART).
 
     Parameters
     ----------
@@ -263,7 +263,6 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     floats module by module, as `ModelCompressor.decompress_model` does. That one also puts the model under its own
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
-    from compressknow.engine.int8 import steady
     from compressknow.engine.layers import kinds_on, layer_of
     from compressknow.model.direct_reads import direct_reads
 
@@ -289,8 +288,6 @@ def _unpack(model: Any, device: str | torch.device) -> None:
         for name, child in parent._modules.items():
             if child in layers:
                 parent._modules[name] = layers[child]
-    if layers:
-        steady(model)
     compressor.remove_decompression_hook(model)
 
 
