@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compressknow.compress.blocks import Reader
@@ -18,8 +20,8 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
 from compressknow.compress.proof import planned_headers, prove, prove_written
 from compressknow.compress.pruning import Mask, choose, pruned_count
-from compressknow.compress.recipe import Prune, Recipe
-from compressknow.compress.removal.smaller import remove
+from compressknow.compress.recipe import Prune, Quantize, Recipe
+from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.staging import Staging, clean, refuse_output
 from compressknow.compress.targets import quantization_config
 from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
@@ -92,11 +94,13 @@ def text_for(
     plan = conversion.plan
     if (calibration := plan.recipe.calibration) is None:
         return None
+    # What is smaller writes worse, and its text would depend on what is to be chosen by it.
+    tree = plan.removal.given[1] if plan.removal else conversion.tree
     from compressknow.compress.calibrate.text import calibration_text
 
     return calibration_text(
         plan.checkpoint.folder,
-        conversion.tree,
+        tree,
         text=calibration.text,
         tokens=calibration.tokens,
         seed=calibration.seed,
@@ -107,10 +111,36 @@ def text_for(
 
 def planned(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Conversion:
     """What a recipe does to a checkpoint, of whose smaller form the plan is if the recipe drops anything."""
-    removal = remove(checkpoint, tree, recipe)
+    return planned_on(remove(checkpoint, tree, recipe), recipe)
+
+
+def planned_on(removal: Removal, recipe: Recipe) -> Conversion:
+    """The rest of a recipe, on what its removal steps have left."""
     structure = structure_of(removal.tree, recipe.module_map)
     plan = make_plan(removal.checkpoint, removal.tree, structure, recipe)
     return Conversion(replace(plan, removal=removal) if removal else plan, removal.tree)
+
+
+def decided(
+    conversion: Conversion, text: CalibrationText | None, reader: Reader, folder: Path, advance: Advance | None = None
+) -> Conversion:
+    """The conversion once the text has said which blocks and neurons go, of what it did not say before.
+
+    Parameters
+    ----------
+    folder : where tensors that were cut lie, until the conversion is written.
+
+    Raises what `decide` does.
+    """
+    plan = conversion.plan
+    if plan.removal is None or plan.removal.decided:
+        return conversion
+    from compressknow.compress.removal.calibrated import decide
+
+    assert text is not None
+    removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, told=advance or max)
+    smaller, tree = planned_on(removal, plan.recipe)
+    return Conversion(proved(smaller, tree), tree)
 
 
 def convert(
@@ -168,11 +198,15 @@ def write(
     CheckpointError : a weight in scope is NaN or infinite.
     OutputError : the output cannot be written.
     """
-    plan, tree = conversion
-    source = plan.checkpoint.folder
-    layout, carried = lay_out(plan.tensors, plan.checkpoint.shards), list(carried_files(source))
+    source = conversion.plan.checkpoint.folder
+    carried = list(carried_files(source))
     with Staging(Path(output), overwrite=overwrite, source=source) as staging:
-        weights = _write_weights(conversion, layout, staging, text, threads, advance)
+        with _scratch(conversion.plan, staging) as scratch, OpenFiles() as files:
+            with Pool(threads) as pool:
+                conversion = decided(conversion, text, Reader(pool, files, lambda _: None), scratch, advance)
+            plan, tree = conversion
+            layout = lay_out(plan.tensors, plan.checkpoint.shards)
+            weights = _write_weights(conversion, layout, staging, text, threads, advance)
         written = _write_config(plan, layout, staging)
         prove_written(plan.checkpoint, tree, staging.folder)
         copied = {name: staging.copy(source / name, name) for name in carried}
@@ -182,6 +216,16 @@ def write(
             staging.write(CARD_NAME, render_card(manifest, source).encode("utf-8", "backslashreplace"))
         staging.commit()
     return manifest
+
+
+@contextmanager
+def _scratch(plan: Plan, staging: Staging) -> Iterator[Path]:
+    """A folder for tensors that are cut, in that of the output: a run that dies leaves none behind."""
+    if plan.removal is None or plan.removal.decided:
+        yield staging.folder
+        return
+    with TemporaryDirectory(dir=staging.folder, prefix=".cut-") as folder:
+        yield Path(folder)
 
 
 class Weights(NamedTuple):
@@ -226,7 +270,7 @@ def compress_blocks(
     advance: Advance | None = None,
 ) -> Calibrated | None:
     """All in scope, block by block, where a step looks at activations: see `calibrate`. Nothing is done elsewhere."""
-    if conversion.plan.recipe.calibration is None:
+    if not any(step.calibrated for step in conversion.plan.recipe.steps if isinstance(step, Prune | Quantize)):
         return None
     from compressknow.compress.calibrate.compression import calibrate
 
@@ -253,17 +297,20 @@ def _manifest(
     source = plan.checkpoint.folder
     replaced = {name: sha256_of(source / name) for name in ("config.json", plan.checkpoint.index) if name}
     read = {**weights.hashes, **copied, **replaced}
-    calibration = calibration_record(text, weights.calibrated)
+    calibration = calibration_record(text, weights.calibrated, plan.removal)
     return Manifest(sealed(build_manifest(plan, weights.measured, read, {**written, **copied}, calibration)))
 
 
-def calibration_record(text: CalibrationText | None, done: Calibrated | None) -> dict[str, Any] | None:
+def calibration_record(
+    text: CalibrationText | None, done: Calibrated | None, removal: Removal | None = None
+) -> dict[str, Any] | None:
     """What a manifest says of calibration; None where there was none."""
-    if text is None or done is None:
+    if text is None:
         return None
+    apart = (done is None or done.apart) and (removal is None or removal.apart)
     said = {"kind": text.kind, "source": text.source, "sha256": text.sha256, "tokens": text.tokens, "seed": text.seed}
-    smoothed = {"smoothed": done.smoothed} if done.smoothed else {}
-    return {**said, "blocks_apart": done.apart, "unseen": done.unseen, **smoothed}
+    smoothed = {"smoothed": done.smoothed} if done and done.smoothed else {}
+    return {**said, "blocks_apart": apart, "unseen": done.unseen if done else [], **smoothed}
 
 
 def carried_files(folder: Path) -> Iterator[str]:

@@ -206,7 +206,8 @@ def _removed(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "blocks": [
             {
                 **{"stack": drop.stack.name, "key": ".".join(drop.stack.keys), "before": drop.stack.count},
-                **{"after": len(drop.kept), "dropped": list(drop.dropped)},
+                **{"after": len(drop.kept), "dropped": list(drop.dropped) if drop.known else []},
+                **({"similarities": list(map(_nine_digits, drop.similarities))} if drop.similarities else {}),
             }
             for drop in removal.blocks
         ],
@@ -257,12 +258,21 @@ def _nine_digits(value: float) -> float:
     return float(f"{value:.9g}")
 
 
+def _name_before(tensor: PlannedTensor, removal: Removal | None) -> str | None:
+    """The name that a tensor had before its block was numbered anew; None where it has it still, or where the text has
+    not yet said which blocks go."""
+    if removal is None or tensor.name != tensor.source.name or not all(drop.known for drop in removal.blocks):
+        return None
+    before = removal.names.get(tensor.name, tensor.name)
+    return before if before != tensor.name else None
+
+
 def _planned_row(tensor: PlannedTensor, removal: Removal | None) -> dict[str, Any]:
     before = removal.before(tensor.source.name) if removal else None
-    name_before = removal.names.get(tensor.source.name, tensor.source.name) if removal else tensor.source.name
+    name_before = _name_before(tensor, removal)
     return {
         "name": tensor.name,
-        **({"name_before": name_before} if name_before != tensor.source.name else {}),
+        **({"name_before": name_before} if name_before else {}),
         "group": tensor.group,
         "shape": list(tensor.source.shape),
         **({"shape_before": list(before.shape)} if before else {}),

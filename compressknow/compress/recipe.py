@@ -151,9 +151,9 @@ class DropNeurons:
     """Leave hidden units of the feed-forward blocks out: `amount` (0-1, both excluded) of them, the same number in each
     block.
 
-    What is kept is rounded to the nearest multiple of `multiple`; by default of the largest power of two up to 128 that
-    divides the width, so that what takes columns in groups before (int4, kernels) still can. `where` is as for
-    `DropBlocks`.
+    What is kept is rounded to the nearest multiple of `multiple`. By default that is the largest power of two up to 128
+    that divides the width at least eight times, so that what took columns in groups before (int4, kernels) still can.
+    `where` is as for `DropBlocks`.
     """
 
     amount: float

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import (
     Conversion,
     calibration_record,
     choose_masks,
     compress_blocks,
+    decided,
     output_config,
     planned,
     proved,
@@ -98,16 +101,26 @@ class VariantMaker:
     def make(self, plan: Plan) -> Variant:
         """The converted checkpoint of a plan of this maker.
 
-        Raises CheckpointError where a weight in scope is NaN or infinite, and what `text_for` and `calibrate` do.
+        Raises CheckpointError where a weight in scope is NaN or infinite, and what `text_for`, `decide` and `calibrate`
+        do.
         """
+        if plan.removal is None:
+            return self._make(Conversion(plan, self.tree), self._files)
+        conversion = Conversion(plan, plan.removal.tree)
+        with TemporaryDirectory() as folder, OpenFiles() as files:
+            with Pool(self._threads) as pool:
+                reader = Reader(pool, files, lambda _: None)
+                conversion = decided(conversion, self._text(plan), reader, Path(folder))
+            return self._make(conversion, files)
+
+    def _make(self, conversion: Conversion, files: OpenFiles) -> Variant:
+        plan = conversion.plan
         # Names of a smaller model are those of other tensors.
         output, text = _Memory(plan, {} if plan.removal else self._kept), self._text(plan)
         with Pool(self._threads) as pool:
-            work = Work(pool, self._files, lambda _: None, output)
+            work = Work(pool, files, lambda _: None, output)
             masks = choose_masks(work, plan)
-            calibrated = compress_blocks(
-                Conversion(plan, plan.removal.tree if plan.removal else self.tree), work, masks, text
-            )
+            calibrated = compress_blocks(conversion, work, masks, text)
             done = calibrated.measured if calibrated else {}
 
             def write(tensor: PlannedTensor) -> Measured:
@@ -119,9 +132,9 @@ class VariantMaker:
         refuse_miscounts(plan, measured)
         if not plan.removal:
             self._keep(plan, output, measured)
-        files = lay_out(plan.tensors, plan.checkpoint.shards).sizes
-        manifest = build_manifest(plan, measured, {}, {}, calibration_record(text, calibrated))
-        return Variant(output.kept | output.made, output_config(plan), manifest, sum(files.values()))
+        sizes = lay_out(plan.tensors, plan.checkpoint.shards).sizes
+        manifest = build_manifest(plan, measured, {}, {}, calibration_record(text, calibrated, plan.removal))
+        return Variant(output.kept | output.made, output_config(plan), manifest, sum(sizes.values()))
 
     def _text(self, plan: Plan) -> CalibrationText | None:
         """What a plan is calibrated on; made once for all recipes that say the same of it."""

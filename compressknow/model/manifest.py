@@ -34,7 +34,7 @@ _ROW = {
     **{"norm?": float, "relative_error": float, "sha256": str, "scale?": _SCALE},
     **{"stored?": [_PART], "bits?": int, "name_before?": str, "shape_before?": [int]},
 }
-_BLOCKS = {"stack": str, "key": str, "before": int, "after": int, "dropped": [int]}
+_BLOCKS = {"stack": str, "key": str, "before": int, "after": int, "dropped": [int], "similarities?": [float]}
 _NEURONS = {"key": str, "before": int, "after": int, "modules": [str]}
 _LEFT_OUT = {"name": str, "group": str, "shape": [int], "dtype": str, "numel": int, "bytes_before": int}
 REMOVED: dict[str, Any] = {

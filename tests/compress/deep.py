@@ -111,20 +111,3 @@ def without_blocks(name: str, dropped: dict[str, Sequence[int]]) -> PreTrainedMo
             if getattr(part, "num_hidden_layers", None) == len(blocks):
                 part.num_hidden_layers = len(kept)
     return model
-
-
-def without_neurons(name: str, kept: Sequence[int], rows: Sequence[str], columns: Sequence[str]) -> PreTrainedModel:
-    """A model with rows of some parameters and columns of others taken out, in the form in which GPT-2 has the
-    opposite of it; `rows` and `columns` are ends of their names."""
-    model = copy.deepcopy(deep(name))
-    for parameter_name, parameter in model.named_parameters():
-        transposed = name == "gpt2" and parameter.dim() == 2
-        index = torch.tensor(kept)
-        if parameter_name.endswith(tuple(rows)):
-            size = parameter.shape[-1 if transposed else 0]
-            width = max(kept) + 1 if size < 2 * (max(kept) + 1) else size // 2
-            index = index if width != size // 2 else torch.cat([index, index + width])
-            parameter.data = parameter.data[:, index] if transposed else parameter.data[index]
-        elif parameter_name.endswith(tuple(columns)):
-            parameter.data = parameter.data[index] if transposed else parameter.data[:, index]
-    return model

@@ -23,10 +23,13 @@ HINT = "Drop other blocks, or prune instead."
 
 @dataclass(frozen=True)
 class DroppedBlocks:
-    """The blocks that a stack keeps, by their numbers before."""
+    """The blocks that a stack keeps, by their numbers before; `similarities` are those of all its blocks, where these
+    decided it (see `choice.blocks_to_drop`). `known` is False as long as nothing has: then others may be kept."""
 
     stack: Stack
     kept: tuple[int, ...]
+    similarities: tuple[float, ...] = ()
+    known: bool = True
 
     @property
     def dropped(self) -> tuple[int, ...]:

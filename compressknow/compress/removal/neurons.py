@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # What int4 and the kernels of all runtimes take columns by.
 MOST_MULTIPLE = 128
+# A width is cut in steps of an eighth at most.
+FEWEST_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,15 @@ def kept_of(width: int, step: DropNeurons) -> int:
 
 
 def largest_multiple(width: int) -> int:
-    """The largest power of two up to 128 that divides a width.
+    """The largest power of two up to 128 that divides a width at least eight times.
 
-    >>> largest_multiple(1536), largest_multiple(48), largest_multiple(5461)
-    (128, 16, 1)
+    >>> largest_multiple(1536), largest_multiple(128), largest_multiple(48), largest_multiple(5461)
+    (128, 16, 4, 1)
     """
-    return min(width & -width, MOST_MULTIPLE)
+    multiple = min(width & -width, MOST_MULTIPLE)
+    while multiple > 1 and multiple * FEWEST_STEPS > width:
+        multiple //= 2
+    return multiple
 
 
 def _networks(width: Width, linears: Mapping[str, LinearWeight], structure: Structure) -> Iterator[FeedForward]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,8 @@ from compressknow.model.tensors import StoredTensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of the blocks of a stack, which ones a step that says how many drops: ascending.
-Chooser = Callable[[Checkpoint, Any, Stack, int], tuple[int, ...]]
-
-
-def the_last(checkpoint: Checkpoint, tree: PreTrainedModel, stack: Stack, number: int) -> tuple[int, ...]:  # noqa: ARG001
-    """What stands for the blocks that only the calibration text tells: as many, of the same shapes."""
-    return tuple(range(stack.count - number, stack.count))
+# How much the blocks of a stack of a checkpoint (and its module tree) are like their inputs.
+Similarities = Callable[[Checkpoint, Any, Stack], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -37,19 +32,27 @@ class Removal:
     Attributes
     ----------
     blocks, neurons : what was dropped, by setting of the config.
+    given : the checkpoint that blocks and neurons were taken from, and its module tree; `wide` is what there was before
+        neurons were.
     left_out : stored tensors of dropped blocks, as the original has them, each with its group.
     names : of tensors that are named anew, the names that the original has for them.
     cuts : by stored name, the tensors that lose rows or columns. Those of `checkpoint` have their shapes only: which
         neurons stay is known once activations are.
+    decided : False as long as the calibration text has not said which blocks and neurons go.
+    apart : whether the blocks could be run one after the other to learn that.
     """
 
     checkpoint: Checkpoint
     tree: PreTrainedModel = field(repr=False)
+    given: tuple[Checkpoint, PreTrainedModel] = field(repr=False)
+    wide: tuple[Checkpoint, PreTrainedModel] = field(repr=False)
     blocks: tuple[DroppedBlocks, ...] = ()
     neurons: tuple[DroppedNeurons, ...] = ()
     left_out: tuple[tuple[StoredTensor, str], ...] = ()
     names: dict[str, str] = field(default_factory=dict, repr=False)
     cuts: dict[str, Cut] = field(default_factory=dict, repr=False)
+    decided: bool = True
+    apart: bool = True
 
     def __bool__(self) -> bool:
         return bool(self.blocks or self.neurons)
@@ -59,8 +62,16 @@ class Removal:
         return self.cuts[stored].source if stored in self.cuts else None
 
 
-def remove(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe, choose_blocks: Chooser = the_last) -> Removal:
-    """Carry the removal steps of a recipe out on headers. `tree` is the checkpoint's module tree on the meta device.
+def remove(
+    checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe, similarities: Similarities | None = None
+) -> Removal:
+    """Carry the removal steps of a recipe out on headers.
+
+    Parameters
+    ----------
+    tree : the checkpoint's module tree on the meta device.
+    similarities : what chooses blocks where a step says how many. Without it the last ones stand for them, of which
+        the shapes are as a rule the same.
 
     Raises
     ------
@@ -68,28 +79,19 @@ def remove(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe, choose
         that drop blocks or neurons of the same ones.
     UnsupportedError : the config of the model cannot say what would be left.
     """
-    left = Removal(checkpoint, tree)
+    left = Removal(checkpoint, tree, given=(checkpoint, tree), wide=(checkpoint, tree))
     if not recipe.removals:
         return left
-    refuse_uncalibrated(recipe)
     for step in recipe.removals:
         settings = Settings(left.tree, left.checkpoint.config, left.checkpoint.folder / "config.json")
         structure = structure_of(left.tree)
         if isinstance(step, DropBlocks):
-            left = _less_deep(left, step, settings, structure, choose_blocks)
+            left = _less_deep(left, step, settings, structure, similarities)
         else:
             left = _narrower(left, step, settings, structure)
-    return replace(left, left_out=tuple(_left_out(checkpoint, structure_of(tree, recipe.module_map), tree, left)))
-
-
-def refuse_uncalibrated(recipe: Recipe) -> None:
-    """Raise UnsupportedError where a step chooses by activations, which nothing gathers yet."""
-    for step in recipe.removals:
-        if isinstance(step, DropNeurons) or step.named is None:
-            raise UnsupportedError(
-                f"{step.label} looks at activations, which nothing gathers here yet.",
-                hint="Name the blocks to drop, such as --drop-blocks 20-23.",
-            )
+    gone = _left_out(checkpoint, structure_of(tree, recipe.module_map), tree, left)
+    decided = not left.cuts and all(drop.known for drop in left.blocks)
+    return replace(left, left_out=tuple(gone), decided=decided)
 
 
 def _left_out(
@@ -103,24 +105,44 @@ def _left_out(
             yield tensor, groups.get(bound[name].parameter, NOT_LINEAR) if name in bound else NOT_LINEAR
 
 
-def _less_deep(left: Removal, step: DropBlocks, settings: Settings, structure: Structure, choose: Chooser) -> Removal:
+def _less_deep(
+    left: Removal, step: DropBlocks, settings: Settings, structure: Structure, similarities: Similarities | None
+) -> Removal:
     drops = []
     for stack in stacks_in(step, settings, structure):
         _refuse_twice(stack.keys, {drop.stack.keys for drop in left.blocks}, f"blocks of {stack.name}")
-        if isinstance(step.blocks, str):
-            dropped = named_blocks(step, stack)
-        else:
-            refuse_all(step.blocks, stack)
-            dropped = choose(left.checkpoint, left.tree, stack, step.blocks)
-        drops.append(DroppedBlocks(stack, tuple(sorted(set(range(stack.count)) - set(dropped)))))
+        drops.append(_dropped(left, step, stack, similarities))
     without = without_blocks(left.checkpoint, settings, drops)
     return replace(
         left,
         checkpoint=without.checkpoint,
         tree=without.tree,
+        wide=(without.checkpoint, without.tree),
         blocks=(*left.blocks, *drops),
         names={new: left.names.get(old, old) for new, old in without.names.items()},
     )
+
+
+def _dropped(left: Removal, step: DropBlocks, stack: Stack, similarities: Similarities | None) -> DroppedBlocks:
+    if isinstance(step.blocks, str):
+        return _without(stack, named_blocks(step, stack))
+    refuse_all(step.blocks, stack)
+    if len(stack.lists) > 1:
+        raise UnsupportedError(
+            f"Which blocks of {type(left.tree).__name__} change their input least cannot be told.",
+            why=f"A block of it lies in several lists: {', '.join(stack.lists)}.",
+            hint="Name the blocks to drop, such as --drop-blocks 20-23.",
+        )
+    if similarities is None:
+        return replace(_without(stack, range(stack.count - step.blocks, stack.count)), known=False)
+    from compressknow.compress.removal.choice import blocks_to_drop
+
+    found = similarities(left.checkpoint, left.tree, stack)
+    return replace(_without(stack, blocks_to_drop(found, step.blocks)), similarities=found)
+
+
+def _without(stack: Stack, dropped: Iterable[int]) -> DroppedBlocks:
+    return DroppedBlocks(stack, tuple(sorted(set(range(stack.count)) - set(dropped))))
 
 
 def _narrower(left: Removal, step: DropNeurons, settings: Settings, structure: Structure) -> Removal:

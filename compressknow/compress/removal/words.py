@@ -22,9 +22,13 @@ def removed_in_words(removed: Mapping[str, Any] | None) -> Iterator[str]:
     if not removed:
         return
     for one in removed["blocks"]:
-        dropped = one["dropped"]
-        were = "was" if len(dropped) == 1 else "were"
-        yield f"{len(dropped)} of the {one['before']} blocks of {one['stack']} {were} dropped: {ranges(dropped)}."
+        number, why = (
+            one["before"] - one["after"],
+            ", which change their input least" if one.get("similarities") else "",
+        )
+        which = ranges(one["dropped"]) + why if one["dropped"] else "those that change their input least"
+        were = "was" if number == 1 else "were"
+        yield f"{number} of the {one['before']} blocks of {one['stack']} {were} dropped: {which}."
     for one in removed["neurons"]:
         networks = len(one["modules"])
         where = "The feed-forward block has" if networks == 1 else f"Each of the {networks} feed-forward blocks has"

@@ -1,0 +1,348 @@
+"""Blocks and neurons that the calibration text chooses, against plain references on whole models and matrices."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compressknow.compress.calibrate.text import CalibrationText
+from compressknow.compress.convert import prepare, write
+from compressknow.compress.manifest import Manifest, dry_run
+from compressknow.compress.recipe import DropBlocks, DropNeurons, Recipe, Where, recipe_of
+from compressknow.compress.removal.choice import blocks_to_drop, fit, neurons_to_keep
+from compressknow.compress.variant import VariantMaker
+from compressknow.compress.verify import compare_to_manifest
+from compressknow.errors import CompressknowError, UnsupportedError, UsageError
+from tests.compress.deep import BUILDERS, deep, save_deep, without_blocks
+from tests.models import logits, save_tiny, tiny
+
+DAMPING = 0.01
+
+
+def test_blocks_that_change_least_go_and_of_equal_ones_the_first() -> None:
+    assert blocks_to_drop([0.9, 0.2, 0.95, 0.9, 0.1], 1) == (2,)
+    assert blocks_to_drop([0.9, 0.2, 0.95, 0.9, 0.1], 2) == (0, 2)
+    assert blocks_to_drop([0.5, 0.5, 0.5], 2) == (0, 1)
+
+
+def test_neurons_stay_by_what_they_add_to_the_output() -> None:
+    torch.manual_seed(0)
+    down, inputs = torch.randn(8, 20), torch.randn(50, 20) * torch.rand(20)
+    # What each neuron adds to the outputs of all tokens, as a matrix of its own.
+    added = [torch.linalg.matrix_norm(torch.outer(inputs[:, j], down[:, j]).double()) for j in range(20)]
+    expected = sorted(sorted(range(20), key=lambda j: -float(added[j]))[:7])
+    assert neurons_to_keep(down, inputs.square().sum(0), 7).tolist() == expected
+    assert neurons_to_keep(torch.ones(3, 6), torch.ones(6), 4).tolist() == [0, 1, 2, 3]
+
+
+def test_the_fit_is_that_of_least_squares() -> None:
+    torch.manual_seed(0)
+    down = torch.randn(6, 24, dtype=torch.float64)
+    inputs = torch.randn(200, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64)
+    kept = torch.tensor([0, 2, 3, 7, 8, 11, 15, 20])
+    found = fit(down, inputs.T @ inputs, kept)
+    # The damping as further rows that ask the weights to stay what they were.
+    damping = DAMPING * inputs[:, kept].square().sum(0).mean()
+    rows = torch.cat([inputs[:, kept], damping.sqrt() * torch.eye(8, dtype=torch.float64)])
+    wanted = torch.cat([inputs @ down.T, damping.sqrt() * down[:, kept].T])
+    expected = torch.linalg.lstsq(rows, wanted).solution.T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    # Nearer to what it gave than the kept weights alone.
+    errors = [float((inputs[:, kept] @ w.double().T - inputs @ down.T).norm()) for w in (found, down[:, kept])]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_a_neuron_that_never_woke_keeps_its_weights() -> None:
+    torch.manual_seed(0)
+    down, inputs = torch.randn(4, 10), torch.randn(100, 10)
+    inputs[:, 3] = 0
+    found = fit(down, inputs.T @ inputs, torch.tensor([1, 3, 5]))
+    torch.testing.assert_close(found[:, 1], down[:, 3])
+
+
+def test_what_has_no_inverse_is_an_error() -> None:
+    with pytest.raises(CompressknowError, match="of layer has no inverse"):
+        fit(torch.ones(2, 4), torch.zeros(4, 4), torch.tensor([0, 1]), "layer")
+
+
+class Network(NamedTuple):
+    """The projections of the feed-forward blocks of a model: ends of the names of those into them, and of that out."""
+
+    into: tuple[str, ...]
+    out: str
+    width: int = 48
+
+
+_GATED = Network(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+_BERTS = Network(("intermediate.dense",), "output.dense")
+NETWORKS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"), _GATED),
+    **dict.fromkeys(("bert", "roberta", "electra"), _BERTS),
+    "distilbert": Network(("ffn.lin1",), "ffn.lin2"),
+    "albert": Network(("ffn",), "ffn_output"),
+    "modernbert": Network(("mlp.Wi",), "mlp.Wo"),
+    "t5": Network(("DenseReluDense.wi",), "DenseReluDense.wo"),
+    "mt5": Network(("DenseReluDense.wi_0", "DenseReluDense.wi_1"), "DenseReluDense.wo"),
+    "gpt2": Network(("mlp.c_fc",), "mlp.c_proj", 128),
+    "gpt-neox": Network(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+    "opt": Network(("fc1",), "fc2"),
+    "phi": Network(("mlp.fc1",), "mlp.fc2"),
+    "phi3": Network(("mlp.gate_up_proj",), "mlp.down_proj"),
+}
+
+
+def original(name: str) -> PreTrainedModel:
+    return tiny(name) if name == "albert" else deep(name)
+
+
+def save(name: str, folder: Path) -> Path:
+    return save_tiny(name, folder) if name == "albert" else save_deep(name, folder)
+
+
+def text_for(model: PreTrainedModel) -> CalibrationText:
+    generator = torch.Generator().manual_seed(3)
+    batches: list[dict[str, torch.Tensor]] = []
+    for _ in range(4):
+        batches.append({"input_ids": torch.randint(5, 99, (6, 16), generator=generator)})
+        if model.config.is_encoder_decoder:
+            batches[-1]["decoder_input_ids"] = torch.randint(5, 99, (6, 9), generator=generator)
+    return CalibrationText("file", "text.txt", "0" * 64, 0, 384, 384, tuple(batches), ())
+
+
+def convert(source: Path, output: Path, recipe: Recipe, **options: Any) -> Manifest:
+    conversion = prepare(source, recipe)
+    assert conversion.plan.removal is not None
+    return write(conversion, output, text=text_for(conversion.plan.removal.given[1]), **options)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def run_all(model: PreTrainedModel, text: CalibrationText) -> None:
+    with torch.no_grad():
+        for batch in text.batches:
+            model(**batch)
+
+
+def narrowed_by_hand(name: str, kept: int, *, repair: bool = True) -> PreTrainedModel:
+    """One network after the other: what it reads is gathered in the model as it then is, in float64."""
+    model, network, text = copy.deepcopy(original(name)), NETWORKS[name], text_for(original(name))
+    outs = [n for n, m in model.named_modules() if n.endswith(network.out) and "attention" not in n]
+    for out in outs:
+        module, seen = model.get_submodule(out), []
+        hook = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2)))
+        run_all(model, text)
+        hook.remove()
+        inputs = torch.cat(seen).double()
+        weight = module.weight.detach().double()
+        weight = weight.T if isinstance(module, Conv1D) else weight
+        scores = inputs.norm(dim=0) * weight.norm(dim=0)
+        stay = torch.sort(torch.topk(scores, kept).indices).values
+        gone = torch.tensor([j for j in range(network.width) if j not in stay.tolist()])
+        new, products = weight[:, stay], inputs.T @ inputs
+        if repair:
+            inner = products[stay][:, stay]
+            inner = inner + DAMPING * inner.diagonal().mean() * torch.eye(kept, dtype=torch.float64)
+            new = new + weight[:, gone] @ products[gone][:, stay] @ torch.linalg.inv(inner)
+        module.weight = nn.Parameter((new.T if isinstance(module, Conv1D) else new).float().contiguous())
+        block = out.removesuffix(network.out)
+        for into in network.into:
+            cut_rows(model.get_submodule(block + into), stay, network.width)
+    return model
+
+
+def cut_rows(module: nn.Module, stay: torch.Tensor, width: int) -> None:
+    transposed = isinstance(module, Conv1D)
+    weight = module.weight.detach().T if transposed else module.weight.detach()
+    rows = torch.cat([stay + part * width for part in range(len(weight) // width)])
+    module.weight = nn.Parameter((weight[rows].T if transposed else weight[rows]).contiguous())
+    if module.bias is not None:
+        module.bias = nn.Parameter(module.bias.detach()[rows])
+    if transposed:
+        module.nf = len(rows)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_are_those_of_the_model_narrowed_by_hand(tmp_path: Path, name: str) -> None:
+    manifest = convert(save(name, tmp_path / "in"), tmp_path / "out", recipe_of(Where(), drop_neurons=0.25))
+    kept = NETWORKS[name].width * 3 // 4
+    found = logits(load(tmp_path / "out"))
+    torch.testing.assert_close(found, logits(narrowed_by_hand(name, kept)), rtol=1e-3, atol=2e-4)
+    assert not torch.allclose(found, logits(original(name)), atol=1e-3)
+    assert {one["after"] for one in manifest["removed"]["neurons"]} == {kept}
+    assert not compare_to_manifest(tmp_path / "out").differences
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_sides_of_different_widths_are_narrowed_apart(tmp_path: Path) -> None:
+    source = save_deep("bart", tmp_path / "in")
+    convert(source, tmp_path / "out", recipe_of(Where(("decoder",)), drop_neurons=0.25))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["encoder_ffn_dim"], config["decoder_ffn_dim"]) == (48, 48)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    unlike = {name for name in before if before[name].shape != after[name].shape}
+    assert unlike == {
+        f"model.decoder.layers.{i}.{leaf}" for i in range(4) for leaf in ("fc1.weight", "fc1.bias", "fc2.weight")
+    }
+    load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_the_fit_brings_the_output_nearer_to_the_original(name: str) -> None:
+    wanted, kept = logits(original(name)), NETWORKS[name].width * 3 // 4
+    errors = [float((logits(narrowed_by_hand(name, kept, repair=repair)) - wanted).norm()) for repair in (True, False)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name != "bart"])
+def test_blocks_go_by_how_little_they_change(tmp_path: Path, name: str) -> None:
+    model, text = deep(name), text_for(deep(name))
+    manifest = convert(save_deep(name, tmp_path / "in"), tmp_path / "out", recipe_of(Where(), drop_blocks=2))
+    dropped: dict[str, Sequence[int]] = {}
+    for entry in manifest["removed"]["blocks"]:
+        stack = entry["stack"]
+        expected = [cosine_of(model, f"{stack}.{i}", text) for i in range(entry["before"])]
+        assert entry["similarities"] == pytest.approx(expected, rel=1e-5)
+        order = sorted(range(len(expected)), key=lambda i: -expected[i])
+        assert entry["dropped"] == sorted(order[:2])
+        dropped[stack] = entry["dropped"]
+    found = logits(load(tmp_path / "out"))
+    torch.testing.assert_close(found, logits(without_blocks(name, dropped)), rtol=1e-5, atol=1e-5)
+    assert manifest["calibration"]["blocks_apart"]
+
+
+def cosine_of(model: PreTrainedModel, block: str, text: CalibrationText) -> float:
+    """Between what a block is given and what it gives, over all tokens."""
+    cosines: list[torch.Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        cosines.append(torch.cosine_similarity(before.double(), after.double(), dim=-1).flatten())
+
+    hook = model.get_submodule(block).register_forward_hook(note, with_kwargs=True)
+    run_all(model, text)
+    hook.remove()
+    return float(torch.cat(cosines).mean())
+
+
+def test_neurons_of_the_blocks_that_are_left(tmp_path: Path) -> None:
+    """Which blocks go, then which neurons, then what is pruned and quantized: each sees what those before it left."""
+    steps = {"drop_blocks": "1", "drop_neurons": 0.25, "prune": 0.3, "quantize": "int8"}
+    manifest = convert(save_deep("llama", tmp_path / "in"), tmp_path / "out", recipe_of(Where(), **steps))
+    assert manifest.setup == "Drop1 + DropNeurons 25% + Blocks_GPQ 30%"
+    source = load_file(tmp_path / "in" / "model.safetensors")
+    rows = {row["name"]: row for row in manifest.tensors}
+    last = rows["model.layers.2.mlp.down_proj.weight"]
+    assert last["name_before"] == "model.layers.3.mlp.down_proj.weight"
+    assert (last["shape_before"], last["shape"]) == ([32, 48], [32, 36])
+    assert last["bytes_before"] == 32 * 48 * 4
+    assert manifest.totals["bytes_before"] == sum(t.numel() * t.element_size() for t in source.values())
+    assert manifest["removed"]["parameters"] + manifest.totals["parameters"] == sum(t.numel() for t in source.values())
+    assert not compare_to_manifest(tmp_path / "out").differences
+    load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["t5", "llama", "gpt2"])
+def test_the_same_bytes_with_any_number_of_threads(tmp_path: Path, name: str) -> None:
+    source, recipe = save_deep(name, tmp_path / "in"), recipe_of(Where(), drop_blocks=1, drop_neurons=0.25)
+    for threads in (1, 3):
+        convert(source, tmp_path / str(threads), recipe, threads=threads)
+    for file in ("model.safetensors", "compressknow.json"):
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "3" / file).read_bytes()
+
+
+def test_16_bit_weights_stay_in_their_dtype(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    copy.deepcopy(deep("llama")).to(torch.bfloat16).save_pretrained(source, max_shard_size="30KB")
+    convert(source, tmp_path / "out", recipe_of(Where(), drop_blocks=2, drop_neurons=0.25))
+    assert {p.dtype for p in load(tmp_path / "out").parameters()} == {torch.bfloat16}
+    assert not compare_to_manifest(tmp_path / "out").differences
+
+
+def test_a_variant_in_memory_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, recipe = (
+        save_deep("llama", tmp_path / "in"),
+        recipe_of(Where(), drop_blocks=1, drop_neurons=0.25, prune=0.2),
+    )
+    manifest = convert(source, tmp_path / "out", recipe)
+    with VariantMaker(source) as maker:
+        assert recipe.calibration is not None
+        # The text would need a tokenizer.
+        maker._texts[recipe.calibration] = text_for(deep("llama"))
+        variant = maker.make(maker.plan(recipe))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == variant.tensors.keys()
+    assert all(torch.equal(tensor, variant.tensors[name]) for name, tensor in written.items())
+    assert variant.manifest["removed"] == manifest["removed"]
+    assert variant.manifest["calibration"] == manifest["calibration"]
+
+
+def test_a_dry_run_says_what_will_go_but_not_which(tmp_path: Path) -> None:
+    source = save_deep("llama", tmp_path / "in")
+    planned = dry_run(prepare(source, recipe_of(Where(), drop_blocks=1, drop_neurons=0.25)).plan)
+    done = convert(source, tmp_path / "out", recipe_of(Where(), drop_blocks=1, drop_neurons=0.25))
+    for key in ("bytes_before", "bytes_after", "parameters"):
+        assert planned.totals[key] == done.totals[key]
+    assert planned["removed"]["blocks"][0]["dropped"] == []
+    assert planned["removed"]["neurons"] == done["removed"]["neurons"]
+    assert not any("name_before" in row for row in planned.tensors)
+
+
+def test_nan_is_told_with_its_block_and_nothing_is_left(tmp_path: Path) -> None:
+    source = save_deep("llama", tmp_path / "in")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for options in ({"drop_blocks": 1}, {"drop_neurons": 0.25}):
+        with pytest.raises(CompressknowError, match=r"model\.layers\.2 gives NaN"):
+            convert(source, tmp_path / "out", recipe_of(Where(), **options))
+        assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_counts_are_rounded_as_documented(tmp_path: Path) -> None:
+    source = save_deep("llama", tmp_path / "in")
+    # 48 is 12 steps of 4, at least eight: 0.3 would keep 33.6.
+    for step, kept in ((DropNeurons(0.3), 32), (DropNeurons(0.3, multiple=1), 34), (DropNeurons(0.3, multiple=16), 32)):
+        plan = prepare(source, Recipe((step,))).plan
+        assert plan.config["intermediate_size"] == kept
+
+
+REFUSED = {
+    "all": (DropNeurons(0.99), UsageError, "would drop all"),
+    "none": (DropNeurons(0.01), UsageError, "would drop none"),
+    "side": (DropNeurons(0.25, where=Where(("encoder",))), UsageError, "no feed-forward blocks in its encoder"),
+    "blocks": (DropBlocks(4), UsageError, "would leave none"),
+}
+
+
+@pytest.mark.parametrize(("step", "error", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_go_is_refused_before_work(tmp_path: Path, step: Any, error: Any, said: str) -> None:
+    with pytest.raises(error, match=said):
+        prepare(save_deep("llama", tmp_path / "in"), Recipe((step,)))
+
+
+def test_one_width_of_two_sides_is_narrowed_in_both_or_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="one width, d_ff"):
+        prepare(save_deep("t5", tmp_path / "in"), recipe_of(Where(("encoder",)), drop_neurons=0.25))
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="mixture of experts"):
+        prepare(save_deep("mixtral", tmp_path / "in"), recipe_of(Where(), drop_neurons=0.25))
