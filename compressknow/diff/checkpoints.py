@@ -11,6 +11,7 @@ from typing import Any
 from compressknow.compress.blocks import Reader
 from compressknow.compress.pool import Pool
 from compressknow.compress.targets import target_count
+from compressknow.diff.blocks import dropped_blocks, numbered_alike
 from compressknow.diff.parameters import Side, Values, deviation, side_of
 from compressknow.diff.records import ConfigChange, Difference, StructureChange, TensorDifference
 from compressknow.engine.identity import Located
@@ -62,6 +63,7 @@ def difference(
     """
     side_a, side_b = (side_of(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
     _refuse_other_architecture(side_a, side_b)
+    side_a, side_b = numbered_alike(side_a, side_b, *(dropped_blocks(checkpoint.folder) for checkpoint in (a, b)))
     pairs = list(_pairs(side_a, side_b))
     return Difference(
         architecture=side_a.structure.architecture,

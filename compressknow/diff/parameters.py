@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -105,6 +105,8 @@ class Side:
     supply : parameter -> the stored tensor that gives it its values, ties resolved; `own` included.
     loaded_to : of a tensor that is fused with others on loading, the parameter that it becomes a part of.
     parts : module -> stored tensors beside its parameters: scales, zero points, packed weights.
+    modules : where modules are called by the numbers that their blocks had before others were dropped, the names that
+        `parts` has them under.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Side:
     supply: dict[str, StoredTensor]
     loaded_to: dict[str, str]
     parts: dict[str, dict[str, StoredTensor]]
+    modules: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def linears(self) -> dict[str, LinearWeight]:
@@ -137,6 +140,8 @@ class Side:
         if self.values(key) is not None:
             return None
         tensor, module = self.supply.get(key), key.removesuffix(".weight")
+        # One that is called as a module of the files is, but by another number, is not there.
+        module = self.modules.get(module, "") if self.modules else module
         stored = ([tensor] if tensor else []) + list(self.parts.get(module, {}).values())
         names = (f"{part.name.removeprefix(module + '.')} {part.dtype}" for part in stored)
         return " + ".join(names) if stored else None

@@ -20,6 +20,7 @@ from compressknow.diff.records import Difference, Sums, TensorDifference, summed
 from compressknow.engine.identity import describe, locate
 from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.model.checkpoint import open_checkpoint
+from tests.compress.deep import save_deep
 from tests.models import save_tiny
 
 Arrays = dict[str, npt.NDArray[np.float64]]
@@ -362,3 +363,27 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (b / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="b has no weights"):
         compared(a, b)
+
+
+def test_dropped_blocks_are_named_and_the_rest_is_compared_by_its_place(tmp_path: Path) -> None:
+    source = save_deep("llama", tmp_path / "source")
+    compressknow.convert(source, tmp_path / "a", drop_blocks="1")
+    compressknow.convert(source, tmp_path / "b", drop_blocks="0,1", quantize="int8")
+    opened = {name: open_checkpoint(tmp_path / name) for name in ("source", "a", "b")}
+    found = difference(opened["source"], opened["a"])
+    assert all(tensor.same_bytes for tensor in found.tensors)
+    assert {change.kind for change in found.structure} == {"missing"}
+    assert {change.name for change in found.structure} == {n for n in opened["source"].tensors if ".layers.1." in n}
+    # Two conversions of one original: both by its numbers.
+    found = difference(opened["a"], opened["b"])
+    assert {change.name for change in found.structure if change.kind == "missing"} == {
+        name for name in opened["source"].tensors if ".layers.0." in name
+    }
+    errors = [tensor.sums.relative_error for tensor in found.tensors]
+    assert max(error for error in errors if error is not None) < 0.02
+    assert {tensor.layer for tensor in found.tensors if tensor.layer is not None} == {2, 3}
+    # A conversion of a conversion: by the numbers of the first.
+    compressknow.convert(tmp_path / "a", tmp_path / "c", drop_blocks="0")
+    found = difference(opened["a"], open_checkpoint(tmp_path / "c"))
+    assert all(tensor.same_bytes for tensor in found.tensors)
+    assert {change.name for change in found.structure} == {n for n in opened["a"].tensors if ".layers.0." in n}
