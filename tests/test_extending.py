@@ -544,7 +544,7 @@ class TestPruningMethod:
     def test_help_shows_it_and_report_tells_what_it_cost(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["convert", "--help"]) == 0
         shown = capsys.readouterr().out
-        assert "--span INTEGER        Neighbours that compete in l1-spans.  [default: 8]" in shown
+        assert re.search(r"--span INTEGER +Neighbours that compete in l1-spans\.  \[default: 8\]", shown)
         assert "l1-spans             the smallest among neighbours in a row (--span)" in shown
         assert main(["convert", "model", "pruned", "--prune", "75%", "--prune-method", "l1-spans"]) == 0
         assert main(["report", "model", "pruned", "-p", "facts:facts.jsonl", "-o", "card.json", "-o", "card.html"]) == 0
@@ -767,7 +767,7 @@ class TestScheme:
         assert found["probes"]["facts:facts.jsonl"]["kept"] > 0.8
         text = Path("card.md").read_text(encoding="utf-8")
         assert "| int6 |" in text
-        assert r"Blocks\_GQ group 64" in text
+        assert r"Blocks\_GQ int6 group 64" in text
 
     @pytest.mark.usefixtures("int6")
     def test_compare_reads_the_values_of_its_groups(self) -> None:
@@ -784,7 +784,7 @@ class TestScheme:
         assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml", "-p", "facts:facts.jsonl"]) == 0
         study = json.loads(Path("study", "study.json").read_text(encoding="utf-8"))
         assert [cell["setup"] for cell in study["cells"]] == [
-            "Blocks_GQ group 8", "Blocks_GQ group 64", "Blocks_GQ"
+            "Blocks_GQ int6 group 8", "Blocks_GQ int6 group 64", "Blocks_GQ"
         ]  # fmt: skip
         capsys.readouterr()
         assert main(["sweep", "model", "-o", "study", "--quantize", "int66"]) == 2

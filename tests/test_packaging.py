@@ -33,7 +33,7 @@ VALUES = {
         ["zeros_before", "zeros_after", "transformers_code", "load_code", "recipe", "command", "runs"], "x"
     ),
     **dict.fromkeys(["revision", "pruned", "quantized", "generate_needs_load", "vllm"], False),
-    **{"metadata": {"license": "mit"}, "deeds": [], "rows": [], "untied": [], "warnings": []},
+    **{"metadata": {"license": "mit"}, "deeds": [], "rows": [], "untied": [], "warnings": [], "removed": [], "calibrated": []},
 }
 
 
@@ -101,7 +101,7 @@ def _imported() -> set[str]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     declared, extras = _declared()
     # pyproject.toml says why these are there.
-    by_others = {"accelerate", "safetensors", "gguf"}
+    by_others = {"safetensors", "gguf"}
     assert _imported() == (declared | extras) - by_others
 
 
