@@ -33,7 +33,15 @@ VALUES = {
         ["zeros_before", "zeros_after", "transformers_code", "load_code", "recipe", "command", "runs"], "x"
     ),
     **dict.fromkeys(["revision", "pruned", "quantized", "generate_needs_load", "vllm"], False),
-    **{"metadata": {"license": "mit"}, "deeds": [], "rows": [], "untied": [], "warnings": [], "removed": [], "calibrated": []},
+    **{
+        "metadata": {"license": "mit"},
+        "deeds": [],
+        "rows": [],
+        "untied": [],
+        "warnings": [],
+        "removed": "",
+        "calibrated": [],
+    },
 }
 
 
