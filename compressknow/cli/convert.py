@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from compressknow.cli.options import (
-    CALIBRATION,
     COMPRESS,
     HOW,
     REVISION,
@@ -19,6 +18,7 @@ from compressknow.cli.options import (
     Blocks,
     OneOf,
     Share,
+    calibration_options,
     command,
     option,
 )
@@ -145,19 +145,7 @@ def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
 @option("--rounding", group=HOW, type=OneOf(list(ROUNDINGS)), default=ROUNDINGS[0], help="nearest, or gptq.")
 @option("--smooth", group=HOW, type=Share(), metavar="ALPHA", help="Move outliers of activations into weights: 0.5.")
 @_parameter_options
-@option(
-    "--calibration",
-    group=CALIBRATION,
-    metavar="TEXT",
-    help="self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
-)
-@option(
-    "--calibration-tokens",
-    group=CALIBRATION,
-    type=click.IntRange(1),
-    metavar="N",
-    help="How many tokens of it.  [default: 32768]",
-)
+@calibration_options
 @option(
     "--recipe",
     group=HOW,

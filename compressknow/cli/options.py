@@ -183,6 +183,26 @@ def split_options(given: dict[str, Any]) -> tuple[Options, Settings]:
     return Options(columns=columns, **facts), Settings(**{name: given.pop(name) for name in RUNNING})
 
 
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The text for methods that look at activations."""
+    return _all(
+        command,
+        option(
+            "--calibration",
+            group=CALIBRATION,
+            metavar="TEXT",
+            help="self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
+        ),
+        option(
+            "--calibration-tokens",
+            group=CALIBRATION,
+            type=click.IntRange(1),
+            metavar="N",
+            help="How many tokens of it.  [default: 32768]",
+        ),
+    )
+
+
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Where the cells of a study run."""
     return _all(

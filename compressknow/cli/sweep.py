@@ -15,6 +15,7 @@ from compressknow.cli.options import (
     REVISION,
     RUNS,
     OneOf,
+    calibration_options,
     command,
     option,
     probe_options,
@@ -68,13 +69,18 @@ single cells:
     help="Folder of the study; a stopped one resumes.",
 )
 @option(
-    "--grid", group=HOW, default="paper", show_default=True, metavar="FILE", help="paper, or a TOML file; see below."
+    "--grid",
+    group=HOW,
+    default="paper",
+    show_default=True,
+    metavar="FILE",
+    help="paper, methods, or a TOML file; see below.",
 )
 @option(
     "--module-map",
     group=COMPRESS,
     type=OneOf(["structural", "paper"]),
-    help="Of the paper's grid: structural or paper.  [default: paper]",
+    help="Of paper and methods: structural or paper.  [default: paper]",
 )
 @option(
     "--quantize",
@@ -84,6 +90,7 @@ single cells:
     type=OneOf(list(SCHEMES)),
     help="Scheme of the paper's grid.  [default: int8-paper]",
 )
+@calibration_options
 @option("--no-facts", is_flag=True, expose_value=False, help="Accepted as in report; a study never shows facts.")
 @option("--save", is_flag=True, help="Write each checkpoint too, into OUTPUT/models.")
 @ray_options
@@ -95,13 +102,15 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ..
     """Convert MODEL in every way of a grid, in memory, and evaluate each on the same facts.
 
     `--grid paper` is the grid of the study behind this tool: attention, feed-forward and everything pruned by 10 to
-    90 %, quantized, and both; the final layer pruned. OUTPUT gets the study's page (study.html, study.md), its figures
+    90 %, quantized, and both; the final layer pruned. `--grid methods` asks the same of Wanda, SparseGPT, smoothing and
+    4 bits by GPTQ, which look at a calibration text. OUTPUT gets the study's page (study.html, study.md), its figures
     and a tidy table (cells.csv, cells.parquet).
 
     \b
     compressknow sweep MODEL -o study --limit 300
     compressknow sweep MODEL -o study -p lama:trex --data DIR --grid paper
-    compressknow sweep MODEL -o study --grid mine.toml --quantize int8
+    compressknow sweep MODEL -o study --grid methods --calibration-tokens 8192
+    compressknow sweep MODEL -o study --grid mine.toml
     """
     from compressknow.commands.sweep import sweep as run
 
@@ -149,7 +158,8 @@ class _Lines:
 def _line(result: CellResult) -> Iterator[str]:
     name = plain(result.setup, 33)
     if result.answers is None:
-        yield from textwrap.wrap(f"{name}: failed: {plain(result.why, 300)}", WIDTH, subsequent_indent="  ")
+        came = "refused" if result.refused else "failed"
+        yield from textwrap.wrap(f"{name}: {came}: {plain(result.why, 300)}", WIDTH, subsequent_indent="  ")
         return
     kept, right = result.kept, sum(answer.correct for answer in result.answers.answers)
     share = percent(right, len(result.answers.answers))
@@ -165,10 +175,16 @@ def _end(study: Study, output: Path) -> Iterator[str]:
     yield from textwrap.wrap(" ".join(paragraph(study, findings(study))), WIDTH)
     yield ""
     yield f"Written: {output}/study.html, study.md, study.json, cells.csv, cells.parquet"
-    if study.failed:
+    if study.refused:
         yield ""
         yield from textwrap.wrap(
-            f"! {count(len(study.failed))} of {count(len(study.failed) + len(study.cells))} cells failed; the study "
+            f"{count(len(study.refused))} cells are not for this model; the study lists the reasons.", WIDTH
+        )
+    if study.failed:
+        yield ""
+        total = len(study.failed) + len(study.refused) + len(study.cells)
+        yield from textwrap.wrap(
+            f"! {count(len(study.failed))} of {count(total)} cells failed; the study "
             "lists the reasons. Repeat the command to retry them.",
             WIDTH,
         )

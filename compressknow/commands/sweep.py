@@ -13,7 +13,7 @@ from compressknow.probe.run import Settings
 from compressknow.quiet import OnProgress, listener, staged
 from compressknow.study.cells import StudyModel, save_cell
 from compressknow.study.folder import CELLS, MODELS, ORIGINAL, CellResult, claim, refuse_foreign, study_of
-from compressknow.study.grid import PAPER, grid_cells
+from compressknow.study.grid import PAPER, GridOptions, grid_cells
 from compressknow.study.running import Batch, RayOptions, runner
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def sweep(
     settings: Settings | None = None,
     module_map: ModuleMap | None = None,
     scheme: str | None = None,
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
     save: bool = False,
     ray: RayOptions | None = None,
     revision: str | None = None,
@@ -48,10 +50,12 @@ def sweep(
     ----------
     model : a local folder or a hub id.
     output : folder of the study; one of this model and version is resumed.
-    grid : ``paper``, or a TOML file.
+    grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant beside the paper's), or a TOML file.
     probes : names; see `compressknow.probe`.
     options, settings : see `compressknow.probe`.
-    module_map, scheme : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``).
+    module_map, scheme : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``); `module_map`
+        of that of methods too.
+    calibration, calibration_tokens : of the grid of methods; see `compressknow.convert`.
     save : write each converted checkpoint too, under ``models/``.
     ray : run the cells on a Ray cluster; see `compressknow.study.running.RayOptions`.
     command : the command line to show.
@@ -76,12 +80,9 @@ def sweep(
     # On a cluster the workers keep what they need.
     kept = None if ray else folder
     with StudyModel(model, settings or Settings(), revision=revision, keep_in=kept) as study_model:
+        # The model is opened for built-in grids alone: what is wrong with a file is said before.
         cells = grid_cells(
-            # The model is opened for the paper's grid alone: what is wrong with a file is said before.
-            grid,
-            lambda chosen: study_model.maker.structure(chosen),
-            module_map=module_map,
-            scheme=scheme,
+            grid, lambda: study_model.maker, GridOptions(module_map, scheme, calibration, calibration_tokens)
         )
         with claim(folder, study_model.original), runner(ray, listening) as run:
             original = study_model.evaluate_original(opened, folder / ORIGINAL, staged(listening, of=len(cells) + 1))

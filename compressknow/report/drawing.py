@@ -218,7 +218,7 @@ def bars(
         for y, bar in zip(places, drawn_bars, strict=True):
             _bar(plot, y, bar, right - left, unit)
         for y, name in _headings(drawn_bars, places):
-            plot.text(left, y, _label(name, 40), va="center", fontsize=11, color=MUTED)
+            plot.text(left, y, _label(name, 48), va="center", fontsize=11, color=MUTED)
         for i, level in enumerate(levels):
             x = 100 * level.value
             plot.plot([x, x], [-0.7 - 0.9 * i, last + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)

@@ -27,12 +27,14 @@ from compressknow.study.grid import Cell
 
 @dataclass(frozen=True)
 class CellResult:
-    """What came of a cell: its answers beside the original's, or why there are none."""
+    """What came of a cell: its answers beside the original's, or why there are none; `refused` where the model cannot
+    have it, and trying again changes nothing."""
 
     cell: Cell
     original: Answers = field(repr=False)
     answers: Answers | None = field(default=None, repr=False)
     why: str | None = None
+    refused: bool = False
 
     @property
     def setup(self) -> str:
@@ -56,15 +58,15 @@ def study_of(original: Answers, results: Sequence[CellResult], *, command: str |
     cells = tuple(
         study_cell(original, r.cell, r.answers, several_texts=len(texts) > 1) for r in results if r.answers is not None
     )
-    failed = tuple(
-        FailedCell(r.cell.key, r.cell.recipe.setup, r.why or "unknown") for r in results if r.answers is None
-    )
+    without = [result for result in results if result.answers is None]
+    lacking = [(r.refused, FailedCell(r.cell.key, r.setup, r.why or "unknown")) for r in without]
     comparisons = [cell.comparison for cell in cells]
     return Study(
         original=model_facts(original.record.model),
         probes=_probes(original, comparisons),
         cells=cells,
-        failed=failed,
+        failed=tuple(cell for refused, cell in lacking if not refused),
+        refused=tuple(cell for refused, cell in lacking if refused),
         versions=dict(original.record.versions),
         command=command,
         method=method_of(original, comparisons),

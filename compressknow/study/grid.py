@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import ROUNDINGS, Calibration, Prune, Quantize, Recipe, Where, recipe_of
 from compressknow.compress.schemes import SCHEMES
-from compressknow.errors import CompressknowError, UsageError, did_you_mean
+from compressknow.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.reading import read_toml
@@ -23,7 +23,10 @@ ATTENTIONS = ("self-attention", "cross-attention", "encoder-attention", "decoder
 AMOUNTS = tuple(tenths / 10 for tenths in range(1, 10))
 FEW_AMOUNTS = (0.2, 0.4)
 PAPER_SCHEME = "int8-paper"
-PAPER = "paper"
+PAPER, METHODS_GRID = BUILT_IN = "paper", "methods"
+# Of the grid of methods: what prunes, how much, by itself and before int4; alpha of smoothing as Xiao et al. have it.
+PRUNED_BY = (METHODS.first, "wanda", "sparsegpt")
+METHOD_AMOUNTS, HALF, SMOOTH = (0.2, 0.3, 0.4, 0.5, 0.6), 0.5, 0.5
 
 # What a step that quantizes says beside its scheme's parameters, and what a recipe says of its calibration.
 ROUNDED, CALIBRATED = ("rounding", "smooth"), ("calibration", "calibration_tokens")
@@ -74,26 +77,53 @@ class Cell:
         return None if step is None else " ".join([step.scheme, *step.further])
 
 
-def grid_cells(
-    grid: str | Path,
-    structure: Callable[[ModuleMap], Structure],
-    *,
-    module_map: ModuleMap | None = None,
-    scheme: str | None = None,
-) -> tuple[Cell, ...]:
-    """The cells of ``paper`` or of a TOML file; `structure` gives the model's, by module map.
+class Opened(Protocol):
+    """What a grid may need to know of a model: see `compressknow.compress.variant.VariantMaker`."""
 
-    Raises UsageError where the grid makes no sense, or where `module_map` or `scheme` stand beside a file.
-    """
-    if str(grid) != PAPER:
-        if module_map or scheme:
+    def structure(self, module_map: ModuleMap = ...) -> Structure:
+        """Its Linear weights."""
+        ...
+
+    def plan(self, recipe: Recipe) -> object:
+        """Raises UnsupportedError where it cannot have what a recipe makes."""
+        ...
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """What the built-in grids leave open: `module_map` of both, `scheme` of the paper's, the rest of that of methods.
+    A grid file says all of it."""
+
+    module_map: ModuleMap | None = None
+    scheme: str | None = None
+    calibration: str | None = None
+    calibration_tokens: int | None = None
+
+    def check(self, grid: str | Path) -> None:
+        """Raise UsageError where one is given that a grid does not have."""
+        has = {PAPER: ("module_map", "scheme"), METHODS_GRID: ("module_map", *CALIBRATED)}.get(str(grid), ())
+        given = [each.name for each in fields(self) if getattr(self, each.name) is not None]
+        if strange := next((name for name in given if name not in has), None):
+            name = {"scheme": "quantize"}.get(strange, strange)
             raise UsageError(
-                "--module-map and --quantize apply only to the paper's grid.",
-                hint="Set module_map and quantize in the grid file instead.",
+                f"--{name.replace('_', '-')} does not apply to the grid {grid}.",
+                hint=f"Set {name} in a grid file instead." if str(grid) in BUILT_IN else f"Set {name} in the file.",
             )
-        return read_grid(Path(grid))
-    chosen = module_map or "paper"
-    return paper_grid(structure(chosen), module_map=chosen, scheme=scheme or PAPER_SCHEME)
+
+
+def grid_cells(grid: str | Path, opened: Callable[[], Opened], options: GridOptions | None = None) -> tuple[Cell, ...]:
+    """The cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed.
+
+    Raises UsageError where the grid makes no sense, or where options are given that it does not have.
+    """
+    options = options or GridOptions()
+    options.check(grid)
+    chosen = options.module_map or "paper"
+    if str(grid) == PAPER:
+        return paper_grid(opened().structure(chosen), module_map=chosen, scheme=options.scheme or PAPER_SCHEME)
+    if str(grid) == METHODS_GRID:
+        return methods_grid(opened(), options)
+    return read_grid(Path(grid))
 
 
 def paper_grid(
@@ -122,6 +152,49 @@ def paper_grid(
     return _cells((None, r) for r in recipes if set(r.steps[0].where.scope) <= here)
 
 
+def methods_grid(model: Opened, options: GridOptions) -> tuple[Cell, ...]:
+    """The paper's question, asked of other methods: attention, feed-forward and overall, each pruned by 20 to 60 % (L1,
+    Wanda, SparseGPT), quantized (int8, int8 smoothed, int4 to nearest and by GPTQ), and pruned by half and then
+    quantized to int4 by GPTQ.
+
+    int4 has the largest groups that divide all layers. What the model cannot have in this form is left out.
+    """
+    module_map = options.module_map or "paper"
+    structure = model.structure(module_map)
+    groups = fitting(structure, "int4")
+
+    def recipe(scope: str, **given: Any) -> Recipe:
+        looks = _looks_at_activations(given.get("prune_method", METHODS.first)) or given.keys() & set(ROUNDED)
+        said = _only(vars(options), *CALIBRATED) if looks else {}
+        return recipe_of(Where((scope,)), module_map=module_map, **given, **said)
+
+    scopes = [scope for scope in MODULES if scope in scope_names(structure)]
+    pruned = product(PRUNED_BY, scopes, METHOD_AMOUNTS)
+    recipes = [recipe(scope, prune=amount, prune_method=method) for method, scope, amount in pruned]
+    ways: list[dict[str, Any]] = [{"quantize": "int8"}, {"quantize": "int8", "smooth": SMOOTH}]
+    if groups is not None:
+        int4 = {"quantize": "int4", "parameters": groups}
+        gptq = int4 | {"rounding": "gptq"}
+        ways += [int4, gptq, *({"prune": HALF, "prune_method": method} | gptq for method in PRUNED_BY)]
+    recipes += [recipe(scope, **way) for way, scope in product(ways, scopes)]
+    return _cells((None, each) for each in recipes if _can_have(model, each))
+
+
+def fitting(structure: Structure, scheme: str) -> dict[str, Any] | None:
+    """Parameters of a scheme by which all of a model's layers can be stored; None where there are none."""
+    shapes = {weight.shape for weight in structure.linears if weight.group not in (None, "vision")}
+    with SCHEMES.answering(scheme):
+        return SCHEMES[scheme].fit(shapes)
+
+
+def _can_have(model: Opened, recipe: Recipe) -> bool:
+    try:
+        model.plan(recipe)
+    except UnsupportedError:
+        return False
+    return True
+
+
 def read_grid(path: Path) -> tuple[Cell, ...]:
     """The cells of a grid file (TOML): the product of its axes, and the cells that it names.
 
@@ -130,7 +203,7 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
     try:
         values = read_toml(path)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such grid.", hint="Give `paper` or a TOML file.") from None
+        raise UsageError(f"{path}: no such grid.", hint="Give paper, methods or a TOML file.") from None
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a grid: {error}", hint=FORMAT) from None
     if unknown := sorted(set(values) - {"axes", "cells"}):

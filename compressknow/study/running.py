@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from compressknow.errors import CompressknowError, OutputError
+from compressknow.errors import CompressknowError, OutputError, UnsupportedError
 from compressknow.files import write_whole
 from compressknow.probe.answers import RECORD, TABLE, Answers
 from compressknow.probe.facts import Probe
@@ -90,7 +90,11 @@ def _here(batch: Batch, cell: Cell, on_progress: Listener | None) -> CellResult:
         raise
     except Exception as error:
         # Out of memory, or whatever a model's code raises: the other cells do not depend on it.
-        return CellResult(cell, batch.original, why=reason(error))
+        return _failed(batch, cell, error)
+
+
+def _failed(batch: Batch, cell: Cell, error: BaseException) -> CellResult:
+    return CellResult(cell, batch.original, why=reason(error), refused=isinstance(error, UnsupportedError))
 
 
 def reason(error: BaseException) -> str:
@@ -143,7 +147,7 @@ def _results(ray: Any, where: RayOptions, batch: Batch) -> Generator[CellResult]
 
 def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Generator[CellResult]:
     """A cell's result once all of its probes are answered."""
-    failed: dict[Cell, str] = {}
+    failed: dict[Cell, BaseException] = {}
     left = Counter(cell for cell, _ in pending.values())
     done = [cell for cell in batch.cells if not left[cell]]
     while done or pending:
@@ -156,14 +160,14 @@ def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Ge
             try:
                 _store(batch.folder / batch.study_model.folder_of(cell) / folder_of(probe), ray.get(ready))
             except Exception as error:
-                failed.setdefault(cell, reason(getattr(error, "cause", None) or error))
+                failed.setdefault(cell, getattr(error, "cause", None) or error)
             left[cell] -= 1
             done = [] if left[cell] else [cell]
 
 
-def _result(batch: Batch, cell: Cell, failed: str | None) -> CellResult:
+def _result(batch: Batch, cell: Cell, failed: BaseException | None) -> CellResult:
     if failed is not None:
-        return CellResult(cell, batch.original, why=failed)
+        return _failed(batch, cell, failed)
     return CellResult(
         cell, batch.original, batch.study_model.evaluate_cell(cell, batch.probes, batch.folder, batch.original)
     )

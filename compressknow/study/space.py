@@ -12,6 +12,7 @@ from compressknow.compress.schemes import SCHEMES
 from compressknow.errors import UnsupportedError
 from compressknow.model.scopes import scope_names
 from compressknow.model.structure import ModuleMap, Structure
+from compressknow.study.grid import fitting
 
 if TYPE_CHECKING:
     import optuna
@@ -140,10 +141,9 @@ class Space:
 
 def _fitting(structure: Structure, scheme: str) -> dict[str, Any]:
     """Parameters of a scheme by which all of a model's layers can be stored."""
-    shapes = {weight.shape for weight in structure.linears if weight.group not in (None, "vision")}
-    with SCHEMES.answering(scheme):
-        fit = SCHEMES[scheme].fit(shapes)
+    fit = fitting(structure, scheme)
     if fit is None:
+        shapes = {weight.shape for weight in structure.linears if weight.group not in (None, "vision")}
         reason = next(filter(None, map(SCHEMES[scheme].misfit, sorted(shapes))))
         raise UnsupportedError(
             f"{structure.architecture} has a layer that cannot be quantized to {scheme}.",

@@ -317,7 +317,7 @@ RECIPES = {
     "scope of numbers": ("[[steps]]\nprune = 0.2\nscope = [1]", "scope must be a list of text"),
     "twice": ("[[steps]]\nprune = 0.2\n[[steps]]\nprune = 0.3\nscope = 'attention'", "Two steps would prune"),
     "order": ("[[steps]]\nquantize = 'int8'\n[[steps]]\nprune = 0.3", "prunes before it quantizes"),
-    "scheme": ("[[steps]]\nquantize = 'int4'", "int8-paper"),
+    "scheme": ("[[steps]]\nquantize = 'int3'", "int8-paper"),
     "no text": (b"[[steps]]\nprune = 0.2 # \xff", "cannot be read"),
     "unknown key above": ("amount = 0.2\n[[steps]]\nprune = 0.2", "amount"),
     "steps of numbers": ("steps = [1, 2]", "no list of [[steps]]"),

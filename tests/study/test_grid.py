@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.compress.recipe import Calibration, Prune, Quantize, Where, recipe_of
-from compressknow.errors import UsageError
+from compressknow.compress.recipe import Calibration, Prune, Quantize, Recipe, Where, recipe_of
+from compressknow.errors import UnsupportedError, UsageError
 from compressknow.model.groups import structure_of
+from compressknow.model.structure import ModuleMap, Structure
 from compressknow.study.cells import folder_of
-from compressknow.study.grid import AMOUNTS, Cell, paper_grid, read_grid
-from tests.models import tiny
+from compressknow.study.grid import AMOUNTS, Cell, GridOptions, fitting, grid_cells, paper_grid, read_grid
+from tests.models import tiny, tiny_of_groups
 
 
 def grid(path: Path, text: str) -> tuple[Cell, ...]:
@@ -49,6 +50,54 @@ def test_the_papers_grid_is_that_of_its_authors_unless_told_otherwise() -> None:
     assert {cell.recipe.module_map for cell in other} == {"structural"}
     assert len({cell.key for cell in other}) == len(other) == 40
     assert all(cell.plain for cell in other)
+
+
+class Opened:
+    """A tiny model: it has what it is said to have."""
+
+    def __init__(self, architecture: str, without: str = "") -> None:
+        self._tree, self._without = tiny_of_groups(architecture), without
+
+    def structure(self, module_map: ModuleMap = "structural") -> Structure:
+        return structure_of(self._tree, module_map)
+
+    def plan(self, recipe: Recipe) -> None:
+        if any(isinstance(step, Quantize) and step.scheme == self._without for step in recipe.steps):
+            raise UnsupportedError("not this model")
+
+
+def test_the_grid_of_methods_asks_the_same_of_each() -> None:
+    cells = grid_cells("methods", lambda: Opened("llama"), GridOptions(calibration_tokens=512))
+    pruned = {(c.pruning, step.amount) for c in cells if c.quantization is None for step in c.recipe.steps}
+    assert pruned == {(m, a / 10) for m in ("l1-unstructured", "wanda", "sparsegpt") for a in range(2, 7)}
+    gptq = "int4 group_size 32 gptq"
+    ways = {(None, way) for way in ("int8", "int8 smooth 0.5", "int4 group_size 32", gptq)}
+    both = {(method, gptq) for method in ("l1-unstructured", "wanda", "sparsegpt")}
+    assert {(c.pruning, c.quantization) for c in cells if c.quantization} == ways | both
+    assert len(cells) == len({cell.key for cell in cells}) == 3 * (15 + 4 + 3)
+    assert all(cell.plain and cell.recipe.module_map == "paper" for cell in cells)
+    assert {cell.recipe.calibration for cell in cells} == {None, Calibration(tokens=512)}
+
+
+def test_the_grid_of_methods_leaves_out_what_the_model_cannot_have() -> None:
+    cells = grid_cells("methods", lambda: Opened("llama", without="int4"))
+    assert len(cells) == 3 * (15 + 2)
+    assert not any("int4" in cell.key for cell in cells)
+    # Inputs of 48 make no groups.
+    assert fitting(structure_of(tiny("bert")), "int4") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("paper", GridOptions(calibration="self")),
+        ("methods", GridOptions(scheme="int8")),
+        ("x.toml", GridOptions("paper")),
+    ],
+)
+def test_options_that_a_grid_does_not_have_are_refused(name: str, options: GridOptions) -> None:
+    with pytest.raises(UsageError, match=f"does not apply to the grid {name}"):
+        grid_cells(name, lambda: Opened("llama"), options)
 
 
 def test_amounts_are_what_they_are_called() -> None:

@@ -218,7 +218,7 @@ def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.Capt
     ("options", "says", "code"),
     [
         (["--grid", "none.toml"], "no such grid", 2),
-        (["--quantize", "int8"], "apply only to the paper's grid", 2),
+        (["--quantize", "int8"], "--quantize does not apply to the grid", 2),
         (["-p", "lama:nothing"], "lama:nothing", 2),
         (["--ray", "127.0.0.1:1"], "No Ray cluster answers at 127.0.0.1:1", 1),
     ],

@@ -19,6 +19,7 @@ from compressknow.report.study.records import (
     UNSTRUCTURED,
     Study,
     StudyProbe,
+    methods,
     pruned,
     pruned_and_quantized,
     quantized,
@@ -29,6 +30,7 @@ from compressknow.stats.records import Estimate
 
 _GPQ_AMOUNTS = (20, 40)
 _METHODS = (UNSTRUCTURED, STRUCTURED)
+_MOST = 6  # lines and colours that can be told apart
 
 
 def mean_drop(comparison: Comparison) -> Estimate:
@@ -97,6 +99,35 @@ def when_both(study: Study, scopes: Iterable[str]) -> tuple[Bar, ...]:
         for series, scope in enumerate(scopes)
         if (cell := pruned_and_quantized(study, scope, scheme).get(amount))
     )
+
+
+def by_method(study: Study, scope: str) -> tuple[Line, ...]:
+    """A line for each method that pruned the scope by at least two amounts, where there are several."""
+    cells = {method: pruned(study, scope, method) for method in methods(study)}
+    points = {
+        method: tuple((a, y) for a, cell in of.items() if (y := mean_kept(cell.comparison)).value is not None)
+        for method, of in cells.items()
+    }
+    lines = tuple(Line(_called(method), each) for method, each in points.items() if len(each) > 1)
+    return lines[:_MOST] if len(lines) > 1 else ()
+
+
+def when_both_by_method(study: Study) -> tuple[Bar, ...]:
+    """A group for each scope, amount and scheme, a bar for each method, where there are several."""
+    several = methods(study)[:_MOST]
+    return _known(
+        Bar(_called(method), mean_drop(cell.comparison), series, f"{scope} {amount:g} %, {plain(scheme, 60)}")
+        for scheme in schemes(study)
+        for scope in MODULES
+        for amount in sorted({a for m in several for a in pruned_and_quantized(study, scope, scheme, m)})
+        for series, method in enumerate(several)
+        if len(several) > 1 and (cell := pruned_and_quantized(study, scope, scheme, method).get(amount))
+    )
+
+
+def _called(method: str) -> str:
+    """A method as setups call it, where it is as usual."""
+    return METHODS[method].label if method in METHODS else method
 
 
 def of_attention_kinds(study: Study) -> tuple[Bar, ...]:
@@ -175,6 +206,8 @@ class _Figure:
     by_probe: Mapping[str, str] | None = None
 
 
+_IN_WORDS = {"overall": "everything", "attention": "attention", "feed-forward": "feed-forward"}
+
 # The captions of figures 20 to 24 name data sets and no setup. They are taken for those of pruned models, which have no
 # table: what is quantized has tables 3 to 5, a row a data set. Its charts by probe have no number.
 _FIGURES = (
@@ -193,6 +226,16 @@ _FIGURES = (
         lambda study: by_amount(study, MODULES, mean_kept),
         {},
     ),
+    *(
+        _Figure(
+            f"methods-{scope}",
+            f"Knowledge kept by how much of {_IN_WORDS[scope]} was pruned, by method",
+            _KEPT,
+            partial(by_method, scope=scope),
+            {},
+        )
+        for scope in MODULES
+    ),
     _Figure(
         "quantization",
         "Accuracy lost to quantization, in points",
@@ -207,6 +250,13 @@ _FIGURES = (
         _BARS,
         lambda study: when_both(study, MODULES),
         {"masked": "figure 7", "causal": "figure 16", "seq2seq": "figure 17"},
+        {},
+    ),
+    _Figure(
+        "methods-quantized",
+        "Accuracy lost to pruning and quantization by method, in points",
+        _BARS,
+        when_both_by_method,
         {},
     ),
     _Figure(

@@ -15,6 +15,7 @@ from compressknow.report.pages import html_page, markdown_page, source
 from compressknow.report.study import summary
 from compressknow.report.study.charts import NAMES, Chart, study_charts
 from compressknow.report.study.findings import Finding, findings
+from compressknow.report.study.methods import MethodFindings, by_method, changes
 from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.report.study.summary import cliffs, module_that_hurts_least
 from compressknow.report.study.tests import Bound, CheckpointComparison
@@ -80,7 +81,7 @@ def study_to_json(study: Study) -> dict[str, Any]:
     Shares and accuracies lie between 0 and 1, sizes are bytes; what cannot be told is None; intervals are [low, high],
     95 %. ``cells`` are the rows of the tidy table, one a cell and probe. No fact's text is in it.
     """
-    found = findings(study)
+    found, methods = findings(study), by_method(study)
     return {
         "schema": SCHEMA,
         "verdict": summary.verdict(study),
@@ -88,6 +89,8 @@ def study_to_json(study: Study) -> dict[str, Any]:
         "original": asdict(study.original),
         "probes": {probe.name: _probe(probe) for probe in study.probes},
         "findings": {finding.id: _finding(finding) for finding in found},
+        "findings_by_method": _by_method(methods),
+        "changes": list(changes(methods)),
         "hurts_least": [asdict(least) for least in module_that_hurts_least(study)],
         "cliffs": [asdict(cliff) for cliff in cliffs(study)],
         "kept": {cell.key: _kept(cell.comparison.kept, cell.comparison.p) for cell in study.cells},
@@ -115,6 +118,14 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "comparisons": [_paired_test(pair) for pair in finding.paired_tests],
         "limits": [_bound(bound) for bound in finding.bounds],
     }
+
+
+def _by_method(found: Sequence[MethodFindings]) -> dict[str, dict[str, Any]]:
+    """By kind (``pruning``, ``quantization``), by method, by finding."""
+    told: dict[str, dict[str, Any]] = {}
+    for each in found:
+        told.setdefault(each.kind, {})[each.name] = {finding.id: _finding(finding) for finding in each.findings}
+    return told
 
 
 def _paired_test(pair: CheckpointComparison) -> dict[str, Any]:
@@ -170,12 +181,13 @@ _LONGEST = 2000  # characters of a text
 def tidy_rows(study: Study) -> list[dict[str, Any]]:
     """One row a cell and probe, in the order of the grid; cells that failed last, with None where nothing is known.
 
-    Accuracies are averaged as the probe's protocol does (over facts, or over relations); `status` is ``ok`` or
-    ``failed``; the text of an error is on one line.
+    Accuracies are averaged as the probe's protocol does (over facts, or over relations); `status` is ``ok``,
+    ``failed`` or ``refused``; the text of an error is on one line.
     """
     rows = [_row(cell, probe) for cell in study.cells for probe in cell.comparison.probes]
     probes: list[str | None] = [probe.name for probe in study.probes]
-    return rows + [_failed(cell, probe) for cell in study.failed for probe in probes or [None]]
+    lacking = [("failed", cell) for cell in study.failed] + [("refused", cell) for cell in study.refused]
+    return rows + [_failed(cell, probe, status) for status, cell in lacking for probe in probes or [None]]
 
 
 def _row(cell: StudyCell, probe: ProbeFigures) -> dict[str, Any]:
@@ -224,9 +236,9 @@ def _cell(cell: StudyCell) -> dict[str, Any]:
     }
 
 
-def _failed(cell: FailedCell, probe: str | None) -> dict[str, Any]:
+def _failed(cell: FailedCell, probe: str | None, status: str) -> dict[str, Any]:
     known = {"key": plain(cell.key), "setup": plain(cell.setup), "probe": plain(probe) if probe else None}
-    return {**dict.fromkeys(COLUMNS), **known, "status": "failed", "error": plain(cell.why, _LONGEST)}
+    return {**dict.fromkeys(COLUMNS), **known, "status": status, "error": plain(cell.why, _LONGEST)}
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -78,7 +78,7 @@ class StudyCell:
 
 @dataclass(frozen=True, slots=True)
 class FailedCell:
-    """A cell that could not be made or evaluated, and why."""
+    """A cell that could not be made or evaluated, or that was refused, and why."""
 
     key: str
     setup: str
@@ -96,9 +96,11 @@ class Study(Shown):
     versions: Mapping[str, str]
     command: str | None
     method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
+    refused: tuple[FailedCell, ...] = ()  # that the model cannot have: trying again changes nothing
 
     def _summary(self) -> Summary:
         failed = f", {count(len(self.failed))} failed" if self.failed else ""
+        failed += f", {count(len(self.refused))} refused" if self.refused else ""
         probes = ", ".join(plain(probe.name, 40) for probe in self.probes)
         return Summary(
             f"Study: {plain(self.original.name, 60)}",

@@ -141,7 +141,7 @@ def _modules_in_short(least: Sequence[Least]) -> str:
     for each in least:
         by_module.setdefault(each.module if each.clear else "", []).append(each.level)
     return "; ".join(
-        f"pruned by {_listed(levels)}, {f'{module} hurts least' if module else 'no module clearly hurts least'}"
+        f"pruned by {listed(levels)}, {f'{module} hurts least' if module else 'no module clearly hurts least'}"
         for module, levels in by_module.items()
     )
 
@@ -150,7 +150,7 @@ def _cliffs_in_short(edges: Sequence[Cliff]) -> str:
     fallen = [f"{edge.below:g} % ({edge.module})" for edge in edges if edge.below is not None]
     if not fallen:
         return f"no amount in the grid keeps less than {share(CLIFF)}"
-    return f"less than {100 * CLIFF:g} % is kept from {_listed(fallen)} on"
+    return f"less than {100 * CLIFF:g} % is kept from {listed(fallen)} on"
 
 
 def _best_and_worst(study: Study) -> str:
@@ -179,8 +179,8 @@ def paragraph(study: Study, found: Sequence[Finding]) -> tuple[str, ...]:
 
 def _level(least: Least) -> str:
     (best, kept), *others = least.kept.items()
-    amounts = _listed([f"{amount:g} %" for amount in least.amounts])
-    rest = _listed([f"{module} {share(value)}" for module, value in others])
+    amounts = listed([f"{amount:g} %" for amount in least.amounts])
+    rest = listed([f"{module} {share(value)}" for module, value in others])
     clear = "chance does not explain it" if least.clear else "chance could explain a difference"
     return (
         f"Pruned by {least.level}, {best} keeps most: {share(kept)} of what was known on average (at {amounts}), "
@@ -207,7 +207,7 @@ def _by_module(study: Study, scheme: str) -> dict[str, float]:
 
 def _scheme(study: Study, scheme: str) -> str:
     kept = _by_module(study, scheme)
-    said = _listed([f"{module} keeps {share(kept[module])}" for module in sorted(kept, key=lambda m: -kept[m])])
+    said = listed([f"{module} keeps {share(kept[module])}" for module in sorted(kept, key=lambda m: -kept[m])])
     return f"Quantized by {plain(scheme, 60)}, {said}."
 
 
@@ -217,7 +217,7 @@ def _tally(found: Iterable[Finding]) -> Iterator[str]:
     parts = []
     for answer, one, several in _VERBS:
         ids = [each.id for each in evaluated if each.answer == answer]
-        parts += [f"{_listed(ids)} {one if len(ids) == 1 else several}"] if ids else []
+        parts += [f"{listed(ids)} {one if len(ids) == 1 else several}"] if ids else []
     if parts:
         yield f"Of the paper's findings for this family of models, {'; '.join(parts)}."
 
@@ -229,5 +229,5 @@ _VERBS = (
 )
 
 
-def _listed(parts: Sequence[str]) -> str:
+def listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))

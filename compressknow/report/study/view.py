@@ -30,8 +30,10 @@ from compressknow.report.parts import (
 from compressknow.report.study import summary
 from compressknow.report.study.charts import Chart
 from compressknow.report.study.findings import FAMILIES, MINIMAL, NEAR, Finding, findings
+from compressknow.report.study.methods import PRUNING, QUANTIZATION, MethodFindings, by_method, changes, ids
 from compressknow.report.study.records import (
     MODULES,
+    FailedCell,
     Study,
     StudyCell,
     StudyProbe,
@@ -69,6 +71,7 @@ _FINDINGS = "The paper's findings"
 _LAYOUT = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
 _SHORT = {"overall": "Overall", "attention": "Att", "feed-forward": "FF"}
 _AMOUNTS = (20, 40)
+_KINDS = {PRUNING: "prunes", QUANTIZATION: "quantizes"}
 PAPER_COLUMNS = (
     "Model",
     "Dataset",
@@ -111,9 +114,11 @@ def _sections(study: Study, found: Sequence[Finding], charts: Sequence[Chart]) -
     yield Shown(
         "findings", "The paper's ten findings, tested on this model", tuple(_findings(study, found)), short=_FINDINGS
     )
+    yield Shown("methods", "The findings by method", tuple(_methods(study)), short="By method")
     yield Shown("tables", "The paper's tables", tuple(_paper_tables(study)), look="wide")
     yield Shown("cells", "All cells", tuple(_cells(study)), look="wide")
-    yield Shown("failed", "Cells that failed", tuple(_failed(study)))
+    yield Shown("failed", "Cells that failed", tuple(_failed(study.failed)))
+    yield Shown("refused", "Cells that this model cannot have", tuple(_failed(study.refused)))
     yield Shown("method", "Method and limits", (Sentences((*method, *_DEFINITIONS)),), look="text")
     yield Shown("run", "The run", (Code(command, "sh", look="command"), Entries(run)), look="text")
 
@@ -138,6 +143,25 @@ def _findings(study: Study, found: Sequence[Finding]) -> Iterator[Part]:
         yield Folded(title, tuple(table for table in behind if table), in_text=False)
 
 
+def _methods(study: Study) -> Iterator[Part]:
+    found = by_method(study)
+    if told := changes(found):
+        yield Sentences(told, joined=True)
+        yield methods_table(found)
+        yield Note(
+            "Each row tests the findings on the cells of one method alone. A dash: the study has no cells for it."
+        )
+
+
+def methods_table(found: Sequence[MethodFindings]) -> Table:
+    """A row for each method that prunes and each scheme, a column for each finding that any has cells for."""
+    columns = ids(found)
+    rows = tuple(
+        (plain(each.name, 60), _KINDS[each.kind], *(each.answer(id) or NONE for id in columns)) for each in found
+    )
+    return Table("Findings by method", ("Method", "It", *columns), rows, prose=True)
+
+
 def _paper_tables(study: Study) -> Iterator[Part]:
     if found := paper_tables(study):
         yield Note(f"{_LAYOUT} {majorities(study)}".rstrip())
@@ -151,14 +175,14 @@ def _cells(study: Study) -> Iterator[Part]:
         yield Folded("Warnings about single cells", (Terms(tuple((cells, "", warning) for warning, cells in single)),))
 
 
-def _failed(study: Study) -> Iterator[Part]:
-    if failed := failed_cells(study):
+def _failed(cells: Sequence[FailedCell]) -> Iterator[Part]:
+    if failed := failed_cells(cells):
         yield Terms(failed)
 
 
 def _warnings(study: Study) -> tuple[str, ...]:
     """Those that hold for every cell, said once, and that some failed."""
-    total = len(study.cells) + len(study.failed)
+    total = len(study.cells) + len(study.failed) + len(study.refused)
     failed = (
         [f"{count(len(study.failed))} of {count(total)} cells failed; their reasons are below."] if study.failed else []
     )
@@ -197,10 +221,11 @@ def _claim(finding: Finding) -> Claim:
 
 def _run(study: Study) -> tuple[Entry, ...]:
     versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in study.versions.items())
+    refused = f", {count(len(study.refused))} refused" if study.refused else ""
     probes = ", ".join(f"{plain(probe.name, 60)} ({count(probe.n)} facts)" for probe in study.probes)
     return (
         Entry("Probes", probes or NONE),
-        Entry("Cells", f"{count(len(study.cells))} made, {count(len(study.failed))} failed"),
+        Entry("Cells", f"{count(len(study.cells))} made, {count(len(study.failed))} failed{refused}"),
         Entry("Versions", versions or NONE),
     )
 
@@ -364,6 +389,6 @@ def bounds_table(study: Study, found: Sequence[Finding]) -> Table | None:
     return Table("Figures held against a limit", columns, rows) if rows else None
 
 
-def failed_cells(study: Study) -> tuple[tuple[str, str, str], ...]:
+def failed_cells(cells: Sequence[FailedCell]) -> tuple[tuple[str, str, str], ...]:
     """Cells that could not be made or evaluated: setup, key, and why."""
-    return tuple((plain(cell.setup, 80), plain(cell.key, 80), plain(cell.why, 1000)) for cell in study.failed)
+    return tuple((plain(cell.setup, 80), plain(cell.key, 80), plain(cell.why, 1000)) for cell in cells)

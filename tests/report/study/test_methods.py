@@ -1,0 +1,102 @@
+"""Findings by method: the same tests, of each method's own cells."""
+
+from __future__ import annotations
+
+import json
+
+from compressknow.report.study.charts import study_charts
+from compressknow.report.study.findings import findings
+from compressknow.report.study.methods import by_method, changes, ids
+from compressknow.report.study.pages import render_study_html, render_study_markdown, study_to_json, tidy_rows
+from compressknow.report.study.records import FailedCell
+from tests.report.study.studies import Cell, gp, gq, study, whole_grid
+
+ATT, FF, ALL = "attention", "feed-forward", "overall"
+GOOD, BAD = range(190), range(100)
+L1, WANDA = "l1-unstructured", "wanda"
+
+
+def two_methods() -> list[Cell]:
+    """Pruned by L1 attention bears more than feed-forward, by Wanda less."""
+    amounts = (0.4, 0.5)
+    cells = [gp(scope, a, right, L1) for a in amounts for scope, right in ((ATT, GOOD), (FF, BAD), (ALL, range(50)))]
+    return cells + [gp(s, a, right, WANDA) for a in amounts for s, right in ((ATT, BAD), (FF, GOOD), (ALL, range(60)))]
+
+
+def test_each_method_is_tested_by_its_own_cells() -> None:
+    made = study(two_methods())
+    found = by_method(made)
+    assert [(each.kind, each.name) for each in found] == [("pruning", L1), ("pruning", WANDA)]
+    assert ids(found) == ("F2", "F4")
+    assert [each.answer("F2") for each in found] == ["holds", "does not hold"]
+    assert [each.answer("F4") for each in found] == ["holds", "holds"]
+    # The paper's findings are of its own method, with the same figures.
+    (f2,) = (finding for finding in findings(made) if finding.id == "F2")
+    assert f2.paired_tests == next(f for f in found[0].findings if f.id == "F2").paired_tests
+    assert {pair.less for f in found[1].findings for pair in f.paired_tests} <= {c.key for c in made.cells}
+
+
+def test_what_changes_is_said_and_what_does_not_is_not() -> None:
+    assert changes(by_method(study(two_methods()))) == (
+        "F2 changes with the method that prunes: it holds with l1-unstructured, and does not hold with wanda.",
+    )
+    alike = [gp(s, 0.5, right, m) for m in (L1, WANDA) for s, right in ((ATT, GOOD), (FF, BAD))]
+    assert changes(by_method(study(alike))) == ("No finding holds with one method and fails with another.",)
+
+
+def test_schemes_are_told_apart_too() -> None:
+    cells = [gq(ATT, GOOD, "int8"), gq(FF, BAD, "int8"), gq(ATT, BAD, "int4"), gq(FF, GOOD, "int4")]
+    found = by_method(study(cells))
+    assert [(each.kind, each.name, each.answer("F6")) for each in found] == [
+        ("quantization", "int8", "holds"),
+        ("quantization", "int4", "does not hold"),
+    ]
+    assert "F6 changes with the scheme" in changes(found)[0]
+
+
+def test_a_study_of_one_method_has_no_such_section() -> None:
+    made = whole_grid()
+    assert by_method(made) == changes(()) == ()
+    assert "The findings by method" not in render_study_html(made)
+    assert study_to_json(made)["findings_by_method"] == {}
+
+
+def test_all_formats_say_it() -> None:
+    made = study(two_methods())
+    html, text, values = render_study_html(made), render_study_markdown(made), study_to_json(made)
+    for page in (html, text):
+        assert "F2 changes with the method that prunes" in page
+        assert "The findings by method" in page
+    assert "| wanda | prunes | does not hold | holds |" in text
+    by_name = json.loads(json.dumps(values, allow_nan=False))["findings_by_method"]["pruning"]
+    assert {name: {id: f["answer"] for id, f in of.items()} for name, of in by_name.items()} == {
+        L1: {"F2": "holds", "F4": "holds"},
+        WANDA: {"F2": "does not hold", "F4": "holds"},
+    }
+    assert by_name[WANDA]["F2"]["comparisons"]
+    assert values["changes"] == list(changes(by_method(made)))
+
+
+def test_each_scope_has_a_chart_with_a_line_for_each_method() -> None:
+    charts = {chart.name: chart for chart in study_charts(study(two_methods()))}
+    for scope in (ATT, FF, ALL):
+        (panel,) = charts[f"methods-{scope}"].panels
+        assert "L1-unstructured" in panel.svg
+        assert "wanda" in panel.svg
+    assert not any(chart.name.startswith("methods") for chart in study_charts(whole_grid()))
+
+
+def test_pruned_and_quantized_cells_have_a_bar_for_each_method() -> None:
+    cells = [Cell(ATT, right, 0.5, "int4", method) for method, right in ((L1, BAD), (WANDA, GOOD))]
+    (chart,) = (chart for chart in study_charts(study(cells)) if chart.name == "methods-quantized")
+    assert "attention 50 %, int4" in chart.panels[0].svg
+
+
+def test_refused_cells_are_told_apart_from_those_that_failed() -> None:
+    from dataclasses import replace
+
+    made = replace(study(two_methods()), refused=(FailedCell("att-gq", "Att_GQ smooth 0.5", "no norm can take it"),))
+    assert [row["error"] for row in tidy_rows(made) if row["status"] == "refused"] == ["no norm can take it"]
+    for page in (render_study_html(made), render_study_markdown(made)):
+        assert "Cells that this model cannot have" in page
+        assert "Cells that failed" not in page
