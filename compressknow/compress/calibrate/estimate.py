@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from compressknow.compress.plan import Plan
 from compressknow.compress.recipe import Prune, Quantize, Step
-from compressknow.model.structure import LinearWeight
+from compressknow.compress.removal.smaller import Removal
+from compressknow.model.groups import structure_of
+from compressknow.model.structure import LinearWeight, Structure
 from compressknow.system import available_cores
 
 TRIAL, TRIALS = 512, 8
@@ -26,23 +29,70 @@ class Estimate(NamedTuple):
     seconds: float
 
 
+class _Work(NamedTuple):
+    """Blocks, bytes at most, and operations of what is done in one go over the text."""
+
+    blocks: int
+    bytes: int
+    operations: float
+
+
 def estimate(plan: Plan) -> Estimate:
     """Of a plan whose recipe has a calibration."""
     calibration = plan.recipe.calibration
     assert calibration is not None
-    places = _places(plan)
+    parts = list(_of_removal(plan.removal, calibration.tokens)) if plan.removal else []
+    if any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize)):
+        parts.append(_of_weights(plan, calibration.tokens))
+    blocks, most = max(part.blocks for part in parts), max(part.bytes for part in parts)
+    return Estimate(blocks, most, sum(part.operations for part in parts) / _pace())
+
+
+def _of_removal(removal: Removal, tokens: int) -> Iterator[_Work]:
+    """The text runs once through the model to choose blocks, and twice for neurons, with X^T X and a fit."""
+    if any(not drop.known for drop in removal.blocks):
+        places = _places(structure_of(removal.given[1]))
+        yield _Work(_blocks(places), _memory(places, tokens, 0), 2 * tokens * _used(places))
+    if removal.neurons and not removal.decided:
+        widths = [one.width for drop in removal.neurons for one in drop.networks]
+        places = _places(structure_of(removal.wide[1]))
+        products = sum(2 * tokens * width**2 + width**3 for width in widths)
+        # X^T X, and what is left of it twice in float64.
+        memory = _memory(places, tokens, 5 * max(widths) ** 2)
+        yield _Work(_blocks(places), memory, 2 * 2 * tokens * _used(places) + products)
+
+
+def _blocks(places: Mapping[str, Sequence[LinearWeight]]) -> int:
+    return sum(any(weight.layer is not None for weight in own) for own in places.values())
+
+
+def _used(places: Mapping[str, Sequence[LinearWeight]]) -> int:
+    return sum(weight.used for own in places.values() for weight in own)
+
+
+def _memory(places: Mapping[str, Sequence[LinearWeight]], tokens: int, sums: int) -> int:
+    """Of the largest block, the hidden states and sums of so many floats; what lies outside the blocks is Linear too,
+    or as large as the final layer."""
+    block = max(sum(weight.stored for weight in own) for own in places.values())
+    states = 2 * tokens * max(weight.shape[-1] for own in places.values() for weight in own)
+    outside = sum(weight.stored for own in places.values() for weight in own if weight.layer is None)
+    return FLOAT_BYTES * (2 * block + states + outside + sums)
+
+
+def _of_weights(plan: Plan, tokens: int) -> _Work:
+    places = _places(plan.structure)
     targets = {tensor.parameter for tensor in plan.tensors if tensor.in_scope}
     products = any(map(_wants_products, plan.recipe.steps))
     sums = {place: _widths(weights, targets) for place, weights in places.items()} if products else {}
     compressed = sum(any(weight.parameter in targets for weight in weights) for weights in places.values())
-    operations = calibration.tokens * sum(2 * 2 * weight.used for weights in places.values() for weight in weights)
-    operations += sum(2 * calibration.tokens * width**2 + width**3 for widths in sums.values() for width in widths)
+    operations = 2 * 2 * tokens * _used(places)
+    operations += sum(2 * tokens * width**2 + width**3 for widths in sums.values() for width in widths)
     weights = max(sum(weight.stored for weight in own) for own in places.values())
     squares = max((sum(width**2 for width in widths) for widths in sums.values()), default=0)
-    states = 2 * calibration.tokens * max(weight.shape[-1] for own in places.values() for weight in own)
+    states = 2 * tokens * max(weight.shape[-1] for own in places.values() for weight in own)
     inside = {weight.parameter for own in places.values() for weight in own if weight.layer is not None}
     outside = sum(math.prod(shape) for name, shape in plan.structure.parameters.items() if name not in inside)
-    return Estimate(compressed, FLOAT_BYTES * (2 * weights + squares + states + outside), operations / _pace())
+    return _Work(compressed, FLOAT_BYTES * (2 * weights + squares + states + outside), operations)
 
 
 def _wants_products(step: Step) -> bool:
@@ -51,10 +101,10 @@ def _wants_products(step: Step) -> bool:
     return isinstance(step, Prune) and step.chosen.needs == "products"
 
 
-def _places(plan: Plan) -> dict[str, list[LinearWeight]]:
+def _places(structure: Structure) -> dict[str, list[LinearWeight]]:
     """The weights of each block, and each that lies in none by itself."""
     places: dict[str, list[LinearWeight]] = {}
-    for weight in plan.structure.linears:
+    for weight in structure.linears:
         if weight.group != "vision":
             block = weight.module if weight.layer is None else f"{weight.stack} {weight.layer}"
             places.setdefault(block, []).append(weight)
