@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,18 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import compressknow
+from compressknow.cli import main
 from compressknow.compress.recipe import DropBlocks, DropNeurons, Prune, Recipe, Where, read_recipe, recipe_of
 from compressknow.compress.variant import VariantMaker
 from compressknow.compress.verify import compare_to_manifest
+from compressknow.engine.identity import describe, locate
 from compressknow.errors import UnsupportedError, UsageError
+from compressknow.probe.records import ModelRecord
+from compressknow.report.card.make import model_facts
+from compressknow.report.card.section import Context
+from compressknow.report.card.sections.models import Layers
+from compressknow.report.card.warnings import of_recipe
+from compressknow.report.parts import Note
 from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep, save_deep, without_blocks
 from tests.models import logits, save_tiny
 
@@ -271,3 +280,23 @@ def test_steps_that_make_no_sense(step: dict[str, Any], said: str) -> None:
 def test_scope_of_options_narrows_only_as_a_side() -> None:
     assert recipe_of(Where(("attention",)), drop_blocks=2, prune=0.1).steps[0] == DropBlocks(2)
     assert recipe_of(Where(("encoder",)), drop_blocks=2).steps == (DropBlocks(2, Where(("encoder",))),)
+
+
+def test_pages_say_what_is_gone(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = str(checkpoints["llama"]), tmp_path / "out"
+    assert main(["convert", source, str(output), "--drop-blocks", "1-2"]) == 0
+    said = "2 of the 4 blocks of model.layers were dropped: 1-2."
+    assert said in " ".join(capsys.readouterr().out.split())
+    card = (output / "README.md").read_text()
+    assert said in " ".join(card.split())
+    assert "nothing changed" not in card
+    described = describe(locate(output))
+    assert described["removed"]["blocks"][0]["dropped"] == [1, 2]
+    assert "tensors" not in described["removed"]
+    original = {"sha256": "0", "architecture": "LlamaForCausalLM", "family": "causal", "parameters": 1}
+    model = model_facts(ModelRecord.from_dict({**original, **described}))
+    section = Context(model, SimpleNamespace(model=model), {}, True)  # type: ignore[arg-type]
+    assert any(said in part.sentence for part in Layers().parts(section) if isinstance(part, Note))
+    assert not list(of_recipe(model))
