@@ -14,12 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain, repeat
 from typing import Any
 
 import click
 
 from compressknow.format import count, is_seen, json_text, plain, plain_lines, size
 from compressknow.quiet import Progress, Stage
+from compressknow.repeating import Repeating
 
 # Work that ends sooner shows no line.
 DELAY_SECONDS = 1.0
@@ -161,18 +163,18 @@ class Line:
         self._text = text
         self._terminal = sys.stderr.isatty()
         self._shown = 0
-        self._end = threading.Event()
         # Of what is written: a line that stays must not come in the middle of one that changes.
         self._writing = threading.Lock()
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Line:
-        self._thread.start()
+        seconds = SECONDS_ON_A_TERMINAL if self._terminal else SECONDS_ELSEWHERE
+        first = DELAY_SECONDS if self._terminal else seconds
+        self._repeating = Repeating(self._show, chain([first], repeat(seconds)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
+        self._repeating.end()
+        self._repeating.wait()
         with self._writing:
             self._write(self._cleared())
 
@@ -181,13 +183,9 @@ class Line:
         with self._writing:
             self._write(f"{self._cleared()}{text}\n")
 
-    def _run(self) -> None:
-        seconds = SECONDS_ON_A_TERMINAL if self._terminal else SECONDS_ELSEWHERE
-        wait = DELAY_SECONDS if self._terminal else seconds
-        while not self._end.wait(wait):
-            wait = seconds
-            with self._writing:
-                self._write(self._changed(self._text()) if self._terminal else f"{self._text()}\n")
+    def _show(self) -> None:
+        with self._writing:
+            self._write(self._changed(self._text()) if self._terminal else f"{self._text()}\n")
 
     def _changed(self, text: str) -> str:
         text = text[: max(_columns() - 1, 1)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Protocol
+from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ from compressknow.compress.schemes.rounding import Rounding, nearest
 from compressknow.errors import CompressknowError
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 from compressknow.reading import open_regular
+from compressknow.repeating import Repeating
 from compressknow.system import new_file, write_at
 
 COPY_BYTES = 1 << 20
@@ -70,27 +72,17 @@ class OutputFiles:
         try:
             for name in layout.sizes:
                 self._create(folder, name)
+            self._flushed = _Flushed(self._descriptors)
+            self._flushing = Repeating(self._flushed.flush, repeat(FLUSH_SECONDS))
         except BaseException:
             self._close_files()
             raise
-        self._complete = threading.Event()
-        self._flush_error: OSError | None = None
-        self._flusher = threading.Thread(target=self._flush, daemon=True)
-        self._flusher.start()
+        # For a signal that comes before anybody has these files.
+        finalize(self, self._flushing.end)
 
     def _create(self, folder: Path, name: str) -> None:
         descriptor = self._descriptors[name] = new_file(folder / name, self._layout.sizes[name])
         write_at(descriptor, memoryview(self._layout.headers[name]), 0)
-
-    def _flush(self) -> None:
-        """Send to the disk what is written while the rest is computed, instead of waiting for it all at the end."""
-        try:
-            while not self._complete.wait(FLUSH_SECONDS):
-                for descriptor in self._descriptors.values():
-                    os.fsync(descriptor)
-        except OSError as error:
-            # Linux tells a descriptor of a failed write once: a later fsync would succeed.
-            self._flush_error = error
 
     def writer(self, tensor_name: str) -> TensorWriter:
         place = self._layout.places[tensor_name]
@@ -98,21 +90,40 @@ class OutputFiles:
 
     def sync(self, pool: Pool) -> None:
         """Wait until all that was written would survive a power cut."""
-        self._complete.set()
-        self._flusher.join()
-        if self._flush_error is not None:
-            raise self._flush_error
+        self._end_flushing()
+        if self._flushed.error is not None:
+            raise self._flushed.error
         pool.map(os.fsync, self._descriptors.values())
 
     def close(self) -> None:
         """Close the files, complete or not."""
-        self._complete.set()
-        self._flusher.join()
+        self._end_flushing()
         self._close_files()
+
+    def _end_flushing(self) -> None:
+        self._flushing.end()
+        self._flushing.wait()
 
     def _close_files(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+
+
+class _Flushed:
+    """Sends to the disk what is written while the rest is computed, instead of waiting for it all at the end."""
+
+    def __init__(self, descriptors: Mapping[str, int]) -> None:
+        self._descriptors = descriptors
+        self.error: OSError | None = None
+
+    def flush(self) -> None:
+        """Unless it has failed before: Linux tells a descriptor of a failed write once, and a later fsync would
+        succeed."""
+        try:
+            for descriptor in () if self.error else self._descriptors.values():
+                os.fsync(descriptor)
+        except OSError as error:
+            self.error = error
 
 
 class TensorWriter:
