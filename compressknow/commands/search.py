@@ -19,8 +19,8 @@ from compressknow.probe.run import Settings
 from compressknow.quiet import OnProgress, listener
 from compressknow.report.card.make import make_card
 from compressknow.report.search import Search, Trial, write_search
-from compressknow.study.cells import StudyModel
-from compressknow.study.folder import claim, refuse_foreign
+from compressknow.study.cells import StudyModel, write_checkpoint
+from compressknow.study.folder import TEXTS, claim, refuse_foreign
 from compressknow.study.running import RayOptions, runner
 from compressknow.study.search import (
     TOGETHER,
@@ -101,7 +101,9 @@ def search(
     refuse_foreign(folder)
     parts = [parts_of(probe, seed) for probe in open_named(probes, options)]
     with (
-        StudyModel(model, settings or Settings(), revision=revision, keep_in=None if ray else folder) as study_model,
+        StudyModel(
+            model, settings or Settings(), revision=revision, keep_in=None if ray else folder, texts=folder / TEXTS
+        ) as study_model,
         claim(folder, study_model.original),
         runner(ray, listening) as run,
     ):
@@ -146,13 +148,10 @@ def _write_winner(
     winner: Trial, held_out: EvaluationSet, folder: Path, *, show_facts: bool, command: str | None
 ) -> None:
     """The converted winner, its recipe, and its report card over the held-out facts."""
-    from compressknow.compress.convert import convert
     from compressknow.report.card.pages import write_reports
-    from compressknow.report.model_card import model_card_for
 
-    recipe, source = Recipe.from_dict(dict(winner.recipe)), held_out.study_model.maker.checkpoint.folder
-    replaces = _is_earlier_winner(folder / WINNER)
-    convert(source, folder / WINNER, recipe, overwrite=replaces, render_card=model_card_for)
+    recipe = Recipe.from_dict(dict(winner.recipe))
+    write_checkpoint(held_out.study_model, recipe, folder / WINNER, overwrite=_is_earlier_winner(folder / WINNER))
     write_whole(folder / RECIPE, (to_toml(recipe.to_dict()) + "\n").encode())
     ((_, answers),) = held_out.evaluate([cell_of(recipe)])
     card = make_card(held_out.original, [answers], show_facts=show_facts, command=command)

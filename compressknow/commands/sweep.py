@@ -12,7 +12,7 @@ from compressknow.probe.gather import open_named
 from compressknow.probe.run import Settings
 from compressknow.quiet import OnProgress, listener, staged
 from compressknow.study.cells import StudyModel, save_cell
-from compressknow.study.folder import CELLS, MODELS, ORIGINAL, CellResult, claim, refuse_foreign, study_of
+from compressknow.study.folder import CELLS, MODELS, ORIGINAL, TEXTS, CellResult, claim, refuse_foreign, study_of
 from compressknow.study.grid import PAPER, GridOptions, grid_cells
 from compressknow.study.running import Batch, RayOptions, runner
 
@@ -78,8 +78,8 @@ def sweep(
     refuse_foreign(folder)
     opened = open_named(probes, options)
     # On a cluster the workers keep what they need.
-    kept = None if ray else folder
-    with StudyModel(model, settings or Settings(), revision=revision, keep_in=kept) as study_model:
+    kept, texts = None if ray else folder, folder / TEXTS
+    with StudyModel(model, settings or Settings(), revision=revision, keep_in=kept, texts=texts) as study_model:
         # The model is opened for built-in grids alone: what is wrong with a file is said before.
         cells = grid_cells(
             grid, lambda: study_model.maker, GridOptions(module_map, scheme, calibration, calibration_tokens)

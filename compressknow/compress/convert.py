@@ -149,10 +149,15 @@ def convert(
     recipe: Recipe,
     *,
     overwrite: bool = False,
+    text: CalibrationText | None = None,
     threads: int | None = None,
     render_card: Callable[[Mapping[str, Any], Path], str] | None = None,
 ) -> Manifest:
     """Prune and quantize a checkpoint into a new folder: `refuse_output`, `prepare`, `write`.
+
+    Parameters
+    ----------
+    text : what a recipe that looks at activations is calibrated on; by default that which it says.
 
     Raises
     ------
@@ -162,7 +167,7 @@ def convert(
     clean(Path(output))
     refuse_output(Path(output), overwrite=overwrite, source=Path(model))
     conversion = prepare(model, recipe)
-    text = text_for(conversion)
+    text = text or text_for(conversion)
     return write(conversion, output, text=text, overwrite=overwrite, threads=threads, render_card=render_card)
 
 

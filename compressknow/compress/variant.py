@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressknow.compress.blocks import Reader
+from compressknow.compress.calibrate.kept import kept_text
 from compressknow.compress.convert import (
     Conversion,
     calibration_record,
@@ -58,7 +59,12 @@ class Variant:
 
 
 class VariantMaker:
-    """Opens a checkpoint once, for any number of recipes. Its tensors that a recipe leaves alone are read once."""
+    """Opens a checkpoint once, for any number of recipes. Its tensors that a recipe leaves alone are read once.
+
+    Parameters
+    ----------
+    texts : a folder that keeps calibration texts: those that are there are taken as they are.
+    """
 
     def __init__(
         self,
@@ -67,10 +73,12 @@ class VariantMaker:
         revision: str | None = None,
         trust_remote_code: bool = False,
         threads: int | None = None,
+        texts: Path | None = None,
     ) -> None:
         self.checkpoint, self.tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
         self._threads, self._trusted = threads, trust_remote_code
         self._texts: dict[Calibration, CalibrationText] = {}
+        self._kept_in = texts
         self._structures: dict[ModuleMap, Structure] = {}
         self._files = OpenFiles()
         self._kept: dict[str, torch.Tensor] = {}
@@ -110,13 +118,13 @@ class VariantMaker:
         with TemporaryDirectory() as folder, OpenFiles() as files:
             with Pool(self._threads) as pool:
                 reader = Reader(pool, files, lambda _: None)
-                conversion = decided(conversion, self._text(plan), reader, Path(folder))
+                conversion = decided(conversion, self.text(plan), reader, Path(folder))
             return self._make(conversion, files)
 
     def _make(self, conversion: Conversion, files: OpenFiles) -> Variant:
         plan = conversion.plan
         # Names of a smaller model are those of other tensors.
-        output, text = _Memory(plan, {} if plan.removal else self._kept), self._text(plan)
+        output, text = _Memory(plan, {} if plan.removal else self._kept), self.text(plan)
         with Pool(self._threads) as pool:
             work = Work(pool, files, lambda _: None, output)
             masks = choose_masks(work, plan)
@@ -136,15 +144,24 @@ class VariantMaker:
         manifest = build_manifest(plan, measured, {}, {}, calibration_record(text, calibrated, plan.removal))
         return Variant(output.kept | output.made, output_config(plan), manifest, sum(sizes.values()))
 
-    def _text(self, plan: Plan) -> CalibrationText | None:
-        """What a plan is calibrated on; made once for all recipes that say the same of it."""
+    def text(self, plan: Plan) -> CalibrationText | None:
+        """What a plan is calibrated on, if it is: made once for all recipes that say the same of it. Raises what
+        `text_for` does."""
         if (calibration := plan.recipe.calibration) is None:
             return None
-        if calibration not in self._texts:
+
+        def make() -> CalibrationText:
             text = text_for(Conversion(plan, self.tree), trust_remote_code=self._trusted)
             assert text is not None
-            self._texts[calibration] = text
+            return text
+
+        if calibration not in self._texts:
+            self._texts[calibration] = kept_text(self._kept_in, calibration, make) if self._kept_in else make()
         return self._texts[calibration]
+
+    def take(self, calibration: Calibration, text: CalibrationText) -> None:
+        """Use this text, made elsewhere from the same checkpoint, for all recipes that say so."""
+        self._texts[calibration] = text
 
     def _keep(self, plan: Plan, output: _Memory, measured: dict[str, Measured]) -> None:
         for tensor in plan.tensors:

@@ -29,6 +29,7 @@ from compressknow.study.grid import Cell
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from compressknow.compress.recipe import Recipe
     from compressknow.compress.variant import VariantMaker
 
 
@@ -39,10 +40,17 @@ class StudyModel:
     ----------
     keep_in : a folder on the disk that keeps the original's distributions for cells that are evaluated in this process;
         None where there are none.
+    texts : a folder that keeps calibration texts, so that a study that resumes reads the same.
     """
 
     def __init__(
-        self, model: str | Path, settings: Settings, *, revision: str | None = None, keep_in: Path | None = None
+        self,
+        model: str | Path,
+        settings: Settings,
+        *,
+        revision: str | None = None,
+        keep_in: Path | None = None,
+        texts: Path | None = None,
     ) -> None:
         located = locate(model, revision)
         if located.path.suffix == ".gguf":
@@ -52,6 +60,7 @@ class StudyModel:
             )
         self.original, self._trusted = ModelHandle(located, settings), settings.trust_remote_code
         self._written: dict[str, Prompts] = {}
+        self._texts = texts
         self._whole = Distributions(self.original, keep_in) if keep_in else None
         self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
 
@@ -60,7 +69,7 @@ class StudyModel:
         """Makes the cells; it is opened when it is first needed, for it needs torch."""
         from compressknow.compress.variant import VariantMaker
 
-        return VariantMaker(self.original.located.path, trust_remote_code=self._trusted)
+        return VariantMaker(self.original.located.path, trust_remote_code=self._trusted, texts=self._texts)
 
     def __enter__(self) -> StudyModel:
         return self
@@ -208,10 +217,17 @@ class CellHandle(ModelHandle):
 
 def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
     """Write a cell's checkpoint below `models`, unless a run before has."""
-    from compressknow.compress.convert import convert
-    from compressknow.report.model_card import model_card_for
-
     folder = models / study_model.folder_of(cell)
     if not folder.exists():
         models.mkdir(exist_ok=True)
-        convert(study_model.maker.checkpoint.folder, folder, cell.recipe, render_card=model_card_for)
+        write_checkpoint(study_model, cell.recipe, folder)
+
+
+def write_checkpoint(study_model: StudyModel, recipe: Recipe, folder: Path, *, overwrite: bool = False) -> None:
+    """Write what a recipe makes of a study's model, calibrated on the study's own text."""
+    from compressknow.compress.convert import convert
+    from compressknow.report.model_card import model_card_for
+
+    maker = study_model.maker
+    text = maker.text(maker.plan(recipe)) if recipe.calibration else None
+    convert(maker.checkpoint.folder, folder, recipe, overwrite=overwrite, text=text, render_card=model_card_for)

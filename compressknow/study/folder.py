@@ -135,7 +135,7 @@ def _probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
 
 
 RECORD = "sweep.json"
-ORIGINAL, CELLS, MODELS = "original", "cells", "models"
+ORIGINAL, CELLS, MODELS, TEXTS = "original", "cells", "models", "calibration"
 SCHEMA_VERSION = 1
 RECORD_FORM = {"schema": int, "version": str, "model": str, "sha256": str}
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CompressknowError, OutputError, UnsupportedError
 from compressknow.files import write_whole
@@ -23,6 +23,10 @@ from compressknow.quiet import Listener, staged
 from compressknow.study.cells import StudyModel, folder_of
 from compressknow.study.folder import CellResult
 from compressknow.study.grid import Cell
+
+if TYPE_CHECKING:
+    from compressknow.compress.calibrate.text import CalibrationText
+    from compressknow.compress.recipe import Calibration, Recipe
 
 
 @dataclass(frozen=True)
@@ -137,12 +141,32 @@ def _results(ray: Any, where: RayOptions, batch: Batch) -> Generator[CellResult]
     original = batch.original
     shared = {probe.name: (ray.put(probe), ray.put(_only(original, probe.name))) for probe in batch.probes}
     run = ray.remote(num_cpus=where.num_cpus, num_gpus=where.num_gpus, max_retries=LOST_WORKERS)(_run)
+    texts = _Texts(ray, batch.study_model)
     pending: dict[Any, tuple[Cell, str]] = {}
     for cell in batch.cells:
         for probe in batch.probes:
             if not batch.study_model.is_answered(cell, probe, batch.folder, original):
-                pending[run.remote(_job(batch.study_model, cell, where), *shared[probe.name])] = (cell, probe.name)
+                job = _job(batch.study_model, cell, where)
+                pending[run.remote(job, *shared[probe.name], texts.of(cell.recipe))] = (cell, probe.name)
     yield from _collect(ray, batch, pending)
+
+
+class _Texts:
+    """Calibration texts for workers, each made once here and handed over."""
+
+    def __init__(self, ray: Any, study_model: StudyModel) -> None:
+        self._ray, self._maker = ray, study_model.maker
+        self._shared: dict[Calibration, Any] = {}
+
+    def of(self, recipe: Recipe) -> Any:
+        """None where there is none; or where it cannot be made: the worker says why, and its cell alone fails."""
+        calibration = recipe.calibration
+        if calibration is not None and calibration not in self._shared:
+            try:
+                self._shared[calibration] = self._ray.put(self._maker.text(self._maker.plan(recipe)))
+            except CompressknowError:
+                return None
+        return None if calibration is None else self._shared[calibration]
 
 
 def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Generator[CellResult]:
@@ -211,7 +235,7 @@ def _job(study_model: StudyModel, cell: Cell, where: RayOptions) -> Job:
     return Job(model, located.revision, original.sha256, cell, original.settings, threads)
 
 
-def _run(job: Job, probe: Probe | Task, reference: Answers) -> Files:
+def _run(job: Job, probe: Probe | Task, reference: Answers, text: CalibrationText | None) -> Files:
     """In a worker: the files of the answers folder."""
     import torch
 
@@ -219,6 +243,8 @@ def _run(job: Job, probe: Probe | Task, reference: Answers) -> Files:
     study_model = _subject(job.model, job.settings, job.revision)
     if study_model.original.sha256 != job.sha256:
         raise CompressknowError(f"{job.model} is another model on this worker.", hint="Share one storage with all.")
+    if text is not None and (calibration := job.cell.recipe.calibration):
+        study_model.maker.take(calibration, text)
     with tempfile.TemporaryDirectory() as folder:
         study_model.evaluate_cell(job.cell, [probe], Path(folder), reference)
         answers = Path(folder) / study_model.folder_of(job.cell) / folder_of(probe.name)

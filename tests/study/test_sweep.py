@@ -5,12 +5,18 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import compressknow
 from compressknow.cli import main
+from compressknow.compress.calibrate import text
+from compressknow.compress.calibrate.kept import kept_text
+from compressknow.compress.calibrate.text import CalibrationText, calibration_text
+from compressknow.compress.recipe import Calibration
 from compressknow.engine.identity import locate
 from compressknow.errors import OutputError
 from compressknow.files import LOCK
@@ -197,6 +203,117 @@ def test_saved_checkpoints_are_those_of_convert(llama: Place) -> None:
     compressknow.convert(llama.model, llama.folder / "same", prune=0.3)
     assert (saved / "model.safetensors").read_bytes() == (llama.folder / "same" / "model.safetensors").read_bytes()
     llama.grid.write_text(GRID, encoding="utf-8")
+
+
+CALIBRATED = """
+[axes]
+scope = ["attention"]
+method = ["wanda", "sparsegpt"]
+prune = [0, 0.5]
+quantize = ["none", "int8"]
+rounding = ["gptq"]
+calibration_tokens = [512]
+"""
+
+
+@pytest.fixture
+def calibrated(llama: Place) -> Iterator[Place]:
+    llama.grid.write_text(CALIBRATED, encoding="utf-8")
+    yield llama
+    llama.grid.write_text(GRID, encoding="utf-8")
+
+
+def test_calibrated_cells_share_one_text_and_are_those_of_convert(
+    calibrated: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = []
+
+    def counted(*args: object, **options: object) -> CalibrationText:
+        made.append(options)
+        return calibration_text(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(text, "calibration_text", counted)
+    seen = []
+
+    class Stop(BaseException):
+        pass
+
+    def stop(result: CellResult) -> None:
+        seen.append(result)
+        if len(seen) == 2:
+            raise Stop
+
+    study, options = calibrated.folder / "calibrated", {"grid": calibrated.grid, "probes": [calibrated.probe]}
+    with pytest.raises(Stop):
+        compressknow.sweep(calibrated.model, study, on_result=stop, **options)
+    (kept,) = (study / "calibration").iterdir()
+    before = kept.stat().st_mtime_ns
+    # What was answered stays, and what is left reads the same text.
+    tables = {p: p.stat().st_mtime_ns for p in study.rglob("answers.parquet")}
+    assert calibrated.sweep("calibrated", "--save") == 0
+    assert len(made) == 1
+    assert kept.stat().st_mtime_ns == before
+    assert {p: p.stat().st_mtime_ns for p in tables} == tables
+    rows = calibrated.rows("calibrated")
+    assert {row["calibration"] for row in rows.values()} == {"self, 512 tokens"}
+    assert {(row["pruning"], row["quantization"]) for row in rows.values()} == {
+        *(("", "int8 gptq"), ("wanda", ""), ("sparsegpt", ""), ("wanda", "int8 gptq"), ("sparsegpt", "int8 gptq")),
+    }
+    monkeypatch.undo()
+    (saved,) = (study / "models").glob("att-sparsegpt-50-att-gq-gptq-int8-512-tokens-*")
+    compressknow.convert(
+        calibrated.model,
+        tmp_path / "same",
+        scope="attention",
+        prune=0.5,
+        prune_method="sparsegpt",
+        quantize="int8",
+        rounding="gptq",
+        calibration_tokens=512,
+    )
+    assert (saved / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
+
+
+def test_a_kept_text_that_is_damaged_is_made_anew(tmp_path: Path) -> None:
+    batches = ({"input_ids": torch.arange(12).view(3, 4)},)
+    whole = CalibrationText("self", "self", text.sha256_of_batches(batches), 0, 12, 12, batches, ("a", "b", "c"))
+    made: list[int] = []
+
+    def make() -> CalibrationText:
+        made.append(1)
+        return whole
+
+    def same(other: CalibrationText) -> bool:
+        return other.sha256 == whole.sha256 and torch.equal(other.batches[0]["input_ids"], batches[0]["input_ids"])
+
+    for _ in range(2):
+        assert same(kept_text(tmp_path, Calibration(tokens=12), make))
+    assert len(made) == 1
+    (file,) = tmp_path.iterdir()
+    for damage in ("", "{", "[]", file.read_text().replace("11", "10"), file.read_text()[:-4]):
+        file.write_text(damage)
+        before = len(made)
+        assert same(kept_text(tmp_path, Calibration(tokens=12), make))
+        assert len(made) == before + 1
+    kept_text(tmp_path, Calibration(tokens=12, seed=1), make)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cell_that_the_model_cannot_have_is_refused_and_the_study_does_not_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place("bert", tmp_path)
+    place.grid.write_text(
+        '[axes]\nscope = ["attention"]\nquantize = ["int8"]\nsmooth = [0, 0.5]\ncalibration_tokens = [512]\n'
+    )
+    assert place.sweep("study") == 0
+    rows = place.rows("study")
+    assert {key: row["status"] for key, row in rows.items()} == {
+        "att-gq-int8": "ok",
+        "att-gq-smooth-0.5-int8-512-tokens": "refused",
+    }
+    assert "can be smoothed" in rows["att-gq-smooth-0.5-int8-512-tokens"]["error"]
+    assert "Att_GQ smooth 0.5: refused" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,7 @@ def calibration_text(
     return CalibrationText(
         kind=kind_of(text),
         source=text,
-        sha256=_sha256(batches),
+        sha256=sha256_of_batches(batches),
         seed=seed,
         tokens=len(bodies) * form.length,
         asked=tokens,
@@ -188,7 +188,8 @@ def _batches(inputs: dict[str, torch.Tensor], rows: int) -> Iterator[dict[str, t
         yield {name: ids[start : start + rows] for name, ids in inputs.items()}
 
 
-def _sha256(batches: Iterable[dict[str, torch.Tensor]]) -> str:
+def sha256_of_batches(batches: Iterable[dict[str, torch.Tensor]]) -> str:
+    """Of all token ids, with the names and shapes of what holds them."""
     digest = hashlib.sha256()
     for batch in batches:
         for name, ids in batch.items():
