@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ OPERANDS: dict[Any, tuple[int, int]] = {
     **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__), (0, 1)),
 }
 TURN_SECONDS = 0.05
+BAND = 128
 
 
 class Key(NamedTuple):
@@ -192,15 +193,23 @@ class _Sum:
         self._tokens += len(rows)
         self._statistics = None
         if self._keeps_products:
-            self._products.addmm_(rows.T, rows)
+            for band in self._bands():
+                self._products[band, band.start :].addmm_(rows[:, band].T, rows[:, band.start :])
         else:
             self._squares += torch.linalg.vector_norm(rows, dim=0).square_()
         if self._keeps_peaks and len(rows):
             self._peaks = torch.maximum(self._peaks, rows.abs().amax(dim=0))
 
+    def _bands(self) -> Iterator[slice]:
+        """Rows of the products, which are added to from the diagonal on: the rest mirrors that, half of the work."""
+        for start in range(0, len(self._products), BAND):
+            yield slice(start, start + BAND)
+
     def statistics(self) -> InputStatistics:
         """Of all that was added; one object for all that ask, who keep what they make of it by that."""
         if self._statistics is None:
+            for band in self._bands():
+                self._products[band.stop :, band] = self._products[band, band.stop :].T
             products = self._products if self._keeps_products else None
             squares = products.diagonal().clone() if products is not None else self._squares
             peaks = self._peaks if self._keeps_peaks else None

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compressknow.compress.calibrate.forward import Call
-from compressknow.compress.calibrate.gathering import Key, Sums
+from compressknow.compress.calibrate.gathering import Key, Seen, Sums
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.walk import walk
 from compressknow.compress.pool import Pool
@@ -132,6 +132,21 @@ def test_layers_that_read_the_same_tensor_share_their_sums(tmp_path: Path) -> No
     gate, up = (found[f"{layer}.mlp.{name}_proj.weight"].products for name in ("gate", "up"))
     assert gate is up
     assert found[f"{layer}.self_attn.o_proj.weight"].products is not q
+
+
+def test_products_of_many_channels_are_whole_and_symmetric_however_often_they_are_asked_for() -> None:
+    drawing = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 50, 300, generator=drawing) for _ in range(3)]
+    key = Key("layer.weight")
+    sums = Sums([key.parameter], products=True, peaks=False, check=lambda: None)
+    for number, batch in enumerate(inputs):
+        sums.add(number, [Seen(key, batch, batch._version)])
+        rows = torch.cat(inputs[: number + 1], dim=1)[0].double()
+        statistics = sums.of(key)
+        assert statistics is not None
+        assert statistics.products is not None
+        assert torch.allclose(statistics.products.double(), rows.T @ rows, atol=1e-4)
+        assert torch.equal(statistics.products[:128, 128:], statistics.products[128:, :128].T)
 
 
 def test_a_block_that_gives_nan_is_named(tmp_path: Path) -> None:
