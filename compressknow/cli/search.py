@@ -15,6 +15,7 @@ from compressknow.cli.options import (
     RUNS,
     OneOf,
     Share,
+    calibration_options,
     command,
     option,
     probe_options,
@@ -26,6 +27,8 @@ from compressknow.cli.options import (
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json_text
+from compressknow.compress.pruning import METHODS
+from compressknow.compress.recipe import ROUNDINGS
 from compressknow.compress.schemes import SCHEMES
 from compressknow.errors import GateNotMet
 from compressknow.format import count, estimate, plain, size
@@ -67,6 +70,23 @@ SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weight
     help="Scheme to try, repeatable.  [default: int8, int8-weights]",
 )
 @option(
+    "--prune-method",
+    "prune_methods",
+    group=HOW,
+    multiple=True,
+    type=OneOf(list(METHODS)),
+    help="Method to try, repeatable.  [default: l1-unstructured]",
+)
+@option(
+    "--rounding",
+    "roundings",
+    group=HOW,
+    multiple=True,
+    type=OneOf(list(ROUNDINGS)),
+    help="Rounding to try, repeatable.  [default: nearest]",
+)
+@calibration_options
+@option(
     "--module-map",
     group=COMPRESS,
     type=OneOf(["structural", "paper"]),
@@ -100,8 +120,9 @@ def search(
     seed = given["seed"]
     options, settings = split_options(given)
     given["ray"] = split_ray(given)
-    if not given["schemes"]:
-        del given["schemes"]
+    for name in ("schemes", "prune_methods", "roundings"):
+        if not given[name]:
+            del given[name]
     with if_interrupted(RESUMES):
         found = run(
             model,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.compress.recipe import Recipe, to_toml
+from compressknow.compress.recipe import Calibration, Recipe, to_toml
 from compressknow.compress.staging import discard
 from compressknow.files import write_whole
 from compressknow.libraries import require
@@ -31,7 +31,7 @@ from compressknow.study.search import (
     search_of,
     sizes_of_original,
 )
-from compressknow.study.space import Space
+from compressknow.study.space import Space, Ways
 from compressknow.study.split import EvaluationSet, cell_of, parts_of
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ def search(
     minimize: str = "bytes",
     trials: int = TRIALS,
     schemes: Sequence[str] = ("int8", "int8-weights"),
+    prune_methods: Sequence[str] = Ways.methods,
+    roundings: Sequence[str] = Ways.roundings,
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
     module_map: ModuleMap = "structural",
     probes: str | Sequence[str] | None = None,
     options: Options | None = None,
@@ -78,7 +82,8 @@ def search(
     minimize : ``bytes`` (on disk, where pruned weights are dense), ``sparse-bytes`` (non-zero weights at their width
         and one bit a weight) or ``nonzero`` (weights left). Ties go to the recipe that keeps more.
     trials : recipes that the optimiser chooses, beside the paper's setups.
-    schemes : schemes that it may choose from.
+    schemes, prune_methods, roundings : that it may choose from.
+    calibration, calibration_tokens : the text for those that look at activations; see `compressknow.convert`.
     probes, options, settings : see `compressknow.probe`; lm-eval's tasks cannot be held out.
     seed : of the halves and of the optimiser.
     no_facts : leave the text of every fact out of the winner's report card.
@@ -98,6 +103,9 @@ def search(
     """
     require("matplotlib", "optuna", "pyarrow", "scipy", *(["ray"] if ray else []))
     criterion, folder, listening = Criterion(keep, minimize), Path(output), listener(on_progress)
+    usual = Calibration()
+    text = Calibration(calibration or usual.text, usual.tokens if calibration_tokens is None else calibration_tokens)
+    ways = Ways(tuple(prune_methods), tuple(roundings), text)
     refuse_foreign(folder)
     parts = [parts_of(probe, seed) for probe in open_named(probes, options)]
     with (
@@ -110,7 +118,7 @@ def search(
         rest, first = [part.rest for part in parts], [part.first for part in parts]
         searched = EvaluationSet.of(study_model, rest, folder / SEARCHED, listening, run, first)
         chosen = RecipeSearch(
-            Space(study_model.maker.structure(module_map), schemes, module_map),
+            Space(study_model.maker.structure(module_map), schemes, module_map, ways),
             criterion,
             evaluating(searched, criterion, on_result),
             sizes_of_original(searched.original),

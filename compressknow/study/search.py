@@ -154,7 +154,9 @@ def trial_of(original: Answers, recipe: Recipe, answers: Answers, kind: str) -> 
 
 def _name(recipe: Recipe) -> str:
     """The setup, and the scheme where it is not the usual one: the paper has one scheme and does not name it."""
-    schemes = {step.scheme for step in recipe.steps if isinstance(step, Quantize)} - {SCHEMES.first}
+    schemes = {step.scheme for step in recipe.steps if isinstance(step, Quantize) and not step.is_named} - {
+        SCHEMES.first
+    }
     return f"{recipe.setup} ({', '.join(sorted(schemes))})" if schemes else recipe.setup
 
 

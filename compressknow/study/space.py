@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from compressknow.compress.recipe import Prune, Quantize, Recipe, Step, Where, recipe_of
+from compressknow.compress.pruning import METHODS
+from compressknow.compress.recipe import ROUNDINGS, Calibration, Prune, Quantize, Recipe, Step, Where, recipe_of
 from compressknow.compress.schemes import SCHEMES
 from compressknow.errors import UnsupportedError
 from compressknow.model.scopes import scope_names
@@ -37,8 +38,8 @@ class Band:
     scope: str
     layers: str
 
-    def pruned(self, amount: float) -> Prune:
-        return Prune(amount, where=Where((self.scope,), layers=self.layers))
+    def pruned(self, amount: float, method: str = METHODS.first) -> Prune:
+        return Prune(amount, method, Where((self.scope,), layers=self.layers))
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ class Choice:
     tilt: int
     scheme: str
     quantized: str
+    method: str = METHODS.first
+    rounding: str = ROUNDINGS[0]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """What a search may choose beside schemes: methods that prune, roundings, and the text of those that look at
+    activations."""
+
+    methods: tuple[str, ...] = (METHODS.first,)
+    roundings: tuple[str, ...] = (ROUNDINGS[0],)
+    calibration: Calibration = field(default_factory=Calibration)
 
 
 class Space:
@@ -65,10 +78,15 @@ class Space:
     ----------
     schemes : that may be chosen, beside none; with the nearest values of their parameters that the model can have.
 
+    ways : what may be chosen beside them.
+
     Raises UnsupportedError where it can have none.
     """
 
-    def __init__(self, structure: Structure, schemes: Sequence[str], module_map: ModuleMap) -> None:
+    def __init__(
+        self, structure: Structure, schemes: Sequence[str], module_map: ModuleMap, ways: Ways | None = None
+    ) -> None:
+        self.ways = ways or Ways()
         self._here = scope_names(structure)
         self.scopes = tuple(scope for scope in PRUNED if scope in self._here)
         self.quantized = (*self.scopes, BOTH, "overall") if len(self.scopes) > 1 else (*self.scopes, "overall")
@@ -113,8 +131,10 @@ class Space:
         steps: list[Step] = [step for scope, amount in choice.amounts for step in self._pruned(scope, amount, choice)]
         if choice.scheme != NONE and choice.quantized != NONE:
             where = Where(tuple(choice.quantized.split("+")))
-            steps.append(Quantize(choice.scheme, where, self._parameters[choice.scheme]))
-        return Recipe(tuple(steps), self.module_map) if steps else None
+            rounding = ROUNDINGS[0] if SCHEMES[choice.scheme].rounds == "batch" else choice.rounding
+            steps.append(Quantize(choice.scheme, where, self._parameters[choice.scheme], rounding))
+        text = self.ways.calibration if any(step.calibrated for step in steps) else None
+        return Recipe(tuple(steps), self.module_map, text) if steps else None
 
     def _pruned(self, scope: str, amount: int, choice: Choice) -> Iterator[Prune]:
         if not amount:
@@ -122,13 +142,13 @@ class Space:
         bands = [band for band in self.bands if band.scope == scope]
         if not choice.tilt or len(bands) < 2:
             # One threshold over all of the scope.
-            yield Prune(amount / 100, where=Where((scope,)))
+            yield Prune(amount / 100, choice.method, Where((scope,)))
             return
         for band in bands:
             tilted = amount + choice.tilt * self._rank.get(band, 0.0)
             stepped = min(MOST, STEP * round(tilted / STEP))
             if stepped > 0:
-                yield band.pruned(stepped / 100)
+                yield band.pruned(stepped / 100, choice.method)
 
     def beginnings(self) -> Iterator[Choice]:
         """Choices to begin with: all pruned by one amount and quantized, the ones that people would try."""
@@ -136,7 +156,14 @@ class Space:
             for scheme in (*self.schemes, NONE):
                 if amount or scheme != NONE:
                     amounts = tuple((scope, amount) for scope in self.scopes)
-                    yield Choice(amounts, 0, scheme, NONE if scheme == NONE else self.quantized[-2])
+                    yield Choice(
+                        amounts,
+                        0,
+                        scheme,
+                        NONE if scheme == NONE else self.quantized[-2],
+                        self.ways.methods[0],
+                        self.ways.roundings[0],
+                    )
 
 
 def _fitting(structure: Structure, scheme: str) -> dict[str, Any]:
@@ -197,8 +224,15 @@ def _choice(trial: optuna.Trial, space: Space) -> Choice:
     trial.suggest_categorical("quantized", (NONE, *space.quantized))
     chosen = trial.params
     amounts = tuple((scope, chosen[scope]) for scope in space.scopes)
-    return Choice(amounts, chosen["tilt"], chosen["scheme"], chosen["quantized"])
+    method, rounding = (_one_of(trial, name, getattr(space.ways, f"{name}s")) for name in ("method", "rounding"))
+    return Choice(amounts, chosen["tilt"], chosen["scheme"], chosen["quantized"], method, rounding)
+
+
+def _one_of(trial: optuna.Trial, name: str, several: Sequence[str]) -> str:
+    """What there is no choice of is no parameter: a search chooses as it would without."""
+    return str(trial.suggest_categorical(name, several)) if len(several) > 1 else several[0]
 
 
 def _parameters(choice: Choice) -> dict[str, Any]:
-    return dict(choice.amounts) | {"tilt": choice.tilt, "scheme": choice.scheme, "quantized": choice.quantized}
+    said = {"tilt": choice.tilt, "scheme": choice.scheme, "quantized": choice.quantized}
+    return dict(choice.amounts) | said | {"method": choice.method, "rounding": choice.rounding}

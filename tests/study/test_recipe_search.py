@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from compressknow.compress.recipe import Prune, Quantize, Recipe
+from compressknow.compress.recipe import Calibration, Prune, Quantize, Recipe
 from compressknow.model.groups import structure_of
 from compressknow.report.search import Trial
 from compressknow.stats.records import Estimate
 from compressknow.study.search import CONFIRMED, Criterion, RecipeSearch
-from compressknow.study.space import Space
+from compressknow.study.space import Space, Ways
 from tests.models import tiny
 
 pytest.importorskip("optuna")
@@ -111,6 +111,19 @@ def test_where_nothing_keeps_enough_the_one_that_keeps_most_is_told() -> None:
     (closest,) = made.confirmed
     assert closest.kept.low == max(t.kept.low or 0 for t in made.trials)
     assert made.winner is None
+
+
+def test_it_chooses_from_the_methods_and_roundings_that_it_is_given() -> None:
+    text, evaluated = Calibration(tokens=512), Evaluated()
+    ways = Ways(("l1-unstructured", "wanda"), ("nearest", "gptq"), text)
+    space = Space(structure_of(tiny("llama")), ["int8", "int8-paper"], "structural", ways)
+    RecipeSearch(space, Criterion(0.9), evaluated, ORIGINAL).explore(60, 0)
+    steps = [(recipe, step) for recipe, kind in evaluated.given if kind == "search" for step in recipe.steps]
+    assert {step.method for _, step in steps if isinstance(step, Prune)} == set(ways.methods)
+    assert {(s.scheme, s.rounding) for _, s in steps if isinstance(s, Quantize)} == {
+        *(("int8", "nearest"), ("int8", "gptq"), ("int8-paper", "nearest")),
+    }
+    assert all(recipe.calibration == (text if any(s.calibrated for s in recipe.steps) else None) for recipe, _ in steps)
 
 
 def test_more_trials_find_nothing_larger() -> None:
