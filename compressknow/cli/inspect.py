@@ -14,7 +14,7 @@ from compressknow.cli.terminal import show, show_json
 
 LISTED = 8
 WIDTH = 80
-DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8"}
+DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8", "I4": "int4"}
 
 
 @command(short_help="Show a checkpoint's Linear layers by group and scope.")

@@ -53,10 +53,10 @@ class Reader:
     files: OpenFiles
     progress: Progress
 
-    def blocks(self, tensor: StoredTensor, *, whole: bool = False) -> Iterator[Block]:
+    def blocks(self, tensor: StoredTensor, *, whole: bool = False, columns: int | None = None) -> Iterator[Block]:
         """The blocks of a tensor (of a dtype in READABLE), in order, or all of it as one; ends with Stopped where the
-        pool was stopped."""
-        for block in _blocks(self.files, tensor, whole):
+        pool was stopped. `columns` sets how many rows a block has where those of the tensor are packed."""
+        for block in _blocks(self.files, tensor, whole, columns):
             self.pool.check()
             yield block
             self.progress(block.values.nbytes)
@@ -80,9 +80,9 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
-def _blocks(files: OpenFiles, tensor: StoredTensor, whole: bool) -> Iterator[Block]:
+def _blocks(files: OpenFiles, tensor: StoredTensor, whole: bool, unpacked: int | None) -> Iterator[Block]:
     rows, columns = matrix_shape(tensor.shape)
-    height = max(1, rows if whole else min(rows, BLOCK_ELEMENTS // max(columns, 1)))
+    height = max(1, rows if whole else min(rows, BLOCK_ELEMENTS // max(unpacked or columns, 1)))
     buffer = torch.empty(height, columns, dtype=torch_dtype(tensor.dtype))
     raw = byte_view(buffer)
     row_bytes = columns * tensor.itemsize

@@ -17,6 +17,7 @@ from compressknow.diff.records import ConfigChange, Difference, StructureChange,
 from compressknow.engine.identity import Located
 from compressknow.errors import CompressknowError
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, weight_files
+from compressknow.model.packed import config_groups
 from compressknow.model.tensors import OpenFiles, StoredTensor
 from compressknow.quiet import Advance, Listener, Stage, begun, counted
 from compressknow.reading import sha256_of
@@ -178,7 +179,7 @@ def _told(tensor: StoredTensor | None) -> str:
 def _measure(
     a: Side, b: Side, pairs: list[Pair], threads: int | None, advance: Advance | None
 ) -> Iterable[TensorDifference]:
-    total = sum(pair.a.tensor.nbytes + pair.b.tensor.nbytes for pair in pairs)
+    total = sum(pair.a.stored.nbytes + pair.b.stored.nbytes for pair in pairs)
     with Pool(threads) as pool, OpenFiles() as files:
         reader = Reader(pool, files, counted(advance, total))
         return pool.map(lambda pair: _compared(reader, a, b, pair), pairs)
@@ -243,14 +244,7 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def _quantization(value: Mapping[str, Any]) -> str:
     method, form = value.get("quant_method", "unknown"), value.get("format")
-    layers = sum(target_count(map(str, group.get("targets") or ())) for group in _groups(value))
+    layers = sum(target_count(map(str, group.get("targets") or ())) for group in config_groups(value))
     return json.dumps(
         ", ".join([str(method), *([str(form)] if form else []), *([f"{layers} targets"] if layers else [])])
     )
-
-
-def _groups(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    groups = value.get("config_groups")
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        if isinstance(group, Mapping):
-            yield group

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -16,20 +16,34 @@ from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.meta import meta_model
 from compressknow.model.naming import Naming, suppliers
+from compressknow.model.packed import INT4, packed_int4
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 
 
 @dataclass(frozen=True)
 class Values:
-    """A parameter's values as a checkpoint stores them: a tensor and, of an int8 one, its scale."""
+    """A parameter's values as a checkpoint stores them: a tensor and, of integers, its scale; `packed` is where those
+    of 4 bits lie."""
 
     tensor: StoredTensor
     scale: StoredTensor | None = None
+    packed: StoredTensor | None = None
+
+    @property
+    def stored(self) -> StoredTensor:
+        """What is read."""
+        return self.packed or self.tensor
 
     @property
     def nbytes(self) -> int:
-        return self.tensor.nbytes + (self.scale.nbytes if self.scale else 0)
+        return self.stored.nbytes + (self.scale.nbytes if self.scale else 0)
+
+    def blocks(self, reader: Reader) -> Iterator[Block]:
+        """As `Reader.blocks`; of the same rows for all tensors of one shape."""
+        columns = matrix_shape(self.tensor.shape)[1]
+        for block in reader.blocks(self.stored, columns=columns):
+            yield block if self.packed is None else Block(block.first_row, _unpacked(block.values, columns))
 
 
 def is_scale_of(scale: StoredTensor, tensor: StoredTensor) -> bool:
@@ -45,13 +59,21 @@ def deviation(reader: Reader, a: Values, b: Values) -> tuple[Sums, bool]:
     alike = a.tensor.dtype == b.tensor.dtype and _same(scale_a, scale_b)
     sums, same = Sums(), alike
     # torch reads no tensor without elements.
-    blocks = zip(reader.blocks(a.tensor), reader.blocks(b.tensor), strict=True) if a.tensor.numel else ()
+    blocks = zip(a.blocks(reader), b.blocks(reader), strict=True) if a.tensor.numel else ()
     for block_a, block_b in blocks:
         equal = alike and _same(block_a.values, block_b.values)
         x = _floats(block_a, scale_a)
         sums += _sums(x, x if equal else _floats(block_b, scale_b))
         same = same and equal
     return sums, same
+
+
+def _unpacked(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """int8 [rows, columns] of int32 [rows, columns / 8]."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    integers: torch.Tensor = unpack_from_int32(packed, 4, torch.Size((len(packed), columns)))
+    return integers.contiguous()
 
 
 def _scale(reader: Reader, values: Values) -> torch.Tensor | None:
@@ -105,6 +127,7 @@ class Side:
     supply : parameter -> the stored tensor that gives it its values, ties resolved; `own` included.
     loaded_to : of a tensor that is fused with others on loading, the parameter that it becomes a part of.
     parts : module -> stored tensors beside its parameters: scales, zero points, packed weights.
+    unpacked : values of 4 bits that lie packed, by the name of the tensor that stands for them in `own`.
     modules : where modules are called by the numbers that their blocks had before others were dropped, the names that
         `parts` has them under.
     """
@@ -116,6 +139,7 @@ class Side:
     supply: dict[str, StoredTensor]
     loaded_to: dict[str, str]
     parts: dict[str, dict[str, StoredTensor]]
+    unpacked: dict[str, Values] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -129,6 +153,8 @@ class Side:
     def values(self, key: str) -> Values | None:
         """A parameter's values; None where it has none, or none that can be read."""
         tensor = self.supply.get(key)
+        if tensor and tensor.name in self.unpacked:
+            return self.unpacked[tensor.name]
         if tensor is None or tensor.dtype not in READABLE:
             return None
         if self.linear(key) is None or tensor.dtype in (*FLOAT_DTYPES, "F64"):
@@ -151,14 +177,28 @@ class Side:
         return (name for name in self.linears if name not in self.supply and self.packed(name))
 
     def _dequantizable(self, tensor: StoredTensor) -> Values | None:
-        """An int8 weight in the layout of compressed-tensors, symmetric, with scales as `is_scale_of` says."""
-        module = tensor.name.removesuffix(".weight")
-        scale = self.parts.get(module, {}).get(f"{tensor.name}_scale")
-        # A zero point, or groups of columns that are no neighbours.
-        more = {f"{tensor.name}_zero_point", f"{tensor.name}_g_idx"} & set(self.parts.get(module, {}))
-        if tensor.dtype != "I8" or scale is None or more or not is_scale_of(scale, tensor):
-            return None
-        return Values(tensor, scale)
+        """An int8 weight with a scale."""
+        scale = _scale_in(self.parts.get(tensor.name.removesuffix(".weight"), {}), tensor)
+        return Values(tensor, scale) if tensor.dtype == "I8" and scale else None
+
+
+def _scale_in(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> StoredTensor | None:
+    """The scale of an integer weight in the layout of compressed-tensors, symmetric, as `is_scale_of` says."""
+    scale = parts.get(f"{tensor.name}_scale")
+    # A zero point, or groups of columns that are no neighbours.
+    more = any(f"{tensor.name}_{part}" in parts for part in ("zero_point", "g_idx"))
+    return scale if scale and not more and is_scale_of(scale, tensor) else None
+
+
+def _unpackable(
+    packed: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor], structure: Structure
+) -> Iterator[tuple[str, Values]]:
+    """By parameter, the packed weights whose values can be told."""
+    for weight in structure.linears:
+        if (stored := packed.get(weight.parameter)) is not None:
+            tensor = replace(stored, name=stored.name.removesuffix("_packed"), dtype=INT4, shape=weight.shape)
+            if scale := _scale_in(parts, tensor):
+                yield weight.parameter, Values(tensor, scale, stored)
 
 
 def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
@@ -170,9 +210,10 @@ def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
         )
     model = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure, naming = structure_of(model), Naming(model)
-    bound = naming.bind(checkpoint.tensors)
+    bound, packed = naming.bind(checkpoint.tensors), packed_int4(checkpoint, naming, structure)
     # By their names in the tree and, where the architecture was renamed since, by those in the files.
-    modules = {name.rpartition(".")[0] for name in (*structure.parameters, *bound)} - {""}
+    named = (*structure.parameters, *bound, *(tensor.name for tensor in packed.values()))
+    modules = {name.rpartition(".")[0] for name in named} - {""}
     quantized = "quantization_config" in checkpoint.config
     own: dict[str, StoredTensor] = {}
     whole: dict[str, str] = {}
@@ -189,9 +230,14 @@ def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
             own[name] = tensor
             if binding:
                 loaded_to[name] = binding.parameter
+    unpacked = dict(_unpackable(packed, checkpoint.tensors, structure)) if packed else {}
+    of_four_bits = {parameter: values.tensor for parameter, values in unpacked.items()}
+    own |= of_four_bits
     stored = suppliers(checkpoint, whole, structure.tied)
-    supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()}
-    return Side(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts)
+    # A final layer that was tied and is packed has values of its own.
+    supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()} | of_four_bits
+    by_name = {values.tensor.name: values for values in unpacked.values()}
+    return Side(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts, by_name)
 
 
 def _module_of(name: str, modules: set[str]) -> str | None:

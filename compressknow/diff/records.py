@@ -79,7 +79,7 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
-    """A tensor that both checkpoints have in one shape; int8 values are compared as what they stand for.
+    """A tensor that both checkpoints have in one shape; int8 and int4 values are compared as what they stand for.
 
     Attributes
     ----------

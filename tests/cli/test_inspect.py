@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers
 
+import compressknow
 from compressknow.cli import main
+from tests.models import tiny_of_groups
 
 BERT = {
     "vocab_size": 90,
@@ -77,6 +79,17 @@ def test_json_lists_every_weight_with_shape_and_dtype(tmp_path: Path, capsys: py
     assert first["name"] == "bert.encoder.layer.0.intermediate.dense.weight"
     assert (first["shape"], first["dtype"], first["layer"]) == ([24, 16], "BF16", 0)
     assert summary["groups"]["final"]["weights"][0]["dtype"] == "BF16"
+
+
+def test_weights_of_four_bits_are_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_of_groups("llama-tied").save_pretrained(tmp_path / "llama")
+    options = {"quantize": "int4", "scope": ["attention", "final"], "parameters": {"group_size": 32}}
+    compressknow.convert(tmp_path / "llama", tmp_path / "int4", **options)
+    assert record(capsys, tmp_path / "int4")["tied"] == []
+    groups = record(capsys, tmp_path / "int4")["groups"]
+    assert {weight["dtype"] for weight in groups["attention"]["weights"]} == {"I4"}
+    assert {weight["dtype"] for weight in groups["feed-forward"]["weights"]} == {"F32"}
+    assert "4 x [32, 32] int4\n" in printed(capsys, tmp_path / "int4")
 
 
 def test_counts_agree_with_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compressknow
+from compressknow.compress import blocks
 from compressknow.diff.checkpoints import difference
 from compressknow.diff.records import Difference, Sums, TensorDifference, summed
 from compressknow.engine.identity import describe, locate
 from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.model.checkpoint import open_checkpoint
 from tests.compress.deep import save_deep
-from tests.models import save_tiny
+from tests.models import save_tiny, tiny_of_groups
 
 Arrays = dict[str, npt.NDArray[np.float64]]
 FAMILIES = ("bert", "llama", "t5-gated", "t5-tied", "gpt2", "mixtral")
@@ -32,15 +33,26 @@ def compared(a: Path, b: Path, **options: Any) -> Difference:
 
 
 def values(folder: Path) -> Arrays:
-    """Every tensor as the numbers that it stands for, int8 ones times their scales."""
+    """Every tensor as the numbers that it stands for, integers times their scales."""
     stored = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     floats = {}
     for name, tensor in stored.items():
-        if name.endswith("_scale"):
+        if name.endswith(("_scale", "_shape")):
+            continue
+        if name.endswith("_packed"):
+            name = name.removesuffix("_packed")
+            floats[name] = of_four_bits(tensor.numpy(), stored[f"{name}_scale"])
             continue
         scale = stored.get(f"{name}_scale")
         floats[name] = (tensor.float() * scale.float() if scale is not None else tensor).double().numpy()
     return floats
+
+
+def of_four_bits(packed: npt.NDArray[np.int32], scales: torch.Tensor) -> npt.NDArray[np.float64]:
+    """The first weight of a row in the lowest four bits, and so on; each is stored plus 8."""
+    integers = np.stack([(packed >> 4 * place & 15) - 8 for place in range(8)], axis=-1).reshape(len(packed), -1)
+    size = integers.shape[1] // scales.shape[1]
+    return (torch.from_numpy(integers).float() * scales.float().repeat_interleave(size, 1)).double().numpy()
 
 
 def assert_recounted(sums: Sums, a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> None:
@@ -107,6 +119,33 @@ def test_int8_weights_are_compared_as_what_they_stand_for(
         assert_recounted(tensor.sums, before[row["name"]], after[row["name"]])
         assert tensor.sums.relative_error == pytest.approx(row["relative_error"], rel=1e-4, abs=1e-7)
         assert (tensor.sums.zeros_b, tensor.bytes_b) == (row["zeros"], row["bytes_after"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5-gated", "gpt-neox"])
+def test_int4_weights_are_compared_as_what_they_stand_for(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Blocks of a few rows.
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 9)
+    tiny_of_groups(family).to(dtype).save_pretrained(tmp_path / "a")
+    scopes = ["attention"] if family == "bert" else ["attention", "final"]
+    made = {"quantize": "int4", "scope": scopes, "parameters": {"group_size": 32}}
+    manifest = compressknow.convert(tmp_path / "a", tmp_path / "b", **made)
+    compressknow.convert(tmp_path / "a", tmp_path / "c", prune=0.5, **made)
+    a, b, c = (values(tmp_path / name) for name in "abc")
+    difference = compared(tmp_path / "a", tmp_path / "b")
+    assert {(change.kind, change.b.split()[0]) for change in difference.structure} == {("retyped", "I4")}
+    found, both = by_name(difference), by_name(compared(tmp_path / "b", tmp_path / "c"))
+    for row in manifest["tensors"]:
+        name = row["name"].replace("embed_out", "lm_head")
+        assert_recounted(found[name].sums, a[row["name"]], b[row["name"]])
+        assert found[name].sums.relative_error == pytest.approx(row["relative_error"], rel=1e-4, abs=1e-7)
+        assert_recounted(both[name].sums, b[row["name"]], c[row["name"]])
+        assert both[name].same_bytes == (not row["in_scope"])
+    back = compared(tmp_path / "b", tmp_path / "a")
+    assert {change.kind for change in back.structure} == {"retyped"}
+    assert compared(tmp_path / "b", tmp_path / "b").same_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
