@@ -1,6 +1,6 @@
 """Time and memory of a calibrated `convert`, beside the least that it must do and beside llm-compressor, in one run.
 
-    python benchmarks/calibrate.py [--folder DIR] [--rounds 3] [--blocks 24] [--tokens 32768] [--skip floor,growth]
+    python benchmarks/calibrate.py [--folder DIR] [--rounds 2] [--blocks 24] [--tokens 32768] [--skip floor,growth]
     python benchmarks/calibrate.py --peers MODEL
 
 Every measurement is a process of its own. Its clock starts after torch and transformers are imported, and its memory
@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where to keep models and the environment; a temporary one by default"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=24, help="of the model; fewer are quicker")
     parser.add_argument("--tokens", type=int, default=32768, help="of the text; fewer are quicker")
     parser.add_argument("--peers", type=Path, metavar="MODEL", help="compare with llm-compressor on this checkpoint")
