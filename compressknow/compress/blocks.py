@@ -7,7 +7,7 @@ the many passes of pruning and quantizing cost a tenth of what they cost over a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,10 +53,23 @@ class Reader:
     files: OpenFiles
     progress: Progress
 
-    def blocks(self, tensor: StoredTensor, *, whole: bool = False, columns: int | None = None) -> Iterator[Block]:
+    def blocks(
+        self,
+        tensor: StoredTensor,
+        *,
+        whole: bool = False,
+        columns: int | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Iterator[Block]:
         """The blocks of a tensor (of a dtype in READABLE), in order, or all of it as one; ends with Stopped where the
-        pool was stopped. `columns` sets how many rows a block has where those of the tensor are packed."""
-        for block in _blocks(self.files, tensor, whole, columns):
+        pool was stopped.
+
+        Parameters
+        ----------
+        columns : blocks have as many rows as those of a tensor that is so wide.
+        rows : those of its rows alone, numbered anew.
+        """
+        for block in _blocks(self.files, tensor, whole, columns, rows):
             self.pool.check()
             yield block
             self.progress(block.values.nbytes)
@@ -80,15 +93,21 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
-def _blocks(files: OpenFiles, tensor: StoredTensor, whole: bool, unpacked: int | None) -> Iterator[Block]:
+def _blocks(
+    files: OpenFiles, tensor: StoredTensor, whole: bool, as_wide_as: int | None, picked: Sequence[int] | None
+) -> Iterator[Block]:
     rows, columns = matrix_shape(tensor.shape)
-    height = max(1, rows if whole else min(rows, BLOCK_ELEMENTS // max(unpacked or columns, 1)))
+    rows = rows if picked is None else len(picked)
+    height = max(1, rows if whole else min(rows, BLOCK_ELEMENTS // max(as_wide_as or columns, 1)))
     buffer = torch.empty(height, columns, dtype=torch_dtype(tensor.dtype))
     raw = byte_view(buffer)
     row_bytes = columns * tensor.itemsize
     for first in range(0, rows, height):
         count = min(height, rows - first)
-        files.read_into(tensor, raw[: count * row_bytes], first * row_bytes)
+        if picked is None:
+            files.read_into(tensor, raw[: count * row_bytes], first * row_bytes)
+        for i, row in enumerate(picked[first : first + count] if picked else ()):
+            files.read_into(tensor, raw[i * row_bytes : (i + 1) * row_bytes], row * row_bytes)
         yield Block(first, buffer[:count])
 
 

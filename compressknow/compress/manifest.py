@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.compress.plan import NOT_LINEAR, Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.recipe import Recipe
+from compressknow.compress.removal.words import ranges
 from compressknow.compress.runtimes import runtimes
 from compressknow.compress.schemes import SCALE, Stored
 from compressknow.format import NONE, count, percent, plain, size
@@ -20,6 +21,7 @@ from compressknow.model.structure import GROUPS
 from compressknow.notebook import Shown, Summary
 
 if TYPE_CHECKING:
+    from compressknow.compress.removal.neurons import DroppedNeurons
     from compressknow.compress.removal.smaller import Removal
 
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
@@ -215,11 +217,20 @@ def _removed(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
             {
                 **{"key": ".".join(drop.width.keys), "before": drop.width.value, "after": drop.after},
                 "modules": [network.down.module for network in drop.networks],
+                **_dropped_neurons(drop, removal),
             }
             for drop in removal.neurons
         ],
         "tensors": left_out,
     }
+
+
+def _dropped_neurons(drop: DroppedNeurons, removal: Removal) -> dict[str, list[str]]:
+    """Which neurons went, by network; nothing before the text has said which."""
+    if not removal.kept:
+        return {}
+    kept = [set(removal.kept[network.down.parameter]) for network in drop.networks]
+    return {"dropped": [ranges(n for n in range(drop.width.value) if n not in stay) for stay in kept]}
 
 
 def counts_of(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, Any]] = ()) -> dict[str, int]:

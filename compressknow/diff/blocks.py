@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 from compressknow.compress.removal.settings import block_of
 from compressknow.diff.parameters import Side
-from compressknow.model.manifest import MANIFEST_NAME, read_manifest
 from compressknow.model.structure import LinearWeight
 
 Kept = Mapping[str, tuple[int, ...]]
@@ -23,11 +22,9 @@ class Dropped:
     kept: tuple[int, ...]
 
 
-def dropped_blocks(folder: Path) -> dict[str, Dropped]:
-    """What a conversion dropped, by list of blocks; nothing of a folder that `convert` did not write."""
-    if not (folder / MANIFEST_NAME).is_file():
-        return {}
-    entries = read_manifest(folder).get("removed", {}).get("blocks", [])
+def dropped_blocks(manifest: Mapping[str, Any]) -> dict[str, Dropped]:
+    """What a conversion dropped, by list of blocks."""
+    entries = manifest.get("removed", {}).get("blocks", [])
     return {
         entry["stack"]: Dropped(entry["before"], tuple(sorted(set(range(entry["before"])) - set(entry["dropped"]))))
         for entry in entries

@@ -6,17 +6,20 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from compressknow.compress.blocks import Reader
 from compressknow.compress.pool import Pool
 from compressknow.compress.targets import target_count
 from compressknow.diff.blocks import dropped_blocks, numbered_alike
+from compressknow.diff.neurons import Lost, aligned, lost_neurons
 from compressknow.diff.parameters import Side, Values, deviation, side_of
 from compressknow.diff.records import ConfigChange, Difference, StructureChange, TensorDifference
 from compressknow.engine.identity import Located
 from compressknow.errors import CompressknowError
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, weight_files
+from compressknow.model.manifest import MANIFEST_NAME, read_manifest
 from compressknow.model.packed import config_groups
 from compressknow.model.tensors import OpenFiles, StoredTensor
 from compressknow.quiet import Advance, Listener, Stage, begun, counted
@@ -35,7 +38,7 @@ QUANTIZATION = "quantization_config"
 
 @dataclass(frozen=True)
 class Pair:
-    """One parameter's values on both sides, of one shape."""
+    """One parameter's values on both sides; what is compared of them is of one shape."""
 
     name: str
     a: Values
@@ -64,8 +67,10 @@ def difference(
     """
     side_a, side_b = (side_of(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
     _refuse_other_architecture(side_a, side_b)
-    side_a, side_b = numbered_alike(side_a, side_b, *(dropped_blocks(checkpoint.folder) for checkpoint in (a, b)))
-    pairs = list(_pairs(side_a, side_b))
+    manifests = [_manifest(checkpoint.folder) for checkpoint in (a, b)]
+    lost = [lost_neurons(manifest, side) for manifest, side in zip(manifests, (side_a, side_b), strict=True)]
+    side_a, side_b = numbered_alike(side_a, side_b, *map(dropped_blocks, manifests))
+    pairs = list(_pairs(side_a, side_b, *lost))
     return Difference(
         architecture=side_a.structure.architecture,
         config=config_changes(side_a.config, side_b.config),
@@ -101,6 +106,11 @@ def other_files(a: Located, b: Located) -> Iterator[str]:
             yield name
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Nothing of a folder that `convert` did not write."""
+    return read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else {}
+
+
 def _refuse_other_architecture(a: Side, b: Side) -> None:
     if a.structure.architecture != b.structure.architecture:
         raise CompressknowError(
@@ -122,16 +132,18 @@ def _names(a: Side, b: Side) -> list[str]:
     return sorted(names, key=order)
 
 
-def _pairs(a: Side, b: Side) -> Iterator[Pair]:
+def _pairs(a: Side, b: Side, lost_a: Mapping[str, Lost], lost_b: Mapping[str, Lost]) -> Iterator[Pair]:
     seen: set[tuple[str, str]] = set()
     for name in _stored_apart(a, b):
         values_a, values_b = a.values(name), b.values(name)
-        if values_a is None or values_b is None or values_a.tensor.shape != values_b.tensor.shape:
+        if values_a is None or values_b is None:
             continue
+        stored = (values_a.tensor.name, values_b.tensor.name)
+        alike = aligned(values_a, values_b, lost_a.get(stored[0]), lost_b.get(stored[1]))
         # Two names of a tie, of which the one side stores the first and the other the second.
-        if (stored := (values_a.tensor.name, values_b.tensor.name)) not in seen:
+        if alike and stored not in seen:
             seen.add(stored)
-            yield Pair(name, values_a, values_b)
+            yield Pair(name, *alike)
 
 
 def _stored_apart(a: Side, b: Side) -> Iterator[str]:
@@ -179,7 +191,7 @@ def _told(tensor: StoredTensor | None) -> str:
 def _measure(
     a: Side, b: Side, pairs: list[Pair], threads: int | None, advance: Advance | None
 ) -> Iterable[TensorDifference]:
-    total = sum(pair.a.stored.nbytes + pair.b.stored.nbytes for pair in pairs)
+    total = sum(pair.a.bytes_read + pair.b.bytes_read for pair in pairs)
     with Pool(threads) as pool, OpenFiles() as files:
         reader = Reader(pool, files, counted(advance, total))
         return pool.map(lambda pair: _compared(reader, a, b, pair), pairs)
@@ -195,7 +207,7 @@ def _compared(reader: Reader, a: Side, b: Side, pair: Pair) -> TensorDifference:
         stack=linear.stack if linear and in_block else None,
         layer=linear.layer if linear and in_block else None,
         module=module_in_block(pair.name) if in_block else None,
-        shape=pair.a.tensor.shape,
+        shape=pair.a.shape,
         dtype_a=pair.a.tensor.dtype,
         dtype_b=pair.b.tensor.dtype,
         bytes_a=pair.a.nbytes,

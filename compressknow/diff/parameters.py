@@ -24,11 +24,13 @@ from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, to
 @dataclass(frozen=True)
 class Values:
     """A parameter's values as a checkpoint stores them: a tensor and, of integers, its scale; `packed` is where those
-    of 4 bits lie."""
+    of 4 bits lie. Along `axis` these `numbers` alone are compared, if any are named."""
 
     tensor: StoredTensor
     scale: StoredTensor | None = None
     packed: StoredTensor | None = None
+    axis: int = 0
+    numbers: tuple[int, ...] = ()
 
     @property
     def stored(self) -> StoredTensor:
@@ -39,11 +41,34 @@ class Values:
     def nbytes(self) -> int:
         return self.stored.nbytes + (self.scale.nbytes if self.scale else 0)
 
-    def blocks(self, reader: Reader) -> Iterator[Block]:
-        """As `Reader.blocks`; of the same rows for all tensors of one shape."""
-        columns = matrix_shape(self.tensor.shape)[1]
-        for block in reader.blocks(self.stored, columns=columns):
-            yield block if self.packed is None else Block(block.first_row, _unpacked(block.values, columns))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is compared."""
+        whole = self.tensor.shape
+        return (*whole[: self.axis], len(self.numbers), *whole[self.axis + 1 :]) if self.numbers else whole
+
+    @property
+    def rows(self) -> tuple[int, ...] | None:
+        """The rows that are compared; None for all."""
+        return self.numbers if self.numbers and self.axis < len(self.tensor.shape) - 1 else None
+
+    @property
+    def columns(self) -> list[int] | None:
+        """The columns that are compared; None for all."""
+        return list(self.numbers) if self.numbers and self.rows is None else None
+
+    @property
+    def bytes_read(self) -> int:
+        """Scales not included."""
+        rows = matrix_shape(self.shape)[0]
+        return self.stored.nbytes // max(matrix_shape(self.tensor.shape)[0], 1) * rows
+
+    def blocks(self, reader: Reader, columns: int) -> Iterator[Block]:
+        """As `Reader.blocks`, of what is compared: with as many rows in each as a tensor of so many columns has."""
+        own = matrix_shape(self.tensor.shape)[1]
+        for block in reader.blocks(self.stored, columns=columns, rows=self.rows):
+            values = block.values if self.packed is None else _unpacked(block.values, own)
+            yield Block(block.first_row, values if self.columns is None else values[:, self.columns])
 
 
 def is_scale_of(scale: StoredTensor, tensor: StoredTensor) -> bool:
@@ -54,16 +79,17 @@ def is_scale_of(scale: StoredTensor, tensor: StoredTensor) -> bool:
 
 
 def deviation(reader: Reader, a: Values, b: Values) -> tuple[Sums, bool]:
-    """The sums of two tensors of one shape, taken in float64, and whether they are stored alike to the bit."""
+    """The sums of what is compared of two tensors, taken in float64, and whether it is stored alike to the bit."""
     scale_a, scale_b = _scale(reader, a), _scale(reader, b)
+    columns = max(matrix_shape(values.tensor.shape)[1] for values in (a, b))
     alike = a.tensor.dtype == b.tensor.dtype and _same(scale_a, scale_b)
     sums, same = Sums(), alike
     # torch reads no tensor without elements.
-    blocks = zip(a.blocks(reader), b.blocks(reader), strict=True) if a.tensor.numel else ()
+    blocks = zip(a.blocks(reader, columns), b.blocks(reader, columns), strict=True) if a.tensor.numel else ()
     for block_a, block_b in blocks:
         equal = alike and _same(block_a.values, block_b.values)
-        x = _floats(block_a, scale_a)
-        sums += _sums(x, x if equal else _floats(block_b, scale_b))
+        x = _floats(a, block_a, scale_a)
+        sums += _sums(x, x if equal else _floats(b, block_b, scale_b))
         same = same and equal
     return sums, same
 
@@ -77,13 +103,14 @@ def _unpacked(packed: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _scale(reader: Reader, values: Values) -> torch.Tensor | None:
-    """float32 scales, [rows, groups], [rows, 1] or [1, 1]."""
+    """float32 scales, [rows, groups], [rows, 1] or [1, 1], of the rows that are compared."""
     if values.scale is None:
         return None
     rows = matrix_shape(values.tensor.shape)[0] if values.scale.numel > 1 else 1
     buffer = torch.empty(rows, values.scale.numel // rows, dtype=torch_dtype(values.scale.dtype))
     reader.files.read_into(values.scale, byte_view(buffer), 0)
-    return buffer.to(torch.float32)
+    scale = buffer.to(torch.float32)
+    return scale if rows == 1 or values.rows is None else scale[list(values.rows)]
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -93,11 +120,13 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def _floats(block: Block, scale: torch.Tensor | None) -> torch.Tensor:
+def _floats(values: Values, block: Block, scale: torch.Tensor | None) -> torch.Tensor:
     if scale is None:
         return block.values.to(torch.float64)
     of_rows = scale if len(scale) == 1 else scale[block.rows]
-    return dequantize(block.values, per_column(of_rows, block.values.shape[-1])).to(torch.float64)
+    spread = per_column(of_rows, values.tensor.shape[-1])
+    picked = spread if spread.shape[-1] == 1 or values.columns is None else spread[:, values.columns]
+    return dequantize(block.values, picked).to(torch.float64)
 
 
 def _sums(x: torch.Tensor, y: torch.Tensor) -> Sums:

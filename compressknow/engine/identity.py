@@ -215,7 +215,10 @@ def _sparse_bytes(row: Mapping[str, Any]) -> int:
 
 
 def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    removed = manifest.get("removed", {})
+    # What was dropped in all; which tensors and neurons these were would be longer than all else.
+    removed = {key: value for key, value in manifest.get("removed", {}).items() if key != "tensors"}
+    if removed:
+        removed["neurons"] = [{key: one[key] for key in one if key != "dropped"} for one in removed["neurons"]]
     return {
         "setup": manifest["setup"],
         "recipe": manifest["recipe"],
@@ -223,5 +226,5 @@ def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "zeros": manifest["totals"]["zeros_after"],
         # A manifest of before has none for its groups: a mean over tensors would be another figure.
         "groups": {name: {"relative_error": None} | group for name, group in manifest["groups"].items()},
-        **({"removed": {key: value for key, value in removed.items() if key != "tensors"}} if removed else {}),
+        **({"removed": removed} if removed else {}),
     }

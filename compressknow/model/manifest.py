@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressknow.errors import CheckpointError
+from compressknow.errors import CheckpointError, UsageError
 from compressknow.model.checkpoint import is_outside, read_json
+from compressknow.model.scopes import layer_ranges
 from compressknow.reading import MANIFEST, misfit
 
 SCHEMA = 1
@@ -35,7 +36,7 @@ _ROW = {
     **{"stored?": [_PART], "bits?": int, "name_before?": str, "shape_before?": [int]},
 }
 _BLOCKS = {"stack": str, "key": str, "before": int, "after": int, "dropped": [int], "similarities?": [float]}
-_NEURONS = {"key": str, "before": int, "after": int, "modules": [str]}
+_NEURONS = {"key": str, "before": int, "after": int, "modules": [str], "dropped?": [str]}
 _LEFT_OUT = {"name": str, "group": str, "shape": [int], "dtype": str, "numel": int, "bytes_before": int}
 REMOVED: dict[str, Any] = {
     "parameters": int,
@@ -70,13 +71,45 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}.",
             hint="Read it with the version that wrote it (see `versions` in it).",
         )
-    if wrong := misfit(manifest, FORM) or _names_outside(manifest):
+    if wrong := misfit(manifest, FORM) or _names_outside(manifest) or _odd_neurons(manifest):
         raise CheckpointError(f"{path} is damaged: {wrong}.", hint="Convert it again, or fetch the manifest again.")
     return manifest
 
 
 def _names_outside(manifest: Mapping[str, Any]) -> str | None:
     return next((f"it names {name!r}, outside the folder" for name in manifest["files"] if is_outside(name)), None)
+
+
+def dropped_neurons(entry: Mapping[str, Any]) -> dict[str, tuple[range, ...]]:
+    """The neurons that a network lost, by the module that read them, of an entry of `removed`; none where a manifest of
+    before does not say which they were.
+
+    >>> dropped_neurons({"modules": ["layers.0.down_proj"], "dropped": ["0, 2-4"]})
+    {'layers.0.down_proj': (range(0, 1), range(2, 5))}
+    """
+    pairs = zip(entry["modules"], entry.get("dropped", []), strict=False)
+    return {module: tuple(layer_ranges(numbers).values()) for module, numbers in pairs}
+
+
+def _odd_neurons(manifest: Mapping[str, Any]) -> str | None:
+    for i, entry in enumerate(manifest.get("removed", {}).get("neurons", [])):
+        if "dropped" in entry and not _are_told(entry):
+            return f"removed.neurons[{i}].dropped does not say {entry['before'] - entry['after']} neurons a module"
+    return None
+
+
+def _are_told(entry: Mapping[str, Any]) -> bool:
+    """Whether each module lost as many neurons as the entry says, in ascending order."""
+    try:
+        told = list(dropped_neurons(entry).values())
+    except UsageError:
+        return False
+    for ranges in told:
+        stops = [0, *(each.stop for each in ranges)]
+        ascending = all(each.start >= stop for each, stop in zip(ranges, stops, strict=False))
+        if not ascending or stops[-1] > entry["before"] or sum(map(len, ranges)) != entry["before"] - entry["after"]:
+            return False
+    return len(entry["dropped"]) == len(entry["modules"]) == len(told)
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from compressknow.compress import blocks
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import prepare, write
 from compressknow.compress.manifest import Manifest, dry_run
@@ -23,7 +24,11 @@ from compressknow.compress.recipe import DropBlocks, DropNeurons, Recipe, Where,
 from compressknow.compress.removal.choice import blocks_to_drop, fit, neurons_to_keep
 from compressknow.compress.variant import VariantMaker
 from compressknow.compress.verify import compare_to_manifest
-from compressknow.errors import CompressknowError, UnsupportedError, UsageError
+from compressknow.diff.checkpoints import difference
+from compressknow.diff.records import Difference
+from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.model.checkpoint import open_checkpoint
+from compressknow.model.manifest import read_manifest
 from tests.compress.deep import BUILDERS, deep, save_deep, without_blocks
 from tests.models import logits, save_tiny, tiny
 
@@ -301,8 +306,119 @@ def test_a_dry_run_says_what_will_go_but_not_which(tmp_path: Path) -> None:
     for key in ("bytes_before", "bytes_after", "parameters"):
         assert planned.totals[key] == done.totals[key]
     assert planned["removed"]["blocks"][0]["dropped"] == []
-    assert planned["removed"]["neurons"] == done["removed"]["neurons"]
+    assert [one | {"dropped": []} for one in planned["removed"]["neurons"]] == [
+        one | {"dropped": []} for one in done["removed"]["neurons"]
+    ]
+    assert not any("dropped" in one for one in planned["removed"]["neurons"])
     assert not any("name_before" in row for row in planned.tensors)
+
+
+def stays(source: torch.Tensor, left: torch.Tensor, each: int) -> list[int]:
+    """The neurons whose rows are left, found by their values."""
+    rows = [next(i for i, row in enumerate(source) if torch.equal(row, one)) for one in left[: len(left) // each]]
+    assert rows == sorted(set(rows))
+    return rows
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_left_is_compared_with_the_same_rows_and_columns(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Blocks of a few rows.
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 8)
+    source, network = save(name, tmp_path / "in"), NETWORKS[name]
+    for folder, amount in (("a", 0.25), ("b", 0.5)):
+        convert(source, tmp_path / folder, recipe_of(Where(), drop_neurons=amount))
+    stored = {folder: load_file(tmp_path / folder / "model.safetensors") for folder in ("in", "a", "b")}
+    opened = {folder: open_checkpoint(tmp_path / folder) for folder in stored}
+    whole, narrow = difference(opened["in"], opened["a"]), difference(opened["b"], opened["a"])
+    for found in (whole, narrow):
+        assert len(found.tensors) == len(opened["a"].tensors)
+        assert {change.kind for change in found.structure} == {"reshaped"}
+    transposed = name == "gpt2"
+    downs = [one for one in stored["a"] if one.endswith(f"{network.out}.weight") and "attention" not in one]
+    for down in downs:
+        into = [f"{down.removesuffix(f'{network.out}.weight')}{each}.weight" for each in network.into]
+        of = {
+            folder: {each: tensors[each].T if transposed else tensors[each] for each in (down, *into)}
+            for folder, tensors in stored.items()
+        }
+        fused = len(of["in"][into[0]]) // network.width
+        kept = {folder: stays(of["in"][into[0]], of[folder][into[0]], fused) for folder in ("a", "b")}
+        assert told_of(tmp_path / "a", down) == [n for n in range(network.width) if n not in kept["a"]]
+        both = [number for number in kept["a"] if number in kept["b"]]
+        assert_error(whole, down, of["in"][down][:, kept["a"]], of["a"][down])
+        assert_error(
+            narrow,
+            down,
+            *(of[folder][down][:, [kept[folder].index(number) for number in both]] for folder in ("b", "a")),
+        )
+        for each in into:
+            for found, rows in ((whole, len(kept["a"])), (narrow, len(both))):
+                (tensor,) = (tensor for tensor in found.tensors if tensor.name == each)
+                assert tensor.same_bytes
+                assert tensor.sums.numel == rows * fused * of["in"][each].shape[1]
+
+
+def told_of(folder: Path, down: str) -> list[int]:
+    """The neurons that the manifest calls dropped."""
+    entries = json.loads((folder / "compressknow.json").read_text())["removed"]["neurons"]
+    (said,) = (
+        numbers
+        for one in entries
+        for module, numbers in zip(one["modules"], one["dropped"], strict=True)
+        if f"{module}.weight".endswith(down)
+    )
+    runs = [[int(limit) for limit in part.split("-")] for part in said.split(", ")]
+    return [number for run in runs for number in range(run[0], run[-1] + 1)]
+
+
+def assert_error(found: Difference, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    (tensor,) = (tensor for tensor in found.tensors if tensor.name == name)
+    expected = float((b.double() - a.double()).norm() / a.double().norm())
+    assert tensor.sums.relative_error == pytest.approx(expected, rel=1e-9)
+    assert tensor.sums.numel == a.numel()
+    assert expected > 0
+
+
+@pytest.mark.parametrize("scheme", [{"quantize": "int8"}, {"quantize": "int4", "parameters": {"group_size": 32}}])
+def test_narrower_layers_are_compared_whatever_their_type(tmp_path: Path, scheme: Any) -> None:
+    source = tmp_path / "in"
+    wide_of_groups("llama").save_pretrained(source)
+    convert(source, tmp_path / "a", recipe_of(Where(), drop_neurons=0.25))
+    convert(source, tmp_path / "b", recipe_of(Where(), drop_neurons=0.5, **scheme))
+    opened = {folder: open_checkpoint(tmp_path / folder) for folder in ("in", "a", "b")}
+    for a, b in (("in", "b"), ("a", "b"), ("b", "a"), ("b", "in")):
+        found = difference(opened[a], opened[b])
+        assert len(found.tensors) == len(opened["in"].tensors)
+        for tensor in found.tensors:
+            if tensor.module and "up_proj" in tensor.module:
+                assert 0 < (tensor.sums.relative_error or 0) < (0.01 if scheme["quantize"] == "int8" else 0.15)
+            elif tensor.module and "down_proj" in tensor.module:
+                assert 0 < (tensor.sums.relative_error or 0) < 1
+
+
+def wide_of_groups(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**tiny(name).config.to_dict() | {"intermediate_size": 128})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    "told", [["0-11"], ["0-11", "0-12"], ["0-11", "x"], ["0-11", "40-51"], ["0-11", "5-9, 0-6"], ["0-11", "9-0"]]
+)
+def test_a_manifest_that_does_not_say_which_neurons_went_is_damaged(tmp_path: Path, told: list[str]) -> None:
+    source = save_tiny("llama", tmp_path / "in")
+    manifest = convert(source, tmp_path / "out", recipe_of(Where(), drop_neurons=0.25))
+    manifest["removed"]["neurons"][0]["dropped"] = told
+    (tmp_path / "out" / "compressknow.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"removed.neurons\[0\].dropped does not say 12 neurons a module"):
+        read_manifest(tmp_path / "out")
+    # One of before says nothing of it.
+    del manifest["removed"]["neurons"][0]["dropped"]
+    (tmp_path / "out" / "compressknow.json").write_text(json.dumps(manifest))
+    found = difference(*(open_checkpoint(tmp_path / folder) for folder in ("in", "out")))
+    assert not any("mlp" in tensor.name for tensor in found.tensors)
 
 
 def test_nan_is_told_with_its_block_and_nothing_is_left(tmp_path: Path) -> None:

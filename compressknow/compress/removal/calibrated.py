@@ -63,9 +63,11 @@ def decide(
     if open_blocks:
         removal = remove(*removal.given, recipe, run.similarities)
     if removal.cuts:
-        cut = cut_tensors(reader, removal, run.neurons(removal), folder)
+        chosen = run.neurons(removal)
+        cut = cut_tensors(reader, removal, chosen, folder)
         tensors = {name: cut.get(name, tensor) for name, tensor in removal.checkpoint.tensors.items()}
-        removal = replace(removal, checkpoint=replace(removal.checkpoint, tensors=tensors))
+        kept = {name: tuple(neurons.numbers.tolist()) for name, neurons in chosen.items()}
+        removal = replace(removal, checkpoint=replace(removal.checkpoint, tensors=tensors), kept=kept)
     return replace(removal, decided=True, apart=run.are_apart)
 
 

@@ -38,6 +38,7 @@ class Removal:
     names : of tensors that are named anew, the names that the original has for them.
     cuts : by stored name, the tensors that lose rows or columns. Those of `checkpoint` have their shapes only: which
         neurons stay is known once activations are.
+    kept : of each feed-forward network, by the parameter name of its down projection, the neurons that stay.
     decided : False as long as the calibration text has not said which blocks and neurons go.
     apart : whether the blocks could be run one after the other to learn that.
     """
@@ -51,6 +52,7 @@ class Removal:
     left_out: tuple[tuple[StoredTensor, str], ...] = ()
     names: dict[str, str] = field(default_factory=dict, repr=False)
     cuts: dict[str, Cut] = field(default_factory=dict, repr=False)
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     decided: bool = True
     apart: bool = True
 
