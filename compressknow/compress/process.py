@@ -170,7 +170,8 @@ class Work(Reader):
             for block in self.blocks(planned.source, whole=treatment.whole):
                 tally.prune(block)
                 writer.write(tally.keep(block.values))
-                treatment.see(block.rows, block.values)
+                if treatment.see:
+                    treatment.see(block.rows, block.values)
             return tally.measured(writer.sha256, {})
         coder = _Coder(planned, self._tensor_scale(planned, planned.scheme, mask), treatment)
         for block in self.blocks(planned.source, whole=treatment.whole):
@@ -226,10 +227,6 @@ class Work(Reader):
         return Measured(zeros, zeros, 0, norm, 0.0, writer.sha256)
 
 
-def _unseen(rows: slice, values: torch.Tensor) -> None:
-    """Nobody looks at what was written."""
-
-
 @dataclass(frozen=True)
 class Treatment:
     """How a tensor is compressed, where that is not as for all.
@@ -246,7 +243,7 @@ class Treatment:
     rounding: Rounding = nearest
     whole: bool = False
     factors: torch.Tensor | None = None
-    see: Callable[[slice, torch.Tensor], object] = _unseen
+    see: Callable[[slice, torch.Tensor], object] | None = None
 
 
 class _Coder:
@@ -272,9 +269,10 @@ class _Coder:
         with SCHEMES.answering(self._scheme.name):
             scales = self._scheme.scales(absmax) if self._whole is None else self._whole
             integers = self._treatment.rounding(values, scales, self._scheme)
-            written = tally.quantize(block.values, integers, scales, self._scheme, factors)
+            tally.quantize(block.values, integers, scales, self._scheme, factors)
             rows = self._scheme.pack(integers)
-        self._treatment.see(block.rows, written)
+        if self._treatment.see:
+            self._treatment.see(block.rows, self._scheme.dequantize(integers, scales))
         self._scales.append(scales)
         return self._fit(rows, self._planned.stored[0], len(values))
 
@@ -342,20 +340,21 @@ class _Tally:
         scales: torch.Tensor,
         scheme: Scheme,
         factors: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Count what was rounded, and how far it is from what it was; gives the rounded values, dequantized. Where they
-        were multiplied with `factors` first, they are compared without these, which something else makes up for."""
+    ) -> None:
+        """Count what was rounded, and how far it is from what it was. Values that were multiplied with `factors` first
+        are compared without these, which something else makes up for."""
         self.zeros += integers.numel() - int(np.count_nonzero(integers.numpy()))
         original = values if self._original is None else self._original
         written = scheme.dequantize(integers, scales)
-        error = _energy((written if factors is None else written / factors) - original.to(torch.float32))
+        if factors is not None:
+            written.div_(factors)
+        error = _energy(written.sub_(original.to(torch.float32)))
         if math.isinf(error):
             # Of a weight near the largest float, the nearest step may lie beyond it.
             spread = scheme.spread(scales, integers.shape[-1])
             exact = integers.to(torch.float64) * spread.to(torch.float64) - original.to(torch.float64)
             error = float(exact.square_().sum())
         self.error_energy += error
-        return written
 
     def measured(self, sha256: str, beside: Mapping[str, str]) -> Measured:
         error = math.sqrt(self.error_energy / self.energy) if self.energy else 0.0
