@@ -85,8 +85,8 @@ def _no_bars() -> Iterator[None]:
         tqdm.__init__ = init
 
 
-Work = Literal["evaluate", "convert", "sample", "calibrate", "verify", "hash", "compare"]
-UNITS = {"evaluate": "facts", "sample": "tokens", "calibrate": "blocks"}
+Work = Literal["evaluate", "convert", "sample", "choose", "calibrate", "verify", "hash", "compare"]
+UNITS = {"evaluate": "facts", "sample": "tokens", "choose": "blocks", "calibrate": "blocks"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Stage:
     Attributes
     ----------
     work : ``evaluate`` (a model on the facts of a probe), ``convert``, ``sample`` (the text to calibrate on),
-        ``calibrate`` (convert block by block), ``verify``, ``hash`` or ``compare``.
+        ``choose`` (the blocks and neurons to drop), ``calibrate`` (convert block by block), ``verify``, ``hash`` or
+        ``compare``.
     model : what the model is called.
     probe : what it is evaluated on; nothing for other work.
     facts : of all probes that this model is evaluated on; each of the others is evaluated on the same.
@@ -224,6 +225,15 @@ def begun(listening: Listener | None, stage: Stage) -> Iterator[Advance | None]:
         yield advance
     finally:
         listening(replace(last, state="ends"))
+
+
+# Begins a stage of a kind of work on what the caller works on: see `begun`.
+Begin = Callable[[Work], contextlib.AbstractContextManager[Advance | None]]
+
+
+def untold(_: Work) -> contextlib.AbstractContextManager[Advance | None]:
+    """Begins a stage that nobody hears of."""
+    return contextlib.nullcontext()
 
 
 def staged(listening: Listener | None, **changes: Any) -> Listener | None:

@@ -205,7 +205,8 @@ class Line:
 
 # What work that evaluates nothing is called on its line.
 _LABELS = {
-    **{"convert": "Converting", "sample": "Writing the calibration text", "calibrate": "Compressing"},
+    **{"convert": "Converting", "sample": "Writing the calibration text"},
+    **{"choose": "Choosing what to drop", "calibrate": "Compressing"},
     **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +96,9 @@ def convert(
         if dry_run:
             return preview(conversion.plan)
         if not calibrates:
-            return write(conversion, output, advance=advance, **how)
+            return write(conversion, output, begin=lambda _: nullcontext(advance), **how)
         text = text_for(conversion, trust_remote_code=trust_remote_code, advance=advance)
-    with begun(listening, Stage("calibrate", str(model))) as advance:
-        return write(conversion, output, text=text, advance=advance, **how)
+    return write(conversion, output, text=text, begin=lambda work: begun(listening, Stage(work, str(model))), **how)
 
 
 def _chosen(given: dict[str, Any]) -> Recipe:

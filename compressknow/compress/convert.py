@@ -31,7 +31,7 @@ from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, sealed
 from compressknow.model.tensors import OpenFiles
-from compressknow.quiet import Advance, counted
+from compressknow.quiet import Advance, Begin, counted, untold
 from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def planned_on(removal: Removal, recipe: Recipe) -> Conversion:
 
 
 def decided(
-    conversion: Conversion, text: CalibrationText | None, reader: Reader, folder: Path, advance: Advance | None = None
+    conversion: Conversion, text: CalibrationText | None, reader: Reader, folder: Path, begin: Begin = untold
 ) -> Conversion:
     """The conversion once the text has said which blocks and neurons go, of what it did not say before.
 
@@ -138,7 +138,8 @@ def decided(
     from compressknow.compress.removal.calibrated import decide
 
     assert text is not None
-    removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, told=advance or max)
+    with begin("choose") as advance:
+        removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, told=advance or max)
     smaller, tree = planned_on(removal, plan.recipe)
     return Conversion(proved(smaller, tree), tree)
 
@@ -178,7 +179,7 @@ def write(
     overwrite: bool = False,
     text: CalibrationText | None = None,
     threads: int | None = None,
-    advance: Advance | None = None,
+    begin: Begin = untold,
     render_card: Callable[[Mapping[str, Any], Path], str] | None = None,
 ) -> Manifest:
     """Carry a conversion out.
@@ -191,7 +192,8 @@ def write(
     output : a folder that does not exist, or one that convert wrote, with `overwrite`.
     text : what the model runs over; wanted where a step of the recipe looks at activations.
     threads : tensors worked on at a time, by default one a core. The output's bytes do not depend on it.
-    advance : told the bytes read so far, and in all; with a `text`, the blocks that are done.
+    begin : begins the stages: ``choose``, where the text says what is dropped, then ``calibrate``, where a step that
+        prunes or quantizes looks at activations, or else ``convert``.
     render_card : the model card's text for a manifest and the source folder; no card is written without it.
 
     Returns
@@ -208,10 +210,11 @@ def write(
     with Staging(Path(output), overwrite=overwrite, source=source) as staging:
         with _scratch(conversion.plan, staging) as scratch, OpenFiles() as files:
             with Pool(threads) as pool:
-                conversion = decided(conversion, text, Reader(pool, files, lambda _: None), scratch, advance)
+                conversion = decided(conversion, text, Reader(pool, files, lambda _: None), scratch, begin)
             plan, tree = conversion
             layout = lay_out(plan.tensors, plan.checkpoint.shards)
-            weights = _write_weights(conversion, layout, staging, text, threads, advance)
+            with begin("calibrate" if _is_calibrated(plan) else "convert") as advance:
+                weights = _write_weights(conversion, layout, staging, text, threads, advance)
         written = _write_config(plan, layout, staging)
         prove_written(plan.checkpoint, tree, staging.folder)
         copied = {name: staging.copy(source / name, name) for name in carried}
@@ -255,7 +258,8 @@ def _write_weights(
         outputs = OutputFiles(staging.folder, layout)
         staging.expect(layout.sizes)
         try:
-            work = Work(pool, files, counted(None if text else advance, _bytes_to_read(plan)), outputs)
+            told = None if _is_calibrated(plan) else advance
+            work = Work(pool, files, counted(told, _bytes_to_read(plan)), outputs)
             masks = choose_masks(work, plan)
             calibrated = compress_blocks(conversion, work, masks, text, staging.folder, advance)
             hashes, measured = _write_tensors(work, plan, masks, calibrated.measured if calibrated else {})
@@ -275,12 +279,17 @@ def compress_blocks(
     advance: Advance | None = None,
 ) -> Calibrated | None:
     """All in scope, block by block, where a step looks at activations: see `calibrate`. Nothing is done elsewhere."""
-    if not any(step.calibrated for step in conversion.plan.recipe.steps if isinstance(step, Prune | Quantize)):
+    if not _is_calibrated(conversion.plan):
         return None
     from compressknow.compress.calibrate.compression import calibrate
 
     assert text is not None
     return calibrate(conversion.plan, conversion.tree, work, masks, text, folder=folder, told=advance or max)
+
+
+def _is_calibrated(plan: Plan) -> bool:
+    """Whether a step that prunes or quantizes looks at activations."""
+    return any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize))
 
 
 def _write_config(plan: Plan, layout: Layout, staging: Staging) -> dict[str, str]:

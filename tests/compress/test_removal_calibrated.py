@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -419,6 +420,34 @@ def test_a_manifest_that_does_not_say_which_neurons_went_is_damaged(tmp_path: Pa
     (tmp_path / "out" / "compressknow.json").write_text(json.dumps(manifest))
     found = difference(*(open_checkpoint(tmp_path / folder) for folder in ("in", "out")))
     assert not any("mlp" in tensor.name for tensor in found.tensors)
+
+
+def told_by(source: Path, output: Path, recipe: Recipe) -> dict[str, list[tuple[int, int]]]:
+    """How far each stage was, in the order in which they began."""
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def begin(work: str) -> Any:
+        assert work not in told
+        told[work] = []
+        return nullcontext(lambda *far: told[work].append(far[:2]))
+
+    convert(source, output, recipe, begin=begin)
+    return told
+
+
+def test_what_is_chosen_and_what_is_written_are_stages_of_one_total_each(tmp_path: Path) -> None:
+    source = save_deep("llama", tmp_path / "in")
+    told = told_by(source, tmp_path / "a", recipe_of(Where(), drop_blocks=1, drop_neurons=0.25, prune=0.2))
+    assert list(told) == ["choose", "convert"]
+    # 4 blocks for what goes, and the 3 that are left for their neurons.
+    assert list(dict.fromkeys(told["choose"])) == [(done, 7) for done in range(1, 8)]
+    assert told["convert"][-1][0] == told["convert"][-1][1] > 0
+    assert len({total for _, total in told["convert"]}) == 1
+    wanda = recipe_of(Where(), drop_neurons=0.25, prune=0.2, prune_method="wanda")
+    told = told_by(source, tmp_path / "b", wanda)
+    assert list(told) == ["choose", "calibrate"]
+    assert list(dict.fromkeys(told["choose"])) == [(done, 4) for done in range(1, 5)]
+    assert told["calibrate"] == [(done, 4) for done in range(1, 5)]
 
 
 def test_nan_is_told_with_its_block_and_nothing_is_left(tmp_path: Path) -> None:

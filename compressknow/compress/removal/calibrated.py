@@ -19,7 +19,7 @@ from compressknow.compress.calibrate.gathering import Key, Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.walk import tensors_in, walk
 from compressknow.compress.pool import Pool
-from compressknow.compress.recipe import Recipe
+from compressknow.compress.recipe import DropBlocks, Recipe
 from compressknow.compress.removal.choice import fit, neurons_to_keep
 from compressknow.compress.removal.cutting import KeptNeurons, cut_tensors
 from compressknow.compress.removal.neurons import FeedForward
@@ -54,12 +54,12 @@ def decide(
     removal : of the recipe, as `remove` gives it from headers alone.
     batches : the calibration text, as arguments of forward passes.
     folder : where cut tensors and large hidden states lie; it must stay until the tensors were read.
-    told : steps that are done, and in all.
+    told : the blocks that were run, and in all: each once for the blocks to drop, and once for the neurons.
 
     Raises what `remove`, `walk` and `fit` do.
     """
     open_blocks = any(not drop.known for drop in removal.blocks)
-    run = _Run(batches, reader, folder, told, passes=open_blocks + bool(removal.cuts))
+    run = _Run(batches, reader, folder, told, _later_blocks(removal, recipe))
     if open_blocks:
         removal = remove(*removal.given, recipe, run.similarities)
     if removal.cuts:
@@ -71,12 +71,19 @@ def decide(
     return replace(removal, decided=True, apart=run.are_apart)
 
 
+def _later_blocks(removal: Removal, recipe: Recipe) -> list[int]:
+    """How many blocks fewer than the first pass each later one has, as if all went before it."""
+    by_similarity = sum(isinstance(step, DropBlocks) and step.named is None for step in recipe.removals)
+    gone = sum(len(drop.dropped) * len(drop.stack.lists) for drop in removal.blocks if not drop.known)
+    return [gone] * (by_similarity + bool(removal.cuts) - 1)
+
+
 class _Run:
     def __init__(
-        self, batches: Batches, reader: Reader, folder: Path, told: Callable[[int, int], object], passes: int
+        self, batches: Batches, reader: Reader, folder: Path, told: Callable[[int, int], object], later: list[int]
     ) -> None:
         self._batches, self._reader, self._folder = batches, reader, folder
-        self._told, self._passes, self._passed = told, passes, 0
+        self._told, self._later, self._run = told, later, 0
         self._found: dict[int, _Similarities] = {}
         self.are_apart = True
 
@@ -99,7 +106,7 @@ class _Run:
             # What fails stops its pool.
             with Pool(self._reader.pool.threads) as pool:
                 visitor.streamed, visitor.pool = StreamedModel(tree, sources, self._reader.files), pool
-                told = partial(self._tell, len(visitor.streamed.blocks), [])
+                told = partial(self._tell, visitor.streamed.blocks, [])
                 walk(visitor.streamed, self._batches, visitor, pool, self._folder, told)
                 visitor.finish()
         except NOT_APART:
@@ -109,11 +116,18 @@ class _Run:
             visitor.pool = self._reader.pool
             visitor.together(visitor.streamed, self._batches)
             visitor.finish()
-        self._passed += 1
+        self._run += len(visitor.streamed.blocks)
+        self._told(self._run, self._run + self._to_come(visitor.streamed.blocks))
+        self._later = self._later[1:]
 
-    def _tell(self, blocks: int, seen: list[str], module: str) -> None:
+    def _tell(self, blocks: Sequence[str], seen: list[str], module: str) -> None:
         seen.append(module)
-        self._told(self._passed * blocks + min(len(seen), blocks), self._passes * blocks)
+        done = self._run + min(len(seen), len(blocks))
+        self._told(done, self._run + len(blocks) + self._to_come(blocks))
+
+    def _to_come(self, blocks: Sequence[str]) -> int:
+        """Of the passes after this one."""
+        return sum(max(len(blocks) - fewer, 0) for fewer in self._later)
 
 
 class _Similarities:

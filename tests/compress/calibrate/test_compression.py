@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +202,11 @@ def test_a_killed_calibrated_conversion_leaves_nothing_that_the_next_does_not_cl
 def test_progress_tells_blocks(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     conversion = prepare(folder, Recipe((Prune(0.5, "wanda", BLOCKS),)))
-    told: list[tuple[int, ...]] = []
+    told: list[tuple[str, int, int]] = []
     write(
         conversion,
         tmp_path / "out",
         text=text_of(conversion.tree),
-        advance=lambda *far: told.append(far),
+        begin=lambda work: nullcontext(lambda *far: told.append((work, *far))),
     )
-    assert told == [(1, 2), (2, 2)]
+    assert told == [("calibrate", 1, 2), ("calibrate", 2, 2)]
