@@ -24,6 +24,7 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, duration, show, show_json
+from compressknow.compress.calibrate.words import calibrated_in_words
 from compressknow.compress.parameters import Parameter, Parametric
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import RECIPE_OPTIONS, ROUNDINGS, SHARED
@@ -31,8 +32,9 @@ from compressknow.compress.removal.words import removed_in_words
 from compressknow.compress.schemes import SCHEMES, known, word_of
 from compressknow.errors import UsageError
 from compressknow.format import count, percent, size
+from compressknow.model.manifest import calibration_of
 from compressknow.model.scopes import DEFAULT_SCOPES
-from compressknow.report.model_card import calibrated, growth, where_it_runs
+from compressknow.report.model_card import growth, where_it_runs
 
 EPILOG = """\b
 Scopes (--scope):
@@ -211,7 +213,7 @@ def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_
     for tie in manifest["untied"]:
         shared = f"{tie['name']} no longer shares its weight with {tie['tied_to']}"
         yield "\n" + fill(f"{shared}: {size(tie['bytes'])} more.")
-    if told := " ".join(calibrated(manifest)):
+    if told := " ".join(calibrated_in_words(calibration_of(manifest))):
         yield "\n" + fill(told)
     for warning in growth(manifest):
         yield "\n" + fill(f"Warning: {warning}")

@@ -96,7 +96,8 @@ def describe(located: Located) -> dict[str, Any]:
     """What the files tell of a model, for the record of its answers; loads no weights.
 
     Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words) and, of a converted
-    checkpoint, setup, recipe, source, zeros, groups and removed as its manifest has them.
+    checkpoint, setup, recipe, source, zeros, groups and removed as its manifest has them, and calibration as
+    `calibration_of` has it.
     """
     described = {"name": located.name, "revision": located.revision}
     if located.path.suffix == ".gguf":
@@ -215,10 +216,13 @@ def _sparse_bytes(row: Mapping[str, Any]) -> int:
 
 
 def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    from compressknow.model.manifest import calibration_of
+
     # What was dropped in all; which tensors and neurons these were would be longer than all else.
     removed = {key: value for key, value in manifest.get("removed", {}).items() if key != "tensors"}
     if removed:
         removed["neurons"] = [{key: one[key] for key in one if key != "dropped"} for one in removed["neurons"]]
+    calibration = calibration_of(manifest)
     return {
         "setup": manifest["setup"],
         "recipe": manifest["recipe"],
@@ -227,4 +231,5 @@ def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
         # A manifest of before has none for its groups: a mean over tensors would be another figure.
         "groups": {name: {"relative_error": None} | group for name, group in manifest["groups"].items()},
         **({"removed": removed} if removed else {}),
+        **({"calibration": calibration} if calibration else {}),
     }

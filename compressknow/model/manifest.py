@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.errors import CheckpointError, UsageError
-from compressknow.model.checkpoint import is_outside, read_json
+from compressknow.model.checkpoint import SHOWN, is_outside, read_json
 from compressknow.model.scopes import layer_ranges
 from compressknow.reading import MANIFEST, misfit
 
@@ -49,6 +49,11 @@ _CALIBRATION = {
     **{"kind": str, "source": str, "sha256": str, "tokens": int, "seed": int, "blocks_apart": bool, "unseen": [str]},
     "smoothed?": {str: [str]},
 }
+# What `calibration_of` says.
+CALIBRATION = {
+    **{"kind": str, "source": str, "sha256": str, "tokens": int, "seed": int, "blocks_apart": bool, "smoothed": int},
+    **{"unseen": int, "unseen_share": float, "examples": [str]},
+}
 FORM = {
     **{"versions": {str: str}, "setup": str, "recipe": {"steps": [dict]}, "totals": _SUMS, "groups": {str: _SUMS}},
     "source": {"name": str, "revision?": (str, None), "files": {str: str}},
@@ -78,6 +83,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _names_outside(manifest: Mapping[str, Any]) -> str | None:
     return next((f"it names {name!r}, outside the folder" for name in manifest["files"] if is_outside(name)), None)
+
+
+def calibration_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a manifest says of calibration, in short; None where nothing was calibrated.
+
+    Beside ``kind``, ``source``, ``sha256``, ``tokens``, ``seed`` and ``blocks_apart``: ``smoothed``, how many norms
+    were divided; ``unseen``, how many weights were compressed without knowledge of their inputs, ``examples`` of their
+    names, and ``unseen_share``, theirs of the parameters in scope.
+    """
+    if (done := manifest.get("calibration")) is None:
+        return None
+    unseen, rows = sorted(done["unseen"]), {row["name"]: row for row in manifest["tensors"]}
+    numel = sum(_numel_of(name, rows) for name in unseen)
+    kept = {key: done[key] for key in ("kind", "source", "sha256", "tokens", "seed", "blocks_apart")}
+    return kept | {
+        "smoothed": len(done.get("smoothed", {})),
+        "unseen": len(unseen),
+        "unseen_share": numel / max(manifest["totals"]["in_scope"], 1),
+        "examples": unseen[:SHOWN],
+    }
+
+
+def _numel_of(name: str, rows: Mapping[str, Mapping[str, Any]]) -> int:
+    """Parameters of a weight, or of one matrix ``NAME[3]`` of several that a tensor holds."""
+    tensor, bracket, _ = name.partition("[")
+    row = rows.get(tensor, {"numel": 0, "shape": []})
+    return int(row["numel"]) // max(row["shape"][0], 1) if bracket and row["shape"] else int(row["numel"])
 
 
 def dropped_neurons(entry: Mapping[str, Any]) -> dict[str, tuple[range, ...]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.errors import CompressknowError, OutputError
 from compressknow.files import LOCK, own_folder, write_whole, written
 from compressknow.format import count, percent, plain
-from compressknow.model.manifest import REMOVED
+from compressknow.model.manifest import CALIBRATION, REMOVED
 from compressknow.notebook import Shown, Summary
 from compressknow.probe.records import Record
 from compressknow.reading import RECORD as RECORD_BYTES
@@ -49,6 +49,7 @@ RECORD_FORM: dict[str, Any] = {
         **{"source?": (dict, None), "groups?": ({str: _COUNTS | {"relative_error?": (float, None)}}, None)},
         "totals?": {str: (int, float, None)},
         "removed?": ({key: form for key, form in REMOVED.items() if key != "tensors"}, None),
+        "calibration?": (CALIBRATION, None),
     },
     "probes": {
         str: {

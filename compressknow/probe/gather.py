@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from compressknow.errors import CompressknowError, UsageError
 from compressknow.probe.answers import Answers, is_answers_folder, read_answers
+from compressknow.probe.overlap import with_calibration
 
 if TYPE_CHECKING:
     from compressknow.probe.distributions import Distributions
@@ -161,6 +162,7 @@ class _Gathering:
         folder = folder_of(self._evaluation.keep_in, handle.sha256, beside.reference)
         answers = probe_model(handle, self._probes, folder, beside, on_progress=on_progress, wait=True)
         handle.release()
+        answers = with_calibration(answers, handle, beside.reference)
         if not self._evaluation.timed:
             return answers
         model = replace(answers.record.model, speed=measure(handle.located, handle.settings))
@@ -288,4 +290,5 @@ def evaluate_both(
         b.release()
         a_like_b = evaluate(a, of_b, whole_b, known=of_a)
         a.release()
+    of_b = with_calibration(of_b, b, of_a)
     return BothWays(of_a, b_like_a, of_b, a_like_b)

@@ -85,6 +85,22 @@ class Speed:
     peak_bytes: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class FactsInText:
+    """Facts that stand in the text that a model was calibrated on: subject and object in one of its sentences.
+
+    Attributes
+    ----------
+    facts, found : facts that have a subject and an object, and how many of them stand in the text.
+    known, known_found : the same of those that the other model knew, which it is compared with.
+    """
+
+    facts: int
+    found: int
+    known: int
+    known_found: int
+
+
 @dataclass(frozen=True)
 class ModelRecord(_Part):
     """The model that gave the answers: the object "model". Old records and other tools' lack some of it.
@@ -94,9 +110,9 @@ class ModelRecord(_Part):
     parameters, bytes, zeros : numbers of weights, of bytes on disk, and of weights that are zero.
     vocabulary : the number of tokens, or a hash of them.
     dtype : of the weights as stored; `computed_in` what they were run in, on `device`.
-    setup, recipe, source, groups, removed : of a converted checkpoint, what its manifest says.
+    setup, recipe, source, groups, removed, calibration : of a converted checkpoint, what its manifest says.
     totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
-    speed : measured for one report; it is not stored.
+    speed, in_calibration : measured for one report; they are not stored.
     """
 
     name: str
@@ -110,6 +126,7 @@ class ModelRecord(_Part):
     zeros: int | None = None
     groups: Mapping[str, Mapping[str, Any]] | None = None
     removed: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
     totals: Mapping[str, int] = field(default_factory=dict)
     sha256: str | None = None
     architecture: str | None = None
@@ -119,6 +136,7 @@ class ModelRecord(_Part):
     device: str | None = None
     computed_in: str | None = None
     speed: Speed | None = None
+    in_calibration: FactsInText | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from compressknow.compress.calibrate.words import calibrated_in_words
 from compressknow.compress.recipe import to_toml
 from compressknow.compress.removal.words import removed_in_words
 from compressknow.compress.runtimes import VLLM_ARCHITECTURES, runtimes, vllm_limit, vllm_obstacle
@@ -20,7 +21,7 @@ from compressknow.compress.schemes import known, word_of
 from compressknow.errors import OutputError
 from compressknow.files import write_whole
 from compressknow.format import count, estimate, number, percent, size
-from compressknow.model.checkpoint import some_of
+from compressknow.model.manifest import calibration_of
 from compressknow.reading import CARD as CARD_BYTES
 from compressknow.reading import NotReadable, read_text
 from compressknow.report.pages import code_span, render, yaml_text
@@ -89,7 +90,7 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         runs=where_it_runs(manifest),
         vllm=vllm_obstacle(manifest) is None,
         vllm_limit=vllm_limit(manifest),
-        calibrated=list(calibrated(manifest)),
+        calibrated=list(calibrated_in_words(calibration_of(manifest))),
         recipe=to_toml(manifest["recipe"]),
         command=_command(source),
     )
@@ -215,22 +216,6 @@ def where_it_runs(manifest: Mapping[str, Any]) -> str:
     told = f"Runs in {', '.join(runtimes(manifest))}{f' ({limit})' if limit else ''}."
     known = manifest["source"]["architecture"] in VLLM_ARCHITECTURES
     return f"{told} It does not run in vLLM: {obstacle}." if obstacle and known else told
-
-
-def calibrated(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences that say on what text an output was calibrated and how that went; none where nothing was."""
-    if (done := manifest.get("calibration")) is None:
-        return
-    text = "the model's own text" if done["kind"] == "self" else done["source"]
-    yield f"Calibrated on {count(done['tokens'])} tokens of {text}, drawn with seed {done['seed']}."
-    if smoothed := done.get("smoothed"):
-        norms = "A norm gave" if len(smoothed) == 1 else f"{count(len(smoothed))} norms gave"
-        yield f"{norms} outliers of the activations to the weights behind (SmoothQuant)."
-    if not done["blocks_apart"]:
-        yield "Its blocks cannot be run one by one, so each layer was fitted to what the original model gives it."
-    if unseen := done["unseen"]:
-        weights = "A weight was" if len(unseen) == 1 else f"{count(len(unseen))} weights were"
-        yield f"{weights} compressed without knowledge of the inputs, for too few tokens reach them: {some_of(unseen)}."
 
 
 def growth(manifest: Mapping[str, Any]) -> Iterator[str]:

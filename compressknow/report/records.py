@@ -8,7 +8,7 @@ from typing import Any
 
 from compressknow.format import count, estimate, plain, size
 from compressknow.notebook import Shown, Summary
-from compressknow.probe.records import Speed
+from compressknow.probe.records import FactsInText, Speed
 from compressknow.stats.records import ChangedFact, Counts, Estimate, Group, ProbeFigures
 
 
@@ -39,6 +39,8 @@ class ModelFacts:
     groups : by group of layers, as the manifest has it: parameters, zeros_after, pruned, quantized, relative_error.
     recipe : the recipe of the manifest, or None.
     removed : blocks and neurons that were dropped, as the manifest has it, or None.
+    calibration : on what it was calibrated and how that went, as `calibration_of` says it, or None.
+    in_calibration : the facts that stand in that text; None where it was not at hand.
     """
 
     name: str
@@ -56,7 +58,9 @@ class ModelFacts:
     zeros: int | None = None
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     removed: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
     speed: Speed | None = None
+    in_calibration: FactsInText | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from compressknow.compress.calibrate.passages import SELF, Kind, kind_of, passages
+from compressknow.compress.calibrate.passages import HUB, SELF, Kind, kind_of, passages
 from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
@@ -129,6 +129,50 @@ def calibration_text(
         batches=batches,
         texts=tuple(tokenizer.batch_decode(bodies.tolist(), skip_special_tokens=True)),
     )
+
+
+def texts_again(
+    folder: Path, calibration: Mapping[str, Any], *, trust_remote_code: bool = False
+) -> tuple[str, ...] | None:
+    """What stands in the sequences that a converted checkpoint was calibrated on.
+
+    None where it is not at hand: the model's own text was not kept, a data set of the hub would have to be fetched, and
+    a file may be gone, or give other tokens now.
+
+    Parameters
+    ----------
+    folder : the converted checkpoint, which has the tokenizer.
+    calibration : what `compressknow.model.manifest.calibration_of` says of it.
+    """
+    if not _is_on_disk(calibration):
+        return None
+    from compressknow.model.checkpoint import open_checkpoint
+    from compressknow.model.meta import meta_model
+
+    names = open_checkpoint(folder).tensors
+    try:
+        again = calibration_text(
+            folder,
+            meta_model(folder, trust_remote_code=trust_remote_code, tensor_names=names),
+            text=calibration["source"],
+            tokens=calibration["tokens"],
+            seed=calibration["seed"],
+            trust_remote_code=trust_remote_code,
+        )
+    except (CompressknowError, RuntimeError, ValueError):
+        # The manifest may be anyone's: what gives no text at all does not give this one.
+        return None
+    return again.texts if again.sha256 == calibration["sha256"] else None
+
+
+def _is_on_disk(calibration: Mapping[str, Any]) -> bool:
+    """Whether it names a file, or a data set on disk, that is there."""
+    try:
+        kind = kind_of(calibration["source"])
+        found = Path(calibration["source"].removeprefix(HUB)).expanduser().exists()
+    except (UsageError, OSError, ValueError, RuntimeError):
+        return False
+    return kind == calibration["kind"] and kind != SELF and found
 
 
 def _rows(tokens: int, form: Form) -> int:

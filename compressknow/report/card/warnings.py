@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # Fewer known facts than this leave an interval of several points.
 FEW_FACTS = 100
 FEW_FACTS_OF_A_SUBJECT = 20
+# A warning beyond these shares: of the facts that were known, those that stand in the calibration text; of the
+# parameters in scope, those that the text did not reach.
+MANY_IN_TEXT, MANY_UNSEEN = 0.01, 0.1
 # Of the answers of one int8 checkpoint, those that were right in the engine's int8 and wrong in plain floats, or the
 # other way round: 11 and 24. They stand for all models until each is measured against itself.
 MEASURED_ON, ROUNDING_ATTENTION, ROUNDING_BOTH = "SmolLM2-135M and 600 facts of atlas", "1.8 %", "4.0 %"
@@ -30,6 +33,7 @@ def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
     if original.sha256 == model.sha256:
         yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
     yield from of_recipe(model)
+    yield from of_calibration(original, model)
     if original.dtype != model.dtype and not (original.quantization or model.quantization):
         yield (
             f"The weights differ in type ({plain(original.dtype, 40)} and {plain(model.dtype, 40)}) though neither "
@@ -76,6 +80,25 @@ def of_recipe(model: ModelFacts) -> Iterator[str]:
             f"CPU) can change answers. On {MEASURED_ON}, rounding alone flipped {ROUNDING_ATTENTION} of the answers "
             f"between right and wrong with attention quantized, and {ROUNDING_BOTH} with feed-forward quantized too. A "
             "change of this size may be rounding alone."
+        )
+
+
+def of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+    """That the facts stand in the text that a checkpoint was calibrated on, or that the text hardly reached it."""
+    if not model.calibration:
+        return
+    found = model.in_calibration
+    if found and found.known_found > MANY_IN_TEXT * found.known:
+        stand = "stands" if found.found == 1 else "stand"
+        yield (
+            f"Of {_facts(found.facts)}, {count(found.found)} {stand} in the text that {plain(model.name, 80)} was "
+            f"calibrated on, {count(found.known_found)} of them among the {count(found.known)} that "
+            f"{plain(original.name, 80)} knew. It may keep more of these than of other facts."
+        )
+    if (unseen := model.calibration["unseen_share"]) > MANY_UNSEEN:
+        yield (
+            f"The calibration text did not reach {share(unseen)} of the parameters that {plain(model.name, 80)} has in "
+            "scope: they were compressed without knowledge of the inputs. Calibrate it on more tokens."
         )
 
 

@@ -16,7 +16,7 @@ KnownBy = Literal["only A", "only B", "neither"]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Which checkpoint one side is; `bytes` are those of its weight files."""
+    """Which checkpoint one side is; `bytes` are those of its weight files, `calibration` is as in `ModelFacts`."""
 
     name: str
     revision: str | None
@@ -26,6 +26,7 @@ class Checkpoint:
     quantization: str | None = None
     setup: str | None = None
     source: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

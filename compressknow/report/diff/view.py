@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from compressknow.compress.calibrate.words import text_in_words
 from compressknow.diff.records import Difference
 from compressknow.format import NONE, count, number, plain, share, size, smaller
 from compressknow.report.card import warnings as warnings
@@ -141,6 +142,7 @@ def _identity(side: Checkpoint) -> tuple[Entry, ...]:
         Entry("SHA-256", plain(side.sha256, 80)[:_SHORT], code=True, full=plain(side.sha256, 80)),
         Entry("Made from", source, code=True) if source else None,
         Entry("Setup", plain(side.setup, 80)) if side.setup else None,
+        Entry("Calibrated on", plain(text_in_words(side.calibration), 200)) if side.calibration else None,
         Entry("Quantization", plain(side.quantization, 200)) if side.quantization else None,
         Entry("Type", plain(side.dtype, 60)),
         Entry("Size", size(side.bytes)),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from compressknow.compress.calibrate.words import calibrated_in_words
 from compressknow.compress.removal.words import removed_in_words
 from compressknow.compress.schemes import schemes_of, word_of
 from compressknow.format import NONE, count, number, percent, plain, size
+from compressknow.probe.records import FactsInText
 from compressknow.report.card.section import Context, Section
 from compressknow.report.parts import Note, Part
 from compressknow.report.tables import Table
@@ -16,8 +18,8 @@ _COLUMNS = ("Model", "Device", "Facts a second", "Peak memory")
 
 
 class Layers(Section):
-    """Parameters, zeros and error of each group of layers, and what was dropped; left out for a checkpoint without a
-    manifest."""
+    """Parameters, zeros and error of each group of layers, what was dropped, and the calibration text; left out for a
+    checkpoint without a manifest."""
 
     title = "By group of layers"
     order = 50
@@ -30,6 +32,18 @@ class Layers(Section):
             yield Table("What was done to which layers", columns, rows, captioned=False)
         if removed := " ".join(removed_in_words(model.removed)):
             yield Note(plain(removed, 1000))
+        if told := " ".join((*calibrated_in_words(model.calibration), *_found(model.in_calibration))):
+            yield Note(plain(told, 1000))
+
+
+def _found(facts: FactsInText | None) -> Iterator[str]:
+    if facts:
+        stand = "stands" if facts.found == 1 else "stand"
+        yield (
+            f"{count(facts.found) if facts.found else 'None'} of {count(facts.facts)} facts {stand} in this text "
+            f"(subject and object in one sentence), {count(facts.known_found)} of the {count(facts.known)} that the "
+            "original knew."
+        )
 
 
 def _group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
