@@ -8,12 +8,12 @@ import copy
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.pruning import METHODS, Weights, pruned_count
-from compressknow.compress.recipe import Prune, Quantize, Recipe
+from compressknow.compress.recipe import Prune, Quantize, Recipe, Step
 from compressknow.compress.schemes import SCHEMES, Scheme, Stored
 from compressknow.compress.sources import Sources
 from compressknow.errors import UnsupportedError, UsageError
@@ -169,7 +169,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     UnsupportedError : the input is quantized already, or a weight has no quantized form that loads and runs
         right.
     """
-    sources = Sources(checkpoint, model, structure)
+    sources, recipe = Sources(checkpoint, model, structure), settled(structure, recipe)
     actions = _actions(structure, recipe)
     _separate(actions, sources)
     shapes: dict[Scheme | None, set[tuple[int, ...]]] = {}
@@ -201,6 +201,21 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     )
     _refuse_unreachable(plan)
     return plan
+
+
+def settled(structure: Structure, recipe: Recipe) -> Recipe:
+    """The recipe with what its schemes leave to the shapes of the weights in scope, such as the group size of int4;
+    what fits none stays open. Raises UsageError where a scope, pattern or layer range matches nothing."""
+    return replace(recipe, steps=tuple(_settled(structure, step) for step in recipe.steps))
+
+
+def _settled(structure: Structure, step: Step) -> Step:
+    if not isinstance(step, Quantize) or None not in step.parameters.values():
+        return step
+    where = step.where
+    weights = select(structure, where.scope, "quantize", where.include, where.exclude, where.layers)
+    with SCHEMES.answering(step.scheme):
+        return replace(step, parameters={**step.parameters, **(step.chosen.fit(w.shape for w in weights) or {})})
 
 
 def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:

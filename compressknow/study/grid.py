@@ -135,8 +135,10 @@ def paper_grid(
     Parameters
     ----------
     structure : of the model: scopes that it has none of are left out.
-    module_map, scheme : by default those of the authors' code.
+    module_map, scheme : by default those of the authors' code; the scheme is as near as can be to its defaults for all
+        layers.
     """
+    quantized: dict[str, Any] = {"quantize": scheme, "parameters": fitting(structure, scheme) or {}}
 
     def recipe(scope: str, **options: Any) -> Recipe:
         return recipe_of(Where((scope,)), module_map=module_map, **options)
@@ -144,8 +146,8 @@ def paper_grid(
     recipes = [recipe(scope, prune=amount) for scope in MODULES for amount in AMOUNTS]
     kinds = ATTENTIONS if "cross-attention" in scope_names(structure) else ()
     for scope in (*MODULES, *kinds):
-        recipes.append(recipe(scope, quantize=scheme))
-        recipes += [recipe(scope, prune=amount, quantize=scheme) for amount in FEW_AMOUNTS]
+        recipes.append(recipe(scope, **quantized))
+        recipes += [recipe(scope, prune=amount, **quantized) for amount in FEW_AMOUNTS]
     for method in ("ln-structured", "l1-unstructured"):
         recipes += [recipe("final", prune=amount, prune_method=method) for amount in FEW_AMOUNTS]
     here = set(scope_names(structure))

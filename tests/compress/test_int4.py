@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5ForConditionalGeneration
 
 import compressknow
 from compressknow.compress import blocks
@@ -259,7 +259,7 @@ def test_pruned_weights_stay_zero(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Path) -> None:
     tiny_of_groups("llama").save_pretrained(tmp_path / "in")
     with pytest.raises(UnsupportedError, match="32 input channels are no multiple of the group size 128") as caught:
-        compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4")
+        compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4", parameters={"group_size": 128})
     assert "With --group-size 32 all layers in scope can be stored." in str(caught.value)
     save_tiny("llama", tmp_path / "narrow")
     with pytest.raises(UnsupportedError, match="48 input channels are no multiple of the group size 32") as caught:
@@ -271,11 +271,32 @@ def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_without_a_group_size_the_largest_that_divides_all_in_scope_is_taken(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    config = LlamaConfig(**tiny("llama").config.to_dict() | sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "in")
+    for scope, size in (("attention", 64), (BLOCKS, 64), ("overall", 64)):
+        planned = compressknow.convert(tmp_path / "in", tmp_path / "out", scope=scope, quantize="int4", dry_run=True)
+        assert planned["recipe"]["steps"][0]["group_size"] == size
+        assert planned.setup.endswith("GQ int4 group_size 64")
+    down = {"include": ["down_proj"], "quantize": "int4"}
+    made = compressknow.convert(tmp_path / "in", tmp_path / "out", **down)
+    assert made["recipe"]["steps"][0]["group_size"] == 128
+    named = compressknow.convert(tmp_path / "in", tmp_path / "named", parameters={"group_size": 128}, **down)
+    assert named == made
+    again = compressknow.convert(tmp_path / "in", tmp_path / "again", recipe=tmp_path / "out")
+    assert again == made
+    save_tiny("llama", tmp_path / "narrow")
+    with pytest.raises(UnsupportedError, match="48 input channels are no multiple of the group size 32"):
+        compressknow.convert(tmp_path / "narrow", tmp_path / "none", quantize="int4")
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_the_largest_group_size_that_divides_all_is_told(size: int) -> None:
     shapes = [(8, 3 * size), (16, size * 128), (8, size)]
     assert of_groups(32).fit(shapes) == {"group_size": 32}
     assert of_groups(128).fit(shapes) == {"group_size": size}
+    assert SCHEMES["int4"].fit(shapes) == {"group_size": size}
     assert of_groups(size).fit([*shapes, (8, 48)]) is None
 
 

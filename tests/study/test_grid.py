@@ -79,6 +79,14 @@ def test_the_grid_of_methods_asks_the_same_of_each() -> None:
     assert {cell.recipe.calibration for cell in cells} == {None, Calibration(tokens=512)}
 
 
+def test_the_papers_grid_in_int4_has_the_largest_groups_that_divide_all_layers() -> None:
+    cells = grid_cells("paper", lambda: Opened("llama"), GridOptions(scheme="int4"))
+    assert {cell.quantization for cell in cells} == {None, "int4 group_size 32"}
+    # One that has none is refused cell by cell.
+    narrow = paper_grid(structure_of(tiny("bert"), "paper"), scheme="int4")
+    assert {cell.quantization for cell in narrow} == {None, "int4"}
+
+
 def test_the_grid_of_methods_leaves_out_what_the_model_cannot_have() -> None:
     cells = grid_cells("methods", lambda: Opened("llama", without="int4"))
     assert len(cells) == 3 * (15 + 2)

@@ -35,17 +35,18 @@ class Int4(Scheme):
     noun = "4-bit integers"
     bits, lowest, highest = 4, -8, 7
     format = "pack-quantized"
-    group_size: int = parameter(
-        default=128,
-        help="Input channels that share a scale: 32, 64 or 128.",
+    group_size: int | None = parameter(
+        default=None,
+        kind=int,
+        help="Input channels that share a scale: 32, 64 or 128.  [default: the largest that divides all in scope]",
         must="32, 64 or 128",
         fits=lambda size: size in GROUP_SIZES,
     )
 
     @property
     def scale_per(self) -> int:
-        """A group of input channels."""
-        return self.group_size
+        """A group of input channels: of the smallest size as long as none is chosen."""
+        return self.group_size or GROUP_SIZES[0]
 
     def stored(self, shape: tuple[int, ...], dtype: str) -> tuple[Stored, ...]:
         """Eight weights in 32 bits, the scales, and the shape that unpacking needs."""
@@ -56,14 +57,14 @@ class Int4(Scheme):
     def fit(self, shapes: Iterable[tuple[int, ...]]) -> dict[str, Any] | None:
         """Its own group size, or else the largest that divides them all."""
         columns = {shape[1] for shape in shapes}
-        sizes = (self.group_size, *reversed(GROUP_SIZES))
+        sizes = (*([self.group_size] if self.group_size else []), *reversed(GROUP_SIZES))
         return next(({"group_size": size} for size in sizes if not any(n % size for n in columns)), None)
 
     def arguments(self) -> dict[str, Any]:
         """Weights alone."""
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
         return {
-            "weights": {**weights, "strategy": "group", "group_size": self.group_size},
+            "weights": {**weights, "strategy": "group", "group_size": self.scale_per},
             "input_activations": None,
         }
 
