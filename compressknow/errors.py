@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -54,6 +55,15 @@ class GateNotMet(CompressknowError):
 def is_panic(error: BaseException) -> bool:
     """Whether Rust code of a library has panicked: what is raised then is no Exception."""
     return type(error).__name__ == "PanicException"
+
+
+# As torch on a CPU, on a GPU, the system and Python say it.
+_NO_MEMORY = re.compile("out of memory|allocate memory|start new thread", re.IGNORECASE)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether something failed because there was no memory; torch raises a mere RuntimeError then."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

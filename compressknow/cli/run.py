@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams, show
-from compressknow.errors import CompressknowError, did_you_mean, is_panic
+from compressknow.errors import CompressknowError, did_you_mean, is_panic, lacks_memory
 from compressknow.libraries import not_installed
 
 
@@ -118,13 +118,10 @@ def _run(command: click.Command, args: list[str] | None) -> int:
         return _interrupted(stop, int(str(stop.code)))
     except OSError as error:
         return _os_error(error)
-    except MemoryError:
-        _print_error("There is not enough memory.", None, "Use a machine with more memory, or a smaller --batch-size.")
-        return FAILED
     except ModuleNotFoundError as error:
         return _missing(error)
     except Exception as error:
-        return _unexpected(error)
+        return _no_memory() if lacks_memory(error) else _unexpected(error)
     except BaseException as error:
         if not is_panic(error):
             raise
@@ -145,6 +142,12 @@ def _missing(error: ModuleNotFoundError) -> int:
     if module in ("", "compressknow"):
         return _unexpected(error)
     _print_error(not_installed(module).what)
+    return FAILED
+
+
+def _no_memory() -> int:
+    hint = "Use a machine with more memory, or a smaller --batch-size where a model answers."
+    _print_error("There is not enough memory.", hint)
     return FAILED
 
 

@@ -84,6 +84,7 @@ def convert(
     """
     chosen = _chosen(locals())
     _refuse_before_work(model, Path(output), overwrite=overwrite, writes=not dry_run)
+    _refuse_no_text(chosen)
     from compressknow.compress.convert import prepare, text_for, write
     from compressknow.compress.manifest import dry_run as preview
     from compressknow.quiet import Stage, begun, listener
@@ -124,6 +125,13 @@ def _refuse_before_work(model: str | Path, output: Path, *, overwrite: bool, wri
         # What a dead run has left goes, whatever becomes of this one.
         clean(output)
     refuse_output(output, overwrite=overwrite, source=Path(model))
+
+
+def _refuse_no_text(recipe: Recipe) -> None:
+    if recipe.calibration is not None:
+        from compressknow.compress.calibrate.text import check_text
+
+        check_text(recipe.calibration.text, recipe.calibration.tokens)
 
 
 def _refuse_beside_recipe(given: dict[str, Any]) -> None:

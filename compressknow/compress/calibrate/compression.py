@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from compressknow.compress.calibrate.estimate import estimate
 from compressknow.compress.calibrate.forward import Call
 from compressknow.compress.calibrate.gathering import Key, Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel, read_tensor
 from compressknow.compress.calibrate.smooth import Norm, factors_of, norms_before, smoothed, stored_division
 from compressknow.compress.calibrate.statistics import InputStatistics
-from compressknow.compress.calibrate.walk import walk
+from compressknow.compress.calibrate.walk import memory_named, walk, whole_in_memory
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Treatment, Work
@@ -26,6 +27,7 @@ from compressknow.compress.recipe import Quantize
 from compressknow.compress.schemes import Scheme
 from compressknow.compress.schemes.rounding import nearest
 from compressknow.errors import UnsupportedError
+from compressknow.format import size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,13 +82,18 @@ def calibrate(
     ------
     CompressknowError : a block gives NaN, takes more memory than there is, or a layer's inputs were never seen.
     """
+    name = plan.structure.architecture
     try:
         # What fails stops its pool.
-        with Pool(work.pool.threads) as pool:
+        with (
+            memory_named(name, lambda: f"That takes about {size(estimate(plan).bytes)}."),
+            Pool(work.pool.threads) as pool,
+        ):
             return _Run(plan, tree, replace(work, pool=pool), masks, told).apart(text.batches, folder)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError, KeyError, IndexError):
         # Some models use the weights of a block outside it, or hand its parts round.
-        return _Run(plan, tree, work, masks, told).together(text.batches)
+        with memory_named(name, whole_in_memory):
+            return _Run(plan, tree, work, masks, told).together(text.batches)
 
 
 class _Run:

@@ -19,7 +19,7 @@ KEY = "text"
 _SPLITS = ("train", "validation", "test")
 _PIECE = 1 << 16
 _ROWS_AT_ONCE = 256
-_FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET."
+FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET."
 
 
 class Passage(NamedTuple):
@@ -43,7 +43,7 @@ def kind_of(source: str) -> Kind:
         return "hf"
     if Path(source).suffix.lower() in (".txt", ".jsonl"):
         return "file"
-    raise UsageError(f"There is no calibration text {source!r}.", hint=_FORMS)
+    raise UsageError(f"There is no calibration text {source!r}.", hint=FORMS)
 
 
 def passages(source: str) -> Iterator[Passage]:
@@ -57,7 +57,7 @@ def passages(source: str) -> Iterator[Passage]:
         return
     path = Path(source).expanduser()
     if not path.exists():
-        raise UsageError(f"There is no calibration text {path}.", hint=_FORMS)
+        raise UsageError(f"There is no calibration text {path}.", hint=FORMS)
     try:
         yield from _lines(path) if path.suffix.lower() == ".jsonl" else _pieces(path)
     except UnicodeDecodeError:

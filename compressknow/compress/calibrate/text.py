@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.compress.calibrate.passages import HUB, SELF, Kind, kind_of, passages
+from compressknow.compress.calibrate.passages import FORMS, HUB, SELF, Kind, kind_of, passages
 from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def check_text(text: str, tokens: int) -> None:
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise UsageError(f"{tokens!r} tokens to calibrate on.", hint=f"Give 1 or more; {TOKENS:,} is usual.")
     if kind_of(text) == "file" and not Path(text).expanduser().exists():
-        raise UsageError(f"There is no calibration text {text}.")
+        raise UsageError(f"There is no calibration text {text}.", hint=FORMS)
 
 
 def calibration_text(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from compressknow.compress.calibrate.forward import Call, ForwardPass, stopping_
 from compressknow.compress.calibrate.gathering import Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.pool import Pool
-from compressknow.errors import CompressknowError
+from compressknow.errors import CompressknowError, lacks_memory
 from compressknow.format import size
 
 # Hidden states of more than this lie in files between the blocks.
@@ -82,7 +83,7 @@ def walk(
         parking = _Parking(folder, tokens)
         while (module := _same(calls)) is not None:
             step = _Step(streamed, module, forwards[module], visitor, pool, parking)
-            with _memory_named(streamed, module):
+            with memory_named(module, partial(_needs, streamed, module)):
                 calls = step.take(passes, [call for call in calls if call])
             told(module)
             if visitor.done:
@@ -206,17 +207,23 @@ class _Parking:
         return kept.copy_(output)
 
 
+def whole_in_memory() -> str:
+    """Why a model takes much memory."""
+    return "Its blocks cannot be run one by one, so that all of it must be in memory, in float32."
+
+
 @contextmanager
-def _memory_named(streamed: StreamedModel, module: str) -> Iterator[None]:
-    """What fails for want of memory says for which block, and how much it takes."""
+def memory_named(what: str, why: Callable[[], str]) -> Iterator[None]:
+    """What fails for want of memory meanwhile says of what, and why that takes so much."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "alloc" not in str(error).lower():
+    except Exception as error:
+        if not lacks_memory(error):
             raise
-        numel = sum(parameter.numel() for parameter in streamed.model.get_submodule(module).parameters())
-        raise CompressknowError(
-            f"There is no memory to calibrate {module}.",
-            why=f"Its weights alone take {size(4 * numel)} in float32, and what is gathered of their inputs more.",
-            hint="Take fewer --calibration-tokens, a method that looks at weights alone, or another machine.",
-        ) from None
+        hint = "Take fewer --calibration-tokens, a method that looks at weights alone, or another machine."
+        raise CompressknowError(f"There is no memory to calibrate {what}.", why(), hint) from error
+
+
+def _needs(streamed: StreamedModel, module: str) -> str:
+    numel = sum(parameter.numel() for parameter in streamed.model.get_submodule(module).parameters())
+    return f"Its weights alone take {size(4 * numel)} in float32, and what is gathered of their inputs more."

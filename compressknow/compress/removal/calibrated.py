@@ -17,7 +17,7 @@ from compressknow.compress.blocks import Reader
 from compressknow.compress.calibrate.forward import Call
 from compressknow.compress.calibrate.gathering import Key, Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel
-from compressknow.compress.calibrate.walk import tensors_in, walk
+from compressknow.compress.calibrate.walk import memory_named, tensors_in, walk, whole_in_memory
 from compressknow.compress.pool import Pool
 from compressknow.compress.recipe import DropBlocks, Recipe
 from compressknow.compress.removal.choice import fit, neurons_to_keep
@@ -101,10 +101,10 @@ class _Run:
         return visitor.kept
 
     def _walk(self, checkpoint: Checkpoint, tree: PreTrainedModel, visitor: _Similarities | _Neurons) -> None:
-        sources = Sources(checkpoint, tree, structure_of(tree))
+        sources, name = Sources(checkpoint, tree, structure_of(tree)), type(tree).__name__
         try:
             # What fails stops its pool.
-            with Pool(self._reader.pool.threads) as pool:
+            with memory_named(name, _outside), Pool(self._reader.pool.threads) as pool:
                 visitor.streamed, visitor.pool = StreamedModel(tree, sources, self._reader.files), pool
                 told = partial(self._tell, visitor.streamed.blocks, [])
                 walk(visitor.streamed, self._batches, visitor, pool, self._folder, told)
@@ -112,10 +112,11 @@ class _Run:
         except NOT_APART:
             self.are_apart = False
             visitor.clear()
-            visitor.streamed = StreamedModel(tree, sources, self._reader.files, whole=True)
-            visitor.pool = self._reader.pool
-            visitor.together(visitor.streamed, self._batches)
-            visitor.finish()
+            with memory_named(name, whole_in_memory):
+                visitor.streamed = StreamedModel(tree, sources, self._reader.files, whole=True)
+                visitor.pool = self._reader.pool
+                visitor.together(visitor.streamed, self._batches)
+                visitor.finish()
         self._run += len(visitor.streamed.blocks)
         self._told(self._run, self._run + self._to_come(visitor.streamed.blocks))
         self._later = self._later[1:]
@@ -128,6 +129,10 @@ class _Run:
     def _to_come(self, blocks: Sequence[str]) -> int:
         """Of the passes after this one."""
         return sum(max(len(blocks) - fewer, 0) for fewer in self._later)
+
+
+def _outside() -> str:
+    return "A block and all that lies outside the blocks is in memory, in float32, beside what is gathered."
 
 
 class _Similarities:

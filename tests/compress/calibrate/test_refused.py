@@ -1,0 +1,186 @@
+"""Bad input of a calibrated conversion: one clear message, exit code 1 or 2, nothing written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tests.compress.conftest import Refused
+from tests.knowing import KNOWN_FACTS, knowing
+from tests.models import save_tiny
+
+WANDA = ["--prune", "0.5", "--prune-method", "wanda"]
+SENTENCES = " ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS)
+
+
+@pytest.fixture
+def llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    folder = knowing("llama", tmp_path / "in")
+    capsys.readouterr()
+    return folder
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    path = tmp_path / "notes.txt"
+    path.write_text(SENTENCES * 40)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("short.txt", b"The capital of Drenn is Velin.", "has 7 tokens of this model, and 2,016 are needed"),
+        ("empty.txt", b"", "has 0 tokens of this model"),
+        ("latin.txt", "Caf\xe9".encode("latin-1"), "is not UTF-8"),
+        ("foreign.txt", b"quux " * 4000, "The tokenizer does not know 100% of the tokens"),
+    ],
+)
+def test_a_text_that_tells_nothing(
+    name: str, content: bytes, message: str, llama: Path, tmp_path: Path, refused: Refused
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    said = refused(llama, *WANDA, "--calibration", str(tmp_path / name))
+    assert message in said
+    assert name in said
+
+
+def test_tokens_that_the_model_has_no_row_for(llama: Path, notes: Path, refused: Refused) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_tokens(["quux"])
+    tokenizer.save_pretrained(llama)
+    notes.write_text("quux " * 4000)
+    said = refused(llama, *WANDA, "--calibration", str(notes))
+    assert "The tokenizer gives token" in said
+    assert "the model's embedding has" in said
+
+
+@pytest.mark.parametrize(("text", "message"), [("none.txt", "no calibration text none.txt"), ("a.pdf", "'a.pdf'")])
+def test_a_text_that_is_not_there_is_refused_before_torch_is_imported(
+    text: str, message: str, llama: Path, refused: Refused
+) -> None:
+    said = refused(llama, *WANDA, "--calibration", text, code=2)
+    assert message in said
+    assert "FILE.jsonl" in said
+    code = (
+        "import sys\nfrom compressknow.cli import main\ncode = main(sys.argv[1:])\nprint(code, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "convert", str(llama), "out", *WANDA, "--calibration", text]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stdout == "2 False\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (
+            ["--quantize", "int4", "--group-size", "128"],
+            1,
+            "Its 64 input channels are no multiple of the group size 128.",
+        ),
+        (["--quantize", "int4", "--group-size", "48"], 2, "group_size must be 32, 64 or 128"),
+        (["--prune", "0.4", "--pattern", "3:5"], 1, "Its 64 input channels are no multiple of 5."),
+        (["--prune", "0.4", "--pattern", "2:4"], 2, "The pattern 2:4 prunes 0.5 of the weights, not 0.4."),
+        (["--prune", "0.5", "--pattern", "4:2"], 2, "such as 2:4"),
+        (["--prune", "0.5", "--smooth", "0.5"], 2, "--rounding and --smooth go with --quantize SCHEME"),
+        (["--prune", "0.5", "--rounding", "gptq"], 2, "--rounding and --smooth go with --quantize SCHEME"),
+        (["--quantize", "int8-paper", "--rounding", "gptq"], 2, "int8-paper is rounded to nearest alone."),
+        (["--quantize", "int8-weights", "--smooth", "0.5"], 2, "it rounds no activations by token"),
+        (["--quantize", "int8", "--smooth", "1.5"], 2, "smooth must be greater than 0 and at most 1"),
+        (["--quantize", "int8", "--calibration", "self"], 2, "There is nothing to calibrate"),
+        (["--prune", "0.2", "--calibration-tokens", "4096"], 2, "There is nothing to calibrate"),
+        ([*WANDA, "--calibration-tokens", "10"], 2, "make no sequence: this model's have 64"),
+        ([*WANDA, "--scope", "vision"], 2, 'The scope "vision" is empty'),
+        (["--drop-blocks", "2"], 2, "Dropping 2 blocks would leave none"),
+    ],
+)
+def test_options_that_do_not_fit(options: list[str], code: int, message: str, llama: Path, refused: Refused) -> None:
+    assert message in refused(llama, *options, code=code)
+
+
+def test_a_model_whose_norms_feed_more_than_layers_is_not_smoothed(
+    tmp_path: Path, notes: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert = knowing("bert", tmp_path / "in")
+    capsys.readouterr()
+    said = refused(bert, "--quantize", "int8", "--smooth", "0.5", "--calibration", str(notes))
+    assert "Nothing in bert.encoder.layer.0 can be smoothed" in said
+
+
+def test_a_checkpoint_without_tokenizer(
+    tmp_path: Path, notes: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny("llama", tmp_path / "in")
+    capsys.readouterr()
+    for text in ("self", str(notes)):
+        assert "has no tokenizer" in refused(tmp_path / "in", *WANDA, "--calibration", text)
+
+
+def test_a_block_that_gives_infinities_is_named(llama: Path, notes: Path, refused: Refused) -> None:
+    weights = load_file(llama / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1e38
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1e20
+    save_file(weights, llama / "model.safetensors", {"format": "pt"})
+    said = refused(llama, *WANDA, "--calibration", str(notes))
+    assert "model.layers.1 gives NaN or infinities on the calibration text" in said
+
+
+# With as much address space as is taken already, and so many bytes more.
+WITH_LITTLE_MEMORY = """
+import resource, sys
+import compressknow.compress.calibrate.compression, compressknow.compress.calibrate.text
+import transformers.models.llama.modeling_llama
+from compressknow.cli import main
+from pathlib import Path
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux alone")
+def test_no_memory_for_a_block_names_it(llama: Path, notes: Path, tmp_path: Path) -> None:
+    config = LlamaConfig.from_pretrained(llama, intermediate_size=20_000, num_hidden_layers=1)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(llama)
+    out = tmp_path / "out"
+    options = ["--prune", "0.5", "--prune-method", "sparsegpt", "--calibration", str(notes), "--threads", "1"]
+    # X^T X of 20,000 channels takes 1.6 GB.
+    command = [sys.executable, "-c", WITH_LITTLE_MEMORY, str(10**9), "convert", str(llama), str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: There is no memory to calibrate model.layers.0.\n  Its weights alone take ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "notes.txt"]
+
+
+STOPPED = """
+import sys
+import compressknow.cli.terminal as terminal
+terminal.SECONDS_ELSEWHERE = 0.01
+from compressknow.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+@pytest.mark.parametrize(("stage", "tokens"), [("Writing the calibration text", "400000"), ("Compressing", "64000")])
+def test_an_interrupted_run_leaves_nothing(stage: str, tokens: str, llama: Path, notes: Path, tmp_path: Path) -> None:
+    notes.write_text(SENTENCES * 200)
+    text = [] if stage.startswith("Writing") else ["--calibration", str(notes)]
+    options = ["--prune", "0.5", "--prune-method", "sparsegpt", *text, "--calibration-tokens", tokens]
+    command = [sys.executable, "-c", STOPPED, "convert", str(llama), str(tmp_path / "out"), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        assert any(line.startswith(stage) for line in run.stderr)
+        run.send_signal(signal.SIGINT)
+        said = run.stderr.read()
+    assert run.returncode == 130
+    assert said.endswith("Interrupted. Nothing was written.\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "notes.txt"]
