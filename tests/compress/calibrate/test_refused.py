@@ -57,7 +57,7 @@ def test_tokens_that_the_model_has_no_row_for(llama: Path, notes: Path, refused:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.add_tokens(["quux"])
     tokenizer.save_pretrained(llama)
-    notes.write_text("quux " * 4000)
+    notes.write_text("quux " * 4000, encoding="utf-8")
     said = refused(llama, *WANDA, "--calibration", str(notes))
     assert "The tokenizer gives token" in said
     assert "the model's embedding has" in said
@@ -172,7 +172,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
 @pytest.mark.parametrize(("stage", "tokens"), [("Writing the calibration text", "400000"), ("Compressing", "64000")])
 def test_an_interrupted_run_leaves_nothing(stage: str, tokens: str, llama: Path, notes: Path, tmp_path: Path) -> None:
-    notes.write_text(SENTENCES * 200)
+    notes.write_text(SENTENCES * 200, encoding="utf-8")
     text = [] if stage.startswith("Writing") else ["--calibration", str(notes)]
     options = ["--prune", "0.5", "--prune-method", "sparsegpt", *text, "--calibration-tokens", tokens]
     command = [sys.executable, "-c", STOPPED, "convert", str(llama), str(tmp_path / "out"), *options]

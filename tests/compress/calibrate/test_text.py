@@ -69,7 +69,7 @@ def test_a_causal_model_reads_the_file_after_its_first_token(folders: dict[str, 
     text = made(folders["llama"], notes)
     ids = torch.cat([batch["input_ids"] for batch in text.batches])
     assert set(ids[:, 0].tolist()) == {tokenizer.bos_token_id}
-    whole = tokenizer(notes.read_text(), add_special_tokens=False)["input_ids"]
+    whole = tokenizer(notes.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     assert ids[:, 1:].flatten().tolist() == whole[: 10 * 63]
 
 
@@ -89,7 +89,9 @@ def test_a_masked_model_has_15_percent_of_its_words_hidden(folders: dict[str, Pa
     assert (ids == tokenizer.mask_token_id).sum(1).tolist() == [round(0.15 * 62)] * 10
     assert set(ids[:, 0].tolist()) == {tokenizer.cls_token_id}
     assert set(ids[:, -1].tolist()) == {tokenizer.sep_token_id}
-    whole = torch.tensor(tokenizer(notes.read_text(), add_special_tokens=False)["input_ids"][: 10 * 62]).reshape(10, 62)
+    whole = torch.tensor(
+        tokenizer(notes.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][: 10 * 62]
+    ).reshape(10, 62)
     seen = ids[:, 1:-1] != tokenizer.mask_token_id
     assert torch.equal(ids[:, 1:-1][seen], whole[seen])
 
@@ -97,7 +99,7 @@ def test_a_masked_model_has_15_percent_of_its_words_hidden(folders: dict[str, Pa
 def test_a_t5_reads_what_is_left_and_its_decoder_what_was_hidden(folders: dict[str, Path], notes: Path) -> None:
     tokenizer = tokenizer_of(folders["t5"])
     batch = made(folders["t5"], notes).batches[0]
-    whole = tokenizer(notes.read_text(), add_special_tokens=False)["input_ids"]
+    whole = tokenizer(notes.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     first, second = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"])
     read, written = batch["input_ids"][0].tolist(), batch["decoder_input_ids"][0].tolist()
     # What it reads while it learns: its start, then the labels but for the last, </s>.
@@ -114,7 +116,7 @@ def test_a_bart_reads_masks_and_its_decoder_the_whole_text(tmp_path: Path, notes
     tokens.save_pretrained(folder)
     # BERT's words that the tiny embedding has rows for.
     text = " ".join(word for word in " ".join(SENTENCES * 4).split() if tokens.get_vocab().get(word, 99) < 99)
-    notes.write_text(text)
+    notes.write_text(text, encoding="utf-8")
     batch = made(folder, notes, tokens=400).batches[0]
     read, written = batch["input_ids"][0].tolist(), batch["decoder_input_ids"][0].tolist()
     hidden, spans = hidden_of(38, 0.15)
@@ -171,7 +173,9 @@ def test_spans_have_the_sizes_that_were_asked_for_and_never_touch() -> None:
 
 def test_a_text_that_is_shorter_than_asked_is_taken_whole(folders: dict[str, Path], notes: Path) -> None:
     text = made(folders["llama"], notes, tokens=1_000_000)
-    words = len(tokenizer_of(folders["llama"])(notes.read_text(), add_special_tokens=False)["input_ids"])
+    words = len(
+        tokenizer_of(folders["llama"])(notes.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    )
     assert text.tokens == words // 63 * 64
     assert text.asked == 1_000_000
 
@@ -241,7 +245,7 @@ def test_tokens_without_a_row_in_the_embedding_are_refused(tmp_path: Path, notes
     tokenizer = tokenizer_of(knowing("llama", tmp_path / "known"))
     tokenizer.add_tokens(["quux"])
     tokenizer.save_pretrained(folder)
-    notes.write_text("quux " * 800)
+    notes.write_text("quux " * 800, encoding="utf-8")
     with pytest.raises(CompressknowError, match="the model's embedding has 99 rows"):
         made(folder, notes)
 
