@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -79,6 +82,83 @@ def test_antiberty_pruned_holds_the_zeros_that_its_manifest_says(antiberty: Path
     zeros = sum(int((module.weight == 0).sum()) for module in layers)
     assert zeros == manifest["groups"]["feed-forward"]["zeros_after"] >= manifest["totals"]["pruned"]
     assert manifest["totals"]["pruned"] == round(0.4 * sum(module.weight.numel() for module in layers))
+
+
+# What is calibrated, and what it stands beside: the same by the weights alone.
+CALIBRATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "wanda": ({"prune": 0.5, "prune_method": "wanda"}, {"prune": 0.5, "per_layer": True}),
+    "sparsegpt": ({"prune": 0.5, "prune_method": "sparsegpt"}, {"prune": 0.5, "per_layer": True}),
+    "2:4": (
+        {"prune": 0.5, "prune_method": "sparsegpt", "parameters": {"pattern": "2:4"}},
+        {"prune": 0.5, "parameters": {"pattern": "2:4"}},
+    ),
+    "int8 gptq": ({"quantize": "int8-weights", "rounding": "gptq"}, {"quantize": "int8-weights"}),
+    "int4 gptq": ({"quantize": "int4", "rounding": "gptq"}, {"quantize": "int4"}),
+    "sparsegpt, int4 gptq": (
+        {"prune": 0.5, "prune_method": "sparsegpt", "quantize": "int4", "rounding": "gptq"},
+        {"prune": 0.5, "per_layer": True, "quantize": "int4"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def read_antiberty(antiberty: Path) -> Path:
+    """The same with its vocabulary, which lies a folder above: what reads text needs it."""
+    shutil.copy(antiberty.parent / "vocab.txt", antiberty / "vocab.txt")
+    return antiberty
+
+
+def answers(folder: Path) -> torch.Tensor:
+    """Log-probabilities of the residues at each masked position of the sequence."""
+    ids = torch.tensor([RESIDUES.index(token) for token in ["[CLS]", *SEQUENCE, "[SEP]"]])
+    rows, positions = ids.repeat(len(SEQUENCE), 1), torch.arange(1, len(SEQUENCE) + 1)
+    rows[positions - 1, positions] = RESIDUES.index("[MASK]")
+    with torch.inference_mode():
+        logits = AutoModelForMaskedLM.from_pretrained(folder).eval()(input_ids=rows).logits
+    return logits[positions - 1, positions].log_softmax(-1)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_antiberty_goes_through_every_method(read_antiberty: Path, tmp_path: Path, name: str) -> None:
+    """Not nearer to itself than by the weights alone: its own samples are unlike antibodies."""
+    BertForMaskedLM.from_pretrained(read_antiberty).save_pretrained(tmp_path / "in")
+    shutil.copy(read_antiberty / "vocab.txt", tmp_path / "in" / "vocab.txt")
+    before = answers(tmp_path / "in")
+    manifest = compressknow.convert(tmp_path / "in", tmp_path / "out", **CALIBRATED[name][0], calibration_tokens=2048)
+    compressknow.verify(tmp_path / "out")
+    assert manifest["calibration"]["blocks_apart"]
+    assert not manifest["calibration"]["unseen"]
+    after = answers(tmp_path / "out")
+    divergence = float((before.exp() * (before - after)).sum(-1).mean())
+    print(f"KL from the original: {divergence:.4f}")
+    assert divergence < 0.2
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", ["sparsegpt", "sparsegpt, int4 gptq"])
+def test_smollm2_is_nearer_to_itself_where_a_text_was_looked_at(smollm2: Path, tmp_path: Path, name: str) -> None:
+    root = Path(__file__).parents[1]
+    pages = sorted((root / "docs" / "commands").glob("*.md"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(page.read_text(encoding="utf-8") for page in pages), encoding="utf-8")
+    held_out = AutoTokenizer.from_pretrained(smollm2)((root / "README.md").read_text(encoding="utf-8"))["input_ids"][
+        :512
+    ]
+    said = []
+    folders = [smollm2]
+    for which, options in enumerate(CALIBRATED[name]):
+        calibration = {} if which else {"calibration": str(text), "calibration_tokens": 4096}
+        compressknow.convert(smollm2, tmp_path / str(which), **options, **calibration)
+        compressknow.verify(tmp_path / str(which))
+        folders.append(tmp_path / str(which))
+    for folder in folders:
+        with torch.inference_mode():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            said.append(model(torch.tensor([held_out])).logits[0].log_softmax(-1))
+    errors = [float((said[0].exp() * (said[0] - each)).sum(-1).mean()) for each in said[1:]]
+    print(f"KL from the original: {errors[0]:.4f} calibrated, {errors[1]:.4f} by the weights alone")
+    assert errors[0] < 0.5 * errors[1]
 
 
 @pytest.mark.network

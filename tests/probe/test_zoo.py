@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from compressknow.engine.language_model import _family
+from compressknow.engine.language_model import family_of
 from compressknow.errors import UnsupportedError
 from compressknow.probe.facts import BLANK, Fact
 from tests.model.test_zoo import BEFORE_5_20, BUILT_SINCE_5_20, NOT_BUILT, ZOO
@@ -93,7 +93,7 @@ def test_a_class_scores_two_facts_as_a_plain_loop_does(name: str) -> None:
         pytest.skip(f"transformers {transformers.__version__} builds no tiny {name}")
     with silent():
         model = build_tiny(CLASSES[name], name)
-        tokenizer, family = word_tokenizer(), _family(model)
+        tokenizer, family = word_tokenizer(), family_of(model)
         assert family is not None
         if name in REFUSED:
             with pytest.raises(UnsupportedError, match=REFUSED[name]):
