@@ -62,7 +62,7 @@ def test_sparsegpt_keeps_more_facts_of_tiny_models(tmp_path: Path) -> None:
 def test_sparsegpt_keeps_more_than_wanda_and_wanda_more_than_magnitude(
     name: str, probe: str, amount: float, tmp_path: Path
 ) -> None:
-    """At 60 %, where they differ: at 50 % these two have hardly forgotten anything by any of them."""
+    """At 60 %, where they differ most: at 50 % these two have forgotten little yet."""
     source = SHARED / "models" / name
     options = Options(data=SHARED / "data" / "lama" if probe.startswith("lama") else None, limit=300)
     found = {
