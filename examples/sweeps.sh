@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The paper's grid on three models, as examples/studies shows it: an encoder, an encoder-decoder and a decoder.
+# The paper's grid on three models, as examples/studies shows it: an encoder, an encoder-decoder and a decoder. Then the
+# same question asked of methods that look at activations.
 #
 #   bash examples/sweeps.sh MODELS DATA
 #
@@ -9,15 +10,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 models=$1 data=$2
 
-study() {  # NAME MODEL OPTIONS...
-    local name=$1 model=$2
-    shift 2
-    compressknow sweep "$model" -o "build/sweeps/$name" --grid paper "$@"
+study() {  # NAME MODEL GRID OPTIONS...
+    local name=$1 model=$2 grid=$3
+    shift 3
+    compressknow sweep "$model" -o "build/sweeps/$name" --grid "$grid" "$@"
     mkdir -p "examples/studies/$name"
     cp "build/sweeps/$name"/{study.html,study.md,cells.csv} "examples/studies/$name/"
 }
 
-study minilm-trex "$models/minilm-facts" -p lama:trex --data "$data" --limit 2000
-study t5-facts "$models/t5-facts" -p "facts:$models/t5-facts/facts.jsonl" --limit 1000
+study minilm-trex "$models/minilm-facts" paper -p lama:trex --data "$data" --limit 2000
+study minilm-methods "$models/minilm-facts" methods --calibration-tokens 8192 -p lama:trex --data "$data" --limit 1000
+study t5-facts "$models/t5-facts" paper -p "facts:$models/t5-facts/facts.jsonl" --limit 1000
+study t5-methods "$models/t5-facts" methods --calibration-tokens 4096 -p "facts:$models/t5-facts/facts.jsonl" --limit 300
 test -e build/smollm2 || python examples/smollm2.py build/smollm2
-study smollm2-atlas build/smollm2 -p atlas --limit 200
+study smollm2-atlas build/smollm2 paper -p atlas --limit 200
