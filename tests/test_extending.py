@@ -482,6 +482,57 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+LOOKING = """
+import torch
+from compressknow.compress.pruning import Calibrated
+
+class Loud(Calibrated):
+    name = "loud"
+    help = "weights on the smallest inputs"
+    needs = "norms"
+
+    def prune(self, weight, inputs, amount):
+        order = inputs.squares.argsort(stable=True).expand_as(weight)
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        mask.view(-1)[: round(amount * weight.numel())] = True
+        return mask.gather(1, order.argsort(dim=1)), None
+"""
+
+
+class TestMethodThatLooksAtActivations:
+    """It is handed what was seen of the inputs; what it does wrong is said of it, not of us."""
+
+    OPTIONS = ("--prune", "50%", "--prune-method", "loud", "--calibration-tokens", "2048")
+
+    @pytest.mark.usefixtures("home")
+    def test_it_prunes_and_the_terminal_says_on_what_text(self, install, capsys: pytest.CaptureFixture[str]) -> None:
+        install(METHODS, "loud", LOOKING, "Loud")
+        assert main(["convert", "model", "pruned", *self.OPTIONS]) == 0
+        shown = capsys.readouterr().out
+        assert "Blocks loud 50%" in shown
+        assert "tokens of the model's own text" in shown.replace("\n", " ")
+
+    @pytest.mark.usefixtures("home")
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            (("return mask", "return 1 / 0, mask"), "ZeroDivisionError"),
+            (("return mask.gather(1, order.argsort(dim=1))", "return mask[:1]"), "loud gives [1, "),
+            (("amount * weight.numel()", "amount * weight.numel() / 2"), "where it said"),
+        ],
+    )
+    def test_what_it_does_wrong_is_said_of_it(
+        self, install, capsys: pytest.CaptureFixture[str], wrong: tuple[str, str], message: str
+    ) -> None:
+        install(METHODS, "loud", LOOKING.replace(*wrong), "Loud")
+        assert main(["convert", "model", "pruned", *self.OPTIONS]) == 1
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert "loud" in shown
+        assert "Traceback" not in shown
+        assert not Path("pruned").exists()
+
+
 class TestPruningMethod:
     """The manual's l1-spans."""
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from compressknow.compress.calibrate.estimate import estimate
-from compressknow.compress.calibrate.forward import Call
+from compressknow.compress.calibrate.forward import Call, NotApart
 from compressknow.compress.calibrate.gathering import Key, Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel, read_tensor
 from compressknow.compress.calibrate.smooth import Norm, factors_of, norms_before, smoothed, stored_division
@@ -22,7 +22,7 @@ from compressknow.compress.calibrate.walk import memory_named, walk, whole_in_me
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Treatment, Work
-from compressknow.compress.pruning import BlockMask, Mask, Pruned
+from compressknow.compress.pruning import BlockMask, Mask, Pruned, pruned_matrix
 from compressknow.compress.recipe import Quantize
 from compressknow.compress.schemes import Scheme
 from compressknow.compress.schemes.rounding import nearest
@@ -90,8 +90,7 @@ def calibrate(
             Pool(work.pool.threads) as pool,
         ):
             return _Run(plan, tree, replace(work, pool=pool), masks, told).apart(text.batches, folder)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError, KeyError, IndexError):
-        # Some models use the weights of a block outside it, or hand its parts round.
+    except NotApart:
         with memory_named(name, whole_in_memory):
             return _Run(plan, tree, work, masks, told).together(text.batches)
 
@@ -280,7 +279,7 @@ class _Run:
         changed = False
         for place, own in enumerate(statistics):
             matrix = stacked[place].to(torch.float32)
-            mask, new = step.chosen.prune(matrix.T.contiguous() if tensor.transposed else matrix, own, step.amount)
+            mask, new = pruned_matrix(step, matrix.T.contiguous() if tensor.transposed else matrix, own)
             dropped[place] = mask.T if tensor.transposed else mask
             if new is not None:
                 stacked[place] = (new.T if tensor.transposed else new).to(values.dtype)
@@ -397,7 +396,7 @@ class _Compressing:
         for module in self._left:
             if module in self._streamed.blocks or any(tensor.group == "final" for tensor in self._targets[module]):
                 # Not run as a module: whatever the model does with its weights, it does elsewhere.
-                raise RuntimeError(f"the model does not run {module}")
+                raise NotApart(f"the model does not run {module}")
             self._compress(module, {})
 
     def _compress(self, module: str, factors: Mapping[str, torch.Tensor]) -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from compressknow.errors import lacks_memory
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -25,6 +27,21 @@ class Call(NamedTuple):
     module: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class NotApart(Exception):
+    """A model cannot be run block by block: it uses the weights of a block outside it, or hands its parts round."""
+
+
+@contextmanager
+def failing_apart() -> Iterator[None]:
+    """What a model fails with, when weights are not where it looks for them, as NotApart; missing memory as it is."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+        if lacks_memory(error):
+            raise
+        raise NotApart(str(error)) from error
 
 
 class _Ended(BaseException):
@@ -51,7 +68,7 @@ class ForwardPass:
         ----------
         output : of the module before which the pass stands.
 
-        Raises what the model raises.
+        Raises NotApart where the model fails, and what else it raises.
         """
         if self._started:
             self._answers.put(output)
@@ -63,7 +80,8 @@ class ForwardPass:
             self._over = True
             self._thread.join()
         if isinstance(found, BaseException):
-            raise found
+            with failing_apart():
+                raise found
         return found
 
     def close(self) -> None:

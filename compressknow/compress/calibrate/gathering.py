@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from compressknow.compress.calibrate.forward import NotApart
 from compressknow.compress.calibrate.statistics import InputStatistics
 
 # Which arguments are the inputs and the weight, of all functions by which layers multiply.
@@ -156,7 +157,7 @@ class Sums:
         for parameter, tensors in read.items():
             leader = first.setdefault(tuple(tensors), parameter)
             if self._leaders.setdefault(parameter, leader) != leader:
-                raise RuntimeError(f"{parameter} and {self._leaders[parameter]} read the same in some batches alone")
+                raise NotApart(f"{parameter} and {self._leaders[parameter]} read the same in some batches alone")
             kept += tensors.values() if leader == parameter else ()
         return kept
 

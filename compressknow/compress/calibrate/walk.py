@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import Cache
 
-from compressknow.compress.calibrate.forward import Call, ForwardPass, stopping_before
+from compressknow.compress.calibrate.forward import Call, ForwardPass, NotApart, failing_apart, stopping_before
 from compressknow.compress.calibrate.gathering import Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.pool import Pool
@@ -71,6 +71,7 @@ def walk(
     Raises
     ------
     CompressknowError : a block gives NaN or infinities, or there is no memory for it.
+    NotApart : the model cannot be run so.
     """
     passes = [ForwardPass(streamed.model, batch) for batch in batches]
     stops = [*streamed.blocks, *visitor.alone]
@@ -94,7 +95,7 @@ def _same(calls: Sequence[Call | None]) -> str | None:
     """Where all passes stand; None at the end of the model."""
     names = {call and call.module for call in calls}
     if len(names) != 1:
-        raise RuntimeError(f"the model takes other ways for other batches: to {names}")
+        raise NotApart(f"the model takes other ways for other batches: to {names}")
     return names.pop()
 
 
@@ -152,7 +153,7 @@ class _Step:
 
     def _run(self, call: Call) -> Any:
         self._pool.check()
-        with torch.no_grad():
+        with torch.no_grad(), failing_apart():
             output = self._forward(*call.args, **call.kwargs)
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(output)[:1]):
             raise CompressknowError(

@@ -198,6 +198,23 @@ def choose(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask
     return [_Foreign(step.method, mask) if METHODS.is_added(step.method) else mask for mask in masks]
 
 
+def pruned_matrix(
+    step: Prune, weight: torch.Tensor, inputs: InputStatistics
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the method of a step makes of one matrix, float32 [out, in]: see `Calibrated.prune`.
+
+    Raises CompressknowError where a method of another package fails, or gives something of another form.
+    """
+    with METHODS.answering(step.method):
+        mask, values = step.chosen.prune(weight, inputs, step.amount)
+        shapes = [tuple(made.shape) for made in (mask, values) if made is not None]
+        if any(shape != tuple(weight.shape) for shape in shapes):
+            raise CompressknowError(
+                f"{step.method} gives {list(shapes[-1])} for the weight of {inputs.name}, {list(weight.shape)}."
+            )
+    return mask, values
+
+
 @dataclass(frozen=True)
 class _Foreign:
     """A mask of another package: it may fail in any way."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressknow.compress.blocks import Reader
-from compressknow.compress.calibrate.forward import Call
+from compressknow.compress.calibrate.forward import Call, NotApart
 from compressknow.compress.calibrate.gathering import Key, Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.walk import memory_named, tensors_in, walk, whole_in_memory
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
-# What a model that cannot be run block by block fails with: see `calibrate.compression`.
-NOT_APART = (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError, KeyError, IndexError)
 
 
 def decide(
@@ -109,7 +107,7 @@ class _Run:
                 told = partial(self._tell, visitor.streamed.blocks, [])
                 walk(visitor.streamed, self._batches, visitor, pool, self._folder, told)
                 visitor.finish()
-        except NOT_APART:
+        except NotApart:
             self.are_apart = False
             visitor.clear()
             with memory_named(name, whole_in_memory):

@@ -17,12 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
 
 from compressknow.compress.calibrate.text import CalibrationText
+from compressknow.compress.calibrate.words import calibrated_in_words as calibrated_in_words
 from compressknow.compress.convert import prepare, write
+from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Prune, Quantize, Recipe, Step, Where
 from compressknow.errors import UnsupportedError
+from compressknow.model.manifest import calibration_of
 from compressknow.quiet import quiet
 from tests.compress.calibrate.test_walk import batches_of
 from tests.models import save_tiny, tiny
@@ -210,3 +213,41 @@ def test_progress_tells_blocks(tmp_path: Path) -> None:
         begin=lambda work: nullcontext(lambda *far: told.append((work, *far))),
     )
     assert told == [("calibrate", 1, 2), ("calibrate", 2, 2)]
+
+
+def test_a_model_that_reads_a_block_from_outside_is_run_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer is then pruned by what the original gives it, and the manifest says so."""
+    folder = save_tiny("llama", tmp_path / "in")
+    by_hand, batches = copy.deepcopy(tiny("llama")), batches_of(tiny("llama"))
+    norms = norms_by_hook(by_hand, by_hand.model, batches)
+    for name, layer in linears(by_hand.model):
+        scores = layer.weight.data.double().abs() * norms[name]
+        lowest = scores.argsort(dim=1, stable=True)[:, : round(0.5 * scores.shape[1])]
+        layer.weight.data.scatter_(1, lowest, 0)
+    forward = LlamaModel.forward
+
+    def outside(self: LlamaModel, *args: Any, **kwargs: Any) -> Any:
+        assert float(self.layers[1].mlp.down_proj.weight.abs().sum()) > 0
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", outside)
+    manifest = compressed(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
+    assert not manifest["calibration"]["blocks_apart"]
+    assert "cannot be run one by one" in " ".join(calibrated_in_words(calibration_of(manifest)))
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, by_hand.state_dict()[name]), name
+
+
+def test_a_fault_in_compressing_is_not_taken_for_a_model_that_runs_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(type(METHODS["wanda"]), "prune", broken)
+    folder = save_tiny("llama", tmp_path / "in")
+    with pytest.raises(ValueError, match="a fault"):
+        compressed(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
+    assert list(tmp_path.iterdir()) == [folder]
