@@ -228,11 +228,13 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-# The most that a number may be, by its name; the first pattern that is found in it holds. Nobody has 10,000 layers.
+# The most that a number may be, by its name; the first pattern that is found in it holds. The deepest
+# transformer that was trained has 1,000 layers (DeepNet); Switch-C has 2,048 experts.
 _MOST = (
     (re.compile(r"positions?$|embeddings$|embd$|ctx$|vocab|words$|inner$|tokens?$|channels$|_size$"), 1 << 40),
     (re.compile(r"param|samples"), math.inf),
-    (re.compile(r"(layers?|blocks?|heads?|experts?|stages?|depths?)$"), 10_000),
+    (re.compile(r"(layers?|blocks?|depths?|inner_group_num)$"), 2_000),
+    (re.compile(r"(heads?|experts?|stages?)$"), 10_000),
     (re.compile(r"(^|_)(num|n|number)_|labels?$"), 1_000_000),
 )
 MOST_DEPTH = 30

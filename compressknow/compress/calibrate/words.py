@@ -17,7 +17,7 @@ def calibrated_in_words(calibration: Mapping[str, Any] | None) -> Iterator[str]:
     """
     if not calibration:
         return
-    yield f"Calibrated on {text_in_words(calibration)}, drawn with seed {calibration['seed']}."
+    yield f"Calibrated on {text_in_words(calibration)}, with seed {calibration['seed']}."
     if smoothed := calibration["smoothed"]:
         norms = "A norm gave" if smoothed == 1 else f"{count(smoothed)} norms gave"
         yield f"{norms} outliers of the activations to the weights behind (SmoothQuant)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ Pieces = list[list[int]]
 
 
 @dataclass
-class Writer:
+class Writer(abc.ABC):
     """Writes texts in batches, each from one random generator.
 
     Attributes
@@ -42,13 +43,14 @@ class Writer:
         with torch.inference_mode():
             return self._write(generator)
 
+    @abc.abstractmethod
     def _write(self, generator: torch.Generator) -> Pieces:
-        raise NotImplementedError
+        """The same, in torch's mode for inference."""
 
     @property
+    @abc.abstractmethod
     def batch_tokens(self) -> int:
         """About how many tokens a batch has."""
-        raise NotImplementedError
 
     @cached_property
     def barred(self) -> torch.Tensor:
