@@ -459,8 +459,6 @@ def _calibration(values: Any, origin: str) -> Calibration | None:
 def recipe_of(
     where: Where,
     *,
-    drop_blocks: int | str | None = None,
-    drop_neurons: float | None = None,
     prune: float | None = None,
     prune_method: str = METHODS.first,
     quantize: str | None = None,
@@ -474,17 +472,13 @@ def recipe_of(
     Parameters
     ----------
     parameters : of the method and of the scheme; each takes those that it has.
-    shared : `per_layer`, `norm`, `dim` and `seed`; `rounding` and `smooth`; `calibration` and `calibration_tokens`.
+    shared : `per_layer`, `norm`, `dim` and `seed`; `rounding` and `smooth`; `calibration` and `calibration_tokens`;
+        `drop_blocks` and `drop_neurons`.
     """
     given = dict(parameters or {})
+    removals = _removals(where, shared.pop("drop_blocks", None), shared.pop("drop_neurons", None))
     rounded = {name: shared.pop(name) for name in ("rounding", "smooth") if shared.get(name) is not None}
     text, tokens = shared.pop("calibration", None), shared.pop("calibration_tokens", None)
-    side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()
-    removals: list[Step] = []
-    if drop_blocks is not None:
-        removals.append(DropBlocks(drop_blocks, side))
-    if drop_neurons is not None:
-        removals.append(DropNeurons(drop_neurons, where=side))
     steps: list[Prune | Quantize] = []
     if prune is not None:
         steps.append(Prune(prune, prune_method, where, **{n: v for n, v in shared.items() if n in SHARED}))
@@ -496,6 +490,13 @@ def recipe_of(
     _refuse_strangers(given, steps)
     chosen = (replace(step, parameters=_taken(given, step)) for step in steps)
     return Recipe((*removals, *chosen), module_map, calibration)
+
+
+def _removals(where: Where, blocks: int | str | None, neurons: float | None) -> list[Step]:
+    """The steps that leave something out; of a scope, only the sides of an encoder-decoder model narrow them."""
+    side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()
+    dropped: list[Step] = [] if blocks is None else [DropBlocks(blocks, side)]
+    return dropped if neurons is None else [*dropped, DropNeurons(neurons, where=side)]
 
 
 def _calibration_of(text: str | None, tokens: int | None, seed: int, steps: Sequence[Step]) -> Calibration | None:
