@@ -50,6 +50,7 @@ RECORD_FORM: dict[str, Any] = {
         "totals?": {str: (int, float, None)},
         "removed?": ({key: form for key, form in REMOVED.items() if key != "tensors"}, None),
         "calibration?": (CALIBRATION, None),
+        "runtime?": ({"name": str, "build?": (str, None), "types?": ({str: {str: int}}, None)}, None),
     },
     "probes": {
         str: {

@@ -21,7 +21,7 @@ from compressknow.quiet import Advance, Pace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from compressknow.engine.language_model import LanguageModel
+    from compressknow.probe.runtimes.runtime import Answering, Loaded
     from compressknow.probe.scoring.scorer import Query, Scorer, Whole
 
 
@@ -37,7 +37,7 @@ MOST_FURTHER = 64
 class Prompts:
     """The facts of a probe as one model reads them, in batches of one shape; and those that it cannot, by reason."""
 
-    scorer: Scorer
+    scorer: Answering
     batches: tuple[tuple[Query, ...], ...]
     dropped: Mapping[str, int]
 
@@ -74,7 +74,7 @@ def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, famil
     return scorers[family](model, tokenizer, probe)
 
 
-def prompts_of(scorer: Scorer, batch_size: int = BATCH_SIZE) -> Prompts:
+def prompts_of(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
     """The probe's facts as prompts: sorted by length, so that a batch needs no padding; the order is fixed."""
     queries: list[Query] = []
     dropped: Counter[str] = Counter(scorer.probe.dropped)
@@ -126,7 +126,7 @@ def evaluate(
             advance(answered, total, pace.left)
 
 
-def _pace(scorer: Scorer, left: Sequence[tuple[Query, ...]], *, measured: bool) -> Pace:
+def _pace(scorer: Answering, left: Sequence[tuple[Query, ...]], *, measured: bool) -> Pace:
     """The pace of the batches that are left; `measured` runs a few facts of some of them first, to take the time."""
     work = sum(_work(scorer, batch) for batch in left)
     if not measured or sum(map(len, left)) < LEAST * SAMPLE:
@@ -140,7 +140,7 @@ def _pace(scorer: Scorer, left: Sequence[tuple[Query, ...]], *, measured: bool) 
     return Pace(work, sum(_work(scorer, sample) for sample in samples), time.monotonic() - start)
 
 
-def _work(scorer: Scorer, batch: Iterable[Query]) -> int:
+def _work(scorer: Answering, batch: Iterable[Query]) -> int:
     """What a batch costs, about, in tokens. Masked models read the whole prompt again for each further token of a
     candidate; of many candidates most need not be finished.
     """
@@ -179,7 +179,7 @@ def refuse_other_facts(reference: Answers, probe: Probe | Task) -> None:
         )
 
 
-def refuse_other_model(reference: Answers, name: str, loaded: LanguageModel) -> None:
+def refuse_other_model(reference: Answers, name: str, loaded: Loaded) -> None:
     """Raise CompressknowError where a model cannot be a compressed form of the original: its tokens are others."""
     before = reference.record.model
     for key, known, value in (

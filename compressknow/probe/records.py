@@ -112,6 +112,7 @@ class ModelRecord(_Part):
     dtype : of the weights as stored; `computed_in` what they were run in, on `device`.
     setup, recipe, source, groups, removed, calibration : of a converted checkpoint, what its manifest says.
     totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
+    runtime : what ran it where that was not transformers: name, build, and types by group of layers.
     speed, in_calibration : measured for one report; they are not stored.
     """
 
@@ -135,6 +136,7 @@ class ModelRecord(_Part):
     vocabulary: str | int | None = None
     device: str | None = None
     computed_in: str | None = None
+    runtime: Mapping[str, Any] | None = None
     speed: Speed | None = None
     in_calibration: FactsInText | None = None
 

@@ -15,7 +15,7 @@ from compressknow._version import __version__
 from compressknow.engine.identity import Located, describe, fingerprint
 from compressknow.engine.language_model import AUTO, CPU, check_device, device_of
 from compressknow.engine.load import reason_of
-from compressknow.errors import CheckpointError, OutputError, UsageError
+from compressknow.errors import CheckpointError, OutputError, UnsupportedError, UsageError
 from compressknow.probe.answers import (
     RECORD,
     SCHEMA_VERSION,
@@ -42,10 +42,10 @@ from compressknow.probe.evaluate import (
     prompts_of,
     refuse_other_facts,
     refuse_other_model,
-    scorer_for,
 )
 from compressknow.probe.facts import Probe, chance, majority
 from compressknow.probe.records import ModelRecord, ProbeEntry, Record
+from compressknow.probe.runtimes import Loaded, Runtime, runtime_for
 from compressknow.probe.sources import Task
 from compressknow.quiet import Advance, Listener, PanicError, Stage, begun, no_panics
 from compressknow.reading import sha256_of
@@ -65,13 +65,15 @@ class Settings:
     alone, if at all; with ``int8-paper`` in more than these (see `compressknow.engine.int8`).
 
     `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
-    those of another: logits differ in their last digits.
+    those of another: logits differ in their last digits. `runtime` is the name of what runs the model; by default
+    what is meant for it (see `compressknow.probe.runtimes`).
     """
 
     device: str = AUTO
     dtype: str | None = None
     batch_size: int = BATCH_SIZE
     trust_remote_code: bool = False
+    runtime: str | None = None
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -92,33 +94,29 @@ class ModelHandle:
         self.located, self._settings = located, settings
 
     @cached_property
+    def runtime(self) -> Runtime:
+        """What runs it. Raises UsageError where the settings name one that does not."""
+        return runtime_for(self.located, self._settings.runtime)
+
+    @cached_property
     def settings(self) -> Settings:
         """With the device of this machine. Raises UsageError where it has no such device."""
-        return self._settings.here()
+        return self.runtime.settled(self._settings)
 
     @cached_property
     def sha256(self) -> str:
         return fingerprint(self.located)
 
     @cached_property
-    def loaded(self) -> LanguageModel:
-        from compressknow.engine.language_model import load_language_model
-
-        settings = self.settings
-        return load_language_model(
-            self.located.path,
-            device=settings.device,
-            dtype=settings.computed_in,
-            trust_remote_code=settings.trust_remote_code,
-        )
+    def loaded(self) -> Loaded:
+        return self.runtime.open(self.located, self.settings)
 
     def prompts(self, probe: Probe) -> Prompts:
         """The probe's facts as this model reads them."""
         loaded = self.loaded
         try:
             with no_panics():
-                scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)
-                return prompts_of(scorer, self.settings.batch_size)
+                return prompts_of(loaded.scorer(probe), self.settings.batch_size)
         except PanicError as error:
             raise CheckpointError(
                 f"The tokenizer of {self.located.name} fails on the facts of {probe.name}.",
@@ -128,7 +126,19 @@ class ModelHandle:
 
     def release(self) -> None:
         """Let go of the model's memory; it is loaded again on demand."""
-        self.__dict__.pop("loaded", None)
+        loaded = self.__dict__.pop("loaded", None)
+        if loaded is not None:
+            loaded.release()
+
+    def language_model(self, wanted_by: str) -> LanguageModel:
+        """The model as transformers has it. Raises UnsupportedError, naming what wants it, where another runs it."""
+        found = self.loaded.language_model
+        if found is None:
+            raise UnsupportedError(
+                f"{wanted_by} cannot evaluate {self.located.name} in {self.runtime.name}: lm-eval runs transformers.",
+                hint="Choose a probe of facts, or pass --runtime transformers where that reads the model.",
+            )
+        return found
 
     def described(self) -> dict[str, Any]:
         """What the model's files tell of it."""
@@ -137,15 +147,17 @@ class ModelHandle:
     def record(self) -> ModelRecord:
         """The "model" entry of ``probe.json``."""
         loaded = self.loaded
-        evaluated = {
+        evaluated: dict[str, Any] = {
             "sha256": self.sha256,
-            "architecture": type(loaded.model).__name__,
+            "architecture": loaded.architecture,
             "family": loaded.family,
             "parameters": loaded.parameters,
             "vocabulary": loaded.vocabulary,
             "device": str(self.settings.device),
-            "computed_in": loaded.dtype,
+            "computed_in": loaded.computed_in,
         }
+        if runtime := loaded.record():
+            evaluated["runtime"] = runtime
         return ModelRecord.from_dict(self.described() | evaluated)
 
 
@@ -275,7 +287,7 @@ class _Run:
                 # A task gives no distribution: there is nothing to evaluate anew.
                 answers, entry = list(known.of(probe.name)), known.record.probes[probe.name]
             else:
-                answers, entry = probe.run(handle.loaded)
+                answers, entry = probe.run(handle.language_model(probe.name))
         seconds = round(time.monotonic() - start, 1)
         of = self._beside.sha256 or handle.sha256
         self._keep(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds))
@@ -358,6 +370,7 @@ def _key(handle: ModelHandle, probe: Probe | Task, beside: Beside) -> str:
         *(SCHEMA_VERSION, __version__, handle.sha256, probe.fingerprint()),
         beside.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),
+        *handle.runtime.key(),
     ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 

@@ -45,14 +45,15 @@ def measure(located: Located, settings: Settings) -> Speed:
 def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
     import torch
 
-    from compressknow.probe.evaluate import evaluate, prompts_of, scorer_for
+    from compressknow.probe.evaluate import evaluate
     from compressknow.probe.sources import DEFAULT, Options, open_probe
 
     _import_libraries(path)
     libraries = peak_memory()
-    loaded = ModelHandle(Located(path.name, path), settings).loaded
+    handle = ModelHandle(Located(path.name, path), settings)
+    _ = handle.loaded
     probe = open_probe(DEFAULT[0], Options(limit=FACTS))
-    prompts = prompts_of(scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe), settings.batch_size)
+    prompts = handle.prompts(probe)
     on_gpu = settings.device.startswith("cuda")
     seconds = []
     for _ in range(1 + ROUNDS):

@@ -10,11 +10,11 @@ from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compressknow._version import __version__
 from compressknow.engine.identity import describe_variant, locate
-from compressknow.engine.language_model import LanguageModel, language_model_of
+from compressknow.engine.language_model import language_model_of
 from compressknow.engine.load import load_tokenizer
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answers
@@ -22,6 +22,7 @@ from compressknow.probe.distributions import Distributions
 from compressknow.probe.evaluate import Prompts
 from compressknow.probe.facts import Probe
 from compressknow.probe.run import Beside, ModelHandle, Settings, facts_of, is_answered, lacking, probe_model
+from compressknow.probe.runtimes.transformers import LoadedInTransformers
 from compressknow.probe.sources import Task
 from compressknow.quiet import Listener, staged
 from compressknow.study.grid import Cell
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from compressknow.compress.recipe import Recipe
     from compressknow.compress.variant import VariantMaker
+    from compressknow.probe.scoring.scorer import Scorer
 
 
 class StudyModel:
@@ -188,12 +190,14 @@ class CellHandle(ModelHandle):
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     @cached_property
-    def loaded(self) -> LanguageModel:
+    def loaded(self) -> LoadedInTransformers:
         variant = self._maker.make(self._maker.plan(self._cell.recipe))
         self._described = describe_variant(self._cell.key, variant)
         settings = self.settings
-        return language_model_of(
-            variant, self._maker, self._tokenizer(), device=settings.device, dtype=settings.computed_in
+        return LoadedInTransformers(
+            language_model_of(
+                variant, self._maker, self._tokenizer(), device=settings.device, dtype=settings.computed_in
+            )
         )
 
     def prompts(self, probe: Probe) -> Prompts:
@@ -202,7 +206,7 @@ class CellHandle(ModelHandle):
         if name not in self._written:
             self._written[name] = super().prompts(probe)
         prompts = self._written[name]
-        prompts.scorer.model = self.loaded.model
+        cast("Scorer", prompts.scorer).model = self.loaded.language_model.model
         return prompts
 
     def release(self) -> None:

@@ -18,6 +18,7 @@ from compressknow.files import LOCK
 from compressknow.probe import run
 from compressknow.probe.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
 from compressknow.probe.run import Beside, ModelHandle, Settings, probe_model
+from compressknow.probe.runtimes import transformers
 from compressknow.probe.sources import Options, open_all
 from compressknow.quiet import Listener
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
@@ -81,15 +82,13 @@ def parts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The checkpoints that are loaded from here on, in order."""
-    from compressknow.engine import language_model
-
-    load, loaded = language_model.load_language_model, []
+    load, loaded = transformers.load_language_model, []
 
     def counted(path: Path, **options: object) -> object:
         loaded.append(path)
         return load(path, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(language_model, "load_language_model", counted)
+    monkeypatch.setattr(transformers, "load_language_model", counted)
     return loaded
 
 
@@ -105,7 +104,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
     handle = ModelHandle(locate(place / family), FEW)
     rows: list[int] = []
     (probe,) = open_all([f"facts:{place / 'facts.jsonl'}"], Options())
-    scorers = run.scorer_for
+    scorers = transformers.scorer_for
 
     def counting(*arguments: object) -> object:
         scorer = scorers(*arguments)  # type: ignore[arg-type]
@@ -114,7 +113,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
         return scorer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "scorer_for", counting)
+        patch.setattr(transformers, "scorer_for", counting)
         resumed = probe_model(handle, [probe], tmp_path / "killed")
 
     assert sum(rows) == len(KNOWN_FACTS) - len(kept)

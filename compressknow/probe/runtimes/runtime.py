@@ -1,0 +1,108 @@
+"""What a runtime is: something that answers for a model, such as transformers, llama.cpp or a server."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from compressknow.engine.identity import Located
+    from compressknow.engine.language_model import LanguageModel
+    from compressknow.probe.answers import Answer
+    from compressknow.probe.facts import Fact, Probe
+    from compressknow.probe.run import Settings
+    from compressknow.probe.scoring.prompts import Ids
+    from compressknow.probe.scoring.scorer import Query, Whole
+
+
+class Answering(Protocol):
+    """Answers the facts of one probe; `compressknow.probe.scoring.scorer.Scorer` says what each method does."""
+
+    probe: Probe
+
+    @property
+    def family(self) -> str: ...
+
+    def query(self, fact: Fact) -> Query | str: ...
+
+    def answer(
+        self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None
+    ) -> list[Answer]: ...
+
+    def answer_anew(
+        self,
+        batch: Sequence[Query],
+        answers: Sequence[Answer],
+        reference: Sequence[Ids] | None,
+        whole: Whole | None = None,
+    ) -> list[Answer]: ...
+
+    def release(self) -> None: ...
+
+
+class Loaded(abc.ABC):
+    """A model that a runtime has opened.
+
+    Attributes
+    ----------
+    family : ``masked``, ``causal`` or ``seq2seq``.
+    architecture : its name for it: a class of transformers, say.
+    computed_in : what it is run in, such as ``float32``.
+    vocabulary : a short hash of its tokens and their ids; None where they are not known.
+    parameters : how many it has; None where that is not known.
+    language_model : the model as transformers has it, for what only that can run; None where another runtime runs it.
+    """
+
+    family: str
+    architecture: str
+    computed_in: str
+    vocabulary: str | None = None
+    parameters: int | None = None
+    language_model: LanguageModel | None = None
+
+    @abc.abstractmethod
+    def scorer(self, probe: Probe) -> Answering:
+        """What answers a probe's facts. Raises CompressknowError where nothing can."""
+
+    def record(self) -> Mapping[str, Any] | None:
+        """The "runtime" entry of ``probe.json``: "name", "build" and, where it stores types of its own, "types": {group
+        of layers: {type: parameters}}. None for transformers.
+        """
+        return None
+
+    def release(self) -> None:  # noqa: B027
+        """Let go of what garbage collection alone does not free."""
+
+
+class Runtime(abc.ABC):
+    """Something that runs models.
+
+    Attributes
+    ----------
+    name : as the user names it with ``--runtime``.
+    help : what it is, for ``--help``.
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+
+    @abc.abstractmethod
+    def reads(self, located: Located) -> bool:
+        """Whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
+
+    def is_default(self, located: Located) -> bool:
+        """Whether it runs a model that it reads where the user names no runtime."""
+        return self.reads(located)
+
+    def settled(self, settings: Settings) -> Settings:
+        """The settings with what they mean on this machine. Raises UsageError for one that it cannot keep."""
+        return settings.here()
+
+    def key(self) -> tuple[str, ...]:
+        """What beside model and settings decides the answers: name and build; empty for transformers."""
+        return ()
+
+    @abc.abstractmethod
+    def open(self, located: Located, settings: Settings) -> Loaded:
+        """Load a model; `settings` are those of `settled`. Raises CompressknowError where it cannot be run."""
