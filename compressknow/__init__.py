@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compressknow.commands.inspect import inspect
     from compressknow.commands.load import load
     from compressknow.commands.probe import probe
+    from compressknow.commands.push import push
     from compressknow.commands.report import report
     from compressknow.commands.search import search
     from compressknow.commands.sweep import sweep
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from compressknow.hub import Upload
     from compressknow.model.summary import Inspection
     from compressknow.probe.answers import Answers
     from compressknow.probe.run import Settings
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from compressknow.study.folder import CellResult
     from compressknow.study.running import RayOptions
 else:
-    _VERBS = ("compare", "convert", "inspect", "load", "probe", "report", "search", "sweep", "verify")
+    _VERBS = ("compare", "convert", "inspect", "load", "probe", "push", "report", "search", "sweep", "verify")
     _RECORDS = {
         "compress.manifest": ("Manifest",),
         "compress.recipe": ("Prune", "Quantize", "Recipe", "Where"),
@@ -61,6 +63,7 @@ else:
             *("CheckpointError", "CompressknowError", "GateNotMet", "OutputError", "UnsupportedError"),
             *("UsageError", "VerificationError"),
         ),
+        "hub": ("Upload",),
         "model.summary": ("Inspection",),
         "probe.answers": ("Answers",),
         "probe.run": ("Settings",),
@@ -133,6 +136,7 @@ __all__ = [
     "Study",
     "Trial",
     "UnsupportedError",
+    "Upload",
     "UsageError",
     "Verification",
     "VerificationError",
@@ -143,6 +147,7 @@ __all__ = [
     "inspect",
     "load",
     "probe",
+    "push",
     "report",
     "search",
     "sweep",

@@ -64,6 +64,7 @@ from compressknow import (
     Study,
     Trial,
     UnsupportedError,
+    Upload,
     UsageError,
     Verification,
     VerificationError,
@@ -97,6 +98,7 @@ def main() -> None:
     setup: str = manifest.setup
     verification: Verification = compressknow.verify("out", on_progress="bar")
     found: int = len(verification.differences)
+    uploaded: Upload = compressknow.push("out", "me/out", private=True)
     answers: Answers = compressknow.probe(MODEL, "answers", "atlas", options=options, settings=settings)
     card: Card = compressknow.report(MODEL, "out", ["atlas"], outputs=["report.html"], on_progress="bar")
     kept: float | None = card.comparisons[0].kept.value
@@ -106,7 +108,7 @@ def main() -> None:
     search: Search = compressknow.search(MODEL, "found", keep=0.98, on_result=on_trial)
     winner: Trial | None = search.winner
     model = compressknow.load("out", device="cpu")
-    print(stored, again, setup, found, answers.probes, kept, error, study.cells, winner, model)
+    print(uploaded.url, stored, again, setup, found, answers.probes, kept, error, study.cells, winner, model)
 
 
 try:

@@ -22,6 +22,7 @@ from compressknow.cli.options import (
     command,
     option,
 )
+from compressknow.cli.push import upload_of
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, duration, show, show_json
 from compressknow.compress.calibrate.words import calibrated_in_words
@@ -157,6 +158,8 @@ def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
 @option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
 @option("--revision", group=RUNS, help=REVISION)
 @option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
+@option("--push", metavar="REPO", help="Upload OUTPUT to the Hub, once it is complete.")
+@option("--private", is_flag=True, help="Make REPO private if it is new.")
 @option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @option("--overwrite", is_flag=True, help="Replace OUTPUT if convert wrote it.")
 @option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
@@ -172,8 +175,11 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     compressknow convert MODEL OUT --quantize int8 --exclude '^lm_head$'
     compressknow convert MODEL OUT --drop-blocks 4 --drop-neurons 0.2
     compressknow convert MODEL OUT --recipe recipe.toml
+    compressknow convert MODEL OUT --quantize int8 --push me/my-model
     """
     from compressknow.commands.convert import convert as run
+
+    uploads = upload_of(options.pop("push"), options.pop("private"), dry_run=dry_run)
 
     given = {
         name
@@ -192,6 +198,8 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
         show_json(manifest)
     else:
         show("\n".join(manifest_page(manifest, model, output, dry_run=dry_run)))
+    if uploads:
+        uploads(output, manifest.get("planned_files"), err=as_json)
 
 
 WIDTH = 80

@@ -85,7 +85,8 @@ def convert(
     chosen = _chosen(locals())
     _refuse_before_work(model, Path(output), overwrite=overwrite, writes=not dry_run)
     _refuse_no_text(chosen)
-    from compressknow.compress.convert import prepare, text_for, write
+    from compressknow.compress.convert import planned_files, prepare, text_for, write
+    from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
     from compressknow.quiet import Stage, begun, listener
     from compressknow.report.model_card import model_card_for
@@ -95,7 +96,7 @@ def convert(
     with begun(listening, Stage("sample" if calibrates else "convert", str(model))) as advance:
         conversion = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
-            return preview(conversion.plan)
+            return Manifest({**preview(conversion.plan), "planned_files": planned_files(conversion.plan)})
         if not calibrates:
             return write(conversion, output, begin=lambda _: nullcontext(advance), **how)
         text = text_for(conversion, trust_remote_code=trust_remote_code, advance=advance)

@@ -327,6 +327,20 @@ def calibration_record(
     return {**said, "blocks_apart": apart, "unseen": done.unseen if done else [], **smoothed}
 
 
+def planned_files(plan: Plan) -> dict[str, int | None]:
+    """The files that an output will hold, with their bytes; None where the weights decide it."""
+    layout, source = lay_out(plan.tensors, plan.checkpoint.shards), plan.checkpoint.folder
+    index = {SAFETENSORS_INDEX: len(_json(layout.index))} if layout.index else {}
+    carried = {name: (source / name).stat().st_size for name in carried_files(source)}
+    return {
+        **layout.sizes,
+        **index,
+        **carried,
+        "config.json": len(_json(output_config(plan))),
+        **dict.fromkeys((CARD_NAME, MANIFEST_NAME)),
+    }
+
+
 def carried_files(folder: Path) -> Iterator[str]:
     """The small files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code.
 

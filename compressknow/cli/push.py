@@ -1,0 +1,54 @@
+"""`--push` and `--private`: what a command has written goes to the Hub, after all else is done."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import click
+
+from compressknow.cli.terminal import show
+from compressknow.format import count
+
+WIDTH = 80
+
+
+class Uploads(Protocol):
+    """Uploads a folder and says so or, of a dry run, says what it would upload: bytes by name of file."""
+
+    def __call__(self, folder: Path, files: Mapping[str, int | None] | None, *, err: bool) -> None: ...
+
+
+def upload_of(repo: str | None, private: bool, *, dry_run: bool) -> Uploads | None:
+    """What uploads to `repo`, None where nothing is to be. What is wrong with its name or the login is raised here,
+    before any work."""
+    if repo is None:
+        if private:
+            raise click.UsageError("--private goes with --push REPO.")
+        return None
+    from compressknow.commands.push import check_push, push
+    from compressknow.hub import planned
+
+    check_push(repo, dry_run=dry_run)
+
+    def uploads(folder: Path, files: Mapping[str, int | None] | None, *, err: bool) -> None:
+        if dry_run:
+            show("\n" + "\n".join(planned(files or {}, repo, private)), err=err)
+            return
+        done = push(folder, repo, private=private or None, bars=True)
+        show(f"\nUploaded to {done.url}", err=err)
+        if done.others:
+            show(_others(done.others), err=True)
+
+    return uploads
+
+
+def _others(names: tuple[str, ...]) -> str:
+    more = f" and {count(len(names) - 3)} more" if len(names) > 3 else ""
+    told = (
+        f"Warning: the repository also holds {', '.join(names[:3])}{more}, not of this model. "
+        "Some loaders read all weight files that they find: delete those there if they are of an older upload."
+    )
+    return textwrap.fill(told, WIDTH, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,47 @@
+"""push: a folder that convert wrote to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compressknow.hub import Upload
+
+
+def push(folder: str | Path, repo: str, *, private: bool | None = None, bars: bool = False) -> Upload:
+    """Upload a folder that `convert` wrote to the Hugging Face Hub: weights, tokenizer, manifest, and its model card as
+    it is now, with what `report` has written into it.
+
+    Parameters
+    ----------
+    folder : what `convert` wrote.
+    repo : ``OWNER/NAME``, or ``NAME`` of one of your own; it is made where there is none.
+    private : of a repository that is made; by default public, unless its organization says else.
+    bars : show huggingface_hub's progress bars, on a terminal.
+
+    Returns
+    -------
+    The repository's address, and the weight files there that are not of this folder.
+
+    Raises
+    ------
+    compressknow.errors.CompressknowError : the name cannot be one, there is no token, or the upload failed; the folder
+        stays as it is. The token is taken from where huggingface_hub keeps it: `HF_TOKEN`, or `hf auth login`.
+    """
+    from compressknow.hub import upload
+    from compressknow.model.manifest import read_manifest
+
+    check_push(repo)
+    manifest = read_manifest(Path(folder))
+    message = f"{manifest['setup']} of {manifest['source']['name']}, by compressknow"
+    return upload(Path(folder), repo, private=private, message=message, bars=bars)
+
+
+def check_push(repo: str, *, dry_run: bool = False) -> None:
+    """Raise CompressknowError where an upload to `repo` cannot succeed, as far as is known without asking the Hub."""
+    from compressknow.hub import check_login, check_repo
+
+    check_repo(repo)
+    if not dry_run:
+        check_login()

@@ -1,0 +1,190 @@
+"""A server on this machine that speaks the Hub's protocol, as far as an upload needs it, and fails where it is told to.
+
+The protocol: https://huggingface.co/docs/hub/api, and Git LFS's batch API (basic transfers) for large files.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_aTokenThatNobodyMaySee"
+LARGE = (".safetensors", ".bin", ".gguf")
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories in memory.
+
+    `faults` : by step (``create``, ``list``, ``preupload``, ``batch``, ``put``, ``verify``, ``commit``) a status, or
+    ``hang`` or ``cut``; `times` says how often, then the step works.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.faults: dict[str, int | str] = {}
+        self.times = 1_000
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
+        self.objects: dict[str, bytes] = {}
+        self.commits: list[str] = []
+        self.steps: list[str] = []
+        self.closing = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that go are no error."""
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    hub = Hub()
+    thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.closing.set()
+        hub.shutdown()
+        thread.join()
+        hub.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing is printed."""
+
+    def do_POST(self) -> None:
+        path = urlsplit(self.path).path
+        steps = {
+            "/api/repos/create": self._create,
+            "/api/validate-yaml": lambda: self._agree({"errors": [], "warnings": []}),
+            "/verify": lambda: self._agree({}),
+        }
+        step = path.rpartition("/")[2] if path in steps else path.split("/")[-2] if "/api/" in path else "batch"
+        if self._fails(step):
+            return
+        if path in steps:
+            steps[path]()
+            return
+        {"preupload": self._preupload, "commit": self._commit, "batch": self._batch}[step]()
+
+    def do_GET(self) -> None:
+        if "/tree/" not in self.path:
+            self._answer({}, 404)
+            return
+        if self._fails("list"):
+            return
+        name = unquote(self.path).split("/api/models/")[1].split("/tree/")[0]
+        files = self.server.repositories[name]
+        self._answer(
+            [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files.items()]
+        )
+
+    def do_PUT(self) -> None:
+        if self._fails("put"):
+            return
+        body = self._body()
+        # The address is signed: the token has no business there.
+        assert self.headers["authorization"] is None
+        name = self.path.rpartition("/")[2]
+        assert hashlib.sha256(body).hexdigest() == name
+        self.server.objects[name] = body
+        self._answer({})
+
+    def _agree(self, content: Any) -> None:
+        self._body()
+        self._answer(content)
+
+    def _create(self) -> None:
+        asked = json.loads(self._body())
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        url = {"url": f"{self.server.url}/{name}"}
+        if name in self.server.repositories:
+            self._answer({"error": "You already created this model repo", **url}, 409)
+            return
+        self.server.private[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
+        self.server.repositories[name] = {}
+        self._answer(url)
+
+    def _preupload(self) -> None:
+        files = json.loads(self._body())["files"]
+        modes = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
+                "shouldIgnore": False,
+            }
+            for file in files
+        ]
+        self._answer({"files": modes})
+
+    def _batch(self) -> None:
+        objects = json.loads(self._body())["objects"]
+        self._answer({"transfer": "basic", "objects": [self._object(one) for one in objects]}, kind="vnd.git-lfs+json")
+
+    def _object(self, one: dict[str, Any]) -> dict[str, Any]:
+        if one["oid"] in self.server.objects:
+            return one
+        href = f"{self.server.url}/put/{one['oid']}"
+        return {**one, "actions": {"upload": {"href": href}, "verify": {"href": f"{self.server.url}/verify"}}}
+
+    def _commit(self) -> None:
+        name = self.path.split("/api/models/")[1].split("/commit/")[0]
+        header, *lines = (json.loads(line) for line in self._body().splitlines())
+        for line in lines:
+            value = line["value"]
+            data = self.server.objects[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
+            self.server.repositories[name][value["path"]] = data
+        self.server.commits.append(header["value"]["summary"])
+        self._answer({"commitUrl": f"{self.server.url}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40})
+
+    def _fails(self, step: str) -> bool:
+        self.server.steps.append(step)
+        fault = self.server.faults.get(step)
+        if fault is None or self.server.times <= 0:
+            if step != "put" and self.headers["authorization"] != f"Bearer {TOKEN}":
+                self._answer({"error": "Invalid username or password."}, 401)
+                return True
+            return False
+        self.server.times -= 1
+        if fault == "hang":
+            self.server.closing.wait(30)
+        elif fault == "cut":
+            # A reset, after some of what was sent.
+            self.rfile.read(10)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+        else:
+            self._body()
+            # As a careless server might: the header that it was sent, in its message.
+            self._answer({"error": f"No for {self.headers['authorization']}"}, int(fault))
+        return True
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("content-length") or 0))
+
+    def _answer(self, content: Any, status: int = 200, kind: str = "json") -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", f"application/{kind}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)

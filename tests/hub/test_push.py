@@ -1,0 +1,259 @@
+"""`convert --push`: what goes up, what is said of it, and every way in which an upload can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+
+import compressknow
+from compressknow import hub as uploads
+from compressknow.cli import main
+from compressknow.errors import CompressknowError, UsageError
+from tests.hub.hub_server import TOKEN, Hub, serving
+from tests.models import save_tiny
+
+REPO = "me/tiny-int8"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with serving() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        # Attempts follow one another at once.
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _: None))
+        yield server
+        _http.close_session()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("bert", tmp_path_factory.mktemp("source") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def converted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / "tiny-int8"
+    compressknow.convert(model, folder, quantize="int8")
+    return folder
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_convert_pushes_the_whole_output_and_says_where(
+    hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", REPO]) == 0
+    assert hub.repositories == {REPO: files_in(out)}
+    assert hub.private == {REPO: False}
+    assert hub.commits == ["Blocks_GQ of tiny, by compressknow"]
+    printed = capsys.readouterr()
+    assert printed.out.startswith("Blocks_GQ: ")
+    assert printed.out.endswith(f"\nUploaded to {hub.url}/{REPO}\n")
+    metadata = yaml.safe_load(hub.repositories[REPO]["README.md"].decode().split("---\n")[1])
+    assert "compressknow" in metadata["tags"]
+
+
+def test_private_name_alone_and_json(hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["convert", str(model), str(tmp_path / "out"), "--quantize", "int8"]
+    assert main([*words, "--push", "tiny", "--private", "--json"]) == 0
+    assert hub.private == {"me/tiny": True}
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["setup"] == "Blocks_GQ"
+    assert printed.err == f"\nUploaded to {hub.url}/me/tiny\n"
+
+
+def test_dry_run_names_what_would_go_up_and_where_and_asks_nobody(
+    hub: Hub,
+    model: Path,
+    converted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    out = tmp_path / "out"
+    words = ["convert", str(model), str(out), "--quantize", "int8", "--dry-run"]
+    assert main([*words, "--push", REPO, "--private"]) == 0
+    told = capsys.readouterr().out.partition("Would upload to ")[2]
+    assert told.startswith(f"{hub.url}/{REPO} (if it is new: private):\n")
+    listed = dict(line.split(maxsplit=1) for line in told.splitlines()[1:])
+    written = files_in(converted)
+    assert listed.keys() == written.keys()
+    assert listed["README.md"] == listed["compressknow.json"] == "?"
+    assert hub.steps == []
+    assert not out.exists()
+    manifest = compressknow.convert(model, out, quantize="int8", dry_run=True)
+    assert {name: size for name, size in manifest["planned_files"].items() if size is not None} == {
+        name: len(data) for name, data in written.items() if name not in ("README.md", "compressknow.json")
+    }
+
+
+def test_push_sends_the_card_that_a_report_wrote_into_and_nothing_twice(hub: Hub, converted: Path) -> None:
+    done = compressknow.push(converted, REPO)
+    assert done == (f"{hub.url}/{REPO}", ())
+    puts = hub.steps.count("put")
+    assert puts == 1
+    assert compressknow.push(converted, REPO).url == done.url
+    assert hub.steps.count("put") == puts
+
+
+def test_weights_of_an_earlier_upload_are_named(
+    hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repositories[REPO] = {"model-00001-of-00002.safetensors": b"old", "notes.txt": b""}
+    assert main(["convert", str(model), str(tmp_path / "out"), "--quantize", "int8", "--push", REPO]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "also holds model-00001-of-00002.safetensors, not of this model." in said
+    assert hub.repositories[REPO]["notes.txt"] == b""
+
+
+@pytest.mark.parametrize(
+    ("step", "fault", "what"),
+    [
+        ("create", 401, "the Hub does not know the token (HTTP 401)"),
+        ("create", 403, "the token may not write there (HTTP 403)"),
+        ("create", 429, "the Hub gets too many requests from you (HTTP 429)"),
+        ("create", 500, "the Hub failed (HTTP 500)"),
+        ("create", "hang", "the Hub did not answer within 1 s"),
+        ("create", "cut", "the connection broke off"),
+        ("list", 404, "there is no such repository, or the token may not see it (HTTP 404)"),
+        ("preupload", 404, "there is no such repository, or the token may not see it (HTTP 404)"),
+        ("batch", 500, "the Hub failed (HTTP 500)"),
+        ("put", 500, "the Hub failed (HTTP 500)"),
+        ("put", "cut", "the connection broke off"),
+        ("put", "hang", "the Hub did not answer within 1 s"),
+        ("verify", 418, "the Hub refused it (HTTP 418)"),
+        ("commit", 409, "the repository is in the way, or was changed at the same time (HTTP 409)"),
+        ("commit", 413, "a file is too large for the Hub (HTTP 413)"),
+        ("commit", "cut", "the connection broke off"),
+    ],
+)
+def test_a_failed_upload_is_one_message_that_leaves_the_output_and_says_how_to_go_on(
+    hub: Hub,
+    model: Path,
+    tmp_path: Path,
+    step: str,
+    fault: int | str,
+    what: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(uploads, "PATIENCE", 1.0)
+    hub.faults[step] = fault
+    out = tmp_path / "out"
+    assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", REPO, "--private"]) == 1
+    printed = capsys.readouterr()
+    # What was converted is shown all the same.
+    assert printed.out.startswith("Blocks_GQ: ")
+    assert printed.err.startswith(f"Error: {out} is complete, but could not be uploaded to {REPO}: {what}.\n")
+    assert f"ry again: hf upload {REPO} {out} . --private\n" in printed.err
+    assert TOKEN not in printed.out + printed.err
+    assert printed.err.count("Error") == 1
+    assert compressknow.verify(out).differences == ()
+    assert hub.repositories.get(REPO, {}) == {}
+
+
+def test_a_fault_that_passes_is_waited_out(hub: Hub, converted: Path) -> None:
+    hub.faults, hub.times = {"put": 503}, 2
+    compressknow.push(converted, REPO)
+    assert hub.repositories[REPO] == files_in(converted)
+
+
+def test_what_the_uploader_in_rust_says_is_one_message_too(
+    hub: Hub, converted: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """This server has no chunked storage, which huggingface_hub uses where hf_xet is installed."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(CompressknowError, match=r"complete, but could not be .*xet-write-token") as raised:
+        compressknow.push(converted, REPO)
+    assert TOKEN not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_hub_that_is_not_there(hub: Hub, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(CompressknowError, match="the Hub cannot be reached") as raised:
+        compressknow.push(converted, REPO)
+    assert raised.value.hint is not None
+    assert "Check the network, and HF_ENDPOINT" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    "repo", ["", "a/b/c", "https://huggingface.co/me/x", "-x", "me/x.git", "me/x--y", "me/ü", "a b"]
+)
+def test_a_name_that_cannot_be_one_is_refused_before_any_work(hub: Hub, model: Path, tmp_path: Path, repo: str) -> None:
+    with pytest.raises(UsageError, match="is no name of a repository on the Hub"):
+        compressknow.push(tmp_path / "nowhere", repo)
+    out = tmp_path / "out"
+    assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", repo]) == 2
+    assert not out.exists()
+    assert hub.steps == []
+
+
+@pytest.mark.parametrize("lacking", ["token", "network"])
+def test_without_a_token_or_offline_nothing_is_begun(
+    hub: Hub,
+    model: Path,
+    tmp_path: Path,
+    lacking: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if lacking == "token":
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    out = tmp_path / "out"
+    assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", REPO]) == 1
+    expected = "hf auth login, or set HF_TOKEN" if lacking == "token" else "HF_HUB_OFFLINE is set"
+    assert expected in capsys.readouterr().err
+    assert not out.exists()
+    assert hub.steps == []
+
+
+def test_private_wants_push(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(model), str(tmp_path / "out"), "--quantize", "int8", "--private"]) == 2
+    assert "--private goes with --push REPO." in capsys.readouterr().err
+
+
+def test_push_refuses_what_convert_did_not_write(hub: Hub, model: Path) -> None:
+    with pytest.raises(CompressknowError, match=r"has no compressknow\.json"):
+        compressknow.push(model, REPO)
+    assert hub.steps == []
+
+
+def test_the_endpoint_comes_from_the_environment_and_the_retry_command_works(converted: Path, tmp_path: Path) -> None:
+    """In processes of their own, as a user runs them: the Hub fails, and huggingface_hub's command then succeeds."""
+    with serving() as hub:
+        hub.faults = {"commit": 500}
+        environment = os.environ | {
+            **{"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"},
+            **{"HF_HOME": str(tmp_path)},
+        }
+        code = f"import compressknow; compressknow.push({str(converted)!r}, {REPO!r})"
+        failed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert failed.returncode == 1
+        command = shlex.split(failed.stderr.strip().splitlines()[-1].partition("ry again: ")[2])
+        hub.faults = {}
+        hf = Path(sys.executable).with_name(command[0])
+        subprocess.run([hf, *command[1:]], env=environment, check=True, capture_output=True)
+        assert hub.repositories == {REPO: files_in(converted)}
