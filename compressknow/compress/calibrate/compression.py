@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -389,7 +388,7 @@ class _Compressing:
     def finish(self) -> None:
         """Compress what waited."""
         for module in self._targets if self._waits else ():
-            with self._streamed.loaded(module) if module in self._streamed.blocks else nullcontext():
+            with self._streamed.loaded(module):
                 self._compress(module, {})
         if self._waits:
             return

@@ -71,12 +71,12 @@ def _used(places: Mapping[str, Sequence[LinearWeight]]) -> int:
 
 
 def _memory(places: Mapping[str, Sequence[LinearWeight]], tokens: int, sums: int) -> int:
-    """Of the largest block, the hidden states and sums of so many floats; what lies outside the blocks is Linear too,
-    or as large as the final layer."""
+    """Of the hidden states, with the largest block and sums of so many floats, or with what lies outside the blocks: it
+    is Linear too, or as large as the final layer, and is not there while blocks run."""
     block = max(sum(weight.stored for weight in own) for own in places.values())
     states = 2 * tokens * max(weight.shape[-1] for own in places.values() for weight in own)
     outside = sum(weight.stored for own in places.values() for weight in own if weight.layer is None)
-    return FLOAT_BYTES * (2 * block + states + outside + sums)
+    return FLOAT_BYTES * (states + max(2 * block + sums, outside))
 
 
 def _of_weights(plan: Plan, tokens: int) -> _Work:
@@ -92,7 +92,7 @@ def _of_weights(plan: Plan, tokens: int) -> _Work:
     states = 2 * tokens * max(weight.shape[-1] for own in places.values() for weight in own)
     inside = {weight.parameter for own in places.values() for weight in own if weight.layer is not None}
     outside = sum(math.prod(shape) for name, shape in plan.structure.parameters.items() if name not in inside)
-    return _Work(compressed, FLOAT_BYTES * (2 * weights + squares + states + outside), operations)
+    return _Work(compressed, FLOAT_BYTES * (states + max(2 * weights + squares, outside)), operations)
 
 
 def _wants_products(step: Step) -> bool:

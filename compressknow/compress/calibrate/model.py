@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class StreamedModel:
     """A checkpoint's model in float32, in evaluation mode, whose blocks hold no weights but while they are `loaded`.
 
-    All that lies outside the blocks (embeddings, norms, heads) is there from the start.
+    Outside the blocks, embeddings and heads, which are large, are read when they run; the rest is there from the start.
 
     Attributes
     ----------
@@ -37,7 +38,13 @@ class StreamedModel:
         self.model = _skeleton(tree)
         self._owners = _owners(self.model)
         self.blocks = tuple(block_names(self.model))
-        self._fill(self.parameters_outside() if not whole else tuple(self._owners))
+        self._reading = threading.Lock()
+        self._held: set[str] = set()
+        late = {} if whole else self._by_vocabulary()
+        for name in late:
+            self.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: self._hold(name))
+        at_once = tuple(self._owners) if whole else self.parameters_outside()
+        self._fill(tuple(name for name in at_once if name not in {each for names in late.values() for each in names}))
 
     def parameters_of(self, module: str) -> tuple[str, ...]:
         """Names of the parameters and stored buffers in a module."""
@@ -49,15 +56,45 @@ class StreamedModel:
         return tuple(name for name in self._owners if not name.startswith(starts))
 
     @contextmanager
-    def loaded(self, block: str) -> Iterator[None]:
-        """The block's weights are in memory meanwhile; what was replaced of them, as it is now."""
-        names = self.parameters_of(block)
+    def loaded(self, module: str) -> Iterator[None]:
+        """The weights of a block, or of a layer outside all, are in memory meanwhile; what was replaced of them, as it
+        is now.
+        """
+        names = self.parameters_of(module)
         self._fill(names)
         try:
             yield
         finally:
-            for name in names:
-                self._set(name, torch.empty(self._get(name).shape, device="meta"))
+            self._drop(names)
+
+    def _by_vocabulary(self) -> dict[str, tuple[str, ...]]:
+        """Embeddings and heads: modules that have a row a token, outside all blocks, and their parameters."""
+        rows = getattr(self.model.get_input_embeddings(), "weight", torch.empty(0)).shape[0]
+        outside = set(self.parameters_outside())
+        found = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            own = self.parameters_of(name)
+            large = isinstance(module, (nn.Embedding, nn.Linear)) and module.weight.shape[0] == rows
+            if large and outside.issuperset(own) and all(map(self._sources.supplied, own)):
+                found[name] = own
+        return found
+
+    def _hold(self, module: str) -> None:
+        """Weights that a pass has come to; passes run in several threads."""
+        with self._reading:
+            names = self.parameters_of(module)
+            if any(self._get(name).is_meta for name in names):
+                self._fill(names)
+            self._held.update(names)
+
+    def let_go(self) -> None:
+        """Free what passes have come to outside the blocks; all of them stand still."""
+        self._drop(self._held)
+        self._held.clear()
+
+    def _drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._set(name, torch.empty(self._get(name).shape, device="meta"))
 
     def replace(self, parameter: str, stored: StoredTensor, values: torch.Tensor) -> None:
         """From now on a stored tensor holds these values (float32, of its shape): in its parameter too."""

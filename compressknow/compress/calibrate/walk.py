@@ -81,11 +81,13 @@ def walk(
         for each in passes:
             stack.callback(each.close)
         calls = pool.map(ForwardPass.advance, passes)
+        streamed.let_go()
         parking = _Parking(folder, tokens)
         while (module := _same(calls)) is not None:
             step = _Step(streamed, module, forwards[module], visitor, pool, parking)
             with memory_named(module, partial(_needs, streamed, module)):
                 calls = step.take(passes, [call for call in calls if call])
+            streamed.let_go()
             told(module)
             if visitor.done:
                 break
@@ -116,8 +118,7 @@ class _Step:
 
     def take(self, passes: Sequence[ForwardPass], calls: Sequence[Call]) -> list[Call | None]:
         """The same passes one stop later; nothing where nothing is left to do."""
-        is_block = self._module in self._streamed.blocks
-        with self._streamed.loaded(self._module) if is_block else ExitStack():
+        with self._streamed.loaded(self._module):
             if names := self._visitor.watched(self._module):
                 self._gather(names, calls)
                 self._visitor.visit(self._module, lambda: self._run(_own(calls[0])))

@@ -167,3 +167,24 @@ def test_a_walk_that_fails_leaves_no_thread(tmp_path: Path) -> None:
     with pytest.raises(CompressknowError):
         walked(tmp_path / "in", batches_of(model))
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_while_blocks_run_neither_embedding_nor_head_is_in_memory(name: str, tmp_path: Path) -> None:
+    checkpoint, tree = open_complete(save_tiny(name, tmp_path / "in"))
+    held: list[list[str]] = []
+    with OpenFiles() as files, Pool(2) as pool:
+        streamed = StreamedModel(tree, Sources(checkpoint, tree, structure_of(tree)), files)
+        rows = streamed.model.get_input_embeddings().weight.shape[0]
+
+        class Looking(Seeing):
+            def watched(self, module: str) -> Collection[str]:  # noqa: ARG002
+                outside = [
+                    streamed.model.get_parameter(each) for each in streamed.parameters_outside() if "bias" not in each
+                ]
+                held.append([str(each.shape) for each in outside if each.shape[0] == rows and not each.is_meta])
+                return ()
+
+        walk(streamed, batches_of(tiny(name)), Looking({}, pool.check), pool)
+    assert held
+    assert not any(held)
