@@ -87,7 +87,8 @@ def proved(plan: Plan, tree: PreTrainedModel) -> Plan:
 def text_for(
     conversion: Conversion, *, trust_remote_code: bool = False, advance: Advance | None = None
 ) -> CalibrationText | None:
-    """What a recipe is calibrated on; None where no step looks at activations. Raises what `calibration_text` does.
+    """What a recipe is calibrated on; None where no step looks at activations. Raises what `calibration_text` does, and
+    UnsupportedError where nothing can be smoothed that is to be.
 
     `advance` is told the tokens that the model has written, and in all, where it writes the text itself.
     """
@@ -96,8 +97,11 @@ def text_for(
         return None
     # What is smaller writes worse, and its text would depend on what is to be chosen by it.
     tree = plan.removal.given[1] if plan.removal else conversion.tree
+    from compressknow.compress.calibrate.compression import refuse_unsmoothable
     from compressknow.compress.calibrate.text import calibration_text
 
+    if plan.removal is None or plan.removal.decided:
+        refuse_unsmoothable(plan, conversion.tree)
     return calibration_text(
         plan.checkpoint.folder,
         tree,

@@ -114,6 +114,16 @@ def test_a_model_whose_norms_feed_more_than_layers_is_not_smoothed(
     assert "Nothing in bert.encoder.layer.0 can be smoothed" in said
 
 
+def test_what_cannot_be_smoothed_is_told_before_the_model_writes_a_text(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert, albert = knowing("bert", tmp_path / "bert"), save_tiny("albert", tmp_path / "albert")
+    capsys.readouterr()
+    monkeypatch.setattr("compressknow.compress.calibrate.text.calibration_text", pytest.fail)
+    assert "Nothing in bert.encoder.layer.0 can be smoothed" in refused(bert, "--quantize", "int8", "--smooth", "0.5")
+    assert "share their weights" in refused(albert, "--quantize", "int8", "--smooth", "0.5")
+
+
 def test_a_checkpoint_without_tokenizer(
     tmp_path: Path, notes: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
