@@ -21,6 +21,7 @@ from compressknow._version import __version__
 if TYPE_CHECKING:
     from compressknow.commands.compare import compare
     from compressknow.commands.convert import convert
+    from compressknow.commands.export import export
     from compressknow.commands.inspect import inspect
     from compressknow.commands.load import load
     from compressknow.commands.probe import probe
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from compressknow.export.record import ExportRecord
     from compressknow.hub import Upload
     from compressknow.model.summary import Inspection
     from compressknow.probe.answers import Answers
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from compressknow.study.folder import CellResult
     from compressknow.study.running import RayOptions
 else:
-    _VERBS = ("compare", "convert", "inspect", "load", "probe", "push", "report", "search", "sweep", "verify")
+    _VERBS = ("compare", "convert", "export", "inspect", "load", "probe", "push", "report", "search", "sweep", "verify")
     _RECORDS = {
         "compress.manifest": ("Manifest",),
         "compress.recipe": ("Prune", "Quantize", "Recipe", "Where"),
@@ -63,6 +65,7 @@ else:
             *("CheckpointError", "CompressknowError", "GateNotMet", "OutputError", "UnsupportedError"),
             *("UsageError", "VerificationError"),
         ),
+        "export.record": ("ExportRecord",),
         "hub": ("Upload",),
         "model.summary": ("Inspection",),
         "probe.answers": ("Answers",),
@@ -104,10 +107,11 @@ else:
             return getattr(importlib.import_module(f"{__name__}.commands.{name}"), name)(*args, **kwargs)
 
     class _Package(ModuleType):
-        """Importing a module below `probe` or `report` sets the room in the place of the verb: it becomes callable."""
+        """Importing a module below `export`, `probe` or `report` sets the room in the place of the verb: it becomes
+        callable."""
 
         def __setattr__(self, name, value):
-            if name in ("probe", "report") and isinstance(value, ModuleType):
+            if name in ("export", "probe", "report") and isinstance(value, ModuleType):
                 value.__class__ = _Room
             super().__setattr__(name, value)
 
@@ -120,6 +124,7 @@ __all__ = [
     "CheckpointComparison",
     "CheckpointError",
     "CompressknowError",
+    "ExportRecord",
     "GateNotMet",
     "Inspection",
     "Manifest",
@@ -144,6 +149,7 @@ __all__ = [
     "__version__",
     "compare",
     "convert",
+    "export",
     "inspect",
     "load",
     "probe",

@@ -85,8 +85,12 @@ def _no_bars() -> Iterator[None]:
         tqdm.__init__ = init
 
 
-Work = Literal["evaluate", "convert", "sample", "choose", "calibrate", "verify", "hash", "compare"]
-UNITS = {"evaluate": "facts", "sample": "tokens", "choose": "blocks", "calibrate": "blocks"}
+_Export = Literal["unpack", "gather", "export", "quantize"]
+Work = Literal["evaluate", "convert", "sample", "choose", "calibrate", "verify", "hash", "compare", _Export]
+UNITS = {
+    **{"evaluate": "facts", "sample": "tokens", "choose": "blocks", "calibrate": "blocks"},
+    **{"gather": "blocks", "quantize": "tensors"},
+}
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,9 @@ class Stage:
     Attributes
     ----------
     work : ``evaluate`` (a model on the facts of a probe), ``convert``, ``sample`` (the text to calibrate on),
-        ``choose`` (the blocks and neurons to drop), ``calibrate`` (convert block by block), ``verify``, ``hash`` or
-        ``compare``.
+        ``choose`` (the blocks and neurons to drop), ``calibrate`` (convert block by block), ``verify``, ``hash``,
+        ``compare``; of an export ``unpack`` (to floats), ``gather`` (what layers read), ``export`` (to GGUF) and
+        ``quantize``.
     model : what the model is called.
     probe : what it is evaluated on; nothing for other work.
     facts : of all probes that this model is evaluated on; each of the others is evaluated on the same.

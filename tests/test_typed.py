@@ -27,6 +27,7 @@ WRONG = {
     'compressknow.convert("a", "b").totls': '"Manifest" has no attribute "totls"',
     'compressknow.inspect("a").scope': '"Inspection" has no attribute "scope"',
     'compressknow.verify("a").diferences': '"Verification" has no attribute "diferences"',
+    'compressknow.export("a", "b.gguf").grups': '"ExportRecord" has no attribute "grups"',
     'compressknow.probe("a", "b").answer': '"Answers" has no attribute "answer"',
     'compressknow.report("a", "b").verdit': '"Card" has no attribute "verdit"',
     'compressknow.compare("a", "b").diff': '"CheckpointComparison" has no attribute "diff"',
@@ -48,6 +49,7 @@ from compressknow import (
     CheckpointError,
     CompressknowError,
     CheckpointComparison,
+    ExportRecord,
     GateNotMet,
     Inspection,
     Manifest,
@@ -99,6 +101,7 @@ def main() -> None:
     verification: Verification = compressknow.verify("out", on_progress="bar")
     found: int = len(verification.differences)
     uploaded: Upload = compressknow.push("out", "me/out", private=True)
+    record: ExportRecord = compressknow.export("out", "out.gguf", type="q4_k_m", type_of={"attention": "q8_0"})
     answers: Answers = compressknow.probe(MODEL, "answers", "atlas", options=options, settings=settings)
     card: Card = compressknow.report(MODEL, "out", ["atlas"], outputs=["report.html"], on_progress="bar")
     kept: float | None = card.comparisons[0].kept.value
@@ -107,8 +110,9 @@ def main() -> None:
     study: Study = compressknow.sweep(MODEL, "study", ray=RayOptions("local"), on_result=on_cell)
     search: Search = compressknow.search(MODEL, "found", keep=0.98, on_result=on_trial)
     winner: Trial | None = search.winner
+    groups: dict[str, dict[str, dict[str, int]]] = record.groups
     model = compressknow.load("out", device="cpu")
-    print(uploaded.url, stored, again, setup, found, answers.probes, kept, error, study.cells, winner, model)
+    print(uploaded.url, stored, again, setup, found, answers.probes, kept, error, study.cells, winner, groups, model)
 
 
 try:

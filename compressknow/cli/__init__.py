@@ -10,6 +10,7 @@ from compressknow.cli.run import LazyGroup, run
 COMMANDS = {
     "inspect": ("compressknow.cli.inspect:inspect", "Show a checkpoint's Linear layers by group and scope."),
     "convert": ("compressknow.cli.convert:convert", "Prune and quantize a checkpoint into a new folder."),
+    "export": ("compressknow.cli.export:export", "Write a checkpoint as a GGUF file for llama.cpp."),
     "verify": ("compressknow.cli.verify:verify", "Check a converted checkpoint against its manifest."),
     "probe": ("compressknow.cli.probe:probe", "Evaluate a model on facts, and store its answers."),
     "report": ("compressknow.cli.report:report", "Show which knowledge compressed models kept and lost."),

@@ -208,6 +208,7 @@ _LABELS = {
     **{"convert": "Converting", "sample": "Writing the calibration text"},
     **{"choose": "Choosing what to drop", "calibrate": "Compressing"},
     **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},
+    **{"unpack": "Unpacking", "gather": "Gathering what layers read", "export": "Converting", "quantize": "Quantizing"},
 }
 
 

@@ -51,7 +51,7 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
     places: dict[str, Place] = {}
     for file, entries in by_file.items():
         entries.sort(key=lambda entry: -DTYPE_SIZES[entry[1]])
-        headers[file], sizes[file], offsets = _file(entries)
+        headers[file], sizes[file], offsets = lay_out_file(entries)
         places |= {name: Place(file, offset) for name, offset in offsets.items()}
     return Layout(headers, sizes, places, _index(places, headers, sizes) if len(headers) > 1 else None)
 
@@ -69,7 +69,9 @@ def _shard_of(source: StoredTensor, shards: Sequence[str]) -> str:
     return next(names[end] for end in ends if end in names)
 
 
-def _file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:
+def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:
+    """A file's first bytes, its whole size, and the offset of each tensor (name, dtype, shape), in this order: the
+    widest dtypes first, so that each lies aligned."""
     header: dict[str, Any] = {"__metadata__": METADATA}
     position = 0
     for name, dtype, shape in entries:

@@ -11,10 +11,11 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from compressknow.errors import OutputError
 from compressknow.files import cannot_write, dead, new_locked_file, refuse_broken_links
@@ -28,16 +29,22 @@ COPY_BYTES = 1 << 20
 class Staging:
     """A folder to write an output into; `commit` moves it to its place.
 
+    Parameters
+    ----------
+    refuse : called as `refuse_output`, which it is by default, to say what must not be overwritten.
+
     Raises
     ------
     OutputError : the output exists and may not be overwritten, or cannot be written where it should be.
     """
 
-    def __init__(self, output: Path, *, overwrite: bool, source: Path) -> None:
+    def __init__(
+        self, output: Path, *, overwrite: bool, source: Path, refuse: Callable[..., None] | None = None
+    ) -> None:
         self.output = Path.cwd() / output
-        self._overwrite = overwrite
+        self._overwrite, self._refuse = overwrite, refuse or refuse_output
         self._sizes: dict[str, int] = {}
-        refuse_output(self.output, overwrite=overwrite, source=source)
+        self._refuse(self.output, overwrite=overwrite, source=source)
         refuse_broken_links(self.output.parent)
         self._made = [parent for parent in self.output.parents if not parent.exists()]
         self._locked: tuple[Path, int] | None = None
@@ -46,7 +53,7 @@ class Staging:
                 self.output.parent.mkdir(parents=True, exist_ok=True)
                 clean(self.output)
                 # An interrupted run's old output may have been put back just now.
-                refuse_output(self.output, overwrite=overwrite, source=source)
+                self._refuse(self.output, overwrite=overwrite, source=source)
                 self._locked = new_locked_file(self.output.parent, _prefix(self.output, "lock"))
                 self.folder = _twin(self.output, self._locked[0], "new")
                 self.folder.mkdir()
@@ -57,7 +64,7 @@ class Staging:
             self._remove(failed=True)
             raise
 
-    def __enter__(self) -> Staging:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -106,7 +113,7 @@ class Staging:
 
         Raises OutputError where the output has come to exist, or where the folder has lost what was written into it.
         """
-        refuse_output(self.output, overwrite=self._overwrite, source=None)
+        self._refuse(self.output, overwrite=self._overwrite, source=None)
         self._refuse_losses()
         sync_folder(self.folder)
         aside = _twin(self.output, self.folder, "old")
@@ -148,9 +155,9 @@ class Staging:
                     parent.rmdir()
 
 
-def refuse_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Raise OutputError where writing `output` would lose something of the user's. A `source` that is no folder here
-    (a hub id) is in nobody's way."""
+def refuse_overlap(output: Path, source: Path | None) -> None:
+    """Raise OutputError where an output is, lies in or holds its source. A source that is no folder here (a hub id) is
+    in nobody's way."""
     if source is not None and source.exists():
         here, there = output.resolve(), source.resolve()
         overlaps = {
@@ -160,6 +167,12 @@ def refuse_output(output: Path, *, overwrite: bool, source: Path | None) -> None
         }
         if relation := next((words for words, holds in overlaps.items() if holds), None):
             raise OutputError(f"OUTPUT {output} {relation}.", hint="Choose a folder beside it.")
+
+
+def refuse_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
+    """Raise OutputError where writing `output` would lose something of the user's; `source` as for
+    `refuse_overlap`."""
+    refuse_overlap(output, source)
     if not os.path.lexists(output):
         return
     if not overwrite:

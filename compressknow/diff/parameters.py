@@ -70,6 +70,12 @@ class Values:
             values = block.values if self.packed is None else _unpacked(block.values, own)
             yield Block(block.first_row, values if self.columns is None else values[:, self.columns])
 
+    def floats(self, reader: Reader) -> Iterator[tuple[Block, torch.Tensor]]:
+        """Each block, and its values dequantized, float64, which the next block does not overwrite."""
+        scale = _scale(reader, self)
+        for block in self.blocks(reader, matrix_shape(self.tensor.shape)[1]):
+            yield block, _floats(self, block, scale)
+
 
 def is_scale_of(scale: StoredTensor, tensor: StoredTensor) -> bool:
     """Whether a scale is one number for the tensor, one for each of its rows, or one for each group of columns."""

@@ -1,0 +1,104 @@
+"""`compressknow export`: options in, a GGUF file out, and a table of the types in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compressknow.cli.options import HOW, REVISION, RUNS, TRUST, command, option
+from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
+from compressknow.cli.terminal import Lines, show, show_json
+from compressknow.format import count, size
+
+WIDTH = 80
+EPILOG = """\b
+Types (--type), bits per weight with scales:
+  f32, bf16, f16           as trained
+  q8_0                     8.5 (default)
+  q6_k                     6.6
+  q5_k_m, q5_k_s           5.7, 5.5
+  q4_k_m, q4_k_s           4.9, 4.6
+  q3_k_m, q2_k             3.9, 3.0
+  iq4_xs, iq3_m, ...       and all others that llama.cpp has
+"""
+
+
+class TypeOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click alone
+    """SCOPE=TYPE or REGEX=TYPE."""
+
+    name = "type_of"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """What is before the last equals sign, and what is behind it."""
+        if isinstance(value, tuple):
+            return value
+        which, sign, chosen = str(value).rpartition("=")
+        if not sign or not which or not chosen:
+            self.fail(f"{value!r} is no SCOPE=TYPE; write attention=q8_0.", param, ctx)
+        return which.strip(), chosen.strip()
+
+
+@command(short_help="Write a checkpoint as a GGUF file for llama.cpp.", epilog=EPILOG)
+@click.argument("model")
+@click.argument("output", type=click.Path(path_type=Path))
+@option("--type", group=HOW, default="q8_0", metavar="TYPE", help="Type of most weights; see below.  [default: q8_0]")
+@option(
+    "--type-of",
+    group=HOW,
+    multiple=True,
+    type=TypeOf(),
+    metavar="WHICH=TYPE",
+    help="Type of a scope's tensors, such as attention=q8_0, or of those whose GGUF name matches; repeatable, the last "
+    "one holds.",
+)
+@option("--converter", group=RUNS, metavar="PATH", help="Where llama.cpp's convert_hf_to_gguf.py lies.")
+@option("--threads", group=RUNS, type=click.IntRange(1), help="Of quantization.  [default: one per core]")
+@option("--revision", group=RUNS, help=REVISION)
+@option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
+@option("--overwrite", is_flag=True, help="Replace OUTPUT, if export wrote it.")
+@option("--dry-run", is_flag=True, help="Show sizes and types by group; keep nothing.")
+@option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Write MODEL, a local folder or a Hub id, as the GGUF file OUTPUT.
+
+    MODEL may be an original or what `compressknow convert` wrote. llama.cpp's own converter and quantization do the
+    work. The file says in its metadata, and OUTPUT.json beside it says, what it was made of.
+
+    \b
+    compressknow export MODEL OUT.gguf
+    compressknow export MODEL OUT.gguf --type q4_k_m --type-of attention=q8_0
+    """
+    from compressknow.commands.export import export as run
+
+    with if_interrupted(NOTHING_WRITTEN):
+        record = run(model, output, dry_run=dry_run, on_progress=Lines(), **options)
+    if as_json:
+        show_json(record)
+    else:
+        show("\n".join(page(record, model, output, dry_run=dry_run)))
+
+
+def page(record: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:
+    """Lines that say which types the groups have, and how large they are."""
+    yield f"{record['setup']}: {model} -> {output}"
+    yield ""
+    yield f"{'Group':<16}{'Type':<10}{'Tensors':>10}{'Parameters':>16}{'Size':>12}{'Bits':>8}"
+    yield "-" * 72
+    for group, types in record["groups"].items():
+        for kind, counts in types.items():
+            yield _row(group, kind, counts)
+    yield "-" * 72
+    yield _row("total", "", record["totals"])
+    if dry_run:
+        yield "\nDry run: nothing was written."
+
+
+def _row(group: str, kind: str, counts: Mapping[str, int]) -> str:
+    bits = 8 * counts["bytes"] / max(counts["parameters"], 1)
+    return (
+        f"{group:<16}{kind:<10}{count(counts['tensors']):>10}{count(counts['parameters']):>16}"
+        f"{size(counts['bytes']):>12}{bits:>8.2f}"
+    )

@@ -1,0 +1,238 @@
+"""export: a checkpoint in, a GGUF file and its record out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from compressknow.compress.blocks import Reader
+from compressknow.compress.pool import Pool
+from compressknow.compress.process import hash_file
+from compressknow.diff.parameters import Side, side_of
+from compressknow.engine.identity import fingerprint, locate
+from compressknow.engine.load import family_of_class
+from compressknow.errors import UnsupportedError
+from compressknow.export.choice import Choice
+from compressknow.export.converter import Converter, convert, known_architectures, refuse_unknown
+from compressknow.export.place import Place, record_of, refuse_no_room
+from compressknow.export.plain import Plain, float_type, is_plain, plain_tensors, write_plain
+from compressknow.export.quantizing import Request, planned_types, quantize
+from compressknow.export.record import SCHEMA, ExportRecord, metadata_of, tool_versions, totals_of, write_with
+from compressknow.export.tensors import Tensors, by_group, chosen_types, read_tensors
+from compressknow.export.types import FLOATS, base_type, bytes_of
+from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.loading import open_complete
+from compressknow.model.manifest import MANIFEST_NAME, read_manifest
+from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
+from compressknow.quiet import Begin, counted, untold
+
+# Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
+_SPARE = 1.1
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is to be done, of which all that headers tell is sound.
+
+    Attributes
+    ----------
+    exact : the type of the GGUF file in between, which holds every matrix exactly: ``f32``, ``f16`` or ``bf16``.
+    """
+
+    checkpoint: Checkpoint
+    side: Side
+    tensors: list[Plain]
+    choice: Choice
+    converter: Converter
+    exact: str
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the converter reads the checkpoint as it is."""
+        return is_plain(self.checkpoint)
+
+    @property
+    def numel(self) -> int:
+        return sum(each.nbytes // DTYPE_SIZES[each.dtype] for each in self.tensors)
+
+    @property
+    def exact_bytes(self) -> int:
+        """About the size of the file in between."""
+        return bytes_of(self.exact, self.numel)
+
+    @property
+    def needed_bytes(self) -> int:
+        """The most room that is taken at a time."""
+        plain = 0 if self.is_plain else sum(each.nbytes for each in self.tensors)
+        made = bytes_of(base_type(self.choice.type), self.numel)
+        return int(_SPARE * max(plain + self.exact_bytes, self.exact_bytes + made, 2 * made))
+
+
+def prepare(
+    model: str | Path,
+    choice: Choice,
+    converter: Converter,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Export:
+    """Open a checkpoint, and refuse what llama.cpp has no form for.
+
+    Raises
+    ------
+    CheckpointError : it cannot be opened, or lacks weights.
+    UnsupportedError : it is no generating language model, the converter does not know it, or its weights are packed in
+        a way that is not known here.
+    """
+    checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
+    side = side_of(checkpoint, trust_remote_code=trust_remote_code)
+    _refuse_headless(side.structure.architecture)
+    refuse_unknown(side.structure.architecture, known_architectures(converter))
+    tensors = plain_tensors(side, checkpoint)
+    exact = "f32" if choice.type == "f32" else FLOATS[float_type(tensors)]
+    return Export(checkpoint, side, tensors, choice, converter, exact)
+
+
+def _refuse_headless(architecture: str) -> None:
+    """Raise UnsupportedError for what llama.cpp would take for a model of embeddings."""
+    import transformers
+
+    family = family_of_class(architecture)
+    if family == "masked" or (family is None and hasattr(transformers, architecture)):
+        what = "a masked language model" if family else "no language model"
+        raise UnsupportedError(
+            f"{architecture} is {what}: it cannot be exported.",
+            "llama.cpp runs encoders for embeddings alone. It has no layer that fills a mask, and what the model knows "
+            "could not be asked.",
+            "Export a causal or a sequence-to-sequence language model.",
+        )
+
+
+def write(
+    export: Export, output: Path, *, overwrite: bool = False, threads: int | None = None, begin: Begin = untold
+) -> ExportRecord:
+    """Carry an export out: a GGUF file that appears whole or not at all, and its record beside it.
+
+    Parameters
+    ----------
+    begin : begins the stages: ``unpack`` where the converter cannot read the checkpoint as it is, ``export``, and
+        ``quantize`` where the type is not exact.
+
+    Raises
+    ------
+    OutputError : the output exists, or cannot be written.
+    CompressknowError : the converter or llama.cpp fails.
+    """
+    refuse_no_room(output, export.needed_bytes)
+    with Place(output, overwrite=overwrite, source=export.checkpoint.folder) as place:
+        made = _made(export, place.folder, threads, begin)
+        record = _record(export, read_tensors(made, export.side), {})
+        write_with(metadata_of(record), made, place.file)
+        made.unlink()
+        with Pool(threads) as pool:
+            _sync(place.file)
+            nbytes, sha256 = place.file.stat().st_size, hash_file(pool, place.file)
+        place.expect({place.file.name: nbytes})
+        record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
+        place.write(record_of(place.file).name, _json(record))
+        place.commit()
+    return record
+
+
+def preview(export: Export, output: Path, *, threads: int | None = None, begin: Begin = untold) -> ExportRecord:
+    """What `write` would record, but for the hash: llama.cpp chooses types by a file, which is made for that beside
+    `output` and removed again."""
+    refuse_no_room(output, export.needed_bytes)
+    folder = next(path for path in (Path.cwd() / output).parents if path.exists())
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=folder) as scratch:
+        made = _made(export, Path(scratch), threads, begin, dry_run=True)
+        types = planned_types(Path(scratch)) if _is_quantized(export) else {}
+        return _record(export, read_tensors(made, export.side), types)
+
+
+def _is_quantized(export: Export) -> bool:
+    """Whether llama.cpp has anything to do with the file in between."""
+    return bool(export.choice.types) or export.choice.type != export.exact
+
+
+def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False) -> Path:
+    """The GGUF file without our metadata; of a dry run the one in between, and the types in llama.cpp's log."""
+    exact = folder / "exact.gguf"
+    with _plain_folder(export, folder, begin) as source, begin("export") as advance:
+        convert(
+            export.converter,
+            source,
+            exact,
+            export.exact,
+            name=export.checkpoint.name if export.checkpoint.revision else None,
+            expected=export.exact_bytes,
+            advance=advance,
+        )
+    if not _is_quantized(export):
+        return exact
+    types = chosen_types(read_tensors(exact, export.side), export.choice.types)
+    output = folder / "quantized.gguf"
+    request = Request(str(exact), str(output), export.choice.type, types, threads=threads or 0, dry_run=dry_run)
+    with begin("quantize") as advance:
+        quantize(request, folder, advance)
+    if dry_run:
+        return exact
+    exact.unlink()
+    return output
+
+
+@contextmanager
+def _plain_folder(export: Export, folder: Path, begin: Begin) -> Iterator[Path]:
+    """The folder that the converter reads: that of the checkpoint, or one with its weights as floats meanwhile."""
+    if export.is_plain:
+        yield export.checkpoint.folder
+        return
+    # The converter calls the model after its folder.
+    plain = folder / "plain" / (export.checkpoint.folder.resolve().name or "model")
+    plain.parent.mkdir()
+    with begin("unpack") as advance, Pool(1) as pool, OpenFiles() as files:
+        total = sum(each.values.stored.nbytes for each in export.tensors)
+        write_plain(export.checkpoint, export.tensors, Reader(pool, files, counted(advance, total)), plain)
+    yield plain
+    shutil.rmtree(plain.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _record(export: Export, tensors: Tensors, types: Mapping[str, str]) -> ExportRecord:
+    """`types` : those that a dry run has chosen, by tensor."""
+    checkpoint, choice = export.checkpoint, export.choice
+    folder = checkpoint.folder
+    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
+    groups = by_group(tensors, types)
+    source = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": fingerprint(locate(folder))}
+    done = {"recipe": manifest["recipe"]} if manifest else {}
+    return ExportRecord(
+        {
+            "schema": SCHEMA,
+            "setup": " + ".join([*([manifest["setup"]] if manifest else []), choice.label]),
+            "type": choice.type,
+            "types": [list(rule) for rule in choice.types],
+            "versions": tool_versions(export.converter.version),
+            "source": {**source, "architecture": export.side.structure.architecture},
+            **done,
+            "groups": groups,
+            "totals": totals_of(groups),
+        }
+    )
+
+
+def _json(record: ExportRecord) -> bytes:
+    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -1,0 +1,153 @@
+"""Which tensor of a GGUF file holds which weight of a checkpoint: by the name map of llama.cpp's own gguf package."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from compressknow.diff.parameters import Side
+from compressknow.errors import UsageError, did_you_mean
+from compressknow.model.scopes import SCOPES, Pattern, scope_names, select
+from compressknow.model.structure import LinearWeight
+
+EMBEDDING, NOT_LINEAR, UNPLACED = "embedding", "not-linear", "other"
+# Experts that are stored one by one are one tensor in GGUF.
+_EXPERT = re.compile(r"experts\.\d+\.")
+_SUFFIXES = (".weight", ".bias")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a GGUF file: `shape` as llama.cpp writes it, the row's length first."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    numel: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What a GGUF file holds, and the weights of the checkpoint that it was made of.
+
+    Attributes
+    ----------
+    weights : by the name of a tensor of the file, the Linear weight that it is, or is made of.
+    """
+
+    side: Side
+    tensors: Mapping[str, Tensor]
+    weights: Mapping[str, tuple[LinearWeight, ...]]
+
+    @cached_property
+    def groups(self) -> dict[str, str]:
+        """The group of each tensor: of the Linear weights theirs; a tied embedding is the final layer too."""
+        return {name: self._group(tensor) for name, tensor in self.tensors.items()}
+
+    def _group(self, tensor: Tensor) -> str:
+        if tensor.name in self.weights:
+            return self.weights[tensor.name][0].group or UNPLACED
+        if tensor.name.startswith("token_embd."):
+            return EMBEDDING
+        return NOT_LINEAR if len(tensor.shape) < 2 else UNPLACED
+
+    def of_scope(self, scope: str) -> list[str]:
+        """The tensors that a scope takes. Raises UsageError where it takes none."""
+        taken = {weight.parameter for weight in select(self.side.structure, (scope,), "quantize")}
+        return [name for name, own in self.weights.items() if any(weight.parameter in taken for weight in own)]
+
+    def of_pattern(self, text: str) -> list[str]:
+        """The tensors whose name a regular expression matches. Raises UsageError where it matches none."""
+        pattern = Pattern("--type-of", text)
+        found = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
+        if not found:
+            scopes = scope_names(self.side.structure)
+            kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in self.groups if "norm" not in name)
+            raise UsageError(
+                f"--type-of {text!r} is no scope, and matches no tensor of the GGUF file.",
+                hint=f"{did_you_mean(text, scopes)}There is {', '.join(scopes)}. Tensors (N stands for a number): "
+                f"{', '.join(kind for kind in kinds if kind.endswith('.weight'))}.",
+            )
+        return found
+
+
+def chosen_types(tensors: Tensors, types: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The type of each tensor that a rule names; of several the last holds. Raises what `of_scope` and `of_pattern`
+    do."""
+    return {
+        name: chosen
+        for which, chosen in types
+        for name in (tensors.of_scope(which) if which in SCOPES else tensors.of_pattern(which))
+    }
+
+
+def read_tensors(path: Path, side: Side) -> Tensors:
+    """What a GGUF file holds; its weights are not read."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    tensors = {
+        each.name: Tensor(
+            each.name,
+            each.tensor_type.name.lower(),
+            tuple(int(length) for length in each.shape),
+            int(each.n_elements),
+            int(each.n_bytes),
+        )
+        for each in reader.tensors
+    }
+    return Tensors(side, tensors, dict(_weights(_name_map(reader), side, tensors)))
+
+
+def _name_map(reader: Any) -> Any:
+    """That of the file's architecture; None where this gguf package does not know it."""
+    import gguf
+
+    name = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
+    arch = next((arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name), None)
+    blocks = [field.contents() for key, field in reader.fields.items() if key.endswith("block_count")]
+    return gguf.get_tensor_name_map(arch, max(blocks, default=0)) if arch is not None else None
+
+
+def _weights(
+    name_map: Any, side: Side, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, tuple[LinearWeight, ...]]]:
+    found: dict[str, list[LinearWeight]] = {}
+    parts: dict[str, list[str]] = {}
+    for stored, parameter in side.loaded_to.items():
+        parts.setdefault(parameter, []).append(stored)
+    for weight in side.structure.linears if name_map else ():
+        supplier = side.supply.get(weight.parameter)
+        names = [weight.parameter, *parts.get(weight.parameter, ()), *([supplier.name] if supplier else ())]
+        # Its own name first: of a final layer that is tied there is no tensor, but that of the embedding.
+        mapped = [name_map.get_name(_EXPERT.sub("experts.", name), try_suffixes=_SUFFIXES) for name in names]
+        there = dict.fromkeys(name for name in mapped if name in tensors)
+        for name in there if parts.get(weight.parameter) else list(there)[:1]:
+            found.setdefault(name, []).append(weight)
+    yield from ((name, tuple(own)) for name, own in found.items())
+
+
+def by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> dict[str, dict[str, dict[str, int]]]:
+    """Of each group and each type in it: tensors, parameters and bytes. `types` are those that a dry run has chosen."""
+    import gguf
+
+    summed: dict[str, dict[str, dict[str, int]]] = {}
+    for name, tensor in tensors.tensors.items():
+        kind, nbytes = tensor.type, tensor.nbytes
+        if types and types.get(name, kind) != kind:
+            kind = types[name]
+            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+            nbytes = tensor.numel // block * size
+        counts = summed.setdefault(tensors.groups[name], {}).setdefault(
+            kind, {"tensors": 0, "parameters": 0, "bytes": 0}
+        )
+        counts["tensors"] += 1
+        counts["parameters"] += tensor.numel
+        counts["bytes"] += nbytes
+    order = ("attention", "feed-forward", "final", EMBEDDING, UNPLACED, "vision", NOT_LINEAR)
+    return {group: summed[group] for group in order if group in summed}

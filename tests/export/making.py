@@ -1,0 +1,144 @@
+"""Tiny checkpoints that llama.cpp's converter takes, with tokenizers that it knows, and what is in a GGUF file."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+
+from compressknow.libraries import OPTIONAL  # noqa: F401  # the package is importable without the extra
+from tests.knowing import KNOWN_FACTS
+
+VOCABULARY = 400
+needs_converter = pytest.mark.skipif(
+    not os.environ.get("COMPRESSKNOW_CONVERTER"), reason="COMPRESSKNOW_CONVERTER is not set: see `make test`"
+)
+# Rows of 256, which all types take.
+_LLAMA = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+}
+_MODELS = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA)),
+    "llama-tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_LLAMA)),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_LLAMA, num_local_experts=2)),
+    "t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(
+            d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0
+        )
+    ),
+    "bart": lambda: hf.BartForConditionalGeneration(
+        hf.BartConfig(d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=VOCABULARY)
+    ),
+    "bert": lambda: hf.BertForMaskedLM(
+        hf.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCABULARY)
+    ),
+}
+
+
+@cache
+def _sentencepiece(kind: str) -> bytes:
+    """A model of sentencepiece over the sentences of the facts that small models know: ``bpe`` or ``unigram``."""
+    trained = io.BytesIO()
+    sentences = [fact.sentence(fact.obj_label) for fact in KNOWN_FACTS]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=trained,
+        model_type=kind,
+        vocab_size=VOCABULARY,
+        byte_fallback=kind == "bpe",
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return trained.getvalue()
+
+
+def checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Path:
+    """Write a tiny model of a family, with random weights, and its tokenizer."""
+    torch.manual_seed(0)
+    model = _MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.to(dtype).save_pretrained(folder, **options)
+    if name == "t5":
+        (folder / "spiece.model").write_bytes(_sentencepiece("unigram"))
+    else:
+        (folder / "tokenizer.model").write_bytes(_sentencepiece("bpe"))
+    return folder
+
+
+def values(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a GGUF file as float32, by name."""
+    return {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def types(path: Path) -> dict[str, str]:
+    """The type of each tensor of a GGUF file, by name."""
+    return {tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors}
+
+
+def metadata(path: Path) -> dict[str, object]:
+    """What a GGUF file says of itself."""
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    """The float weights of a checkpoint in one file."""
+    return {name: tensor.to(torch.float32).numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of Llama's query or key in llama.cpp's order: the pairs of a rotation side by side."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+LLAMA_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_REST = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def as_llama_cpp(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights of the tiny Llama by the names, and in the order of rows, that llama.cpp has them in."""
+    heads = {"attn_q": _LLAMA["num_attention_heads"], "attn_k": _LLAMA["num_key_value_heads"]}
+    found = {}
+    for name, weight in stored.items():
+        module = name.removesuffix(".weight")
+        if module in _REST:
+            found[f"{_REST[module]}.weight"] = weight
+            continue
+        _, _, layer, part = module.split(".", 3)
+        leaf = LLAMA_NAMES[part]
+        turned = interleaved(weight, heads[leaf]) if leaf in heads else weight
+        found[f"blk.{layer}.{leaf}.weight"] = turned
+    return found

