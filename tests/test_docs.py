@@ -59,6 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "examples").symlink_to(ROOT / "examples")
     lama_folder(folder / "data" / "lama")
     bear_folder(folder / "data" / "bear")
+    (folder / "wiki.test.raw").write_text("\n".join(fact.prompt for fact in _atlas()), encoding="utf-8")
     _small_llama(folder / "build" / "smollm2")
     compressknow.convert(
         folder / "build" / "smollm2", folder / "build" / "smollm2-att-int8", scope="attention", prune=0.2,

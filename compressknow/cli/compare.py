@@ -26,6 +26,7 @@ from compressknow.report.diff.tables import (
     structure_table,
     worst,
 )
+from compressknow.report.texts import in_short
 
 if TYPE_CHECKING:
     from compressknow.diff.records import Difference
@@ -207,3 +208,6 @@ def _knowledge(behaviour: Behaviour) -> Iterator[str]:
         yield table.columns[1]
         for name, figure in table.rows:
             yield f"  {name:<40}{figure:>36}"
+    for figures in behaviour.b_against_a.comparisons[0].texts:
+        yield ""
+        yield from in_short(figures, ("of A", "of B"))

@@ -31,7 +31,7 @@ COMPRESS, HOW, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
 GROUPS = (COMPRESS, HOW, CALIBRATION, EVALUATE, RUNS, OUTPUT)
 # Width of the column of names, where help texts start in the same line.
 NAMES = 22
-FACTS = ("data", "protocol", "template", "limit", "seed", "map", "split", "tasks")
+FACTS = ("data", "protocol", "template", "limit", "seed", "context", "map", "split", "tasks")
 RUNNING = ("device", "dtype", "batch_size", "trust_remote_code")
 TRUST = "Run the Python code that the checkpoint contains."
 REVISION = "Branch, tag or commit of a Hub id."
@@ -142,9 +142,10 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "-p", "--probe", "probes", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."
         ),
         _facts("--data", type=folder, help="Folder with a data set, or with lama/, bear/, tasks/."),
-        _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, sampled over relations."),
+        _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, or chunks of a text."),
         _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample."),
         _facts("--protocol", metavar="NAME", default="lama", show_default=True, help="Rules for LAMA: lama or paper."),
+        _facts("--context", type=click.IntRange(8), help="Tokens per chunk of a text.  [default: 512]"),
         _facts("--template", type=click.IntRange(1), default=1, show_default=True, help="Wording of atlas and BEAR."),
         _facts(
             "--map",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,13 @@ from compressknow.cli.options import (
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.format import count, percent, plain, share
+from compressknow.report.texts import perplexity_to_json, within
+from compressknow.stats.text import perplexity
 
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers
+    from compressknow.probe.records import ProbeEntry
+    from compressknow.probe.text.records import Chunk
 
 WIDTH = 80
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
@@ -75,9 +79,12 @@ def _page(answers: Answers, output: Path) -> Iterator[str]:
     yield f"{plain(model.name)}: answers in {output}"
     yield f"Computed on {plain(model.device, 20)} in {plain(model.computed_in, 20)}."
     yield ""
-    yield COLUMNS
-    yield "-" * len(COLUMNS)
+    if len(answers.texts) < len(answers.probes):
+        yield COLUMNS
+        yield "-" * len(COLUMNS)
     for name, entry in answers.record.probes.items():
+        if entry.text:
+            continue
         given = answers.of(name)
         right = sum(answer.correct for answer in given)
         yield (
@@ -86,8 +93,20 @@ def _page(answers: Answers, output: Path) -> Iterator[str]:
         )
         for reason, number in entry.dropped.items():
             yield from textwrap.wrap(f"  {count(number)} dropped: {reason}", WIDTH, subsequent_indent="    ")
+    for name, chunks in answers.texts.items():
+        yield from textwrap.wrap(_of_text(name, chunks, answers.record.probes[name]), WIDTH, subsequent_indent="  ")
     if len(answers.probes) == 1:
         yield from _by_subject(answers)
+
+
+def _of_text(name: str, chunks: Sequence[Chunk], entry: ProbeEntry) -> str:
+    found = perplexity(chunks)
+    per_byte = f", {within(found.bits_per_byte, 4)} bits per byte" if found.bits_per_byte else ""
+    context = (entry.text or {})["context"]
+    return (
+        f"{_short(name)}: perplexity {within(found.value, 3)}{per_byte}; {count(found.tokens)} tokens scored in "
+        f"{count(len(chunks))} chunks of {count(context)}"
+    )
 
 
 def _by_subject(answers: Answers) -> Iterator[str]:
@@ -106,8 +125,11 @@ def _short(name: str) -> str:
 
 
 def _with_scores(answers: Answers) -> dict[str, Any]:
-    probes = {
-        name: entry.to_dict() | {"right": sum(answer.correct for answer in answers.of(name))}
-        for name, entry in answers.record.probes.items()
-    }
+    probes = {name: entry.to_dict() | _score(answers, name) for name, entry in answers.record.probes.items()}
     return answers.record.to_dict() | {"probes": probes}
+
+
+def _score(answers: Answers, name: str) -> dict[str, Any]:
+    if chunks := answers.texts.get(name):
+        return {"perplexity": perplexity_to_json(perplexity(chunks))}
+    return {"right": sum(answer.correct for answer in answers.of(name))}

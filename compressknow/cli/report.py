@@ -16,6 +16,7 @@ from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.files import as_text
 from compressknow.format import at_least, count, estimate, p_value, plain, share, size
 from compressknow.report.records import Card, Comparison
+from compressknow.report.texts import in_short
 from compressknow.stats.records import Estimate
 
 
@@ -126,8 +127,10 @@ def report_page(card: Card) -> Iterator[str]:
     yield from textwrap.wrap(card.verdict, WIDTH)
     yield ""
     if len(card.comparisons) == 1:
-        yield from _grades(card.comparisons[0])
+        if card.comparisons[0].probes:
+            yield from _grades(card.comparisons[0])
         yield from _probes(card.comparisons[0])
+        yield from _texts(card.comparisons[0])
     else:
         yield from _models(card)
     for warning in _warnings(card):
@@ -175,6 +178,13 @@ def _probes(comparison: Comparison) -> Iterator[str]:
             mean, p99 = (f"{figure:.4f}" for figure in (probe.movement.kl_mean, probe.movement.kl_p99))
             bound = probe.movement.is_lower_bound
             yield f"  KL mean {at_least(mean, bound)}, p99 {at_least(p99, bound)} nats"
+
+
+def _texts(comparison: Comparison) -> Iterator[str]:
+    for figures in comparison.texts:
+        yield ""
+        for line in in_short(figures, ("before", "after")):
+            yield from _wrapped(line)
 
 
 def _wrapped(text: str) -> list[str]:

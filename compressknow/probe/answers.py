@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ from compressknow.format import count, percent, plain
 from compressknow.model.manifest import CALIBRATION, REMOVED
 from compressknow.notebook import Shown, Summary
 from compressknow.probe.records import Record
+from compressknow.probe.text.records import FILES as TEXTS
+from compressknow.probe.text.records import FORM as TEXT_FORM
+from compressknow.probe.text.records import Chunk, read_texts
 from compressknow.reading import RECORD as RECORD_BYTES
 from compressknow.reading import misfit, read_json, sha256_of
 from compressknow.tables import check_parquet
@@ -57,6 +60,7 @@ RECORD_FORM: dict[str, Any] = {
             **{"protocol": str, "fingerprint": str, "facts": int, "asked": int, "dropped": {str: int}, "average": str},
             **{"chance?": (float, None), "majority?": (float, None), "limit?": (int, None), "seed?": (int, None)},
             **{"seconds?": float, "source?": (dict, None), "reference?": (str, None), "key?": str},
+            "text?": (TEXT_FORM, None),
         }
     },
     f"{HASH}?": str,
@@ -105,10 +109,16 @@ class Answer:
 
 @dataclass(frozen=True, repr=False)
 class Answers(Shown):
-    """All answers of one model, and the record of how they came about (the content of ``probe.json``)."""
+    """All answers of one model, and the record of how they came about (the content of ``probe.json``).
+
+    Attributes
+    ----------
+    texts : what it gave to running texts, by probe: these have no facts.
+    """
 
     record: Record
     answers: tuple[Answer, ...]
+    texts: Mapping[str, tuple[Chunk, ...]] = field(default_factory=dict)
 
     @property
     def probes(self) -> tuple[str, ...]:
@@ -117,6 +127,12 @@ class Answers(Shown):
     def of(self, probe: str) -> list[Answer]:
         """The answers to one probe, in the order of its facts."""
         return [answer for answer in self.answers if answer.probe == probe]
+
+    def only(self, probes: Sequence[str]) -> Answers:
+        """The answers to these probes alone."""
+        texts = {name: chunks for name, chunks in self.texts.items() if name in probes}
+        record = replace(self.record, probes={name: self.record.probes[name] for name in probes})
+        return Answers(record, tuple(answer for answer in self.answers if answer.probe in probes), texts)
 
     def _summary(self) -> Summary:
         right, of = sum(answer.correct for answer in self.answers), len(self.answers)
@@ -150,7 +166,7 @@ def schema() -> pa.Schema:
         "first_logp": pa.list_(pa.float32()),
         "first_kl": number,
     }
-    return pa.schema([(field.name, types.get(field.name, text)) for field in fields(Answer)])
+    return pa.schema([(each.name, types.get(each.name, text)) for each in fields(Answer)])
 
 
 def write_table(path: Path, answers: Sequence[Answer]) -> None:
@@ -222,7 +238,7 @@ def read_answers(folder: Path) -> Answers:
     """An answers folder that `compressknow probe` wrote. Raises CompressknowError where it is none or damaged."""
     record = read_record(folder)
     check_table(folder, record)
-    answers = Answers(record, tuple(read_table(folder / TABLE)))
+    answers = Answers(record, tuple(read_table(folder / TABLE)), read_texts(folder, record))
     for probe, entry in record.probes.items():
         ids = {answer.fact_id for answer in answers.of(probe)}
         if len(answers.of(probe)) != entry.asked or len(ids) != entry.asked:
@@ -338,4 +354,5 @@ def _foreign(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     ours = {LOCK, PARTS, TABLE} if LOCK in names else {PARTS}
-    return RECORD not in names and any(name not in ours and not name.startswith(_UNFINISHED) for name in names)
+    begun = _UNFINISHED if LOCK not in names else (*_UNFINISHED, TEXTS, f".{TEXTS}")
+    return RECORD not in names and any(name not in ours and not name.startswith(begun) for name in names)

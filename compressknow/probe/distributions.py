@@ -7,9 +7,10 @@ they are kept on disk as long as the run lasts, in files that have no name: what
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ import numpy as np
 from compressknow.probe.answers import LOGP_FLOOR, Answers
 from compressknow.probe.evaluate import evaluate
 from compressknow.probe.facts import Probe
+from compressknow.probe.sources import Opened
+from compressknow.probe.text.evaluate import chunks_of, context_of, keys_of, read_again
+from compressknow.probe.text.running import RunningText
 from compressknow.quiet import Listener, Stage, begun
 
 if TYPE_CHECKING:
@@ -45,26 +49,44 @@ class Distributions:
         self._original, self._folder = original, folder
         self._rows: dict[str, Rows] = {}
 
-    def of(self, probe: Probe) -> Rows:
+    def of(self, probe: Probe | RunningText) -> Rows:
         """Those of a probe. By content: a search has two halves of one name."""
         key = probe.fingerprint()
         if key not in self._rows:
-            self._rows[key] = Rows(self._folder, len(probe.facts))
+            self._rows[key] = (
+                Rows(self._folder, probe.most_scored, short=True)
+                if isinstance(probe, RunningText)
+                else Rows(self._folder, len(probe.facts))
+            )
         return self._rows[key]
 
-    def complete(self, probes: Sequence[Probe], answers: Answers, on_progress: Listener | None) -> None:
-        """Have those of all facts of these probes, as far as the disk has room; `answers` are the original's to them.
+    def complete(self, probes: Sequence[Opened], answers: Answers, on_progress: Listener | None) -> None:
+        """Have those of all facts and texts of these probes, as far as the disk has room; `answers` are the original's
+        to them. Tasks have none.
 
         The original is in memory no longer than that.
         """
-        lacking = [probe for probe in probes if not self.of(probe).holds(a.fact_id for a in answers.of(probe.name))]
+        kept = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
+        lacking = [probe for probe in kept if not self.of(probe).holds(_keys(probe, answers))]
         try:
             for probe in lacking:
-                if not self.of(probe).gave_up:
+                if self.of(probe).gave_up:
+                    continue
+                if isinstance(probe, RunningText):
+                    self._read(probe, answers, on_progress)
+                else:
                     self._evaluate(probe, answers, on_progress)
         finally:
             if lacking:
                 self._original.release()
+
+    def _read(self, text: RunningText, answers: Answers, on_progress: Listener | None) -> None:
+        original = self._original
+        stage = Stage("read", original.located.name, text.name, device=original.settings.device, again=True)
+        with begun(on_progress, stage) as advance:
+            reader = original.reader()
+            context = context_of(reader, text, answers.record.probes.get(text.name))
+            read_again(reader, chunks_of(reader, text, context), self.of(text), advance)
 
     def _evaluate(self, probe: Probe, answers: Answers, on_progress: Listener | None) -> None:
         original, rows = self._original, self.of(probe)
@@ -90,15 +112,26 @@ class Distributions:
         self.close()
 
 
+def _keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
+    """What the distributions of a probe's facts, or of a text's tokens, are kept under."""
+    if isinstance(probe, Probe):
+        yield from (answer.fact_id for answer in answers.of(probe.name))
+    elif entry := answers.record.probes.get(probe.name):
+        for chunk in answers.texts.get(probe.name, ()):
+            yield from keys_of(chunk.number, int((entry.text or {})["context"]))
+
+
 class Rows:
-    """The distributions of one probe's facts: a file of float32, [facts, vocabulary], in the order they came in.
+    """The distributions of one probe's facts: a file of floats, [facts, vocabulary], in the order they came in.
+
+    Those of a text's tokens take 16 bits each: half the disk.
 
     Read and written, not mapped: a mapped file that outgrows its disk kills the process, and its pages count as its
     memory.
     """
 
-    def __init__(self, folder: Path, most: int) -> None:
-        self._folder, self._most = folder, most
+    def __init__(self, folder: Path, most: int, *, short: bool = False) -> None:
+        self._folder, self._most, self._short = folder, most, short
         self._file: Any = None
         self._places: dict[str, int] = {}
         self._width = self._written = 0
@@ -151,15 +184,20 @@ class Rows:
                 self._file.close()
             self._file = None
 
+    @property
+    def _row(self) -> int:
+        """Bytes of one."""
+        return self._width * (2 if self._short else 4)
+
     def _append(self, facts: Sequence[str], rows: np.ndarray) -> None:
         if self._file is None:
             self._width = rows.shape[1]
-            if shutil.disk_usage(self._folder).free < self._most * self._width * 4 + RESERVE:
+            if shutil.disk_usage(self._folder).free < self._most * self._row + RESERVE:
                 self.give_up()
                 return
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
-        self._file.seek(self._written * self._width * 4)
-        self._file.write(rows.data)
+        self._file.seek(self._written * self._row)
+        self._file.write((shortened(rows) if self._short else rows).data)
         self._file.flush()
         self._places |= {fact: self._written + row for row, fact in enumerate(facts)}
         self._written += len(facts)
@@ -167,12 +205,33 @@ class Rows:
     def _read(self, facts: Sequence[str]) -> torch.Tensor:
         import torch
 
-        rows = np.empty((len(facts), self._width), dtype=np.float32)
+        rows = np.empty((len(facts), self._width), dtype=np.uint16 if self._short else np.float32)
         for row, fact in zip(rows, facts, strict=True):
-            self._file.seek(self._places[fact] * self._width * 4)
+            self._file.seek(self._places[fact] * self._row)
             if self._file.readinto(row.data) != row.nbytes:
                 raise OSError("the file is cut short")
-        return torch.from_numpy(rows)
+        return torch.from_numpy(lengthened(rows) if self._short else rows)
+
+
+_STEPS = 65534 / math.sqrt(-LOGP_FLOOR)
+
+
+def shortened(log_probs: np.ndarray) -> np.ndarray:
+    """Log-probabilities in 16 bits, uint16: their square roots in equal steps, so that those near 0 are told best. One
+    of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is no number.
+    """
+    roots = np.rint(np.sqrt(-np.clip(log_probs, LOGP_FLOOR, 0)) * np.float32(_STEPS))
+    return np.where(np.isnan(roots), np.float32(65535), roots).astype(np.uint16)
+
+
+def lengthened(stored: np.ndarray) -> np.ndarray:
+    """What `shortened` gave, as float32.
+
+    >>> lengthened(shortened(np.array([0.0, -2.0, np.nan], dtype=np.float32))).round(3)
+    array([-0., -2., nan], dtype=float32)
+    """
+    roots = stored.astype(np.float32) / np.float32(_STEPS)
+    return np.where(stored == 65535, np.float32(np.nan), -(roots**2))
 
 
 def divergence_of(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from compressknow.errors import CheckpointError, CompressknowError, UnsupportedE
 from compressknow.probe.answers import Answer, Answers
 from compressknow.probe.facts import Probe
 from compressknow.probe.scoring.prompts import Ids
-from compressknow.probe.sources import Task
+from compressknow.probe.sources import Opened, Task
 from compressknow.quiet import Advance, Pace
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _batches(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]
             yield tuple(alike[start : start + size])
 
 
-def refuse_other_facts(reference: Answers, probe: Probe | Task) -> None:
+def refuse_other_facts(reference: Answers, probe: Opened) -> None:
     """Raise UsageError where the original was not evaluated on this probe, or on other prompts of it."""
     asked = reference.record.probes.get(probe.name)
     if asked is None and not isinstance(probe, Task):
@@ -174,8 +174,8 @@ def refuse_other_facts(reference: Answers, probe: Probe | Task) -> None:
     if asked and asked.fingerprint != probe.fingerprint():
         raise UsageError(
             f"The original was evaluated on other facts or prompts of {probe.name}.",
-            hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --data), or probe "
-            "it again.",
+            hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --context, "
+            "--data), or probe it again.",
         )
 
 

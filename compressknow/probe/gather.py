@@ -20,9 +20,8 @@ from compressknow.probe.overlap import with_calibration
 
 if TYPE_CHECKING:
     from compressknow.probe.distributions import Distributions
-    from compressknow.probe.facts import Probe
     from compressknow.probe.run import Beside, ModelHandle, Settings
-    from compressknow.probe.sources import Options, Task
+    from compressknow.probe.sources import Opened, Options
     from compressknow.quiet import Listener
 
 
@@ -31,7 +30,7 @@ def default_answers_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow" / "answers"
 
 
-def open_named(probes: str | Sequence[str] | None, options: Options | None) -> list[Probe | Task]:
+def open_named(probes: str | Sequence[str] | None, options: Options | None) -> list[Opened]:
     """The probes that a user names, atlas where none is named. Raises UsageError as `open_all` does, and for twins."""
     from compressknow.probe.run import refuse_twins
     from compressknow.probe.sources import DEFAULT, Options, open_all
@@ -196,8 +195,7 @@ def _of(answers: Answers, probes: Sequence[str]) -> Answers:
             why=f"Its answers folder holds: {', '.join(answers.probes)}.",
             hint="Leave out -p, name one of these, or probe the model again.",
         )
-    kept = {name: answers.record.probes[name] for name in probes}
-    return Answers(replace(answers.record, probes=kept), tuple(a for a in answers.answers if a.probe in kept))
+    return answers.only(probes)
 
 
 def _name(probe: str, answers: Answers) -> str:
@@ -257,7 +255,7 @@ class BothWays(NamedTuple):
 def evaluate_both(
     a: ModelHandle,
     b: ModelHandle,
-    probes: Sequence[Probe | Task],
+    probes: Sequence[Opened],
     keep_in: Path,
     on_progress: Listener | None = None,
 ) -> BothWays:

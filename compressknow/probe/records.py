@@ -55,6 +55,8 @@ class ProbeEntry(_Part):
     key : a hash of all that decides the answers; those of old versions have none.
     reference : sha256 of the model whose most likely tokens were evaluated, its own or the original's.
     seconds : wall time.
+    text : of a running text: context, chunks, tokens scored and their bytes, whether there are divergences from the
+        original (`compressknow.probe.text.records`), and the file that holds its tokens. None of facts.
     """
 
     always: ClassVar[frozenset[str]] = frozenset({"dropped", "chance", "majority", "limit", "source"})
@@ -74,6 +76,7 @@ class ProbeEntry(_Part):
     key: str | None = None
     reference: str | None = None
     seconds: float | None = None
+    text: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

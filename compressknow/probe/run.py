@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressknow._version import __version__
 from compressknow.engine.identity import Located, describe, fingerprint
@@ -46,15 +46,30 @@ from compressknow.probe.evaluate import (
 from compressknow.probe.facts import Probe, chance, majority
 from compressknow.probe.records import ModelRecord, ProbeEntry, Record
 from compressknow.probe.runtimes import Loaded, Runtime, runtime_for
-from compressknow.probe.sources import Task
-from compressknow.quiet import Advance, Listener, PanicError, Stage, begun, no_panics
+from compressknow.probe.sources import Opened, Task
+from compressknow.probe.text.evaluate import chunks_of, context_of, entry_of, outcome, read_text, refuse_other_families
+from compressknow.probe.text.records import (
+    ALONE,
+    NO_ROOM,
+    Chunk,
+    entry_with_file,
+    file_of,
+    read_chunks,
+    read_texts,
+    write_chunks,
+)
+from compressknow.probe.text.running import RunningText
+from compressknow.quiet import Advance, Listener, PanicError, Stage, Work, begun, no_panics
 from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
     from compressknow.probe.distributions import Distributions
     from compressknow.probe.scoring.scorer import Whole
+    from compressknow.probe.text.reading import TextReader
 
+# What parts are made of.
+_Part = TypeVar("_Part")
 # Answers are put on disk this often: what a killed run has to run again.
 SECONDS_BETWEEN_PARTS = 10.0
 
@@ -124,6 +139,13 @@ class ModelHandle:
                 hint="See that its tokenizer.json is the model's own, and whole.",
             ) from error
 
+    def reader(self) -> TextReader:
+        """The model as it reads running text. Raises UnsupportedError where it does not continue text, or where its
+        runtime does not give the probabilities of all tokens.
+        """
+        refuse_other_families(self.loaded.architecture, self.loaded.family)
+        return self.loaded.reader()
+
     def release(self) -> None:
         """Let go of the model's memory; it is loaded again on demand."""
         loaded = self.__dict__.pop("loaded", None)
@@ -182,7 +204,7 @@ class Beside:
         """Of the original; None where this model is the original."""
         return self.reference.record.model.sha256 if self.reference else None
 
-    def of_batches(self, probe: Probe) -> Whole | None:
+    def of_batches(self, probe: Probe | RunningText) -> Whole | None:
         """What is done with each batch's distributions: the original's are kept, those of others compared with them."""
         if self.whole is None:
             return None
@@ -192,7 +214,7 @@ class Beside:
 
 def probe_model(
     handle: ModelHandle,
-    probes: Sequence[Probe | Task],
+    probes: Sequence[Opened],
     folder: Path,
     beside: Beside | None = None,
     *,
@@ -222,19 +244,23 @@ def probe_model(
         run = _Run(handle, folder, beside, on_progress)
         if beside.whole and beside.reference:
             left = lacking(handle, probes, folder, beside)
-            beside.whole.complete([probe for probe in left if isinstance(probe, Probe)], beside.reference, on_progress)
-        for probe in lacking(handle, probes, folder, beside):
+            beside.whole.complete(left, beside.reference, on_progress)
+        lacked = lacking(handle, probes, folder, beside)
+        if any(isinstance(probe, RunningText) for probe in lacked):
+            # A model that cannot read it is refused before it is evaluated on all else.
+            handle.reader()
+        for probe in lacked:
             run.add(probe, facts_of(probes))
         tidy(folder)
         return _read(folder, [probe.name for probe in probes])
 
 
-def is_answered(handle: ModelHandle, probe: Probe | Task, folder: Path, reference: Answers | None) -> bool:
+def is_answered(handle: ModelHandle, probe: Opened, folder: Path, reference: Answers | None) -> bool:
     """Whether `folder` holds this model's answers to this probe, so that `probe_model` would evaluate nothing."""
     return not lacking(handle, [probe], folder, Beside(reference))
 
 
-def lacking(handle: ModelHandle, probes: Sequence[Probe | Task], folder: Path, beside: Beside) -> list[Probe | Task]:
+def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, beside: Beside) -> list[Opened]:
     """The probes to which `folder` holds no answers of this model; with the original's distributions, those too whose
     answers lack a divergence over the whole vocabulary that can be had.
     """
@@ -244,17 +270,19 @@ def lacking(handle: ModelHandle, probes: Sequence[Probe | Task], folder: Path, b
     whole = beside.whole
     if whole and beside.reference and missing != {probe.name for probe in probes}:
         bare = {answer.probe for answer in stored(folder) if answer.first_kl is None}
-        possible = (probe for probe in probes if isinstance(probe, Probe) and not whole.of(probe).gave_up)
+        bare |= {name for name, entry in entries.items() if entry.text and entry.text["divergence"] in (ALONE, NO_ROOM)}
+        possible = (probe for probe in probes if not isinstance(probe, Task) and not whole.of(probe).gave_up)
         missing |= bare & {probe.name for probe in possible}
     return [probe for probe in probes if probe.name in missing]
 
 
-def facts_of(probes: Sequence[Probe | Task]) -> int:
-    """How many facts the probes have; the items of lm-eval's tasks are not known before they are run."""
-    return sum(len(probe.facts) for probe in probes if not isinstance(probe, Task))
+def facts_of(probes: Sequence[Opened]) -> int:
+    """How many facts the probes have; the items of lm-eval's tasks are not known before they are run, and texts
+    have none."""
+    return sum(len(probe.facts) for probe in probes if isinstance(probe, Probe))
 
 
-def refuse_twins(probes: Sequence[Probe | Task]) -> None:
+def refuse_twins(probes: Sequence[Opened]) -> None:
     """Refuse two probes of one name, such as facts files of one name in different folders."""
     names = [probe.name for probe in probes]
     if twins := sorted({name for name in names if names.count(name) > 1}):
@@ -270,19 +298,25 @@ class _Run:
         self._handle, self._folder, self._beside, self._on_progress = handle, folder, beside, on_progress
         self._record = _record(folder, handle)
 
-    def add(self, probe: Probe | Task, facts: int) -> None:
+    def add(self, probe: Opened, facts: int) -> None:
         """Evaluate the model on a probe; `facts` are those of all probes, for the time that is left."""
         start = time.monotonic()
         handle, reference = self._handle, self._beside.reference
         if reference:
             refuse_other_facts(reference, probe)
-            refuse_other_model(reference, handle.located.name, handle.loaded)
+            if not isinstance(probe, RunningText):
+                refuse_other_model(reference, handle.located.name, handle.loaded)
         key = _key(handle, probe, self._beside)
         known = self._known(probe.name, key)
-        stage = Stage("evaluate", handle.located.name, probe.name, facts, handle.settings.device)
+        work: Work = "read" if isinstance(probe, RunningText) else "evaluate"
+        stage = Stage(work, handle.located.name, probe.name, facts, handle.settings.device)
+        chunks: tuple[Chunk, ...] = ()
+        answers: list[Answer] = []
         with begun(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
                 answers, entry = self._evaluate(probe, parts_of(self._folder, key), known, advance)
+            elif isinstance(probe, RunningText):
+                chunks, entry = self._read(probe, parts_of(self._folder, key), known, advance)
             elif known:
                 # A task gives no distribution: there is nothing to evaluate anew.
                 answers, entry = list(known.of(probe.name)), known.record.probes[probe.name]
@@ -290,14 +324,42 @@ class _Run:
                 answers, entry = probe.run(handle.language_model(probe.name))
         seconds = round(time.monotonic() - start, 1)
         of = self._beside.sha256 or handle.sha256
-        self._keep(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds))
+        self._keep(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
 
     def _known(self, name: str, key: str) -> Answers | None:
         """Answers of this model to the probe that lack a divergence alone: they are not evaluated whole again."""
         entry = self._record.probes.get(name)
         if entry is None or entry.key != key:
             return self._beside.known
-        return Answers(self._record, tuple(stored(self._folder)))
+        return Answers(self._record, tuple(stored(self._folder)), read_texts(self._folder, self._record))
+
+    def _read(
+        self, text: RunningText, parts: Path, known: Answers | None, advance: Advance | None
+    ) -> tuple[tuple[Chunk, ...], ProbeEntry]:
+        reader, beside = self._handle.reader(), self._beside
+        original = beside.reference.record if beside.reference else None
+        chunks = chunks_of(reader, text, context_of(reader, text, original.probes[text.name] if original else None))
+        same_tokens = original is None or original.model.vocabulary in (None, self._handle.loaded.vocabulary)
+        whole = beside.of_batches(text) if same_tokens else None
+        read = {chunk.number: chunk for path in sorted(parts.glob("*.parquet")) for chunk in read_chunks(path)}
+        if original and whole:
+            read = {number: chunk for number, chunk in read.items() if chunk.kl is not None}
+        fresh = read_text(
+            reader,
+            chunks,
+            done=read,
+            known={chunk.number: chunk for chunk in known.texts.get(text.name, ())} if known else None,
+            whole=whole,
+            advance=advance,
+        )
+        for part in _in_parts([chunk] for chunk in fresh):
+            parts.mkdir(parents=True, exist_ok=True)
+            write_chunks(parts / f"{len(read):08}.parquet", part)
+            read |= {chunk.number: chunk for chunk in part}
+        all_read = tuple(read[number] for number in sorted(read))
+        gave_up = beside.whole.of(text).gave_up if beside.whole else None
+        compared = outcome(all_read, reference=original is not None, same_tokens=same_tokens, gave_up=gave_up)
+        return all_read, entry_of(text, chunks, all_read, compared)
 
     def _evaluate(
         self, probe: Probe, parts: Path, known: Answers | None, advance: Advance | None
@@ -321,13 +383,16 @@ class _Run:
         answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
         return answers, _entry(probe, answers, prompts.dropped)
 
-    def _keep(self, name: str, answers: Sequence[Answer], entry: ProbeEntry) -> None:
+    def _keep(self, name: str, answers: Sequence[Answer], entry: ProbeEntry, chunks: Sequence[Chunk]) -> None:
         record, folder = self._record, self._folder
         others = [a for a in stored(folder) if a.probe != name and a.probe in record.probes]
         probes = {other: kept for other, kept in record.probes.items() if other != name}
         if name in record.probes or record.answers_sha256 is not None:
             # Neither the old entry nor the old hash must stand beside the new answers, should this run be killed here.
             write_record(folder, record.without_hash(probes))
+        if chunks:
+            write_chunks(folder / file_of(name), chunks)
+            entry = entry_with_file(entry, folder / file_of(name))
         write_table(folder / TABLE, [*others, *answers])
         self._record = replace(
             record.without_hash(probes | {name: entry}),
@@ -362,7 +427,7 @@ def _nothing_left(probe: Probe, dropped: Mapping[str, int]) -> UsageError:
     )
 
 
-def _key(handle: ModelHandle, probe: Probe | Task, beside: Beside) -> str:
+def _key(handle: ModelHandle, probe: Opened, beside: Beside) -> str:
     """A hash of all that decides the answers: the model, the facts, whose tokens are asked for, and how it is run."""
     settings = handle.settings
     decides = [
@@ -375,9 +440,9 @@ def _key(handle: ModelHandle, probe: Probe | Task, beside: Beside) -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
-def _in_parts(batches: Iterator[list[Answer]]) -> Iterator[list[Answer]]:
+def _in_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
     """Batches gathered to what is worth a file."""
-    part: list[Answer] = []
+    part: list[_Part] = []
     since = time.monotonic()
     for batch in batches:
         part += batch
@@ -391,8 +456,9 @@ def _in_parts(batches: Iterator[list[Answer]]) -> Iterator[list[Answer]]:
 def _read(folder: Path, names: Sequence[str]) -> Answers:
     """The answers to these probes alone; the folder may hold those to others."""
     record = read_record(folder)
-    probes = {name: record.probes[name] for name in names}
-    return Answers(replace(record, probes=probes), tuple(a for a in stored(folder) if a.probe in probes))
+    record = replace(record, probes={name: record.probes[name] for name in names})
+    answers = tuple(answer for answer in stored(folder) if answer.probe in record.probes)
+    return Answers(record, answers, read_texts(folder, record))
 
 
 def _record(folder: Path, handle: ModelHandle) -> Record:

@@ -9,7 +9,7 @@ from typing import Any
 from compressknow.format import count, estimate, plain, size
 from compressknow.notebook import Shown, Summary
 from compressknow.probe.records import FactsInText, Speed
-from compressknow.stats.records import ChangedFact, Counts, Estimate, Group, ProbeFigures
+from compressknow.stats.records import ChangedFact, Counts, Estimate, Group, ProbeFigures, TextFigures
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ class Comparison:
     ----------
     measured : by section of the card, by probe: what the section itself measured, as values for JSON.
     left_out : sections of other packages that failed and are not shown, and why: a warning of the card.
+    texts : what both gave to running texts; these are none of `probes`, which have facts.
     """
 
     model: ModelFacts
@@ -85,6 +86,12 @@ class Comparison:
     warnings: tuple[str, ...]
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    texts: tuple[TextFigures, ...] = ()
+
+    @property
+    def only_texts(self) -> bool:
+        """Whether the two were compared on texts alone: there are no facts to count."""
+        return bool(self.texts) and not self.probes
 
 
 @dataclass(frozen=True, slots=True, repr=False)

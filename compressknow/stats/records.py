@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,3 +155,98 @@ class ChangedFact:
     rank_before: int | None
     rank_after: int | None
     fact_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A figure with its standard error; 0 where there are too few tokens for one."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Divergent:
+    """How soon the greedy continuations of two models differ.
+
+    Attributes
+    ----------
+    n, tokens : so many continuations were written, each of so many tokens.
+    same : continuations that do not differ.
+    first : of each of the others, its first token that differs, from 1, ascending.
+    """
+
+    n: int
+    tokens: int
+    same: int
+    first: tuple[int, ...]
+
+    @property
+    def middle(self) -> float | None:
+        """The first differing token in the median of all continuations; None where that one does not differ."""
+        places = [float(place) for place in self.first] + [math.inf] * self.same
+        found = median(places) if places else math.inf
+        return found if math.isfinite(found) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """One model against the other, over the same tokens.
+
+    Attributes
+    ----------
+    ratio, log_ratio, difference : of the perplexities, compressed / original, its logarithm, compressed - original.
+    correlation : of the two models' log-likelihoods; None where one does not vary.
+    kl, kl_percentiles : KL(original || compressed) in nats over the whole vocabulary; None where it was not measured.
+    same_top : share of tokens at which both hold the same one most likely.
+    change, change_rms, change_percentiles : of the probability of the text's own token, compressed - original.
+    """
+
+    ratio: Measured
+    log_ratio: Measured
+    difference: Measured
+    correlation: float | None
+    kl: Measured | None
+    kl_percentiles: Mapping[str, float] | None
+    same_top: Measured
+    change: Measured
+    change_rms: Measured
+    change_percentiles: Mapping[str, float]
+    divergent: Divergent | None
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood per token.
+
+    Attributes
+    ----------
+    tokens : scored.
+    bits_per_byte : the same in bits per byte of the text, which models of different tokens have in common; None where
+        the tokenizer does not tell.
+    """
+
+    value: Measured
+    tokens: int
+    bits_per_byte: Measured | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextFigures:
+    """All figures of one text.
+
+    Attributes
+    ----------
+    context, chunks : tokens per chunk, and chunks, of the original's.
+    divergence : ``measured``, or why there is no KL: ``no original``, ``no room``, ``other tokens``,
+        ``other size``.
+    moved : None where the two models read the text as different tokens.
+    """
+
+    text: str
+    context: int
+    chunks: int
+    divergence: str
+    original: Perplexity
+    compressed: Perplexity
+    moved: Moved | None

@@ -23,7 +23,8 @@ from compressknow.probe.evaluate import Prompts
 from compressknow.probe.facts import Probe
 from compressknow.probe.run import Beside, ModelHandle, Settings, facts_of, is_answered, lacking, probe_model
 from compressknow.probe.runtimes.transformers import LoadedInTransformers
-from compressknow.probe.sources import Task
+from compressknow.probe.sources import Opened
+from compressknow.probe.text.running import RunningText
 from compressknow.quiet import Listener, staged
 from compressknow.study.grid import Cell
 
@@ -84,16 +85,14 @@ class StudyModel:
         if "maker" in self.__dict__:
             self.maker.__exit__(kind, error, trace)
 
-    def evaluate_original(
-        self, probes: Sequence[Probe | Task], folder: Path, on_progress: Listener | None = None
-    ) -> Answers:
+    def evaluate_original(self, probes: Sequence[Opened], folder: Path, on_progress: Listener | None = None) -> Answers:
         """The original's answers, kept in `folder`."""
         return _evaluate(self.original, probes, folder, None, self._whole, on_progress)
 
     def evaluate_cell(
         self,
         cell: Cell,
-        probes: Sequence[Probe | Task],
+        probes: Sequence[Opened],
         cells: Path,
         reference: Answers,
         on_progress: Listener | None = None,
@@ -101,7 +100,7 @@ class StudyModel:
         """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or evaluated."""
         return _evaluate(self._handle(cell), probes, cells / self.folder_of(cell), reference, self._whole, on_progress)
 
-    def is_answered(self, cell: Cell, probe: Probe | Task, cells: Path, reference: Answers) -> bool:
+    def is_answered(self, cell: Cell, probe: Opened, cells: Path, reference: Answers) -> bool:
         """Whether `ask_cell` would find these answers there."""
         folder = cells / self.folder_of(cell) / folder_of(probe.name)
         return is_answered(self._handle(cell), probe, folder, reference)
@@ -116,7 +115,7 @@ class StudyModel:
 
 def _evaluate(
     handle: ModelHandle,
-    probes: Sequence[Probe | Task],
+    probes: Sequence[Opened],
     folder: Path,
     reference: Answers | None,
     whole: Distributions | None,
@@ -125,7 +124,7 @@ def _evaluate(
     watched, beside = staged(on_progress, facts=facts_of(probes)), Beside(reference, whole=whole)
     if whole and reference:
         # Before the first is evaluated: then the original need not be in memory beside the cell.
-        facts = [probe for probe in probes if isinstance(probe, Probe)]
+        facts = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
         whole.complete(
             [p for p in facts if lacking(handle, [p], folder / folder_of(p.name), beside)],
             reference,
@@ -145,7 +144,8 @@ def _evaluate(
 def merged(parts: Sequence[Answers]) -> Answers:
     """The answers of one model to several probes, evaluated apart."""
     probes = {name: entry for part in parts for name, entry in part.record.probes.items()}
-    return Answers(replace(parts[0].record, probes=probes), tuple(a for part in parts for a in part.answers))
+    texts = {name: chunks for part in parts for name, chunks in part.texts.items()}
+    return Answers(replace(parts[0].record, probes=probes), tuple(a for part in parts for a in part.answers), texts)
 
 
 def folder_of(probe: str) -> str:

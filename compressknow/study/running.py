@@ -8,17 +8,16 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CompressknowError, OutputError, UnsupportedError
 from compressknow.files import write_whole
-from compressknow.probe.answers import RECORD, TABLE, Answers
-from compressknow.probe.facts import Probe
+from compressknow.probe.answers import RECORD, Answers
 from compressknow.probe.run import Settings
-from compressknow.probe.sources import Task
+from compressknow.probe.sources import Opened
 from compressknow.quiet import Listener, staged
 from compressknow.study.cells import StudyModel, folder_of
 from compressknow.study.folder import CellResult
@@ -50,7 +49,7 @@ class Batch:
 
     study_model: StudyModel
     cells: Sequence[Cell]
-    probes: Sequence[Probe | Task]
+    probes: Sequence[Opened]
     folder: Path
     original: Answers
 
@@ -235,7 +234,7 @@ def _job(study_model: StudyModel, cell: Cell, where: RayOptions) -> Job:
     return Job(model, located.revision, original.sha256, cell, original.settings, threads)
 
 
-def _run(job: Job, probe: Probe | Task, reference: Answers, text: CalibrationText | None) -> Files:
+def _run(job: Job, probe: Opened, reference: Answers, text: CalibrationText | None) -> Files:
     """In a worker: the files of the answers folder."""
     import torch
 
@@ -248,7 +247,7 @@ def _run(job: Job, probe: Probe | Task, reference: Answers, text: CalibrationTex
     with tempfile.TemporaryDirectory() as folder:
         study_model.evaluate_cell(job.cell, [probe], Path(folder), reference)
         answers = Path(folder) / study_model.folder_of(job.cell) / folder_of(probe.name)
-        return {name: (answers / name).read_bytes() for name in (TABLE, RECORD)}
+        return {path.name: path.read_bytes() for path in (*sorted(answers.glob("*.parquet")), answers / RECORD)}
 
 
 @cache
@@ -262,10 +261,9 @@ def _store(folder: Path, files: Files) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # An old record would not be of the new answers.
     (folder / RECORD).unlink(missing_ok=True)
-    for name in (TABLE, RECORD):
-        write_whole(folder / name, files[name])
+    for name, content in sorted(files.items(), key=lambda file: file[0] == RECORD):
+        write_whole(folder / name, content)
 
 
 def _only(answers: Answers, probe: str) -> Answers:
-    entry = {probe: answers.record.probes[probe]}
-    return Answers(replace(answers.record, probes=entry), tuple(answers.of(probe)))
+    return answers.only([probe])

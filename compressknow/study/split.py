@@ -13,7 +13,7 @@ from compressknow.compress.recipe import Recipe
 from compressknow.errors import CompressknowError, UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.facts import Fact, Probe
-from compressknow.probe.sources import Task, source_of, usable
+from compressknow.probe.sources import Opened, source_of, usable
 from compressknow.quiet import Listener
 from compressknow.study.cells import StudyModel
 from compressknow.study.folder import CELLS, ORIGINAL, CellResult
@@ -39,7 +39,7 @@ class Parts(NamedTuple):
     held_out: Probe
 
 
-def parts_of(probe: Probe | Task, seed: int) -> Parts:
+def parts_of(probe: Opened, seed: int) -> Parts:
     """Half of the facts to search with, and half that are held out: of each relation as many, drawn by the seed."""
     source = source_of(probe.name)
     if not isinstance(probe, Probe) or (source and not source.held_out):

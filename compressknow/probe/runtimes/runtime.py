@@ -6,6 +6,8 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from compressknow.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from compressknow.engine.identity import Located
     from compressknow.engine.language_model import LanguageModel
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from compressknow.probe.run import Settings
     from compressknow.probe.scoring.prompts import Ids
     from compressknow.probe.scoring.scorer import Query, Whole
+    from compressknow.probe.text.reading import TextReader
 
 
 class Answering(Protocol):
@@ -64,6 +67,15 @@ class Loaded(abc.ABC):
     @abc.abstractmethod
     def scorer(self, probe: Probe) -> Answering:
         """What answers a probe's facts. Raises CompressknowError where nothing can."""
+
+    def reader(self) -> TextReader:
+        """The model, which is causal, as it reads running text. Raises UnsupportedError where the runtime does not give
+        the probabilities of all tokens.
+        """
+        raise UnsupportedError(
+            f"text: cannot be evaluated on {self.architecture}: what runs it does not give all tokens' probabilities.",
+            hint="Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",
+        )
 
     def record(self) -> Mapping[str, Any] | None:
         """The "runtime" entry of ``probe.json``: "name", "build" and, where it stores types of its own, "types": {group

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from compressknow.probe.facts import Probe
     from compressknow.probe.run import Settings
     from compressknow.probe.scoring.scorer import Scorer
+    from compressknow.probe.text.reading import TransformersReader
 
 
 class Transformers(Runtime):
@@ -61,3 +62,9 @@ class LoadedInTransformers(Loaded):
     def scorer(self, probe: Probe) -> Scorer:
         """That of the model's family."""
         return scorer_for(self.language_model.model, self.language_model.tokenizer, self.family, probe)
+
+    def reader(self) -> TransformersReader:
+        """See `compressknow.probe.text.reading`."""
+        from compressknow.probe.text.reading import TransformersReader
+
+        return TransformersReader(self.language_model)

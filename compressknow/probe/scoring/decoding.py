@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from compressknow.probe.answers import Answer
 from compressknow.probe.scoring.prompts import Ids
 from compressknow.probe.scoring.ranking import Scores, best_of, make_answer, rank_of
 from compressknow.probe.scoring.scorer import ROWS, SLACK_TOKENS, Query, Scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Logits of one forward pass, at most: 256 MB of float32.
 LOGITS = 1 << 26
@@ -199,8 +202,7 @@ class DecodingScorer(Scorer):
 
     @cached_property
     def _cache_name(self) -> str:
-        # Modelling code that comes with a checkpoint may still use the older name.
-        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        return cache_name(self.model)
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = next((place for place, token in enumerate(ids) if self.ends(token)), len(ids))
@@ -228,6 +230,11 @@ class DecodingScorer(Scorer):
     @cached_property
     def _vocabulary(self) -> int:
         return embedding_rows(self.model)
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What a model's `forward` calls its cache; modelling code that comes with a checkpoint may use the older name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def judged(text: str, gold: str) -> tuple[str, bool]:

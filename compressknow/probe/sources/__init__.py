@@ -9,11 +9,13 @@ from dataclasses import replace
 from compressknow.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.probe.facts import Probe
 from compressknow.probe.sources.source import Options, ProbeSource, Task
+from compressknow.probe.text.running import RunningText
 from compressknow.registry import Registry
 
 __all__ = [
     "DEFAULT",
     "PROBES",
+    "Opened",
     "Options",
     "ProbeSource",
     "Task",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 DEFAULT = ("atlas",)
+Opened = Probe | Task | RunningText
 PROBES = Registry(
     "compressknow.probes",
     "probe",
@@ -37,11 +40,12 @@ PROBES = Registry(
         "facts": "compressknow.probe.sources.own_facts:OwnFacts",
         "hf": "compressknow.probe.sources.hub:Hub",
         "lm-eval": "compressknow.probe.sources.tasks:LmEval",
+        "text": "compressknow.probe.sources.text:Text",
     },
 )
 
 
-def open_all(names: Sequence[str], options: Options) -> list[Probe | Task]:
+def open_all(names: Sequence[str], options: Options) -> list[Opened]:
     """The probes of these names, in their order; each reads the options that its source takes.
 
     Raises UsageError for one that is unknown, missing or empty, CompressknowError for one that cannot be used.
@@ -60,7 +64,10 @@ def open_probe(name: str, options: Options | None = None) -> Probe:
     """
     opened = _opened(name, options or Options(), only_taken=False)
     if not isinstance(opened, Probe):
-        raise UsageError(f"{opened.name} is a task.", hint="It holds no facts that could be read one by one.")
+        raise UsageError(
+            f"{opened.name} is a {'task' if isinstance(opened, Task) else 'text'}.",
+            hint="It holds no facts that could be read one by one.",
+        )
     return opened
 
 
@@ -94,7 +101,7 @@ def usable() -> Iterator[tuple[str, ProbeSource]]:
             yield kind, source
 
 
-def _opened(name: str, options: Options, *, only_taken: bool) -> Probe | Task:
+def _opened(name: str, options: Options, *, only_taken: bool) -> Opened:
     kind, part = _split(name)
     if kind not in PROBES:
         raise _unknown(name)
@@ -150,7 +157,7 @@ def _check_protocol(options: Options) -> None:
             raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}There is {' and '.join(known)}.")
 
 
-def _open(kind: str, source: ProbeSource, name: str, part: str, options: Options) -> Probe | Task:
+def _open(kind: str, source: ProbeSource, name: str, part: str, options: Options) -> Opened:
     try:
         return source.open(name, part, options)
     except CompressknowError:
@@ -162,12 +169,12 @@ def _open(kind: str, source: ProbeSource, name: str, part: str, options: Options
         raise PROBES.unfit(kind, f"{type(error).__name__}: {error}") from error
 
 
-def _checked(kind: str, name: str, opened: object) -> Probe | Task:
+def _checked(kind: str, name: str, opened: object) -> Opened:
     """What a source gives, if it can be evaluated. Raises CompressknowError where it cannot."""
-    if isinstance(opened, Task):
+    if isinstance(opened, Task | RunningText):
         return opened
     if not isinstance(opened, Probe):
-        raise PROBES.unfit(kind, f"It gives a {type(opened).__name__}, neither a Probe nor a Task.")
+        raise PROBES.unfit(kind, f"It gives a {type(opened).__name__}, no Probe, Task or RunningText.")
     if not opened.facts:
         reasons = [f"  {count} dropped: {reason}" for reason, count in opened.dropped.items()]
         raise UsageError(f"{opened.name} has no facts to evaluate.", "\n".join(reasons) or "It is empty.")

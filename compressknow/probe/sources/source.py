@@ -1,7 +1,8 @@
 """What a source of probes is: one kind of probe, such as `atlas` or `lama:SET`, in one file.
 
-A source says what users call it, which options it takes and where its data comes from, and gives a `Probe` of facts or
-a `Task`. It is registered by its name in `compressknow.probe.sources`, or by an entry point of another package.
+A source says what users call it, which options it takes and where its data comes from, and gives a `Probe` of facts,
+a `Task` or a `RunningText`. It is registered by its name in `compressknow.probe.sources`, or by an entry point of
+another package.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
     from compressknow.probe.answers import Answer
     from compressknow.probe.records import ProbeEntry
+    from compressknow.probe.text.running import RunningText
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class Options:
     data : where downloaded sets lie: the set's own folder, or one that holds `lama/`, `bear/`, `tasks/`.
     protocol : of LAMA: ``lama`` or ``paper``; of other probes, what they offer.
     template : which of a relation's templates is used, from 1 (atlas, BEAR).
-    limit, seed : a sample of at most so many facts per probe; of lm-eval's tasks the first so many items.
+    limit, seed : a sample of at most so many facts per probe; of lm-eval's tasks the first so many items, of texts the
+        first so many chunks.
+    context : tokens per chunk of ``text:``; None for 512, or as many as the model has room for.
     columns, split : of ``hf:`` data sets.
     tasks : a folder of lm-eval tasks of the user's own.
     """
@@ -40,6 +44,7 @@ class Options:
     template: int = 1
     limit: int | None = None
     seed: int = 0
+    context: int | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     split: str | None = None
     tasks: Path | None = None
@@ -97,7 +102,7 @@ class ProbeSource(ABC):
     details: ClassVar[str] = ""
 
     @abstractmethod
-    def open(self, name: str, part: str, options: Options) -> Probe | Task:
+    def open(self, name: str, part: str, options: Options) -> Probe | Task | RunningText:
         """Read the probe.
 
         Parameters

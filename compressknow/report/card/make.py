@@ -17,9 +17,12 @@ from compressknow.report.card.method import method
 from compressknow.report.card.section import ProbeAnswers
 from compressknow.report.card.verdict import grades, labels_of, verdict, verdict_of_several
 from compressknow.report.records import Card, Comparison, ModelFacts
+from compressknow.report.texts import METHOD as TEXT_METHOD
+from compressknow.report.texts import sentence, sentence_of_several
 from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.paired import Pair, changed_facts, compare_probe, paired
-from compressknow.stats.records import Counts, ProbeFigures
+from compressknow.stats.records import Counts, ProbeFigures, TextFigures
+from compressknow.stats.text import text_figures
 
 _REQUIRED = ("name", "sha256", "architecture", "family", "parameters", "bytes", "dtype")
 
@@ -45,7 +48,7 @@ def make_card(
     comparisons = [_with_sections(model, original, answers, show_facts=show_facts) for answers in compressed]
     common = _common_warnings(comparisons)
     return Card(
-        verdict=verdict_of_several(model.name, comparisons) if len(comparisons) > 1 else comparisons[0].verdict,
+        verdict=_of_several(model.name, comparisons) if len(comparisons) > 1 else comparisons[0].verdict,
         original=model,
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
         warnings=(*common, *assembly.failures(comparisons)),
@@ -54,6 +57,21 @@ def make_card(
         command=command,
         method=method_of(original, comparisons, assembly.sentences(comparisons)),
     )
+
+
+def _of_several(original: str, comparisons: Sequence[Comparison]) -> str:
+    said = [verdict_of_several(original, comparisons)] if any(c.probes for c in comparisons) else []
+    labels = labels_of([comparison.model for comparison in comparisons])
+    texts = {figures.text: figures.original for c in comparisons for figures in c.texts}
+    for text, before in texts.items():
+        found = [
+            (label, figures.compressed)
+            for label, comparison in zip(labels, comparisons, strict=True)
+            for figures in comparison.texts
+            if figures.text == text
+        ]
+        said.append(sentence_of_several(text, before, found))
+    return " ".join(said)
 
 
 def _with_sections(model: ModelFacts, original: Answers, compressed: Answers, *, show_facts: bool) -> Comparison:
@@ -96,6 +114,10 @@ def gate(card: Card, fail_under: float) -> None:
     """
     check_gate(fail_under)
     labels = labels_of([comparison.model for comparison in card.comparisons])
+    if any(comparison.only_texts for comparison in card.comparisons):
+        raise UsageError(
+            "--fail-under holds models to facts, and none were evaluated.", hint="Add a probe of facts: -p atlas."
+        )
     failed = [
         _shortfall(label, comparison.counts)
         for label, comparison in zip(labels, card.comparisons, strict=True)
@@ -119,7 +141,9 @@ def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) 
     """All figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
     before, model = model_facts(original.record.model), model_facts(compressed.record.model)
     _refuse_incomparable(original, compressed)
-    probes = [probe for probe in original.probes if probe in compressed.probes]
+    common = [probe for probe in original.probes if probe in compressed.probes]
+    probes = [probe for probe in common if not original.record.probes[probe].text]
+    texts = tuple(_of_text(original, compressed, name) for name in common if name not in probes)
     evaluated = {probe: _evaluated(original, compressed, probe) for probe in probes}
     figures = tuple(compare_probe(*evaluated[probe], probe=probe) for probe in probes)
     counts = sum((probe.counts for probe in figures), Counts())
@@ -129,7 +153,7 @@ def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) 
     graded = grades(figures)
     return Comparison(
         model=model,
-        verdict=verdict(before.name, counts, kept, p),
+        verdict=" ".join((*([verdict(before.name, counts, kept, p)] if probes else ()), *map(sentence, texts))),
         kept=kept,
         counts=counts,
         p=p,
@@ -137,6 +161,7 @@ def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) 
         probes=figures,
         lost=lost,
         gained=gained,
+        texts=texts,
         warnings=(
             *warnings.of_order(before, model),
             *warnings.of_models(before, model),
@@ -144,6 +169,18 @@ def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) 
             *warnings.of_figures(counts, graded, figures),
         ),
     )
+
+
+def _of_text(original: Answers, compressed: Answers, name: str) -> TextFigures:
+    before, after = (side.record.probes[name] for side in (original, compressed))
+    if before.fingerprint != after.fingerprint:
+        raise CompressknowError(
+            f"The two models read other texts, or other chunks, as {name}.",
+            hint="Probe both with the same file, --limit and --context.",
+        )
+    text = before.text or {}
+    divergence = str((after.text or {}).get("divergence"))
+    return text_figures(name, int(text["context"]), divergence, original.texts[name], compressed.texts[name])
 
 
 def _evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...]:
@@ -159,7 +196,10 @@ def _evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[Any,
 def _refuse_incomparable(original: Answers, compressed: Answers) -> None:
     """Models that cannot be set side by side fact by fact."""
     before, after = original.record.model, compressed.record.model
-    for key in ("family", "vocabulary"):
+    shared = [original.record.probes[name] for name in original.probes if name in compressed.probes]
+    # Bits per byte of a text compare whatever its tokens are.
+    only_texts = bool(shared) and all(entry.text for entry in shared)
+    for key in ("family",) if only_texts else ("family", "vocabulary"):
         one, other = getattr(before, key), getattr(after, key)
         if one is not None and other is not None and one != other:
             raise CompressknowError(
@@ -195,4 +235,7 @@ def method_of(original: Answers, comparisons: Sequence[Comparison], of_sections:
             probes.setdefault(figures.probe, figures)
     family = original.record.model.family or ""
     evaluated = [(p, original.record.probes[name], original.of(name)) for name, p in probes.items()]
-    return method(family, evaluated, of_sections)
+    of_texts = (TEXT_METHOD,) if any(comparison.texts for comparison in comparisons) else ()
+    if not evaluated and of_texts:
+        return (*of_texts, *of_sections)
+    return method(family, evaluated, (*of_texts, *of_sections))

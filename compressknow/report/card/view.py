@@ -19,6 +19,7 @@ from compressknow.report.drawing import Line
 from compressknow.report.parts import Shown
 from compressknow.report.records import Card, Comparison, Grade
 from compressknow.report.tables import Entry, Table, hashes, headline_accuracy, identity, run_entries
+from compressknow.report.texts import text_headline, written_perplexity
 from compressknow.stats.records import Counts, Estimate
 
 _MOST_BARS = 15
@@ -51,7 +52,12 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One compressed model against the original: the report card itself, and the sections below it."""
+    """One compressed model against the original: the report card itself, and the sections below it.
+
+    Attributes
+    ----------
+    graded : there are facts, or should be; of running texts alone there is nothing to grade.
+    """
 
     id: str
     name: str
@@ -62,6 +68,7 @@ class Compared:
     grades: tuple[GradeRow, ...]
     total: GradeRow
     counts: Counts
+    graded: bool
     size: Size
     identity: tuple[Entry, ...]
     recipe: str | None
@@ -141,9 +148,22 @@ def kept_headline(kept: Estimate) -> str:
     return f"{share(kept.value)} of its knowledge kept"
 
 
+def headline_of(comparison: Comparison) -> str:
+    """The figure that everything else explains: knowledge kept or, of models that read a text alone, perplexity."""
+    return text_headline(comparison.texts[0]) if comparison.only_texts else kept_headline(comparison.kept)
+
+
+def _summary(comparison: Comparison) -> str:
+    if comparison.only_texts:
+        return f"perplexity {written_perplexity(comparison.texts[0].compressed)}"
+    return f"{share(comparison.kept.value)} kept"
+
+
 def _headline_of_several(comparisons: Iterable[Comparison]) -> str:
     comparisons = tuple(comparisons)
     kept = [c.kept.value for c in comparisons if c.kept.value is not None]
+    if not kept and all(c.only_texts for c in comparisons):
+        return f"Perplexity of {len(comparisons)} compressed models"
     if not kept:
         return "There was no knowledge to keep"
     if share(min(kept)) == share(max(kept)):
@@ -158,13 +178,14 @@ def _compared(card: Card, comparison: Comparison, id: str, name: str, limits: Li
     return Compared(
         id=id,
         name=name,
-        headline=kept_headline(comparison.kept),
-        summary=f"{share(comparison.kept.value)} kept, {size(after)}",
+        headline=headline_of(comparison),
+        summary=f"{_summary(comparison)}, {size(after)}",
         verdict=plain(comparison.verdict, 1000),
         warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
         grades=tuple(_grade_row(grade) for grade in comparison.grades),
         total=GradeRow("All subjects", _of(counts), *_kept_and_interval(comparison.kept), "", "", comparison.kept),
         counts=counts,
+        graded=not comparison.only_texts,
         size=Size(size(before), size(after), smaller(before, after), *_shares(after, before)),
         identity=identity(model),
         recipe=plain_lines(to_toml(dict(model.recipe))) if model.recipe else None,
@@ -205,7 +226,8 @@ def _shares(after: int, before: int) -> tuple[float, float]:
 def _overview(card: Card, names: tuple[str, ...]) -> Table:
     probes = list(dict.fromkeys(probe.probe for c in card.comparisons for probe in c.probes))
     subjects = list(dict.fromkeys(grade.subject for c in card.comparisons for grade in c.grades))
-    rows = [_overview_row(c, name, probes, subjects) for c, name in zip(card.comparisons, names, strict=True)]
+    texts = list(dict.fromkeys(figures.text for c in card.comparisons for figures in c.texts))
+    rows = [_overview_row(c, name, probes, subjects, texts) for c, name in zip(card.comparisons, names, strict=True)]
     return Table(
         caption="Every compressed model at a glance",
         columns=(
@@ -214,8 +236,9 @@ def _overview(card: Card, names: tuple[str, ...]) -> Table:
             "Kept",
             *(f"Accuracy, {plain(p, 40)}" for p in probes),
             *(plain(s, 40) for s in subjects),
+            *(f"Perplexity, {plain(t, 40)}" for t in texts),
         ),
-        rows=(_original_row(card, probes, subjects), *rows),
+        rows=(_original_row(card, probes, subjects, texts), *rows),
         bars=(None, *(c.kept for c in card.comparisons)),
         bars_after=2,
         links=("", *(f"m{i}-top" for i in range(1, len(names) + 1))),
@@ -224,7 +247,8 @@ def _overview(card: Card, names: tuple[str, ...]) -> Table:
     )
 
 
-def _original_row(card: Card, probes: list[str], subjects: list[str]) -> tuple[str, ...]:
+def _original_row(card: Card, probes: list[str], subjects: list[str], texts: list[str]) -> tuple[str, ...]:
+    read = {figures.text: figures.original for c in card.comparisons for figures in c.texts}
     accuracy = {p.probe: headline_accuracy(p)[0].value for c in card.comparisons for p in c.probes}
     return (
         "original",
@@ -232,10 +256,14 @@ def _original_row(card: Card, probes: list[str], subjects: list[str]) -> tuple[s
         "",
         *(share(accuracy[probe]) for probe in probes),
         *("" for _ in subjects),
+        *(written_perplexity(read[text]) for text in texts),
     )
 
 
-def _overview_row(comparison: Comparison, name: str, probes: list[str], subjects: list[str]) -> tuple[str, ...]:
+def _overview_row(
+    comparison: Comparison, name: str, probes: list[str], subjects: list[str], texts: list[str]
+) -> tuple[str, ...]:
+    read = {figures.text: figures.compressed for figures in comparison.texts}
     accuracy = {probe.probe: headline_accuracy(probe)[1].value for probe in comparison.probes}
     grades = {grade.subject: grade for grade in comparison.grades}
     return (
@@ -244,6 +272,7 @@ def _overview_row(comparison: Comparison, name: str, probes: list[str], subjects
         _kept(comparison.kept),
         *(share(accuracy.get(probe)) for probe in probes),
         *(_short_grade(grades.get(subject)) for subject in subjects),
+        *(written_perplexity(read.get(text)) for text in texts),
     )
 
 

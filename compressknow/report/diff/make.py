@@ -15,6 +15,7 @@ from compressknow.report.card import warnings
 from compressknow.report.card.make import make_card
 from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, KnownBy, SideBySide, names_of
 from compressknow.report.records import Card
+from compressknow.report.texts import sentence, warnings_of
 from compressknow.stats.paired import Pair, domain_order, paired
 from compressknow.stats.records import Counts
 
@@ -155,8 +156,15 @@ def _apart(difference: Difference) -> str:
 
 
 def _knowledge(names: tuple[str, str], behaviour: Behaviour) -> str:
-    a, b = names
     there, back = behaviour.b_against_a.comparisons[0].counts, behaviour.a_against_b.comparisons[0].counts
+    texts = [sentence(figures, names) for figures in behaviour.b_against_a.comparisons[0].texts]
+    if not behaviour.b_against_a.comparisons[0].probes:
+        return " ".join(texts)
+    return " ".join((_facts(names, there, back), *texts))
+
+
+def _facts(names: tuple[str, str], there: Counts, back: Counts) -> str:
+    a, b = names
     if not there.known_before and not back.known_before:
         return f"Neither model knows any of the {count(there.n)} facts."
     return f"{b} knows {_kept(there)} that {a} knows, {a} knows {_kept(back)} that {b} knows."
@@ -194,10 +202,12 @@ def _warnings(answers: BothWays, there: Card, back: Card) -> Iterator[str]:
         comparison = card.comparisons[0]
         yield from warnings.of_answers(name, given)
         yield from warnings.of_figures(comparison.counts, (), comparison.probes, name=name)
+    yield from warnings_of(there.comparisons[0].texts, ("A", "B"))
 
 
 def _side_by_side(a: Answers, b: Answers) -> Iterator[SideBySide]:
-    pairs = [pair for probe in a.probes for pair in _paired(probe, a, b) if _differ(pair)]
+    facts = [probe for probe in a.probes if not a.record.probes[probe].text]
+    pairs = [pair for probe in facts for pair in _paired(probe, a, b) if _differ(pair)]
     for pair in sorted(pairs, key=_place):
         yield _row(pair)
 

@@ -16,9 +16,10 @@ from compressknow.report.card.view import Size
 from compressknow.report.diff import tables as weights
 from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, names_of
 from compressknow.report.diff.tables import Grid
-from compressknow.report.parts import NO_FACTS, Drawn, Folded, LeftOut, Part, Shown
-from compressknow.report.tables import Entry
-from compressknow.stats.records import Counts
+from compressknow.report.parts import NO_FACTS, Drawn, Folded, LeftOut, Part, Shown, drawn
+from compressknow.report.tables import Entry, Table
+from compressknow.report.texts import text_headline, text_parts, within
+from compressknow.stats.records import Counts, TextFigures
 
 _SHORT = 12
 _WEIGHTS = "groups"
@@ -119,6 +120,9 @@ def comparison_page(comparison: CheckpointComparison, limits: Limits) -> Page:
 def _headline(comparison: CheckpointComparison) -> str:
     if comparison.identical:
         return "Identical"
+    texts = comparison.behaviour.b_against_a.comparisons[0].texts if comparison.behaviour else ()
+    if comparison.behaviour and texts and not comparison.behaviour.b_against_a.comparisons[0].probes:
+        return text_headline(texts[0])
     if comparison.behaviour and (kept := comparison.behaviour.b_against_a.comparisons[0].kept.value) is not None:
         return f"B knows {share(kept)} of what A knows"
     if comparison.difference is None or not comparison.difference.tensors:
@@ -153,6 +157,8 @@ def _identity(side: Checkpoint) -> tuple[Entry, ...]:
 def _sections(comparison: CheckpointComparison, limits: Limits) -> Iterator[Shown]:
     if comparison.behaviour:
         yield Shown("compare-knowledge", "Knowledge", tuple(_knowledge(comparison.behaviour)))
+        yield Shown("compare-text", "Running text", _drawn(_texts(comparison.behaviour), limits))
+    if comparison.behaviour and weights.probes_of(comparison.behaviour):
         yield Shown(
             "compare-answers", "Answers side by side", tuple(_answers(comparison, comparison.behaviour, limits))
         )
@@ -165,11 +171,29 @@ def _sections(comparison: CheckpointComparison, limits: Limits) -> Iterator[Show
         yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
 
 
+def _texts(behaviour: Behaviour) -> Iterator[Part]:
+    yield from text_parts(behaviour.b_against_a.comparisons[0].texts, ("A", "B"))
+    back = behaviour.a_against_b.comparisons[0].texts
+    rows = tuple((plain(f.text, 60), within(f.moved.kl if f.moved else None, 4), _p99(f)) for f in back)
+    if rows:
+        yield Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), rows)
+
+
+def _p99(figures: TextFigures) -> str:
+    found = figures.moved.kl_percentiles if figures.moved else None
+    return number(found["p99"], 4) if found else NONE
+
+
 def _knowledge(behaviour: Behaviour) -> Iterator[Part]:
     probes = weights.probes_of(behaviour)
-    yield weights.figures_table(probes)
+    if probes:
+        yield weights.figures_table(probes)
     if groups := weights.group_tables(probes):
         yield Folded("By domain and by relation", groups)
+
+
+def _drawn(parts: Iterator[Part], limits: Limits) -> tuple[Part, ...]:
+    return tuple(drawn(parts, "compare-text", limits.charts))
 
 
 def _answers(comparison: CheckpointComparison, behaviour: Behaviour, limits: Limits) -> Iterator[Part]:

@@ -16,6 +16,7 @@ SECTIONS: Registry[Section] = Registry(
         "relations": f"{_HERE}.groups:Relations",
         "popularity": f"{_HERE}.groups:Popularity",
         "layers": f"{_HERE}.models:Layers",
+        "text": f"{_HERE}.text:Text",
         "figures": f"{_HERE}.figures:Figures",
         "speed": f"{_HERE}.models:Speed",
         "dropped": f"{_HERE}.facts:Dropped",

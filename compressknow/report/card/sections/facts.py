@@ -24,6 +24,8 @@ class Lost(Section):
     shows_facts = True
 
     def parts(self, context: Context) -> Iterator[Part]:
+        if context.comparison.only_texts:
+            return
         caption = "The original answered these right, the compressed model does not"
         yield from _facts(context.comparison.lost, caption, "lost", context.limits.lost, context.limits.shown)
 
@@ -39,6 +41,8 @@ class Gained(Section):
     shows_facts = True
 
     def parts(self, context: Context) -> Iterator[Part]:
+        if context.comparison.only_texts:
+            return
         caption = "The original answered these wrong, the compressed model answers them right"
         yield from _facts(context.comparison.gained, caption, "gained", context.limits.gained, context.limits.shown)
 

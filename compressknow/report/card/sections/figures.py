@@ -45,6 +45,8 @@ class Figures(Section):
 
     def parts(self, context: Context) -> Iterator[Part]:
         probes = context.comparison.probes
+        if context.comparison.only_texts:
+            return
         table, missing = _figures(probes)
         yield table
         if missing:

@@ -1,0 +1,43 @@
+"""`text:FILE`: running text, on which a causal model's perplexity is measured, and how far each of its tokens moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compressknow.errors import UsageError
+from compressknow.files import name_of
+from compressknow.probe.sources.source import Options, ProbeSource
+from compressknow.probe.text.running import CONTEXT, RunningText
+from compressknow.reading import sha256_of
+
+# A shorter chunk has hardly a second half.
+LEAST_CONTEXT = 8
+
+
+class Text(ProbeSource):
+    """``text:FILE``."""
+
+    help = "perplexity of a text, and KL by token, as llama.cpp has them (causal models)"
+    form = "FILE.txt"
+    takes = frozenset({"context"})
+    held_out = False
+
+    def named(self, part: str) -> str:
+        """The file's own name: a text is the same wherever the file lies."""
+        return name_of(Path(part))
+
+    def meant(self, text: str) -> bool:
+        """By the file's suffix."""
+        return Path(text).suffix.lower() in (".txt", ".raw")
+
+    def open(self, name: str, part: str, options: Options) -> RunningText:
+        """The text of a file. Raises UsageError where there is none, where it is empty, or no text in UTF-8."""
+        path = Path(part).expanduser()
+        if not path.is_file():
+            raise UsageError(f"There is no file {path}.", hint="text: is followed by the path of a text in UTF-8.")
+        if options.context is not None and options.context < LEAST_CONTEXT:
+            raise UsageError(f"--context must be at least {LEAST_CONTEXT}: {options.context}.")
+        text = RunningText(name, path, sha256_of(path), path.stat().st_size, options.context, options.limit)
+        if not text.read(options.context or CONTEXT).strip():
+            raise UsageError(f"{path} is empty.", hint="Give a text of a few thousand words.")
+        return text

@@ -1,0 +1,282 @@
+"""Running text: against a plain reference in float64, a token at a time; what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import compressknow
+from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.probe.answers import RECORD, read_answers
+from compressknow.probe.distributions import Rows
+from compressknow.probe.sources import Options, open_all
+from compressknow.probe.text import evaluate
+from compressknow.probe.text.evaluate import GREEDY_TOKENS, chunks_of
+from compressknow.probe.text.records import ALONE, MEASURED, NO_ROOM, Chunk
+from compressknow.probe.text.running import RunningText
+from tests.knowing import KNOWN_FACTS, facts_file, knowing
+
+CONTEXT = 24
+SCORED = CONTEXT - 1 - CONTEXT // 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `llama`, which knows the facts, a pruned one, a BERT, a T5 and a text of the facts."""
+    folder = tmp_path_factory.mktemp("place")
+    for family in ("llama", "bert", "t5"):
+        knowing(family, folder / family)
+    compressknow.convert(folder / "llama", folder / "pruned", prune=0.4)
+    facts_file(folder / "facts.jsonl")
+    sentences = [fact.sentence(fact.obj_label) for fact in KNOWN_FACTS]
+    (folder / "facts.txt").write_text("\n".join(sentences[::3]) + "\n", encoding="utf-8")
+    return folder
+
+
+def chunks(model: Path, answers: Path, text: Path, **options: int) -> tuple[Chunk, ...]:
+    found = compressknow.probe(model, answers, f"text:{text}", options=Options(context=CONTEXT, **options))
+    return found.texts[f"text:{text.name}"]
+
+
+def reference(model: Path, text: Path) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
+    """By chunk the tokens scored, and the log-probabilities of all tokens before each: float64, each by a pass of its
+    own over what stands before it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    ids = tokenizer(text.read_text(encoding="utf-8").removesuffix("\n"))["input_ids"]
+    scored, found = [], []
+    for start in range(0, len(ids) - CONTEXT + 1, CONTEXT):
+        chunk = [tokenizer.bos_token_id, *ids[start + 1 : start + CONTEXT]]
+        scored.append(chunk[CONTEXT // 2 + 1 :])
+        with torch.no_grad():
+            rows = [
+                loaded(input_ids=torch.tensor([chunk[:end]])).logits[0, -1].log_softmax(-1)
+                for end in range(CONTEXT // 2 + 1, CONTEXT)
+            ]
+        found.append(rows)
+    return scored, found
+
+
+def test_log_likelihoods_tops_and_divergences_are_those_of_a_plain_reference(place: Path, tmp_path: Path) -> None:
+    text = place / "facts.txt"
+    card = compressknow.report(
+        place / "llama", place / "pruned", f"text:{text}", options=Options(context=CONTEXT), keep_in=tmp_path
+    )
+    tokens, before = reference(place / "llama", text)
+    _, after = reference(place / "pruned", text)
+    folders = sorted(tmp_path.iterdir(), key=lambda folder: len(folder.name))
+    original, compressed = (read_answers(folder).texts["text:facts.txt"] for folder in folders)
+    assert len(original) == len(tokens) > 4
+    for one, other, ids, p, q in zip(original, compressed, tokens, before, after, strict=True):
+        assert one.ids.tolist() == other.ids.tolist() == ids
+        assert len(ids) == SCORED
+        for side, rows in ((one, p), (other, q)):
+            assert side.logp == pytest.approx(
+                [float(row[token]) for row, token in zip(rows, ids, strict=True)], abs=2e-4
+            )
+            assert side.top.tolist() == [int(row.argmax()) for row in rows]
+        kl = [float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)]
+        assert other.kl == pytest.approx(kl, rel=1e-3, abs=2e-5)
+        assert one.kl is None
+    nll = [
+        -float(row[token])
+        for ids, rows in zip(tokens, before, strict=True)
+        for row, token in zip(rows, ids, strict=True)
+    ]
+    (figures,) = card.comparisons[0].texts
+    assert figures.original.value.value == pytest.approx(math.exp(np.mean(nll)), rel=1e-5)
+    assert figures.divergence == MEASURED
+
+
+def test_continuations_are_those_of_generate(place: Path, tmp_path: Path) -> None:
+    text = place / "facts.txt"
+    found = chunks(place / "llama", tmp_path / "answers", text)
+    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+    model = AutoModelForCausalLM.from_pretrained(place / "llama").eval()
+    ids = tokenizer(text.read_text(encoding="utf-8").removesuffix("\n"))["input_ids"]
+    for chunk in found[: evaluate.CONTINUED]:
+        start = chunk.number * CONTEXT
+        prompt = [tokenizer.bos_token_id, *ids[start + 1 : start + CONTEXT // 2]]
+        written = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=GREEDY_TOKENS, eos_token_id=-1)
+        expected = written[0, len(prompt) :].tolist()
+        if tokenizer.eos_token_id in expected:
+            end = expected.index(tokenizer.eos_token_id)
+            expected[end:] = [tokenizer.eos_token_id] * (len(expected) - end)
+        assert chunk.greedy.tolist() == expected
+
+
+def test_bytes_are_those_of_the_text_that_is_scored(place: Path, tmp_path: Path) -> None:
+    text = tmp_path / "wide.txt"
+    text.write_text("The arlo lives in the forest . Drenn é 你 𝄞 speak Avish . " * 4, encoding="utf-8")
+    found = chunks(place / "llama", tmp_path / "answers", text)
+    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+    spans = tokenizer(text.read_text(encoding="utf-8"), return_offsets_mapping=True)["offset_mapping"]
+    whole = text.read_text(encoding="utf-8")
+    for chunk in found:
+        first, last = chunk.number * CONTEXT + CONTEXT // 2, (chunk.number + 1) * CONTEXT - 1
+        assert chunk.bytes == len(whole[spans[first][1] : spans[last][1]].encode())
+
+
+def test_nothing_is_read_twice(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
+    monkeypatch.setattr("compressknow.probe.run.read_text", None)
+    again = chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
+    assert [chunk.logp.tolist() for chunk in first] == [chunk.logp.tolist() for chunk in again]
+
+
+def test_a_stopped_run_resumes_at_the_chunk_where_it_was(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressknow.probe.run.SECONDS_BETWEEN_PARTS", -1.0)
+    read, numbers = evaluate._read, []
+
+    def failing(reader: object, cut: object, number: int, whole: object) -> Chunk:
+        numbers.append(number)
+        if len(numbers) == 3:
+            raise KeyboardInterrupt
+        return read(reader, cut, number, whole)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluate, "_read", failing)
+    with pytest.raises(KeyboardInterrupt):
+        chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
+    found = chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
+    assert numbers[:4] == [0, 1, 2, 2]
+    assert len(numbers) == len(found) + 1
+    whole = chunks(place / "llama", tmp_path / "others", place / "facts.txt")
+    assert [(c.logp.tolist(), c.greedy.tolist()) for c in found] == [
+        (c.logp.tolist(), c.greedy.tolist()) for c in whole
+    ]
+
+
+def test_limit_counts_chunks_and_longer_contexts_are_refused(place: Path, tmp_path: Path) -> None:
+    assert len(chunks(place / "llama", tmp_path / "two", place / "facts.txt", limit=2)) == 2
+    with pytest.raises(UsageError, match="64 tokens at once"):
+        compressknow.probe(place / "llama", tmp_path / "no", f"text:{place / 'facts.txt'}", options=Options(context=65))
+    found = compressknow.probe(place / "llama", tmp_path / "most", f"text:{place / 'facts.txt'}")
+    # 512 by default, bounded by the model's positions.
+    assert (found.record.probes["text:facts.txt"].text or {})["context"] == 64
+
+
+@pytest.mark.parametrize(("family", "why"), [("bert", "pseudo-perplexity"), ("t5", "encoder")])
+def test_models_that_do_not_continue_text_are_refused_before_any_fact(
+    place: Path, tmp_path: Path, family: str, why: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=why):
+        compressknow.probe(place / family, tmp_path / "answers", ["atlas", f"text:{place / 'facts.txt'}"])
+    assert not (tmp_path / "answers" / RECORD).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (None, "There is no file"),
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"Drenn \xff\xfe speak", "is not UTF-8: byte 6"),
+        (b"The arlo lives in the forest .", "too short: 8 tokens, and a chunk takes 24"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_refused(place: Path, tmp_path: Path, content: bytes | None, error: str) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=error):
+        chunks(place / "llama", tmp_path / "answers", path)
+
+
+def test_a_token_beyond_the_embedding_is_refused(place: Path) -> None:
+    class Reader:
+        bos, most, rows = None, None, 10
+
+        def encode(self, text: str) -> tuple[list[int], None]:
+            return [ord(character) % 16 for character in text], None
+
+    text = RunningText("text:facts.txt", place / "facts.txt", "0", 1000)
+    with pytest.raises(CheckpointError, match="the model's embedding has 10 rows"):
+        chunks_of(Reader(), text, CONTEXT)  # type: ignore[arg-type]
+
+
+def test_models_of_other_tokens_have_bits_per_byte_and_no_divergence(place: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    knowing("llama", other)
+    tokenizer = (other / "tokenizer.json").read_text(encoding="utf-8")
+    assert '"reeds"' in tokenizer
+    (other / "tokenizer.json").write_text(tokenizer.replace('"reeds"', '"rushes"'), encoding="utf-8")
+    text, options = f"text:{place / 'facts.txt'}", Options(context=CONTEXT)
+    card = compressknow.report(place / "llama", other, text, options=options, keep_in=tmp_path / "kept")
+    (figures,) = card.comparisons[0].texts
+    assert figures.divergence == "other tokens"
+    assert figures.original.bits_per_byte is not None
+    assert figures.moved is None or figures.moved.kl is None
+    assert any("other tokens" in warning or "different tokens" in warning for warning in card.comparisons[0].warnings)
+    with pytest.raises(CompressknowError, match="differ in vocabulary"):
+        compressknow.report(
+            place / "llama", other, ["facts:" + str(place / "facts.jsonl"), text], keep_in=tmp_path / "kept"
+        )
+
+
+def test_answers_of_two_runs_have_all_but_the_divergence(place: Path, tmp_path: Path) -> None:
+    text = place / "facts.txt"
+    for name in ("llama", "pruned"):
+        chunks(place / name, tmp_path / name, text)
+    (figures,) = compressknow.report(tmp_path / "llama", tmp_path / "pruned").comparisons[0].texts
+    assert figures.divergence == ALONE
+    assert figures.moved is not None
+    assert figures.moved.kl is None
+    assert figures.moved.same_top.value < 1
+
+
+def test_a_disk_without_room_leaves_the_divergence_out(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressknow.probe.distributions.RESERVE", 1 << 62)
+    text, options = f"text:{place / 'facts.txt'}", Options(context=CONTEXT)
+    card = compressknow.report(place / "llama", place / "pruned", text, options=options, keep_in=tmp_path)
+    assert card.comparisons[0].texts[0].divergence == NO_ROOM
+    monkeypatch.undo()
+    card = compressknow.report(place / "llama", place / "pruned", text, options=options, keep_in=tmp_path)
+    assert card.comparisons[0].texts[0].divergence == MEASURED
+
+
+def test_sixteen_bits_change_a_mean_divergence_by_less_than_a_millionth(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = (torch.randn(20, 5000) * 3).log_softmax(-1)
+    after = (before + torch.randn_like(before) * 0.03).log_softmax(-1)
+    names = [str(number) for number in range(20)]
+    found = []
+    for short in (False, True):
+        rows = Rows(tmp_path, 20, short=short)
+        rows.keep(names, before)
+        found.append(np.array(rows.divergence(names, after), dtype=float))
+        rows.give_up()
+    assert found[0].mean() > 1e-4
+    assert found[1] == pytest.approx(found[0], abs=5e-6)
+    assert found[1].mean() == pytest.approx(found[0].mean(), abs=1e-6)
+    assert found[1].mean() != found[0].mean()
+
+
+def test_a_damaged_file_of_tokens_is_told(place: Path, tmp_path: Path) -> None:
+    chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
+    (file,) = (tmp_path / "answers").glob("text-*.parquet")
+    file.write_bytes(file.read_bytes()[:-10] + b"0123456789")
+    with pytest.raises(CompressknowError, match="its hash differs"):
+        read_answers(tmp_path / "answers")
+    file.unlink()
+    with pytest.raises(CompressknowError, match="lacks the tokens of a text"):
+        read_answers(tmp_path / "answers")
+
+
+def test_texts_stand_beside_facts(place: Path, tmp_path: Path) -> None:
+    probes = [f"facts:{place / 'facts.jsonl'}", f"text:{place / 'facts.txt'}"]
+    options = Options(context=CONTEXT, limit=6)
+    card = compressknow.report(place / "llama", place / "pruned", probes, options=options, keep_in=tmp_path)
+    (comparison,) = card.comparisons
+    assert [probe.probe for probe in comparison.probes] == ["facts:facts.jsonl"]
+    assert [figures.text for figures in comparison.texts] == ["text:facts.txt"]
+    assert open_all(probes, options)[1].name == "text:facts.txt"

@@ -1,0 +1,215 @@
+"""Figures of running text: against llama.cpp's own sums, and as the pages show them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compressknow.errors import CompressknowError, UsageError
+from compressknow.probe.answers import Answers
+from compressknow.probe.records import ModelRecord, ProbeEntry, Record
+from compressknow.probe.text.records import ALONE, MEASURED, OTHER_TOKENS, Chunk
+from compressknow.report.card.make import gate, make_card
+from compressknow.report.card.pages import render_html, render_markdown, to_json
+from compressknow.report.texts import in_short
+from compressknow.stats.records import Measured
+from compressknow.stats.text import moved, perplexity, text_figures
+
+SCORED, CHUNKS = 15, 20
+
+
+def chunks(
+    seed: int, *, shift: float = 0.0, kl: bool = True, greedy: Callable[[int], list[int]] | None = None
+) -> tuple[Chunk, ...]:
+    """The same tokens whatever the seed, with log-likelihoods that are much alike."""
+    common, own = np.random.default_rng(0), np.random.default_rng(seed)
+    found = []
+    for number in range(CHUNKS):
+        logp = -common.gamma(2.0, 1.5, SCORED) - 0.2 * np.abs(own.normal(size=SCORED)) - shift
+        top = np.where(own.random(SCORED) < 0.1, 7, 3)
+        found.append(
+            Chunk(
+                number=number,
+                ids=np.arange(SCORED, dtype=np.int32),
+                logp=logp.astype(np.float32),
+                top=top.astype(np.int32),
+                kl=own.gamma(0.5, 0.02, SCORED) if kl else None,
+                bytes=4 * SCORED,
+                greedy=np.array(greedy(number) if greedy and number < 4 else [], dtype=np.int32),
+            )
+        )
+    return tuple(found)
+
+
+def sums_of_llama_cpp(
+    before: np.ndarray, after: np.ndarray, kl: np.ndarray, same: np.ndarray
+) -> dict[str, tuple[float, float]]:
+    """What `kl_divergence` of tools/perplexity/perplexity.cpp prints, term by term."""
+    n = len(after)
+
+    def mean_and_uncertainty(total: float, squares: float) -> tuple[float, float]:
+        mean = total / n
+        variance = squares / n - mean * mean
+        return mean, math.sqrt(variance / (n - 1)) if variance > 0 and n > 10 else 0.0
+
+    nll, base = -after, -before
+    log_ppl = mean_and_uncertainty(nll.sum(), (nll**2).sum())
+    log_base = mean_and_uncertainty(base.sum(), (base**2).sum())
+    covariance = ((nll * base).sum() / n - nll.sum() / n * base.sum() / n) / (n - 1)
+    ratio = log_ppl[0] - log_base[0]
+    ratio_error = math.sqrt(log_ppl[1] ** 2 + log_base[1] ** 2 - 2 * covariance)
+    ppl, ppl_base = math.exp(log_ppl[0]), math.exp(log_base[0])
+    ppl_error, base_error = ppl * log_ppl[1], ppl_base * log_base[1]
+    difference_error = math.sqrt(ppl_error**2 + base_error**2 - 2 * ppl * ppl_base * covariance)
+    change = np.exp(after) - np.exp(before)
+    squared = mean_and_uncertainty((change**2).sum(), (change**4).sum())
+    share = same.mean()
+    return {
+        "ppl": (ppl, ppl_error),
+        "base": (ppl_base, base_error),
+        "correlation": (covariance / (log_ppl[1] * log_base[1]), 0.0),
+        "log_ratio": (ratio, ratio_error),
+        "ratio": (math.exp(ratio), math.exp(ratio) * ratio_error),
+        "difference": (ppl - ppl_base, difference_error),
+        "kl": mean_and_uncertainty(kl.sum(), (kl**2).sum()),
+        "change": mean_and_uncertainty(change.sum(), (change**2).sum()),
+        "change_rms": (math.sqrt(squared[0]), 0.5 / math.sqrt(squared[0]) * squared[1]),
+        "same_top": (share, math.sqrt(share * (1 - share) / (n - 1))),
+    }
+
+
+def test_every_figure_and_error_is_that_of_llama_cpp() -> None:
+    original, compressed = chunks(1, kl=False), chunks(2, shift=0.05)
+    before, after = (np.concatenate([c.logp for c in side]).astype(np.float64) for side in (original, compressed))
+    same = np.concatenate([a.top == b.top for a, b in zip(original, compressed, strict=True)])
+    kl = np.concatenate([c.kl for c in compressed if c.kl is not None])
+    expected = sums_of_llama_cpp(before, after, kl, same)
+    found = moved(original, compressed)
+    figures = {
+        "ppl": perplexity(compressed).value,
+        "base": perplexity(original).value,
+        "log_ratio": found.log_ratio,
+        "ratio": found.ratio,
+        "difference": found.difference,
+        "kl": found.kl,
+        "change": found.change,
+        "change_rms": found.change_rms,
+        "same_top": found.same_top,
+    }
+    for name, figure in figures.items():
+        assert figure is not None
+        assert (figure.value, figure.error) == pytest.approx(expected[name], rel=1e-6), name
+    assert found.correlation == pytest.approx(expected["correlation"][0])
+
+
+def test_percentiles_are_interpolated_as_llama_cpp_does() -> None:
+    found = moved(chunks(1), chunks(2)).kl_percentiles
+    values = np.sort(np.concatenate([c.kl for c in chunks(2) if c.kl is not None]))
+
+    def percentile(fraction: float) -> float:
+        place = fraction * (len(values) - 1)
+        below = int(place)
+        part = place - below
+        return float((1 - part) * values[below] + part * values[min(below + 1, len(values) - 1)])
+
+    assert found is not None
+    for name, fraction in (("p0_1", 0.001), ("p1", 0.01), ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99_9", 0.999)):
+        assert found[name] == pytest.approx(percentile(fraction)), name
+    assert (found["min"], found["max"]) == (values[0], values[-1])
+
+
+def test_a_model_against_itself_has_not_moved() -> None:
+    found = moved(chunks(1), chunks(1))
+    assert (found.ratio, found.difference, found.same_top) == (Measured(1, 0), Measured(0, 0), Measured(1, 0))
+    assert found.correlation == pytest.approx(1)
+
+
+def test_bits_per_byte_are_those_of_all_tokens() -> None:
+    found = perplexity(chunks(1))
+    nll = -np.concatenate([c.logp for c in chunks(1)]).astype(np.float64)
+    assert found.bits_per_byte is not None
+    assert found.bits_per_byte.value == pytest.approx(nll.sum() / math.log(2) / (4 * SCORED * CHUNKS))
+    assert perplexity([replace(c, bytes=None) for c in chunks(1)]).bits_per_byte is None
+
+
+@pytest.mark.parametrize(
+    ("differs", "same", "first", "median"),
+    [([], 4, (), None), ([2], 3, (3,), None), ([0, 1, 2], 1, (1, 2, 3), 2.5), ([0, 1, 2, 5], 0, (1, 2, 3, 6), 2.5)],
+)
+def test_the_first_different_token(differs: list[int], same: int, first: tuple[int, ...], median: float | None) -> None:
+    def other(number: int) -> list[int]:
+        place = differs[number] if number < len(differs) else None
+        return [1 if token == place else 0 for token in range(8)]
+
+    found = moved(chunks(1, greedy=lambda _: [0] * 8), chunks(2, greedy=other)).divergent
+    assert found is not None
+    assert (found.n, found.tokens, found.same, found.first) == (4, 8, same, first)
+    assert found.middle == median
+
+
+def test_other_tokens_have_bits_per_byte_alone() -> None:
+    others = tuple(replace(c, ids=c.ids + 1) for c in chunks(2))
+    for divergence, compressed in ((MEASURED, others), (OTHER_TOKENS, chunks(2))):
+        found = text_figures("text:a.txt", 32, divergence, chunks(1), compressed)
+        assert (found.moved, found.divergence) == (None, OTHER_TOKENS)
+        assert any("bits per byte" in line for line in in_short(found, ("before", "after")))
+
+
+def answers(side: tuple[Chunk, ...], name: str, divergence: str = MEASURED, fingerprint: str = "f") -> Answers:
+    text = {"context": 32, "chunks": CHUNKS, "tokens": SCORED * CHUNKS, "bytes": 1, "divergence": divergence}
+    entry = ProbeEntry(protocol="text/1", fingerprint=fingerprint, facts=0, asked=0, text=text)
+    model = ModelRecord(
+        name=name, sha256=name * 8, architecture="Llama", family="causal", parameters=10, bytes=20, dtype="F32"
+    )  # fmt: skip
+    record = Record(schema=1, model=model, probes={"text:<b>.txt": entry}, versions={"compressknow": "1"})
+    return Answers(record, (), {"text:<b>.txt": side})
+
+
+def test_all_formats_show_the_same_figures_and_no_facts() -> None:
+    card = make_card(answers(chunks(1, kl=False), "a"), [answers(chunks(2), "b")])
+    figures = card.comparisons[0].texts[0]
+    html, markdown, told = render_html(card), render_markdown(card), to_json(card)["compressed"][0]["texts"]
+    assert figures.moved is not None
+    assert figures.moved.kl is not None
+    mean = f"{figures.moved.kl.value:.4f} ± {figures.moved.kl.error:.4f}"
+    assert mean in html
+    assert mean in markdown
+    assert told["text:<b>.txt"]["kl_mean"] == figures.moved.kl.value
+    assert told["text:<b>.txt"]["kl_percentiles"]["p99"] == figures.moved.kl_percentiles["p99"]  # type: ignore[index]
+    assert "<b>.txt" not in html
+    assert "99.9th" in html  # the chart
+    assert "<h1" in html
+    assert "Perplexity" in html.partition("<h1")[2][:300]
+    for absent in ("Facts lost", "Known before", "McNemar"):
+        assert absent not in html
+        assert absent not in markdown
+    assert json.dumps(told, allow_nan=False)
+
+
+def test_several_models_have_a_column_per_text() -> None:
+    others = [answers(chunks(2), "b"), answers(chunks(3, shift=0.5), "c")]
+    card = make_card(answers(chunks(1, kl=False), "a"), others)
+    assert "b has the lowest" in card.verdict
+    assert "c the highest" in card.verdict
+    assert "| Perplexity, text:" in render_markdown(card)
+
+
+def test_a_broken_model_is_told_and_the_report_is_written() -> None:
+    broken = tuple(replace(c, logp=c.logp * np.nan) for c in chunks(2, kl=False))
+    card = make_card(answers(chunks(1), "a"), [answers(broken, "b", ALONE)])
+    assert any("its perplexity is no number" in warning for warning in card.comparisons[0].warnings)
+    assert json.dumps(to_json(card), allow_nan=False)
+    assert render_html(card)
+
+
+def test_other_texts_and_gates_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompressknowError, match="other texts, or other chunks"):
+        make_card(answers(chunks(1), "a"), [answers(chunks(2), "b", fingerprint="g")])
+    with pytest.raises(UsageError, match="holds models to facts"):
+        gate(make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")]), 0.9)
