@@ -52,6 +52,12 @@ class GateNotMet(CompressknowError):
     exit_code = 3
 
 
+class GateUndecided(CompressknowError):
+    """Whether a threshold that the user set was met cannot be told from so few facts."""
+
+    exit_code = 4
+
+
 def is_panic(error: BaseException) -> bool:
     """Whether Rust code of a library has panicked: what is raised then is no Exception."""
     return type(error).__name__ == "PanicException"

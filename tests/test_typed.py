@@ -51,6 +51,7 @@ from compressknow import (
     CheckpointComparison,
     ExportRecord,
     GateNotMet,
+    GateUndecided,
     Inspection,
     Manifest,
     Options,

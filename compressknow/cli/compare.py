@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     metavar="SHARE",
     help="Exit with 3 if B keeps less of A's knowledge: 0.95. Needs -p.",
 )
+@option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")
 @option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
 @option(
     "--answers",
@@ -73,6 +74,7 @@ def compare(
     outputs: tuple[Path, ...],
     probes: tuple[str, ...],
     fail_under: float | None,
+    strict: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -94,7 +96,7 @@ def compare(
 
     if fail_under is not None and not probes:
         raise click.UsageError("--fail-under needs a probe: choose one with -p PROBE.")
-    check_gate(fail_under)
+    check_gate(fail_under, strict=strict)
     options, settings = split_options(given)
     with if_interrupted(RESUMES if probes else NOTHING_WRITTEN):
         comparison = comparison_of(
@@ -113,7 +115,7 @@ def compare(
     else:
         show("\n".join(_lines(comparison, outputs)))
     if fail_under is not None and comparison.behaviour:
-        gate(comparison.behaviour.b_against_a, fail_under)
+        gate(comparison.behaviour.b_against_a, fail_under, strict=strict)
 
 
 def _lines(comparison: CheckpointComparison, outputs: tuple[Path, ...]) -> Iterator[str]:

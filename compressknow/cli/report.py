@@ -33,6 +33,7 @@ from compressknow.stats.records import Estimate
 )
 @probe_options
 @option("--fail-under", type=Share(), metavar="SHARE", help="Exit with 3 if less is kept: 0.95, or 95%.")
+@option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")
 @option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
 @option("--time", "timed", group=EVALUATE, is_flag=True, help="Measure each model's speed and memory too.")
 @option("--into-model-card", is_flag=True, help="Add the verdict to each COMPRESSED README.md.")
@@ -55,6 +56,7 @@ def report(
     outputs: tuple[Path, ...],
     probes: tuple[str, ...],
     fail_under: float | None,
+    strict: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -71,7 +73,7 @@ def report(
     from compressknow.report.card.make import check_gate, gate
     from compressknow.report.card.pages import to_json
 
-    check_gate(fail_under)
+    check_gate(fail_under, strict=strict)
     options, settings = split_options(given)
     with if_interrupted(RESUMES):
         card = compare(
@@ -90,7 +92,7 @@ def report(
     else:
         show("\n".join(_lines(card, outputs)))
     if fail_under is not None:
-        gate(card, fail_under)
+        gate(card, fail_under, strict=strict)
 
 
 def _lines(card: Card, outputs: tuple[Path, ...]) -> Iterator[str]:

@@ -9,7 +9,16 @@ from typing import Any
 from compressknow.format import count, estimate, plain, size
 from compressknow.notebook import Shown, Summary
 from compressknow.probe.records import FactsInText, Speed
-from compressknow.stats.records import ChangedFact, Counts, Estimate, Group, ProbeFigures, TextFigures
+from compressknow.stats.records import (
+    NOT_MEASURED,
+    Certainty,
+    ChangedFact,
+    Counts,
+    Estimate,
+    Group,
+    ProbeFigures,
+    TextFigures,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,7 @@ class Comparison:
 
     Attributes
     ----------
+    certainty : of the figures over all probes, with the relations of each as clusters of their own.
     measured : by section of the card, by probe: what the section itself measured, as values for JSON.
     left_out : sections of other packages that failed and are not shown, and why: a warning of the card.
     texts : what both gave to running texts; these are none of `probes`, which have facts.
@@ -84,6 +94,7 @@ class Comparison:
     lost: tuple[ChangedFact, ...]
     gained: tuple[ChangedFact, ...]
     warnings: tuple[str, ...]
+    certainty: Certainty = NOT_MEASURED
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     texts: tuple[TextFigures, ...] = ()
@@ -137,8 +148,22 @@ def counts_to_json(counts: Counts) -> dict[str, int]:
 
 def estimate_to_json(name: str, estimate: Estimate) -> dict[str, Any]:
     """A figure under its name, and its interval: [low, high], or None."""
-    interval = None if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
-    return {name: estimate.value, f"{name}_interval": interval}
+    return {name: estimate.value, f"{name}_interval": _interval(estimate)}
+
+
+def _interval(estimate: Estimate) -> list[float] | None:
+    return None if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
+
+
+def certainty_to_json(certainty: Certainty) -> dict[str, Any]:
+    """How sure the figures are that stand beside it."""
+    return {
+        "clusters": certainty.relations,
+        "kept_cluster_interval": _interval(certainty.kept),
+        "difference_cluster_interval": _interval(certainty.difference),
+        "smallest_detectable_loss": certainty.smallest_loss,
+        "known_facts_for_2_points": certainty.facts_for_two,
+    }
 
 
 def pair_to_json(name: str, pair: tuple[float, float] | None) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ from compressknow.errors import CompressknowError
 from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.facts import DOMAINS
 from compressknow.probe.records import ProbeEntry
+from compressknow.stats.clusters import difference_by_cluster, kept_by_cluster
 from compressknow.stats.distributions import (
     POPULARITY_BINS,
     bin_names,
@@ -26,7 +27,8 @@ from compressknow.stats.distributions import (
     rest_of,
 )
 from compressknow.stats.intervals import above_chance, holm, macro, mcnemar, paired_difference, proportion
-from compressknow.stats.records import ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
+from compressknow.stats.power import facts_for, smallest_loss
+from compressknow.stats.records import Certainty, ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
 
 # Facts whose distributions are held as float64 at a time: 4,096 x 257 numbers are 8 MB.
 _BLOCK = 4096
@@ -89,7 +91,20 @@ def _share_figures(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
         "drop_absolute": drop_absolute,
         "drop_relative": drop_relative,
         "by_relation": by_relation,
+        "certainty": certainty([group.counts for group in by_relation]),
     }
+
+
+def certainty(relations: Sequence[Counts]) -> Certainty:
+    """How sure figures are over the facts of these relations, and what so many facts could have shown."""
+    total = sum(relations, Counts())
+    return Certainty(
+        relations=sum(bool(relation.known_before) for relation in relations),
+        kept=kept_by_cluster(relations),
+        difference=difference_by_cluster(relations),
+        smallest_loss=smallest_loss(total),
+        facts_for_two=facts_for(total),
+    )
 
 
 def _given(entry: ProbeEntry) -> dict[str, Any]:

@@ -104,6 +104,56 @@ class Movement:
 
 
 @dataclass(frozen=True, slots=True)
+class Certainty:
+    """How sure figures are, where facts of one relation hang together, and what so many facts could have shown.
+
+    Attributes
+    ----------
+    relations : those of which the original knew a fact; with fewer than five there are no intervals.
+    kept, difference : knowledge kept and the difference of accuracy, with their intervals over relations.
+    smallest_loss : the smallest net loss, as a share of the known facts, that these facts show with a power of 80 %;
+        None where even the loss of all would not show.
+    facts_for_two : how many known facts show a net loss of 2 points; None where no probe has as many.
+    """
+
+    relations: int = 0
+    kept: Estimate = Estimate(None)
+    difference: Estimate = Estimate(None)
+    smallest_loss: float | None = None
+    facts_for_two: int | None = None
+
+
+NOT_MEASURED = Certainty()
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStop:
+    """A gate that was decided by the first facts of a random order.
+
+    Attributes
+    ----------
+    gate, level : the least share to be kept, and the chance of a wrong answer that was allowed.
+    facts, known : how many it took, and how many of these the original knew.
+    of : facts that there were to draw from.
+    kept : of these known ones, with its confidence sequence, which holds at every look.
+    met : the share of all facts lies at the gate or above.
+    """
+
+    gate: float
+    level: float
+    facts: int
+    known: int
+    of: int
+    kept: Estimate
+    met: bool
+
+    @property
+    def saved(self) -> int:
+        """Facts that did not have to be evaluated."""
+        return self.of - self.facts
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeFigures:
     """All figures of one probe, original against one compressed model, paired by fact."""
 
@@ -139,6 +189,7 @@ class ProbeFigures:
     dropped: Mapping[str, int]
     limit: int | None
     seed: int
+    certainty: Certainty = NOT_MEASURED
 
 
 @dataclass(frozen=True, slots=True)

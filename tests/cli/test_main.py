@@ -18,7 +18,7 @@ from compressknow import __version__
 from compressknow.cli import COMMANDS, cli, main
 from compressknow.cli.options import GROUPS
 from compressknow.cli.run import LazyGroup, if_interrupted, run
-from compressknow.errors import CompressknowError, GateNotMet, UsageError
+from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -114,6 +114,7 @@ def test_unknown_command_lists_those_there_are(capsys: pytest.CaptureFixture[str
         (CompressknowError("It broke.", "Because.", "Mend it."), 1),
         (UsageError("It broke.", "Because.", "Mend it."), 2),
         (GateNotMet("It broke.", "Because.", "Mend it."), 3),
+        (GateUndecided("It broke.", "Because.", "Mend it."), 4),
     ],
 )
 def test_error_is_one_message_on_stderr(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from compressknow.errors import CompressknowError, GateNotMet, UsageError
+from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
 from compressknow.format import count
 from compressknow.probe.answers import Answers
 from compressknow.probe.records import ModelRecord
@@ -20,7 +20,8 @@ from compressknow.report.records import Card, Comparison, ModelFacts
 from compressknow.report.texts import METHOD as TEXT_METHOD
 from compressknow.report.texts import sentence, sentence_of_several
 from compressknow.stats.intervals import mcnemar, proportion
-from compressknow.stats.paired import Pair, changed_facts, compare_probe, paired
+from compressknow.stats.paired import Pair, certainty, changed_facts, compare_probe, paired
+from compressknow.stats.power import facts_to_decide
 from compressknow.stats.records import Counts, ProbeFigures, TextFigures
 from compressknow.stats.text import text_figures
 
@@ -97,8 +98,10 @@ def model_facts(record: ModelRecord) -> ModelFacts:
     return ModelFacts(**known | {"groups": dict(record.groups or {})})
 
 
-def check_gate(fail_under: float | None) -> None:
-    """Raise UsageError where `fail_under` is no share."""
+def check_gate(fail_under: float | None, *, strict: bool = False) -> None:
+    """Raise UsageError where `fail_under` is no share, or `strict` has no gate to be strict about."""
+    if strict and fail_under is None:
+        raise UsageError("--strict needs a gate.", hint="Add --fail-under SHARE, or leave out --strict.")
     if fail_under is not None and not 0 <= fail_under <= 1:
         raise UsageError(
             f"--fail-under must be between 0 and 1: {fail_under:g}.",
@@ -106,11 +109,16 @@ def check_gate(fail_under: float | None) -> None:
         )
 
 
-def gate(card: Card, fail_under: float) -> None:
+def gate(card: Card, fail_under: float, *, strict: bool = False) -> None:
     """Hold every compressed model to a least share of knowledge kept, over all its facts.
 
+    Parameters
+    ----------
+    strict : hold its intervals to it, the simple one and the one over relations: a model whose intervals reach to both
+        sides of the gate has neither met nor missed it.
+
     Raises GateNotMet where one keeps less than `fail_under`, or where the original knew nothing that could be kept;
-    UsageError where `fail_under` is no share.
+    GateUndecided where that cannot be told of one and all others meet it; UsageError where `fail_under` is no share.
     """
     check_gate(fail_under)
     labels = labels_of([comparison.model for comparison in card.comparisons])
@@ -118,16 +126,49 @@ def gate(card: Card, fail_under: float) -> None:
         raise UsageError(
             "--fail-under holds models to facts, and none were evaluated.", hint="Add a probe of facts: -p atlas."
         )
-    failed = [
-        _shortfall(label, comparison.counts)
-        for label, comparison in zip(labels, card.comparisons, strict=True)
-        if comparison.counts.kept is None or comparison.counts.kept < fail_under
-    ]
-    if failed:
+    judged = [(label, c, _met(c, fail_under, strict)) for label, c in zip(labels, card.comparisons, strict=True)]
+    if failed := [_shortfall(label, c.counts) for label, c, met in judged if met is False]:
         raise GateNotMet(
             f"Less than {100 * fail_under:g} % of the knowledge is kept: {'; '.join(failed)}.",
             hint="The report says which facts and subjects were lost; compress less, or lower --fail-under.",
         )
+    if unsure := [(label, c) for label, c, met in judged if met is None]:
+        said = "; ".join(f"{_shortfall(label, c.counts)}, interval {_ends(c)}" for label, c in unsure)
+        raise GateUndecided(
+            f"It cannot be told yet whether {100 * fail_under:g} % of the knowledge is kept: {said}.",
+            hint=_more_facts([c for _, c in unsure], fail_under),
+        )
+
+
+def _met(comparison: Comparison, fail_under: float, strict: bool) -> bool | None:
+    """Whether the gate is met; None where a strict one is neither met nor missed."""
+    kept = comparison.counts.kept
+    if kept is None or not strict:
+        return kept is not None and kept >= fail_under
+    low, high = _widest(comparison)
+    if low < fail_under <= high:
+        return None
+    return low >= fail_under
+
+
+def _widest(comparison: Comparison) -> tuple[float, float]:
+    """From the lowest end of both intervals to the highest."""
+    both = (comparison.kept, comparison.certainty.kept)
+    return min(e.low for e in both if e.low is not None), max(e.high for e in both if e.high is not None)
+
+
+def _ends(comparison: Comparison) -> str:
+    low, high = _widest(comparison)
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def _more_facts(unsure: Sequence[Comparison], fail_under: float) -> str:
+    """How many known facts would tell of all, were the shares kept as they are."""
+    needed = [facts_to_decide(c.counts.kept or 0.0, fail_under) for c in unsure]
+    known = max((number for number in needed if number), default=0)
+    if None in needed or known <= max(c.counts.known_before for c in unsure):
+        return "Evaluate more facts (--limit, more probes), or leave out --strict to go by the share alone."
+    return f"Evaluate more facts (--limit, more probes): about {count(known)} that the original knows would tell."
 
 
 def _shortfall(label: str, counts: Counts) -> str:
@@ -151,14 +192,16 @@ def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) 
     pairs: list[Pair] = [pair for probe in probes for pair in paired(probe, *evaluated[probe])] if show_facts else []
     lost, gained = changed_facts(pairs)
     graded = grades(figures)
+    sure = certainty([group.counts for probe in figures for group in probe.by_relation])
     return Comparison(
         model=model,
-        verdict=" ".join((*([verdict(before.name, counts, kept, p)] if probes else ()), *map(sentence, texts))),
+        verdict=" ".join((*([verdict(before.name, counts, kept, p, sure)] if probes else ()), *map(sentence, texts))),
         kept=kept,
         counts=counts,
         p=p,
         grades=graded,
         probes=figures,
+        certainty=sure,
         lost=lost,
         gained=gained,
         texts=texts,

@@ -16,7 +16,14 @@ from compressknow.report.card.method import LEGEND, SHORT_LEGEND
 from compressknow.report.card.section import Limits
 from compressknow.report.card.view import setups
 from compressknow.report.pages import html_page, markdown_page, write_formats
-from compressknow.report.records import Card, Comparison, Grade, counts_to_json, estimate_to_json
+from compressknow.report.records import (
+    Card,
+    Comparison,
+    Grade,
+    certainty_to_json,
+    counts_to_json,
+    estimate_to_json,
+)
 
 # What the page holds of one comparison, and of all together: beyond, it would grow past a megabyte.
 _LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 600, 240
@@ -93,6 +100,7 @@ def comparison_json(comparison: Comparison, show_facts: bool) -> dict[str, Any]:
         "verdict": comparison.verdict,
         **counts_to_json(comparison.counts),
         **estimate_to_json("kept", comparison.kept),
+        **certainty_to_json(comparison.certainty),
         "mcnemar_p": comparison.p,
         "grades": {grade.subject: grade.grade for grade in comparison.grades},
         "grade_details": {grade.subject: _grade(grade) for grade in comparison.grades},

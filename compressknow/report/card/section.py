@@ -73,7 +73,7 @@ class Section:
     Attributes
     ----------
     title : its heading, and its name in the page's table of contents.
-    order : where it stands: those built in have 10, 20, ... 80.
+    order : where it stands: those built in have 10 to 80.
     shows_facts : it shows the text of facts, and is left out by ``--no-facts``.
     glossary : terms and their meanings, for readers who meet them for the first time.
     method : sentences: how its figures are computed, with their source.

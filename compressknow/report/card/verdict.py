@@ -9,7 +9,8 @@ from compressknow.format import count, p_value, percent, plain, share
 from compressknow.report.records import Comparison, Grade, ModelFacts
 from compressknow.stats.intervals import proportion
 from compressknow.stats.paired import domain_order
-from compressknow.stats.records import Counts, Estimate, ProbeFigures
+from compressknow.stats.power import SMALL
+from compressknow.stats.records import NOT_MEASURED, Certainty, Counts, Estimate, ProbeFigures
 
 # The least that must be kept for each grade, in percent.
 SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
@@ -62,13 +63,14 @@ SIGNIFICANT = 0.05
 _NAME = 80  # characters of a name that a sentence can carry
 
 
-def verdict(original: str, counts: Counts, kept: Estimate, p: float | None) -> str:
-    """The sentence on one compressed model.
+def verdict(original: str, counts: Counts, kept: Estimate, p: float | None, certainty: Certainty = NOT_MEASURED) -> str:
+    """The sentence on one compressed model, and one on what so many facts could have shown.
 
     Parameters
     ----------
     original : name of the original model.
     kept, p : knowledge kept with its interval, and the exact McNemar test.
+    certainty : the interval over relations, and what would have been seen; by default nothing is said of these.
 
     >>> from compressknow.stats.intervals import mcnemar, proportion
     >>> counts = Counts(both=90, lost=10, gained=1, neither=99)
@@ -81,13 +83,43 @@ loss that chance does not explain (p = 0.012).
         return f"The models were not evaluated on any common fact, so nothing can be said about what {name} lost."
     if not counts.known_before:
         return _nothing_known(name, counts)
+    interval = _interval(counts, kept, certainty.kept)
+    return " ".join(filter(None, (_kept_of(name, counts, interval, p), could_be_seen(counts, certainty))))
+
+
+def _kept_of(name: str, counts: Counts, interval: str, p: float | None) -> str:
     if not counts.lost:
-        return f"Keeps {_all(counts.both)} that {name} knew {_interval(counts, kept)}, and gained {_number(counts)}."
+        return f"Keeps {_all(counts.both)} that {name} knew {interval}, and gained {_number(counts)}."
     if not counts.both:
-        opening = f"Keeps none of the {_facts(counts.lost)} that {name} knew {_interval(counts, kept)}"
+        opening = f"Keeps none of the {_facts(counts.lost)} that {name} knew {interval}"
         return f"{opening}, and gained {_number(counts)}{_real(counts, p)}."
-    opening = f"Keeps {count(counts.both)} of {_facts(counts.known_before)} that {name} knew {_interval(counts, kept)}"
+    opening = f"Keeps {count(counts.both)} of {_facts(counts.known_before)} that {name} knew {interval}"
     return f"{opening}: it forgot {count(counts.lost)} and gained {_number(counts)}{_real(counts, p)}."
+
+
+def could_be_seen(counts: Counts, certainty: Certainty) -> str:
+    """Which loss so many facts would have shown, and how many facts it takes for a small one; nothing where that is not
+    known.
+
+    >>> could_be_seen(Counts(both=185), Certainty(smallest_loss=0.0424, facts_for_two=394))
+    'With 185 known facts a net loss under 4.2 points would go unseen; 400 would show 2.'
+    """
+    more = certainty.facts_for_two
+    known = f"With {_facts(counts.known_before).replace(' fact', ' known fact')}"
+    if certainty.smallest_loss is None:
+        return (
+            ""
+            if more is None
+            else f"{known} no net loss could be told from chance; {_about(more)} would show 2 points."
+        )
+    said = f"{known} a net loss under {100 * certainty.smallest_loss:.2g} points would go unseen"
+    return f"{said}; {_about(more)} would show 2." if more and certainty.smallest_loss > SMALL else f"{said}."
+
+
+def _about(facts: int) -> str:
+    """Two digits of it, rounded up."""
+    step = 10 ** max(0, len(str(facts)) - 2)
+    return count(-(-facts // step) * step)
 
 
 def verdict_of_several(original: str, comparisons: Sequence[Comparison]) -> str:
@@ -129,11 +161,16 @@ def _nothing_known(name: str, counts: Counts) -> str:
     return f"{name} knew none of the {_facts(counts.n)}, so there is nothing to keep{gained}."
 
 
-def _interval(counts: Counts, kept: Estimate) -> str:
+def _interval(counts: Counts, kept: Estimate, by_relation: Estimate) -> str:
     value = percent(counts.both, counts.known_before)
+    simple = _ends_of(kept, "interval")
+    return f"({value}{simple}{_ends_of(by_relation, 'over relations') if simple else ''})"
+
+
+def _ends_of(kept: Estimate, name: str) -> str:
     if kept.low is None or kept.high is None:
-        return f"({value})"
-    return f"({value}, interval {share(kept.low).removesuffix(' %')} to {share(kept.high)})"
+        return ""
+    return f", {name} {share(kept.low).removesuffix(' %')} to {share(kept.high)}"
 
 
 def _real(counts: Counts, p: float | None) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from compressknow.report.records import Card, Comparison, Grade, ModelFacts, Speed
-from compressknow.stats.records import ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
+from compressknow.stats.records import Certainty, ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
 
 # Relation, school subject, and its facts by what both models knew.
 ATLAS = (
@@ -142,7 +142,14 @@ def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bo
         else {"the object stands in the prompt": 14},
         limit=None,
         seed=0,
+        certainty=certainty(kept(counts), len(groups)),
     )
+
+
+def certainty(kept: Estimate, relations: int) -> Certainty:
+    if kept.value is None or relations < 5:
+        return Certainty(relations, kept, Estimate(-0.04), 0.0421, 1844)
+    return Certainty(relations, Estimate(kept.value, 0.871, 0.956), Estimate(-0.04, -0.071, -0.012), 0.0312, 1713)
 
 
 def facts(rows: tuple[tuple[str, str, str, str, int, int], ...], number: int, *, lost: bool) -> tuple[ChangedFact, ...]:
@@ -237,6 +244,7 @@ def comparison(
         probes=tuple(probe(name, groups, popular=name == "atlas") for name, groups in probes.items()),
         lost=facts(LOST, lost, lost=True),
         gained=facts(GAINED, gained, lost=False),
+        certainty=certainty(estimate, len(every)),
         warnings=("Common sense: the original knows too little of it for a grade that means much.",),
     )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from compressknow.errors import CompressknowError, GateNotMet, UsageError
-from compressknow.report.card.make import gate, make_card, model_facts
+from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
+from compressknow.report.card.make import check_gate, gate, make_card, model_facts
 from compressknow.report.records import Card, Speed
 from compressknow.stats.records import Counts
 from tests.report.answering import COMPRESSED_HASH, answer, answers, entry, model, run, sides
@@ -28,29 +29,33 @@ class TestVerdict:
     def test_a_loss_that_is_real(self) -> None:
         assert card_of(1523, 78, 12, 400).verdict == (
             "Keeps 1,523 of 1,601 facts that tiny-bert knew (95.1 %, interval 94.0 to 96.1 %): it forgot 78 and gained "
-            "12, a net loss that chance does not explain (p < 0.001)."
+            "12, a net loss that chance does not explain (p < 0.001). With 1,601 known facts a net loss under 1.2 "
+            "points would go unseen."
         )
 
     def test_a_loss_that_may_be_chance(self) -> None:
         assert card_of(195, 5, 3, 100).verdict.endswith(
-            "it forgot 5 and gained 3, a net loss that chance could explain (p = 0.73)."
+            "it forgot 5 and gained 3, a net loss that chance could explain (p = 0.73). With 200 known facts a net "
+            "loss under 6.1 points would go unseen; 1,100 would show 2."
         )
 
     def test_a_gain(self) -> None:
         assert "it forgot 1 and gained 12, a net gain that chance does not explain" in card_of(100, 1, 12, 100).verdict
 
     def test_as_much_gained_as_lost(self) -> None:
-        assert card_of(100, 50, 50, 100).verdict.endswith("it forgot 50 and gained 50, which evens out.")
+        assert "it forgot 50 and gained 50, which evens out. With" in card_of(100, 50, 50, 100).verdict
 
     def test_nothing_lost(self) -> None:
         assert card_of(200).verdict == (
-            "Keeps all 200 facts that tiny-bert knew (100 %, interval 98.1 to 100 %), and gained none."
+            "Keeps all 200 facts that tiny-bert knew (100 %, interval 98.1 to 100 %), and gained none. With 200 known "
+            "facts a net loss under 3.9 points would go unseen; 400 would show 2."
         )
 
     def test_everything_lost(self) -> None:
         assert card_of(0, 200).verdict == (
             "Keeps none of the 200 facts that tiny-bert knew (0 %, interval 0 to 1.9 %), and gained none, a net loss "
-            "that chance does not explain (p < 0.001)."
+            "that chance does not explain (p < 0.001). With 200 known facts a net loss under 3.9 points would go "
+            "unseen; 400 would show 2."
         )
 
     def test_almost_everything_is_not_all(self) -> None:
@@ -277,6 +282,43 @@ class TestGate:
         with pytest.raises(GateNotMet, match="knew none of 10 facts") as caught:
             gate(card_of(0, 0, 0, 10), 0)
         assert caught.value.exit_code == 3
+
+    def test_a_strict_gate_is_met_or_missed_by_the_whole_interval(self) -> None:
+        gate(card_of(950, 50), 0.9, strict=True)
+        with pytest.raises(GateNotMet, match="Less than 99 %"):
+            gate(card_of(950, 50), 0.99, strict=True)
+
+    @pytest.mark.parametrize("fail_under", [0.9, 0.95])
+    def test_a_strict_gate_within_the_interval_cannot_be_told_yet(self, fail_under: float) -> None:
+        with pytest.raises(GateUndecided, match=r"cannot be told yet whether 9.* keeps 92 of 100") as caught:
+            gate(card_of(92, 8), fail_under, strict=True)
+        assert caught.value.exit_code == 4
+        assert re.search("about [0-9,]+ that the original knows would tell", str(caught.value))
+
+    def test_a_strict_gate_within_the_interval_over_relations_cannot_be_told_either(self) -> None:
+        before, after = sides(950, 50)
+        # All lost facts are of two relations of twelve.
+        relations = [f"relation-{number % 10 if number < 950 else 10 + number % 2}" for number in range(1000)]
+        rows = [
+            [replace(row, relation=relation) for row, relation in zip(side, relations, strict=True)]
+            for side in (before, after)
+        ]
+        original, compressed = run(rows)
+        card = make_card(original, [compressed])
+        assert card.comparisons[0].kept.low > 0.93 > card.comparisons[0].certainty.kept.low
+        gate(card, 0.93)
+        with pytest.raises(GateUndecided, match="keeps 950 of 1,000"):
+            gate(card, 0.93, strict=True)
+
+    def test_one_that_misses_a_strict_gate_counts_more_than_one_that_is_unsure(self) -> None:
+        original, unsure = run(sides(95, 5))
+        bad = answers(sides(20, 80)[1], model(sha256="c" * 64, setup="Att_GP 60%"))
+        with pytest.raises(GateNotMet):
+            gate(make_card(original, [unsure, bad]), 0.93, strict=True)
+
+    def test_a_strict_gate_needs_a_gate(self) -> None:
+        with pytest.raises(UsageError, match="--strict needs a gate"):
+            check_gate(None, strict=True)
 
     def test_percent_given_for_a_share(self) -> None:
         with pytest.raises(UsageError, match="between 0 and 1: 95"):

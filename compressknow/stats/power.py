@@ -1,0 +1,138 @@
+"""What could have been seen: the smallest loss that so many facts show, and how many facts show a smaller one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from compressknow.stats.intervals import proportion
+from compressknow.stats.records import Counts
+
+POWER, LEVEL = 0.8, 0.05
+# The loss that a reader is told the facts for, as a share of what was known.
+SMALL = 0.02
+# No probe has so many facts.
+_MOST = 1 << 17
+_STANDARD_DEVIATIONS = 6
+
+
+def power(known: float, loss: float, gained: float, unknown: float) -> float:
+    """The chance that the exact McNemar test, two-sided at 5 %, shows a net loss.
+
+    Of all facts a share is lost and a share gained, independently. So the number of changed facts is binomial, and of
+    these the number of lost ones is binomial again; summed over all that the test rejects (Duffy 1984, "Asymptotic and
+    exact power for the McNemar test and its analogue with R controls per case", Biometrics 40, 1005-1015).
+
+    Parameters
+    ----------
+    known, unknown : facts that the original knows and does not know.
+    loss : net loss as a share of the known facts, 0 to 1: so many more are lost than gained.
+    gained : facts gained for each known one, 0 or more; as many are lost beside the net loss.
+    """
+    from scipy.special import bdtr
+
+    facts = round(known + unknown)
+    up, down = gained * known, (gained + loss) * known
+    if not 0 < up + down <= facts:
+        return 0.0
+    changed, chances = _binomial(facts, (up + down) / facts)
+    most = _most_gained(changed)
+    shown = most >= 0
+    if not shown.any():
+        return 0.0
+    seen = bdtr(most[shown], changed[shown], up / (up + down))
+    return float((chances[shown] * seen).sum())
+
+
+def _binomial(trials: int, chance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers that are not all but impossible, and the probability of each."""
+    from scipy.special import gammaln, xlog1py, xlogy
+
+    middle, spread = trials * chance, _STANDARD_DEVIATIONS * math.sqrt(trials * chance * (1 - chance)) + 20
+    k = np.arange(max(0, math.floor(middle - spread)), min(trials, math.ceil(middle + spread)) + 1)
+    ways = gammaln(trials + 1) - gammaln(k + 1) - gammaln(trials - k + 1)
+    return k, np.exp(ways + xlogy(k, chance) + xlog1py(trials - k, -chance))
+
+
+def _most_gained(changed: np.ndarray) -> np.ndarray:
+    """How many of so many changed facts may be gained for the test to show a loss; -1 where none may."""
+    from scipy.special import bdtr, bdtrik
+
+    # The inverse is a real number: the whole one below it, and its neighbours, in case of rounding.
+    guess = np.nan_to_num(np.floor(bdtrik(LEVEL / 2, np.maximum(changed, 1), 0.5)), nan=-1.0)
+    found = np.full(len(changed), -1.0)
+    for k in (guess - 1, guess, guess + 1):
+        fits = (k >= 0) & (k <= changed)
+        fits[fits] = 2 * bdtr(k[fits], changed[fits], 0.5) < LEVEL
+        found = np.where(fits, k, found)
+    return found
+
+
+def smallest_loss(counts: Counts) -> float | None:
+    """The smallest net loss, as a share of the known facts, that these facts show with a power of 80 %; None where
+    even the loss of all would not show.
+
+    Facts are taken to be gained as often as they were: what a compression flips both ways hides a loss.
+
+    >>> counts = Counts(both=169, lost=16, gained=19, neither=96)
+    >>> round(smallest_loss(counts), 3), smallest_loss(Counts(both=5))
+    (0.121, None)
+    """
+    known, gained = counts.known_before, _gained(counts)
+    unknown = counts.n - known
+    low, high = 0.0, max(0.0, 1.0 - gained)
+    if not known or power(known, high, gained, unknown) < POWER:
+        return None
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(known, middle, gained, unknown) >= POWER else (middle, high)
+    return high
+
+
+def facts_for(counts: Counts, loss: float = SMALL) -> int | None:
+    """How many known facts show this net loss with a power of 80 %, were facts gained and unknown in the same
+    proportion; None where no probe has as many.
+
+    >>> facts_for(Counts(both=185)), facts_for(Counts(both=169, lost=16, gained=19, neither=96))
+    (394, 4514)
+    """
+    known, gained = counts.known_before, _gained(counts)
+    if not known:
+        return None
+    unknown = (counts.n - known) / known
+    return _least(lambda number: power(number, loss, gained, unknown * number) >= POWER)
+
+
+def facts_to_decide(share: float, gate: float) -> int | None:
+    """How many known facts it takes for the interval of this share to lie on one side of the gate; None where no probe
+    has as many.
+
+    >>> facts_to_decide(0.9, 0.95), facts_to_decide(0.95, 0.95)
+    (76, None)
+    """
+
+    def decides(number: int) -> bool:
+        kept = proportion(round(share * number), number)
+        return kept.low is not None and kept.high is not None and not kept.low < gate <= kept.high
+
+    return _least(decides)
+
+
+def _gained(counts: Counts) -> float:
+    return counts.gained / counts.known_before if counts.known_before else 0.0
+
+
+def _least(enough: Callable[[int], bool]) -> int | None:
+    """The number at which it begins to be enough, where more is enough too; found by doubling and halving."""
+    high = 1
+    while not enough(high):
+        high *= 2
+        if high > _MOST:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
