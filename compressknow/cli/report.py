@@ -34,6 +34,7 @@ from compressknow.stats.records import Estimate
 @probe_options
 @option("--fail-under", type=Share(), metavar="SHARE", help="Exit with 3 if less is kept: 0.95, or 95%.")
 @option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")
+@option("--early", is_flag=True, help="Evaluate only as many facts as --fail-under needs.", group=EVALUATE)
 @option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
 @option("--time", "timed", group=EVALUATE, is_flag=True, help="Measure each model's speed and memory too.")
 @option("--into-model-card", is_flag=True, help="Add the verdict to each COMPRESSED README.md.")
@@ -57,6 +58,7 @@ def report(
     probes: tuple[str, ...],
     fail_under: float | None,
     strict: bool,
+    early: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -67,13 +69,14 @@ def report(
     \b
     compressknow report MODEL CONVERTED -o report.html
     compressknow report MODEL CONVERTED -p lama:trex --data DIR -o report.html
-    compressknow report MODEL CONVERTED --fail-under 0.95
+    compressknow report MODEL CONVERTED --fail-under 0.95 --early
     """
     from compressknow.commands.report import report as compare
-    from compressknow.report.card.make import check_gate, gate
+    from compressknow.report.card.make import check_early, check_gate, gate
     from compressknow.report.card.pages import to_json
 
-    check_gate(fail_under, strict=strict)
+    check_gate(fail_under, strict=strict, early=early)
+    check_early(fail_under if early else None, len(compressed), strict=strict)
     options, settings = split_options(given)
     with if_interrupted(RESUMES):
         card = compare(
@@ -83,6 +86,7 @@ def report(
             outputs=outputs,
             options=options,
             settings=settings,
+            early=fail_under if early else None,
             command=command_of(ctx),
             on_progress=Lines(),
             **given,

@@ -23,6 +23,7 @@ def report(
     settings: Settings | None = None,
     no_facts: bool = False,
     timed: bool = False,
+    early: float | None = None,
     into_model_card: bool = False,
     keep_in: str | Path | None = None,
     overwrite: bool = False,
@@ -40,6 +41,8 @@ def report(
     options, settings : see `compressknow.probe`.
     no_facts : leave the text of every fact out.
     timed : measure each model's speed and memory on this machine.
+    early : a least share of knowledge to be kept, 0 to 1: facts are evaluated in random order, only until it is known
+        whether it is; for one compressed model.
     into_model_card : write the verdict into the README.md of each compressed folder.
     keep_in : folder of the answers; by default ``~/.cache/compressknow/answers``.
     overwrite : replace `outputs` that are there already.
@@ -59,13 +62,14 @@ def report(
     from compressknow.probe.run import Settings
     from compressknow.probe.sources import Options
     from compressknow.quiet import listener
-    from compressknow.report.card.make import make_card
+    from compressknow.report.card.make import check_early, make_card
     from compressknow.report.card.pages import write_reports
     from compressknow.report.model_card import check_model_cards, write_into_model_cards
     from compressknow.report.pages import check_outputs, require_for
 
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
     files = [Path(path) for path in outputs]
+    check_early(early, len(models))
     require_for(files, "pyarrow", "scipy")
     check_outputs(files, overwrite=overwrite)
     if into_model_card:
@@ -77,8 +81,19 @@ def report(
         keep_in=Path(keep_in) if keep_in else default_answers_folder(),
         timed=timed,
     )
-    before, after = gather(original, models, evaluation, revision=revision, on_progress=listener(on_progress))
-    card = make_card(before, after, show_facts=not no_facts, command=command)
+    listening = listener(on_progress)
+    if early is None:
+        before, after = gather(original, models, evaluation, revision=revision, on_progress=listening)
+        stop = None
+    else:
+        from compressknow.probe.early import gather_early
+        from compressknow.stats.sequential import decider
+
+        before, only, stop = gather_early(
+            original, models[0], evaluation, decider(early), revision=revision, on_progress=listening
+        )
+        after = [only]
+    card = make_card(before, after, show_facts=not no_facts, command=command, early=stop)
     write_reports(card, files, overwrite=overwrite)
     if into_model_card:
         write_into_model_cards(card, models)

@@ -93,15 +93,15 @@ def gather(
     Raises CompressknowError where a model cannot be found, loaded or evaluated.
     """
     models = [original, *compressed]
-    stored = [_stored(model) for model in models]
+    stored = [stored_answers(model) for model in models]
     if all(answers is not None for answers in stored):
-        first, *others = [_of(answers, evaluation.probes) for answers in stored if answers is not None]
+        first, *others = [of_probes(answers, evaluation.probes) for answers in stored if answers is not None]
     else:
         first, *others = _Gathering(models, stored, evaluation, revision).run(on_progress)
     return first, others
 
 
-def _stored(model: str | Path) -> Answers | None:
+def stored_answers(model: str | Path) -> Answers | None:
     """The answers, where `model` is an answers folder."""
     return read_answers(Path(model)) if is_answers_folder(Path(model)) else None
 
@@ -118,12 +118,9 @@ class _Gathering:
     ) -> None:
         from compressknow.engine.identity import locate
         from compressknow.probe.run import ModelHandle
-        from compressknow.probe.sources import DEFAULT, open_all
 
         self._stored, self._evaluation = stored, evaluation
-        known = next((answers for answers in stored if answers is not None), None)
-        names = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT))
-        self._probes = open_all(names, _like(known, evaluation.options))
+        self._probes = open_like(next((answers for answers in stored if answers is not None), None), evaluation)
         # All are found before the first is evaluated: a wrong name is told at once.
         revisions = [revision, *(None for _ in models[1:])]
         self._handles = [
@@ -151,21 +148,39 @@ class _Gathering:
                     watched = staged(on_progress, number=number, of=of)
                     gathered.append(self._evaluate(handle, Beside(reference, whole=whole), watched))
                 elif answers is not None:
-                    gathered.append(_of(answers, names))
+                    gathered.append(of_probes(answers, names))
         return gathered
 
     def _evaluate(self, handle: ModelHandle, beside: Beside, on_progress: Listener | None) -> Answers:
         from compressknow.probe.run import probe_model
-        from compressknow.probe.speed import measure
 
         folder = folder_of(self._evaluation.keep_in, handle.sha256, beside.reference)
         answers = probe_model(handle, self._probes, folder, beside, on_progress=on_progress, wait=True)
-        handle.release()
-        answers = with_calibration(answers, handle, beside.reference)
-        if not self._evaluation.timed:
-            return answers
-        model = replace(answers.record.model, speed=measure(handle.located, handle.settings))
-        return replace(answers, record=replace(answers.record, model=model))
+        return finished(answers, handle, beside.reference, timed=self._evaluation.timed)
+
+
+def finished(answers: Answers, handle: ModelHandle | None, reference: Answers | None, *, timed: bool) -> Answers:
+    """The answers of a model that has given them all, with what is found once: facts of its calibration text that they
+    are to and, if `timed`, its speed. Stored answers, which have no model beside them, are given back as they are.
+    """
+    from compressknow.probe.speed import measure
+
+    if handle is None:
+        return answers
+    handle.release()
+    answers = with_calibration(answers, handle, reference)
+    if not timed:
+        return answers
+    model = replace(answers.record.model, speed=measure(handle.located, handle.settings))
+    return replace(answers, record=replace(answers.record, model=model))
+
+
+def open_like(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
+    """The probes to evaluate: those named, else those of the answers that are at hand, else atlas."""
+    from compressknow.probe.sources import DEFAULT, open_all
+
+    names = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT))
+    return open_all(names, _like(known, evaluation.options))
 
 
 def folder_of(keep_in: Path, sha256: str, reference: Answers | None) -> Path:
@@ -184,7 +199,7 @@ def _like(known: Answers | None, options: Options) -> Options:
     return replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
 
 
-def _of(answers: Answers, probes: Sequence[str]) -> Answers:
+def of_probes(answers: Answers, probes: Sequence[str]) -> Answers:
     """The answers to these probes alone, or to all if none is named."""
     if not probes:
         return answers

@@ -260,6 +260,15 @@ def is_answered(handle: ModelHandle, probe: Opened, folder: Path, reference: Ans
     return not lacking(handle, [probe], folder, Beside(reference))
 
 
+def held_answers(
+    handle: ModelHandle, probes: Sequence[Opened], folder: Path, reference: Answers | None
+) -> Answers | None:
+    """This model's answers to these probes, where `folder` holds them all."""
+    if lacking(handle, probes, folder, Beside(reference)):
+        return None
+    return _read(folder, [probe.name for probe in probes])
+
+
 def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, beside: Beside) -> list[Opened]:
     """The probes to which `folder` holds no answers of this model; with the original's distributions, those too whose
     answers lack a divergence over the whole vocabulary that can be had.
@@ -381,7 +390,7 @@ class _Run:
             answers += part
         order = {fact.id: number for number, fact in enumerate(probe.facts)}
         answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
-        return answers, _entry(probe, answers, prompts.dropped)
+        return answers, facts_entry(probe, answers, prompts.dropped)
 
     def _keep(self, name: str, answers: Sequence[Answer], entry: ProbeEntry, chunks: Sequence[Chunk]) -> None:
         record, folder = self._record, self._folder
@@ -402,7 +411,8 @@ class _Run:
         write_record(folder, self._record)
 
 
-def _entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> ProbeEntry:
+def facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> ProbeEntry:
+    """The entry in ``probe.json`` of a probe that was answered so."""
     evaluated = {answer.fact_id for answer in answers}
     facts = [fact for fact in probe.facts if fact.id in evaluated]
     return ProbeEntry(

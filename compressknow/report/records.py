@@ -14,6 +14,7 @@ from compressknow.stats.records import (
     Certainty,
     ChangedFact,
     Counts,
+    EarlyStop,
     Estimate,
     Group,
     ProbeFigures,
@@ -79,6 +80,7 @@ class Comparison:
     Attributes
     ----------
     certainty : of the figures over all probes, with the relations of each as clusters of their own.
+    early : how a gate was decided before all facts were evaluated, if it was.
     measured : by section of the card, by probe: what the section itself measured, as values for JSON.
     left_out : sections of other packages that failed and are not shown, and why: a warning of the card.
     texts : what both gave to running texts; these are none of `probes`, which have facts.
@@ -95,6 +97,7 @@ class Comparison:
     gained: tuple[ChangedFact, ...]
     warnings: tuple[str, ...]
     certainty: Certainty = NOT_MEASURED
+    early: EarlyStop | None = None
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     texts: tuple[TextFigures, ...] = ()
@@ -164,6 +167,14 @@ def certainty_to_json(certainty: Certainty) -> dict[str, Any]:
         "smallest_detectable_loss": certainty.smallest_loss,
         "known_facts_for_2_points": certainty.facts_for_two,
     }
+
+
+def early_to_json(early: EarlyStop | None) -> dict[str, Any] | None:
+    """How a gate was decided early; None where it was not."""
+    if early is None:
+        return None
+    told = {name: getattr(early, name) for name in ("gate", "met", "level", "facts", "known", "of")}
+    return told | estimate_to_json("kept", early.kept)
 
 
 def pair_to_json(name: str, pair: tuple[float, float] | None) -> dict[str, float | None]:

@@ -46,6 +46,11 @@ def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int, *, level: 
     return EarlyStop(gate, level, facts, int(known.sum()), of, Estimate(share, min(low, share), max(high, share)), met)
 
 
+def decider(gate: float) -> Callable[[np.ndarray, np.ndarray, int], EarlyStop | None]:
+    """`decide` at one gate."""
+    return lambda known, kept, of: decide(known, kept, gate, of)
+
+
 def capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) -> tuple[np.ndarray, np.ndarray]:
     """Logarithms of what both players have after each fact, [..., facts]: of the one that bets on a share above the
     gate, and of the one that bets on a share below. Each begins with 1.

@@ -139,6 +139,18 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     ),
     "a reference of another family": ((*PROBE, *FACTS, "--reference", "{place}/on-bert"), 1, ("differ in family",)),
     "no compressed model": (("report", "{place}/on-llama"), 2, ("Missing argument 'COMPRESSED...'",)),
+    "an early gate of several models": (
+        (*REPORT, "{place}/on-llama-8", "--fail-under", "0.9", "--early"),
+        2,
+        ("--early decides for one compressed model, not for 2", "Give one"),
+    ),
+    "an early gate without a gate": ((*REPORT, "--early"), 2, ("--early needs a gate", "--fail-under")),
+    "a strict gate without a gate": ((*REPORT, "--strict"), 2, ("--strict needs a gate", "--fail-under")),
+    "an early and strict gate": (
+        (*REPORT, "--fail-under", "0.9", "--early", "--strict"),
+        2,
+        ("--early and --strict exclude each other",),
+    ),
     "a gate in percent": ((*REPORT, "--fail-under", "95"), 2, ("--fail-under must be between 0 and 1", "0.95")),
     "a gate that is no number": ((*REPORT, "--fail-under", "nan"), 2, ("--fail-under must be between 0 and 1",)),
     "an unknown format": ((*REPORT, "-o", "report.pdf"), 2, ("report.pdf", ".html, .md or .json")),
@@ -392,6 +404,30 @@ def test_a_gate_ends_with_3_and_says_the_numbers(run: Run) -> None:
     assert ended.code == 3
     assert f"keeps {kept['both']} of 64" in ended.err
     assert run("report", "{place}/on-llama", "{place}/on-llama", "--fail-under", "1").code == 0
+
+
+def test_a_strict_gate_that_so_few_facts_cannot_tell_ends_with_4(run: Run) -> None:
+    gated = ("report", "{place}/on-llama", "{place}/on-llama", "--fail-under", "0.99")
+    assert run(*gated).code == 0
+    ended = run(*gated, "--strict")
+    assert ended.code == 4
+    assert "It cannot be told yet whether 99 % of the knowledge is kept" in ended.err
+    assert run("report", "{place}/on-llama", "{place}/on-llama-8", "--fail-under", "0.99", "--strict").code == 3
+
+
+def test_a_gate_stops_early_and_says_how_many_facts_it_took(run: Run) -> None:
+    models = ("report", "{place}/llama", "{place}/llama-8", *FACTS, "--early", "--json")
+    ended = run(*models, "--fail-under", "0.99")
+    compressed = json.loads(ended.out)["compressed"][0]
+    early = compressed["early"]
+    assert ended.code == 3
+    assert (early["of"], early["gate"], early["met"]) == (64, 0.99, False)
+    assert early["facts"] <= compressed["n"] == 32
+    assert early["kept_interval"][1] < 0.99
+    assert f"It took {early['facts']} of 64 facts in random order to know that less than 99 %" in compressed["verdict"]
+    met = run(*models, "--fail-under", "0.01")
+    assert met.code == 0
+    assert json.loads(met.out)["compressed"][0]["early"]["met"]
 
 
 def test_a_report_on_answers_loads_no_model_library(place: Path, tmp_path: Path) -> None:

@@ -15,21 +15,26 @@ from compressknow.report.card import assembly
 from compressknow.report.card import warnings as warnings
 from compressknow.report.card.method import method
 from compressknow.report.card.section import ProbeAnswers
-from compressknow.report.card.verdict import grades, labels_of, verdict, verdict_of_several
+from compressknow.report.card.verdict import grades, in_words, labels_of, verdict, verdict_of_several
 from compressknow.report.records import Card, Comparison, ModelFacts
 from compressknow.report.texts import METHOD as TEXT_METHOD
 from compressknow.report.texts import sentence, sentence_of_several
 from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.paired import Pair, certainty, changed_facts, compare_probe, paired
 from compressknow.stats.power import facts_to_decide
-from compressknow.stats.records import Counts, ProbeFigures, TextFigures
+from compressknow.stats.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.stats.text import text_figures
 
 _REQUIRED = ("name", "sha256", "architecture", "family", "parameters", "bytes", "dtype")
 
 
 def make_card(
-    original: Answers, compressed: Sequence[Answers], *, show_facts: bool = True, command: str | None = None
+    original: Answers,
+    compressed: Sequence[Answers],
+    *,
+    show_facts: bool = True,
+    command: str | None = None,
+    early: EarlyStop | None = None,
 ) -> Card:
     """Compare each compressed model with the original, over the probes that both were evaluated on.
 
@@ -37,6 +42,7 @@ def make_card(
     ----------
     show_facts : False leaves the text of every fact out of the card.
     command : the command line to show.
+    early : how a gate was decided before all facts were evaluated, if it was; of one compressed model.
 
     Raises
     ------
@@ -46,7 +52,11 @@ def make_card(
     if not compressed:
         raise UsageError("There is no compressed model to compare.", hint="Give at least one beside the original.")
     model = model_facts(original.record.model)
-    comparisons = [_with_sections(model, original, answers, show_facts=show_facts) for answers in compressed]
+    compared = [compare(original, answers, show_facts=show_facts, early=early) for answers in compressed]
+    comparisons = [
+        _with_sections(model, comparison, (original, answers), show_facts=show_facts)
+        for comparison, answers in zip(compared, compressed, strict=True)
+    ]
     common = _common_warnings(comparisons)
     return Card(
         verdict=_of_several(model.name, comparisons) if len(comparisons) > 1 else comparisons[0].verdict,
@@ -75,13 +85,13 @@ def _of_several(original: str, comparisons: Sequence[Comparison]) -> str:
     return " ".join(said)
 
 
-def _with_sections(model: ModelFacts, original: Answers, compressed: Answers, *, show_facts: bool) -> Comparison:
-    comparison = compare(original, compressed, show_facts=show_facts)
-
+def _with_sections(
+    model: ModelFacts, comparison: Comparison, both: tuple[Answers, Answers], *, show_facts: bool
+) -> Comparison:
     @cache
     def answers() -> tuple[ProbeAnswers, ...]:
-        evaluated = {probe.probe: _evaluated(original, compressed, probe.probe) for probe in comparison.probes}
-        return tuple(ProbeAnswers(probe, tuple(paired(probe, *both)), *both[2:]) for probe, both in evaluated.items())
+        evaluated = {probe.probe: _evaluated(*both, probe.probe) for probe in comparison.probes}
+        return tuple(ProbeAnswers(probe, tuple(paired(probe, *each)), *each[2:]) for probe, each in evaluated.items())
 
     return assembly.with_sections(model, comparison, answers, show_facts=show_facts)
 
@@ -98,14 +108,31 @@ def model_facts(record: ModelRecord) -> ModelFacts:
     return ModelFacts(**known | {"groups": dict(record.groups or {})})
 
 
-def check_gate(fail_under: float | None, *, strict: bool = False) -> None:
-    """Raise UsageError where `fail_under` is no share, or `strict` has no gate to be strict about."""
-    if strict and fail_under is None:
-        raise UsageError("--strict needs a gate.", hint="Add --fail-under SHARE, or leave out --strict.")
+def check_gate(fail_under: float | None, *, strict: bool = False, early: bool = False) -> None:
+    """Raise UsageError where `fail_under` is no share, or where `strict` or `early` have no gate to decide."""
+    if fail_under is None and (strict or early):
+        option = "--strict" if strict else "--early"
+        raise UsageError(f"{option} needs a gate.", hint=f"Add --fail-under SHARE, or leave out {option}.")
     if fail_under is not None and not 0 <= fail_under <= 1:
         raise UsageError(
             f"--fail-under must be between 0 and 1: {fail_under:g}.",
             hint="Write 95 % as 0.95 or 95%.",
+        )
+
+
+def check_early(early: float | None, models: int, *, strict: bool = False) -> None:
+    """Raise UsageError where a gate cannot be decided early: it is no share, or there are several compressed models."""
+    if early is None:
+        return
+    check_gate(early)
+    if models > 1:
+        raise UsageError(
+            f"--early decides for one compressed model, not for {models}.",
+            hint="Give one, or leave out --early: each of several would need facts of its own.",
+        )
+    if strict:
+        raise UsageError(
+            "--early and --strict exclude each other: --early goes on until it can tell.", hint="Leave one of them out."
         )
 
 
@@ -143,6 +170,8 @@ def gate(card: Card, fail_under: float, *, strict: bool = False) -> None:
 def _met(comparison: Comparison, fail_under: float, strict: bool) -> bool | None:
     """Whether the gate is met; None where a strict one is neither met nor missed."""
     kept = comparison.counts.kept
+    if comparison.early is not None:
+        return comparison.early.met
     if kept is None or not strict:
         return kept is not None and kept >= fail_under
     low, high = _widest(comparison)
@@ -178,7 +207,9 @@ def _shortfall(label: str, counts: Counts) -> str:
     return f"{label} keeps {count(counts.both)} of {count(counts.known_before)} ({100 * counts.kept:.6g} %)"
 
 
-def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) -> Comparison:
+def compare(
+    original: Answers, compressed: Answers, *, show_facts: bool = True, early: EarlyStop | None = None
+) -> Comparison:
     """All figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
     before, model = model_facts(original.record.model), model_facts(compressed.record.model)
     _refuse_incomparable(original, compressed)
@@ -193,15 +224,17 @@ def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) 
     lost, gained = changed_facts(pairs)
     graded = grades(figures)
     sure = certainty([group.counts for probe in figures for group in probe.by_relation])
+    said = verdict(before.name, counts, kept, p, sure) if probes else ""
     return Comparison(
         model=model,
-        verdict=" ".join((*([verdict(before.name, counts, kept, p, sure)] if probes else ()), *map(sentence, texts))),
+        verdict=" ".join(filter(None, (said, *map(sentence, texts), in_words(early)))),
         kept=kept,
         counts=counts,
         p=p,
         grades=graded,
         probes=figures,
         certainty=sure,
+        early=early,
         lost=lost,
         gained=gained,
         texts=texts,
@@ -210,6 +243,7 @@ def compare(original: Answers, compressed: Answers, *, show_facts: bool = True) 
             *warnings.of_models(before, model),
             *warnings.of_runs(original, compressed, probes),
             *warnings.of_figures(counts, graded, figures),
+            *warnings.of_early(early),
         ),
     )
 

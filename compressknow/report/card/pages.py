@@ -22,6 +22,7 @@ from compressknow.report.records import (
     Grade,
     certainty_to_json,
     counts_to_json,
+    early_to_json,
     estimate_to_json,
 )
 
@@ -101,6 +102,7 @@ def comparison_json(comparison: Comparison, show_facts: bool) -> dict[str, Any]:
         **counts_to_json(comparison.counts),
         **estimate_to_json("kept", comparison.kept),
         **certainty_to_json(comparison.certainty),
+        "early": early_to_json(comparison.early),
         "mcnemar_p": comparison.p,
         "grades": {grade.subject: grade.grade for grade in comparison.grades},
         "grade_details": {grade.subject: _grade(grade) for grade in comparison.grades},

@@ -10,7 +10,7 @@ from compressknow.report.records import Comparison, Grade, ModelFacts
 from compressknow.stats.intervals import proportion
 from compressknow.stats.paired import domain_order
 from compressknow.stats.power import SMALL
-from compressknow.stats.records import NOT_MEASURED, Certainty, Counts, Estimate, ProbeFigures
+from compressknow.stats.records import NOT_MEASURED, Certainty, Counts, EarlyStop, Estimate, ProbeFigures
 
 # The least that must be kept for each grade, in percent.
 SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
@@ -114,6 +114,25 @@ def could_be_seen(counts: Counts, certainty: Certainty) -> str:
         )
     said = f"{known} a net loss under {100 * certainty.smallest_loss:.2g} points would go unseen"
     return f"{said}; {_about(more)} would show 2." if more and certainty.smallest_loss > SMALL else f"{said}."
+
+
+def in_words(early: EarlyStop | None) -> str:
+    """How a gate was decided early, and how many facts it took; nothing where it was not.
+
+    >>> print(in_words(EarlyStop(0.8, 0.05, facts=64, known=40, of=4021, kept=Estimate(0.95, 0.86, 0.99), met=True)))
+    It took 64 of 4,021 facts in random order to know that at least 80 % of the knowledge is kept (confidence \
+sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs).
+    """
+    if early is None:
+        return ""
+    known = f"{'at least' if early.met else 'less than'} {100 * early.gate:g} % of the knowledge is kept"
+    if early.facts == early.of:
+        return f"It took all {count(early.of)} facts to know that {known}."
+    sequence = _ends_of(early.kept, "confidence sequence").removeprefix(", ")
+    return (
+        f"It took {count(early.facts)} of {count(early.of)} facts in random order to know that {known} ({sequence}, "
+        f"wrong in at most {100 * early.level:g} of 100 runs)."
+    )
 
 
 def _about(facts: int) -> str:

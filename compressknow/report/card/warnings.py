@@ -12,7 +12,7 @@ from compressknow.compress.schemes import schemes_of
 from compressknow.format import count, percent, plain, share
 from compressknow.probe.answers import Answers
 from compressknow.report.records import Grade, ModelFacts
-from compressknow.stats.records import Counts, ProbeFigures
+from compressknow.stats.records import Counts, EarlyStop, ProbeFigures
 
 if TYPE_CHECKING:
     from compressknow.report.diff.records import Checkpoint
@@ -163,6 +163,15 @@ def of_figures(
     for probe in probes:
         yield from _at_chance(probe, name)
         yield from _dropped(probe)
+
+
+def of_early(early: EarlyStop | None) -> Iterator[str]:
+    """That the figures are those of facts that were enough for one question."""
+    if early and early.facts < early.of:
+        yield (
+            f"Facts were evaluated only until it was known whether {100 * early.gate:g} % of the knowledge is kept. "
+            "The other figures rest on few facts, and their intervals do not allow for the choice of when to stop."
+        )
 
 
 def _at_chance(probe: ProbeFigures, who: str) -> Iterator[str]:

@@ -1,0 +1,125 @@
+"""The gate that stops early: its rate of errors by simulation, against a plain reference, and how soon it stops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressknow.stats.sequential import FRACTIONS, LEVEL, capitals, decide
+
+RUNS = 2000
+WON = math.log(2 / LEVEL)
+
+
+def drawn(facts: int, known: int, kept: int, runs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """So many runs through the same facts in random order: known, kept, [runs, facts]."""
+    order = np.argsort(np.random.default_rng(seed).random((runs, facts)), axis=1)
+    return order < known, order < kept
+
+
+@pytest.mark.parametrize(
+    ("facts", "known", "kept"),
+    [(1000, 600, 540), (1000, 600, 300), (500, 500, 475), (400, 80, 64), (300, 200, 198), (60, 40, 30)],
+)
+def test_at_the_gate_itself_hardly_any_run_decides(facts: int, known: int, kept: int) -> None:
+    decided = 0
+    for seed in range(4):
+        runs = drawn(facts, known, kept, RUNS // 4, seed)
+        above, below = capitals(*runs, kept / known, facts)
+        # That all facts are done decides too, and rightly.
+        decided += int((np.maximum(above, below)[:, :-1] >= WON).any(axis=1).sum())
+    assert decided / RUNS <= LEVEL
+
+
+def test_near_the_gate_few_runs_are_wrong() -> None:
+    known, kept = drawn(400, 250, 220, RUNS)
+    for gate, wrong_side in ((0.87, 1), (0.89, 0)):
+        capital = capitals(known, kept, gate, 400)
+        first = [np.where((side >= WON).any(axis=1), (side >= WON).argmax(axis=1), 400) for side in capital]
+        assert (first[wrong_side] < first[1 - wrong_side]).mean() <= LEVEL / 2
+
+
+def test_the_confidence_sequence_holds_the_share_of_all_facts() -> None:
+    known, kept = drawn(400, 250, 220, 400)
+    stops = [decide(*run, 0.8, 400) for run in zip(known, kept, strict=True)]
+    held = sum(stop.kept.low <= 0.88 <= stop.kept.high for stop in stops)
+    assert held / len(stops) >= 1 - LEVEL
+
+
+def by_hand(known: np.ndarray, kept: np.ndarray, gate: float, of: int) -> list[tuple[float, float]]:
+    """The capital of both players, player by player and fact by fact."""
+    purses, seen, after = [[1.0, 1.0] for _ in FRACTIONS], 0.0, []
+    for number, (knows, keeps) in enumerate(zip(known, kept, strict=True)):
+        value, mean = (float(keeps) - gate if knows else 0.0), -seen / (of - number)
+        for purse, bet in zip(purses, FRACTIONS, strict=True):
+            purse[0] *= 1 + bet / (gate + mean) * (value - mean)
+            purse[1] *= 1 - bet / (1 - gate - mean) * (value - mean)
+        seen += value
+        after.append(tuple(math.fsum(purse[side] for purse in purses) / len(purses) for side in (0, 1)))
+    return after
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.2, 0.8), st.integers(1, 30))
+def test_the_capital_is_that_of_a_plain_reference(seed: int, gate: float, number: int) -> None:
+    random = np.random.default_rng(seed)
+    known = random.random(number) < 0.7
+    kept = known & (random.random(number) < 0.6)
+    above, below = capitals(known, kept, gate, 200)
+    for one, other, (up, down) in zip(above, below, by_hand(known, kept, gate, 200), strict=True):
+        assert one == pytest.approx(math.log(up), abs=1e-9)
+        assert other == pytest.approx(math.log(down), abs=1e-9)
+
+
+def test_the_capital_falls_and_rises_with_the_gate_so_that_what_is_left_is_an_interval() -> None:
+    known, kept = drawn(300, 200, 170, 1)
+    gates = np.linspace(0.05, 0.99, 60)
+    found = [capitals(known[0, :120], kept[0, :120], gate, 300) for gate in gates]
+    above, below = (np.minimum([pair[side] for pair in found], 100.0) for side in (0, 1))
+    assert (np.diff(above, axis=0) <= 1e-9).all()
+    assert (np.diff(below, axis=0) >= -1e-9).all()
+
+
+@pytest.mark.parametrize("gate", [0.8, 0.99])
+def test_it_takes_under_a_third_of_the_facts_where_the_share_is_not_near_the_gate(gate: float) -> None:
+    # As many as atlas has, of which SmolLM2 knows as many and keeps as many without pruning.
+    known, kept = drawn(4021, 2480, 2270, 20)
+    took = [decide(*run, gate, 4021).facts for run in zip(known, kept, strict=True)]
+    assert max(took) < 4021 / 3
+
+
+def test_after_all_facts_the_share_itself_decides() -> None:
+    known, kept = np.ones(10, dtype=bool), np.arange(10) < 9
+    assert decide(known[:5], kept[:5], 0.9, 10) is None
+    for gate, met in ((0.9, True), (0.91, False)):
+        stop = decide(known, kept, gate, 10)
+        assert (stop.facts, stop.of, stop.known, stop.kept.value, stop.met) == (10, 10, 10, 0.9, met)
+
+
+def test_what_cannot_be_any_more_is_decided_at_once() -> None:
+    everything = np.ones(40, dtype=bool)
+    # One lost fact is enough for 100 %, and one that is kept for 0 %.
+    assert decide(everything, np.arange(40) != 7, 1.0, 1000).facts == 8
+    assert decide(everything, np.arange(40) == 7, 0.0, 1000).facts == 8
+    # 40 of 42 facts are kept: at least half is.
+    assert decide(everything, everything, 0.5, 42).met
+
+
+def test_facts_that_the_original_does_not_know_say_nothing() -> None:
+    nothing = np.zeros(50, dtype=bool)
+    assert decide(nothing, nothing, 0.9, 100) is None
+    assert decide(nothing, nothing, 0.9, 50) is None
+
+
+def test_the_interval_lies_on_the_side_of_the_answer() -> None:
+    known, kept = drawn(2000, 1200, 1100, 10)
+    for gate in (0.8, 0.99):
+        for run in zip(known, kept, strict=True):
+            stop = decide(*run, gate, 2000)
+            assert stop.facts < 2000
+            assert stop.kept.low <= stop.kept.value <= stop.kept.high
+            assert stop.kept.low >= gate if stop.met else stop.kept.high <= gate
