@@ -133,6 +133,7 @@ def report_page(card: Card) -> Iterator[str]:
     yield from textwrap.wrap(card.verdict, WIDTH)
     yield ""
     if len(card.comparisons) == 1:
+        yield from _next(card.comparisons[0])
         if card.comparisons[0].probes:
             yield from _grades(card.comparisons[0])
         yield from _probes(card.comparisons[0])
@@ -142,6 +143,13 @@ def report_page(card: Card) -> Iterator[str]:
     for warning in _warnings(card):
         yield ""
         yield from _wrapped(f"! {warning}")
+
+
+def _next(comparison: Comparison) -> Iterator[str]:
+    if comparison.next:
+        # It may hold a command, which no line may break within a word.
+        yield from textwrap.wrap(comparison.next, WIDTH, break_on_hyphens=False)
+        yield ""
 
 
 def _warnings(card: Card) -> Iterator[str]:

@@ -492,6 +492,55 @@ def recipe_of(
     return Recipe((*removals, *chosen), module_map, calibration)
 
 
+def convert_options(recipe: Recipe) -> list[str] | None:
+    """The options of `convert` that give this recipe; None where these cannot say it, and a file must.
+
+    >>> convert_options(Recipe((Prune(0.1, where=Where(("attention",))), Quantize("int8", Where(("attention",))))))
+    ['--scope', 'attention', '--prune', '0.1', '--quantize', 'int8']
+    """
+    given = {name: value for step in recipe.steps for name, value in _options_of(step).items()}
+    if recipe.calibration:
+        given |= {"calibration": recipe.calibration.text, "calibration_tokens": recipe.calibration.tokens}
+    own = {name: given.pop(name) for name in list(given) if name not in RECIPE_OPTIONS}
+    where = next((step.where for step in recipe.steps if isinstance(step, Prune | Quantize)), recipe.steps[0].where)
+    try:
+        if recipe_of(where, module_map=recipe.module_map, parameters=own, **given) != recipe:
+            return None
+    except UsageError:
+        return None
+    placed = {"scope": where.scope, "include": where.include, "exclude": where.exclude, "layers": where.layers}
+    said = placed | {"module_map": recipe.module_map} | given | own
+    return [word for name, value in said.items() if value != _USUAL.get(name) for word in _as_words(name, value)]
+
+
+# What an option of `convert` says where it is left out.
+_USUAL: dict[str, Any] = {
+    **{"scope": DEFAULT_SCOPES, "module_map": "structural", "prune_method": METHODS.first, "rounding": ROUNDINGS[0]},
+    **{"calibration": Calibration.text, "calibration_tokens": Calibration.tokens},
+    **{"per_layer": False, "norm": 1, "dim": 0, "seed": 0},
+}
+
+
+def _options_of(step: Step) -> dict[str, Any]:
+    """What says one step, by the names of `recipe_of`, with the parameters of its method or scheme among them."""
+    if isinstance(step, DropBlocks):
+        return {"drop_blocks": step.blocks}
+    if isinstance(step, DropNeurons):
+        return {"drop_neurons": step.amount}
+    if isinstance(step, Quantize):
+        return {"quantize": step.scheme, "rounding": step.rounding, "smooth": step.smooth, **step.chosen.changed()}
+    shared = {name: getattr(step, name) for name in SHARED}
+    return {"prune": step.amount, "prune_method": step.method, **step.chosen.changed(), **shared}
+
+
+def _as_words(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option] if value else []
+    values = value if isinstance(value, tuple) else () if value is None else (value,)
+    return [word for each in values for word in (option, f"{each:g}" if isinstance(each, float) else str(each))]
+
+
 def _removals(where: Where, blocks: int | str | None, neurons: float | None) -> list[Step]:
     """The steps that leave something out; of a scope, only the sides of an encoder-decoder model narrow them."""
     side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()

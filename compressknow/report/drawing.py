@@ -82,6 +82,7 @@ class Chart:
     title, told : its name, and its figures in words, for those who cannot see it.
     draw : draws on axes of the page's look; colours are `INK`, `MUTED`, `RULE`, `PAPER` and `SERIES` of this module.
     height : in the units of `WIDTH`.
+    heading : what stands above it where it is one of several side by side.
     """
 
     kind: ClassVar[str] = "chart"
@@ -89,6 +90,7 @@ class Chart:
     told: str
     draw: Callable[[Axes], object]
     height: int = 200
+    heading: str = ""
 
     def svg(self, id: str) -> str:
         """The SVG element; `id` as in `axes`."""

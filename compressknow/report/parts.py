@@ -173,7 +173,7 @@ class Charts:
     """Charts side by side where there is room, under one title where they have one; Markdown leaves them out."""
 
     kind: ClassVar[str] = "charts"
-    charts: tuple[Drawn, ...]
+    charts: tuple[Drawn | Chart, ...]
     title: str = ""
 
 
@@ -268,6 +268,9 @@ def drawn(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
         if isinstance(part, Chart):
             if charts:
                 yield _draw(part, f"{id}-{number}")
+        elif isinstance(part, Charts):
+            if charts:
+                yield replace(part, charts=tuple(_drawn(c, f"{id}-{number}-{i}") for i, c in enumerate(part.charts, 1)))
         elif isinstance(part, Beside):
             chart = _draw(part.chart, f"{id}-{number}") if charts and isinstance(part.chart, Chart) else None
             yield replace(part, chart=chart, table=_table(part.table, charts))
@@ -275,6 +278,10 @@ def drawn(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
             yield replace(part, parts=tuple(drawn(part.parts, f"{id}-{number}", charts)))
         else:
             yield _table(part, charts) if isinstance(part, Table) else part
+
+
+def _drawn(chart: Chart | Drawn, id: str) -> Drawn:
+    return replace(_draw(chart, id), title=chart.heading) if isinstance(chart, Chart) else chart
 
 
 def _draw(chart: Chart, id: str) -> Drawn:

@@ -81,6 +81,7 @@ class Comparison:
     ----------
     certainty : of the figures over all probes, with the relations of each as clusters of their own.
     early : how a gate was decided before all facts were evaluated, if it was.
+    next : what to do next, from these numbers, in one line; empty where they carry no advice.
     measured : by section of the card, by probe: what the section itself measured, as values for JSON.
     left_out : sections of other packages that failed and are not shown, and why: a warning of the card.
     texts : what both gave to running texts; these are none of `probes`, which have facts.
@@ -98,6 +99,7 @@ class Comparison:
     warnings: tuple[str, ...]
     certainty: Certainty = NOT_MEASURED
     early: EarlyStop | None = None
+    next: str = ""
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     texts: tuple[TextFigures, ...] = ()

@@ -14,6 +14,7 @@ from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.facts import DOMAINS
 from compressknow.probe.records import ProbeEntry
 from compressknow.stats.clusters import difference_by_cluster, kept_by_cluster
+from compressknow.stats.confidence import confidence, confidence_of, has_confidence
 from compressknow.stats.distributions import (
     POPULARITY_BINS,
     bin_names,
@@ -65,6 +66,7 @@ def compare_probe(
         logp_change=percentiles([change for pair in pairs if (change := _logp_change(pair)) is not None]),
         **_rank_figures(pairs),
         **_confidence_figures(pairs),
+        confidence=confidence(pairs),
         by_subject=tuple(sorted(by_subject, key=lambda group: domain_order(group.name))),
         by_popularity=_by_popularity(pairs),
         **_given(entry_original),
@@ -287,30 +289,14 @@ def _confidence_figures(pairs: Sequence[Pair]) -> dict[str, Any]:
 
     Where any text may be given, the probabilities are those of its first token, not of the answer: there are none.
     """
-    usable = [pair for pair in pairs if all(map(_has_confidence, pair))]
+    usable = [pair for pair in pairs if all(map(has_confidence, pair))]
     sides = list(zip(*usable, strict=True)) or [(), ()]
-    sure = [[_confidence(answer) for answer in side] for side in sides]
+    sure = [[confidence_of(answer) for answer in side] for side in sides]
     right = [[answer.correct for answer in side] for side in sides]
     return {
         "ece": _both(*(ece(s, r) for s, r in zip(sure, right, strict=True))),
         "brier": _both(*(brier(s, r) for s, r in zip(sure, right, strict=True))),
     }
-
-
-def _has_confidence(answer: Answer) -> bool:
-    logp = answer.top5_logp
-    # A model that broke computes NaN: a warning says so, and no mean may be made of it.
-    return answer.choices is not None and bool(logp) and math.isfinite(logp[0]) and not any(map(math.isnan, logp))
-
-
-def _confidence(answer: Answer) -> float:
-    """The probability that the model gives to its answer. Where the five most likely answers are all there are, it is
-    the share among them: a long choice has a tiny probability as text even where the model has no doubt.
-    """
-    logp = answer.top5_logp
-    if answer.choices is not None and answer.choices <= len(logp):
-        return 1 / math.fsum(math.exp(other - logp[0]) for other in logp)
-    return math.exp(min(logp[0], 0.0))
 
 
 def _both(before: float | None, after: float | None) -> tuple[float, float] | None:

@@ -127,6 +127,49 @@ NOT_MEASURED = Certainty()
 
 
 @dataclass(frozen=True, slots=True)
+class Third:
+    """Known facts by how sure the original was of its answer: its confidence from `low` to `high` (0 to 1)."""
+
+    name: str
+    low: float
+    high: float
+    counts: Counts
+    kept: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """Answers of one bin of confidence: how many, how many of these right, and their mean confidence (0 to 1)."""
+
+    facts: int
+    right: int
+    confidence: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """How sure both models are of their answers.
+
+    Attributes
+    ----------
+    thirds : of the facts that the original knew, by its confidence, the most confident first; empty for too few.
+    median : of the original's confidence over all facts.
+    wrong_original, wrong_compressed : wrong answers of each, and `confidently_wrong_...` those of them that it is surer
+        of than the original's median.
+    reliability_original, reliability_compressed : calibration of each, by bins of equal width from 0 to 1.
+    """
+
+    thirds: tuple[Third, ...]
+    median: float
+    wrong_original: int
+    wrong_compressed: int
+    confidently_wrong_original: int
+    confidently_wrong_compressed: int
+    reliability_original: tuple[ReliabilityBin, ...]
+    reliability_compressed: tuple[ReliabilityBin, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EarlyStop:
     """A gate that was decided by the first facts of a random order.
 
@@ -190,6 +233,7 @@ class ProbeFigures:
     limit: int | None
     seed: int
     certainty: Certainty = NOT_MEASURED
+    confidence: Confidence | None = None
 
 
 @dataclass(frozen=True, slots=True)

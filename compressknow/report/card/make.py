@@ -13,15 +13,15 @@ from compressknow.probe.answers import Answers
 from compressknow.probe.records import ModelRecord
 from compressknow.report.card import assembly
 from compressknow.report.card import warnings as warnings
+from compressknow.report.card.advice import advice, facts_needed, widest
 from compressknow.report.card.method import method
 from compressknow.report.card.section import ProbeAnswers
-from compressknow.report.card.verdict import grades, in_words, labels_of, verdict, verdict_of_several
+from compressknow.report.card.verdict import grades, in_words, labels_of, rounded_up, verdict, verdict_of_several
 from compressknow.report.records import Card, Comparison, ModelFacts
 from compressknow.report.texts import METHOD as TEXT_METHOD
 from compressknow.report.texts import sentence, sentence_of_several
 from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.paired import Pair, certainty, changed_facts, compare_probe, paired
-from compressknow.stats.power import facts_to_decide
 from compressknow.stats.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.stats.text import text_figures
 
@@ -174,30 +174,25 @@ def _met(comparison: Comparison, fail_under: float, strict: bool) -> bool | None
         return comparison.early.met
     if kept is None or not strict:
         return kept is not None and kept >= fail_under
-    low, high = _widest(comparison)
+    low, high = widest(comparison)
     if low < fail_under <= high:
         return None
     return low >= fail_under
 
 
-def _widest(comparison: Comparison) -> tuple[float, float]:
-    """From the lowest end of both intervals to the highest."""
-    both = (comparison.kept, comparison.certainty.kept)
-    return min(e.low for e in both if e.low is not None), max(e.high for e in both if e.high is not None)
-
-
 def _ends(comparison: Comparison) -> str:
-    low, high = _widest(comparison)
+    low, high = widest(comparison)
     return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
 def _more_facts(unsure: Sequence[Comparison], fail_under: float) -> str:
     """How many known facts would tell of all, were the shares kept as they are."""
-    needed = [facts_to_decide(c.counts.kept or 0.0, fail_under) for c in unsure]
-    known = max((number for number in needed if number), default=0)
-    if None in needed or known <= max(c.counts.known_before for c in unsure):
+    needed = [facts_needed(comparison, fail_under) for comparison in unsure]
+    known = [number for number in needed if number is not None]
+    if len(known) < len(needed):
         return "Evaluate more facts (--limit, more probes), or leave out --strict to go by the share alone."
-    return f"Evaluate more facts (--limit, more probes): about {count(known)} that the original knows would tell."
+    about = rounded_up(max(*known, *(c.counts.known_before + 1 for c in unsure)))
+    return f"Evaluate more facts (--limit, more probes): about {about} that the original knows would tell."
 
 
 def _shortfall(label: str, counts: Counts) -> str:
@@ -225,7 +220,7 @@ def compare(
     graded = grades(figures)
     sure = certainty([group.counts for probe in figures for group in probe.by_relation])
     said = verdict(before.name, counts, kept, p, sure) if probes else ""
-    return Comparison(
+    compared = Comparison(
         model=model,
         verdict=" ".join(filter(None, (said, *map(sentence, texts), in_words(early)))),
         kept=kept,
@@ -246,6 +241,7 @@ def compare(
             *warnings.of_early(early),
         ),
     )
+    return replace(compared, next=advice(compared))
 
 
 def _of_text(original: Answers, compressed: Answers, name: str) -> TextFigures:

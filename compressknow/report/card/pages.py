@@ -103,6 +103,7 @@ def comparison_json(comparison: Comparison, show_facts: bool) -> dict[str, Any]:
         **estimate_to_json("kept", comparison.kept),
         **certainty_to_json(comparison.certainty),
         "early": early_to_json(comparison.early),
+        "next": comparison.next or None,
         "mcnemar_p": comparison.p,
         "grades": {grade.subject: grade.grade for grade in comparison.grades},
         "grade_details": {grade.subject: _grade(grade) for grade in comparison.grades},

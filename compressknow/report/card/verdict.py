@@ -110,10 +110,10 @@ def could_be_seen(counts: Counts, certainty: Certainty) -> str:
         return (
             ""
             if more is None
-            else f"{known} no net loss could be told from chance; {_about(more)} would show 2 points."
+            else f"{known} no net loss could be told from chance; {rounded_up(more)} would show 2 points."
         )
     said = f"{known} a net loss under {100 * certainty.smallest_loss:.2g} points would go unseen"
-    return f"{said}; {_about(more)} would show 2." if more and certainty.smallest_loss > SMALL else f"{said}."
+    return f"{said}; {rounded_up(more)} would show 2." if more and certainty.smallest_loss > SMALL else f"{said}."
 
 
 def in_words(early: EarlyStop | None) -> str:
@@ -135,8 +135,12 @@ sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs).
     )
 
 
-def _about(facts: int) -> str:
-    """Two digits of it, rounded up."""
+def rounded_up(facts: int) -> str:
+    """About how many: two digits, rounded up.
+
+    >>> rounded_up(4514), rounded_up(94)
+    ('4,600', '94')
+    """
     step = 10 ** max(0, len(str(facts)) - 2)
     return count(-(-facts // step) * step)
 

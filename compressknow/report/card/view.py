@@ -64,6 +64,7 @@ class Compared:
     headline: str
     summary: str
     verdict: str
+    next: str
     warnings: tuple[str, ...]
     grades: tuple[GradeRow, ...]
     total: GradeRow
@@ -181,6 +182,7 @@ def _compared(card: Card, comparison: Comparison, id: str, name: str, limits: Li
         headline=headline_of(comparison),
         summary=f"{_summary(comparison)}, {size(after)}",
         verdict=plain(comparison.verdict, 1000),
+        next=plain(comparison.next, 1000),
         warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
         grades=tuple(_grade_row(grade) for grade in comparison.grades),
         total=GradeRow("All subjects", _of(counts), *_kept_and_interval(comparison.kept), "", "", comparison.kept),

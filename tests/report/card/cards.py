@@ -6,7 +6,18 @@ import math
 from dataclasses import replace
 
 from compressknow.report.records import Card, Comparison, Grade, ModelFacts, Speed
-from compressknow.stats.records import Certainty, ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
+from compressknow.stats.records import (
+    Certainty,
+    ChangedFact,
+    Confidence,
+    Counts,
+    Estimate,
+    Group,
+    Movement,
+    ProbeFigures,
+    ReliabilityBin,
+    Third,
+)
 
 # Relation, school subject, and its facts by what both models knew.
 ATLAS = (
@@ -143,7 +154,31 @@ def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bo
         limit=None,
         seed=0,
         certainty=certainty(kept(counts), len(groups)),
+        confidence=confidence(counts) if popular else None,
     )
+
+
+def confidence(counts: Counts) -> Confidence:
+    """A compressed model that is too sure; two bins are empty, and one has few answers."""
+    known, lost = counts.known_before // 3, counts.lost
+    parts = [Counts(max(0, known - each), min(known, each)) for each in (lost // 6, lost // 3, lost // 2)]
+    names = ("most confident third", "middle third", "least confident third")
+    ends = ((0.62, 0.99), (0.31, 0.61), (0.02, 0.31))
+    bins = [
+        (41, 0.05),
+        (60, 0.1),
+        (0, None),
+        (88, 0.24),
+        (7, 0.31),
+        (0, None),
+        *((55, i / 15 - 0.03) for i in range(7, 16)),
+    ]
+    sides = [
+        tuple(ReliabilityBin(facts, round(facts * less * (at or 0)), at) for facts, at in bins) for less in (0.97, 0.8)
+    ]
+    thirds = (Third(name, *end, part, kept(part)) for name, end, part in zip(names, ends, parts, strict=True))
+    wrong = counts.n - counts.known_before, counts.n - counts.known_after
+    return Confidence(tuple(thirds), 0.44, *wrong, 61, 97, *sides)
 
 
 def certainty(kept: Estimate, relations: int) -> Certainty:
@@ -245,6 +280,7 @@ def comparison(
         lost=facts(LOST, lost, lost=True),
         gained=facts(GAINED, gained, lost=False),
         certainty=certainty(estimate, len(every)),
+        next="Next: evaluate more facts: about 900 that the original knows would tell whether 95 % is kept.",
         warnings=("Common sense: the original knows too little of it for a grade that means much.",),
     )
 

@@ -17,6 +17,7 @@ SECTIONS: Registry[Section] = Registry(
         "popularity": f"{_HERE}.groups:Popularity",
         "layers": f"{_HERE}.models:Layers",
         "text": f"{_HERE}.text:Text",
+        "confidence": f"{_HERE}.confidence:Confident",
         "certainty": f"{_HERE}.certainty:HowSure",
         "figures": f"{_HERE}.figures:Figures",
         "speed": f"{_HERE}.models:Speed",

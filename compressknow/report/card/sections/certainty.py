@@ -47,7 +47,9 @@ class HowSure(Section):
         if not columns or context.limits.relations is not None:
             return
         rows = tuple((name, *(write(each) for each in columns)) for name, write in _ROWS)
-        yield Table("How sure the figures are", ("Estimate", *(each[0] for each in columns)), rows, captioned=False)
+        yield Table(
+            "Intervals, and the smallest loss seen", ("Estimate", *(each[0] for each in columns)), rows, captioned=False
+        )
         yield from _without_clusters(columns)
 
     def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
