@@ -16,12 +16,14 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
-def millions(number: int) -> str:
-    """A count of parameters, short: ``134.5 M``.
+def millions(number: int | None) -> str:
+    """A count of parameters, short: ``134.5 M``; a dash where it is not known.
 
-    >>> millions(134_515_008), millions(6_607_000_000), millions(950)
-    ('134.5 M', '6.61 B', '950')
+    >>> millions(134_515_008), millions(6_607_000_000), millions(950), millions(None)
+    ('134.5 M', '6.61 B', '950', '-')
     """
+    if number is None:
+        return NONE
     if number < 100_000:
         return count(number)
     if number < 1_000_000_000:
@@ -45,12 +47,15 @@ def percent(part: int, whole: int) -> str:
     return "> 99.9 %" if share > 99.9 else f"{share:.1f} %"
 
 
-def size(number: int) -> str:
-    """Bytes in decimal units, as disks and the Hub count them: 1 MB is 10^6 bytes (MiB would be 2^20).
+def size(number: int | None) -> str:
+    """Bytes in decimal units, as disks and the Hub count them: 1 MB is 10^6 bytes (MiB would be 2^20). A dash where it
+    is not known.
 
-    >>> size(269_060_552), size(1_500_000_000), size(999)
-    ('269.1 MB', '1.50 GB', '999 bytes')
+    >>> size(269_060_552), size(1_500_000_000), size(999), size(None)
+    ('269.1 MB', '1.50 GB', '999 bytes', '-')
     """
+    if number is None:
+        return NONE
     for unit, factor, digits in (("GB", 10**9, 2), ("MB", 10**6, 1), ("kB", 10**3, 1)):
         if number >= factor:
             return f"{number / factor:,.{digits}f} {unit}"
@@ -139,13 +144,13 @@ def number(value: float | None, digits: int = 3) -> str:
     return (text if float(text) else f"{value:.7f}".rstrip("0").rstrip(".")).replace("-", MINUS)
 
 
-def smaller(before: int, after: int) -> str:
-    """How a size changed, in words.
+def smaller(before: int | None, after: int | None) -> str:
+    """How a size changed, in words; a dash where one is not known.
 
-    >>> smaller(200, 150), smaller(100, 103), smaller(7, 7), smaller(0, 7)
-    ('25.0 % smaller', '3.0 % larger', 'the same size', '-')
+    >>> smaller(200, 150), smaller(100, 103), smaller(7, 7), smaller(0, 7), smaller(7, None)
+    ('25.0 % smaller', '3.0 % larger', 'the same size', '-', '-')
     """
-    if not before:
+    if not before or after is None:
         return NONE
     if before == after:
         return "the same size"

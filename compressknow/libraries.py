@@ -21,7 +21,9 @@ OPTIONAL = {
     "optuna": "'compressknow[search]'",
     "pyarrow": "pyarrow",
     "ray": "'compressknow[ray]'",
+    "requests": "requests",
     "scipy": "scipy",
+    "urllib3": "urllib3",
 }
 # Others whose name for pip is another.
 _NAMES = {"compressed_tensors": "compressed-tensors", "yaml": "pyyaml"}

@@ -40,7 +40,7 @@ CHEAPER = {
 # These take longest: they run on the page of their command alone.
 LONG = ("sweep", "search")
 # Needs a network, a cluster, an accelerator, or half a minute of imports.
-ELSEWHERE = re.compile(r"hf:[A-Za-z]|lm-eval:|--ray|\.gguf|cuda|^[\w-]+/[\w.-]+$")
+ELSEWHERE = re.compile(r"https?:|hf:[A-Za-z]|lm-eval:|--ray|\.gguf|cuda|^[\w-]+/[\w.-]+$")
 LOCAL = ("build", "examples", "data", "answers", "study", "found")
 # Reads weights and no more than them: the same on every machine.
 FIXED = ("inspect", "convert", "verify", "compare")

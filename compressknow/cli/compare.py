@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.options import EVALUATE, RUNS, Share, command, option, probe_options, probes_help, split_options
+from compressknow.cli.options import (
+    EVALUATE,
+    RUNS,
+    Share,
+    command,
+    option,
+    probe_options,
+    probes_help,
+    split_options,
+)
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json

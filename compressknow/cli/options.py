@@ -33,6 +33,8 @@ GROUPS = (COMPRESS, HOW, CALIBRATION, EVALUATE, RUNS, OUTPUT)
 NAMES = 22
 FACTS = ("data", "protocol", "template", "limit", "seed", "context", "map", "split", "tasks")
 RUNNING = ("device", "dtype", "batch_size", "trust_remote_code")
+# Of those, what is said of a server alone, by the name that a command's argument MODEL leaves.
+SERVING = {"model_name": "model", "parallel": "parallel", "timeout": "timeout"}
 TRUST = "Run the Python code that the checkpoint contains."
 REVISION = "Branch, tag or commit of a Hub id."
 
@@ -166,6 +168,25 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a server is asked."""
+    return _all(
+        command,
+        _runs("--model", "model_name", metavar="NAME", help="On a server with several models: which."),
+        _runs(
+            "--parallel", type=click.IntRange(1), default=4, show_default=True, help="Requests at a time to a server."
+        ),
+        _runs(
+            "--timeout",
+            type=click.FloatRange(0, min_open=True),
+            metavar="SECONDS",
+            default=120,
+            show_default=True,
+            help="How long a server may take to answer.",
+        ),
+    )
+
+
 def _all(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
     for each in reversed(options):
         command = each(command)
@@ -181,7 +202,9 @@ def split_options(given: dict[str, Any]) -> tuple[Options, Settings]:
     facts = {name: given.pop(name) for name in FACTS}
     columns = parse_columns(facts.pop("map"))
     facts["protocol"] = facts["protocol"].lower()
-    return Options(columns=columns, **facts), Settings(**{name: given.pop(name) for name in RUNNING})
+    running = {name: given.pop(name) for name in RUNNING}
+    running |= {field: given.pop(name) for name, field in SERVING.items() if name in given}
+    return Options(columns=columns, **facts), Settings(**running)
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from compressknow.cli.options import (
     option,
     probe_options,
     probes_help,
+    server_options,
     split_options,
 )
 from compressknow.cli.run import RESUMES, if_interrupted
@@ -44,6 +45,7 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
     help="Folder for the answers; a stopped run resumes.",
 )
 @probe_options
+@server_options
 @option(
     "--reference",
     group=EVALUATE,
@@ -55,8 +57,8 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
 def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Evaluate MODEL on facts, and store its answers in a folder.
 
-    MODEL is a local folder, FOLDER/FILE.gguf or a Hub id: a masked, causal or sequence-to-sequence language model. A
-    stopped run resumes.
+    MODEL is a local folder, FOLDER/FILE.gguf, a Hub id or a server, http://HOST:PORT: a masked, causal or
+    sequence-to-sequence language model. A stopped run resumes.
 
     \b
     compressknow probe MODEL -p atlas -o answers/original

@@ -10,7 +10,17 @@ from typing import Any
 
 import click
 
-from compressknow.cli.options import EVALUATE, RUNS, Share, command, option, probe_options, probes_help, split_options
+from compressknow.cli.options import (
+    EVALUATE,
+    RUNS,
+    Share,
+    command,
+    option,
+    probe_options,
+    probes_help,
+    server_options,
+    split_options,
+)
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.files import as_text
@@ -32,6 +42,7 @@ from compressknow.stats.records import Estimate
     help="Report file, repeatable: .html, .md or .json.",
 )
 @probe_options
+@server_options
 @option("--fail-under", type=Share(), metavar="SHARE", help="Exit with 3 if less is kept: 0.95, or 95%.")
 @option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")
 @option("--early", is_flag=True, help="Evaluate only as many facts as --fail-under needs.", group=EVALUATE)
@@ -64,7 +75,8 @@ def report(
 ) -> None:
     """Evaluate ORIGINAL and each COMPRESSED model on the same facts, and report what is kept, lost and gained.
 
-    Each is a local folder, FOLDER/FILE.gguf, a Hub id, or an answers folder that `probe` wrote.
+    Each is a local folder, FOLDER/FILE.gguf, a Hub id, a server (http://HOST:PORT), or an answers folder that `probe`
+    wrote.
 
     \b
     compressknow report MODEL CONVERTED -o report.html

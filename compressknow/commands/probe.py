@@ -28,7 +28,7 @@ def probe(
 
     Parameters
     ----------
-    model : a local folder, ``FOLDER/FILE.gguf`` or a hub id.
+    model : a local folder, ``FOLDER/FILE.gguf``, a hub id, or the address of a server, ``http://HOST:PORT``.
     folder : where the answers are kept; what it holds of this model already is not evaluated again.
     probes : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
     reference : answers folder of the original model: its most likely tokens are scored, so that the distance of the

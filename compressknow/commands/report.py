@@ -35,7 +35,8 @@ def report(
 
     Parameters
     ----------
-    original, compressed : local folders, ``FOLDER/FILE.gguf``, hub ids, or answers folders that `probe` wrote.
+    original, compressed : local folders, ``FOLDER/FILE.gguf``, hub ids, addresses of servers, or answers folders that
+        `probe` wrote.
     probes : names; see `compressknow.probe`.
     outputs : files to write: ``.html``, ``.md``, ``.json``.
     options, settings : see `compressknow.probe`.

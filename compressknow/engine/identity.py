@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from compressknow.errors import CheckpointError
+from compressknow.errors import CheckpointError, UsageError
 from compressknow.files import name_of
-from compressknow.model.checkpoint import open_checkpoint, weight_files
+from compressknow.model.checkpoint import is_address, open_checkpoint, weight_files
 from compressknow.model.tensors import DTYPE_SIZES
 from compressknow.reading import open_regular
 
@@ -31,11 +32,12 @@ _DECISIVE = (
 
 @dataclass(frozen=True)
 class Located:
-    """A model on this machine: `path` is a checkpoint folder, or a GGUF file in one."""
+    """A model on this machine: `path` is a checkpoint folder, or a GGUF file in one; or one on the server at `url`."""
 
     name: str
     path: Path
     revision: str | None = None
+    url: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -43,7 +45,9 @@ class Located:
 
     @property
     def files(self) -> list[Path]:
-        """The files that decide what the model answers, weights first."""
+        """The files that decide what the model answers, weights first; none of one on a server."""
+        if self.url is not None:
+            return []
         if self.path.suffix == ".gguf":
             return [self.path]
         # Modelling code too: it is run where the user trusts it.
@@ -53,10 +57,13 @@ class Located:
 
 
 def locate(model: str | Path, revision: str | None = None) -> Located:
-    """Find a model: a local folder, ``FOLDER/FILE.gguf`` or a hub id, which is downloaded.
+    """Find a model: a local folder, ``FOLDER/FILE.gguf``, a hub id, which is downloaded, or the address of a server,
+    which is not asked yet.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError where there is none, UsageError where an address cannot be one.
     """
+    if is_address(model):
+        return served_at(str(model))
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -69,6 +76,29 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
             hint="Download or save the checkpoint again, or give FOLDER/FILE.gguf.",
         )
     return Located(checkpoint.name, checkpoint.folder, checkpoint.revision)
+
+
+def served_at(address: str) -> Located:
+    """A model on a server. Raises UsageError where the address names no host, or holds what must not be shown.
+
+    >>> served_at("http://localhost:8080/v1/").url
+    'http://localhost:8080'
+    """
+    try:
+        parts = urlsplit(address)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host:
+        raise UsageError("The server's address cannot be read.", hint="Give it as http://HOST:PORT.")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        # What stands there may be a secret: it is not repeated.
+        raise UsageError(
+            "The server's address holds more than host, port and path.",
+            hint="Give it as http://HOST:PORT, and a key in the environment: COMPRESSKNOW_API_KEY.",
+        )
+    path = parts.path.rstrip("/").removesuffix("/v1")
+    return Located(parts.netloc, Path(), url=f"{parts.scheme}://{parts.netloc}{path}")
 
 
 def fingerprint(located: Located, read: Callable[[int], None] | None = None) -> str:
@@ -99,7 +129,9 @@ def describe(located: Located) -> dict[str, Any]:
     checkpoint, setup, recipe, source, zeros, groups and removed as its manifest has them, and calibration as
     `calibration_of` has it.
     """
-    described = {"name": located.name, "revision": located.revision}
+    described: dict[str, Any] = {"name": located.name, "revision": located.revision}
+    if located.url is not None:
+        return described
     if located.path.suffix == ".gguf":
         return described | {"bytes": located.path.stat().st_size, "dtype": "GGUF", "quantization": "GGUF"}
     checkpoint = open_checkpoint(located.path)

@@ -159,8 +159,23 @@ def _read_weights(path: Path) -> dict[str, StoredTensor]:
     return read_header(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
 
+def is_address(model: str | Path) -> bool:
+    """Whether a model is named by the address of a server."""
+    return isinstance(model, str) and model.lower().startswith(("http://", "https://"))
+
+
+def no_files(model: str | Path) -> CheckpointError:
+    """The error for what needs a model's files, of one on a server."""
+    return CheckpointError(
+        f"{model} is a server: the files of its model are not here.",
+        hint="Give the checkpoint folder. `probe` and `report` take the address of a server.",
+    )
+
+
 def refuse_no_checkpoint(model: str | Path) -> None:
     """Raise CheckpointError where `model` can be neither a checkpoint folder nor a hub id; looks into no file."""
+    if is_address(model):
+        raise no_files(model)
     path = Path(model)
     if path.is_dir():
         return

@@ -32,6 +32,8 @@ SCHEMA_VERSION = 1
 # The distribution at the answer's first position is kept for this many of the original's most likely tokens; all others
 # are one.
 REFERENCE_TOKENS = 256
+# What servers tell at most, unless they are started otherwise.
+SERVER_TOKENS = 20
 TABLE, RECORD = "answers.parquet", "probe.json"
 # exp underflows a little below this in float32; a token that a model rules out entirely would make KL infinite.
 LOGP_FLOOR = -100.0

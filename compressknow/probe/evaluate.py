@@ -186,12 +186,18 @@ def refuse_other_model(reference: Answers, name: str, loaded: Loaded) -> None:
         ("family", before.family, loaded.family),
         ("vocabulary", before.vocabulary, loaded.vocabulary),
     ):
-        if known not in (None, value):
+        if None not in (known, value) and known != value:
             raise CompressknowError(
                 f"{name} is not a compressed version of {before.name}: they differ in {key}.",
                 why=f"{before.name} has {known}, {name} has {value}.",
                 hint="Compare a model with the checkpoint that it was made from.",
             )
+    if loaded.gives_scores != (before.runtime or {}).get("scores", True):
+        raise CompressknowError(
+            f"{name} and {before.name} were not asked in the same way.",
+            why="Of one there are probabilities of candidates; of the other, on a server, only what it writes.",
+            hint="Run both on the same kind of server.",
+        )
 
 
 def first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:

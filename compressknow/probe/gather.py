@@ -136,7 +136,7 @@ class _Gathering:
 
         first, *others = self._handles
         # What is kept of the original's distributions serves models alone that are evaluated beside it.
-        kept_of = first if any(others) else None
+        kept_of = first if first and any(others) and first.runtime.whole_vocabulary else None
         names = [probe.name for probe in self._probes]
         gathered: list[Answers] = []
         number, of = 0, sum(handle is not None for handle in self._handles)
@@ -235,10 +235,13 @@ def find_both(
     Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
     """
     from compressknow.engine.identity import fingerprint, locate
+    from compressknow.model.checkpoint import is_address, no_files
     from compressknow.probe.run import ModelHandle
     from compressknow.quiet import Stage, begun, counted
 
     for named in (a, b):
+        if is_address(named.model):
+            raise no_files(named.model)
         _refuse_answers(Path(named.model))
     first, second = ModelHandle(locate(*a), settings), ModelHandle(locate(*b), settings)
     if first.located.path.resolve() == second.located.path.resolve():

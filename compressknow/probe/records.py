@@ -144,6 +144,15 @@ class ModelRecord(_Part):
     in_calibration: FactsInText | None = None
 
 
+# What stands for the type of weights that nobody knows.
+UNKNOWN = "unknown"
+
+
+def on_server(model: ModelRecord) -> bool:
+    """Whether a server gave the answers."""
+    return (model.runtime or {}).get("name") == "server"
+
+
 @dataclass(frozen=True)
 class Record(_Part):
     """All of ``probe.json``; `answers_sha256` is the hash of the table, which old versions did not write."""

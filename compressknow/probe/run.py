@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressknow._version import __version__
-from compressknow.engine.identity import Located, describe, fingerprint
+from compressknow.engine.identity import Located, describe
 from compressknow.engine.language_model import AUTO, CPU, check_device, device_of
 from compressknow.engine.load import reason_of
 from compressknow.errors import CheckpointError, OutputError, UnsupportedError, UsageError
@@ -82,6 +82,8 @@ class Settings:
     `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
     those of another: logits differ in their last digits. `runtime` is the name of what runs the model; by default
     what is meant for it (see `compressknow.probe.runtimes`).
+
+    `model`, `parallel` and `timeout` are for servers: the model's name there, requests at a time, seconds to wait.
     """
 
     device: str = AUTO
@@ -89,9 +91,14 @@ class Settings:
     batch_size: int = BATCH_SIZE
     trust_remote_code: bool = False
     runtime: str | None = None
+    model: str | None = None
+    parallel: int = 4
+    timeout: float = 120.0
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        if self.parallel < 1 or not self.timeout > 0:
+            raise UsageError(f"--parallel and --timeout must be above 0: {self.parallel}, {self.timeout:g}.")
 
     def here(self) -> Settings:
         """These settings with the device that they mean on this machine; imports torch."""
@@ -118,9 +125,14 @@ class ModelHandle:
         """With the device of this machine. Raises UsageError where it has no such device."""
         return self.runtime.settled(self._settings)
 
+    @property
+    def where(self) -> str:
+        """Where it computes."""
+        return self.runtime.where(self.located, self.settings)
+
     @cached_property
     def sha256(self) -> str:
-        return fingerprint(self.located)
+        return self.runtime.fingerprint(self.located, self.settings)
 
     @cached_property
     def loaded(self) -> Loaded:
@@ -175,12 +187,13 @@ class ModelHandle:
             "family": loaded.family,
             "parameters": loaded.parameters,
             "vocabulary": loaded.vocabulary,
-            "device": str(self.settings.device),
+            "device": self.where,
             "computed_in": loaded.computed_in,
         }
         if runtime := loaded.record():
             evaluated["runtime"] = runtime
-        return ModelRecord.from_dict(self.described() | evaluated)
+        known = {key: value for key, value in evaluated.items() if value is not None}
+        return ModelRecord.from_dict(self.described() | dict(loaded.described()) | known)
 
 
 @dataclass(frozen=True)
@@ -240,6 +253,8 @@ def probe_model(
     """
     refuse_twins(probes)
     beside = beside or Beside()
+    if not handle.runtime.whole_vocabulary:
+        beside = replace(beside, whole=None)
     with locked(folder, wait):
         run = _Run(handle, folder, beside, on_progress)
         if beside.whole and beside.reference:
@@ -318,7 +333,7 @@ class _Run:
         key = _key(handle, probe, self._beside)
         known = self._known(probe.name, key)
         work: Work = "read" if isinstance(probe, RunningText) else "evaluate"
-        stage = Stage(work, handle.located.name, probe.name, facts, handle.settings.device)
+        stage = Stage(work, handle.located.name, probe.name, facts, handle.where)
         chunks: tuple[Chunk, ...] = ()
         answers: list[Answer] = []
         with begun(self._on_progress, stage) as advance:

@@ -44,6 +44,7 @@ class ModelFacts:
 
     Attributes
     ----------
+    parameters, bytes : None where a server that runs it does not say so.
     setup : the paper's name of the setup (`Att_GPQ 20%`), or None for a checkpoint that compressknow did not make.
     quantization : the quantization that its config names, in words, or None.
     groups : by group of layers, as the manifest has it: parameters, zeros_after, pruned, quantized, relative_error.
@@ -58,8 +59,8 @@ class ModelFacts:
     sha256: str
     architecture: str
     family: str
-    parameters: int
-    bytes: int
+    parameters: int | None
+    bytes: int | None
     dtype: str
     setup: str | None = None
     quantization: str | None = None

@@ -76,7 +76,8 @@ def _source(source: Mapping[str, Any]) -> str:
 
 
 def _parameters(model: ModelFacts) -> str:
-    zeros = f", {percent(model.zeros, model.parameters)} of them zero" if model.zeros is not None else ""
+    known = model.zeros is not None and model.parameters is not None
+    zeros = f", {percent(model.zeros or 0, model.parameters or 0)} of them zero" if known else ""
     return f"{millions(model.parameters)}{zeros}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from compressknow.errors import CompressknowError
-from compressknow.probe.answers import REFERENCE_TOKENS, Answer
+from compressknow.probe.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer
 from compressknow.probe.facts import DOMAINS
 from compressknow.probe.records import ProbeEntry
 from compressknow.stats.clusters import difference_by_cluster, kept_by_cluster
@@ -240,7 +240,8 @@ def _movement(pairs: Sequence[Pair]) -> Movement | None:
         return None
     before, after = (math.fsum(column) / len(found) for column in found[:, 1:].T)
     # A smaller vocabulary is compared token by token: all but one, whose probability follows.
-    return _moved(found[:, 0], (before, after) if max(by_size) >= REFERENCE_TOKENS else None)
+    partly = max(by_size) >= REFERENCE_TOKENS or max(by_size) <= SERVER_TOKENS
+    return _moved(found[:, 0], (before, after) if partly else None)
 
 
 def _moved(values: np.ndarray, rest: tuple[float, float] | None) -> Movement | None:

@@ -17,6 +17,7 @@ from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import language_model_of
 from compressknow.engine.load import load_tokenizer
 from compressknow.errors import CompressknowError
+from compressknow.model.checkpoint import no_files
 from compressknow.probe.answers import Answers
 from compressknow.probe.distributions import Distributions
 from compressknow.probe.evaluate import Prompts
@@ -56,6 +57,8 @@ class StudyModel:
         texts: Path | None = None,
     ) -> None:
         located = locate(model, revision)
+        if located.url is not None:
+            raise no_files(model)
         if located.path.suffix == ".gguf":
             raise CompressknowError(
                 f"{model} is a GGUF file: it is quantized already, and cannot be converted.",

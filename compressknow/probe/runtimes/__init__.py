@@ -18,7 +18,10 @@ RUNTIMES = Registry(
     "compressknow.runtimes",
     "runtime",
     Runtime,  # type: ignore[type-abstract]
-    {"transformers": "compressknow.probe.runtimes.transformers:Transformers"},
+    {
+        "transformers": "compressknow.probe.runtimes.transformers:Transformers",
+        "server": "compressknow.probe.runtimes.server:Server",
+    },
 )
 
 

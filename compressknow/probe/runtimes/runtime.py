@@ -63,6 +63,8 @@ class Loaded(abc.ABC):
     vocabulary: str | None = None
     parameters: int | None = None
     language_model: LanguageModel | None = None
+    # Whether it chooses among candidates by log-probabilities; else answers are what it writes.
+    gives_scores: bool = True
 
     @abc.abstractmethod
     def scorer(self, probe: Probe) -> Answering:
@@ -83,6 +85,10 @@ class Loaded(abc.ABC):
         """
         return None
 
+    def described(self) -> Mapping[str, Any]:
+        """What it tells of itself, for the "model" entry, beside what the model's files tell."""
+        return {}
+
     def release(self) -> None:  # noqa: B027
         """Let go of what garbage collection alone does not free."""
 
@@ -94,10 +100,12 @@ class Runtime(abc.ABC):
     ----------
     name : as the user names it with ``--runtime``.
     help : what it is, for ``--help``.
+    whole_vocabulary : whether it tells the distribution over all tokens.
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
+    whole_vocabulary: ClassVar[bool] = True
 
     @abc.abstractmethod
     def reads(self, located: Located) -> bool:
@@ -110,6 +118,16 @@ class Runtime(abc.ABC):
     def settled(self, settings: Settings) -> Settings:
         """The settings with what they mean on this machine. Raises UsageError for one that it cannot keep."""
         return settings.here()
+
+    def where(self, located: Located, settings: Settings) -> str:  # noqa: ARG002
+        """Where it computes, for people; `settings` are those of `settled`."""
+        return str(settings.device)
+
+    def fingerprint(self, located: Located, settings: Settings) -> str:  # noqa: ARG002
+        """SHA-256 of all that decides the model's answers, by which it is known again: of its files."""
+        from compressknow.engine.identity import fingerprint
+
+        return fingerprint(located)
 
     def key(self) -> tuple[str, ...]:
         """What beside model and settings decides the answers: name and build; empty for transformers."""

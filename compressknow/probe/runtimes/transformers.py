@@ -22,9 +22,9 @@ class Transformers(Runtime):
     name = "transformers"
     help = "checkpoint folders, Hub ids; unpacks GGUF files to floats"
 
-    def reads(self, located: Located) -> bool:  # noqa: ARG002
+    def reads(self, located: Located) -> bool:
         """All that lies on this machine."""
-        return True
+        return located.url is None
 
     def open(self, located: Located, settings: Settings) -> LoadedInTransformers:
         """See `compressknow.engine.language_model.load_language_model`."""

@@ -10,7 +10,7 @@ from typing import Any
 from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
 from compressknow.format import count
 from compressknow.probe.answers import Answers
-from compressknow.probe.records import ModelRecord
+from compressknow.probe.records import UNKNOWN, ModelRecord, on_server
 from compressknow.report.card import assembly
 from compressknow.report.card import warnings as warnings
 from compressknow.report.card.advice import advice, facts_needed, widest
@@ -25,7 +25,9 @@ from compressknow.stats.paired import Pair, certainty, changed_facts, compare_pr
 from compressknow.stats.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.stats.text import text_figures
 
-_REQUIRED = ("name", "sha256", "architecture", "family", "parameters", "bytes", "dtype")
+_REQUIRED = ("name", "sha256", "architecture", "family")
+# What a server may not tell of its model.
+_OF_FILES = ("parameters", "bytes", "dtype")
 
 
 def make_card(
@@ -98,14 +100,15 @@ def _with_sections(
 
 def model_facts(record: ModelRecord) -> ModelFacts:
     """The "model" entry of a ``probe.json`` as a record. Raises CompressknowError where it says too little."""
-    missing = [key for key in _REQUIRED if getattr(record, key) is None]
+    required = _REQUIRED if on_server(record) else (*_REQUIRED, *_OF_FILES)
+    missing = [key for key in required if getattr(record, key) is None]
     if missing:
         raise CompressknowError(
             f"The record of the answers does not say the model's {', '.join(missing)}.",
             hint="Probe the model again with this version.",
         )
     known: dict[str, Any] = {key: getattr(record, key) for key in ModelFacts.__dataclass_fields__}
-    return ModelFacts(**known | {"groups": dict(record.groups or {})})
+    return ModelFacts(**known | {"groups": dict(record.groups or {}), "dtype": record.dtype or UNKNOWN})
 
 
 def check_gate(fail_under: float | None, *, strict: bool = False, early: bool = False) -> None:

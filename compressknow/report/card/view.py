@@ -220,7 +220,8 @@ def _kept_and_interval(kept: Estimate) -> tuple[str, str]:
     return value.rstrip(), opening + interval
 
 
-def _shares(after: int, before: int) -> tuple[float, float]:
+def _shares(after: int | None, before: int | None) -> tuple[float, float]:
+    after, before = after or 0, before or 0
     largest = max(after, before, 1)
     return after / largest, before / largest
 

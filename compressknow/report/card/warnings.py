@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.schemes import schemes_of
 from compressknow.format import count, percent, plain, share
-from compressknow.probe.answers import Answers
+from compressknow.probe.answers import REFERENCE_TOKENS, Answers
+from compressknow.probe.records import UNKNOWN, on_server
 from compressknow.report.records import Grade, ModelFacts
 from compressknow.stats.records import Counts, EarlyStop, ProbeFigures
 
@@ -34,7 +35,8 @@ def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
         yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
     yield from of_recipe(model)
     yield from of_calibration(original, model)
-    if original.dtype != model.dtype and not (original.quantization or model.quantization):
+    known = UNKNOWN not in (original.dtype, model.dtype)
+    if known and original.dtype != model.dtype and not (original.quantization or model.quantization):
         yield (
             f"The weights differ in type ({plain(original.dtype, 40)} and {plain(model.dtype, 40)}) though neither "
             "model is quantized: part of the change may be rounding."
@@ -115,6 +117,7 @@ def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> It
         if only:
             yield f"Not compared, because only the {who} was evaluated on them: {', '.join(only)}."
         yield from of_answers(f"The {who}", these)
+        yield from of_server(f"the {who}", these)
     for probe in probes:
         references = [side.record.probes[probe].reference for side in (original, compressed)]
         if None not in references and references[0] != references[1]:
@@ -135,6 +138,28 @@ def _versions(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> Ite
         yield (
             f"The two models were evaluated with different versions ({', '.join(differing)}), which may change answers "
             "too."
+        )
+
+
+def of_server(who: str, answers: Answers) -> Iterator[str]:
+    """Which figures are left out, or are bounds, for want of what a server tells."""
+    runtime = answers.record.model.runtime or {}
+    if not on_server(answers.record.model):
+        return
+    if not runtime.get("scores", True):
+        yield (
+            f"The server of {who} gives no log-probabilities. An answer is what it writes, right if it begins with the "
+            "object: there are no ranks, no probabilities, and nothing on how far distributions moved."
+        )
+        return
+    told = max((len(answer.first_ids) for answer in answers.answers), default=0)
+    if not told:
+        tells = "tells its own most likely tokens alone" if runtime.get("distribution") else "tells no tokens"
+        yield f"The server of {who} {tells}: how far distributions moved is left out."
+    elif told < REFERENCE_TOKENS:
+        yield (
+            f"The server of {who} tells its {told} most likely tokens: KL is over these and the rest as one, which is "
+            "a lower bound."
         )
 
 
