@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.libraries import require
-from compressknow.probe.gather import open_named
+from compressknow.probe.gather import open_named, refuse_texts
 from compressknow.probe.run import Settings
 from compressknow.quiet import OnProgress, listener, staged
 from compressknow.study.cells import StudyModel, save_cell
@@ -77,6 +77,7 @@ def sweep(
     folder, listening = Path(output), listener(on_progress)
     refuse_foreign(folder)
     opened = open_named(probes, options)
+    refuse_texts(opened)
     # On a cluster the workers keep what they need.
     kept, texts = None if ray else folder, folder / TEXTS
     with StudyModel(model, settings or Settings(), revision=revision, keep_in=kept, texts=texts) as study_model:

@@ -40,6 +40,18 @@ def open_named(probes: str | Sequence[str] | None, options: Options | None) -> l
     return opened
 
 
+def refuse_texts(opened: Sequence[Opened]) -> None:
+    """Raise UsageError where one is a running text: a study counts facts."""
+    from compressknow.probe.text.running import RunningText
+
+    for text in opened:
+        if isinstance(text, RunningText):
+            raise UsageError(
+                f"A sweep counts facts, and {text.name} is a text.",
+                hint="Sweep on facts with --save, and give the checkpoints to `compressknow report -p text:FILE`.",
+            )
+
+
 def names_of(probes: str | Sequence[str] | None) -> list[str]:
     """One name, several or none, as a list."""
     return [probes] if isinstance(probes, str) else list(probes or ())

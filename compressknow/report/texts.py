@@ -26,8 +26,8 @@ _WHY = {
     OTHER_TOKENS: "the two models read the text as different tokens. Perplexities per token do not compare: compare "
     "the bits per byte",
 }
-# Percentiles that the chart shows, evenly spaced.
-_DRAWN = (("p10", "10th"), ("p50", "median"), ("p90", "90th"), ("p95", "95th"), ("p99", "99th"), ("p99_9", "99.9th"))
+# Percentiles that the chart shows.
+_DRAWN = (("p50", "median"), ("p90", "90th"), ("p95", "95th"), ("p99", "99th"), ("p99_9", "99.9th"), ("max", "largest"))
 # The least divergence that is drawn, in nats: what 16 bits and float32 leave undecided.
 _LEAST = 1e-7
 METHOD = (
@@ -185,17 +185,16 @@ def _pair(name: str, figure: Measured | None) -> dict[str, float | None]:
 
 def _perplexities(figures: TextFigures, name: str, names: tuple[str, str]) -> Table:
     sides = (figures.original, figures.compressed)
-    rows = (
-        ("Perplexity", *(within(side.value, 3) for side in sides)),
-        ("Bits per byte", *(_per_byte(side) for side in sides)),
-        ("Tokens scored", *(count(side.tokens) for side in sides)),
+    rows = tuple(
+        (who.capitalize(), within(side.value, 2), _per_byte(side)) for who, side in zip(names, sides, strict=True)
     )
-    caption = f"{name}, {count(figures.chunks)} chunks of {count(figures.context)} tokens"
-    return Table(caption, ("Figure", *(name.capitalize() for name in names)), rows)
+    tokens = " and ".join(dict.fromkeys(count(side.tokens) for side in sides))
+    caption = f"{name}: {count(figures.chunks)} chunks of {count(figures.context)} tokens, {tokens} scored"
+    return Table(caption, ("Model", "Perplexity", "Bits per byte"), rows)
 
 
 def _per_byte(side: Perplexity) -> str:
-    return within(side.bits_per_byte, 4) if side.bits_per_byte else NONE
+    return within(side.bits_per_byte, 3) if side.bits_per_byte else NONE
 
 
 def within(figure: Measured | None, digits: int, unit: str = "") -> str:
@@ -256,24 +255,29 @@ def _chart(moved: Moved, name: str, names: tuple[str, str]) -> Chart | None:
     values = [(label, max(found[key], _LEAST)) for key, label in _DRAWN]
     told = ", ".join(f"{label} {number(value, 5)}" for label, value in values)
     title = f"KL({names[0]}‖{names[1]}) by percentile of tokens, {name}"
-    return Chart(title, f"In nats: {told}.", lambda plot: _draw(plot, values), height=220)
+    return Chart(title, f"In nats: {told}.", lambda plot: _draw(plot, values), height=210)
 
 
 def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:
-    heights = [value for _, value in values]
-    plot.set_yscale("log")
-    plot.plot(range(len(values)), heights, color=drawing.SERIES[0], linewidth=1.8)
-    plot.plot(range(len(values)), heights, "o", color=drawing.SERIES[0], markersize=6, markeredgecolor=drawing.PAPER)
-    for x, (_, value) in enumerate(values):
-        # Above the line, which rises: what stands there is free.
+    sizes = [value for _, value in values]
+    # Powers of ten around the values; the figures stand to the right of their bars, so that room is left there.
+    low, high = (10.0 ** math.floor(math.log10(min(sizes))), 10.0 ** math.ceil(math.log10(max(sizes))))
+    plot.set_xscale("log")
+    plot.set_xlim(low, high * (high / low) ** 0.25)
+    places = range(len(values))
+    plot.barh(places, [value - low for value in sizes], left=low, height=0.5, color=drawing.SERIES[0])
+    for place, (_, value) in enumerate(values):
         plot.annotate(
-            f"{value:.2g}" if value < 100 else f"{value:.0f}",
-            (x, value), (-4, 6), textcoords="offset points", ha="center", va="bottom", fontsize=10,
+            number(value, 4) if value < 10 else number(value, 1),
+            (value, place), (5, 0), textcoords="offset points", va="center", fontsize=11,
         )  # fmt: skip
-    plot.set_xlim(-0.5, len(values) - 0.5)
-    plot.set_ylim(min(heights) / 2, max(heights) * 6)
-    plot.set_xticks(range(len(values)), [label for label, _ in values])
-    plot.set_ylabel("nats", fontsize=11)
+    plot.set_ylim(len(values) - 0.5, -0.5)
+    plot.set_yticks(places, [label for label, _ in values])
+    step = max(1, math.ceil(math.log10(high / low) / 4))
+    ticks = [low * 10.0**power for power in range(0, round(math.log10(high / low)) + 1, step)]
+    plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     plot.minorticks_off()
-    plot.grid(axis="y")
+    plot.set_xlabel("KL by token, nats", fontsize=11, loc="left")
+    plot.grid(axis="x")
     plot.set_axisbelow(True)
+    plot.spines["bottom"].set_visible(False)

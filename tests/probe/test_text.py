@@ -280,3 +280,12 @@ def test_texts_stand_beside_facts(place: Path, tmp_path: Path) -> None:
     assert [probe.probe for probe in comparison.probes] == ["facts:facts.jsonl"]
     assert [figures.text for figures in comparison.texts] == ["text:facts.txt"]
     assert open_all(probes, options)[1].name == "text:facts.txt"
+
+
+@pytest.mark.parametrize("verb", ["sweep", "search"])
+def test_studies_take_no_texts(place: Path, tmp_path: Path, verb: str) -> None:
+    keep = {"keep": 0.9} if verb == "search" else {}
+    text = f"text:{place / 'facts.txt'}"
+    with pytest.raises(UsageError, match=r"text:facts\.txt"):
+        getattr(compressknow, verb)(place / "llama", tmp_path / "study", probes=text, **keep)
+    assert not (tmp_path / "study" / "study.json").exists()

@@ -108,13 +108,19 @@ def _parts(name: str, section: Section, context: Context, id: str) -> tuple[Part
 
 def glossary(comparisons: Iterable[Comparison]) -> tuple[tuple[str, str], ...]:
     """The terms of all sections, with their meanings."""
-    terms = (term for each in comparisons for _, section in _of(each) for term in section.glossary)
+    terms = (term for each in _with_facts(comparisons) for _, section in _of(each) for term in section.glossary)
     return tuple(dict.fromkeys((plain(name, 80), plain(meaning, 1000)) for name, meaning in terms))
 
 
 def sentences(comparisons: Iterable[Comparison]) -> tuple[str, ...]:
     """How the sections compute what they show."""
-    return tuple(dict.fromkeys(text for each in comparisons for _, section in _of(each) for text in section.method))
+    told = (text for each in _with_facts(comparisons) for _, section in _of(each) for text in section.method)
+    return tuple(dict.fromkeys(told))
+
+
+def _with_facts(comparisons: Iterable[Comparison]) -> Iterator[Comparison]:
+    """Terms and formulas are those of facts: where a text alone was read, nothing is to be explained by them."""
+    return (comparison for comparison in comparisons if not comparison.only_texts)
 
 
 def to_json(comparison: Comparison, *, show_facts: bool) -> dict[str, Any]:
