@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from compressknow.errors import CompressknowError, UsageError
 from compressknow.format import size
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+CARD = "README.md"
 # Seconds without a byte from the Hub; huggingface_hub itself waits for ever. It tries again a few times after that.
 PATIENCE = 120.0
 WEIGHTS = (".safetensors", ".bin", ".gguf")
@@ -75,36 +80,59 @@ def check_login() -> None:
 
 
 def upload(
-    folder: Path, repo: str, *, private: bool | None = None, message: str = "Upload", bars: bool = False
+    place: Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    message: str = "Upload",
+    card: str | None = None,
+    bars: bool = False,
 ) -> Upload:
-    """Upload what lies in a folder to a repository, which is made where there is none.
+    """Upload a folder, or a file and what lies beside it under its name (``OUT.gguf.json``), to a repository, which is
+    made where there is none.
 
     Parameters
     ----------
+    card : of a file, the text of the README.md, where the repository has none.
     private : of a repository that is made; by default as the Hub does it: public, unless its organization says else.
     message : of the commit.
     bars : show those of huggingface_hub, on a terminal.
 
     Raises
     ------
-    CompressknowError : it failed; says why, and the command that tries it again. The folder is left as it is.
+    CompressknowError : it failed; says why, and the command that tries it again. What lies there is left as it is.
     """
-    again = retry_command(folder, repo, private)
-    with _explained(folder, repo, again), _bounded(), _bars(bars):
+    again = retry_command(place, repo, private)
+    with _explained(place, repo, again), _bounded(), _bars(bars):
         from huggingface_hub import HfApi
 
         api = HfApi()
         made = api.create_repo(repo, private=private, exist_ok=True)
         there = api.list_repo_files(made.repo_id)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message)
-    ours = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        if place.is_file():
+            _commit_file(api, made.repo_id, place, message, None if CARD in there else card)
+            # A repository of GGUF files has one for each type.
+            return Upload(address(made.repo_id), ())
+        api.upload_folder(repo_id=made.repo_id, folder_path=place, commit_message=message)
+    ours = {path.relative_to(place).as_posix() for path in place.rglob("*")}
     others = (name for name in there if PurePath(name).suffix in WEIGHTS and name not in ours)
     return Upload(address(made.repo_id), tuple(sorted(others)))
 
 
-def retry_command(folder: Path, repo: str, private: bool | None) -> str:
+def _commit_file(api: HfApi, repo: str, file: Path, message: str, card: str | None) -> None:
+    from huggingface_hub import CommitOperationAdd
+
+    paths = (file, *file.parent.glob(f"{glob.escape(file.name)}.json"))
+    adds = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in paths]
+    if card is not None:
+        adds.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode()))
+    api.create_commit(repo, adds, commit_message=message)
+
+
+def retry_command(place: Path, repo: str, private: bool | None) -> str:
     """The Hub's own command for the same upload; what has arrived is not sent again."""
-    return shlex.join(["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])])
+    folder, only = (place.parent, ["--include", f"{place.name}*"]) if place.is_file() else (place, [])
+    return shlex.join(["hf", "upload", repo, str(folder), ".", *only, *(["--private"] if private else [])])
 
 
 @contextmanager
@@ -146,17 +174,17 @@ def _bars(shown: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(folder: Path, repo: str, again: str) -> Iterator[None]:
-    """Whatever stops an upload says that the folder is whole, and how to go on."""
+def _explained(place: Path, repo: str, again: str) -> Iterator[None]:
+    """Whatever stops an upload says that it is whole, and how to go on."""
     try:
         yield
     except Exception as error:  # Of httpx, of huggingface_hub and, where it comes from Rust, of no class in particular.
         what, hint = _cause(error)
-        said = f"{folder} is complete, but could not be uploaded to {repo}: {what}."
+        said = f"{place} is complete, but could not be uploaded to {repo}: {what}."
         retry = f"Then try again: {again}" if hint else f"Try again: {again}"
         raise CompressknowError(said, _said_by_hub(error), "\n".join(filter(None, (hint, retry)))) from error
     except (KeyboardInterrupt, SystemExit) as stop:
-        stop.add_note(f"{folder} is complete. To go on with the upload: {again}")
+        stop.add_note(f"{place} is complete. To go on with the upload: {again}")
         raise
 
 

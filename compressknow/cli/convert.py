@@ -22,7 +22,7 @@ from compressknow.cli.options import (
     command,
     option,
 )
-from compressknow.cli.push import upload_of
+from compressknow.cli.push import push_options, upload_of
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, duration, show, show_json
 from compressknow.compress.calibrate.words import calibrated_in_words
@@ -158,8 +158,7 @@ def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
 @option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
 @option("--revision", group=RUNS, help=REVISION)
 @option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
-@option("--push", metavar="REPO", help="Upload OUTPUT to the Hub, once it is complete.")
-@option("--private", is_flag=True, help="Make REPO private if it is new.")
+@push_options
 @option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @option("--overwrite", is_flag=True, help="Replace OUTPUT if convert wrote it.")
 @option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from compressknow.cli.options import HOW, REVISION, RUNS, TRUST, command, option
+from compressknow.cli.push import push_options, upload_of
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.format import count, size
@@ -59,6 +60,7 @@ class TypeOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
 @option("--revision", group=RUNS, help=REVISION)
 @option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
 @option("--overwrite", is_flag=True, help="Replace OUTPUT, if export wrote it.")
+@push_options
 @option("--dry-run", is_flag=True, help="Show sizes and types by group; keep nothing.")
 @option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
@@ -73,12 +75,16 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     """
     from compressknow.commands.export import export as run
 
+    uploads = upload_of(options.pop("push"), options.pop("private"), dry_run=dry_run)
     with if_interrupted(NOTHING_WRITTEN):
         record = run(model, output, dry_run=dry_run, on_progress=Lines(), **options)
     if as_json:
         show_json(record)
     else:
         show("\n".join(page(record, model, output, dry_run=dry_run)))
+    if uploads:
+        planned = {output.name: record["totals"]["bytes"], f"{output.name}.json": None, "README.md": None}
+        uploads(output, planned, err=as_json)
 
 
 def page(record: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import click
 
+from compressknow.cli.options import option
 from compressknow.cli.terminal import show
 from compressknow.format import count
 
 WIDTH = 80
 
 
-class Uploads(Protocol):
-    """Uploads a folder and says so or, of a dry run, says what it would upload: bytes by name of file."""
+def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where an output goes."""
+    command = option("--private", is_flag=True, help="Make REPO private if it is new.")(command)
+    return option("--push", metavar="REPO", help="Upload OUTPUT to the Hub, once it is complete.")(command)
 
-    def __call__(self, folder: Path, files: Mapping[str, int | None] | None, *, err: bool) -> None: ...
+
+class Uploads(Protocol):
+    """Uploads an output and says so or, of a dry run, says what it would upload: bytes by name of file."""
+
+    def __call__(self, output: Path, files: Mapping[str, int | None] | None, *, err: bool) -> None: ...
 
 
 def upload_of(repo: str | None, private: bool, *, dry_run: bool) -> Uploads | None:
@@ -33,11 +40,11 @@ def upload_of(repo: str | None, private: bool, *, dry_run: bool) -> Uploads | No
 
     check_push(repo, dry_run=dry_run)
 
-    def uploads(folder: Path, files: Mapping[str, int | None] | None, *, err: bool) -> None:
+    def uploads(output: Path, files: Mapping[str, int | None] | None, *, err: bool) -> None:
         if dry_run:
             show("\n" + "\n".join(planned(files or {}, repo, private)), err=err)
             return
-        done = push(folder, repo, private=private or None, bars=True)
+        done = push(output, repo, private=private or None, bars=True)
         show(f"\nUploaded to {done.url}", err=err)
         if done.others:
             show(_others(done.others), err=True)

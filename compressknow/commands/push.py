@@ -1,4 +1,4 @@
-"""push: a folder that convert wrote to the Hugging Face Hub."""
+"""push: what convert or export wrote, to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ if TYPE_CHECKING:
     from compressknow.hub import Upload
 
 
-def push(folder: str | Path, repo: str, *, private: bool | None = None, bars: bool = False) -> Upload:
-    """Upload a folder that `convert` wrote to the Hugging Face Hub: weights, tokenizer, manifest, and its model card as
-    it is now, with what `report` has written into it.
+def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bool = False) -> Upload:
+    """Upload a folder that `convert` wrote, or a GGUF file that `export` wrote, to the Hugging Face Hub.
+
+    Of a folder go weights, tokenizer, manifest, and its model card as it is now, with what `report` has written into
+    it; of a file, its record and, where the repository has none, a model card.
 
     Parameters
     ----------
-    folder : what `convert` wrote.
+    output : what `convert` or `export` wrote.
     repo : ``OWNER/NAME``, or ``NAME`` of one of your own; it is made where there is none.
     private : of a repository that is made; by default public, unless its organization says else.
     bars : show huggingface_hub's progress bars, on a terminal.
@@ -26,16 +28,25 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, bars: bo
 
     Raises
     ------
-    compressknow.errors.CompressknowError : the name cannot be one, there is no token, or the upload failed; the folder
+    compressknow.errors.CompressknowError : the name cannot be one, there is no token, or the upload failed; `output`
         stays as it is. The token is taken from where huggingface_hub keeps it: `HF_TOKEN`, or `hf auth login`.
     """
     from compressknow.hub import upload
-    from compressknow.model.manifest import read_manifest
 
     check_push(repo)
-    manifest = read_manifest(Path(folder))
-    message = f"{manifest['setup']} of {manifest['source']['name']}, by compressknow"
-    return upload(Path(folder), repo, private=private, message=message, bars=bars)
+    place, card = Path(output), None
+    if place.suffix == ".gguf":
+        from compressknow.export.record import read_record
+        from compressknow.report.gguf_card import render_gguf_card
+
+        record = read_record(place)
+        card = render_gguf_card(record, place.name)
+    else:
+        from compressknow.model.manifest import read_manifest
+
+        record = read_manifest(place)
+    message = f"{record['setup']} of {record['source']['name']}, by compressknow"
+    return upload(place, repo, private=private, message=message, card=card, bars=bars)
 
 
 def check_push(repo: str, *, dry_run: bool = False) -> None:

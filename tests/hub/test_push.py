@@ -20,6 +20,7 @@ import compressknow
 from compressknow import hub as uploads
 from compressknow.cli import main
 from compressknow.errors import CompressknowError, UsageError
+from tests.export.making import checkpoint
 from tests.hub.hub_server import TOKEN, Hub, serving
 from tests.models import save_tiny
 
@@ -239,6 +240,50 @@ def test_push_refuses_what_convert_did_not_write(hub: Hub, model: Path) -> None:
     with pytest.raises(CompressknowError, match=r"has no compressknow\.json"):
         compressknow.push(model, REPO)
     assert hub.steps == []
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that export wrote."""
+    pytest.importorskip("llama_cpp_py_sync")
+    if not os.environ.get("COMPRESSKNOW_CONVERTER"):
+        pytest.skip("COMPRESSKNOW_CONVERTER is not set: see `make test`")
+    folder = tmp_path_factory.mktemp("gguf")
+    compressknow.export(checkpoint("llama", folder / "tiny"), folder / "tiny.gguf", type="q8_0")
+    return folder / "tiny.gguf"
+
+
+def test_export_pushes_the_file_its_record_and_a_card_where_there_is_none(hub: Hub, gguf: Path) -> None:
+    assert compressknow.push(gguf, "me/tiny-gguf") == (f"{hub.url}/me/tiny-gguf", ())
+    there = hub.repositories["me/tiny-gguf"]
+    card = there.pop("README.md").decode()
+    assert there == {path.name: path.read_bytes() for path in (gguf, gguf.with_name("tiny.gguf.json"))}
+    assert yaml.safe_load(card.split("---\n")[1]) == {"tags": ["compressknow", "gguf"]}
+    assert r"| attention | q8\_0 |" in card
+    there["README.md"] = b"mine"
+    compressknow.push(gguf, "me/tiny-gguf")
+    assert hub.repositories["me/tiny-gguf"]["README.md"] == b"mine"
+
+
+def test_a_failed_upload_of_a_file_names_the_command_that_sends_it_again(hub: Hub, gguf: Path) -> None:
+    hub.faults["commit"] = 500
+    with pytest.raises(CompressknowError, match="is complete, but could not be uploaded") as raised:
+        compressknow.push(gguf, "me/tiny-gguf")
+    expected = f"Try again: hf upload me/tiny-gguf {gguf.parent} . --include 'tiny.gguf*'"
+    assert raised.value.hint == expected
+
+
+def test_a_dry_run_of_export_asks_nobody(
+    hub: Hub, gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(gguf.with_name("tiny")), str(tmp_path / "new.gguf"), "--type", "q8_0", "--push", REPO]
+    assert main([*words, "--dry-run"]) == 0
+    told = capsys.readouterr().out.partition("Would upload to ")[2]
+    assert told.startswith(f"{hub.url}/{REPO} (if it is new: public,")
+    assert [line.split()[0] for line in told.splitlines()[1:]] == ["README.md", "new.gguf", "new.gguf.json"]
+    assert hub.steps == []
+    assert main(words) == 0
+    assert hub.repositories[REPO]["new.gguf"] == (tmp_path / "new.gguf").read_bytes()
 
 
 def test_the_endpoint_comes_from_the_environment_and_the_retry_command_works(converted: Path, tmp_path: Path) -> None:
