@@ -72,7 +72,7 @@ def check_login() -> None:
     try:
         token = get_token()
     except Exception as error:  # An exchange of tokens in CI has many ways to fail.
-        raise CompressknowError("No token of the Hub can be had.", why=_first_line(error)) from None
+        raise CompressknowError("The Hub's token could not be read.", why=_first_line(error)) from None
     if not token:
         raise CompressknowError(
             "There is no token of the Hub, and an upload needs one.", hint="Log in with hf auth login, or set HF_TOKEN."

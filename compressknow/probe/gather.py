@@ -139,6 +139,9 @@ class _Gathering:
             None if answers else ModelHandle(locate(model, of), evaluation.settings)
             for model, of, answers in zip(models, revisions, stored, strict=True)
         ]
+        if evaluation.timed:
+            for handle in filter(None, self._handles):
+                refuse_untimed(handle)
 
     def run(self, on_progress: Listener | None) -> list[Answers]:
         """The answers of all, in their order."""
@@ -169,6 +172,12 @@ class _Gathering:
         folder = folder_of(self._evaluation.keep_in, handle.sha256, beside.reference)
         answers = probe_model(handle, self._probes, folder, beside, on_progress=on_progress, wait=True)
         return finished(answers, handle, beside.reference, timed=self._evaluation.timed)
+
+
+def refuse_untimed(handle: ModelHandle) -> None:
+    """Raise UsageError where the speed of a model cannot be measured on this machine."""
+    if (url := handle.located.url) is not None:
+        raise UsageError(f"--time measures models on this machine: {url} is a server.", hint="Leave --time out.")
 
 
 def finished(answers: Answers, handle: ModelHandle | None, reference: Answers | None, *, timed: bool) -> Answers:

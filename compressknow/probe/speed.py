@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.engine.identity import Located
-from compressknow.errors import CompressknowError, UnsupportedError
+from compressknow.errors import CompressknowError
 from compressknow.model.checkpoint import read_json
 from compressknow.probe.records import Speed
 from compressknow.probe.run import ModelHandle, Settings
@@ -31,10 +31,6 @@ def measure(located: Located, settings: Settings) -> Speed:
 
     Raises CompressknowError where the measuring process fails.
     """
-    if located.url is not None:
-        raise UnsupportedError(
-            f"--time measures models on this machine: {located.url} is a server.", hint="Leave --time out."
-        )
     arguments = [str(located.path), json.dumps(asdict(settings))]
     # Whatever the locale is, both write and read UTF-8.
     command = [sys.executable, "-X", "utf8", "-m", "compressknow.probe.speed", *arguments]

@@ -25,7 +25,7 @@ NAME = "known-facts"
 
 class ModelServer(ThreadingHTTPServer):
     """`faults` : by path a list of what comes first, one a request, before the model answers: a status, (status,
-    headers), ``hang``, ``cut``, ``break`` (in the middle of an answer), ``trickle``, or bytes that are the answer.
+    headers), ``hang``, ``cut``, ``break`` (in the middle of an answer), ``trickle``, ``ok``, or bytes: the answer.
 
     `changed` : what becomes of each completion before it is sent.
     """
@@ -174,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not left:
             return False
         fault = left[0] if len(left) == 1 and left[0] in ("hang", "trickle") else left.pop(0)
+        if fault == "ok":
+            return False
         if fault == "hang":
             self.server.closing.wait(30)
         elif fault == "cut":

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +218,28 @@ def test_what_does_not_pass_is_one_message(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals of another kind")
+def test_who_interrupts_a_run_does_not_wait_for_a_server_that_hangs(
+    served: Callable[[str], ModelServer], tmp_path: Path
+) -> None:
+    server = served("vllm")
+    # It is asked who it is, twice, and then the first facts.
+    server.faults["/v1/completions"] = [*["ok"] * 8, "hang"]
+    facts = f"facts:{facts_file(tmp_path / 'f.jsonl')}"
+    program = "import sys; from compressknow.cli import main; sys.exit(main())"
+    words = ["probe", server.url, "-p", facts, "-o", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while server.count("/v1/completions") < 12 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - start < 15
+    assert process.returncode == 130
+    assert "Repeat the command to resume." in said
+
+
 def test_no_server_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["probe", "http://127.0.0.1:9", "-o", str(tmp_path / "out")]
     assert main(words) == 1
@@ -333,6 +360,15 @@ def test_a_report_of_a_checkpoint_and_the_same_model_on_a_server(
     asked = server.count("/tokenize")
     assert main(["report", server.url, str(checkpoint), *again]) == 0
     assert server.count("/tokenize") <= asked + 8
+
+
+def test_speed_on_a_server_is_refused_before_any_work(
+    served: Callable[[str], ModelServer], checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = served("vllm")
+    assert main(["report", str(checkpoint), server.url, "--time"]) == 2
+    assert f"{server.url} is a server" in capsys.readouterr().err
+    assert server.requests == []
 
 
 def test_what_is_written_and_what_is_chosen_are_not_compared(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from _thread import start_new_thread
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -118,13 +119,24 @@ class ServedScorer(CausalScorer):
     ) -> list[Answer]:
         """One fact's requests follow one another; those of several facts go at the same time."""
         wanted = reference if reference is not None else [None] * len(batch)
-        with ThreadPoolExecutor(self._parallel) as pool:
-            futures = [pool.submit(do, query, ids) for query, ids in zip(batch, wanted, strict=True)]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        jobs: SimpleQueue[tuple[int, Query, Ids | None]] = SimpleQueue()
+        told: SimpleQueue[tuple[int, Answer | Exception]] = SimpleQueue()
+        for place, (query, ids) in enumerate(zip(batch, wanted, strict=True)):
+            jobs.put((place, query, ids))
+        stopped: list[bool] = []
+        # Not of a pool that is waited for: who interrupts the run does not wait for a server that hangs.
+        for _ in range(min(self._parallel, len(batch))):
+            start_new_thread(_work, (do, jobs, told, stopped))
+        found: dict[int, Answer] = {}
+        try:
+            while len(found) < len(batch):
+                place, answer = told.get()
+                if isinstance(answer, Exception):
+                    raise answer
+                found[place] = answer
+        finally:
+            stopped.append(True)
+        return [found[place] for place in range(len(batch))]
 
     def _answered(self, query: Query, wanted: Ids | None) -> Answer:
         if not self._served.scores:
@@ -172,6 +184,24 @@ class ServedScorer(CausalScorer):
         top = (text, *(first.texts.get(number, "").strip() for number in best[1:]))
         scores = np.array([first.logp[number] for number in best])
         return make_answer(query.fact, top, scores, rank, logp, None, correct=correct)
+
+
+def _work(
+    do: Callable[[Query, Ids | None], Answer],
+    jobs: SimpleQueue[tuple[int, Query, Ids | None]],
+    told: SimpleQueue[tuple[int, Answer | Exception]],
+    stopped: list[bool],
+) -> None:
+    """Do jobs until there are none, or nobody waits for them."""
+    while not stopped:
+        try:
+            place, query, ids = jobs.get_nowait()
+        except Empty:
+            return
+        try:
+            told.put((place, do(query, ids)))
+        except Exception as error:
+            told.put((place, error))
 
 
 def _free(fact: Fact) -> Fact:
