@@ -415,6 +415,16 @@ def test_a_strict_gate_that_so_few_facts_cannot_tell_ends_with_4(run: Run) -> No
     assert run("report", "{place}/on-llama", "{place}/on-llama-8", "--fail-under", "0.99", "--strict").code == 3
 
 
+def test_what_to_do_next_stands_below_the_verdict(run: Run) -> None:
+    lines = run("report", "{place}/llama", "{place}/llama-8", *FACTS).out.split("\n")
+    (line,) = [number for number, line in enumerate(lines) if line.startswith("Next: ")]
+    assert lines[line - 1] == ""
+    said = " ".join(lines[line:])
+    # The manifest has the recipe, and 80 % was too much.
+    assert "less than 95 % is kept; prune 40 % of the weights in place of 80 %" in said
+    assert "compressknow convert llama OUTPUT --prune 0.4" in said
+
+
 def test_a_gate_stops_early_and_says_how_many_facts_it_took(run: Run) -> None:
     models = ("report", "{place}/llama", "{place}/llama-8", *FACTS, "--early", "--json")
     ended = run(*models, "--fail-under", "0.99")
