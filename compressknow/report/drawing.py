@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -100,8 +100,16 @@ class Chart:
 
 
 @contextmanager
-def axes(height: int, id: str, title: str, description: str) -> Iterator[tuple[Axes, Callable[[], str]]]:
-    """Axes to draw on, and the function that gives the SVG once the block has ended."""
+def axes(
+    height: int,
+    id: str,
+    title: str,
+    description: str,
+    *,
+    width: int = WIDTH,
+    hover: Mapping[str, str] | None = None,
+) -> Iterator[tuple[Axes, Callable[[], str]]]:
+    """Axes to draw on, and the function that gives the SVG once the block has ended; `hover` as in `svg.inline`."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -109,9 +117,9 @@ def axes(height: int, id: str, title: str, description: str) -> Iterator[tuple[A
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
         # A name in a script that DejaVu lacks is measured a little wrong; the reader's own font shows it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         figure.patch.set_visible(False)
-        yield figure.add_subplot(), lambda: inline(written.getvalue(), id, title, description)
+        yield figure.add_subplot(), lambda: inline(written.getvalue(), id, title, description, hover)
         figure.savefig(written, format="svg", metadata={"Date": None})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -13,12 +13,15 @@ from compressknow import notebook
 from compressknow.compress.recipe import to_toml
 from compressknow.files import write_whole
 from compressknow.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
-from compressknow.report.drawing import INK, MUTED, SERIES, axes, percent_axis
+from compressknow.report.drawing import INK, MUTED, SERIES, WIDTH, axes, percent_axis
 from compressknow.report.pages import html_page
-from compressknow.report.parts import BAR, Charts, Code, Drawn, Entries, Note, Page, Sentences, Shown
+from compressknow.report.parts import BAR, Code, Drawn, Entries, Folded, Note, Page, Sentences, Shown
 from compressknow.report.records import ModelFacts
 from compressknow.report.tables import Entry, Table, identity
 from compressknow.stats.records import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # What may be made small, and how people call it.
 SIZES = {
@@ -32,6 +35,8 @@ _FRONT = (
 )
 # A search's page is short enough to have no table of contents.
 _ALL = 99
+# Recipes in the table at once.
+_SHOWN = 10
 _KINDS = {"paper": "a setup of the paper", "search": "chosen by the search", "layers": "some layers alone"}
 _GETS = {
     "sparse-bytes": "No current runtime reads a sparse store: on disk pruned weights are dense, and what you get today "
@@ -145,13 +150,18 @@ def _sections(search: Search) -> Iterator[Shown]:
     command = plain(search.command, 2000) if search.command else None
     recipe = plain_lines(to_toml(dict(search.winner.recipe))) if search.winner else None
     layers = _layers(search)
-    yield Shown("front", "Knowledge kept against size", (Charts((Drawn(Markup(pareto(search))),)), Note(_FRONT)))
+    yield Shown("front", "Knowledge kept against size", (*_front(search), Note(_FRONT)))
     yield Shown("winner", "The winning recipe", (Code(recipe, "toml"),) if recipe else ())
     yield Shown("held-out", "On the held-out facts", (_confirmed(search),), look="wide")
-    yield Shown("tried", "All recipes", (_tried(search), Note("", drawn=BAR)), look="wide")
+    yield Shown("tried", "All recipes", (*_tried(search), Note("", drawn=BAR)), look="wide")
     yield Shown("layers", "Layers", (layers,) if layers else ())
     yield Shown("method", "Method and limits", (Sentences(_method(search)),), look="text")
     yield Shown("run", "The run", (Code(command, "sh", look="command"), Entries(run)), look="text")
+
+
+def _front(search: Search) -> Iterator[Drawn]:
+    yield Drawn(Markup(pareto(search)), look="narrow")
+    yield Drawn(Markup(pareto(search, broad=True)), look="broad")
 
 
 def headline(search: Search) -> str:
@@ -250,10 +260,17 @@ def _row(tried: Trial) -> tuple[str, ...]:
 _SIZES = ("Sparse size", "On disk", "Weights left, millions")
 
 
-def _tried(search: Search) -> Table:
+def _tried(search: Search) -> Iterator[Table | Folded]:
+    """The smallest recipes at once, the others folded."""
     rows = sorted(search.tried, key=lambda t: (t.sizes[search.minimize], -(t.kept.value or 0.0)))
+    yield _recipes("Evaluated recipes, smallest first", rows[:_SHOWN])
+    if more := rows[_SHOWN:]:
+        yield Folded(f"{count(len(more))} larger ones", (_recipes("Evaluated recipes, continued", more),))
+
+
+def _recipes(caption: str, rows: Sequence[Trial]) -> Table:
     return Table(
-        "All evaluated recipes, smallest first",
+        caption,
         ("Recipe", "Why", "Kept, facts of the search", "Facts", *_SIZES),
         tuple((_setup(t), _KINDS[t.kind], _kept(t.kept), count(t.facts), *_row(t)) for t in rows),
         bars=tuple(t.kept for t in rows),
@@ -307,33 +324,51 @@ def _method(search: Search) -> tuple[str, ...]:
 _UNITS = {"sparse-bytes": (1e6, "MB"), "bytes": (1e6, "MB"), "nonzero": (1e6, "millions")}
 
 
-def pareto(search: Search) -> str:
-    """The chart, as an SVG element."""
-    unit, name = _UNITS[search.minimize]
+def pareto(search: Search, *, broad: bool = False) -> str:
+    """The chart, as an SVG element: for a narrow screen or, if `broad`, for the width of the page. A pointer over a
+    recipe is told which it is.
+    """
     points = [t for t in search.tried if t.kept.value is not None and t.kind != "layers"]
     best = front(points, search.minimize)
-    told = "; ".join(f"{plain(t.setup, 60)} {share(t.kept.value)}, {_told(t, search)}" for t in best)
+    told = "; ".join(_hovered(t, search) for t in best)
     title = f"Knowledge kept by {SIZES[search.minimize]}"
-    with axes(300, "pareto-chart", title, f"The best at each size: {told}.") as (plot, drawn):
-        for kind, marker, colour, label in (
-            ("paper", "s", MUTED, "the paper's setups"),
-            ("search", "o", SERIES[0], "chosen by the search"),
-        ):
-            shown = [t for t in points if t.kind == kind]
-            x = [t.sizes[search.minimize] / unit for t in shown]
-            plot.plot(x, [100 * (t.kept.value or 0) for t in shown], marker, color=colour, markersize=5, label=label)
-        edge = [(t.sizes[search.minimize] / unit, 100 * (t.kept.value or 0)) for t in best]
+    hover = {f"recipe{i}": _hovered(t, search) for i, t in enumerate(points)}
+    if search.winner:
+        hover["winner"] = f"the winner, {_hovered(search.winner, search)}"
+    height, width, id = (380, 1080, "broad-pareto") if broad else (300, WIDTH, "pareto-chart")
+    with axes(height, id, title, f"The best at each size: {told}.", width=width, hover=hover) as (plot, drawn):
+        edge = [_place(t, search) for t in best]
         plot.plot(*zip(*edge, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle="steps-post")
         plot.axhline(100 * search.keep, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        _draw_recipes(plot, points, search)
         if search.winner:
-            at = search.winner.sizes[search.minimize] / unit, 100 * (search.winner.kept.value or 0)
-            plot.plot(*at, "*", color=INK, markersize=13, label="the winner")
-        plot.set_xlabel(f"{SIZES[search.minimize]}, {name}")
+            star: Any = {"color": INK, "markersize": 13, "label": "the winner", "gid": "winner"}
+            plot.plot(*_place(search.winner, search), "*", **star)
+        plot.set_xlabel(f"{SIZES[search.minimize]}, {_UNITS[search.minimize][1]}")
         # Outside of the plot: points may lie anywhere in it.
         room = {"ncols": 3, "columnspacing": 1, "handletextpad": 0, "frameon": False, "fontsize": 10}
         plot.figure.legend(loc="outside upper left", **room)
         percent_axis(plot, 0)
     return drawn()
+
+
+def _draw_recipes(plot: Axes, points: Sequence[Trial], search: Search) -> None:
+    """A mark each, with a name by which it is told apart; the first of a kind stands in the legend."""
+    kinds = {"paper": ("s", MUTED, "the paper's setups"), "search": ("o", SERIES[0], "chosen by the search")}
+    named: set[str] = set()
+    for i, trial in enumerate(points):
+        marker, colour, label = kinds[trial.kind]
+        shown = "_nolegend_" if trial.kind in named else label
+        named.add(trial.kind)
+        plot.plot(*_place(trial, search), marker, color=colour, markersize=5, label=shown, gid=f"recipe{i}")
+
+
+def _place(trial: Trial, search: Search) -> tuple[float, float]:
+    return trial.sizes[search.minimize] / _UNITS[search.minimize][0], 100 * (trial.kept.value or 0)
+
+
+def _hovered(trial: Trial, search: Search) -> str:
+    return f"{plain(trial.setup, 60)} {share(trial.kept.value)}, {_told(trial, search)}"
 
 
 def front(points: Sequence[Trial], minimize: str) -> list[Trial]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from xml.etree import ElementTree
 
 from compressknow.format import plain
@@ -27,21 +27,30 @@ _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u
 _DECIMALS = re.compile(r"-?\d+\.\d+")
 
 
-def inline(raw: str, id: str, title: str, description: str) -> str:
+def inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, str] | None = None) -> str:
     """`raw` as an element for HTML, named and described for those who cannot see it.
 
     Parameters
     ----------
     id : of the element; nothing else on the page may have it or begin with it.
     title, description : plain text, escaped here.
+    hover : what a pointer over a mark is told, by the gid that it was drawn with.
     """
     root = ElementTree.fromstring(_UNSEEN.sub(lambda held_out: plain(held_out.group()), raw))
     for element in root.iter():
         element.tag = _local(element.tag)
     _drop(root, {"metadata", "style"})
+    marks = [
+        (mark, hover[group.get("id", "")])
+        for group in root.iter("g")
+        if hover and group.get("id") in hover
+        for mark in group.iter("use")
+    ]
     referenced = {name for element in root.iter() for name in _references(element)}
     for element in root.iter():
         _clean(element, referenced, id)
+    for mark, told in marks:
+        ElementTree.SubElement(mark, "title").text = told
     _unwrap(root)
     root.attrib = {
         "class": "chart",

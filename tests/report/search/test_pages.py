@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from compressknow.format import plain
@@ -16,3 +18,30 @@ def test_hostile_text_stays_text(text: str) -> None:
     page = read(render_search_html(found(text)))
     assert page.shape == read(render_search_html(found("harmless"))).shape
     assert plain(text, 60)[:30] in page.one("main").text
+
+
+def test_a_pointer_over_a_recipe_is_told_which_it_is_in_both_sizes_of_the_chart() -> None:
+    search = found()
+    page = read(render_search_html(search))
+    drawn = [trial for trial in search.tried if trial.kind != "layers"]
+    for look in ("narrow", "broad"):
+        (figure,) = [each for each in page.all("figure") if each.attributes.get("class") == look]
+        told = [title.text for title in figure.all("title")]
+        assert all(any(plain(trial.setup, 60) in text for text in told) for trial in drawn), told
+        assert any(text.startswith("the winner, ") for text in told)
+
+
+@pytest.mark.parametrize(("recipes", "folded"), [(10, 0), (11, 1), (45, 35)])
+def test_ten_recipes_are_shown_and_the_others_folded(recipes: int, folded: int) -> None:
+    one = found().tried[0]
+    tried = tuple(
+        replace(one, setup=f"recipe {i:02}", sizes={name: size + i for name, size in one.sizes.items()})
+        for i in range(recipes)
+    )
+    html = render_search_html(replace(found(), tried=tried))
+    shown, _, rest = html.partition("larger ones</summary>")
+    assert bool(rest) == bool(folded)
+    assert (f"<summary>{folded} larger ones" in html) == bool(folded)
+    rows = [f">recipe {i:02}<" for i in range(recipes)]
+    assert [row in shown for row in rows] == [True] * min(10, recipes) + [False] * folded
+    assert all(row in rest for row in rows[10:])
