@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from compressknow.cli.options import HOW, REVISION, RUNS, TRUST, command, option
+from compressknow.cli.options import CALIBRATION, HOW, REVISION, RUNS, TRUST, command, option
 from compressknow.cli.push import push_options, upload_of
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
@@ -55,6 +55,30 @@ class TypeOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
     help="Type of a scope's tensors, such as attention=q8_0, or of those whose GGUF name matches; repeatable, the last "
     "one holds.",
 )
+@option(
+    "--calibration",
+    group=CALIBRATION,
+    metavar="TEXT",
+    help="Text for an importance matrix: self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET.",
+)
+@option(
+    "--calibration-tokens",
+    group=CALIBRATION,
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many tokens of it.  [default: 32768]",
+)
+@option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
+@option(
+    "--imatrix",
+    group=CALIBRATION,
+    type=click.Path(path_type=Path),
+    help="An importance matrix of llama.cpp's, instead.",
+)
+@option(
+    "--imatrix-out", group=CALIBRATION, type=click.Path(path_type=Path), help="Write the importance matrix there too."
+)
+@option("--recipe", group=HOW, type=click.Path(path_type=Path), help="TOML file with [export], or an export's record.")
 @option("--converter", group=RUNS, metavar="PATH", help="Where llama.cpp's convert_hf_to_gguf.py lies.")
 @option("--threads", group=RUNS, type=click.IntRange(1), help="Of quantization.  [default: one per core]")
 @option("--revision", group=RUNS, help=REVISION)

@@ -24,6 +24,8 @@ WIDTH = 80
 def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool) -> None:
     """Compare FOLDER, which `compressknow convert` wrote, with its manifest: hashes, zeros, dtypes and shapes.
 
+    Instead of a folder, a GGUF file that `compressknow export` wrote is compared with the record beside it.
+
     Files that are not in the manifest are named, and so is an edited manifest. The exit code is 1 where anything
     differs. The model card, README.md, may be edited and is not compared.
     """
@@ -33,8 +35,9 @@ def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool)
     if as_json:
         show_json(asdict(result))
         ctx.exit(CompressknowError.exit_code if result.differences else 0)
-    show(
-        f"{folder}: {count(result.tensors)} tensors and {result.files} files match the manifest ({size(result.bytes)})."
-    )
+    compared = f"{count(result.tensors)} tensors match the record"
+    if folder.suffix != ".gguf":
+        compared = f"{count(result.tensors)} tensors and {result.files} files match the manifest"
+    show(f"{folder}: {compared} ({size(result.bytes)}).")
     for note in result.notes:
         show("\n".join(textwrap.wrap(f"! {note}", WIDTH, subsequent_indent="  ")))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compressknow.compress.recipe import Calibration
+    from compressknow.export.choice import Choice
     from compressknow.export.record import ExportRecord
     from compressknow.quiet import OnProgress
 
@@ -17,6 +19,12 @@ def export(
     *,
     type: str = "q8_0",
     type_of: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
+    seed: int = 0,
+    imatrix: str | Path | None = None,
+    imatrix_out: str | Path | None = None,
+    recipe: str | Path | None = None,
     converter: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -34,6 +42,12 @@ def export(
     type : of most weights: ``q8_0``, ``q6_k``, ``q5_k_m``, ``q4_k_m``, ``f16`` and whatever else llama.cpp has.
     type_of : types of some tensors, by a scope (``attention``) or a regular expression on the names that they have in
         the file; of several that name a tensor the last holds.
+    calibration : the text that an importance matrix is made of: ``self`` (the model's own samples), the path of a
+        ``.txt`` or ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default, drawn by `seed`.
+    imatrix : an importance matrix that llama-imatrix or `imatrix_out` wrote, instead.
+    imatrix_out : where to write the one that was made, in llama.cpp's own form.
+    recipe : types and calibration, instead of the options above: the path of a TOML file with a table ``[export]``, or
+        of the record of an export.
     converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; see `docs/gguf.md` for where it is looked for.
     overwrite : replace `output` where export wrote it, once the new one is whole.
     dry_run : write nothing that stays; return what the record would hold, but for the hash.
@@ -56,11 +70,13 @@ def export(
     require("llama_cpp_py_sync", "gguf")
     _refuse_before_work(model, place, overwrite=overwrite, writes=not dry_run)
     found = find_converter(converter)
-    from compressknow.export.choice import Choice
+    from compressknow.export.importance import read_importance
     from compressknow.quiet import Stage, begun, listener
 
-    rules = type_of.items() if isinstance(type_of, Mapping) else type_of
-    choice = Choice(type, tuple((which, chosen) for which, chosen in rules))
+    choice = _chosen(locals())
+    if choice.importance is not None:
+        read_importance(choice.importance)
+    matrix_out = _importance_output(imatrix_out, choice, overwrite=overwrite)
     from compressknow.export.export import prepare, preview, write
 
     listening = listener(on_progress)
@@ -71,7 +87,58 @@ def export(
 
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
-    return write(job, place, overwrite=overwrite, threads=threads, begin=begin)
+    return write(job, place, overwrite=overwrite, importance_output=matrix_out, threads=threads, begin=begin)
+
+
+# Options that a recipe says instead, and what they are without one.
+_RECIPE: dict[str, Any] = {
+    **{"type": "q8_0", "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0, "imatrix": None}
+}
+
+
+def _chosen(given: Mapping[str, Any]) -> Choice:
+    """What the arguments of `export` say of types and calibration."""
+    from compressknow.compress.calibrate.text import check_text
+    from compressknow.errors import UsageError
+    from compressknow.export.choice import Choice, read_choice
+
+    if given["recipe"] is not None:
+        if beside := [name for name, default in _RECIPE.items() if (given[name] or None) != (default or None)]:
+            raise UsageError(f"A recipe cannot be combined with {', '.join(beside)}.")
+        choice = read_choice(Path(given["recipe"]))
+    else:
+        rules = given["type_of"].items() if isinstance(given["type_of"], Mapping) else given["type_of"]
+        text = _calibration(given["calibration"], given["calibration_tokens"], given["seed"])
+        matrix = None if given["imatrix"] is None else Path(given["imatrix"])
+        choice = Choice(given["type"], tuple((which, chosen) for which, chosen in rules), text, matrix)
+    if choice.calibration is not None:
+        check_text(choice.calibration.text, choice.calibration.tokens)
+    return choice
+
+
+def _calibration(text: str | None, tokens: int | None, seed: int) -> Calibration | None:
+    """The text of an importance matrix; None where there is to be none."""
+    from compressknow.compress.recipe import Calibration
+    from compressknow.errors import UsageError
+
+    if text is None:
+        if tokens is not None:
+            raise UsageError("--calibration-tokens goes with --calibration.")
+        return None
+    return Calibration(text, seed=seed) if tokens is None else Calibration(text, tokens, seed)
+
+
+def _importance_output(path: str | Path | None, choice: Choice, *, overwrite: bool) -> Path | None:
+    """Where the importance matrix goes. Raises an error where there is none to write, or something lies there."""
+    from compressknow.errors import OutputError, UsageError
+
+    if path is None:
+        return None
+    if choice.calibration is None:
+        raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
+    if Path(path).exists() and not overwrite:
+        raise OutputError(f"{path} exists already.", hint="Choose another --imatrix-out, or pass --overwrite.")
+    return Path(path)
 
 
 def _refuse_before_work(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:

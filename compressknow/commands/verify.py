@@ -1,4 +1,4 @@
-"""verify: a converted checkpoint against its manifest."""
+"""verify: a converted checkpoint against its manifest, or a GGUF file against its record."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 def verify(
     folder: str | Path, *, threads: int | None = None, on_progress: OnProgress | None = None, check: bool = True
 ) -> Verification:
-    """Recount and rehash a converted checkpoint against its manifest.
+    """Recount and rehash a converted checkpoint against its manifest, or a GGUF file against the record beside it.
 
     Parameters
     ----------
+    folder : what `convert` wrote, or the file that `export` wrote.
     threads : tensors worked on at a time, by default one a core.
     on_progress : called with each `compressknow.Progress`, in bytes; ``"bar"`` shows a bar.
     check : False returns the differences in the result instead of raising an error.
@@ -30,6 +31,8 @@ def verify(
     compressknow.errors.CheckpointError : the folder has no manifest, or one that this version cannot read.
     compressknow.errors.VerificationError : the weights differ from what the manifest says.
     """
+    if Path(folder).suffix == ".gguf":
+        return _verify_gguf(Path(folder), on_progress, check)
     from compressknow.model.manifest import refuse_unconverted
 
     # Said before torch is imported, which takes a second.
@@ -41,4 +44,25 @@ def verify(
         result = compare_to_manifest(folder, threads=threads, advance=advance)
     if check:
         raise_if_different(folder, result)
+    return result
+
+
+def _verify_gguf(path: Path, on_progress: OnProgress | None, check: bool) -> Verification:
+    from compressknow.errors import CheckpointError, VerificationError
+    from compressknow.libraries import require
+
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file.", hint="Give a file that `compressknow export` wrote.")
+    require("gguf")
+    from compressknow.export.verify import compare_to_record
+    from compressknow.quiet import Stage, begun, listener
+
+    with begun(listener(on_progress), Stage("verify", str(path))) as advance:
+        result = compare_to_record(path, advance=advance)
+    if check and result.differences:
+        raise VerificationError(
+            f"{path} differs from its record.",
+            why="\n".join(map(str, result.differences)),
+            hint="Export it again: its record holds the types (--recipe).",
+        )
     return result

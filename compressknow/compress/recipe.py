@@ -55,6 +55,8 @@ RECIPE_OPTIONS = (
     *("scope", "include", "exclude", "layers", "drop_blocks", "drop_neurons", "prune", "prune_method", *SHARED),
     *("quantize", "rounding", "smooth", "calibration", "calibration_tokens", "module_map", "parameters"),
 )
+# The table of a recipe's file that says how a GGUF file is made: see `compressknow.export.choice`.
+EXPORT = "export"
 # How weights are brought to a scheme's grid.
 ROUNDINGS = ("nearest", "gptq")
 # The paper has one scheme, of 8 bits, and does not name it.
@@ -441,12 +443,12 @@ class Recipe:
             wrong = f"unknown key {unknown[0]!r}" if unknown else "no list of [[steps]]"
             raise UsageError(f"{origin}: {wrong}.", hint="See examples/recipes for the format.")
         parsed = tuple(_step_from_dict(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps))
-        calibration = _calibration(values.get("calibration"), f"{origin}, calibration")
+        calibration = calibration_from(values.get("calibration"), f"{origin}, calibration")
         return cls(parsed, values.get("module_map", "structural"), calibration)
 
 
-def _calibration(values: Any, origin: str) -> Calibration | None:
-    """Of a recipe; a text alone says which text."""
+def calibration_from(values: Any, origin: str) -> Calibration | None:
+    """Of a recipe's key; a text alone says which text. Raises UsageError where it is of another form."""
     if values is None:
         return None
     known = {each.name for each in fields(Calibration)}
@@ -583,6 +585,8 @@ def read_recipe(path: Path) -> Recipe:
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
     values = values.get("recipe", values) if isinstance(values, dict) else {}
+    # What `export` reads of the same file.
+    values = {key: value for key, value in values.items() if key != EXPORT}
     return Recipe.from_dict(values, str(path))
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from compressknow.compress.blocks import Reader
 from compressknow.compress.pool import Pool
@@ -18,22 +19,28 @@ from compressknow.diff.parameters import Side, side_of
 from compressknow.engine.identity import fingerprint, locate
 from compressknow.engine.load import family_of_class
 from compressknow.errors import UnsupportedError
+from compressknow.export.calibration import Seen, importance_of, see
+from compressknow.export.channels import same_channels
 from compressknow.export.choice import Choice
 from compressknow.export.converter import Converter, convert, known_architectures, refuse_unknown
+from compressknow.export.importance import Importance, read_importance, refuse_other_model, write_importance
 from compressknow.export.place import Place, record_of, refuse_no_room
 from compressknow.export.plain import Plain, float_type, is_plain, plain_tensors, write_plain
 from compressknow.export.quantizing import Request, planned_types, quantize
 from compressknow.export.record import SCHEMA, ExportRecord, metadata_of, tool_versions, totals_of, write_with
 from compressknow.export.tensors import Tensors, by_group, chosen_types, read_tensors
 from compressknow.export.types import FLOATS, base_type, bytes_of
+from compressknow.files import write_whole
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import MANIFEST_NAME, read_manifest
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
 from compressknow.quiet import Begin, counted, untold
+from compressknow.reading import sha256_of
 
 # Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
 _SPARE = 1.1
+IMPORTANCE = "importance.gguf"
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Export:
     choice: Choice
     converter: Converter
     exact: str
+    trust_remote_code: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -96,7 +104,7 @@ def prepare(
     refuse_unknown(side.structure.architecture, known_architectures(converter))
     tensors = plain_tensors(side, checkpoint)
     exact = "f32" if choice.type == "f32" else FLOATS[float_type(tensors)]
-    return Export(checkpoint, side, tensors, choice, converter, exact)
+    return Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code)
 
 
 def _refuse_headless(architecture: str) -> None:
@@ -115,14 +123,21 @@ def _refuse_headless(architecture: str) -> None:
 
 
 def write(
-    export: Export, output: Path, *, overwrite: bool = False, threads: int | None = None, begin: Begin = untold
+    export: Export,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    importance_output: Path | None = None,
+    threads: int | None = None,
+    begin: Begin = untold,
 ) -> ExportRecord:
     """Carry an export out: a GGUF file that appears whole or not at all, and its record beside it.
 
     Parameters
     ----------
-    begin : begins the stages: ``unpack`` where the converter cannot read the checkpoint as it is, ``export``, and
-        ``quantize`` where the type is not exact.
+    importance_output : where the importance matrix is written too, in llama.cpp's form.
+    begin : begins the stages: ``unpack`` where the converter cannot read the checkpoint as it is, ``sample`` and
+        ``gather`` for an importance matrix, ``export``, and ``quantize`` where the type is not exact.
 
     Raises
     ------
@@ -131,17 +146,23 @@ def write(
     """
     refuse_no_room(output, export.needed_bytes)
     with Place(output, overwrite=overwrite, source=export.checkpoint.folder) as place:
-        made = _made(export, place.folder, threads, begin)
-        record = _record(export, read_tensors(made, export.side), {})
-        write_with(metadata_of(record), made, place.file)
-        made.unlink()
+        # Apart from the output, which may be called as one of its steps.
+        work = place.folder / "work"
+        work.mkdir()
+        made = _made(export, work, threads, begin)
+        record = _record(export, made)
+        write_with(metadata_of(record), made.file, place.file)
+        made.file.unlink()
         with Pool(threads) as pool:
             _sync(place.file)
             nbytes, sha256 = place.file.stat().st_size, hash_file(pool, place.file)
         place.expect({place.file.name: nbytes})
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         place.write(record_of(place.file).name, _json(record))
+        importance = (work / IMPORTANCE).read_bytes() if importance_output else b""
         place.commit()
+    if importance_output:
+        write_whole(importance_output, importance)
     return record
 
 
@@ -151,9 +172,7 @@ def preview(export: Export, output: Path, *, threads: int | None = None, begin: 
     refuse_no_room(output, export.needed_bytes)
     folder = next(path for path in (Path.cwd() / output).parents if path.exists())
     with TemporaryDirectory(prefix=f".{output.name}.", dir=folder) as scratch:
-        made = _made(export, Path(scratch), threads, begin, dry_run=True)
-        types = planned_types(Path(scratch)) if _is_quantized(export) else {}
-        return _record(export, read_tensors(made, export.side), types)
+        return _record(export, _made(export, Path(scratch), threads, begin, dry_run=True))
 
 
 def _is_quantized(export: Export) -> bool:
@@ -161,30 +180,69 @@ def _is_quantized(export: Export) -> bool:
     return bool(export.choice.types) or export.choice.type != export.exact
 
 
-def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False) -> Path:
-    """The GGUF file without our metadata; of a dry run the one in between, and the types in llama.cpp's log."""
+class _Made(NamedTuple):
+    """The GGUF file without our metadata; of a dry run the one in between. What a record says of the importance."""
+
+    file: Path
+    types: Mapping[str, str]
+    importance: Mapping[str, Any]
+
+
+def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False) -> _Made:
     exact = folder / "exact.gguf"
-    with _plain_folder(export, folder, begin) as source, begin("export") as advance:
-        convert(
-            export.converter,
-            source,
-            exact,
-            export.exact,
-            name=export.checkpoint.name if export.checkpoint.revision else None,
-            expected=export.exact_bytes,
-            advance=advance,
-        )
+    with _plain_folder(export, folder, begin) as source:
+        seen = None
+        if (asked := export.choice.calibration) and not dry_run:
+            seen = see(source, asked, folder, threads=threads, begin=begin, trust_remote_code=export.trust_remote_code)
+        with begin("export") as advance:
+            convert(
+                export.converter,
+                source,
+                exact,
+                export.exact,
+                name=export.checkpoint.name if export.checkpoint.revision else None,
+                expected=export.exact_bytes,
+                advance=advance,
+            )
     if not _is_quantized(export):
-        return exact
-    types = chosen_types(read_tensors(exact, export.side), export.choice.types)
-    output = folder / "quantized.gguf"
-    request = Request(str(exact), str(output), export.choice.type, types, threads=threads or 0, dry_run=dry_run)
+        return _Made(exact, {}, {})
+    tensors = read_tensors(exact, export.side)
+    types = chosen_types(tensors, export.choice.types)
+    output, matrix, said = folder / "quantized.gguf", None, {}
+    if importance := None if dry_run else _importance(export, exact, tensors, seen):
+        matrix = str(folder / IMPORTANCE)
+        write_importance(importance, Path(matrix))
+        said = _importance_record(export, importance, tensors, seen)
+    request = Request(str(exact), str(output), export.choice.type, types, matrix, threads or 0, dry_run)
     with begin("quantize") as advance:
         quantize(request, folder, advance)
     if dry_run:
-        return exact
+        return _Made(exact, planned_types(folder), said)
     exact.unlink()
-    return output
+    return _Made(output, {}, said)
+
+
+def _importance(export: Export, exact: Path, tensors: Tensors, seen: Seen | None) -> Importance | None:
+    """The importance matrix: that of a file, or that of a text; None without either."""
+    if (given := export.choice.importance) is not None:
+        importance = read_importance(given)
+        refuse_other_model(importance, tensors.tensors, f"--imatrix {given}")
+        return importance
+    return None if seen is None else importance_of(tensors, seen, same_channels(exact, tensors, export.tensors))
+
+
+def _importance_record(
+    export: Export, importance: Importance, tensors: Tensors, seen: Seen | None
+) -> dict[str, dict[str, Any]]:
+    """Which text or file it was, and which weights it does not know."""
+    if seen is not None:
+        said = {key: getattr(seen.text, key) for key in ("kind", "source", "sha256", "tokens", "seed")}
+    else:
+        assert export.choice.importance is not None
+        file = export.choice.importance
+        said = {"kind": "imatrix", "source": file.name, "sha256": sha256_of(file)}
+    without = sorted(name for name in tensors.weights if name not in importance.sums)
+    return {"importance": {**said, "tensors": len(importance.sums), "without": without}}
 
 
 @contextmanager
@@ -211,12 +269,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _record(export: Export, tensors: Tensors, types: Mapping[str, str]) -> ExportRecord:
-    """`types` : those that a dry run has chosen, by tensor."""
+def _record(export: Export, made: _Made) -> ExportRecord:
     checkpoint, choice = export.checkpoint, export.choice
     folder = checkpoint.folder
     manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
-    groups = by_group(tensors, types)
+    groups = by_group(read_tensors(made.file, export.side), made.types)
     source = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": fingerprint(locate(folder))}
     done = {"recipe": manifest["recipe"]} if manifest else {}
     return ExportRecord(
@@ -228,6 +285,7 @@ def _record(export: Export, tensors: Tensors, types: Mapping[str, str]) -> Expor
             "versions": tool_versions(export.converter.version),
             "source": {**source, "architecture": export.side.structure.architecture},
             **done,
+            **made.importance,
             "groups": groups,
             "totals": totals_of(groups),
         }

@@ -29,12 +29,14 @@ class Request:
     source, output : GGUF files.
     file_type : a name of `compressknow.export.types.file_types`.
     types : the type of single tensors, by name.
+    importance : a GGUF file with the importance matrix.
     """
 
     source: str
     output: str
     file_type: str
     types: Mapping[str, str] = field(default_factory=dict)
+    importance: str | None = None
     threads: int = 0
     dry_run: bool = False
 
@@ -86,7 +88,23 @@ def _quantize(request: Request) -> int:
         # A pattern that is none ends the list.
         overrides[len(request.types)].pattern = ffi.NULL
         parameters.tt_overrides = overrides
+    if request.importance:
+        kept.append(_importance(ffi, request.importance, kept))
+        parameters.imatrix = kept[-1]
     return int(library.llama_model_quantize(os.fsencode(request.source), os.fsencode(request.output), parameters))
+
+
+def _importance(ffi: Any, path: str, kept: list[Any]) -> Any:
+    """The list of llama.cpp's struct, which an entry without a name ends."""
+    from compressknow.export.importance import read_importance
+
+    matrices = read_importance(Path(path)).means()
+    entries = ffi.new("struct llama_model_imatrix_data[]", len(matrices) + 1)
+    for place, (name, values) in enumerate(matrices.items()):
+        kept += [ffi.new("char[]", name.encode()), values, ffi.from_buffer("float[]", values)]
+        entries[place].name, entries[place].data, entries[place].size = kept[-3], kept[-1], values.size
+    entries[len(matrices)].name = ffi.NULL
+    return entries
 
 
 def _end_with_parent() -> None:

@@ -37,12 +37,14 @@ class Tensors:
 
     Attributes
     ----------
-    weights : by the name of a tensor of the file, the Linear weight that it is, or is made of.
+    weights : by the name of a tensor of the file, the Linear weights that it is, or is made of.
+    stored : by the same, the names under which the checkpoint stores these.
     """
 
     side: Side
     tensors: Mapping[str, Tensor]
     weights: Mapping[str, tuple[LinearWeight, ...]]
+    stored: Mapping[str, tuple[str, ...]]
 
     @cached_property
     def groups(self) -> dict[str, str]:
@@ -101,7 +103,17 @@ def read_tensors(path: Path, side: Side) -> Tensors:
         )
         for each in reader.tensors
     }
-    return Tensors(side, tensors, dict(_weights(_name_map(reader), side, tensors)))
+    weights: dict[str, list[LinearWeight]] = {}
+    stored: dict[str, dict[str, None]] = {}
+    for weight, name, places in _mapped(_name_map(reader), side, tensors):
+        weights.setdefault(name, []).append(weight)
+        stored.setdefault(name, {}).update(dict.fromkeys(places))
+    return Tensors(
+        side,
+        tensors,
+        {name: tuple(own) for name, own in weights.items()},
+        {name: tuple(own) for name, own in stored.items()},
+    )
 
 
 def _name_map(reader: Any) -> Any:
@@ -114,22 +126,26 @@ def _name_map(reader: Any) -> Any:
     return gguf.get_tensor_name_map(arch, max(blocks, default=0)) if arch is not None else None
 
 
-def _weights(
-    name_map: Any, side: Side, tensors: Mapping[str, Tensor]
-) -> Iterator[tuple[str, tuple[LinearWeight, ...]]]:
-    found: dict[str, list[LinearWeight]] = {}
+def _mapped(name_map: Any, side: Side, tensors: Mapping[str, Tensor]) -> Iterator[tuple[LinearWeight, str, list[str]]]:
+    """Each Linear weight with a tensor that holds it, or a part of it, and the names under which that is stored."""
     parts: dict[str, list[str]] = {}
     for stored, parameter in side.loaded_to.items():
         parts.setdefault(parameter, []).append(stored)
     for weight in side.structure.linears if name_map else ():
         supplier = side.supply.get(weight.parameter)
-        names = [weight.parameter, *parts.get(weight.parameter, ()), *([supplier.name] if supplier else ())]
-        # Its own name first: of a final layer that is tied there is no tensor, but that of the embedding.
-        mapped = [name_map.get_name(_EXPERT.sub("experts.", name), try_suffixes=_SUFFIXES) for name in names]
-        there = dict.fromkeys(name for name in mapped if name in tensors)
-        for name in there if parts.get(weight.parameter) else list(there)[:1]:
-            found.setdefault(name, []).append(weight)
-    yield from ((name, tuple(own)) for name, own in found.items())
+        own = parts.get(weight.parameter) or ([supplier.name] if supplier else [])
+        found: dict[str, list[str]] = {}
+        for name in own:
+            if (there := _there(name_map, (name, weight.parameter), tensors)) is not None:
+                found.setdefault(there, []).append(name)
+        for there, names in found.items():
+            yield weight, there, names
+
+
+def _there(name_map: Any, names: Iterable[str], tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor of the file that one of these names is mapped to."""
+    mapped = (name_map.get_name(_EXPERT.sub("experts.", name), try_suffixes=_SUFFIXES) for name in names)
+    return next((name for name in mapped if name in tensors), None)
 
 
 def by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> dict[str, dict[str, dict[str, int]]]:

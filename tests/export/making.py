@@ -128,17 +128,26 @@ LLAMA_NAMES = {
 _REST = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
+def text_file(path: Path) -> Path:
+    """A calibration text of some thousand tokens, in the words that the tokenizers know."""
+    path.write_text(" ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS * 8), encoding="utf-8")
+    return path
+
+
+def name_in_llama_cpp(module: str) -> str:
+    """The name of a module's weight in a GGUF file of the tiny Llama."""
+    if module in _REST:
+        return f"{_REST[module]}.weight"
+    _, _, layer, part = module.split(".", 3)
+    return f"blk.{layer}.{LLAMA_NAMES[part]}.weight"
+
+
 def as_llama_cpp(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Weights of the tiny Llama by the names, and in the order of rows, that llama.cpp has them in."""
     heads = {"attn_q": _LLAMA["num_attention_heads"], "attn_k": _LLAMA["num_key_value_heads"]}
     found = {}
     for name, weight in stored.items():
-        module = name.removesuffix(".weight")
-        if module in _REST:
-            found[f"{_REST[module]}.weight"] = weight
-            continue
-        _, _, layer, part = module.split(".", 3)
-        leaf = LLAMA_NAMES[part]
-        turned = interleaved(weight, heads[leaf]) if leaf in heads else weight
-        found[f"blk.{layer}.{leaf}.weight"] = turned
+        there = name_in_llama_cpp(name.removesuffix(".weight"))
+        leaf = there.split(".")[-2]
+        found[there] = interleaved(weight, heads[leaf]) if leaf in heads else weight
     return found

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +16,16 @@ import pytest
 import torch
 
 import compressknow
+from compressknow.cli import main
 from compressknow.engine.identity import fingerprint, locate
-from compressknow.errors import CompressknowError, OutputError, UnsupportedError, UsageError
+from compressknow.errors import (
+    CheckpointError,
+    CompressknowError,
+    OutputError,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+)
 from tests.export.making import (
     as_llama_cpp,
     checkpoint,
@@ -311,3 +324,88 @@ def test_no_gguf_name(tmp_path: Path) -> None:
     source = checkpoint("llama", tmp_path / "model")
     with pytest.raises(UsageError, match=r"Name it out\.bin\.gguf"):
         compressknow.export(source, tmp_path / "out.bin", converter=tmp_path)
+
+
+@needs_converter
+def test_verify_and_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command prints; and a file, or a record, that was changed is told."""
+    source, output = checkpoint("llama", tmp_path / "model"), tmp_path / "exact.gguf"
+    assert main(["export", str(source), str(output), "--type-of", "attention=F16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["types"] == [["attention", "f16"]]
+    assert main(["verify", str(output)]) == 0
+    assert "21 tensors match the record" in capsys.readouterr().out
+    assert main(["export", str(source), str(tmp_path / "b.gguf"), "--recipe", f"{output}.json"]) == 0
+    shown = capsys.readouterr().out
+    assert "q8_0 (attention f16): " in shown
+    assert [line.split()[:3] for line in shown.splitlines() if line.startswith("attention")] == [
+        ["attention", "f16", "8"]
+    ]
+    assert output.read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    record = tmp_path / "b.gguf.json"
+    record.write_text(record.read_text().replace("q8_0 (attention f16)", "q8_0"))
+    with pytest.raises(VerificationError, match=r"compressknow\.setup is another in the file"):
+        compressknow.verify(tmp_path / "b.gguf")
+    changed = bytearray(output.read_bytes())
+    changed[-1] ^= 1
+    output.write_bytes(changed)
+    with pytest.raises(VerificationError, match="its bytes differ"):
+        compressknow.verify(output)
+    (tmp_path / "exact.gguf.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no exact\.gguf\.json"):
+        compressknow.verify(output)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[export]\ntyp = 'q8_0'", "unknown key 'typ'.*Did you mean type"),
+        ("[export]\ntypes = 3", "a table of texts"),
+        ("[export]\ntype = 'q8'", "no type 'q8'"),
+        ("[export]\ncalibration = 3", "calibration"),
+        ("[[steps]]\nprune = 0.2", r"no table \[export\]"),
+        ("[export", "cannot be read"),
+    ],
+)
+def test_recipes_that_are_none(content: str, words: str, tmp_path: Path) -> None:
+    """The message names the file and the key."""
+    from compressknow.export.choice import read_choice
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(content)
+    with pytest.raises(UsageError, match=f"(?s)recipe.toml.*{words}|{words}"):
+        read_choice(recipe)
+
+
+def test_one_file_for_convert_and_export(tmp_path: Path) -> None:
+    """Each takes its part."""
+    from compressknow.compress.recipe import Calibration, read_recipe
+    from compressknow.export.choice import Choice, read_choice
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        "[[steps]]\nprune = 0.2\n[export]\ntype = 'Q4_K_M'\ncalibration = {text = 'self', tokens = 1024}\n"
+        "[export.types]\nattention = 'q8_0'\n'blk.0' = 'f16'\n"
+    )
+    assert read_recipe(recipe).setup == "Blocks_GP 20%"
+    rules = (("attention", "q8_0"), ("blk.0", "f16"))
+    assert read_choice(recipe) == Choice("q4_k_m", rules, Calibration("self", 1024))
+
+
+@needs_converter
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_leaves_nothing_under_the_name(number: signal.Signals, tmp_path: Path) -> None:
+    """Nor beside it, once it could clean up, or once the next run did."""
+    source, output = checkpoint("llama", tmp_path / "model"), tmp_path / "out.gguf"
+    command = [sys.executable, "-m", "compressknow", "export", str(source), str(output)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ) as run:
+        while not list(tmp_path.glob(".out.gguf.*-new-*/work/*.log")):
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.send_signal(number)
+    assert run.returncode != 0
+    left = [path.name for path in tmp_path.iterdir() if path.name != "model"]
+    assert all(name.startswith(".out.gguf.") for name in left)
+    assert bool(left) == (number == signal.SIGKILL)
+    if left:
+        compressknow.export(source, output)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf", "out.gguf.json"]

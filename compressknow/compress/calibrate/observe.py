@@ -1,0 +1,155 @@
+"""What every Linear layer reads on a text, with nothing changed: block by block, as for compression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compressknow.compress.calibrate.forward import Call, NotApart
+from compressknow.compress.calibrate.gathering import Key, Sums, Watch
+from compressknow.compress.calibrate.model import StreamedModel
+from compressknow.compress.calibrate.statistics import InputStatistics
+from compressknow.compress.calibrate.walk import memory_named, walk, whole_in_memory
+from compressknow.compress.pool import Pool
+from compressknow.compress.sources import Sources
+from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.groups import structure_of
+from compressknow.model.structure import LinearWeight
+from compressknow.model.tensors import OpenFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Batches = Sequence[Mapping[str, torch.Tensor]]
+Told = Callable[[int, int], object]
+
+
+def input_statistics(
+    checkpoint: Checkpoint,
+    tree: PreTrainedModel,
+    batches: Batches,
+    *,
+    threads: int | None = None,
+    folder: Path | None = None,
+    told: Told = max,
+) -> dict[Key, InputStatistics]:
+    """The sums of squares of what each Linear weight is multiplied with, the final layer's included.
+
+    Parameters
+    ----------
+    checkpoint, tree : of floats, with its module tree on the meta device.
+    batches : see `walk`.
+    folder : where large hidden states lie meanwhile.
+    told : the blocks that are done, and in all.
+
+    Returns
+    -------
+    By weight, or matrix of a stack of them; those that the text does not reach are missing (experts, vision towers).
+    """
+    structure = structure_of(tree)
+    weights = [weight for weight in structure.linears if weight.group != "vision"]
+    sources = Sources(checkpoint, tree, structure)
+    with OpenFiles() as files, Pool(threads) as pool:
+        try:
+            with memory_named(structure.architecture, whole_in_memory), Pool(threads) as own:
+                streamed = StreamedModel(tree, sources, files)
+                visitor = _Observing(streamed.blocks, weights, own)
+                walk(streamed, batches, visitor, own, folder, lambda module: visitor.tell(module, told))
+                visitor.refuse_left()
+                return dict(_found(weights, visitor.of))
+        except NotApart:
+            with memory_named(structure.architecture, whole_in_memory):
+                return _together(StreamedModel(tree, sources, files, whole=True), weights, batches, pool, told)
+
+
+def _found(
+    weights: Iterable[LinearWeight], of: Callable[[LinearWeight], Sums]
+) -> Iterator[tuple[Key, InputStatistics]]:
+    for weight in weights:
+        matrices = weight.shape[0] if len(weight.shape) > 2 else 1
+        for key in (Key(weight.parameter, matrix) for matrix in range(matrices)):
+            if (statistics := of(weight).of(key)) is not None:
+                yield key, statistics
+
+
+def _sums(weights: Iterable[LinearWeight], pool: Pool) -> Sums:
+    names = dict.fromkeys(weight.parameter for weight in weights)
+    return Sums(names, products=False, peaks=False, check=pool.check)
+
+
+def _together(
+    streamed: StreamedModel, weights: Sequence[LinearWeight], batches: Batches, pool: Pool, told: Told
+) -> dict[Key, InputStatistics]:
+    """The whole model at once."""
+    sums = _sums(weights, pool)
+    parameters = {weight.parameter: streamed.model.get_parameter(weight.parameter) for weight in weights}
+    takes = {"use_cache": False} if hasattr(streamed.model.config, "use_cache") else {}
+    for number, batch in enumerate(batches):
+        with torch.no_grad(), Watch(parameters) as watch:
+            streamed.model(**batch, **takes)
+        sums.add(number, watch.seen)
+        told(number + 1, len(batches))
+    return dict(_found(weights, lambda _: sums))
+
+
+class _Observing:
+    """Visits blocks, and layers in no block, and keeps what was summed of each."""
+
+    def __init__(self, blocks: Sequence[str], weights: Sequence[LinearWeight], pool: Pool) -> None:
+        self._blocks, self._pool = blocks, pool
+        self._place = {weight.parameter: self._place_of(weight) for weight in weights}
+        self._targets: dict[str, list[LinearWeight]] = {}
+        for weight in weights:
+            self._targets.setdefault(self._place[weight.parameter], []).append(weight)
+        # Of blocks that share their weights, all uses are seen.
+        self._repeats = any(weight.uses > 1 or weight.sharing for weight in weights)
+        self._sums: dict[str, Sums] = {}
+        self._left = set(self._targets)
+
+    def _place_of(self, weight: LinearWeight) -> str:
+        return next((block for block in self._blocks if f"{weight.module}.".startswith(f"{block}.")), weight.module)
+
+    def of(self, weight: LinearWeight) -> Sums:
+        """Those that a weight's inputs were added to."""
+        return self.sums(self._place[weight.parameter])
+
+    @property
+    def alone(self) -> Collection[str]:
+        """Single layers that lie in no block."""
+        return [module for module in self._targets if module not in self._blocks]
+
+    def watched(self, module: str) -> Collection[str]:
+        """All Linear weights of a block."""
+        return list(dict.fromkeys(weight.parameter for weight in self._targets.get(module, ())))
+
+    def sums(self, module: str) -> Sums:
+        """Those of a block; kept from one use to the next."""
+        if module not in self._sums:
+            self._sums[module] = _sums(self._targets[module], self._pool)
+        return self._sums[module]
+
+    def visit(self, module: str, again: Callable[[], Any]) -> None:  # noqa: ARG002
+        """Nothing is changed."""
+        self._left.discard(module)
+
+    def output(self, module: str, batch: int, call: Call, output: Any) -> None:
+        """Nothing is learned from it."""
+
+    def tell(self, module: str, told: Told) -> None:
+        """Count a block that was seen."""
+        if module in self._targets:
+            told(len(self._targets) - len(self._left), len(self._targets))
+
+    @property
+    def done(self) -> bool:
+        """When all were seen."""
+        return not self._left and not self._repeats
+
+    def refuse_left(self) -> None:
+        """Raise NotApart where the model does not run a block, or its head, as a module."""
+        for module in self._left:
+            if module in self._blocks or any(weight.group == "final" for weight in self._targets[module]):
+                raise NotApart(f"the model does not run {module}")

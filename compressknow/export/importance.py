@@ -1,0 +1,153 @@
+"""The importance matrix: how much each input channel of a weight counts when llama.cpp rounds it.
+
+It is the mean of the squares of what the channel is multiplied with, the diagonal of X^T X over the tokens: the same
+sums that Wanda goes by. llama.cpp's tools keep it in a GGUF file of their own (llama.cpp, tools/imatrix/imatrix.cpp).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compressknow.errors import CheckpointError, UsageError
+from compressknow.reading import open_regular
+
+if TYPE_CHECKING:
+    from compressknow.export.tensors import Tensor
+
+Floats = npt.NDArray[np.float32]
+SUMS, COUNTS = ".in_sum2", ".counts"
+_KIND, _MAGIC = "imatrix", b"GGUF"
+# Of a file of the old form: more entries, or longer names, than any model has.
+_MOST_ENTRIES, _MOST_NAME = 1 << 16, 1 << 10
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The matrix of a model.
+
+    Attributes
+    ----------
+    sums : by tensor name, the sums of squares, float32 [matrices, in]; one matrix but for experts.
+    counts : the tokens that they are of, float32 [matrices].
+    datasets : what text that was.
+    chunks, chunk : how many sequences of how many tokens.
+    """
+
+    sums: Mapping[str, Floats]
+    counts: Mapping[str, Floats]
+    datasets: tuple[str, ...] = ()
+    chunks: int = 0
+    chunk: int = 0
+
+    def means(self) -> dict[str, Floats]:
+        """By tensor name, float32 [matrices * in], contiguous: what llama.cpp takes."""
+        found = {}
+        for name, sums in self.sums.items():
+            counts = self.counts[name].reshape(-1, 1)
+            known = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
+            found[name] = np.ascontiguousarray(known, dtype=np.float32).reshape(-1)
+        return found
+
+
+def write_importance(importance: Importance, path: Path) -> None:
+    """Write the file that llama-imatrix would, and llama-quantize takes."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, _KIND)
+    writer.add_type(_KIND)
+    writer.add_array("imatrix.datasets", list(importance.datasets))
+    writer.add_uint32("imatrix.chunk_count", importance.chunks)
+    writer.add_uint32("imatrix.chunk_size", importance.chunk)
+    for name in sorted(importance.sums):
+        writer.add_tensor(name + SUMS, importance.sums[name])
+        writer.add_tensor(name + COUNTS, importance.counts[name].reshape(-1, 1))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_importance(path: Path) -> Importance:
+    """The matrix in a file of llama.cpp's: GGUF, or the form of before (``.dat``).
+
+    Raises UsageError where there is no such file, CheckpointError where it holds no importance matrix.
+    """
+    try:
+        with open_regular(path) as file:
+            is_gguf = file.read(4) == _MAGIC
+        return _read_gguf(path) if is_gguf else _read_dat(path)
+    except FileNotFoundError:
+        raise UsageError(f"--imatrix {path}: no such file.") from None
+    except (ValueError, KeyError, IndexError, OSError, struct.error) as error:
+        raise CheckpointError(
+            f"{path} is no importance matrix: {error}.", hint="Give a file that llama-imatrix or --imatrix-out wrote."
+        ) from None
+
+
+def _read_gguf(path: Path) -> Importance:
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    names = [name.removesuffix(SUMS) for name in stored if name.endswith(SUMS)]
+    if not names:
+        raise ValueError(f"it holds no tensor *{SUMS}")
+    counts = {name: np.array(stored[name + COUNTS], np.float32).reshape(-1) for name in names}
+    sums = {name: np.array(stored[name + SUMS], np.float32).reshape(len(counts[name]), -1) for name in names}
+
+    def said(key: str, default: Any) -> Any:
+        field = reader.get_field(f"imatrix.{key}")
+        return default if field is None else field.contents()
+
+    datasets = tuple(map(str, said("datasets", ())))
+    return Importance(sums, counts, datasets, int(said("chunk_count", 0)), int(said("chunk_size", 0)))
+
+
+def _read_dat(path: Path) -> Importance:
+    """Entries of a name, the calls, and the means times these; then, maybe, what text it was."""
+    sums: dict[str, Floats] = {}
+    counts: dict[str, Floats] = {}
+    with open_regular(path) as file:
+
+        def number(most: int) -> int:
+            (value,) = struct.unpack("<i", file.read(4))
+            if not 0 <= value <= most:
+                raise ValueError(f"a number in it is {value}")
+            return int(value)
+
+        for _ in range(number(_MOST_ENTRIES)):
+            name = file.read(number(_MOST_NAME)).decode()
+            calls, width = number(1 << 30), number(1 << 28)
+            values = np.frombuffer(file.read(4 * width), "<f4")
+            if len(values) != width:
+                raise ValueError("it is cut short")
+            sums[name], counts[name] = values.reshape(1, -1).astype(np.float32), np.array([max(calls, 1)], np.float32)
+    if not sums:
+        raise ValueError("it is empty")
+    return Importance(sums, counts)
+
+
+def refuse_other_model(importance: Importance, tensors: Mapping[str, Tensor], path: str) -> None:
+    """Raise CheckpointError where a matrix was made of another model: of other layers, or of other widths."""
+    fitting = [name for name in importance.sums if name in tensors]
+    for name in fitting:
+        tensor = tensors[name]
+        needed = tensor.shape[0] * (tensor.shape[2] if len(tensor.shape) > 2 else 1)
+        if importance.sums[name].size != needed:
+            raise CheckpointError(
+                f"{path} is of another model: {name} has {importance.sums[name].size:,} channels in it, and "
+                f"{needed:,} here.",
+                hint="Give the matrix of this model, or --calibration to make it.",
+            )
+    if not fitting:
+        raise CheckpointError(
+            f"{path} is of another model: none of its tensors is in this one.",
+            hint="Give the matrix of this model, or --calibration to make it.",
+        )
