@@ -194,7 +194,7 @@ class TestProbe:
             (("for subject, obj, sentence in rows", "for subject, obj, sentence in ()"), "has no facts to evaluate"),
             (("probe=name", 'probe="almanac"'), "does not have the name 'almanac:capital'"),
             (("candidates=objects", "candidates=objects[1:]"), "candidates of its fact 'capital/Avaland'"),
-            (("return Probe(", "return (lambda *_, source: None)("), "neither a Probe nor a Task"),
+            (("return Probe(", "return (lambda *_, source: None)("), "no Probe, Task or RunningText"),
             (("def open(", "def opened("), "abstract"),
             (("class Almanac(ProbeSource)", "class Almanac"), "not ProbeSource"),
             (("from compressknow.reading import sha256_of", "import nothing_like_it"), "ModuleNotFoundError"),

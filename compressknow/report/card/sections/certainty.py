@@ -22,7 +22,7 @@ class HowSure(Section):
     """A row a figure, a column a probe, and one of all where there are several."""
 
     title = "How sure the figures are"
-    order = 55
+    order = 57
     glossary = (
         (
             "Interval over relations",

@@ -33,7 +33,7 @@ class Confident(Section):
     """A table, a note and two charts a probe that gives probabilities of answers."""
 
     title = "Confidence"
-    order = 45
+    order = 48
     glossary = (
         ("Confidence", "the probability that a model gives to its answer, among all answers that it could give."),
         (
