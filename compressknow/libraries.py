@@ -39,7 +39,7 @@ def require(*modules: str) -> None:
     Traceback (most recent call last):
     compressknow.errors.CompressknowError: pyarow and scypy are not installed. Install them with: pip install pyarow scypy
     """  # noqa: E501
-    if missing := [module for module in modules if not _is_installed(module)]:
+    if missing := [module for module in modules if not is_installed(module)]:
         raise not_installed(*missing)
 
 
@@ -56,7 +56,8 @@ def _release(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module is there to be imported; imports nothing."""
     found = importlib.util.find_spec(module)
     # A folder of that name in the working directory is found too, with no origin.
     return found is not None and found.origin is not None

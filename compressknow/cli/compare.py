@@ -17,6 +17,7 @@ from compressknow.cli.options import (
     option,
     probe_options,
     probes_help,
+    runtime_option,
     split_options,
 )
 from compressknow.cli.report import command_of
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     help="File, repeatable: .html, .md or .json.",
 )
 @probe_options
+@runtime_option
 @option(
     "--fail-under",
     type=Share(),

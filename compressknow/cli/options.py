@@ -33,8 +33,8 @@ GROUPS = (COMPRESS, HOW, CALIBRATION, EVALUATE, RUNS, OUTPUT)
 NAMES = 22
 FACTS = ("data", "protocol", "template", "limit", "seed", "context", "map", "split", "tasks")
 RUNNING = ("device", "dtype", "batch_size", "trust_remote_code")
-# Of those, what is said of a server alone, by the name that a command's argument MODEL leaves.
-SERVING = {"model_name": "model", "parallel": "parallel", "timeout": "timeout"}
+# Of commands that run models as they are, by the name that a command's argument MODEL leaves.
+SERVING = {"runtime": "runtime", "model_name": "model", "parallel": "parallel", "timeout": "timeout"}
 TRUST = "Run the Python code that the checkpoint contains."
 REVISION = "Branch, tag or commit of a Hub id."
 
@@ -185,6 +185,15 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="How long a server may take to answer.",
         ),
     )
+
+
+def runtime_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs the models of a command."""
+    return _runs(
+        "--runtime",
+        metavar="NAME",
+        help="What runs a model: transformers, llama.cpp, server.  [default: what suits it]",
+    )(command)
 
 
 def _all(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:

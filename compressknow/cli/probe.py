@@ -17,6 +17,7 @@ from compressknow.cli.options import (
     option,
     probe_options,
     probes_help,
+    runtime_option,
     server_options,
     split_options,
 )
@@ -45,6 +46,7 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
     help="Folder for the answers; a stopped run resumes.",
 )
 @probe_options
+@runtime_option
 @server_options
 @option(
     "--reference",

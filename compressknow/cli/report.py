@@ -18,6 +18,7 @@ from compressknow.cli.options import (
     option,
     probe_options,
     probes_help,
+    runtime_option,
     server_options,
     split_options,
 )
@@ -42,6 +43,7 @@ from compressknow.stats.records import Estimate
     help="Report file, repeatable: .html, .md or .json.",
 )
 @probe_options
+@runtime_option
 @server_options
 @option("--fail-under", type=Share(), metavar="SHARE", help="Exit with 3 if less is kept: 0.95, or 95%.")
 @option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")

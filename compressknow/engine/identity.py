@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from compressknow.engine.llama_cpp.parts import gguf_parts
 from compressknow.errors import CheckpointError, UsageError
 from compressknow.files import name_of
 from compressknow.model.checkpoint import is_address, open_checkpoint, weight_files
@@ -49,7 +50,7 @@ class Located:
         if self.url is not None:
             return []
         if self.path.suffix == ".gguf":
-            return [self.path]
+            return gguf_parts(self.path)
         # Modelling code too: it is run where the user trusts it.
         code = sorted(path.name for path in self.path.glob("*.py"))
         decisive = [*weight_files(self.path), *_DECISIVE, *code]
@@ -133,7 +134,8 @@ def describe(located: Located) -> dict[str, Any]:
     if located.url is not None:
         return described
     if located.path.suffix == ".gguf":
-        return described | {"bytes": located.path.stat().st_size, "dtype": "GGUF", "quantization": "GGUF"}
+        size = sum(part.stat().st_size for part in located.files)
+        return described | {"bytes": size, "dtype": "GGUF", "quantization": "GGUF"}
     checkpoint = open_checkpoint(located.path)
     sizes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():

@@ -19,7 +19,7 @@ from compressknow.probe.answers import Answers
 from compressknow.probe.distributions import Distributions
 from compressknow.probe.facts import Probe
 from compressknow.probe.gather import Evaluation, finished, folder_of, of_probes, open_like, stored_answers
-from compressknow.probe.run import Beside, ModelHandle, facts_entry, held_answers, probe_model
+from compressknow.probe.run import Beside, ModelHandle, facts_entry, handles_of, held_answers, probe_model
 from compressknow.quiet import Listener, staged
 
 if TYPE_CHECKING:
@@ -64,10 +64,9 @@ def gather_early(
     """
     given = [stored_answers(model) for model in (original, compressed)]
     probes = _of_facts(open_like(next(filter(None, given), None), evaluation))
-    first, second = (
-        _Side(answers, None if answers else ModelHandle(locate(model, of), evaluation.settings))
-        for model, of, answers in zip((original, compressed), (revision, None), given, strict=True)
-    )
+    named = zip((original, compressed), (revision, None), given, strict=True)
+    handles = iter(handles_of([locate(model, of) for model, of, answers in named if not answers], evaluation.settings))
+    first, second = (_Side(answers, None if answers else next(handles)) for answers in given)
     first.look_in(evaluation.keep_in, probes, None)
     if first.stored:
         second.look_in(evaluation.keep_in, probes, first.stored)
@@ -170,7 +169,7 @@ class _Side:
         the user names are to other facts.
         """
         if self.handle is not None:
-            folder = folder_of(keep_in, self.handle.sha256, reference)
+            folder = folder_of(keep_in, self.handle, Beside(reference))
             self.stored = held_answers(self.handle, probes, folder, reference)
         elif self.stored is not None:
             self.stored = of_probes(self.stored, [probe.name for probe in probes])
@@ -199,7 +198,7 @@ class _Side:
             answers = _restricted(self.stored, chunk)
         else:
             assert self.handle is not None
-            place = folder_of(folder, self.handle.sha256, beside.reference)
+            place = folder_of(folder, self.handle, beside)
             answers = probe_model(self.handle, chunk.probes, place, beside, on_progress=on_progress, wait=True)
         self._chunks.append(answers)
         return answers

@@ -180,12 +180,15 @@ def refuse_other_facts(reference: Answers, probe: Opened) -> None:
 
 
 def refuse_other_model(reference: Answers, name: str, loaded: Loaded) -> None:
-    """Raise CompressknowError where a model cannot be a compressed form of the original: its tokens are others."""
+    """Raise CompressknowError where a model cannot be a compressed form of the original: it is of another family; or,
+    where both run in transformers, its tokens are others.
+    """
     before = reference.record.model
-    for key, known, value in (
-        ("family", before.family, loaded.family),
-        ("vocabulary", before.vocabulary, loaded.vocabulary),
-    ):
+    keys: list[tuple[str, object, object]] = [("family", before.family, loaded.family)]
+    # Where another runtime than transformers gives the answers of either, they are compared as texts.
+    if before.runtime is None and loaded.record() is None:
+        keys.append(("vocabulary", before.vocabulary, loaded.vocabulary))
+    for key, known, value in keys:
         if None not in (known, value) and known != value:
             raise CompressknowError(
                 f"{name} is not a compressed version of {before.name}: they differ in {key}.",
@@ -198,6 +201,12 @@ def refuse_other_model(reference: Answers, name: str, loaded: Loaded) -> None:
             why="Of one there are probabilities of candidates; of the other, on a server, only what it writes.",
             hint="Run both on the same kind of server.",
         )
+
+
+def tokens_alike(reference: Answers, loaded: Loaded) -> bool:
+    """Whether a model can be asked for the original's most likely tokens: not where its own are others."""
+    known = reference.record.model.vocabulary
+    return None in (known, loaded.vocabulary) or known == loaded.vocabulary
 
 
 def first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:

@@ -129,18 +129,18 @@ class _Gathering:
         revision: str | None,
     ) -> None:
         from compressknow.engine.identity import locate
-        from compressknow.probe.run import ModelHandle
+        from compressknow.probe.run import handles_of
 
         self._stored, self._evaluation = stored, evaluation
         self._probes = open_like(next((answers for answers in stored if answers is not None), None), evaluation)
         # All are found before the first is evaluated: a wrong name is told at once.
         revisions = [revision, *(None for _ in models[1:])]
-        self._handles = [
-            None if answers else ModelHandle(locate(model, of), evaluation.settings)
-            for model, of, answers in zip(models, revisions, stored, strict=True)
-        ]
-        if evaluation.timed:
-            for handle in filter(None, self._handles):
+        asked = [(model, of) for model, of, answers in zip(models, revisions, stored, strict=True) if not answers]
+        handles = iter(handles_of([locate(model, of) for model, of in asked], evaluation.settings))
+        self._handles = [None if answers else next(handles) for answers in stored]
+        for handle in filter(None, self._handles):
+            handle.refuse_tasks(self._probes)
+            if evaluation.timed:
                 refuse_untimed(handle)
 
     def run(self, on_progress: Listener | None) -> list[Answers]:
@@ -169,7 +169,7 @@ class _Gathering:
     def _evaluate(self, handle: ModelHandle, beside: Beside, on_progress: Listener | None) -> Answers:
         from compressknow.probe.run import probe_model
 
-        folder = folder_of(self._evaluation.keep_in, handle.sha256, beside.reference)
+        folder = folder_of(self._evaluation.keep_in, handle, beside)
         answers = probe_model(handle, self._probes, folder, beside, on_progress=on_progress, wait=True)
         return finished(answers, handle, beside.reference, timed=self._evaluation.timed)
 
@@ -204,10 +204,14 @@ def open_like(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
     return open_all(names, _like(known, evaluation.options))
 
 
-def folder_of(keep_in: Path, sha256: str, reference: Answers | None) -> Path:
-    """A folder for each model, and one more for each original whose tokens it was asked for."""
-    of = f"-{(reference.record.model.sha256 or '')[:16]}" if reference else ""
-    return keep_in / f"{sha256[:16]}{of}"
+def folder_of(keep_in: Path, model: ModelHandle, beside: Beside) -> Path:
+    """A folder for each model, and one more for each original whose tokens it was asked for; so for each runtime."""
+    of = f"-{(beside.sha256 or '')[:16]}{_suffix(beside.runtime)}" if beside.reference else ""
+    return keep_in / f"{model.sha256[:16]}{_suffix(next(iter(model.runtime.key()), None))}{of}"
+
+
+def _suffix(runtime: str | None) -> str:
+    return f"-{runtime}" if runtime else ""
 
 
 def _like(known: Answers | None, options: Options) -> Options:
@@ -257,14 +261,14 @@ def find_both(
     """
     from compressknow.engine.identity import fingerprint, locate
     from compressknow.model.checkpoint import is_address, no_files
-    from compressknow.probe.run import ModelHandle
+    from compressknow.probe.run import handles_of
     from compressknow.quiet import Stage, begun, counted
 
     for named in (a, b):
         if is_address(named.model):
             raise no_files(named.model)
         _refuse_answers(Path(named.model))
-    first, second = ModelHandle(locate(*a), settings), ModelHandle(locate(*b), settings)
+    first, second = handles_of([locate(*a), locate(*b)], settings)
     if first.located.path.resolve() == second.located.path.resolve():
         return first, first
     total = sum(path.stat().st_size for side in (first, second) for path in side.located.files)
@@ -310,9 +314,9 @@ def evaluate_both(
     def evaluate(
         model: ModelHandle, reference: Answers | None, whole: Distributions | None, known: Answers | None = None
     ) -> Answers:
-        folder = folder_of(keep_in, model.sha256, reference)
+        beside = Beside(reference, known, whole)
         watched = staged(on_progress, number=1 if model is a else 2, of=2)
-        return probe_model(model, probes, folder, Beside(reference, known, whole), on_progress=watched, wait=True)
+        return probe_model(model, probes, folder_of(keep_in, model, beside), beside, on_progress=watched, wait=True)
 
     if a.sha256 == b.sha256:
         alone = evaluate(a, None, None)

@@ -15,7 +15,7 @@ from compressknow._version import __version__
 from compressknow.engine.identity import Located, describe
 from compressknow.engine.language_model import AUTO, CPU, check_device, device_of
 from compressknow.engine.load import reason_of
-from compressknow.errors import CheckpointError, OutputError, UnsupportedError, UsageError
+from compressknow.errors import CheckpointError, OutputError, UnsupportedError, UsageError, did_you_mean
 from compressknow.probe.answers import (
     RECORD,
     SCHEMA_VERSION,
@@ -42,10 +42,11 @@ from compressknow.probe.evaluate import (
     prompts_of,
     refuse_other_facts,
     refuse_other_model,
+    tokens_alike,
 )
 from compressknow.probe.facts import Probe, chance, majority
 from compressknow.probe.records import ModelRecord, ProbeEntry, Record
-from compressknow.probe.runtimes import Loaded, Runtime, runtime_for
+from compressknow.probe.runtimes import RUNTIMES, Loaded, Runtime, runtime_for
 from compressknow.probe.sources import Opened, Task
 from compressknow.probe.text.evaluate import chunks_of, context_of, entry_of, outcome, read_text, refuse_other_families
 from compressknow.probe.text.records import (
@@ -63,7 +64,6 @@ from compressknow.quiet import Advance, Listener, PanicError, Stage, Work, begun
 from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
-    from compressknow.engine.language_model import LanguageModel
     from compressknow.probe.distributions import Distributions
     from compressknow.probe.scoring.scorer import Whole
     from compressknow.probe.text.reading import TextReader
@@ -99,6 +99,11 @@ class Settings:
         check_device(self.device)
         if self.parallel < 1 or not self.timeout > 0:
             raise UsageError(f"--parallel and --timeout must be above 0: {self.parallel}, {self.timeout:g}.")
+        if self.runtime is not None and self.runtime not in RUNTIMES:
+            raise UsageError(
+                f"There is no runtime {self.runtime!r}.",
+                hint=f"{did_you_mean(self.runtime, RUNTIMES)}There is {', '.join(RUNTIMES)}.",
+            )
 
     def here(self) -> Settings:
         """These settings with the device that they mean on this machine; imports torch."""
@@ -164,15 +169,16 @@ class ModelHandle:
         if loaded is not None:
             loaded.release()
 
-    def language_model(self, wanted_by: str) -> LanguageModel:
-        """The model as transformers has it. Raises UnsupportedError, naming what wants it, where another runs it."""
-        found = self.loaded.language_model
-        if found is None:
-            raise UnsupportedError(
-                f"{wanted_by} cannot evaluate {self.located.name} in {self.runtime.name}: lm-eval runs transformers.",
-                hint="Choose a probe of facts, or pass --runtime transformers where that reads the model.",
-            )
-        return found
+    def refuse_tasks(self, probes: Sequence[Opened]) -> None:
+        """Raise UnsupportedError where there is a task among the probes, and no runtime of tasks runs the model."""
+        task = next((probe for probe in probes if isinstance(probe, Task)), None)
+        if task is None or self.runtime.runs_tasks:
+            return
+        raise UnsupportedError(
+            f"{task.name} cannot evaluate {self.located.name} in {self.runtime.name}.",
+            why="Tasks are run by lm-eval, on models of transformers.",
+            hint="Choose probes of facts; or, for a GGUF file, pass --runtime transformers.",
+        )
 
     def described(self) -> dict[str, Any]:
         """What the model's files tell of it."""
@@ -196,6 +202,22 @@ class ModelHandle:
         return ModelRecord.from_dict(self.described() | dict(loaded.described()) | known)
 
 
+def handles_of(located: Sequence[Located], settings: Settings) -> list[ModelHandle]:
+    """Several models that are set side by side: where the settings name a runtime, it runs those that it reads, and the
+    others run as if none was named.
+
+    Raises UsageError where it reads none of them.
+    """
+    named = settings.runtime
+    if named is None:
+        return [ModelHandle(each, settings) for each in located]
+    read = [RUNTIMES[named].reads(each) for each in located]
+    if located and not any(read):
+        runtime_for(located[-1], named)
+    unnamed = replace(settings, runtime=None)
+    return [ModelHandle(each, settings if reads else unnamed) for each, reads in zip(located, read, strict=True)]
+
+
 @dataclass(frozen=True)
 class Beside:
     """What the answers of a model stand beside.
@@ -216,6 +238,12 @@ class Beside:
     def sha256(self) -> str | None:
         """Of the original; None where this model is the original."""
         return self.reference.record.model.sha256 if self.reference else None
+
+    @property
+    def runtime(self) -> str | None:
+        """What ran the original where that was not transformers."""
+        ran = self.reference.record.model.runtime if self.reference else None
+        return str(ran["name"]) if ran else None
 
     def of_batches(self, probe: Probe | RunningText) -> Whole | None:
         """What is done with each batch's distributions: the original's are kept, those of others compared with them."""
@@ -252,6 +280,7 @@ def probe_model(
     CompressknowError : the model or a probe is not the one of the reference.
     """
     refuse_twins(probes)
+    handle.refuse_tasks(probes)
     beside = beside or Beside()
     if not handle.runtime.whole_vocabulary:
         beside = replace(beside, whole=None)
@@ -293,7 +322,9 @@ def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, beside:
     missing = {probe.name for probe in probes if keys.get(probe.name) != _key(handle, probe, beside)}
     whole = beside.whole
     if whole and beside.reference and missing != {probe.name for probe in probes}:
-        bare = {answer.probe for answer in stored(folder) if answer.first_kl is None}
+        # Not those of models whose tokens are others: they can have none.
+        alike = {name for name, entry in entries.items() if entry.reference == beside.sha256}
+        bare = alike & {answer.probe for answer in stored(folder) if answer.first_kl is None}
         bare |= {name for name, entry in entries.items() if entry.text and entry.text["divergence"] in (ALONE, NO_ROOM)}
         possible = (probe for probe in probes if not isinstance(probe, Task) and not whole.of(probe).gave_up)
         missing |= bare & {probe.name for probe in possible}
@@ -330,6 +361,7 @@ class _Run:
             refuse_other_facts(reference, probe)
             if not isinstance(probe, RunningText):
                 refuse_other_model(reference, handle.located.name, handle.loaded)
+        alike = reference is None or tokens_alike(reference, handle.loaded)
         key = _key(handle, probe, self._beside)
         known = self._known(probe.name, key)
         work: Work = "read" if isinstance(probe, RunningText) else "evaluate"
@@ -338,16 +370,18 @@ class _Run:
         answers: list[Answer] = []
         with begun(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
-                answers, entry = self._evaluate(probe, parts_of(self._folder, key), known, advance)
+                beside = self._beside if alike else Beside()
+                answers, entry = self._evaluate(probe, parts_of(self._folder, key), known, beside, advance)
             elif isinstance(probe, RunningText):
                 chunks, entry = self._read(probe, parts_of(self._folder, key), known, advance)
             elif known:
                 # A task gives no distribution: there is nothing to evaluate anew.
                 answers, entry = list(known.of(probe.name)), known.record.probes[probe.name]
             else:
-                answers, entry = probe.run(handle.language_model(probe.name))
+                assert handle.loaded.language_model is not None
+                answers, entry = probe.run(handle.loaded.language_model)
         seconds = round(time.monotonic() - start, 1)
-        of = self._beside.sha256 or handle.sha256
+        of = (self._beside.sha256 if alike or chunks else None) or handle.sha256
         self._keep(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
 
     def _known(self, name: str, key: str) -> Answers | None:
@@ -386,18 +420,18 @@ class _Run:
         return all_read, entry_of(text, chunks, all_read, compared)
 
     def _evaluate(
-        self, probe: Probe, parts: Path, known: Answers | None, advance: Advance | None
+        self, probe: Probe, parts: Path, known: Answers | None, beside: Beside, advance: Advance | None
     ) -> tuple[list[Answer], ProbeEntry]:
         prompts = self._handle.prompts(probe)
         if not prompts.total:
             raise _nothing_left(probe, prompts.dropped)
-        answers, reference = stored_parts(parts), self._beside.reference
+        answers, reference = stored_parts(parts), beside.reference
         batches = evaluate(
             prompts,
             reference=first_ids(reference, probe, prompts) if reference else None,
             done=frozenset(answer.fact_id for answer in answers),
             known={answer.fact_id: answer for answer in known.of(probe.name)} if known else None,
-            whole=self._beside.of_batches(probe),
+            whole=beside.of_batches(probe),
             advance=advance,
         )
         for part in _in_parts(batches):
@@ -461,6 +495,7 @@ def _key(handle: ModelHandle, probe: Opened, beside: Beside) -> str:
         beside.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),
         *handle.runtime.key(),
+        *([beside.runtime] if beside.runtime else []),
     ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
@@ -498,6 +533,12 @@ def _record(folder: Path, handle: ModelHandle) -> Record:
             f"{folder} holds the answers of another model ({record.model.name}).",
             why="Or the model's files have changed since then.",
             hint="Choose another folder for the answers, or remove that one.",
+        )
+    ran_in = (record.model.runtime or {}).get("name", RUNTIMES.first)
+    if record.probes and ran_in != handle.runtime.name:
+        raise OutputError(
+            f"{folder} holds answers that {record.model.name} gave in {ran_in}, not in {handle.runtime.name}.",
+            hint=f"Choose another folder for the answers, or pass --runtime {ran_in}.",
         )
     return replace(record, versions=_versions())
 

@@ -47,6 +47,7 @@ class ModelFacts:
     parameters, bytes : None where a server that runs it does not say so.
     setup : the paper's name of the setup (`Att_GPQ 20%`), or None for a checkpoint that compressknow did not make.
     quantization : the quantization that its config names, in words, or None.
+    runtime : what ran it where that was not transformers: "name", "build", and "types" by group of layers.
     groups : by group of layers, as the manifest has it: parameters, zeros_after, pruned, quantized, relative_error.
     recipe : the recipe of the manifest, or None.
     removed : blocks and neurons that were dropped, as the manifest has it, or None.
@@ -64,6 +65,7 @@ class ModelFacts:
     dtype: str
     setup: str | None = None
     quantization: str | None = None
+    runtime: Mapping[str, Any] | None = None
     recipe: Mapping[str, Any] | None = None
     source: Mapping[str, Any] | None = None
     zeros: int | None = None

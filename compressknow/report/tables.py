@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,10 +61,31 @@ def identity(model: ModelFacts) -> tuple[Entry, ...]:
         Entry("Made from", _source(model.source), code=True) if model.source else None,
         Entry("Setup", plain(model.setup, 80)) if model.setup else None,
         Entry("Quantization", plain(model.quantization, 200)) if model.quantization else None,
+        *_runtime(model.runtime or {}),
         Entry("Kind", f"{plain(model.architecture, 80)}, {plain(model.family, 40)}, {plain(model.dtype, 40)}"),
         Entry("Parameters", _parameters(model)),
     ]
     return tuple(entry for entry in entries if entry)
+
+
+def _runtime(runtime: Mapping[str, Any]) -> Iterator[Entry]:
+    """What ran it, where that was not transformers, and how it stores each group of layers."""
+    if runtime:
+        yield Entry("Runtime", plain(" ".join(filter(None, (runtime["name"], runtime.get("build")))), 80))
+    if types := runtime.get("types"):
+        yield Entry("Stored as", plain("; ".join(f"{group} {_shares(kinds)}" for group, kinds in types.items()), 400))
+
+
+def _shares(kinds: Mapping[str, int]) -> str:
+    """Types with their shares of the parameters, where there are several.
+
+    >>> _shares({"Q4_K": 3, "F32": 1}), _shares({"Q6_K": 5})
+    ('Q4_K 75.0 %, F32 25.0 %', 'Q6_K')
+    """
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    total = sum(kinds.values())
+    return ", ".join(f"{kind} {percent(number, total)}" for kind, number in kinds.items())
 
 
 def _at(name: str, revision: str | None) -> str:

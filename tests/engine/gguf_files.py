@@ -17,7 +17,7 @@ needs_gguf = pytest.mark.skipif(
     not reads_gguf(), reason=f"GGUF files need transformers {GGUF_TRANSFORMERS}: this is {transformers.__version__}"
 )
 
-_TYPE = gguf.GGMLQuantizationType.Q8_0
+Q8_0, F16, F32 = (getattr(gguf.GGMLQuantizationType, name) for name in ("Q8_0", "F16", "F32"))
 # Words that begin a sentence or follow without a space; all others carry theirs.
 _BARE = ("The", "People", ".")
 _SPACE = "Ġ"
@@ -35,10 +35,14 @@ _LAYER = {
 _REST = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_gguf(checkpoint: Path, file: Path) -> Path:
-    """Write a Llama checkpoint with a tokenizer of whole words as GGUF, its matrices in Q8_0."""
+def write_gguf(
+    checkpoint: Path, file: Path, kind: gguf.GGMLQuantizationType = Q8_0, *, tensors_per_part: int = 0
+) -> Path:
+    """Write a Llama checkpoint with a tokenizer of whole words as GGUF, its matrices of one type; in parts, if so
+    many tensors are to be in each.
+    """
     config = AutoConfig.from_pretrained(checkpoint)
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, "llama", split_max_tensors=tensors_per_part)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -58,7 +62,7 @@ def write_gguf(checkpoint: Path, file: Path) -> Path:
             # A piece of a word is never read, nor likely to be said.
             weight = np.pad(weight, ((0, size - len(weight)), (0, 0)))
         if weight.ndim == 2:
-            writer.add_tensor(stored, gguf.quantize(weight, _TYPE), raw_dtype=_TYPE)
+            writer.add_tensor(stored, gguf.quantize(weight, kind), raw_dtype=kind)
         else:
             writer.add_tensor(stored, weight)
     writer.write_header_to_file()

@@ -17,6 +17,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import compressknow
+from compressknow import Settings
 from compressknow.engine.identity import quantization_in_words
 from compressknow.engine.load import load, load_tokenizer
 from compressknow.errors import CheckpointError, UnsupportedError
@@ -37,9 +38,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def compared(place: Path, model: Path, original: str = "llama") -> Comparison:
+def compared(place: Path, model: Path, original: str = "llama", settings: Settings | None = None) -> Comparison:
     probes = [f"facts:{place / 'facts.jsonl'}"]
-    return compressknow.report(place / original, model, probes, keep_in=place / "answers").comparisons[0]
+    kept = place / "answers"
+    return compressknow.report(place / original, model, probes, settings=settings, keep_in=kept).comparisons[0]
 
 
 @pytest.mark.parametrize(
@@ -94,12 +96,16 @@ def test_a_gguf_file_computes_what_its_original_does(place: Path, gguf_file: Pat
 
 
 @needs_gguf
-def test_a_gguf_file_is_compared_with_its_original(place: Path, gguf_file: Path) -> None:
-    comparison = compared(place, gguf_file, original="wide")
+@pytest.mark.parametrize("runtime", ["transformers", "llama.cpp"])
+def test_a_gguf_file_is_compared_with_its_original(place: Path, gguf_file: Path, runtime: str) -> None:
+    if runtime == "llama.cpp":
+        pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
+    comparison = compared(place, gguf_file, "wide", Settings(runtime=runtime))
     assert comparison.counts.known_before == 64
     assert comparison.counts.both >= 62
     assert comparison.model.name == "llama.Q8_0.gguf"
-    assert comparison.model.quantization == "GGUF"
+    assert comparison.model.quantization == ("GGUF" if runtime == "transformers" else "GGUF Q8_0")
+    assert comparison.probes[0].movement is not None
     assert comparison.model.bytes == gguf_file.stat().st_size
 
 
@@ -112,7 +118,8 @@ def test_a_gguf_file_is_refused_where_transformers_reads_it_otherwise(
     about.parent.mkdir(parents=True)
     about.write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {installed}\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    for ask in (load, load_tokenizer, lambda model: compressknow.probe(model, tmp_path / "answers")):
+    unpacked = Settings(runtime="transformers")
+    for ask in (load, load_tokenizer, lambda model: compressknow.probe(model, tmp_path / "answers", settings=unpacked)):
         with pytest.raises(UnsupportedError, match=rf"needs transformers 5\.23 or newer, and {installed} is") as error:
             ask(file)
         assert error.value.hint == "Upgrade with: pip install 'transformers>=5.23'"

@@ -20,6 +20,7 @@ RUNTIMES = Registry(
     Runtime,  # type: ignore[type-abstract]
     {
         "transformers": "compressknow.probe.runtimes.transformers:Transformers",
+        "llama.cpp": "compressknow.probe.runtimes.llama_cpp:LlamaCpp",
         "server": "compressknow.probe.runtimes.server:Server",
     },
 )

@@ -101,11 +101,13 @@ class Runtime(abc.ABC):
     name : as the user names it with ``--runtime``.
     help : what it is, for ``--help``.
     whole_vocabulary : whether it tells the distribution over all tokens.
+    runs_tasks : whether lm-eval's tasks can be run on what it opens.
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
     whole_vocabulary: ClassVar[bool] = True
+    runs_tasks: ClassVar[bool] = False
 
     @abc.abstractmethod
     def reads(self, located: Located) -> bool:

@@ -22,6 +22,8 @@ class Transformers(Runtime):
     name = "transformers"
     help = "checkpoint folders, Hub ids; unpacks GGUF files to floats"
 
+    runs_tasks = True
+
     def reads(self, located: Located) -> bool:
         """All that lies on this machine."""
         return located.url is None

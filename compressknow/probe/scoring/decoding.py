@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from compressknow.engine.int8 import rounds_activations, unrounded
-from compressknow.engine.language_model import embedding_rows
 from compressknow.probe.answers import Answer
 from compressknow.probe.scoring.prompts import Ids
 from compressknow.probe.scoring.ranking import Scores, best_of, make_answer, rank_of
@@ -91,7 +90,7 @@ class DecodingScorer(Scorer):
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
         scores = scores.copy()
         longer = sorted((row for row, (_, ids) in enumerate(rows) if len(ids) > 1), key=lambda row: -len(rows[row][1]))
-        together = max(1, min(ROWS, LOGITS // self._vocabulary))
+        together = max(1, min(ROWS, LOGITS // self._rows))
         for start in range(0, len(longer), together):
             self._walk(state, rows, longer[start : start + together], scores, bars)
         return scores
@@ -226,10 +225,6 @@ class DecodingScorer(Scorer):
         log_probs = logits.gather(2, ids[:, known:].unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
         scores: Scores = log_probs.double().where(real, 0.0).sum(1).cpu().numpy()
         return scores, None if cache is None else after
-
-    @cached_property
-    def _vocabulary(self) -> int:
-        return embedding_rows(self.model)
 
 
 def cache_name(model: PreTrainedModel) -> str:

@@ -193,7 +193,7 @@ class Scorer(ABC):
                 raise
             except Exception as error:
                 raise UnsupportedError(
-                    f"{type(self.model).__name__} cannot be evaluated: it fails on the first prompts.",
+                    f"{self.architecture} cannot be evaluated: it fails on the first prompts.",
                     why=reason_of(error),
                     hint="It may need an input beside the text, or a setting in its config.json.",
                 ) from error
@@ -202,7 +202,7 @@ class Scorer(ABC):
 
     def _refuse_ids_beyond(self, batch: Sequence[Query]) -> None:
         """A tokenizer may have few tokens, and yet a number for one that the embedding has no row for."""
-        rows = embedding_rows(self.model)
+        rows = self._rows
         for query in batch:
             largest = max(chain(query.prompt, query.gold, *query.options), default=0)
             if largest >= rows:
@@ -239,6 +239,22 @@ class Scorer(ABC):
         longest = max(query.shape) + max(map(len, answers)) + (SLACK_TOKENS if free else 0)
         return TOO_LONG if self._most is not None and longest > self._most else None
 
+    @property
+    def device(self) -> torch.device:
+        """Where log-probabilities lie."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def architecture(self) -> str:
+        """What messages call the model."""
+        return type(self.model).__name__
+
+    @cached_property
+    def _rows(self) -> int:
+        """The number of tokens that the model reads."""
+        return embedding_rows(self.model)
+
     @cached_property
     def _most(self) -> int | None:
         return most_tokens(self.model, self.tokenizer)
@@ -253,7 +269,7 @@ class Scorer(ABC):
         """Ids that may be answered, ascending, [allowed]; None where all may."""
         if self.probe.vocabulary != "words":
             return None
-        return torch.tensor(sorted(self.encoder.single(self.probe.words)), device=self.model.device)
+        return torch.tensor(sorted(self.encoder.single(self.probe.words)), device=self.device)
 
     @cached_property
     def _allowed_ids(self) -> frozenset[int]:

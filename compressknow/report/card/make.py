@@ -273,9 +273,10 @@ def _refuse_incomparable(original: Answers, compressed: Answers) -> None:
     """Models that cannot be set side by side fact by fact."""
     before, after = original.record.model, compressed.record.model
     shared = [original.record.probes[name] for name in original.probes if name in compressed.probes]
-    # Bits per byte of a text compare whatever its tokens are.
-    only_texts = bool(shared) and all(entry.text for entry in shared)
-    for key in ("family",) if only_texts else ("family", "vocabulary"):
+    # Bits per byte of a text compare whatever its tokens are; and so do texts where another runtime than transformers
+    # gave answers, of which tokens may not be known.
+    by_text = (bool(shared) and all(entry.text for entry in shared)) or before.runtime or after.runtime
+    for key in ("family",) if by_text else ("family", "vocabulary"):
         one, other = getattr(before, key), getattr(after, key)
         if one is not None and other is not None and one != other:
             raise CompressknowError(

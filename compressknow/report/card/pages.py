@@ -20,6 +20,7 @@ from compressknow.report.records import (
     Card,
     Comparison,
     Grade,
+    ModelFacts,
     certainty_to_json,
     counts_to_json,
     early_to_json,
@@ -83,7 +84,7 @@ def to_json(card: Card) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "verdict": card.verdict,
-        "original": asdict(card.original),
+        "original": _model(card.original),
         "compressed": [comparison_json(comparison, card.show_facts) for comparison in card.comparisons],
         "warnings": list(card.warnings),
         "method": list(card.method),
@@ -97,7 +98,7 @@ def comparison_json(comparison: Comparison, show_facts: bool) -> dict[str, Any]:
     return {
         "setup": comparison.model.setup,
         "source": comparison.model.source,
-        "model": asdict(comparison.model),
+        "model": _model(comparison.model),
         "verdict": comparison.verdict,
         **counts_to_json(comparison.counts),
         **estimate_to_json("kept", comparison.kept),
@@ -113,6 +114,12 @@ def comparison_json(comparison: Comparison, show_facts: bool) -> dict[str, Any]:
         "warnings": list(comparison.warnings),
         **assembly.to_json(comparison, show_facts=show_facts),
     }
+
+
+def _model(model: ModelFacts) -> dict[str, Any]:
+    """All that is known of it; what ran it is named where that was not transformers."""
+    known = asdict(model)
+    return known if model.runtime else {key: value for key, value in known.items() if key != "runtime"}
 
 
 def _grade(grade: Grade) -> dict[str, Any]:

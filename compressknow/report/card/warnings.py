@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.compress.schemes import schemes_of
 from compressknow.format import count, percent, plain, share
 from compressknow.probe.answers import REFERENCE_TOKENS, Answers
-from compressknow.probe.records import UNKNOWN, on_server
+from compressknow.probe.records import UNKNOWN, ModelRecord, on_server
 from compressknow.report.records import Grade, ModelFacts
 from compressknow.stats.records import Counts, EarlyStop, ProbeFigures
 
@@ -112,13 +112,14 @@ def _rounds_activations(quantization: str) -> bool:
 def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:
     """What the two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
     yield from _versions(original.record.versions, compressed.record.versions)
+    yield from of_runtimes(original.record.model, compressed.record.model)
     for who, these, others in (("original", original, compressed), ("compressed model", compressed, original)):
         only = [plain(probe, 60) for probe in these.probes if probe not in others.probes]
         if only:
             yield f"Not compared, because only the {who} was evaluated on them: {', '.join(only)}."
         yield from of_answers(f"The {who}", these)
         yield from of_server(f"the {who}", these)
-    for probe in probes:
+    for probe in probes if _tokens_alike(original.record.model, compressed.record.model) else ():
         references = [side.record.probes[probe].reference for side in (original, compressed)]
         if None not in references and references[0] != references[1]:
             yield (
@@ -126,6 +127,31 @@ def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> It
                 "probabilities of different tokens. Give `compressknow report` the checkpoints, not answers of two "
                 "runs, to have it measured."
             )
+
+
+def of_runtimes(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
+    """That two runtimes ran the models, or that their tokens are others."""
+    one, other = _ran_in(original), _ran_in(model)
+    if one != other:
+        yield (
+            f"{plain(original.name, 80)} ran in {one}, {plain(model.name, 80)} in {other}: part of the change is the "
+            "runtime's."
+        )
+    if not _tokens_alike(original, model):
+        yield (
+            f"The vocabularies of {plain(original.name, 80)} and {plain(model.name, 80)} differ: answers were compared "
+            "as texts, and how far distributions moved was not measured."
+        )
+
+
+def _ran_in(model: ModelRecord) -> str:
+    runtime = model.runtime or {"name": "transformers"}
+    return plain(" ".join(filter(None, (runtime["name"], runtime.get("build")))), 80)
+
+
+def _tokens_alike(original: ModelRecord, model: ModelRecord) -> bool:
+    """False where both vocabularies are known, and are two."""
+    return None in (original.vocabulary, model.vocabulary) or original.vocabulary == model.vocabulary
 
 
 def _versions(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:

@@ -1,0 +1,175 @@
+"""A GGUF file that llama.cpp has opened, memory-mapped; what cannot be evaluated is refused with the reason."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from compressknow.engine.llama_cpp.native import Native, errors_logged, native
+from compressknow.engine.llama_cpp.parts import PART, gguf_parts
+from compressknow.errors import CheckpointError, UnsupportedError
+
+# A value of the metadata that is read is a name, a number or a flag.
+_META_BYTES = 1 << 10
+
+
+class GgufModel:
+    """A decoder of text with its vocabulary.
+
+    Raises
+    ------
+    CheckpointError : llama.cpp cannot read the file: it is damaged, cut short or of a newer version, or a part lacks.
+    UnsupportedError : it holds no decoder-only language model, or one that llama.cpp does not know.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.native: Native = native()
+        _refuse_later_part(path)
+        self._handle = _opened(path, self.native)
+        self.vocab = self.native.lib.llama_model_get_vocab(self._handle)
+        try:
+            _refuse_others(self)
+        except UnsupportedError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the mapping; what was made of the model must be gone."""
+        if self._handle is not None:
+            self.native.lib.llama_model_free(self._handle)
+            self._handle = None
+
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's own, ``struct llama_model *``."""
+        return self._handle
+
+    @cached_property
+    def architecture(self) -> str:
+        """As the file names it: ``llama``, ``qwen2``."""
+        return self.meta("general.architecture") or "unknown"
+
+    @cached_property
+    def file_type(self) -> str:
+        """llama.cpp's name for how most weights are stored: ``Q4_K - Medium``."""
+        ffi, lib, _ = self.native
+        name = ffi.string(lib.llama_ftype_name(lib.llama_model_ftype(self._handle))).decode("utf-8", "replace")
+        # Said of a file whose metadata does not name its type: its tensors tell.
+        return str(name).removeprefix("(guessed) ")
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many it stores; a head that is tied to the embedding counts once."""
+        return int(self.native.lib.llama_model_n_params(self._handle))
+
+    @cached_property
+    def rows(self) -> int:
+        """The number of tokens that it reads."""
+        return int(self.native.lib.llama_vocab_n_tokens(self.vocab))
+
+    @cached_property
+    def most_tokens(self) -> int:
+        """The length of text that it was trained for."""
+        return int(self.native.lib.llama_model_n_ctx_train(self._handle))
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """The hash that `compressknow.engine.language_model.LanguageModel.vocabulary` gives of the same tokens."""
+        ffi, lib, _ = self.native
+        texts = (ffi.string(lib.llama_vocab_get_text(self.vocab, number)) for number in range(self.rows))
+        named = ((text.decode("utf-8", "replace"), number) for number, text in enumerate(texts))
+        # Names that the converter gives to rows that no token has.
+        tokens = sorted((token, number) for token, number in named if token != f"[PAD{number}]")
+        return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
+
+    def meta(self, key: str) -> str | None:
+        """A value of the file's metadata as text, or None."""
+        buffer = self.native.ffi.new("char[]", _META_BYTES)
+        length = self.native.lib.llama_model_meta_val_str(self._handle, key.encode(), buffer, _META_BYTES)
+        return None if length < 0 else self.native.ffi.string(buffer).decode("utf-8", "replace")
+
+
+def _refuse_later_part(path: Path) -> None:
+    named = PART.fullmatch(path.name)
+    if named is None:
+        return
+    count = int(named["count"])
+    first = path.with_name(f"{named['prefix']}-00001-of-{count:05}.gguf")
+    if int(named["number"]) != 1:
+        raise CheckpointError(
+            f"{path} is part {int(named['number'])} of {count} of a split GGUF file.",
+            hint=f"Give the first part, {first.name}; the others are read from beside it.",
+        )
+    there = len(gguf_parts(path))
+    if there < count:
+        raise CheckpointError(
+            f"{path} is the first of {count} parts, and {count - there} of them are not beside it.",
+            hint="Download all parts into one folder.",
+        )
+
+
+def _opened(path: Path, llama: Native) -> Any:
+    parameters = llama.lib.llama_model_default_params()
+    # What is measured is what runs on this processor.
+    parameters.n_gpu_layers = 0
+    with errors_logged() as errors:
+        handle = llama.lib.llama_model_load_from_file(str(path).encode("utf-8", "surrogateescape"), parameters)
+    if handle != llama.ffi.NULL:
+        return handle
+    raise _unreadable(path, errors)
+
+
+# Signs of what is wrong, in llama.cpp's words, and what is said then.
+_UNKNOWN_ARCHITECTURE = re.compile(r"unknown model architecture: '([^']*)'")
+_NEWER = re.compile(r"GGUF file is version (\d+)|bad GGUF version|version (\d+) but this software")
+_CUT = re.compile(
+    r"not within (?:the )?file bounds|failed to (?:read|seek)|unexpectedly reached end|corrupted or incomp"
+)
+_NO_GGUF = re.compile(r"invalid magic")
+
+
+def _unreadable(path: Path, errors: list[str]) -> CheckpointError | UnsupportedError:
+    text = "".join(errors)
+    why = _first_reason(errors)
+    if found := _UNKNOWN_ARCHITECTURE.search(text):
+        return UnsupportedError(
+            f"{path}: llama.cpp {native().build} does not know the architecture {found[1]!r}.",
+            hint="A newer one may: pip install --upgrade llama-cpp-py-sync; or pass --runtime transformers.",
+        )
+    if _NEWER.search(text):
+        return CheckpointError(
+            f"{path} is a GGUF file of a version that llama.cpp {native().build} does not read.",
+            why=why,
+            hint="Convert the model anew, or upgrade llama.cpp: pip install --upgrade llama-cpp-py-sync",
+        )
+    if _NO_GGUF.search(text):
+        return CheckpointError(f"{path} is no GGUF file.", why=why, hint="Download it again.")
+    if _CUT.search(text):
+        return CheckpointError(f"{path} is cut short or damaged.", why=why, hint="Download it again.")
+    return CheckpointError(f"llama.cpp cannot load {path}.", why=why)
+
+
+def _first_reason(errors: list[str]) -> str | None:
+    """The first error, for those after it follow from it; without the names of llama.cpp's functions before it."""
+    said = next((line.strip() for line in errors if line.strip()), None)
+    return said and re.sub(r"^(?:\w+: |error loading model: )+", "", said)
+
+
+def _refuse_others(model: GgufModel) -> None:
+    lib, handle, name = model.native.lib, model.handle, model.architecture
+    if lib.llama_model_has_encoder(handle) or not lib.llama_model_has_decoder(handle):
+        kind = "has an encoder"
+    elif model.meta(f"{name}.attention.causal") == "false" or model.meta(f"{name}.pooling_type") not in (None, "0"):
+        kind = "reads texts and writes none"
+    elif lib.llama_model_is_diffusion(handle):
+        kind = "writes by diffusion"
+    else:
+        return
+    raise UnsupportedError(
+        f"{model.path} is a {name}, which {kind}: in llama.cpp decoder-only models alone can be evaluated.",
+        hint="Evaluate the checkpoint that it was made from; transformers runs that.",
+    )
