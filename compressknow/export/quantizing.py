@@ -109,7 +109,9 @@ def _importance(ffi: Any, path: str, kept: list[Any]) -> Any:
 
 def _end_with_parent() -> None:
     """Whoever started this holds the other end of its input as long as it lives."""
-    sys.stdin.buffer.read()
+    # Not by sys.stdin, whose lock Python would wait for when it ends by an error.
+    while os.read(0, 1):
+        pass
     os._exit(1)
 
 
