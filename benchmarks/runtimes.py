@@ -1,6 +1,6 @@
 """How many facts a second llama.cpp answers from GGUF files, beside transformers in float32, in one run.
 
-    python benchmarks/gguf.py [--model DIR] [--facts 64] [--rounds 3] [--threads N] [--types f16,q8_0,q4_k_m,q4_0]
+    python benchmarks/runtimes.py [--model DIR] [--facts 64] [--rounds 3] [--threads N] [--types f16,q8_0,q4_k_m,q4_0]
 
 The model is a causal one (examples/smollm2.py makes one); its files are made by `export`. Every measurement is a
 process of its own. Its clock starts after the model is loaded and has answered once, and stops at the last answer.
