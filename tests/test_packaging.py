@@ -108,8 +108,8 @@ def _imported() -> set[str]:
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     declared, extras = _declared()
-    # pyproject.toml says why these are there.
-    by_others = {"safetensors", "gguf"}
+    # pyproject.toml says why it is there.
+    by_others = {"safetensors"}
     assert _imported() == (declared | extras) - by_others
 
 
