@@ -157,6 +157,7 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         _facts("--split", help="Split of an hf: data set."),
         _facts("--tasks", type=folder, help="Folder of your own lm-eval tasks."),
+        _facts("--no-noise-floor", is_flag=True, help="Do not measure what rounding alone changes."),
         _runs("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, xpu, auto."),
         _runs(
             "--dtype",
@@ -211,7 +212,8 @@ def split_options(given: dict[str, Any]) -> tuple[Options, Settings]:
     facts = {name: given.pop(name) for name in FACTS}
     columns = parse_columns(facts.pop("map"))
     facts["protocol"] = facts["protocol"].lower()
-    running = {name: given.pop(name) for name in RUNNING}
+    running: dict[str, Any] = {"noise_floor": not given.pop("no_noise_floor")}
+    running |= {name: given.pop(name) for name in RUNNING}
     running |= {field: given.pop(name) for name, field in SERVING.items() if name in given}
     return Options(columns=columns, **facts), Settings(**running)
 

@@ -235,7 +235,7 @@ class Lines:
             self._announce(progress, line)
 
     def _announce(self, progress: Progress, line: Line) -> None:
-        if progress.left is None or self._announced or progress.stage.again:
+        if progress.left is None or self._announced or progress.stage.again or progress.stage.work == "noise":
             return
         self._announced = True
         if (text := announcement(progress)) is not None:
@@ -272,6 +272,7 @@ class _State:
         stage, now = self._stage, time.monotonic()
         which = f" ({stage.number} of {stage.of})" if stage.of > 1 and not stage.again else ""
         which = " again, for the KL over all tokens" if stage.again else which
+        which = " in another precision" if stage.work == "noise" else which
         name = f"{plain(stage.model, NAME)}{which}, {plain(stage.probe, NAME)}"
         if self._told is None:
             return f"{name}: {duration(now - self._start)} so far"

@@ -51,10 +51,13 @@ def probe(
     require("pyarrow")
     from compressknow.engine.identity import locate
     from compressknow.probe.gather import open_named, read_reference
+    from compressknow.probe.noise import with_noise_floor
     from compressknow.probe.run import Beside, ModelHandle, Settings, probe_model
     from compressknow.quiet import listener
 
     opened = open_named(probes, options)
     original = read_reference(reference) if reference is not None else None
     handle = ModelHandle(locate(model, revision), settings or Settings())
-    return probe_model(handle, opened, Path(folder), Beside(original), on_progress=listener(on_progress))
+    listening = listener(on_progress)
+    answers = probe_model(handle, opened, Path(folder), Beside(original), on_progress=listening)
+    return answers if original else with_noise_floor(handle, opened, answers, Path(folder), listening)

@@ -6,6 +6,7 @@ It leaves in its folder the page, and of a winner its recipe, its checkpoint and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,11 @@ def search(
     parts = [parts_of(probe, seed) for probe in open_named(probes, options)]
     with (
         StudyModel(
-            model, settings or Settings(), revision=revision, keep_in=None if ray else folder, texts=folder / TEXTS
+            model,
+            replace(settings or Settings(), noise_floor=False),
+            revision=revision,
+            keep_in=None if ray else folder,
+            texts=folder / TEXTS,
         ) as study_model,
         claim(folder, study_model.original),
         runner(ray, listening) as run,

@@ -43,6 +43,7 @@ KL = "first_kl"
 # the two files) the table is read as it is.
 HASH = "answers_sha256"
 _COUNTS = {"parameters?": int, "zeros_after?": int, "pruned?": (int, None), "quantized?": int}
+_NOISE = ("n", "changed", "known", "lost", "gained")
 # What reports read of ``probe.json``.
 RECORD_FORM: dict[str, Any] = {
     "schema": int,
@@ -63,6 +64,7 @@ RECORD_FORM: dict[str, Any] = {
             **{"chance?": (float, None), "majority?": (float, None), "limit?": (int, None), "seed?": (int, None)},
             **{"seconds?": float, "source?": (dict, None), "reference?": (str, None), "key?": str},
             "text?": (TEXT_FORM, None),
+            "noise_floor?": ({**dict.fromkeys(_NOISE, int), "kl_mean": (float, None), "computed_in": str}, None),
         }
     },
     f"{HASH}?": str,

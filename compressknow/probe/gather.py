@@ -167,10 +167,13 @@ class _Gathering:
         return gathered
 
     def _evaluate(self, handle: ModelHandle, beside: Beside, on_progress: Listener | None) -> Answers:
+        from compressknow.probe.noise import with_noise_floor
         from compressknow.probe.run import probe_model
 
         folder = folder_of(self._evaluation.keep_in, handle, beside)
         answers = probe_model(handle, self._probes, folder, beside, on_progress=on_progress, wait=True)
+        if beside.reference is None:
+            answers = with_noise_floor(handle, self._probes, answers, folder, on_progress)
         return finished(answers, handle, beside.reference, timed=self._evaluation.timed)
 
 
@@ -308,6 +311,7 @@ def evaluate_both(
     Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
     """
     from compressknow.probe.distributions import Distributions
+    from compressknow.probe.noise import with_noise_floor
     from compressknow.probe.run import Beside, probe_model
     from compressknow.quiet import staged
 
@@ -324,6 +328,7 @@ def evaluate_both(
         return BothWays(alone, alone, alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, None, whole_a)
+        of_a = with_noise_floor(a, probes, of_a, folder_of(keep_in, a, Beside()), on_progress)
         a.release()
         b_like_a = evaluate(b, of_a, whole_a)
         whole_a.close()

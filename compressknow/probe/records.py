@@ -39,6 +39,28 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@dataclass(frozen=True, slots=True)
+class NoiseFloor:
+    """What of a model's answers to `n` facts another precision changes.
+
+    Attributes
+    ----------
+    changed : facts to which the answer differs; of the `known` ones `lost` are wrong then, of the others `gained` are
+        right.
+    kl_mean : mean divergence at the answer's first position, in nats over the whole vocabulary; None where the disk had
+        no room for that.
+    computed_in : that precision.
+    """
+
+    n: int
+    changed: int
+    known: int
+    lost: int
+    gained: int
+    kl_mean: float | None
+    computed_in: str
+
+
 @dataclass(frozen=True)
 class ProbeEntry(_Part):
     """How the answers to one probe came about: an entry of "probes".
@@ -57,6 +79,7 @@ class ProbeEntry(_Part):
     seconds : wall time.
     text : of a running text: context, chunks, tokens scored and their bytes, whether there are divergences from the
         original (`compressknow.probe.text.records`), and the file that holds its tokens. None of facts.
+    noise_floor : of an original, where it was found.
     """
 
     always: ClassVar[frozenset[str]] = frozenset({"dropped", "chance", "majority", "limit", "source"})
@@ -77,6 +100,16 @@ class ProbeEntry(_Part):
     reference: str | None = None
     seconds: float | None = None
     text: Mapping[str, Any] | None = None
+    noise_floor: NoiseFloor | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Of an entry."""
+        floor = values.get("noise_floor")
+        if not floor:
+            return super().from_dict(values)
+        known = {each.name: floor[each.name] for each in fields(NoiseFloor)}
+        return super().from_dict({**values, "noise_floor": NoiseFloor(**known)})
 
 
 @dataclass(frozen=True, slots=True)

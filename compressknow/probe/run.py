@@ -81,7 +81,8 @@ class Settings:
 
     `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
     those of another: logits differ in their last digits. `runtime` is the name of what runs the model; by default
-    what is meant for it (see `compressknow.probe.runtimes`).
+    what is meant for it (see `compressknow.probe.runtimes`). `noise_floor` has an original answer some facts in another
+    precision too (see `compressknow.probe.noise`).
 
     `model`, `parallel` and `timeout` are for servers: the model's name there, requests at a time, seconds to wait.
     """
@@ -94,6 +95,7 @@ class Settings:
     model: str | None = None
     parallel: int = 4
     timeout: float = 120.0
+    noise_floor: bool = True
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -179,6 +181,17 @@ class ModelHandle:
             why="Tasks are run by lm-eval, on models of transformers.",
             hint="Choose probes of facts; or, for a GGUF file, pass --runtime transformers.",
         )
+
+    def in_another_precision(self) -> ModelHandle | None:
+        """The same model in bfloat16 or, where it is run in less than float32, in that; None where what runs it has one
+        precision.
+        """
+        if not self.runtime.has_precisions:
+            return None
+        dtype = "bfloat16" if self.settings.computed_in == "float32" else "float32"
+        other = ModelHandle(self.located, replace(self.settings, dtype=dtype))
+        other.sha256 = self.sha256
+        return other
 
     def described(self) -> dict[str, Any]:
         """What the model's files tell of it."""

@@ -120,6 +120,7 @@ def _given(entry: ProbeEntry) -> dict[str, Any]:
         "dropped": dict(sorted(entry.dropped.items())),
         "limit": entry.limit,
         "seed": entry.seed or 0,
+        "noise_floor": entry.noise_floor,
     }
 
 

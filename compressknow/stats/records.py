@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
+from compressknow.probe.records import NoiseFloor
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:
@@ -234,6 +236,7 @@ class ProbeFigures:
     seed: int
     certainty: Certainty = NOT_MEASURED
     confidence: Confidence | None = None
+    noise_floor: NoiseFloor | None = None  # of the original
 
 
 @dataclass(frozen=True, slots=True)

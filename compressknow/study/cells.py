@@ -22,6 +22,7 @@ from compressknow.probe.answers import Answers
 from compressknow.probe.distributions import Distributions
 from compressknow.probe.evaluate import Prompts
 from compressknow.probe.facts import Probe
+from compressknow.probe.noise import with_noise_floor
 from compressknow.probe.run import Beside, ModelHandle, Settings, facts_of, is_answered, lacking, probe_model
 from compressknow.probe.runtimes.transformers import LoadedInTransformers
 from compressknow.probe.sources import Opened
@@ -134,14 +135,16 @@ def _evaluate(
             watched,
         )
     try:
-        return merged(
-            [
-                probe_model(handle, [probe], folder / folder_of(probe.name), beside, on_progress=watched)
-                for probe in probes
-            ]
-        )
+        return merged([_answers_to(probe, handle, folder / folder_of(probe.name), beside, watched) for probe in probes])
     finally:
         handle.release()
+
+
+def _answers_to(
+    probe: Opened, handle: ModelHandle, folder: Path, beside: Beside, on_progress: Listener | None
+) -> Answers:
+    answers = probe_model(handle, [probe], folder, beside, on_progress=on_progress)
+    return answers if beside.reference else with_noise_floor(handle, [probe], answers, folder, on_progress)
 
 
 def merged(parts: Sequence[Answers]) -> Answers:

@@ -102,12 +102,14 @@ class Runtime(abc.ABC):
     help : what it is, for ``--help``.
     whole_vocabulary : whether it tells the distribution over all tokens.
     runs_tasks : whether lm-eval's tasks can be run on what it opens.
+    has_precisions : whether it computes in the dtype that it is told.
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
     whole_vocabulary: ClassVar[bool] = True
     runs_tasks: ClassVar[bool] = False
+    has_precisions: ClassVar[bool] = False
 
     @abc.abstractmethod
     def reads(self, located: Located) -> bool:

@@ -21,6 +21,7 @@ class Transformers(Runtime):
 
     name = "transformers"
     help = "checkpoint folders, Hub ids; unpacks GGUF files to floats"
+    has_precisions = True
 
     runs_tasks = True
 

@@ -16,7 +16,15 @@ from compressknow.report.card import warnings as warnings
 from compressknow.report.card.advice import advice, facts_needed, widest
 from compressknow.report.card.method import method
 from compressknow.report.card.section import ProbeAnswers
-from compressknow.report.card.verdict import grades, in_words, labels_of, rounded_up, verdict, verdict_of_several
+from compressknow.report.card.verdict import (
+    beside_rounding,
+    grades,
+    in_words,
+    labels_of,
+    rounded_up,
+    verdict,
+    verdict_of_several,
+)
 from compressknow.report.records import Card, Comparison, ModelFacts
 from compressknow.report.texts import METHOD as TEXT_METHOD
 from compressknow.report.texts import sentence, sentence_of_several
@@ -222,7 +230,7 @@ def compare(
     lost, gained = changed_facts(pairs)
     graded = grades(figures)
     sure = certainty([group.counts for probe in figures for group in probe.by_relation])
-    said = verdict(before.name, counts, kept, p, sure) if probes else ""
+    said = verdict(before.name, counts, kept, p, sure) + beside_rounding(figures) if probes else ""
     compared = Comparison(
         model=model,
         verdict=" ".join(filter(None, (said, *map(sentence, texts), in_words(early)))),

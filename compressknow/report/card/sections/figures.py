@@ -35,6 +35,11 @@ class Figures(Section):
             "real.",
         ),
         ("Top answer changed", "facts to which the answer differs, from one wrong answer to another included."),
+        (
+            "By rounding alone",
+            "the original's own answers in another precision, against those that all else is compared with: a change "
+            "no larger than this may be rounding.",
+        ),
         ("Among the top 5", "if the right answer is still near the top, the fact is suppressed rather than erased."),
         ("Mean reciprocal rank", "1 where the right answer always comes first, 1/2 where it comes second, and so on."),
         ("Movement (KL)", "how far the probabilities of the next token moved, in nats; 0 is no change at all."),
@@ -71,6 +76,7 @@ class Figures(Section):
             "mcnemar_p": probe.p,
             "flips": probe.counts.flips,
             "answer_changed": probe.answer_changed,
+            "noise_floor": asdict(probe.noise_floor) if probe.noise_floor else None,
             **_movement(probe),
             "logp_change": dict(probe.logp_change) if probe.logp_change else None,
             **pair_to_json("mrr", probe.mrr),
@@ -154,6 +160,21 @@ def _hidden(probe: ProbeFigures) -> str:
     return f"{count(probe.lost_still_in_top5)} of {count(probe.counts.lost)} ({share_of_lost})"
 
 
+def _changed_by_rounding(probe: ProbeFigures) -> str:
+    floor = probe.noise_floor
+    return NONE if floor is None or not floor.n else f"{percent(floor.changed, floor.n)} of {count(floor.n)} facts"
+
+
+def _flipped_by_rounding(probe: ProbeFigures) -> str:
+    floor = probe.noise_floor
+    return NONE if floor is None or not floor.n else percent(floor.lost + floor.gained, floor.n)
+
+
+def _moved_by_rounding(probe: ProbeFigures) -> str:
+    floor = probe.noise_floor
+    return NONE if floor is None or floor.kl_mean is None else number(floor.kl_mean)
+
+
 def _lost(probe: ProbeFigures) -> str:
     counts = probe.counts
     return f"{count(counts.lost)} of {count(counts.known_before)} ({percent(counts.lost, counts.known_before)})"
@@ -177,6 +198,7 @@ _NOTHING_KNOWN = "the original knew none of the facts."
 _NO_DISTRIBUTION = "the answers hold no distribution over tokens."
 _LOGP = "Change of the right answer's log-probability"
 _NO_LOGP = "the answers hold no probability of the right answer."
+_NO_NOISE = "the original did not answer in another precision."
 _NO_RANK = "the answers hold no rank of the right answer."
 _NO_CONFIDENCE = "it needs the probability of each answer, which this protocol does not give."
 
@@ -201,10 +223,13 @@ _FIGURES = (
     _Figure("Flips (lost or gained)", lambda p: share(p.counts.flips), _NO_FACTS),
     _Figure("Net change against chance (exact McNemar)", lambda p: p_value(p.p), "no fact was lost or gained."),
     _Figure("Top answer changed", lambda p: share(p.answer_changed), _NO_FACTS),
+    _Figure("Top answer changed by rounding alone", _changed_by_rounding, _NO_NOISE),
+    _Figure("Flips by rounding alone", _flipped_by_rounding),
     _Figure("Lost, but still among the top 5", _hidden, "nothing was lost, or " + _NO_RANK),
     _Figure("Mean reciprocal rank", lambda p: _pair(p.mrr, number), _NO_RANK),
     _Figure("Right answer among the top 5", lambda p: _pair(p.p_at_5, share), _NO_RANK),
     _Figure("Movement (KL, nats), mean", lambda p: _moved(p, lambda m: m.kl_mean), _NO_DISTRIBUTION),
+    _Figure("Movement by rounding alone, mean", _moved_by_rounding),
     _Figure("Movement, median", lambda p: _moved(p, lambda m: m.kl_median)),
     _Figure("Movement, 99th percentile", lambda p: _moved(p, lambda m: m.kl_p99)),
     _Figure("Movement, largest", lambda p: _moved(p, lambda m: m.kl_max)),
