@@ -17,12 +17,13 @@ from compressknow.stats.records import Estimate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH = 360  # units of the drawing, and pixels on the narrowest screen
+WIDTH = 328  # units of the drawing, and pixels that a screen of 360 has between the page's margins
 INK, MUTED, RULE, PAPER = (COLOURS[name] for name in ("ink", "muted", "rule", "paper"))
 SERIES = tuple(COLOURS[f"c{i}"] for i in range(1, 7))
 PERCENT, POINTS = " %", ""  # units of the figures drawn: of 100, and differences of such
 # Lines differ in marker and dashes too: colour alone tells some people nothing.
 MARKERS, DASHES = "osD^vP", ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
+_APART = 0.075  # of the height of a plot of lines: what keeps two labels from touching
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's own font
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that widths are the same everywhere
@@ -43,6 +44,7 @@ _SETTINGS: Any = {
     "axes.spines.left": False,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "xtick.major.pad": 8,  # or the first label of one axis touches that of the other
     "svg.hashsalt": "compressknow",
 }
 
@@ -131,6 +133,7 @@ def lines(
     start: float,
     levels: Sequence[Level] = (),
     unit: str = PERCENT,
+    within: tuple[float, float] = (0, 0),
 ) -> str:
     """A figure against the amount pruned, a line a scope; at most as many lines as there are markers.
 
@@ -139,6 +142,7 @@ def lines(
     start : the figure at 0 %, that of the original itself (0 to 1).
     levels : lines across.
     unit : `PERCENT`, or `POINTS` for differences of percentages.
+    within : what the axis reaches over at least, as `reach` gives it: that of all charts of a row is their one scale.
     """
     told = "; ".join(
         f"{plain(line.scope, 40)}: "
@@ -148,14 +152,20 @@ def lines(
     with axes(260, id, title, f"{told}.{_levels_in_words(levels, unit)}") as (plot, drawn):
         ends = [_line(plot, line, i, 100 * start) for i, line in enumerate(drawn_lines)]
         largest = max(x for x, *_ in ends)
-        shown = [100 * start, *(100 * (y.value or 0.0) for line in drawn_lines for _, y in line.points)]
-        shown += [100 * level.value for level in levels]
-        bottom, top = _range(shown)
-        _end_labels(plot, ends, largest, gap=0.07 * (top - bottom), bottom=bottom)
+        bottom, top = _range([100 * start, *reach(drawn_lines, levels), *within])
+        _end_labels(plot, ends, largest, gap=_APART * (top - bottom), bottom=bottom)
         _draw_levels(plot, levels, largest, (bottom, top))
         _amount_axis(plot, drawn_lines, largest)
         percent_axis(plot, bottom, top, unit)
     return drawn()
+
+
+def reach(plotted: Sequence[Line | Bar], levels: Sequence[Level] = ()) -> tuple[float, float]:
+    """The least and the largest that is drawn of these, in percent: of bars with their intervals, of lines without."""
+    ends = [100 * level.value for level in levels]
+    for each in plotted:
+        ends += percents(each.value) if isinstance(each, Bar) else [percents(y)[0] for _, y in each.points]
+    return min(ends), max(ends)
 
 
 def _line(plot: Axes, line: Line, place: int, start: float) -> tuple[float, float, str, str]:
@@ -179,15 +189,29 @@ def _end_labels(
 
 
 def _amount_axis(plot: Axes, drawn_lines: Sequence[Line], largest: float) -> None:
-    ticks = sorted({amount for line in drawn_lines for amount, _ in line.points} | {0.0})
+    amounts = sorted({amount for line in drawn_lines for amount, _ in line.points} | {0.0})
     plot.set_xlim(-largest * 0.03, largest * 1.45)
-    plot.set_xticks(ticks if len(ticks) < 8 else ticks[::2])
+    plot.set_xticks(_spaced(amounts, 0.16 * largest))
     plot.xaxis.set_major_formatter(lambda amount, _: f"{amount:g} %")
     plot.set_xlabel("weights pruned in the scope", fontsize=11, loc="left")
 
 
+def _spaced(amounts: Sequence[float], gap: float) -> list[float]:
+    """From the least up, those that are `gap` from the last that is kept.
+
+    >>> _spaced([0, 10, 15, 20, 40], gap=10)
+    [0, 10, 20, 40]
+    """
+    kept = list(amounts[:1])
+    for amount in amounts[1:]:
+        # Amounts are rounded: what is a gap apart in decimals may be a little less in floats.
+        if amount - kept[-1] >= gap * (1 - 1e-9):
+            kept.append(amount)
+    return kept
+
+
 def _draw_levels(plot: Axes, levels: Sequence[Level], largest: float, limits: tuple[float, float]) -> None:
-    for level, place in zip(levels, _level_places(levels, 0.06 * (limits[1] - limits[0])), strict=True):
+    for level, place in zip(levels, _level_places(levels, _APART * (limits[1] - limits[0])), strict=True):
         y, label = 100 * level.value, _label(level.name, 40)
         plot.plot([-largest * 0.03, largest * 1.02], [y, y], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
         plot.annotate(label, (0, place), (0, 3), textcoords="offset points", fontsize=10, color=MUTED, va="bottom")
@@ -209,8 +233,14 @@ def bars(
     levels: Sequence[Level] = (),
     high: float = 100,
     unit: str = PERCENT,
+    within: tuple[float, float] = (0, 0),
 ) -> str:
-    """Figures as bars from left to right, each with its name and interval; the axis reaches to `high` at least."""
+    """Figures as bars from left to right, each with its name and interval.
+
+    Parameters
+    ----------
+    high : the axis reaches so far at least, and over `within`; that and `levels` as in `lines`.
+    """
     told = ", ".join(
         f"{plain(bar.group, 40)}{' ' * bool(bar.group)}{plain(bar.name, 60)}: {written(bar.value.value, unit)}"
         for bar in drawn_bars
@@ -223,12 +253,15 @@ def bars(
         plot,
         drawn,
     ):
-        ends = [end for bar in drawn_bars for end in percents(bar.value)] + [100 * level.value for level in levels]
+        ends = (*reach(drawn_bars, levels), *within)
         left, right = min(0, *ends), max(high, *ends)
         for y, bar in zip(places, drawn_bars, strict=True):
             _bar(plot, y, bar, right - left, unit)
         for y, name in _headings(drawn_bars, places):
-            plot.text(left, y, _label(name, 48), va="center", fontsize=11, color=MUTED)
+            # From the edge, above the names of its bars, where there is room for most of them.
+            plot.annotate(
+                _label(name, 48), (0.01, y), xycoords=("figure fraction", "data"), va="center", fontsize=11, color=MUTED
+            )
         for i, level in enumerate(levels):
             x = 100 * level.value
             plot.plot([x, x], [-0.7 - 0.9 * i, last + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)

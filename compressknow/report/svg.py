@@ -115,7 +115,8 @@ def _colours_of(style: str) -> str:
     """Rules for the classes of charts, from the variables that the page's style sheet sets: light first, then dark."""
     light, dark = (_variables(style, place) for place in (0, 1))
     return (
-        f"svg{{background:{light['paper']};font-family:sans-serif}}{_rules(light)}"
+        f"svg{{background:{light['paper']};font-family:sans-serif}}"
+        f"text{{paint-order:stroke;stroke-width:3px;stroke-linejoin:round}}{_rules(light)}"
         f"@media (prefers-color-scheme:dark){{svg{{background:{dark['paper']}}}{_rules(dark)}}}"
     )
 
@@ -125,7 +126,8 @@ def _variables(style: str, place: int) -> dict[str, str]:
 
 
 def _rules(colours: dict[str, str]) -> str:
-    return "".join(f".f-{name}{{fill:{colour}}}.s-{name}{{stroke:{colour}}}" for name, colour in colours.items())
+    rules = (f".f-{name}{{fill:{colour}}}.s-{name}{{stroke:{colour}}}" for name, colour in colours.items())
+    return "".join(rules) + f"text{{stroke:{colours['paper']}}}"
 
 
 def _local(name: str) -> str:

@@ -28,3 +28,26 @@ def overflow(page: Page) -> int:
 def unfold(page: Page, first: int) -> None:
     """Open the first so many of what is folded."""
     page.evaluate(f"document.querySelectorAll('details').forEach((each, i) => {{ each.open = i < {first}; }})")
+
+
+_OVERLAPPING = """
+() => [...document.querySelectorAll('svg.chart')].flatMap((chart) => {
+  const texts = [...chart.querySelectorAll('text')].map((text) => [text.textContent, text.getBoundingClientRect()]);
+  const depth = (a, b) => Math.min(
+    Math.min(a.right, b.right) - Math.max(a.left, b.left), Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top));
+  return texts.flatMap(([one, a], i) => texts.slice(i + 1)
+    .filter(([, b]) => a.width && b.width && depth(a, b) > 1)
+    .map(([other]) => `${chart.id}: ${one} / ${other}`));
+})
+"""
+
+
+def overlapping(page: Page) -> list[str]:
+    """Texts of a chart that lie over one another by more than a pixel, of what is unfolded."""
+    return page.evaluate(_OVERLAPPING)
+
+
+def sizes(page: Page) -> set[int]:
+    """The widths of the charts, in pixels, of those that are seen."""
+    charts = "[...document.querySelectorAll('svg.chart')]"
+    return set(page.evaluate(f"{charts}.map((each) => Math.round(each.getBoundingClientRect().width))")) - {0}

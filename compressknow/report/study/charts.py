@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 from compressknow.compress.pruning import METHODS
@@ -163,11 +164,15 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One figure: `name` of letters and hyphens, of its file; one panel, or one for each probe."""
+    """One figure: `name` of letters and hyphens, of its file; one panel, or one for each probe.
+
+    Charts of means that have the same `scale` have the same axis; so have the panels of a chart by probe.
+    """
 
     name: str
     title: str
     panels: tuple[Panel, ...]
+    scale: str
 
     @property
     def by_probe(self) -> bool:
@@ -176,15 +181,16 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """How figures of a kind are drawn, and by what levels they are measured."""
+    """How figures of a kind are drawn, and by what levels they are measured; `scale` is its name."""
 
+    scale: str
     draw: Callable[..., str]
     levels: Callable[[Study], tuple[Level, ...]]
 
 
-_DROP = _Look(partial(drawing.lines, start=0, unit=drawing.POINTS), baselines)
-_KEPT = _Look(partial(drawing.lines, start=1), guessing)
-_BARS = _Look(partial(drawing.bars, high=10, unit=drawing.POINTS), baselines)
+_DROP = _Look("drop", partial(drawing.lines, start=0, unit=drawing.POINTS), baselines)
+_KEPT = _Look("kept", partial(drawing.lines, start=1), guessing)
+_BARS = _Look("bars", partial(drawing.bars, high=10, unit=drawing.POINTS), baselines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,24 +312,37 @@ def study_charts(study: Study) -> tuple[Chart, ...]:
 def _means(study: Study, figure: _Figure) -> Chart | None:
     over = f"mean over {len(study.probes)} probes" if len(study.probes) > 1 else "one probe"
     title = f"{figure.title}, {over}{_in_paper(study, figure.means)}"
-    svg = _drawn(study, figure, figure.name, title)
-    return Chart(figure.name, title, (Panel("", svg),)) if svg else None
+    of_one_scale = [each for each in _FIGURES if each.look is figure.look]
+    svg = _drawn(study, figure, figure.name, title, _reach([study], of_one_scale))
+    return Chart(figure.name, title, (Panel("", svg),), figure.look.scale) if svg else None
 
 
 def _by_probe(study: Study, figure: _Figure) -> Chart | None:
-    """A plot for each probe, each over its own range: what is known of one may be a tenth of what is of another."""
-    panels = []
-    for i, probe in enumerate(study.probes, start=1):
-        name = plain(probe.name, 60)
-        svg = _drawn(_of_probe(study, probe), figure, f"probe-{i}-{figure.name}", f"{figure.title}, {name}")
+    """A plot for each probe, all on the scale of what was lost most."""
+    panels, studies = [], [_of_probe(study, probe) for probe in study.probes]
+    within = _reach(studies, [figure])
+    for i, of_probe in enumerate(studies, start=1):
+        name = plain(of_probe.probes[0].name, 60)
+        svg = _drawn(of_probe, figure, f"probe-{i}-{figure.name}", f"{figure.title}, {name}", within)
         panels += [Panel(name, svg)] if svg else []
     title = f"{figure.title}, by probe{_in_paper(study, figure.by_probe or {})}"
-    return Chart(figure.name + _BY_PROBE, title, tuple(panels)) if panels else None
+    return Chart(figure.name + _BY_PROBE, title, tuple(panels), figure.look.scale) if panels else None
 
 
-def _drawn(study: Study, figure: _Figure, id: str, title: str) -> str | None:
-    plotted = figure.plotted(study)
-    return figure.look.draw(plotted, id, title, levels=figure.look.levels(study)) if plotted else None
+def _reach(studies: Iterable[Study], figures: Iterable[_Figure]) -> tuple[float, float]:
+    """Over what the one axis of all these reaches."""
+    ends = [
+        end
+        for study, figure in product(studies, figures)
+        if (plotted := figure.plotted(study))
+        for end in drawing.reach(plotted, figure.look.levels(study))
+    ]
+    return min(ends, default=0.0), max(ends, default=0.0)
+
+
+def _drawn(study: Study, figure: _Figure, id: str, title: str, within: tuple[float, float]) -> str | None:
+    plotted, look = figure.plotted(study), figure.look
+    return look.draw(plotted, id, title, levels=look.levels(study), within=within) if plotted else None
 
 
 def _of_probe(study: Study, probe: StudyProbe) -> Study:

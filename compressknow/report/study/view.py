@@ -125,14 +125,19 @@ def _sections(study: Study, found: Sequence[Finding], charts: Sequence[Chart]) -
 
 def _charts(charts: Sequence[Chart]) -> Iterator[Part]:
     if means := [chart for chart in charts if not chart.by_probe]:
-        yield Charts(tuple(Drawn(Markup(chart.panels[0].svg), chart.title) for chart in means))
+        for scale in dict.fromkeys(chart.scale for chart in means):
+            yield Charts(tuple(_drawn(chart) for chart in means if chart.scale == scale))
         yield Note("The lines across the bars show 95 % intervals.")
     if by_probe := [chart for chart in charts if chart.by_probe]:
         panels = [
             Charts(tuple(Drawn(Markup(panel.svg), panel.probe) for panel in chart.panels), chart.title)
             for chart in by_probe
         ]
-        yield Folded("The same for each probe", (Note("Each plot has its own scale."), *panels))
+        yield Folded("The same for each probe", (Note("The plots of a figure have one scale."), *panels))
+
+
+def _drawn(chart: Chart) -> Drawn:
+    return Drawn(Markup(chart.panels[0].svg), chart.title)
 
 
 def _findings(study: Study, found: Sequence[Finding]) -> Iterator[Part]:

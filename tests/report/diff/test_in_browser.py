@@ -9,7 +9,7 @@ import pytest
 
 from compressknow.report.diff.pages import render_comparison_html
 from tests.report.diff.contrasts import comparison_of
-from tests.report.in_browser import overflow, unfold, violations
+from tests.report.in_browser import overflow, overlapping, unfold, violations
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -36,6 +36,7 @@ def test_the_page_is_never_wider_than_the_screen(page: Page, address: str) -> No
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})
         assert overflow(page) <= 0, width
+        assert overlapping(page) == [], width
     page.set_viewport_size({"width": 794, "height": 1123})  # A4
     page.emulate_media(media="print")
     assert overflow(page) <= 0

@@ -141,6 +141,34 @@ def test_each_probe_has_a_plot_of_its_own_figures() -> None:
         assert f"in points, {panel.probe}</title>" in panel.svg
 
 
+def ticks(svg: str) -> list[str]:
+    """What stands at an axis in points."""
+    return [text for text in texts(svg) if re.fullmatch("\N{MINUS SIGN}?[0-9]+", text)]
+
+
+def test_plots_of_a_figure_by_probe_have_one_scale() -> None:
+    both = of_two_probes()
+    without_levels = replace(both, probes=tuple(replace(probe, majority=None) for probe in both.probes))
+    much, little = study_charts(without_levels)[-1].panels
+    assert ticks(much.svg) == ticks(little.svg) == ["0", "10", "20", "30", "40", "50"]
+
+
+def test_charts_of_one_quantity_have_one_scale() -> None:
+    most_is_lost = [gp("final", 0.2, range(20))]
+    cells = [gq("attention", range(195)), gq("overall", range(190)), *most_is_lost]
+    charts = study_charts(study(cells, asked=Asked(entry={"chance": None, "majority": None})))
+    assert [chart.name for chart in charts] == ["quantization", "final-layer"]
+    first, second = (ticks(svg_of(chart)) for chart in charts)
+    assert first == second
+    assert first[-1] == "60"
+
+
+def test_amounts_that_lie_close_leave_room_for_one_another() -> None:
+    close = tuple((amount, Estimate(0.5)) for amount in (1.0, 2.0, 4.0, 50.0))
+    shown = [text for text in texts(lines([Line("x", close)], "a", "t", start=0, unit="")) if text.endswith(" %")]
+    assert shown == ["0 %", "50 %"]
+
+
 @pytest.mark.parametrize(
     ("family", "figures"),
     [

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from compressknow.report.drawing import WIDTH
 from compressknow.report.study.pages import render_study_html
 from tests.report.hostile import TEXTS
-from tests.report.in_browser import overflow, unfold, violations
+from tests.report.in_browser import overflow, overlapping, sizes, unfold, violations
 from tests.report.study.studies import STUDIES, hostile, whole_grid
 
 if TYPE_CHECKING:
@@ -33,6 +34,17 @@ def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path],
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})
         assert overflow(page) <= 0, width
+        assert overlapping(page) == [], width
+
+
+@pytest.mark.parametrize("name", ["masked", "seq2seq"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_all_charts_are_of_one_size(page: Page, files: dict[str, Path], name: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto(files[name].as_uri())
+    unfold(page, 100)
+    (drawn,) = sizes(page)
+    assert 0.95 <= drawn / WIDTH <= 1.1  # its letters are as large as they were drawn
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("masked", "light"), ("seq2seq", "dark"), ("empty", "light")])

@@ -84,6 +84,8 @@ def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
         plot.plot([x], [value], "o", color=drawing.SERIES[0], markersize=8, markeredgecolor=drawing.PAPER)
         plot.annotate(share(kept.value), (x, value), (8, 0), textcoords="offset points", va="center", fontsize=11)
     plot.set_xlim(-0.4, len(bins) - 0.3)
-    plot.set_xticks(range(len(bins)), [label for label, _ in bins])
+    # Short and small, or the fifth touches the fourth.
+    labels = [label.replace(" to ", "\N{EN DASH}") for label, _ in bins]
+    plot.set_xticks(range(len(bins)), labels, fontsize=10)
     # The axis begins at the tens below the lowest interval.
     drawing.percent_axis(plot, max(0, int(min(percents(kept)[1] for _, kept in bins) // 10) * 10))
