@@ -87,6 +87,52 @@ def test_the_report_counts_what_the_answers_say(study: Path, name: str) -> None:
     assert figure["accuracy_compressed"] == sum(after.values()) / len(after)
 
 
+@pytest.mark.parametrize("name", SETUPS)
+def test_the_report_counts_grades_as_the_answers_have_them(study: Path, name: str) -> None:
+    before, after = (pq.read_table(study / f"answers-{side}" / "answers.parquet") for side in ("original", name))
+    grades = {row["fact_id"]: row["grade"] for row in before.to_pylist()}
+    moved = Counter(f"{grades[row['fact_id']]}>{row['grade']}" for row in after.to_pylist())
+    figure = figures(study)[name]
+    knowing = figure["knowing"]
+
+    assert {move: facts for move, facts in knowing["moved"].items() if facts} == moved
+    assert knowing["original"]["produced"] == len(KNOWN_FACTS)
+    known = knowing["compressed"]["produced"] + knowing["compressed"]["recognized"]
+    assert known == figure["both"] + figure["gained"] + knowing["not_first_compressed"]
+    produced = 0
+    for fact in json.loads((study / "report.json").read_text())["compressed"][list(SETUPS).index(name)]["lost_facts"]:
+        assert fact["grade_before"] == "produced"
+        assert (
+            fact["with_example"] is None if fact["grade_after"] == "produced" else fact["with_example"] in (True, False)
+        )
+        assert not (fact["with_example"] and fact["grade_after"] == "gone")
+        produced += fact["grade_after"] == "produced"
+    assert knowing["with_example"]["n"] == figure["lost"] - produced
+
+
+def test_the_page_has_the_grades_and_says_what_comes_back(study: Path, tmp_path: Path) -> None:
+    outputs = [word for suffix in ("html", "md") for word in ("-o", tmp_path / f"report.{suffix}")]
+    run("report", study / "answers-original", study / "answers-p80", *outputs)
+    back = figures(study)["p80"]["knowing"]["with_example"]
+    for suffix in ("html", "md"):
+        text = html.unescape((tmp_path / f"report.{suffix}").read_text())
+        assert "Grades of knowing" in text
+        assert f"Of {back['n']} lost facts, {back['produced']} (" in text
+        assert text.count(", comes back with one example") == back["produced"]
+
+
+def test_known_may_mean_produced(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    run("report", study / "answers-original", study / "answers-p50", "--known", "produced", "-o", path)
+    told = json.loads(path.read_text())
+    (figure,) = told["compressed"][0]["probes"].values()
+
+    assert told["known"] == "produced"
+    assert figure["both"] == figures(study)["p50"]["knowing"]["moved"]["produced>produced"]
+    assert figure["chance"] is None
+    assert "Known means produced here" in capsys.readouterr().out
+
+
 def test_the_verdict_says_the_numbers(study: Path) -> None:
     for entry in json.loads((study / "report.json").read_text())["compressed"]:
         figure = next(iter(entry["probes"].values()))

@@ -14,6 +14,7 @@ from compressknow.cli.options import (
     RUNS,
     Share,
     command,
+    known_option,
     option,
     probe_options,
     probes_help,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 )
 @probe_options
 @runtime_option
+@known_option
 @option(
     "--fail-under",
     type=Share(),

@@ -197,6 +197,17 @@ def runtime_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def known_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What counts as known in a comparison."""
+    return _facts(
+        "--known",
+        type=OneOf(["recognized", "produced"]),
+        default="recognized",
+        show_default=True,
+        help="What counts as known: recognized or produced.",
+    )(command)
+
+
 def _all(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
     for each in reversed(options):
         command = each(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from compressknow.cli.options import (
     server_options,
     split_options,
 )
+from compressknow.cli.report import grades_line
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.format import count, percent, plain, share
@@ -79,6 +81,8 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
 
 
 def _page(answers: Answers, output: Path) -> Iterator[str]:
+    from compressknow.probe.answers import GRADES
+
     model = answers.record.model
     yield f"{plain(model.name)}: answers in {output}"
     yield f"Computed on {plain(model.device, 20)} in {plain(model.computed_in, 20)}."
@@ -95,6 +99,8 @@ def _page(answers: Answers, output: Path) -> Iterator[str]:
             f"{_short(name):<32}{count(len(given)):>10}{count(right):>10}{percent(right, len(given)):>10}"
             f"{share(entry.chance):>9}{count(sum(entry.dropped.values())):>9}"
         )
+        if grades := Counter(answer.grade for answer in given if answer.grade):
+            yield f"  {grades_line({grade: grades[grade] for grade in GRADES})}"
         for reason, number in entry.dropped.items():
             yield from textwrap.wrap(f"  {count(number)} dropped: {reason}", WIDTH, subsequent_indent="    ")
     for name, chunks in answers.texts.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from compressknow.cli.options import (
     RUNS,
     Share,
     command,
+    known_option,
     option,
     probe_options,
     probes_help,
@@ -45,6 +46,7 @@ from compressknow.stats.records import Estimate
 @probe_options
 @runtime_option
 @server_options
+@known_option
 @option("--fail-under", type=Share(), metavar="SHARE", help="Exit with 3 if less is kept: 0.95, or 95%.")
 @option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")
 @option("--early", is_flag=True, help="Evaluate only as many facts as --fail-under needs.", group=EVALUATE)
@@ -206,6 +208,14 @@ def _probes(comparison: Comparison) -> Iterator[str]:
             mean, p99 = (f"{figure:.4f}" for figure in (probe.movement.kl_mean, probe.movement.kl_p99))
             bound = probe.movement.is_lower_bound
             yield f"  KL mean {at_least(mean, bound)}, p99 {at_least(p99, bound)} nats"
+        if probe.knowing:
+            yield f"  before: {grades_line(probe.knowing.original)}"
+            yield f"  after:  {grades_line(probe.knowing.compressed)}"
+
+
+def grades_line(grades: Mapping[str, int]) -> str:
+    """How many facts have each grade of knowing."""
+    return ", ".join(f"{count(facts)} {grade}" for grade, facts in grades.items())
 
 
 def _texts(comparison: Comparison) -> Iterator[str]:

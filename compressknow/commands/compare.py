@@ -21,6 +21,7 @@ def compare(
     outputs: Sequence[str | Path] = (),
     options: Options | None = None,
     settings: Settings | None = None,
+    known: str = "recognized",
     no_facts: bool = False,
     keep_in: str | Path | None = None,
     overwrite: bool = False,
@@ -38,6 +39,7 @@ def compare(
     probes : what to evaluate both on, such as ``["atlas"]``; nothing by default. See `compressknow.probe`.
     outputs : files to write: ``.html``, ``.md``, ``.json``.
     options, settings : see `compressknow.probe`.
+    known : what counts as known; see `compressknow.report`.
     no_facts : leave the text of every fact out.
     keep_in : folder of the answers; by default ``~/.cache/compressknow/answers``.
     overwrite : replace `outputs` that are there already.
@@ -59,12 +61,14 @@ def compare(
     """
     from compressknow.engine.identity import describe
     from compressknow.probe.gather import Named, default_answers_folder, evaluate_both, find_both, open_named
+    from compressknow.probe.grades import check_known
     from compressknow.probe.run import Settings
     from compressknow.quiet import listener
     from compressknow.report.diff.make import behaviour_of, checkpoint_of, make_comparison
     from compressknow.report.diff.pages import write_comparisons
     from compressknow.report.pages import check_outputs, require_for
 
+    check_known(known)
     files = [Path(path) for path in outputs]
     require_for(files, *(("pyarrow", "scipy") if probes else ()))
     check_outputs(files, overwrite=overwrite)
@@ -82,7 +86,8 @@ def compare(
         )
     if opened:
         folder = Path(keep_in) if keep_in else default_answers_folder()
-        behaviour = behaviour_of(evaluate_both(first, second, opened, folder, listening), show_facts=not no_facts)
+        both = evaluate_both(first, second, opened, folder, listening)
+        behaviour = behaviour_of(both, show_facts=not no_facts, known=known)
     comparison = make_comparison(
         checkpoint_of(describe(first.located), first.sha256),
         checkpoint_of(describe(second.located), second.sha256),

@@ -21,6 +21,7 @@ def report(
     outputs: Sequence[str | Path] = (),
     options: Options | None = None,
     settings: Settings | None = None,
+    known: str = "recognized",
     no_facts: bool = False,
     timed: bool = False,
     early: float | None = None,
@@ -40,6 +41,7 @@ def report(
     probes : names; see `compressknow.probe`.
     outputs : files to write: ``.html``, ``.md``, ``.json``.
     options, settings : see `compressknow.probe`.
+    known : what counts as known: ``recognized`` (picked among the candidates, or better) or only ``produced`` (said).
     no_facts : leave the text of every fact out.
     timed : measure each model's speed and memory on this machine.
     early : a least share of knowledge to be kept, 0 to 1: facts are evaluated in random order, only until it is known
@@ -60,6 +62,7 @@ def report(
         an output that cannot be written.
     """
     from compressknow.probe.gather import Evaluation, default_answers_folder, gather, names_of
+    from compressknow.probe.grades import check_known
     from compressknow.probe.run import Settings
     from compressknow.probe.sources import Options
     from compressknow.quiet import listener
@@ -68,6 +71,7 @@ def report(
     from compressknow.report.model_card import check_model_cards, write_into_model_cards
     from compressknow.report.pages import check_outputs, require_for
 
+    check_known(known)
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
     files = [Path(path) for path in outputs]
     check_early(early, len(models))
@@ -94,7 +98,7 @@ def report(
             original, models[0], evaluation, decider(early), revision=revision, on_progress=listening
         )
         after = [only]
-    card = make_card(before, after, show_facts=not no_facts, command=command, early=stop)
+    card = make_card(before, after, show_facts=not no_facts, known=known, command=command, early=stop)
     write_reports(card, files, overwrite=overwrite)
     if into_model_card:
         write_into_model_cards(card, models)

@@ -37,8 +37,10 @@ SERVER_TOKENS = 20
 TABLE, RECORD = "answers.parquet", "probe.json"
 # exp underflows a little below this in float32; a token that a model rules out entirely would make KL infinite.
 LOGP_FLOOR = -100.0
-# A column that tables of older versions lack.
-KL = "first_kl"
+# From best to worst; `compressknow.probe.grades` says what they mean.
+GRADES = ("produced", "recognized", "demoted", "gone")
+# Columns that tables of older versions lack.
+NEWER = ("first_kl", "produced", "with_example", "grade", "template")
 # The entry of the record that holds the table's hash; without it (an older version, or a run that was killed between
 # the two files) the table is read as it is.
 HASH = "answers_sha256"
@@ -89,6 +91,12 @@ class Answer:
         and their log-probabilities in this model; what is left to 1 is the rest. Empty where there is none (lm-eval).
     first_kl : KL(original || this model) in nats at that position, over the whole vocabulary; None where the original
         was not at hand.
+    produced : what the model says, decoded greedily: the candidate with which that begins, else its first words; None
+        where there is none (lm-eval, answers of older versions).
+    with_example : the same after one solved example of the relation; evaluated only where the original knew the fact
+        and this model does not.
+    grade : see `compressknow.probe.grades`; None where there is none.
+    template : number of the wording, where each fact is put in several.
     """
 
     probe: str
@@ -109,6 +117,10 @@ class Answer:
     first_ids: tuple[int, ...] | Any = ()
     first_logp: tuple[float, ...] | Any = ()
     first_kl: float | None = None
+    produced: str | None = None
+    with_example: str | None = None
+    grade: str | None = None
+    template: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -169,6 +181,7 @@ def schema() -> pa.Schema:
         "first_ids": pa.list_(pa.int32()),
         "first_logp": pa.list_(pa.float32()),
         "first_kl": number,
+        "template": pa.int32(),
     }
     return pa.schema([(each.name, types.get(each.name, text)) for each in fields(Answer)])
 
@@ -192,7 +205,7 @@ def read_table(path: Path) -> list[Answer]:
         check_parquet(path)
         # Not pq.read_table: it imports pandas, where that is installed.
         with pq.ParquetFile(path) as file:
-            table = _with_kl(file.read(columns=schema().names)).select(schema().names).cast(schema())
+            table = _with_newer(file.read(columns=schema().names)).select(schema().names).cast(schema())
         _check_columns(table)
         columns = [_column(table, name) for name in schema().names]
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
@@ -204,13 +217,14 @@ def read_table(path: Path) -> list[Answer]:
     return [Answer(*row) for row in zip(*columns, strict=True)]
 
 
-def _with_kl(table: pa.Table) -> pa.Table:
-    """The table with a column of divergences; those of older versions have none."""
+def _with_newer(table: pa.Table) -> pa.Table:
+    """The table with the columns that those of older versions lack, empty."""
     import pyarrow as pa
 
-    if KL in table.column_names:
-        return table
-    return table.append_column(KL, pa.nulls(len(table), pa.float64()))
+    for name in NEWER:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), schema().field(name).type))
+    return table
 
 
 def _check_columns(table: pa.Table) -> None:
@@ -220,6 +234,8 @@ def _check_columns(table: pa.Table) -> None:
             raise ValueError(f"a row has no {name}")
         if name in _LISTS and table[name].combine_chunks().values.null_count:
             raise ValueError(f"a value of {name} is missing")
+    if others := set(table["grade"].unique().to_pylist()) - {*GRADES, None}:
+        raise ValueError(f"{sorted(others)[0]!r} is no grade of knowing")
     ids, values = (table[name].combine_chunks().value_lengths() for name in ("first_ids", "first_logp"))
     if not ids.equals(values):
         raise ValueError("first_ids and first_logp of a row are not of one length")

@@ -84,7 +84,7 @@ def prompts_of(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
             dropped[query] += 1
         else:
             queries.append(query)
-    return Prompts(scorer, tuple(_batches(queries, batch_size)), dict(dropped))
+    return Prompts(scorer, tuple(batched(queries, batch_size)), dict(dropped))
 
 
 def evaluate(
@@ -153,7 +153,8 @@ def _tokens(query: Query, again: bool) -> int:
     return len(query.prompt) * (1 + further) if again else len(query.prompt) + further
 
 
-def _batches(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]:
+def batched(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]:
+    """Queries of one shape, at most `size` of them at a time, the shortest first."""
     shapes: dict[tuple[int, ...], list[Query]] = {}
     for query in prompts:
         shapes.setdefault(query.shape, []).append(query)

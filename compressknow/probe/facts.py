@@ -92,7 +92,8 @@ class Probe:
     source : where the facts come from: file names with sha256, the set's licence, the template.
     read : the number of facts that the set has, those dropped and those beyond a limit included.
     limit, seed : the sample that was drawn, if one was.
-    commonest : each relation's most frequent object, of all the facts that `facts` may be a sample of.
+    most_frequent : each relation's most frequent object, of all the facts that `facts` may be a sample of.
+    examples : each relation's first facts with different objects, of all these facts; see `example`.
     """
 
     name: str
@@ -110,10 +111,13 @@ class Probe:
     limit: int | None = None
     seed: int = 0
     most_frequent: Mapping[str, str] = field(default_factory=dict)
+    examples: Mapping[str, tuple[Fact, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.most_frequent:
             object.__setattr__(self, "most_frequent", most_frequent(self.facts))
+        if not self.examples:
+            object.__setattr__(self, "examples", _examples(self.facts))
         if self.read < 0:
             object.__setattr__(self, "read", len(self.facts) + sum(self.dropped.values()))
 
@@ -130,6 +134,11 @@ class Probe:
         digest.update(json.dumps(list(candidates)).encode())
         return digest.hexdigest()
 
+    def example(self, fact: Fact) -> Fact | None:
+        """Another fact of the relation, the first of another subject and object; None where there is none."""
+        others = (each for each in self.examples.get(fact.relation, ()) if each.sub_label != fact.sub_label)
+        return next((each for each in others if each.obj_label.casefold() != fact.obj_label.casefold()), None)
+
     def limited(self, limit: int | None, seed: int = 0) -> Probe:
         """At most `limit` facts, drawn by relation in proportion to its size (each relation keeps one at least, as
         far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the proportions allow.
@@ -141,6 +150,19 @@ class Probe:
         chosen = _stratified(self.facts, limit, seed)
         facts = tuple(fact for fact in self.facts if fact.id in chosen)
         return replace(self, facts=facts, limit=limit, seed=seed)
+
+
+# So many facts of a relation with different objects hold one for each fact to be shown with.
+_EXAMPLES = 3
+
+
+def _examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
+    found: dict[str, dict[str, Fact]] = {}
+    for fact in facts:
+        of_relation = found.setdefault(fact.relation, {})
+        if len(of_relation) < _EXAMPLES:
+            of_relation.setdefault(fact.obj_label.casefold(), fact)
+    return {relation: tuple(of_relation.values()) for relation, of_relation in found.items()}
 
 
 def _stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:

@@ -44,6 +44,7 @@ from compressknow.probe.evaluate import (
     refuse_other_model,
     tokens_alike,
 )
+from compressknow.probe.examples import with_examples
 from compressknow.probe.facts import Probe, chance, majority
 from compressknow.probe.records import ModelRecord, ProbeEntry, Record
 from compressknow.probe.runtimes import RUNTIMES, Loaded, Runtime, runtime_for
@@ -452,6 +453,7 @@ class _Run:
             answers += part
         order = {fact.id: number for number, fact in enumerate(probe.facts)}
         answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
+        answers = with_examples(prompts.scorer, answers, reference.of(probe.name) if reference else ())
         return answers, facts_entry(probe, answers, prompts.dropped)
 
     def _keep(self, name: str, answers: Sequence[Answer], entry: ProbeEntry, chunks: Sequence[Chunk]) -> None:
@@ -503,8 +505,8 @@ def _key(handle: ModelHandle, probe: Opened, beside: Beside) -> str:
     """A hash of all that decides the answers: the model, the facts, whose tokens are asked for, and how it is run."""
     settings = handle.settings
     decides = [
-        # Another version may prompt or score otherwise.
-        *(SCHEMA_VERSION, __version__, handle.sha256, probe.fingerprint()),
+        # Another version may prompt or score otherwise; this one gives grades.
+        *(SCHEMA_VERSION, __version__, "grades", handle.sha256, probe.fingerprint()),
         beside.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),
         *handle.runtime.key(),

@@ -125,6 +125,7 @@ class Card(Shown):
     versions: Mapping[str, str]
     command: str | None
     method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
+    known: str = "recognized"  # what counts as known: that or better, or only "produced"
 
     def _summary(self) -> Summary:
         """By subject of one model, a line per model of several."""

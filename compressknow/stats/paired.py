@@ -28,6 +28,7 @@ from compressknow.stats.distributions import (
     rest_of,
 )
 from compressknow.stats.intervals import above_chance, holm, macro, mcnemar, paired_difference, proportion
+from compressknow.stats.knowing import knowing_of
 from compressknow.stats.power import facts_for, smallest_loss
 from compressknow.stats.records import Certainty, ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
 
@@ -70,6 +71,7 @@ def compare_probe(
         by_subject=tuple(sorted(by_subject, key=lambda group: domain_order(group.name))),
         by_popularity=_by_popularity(pairs),
         **_given(entry_original),
+        knowing=knowing_of(pairs),
     )
 
 
@@ -153,6 +155,9 @@ def _changed(pair: Pair) -> ChangedFact:
         rank_before=before.rank,
         rank_after=after.rank,
         fact_id=before.fact_id,
+        grade_before=before.grade,
+        grade_after=after.grade,
+        with_example=None if after.with_example is None else after.with_example == after.gold,
     )
 
 

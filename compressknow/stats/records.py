@@ -199,6 +199,29 @@ class EarlyStop:
 
 
 @dataclass(frozen=True, slots=True)
+class Knowing:
+    """Facts by grade of knowing, from `compressknow.probe.grades.GRADES`.
+
+    Attributes
+    ----------
+    original, compressed : grade -> facts.
+    moved : (the original's grade, the compressed model's) -> facts.
+    written : whether each model writes text; without, it produces nothing.
+    not_first : facts that each model produces though another candidate is likelier as a whole: they count as produced,
+        and as not known by the probe's rules.
+    shown : facts lost that were evaluated once more after a solved example; `back` of them were produced then.
+    """
+
+    original: Mapping[str, int]
+    compressed: Mapping[str, int]
+    moved: Mapping[tuple[str, str], int]
+    written: tuple[bool, bool]
+    not_first: tuple[int, int]
+    shown: int
+    back: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeFigures:
     """All figures of one probe, original against one compressed model, paired by fact."""
 
@@ -237,11 +260,18 @@ class ProbeFigures:
     certainty: Certainty = NOT_MEASURED
     confidence: Confidence | None = None
     noise_floor: NoiseFloor | None = None  # of the original
+    knowing: Knowing | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ChangedFact:
-    """A fact that was lost or gained, with what both models said."""
+    """A fact that was lost or gained, with what both models said.
+
+    Attributes
+    ----------
+    grade_before, grade_after : of knowing; None where there are none.
+    with_example : whether the compressed model produces it after one solved example; None where that was not tried.
+    """
 
     probe: str
     relation: str
@@ -253,6 +283,9 @@ class ChangedFact:
     rank_before: int | None
     rank_after: int | None
     fact_id: str = ""
+    grade_before: str | None = None
+    grade_after: str | None = None
+    with_example: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 
 from compressknow.engine.int8 import rounds_activations, unrounded
 from compressknow.probe.answers import Answer
+from compressknow.probe.grades import cut, end_of
 from compressknow.probe.scoring.prompts import Ids
 from compressknow.probe.scoring.ranking import Scores, best_of, make_answer, rank_of
 from compressknow.probe.scoring.scorer import ROWS, SLACK_TOKENS, Query, Scorer
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 LOGITS = 1 << 26
 # Tokens that one pass scores in about the time of one.
 FEW_TOKENS = 64
-_END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
 
 
 @dataclass(frozen=True)
@@ -114,21 +113,20 @@ class DecodingScorer(Scorer):
             places = [n for n, row in enumerate(walking) if known < len(rows[row][1]) and not scores[row] < bars[row]]
             walking = [walking[place] for place in places]
 
-    def written(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:
+    def written(
+        self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any, texts: Sequence[str | None]
+    ) -> list[Answer]:
         chosen = [index for index, query in enumerate(batch) if not query.options and not self.one_token]
         if not chosen:
             return []
-        longest = max(len(batch[index].gold) for index in chosen) + SLACK_TOKENS
-        texts = self._generate(state, log_probs, longest)
         zeros = np.zeros(len(chosen))
         rest = self.finish(state, [(index, batch[index].gold) for index in chosen], zeros, zeros - np.inf)
         answers = []
         for index, more in zip(chosen, rest, strict=True):
             query, scores = batch[index], log_probs[index].double().cpu().numpy()
             first = query.gold[0]
-            text = self.encoder.decode(texts[index][: len(query.gold) + SLACK_TOKENS])
             rank = rank_of(first, scores)
-            text, correct = judged(text, query.fact.obj_label)
+            text, correct = judged(texts[index] or "", query.fact.obj_label)
             known = correct and rank is not None
             best = best_of(scores)
             tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
@@ -136,18 +134,46 @@ class DecodingScorer(Scorer):
             answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, correct=known))
         return answers
 
-    def _generate(self, state: Prefix, log_probs: torch.Tensor, tokens: int) -> list[list[int]]:
-        """The likeliest free answers, decoded greedily, up to their ends: [batch][at most `tokens`]."""
-        ids = log_probs.argmax(-1, keepdim=True)
-        written = [ids]
-        rows = torch.arange(len(ids), device=ids.device)
-        cache = select_rows(state.cache, rows)
-        while len(written) < tokens:
-            read = written[-1] if cache is not None else torch.cat([state.ids, *written], dim=1)
-            logits, cache = self.forward(read, cache, state.encoder, 1)
+    def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:
+        return [self.encoder.decode(self._ended(ids)) for ids in self.generate(batch, log_probs, state)]
+
+    def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:
+        """The likeliest tokens after each prompt, decoded greedily as far as each `goes_on`."""
+        written = [[token] for token in log_probs.argmax(-1).tolist()]
+        cache, rows = None, list(range(len(batch)))
+        while going := [place for place, row in enumerate(rows) if self.goes_on(batch[row], written[row])]:
+            # The prefix keeps its own cache.
+            if cache is None or len(going) < len(rows):
+                rows = [rows[place] for place in going]
+                cache = select_rows(
+                    state.cache if cache is None else cache, torch.tensor(going, device=state.ids.device)
+                )
+            last = torch.tensor([written[row] for row in rows], device=state.ids.device)
+            read = last[:, -1:] if cache is not None else torch.cat([state.ids[rows], last], dim=1)
+            logits, cache = self.forward(read, cache, state.encoder and state.encoder.rows(rows), 1)
             cache = self._kept(cache)
-            written.append(logits[:, -1].argmax(-1, keepdim=True))
-        return [self._ended(row) for row in torch.cat(written, dim=1).tolist()]
+            for row, token in zip(rows, logits[:, -1].argmax(-1).tolist(), strict=True):
+                written[row].append(token)
+        return written
+
+    def goes_on(self, query: Query, written: Sequence[int]) -> bool:
+        """Whether a greedy text needs more tokens to tell what it says: up to as many as the longest candidate has, and
+        one more, which shows whether the last word ends there.
+        """
+        if len(written) >= self._room(query) or self.ends(written[-1]):
+            return False
+        return tuple(written[:-1]) not in query.options
+
+    def _room(self, query: Query) -> int:
+        if query.options:
+            room = max(map(len, query.options)) + 1
+        elif self.one_token:
+            (ids,) = self.options(query.fact, [query.fact.obj_label], rest=False)
+            room = len(ids) + 1
+        else:
+            room = len(query.gold) + SLACK_TOKENS
+        # The last one that is written is not read.
+        return room if self._most is None else max(1, min(room, self._most - max(query.shape) + 1))
 
     def read(
         self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None = None
@@ -238,12 +264,9 @@ def judged(text: str, gold: str) -> tuple[str, bool]:
     >>> judged("Paris, the city of", "Paris"), judged("Parisian food", "Paris"), judged("the Nile. It", "Nile")
     (('Paris, the city of', True), ('Parisian food', False), ('the Nile', False))
     """
-    text, folded = text.strip(), gold.casefold()
-    # Folding may change the number of letters (ß, ss): the place where the object ends is looked for.
-    after = next((n for n in range(1, len(text) + 1) if text[:n].casefold() == folded), None)
-    end = _END_OF_ANSWER.search(text, after or 0)
-    correct = after is not None and not re.match(r"\w", text[after:])
-    return (text[: end.start()] if end else text).strip(), correct
+    text = text.strip()
+    after = end_of(text, gold)
+    return cut(text, after or 0), after is not None
 
 
 # Tokens by which a model is tried.

@@ -85,6 +85,26 @@ class MaskedScorer(Scorer):
             place += 1
         return scores
 
+    def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:  # noqa: ARG002
+        """The first of the whole vocabulary at the mask; where the object has several tokens, at as many masks from
+        left to right: its length is told to the model, as candidates' lengths are where they are scored.
+        """
+        found: list[Ids] = [(token,) for token in log_probs.argmax(-1).tolist()]
+        for length in {len(query.gold) for query in batch} - {0, 1}:
+            chosen = [index for index, query in enumerate(batch) if len(query.gold) == length]
+            for index, ids in zip(chosen, self._filled([batch[index] for index in chosen], length), strict=True):
+                found[index] = ids
+        return [self.encoder.decode(ids) for ids in found]
+
+    def _filled(self, batch: Sequence[Query], length: int) -> list[Ids]:
+        """The likeliest token at each of `length` masks, those before it filled in."""
+        found: list[Ids] = [()] * len(batch)
+        for _ in range(length):
+            rows = [self._row(query, length, ids) for query, ids in zip(batch, found, strict=True)]
+            tokens = self._log_probs(rows).argmax(-1).tolist()
+            found = [(*ids, token) for ids, token in zip(found, tokens, strict=True)]
+        return found
+
     def _steps(self, batch: Sequence[Query], wanted: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
         """Log-probabilities of the wanted tokens after each beginning of a candidate."""
         sizes: dict[int, list[Step]] = {}

@@ -102,6 +102,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.ids = cache(self._ids)
         self.continuation = cache(self._continuation)
+        self.spelled = cache(self._spelled)
 
     def _ids(self, text: str, special: bool = False) -> Ids:
         """Ids of `text`, with the tokenizer's special tokens around it if `special`."""
@@ -125,6 +126,14 @@ class Encoder:
         if not context:
             return self.ids(text[:1].upper() + text[1:])
         return self.continuation(context.rpartition(" ")[2], gap + text)
+
+    def _spelled(self, text: str) -> str:
+        """The text as the tokenizer gives it back; as it is, where the tokenizer lacks a part of it.
+
+        An uncased one gives "são tomé" back as "sao tome", and word pieces "Guinea-Bissau" as "guinea - bissau".
+        """
+        ids = self.ids(text)
+        return text if self.tokenizer.unk_token_id in ids else self.decode(ids)
 
     def decode(self, ids: Ids | list[int] | Any) -> str:
         """The text of `ids`, special tokens left out, spaces at its ends removed."""

@@ -18,6 +18,7 @@ from compressknow.engine.load import reason_of
 from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.facts import Fact, Probe
+from compressknow.probe.grades import choices_of, graded, said
 from compressknow.probe.scoring.prompts import Encoder, Ids
 from compressknow.probe.scoring.ranking import (
     Ranking,
@@ -115,8 +116,20 @@ class Scorer(ABC):
         A row is (query, ids of an option). One that falls below its bar on the way is left there.
         """
 
-    def written(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:  # noqa: ARG002
-        """Answers to the queries where any text may be answered; families that only choose have none."""
+    @abstractmethod
+    def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> Sequence[str | None]:
+        """What the model says to each query, decoded greedily; None where it cannot write."""
+
+    def written(
+        self,
+        batch: Sequence[Query],  # noqa: ARG002
+        log_probs: torch.Tensor,  # noqa: ARG002
+        state: Any,  # noqa: ARG002
+        texts: Sequence[str | None],  # noqa: ARG002
+    ) -> list[Answer]:
+        """Answers to the queries where any text may be answered, by what is `produced`; families that only choose have
+        none.
+        """
         return []
 
     def unaskable(self, fact: Fact) -> str | None:
@@ -165,12 +178,25 @@ class Scorer(ABC):
         """
         with torch.inference_mode():
             log_probs, state = self._begun(batch)
+            texts = self.produced(batch, log_probs, state)
             found = [
                 *self._closed(batch, log_probs, state),
                 *self._single(batch, log_probs),
-                *self.written(batch, log_probs, state),
+                *self.written(batch, log_probs, state, texts),
             ]
+            found = self._graded(batch, found, texts)
             return self._with_distributions(batch, found, log_probs, reference, whole)
+
+    def say(self, batch: Sequence[Query]) -> list[str | None]:
+        """What the model says to queries of one shape, as `compressknow.probe.grades.said` has it; None where it cannot
+        write.
+        """
+        with torch.inference_mode():
+            texts = self.produced(batch, *self._begun(batch))
+        told = zip(batch, texts, strict=True)
+        return [
+            text if text is None else said(text, choices_of(query.fact), self.encoder.spelled) for query, text in told
+        ]
 
     def answer_anew(
         self,
@@ -199,6 +225,10 @@ class Scorer(ABC):
                 ) from error
             self._tried = True
         return self.first(batch)
+
+    def _graded(self, batch: Sequence[Query], answers: Sequence[Answer], texts: Sequence[str | None]) -> list[Answer]:
+        by_id = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
+        return [graded(answer, *by_id[answer.fact_id], self.encoder.spelled) for answer in answers]
 
     def _refuse_ids_beyond(self, batch: Sequence[Query]) -> None:
         """A tokenizer may have few tokens, and yet a number for one that the embedding has no row for."""

@@ -10,6 +10,7 @@ from typing import Any
 from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
 from compressknow.format import count
 from compressknow.probe.answers import Answers
+from compressknow.probe.grades import RECOGNIZED, known_as
 from compressknow.probe.records import UNKNOWN, ModelRecord, on_server
 from compressknow.report.card import assembly
 from compressknow.report.card import warnings as warnings
@@ -43,6 +44,7 @@ def make_card(
     compressed: Sequence[Answers],
     *,
     show_facts: bool = True,
+    known: str = RECOGNIZED,
     command: str | None = None,
     early: EarlyStop | None = None,
 ) -> Card:
@@ -51,16 +53,18 @@ def make_card(
     Parameters
     ----------
     show_facts : False leaves the text of every fact out of the card.
+    known : what counts as known: ``recognized`` (or better) or only ``produced``.
     command : the command line to show.
     early : how a gate was decided before all facts were evaluated, if it was; of one compressed model.
 
     Raises
     ------
     CompressknowError : a compressed model is of another family or vocabulary, shares no probe with the original, or
-        was evaluated on other prompts.
+        was evaluated on other prompts; the answers do not tell what is ``produced``.
     """
     if not compressed:
         raise UsageError("There is no compressed model to compare.", hint="Give at least one beside the original.")
+    original, *compressed = (known_as(answers, known) for answers in (original, *compressed))
     model = model_facts(original.record.model)
     compared = [compare(original, answers, show_facts=show_facts, early=early) for answers in compressed]
     comparisons = [
@@ -72,11 +76,12 @@ def make_card(
         verdict=_of_several(model.name, comparisons) if len(comparisons) > 1 else comparisons[0].verdict,
         original=model,
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
-        warnings=(*common, *assembly.failures(comparisons)),
+        warnings=(*warnings.of_known(known), *common, *assembly.failures(comparisons)),
         show_facts=show_facts,
         versions=dict(original.record.versions),
         command=command,
         method=method_of(original, comparisons, assembly.sentences(comparisons)),
+        known=known,
     )
 
 

@@ -84,6 +84,7 @@ def to_json(card: Card) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "verdict": card.verdict,
+        "known": card.known,
         "original": _model(card.original),
         "compressed": [comparison_json(comparison, card.show_facts) for comparison in card.comparisons],
         "warnings": list(card.warnings),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.compress.schemes import schemes_of
 from compressknow.format import count, percent, plain, share
 from compressknow.probe.answers import REFERENCE_TOKENS, Answers
+from compressknow.probe.grades import PRODUCED
 from compressknow.probe.records import UNKNOWN, ModelRecord, on_server
 from compressknow.report.records import Grade, ModelFacts
 from compressknow.stats.records import Counts, EarlyStop, ProbeFigures
@@ -27,6 +28,15 @@ MANY_IN_TEXT, MANY_UNSEEN = 0.01, 0.1
 # Of the answers of one int8 checkpoint, those that were right in the engine's int8 and wrong in plain floats, or the
 # other way round: 11 and 24. They stand for all models until each is measured against itself.
 MEASURED_ON, ROUNDING_ATTENTION, ROUNDING_BOTH = "SmolLM2-135M and 600 facts of atlas", "1.8 %", "4.0 %"
+
+
+def of_known(known: str) -> Iterator[str]:
+    """That only what a model says counts as known, where that is so."""
+    if known == PRODUCED:
+        yield (
+            "Known means produced here: a fact counts where what the model writes by itself begins with the right "
+            "answer. What it only picks among candidates counts as not known."
+        )
 
 
 def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:

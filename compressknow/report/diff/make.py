@@ -11,6 +11,7 @@ from compressknow.diff.records import Difference, Sums, summed
 from compressknow.format import count, number, percent, plain
 from compressknow.probe.answers import Answers
 from compressknow.probe.gather import BothWays
+from compressknow.probe.grades import RECOGNIZED, known_as
 from compressknow.report.card import warnings
 from compressknow.report.card.make import make_card
 from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, KnownBy, SideBySide, names_of
@@ -182,15 +183,19 @@ def _tensors(number_of: int) -> str:
     return "1 tensor" if number_of == 1 else f"{count(number_of)} tensors"
 
 
-def behaviour_of(answers: BothWays, *, show_facts: bool) -> Behaviour:
-    """The statistics in both directions. Raises CompressknowError where the two did not answer the same facts."""
+def behaviour_of(answers: BothWays, *, show_facts: bool, known: str = RECOGNIZED) -> Behaviour:
+    """The statistics in both directions; `known` is as for `make_card`. Raises CompressknowError where the two did not
+    answer the same facts.
+    """
+    answers = type(answers)(*(known_as(each, known) for each in answers))
     there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts)
     back = make_card(answers.b, [answers.a_like_b], show_facts=show_facts)
     return Behaviour(
         b_against_a=there,
         a_against_b=back,
         answers=tuple(_side_by_side(answers.a, answers.b_like_a)) if show_facts else (),
-        warnings=tuple(dict.fromkeys(_warnings(answers, there, back))),
+        warnings=tuple(dict.fromkeys((*warnings.of_known(known), *_warnings(answers, there, back)))),
+        known=known,
     )
 
 

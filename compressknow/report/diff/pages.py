@@ -108,7 +108,8 @@ def _figures(sums: Sums) -> dict[str, Any]:
 
 def _behaviour(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
     there, back = behaviour.b_against_a, behaviour.a_against_b
-    told = {
+    told: dict[str, Any] = {
+        "known": behaviour.known,
         "b_against_a": comparison_json(there.comparisons[0], show_facts),
         "a_against_b": comparison_json(back.comparisons[0], show_facts),
         "method": list(there.method),

@@ -55,12 +55,14 @@ class Behaviour:
     b_against_a : A as the original: what of A's knowledge B keeps, and KL(A || B).
     a_against_b : the other way round.
     answers : facts whose top answer differs; empty where the text of facts is left out.
+    known : what counts as known; see `compressknow.report.records.Card`.
     """
 
     b_against_a: Card
     a_against_b: Card
     answers: tuple[SideBySide, ...]
     warnings: tuple[str, ...]
+    known: str = "recognized"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

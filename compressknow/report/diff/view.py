@@ -12,6 +12,7 @@ from compressknow.compress.calibrate.words import text_in_words
 from compressknow.diff.records import Difference
 from compressknow.format import NONE, count, number, plain, share, size, smaller
 from compressknow.report.card import warnings as warnings
+from compressknow.report.card.sections.knowing import table_of
 from compressknow.report.card.view import Size
 from compressknow.report.diff import tables as weights
 from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, names_of
@@ -188,6 +189,9 @@ def _knowledge(behaviour: Behaviour) -> Iterator[Part]:
     probes = weights.probes_of(behaviour)
     if probes:
         yield weights.figures_table(probes)
+    for there, _ in probes:
+        if there.knowing:
+            yield table_of(there.knowing, f"{plain(there.probe, 60)}: grades of knowing", ("A", "B"))
     if groups := weights.group_tables(probes):
         yield Folded("By domain and by relation", groups)
 

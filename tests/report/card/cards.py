@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from compressknow.probe.answers import GRADES as KNOWING
 from compressknow.report.records import Card, Comparison, Grade, ModelFacts, Speed
 from compressknow.stats.records import (
     Certainty,
@@ -13,6 +14,7 @@ from compressknow.stats.records import (
     Counts,
     Estimate,
     Group,
+    Knowing,
     Movement,
     ProbeFigures,
     ReliabilityBin,
@@ -155,6 +157,7 @@ def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bo
         seed=0,
         certainty=certainty(kept(counts), len(groups)),
         confidence=confidence(counts) if popular else None,
+        knowing=knowing(counts) if popular else None,
     )
 
 
@@ -187,6 +190,26 @@ def certainty(kept: Estimate, relations: int) -> Certainty:
     return Certainty(relations, Estimate(kept.value, 0.871, 0.956), Estimate(-0.04, -0.071, -0.012), 0.0312, 1713)
 
 
+def knowing(counts: Counts) -> Knowing:
+    """Most of what is known is said; of what is lost half stays near."""
+    near = counts.lost // 2
+    moved = dict.fromkeys(((before, after) for before in KNOWING for after in KNOWING), 0)
+    moved |= {
+        ("produced", "produced"): counts.both * 3 // 4,
+        ("produced", "recognized"): counts.both // 8,
+        ("recognized", "recognized"): counts.both - counts.both * 3 // 4 - counts.both // 8,
+        ("produced", "demoted"): near,
+        ("recognized", "gone"): counts.lost - near,
+        ("demoted", "recognized"): counts.gained,
+        ("gone", "gone"): counts.neither,
+    }
+    original, compressed = (
+        {grade: sum(facts for move, facts in moved.items() if move[side] == grade) for grade in KNOWING}
+        for side in (0, 1)
+    )
+    return Knowing(original, compressed, moved, (True, True), (0, 0), counts.lost, near // 2)
+
+
 def facts(rows: tuple[tuple[str, str, str, str, int, int], ...], number: int, *, lost: bool) -> tuple[ChangedFact, ...]:
     """`number` changed facts; beyond those at hand, numbered variants of them."""
     changed = []
@@ -195,7 +218,10 @@ def facts(rows: tuple[tuple[str, str, str, str, int, int], ...], number: int, *,
         if i >= len(rows):
             prompt = prompt.replace("The ", f"{i}. The ", 1)
         said = (gold, other) if lost else (other, gold)
-        changed.append(ChangedFact("atlas", relation, "geography", prompt, gold, *said, before, after))
+        fact = ChangedFact("atlas", relation, "geography", prompt, gold, *said, before, after)
+        grades = ("produced", "demoted" if after <= 5 else "gone") if lost else ("demoted", "recognized")
+        back = i % 4 == 0 and after <= 5 if lost else None
+        changed.append(replace(fact, grade_before=grades[0], grade_after=grades[1], with_example=back))
     return tuple(changed)
 
 

@@ -13,6 +13,7 @@ SECTIONS: Registry[Section] = Registry(
     {
         "lost": f"{_HERE}.facts:Lost",
         "gained": f"{_HERE}.facts:Gained",
+        "knowing": f"{_HERE}.knowing:Grades",
         "relations": f"{_HERE}.groups:Relations",
         "popularity": f"{_HERE}.groups:Popularity",
         "layers": f"{_HERE}.models:Layers",

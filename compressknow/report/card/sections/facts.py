@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from compressknow.format import answer, count, ordinal, percent, plain
+from compressknow.format import NONE, answer, count, ordinal, percent, plain
 from compressknow.report.card.section import Context, Section
 from compressknow.report.parts import BLANK, Part, fact_parts
 from compressknow.report.records import Comparison
@@ -14,6 +14,7 @@ from compressknow.report.tables import Table
 from compressknow.stats.records import ChangedFact, ProbeFigures
 
 _COLUMNS = ("Prompt", "Right answer", "Original", "Compressed", "Rank of the right answer", "Relation")
+_GRADED = (*_COLUMNS[:-1], "Grade now", "Relation")
 
 
 class Lost(Section):
@@ -51,19 +52,27 @@ class Gained(Section):
 
 
 def _facts(facts: tuple[ChangedFact, ...], caption: str, shade: str, limit: int, shown: int) -> Iterator[Part]:
-    rows = tuple(map(_row, facts[:limit]))
-    return fact_parts(caption, _COLUMNS, rows, shown, left_out=len(facts) - len(rows), shade=shade)
+    graded = any(fact.grade_after for fact in facts)
+    rows = tuple(_row(fact, graded=graded) for fact in facts[:limit])
+    columns = _GRADED if graded else _COLUMNS
+    return fact_parts(caption, columns, rows, shown, left_out=len(facts) - len(rows), shade=shade)
 
 
-def _row(fact: ChangedFact) -> tuple[str, ...]:
+def _row(fact: ChangedFact, *, graded: bool) -> tuple[str, ...]:
     return (
         plain(fact.prompt.replace(BLANK, "___"), 300),
         plain(fact.gold),
         answer(fact.before),
         answer(fact.after),
         f"{ordinal(fact.rank_before)} → {ordinal(fact.rank_after)}" if fact.rank_before or fact.rank_after else "-",
+        *([_grade(fact)] if graded else []),
         plain(fact.relation, 60),
     )
+
+
+def _grade(fact: ChangedFact) -> str:
+    back = ", comes back with one example" if fact.with_example else ""
+    return plain(fact.grade_after, 20) + back if fact.grade_after else NONE
 
 
 class Dropped(Section):

@@ -1,0 +1,90 @@
+"""Grades of knowing: what of the facts is said, picked, near or gone, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from compressknow.format import count, percent, plain
+from compressknow.probe.answers import GRADES
+from compressknow.probe.grades import PRODUCED
+from compressknow.report.card.section import Context, Section
+from compressknow.report.parts import Note, Part
+from compressknow.report.records import pair_to_json
+from compressknow.report.tables import Table
+from compressknow.stats.records import Knowing, ProbeFigures
+
+_MEANINGS = "Rows are the original's grades, columns the compressed model's; the glossary says what each means."
+
+
+class Grades(Section):
+    """A table a probe, the original's grades by the compressed model's."""
+
+    title = "Grades of knowing"
+    order = 25
+    glossary = (
+        ("Produced", "what the model writes by itself begins with the right answer."),
+        ("Recognized", "the right answer is the model's first choice, but not what it writes."),
+        (
+            "Demoted",
+            "neither, but the right answer is among its best five, or it writes it after one solved example.",
+        ),
+        ("Gone", "none of these."),
+    )
+    method = (
+        "What a model produces is decoded greedily after the prompt, or at the mask among its whole vocabulary (an "
+        "object of several tokens at as many masks, from left to right). Facts that the original knew and the "
+        "compressed model does not are evaluated once more, after one solved example of the same relation with another "
+        "answer. Among five candidates or fewer, being among the best five does not count.",
+    )
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        graded = [(probe, probe.knowing) for probe in context.comparison.probes if probe.knowing]
+        for probe, knowing in graded:
+            yield table_of(knowing, f"{plain(probe.probe, 60)}: grades before and after")
+            if told := " ".join(_told(knowing)):
+                yield Note(told)
+        if graded:
+            yield Note(_MEANINGS)
+
+    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
+        return {"knowing": to_json(probe.knowing)}
+
+
+def table_of(knowing: Knowing, caption: str, columns: tuple[str, str] = ("Original", "Compressed")) -> Table:
+    """Facts by the grades of one model and of the other."""
+    one, other = columns
+    rows = [
+        (grade, *(count(knowing.moved[grade, after]) for after in GRADES), count(knowing.original[grade]))
+        for grade in GRADES
+    ]
+    total = (other, *(count(knowing.compressed[grade]) for grade in GRADES), count(sum(knowing.original.values())))
+    return Table(caption, (one, *GRADES, "all"), (*rows, total))
+
+
+def _told(knowing: Knowing) -> Iterator[str]:
+    if knowing.shown:
+        back = f"{count(knowing.back)} ({percent(knowing.back, knowing.shown)})"
+        yield f"Of {count(knowing.shown)} lost facts, {back} come back with one example."
+    if any(knowing.not_first):
+        before, after = map(count, knowing.not_first)
+        yield (
+            f"Of the facts produced, the original has {before} and the compressed model {after} for which another "
+            "candidate is likelier as a whole: in all other figures these count as not known."
+        )
+    for who, written in zip(("original", "compressed model"), knowing.written, strict=True):
+        if not written:
+            yield f"The {who} cannot write: {PRODUCED} is left out."
+
+
+def to_json(knowing: Knowing | None) -> dict[str, Any] | None:
+    """Under the names that others rely on: {"original", "compressed", "moved": {"GRADE>GRADE": facts}, ...}."""
+    if knowing is None:
+        return None
+    return {
+        "original": dict(knowing.original),
+        "compressed": dict(knowing.compressed),
+        "moved": {f"{before}>{after}": facts for (before, after), facts in knowing.moved.items()},
+        **pair_to_json("not_first", knowing.not_first),
+        "with_example": {"n": knowing.shown, "produced": knowing.back},
+    }
