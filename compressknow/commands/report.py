@@ -85,6 +85,7 @@ def report(
         settings or Settings(),
         keep_in=Path(keep_in) if keep_in else default_answers_folder(),
         timed=timed,
+        known=known,
     )
     listening = listener(on_progress)
     if early is None:

@@ -19,6 +19,7 @@ from compressknow.probe.answers import Answers
 from compressknow.probe.distributions import Distributions
 from compressknow.probe.facts import Probe
 from compressknow.probe.gather import Evaluation, finished, folder_of, of_probes, open_like, stored_answers
+from compressknow.probe.grades import known_as
 from compressknow.probe.run import Beside, ModelHandle, facts_entry, handles_of, held_answers, probe_model
 from compressknow.quiet import Listener, staged
 
@@ -71,7 +72,7 @@ def gather_early(
     if first.stored:
         second.look_in(evaluation.keep_in, probes, first.stored)
     drawing = _Drawing(first.answerable(probes), evaluation.options.seed)
-    found = _until(decide, first, second, drawing, evaluation.keep_in, on_progress)
+    found = _until(decide, first, second, drawing, evaluation, on_progress)
     before = finished(first.answers(drawing), first.handle, None, timed=evaluation.timed)
     return Early(before, finished(second.answers(drawing), second.handle, before, timed=evaluation.timed), found)
 
@@ -86,9 +87,15 @@ def _of_facts(opened: Sequence[Opened]) -> list[Probe]:
 
 
 def _until(
-    decide: Decide[T], first: _Side, second: _Side, drawing: _Drawing, keep_in: Path, on_progress: Listener | None
+    decide: Decide[T],
+    first: _Side,
+    second: _Side,
+    drawing: _Drawing,
+    evaluation: Evaluation,
+    on_progress: Listener | None,
 ) -> T | None:
     """Evaluate chunk by chunk until `decide` knows enough, or all facts are done."""
+    keep_in = evaluation.keep_in
     listen = [staged(on_progress, number=number, of=2) for number in (1, 2)]
     # Divergences over all tokens cost no second look at the original where both are evaluated side by side.
     of = first.handle if not first.stored and not second.stored else None
@@ -99,8 +106,8 @@ def _until(
             folder = keep_in / f"early-{drawing.digest}" / f"{drawing.drawn:05}"
             before = first.answer(chunk, folder, Beside(whole=whole), listen[0])
             after = second.answer(chunk, folder, Beside(before, whole=whole), listen[1])
-            known += _right(before, chunk)
-            kept += _right(after, chunk)
+            known += _right(known_as(before, evaluation.known), chunk)
+            kept += _right(known_as(after, evaluation.known), chunk)
             found = decide(np.array(known), np.array(kept), len(drawing.order))
             if found is not None:
                 return found

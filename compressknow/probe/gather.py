@@ -75,6 +75,7 @@ class Evaluation:
     ----------
     probes : names; by default those of the answers folders, or atlas.
     keep_in : a folder that gets one answers folder per model.
+    known : what counts as known, for `gather_early`; see `compressknow.probe.grades`.
     timed : measure the speed and the memory of each model; of answers folders nothing can be measured.
     """
 
@@ -83,6 +84,7 @@ class Evaluation:
     settings: Settings
     keep_in: Path
     timed: bool = False
+    known: str = "recognized"
 
 
 def gather(

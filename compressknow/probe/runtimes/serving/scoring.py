@@ -15,6 +15,7 @@ import numpy as np
 from compressknow.errors import UnsupportedError
 from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.facts import Fact, Probe
+from compressknow.probe.grades import choices_of, graded, said
 from compressknow.probe.runtimes.serving.kinds import First, Served
 from compressknow.probe.scoring.decoding import judged
 from compressknow.probe.scoring.families import CausalScorer
@@ -139,11 +140,24 @@ class ServedScorer(CausalScorer):
         return [found[place] for place in range(len(batch))]
 
     def _answered(self, query: Query, wanted: Ids | None) -> Answer:
+        text = self._text(query)
         if not self._served.scores:
-            return self._written(query, First())
+            return graded(self._written(query, First(), text), query.fact, text)
         first = self._first(query, wanted)
-        answer = self._chosen(query, first) if query.options else self._written(query, first)
-        return _distributed(answer, first, wanted)
+        answer = self._chosen(query, first) if query.options else self._written(query, first, text)
+        return _distributed(graded(answer, query.fact, text), first, wanted)
+
+    def say(self, batch: Sequence[Query]) -> list[str | None]:
+        """See `Scorer.say`."""
+        with ThreadPoolExecutor(self._parallel) as pool:
+            return [said(text, choices_of(q.fact)) for q, text in zip(batch, pool.map(self._text, batch), strict=True)]
+
+    def _text(self, query: Query) -> str:
+        """What the model writes: as many tokens as tell what it says."""
+        tokens = max(map(len, query.options or (query.gold,)))
+        slack = 1 if query.options else SLACK_TOKENS
+        count = tokens if self._served.tokens else math.ceil(tokens / CHARACTERS)
+        return self._served.write(query.prompt, count + slack)
 
     def _first(self, query: Query, wanted: Ids | None) -> First:
         return self._served.first(query.prompt, () if wanted is None else [int(number) for number in wanted])
@@ -174,10 +188,9 @@ class ServedScorer(CausalScorer):
             return head
         return self._served.rest((*query.prompt, ids[0]), ids[1:], head, bar)
 
-    def _written(self, query: Query, first: First) -> Answer:
+    def _written(self, query: Query, first: First, text: str) -> Answer:
         """A free answer. Its rank is that of the object's first token, where the server told it."""
-        count = len(query.gold) if self._served.tokens else math.ceil(len(query.gold) / CHARACTERS)
-        text, correct = judged(self._served.write(query.prompt, count + SLACK_TOKENS), query.fact.obj_label)
+        text, correct = judged(text, query.fact.obj_label)
         best = list(first.logp)[:TOP]
         rank = next((n for n, number in enumerate(first.logp, 1) if number == query.gold[0]), None)
         logp = self._score(query, query.gold, first, -math.inf) if self._served.scores else None

@@ -44,7 +44,7 @@ class Grades(Section):
             yield table_of(knowing, f"{plain(probe.probe, 60)}: grades before and after")
             if told := " ".join(_told(knowing)):
                 yield Note(told)
-        if graded:
+        if graded and context.limits.relations is None:
             yield Note(_MEANINGS)
 
     def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
