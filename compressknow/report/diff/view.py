@@ -191,7 +191,7 @@ def _knowledge(behaviour: Behaviour) -> Iterator[Part]:
         yield weights.figures_table(probes)
     for there, _ in probes:
         if there.knowing:
-            yield table_of(there.knowing, f"{plain(there.probe, 60)}: grades of knowing", ("A", "B"))
+            yield table_of(there.knowing, f"{plain(there.probe, 60)}: grades of knowing of A (rows) and of B", "A")
     if groups := weights.group_tables(probes):
         yield Folded("By domain and by relation", groups)
 

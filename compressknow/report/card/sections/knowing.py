@@ -14,7 +14,7 @@ from compressknow.report.records import pair_to_json
 from compressknow.report.tables import Table
 from compressknow.stats.records import Knowing, ProbeFigures
 
-_MEANINGS = "Rows are the original's grades, columns the compressed model's; the glossary says what each means."
+_MEANINGS = "The glossary says what each grade means."
 
 
 class Grades(Section):
@@ -41,7 +41,7 @@ class Grades(Section):
     def parts(self, context: Context) -> Iterator[Part]:
         graded = [(probe, probe.knowing) for probe in context.comparison.probes if probe.knowing]
         for probe, knowing in graded:
-            yield table_of(knowing, f"{plain(probe.probe, 60)}: grades before and after")
+            yield table_of(knowing, f"{plain(probe.probe, 60)}: the original's grades (rows), and what they became")
             if told := " ".join(_told(knowing)):
                 yield Note(told)
         if graded and context.limits.relations is None:
@@ -51,15 +51,14 @@ class Grades(Section):
         return {"knowing": to_json(probe.knowing)}
 
 
-def table_of(knowing: Knowing, caption: str, columns: tuple[str, str] = ("Original", "Compressed")) -> Table:
-    """Facts by the grades of one model and of the other."""
-    one, other = columns
+def table_of(knowing: Knowing, caption: str, who: str = "Original") -> Table:
+    """Facts by the grades of one model, `who`, in rows, and of the other in columns."""
     rows = [
         (grade, *(count(knowing.moved[grade, after]) for after in GRADES), count(knowing.original[grade]))
         for grade in GRADES
     ]
-    total = (other, *(count(knowing.compressed[grade]) for grade in GRADES), count(sum(knowing.original.values())))
-    return Table(caption, (one, *GRADES, "all"), (*rows, total))
+    total = ("all", *(count(knowing.compressed[grade]) for grade in GRADES), count(sum(knowing.original.values())))
+    return Table(caption, (who, *GRADES, "all"), (*rows, total))
 
 
 def _told(knowing: Knowing) -> Iterator[str]:
