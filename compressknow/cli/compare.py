@@ -20,6 +20,7 @@ from compressknow.cli.options import (
     probes_help,
     runtime_option,
     split_options,
+    templates_option,
 )
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 )
 @probe_options
 @runtime_option
+@templates_option
 @known_option
 @option(
     "--fail-under",

@@ -197,6 +197,11 @@ def runtime_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def templates_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Several wordings of each fact."""
+    return _facts("--templates", type=click.IntRange(1), help="Wordings per fact: known by most of them.")(command)
+
+
 def known_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """What counts as known in a comparison."""
     return _facts(
@@ -221,6 +226,7 @@ def split_options(given: dict[str, Any]) -> tuple[Options, Settings]:
     from compressknow.probe.sources.columns import parse_columns
 
     facts = {name: given.pop(name) for name in FACTS}
+    facts["templates"] = given.pop("templates", None) or 1
     columns = parse_columns(facts.pop("map"))
     facts["protocol"] = facts["protocol"].lower()
     running: dict[str, Any] = {"noise_floor": not given.pop("no_noise_floor")}

@@ -21,6 +21,7 @@ from compressknow.cli.options import (
     runtime_option,
     server_options,
     split_options,
+    templates_option,
 )
 from compressknow.cli.report import grades_line
 from compressknow.cli.run import RESUMES, if_interrupted
@@ -49,6 +50,7 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
 )
 @probe_options
 @runtime_option
+@templates_option
 @server_options
 @option(
     "--reference",
@@ -82,7 +84,9 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
 
 def _page(answers: Answers, output: Path) -> Iterator[str]:
     from compressknow.probe.answers import GRADES
+    from compressknow.stats.wordings import by_majority
 
+    answers = by_majority(answers)
     model = answers.record.model
     yield f"{plain(model.name)}: answers in {output}"
     yield f"Computed on {plain(model.device, 20)} in {plain(model.computed_in, 20)}."

@@ -22,6 +22,7 @@ from compressknow.cli.options import (
     runtime_option,
     server_options,
     split_options,
+    templates_option,
 )
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
@@ -45,6 +46,7 @@ from compressknow.stats.records import Estimate
 )
 @probe_options
 @runtime_option
+@templates_option
 @server_options
 @known_option
 @option("--fail-under", type=Share(), metavar="SHARE", help="Exit with 3 if less is kept: 0.95, or 95%.")

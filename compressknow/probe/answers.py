@@ -63,7 +63,13 @@ RECORD_FORM: dict[str, Any] = {
     "probes": {
         str: {
             **{"protocol": str, "fingerprint": str, "facts": int, "asked": int, "dropped": {str: int}, "average": str},
-            **{"chance?": (float, None), "majority?": (float, None), "limit?": (int, None), "seed?": (int, None)},
+            **{
+                "chance?": (float, None),
+                "majority?": (float, None),
+                "limit?": (int, None),
+                "templates?": (int, None),
+                "seed?": (int, None),
+            },
             **{"seconds?": float, "source?": (dict, None), "reference?": (str, None), "key?": str},
             "text?": (TEXT_FORM, None),
             "noise_floor?": ({**dict.fromkeys(_NOISE, int), "kl_mean": (float, None), "computed_in": str}, None),

@@ -83,7 +83,10 @@ def _of_facts(opened: Sequence[Opened]) -> list[Probe]:
             f"--early cannot stop {others[0]}: it has no facts, and is run as a whole.",
             hint="Choose probes of facts, such as atlas, or leave out --early.",
         )
-    return [probe for probe in opened if isinstance(probe, Probe)]
+    facts = [probe for probe in opened if isinstance(probe, Probe)]
+    if any(probe.templates for probe in facts):
+        raise UsageError("--early draws facts in one wording.", hint="Leave out --early or --templates.")
+    return facts
 
 
 def _until(

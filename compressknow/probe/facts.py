@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -35,7 +36,7 @@ class Fact:
 
     `candidates` are the answers to choose from, the object among them, or None: then the answer is one word of the
     probe's vocabulary or, where the probe has none, whatever the model says. `popularity` is any positive number that
-    grows with how well known the subject is.
+    grows with how well known the subject is. `template` is the number of the wording, where there are several.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Fact:
     prompt: str
     candidates: tuple[str, ...] | None = None
     popularity: float | None = None
+    template: int | None = None
 
     def __post_init__(self) -> None:
         if self.prompt.count(BLANK) != 1:
@@ -94,6 +96,7 @@ class Probe:
     limit, seed : the sample that was drawn, if one was.
     most_frequent : each relation's most frequent object, of all the facts that `facts` may be a sample of.
     examples : each relation's first facts with different objects, of all these facts; see `example`.
+    templates : in how many wordings each fact is put, where they are several; each wording is a fact of its own then.
     """
 
     name: str
@@ -112,6 +115,7 @@ class Probe:
     seed: int = 0
     most_frequent: Mapping[str, str] = field(default_factory=dict)
     examples: Mapping[str, tuple[Fact, ...]] = field(default_factory=dict)
+    templates: int | None = None
 
     def __post_init__(self) -> None:
         if not self.most_frequent:
@@ -135,8 +139,11 @@ class Probe:
         return digest.hexdigest()
 
     def example(self, fact: Fact) -> Fact | None:
-        """Another fact of the relation, the first of another subject and object; None where there is none."""
-        others = (each for each in self.examples.get(fact.relation, ()) if each.sub_label != fact.sub_label)
+        """Another fact of the relation in the same wording, the first of another subject and object; None where there
+        is none.
+        """
+        alike = (each for each in self.examples.get(fact.relation, ()) if each.template == fact.template)
+        others = (each for each in alike if each.sub_label != fact.sub_label)
         return next((each for each in others if each.obj_label.casefold() != fact.obj_label.casefold()), None)
 
     def limited(self, limit: int | None, seed: int = 0) -> Probe:
@@ -150,6 +157,45 @@ class Probe:
         chosen = _stratified(self.facts, limit, seed)
         facts = tuple(fact for fact in self.facts if fact.id in chosen)
         return replace(self, facts=facts, limit=limit, seed=seed)
+
+
+def fact_of(identifier: str) -> str:
+    """The id of a fact, of that of one of its wordings.
+
+    >>> fact_of("capital/france@2"), fact_of("capital/france")
+    ('capital/france', 'capital/france')
+    """
+    return re.sub(r"@[0-9]+$", "", identifier)
+
+
+def in_wordings(probes: Sequence[Probe]) -> Probe:
+    """One probe of the same facts in several wordings, each a probe: a fact in its first wording, then in its second.
+
+    Dropped and read facts are counted by wording.
+    """
+    first = probes[0]
+    facts = zip(*(_numbered(probe.facts, number) for number, probe in enumerate(probes, 1)), strict=True)
+    examples = {
+        relation: tuple(
+            fact
+            for number, probe in enumerate(probes, 1)
+            for fact in _numbered(probe.examples.get(relation, ()), number)
+        )
+        for relation in first.examples
+    }
+    return replace(
+        first,
+        facts=tuple(fact for wordings in facts for fact in wordings),
+        dropped={reason: len(probes) * facts for reason, facts in first.dropped.items()},
+        read=first.read * len(probes),
+        source={**first.source, "template": list(range(1, len(probes) + 1))},
+        examples=examples,
+        templates=len(probes),
+    )
+
+
+def _numbered(facts: Iterable[Fact], number: int) -> Iterator[Fact]:
+    return (replace(fact, id=f"{fact.id}@{number}", template=number) for fact in facts)
 
 
 # So many facts of a relation with different objects hold one for each fact to be shown with.

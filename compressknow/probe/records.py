@@ -70,6 +70,7 @@ class ProbeEntry(_Part):
     protocol, fingerprint : the way of evaluating, and a hash of the facts: answers compare where both are equal.
     facts : so many were read; `asked` so many were evaluated, `dropped` so many left out, by reason.
     truncated : items of a task that lost the beginning of their context; None of facts.
+    templates : in how many wordings each fact was put, where several; facts are counted by wording then.
     average : ``micro`` over facts or ``macro`` over relations, for the probe's headline accuracy.
     chance, majority : accuracy of guessing, and of the most frequent answers; None where there is none.
     limit, seed : of the sample, if one was drawn.
@@ -90,6 +91,7 @@ class ProbeEntry(_Part):
     asked: int
     dropped: Mapping[str, int] = field(default_factory=dict)
     truncated: int | None = None
+    templates: int | None = None
     average: str = "micro"
     chance: float | None = None
     majority: float | None = None

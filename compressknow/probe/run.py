@@ -490,6 +490,7 @@ def facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, i
         majority=majority(facts, probe.most_frequent),
         limit=probe.limit,
         seed=probe.seed,
+        templates=probe.templates,
         source=dict(probe.source),
     )
 

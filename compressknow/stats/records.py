@@ -222,6 +222,28 @@ class Knowing:
 
 
 @dataclass(frozen=True, slots=True)
+class Wording:
+    """The facts in one wording, from 1; `kept` is knowledge kept."""
+
+    number: int
+    counts: Counts
+    kept: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Wordings:
+    """Facts put in several wordings.
+
+    Attributes
+    ----------
+    consistency : of the original and of the compressed model: the share of pairs of wordings that are answered alike.
+    """
+
+    by_template: tuple[Wording, ...]
+    consistency: tuple[float | None, float | None]
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeFigures:
     """All figures of one probe, original against one compressed model, paired by fact."""
 
@@ -261,6 +283,7 @@ class ProbeFigures:
     confidence: Confidence | None = None
     noise_floor: NoiseFloor | None = None  # of the original
     knowing: Knowing | None = None
+    wordings: Wordings | None = None
 
 
 @dataclass(frozen=True, slots=True)

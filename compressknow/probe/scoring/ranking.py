@@ -124,6 +124,7 @@ def make_answer(
         top5_logp=tuple(float(value) for value in top_logp),
         choices=choices,
         popularity=fact.popularity,
+        template=fact.template,
     )
 
 

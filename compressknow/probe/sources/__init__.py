@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from compressknow.errors import CompressknowError, UsageError, did_you_mean
-from compressknow.probe.facts import Probe
+from compressknow.probe.facts import Probe, in_wordings
 from compressknow.probe.sources.source import Options, ProbeSource, Task
 from compressknow.probe.text.running import RunningText
 from compressknow.registry import Registry
@@ -110,8 +110,30 @@ def _opened(name: str, options: Options, *, only_taken: bool) -> Opened:
     if part not in source.parts if source.parts else bool(part) != bool(source.form):
         raise _unknown(name)
     full = _joined(kind, source.named(part))
+    if options.templates > 1:
+        return _in_wordings(full, name, source, options)
     opened = _checked(kind, full, _open(kind, source, full, part, _taken(full, source, options, only_taken)))
     return opened.limited(options.limit, options.seed) if isinstance(opened, Probe) else opened
+
+
+def _in_wordings(full: str, name: str, source: ProbeSource, options: Options) -> Probe:
+    """The probe in the first wordings. Raises UsageError where its source has none, or too few."""
+    if "template" not in source.takes:
+        several = [name for name, each in usable() if "template" in each.takes]
+        raise UsageError(
+            f"{full} has one wording per fact: --templates {options.templates} has nothing to choose from.",
+            hint=f"Leave --templates out, or choose {' or '.join(several)}.",
+        )
+    if options.template != 1:
+        raise UsageError(
+            "--template and --templates exclude each other: one wording, or the first so many.",
+            hint="Leave one of them out.",
+        )
+    single = replace(options, templates=1)
+    opened = [
+        _opened(name, replace(single, template=number), only_taken=True) for number in range(1, options.templates + 1)
+    ]
+    return in_wordings([probe for probe in opened if isinstance(probe, Probe)])
 
 
 def _split(name: str) -> tuple[str, str]:

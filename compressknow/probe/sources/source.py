@@ -32,6 +32,7 @@ class Options:
     data : where downloaded sets lie: the set's own folder, or one that holds `lama/`, `bear/`, `tasks/`.
     protocol : of LAMA: ``lama`` or ``paper``; of other probes, what they offer.
     template : which of a relation's templates is used, from 1 (atlas, BEAR).
+    templates : in how many of a relation's templates each fact is put, from the first.
     limit, seed : a sample of at most so many facts per probe; of lm-eval's tasks the first so many items, of texts the
         first so many chunks.
     context : tokens per chunk of ``text:``; None for 512, or as many as the model has room for.
@@ -42,6 +43,7 @@ class Options:
     data: Path | None = None
     protocol: str = "lama"
     template: int = 1
+    templates: int = 1
     limit: int | None = None
     seed: int = 0
     context: int | None = None

@@ -33,6 +33,7 @@ from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.paired import Pair, certainty, changed_facts, compare_probe, paired
 from compressknow.stats.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.stats.text import text_figures
+from compressknow.stats.wordings import by_majority, wordings_of
 
 _REQUIRED = ("name", "sha256", "architecture", "family")
 # What a server may not tell of its model.
@@ -65,8 +66,13 @@ def make_card(
     if not compressed:
         raise UsageError("There is no compressed model to compare.", hint="Give at least one beside the original.")
     original, *compressed = (known_as(answers, known) for answers in (original, *compressed))
+    by_wording = [original, *compressed]
+    original, *compressed = map(by_majority, by_wording)
     model = model_facts(original.record.model)
-    compared = [compare(original, answers, show_facts=show_facts, early=early) for answers in compressed]
+    compared = [
+        _with_wordings(compare(original, answers, show_facts=show_facts, early=early), by_wording[0], wordings)
+        for answers, wordings in zip(compressed, by_wording[1:], strict=True)
+    ]
     comparisons = [
         _with_sections(model, comparison, (original, answers), show_facts=show_facts)
         for comparison, answers in zip(compared, compressed, strict=True)
@@ -98,6 +104,15 @@ def _of_several(original: str, comparisons: Sequence[Comparison]) -> str:
         ]
         said.append(sentence_of_several(text, before, found))
     return " ".join(said)
+
+
+def _with_wordings(comparison: Comparison, original: Answers, compressed: Answers) -> Comparison:
+    """The comparison with the figures of each wording, of answers that are not put together yet."""
+    probes = (
+        replace(probe, wordings=wordings_of(original.of(probe.probe), compressed.of(probe.probe)))
+        for probe in comparison.probes
+    )
+    return replace(comparison, probes=tuple(probes))
 
 
 def _with_sections(

@@ -19,6 +19,7 @@ from compressknow.report.records import Card
 from compressknow.report.texts import sentence, warnings_of
 from compressknow.stats.paired import Pair, domain_order, paired
 from compressknow.stats.records import Counts
+from compressknow.stats.wordings import by_majority
 
 TOP = 3
 _LONG = 120
@@ -187,13 +188,13 @@ def behaviour_of(answers: BothWays, *, show_facts: bool, known: str = RECOGNIZED
     """The statistics in both directions; `known` is as for `make_card`. Raises CompressknowError where the two did not
     answer the same facts.
     """
-    answers = type(answers)(*(known_as(each, known) for each in answers))
+    answers = BothWays(*(known_as(each, known) for each in answers))
     there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts)
     back = make_card(answers.b, [answers.a_like_b], show_facts=show_facts)
     return Behaviour(
         b_against_a=there,
         a_against_b=back,
-        answers=tuple(_side_by_side(answers.a, answers.b_like_a)) if show_facts else (),
+        answers=tuple(_side_by_side(by_majority(answers.a), by_majority(answers.b_like_a))) if show_facts else (),
         warnings=tuple(dict.fromkeys((*warnings.of_known(known), *_warnings(answers, there, back)))),
         known=known,
     )

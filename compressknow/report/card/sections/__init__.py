@@ -16,6 +16,7 @@ SECTIONS: Registry[Section] = Registry(
         "knowing": f"{_HERE}.knowing:Grades",
         "relations": f"{_HERE}.groups:Relations",
         "popularity": f"{_HERE}.groups:Popularity",
+        "wordings": f"{_HERE}.wordings:ByWording",
         "layers": f"{_HERE}.models:Layers",
         "text": f"{_HERE}.text:Text",
         "confidence": f"{_HERE}.confidence:Confident",

@@ -14,8 +14,6 @@ from compressknow.report.records import pair_to_json
 from compressknow.report.tables import Table
 from compressknow.stats.records import Knowing, ProbeFigures
 
-_MEANINGS = "The glossary says what each grade means."
-
 
 class Grades(Section):
     """A table a probe, the original's grades by the compressed model's."""
@@ -40,12 +38,14 @@ class Grades(Section):
 
     def parts(self, context: Context) -> Iterator[Part]:
         graded = [(probe, probe.knowing) for probe in context.comparison.probes if probe.knowing]
+        # A page of many models has no room for it; the JSON has it all.
+        if not graded or context.limits.relations is not None:
+            return
         for probe, knowing in graded:
             yield table_of(knowing, f"{plain(probe.probe, 60)}: the original's grades (rows), and what they became")
             if told := " ".join(_told(knowing)):
                 yield Note(told)
-        if graded and context.limits.relations is None:
-            yield Note(_MEANINGS)
+        yield Note("The glossary says what each grade means.")
 
     def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
         return {"knowing": to_json(probe.knowing)}
