@@ -1,11 +1,12 @@
 """How many facts a second are answered, beside the paper's own loop and beside lm-pub-quiz, in one run.
 
-    python benchmarks/probe.py [--data DIR] [--model DIR] [--rounds 3] [--skip paper,batches,int8,int4,bear,masked]
+    python benchmarks/probe.py [--data DIR] [--model DIR] [--rounds 3] [--skip PART,PART]
 
-Every measurement is a process of its own. Its clock starts after the model is loaded and has answered once, and stops
-at the last answer: writing prompts, tokenizing and scoring count. Its memory is the peak above what it held with the
-model loaded. Rounds alternate, so that a machine whose speed drifts does so for all; ratios are of medians. Both sides
-compute in float32 and are asked the same facts; the slower side a part of them, evenly spread.
+Parts: paper, batches, int8, int4, bear, masked, grades. Every measurement is a process of its own. Its clock starts
+after the model is loaded and has answered once, and stops at the last answer: writing prompts, tokenizing and scoring
+count. Its memory is the peak above what it held with the model loaded. Rounds alternate, so that a machine whose
+speed drifts does so for all; ratios are of medians. Both sides compute in float32 and are asked the same facts; the
+slower side a part of them, evenly spread.
 
 - `paper`: T-REx, and a BERT of bert-base's size with random weights. The paper's loop (LLMCompression, utils.py and
   bert_quantize.py) fills each sentence up to the model's 512 tokens and computes the whole vocabulary at each of them.
@@ -18,7 +19,8 @@ compute in float32 and are asked the same facts; the slower side a part of them,
   of the int4 layers, with all that they hold, beside the same in float32.
 - `bear`: BEAR's first template, and a causal model (examples/smollm2.py makes one). lm-pub-quiz has the batch size that
   is the fastest of `--their-batches` for it, with conditional scores and sums, as its authors recommend for BEAR.
-- `masked`: the same with a masked model and `answer_l2r+word_l2r`.
+- `grades`: atlas, and the causal model of `bear`, with the greedy text that grades of knowing need and without it.
+- `masked`: the same as `bear` with a masked model and `answer_l2r+word_l2r`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +47,16 @@ from compressknow.probe.evaluate import BATCH_SIZE
 
 # Ratios of facts a second that compressknow is held to.
 BOUNDS = {"paper": 30, "int4": 1.5, "bear": 5}
+# Of the time without greedy text, what it may take with it.
+GRADES_TIME = 1.6
 # Of float32, what int4 layers may take.
 INT4_BYTES = 0.2
 # Sides of the part `int8`.
 ENGINE, UNPACKED, ORIGINAL = "int8", "int8 in floats", "float32"
 # Sides of the part `int4`; the original has two.
 PACKED, HALF = "int4", "bfloat16"
+# Sides of the part `grades`.
+GRADED, UNGRADED = "with greedy text", "without"
 BATCH_SIZES = (1, 8, 32, 128)
 # Scores that differ by less are equal: two orders of summation.
 ROUNDING = 1e-3
@@ -64,6 +71,8 @@ def probe_of(part: str, options: Namespace) -> Any:
 
     if part in ("paper", "int8"):
         return open_probe("lama:trex", Options(data=options.data, protocol="paper", limit=options.facts))
+    if part == "grades":
+        return open_probe("atlas", Options(limit=options.grades_facts))
     return open_probe("bear", Options(data=options.data, limit=options.bear_facts))
 
 
@@ -89,7 +98,8 @@ def language_of(part: str, side: str, options: Namespace) -> tuple[Any, Any, str
             int8.runs_on = lambda _: False
         language = load_language_model(options.checkpoints / (ORIGINAL if side == ORIGINAL else ENGINE))
     else:
-        language = load_language_model(options.model if part == "bear" else options.masked_model, dtype="float32")
+        causal = part in ("bear", "grades")
+        language = load_language_model(options.model if causal else options.masked_model, dtype="float32")
         # lm-pub-quiz begins each text so, whatever the tokenizer's own way is.
         language.tokenizer.add_bos_token = language.tokenizer.bos_token is not None
     return language.model, language.tokenizer, language.family
@@ -118,14 +128,18 @@ def some(facts: Sequence[Any], count: int) -> list[Any]:
     return [facts[index * len(facts) // count] for index in range(count)]
 
 
-def ours(part: str, language: tuple[Any, Any, str], options: Namespace) -> Callable[[int, int], Answers]:
+def ours(
+    part: str, language: tuple[Any, Any, str], options: Namespace, *, greedy: bool = True
+) -> Callable[[int, int], Answers]:
     """Each fact's most likely token, and whether it is right; of BEAR the answer, the object's rank, the best score."""
     from compressknow.probe.evaluate import evaluate, prompts_of, scorer_for
 
     probe = probe_of(part, options)
 
     def run(count: int, batch_size: int) -> Answers:
-        scorer = scorer_for(*language, replace(probe, facts=tuple(some(probe.facts, count))))
+        scorer: Any = scorer_for(*language, replace(probe, facts=tuple(some(probe.facts, count))))
+        if not greedy:
+            scorer.produced = lambda batch, *_: [None] * len(batch)
         answers = (answer for batch in evaluate(prompts_of(scorer, batch_size)) for answer in batch)
         if part in ("paper", "int8"):
             return {answer.fact_id: [int(answer.first_ids[0]), answer.correct] for answer in answers}
@@ -190,7 +204,8 @@ def lm_pub_quiz(part: str, language: tuple[Any, Any, str], options: Namespace) -
 
 
 SIDES: dict[str, Callable[..., Callable[[int, int], Answers]]] = {
-    **dict.fromkeys(("compressknow", ENGINE, UNPACKED, ORIGINAL), ours),
+    **dict.fromkeys(("compressknow", ENGINE, UNPACKED, ORIGINAL, GRADED), ours),
+    UNGRADED: partial(ours, greedy=False),
     "the paper's loop": papers_loop,
     "lm-pub-quiz": lm_pub_quiz,
 }
@@ -319,6 +334,14 @@ def report_bear(part: str, options: Namespace) -> None:
     print(f"{'same ranking':<18}answer {best}, the object's rank {rank} of {len(same)} (bound: all, {verdict})")
 
 
+def report_grades(options: Namespace) -> None:
+    print(f"\natlas, {options.model.name}: grades of knowing")
+    results = compare("grades", dict.fromkeys((GRADED, UNGRADED), (options.grades_facts, BATCH_SIZE)), options.rounds)
+    ratio = results[UNGRADED]["speed"] / results[GRADED]["speed"]
+    verdict = "met" if ratio <= GRADES_TIME else "not met"
+    print(f"{'ratio':<18}{ratio:>8.2f}x the time (bound {GRADES_TIME}x: {verdict})", flush=True)
+
+
 def same_ranking(predicted: str, rank: int, top: float, labels: list[str], gold: int, scores: list[float]) -> Any:
     """Whether the most likely answer and the object's rank are those of the scores; equal ones in any order."""
     same = scores[labels.index(predicted)] >= max(scores) - ROUNDING and abs(top - max(scores)) < ROUNDING
@@ -334,13 +357,13 @@ def missing(part: str, options: Namespace) -> str | None:
         return "skipped by --skip"
     if part in ("bear", "masked") and not importlib.util.find_spec("lm_pub_quiz"):
         return "lm-pub-quiz is not installed (pip install lm-pub-quiz)"
-    folder = options.model if part in ("bear", "int4") else options.masked_model
+    folder = options.model if part in ("bear", "int4", "grades") else options.masked_model
     if not (folder / "tokenizer.json").is_file():
         return f"there is no model in {folder}"
     if part == "int4":
         return None if runs_on("cpu") else "this CPU has no fast kernel for int4"
     try:
-        probe_of("bear" if part in ("bear", "masked") else "paper", options)
+        probe_of("bear" if part in ("bear", "masked") else part if part == "grades" else "paper", options)
     except CompressknowError as error:
         return str(error)
     return None
@@ -357,6 +380,7 @@ def main() -> None:
     parser.add_argument("--paper-facts", type=int, default=32, help="those of them for the paper's loop")
     parser.add_argument("--bear-facts", type=int, default=500, help="facts of BEAR for compressknow")
     parser.add_argument("--their-facts", type=int, default=40, help="those of them for lm-pub-quiz")
+    parser.add_argument("--grades-facts", type=int, default=300, help="facts of atlas for grades")
     parser.add_argument("--their-batches", default="16,32,64")
     parser.add_argument("--skip", default="")
     parser.add_argument("--checkpoints", type=Path, help=argparse.SUPPRESS)
@@ -365,7 +389,7 @@ def main() -> None:
     if options.child:
         child(options)
         return
-    for part in ("paper", "batches", "int8", "int4", "bear", "masked"):
+    for part in ("paper", "batches", "int8", "int4", "bear", "masked", "grades"):
         if reason := missing(part, options):
             print(f"\n{part}: not measured: {reason}", flush=True)
         elif part == "paper":
@@ -376,6 +400,8 @@ def main() -> None:
             report_int8(options)
         elif part == "int4":
             report_int4(options)
+        elif part == "grades":
+            report_grades(options)
         else:
             report_bear(part, options)
 

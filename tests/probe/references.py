@@ -138,7 +138,7 @@ def check_same(left: Mapping[str, Answer], right: Mapping[str, Answer]) -> None:
     assert left.keys() == right.keys()
     for fact_id, answer in left.items():
         other = right[fact_id]
-        for name in ("predicted", "top5", "correct", "rank", "choices"):
+        for name in ("predicted", "top5", "correct", "rank", "choices", "produced", "grade"):
             assert getattr(answer, name) == getattr(other, name), fact_id
         assert answer.logp_gold == pytest.approx(other.logp_gold, abs=1e-5)
         assert answer.top5_logp == pytest.approx(other.top5_logp, abs=1e-5)

@@ -63,6 +63,7 @@ def test_a_model_answers_as_it_does_unpacked(place: Path, tmp_path: Path, kind: 
         assert there[fact].predicted == answer.predicted
         assert there[fact].logp_gold == pytest.approx(answer.logp_gold, abs=CLOSE)
         assert there[fact].rank == answer.rank
+        assert (there[fact].produced, there[fact].grade) == (answer.produced, answer.grade)
 
 
 class Plain:

@@ -119,25 +119,29 @@ class LlamaCppScorer(CausalScorer):
         scores[[row for _, row, *_ in rows]] += sums.numpy()
         return width
 
-    def _generate(self, state: Any, log_probs: torch.Tensor, tokens: int) -> list[list[int]]:
-        batch: Sequence[Query] = state
+    def say(self, batch: Sequence[Query]) -> list[str | None]:
+        """As `answer`."""
+        found: list[str | None] = []
+        for part in self._parts(batch):
+            found += super().say(batch[part])
+        return found
+
+    def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:  # noqa: ARG002
+        """Each text goes on in a sequence of its own, so that candidates still find the prompts."""
         context = self._memory(batch)
         written = [[int(token)] for token in log_probs.argmax(-1)]
         for number in range(len(batch)):
             context.fork(number, len(batch) + number)
-        for place in range(tokens - 1):
-            going = [number for number, ids in enumerate(written) if not self.ends(ids[-1])]
-            if not going:
-                break
+        while going := [number for number, ids in enumerate(written) if self.goes_on(batch[number], ids)]:
             spans = [
-                Span(len(batch) + number, len(batch[number].prompt) + place, written[number][-1:], 1)
-                for number in going
+                Span(len(batch) + number, len(batch[number].prompt) + len(ids) - 1, ids[-1:], 1)
+                for number, ids in ((number, written[number]) for number in going)
             ]
             for number, token in zip(going, context.read(spans).argmax(-1), strict=True):
                 written[number].append(int(token))
         for number in range(len(batch)):
             context.forget(len(batch) + number)
-        return [self._ended(ids) for ids in written]
+        return written
 
     def ends(self, token: int) -> bool:
         """As llama.cpp decides it."""

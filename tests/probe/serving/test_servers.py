@@ -70,6 +70,7 @@ def check_like(found: dict[str, Answer], expected: dict[str, Answer], close: flo
         other = expected[fact]
         assert (answer.predicted, answer.correct, answer.rank) == (other.predicted, other.correct, other.rank)
         assert answer.top5 == other.top5
+        assert (answer.produced, answer.grade) == (other.produced, other.grade)
         assert answer.top5_logp == pytest.approx(other.top5_logp, abs=close)
         assert answer.logp_gold == pytest.approx(other.logp_gold, abs=close)
 

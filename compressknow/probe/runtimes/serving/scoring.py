@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from compressknow.probe.scoring.ranking import (
 )
 from compressknow.probe.scoring.scorer import SLACK_TOKENS, Query, Whole
 
+T = TypeVar("T")
 # Characters that a token has, about: where the server's tokens are not known, room for a free answer is told by these.
 CHARACTERS = 2
 
@@ -116,19 +117,19 @@ class ServedScorer(CausalScorer):
         return self._each(anew, batch, reference)
 
     def _each(
-        self, do: Callable[[Query, Ids | None], Answer], batch: Sequence[Query], reference: Sequence[Ids] | None
-    ) -> list[Answer]:
+        self, do: Callable[[Query, Ids | None], T], batch: Sequence[Query], reference: Sequence[Ids] | None
+    ) -> list[T]:
         """One fact's requests follow one another; those of several facts go at the same time."""
         wanted = reference if reference is not None else [None] * len(batch)
         jobs: SimpleQueue[tuple[int, Query, Ids | None]] = SimpleQueue()
-        told: SimpleQueue[tuple[int, Answer | Exception]] = SimpleQueue()
+        told: SimpleQueue[tuple[int, T | Exception]] = SimpleQueue()
         for place, (query, ids) in enumerate(zip(batch, wanted, strict=True)):
             jobs.put((place, query, ids))
         stopped: list[bool] = []
         # Not of a pool that is waited for: who interrupts the run does not wait for a server that hangs.
         for _ in range(min(self._parallel, len(batch))):
             start_new_thread(_work, (do, jobs, told, stopped))
-        found: dict[int, Answer] = {}
+        found: dict[int, T] = {}
         try:
             while len(found) < len(batch):
                 place, answer = told.get()
@@ -149,8 +150,7 @@ class ServedScorer(CausalScorer):
 
     def say(self, batch: Sequence[Query]) -> list[str | None]:
         """See `Scorer.say`."""
-        with ThreadPoolExecutor(self._parallel) as pool:
-            return [said(text, choices_of(q.fact)) for q, text in zip(batch, pool.map(self._text, batch), strict=True)]
+        return self._each(lambda query, _: said(self._text(query), choices_of(query.fact)), batch, None)
 
     def _text(self, query: Query) -> str:
         """What the model writes: as many tokens as tell what it says."""
@@ -200,9 +200,9 @@ class ServedScorer(CausalScorer):
 
 
 def _work(
-    do: Callable[[Query, Ids | None], Answer],
+    do: Callable[[Query, Ids | None], T],
     jobs: SimpleQueue[tuple[int, Query, Ids | None]],
-    told: SimpleQueue[tuple[int, Answer | Exception]],
+    told: SimpleQueue[tuple[int, T | Exception]],
     stopped: list[bool],
 ) -> None:
     """Do jobs until there are none, or nobody waits for them."""
