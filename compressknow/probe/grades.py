@@ -127,7 +127,8 @@ def known_as(answers: Answers, known: str) -> Answers:
                 why="Those of lm-eval's tasks, of older versions and of models that cannot write do not.",
                 hint="Evaluate it again, choose other probes, or leave out --known produced.",
             )
-    entries = {name: replace(entry, chance=None) for name, entry in answers.record.probes.items()}
+    # How far rounding changes answers was found for the other reading.
+    entries = {name: replace(entry, chance=None, noise_floor=None) for name, entry in answers.record.probes.items()}
     record = replace(answers.record, probes=entries)
     return replace(answers, record=record, answers=tuple(map(_as_produced, answers.answers)))
 
