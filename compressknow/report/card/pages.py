@@ -28,7 +28,7 @@ from compressknow.report.records import (
 )
 
 # What the page holds of one comparison, and of all together: beyond, it would grow past a megabyte.
-_LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 600, 240
+_LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 520, 200
 _FEW, _RELATIONS_OF_MANY = 5, 20
 # Facts that the Markdown holds of one comparison, and of all together.
 _FACTS, _FACTS_IN_ALL = 50, 300
