@@ -169,10 +169,11 @@ def _line(result: CellResult) -> Iterator[str]:
 
 def _end(study: Study, output: Path) -> Iterator[str]:
     from compressknow.report.study.findings import findings
-    from compressknow.report.study.summary import paragraph
+    from compressknow.report.study.found import what_was_found
 
     yield ""
-    yield from textwrap.wrap(" ".join(paragraph(study, findings(study))), WIDTH)
+    for each in what_was_found(study, findings(study)):
+        yield from textwrap.wrap(str(each), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     yield ""
     yield f"Written: {output}/study.html, study.md, study.json, cells.csv, cells.parquet"
     if study.refused:

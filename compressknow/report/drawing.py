@@ -191,7 +191,7 @@ def _end_labels(
 def _amount_axis(plot: Axes, drawn_lines: Sequence[Line], largest: float) -> None:
     amounts = sorted({amount for line in drawn_lines for amount, _ in line.points} | {0.0})
     plot.set_xlim(-largest * 0.03, largest * 1.45)
-    plot.set_xticks(_spaced(amounts, 0.16 * largest))
+    plot.set_xticks(_spaced(amounts, 0.18 * largest))
     plot.xaxis.set_major_formatter(lambda amount, _: f"{amount:g} %")
     plot.set_xlabel("weights pruned in the scope", fontsize=11, loc="left")
 

@@ -29,6 +29,8 @@ __all__ = [
     "Drawn",
     "Entries",
     "Facts",
+    "Finding",
+    "Findings",
     "Folded",
     "LeftOut",
     "Note",
@@ -121,6 +123,26 @@ class Claims:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """What is claimed, whether it holds, and the numbers, in a line; `id` is that of the `Claim` with more on it."""
+
+    id: str
+    claim: str
+    answer: str
+    look: str
+    numbers: str
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Findings, and the chart that shows them beside them where there is room."""
+
+    kind: ClassVar[str] = "findings"
+    findings: tuple[Finding, ...]
+    chart: Drawn | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Remarks:
     """Sentences under a title: folded in HTML, a list in Markdown."""
 
@@ -206,6 +228,7 @@ Part = (
     | Code
     | Terms
     | Claims
+    | Findings
     | Facts
     | LeftOut
     | Chart

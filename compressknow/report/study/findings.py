@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from compressknow.format import count, estimate, number, p_value, share
+from compressknow.format import percent as percent_of
 from compressknow.report.study.records import (
     MODULES,
     STRUCTURED,
@@ -47,6 +48,7 @@ NEAR = 0.20  # with less than a fifth of the knowledge left, a model is near zer
 _ALL = tuple(FAMILIES)
 _FALL = "Relative fall in accuracy"
 _LEFT = "Left of what the original knows beyond the baseline"
+_IN_SHORT = {_FALL: "relative fall", _LEFT: "left beyond the baseline"}
 _ATTENTION, _FEED_FORWARD, _OVERALL, _FINAL = "attention", "feed-forward", "overall", "final"
 _FEW = 3  # comparisons that are told one by one; of more, their number and the one that separates best
 NO_CELLS = "The study has no cells for it."
@@ -64,6 +66,7 @@ class Finding:
     statistic : the figures behind the answer, in words.
     why : what in them decides.
     per_million : the same question by million parameters changed, in words; empty where nothing is compared.
+    numbers : the clearest of those figures, in a few words.
     contrasts, bounds : the figures themselves.
     """
 
@@ -76,6 +79,7 @@ class Finding:
     per_million: str = ""
     paired_tests: tuple[CheckpointComparison, ...] = ()
     bounds: tuple[Bound, ...] = ()
+    numbers: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +249,7 @@ def _by_paired_tests(
         why_tests(answer, paired_tests, parts),
         per_million_in_words(study, by_rate, paired_tests),
         paired_tests,
+        numbers=tests_in_short(study, paired_tests),
     )
 
 
@@ -258,6 +263,7 @@ def _by_limits(study: Study, claim: _Claim, bounds: Sequence[Bound], what: str) 
         bounds_in_words(study, bounds, what),
         why_bounds(answer, bounds),
         bounds=tuple(bounds),
+        numbers=bounds_in_short(study, bounds, what),
     )
 
 
@@ -305,8 +311,26 @@ def tests_in_words(study: Study, pairs: Sequence[CheckpointComparison]) -> str:
     called = names(study)
     if len(pairs) <= _FEW:
         return " ".join(test_in_words(pair, called) for pair in pairs)
-    best = min(pairs, key=lambda pair: 2.0 if pair.p_holm is None else pair.p_holm)
-    return f"{_numbers(pairs)} The clearest: {test_in_words(best, called)}"
+    return f"{_numbers(pairs)} The clearest: {test_in_words(_clearest(pairs), called)}"
+
+
+def _clearest(pairs: Sequence[CheckpointComparison]) -> CheckpointComparison:
+    return min(pairs, key=lambda pair: 2.0 if pair.p_holm is None else pair.p_holm)
+
+
+def tests_in_short(study: Study, pairs: Sequence[CheckpointComparison]) -> str:
+    """How many of the comparisons separate their cells, and what the two of the clearest answer right."""
+    if not pairs:
+        return ""
+    best, called = _clearest(pairs), names(study)
+    as_claimed, against = sum(p.direction > 0 for p in pairs), sum(p.direction < 0 for p in pairs)
+    tally = f"{count(as_claimed)} of {count(len(pairs))} comparisons as claimed, {count(against)} against it; "
+    c, p = best.counts, "both near the baseline" if best.at_floor else p_value(best.p_holm)
+    right = (
+        f"{called[best.less]} {percent_of(c.known_before, c.n)} right, {called[best.more]} "
+        f"{percent_of(c.known_after, c.n)}, {p}"
+    )
+    return f"{tally if len(pairs) > 1 else ''}{right}"
 
 
 def test_in_words(pair: CheckpointComparison, called: dict[str, str]) -> str:
@@ -373,10 +397,19 @@ def bounds_in_words(study: Study, figures: Sequence[Bound], what: str) -> str:
     called = names(study)
     if all(bound.value.value is None for bound in figures):
         return "-"
-    largest = max(figures, key=lambda bound: (bound.value.value or 0.0) - bound.limit)
-    shown = [largest] if len(figures) > _FEW else figures
+    shown = [_largest(figures)] if len(figures) > _FEW else figures
     most = f", the largest of {count(len(figures))}" if len(figures) > _FEW else ""
     return f"{what}{most}: " + "; ".join(_bound(bound, called) for bound in shown) + "."
+
+
+def bounds_in_short(study: Study, figures: Sequence[Bound], what: str) -> str:
+    """The figure that lies highest above its limit, or nearest below."""
+    told = [bound for bound in figures if bound.value.value is not None]
+    return f"{_IN_SHORT[what]}: {_bound(_largest(told), names(study))}" if told else ""
+
+
+def _largest(figures: Sequence[Bound]) -> Bound:
+    return max(figures, key=lambda bound: (bound.value.value or 0.0) - bound.limit)
 
 
 def _bound(bound: Bound, called: dict[str, str]) -> str:

@@ -15,6 +15,7 @@ from compressknow.report.pages import html_page, markdown_page, source
 from compressknow.report.study import summary
 from compressknow.report.study.charts import NAMES, Chart, study_charts
 from compressknow.report.study.findings import Finding, findings
+from compressknow.report.study.found import what_was_found
 from compressknow.report.study.methods import MethodFindings, by_method, changes
 from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.report.study.summary import cliffs, module_that_hurts_least
@@ -85,7 +86,7 @@ def study_to_json(study: Study) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "verdict": summary.verdict(study),
-        "paragraph": list(summary.paragraph(study, found)),
+        "found": [asdict(each) for each in what_was_found(study, found)],
         "original": asdict(study.original),
         "probes": {probe.name: _probe(probe) for probe in study.probes},
         "findings": {finding.id: _finding(finding) for finding in found},

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from compressknow.format import count, plain, points, share
-from compressknow.report.study.findings import HIGH, LOW, MEDIUM, NOT_EVALUATED, Finding
+from compressknow.format import count, plain, share
+from compressknow.report.study.findings import HIGH, LOW, MEDIUM
 from compressknow.report.study.records import MODULES, Study, StudyCell, names, pruned, quantized, schemes
-from compressknow.report.study.tests import CANNOT_TELL, DOES_NOT_HOLD, HOLDS, adjusted, decide, paired_test
+from compressknow.report.study.tests import HOLDS, adjusted, decide, paired_test
+from compressknow.stats.records import Estimate
 
 LEVELS = {"10 to 30 %": LOW, "30 to 50 %": MEDIUM, "more than 50 %": HIGH}
 CLIFF = 0.90  # knowledge kept falls off the cliff at the first amount that keeps less
@@ -22,7 +23,7 @@ class Least:
     Attributes
     ----------
     level : "10 to 30 %", "30 to 50 %" (30 itself belongs to the level below) or "more than 50 %".
-    amounts : in percent, those that all its modules were pruned by.
+    amounts : in percent, those that all its modules were pruned by; none where they were quantized.
     kept : by module, knowledge kept of all probes' facts, the mean over the amounts; best first.
     clear : the first is significantly better than each other at one amount at least, and nowhere worse (exact
         McNemar at each amount, Holm over all).
@@ -47,6 +48,7 @@ class Cliff:
     below : the first amount at which less than `CLIFF` is kept, and what is kept there; None where none is so low.
     before : the last amount before it; 0 is the original itself.
     steepest : the neighbouring amounts between which most is lost for each point pruned; `fall` is that loss (0 to 1).
+    clear : the whole 95 % interval at `below` lies under `CLIFF`; where none is so low, that of every amount above.
     """
 
     module: str
@@ -55,6 +57,7 @@ class Cliff:
     before: float
     steepest: tuple[float, float]
     fall: float
+    clear: bool
 
 
 def module_that_hurts_least(study: Study) -> tuple[Least, ...]:
@@ -74,14 +77,31 @@ def _least(
     amounts = tuple(sorted(set.intersection(*(set(by) for by in there.values())))) if len(there) > 1 else ()
     if not amounts:
         return None
-    kept = {
-        scope: sum(by[a].comparison.kept.value or 0.0 for a in amounts) / len(amounts) for scope, by in there.items()
-    }
+    return Least(level, amounts, *_best(study, {scope: [by[a] for a in amounts] for scope, by in there.items()}))
+
+
+def _best(study: Study, there: Mapping[str, Sequence[StudyCell]]) -> tuple[dict[str, float], bool]:
+    """By module, what its cells keep on average, best first; and whether that is significant. Cells are paired."""
+    kept = {scope: sum(c.comparison.kept.value or 0.0 for c in by) / len(by) for scope, by in there.items()}
     order = sorted(kept, key=lambda scope: -kept[scope])
     best, rivals = order[0], order[1:]
-    pairs = adjusted(paired_test(study, there[best][a], there[rival][a], rival) for rival in rivals for a in amounts)
+    pairs = adjusted(
+        paired_test(study, one, other, rival)
+        for rival in rivals
+        for one, other in zip(there[best], there[rival], strict=True)
+    )
     clear = decide([(pair.part, pair.direction) for pair in pairs], rivals) == HOLDS
-    return Least(level, amounts, {scope: kept[scope] for scope in order}, clear)
+    return {scope: kept[scope] for scope in order}, clear
+
+
+def quantized_that_hurts_least(study: Study) -> tuple[Least, ...]:
+    """The same by scheme, of those that at least two modules were quantized by; `level` is the scheme."""
+    found = []
+    for scheme in schemes(study):
+        cells = {module: quantized(study, module).get(scheme) for module in MODULES}
+        known = {m: [cell] for m, cell in cells.items() if cell and cell.comparison.kept.value is not None}
+        found += [Least(scheme, (), *_best(study, known))] if len(known) > 1 else []
+    return tuple(found)
 
 
 def _is_in(amount: float, limits: tuple[float, float]) -> bool:
@@ -105,7 +125,13 @@ def _cliff(module: str, cells: Mapping[float, StudyCell]) -> Cliff:
     before = max((a for a in kept if below is None or a < below), default=0.0)
     steepest = max(steps, key=lambda step: (kept[step[0]] - kept[step[1]]) / (step[1] - step[0]))
     fall = kept[steepest[0]] - kept[steepest[1]]
-    return Cliff(module, below, None if below is None else kept[below], before, steepest, fall)
+    clear = _clear([c.comparison.kept for c in cells.values()] if below is None else [cells[below].comparison.kept])
+    return Cliff(module, below, None if below is None else kept[below], before, steepest, fall, clear)
+
+
+def _clear(kept: Sequence[Estimate]) -> bool:
+    """Whether the intervals all lie on one side of `CLIFF`."""
+    return all((e.low or 0.0) >= CLIFF for e in kept) or all(e.high is not None and e.high < CLIFF for e in kept)
 
 
 _NAME = 80
@@ -165,68 +191,6 @@ def _best_and_worst(study: Study) -> str:
         f"Of {count(len(known))} compressed forms of {name}, {best[1]} keeps most ({share(best[0])}) and {worst[1]} "
         f"least ({share(worst[0])})."
     )
-
-
-def paragraph(study: Study, found: Sequence[Finding]) -> tuple[str, ...]:
-    """Sentences: modules by level, cliffs, quantization, and how the paper's findings fare."""
-    return (
-        *map(_level, module_that_hurts_least(study)),
-        *map(_cliff_in_words, cliffs(study)),
-        *(_scheme(study, scheme) for scheme in schemes(study) if _by_module(study, scheme)),
-        *_tally(found),
-    )
-
-
-def _level(least: Least) -> str:
-    (best, kept), *others = least.kept.items()
-    amounts = listed([f"{amount:g} %" for amount in least.amounts])
-    rest = listed([f"{module} {share(value)}" for module, value in others])
-    clear = "chance does not explain it" if least.clear else "chance could explain a difference"
-    return (
-        f"Pruned by {least.level}, {best} keeps most: {share(kept)} of what was known on average (at {amounts}), "
-        f"against {rest}; {clear}."
-    )
-
-
-def _cliff_in_words(edge: Cliff) -> str:
-    where = (
-        f"keeps less than {100 * CLIFF:g} % from {edge.below:g} % on ({share(edge.kept)})"
-        if edge.below is not None
-        else f"keeps at least {100 * CLIFF:g} % at every amount in the grid"
-    )
-    start, end = edge.steepest
-    steep = f" It falls fastest from {start:g} to {end:g} %, by {points(edge.fall).removeprefix('+')}."
-    return f"Pruning {edge.module} {where}.{steep if edge.fall > 0 else ''}"
-
-
-def _by_module(study: Study, scheme: str) -> dict[str, float]:
-    cells = {module: quantized(study, module).get(scheme) for module in MODULES}
-    kept = {module: cell.comparison.kept.value for module, cell in cells.items() if cell}
-    return {module: value for module, value in kept.items() if value is not None}
-
-
-def _scheme(study: Study, scheme: str) -> str:
-    kept = _by_module(study, scheme)
-    said = listed([f"{module} keeps {share(kept[module])}" for module in sorted(kept, key=lambda m: -kept[m])])
-    return f"Quantized by {plain(scheme, 60)}, {said}."
-
-
-def _tally(found: Iterable[Finding]) -> Iterator[str]:
-    """How many of the findings that concern this family hold."""
-    evaluated = [each for each in found if each.answer != NOT_EVALUATED]
-    parts = []
-    for answer, one, several in _VERBS:
-        ids = [each.id for each in evaluated if each.answer == answer]
-        parts += [f"{listed(ids)} {one if len(ids) == 1 else several}"] if ids else []
-    if parts:
-        yield f"Of the paper's findings for this family of models, {'; '.join(parts)}."
-
-
-_VERBS = (
-    (HOLDS, "holds", "hold"),
-    (DOES_NOT_HOLD, "does not hold", "do not hold"),
-    (CANNOT_TELL, "cannot be decided", "cannot be decided"),
-)
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ The tables are the paper's (3, 4 and 5) in its layout, all cells, the findings' 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from markupsafe import Markup
 
@@ -18,6 +19,7 @@ from compressknow.report.parts import (
     Code,
     Drawn,
     Entries,
+    Findings,
     Folded,
     Note,
     Page,
@@ -27,9 +29,11 @@ from compressknow.report.parts import (
     Terms,
     Text,
 )
+from compressknow.report.parts import Finding as Line
 from compressknow.report.study import summary
 from compressknow.report.study.charts import Chart
 from compressknow.report.study.findings import FAMILIES, MINIMAL, NEAR, Finding, findings
+from compressknow.report.study.found import Found, what_was_found
 from compressknow.report.study.methods import PRUNING, QUANTIZATION, MethodFindings, by_method, changes, ids
 from compressknow.report.study.records import (
     MODULES,
@@ -61,13 +65,16 @@ _DEFINITIONS = (
     "the limit; for a finding to fail, that of one figure, adjusted for their number (Bonferroni), must lie above it.",
     "Per million parameters, each form's loss of accuracy is divided by the number of parameters that it changed: "
     "those quantized, or those pruned where none were. p is of the mean paired difference (normal approximation).",
-    f"The cliff is the first amount in the grid at which less than {100 * CLIFF:g} % of the knowledge is kept. 30 % "
+    f"The cliff is the first amount in the grid at which less than {100 * CLIFF:g} % of the knowledge is kept. That "
+    "holds where the whole 95 % interval there lies below, else the study cannot tell. A module hurts least where it "
+    "is significantly better than each other one at one amount at least, and nowhere worse (McNemar, Holm). 30 % "
     "counts as low, 50 % as medium. Charts show means over probes, then each probe, averaged as its protocol does.",
     "The sparse size is what a store would take that keeps only weights that are not zero, plus one bit per weight "
     "to mark them; no current runtime reads one, and on disk pruned weights are dense.",
 )
 _CELLS = "Pruned and quantized are in millions of parameters; p is from the exact McNemar test against the original."
 _FINDINGS = "The paper's findings"
+_BARS = "The lines across the bars show 95 % intervals."
 _LAYOUT = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
 _SHORT = {"overall": "Overall", "attention": "Att", "feed-forward": "FF"}
 _AMOUNTS = (20, 40)
@@ -104,13 +111,13 @@ def study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
 
 
 def _sections(study: Study, found: Sequence[Finding], charts: Sequence[Chart]) -> Iterator[Shown]:
-    said = summary.paragraph(study, found)
-    none = Text("The study has no cells.")
+    said = what_was_found(study, found)
     method = tuple(plain(sentence, 2000) for sentence in study.method)
     command = plain(study.command, 2000) if study.command else None
     run = (*identity(study.original), *_run(study))
-    yield Shown("found", "What was found", (Sentences(said, joined=True) if said else none,), look="text")
-    yield Shown("charts", "Charts", tuple(_charts(charts)))
+    yield Shown("found", "What was found", tuple(_found(study, said, charts)))
+    beside = {each.chart for each in said}
+    yield Shown("charts", "Charts", tuple(_charts([chart for chart in charts if chart.name not in beside])))
     yield Shown(
         "findings", "The paper's ten findings, tested on this model", tuple(_findings(study, found)), short=_FINDINGS
     )
@@ -123,11 +130,27 @@ def _sections(study: Study, found: Sequence[Finding], charts: Sequence[Chart]) -
     yield Shown("run", "The run", (Code(command, "sh", look="command"), Entries(run)), look="text")
 
 
+def _found(study: Study, said: Sequence[Found], charts: Sequence[Chart]) -> Iterator[Part]:
+    """The findings, each with those that the same chart shows."""
+    drawn = {chart.name: _drawn(chart) for chart in charts if not chart.by_probe}
+    for name, group in groupby(said, key=lambda each: each.chart):
+        lines = (Line(each.id, each.claim, each.answer, _look(each.answer), each.numbers) for each in group)
+        yield Findings(tuple(lines), drawn.get(name))
+    if said:
+        yield Note("The section on method and limits says how each is decided.", _BARS)
+    else:
+        yield Text("The study has no cells to compare." if study.cells else "The study has no cells.")
+
+
+def _look(answer: str) -> str:
+    return answer.replace(" ", "-")
+
+
 def _charts(charts: Sequence[Chart]) -> Iterator[Part]:
     if means := [chart for chart in charts if not chart.by_probe]:
         for scale in dict.fromkeys(chart.scale for chart in means):
             yield Charts(tuple(_drawn(chart) for chart in means if chart.scale == scale))
-        yield Note("The lines across the bars show 95 % intervals.")
+        yield Note(_BARS)
     if by_probe := [chart for chart in charts if chart.by_probe]:
         panels = [
             Charts(tuple(Drawn(Markup(panel.svg), panel.probe) for panel in chart.panels), chart.title)
@@ -217,7 +240,7 @@ def _claim(finding: Finding) -> Claim:
         finding.claim,
         "all families" if set(finding.families) == set(FAMILIES) else families,
         finding.answer,
-        finding.answer.replace(" ", "-"),
+        _look(finding.answer),
         "" if finding.statistic == NONE else finding.statistic,
         finding.why,
         finding.per_million,

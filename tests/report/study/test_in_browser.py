@@ -56,6 +56,15 @@ def test_axe_finds_nothing_to_mend(page: Page, files: dict[str, Path], name: str
     assert violations(page) == []
 
 
+def test_on_paper_no_chart_is_cut_and_nothing_is_dark(page: Page, files: dict[str, Path]) -> None:
+    page.emulate_media(media="print", color_scheme="dark")
+    page.goto(files["seq2seq"].as_uri())
+    style = "[...document.querySelectorAll('{}')].map((each) => getComputedStyle(each).{})"
+    assert set(page.evaluate(style.format("figure:not(.panels), .found, .findings tbody", "breakInside"))) == {"avoid"}
+    assert page.evaluate(style.format("html, body", "backgroundColor")) == ["rgba(0, 0, 0, 0)"] * 2
+    assert page.evaluate(style.format("h1, .chart .f-paper", "color"))[0] == "rgb(28, 27, 25)"
+
+
 def test_cells_sort_by_a_click(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["masked"].as_uri())
     table = page.locator("section[aria-labelledby=cells] table.sortable")

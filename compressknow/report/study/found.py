@@ -1,0 +1,95 @@
+"""What a study found, in short: a line each of what is claimed, whether it holds, and the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from compressknow.format import plain, points, share
+from compressknow.report.study.findings import NOT_EVALUATED, Finding
+from compressknow.report.study.records import Study
+from compressknow.report.study.summary import (
+    CLIFF,
+    Cliff,
+    Least,
+    cliffs,
+    listed,
+    module_that_hurts_least,
+    quantized_that_hurts_least,
+)
+from compressknow.report.study.tests import CANNOT_TELL, HOLDS
+
+# The charts that show the paper's findings; those of the study's own are named below.
+_KEPT, _QUANTIZED = "pruning-kept", "quantization"
+_CHARTS = {
+    **dict.fromkeys(("F1", "F2", "F3", "F4", "F5"), "pruning-drop"),
+    **dict.fromkeys(("F6", "F7"), _QUANTIZED),
+    "F8": "pruning-quantization",
+    **dict.fromkeys(("F9", "F10"), "final-layer"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One finding.
+
+    Attributes
+    ----------
+    id : F1 to F10 of the paper's; empty of the study's own.
+    answer : ``holds``, ``does not hold`` or ``cannot tell``. What is claimed of the best module or of the first amount
+        is read off the study itself, and never "does not hold".
+    chart : the name of the chart that shows it.
+    """
+
+    id: str
+    claim: str
+    answer: str
+    numbers: str
+    chart: str
+
+    def __str__(self) -> str:
+        numbers = f" ({self.numbers})" if self.numbers else ""
+        return f"{self.answer}: {self.id}{' ' * bool(self.id)}{self.claim}{numbers}"
+
+
+def what_was_found(study: Study, findings: Sequence[Finding]) -> tuple[Found, ...]:
+    """By chart: the study's own findings, then the paper's for this family of which the study has cells."""
+    own = (*map(_pruned, module_that_hurts_least(study)), *map(_cliff, cliffs(study)))
+    found = (*own, *map(_quantized, quantized_that_hurts_least(study)), *_paper(findings))
+    order = (_KEPT, *dict.fromkeys(_CHARTS.values()))
+    return tuple(sorted(found, key=lambda each: order.index(each.chart)))
+
+
+def _pruned(least: Least) -> Found:
+    return _least(least, f"Pruned by {least.level}, {least.module} hurts least", "kept on average", _KEPT)
+
+
+def _quantized(least: Least) -> Found:
+    return _least(least, f"Quantized by {plain(least.level, 60)}, {least.module} hurts least", "kept", _QUANTIZED)
+
+
+def _least(least: Least, claim: str, what: str, chart: str) -> Found:
+    numbers = listed([f"{module} {share(kept)}" for module, kept in least.kept.items()])
+    return Found("", claim, _answer(least.clear), f"{what}: {numbers}", chart)
+
+
+def _cliff(edge: Cliff) -> Found:
+    limit = f"{100 * CLIFF:g} %"
+    if edge.below is None:
+        claim, kept = f"Pruned by up to {edge.before:g} %, {edge.module} keeps {limit} at least", ""
+    else:
+        claim, kept = f"Pruned by {edge.below:g} %, {edge.module} keeps less than {limit}", f"{share(edge.kept)} kept"
+    start, end = edge.steepest
+    fall = f"falls fastest from {start:g} to {end:g} %, by {points(edge.fall).removeprefix('+')}"
+    numbers = "; ".join(filter(None, (kept, fall if edge.fall > 0 else "")))
+    return Found("", claim, _answer(edge.clear), numbers, _KEPT)
+
+
+def _answer(clear: bool) -> str:
+    return HOLDS if clear else CANNOT_TELL
+
+
+def _paper(findings: Sequence[Finding]) -> Iterator[Found]:
+    for each in findings:
+        if each.answer != NOT_EVALUATED and (each.paired_tests or each.bounds):
+            yield Found(each.id, each.claim, each.answer, each.numbers, _CHARTS[each.id])
