@@ -117,7 +117,8 @@ def test_the_page_has_the_grades_and_says_what_comes_back(study: Path, tmp_path:
     for suffix in ("html", "md"):
         text = html.unescape((tmp_path / f"report.{suffix}").read_text())
         assert "Grades of knowing" in text
-        assert f"Of {back['n']} lost facts, {back['produced']} (" in text
+        assert f"brings back {back['produced']} (" in text
+        assert f") of {back['n']} lost facts" in text
         assert text.count(", comes back with one example") == back["produced"]
 
 

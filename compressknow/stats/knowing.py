@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from compressknow.probe.answers import GRADES, Answer
-from compressknow.probe.grades import PRODUCED
+from compressknow.probe.grades import PRODUCED, knows
 from compressknow.stats.records import Knowing
 
 
@@ -16,7 +16,8 @@ def knowing_of(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
         return None
     before, after = zip(*pairs, strict=True)
     moved = Counter((str(one.grade), str(other.grade)) for one, other in pairs)
-    shown = [answer for answer in after if answer.with_example is not None]
+    lost = [other for one, other in pairs if knows(one) and not knows(other)]
+    shown = [answer for answer in lost if answer.with_example is not None]
     return Knowing(
         original=_counted(before),
         compressed=_counted(after),

@@ -120,7 +120,7 @@ def test_page_and_markdown_have_a_row_a_wording(study: Path) -> None:
     for suffix in ("html", "md"):
         text = (study / f"report.{suffix}").read_text()
         assert "By wording" in text
-        assert "Consistency: " in text
+        assert "Consistency, the share of pairs of wordings" in text
         assert "majority" in text
 
 

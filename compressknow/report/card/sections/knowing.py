@@ -64,7 +64,7 @@ def table_of(knowing: Knowing, caption: str, who: str = "Original") -> Table:
 def _told(knowing: Knowing) -> Iterator[str]:
     if knowing.shown:
         back = f"{count(knowing.back)} ({percent(knowing.back, knowing.shown)})"
-        yield f"Of {count(knowing.shown)} lost facts, {back} come back with one example."
+        yield f"One solved example brings back {back} of {count(knowing.shown)} lost facts that were put after it."
     if any(knowing.not_first):
         before, after = map(count, knowing.not_first)
         yield (

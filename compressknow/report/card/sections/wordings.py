@@ -20,16 +20,6 @@ class ByWording(Section):
 
     title = "By wording"
     order = 45
-    glossary = (
-        (
-            "Consistency",
-            "the share of pairs of wordings of one fact that a model answers alike, right or wrong.",
-        ),
-    )
-    method = (
-        "Facts put in several wordings count as known if more than half of the wordings are. Consistency is the share "
-        "of pairs of wordings of a fact that get the same answer, averaged over facts (Elazar et al. 2021).",
-    )
 
     def parts(self, context: Context) -> Iterator[Part]:
         for probe in context.comparison.probes:
@@ -59,7 +49,9 @@ def _row(name: str, counts: Counts, kept: Estimate) -> tuple[str, ...]:
 def _told(wordings: Wordings) -> str:
     before, after = wordings.consistency
     return (
-        f"Consistency: {share(before)} before, {share(after)} after. Known is what more than half of the wordings know."
+        "A fact is known if more than half of its wordings are answered right. Consistency, the share of pairs of "
+        "wordings of a fact that are answered alike (Elazar et al. 2021): "
+        f"{share(before)} before, {share(after)} after."
     )
 
 
