@@ -23,7 +23,7 @@ from compressknow.probe.sources import Options, open_all
 from compressknow.quiet import Listener
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
-FEW = Settings(batch_size=8)
+FEW = Settings(batch_size=8, noise_floor=False)
 
 
 @pytest.fixture(scope="module")
