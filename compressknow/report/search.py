@@ -346,7 +346,7 @@ def pareto(search: Search, *, broad: bool = False) -> str:
             plot.plot(*_place(search.winner, search), "*", **star)
         plot.set_xlabel(f"{SIZES[search.minimize]}, {_UNITS[search.minimize][1]}")
         # Outside of the plot: points may lie anywhere in it.
-        room = {"ncols": 3, "columnspacing": 1, "handletextpad": 0, "frameon": False, "fontsize": 10}
+        room = {"ncols": 3 if broad else 2, "columnspacing": 1, "handletextpad": 0, "frameon": False, "fontsize": 10}
         plot.figure.legend(loc="outside upper left", **room)
         percent_axis(plot, 0)
     return drawn()

@@ -34,7 +34,7 @@ _OVERLAPPING = """
 () => [...document.querySelectorAll('svg.chart')].flatMap((chart) => {
   const texts = [...chart.querySelectorAll('text')].map((text) => [text.textContent, text.getBoundingClientRect()]);
   const depth = (a, b) => Math.min(
-    Math.min(a.right, b.right) - Math.max(a.left, b.left), Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top));
+    Math.min(a.right, b.right) - Math.max(a.left, b.left) + 3, Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top));
   return texts.flatMap(([one, a], i) => texts.slice(i + 1)
     .filter(([, b]) => a.width && b.width && depth(a, b) > 1)
     .map(([other]) => `${chart.id}: ${one} / ${other}`));
@@ -43,8 +43,26 @@ _OVERLAPPING = """
 
 
 def overlapping(page: Page) -> list[str]:
-    """Texts of a chart that lie over one another by more than a pixel, of what is unfolded."""
+    """Texts of a chart that lie over one another by more than a pixel, or side by side without two between them, of
+    what is unfolded.
+    """
     return page.evaluate(_OVERLAPPING)
+
+
+_CUT = """
+() => [...document.querySelectorAll('svg.chart')].flatMap((chart) => {
+  const [whole, texts] = [chart.getBoundingClientRect(), [...chart.querySelectorAll('text')]];
+  return texts.filter((text) => {
+    const box = text.getBoundingClientRect();
+    return box.width && (box.right > whole.right + 4 || box.left < whole.left - 4);
+  }).map((text) => `${chart.id}: ${text.textContent}`);
+})
+"""
+
+
+def cut(page: Page) -> list[str]:
+    """Texts that reach over their chart's edge by more than a wider font explains."""
+    return page.evaluate(_CUT)
 
 
 def sizes(page: Page) -> set[int]:

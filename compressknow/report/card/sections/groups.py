@@ -77,6 +77,11 @@ def popularity_chart(groups: Sequence[Group], name: str) -> Chart | None:
     return Chart(title, f"From left to right: {told}.", lambda plot: _draw(plot, bins))
 
 
+def _tick(bin: str) -> str:
+    """Short, or the fifth touches the fourth."""
+    return bin.removesuffix(" %").replace(" to ", "\N{EN DASH}") if " to " in bin else bin
+
+
 def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
     for x, (_, kept) in enumerate(bins):
         value, low, high = percents(kept)
@@ -84,8 +89,6 @@ def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
         plot.plot([x], [value], "o", color=drawing.SERIES[0], markersize=8, markeredgecolor=drawing.PAPER)
         plot.annotate(share(kept.value), (x, value), (8, 0), textcoords="offset points", va="center", fontsize=11)
     plot.set_xlim(-0.4, len(bins) - 0.3)
-    # Short and small, or the fifth touches the fourth.
-    labels = [label.replace(" to ", "\N{EN DASH}") for label, _ in bins]
-    plot.set_xticks(range(len(bins)), labels, fontsize=10)
+    plot.set_xticks(range(len(bins)), [_tick(label) for label, _ in bins], fontsize=10)
     # The axis begins at the tens below the lowest interval.
     drawing.percent_axis(plot, max(0, int(min(percents(kept)[1] for _, kept in bins) // 10) * 10))
