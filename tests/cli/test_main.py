@@ -105,7 +105,7 @@ def test_wrong_usage_ends_with_2(args: list[str], capsys: pytest.CaptureFixture[
 
 def test_unknown_command_lists_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     main(["prune"])
-    assert "inspect, convert, verify" in capsys.readouterr().err
+    assert "inspect, convert, export, verify" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def test_it_is_kept_with_the_answers_and_not_found_again(tmp_path: Path, monkeyp
 
 def test_a_large_probe_is_sampled_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
-    monkeypatch.setattr(noise, "MOST_FACTS", 3)
+    monkeypatch.setattr(noise, "LEAST_FACTS", 3)
+    monkeypatch.setattr(noise, "PART", 0.0)
     one, other = (floor_of(probe(model, tmp_path / name, facts)) for name in "ab")
     assert one.n == 3
     assert one == other
