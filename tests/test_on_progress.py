@@ -45,6 +45,10 @@ def stages(told: list[Progress]) -> list[tuple[str, str, int, int]]:
     return found
 
 
+# An original's answers; then, for the noise floor, its distributions, and its answers in another precision.
+ORIGINAL = ("evaluate", "evaluate", "noise")
+
+
 def test_each_verb_tells_its_stages(place: Path, tmp_path: Path) -> None:
     told: list[Progress] = []
     model, facts = place / "llama", f"facts:{place / 'facts.jsonl'}"
@@ -54,11 +58,11 @@ def test_each_verb_tells_its_stages(place: Path, tmp_path: Path) -> None:
     assert {progress.stage.unit for progress in told} == {"bytes"}
     told.clear()
     compressknow.probe(model, tmp_path / "answers", facts, on_progress=told.append)
-    assert stages(told) == [("evaluate", "llama", 1, 1)]
+    assert stages(told) == [(work, "llama", 1, 1) for work in ORIGINAL]
     assert {progress.stage.unit for progress in told} == {"facts"}
     told.clear()
     compressknow.report(model, place / "pruned", facts, keep_in=tmp_path / "kept", on_progress=told.append)
-    assert stages(told) == [("evaluate", "llama", 1, 2), ("evaluate", "pruned", 2, 2)]
+    assert stages(told) == [*((work, "llama", 1, 2) for work in ORIGINAL), ("evaluate", "pruned", 2, 2)]
     assert {(progress.stage.probe, progress.stage.facts) for progress in told} == {("facts:facts.jsonl", 64)}
 
 
@@ -73,7 +77,7 @@ def test_a_sweep_tells_each_cell_and_its_result(place: Path, tmp_path: Path) -> 
         on_progress=told.append,
         on_result=results.append,
     )
-    assert [(number, of) for *_, number, of in stages(told)] == [(1, 3), (2, 3), (3, 3)]
+    assert [(number, of) for *_, number, of in stages(told)] == [*(((1, 3),) * len(ORIGINAL)), (2, 3), (3, 3)]
     assert [result.setup for result in results] == [cell.setup for cell in study.cells]
     assert [result.kept for result in results] == [cell.comparison.kept for cell in study.cells]
 
