@@ -95,7 +95,7 @@ def test_the_verdict_sets_what_changed_beside_it() -> None:
     few, many = (NoiseFloor(200, changed, 100, 1, 0, 0.001, "bfloat16") for changed in (4, 60))
     assert beside_rounding([replace(figures, noise_floor=None)]) == ""
     said = beside_rounding([replace(figures, noise_floor=few)])
-    assert said == " 25.0 % of its answers differ; rounding alone changes 2.0 %."
+    assert said == " Of its answers, 25.0 % differ; rounding alone changes 2.0 %."
     assert "no more than rounding alone" in beside_rounding([replace(figures, noise_floor=many)])
 
 

@@ -156,8 +156,8 @@ def beside_rounding(probes: Iterable[ProbeFigures]) -> str:
     changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe, _ in told)
     rounded, of = sum(floor.changed for _, floor in told), sum(floor.n for _, floor in told)
     if changed * of <= rounded * facts:
-        return f" {percent(changed, facts)} of its answers differ, no more than rounding alone changes."
-    return f" {percent(changed, facts)} of its answers differ; rounding alone changes {percent(rounded, of)}."
+        return f" Of its answers, {percent(changed, facts)} differ, no more than rounding alone changes."
+    return f" Of its answers, {percent(changed, facts)} differ; rounding alone changes {percent(rounded, of)}."
 
 
 def verdict_of_several(original: str, comparisons: Sequence[Comparison]) -> str:
