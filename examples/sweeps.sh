@@ -24,3 +24,4 @@ study t5-facts "$models/t5-facts" paper -p "facts:$models/t5-facts/facts.jsonl" 
 study t5-methods "$models/t5-facts" methods --calibration-tokens 4096 -p "facts:$models/t5-facts/facts.jsonl" --limit 300
 test -e build/smollm2 || python examples/smollm2.py build/smollm2
 study smollm2-atlas build/smollm2 paper -p atlas --limit 200
+study smollm2-methods build/smollm2 examples/methods.toml -p atlas --limit 600
