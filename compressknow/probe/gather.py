@@ -175,7 +175,7 @@ class _Gathering:
         folder = folder_of(self._evaluation.keep_in, handle, beside)
         answers = probe_model(handle, self._probes, folder, beside, on_progress=on_progress, wait=True)
         if beside.reference is None:
-            answers = with_noise_floor(handle, self._probes, answers, folder, on_progress)
+            answers = with_noise_floor(handle, self._probes, answers, folder, on_progress, whole=beside.whole)
         return finished(answers, handle, beside.reference, timed=self._evaluation.timed)
 
 
@@ -330,7 +330,7 @@ def evaluate_both(
         return BothWays(alone, alone, alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, None, whole_a)
-        of_a = with_noise_floor(a, probes, of_a, folder_of(keep_in, a, Beside()), on_progress)
+        of_a = with_noise_floor(a, probes, of_a, folder_of(keep_in, a, Beside()), on_progress, whole=whole_a)
         a.release()
         b_like_a = evaluate(b, of_a, whole_a)
         whole_a.close()

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.probe.answers import Answer, Answers, locked, read_record, write_record
 from compressknow.probe.evaluate import evaluate, first_ids
-from compressknow.probe.facts import Fact, Probe
+from compressknow.probe.facts import Probe
 from compressknow.probe.records import NoiseFloor, Record
 from compressknow.quiet import Listener, Stage, begun
 
 if TYPE_CHECKING:
+    from compressknow.probe.distributions import Distributions, Rows
     from compressknow.probe.run import ModelHandle
     from compressknow.probe.sources import Opened
 
@@ -35,21 +36,34 @@ def with_noise_floor(
     answers: Answers,
     folder: Path,
     on_progress: Listener | None = None,
+    *,
+    whole: Distributions | None = None,
 ) -> Answers:
     """The original's answers with the noise floor of each probe of facts: of a sample of its facts, seeded.
 
-    It is kept in the record of `folder`, where the answers lie, so that it is found once. A model that does not run in
-    another precision has none. What runs elsewhere than in transformers has no other precision here.
+    A model that does not run in another precision has none. What runs elsewhere than in transformers has no other
+    precision here.
+
+    Parameters
+    ----------
+    folder : where the answers lie; the noise floor is kept in its record, so that it is found once.
+    whole : the original's distributions, where this run keeps them; what it lacks is found for the sample.
     """
     if not original.settings.noise_floor:
         return answers
+    from compressknow.probe.distributions import Distributions
+
     entries = answers.record.probes
     lacking = [probe for probe in probes if isinstance(probe, Probe) and entries[probe.name].noise_floor is None]
     other = original.in_another_precision() if lacking else None
     if other is None:
         return answers
+    samples = {probe.name: _sample(probe, answers) for probe in lacking}
     try:
-        found = _measured(original, other, [_sample(probe, answers) for probe in lacking], answers, folder, on_progress)
+        with Distributions(original, folder) as own:
+            rows = {probe.name: _rows(probe, samples[probe.name], whole, own, on_progress) for probe in lacking}
+            original.release()
+            found = _measured(other, samples, rows, on_progress)
     except (CheckpointError, UnsupportedError):
         return answers
     finally:
@@ -57,48 +71,52 @@ def with_noise_floor(
     return _kept(answers, found, folder)
 
 
-def _sample(probe: Probe, answers: Answers) -> Probe:
-    """Some of the facts that were answered, in the probe's order."""
-    answered = {answer.fact_id for answer in answers.of(probe.name)}
+class _Sample(NamedTuple):
+    """Some of a probe's facts, and the original's answers to them."""
+
+    probe: Probe
+    answers: Answers
+
+
+def _sample(probe: Probe, answers: Answers) -> _Sample:
+    """Of the facts that were answered, in the probe's order."""
+    answered = {answer.fact_id: answer for answer in answers.of(probe.name)}
     facts = [fact for fact in probe.facts if fact.id in answered]
     wanted = min(len(facts), MOST_FACTS, max(LEAST_FACTS, round(PART * len(facts))))
-    chosen: list[Fact] = random.Random(_SEED).sample(facts, wanted)
-    names = {fact.id for fact in chosen}
-    return replace(probe, facts=tuple(fact for fact in facts if fact.id in names))
+    chosen = {fact.id for fact in random.Random(_SEED).sample(facts, wanted)}
+    own = tuple(answered[fact.id] for fact in facts if fact.id in chosen)
+    return _Sample(
+        replace(probe, facts=tuple(fact for fact in facts if fact.id in chosen)), Answers(answers.record, own)
+    )
+
+
+def _rows(
+    probe: Probe, sample: _Sample, whole: Distributions | None, own: Distributions, on_progress: Listener | None
+) -> Rows:
+    """The original's distributions of a sample: those that this run has kept of the whole probe, or found now."""
+    kept = whole.of(probe) if whole else None
+    if kept is not None and kept.holds(answer.fact_id for answer in sample.answers.answers):
+        return kept
+    own.complete([sample.probe], sample.answers, on_progress)
+    return own.of(sample.probe)
 
 
 def _measured(
-    original: ModelHandle,
     other: ModelHandle,
-    samples: Sequence[Probe],
-    answers: Answers,
-    folder: Path,
+    samples: Mapping[str, _Sample],
+    rows: Mapping[str, Rows],
     on_progress: Listener | None,
 ) -> dict[str, NoiseFloor]:
-    from compressknow.probe.distributions import Distributions
-
-    facts = sum(len(sample.facts) for sample in samples)
-    with Distributions(original, folder) as whole:
-        asked = [_answers_to(sample, answers) for sample in samples]
-        for sample, own in zip(samples, asked, strict=True):
-            whole.complete([sample], own, on_progress)
-        original.release()
-        found = {}
-        for sample, own in zip(samples, asked, strict=True):
-            stage = Stage("noise", other.located.name, sample.name, facts, other.settings.device)
-            with begun(on_progress, stage) as advance:
-                prompts = other.prompts(sample)
-                ids = first_ids(own, sample, prompts)
-                batches = evaluate(prompts, reference=ids, whole=whole.of(sample).divergence, advance=advance)
-                again = [answer for batch in batches for answer in batch]
-            found[sample.name] = noise_of(own.of(sample.name), again, other.loaded.computed_in)
+    facts, found = sum(len(sample.probe.facts) for sample in samples.values()), {}
+    for name, (sample, own) in samples.items():
+        stage = Stage("noise", other.located.name, name, facts, other.settings.device)
+        with begun(on_progress, stage) as advance:
+            prompts = other.prompts(sample)
+            ids = first_ids(own, sample, prompts)
+            batches = evaluate(prompts, reference=ids, whole=rows[name].divergence, advance=advance)
+            again = [answer for batch in batches for answer in batch]
+        found[name] = noise_of(own.of(name), again, other.loaded.computed_in)
     return found
-
-
-def _answers_to(sample: Probe, answers: Answers) -> Answers:
-    """Those to the facts of a sample alone."""
-    names = {fact.id for fact in sample.facts}
-    return Answers(answers.record, tuple(answer for answer in answers.of(sample.name) if answer.fact_id in names))
 
 
 def noise_of(before: Sequence[Answer], after: Sequence[Answer], computed_in: str) -> NoiseFloor:

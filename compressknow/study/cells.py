@@ -144,7 +144,11 @@ def _answers_to(
     probe: Opened, handle: ModelHandle, folder: Path, beside: Beside, on_progress: Listener | None
 ) -> Answers:
     answers = probe_model(handle, [probe], folder, beside, on_progress=on_progress)
-    return answers if beside.reference else with_noise_floor(handle, [probe], answers, folder, on_progress)
+    return (
+        answers
+        if beside.reference
+        else with_noise_floor(handle, [probe], answers, folder, on_progress, whole=beside.whole)
+    )
 
 
 def merged(parts: Sequence[Answers]) -> Answers:
