@@ -69,11 +69,11 @@ def export(
     # Said before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf")
     _refuse_before_work(model, place, overwrite=overwrite, writes=not dry_run)
+    choice = _chosen(locals())
     found = find_converter(converter)
     from compressknow.export.importance import read_importance
     from compressknow.quiet import Stage, begun, listener
 
-    choice = _chosen(locals())
     if choice.importance is not None:
         read_importance(choice.importance)
     matrix_out = _importance_output(imatrix_out, choice, overwrite=overwrite)

@@ -220,16 +220,26 @@ def handles_of(located: Sequence[Located], settings: Settings) -> list[ModelHand
     """Several models that are set side by side: where the settings name a runtime, it runs those that it reads, and the
     others run as if none was named.
 
-    Raises UsageError where it reads none of them.
+    Raises UsageError where it reads none of them, CompressknowError where a server does not answer: before any model is
+    evaluated.
     """
+    handles = [ModelHandle(each, own) for each, own in zip(located, _settings_of(located, settings), strict=True)]
+    for handle in handles:
+        if handle.located.url is not None:
+            # Found by what it answers.
+            _ = handle.sha256
+    return handles
+
+
+def _settings_of(located: Sequence[Located], settings: Settings) -> list[Settings]:
     named = settings.runtime
     if named is None:
-        return [ModelHandle(each, settings) for each in located]
+        return [settings] * len(located)
     read = [RUNTIMES[named].reads(each) for each in located]
     if located and not any(read):
         runtime_for(located[-1], named)
     unnamed = replace(settings, runtime=None)
-    return [ModelHandle(each, settings if reads else unnamed) for each, reads in zip(located, read, strict=True)]
+    return [settings if reads else unnamed for reads in read]
 
 
 @dataclass(frozen=True)

@@ -298,6 +298,8 @@ def test_no_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         compressknow.export(source, tmp_path / "out.gguf")
     with pytest.raises(CompressknowError, match=r"there is no convert_hf_to_gguf\.py"):
         compressknow.export(source, tmp_path / "out.gguf", converter=tmp_path)
+    with pytest.raises(UsageError, match="Did you mean q4_k_m"):
+        compressknow.export(source, tmp_path / "out.gguf", type="q4_km")
 
 
 @needs_converter

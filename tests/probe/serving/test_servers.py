@@ -247,6 +247,15 @@ def test_no_server_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err.startswith("Error: There is no server at http://127.0.0.1:9.\n  Start it,")
 
 
+def test_that_no_server_is_there_is_told_before_its_original_is_evaluated(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept"
+    assert main(["report", str(checkpoint), "http://127.0.0.1:9", "--answers", str(kept)]) == 1
+    assert capsys.readouterr().err.startswith("Error: There is no server at http://127.0.0.1:9.")
+    assert not kept.exists()
+
+
 @pytest.mark.parametrize("given", [None, "wrong"])
 def test_a_server_that_wants_a_key(
     served: Callable[[str], ModelServer],
