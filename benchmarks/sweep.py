@@ -38,7 +38,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compressknow.compress.recipe import Prune, Quantize, to_toml
+from compressknow.compress.recipe import to_toml
+from compressknow.compress.steps import Prune, Quantize
 from compressknow.errors import CompressknowError
 from compressknow.probe.answers import Answer, read_answers
 from compressknow.study.cells import folder_of

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from compressknow.commands.sweep import sweep
     from compressknow.commands.verify import verify
     from compressknow.compress.manifest import Manifest
-    from compressknow.compress.recipe import Prune, Quantize, Recipe, Where
+    from compressknow.compress.recipe import Recipe
+    from compressknow.compress.steps import Prune, Quantize, Where
     from compressknow.compress.verify import Verification
     from compressknow.errors import (
         CheckpointError,
@@ -60,7 +61,8 @@ else:
     _VERBS = ("compare", "convert", "export", "inspect", "load", "probe", "push", "report", "search", "sweep", "verify")
     _RECORDS = {
         "compress.manifest": ("Manifest",),
-        "compress.recipe": ("Prune", "Quantize", "Recipe", "Where"),
+        "compress.recipe": ("Recipe",),
+        "compress.steps": ("Prune", "Quantize", "Where"),
         "compress.verify": ("Verification",),
         "errors": (
             *("CheckpointError", "CompressknowError", "GateNotMet", "GateUndecided", "OutputError", "UnsupportedError"),

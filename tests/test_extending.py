@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM
 import compressknow
 from compressknow.cli import main
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import Prune, Recipe, read_recipe, to_toml
+from compressknow.compress.recipe import Recipe, read_recipe, to_toml
 from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.steps import Prune
 from compressknow.engine.layers import LAYERS
 from compressknow.format import plain
 from compressknow.probe.answers import TABLE, write_record, write_table

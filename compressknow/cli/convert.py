@@ -26,11 +26,12 @@ from compressknow.cli.push import push_options, upload_of
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, duration, show, show_json
 from compressknow.compress.calibrate.words import calibrated_in_words
+from compressknow.compress.options import RECIPE_OPTIONS
 from compressknow.compress.parameters import Parameter, Parametric
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import RECIPE_OPTIONS, ROUNDINGS, SHARED
 from compressknow.compress.removal.words import removed_in_words
 from compressknow.compress.schemes import SCHEMES, known, word_of
+from compressknow.compress.steps import ROUNDINGS, SHARED
 from compressknow.errors import UsageError
 from compressknow.format import count, percent, size
 from compressknow.model.manifest import calibration_of

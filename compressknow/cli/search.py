@@ -28,8 +28,8 @@ from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json_text
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import ROUNDINGS
 from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.steps import ROUNDINGS
 from compressknow.errors import GateNotMet
 from compressknow.format import count, estimate, plain, size
 

@@ -60,7 +60,7 @@ def convert(
     drop_neurons : share of the hidden units of each feed-forward block to leave out; narrowed likewise.
     prune : share of the weights to zero, between 0 and 1.
     prune_method : ``l1-unstructured``, ``ln-structured``, ``random-unstructured`` or ``random-structured``.
-    per_layer, norm, dim, seed : see `compressknow.compress.recipe.Prune`.
+    per_layer, norm, dim, seed : see `compressknow.compress.steps.Prune`.
     quantize : ``int8``, ``int8-weights``, ``int8-paper`` or ``int4``.
     rounding : ``nearest``, or ``gptq``, which needs calibration.
     smooth : alpha of SmoothQuant, for schemes that round activations (``int8``).
@@ -105,7 +105,8 @@ def convert(
 
 def _chosen(given: dict[str, Any]) -> Recipe:
     """The recipe that the arguments of `convert` say: the one given, or one made of the options."""
-    from compressknow.compress.recipe import RECIPE_OPTIONS, Where, recipe_of
+    from compressknow.compress.options import RECIPE_OPTIONS, recipe_of
+    from compressknow.compress.steps import Where
 
     if given["recipe"] is not None:
         _refuse_beside_recipe(given)
@@ -139,7 +140,7 @@ def _refuse_beside_recipe(given: dict[str, Any]) -> None:
     """Raise UsageError where an option of `convert` that a recipe says instead differs from its default."""
     from inspect import signature
 
-    from compressknow.compress.recipe import RECIPE_OPTIONS
+    from compressknow.compress.options import RECIPE_OPTIONS
     from compressknow.errors import UsageError
 
     defaults = signature(convert).parameters

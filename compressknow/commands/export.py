@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressknow.compress.recipe import Calibration
+    from compressknow.compress.steps import Calibration
     from compressknow.export.choice import Choice
     from compressknow.export.record import ExportRecord
     from compressknow.quiet import OnProgress
@@ -118,7 +118,7 @@ def _chosen(given: Mapping[str, Any]) -> Choice:
 
 def _calibration(text: str | None, tokens: int | None, seed: int) -> Calibration | None:
     """The text of an importance matrix; None where there is to be none."""
-    from compressknow.compress.recipe import Calibration
+    from compressknow.compress.steps import Calibration
     from compressknow.errors import UsageError
 
     if text is None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.compress.recipe import Calibration, Recipe, to_toml
+from compressknow.compress.recipe import Recipe, to_toml
 from compressknow.compress.staging import discard
+from compressknow.compress.steps import Calibration
 from compressknow.files import write_whole
 from compressknow.libraries import require
 from compressknow.model.manifest import MANIFEST_NAME

@@ -20,9 +20,10 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
 from compressknow.compress.proof import planned_headers, prove, prove_written
 from compressknow.compress.pruning import Mask, choose, pruned_count
-from compressknow.compress.recipe import Prune, Quantize, Recipe
+from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.staging import Staging, clean, refuse_output
+from compressknow.compress.steps import Prune, Quantize
 from compressknow.compress.targets import quantization_config
 from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.libraries import require

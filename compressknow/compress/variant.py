@@ -29,7 +29,8 @@ from compressknow.compress.manifest import build_manifest
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, TensorWriter, Work
-from compressknow.compress.recipe import Calibration, Recipe
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Calibration
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.structure import ModuleMap, Structure

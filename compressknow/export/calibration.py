@@ -12,7 +12,7 @@ from compressknow.compress.calibrate.gathering import Key
 from compressknow.compress.calibrate.observe import input_statistics
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.calibrate.text import CalibrationText, calibration_text
-from compressknow.compress.recipe import Calibration
+from compressknow.compress.steps import Calibration
 from compressknow.export.importance import Floats, Importance
 from compressknow.export.tensors import Tensors
 from compressknow.model.loading import open_complete

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressknow.compress.recipe import EXPORT, Calibration, calibration_from
+from compressknow.compress.recipe import EXPORT, calibration_from
+from compressknow.compress.steps import Calibration
 from compressknow.errors import UsageError, did_you_mean
 from compressknow.export.types import DEFAULT, FLOATS, NEED_IMPORTANCE, check_file_type, check_tensor_type
 from compressknow.model.scopes import SCOPES, Pattern

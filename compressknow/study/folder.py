@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compressknow import reading
 from compressknow._version import __version__
-from compressknow.compress.recipe import Calibration, Prune, Quantize
+from compressknow.compress.steps import Calibration, Prune, Quantize
 from compressknow.errors import OutputError
 from compressknow.files import LOCK, own_folder, write_whole
 from compressknow.format import count

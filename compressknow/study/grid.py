@@ -9,9 +9,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
+from compressknow.compress.options import recipe_of
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import ROUNDINGS, Calibration, Prune, Quantize, Recipe, Where, recipe_of
+from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.steps import ROUNDINGS, Calibration, Prune, Quantize, Where
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
 from compressknow.model.structure import ModuleMap, Structure

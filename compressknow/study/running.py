@@ -25,7 +25,8 @@ from compressknow.study.grid import Cell
 
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.text import CalibrationText
-    from compressknow.compress.recipe import Calibration, Recipe
+    from compressknow.compress.recipe import Recipe
+    from compressknow.compress.steps import Calibration
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from compressknow.compress.recipe import Quantize, Recipe
+from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.steps import Quantize
 from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.report.card.make import compare, model_facts

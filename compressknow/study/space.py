@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from compressknow.compress.options import recipe_of
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import ROUNDINGS, Calibration, Prune, Quantize, Recipe, Step, Where, recipe_of
+from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.steps import ROUNDINGS, Calibration, Prune, Quantize, Step, Where
 from compressknow.errors import UnsupportedError
 from compressknow.model.scopes import scope_names
 from compressknow.model.structure import ModuleMap, Structure

@@ -32,9 +32,10 @@ from compressknow.compress.layout import lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import OutputFiles, Work
-from compressknow.compress.recipe import Quantize, Recipe, Where
+from compressknow.compress.recipe import Recipe
 from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.steps import Quantize, Where
 from compressknow.compress.targets import quantization_config
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.model.groups import structure_of

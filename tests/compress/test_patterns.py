@@ -24,7 +24,8 @@ from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import METHODS, Calibrated, Weights, choose
 from compressknow.compress.pruning.masks import smallest_of_rows
-from compressknow.compress.recipe import Prune, Recipe, Where, read_recipe
+from compressknow.compress.recipe import Recipe, read_recipe
+from compressknow.compress.steps import Prune, Where
 from compressknow.engine.load import load
 from compressknow.errors import UnsupportedError, UsageError
 from compressknow.model.tensors import OpenFiles, read_header

@@ -19,8 +19,9 @@ from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work
 from compressknow.compress.pruning import EachBlock, Pruned
-from compressknow.compress.recipe import Prune, Quantize, Recipe, Step, Where
+from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.steps import Prune, Quantize, Step, Where
 from compressknow.errors import CompressknowError
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.models import save_tiny

@@ -20,7 +20,8 @@ from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import Weights, choose
 from compressknow.compress.pruning.masks import tensor_seed
-from compressknow.compress.recipe import Prune, Recipe, Where
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Prune, Where
 from compressknow.engine.load import load
 from compressknow.errors import CheckpointError
 from compressknow.model.tensors import OpenFiles, read_header

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import compressknow
 from compressknow.cli import main
-from compressknow.compress.recipe import DropBlocks, DropNeurons, Prune, Recipe, Where, read_recipe, recipe_of
+from compressknow.compress.options import recipe_of
+from compressknow.compress.recipe import Recipe, read_recipe
+from compressknow.compress.steps import DropBlocks, DropNeurons, Prune, Where
 from compressknow.compress.variant import VariantMaker
 from compressknow.compress.verify import compare_to_manifest
 from compressknow.engine.identity import describe, locate

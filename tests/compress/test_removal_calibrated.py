@@ -21,8 +21,10 @@ from compressknow.compress import blocks
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import prepare, write
 from compressknow.compress.manifest import Manifest, dry_run
-from compressknow.compress.recipe import DropBlocks, DropNeurons, Recipe, Where, recipe_of
+from compressknow.compress.options import recipe_of
+from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.choice import blocks_to_drop, fit, neurons_to_keep
+from compressknow.compress.steps import DropBlocks, DropNeurons, Where
 from compressknow.compress.variant import VariantMaker
 from compressknow.compress.verify import compare_to_manifest
 from compressknow.diff.checkpoints import difference

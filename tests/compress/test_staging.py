@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import compressknow
 from compressknow.cli import main
 from compressknow.compress.convert import convert
-from compressknow.compress.recipe import Prune, Recipe
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Prune
 from compressknow.errors import CompressknowError, OutputError
 from compressknow.model.tensors import StoredTensor
 from tests.models import save_tiny

@@ -18,7 +18,8 @@ from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import Weights, choose
-from compressknow.compress.recipe import Prune, Quantize, Recipe, Step
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Prune, Quantize, Step
 from compressknow.errors import CheckpointError
 from compressknow.model.tensors import OpenFiles, StoredTensor, byte_view
 from tests.models import save_tiny

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from compressknow import convert
-from compressknow.compress.recipe import Prune, Quantize, Recipe, Where
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Prune, Quantize, Where
 from compressknow.compress.variant import VariantMaker
 from compressknow.engine.load import load, load_variant
 from tests.models import logits, save_tiny

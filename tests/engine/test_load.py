@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from compressknow.compress.convert import convert
-from compressknow.compress.recipe import Quantize, Recipe, Where
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Quantize, Where
 from compressknow.engine import int8
 from compressknow.engine.load import load, load_tokenizer
 from compressknow.errors import CheckpointError

@@ -380,7 +380,8 @@ def test_recipes_that_are_none(content: str, words: str, tmp_path: Path) -> None
 
 def test_one_file_for_convert_and_export(tmp_path: Path) -> None:
     """Each takes its part."""
-    from compressknow.compress.recipe import Calibration, read_recipe
+    from compressknow.compress.recipe import read_recipe
+    from compressknow.compress.steps import Calibration
     from compressknow.export.choice import Choice, read_choice
 
     recipe = tmp_path / "recipe.toml"

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from compressknow.compress.recipe import Calibration, Prune, Quantize, Recipe
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Calibration, Prune, Quantize
 from compressknow.model.groups import structure_of
 from compressknow.report.search import Trial
 from compressknow.stats.records import Estimate

@@ -11,7 +11,8 @@ import pytest
 
 import compressknow
 from compressknow.cli import main
-from compressknow.compress.recipe import Prune, read_recipe
+from compressknow.compress.recipe import read_recipe
+from compressknow.compress.steps import Prune
 from compressknow.files import LOCK
 from compressknow.model.groups import structure_of
 from compressknow.probe.answers import read_answers

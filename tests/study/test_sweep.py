@@ -16,7 +16,7 @@ from compressknow.cli import main
 from compressknow.compress.calibrate import text
 from compressknow.compress.calibrate.kept import kept_text
 from compressknow.compress.calibrate.text import CalibrationText, calibration_text
-from compressknow.compress.recipe import Calibration
+from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
 from compressknow.errors import OutputError
 from compressknow.files import LOCK

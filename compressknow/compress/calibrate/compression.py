@@ -22,9 +22,9 @@ from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import BlockMask, Mask, Pruned, pruned_matrix
-from compressknow.compress.recipe import Quantize
 from compressknow.compress.schemes import Scheme
 from compressknow.compress.schemes.rounding import nearest
+from compressknow.compress.steps import Quantize
 from compressknow.engine.language_model import embedding_rows
 from compressknow.errors import UnsupportedError
 from compressknow.format import size

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from compressknow.compress.plan import Plan
-from compressknow.compress.recipe import Prune, Quantize, Step
 from compressknow.compress.removal.smaller import Removal
+from compressknow.compress.steps import Prune, Quantize, Step
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.system import available_cores

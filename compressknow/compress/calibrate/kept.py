@@ -13,7 +13,7 @@ from compressknow.files import write_whole
 from compressknow.reading import RECORD, misfit, read_json
 
 if TYPE_CHECKING:
-    from compressknow.compress.recipe import Calibration
+    from compressknow.compress.steps import Calibration
 
 _FORM = {
     **{"kind": str, "source": str, "sha256": str, "seed": int, "tokens": int, "asked": int},

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from compressknow.compress.blocks import Block, Reader
     from compressknow.compress.calibrate.statistics import InputStatistics
-    from compressknow.compress.recipe import Prune
+    from compressknow.compress.steps import Prune
 
     BoolArray = npt.NDArray[np.bool_]
 

@@ -19,13 +19,14 @@ from compressknow.compress.calibrate.gathering import Key, Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.walk import memory_named, tensors_in, walk, whole_in_memory
 from compressknow.compress.pool import Pool
-from compressknow.compress.recipe import DropBlocks, Recipe
+from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.choice import fit, neurons_to_keep
 from compressknow.compress.removal.cutting import KeptNeurons, cut_tensors
 from compressknow.compress.removal.neurons import FeedForward
 from compressknow.compress.removal.settings import Stack
 from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.sources import Sources
+from compressknow.compress.steps import DropBlocks
 from compressknow.errors import CompressknowError
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of

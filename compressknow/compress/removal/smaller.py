@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.plan import NOT_LINEAR
-from compressknow.compress.recipe import DropBlocks, DropNeurons, Recipe
+from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.blocks import DroppedBlocks, named_blocks, refuse_all, stacks_in, without_blocks
 from compressknow.compress.removal.neurons import Cut, DroppedNeurons, neurons_in, with_fewer_neurons
 from compressknow.compress.removal.settings import Settings, Stack
+from compressknow.compress.steps import DropBlocks, DropNeurons
 from compressknow.errors import UnsupportedError, UsageError
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of

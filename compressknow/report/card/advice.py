@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compressknow.compress.recipe import (
+from compressknow.compress.options import convert_options
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import (
     PAPER_BITS,
     PAPER_SCOPES,
     ROUNDINGS,
@@ -16,10 +18,8 @@ from compressknow.compress.recipe import (
     DropNeurons,
     Prune,
     Quantize,
-    Recipe,
     Step,
     Where,
-    convert_options,
 )
 from compressknow.errors import CompressknowError, UsageError
 from compressknow.format import count, plain

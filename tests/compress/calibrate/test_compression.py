@@ -23,7 +23,8 @@ from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.calibrate.words import calibrated_in_words as calibrated_in_words
 from compressknow.compress.convert import prepare, write
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import Prune, Quantize, Recipe, Step, Where
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Prune, Quantize, Step, Where
 from compressknow.errors import UnsupportedError
 from compressknow.model.manifest import calibration_of
 from compressknow.quiet import quiet

@@ -14,7 +14,8 @@ from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.plan import make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import TensorWriter, Work
-from compressknow.compress.recipe import Prune, Recipe, Where
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Prune, Where
 from compressknow.errors import CompressknowError, UnsupportedError
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete

@@ -9,17 +9,9 @@ import click
 import pytest
 
 from compressknow.cli.convert import convert
-from compressknow.compress.recipe import (
-    Calibration,
-    DropBlocks,
-    DropNeurons,
-    Prune,
-    Quantize,
-    Recipe,
-    Where,
-    convert_options,
-    recipe_of,
-)
+from compressknow.compress.options import convert_options, recipe_of
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Prune, Quantize, Where
 from compressknow.report.card.advice import ENOUGH, advice, milder
 from compressknow.report.card.make import make_card
 from compressknow.report.records import Comparison

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import compressknow
-from compressknow.compress.recipe import Prune
+from compressknow.compress.steps import Prune
 from compressknow.engine.identity import describe, locate
 from compressknow.model.manifest import calibration_of
 from compressknow.probe.records import FactsInText

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from compressknow.compress.recipe import Where, recipe_of
+from compressknow.compress.options import recipe_of
+from compressknow.compress.steps import Where
 from compressknow.probe.answers import Answers
 from compressknow.report.card.make import compare, method_of, model_facts
 from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe

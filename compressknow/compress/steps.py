@@ -1,0 +1,341 @@
+"""What is done to a checkpoint: steps, where each acts, and the text that some of them look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+from compressknow.compress.parameters import Parameter
+from compressknow.compress.pruning import METHODS, PruningMethod
+from compressknow.compress.schemes import SCHEMES, Scheme
+from compressknow.errors import UsageError, did_you_mean
+from compressknow.model.scopes import DEFAULT_SCOPES, check_patterns, check_scope_names, layer_ranges
+
+# Parameters that every prune step says, whatever its method has of them.
+SHARED = ("per_layer", "norm", "dim", "seed")
+# How weights are brought to a scheme's grid.
+ROUNDINGS = ("nearest", "gptq")
+# The paper has one scheme, of 8 bits, and does not name it.
+PAPER_BITS = 8
+# The paper's words for a scope (sections 2.2-2.5, figure 8), and ours for the one that it does not have.
+PAPER_SCOPES = {
+    "blocks": "Blocks",
+    "attention": "Att",
+    "feed-forward": "FF",
+    "overall": "Overall",
+    "self-attention": "SelfAtt",
+    "cross-attention": "CrossAtt",
+    "encoder-attention": "EncoderAtt",
+    "decoder-attention": "DecoderAtt",
+}
+
+
+@dataclass(frozen=True)
+class Where:
+    """The Linear weights that a step acts on: a union of scopes, narrowed by module names and block numbers.
+
+    A text of `scope` may name several, with commas between them. What no model could have is refused here, before any
+    is looked at.
+    """
+
+    scope: tuple[str, ...] = DEFAULT_SCOPES
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: str | None = None
+
+    def __post_init__(self) -> None:
+        scopes = tuple(dict.fromkeys(name.strip() for text in self.scope for name in text.split(",")))
+        check_scope_names(scopes)
+        check_patterns(self.include, self.exclude)
+        if self.layers is not None:
+            layer_ranges(self.layers)
+        object.__setattr__(self, "scope", scopes)
+
+    @property
+    def label(self) -> str:
+        named = "+".join(PAPER_SCOPES.get(scope, scope) for scope in self.scope)
+        narrowed = [f"layers {self.layers}"] if self.layers else []
+        narrowed += [f"include {pattern}" for pattern in self.include]
+        narrowed += [f"exclude {pattern}" for pattern in self.exclude]
+        return named + (f"[{', '.join(narrowed)}]" if narrowed else "")
+
+
+# The scopes that narrow what is dropped: blocks and neurons are of a side of the model, not of a kind of layer.
+SIDES = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class DropBlocks:
+    """Leave whole transformer blocks out, of each stack by itself.
+
+    `blocks` is how many (those whose output is most like their input on the calibration text), or a text that names
+    them by number: ``20-23``, ``0-2,5``, ``7``. `where` has the scope ``encoder`` or ``decoder``, or is as it is by
+    default: all stacks of the language model.
+    """
+
+    blocks: int | str
+    where: Where = Where()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.blocks, str):
+            layer_ranges(self.blocks)
+        elif not _is_whole(self.blocks) or self.blocks < 1:
+            raise UsageError(
+                f"{self.blocks!r} is no number of blocks to drop.", hint="Give a number such as 4, or blocks: 20-23."
+            )
+        _refuse_narrow(self.where, "drop_blocks")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the calibration text decides which blocks go."""
+        return self.named is None
+
+    @property
+    def named(self) -> tuple[int, ...] | None:
+        """The blocks that it names, ascending; None where it says how many."""
+        if not isinstance(self.blocks, str):
+            return None
+        return tuple(sorted({number for numbers in layer_ranges(self.blocks).values() for number in numbers}))
+
+    @property
+    def label(self) -> str:
+        """`Drop4`: how many blocks go."""
+        return f"Drop{self.blocks if self.named is None else len(self.named)}{_side(self.where)}"
+
+
+@dataclass(frozen=True)
+class DropNeurons:
+    """Leave hidden units of the feed-forward blocks out: `amount` (0-1, both excluded) of them, the same number in each
+    block.
+
+    What is kept is rounded to the nearest multiple of `multiple`. By default that is the largest power of two up to 128
+    that divides the width at least eight times, so that what took columns in groups before (int4, kernels) still can.
+    `where` is as for `DropBlocks`.
+    """
+
+    amount: float
+    multiple: int | None = None
+    where: Where = Where()
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.amount) or not 0 < self.amount < 1:
+            raise UsageError(
+                f"The amount of neurons to drop must be greater than 0 and less than 1: {self.amount!r}.",
+                hint=f"{_as_a_share(self.amount)}0.2 drops 20 % of the neurons of each feed-forward block.",
+            )
+        if self.multiple is not None and (not _is_whole(self.multiple) or self.multiple < 1):
+            raise UsageError(
+                f"multiple must be a whole number of at least 1: {self.multiple!r}.", hint="1 is the exact amount."
+            )
+        _refuse_narrow(self.where, "drop_neurons")
+
+    @property
+    def calibrated(self) -> bool:
+        """The calibration text decides which neurons go."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """`DropNeurons 20%`."""
+        return f"DropNeurons{_side(self.where)} {self.amount * 100:.6g}%"
+
+
+def _refuse_narrow(where: Where, key: str) -> None:
+    if where != Where() and (where != Where(where.scope) or not set(where.scope) <= set(SIDES)):
+        raise UsageError(
+            f"{key} takes no other scope than encoder or decoder, and no include, exclude or layers.",
+            hint="Put what prunes and quantizes into steps of their own.",
+        )
+
+
+def _side(where: Where) -> str:
+    return "" if where == Where() else f"[{'+'.join(where.scope)}]"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Zero `amount` (0-1, both excluded) of the weights, which `method` chooses: see `compressknow.compress.pruning`.
+
+    `l1-unstructured` and `random-unstructured` choose single weights, over all of the scope together or, with
+    `per_layer`, in each tensor by itself. The structured methods take whole output channels (`dim` 0) or input channels
+    (`dim` 1) of each layer, and of each expert in a fused stack, however its matrix is stored; `ln-structured` those of
+    the smallest L`norm`. `seed` is for the random methods. `parameters` are those of other methods, by name. Semantics
+    are those of torch.nn.utils.prune.
+    """
+
+    amount: float
+    method: str = METHODS.first
+    where: Where = Where()
+    per_layer: bool = False
+    norm: float = 1
+    dim: int = 0
+    seed: int = 0
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.amount) or not 0 < self.amount < 1:
+            raise UsageError(
+                f"The pruning amount must be greater than 0 and less than 1: {self.amount!r}.",
+                hint=f"{_as_a_share(self.amount)}0.2 prunes 20 % of the weights; leave pruning out to prune none.",
+            )
+        if self.method not in METHODS:
+            near = did_you_mean(str(self.method), METHODS)
+            raise UsageError(f"Unknown pruning method {self.method!r}.", hint=f"{near}There is {', '.join(METHODS)}.")
+        given = dict(self.parameters)
+        for each in _shared_parameters():
+            object.__setattr__(self, each.name, each.check(given.pop(each.name, getattr(self, each.name))))
+        object.__setattr__(self, "parameters", given)
+        object.__setattr__(self, "parameters", _own(self.chosen))
+        with METHODS.answering(self.method):
+            self.chosen.check(self.amount)
+
+    @cached_property
+    def chosen(self) -> PruningMethod:
+        """The method, with its parameters."""
+        method = METHODS[self.method]
+        has = {each.name for each in method.parameters()}
+        return method.with_values({name: getattr(self, name) for name in SHARED if name in has} | dict(self.parameters))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it looks at activations."""
+        return self.chosen.needs in ("norms", "products")
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole channels fall."""
+        return self.chosen.structured
+
+    @property
+    def is_global(self) -> bool:
+        """Whether one choice is made over all tensors of the scope together."""
+        return self.chosen.over_scope
+
+    @property
+    def label(self) -> str:
+        """`L1-structured`, `L1-unstructured` as the paper writes them."""
+        return self.chosen.label
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Store weights by one of the schemes of `compressknow.compress.schemes`, with its `parameters` by name.
+
+    `rounding` brings them to its grid: ``nearest``, or ``gptq`` (Frantar et al. 2022), column by column, the error
+    carried on to what is not yet rounded. `smooth` (0-1, of schemes that round activations by token) moves that much of
+    the activations' outliers into the weights (Xiao et al. 2023, alpha).
+    """
+
+    scheme: str = SCHEMES.first
+    where: Where = Where()
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    rounding: str = ROUNDINGS[0]
+    smooth: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            hint = f"{did_you_mean(str(self.scheme), SCHEMES)}There is {', '.join(SCHEMES)}."
+            raise UsageError(f"Unknown scheme {self.scheme!r}.", hint=hint)
+        object.__setattr__(self, "parameters", _own(self.chosen))
+        self._check_rounding()
+        self._check_smooth()
+
+    def _check_rounding(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            near = did_you_mean(str(self.rounding), ROUNDINGS)
+            raise UsageError(f"Unknown rounding {self.rounding!r}.", hint=f"{near}There is {', '.join(ROUNDINGS)}.")
+        if self.rounding != "nearest" and self.chosen.rounds == "batch":
+            raise UsageError(
+                f"{self.scheme} is rounded to nearest alone.",
+                hint="It is there to repeat the paper; use int8, int8-weights or int4 with gptq.",
+            )
+
+    def _check_smooth(self) -> None:
+        if self.smooth is None:
+            return
+        if not _is_number(self.smooth) or not 0 < self.smooth <= 1:
+            raise UsageError(f"smooth must be greater than 0 and at most 1: {self.smooth!r}.", hint="0.5 is usual.")
+        if self.chosen.rounds != "token":
+            raise UsageError(
+                f"{self.scheme} has nothing to smooth: it rounds no activations by token.", hint="Use it with int8."
+            )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it looks at activations."""
+        return self.rounding != "nearest" or self.smooth is not None
+
+    @cached_property
+    def chosen(self) -> Scheme:
+        """The scheme, with its parameters."""
+        return SCHEMES[self.scheme].with_values(self.parameters)
+
+    @property
+    def label(self) -> str:
+        """What the paper calls it, and what is not as usual. It says no scheme: a scheme of 8 bits goes without
+        saying."""
+        return " ".join(["GQ", *([self.scheme] if self.is_named else []), *self.further])
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the setup says the scheme."""
+        return self.chosen.bits != PAPER_BITS
+
+    @property
+    def further(self) -> list[str]:
+        """What is not as usual beside the scheme, in words."""
+        further = [f"{name} {value}" for name, value in self.chosen.changed().items()]
+        further += [self.rounding] if self.rounding != ROUNDINGS[0] else []
+        return further + ([f"smooth {self.smooth:g}"] if self.smooth is not None else [])
+
+
+def _own(chosen: PruningMethod | Scheme) -> dict[str, Any]:
+    """The parameters that a step says only where its method or scheme has them."""
+    return {name: value for name, value in chosen.values().items() if name not in SHARED}
+
+
+@cache
+def _shared_parameters() -> tuple[Parameter, ...]:
+    known = {each.name: each for method in METHODS.built_in().values() for each in method.parameters()}
+    return tuple(known[name] for name in SHARED)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that the model runs over, for steps that look at activations.
+
+    `text` is ``self`` (the model's own samples), the path of a .txt or .jsonl file, or ``hf:DATASET``; `tokens` of it
+    are taken, drawn by `seed`.
+    """
+
+    text: str = "self"
+    tokens: int = 32_768
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text:
+            raise UsageError(
+                f"{self.text!r} is no calibration text.", hint="Give self, FILE.txt, FILE.jsonl or hf:DATASET."
+            )
+        for name, least in (("tokens", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UsageError(f"calibration: {name} must be a whole number of at least {least}: {value!r}.")
+
+
+Step = DropBlocks | DropNeurons | Prune | Quantize
+
+
+def _as_a_share(amount: Any) -> str:
+    """A number that was meant as percent."""
+    return f"Did you mean {amount:g}%, which is {amount / 100:g}? " if _is_number(amount) and 1 <= amount < 100 else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
