@@ -32,7 +32,7 @@ def measured(model: str, facts: int, threads: int) -> dict[str, float]:
 
     from compressknow.engine.identity import locate
     from compressknow.probe.evaluate import evaluate
-    from compressknow.probe.run import ModelHandle, Settings
+    from compressknow.probe.handle import ModelHandle, Settings
     from compressknow.probe.sources import Options, open_probe
 
     torch.set_num_threads(threads)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from compressknow.hub import Upload
     from compressknow.model.summary import Inspection
     from compressknow.probe.answers import Answers
-    from compressknow.probe.run import Settings
+    from compressknow.probe.handle import Settings
     from compressknow.probe.sources import Options
     from compressknow.quiet import Progress, Stage
     from compressknow.report.diff.records import CheckpointComparison
@@ -72,7 +72,7 @@ else:
         "hub": ("Upload",),
         "model.summary": ("Inspection",),
         "probe.answers": ("Answers",),
-        "probe.run": ("Settings",),
+        "probe.handle": ("Settings",),
         "probe.sources": ("Options",),
         "quiet": ("Progress", "Stage"),
         "report.diff.records": ("CheckpointComparison",),

@@ -14,7 +14,7 @@ import click
 from compressknow.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from compressknow.probe.run import Settings
+    from compressknow.probe.handle import Settings
     from compressknow.probe.sources import Options
     from compressknow.study.running import RayOptions
 
@@ -221,7 +221,7 @@ def _all(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[
 
 def split_options(given: dict[str, Any]) -> tuple[Options, Settings]:
     """The shared options out of a command's, as the probe room takes them; `given` keeps the rest."""
-    from compressknow.probe.run import Settings
+    from compressknow.probe.handle import Settings
     from compressknow.probe.sources import Options
     from compressknow.probe.sources.columns import parse_columns
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compressknow.probe.run import Settings
+    from compressknow.probe.handle import Settings
     from compressknow.probe.sources import Options
     from compressknow.quiet import OnProgress
     from compressknow.report.diff.records import CheckpointComparison
@@ -62,7 +62,7 @@ def compare(
     from compressknow.engine.identity import describe
     from compressknow.probe.gather import Named, default_answers_folder, evaluate_both, find_both, open_named
     from compressknow.probe.grades import check_known
-    from compressknow.probe.run import Settings
+    from compressknow.probe.handle import Settings
     from compressknow.quiet import listener
     from compressknow.report.diff.make import behaviour_of, checkpoint_of, make_comparison
     from compressknow.report.diff.pages import write_comparisons

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers
-    from compressknow.probe.run import Settings
+    from compressknow.probe.handle import Settings
     from compressknow.probe.sources import Options
     from compressknow.quiet import OnProgress
 
@@ -34,7 +34,7 @@ def probe(
     reference : answers folder of the original model: its most likely tokens are scored, so that the distance of the
         two distributions can be told.
     options : where data lies, protocol, sample; see `compressknow.probe.sources.Options`.
-    settings : device, dtype, batch size; see `compressknow.probe.run.Settings`.
+    settings : device, dtype, batch size; see `compressknow.probe.handle.Settings`.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
 
     Returns
@@ -51,8 +51,9 @@ def probe(
     require("pyarrow")
     from compressknow.engine.identity import locate
     from compressknow.probe.gather import open_named, read_reference
+    from compressknow.probe.handle import Beside, ModelHandle, Settings
     from compressknow.probe.noise import with_noise_floor
-    from compressknow.probe.run import Beside, ModelHandle, Settings, probe_model
+    from compressknow.probe.run import probe_model
     from compressknow.quiet import listener
 
     opened = open_named(probes, options)

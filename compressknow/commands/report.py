@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compressknow.probe.run import Settings
+    from compressknow.probe.handle import Settings
     from compressknow.probe.sources import Options
     from compressknow.quiet import OnProgress
     from compressknow.report.records import Card
@@ -63,7 +63,7 @@ def report(
     """
     from compressknow.probe.gather import Evaluation, default_answers_folder, gather, names_of
     from compressknow.probe.grades import check_known
-    from compressknow.probe.run import Settings
+    from compressknow.probe.handle import Settings
     from compressknow.probe.sources import Options
     from compressknow.quiet import listener
     from compressknow.report.card.make import check_early, make_card

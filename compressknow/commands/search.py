@@ -17,7 +17,7 @@ from compressknow.files import write_whole
 from compressknow.libraries import require
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.probe.gather import open_named
-from compressknow.probe.run import Settings
+from compressknow.probe.handle import Settings
 from compressknow.quiet import OnProgress, listener
 from compressknow.report.card.make import make_card
 from compressknow.report.search import Search, Trial, write_search

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from compressknow.libraries import require
 from compressknow.probe.gather import open_named, refuse_texts
-from compressknow.probe.run import Settings
+from compressknow.probe.handle import Settings
 from compressknow.quiet import OnProgress, listener, staged
 from compressknow.study.cells import StudyModel, save_cell
 from compressknow.study.folder import CELLS, MODELS, ORIGINAL, TEXTS, CellResult, claim, refuse_foreign, study_of

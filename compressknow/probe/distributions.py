@@ -28,7 +28,7 @@ from compressknow.quiet import Listener, Stage, begun
 if TYPE_CHECKING:
     import torch
 
-    from compressknow.probe.run import ModelHandle
+    from compressknow.probe.handle import ModelHandle
 
 # What must stay free on the disk: the answers are to find room.
 RESERVE = 256 << 20

@@ -20,7 +20,8 @@ from compressknow.probe.distributions import Distributions
 from compressknow.probe.facts import Probe
 from compressknow.probe.gather import Evaluation, finished, folder_of, of_probes, open_like, stored_answers
 from compressknow.probe.grades import known_as
-from compressknow.probe.run import Beside, ModelHandle, facts_entry, handles_of, held_answers, probe_model
+from compressknow.probe.handle import Beside, ModelHandle, handles_of
+from compressknow.probe.run import facts_entry, held_answers, probe_model
 from compressknow.quiet import Listener, staged
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from compressknow.probe.overlap import with_calibration
 
 if TYPE_CHECKING:
     from compressknow.probe.distributions import Distributions
-    from compressknow.probe.run import Beside, ModelHandle, Settings
+    from compressknow.probe.handle import Beside, ModelHandle, Settings
     from compressknow.probe.sources import Opened, Options
     from compressknow.quiet import Listener
 
@@ -131,7 +131,7 @@ class _Gathering:
         revision: str | None,
     ) -> None:
         from compressknow.engine.identity import locate
-        from compressknow.probe.run import handles_of
+        from compressknow.probe.handle import handles_of
 
         self._stored, self._evaluation = stored, evaluation
         self._probes = open_like(next((answers for answers in stored if answers is not None), None), evaluation)
@@ -148,7 +148,7 @@ class _Gathering:
     def run(self, on_progress: Listener | None) -> list[Answers]:
         """The answers of all, in their order."""
         from compressknow.probe.distributions import Distributions
-        from compressknow.probe.run import Beside
+        from compressknow.probe.handle import Beside
         from compressknow.quiet import staged
 
         first, *others = self._handles
@@ -266,7 +266,7 @@ def find_both(
     """
     from compressknow.engine.identity import fingerprint, locate
     from compressknow.model.checkpoint import is_address, no_files
-    from compressknow.probe.run import handles_of
+    from compressknow.probe.handle import handles_of
     from compressknow.quiet import Stage, begun, counted
 
     for named in (a, b):
@@ -313,8 +313,9 @@ def evaluate_both(
     Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
     """
     from compressknow.probe.distributions import Distributions
+    from compressknow.probe.handle import Beside
     from compressknow.probe.noise import with_noise_floor
-    from compressknow.probe.run import Beside, probe_model
+    from compressknow.probe.run import probe_model
     from compressknow.quiet import staged
 
     def evaluate(

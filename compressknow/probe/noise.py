@@ -21,7 +21,7 @@ from compressknow.quiet import Listener, Stage, begun
 
 if TYPE_CHECKING:
     from compressknow.probe.distributions import Distributions, Rows
-    from compressknow.probe.run import ModelHandle
+    from compressknow.probe.handle import ModelHandle
     from compressknow.probe.sources import Opened
 
 # Facts of a probe that are asked again: a tenth of them, but no fewer than tell 1 % from 5 %, and no more than tell it

@@ -10,7 +10,7 @@ from compressknow.probe.records import FactsInText
 
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers
-    from compressknow.probe.run import ModelHandle
+    from compressknow.probe.handle import ModelHandle
 
 
 def with_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:

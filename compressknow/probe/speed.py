@@ -19,8 +19,8 @@ from typing import Any
 from compressknow.engine.identity import Located
 from compressknow.errors import CompressknowError
 from compressknow.model.checkpoint import read_json
+from compressknow.probe.handle import ModelHandle, Settings
 from compressknow.probe.records import Speed
-from compressknow.probe.run import ModelHandle, Settings
 from compressknow.system import peak_memory
 
 FACTS, ROUNDS = 192, 3

@@ -22,8 +22,9 @@ from compressknow.probe.answers import Answers
 from compressknow.probe.distributions import Distributions
 from compressknow.probe.evaluate import Prompts
 from compressknow.probe.facts import Probe
+from compressknow.probe.handle import Beside, ModelHandle, Settings
 from compressknow.probe.noise import with_noise_floor
-from compressknow.probe.run import Beside, ModelHandle, Settings, facts_of, is_answered, lacking, probe_model
+from compressknow.probe.run import facts_of, is_answered, lacking, probe_model
 from compressknow.probe.runtimes.transformers import LoadedInTransformers
 from compressknow.probe.sources import Opened
 from compressknow.probe.text.running import RunningText

@@ -15,7 +15,7 @@ from compressknow.errors import OutputError
 from compressknow.files import LOCK, own_folder, write_whole
 from compressknow.format import count
 from compressknow.probe.answers import Answer, Answers
-from compressknow.probe.run import ModelHandle
+from compressknow.probe.handle import ModelHandle
 from compressknow.reading import misfit
 from compressknow.report.card.make import compare, method_of, model_facts
 from compressknow.report.records import Comparison

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.errors import CompressknowError, OutputError, UnsupportedError
 from compressknow.files import write_whole
 from compressknow.probe.answers import RECORD, Answers
-from compressknow.probe.run import Settings
+from compressknow.probe.handle import Settings
 from compressknow.probe.sources import Opened
 from compressknow.quiet import Listener, staged
 from compressknow.study.cells import StudyModel, folder_of

@@ -17,7 +17,7 @@ from compressknow.engine import int8
 from compressknow.engine.int8 import Int8Linear, SteadyLinear, steady
 from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.load import load
-from compressknow.probe.run import Settings
+from compressknow.probe.handle import Settings
 from tests.knowing import facts_file, knowing
 from tests.models import QUANTIZABLE, logits, save_tiny
 

@@ -19,7 +19,7 @@ import compressknow
 from compressknow.probe import distributions, run
 from compressknow.probe.answers import TABLE, read_table
 from compressknow.probe.distributions import Distributions, Rows, divergence_of
-from compressknow.probe.run import Settings
+from compressknow.probe.handle import Settings
 from compressknow.quiet import Progress
 from compressknow.report.records import Card
 from compressknow.stats.records import Movement

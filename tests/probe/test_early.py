@@ -13,7 +13,7 @@ import compressknow
 from compressknow.errors import UsageError
 from compressknow.probe.early import FIRST, Early, gather_early
 from compressknow.probe.gather import Evaluation, gather
-from compressknow.probe.run import Settings
+from compressknow.probe.handle import Settings
 from compressknow.probe.runtimes import transformers
 from compressknow.probe.sources import Options
 from tests.knowing import KNOWN_FACTS, facts_file, knowing

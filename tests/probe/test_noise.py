@@ -13,8 +13,8 @@ from compressknow import Settings, probe, report
 from compressknow.errors import CompressknowError
 from compressknow.probe import noise
 from compressknow.probe.answers import Answers, read_answers
+from compressknow.probe.handle import ModelHandle
 from compressknow.probe.records import NoiseFloor
-from compressknow.probe.run import ModelHandle
 from compressknow.report.card.verdict import beside_rounding
 from compressknow.stats.distributions import kl_divergence
 from compressknow.stats.paired import compare_probe

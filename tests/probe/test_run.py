@@ -17,7 +17,8 @@ from compressknow.errors import CheckpointError, CompressknowError, OutputError,
 from compressknow.files import LOCK
 from compressknow.probe import run
 from compressknow.probe.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
-from compressknow.probe.run import Beside, ModelHandle, Settings, probe_model
+from compressknow.probe.handle import Beside, ModelHandle, Settings
+from compressknow.probe.run import probe_model
 from compressknow.probe.runtimes import transformers
 from compressknow.probe.sources import Options, open_all
 from compressknow.quiet import Listener

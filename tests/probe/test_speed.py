@@ -11,7 +11,7 @@ import torch
 import compressknow
 from compressknow.engine.identity import locate
 from compressknow.errors import CompressknowError
-from compressknow.probe.run import Settings
+from compressknow.probe.handle import Settings
 from compressknow.probe.speed import measure
 from tests.knowing import facts_file, knowing
 

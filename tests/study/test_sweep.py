@@ -21,7 +21,7 @@ from compressknow.engine.identity import locate
 from compressknow.errors import OutputError
 from compressknow.files import LOCK
 from compressknow.probe.answers import read_answers
-from compressknow.probe.run import ModelHandle, Settings
+from compressknow.probe.handle import ModelHandle, Settings
 from compressknow.study.folder import RECORD, CellResult, claim
 from tests.knowing import facts_file, knowing
 

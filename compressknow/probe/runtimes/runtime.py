@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
     from compressknow.probe.answers import Answer
     from compressknow.probe.facts import Fact, Probe
-    from compressknow.probe.run import Settings
+    from compressknow.probe.handle import Settings
     from compressknow.probe.scoring.prompts import Ids
     from compressknow.probe.scoring.scorer import Query, Whole
     from compressknow.probe.text.reading import TextReader

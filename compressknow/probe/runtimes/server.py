@@ -16,7 +16,7 @@ from compressknow.probe.runtimes.runtime import Loaded, Runtime
 if TYPE_CHECKING:
     from compressknow.engine.identity import Located
     from compressknow.probe.facts import Probe
-    from compressknow.probe.run import Settings
+    from compressknow.probe.handle import Settings
     from compressknow.probe.runtimes.serving.client import Client
     from compressknow.probe.runtimes.serving.kinds import Served
     from compressknow.probe.runtimes.serving.scoring import ServedScorer

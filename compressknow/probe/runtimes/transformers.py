@@ -11,7 +11,7 @@ from compressknow.probe.runtimes.runtime import Loaded, Runtime
 if TYPE_CHECKING:
     from compressknow.engine.identity import Located
     from compressknow.probe.facts import Probe
-    from compressknow.probe.run import Settings
+    from compressknow.probe.handle import Settings
     from compressknow.probe.scoring.scorer import Scorer
     from compressknow.probe.text.reading import TransformersReader
 

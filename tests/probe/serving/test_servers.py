@@ -23,7 +23,7 @@ from compressknow.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.probe.answers import Answer, read_answers
 from compressknow.probe.evaluate import evaluate, prompts_of
 from compressknow.probe.facts import Probe
-from compressknow.probe.run import ModelHandle, Settings
+from compressknow.probe.handle import ModelHandle, Settings
 from compressknow.probe.runtimes.serving import client as clients
 from tests.knowing import facts_file, knowing
 from tests.probe.references import answers_to, as_probe, known_facts
