@@ -98,8 +98,8 @@ def text_for(
         return None
     # What is smaller writes worse, and its text would depend on what is to be chosen by it.
     tree = plan.removal.given[1] if plan.removal else conversion.tree
-    from compressknow.compress.calibrate.compression import refuse_unsmoothable
     from compressknow.compress.calibrate.text import calibration_text
+    from compressknow.compress.calibrate.trial import refuse_unsmoothable
 
     if plan.removal is None or plan.removal.decided:
         refuse_unsmoothable(plan, conversion.tree)

@@ -25,10 +25,8 @@ from compressknow.compress.pruning import BlockMask, Mask, Pruned, pruned_matrix
 from compressknow.compress.schemes import Scheme
 from compressknow.compress.schemes.rounding import nearest
 from compressknow.compress.steps import Quantize
-from compressknow.engine.language_model import embedding_rows
 from compressknow.errors import UnsupportedError
 from compressknow.format import size
-from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 
 # Fewer tokens than this tell nothing of the inputs of an expert.
 LEAST_TOKENS = 32
-# So many tokens show what a block's layers read.
-TRIED_TOKENS = 8
 SHARING = "Its blocks share their weights, and each use wants other factors."
 TOGETHER = "Its blocks cannot be run one by one."
 
@@ -116,11 +112,11 @@ class _Run:
     def apart(self, batches: Sequence[Mapping[str, torch.Tensor]], folder: Path | None) -> Calibrated:
         """Block by block."""
         streamed = StreamedModel(self._tree, self._plan.sources, self._work.files)
-        targets = _Targets(self._plan, streamed.blocks)
+        targets = Targets(self._plan, streamed.blocks)
         for part, several in ((targets.repeated, True), (targets.once, False)):
             if part:
                 if several:
-                    _refuse_smoothing(self._plan, SHARING)
+                    refuse_smoothing(self._plan, SHARING)
                 visitor = _Compressing(self, streamed, part, waits=several)
                 told = partial(self._tell, part, len(targets.repeated) + len(targets.once))
                 walk(streamed, batches, visitor, self._work.pool, folder, told)
@@ -134,7 +130,7 @@ class _Run:
 
     def together(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Calibrated:
         """The whole model at once: every layer sees what the original gave it."""
-        _refuse_smoothing(self._plan, TOGETHER)
+        refuse_smoothing(self._plan, TOGETHER)
         self.result.apart = False
         streamed = StreamedModel(self._tree, self._plan.sources, self._work.files, whole=True)
         tensors = [tensor for tensor in self._plan.tensors if tensor.in_scope and tensor.group != "vision"]
@@ -174,7 +170,7 @@ class _Run:
     ) -> dict[str, torch.Tensor]:
         """Divide the norms of a block and write them; what the columns of the weights behind them are to be multiplied
         with, by parameter. Raises UnsupportedError where no norm can take it."""
-        wanted = _to_smooth(self._plan, tensors)
+        wanted = to_smooth(self._plan, tensors)
         if not wanted or module not in streamed.blocks:
             return {}
         weights = {name: streamed.model.get_parameter(name) for name in wanted}
@@ -187,7 +183,7 @@ class _Run:
             factors |= dict.fromkeys(norm.readers, self._divide(norm, made, streamed))
             self.result.smoothed[norm.module] = list(norm.readers)
         if not factors:
-            raise _nothing_to_smooth(module)
+            raise nothing_to_smooth(module)
         return factors
 
     def _divide(self, norm: Norm, factors: torch.Tensor, streamed: StreamedModel) -> torch.Tensor:
@@ -312,63 +308,14 @@ def _gptq(
     return gptq(values, scales, scheme, inputs, values == 0 if pruned else None)
 
 
-def refuse_unsmoothable(plan: Plan, tree: PreTrainedModel) -> None:
-    """Raise UnsupportedError where a recipe smooths and the first block in scope has nothing that can be: found by a
-    few tokens, before the model writes a text.
-    """
-    if not _smooths(plan):
-        return
-    with OpenFiles() as files, Pool(1) as pool:
-        streamed = StreamedModel(tree, plan.sources, files)
-        targets = _Targets(plan, streamed.blocks)
-        if targets.repeated:
-            _refuse_smoothing(plan, SHARING)
-        trying = _TryingToSmooth(plan, streamed, targets.once, pool)
-        ids = torch.arange(TRIED_TOKENS)[None] % embedding_rows(streamed.model)
-        two = {"decoder_input_ids": ids} if streamed.model.config.is_encoder_decoder else {}
-        try:
-            walk(streamed, [{"input_ids": ids, **two}], trying, pool)
-        except NotApart:
-            _refuse_smoothing(plan, TOGETHER)
-
-
-class _TryingToSmooth:
-    """Visits the first block in which something is to be smoothed."""
-
-    alone: Collection[str] = ()
-
-    def __init__(
-        self, plan: Plan, streamed: StreamedModel, targets: Mapping[str, list[PlannedTensor]], pool: Pool
-    ) -> None:
-        self._plan, self._streamed, self._targets, self._pool = plan, streamed, targets, pool
-        self.done = False
-
-    def watched(self, module: str) -> Collection[str]:
-        """The weights in a block that are to be smoothed."""
-        return list(_to_smooth(self._plan, self._targets.get(module, ())))
-
-    def sums(self, module: str) -> Sums:
-        """They are not asked for."""
-        return Sums(self.watched(module), products=False, peaks=False, check=self._pool.check)
-
-    def visit(self, module: str, again: Callable[[], Any]) -> None:
-        """Raises UnsupportedError where none of them can be."""
-        weights = {name: self._streamed.model.get_parameter(name) for name in self.watched(module)}
-        if not any(norms_before(module, self._streamed.model.get_submodule(module), weights, again)):
-            raise _nothing_to_smooth(module)
-        self.done = True
-
-    def output(self, module: str, batch: int, call: Call, output: Any) -> None:
-        """Nothing is learned from it."""
-
-
-def _to_smooth(plan: Plan, tensors: Iterable[PlannedTensor]) -> dict[str, float]:
+def to_smooth(plan: Plan, tensors: Iterable[PlannedTensor]) -> dict[str, float]:
     """Alpha by parameter."""
     steps = {tensor.parameter: plan.quantize_step(tensor) for tensor in tensors}
     return {name: step.smooth for name, step in steps.items() if step and step.smooth}
 
 
-def _nothing_to_smooth(module: str) -> UnsupportedError:
+def nothing_to_smooth(module: str) -> UnsupportedError:
+    """The error for a block without a norm that can take it."""
     return UnsupportedError(
         f"Nothing in {module} can be smoothed.",
         why="Only a norm that feeds quantized layers and nothing else can take what leaves its outputs.",
@@ -376,12 +323,14 @@ def _nothing_to_smooth(module: str) -> UnsupportedError:
     )
 
 
-def _smooths(plan: Plan) -> bool:
+def smooths(plan: Plan) -> bool:
+    """Whether a step of its recipe does."""
     return any(isinstance(step, Quantize) and step.smooth is not None for step in plan.recipe.steps)
 
 
-def _refuse_smoothing(plan: Plan, why: str) -> None:
-    if _smooths(plan):
+def refuse_smoothing(plan: Plan, why: str) -> None:
+    """Raise UnsupportedError where the recipe smooths."""
+    if smooths(plan):
         raise UnsupportedError(
             f"{plan.structure.architecture} cannot be smoothed.", why=why, hint="Leave --smooth out."
         )
@@ -398,7 +347,7 @@ def _nothing_known(tensor: PlannedTensor, width: int, products: bool) -> InputSt
     )
 
 
-class _Targets:
+class Targets:
     """What is in scope, by the block that holds it, or by its own module where none does."""
 
     def __init__(self, plan: Plan, blocks: Sequence[str]) -> None:
