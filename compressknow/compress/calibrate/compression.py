@@ -137,10 +137,9 @@ class _Run:
         names = dict.fromkeys(tensor.parameter for tensor in tensors)
         sums = self.sums(tensors)
         weights = {name: streamed.model.get_parameter(name) for name in names}
-        takes = {"use_cache": False} if hasattr(streamed.model.config, "use_cache") else {}
         for number, batch in enumerate(batches):
-            with torch.no_grad(), Watch(weights) as watch:
-                streamed.model(**batch, **takes)
+            with Watch(weights) as watch:
+                streamed.run(batch)
             sums.add(number, watch.seen)
             self._told(number + 1, len(batches))
         self._work.pool.map(partial(self.compress, sums=sums, factors={}), tensors)

@@ -96,6 +96,12 @@ class StreamedModel:
         for name in names:
             self._set(name, torch.empty(self._get(name).shape, device="meta"))
 
+    def run(self, batch: Mapping[str, torch.Tensor]) -> None:
+        """The whole model on a batch, for what is seen of it; it must hold all its weights."""
+        takes = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
+        with torch.no_grad():
+            self.model(**batch, **takes)
+
     def replace(self, parameter: str, stored: StoredTensor, values: torch.Tensor) -> None:
         """From now on a stored tensor holds these values (float32, of its shape): in its parameter too."""
         self._replaced[stored.name] = values

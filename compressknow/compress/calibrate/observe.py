@@ -86,10 +86,9 @@ def _together(
     """The whole model at once."""
     sums = _sums(weights, pool)
     parameters = {weight.parameter: streamed.model.get_parameter(weight.parameter) for weight in weights}
-    takes = {"use_cache": False} if hasattr(streamed.model.config, "use_cache") else {}
     for number, batch in enumerate(batches):
-        with torch.no_grad(), Watch(parameters) as watch:
-            streamed.model(**batch, **takes)
+        with Watch(parameters) as watch:
+            streamed.run(batch)
         sums.add(number, watch.seen)
         told(number + 1, len(batches))
     return dict(_found(weights, lambda _: sums))

@@ -5,7 +5,6 @@ they add to what their block gives, and the weights that read these fitted anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -192,7 +191,7 @@ class _Similarities:
             for name in streamed.blocks
         ]
         for number, batch in enumerate(batches):  # noqa: B007  (`note` reads it)
-            _forward(streamed, batch)
+            streamed.run(batch)
         for hook in hooks:
             hook.remove()
 
@@ -253,7 +252,7 @@ class _Neurons:
         weights = {name: streamed.model.get_parameter(name) for name in order}
         for number, batch in enumerate(batches):
             with Watch(weights) as watch:
-                _forward(streamed, batch)
+                streamed.run(batch)
             sums.add(number, watch.seen)
         self.pool.map(partial(self._cut, sums), self._networks)
 
@@ -261,8 +260,7 @@ class _Neurons:
         """Cut what waited."""
         for module in list(self._sums):
             waited = [network for network in self._in(module) if network.down.parameter not in self.kept]
-            loaded: AbstractContextManager[None] = self.streamed.loaded(module)
-            with loaded if module in self.streamed.blocks else nullcontext():
+            with self.streamed.loaded(module):
                 self.pool.map(partial(self._cut, self._sums[module]), waited)
         if lacking := [n.down.module for n in self._networks if n.down.parameter not in self.kept]:
             raise CompressknowError(
@@ -290,9 +288,3 @@ class _Neurons:
         self.streamed.replace(parameter, stored, (left.T if transposed else left).contiguous())
         # The block holds it as long as it is needed.
         self.streamed.forget([stored])
-
-
-def _forward(streamed: StreamedModel, batch: Mapping[str, torch.Tensor]) -> None:
-    takes = {"use_cache": False} if hasattr(streamed.model.config, "use_cache") else {}
-    with torch.no_grad():
-        streamed.model(**batch, **takes)
