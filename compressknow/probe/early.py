@@ -67,7 +67,8 @@ def gather_early(
     given = [stored_answers(model) for model in (original, compressed)]
     probes = _of_facts(open_like(next(filter(None, given), None), evaluation))
     named = zip((original, compressed), (revision, None), given, strict=True)
-    handles = iter(handles_of([locate(model, of) for model, of, answers in named if not answers], evaluation.settings))
+    located = [locate(model, of) for model, of, answers in named if not answers]
+    handles = iter(handles_of(located, evaluation.settings, probes, timed=evaluation.timed))
     first, second = (_Side(answers, None if answers else next(handles)) for answers in given)
     first.look_in(evaluation.keep_in, probes, None)
     if first.stored:

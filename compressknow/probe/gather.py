@@ -138,12 +138,9 @@ class _Gathering:
         # All are found before the first is evaluated: a wrong name is told at once.
         revisions = [revision, *(None for _ in models[1:])]
         asked = [(model, of) for model, of, answers in zip(models, revisions, stored, strict=True) if not answers]
-        handles = iter(handles_of([locate(model, of) for model, of in asked], evaluation.settings))
+        located = [locate(model, of) for model, of in asked]
+        handles = iter(handles_of(located, evaluation.settings, self._probes, timed=evaluation.timed))
         self._handles = [None if answers else next(handles) for answers in stored]
-        for handle in filter(None, self._handles):
-            handle.refuse_tasks(self._probes)
-            if evaluation.timed:
-                refuse_untimed(handle)
 
     def run(self, on_progress: Listener | None) -> list[Answers]:
         """The answers of all, in their order."""
@@ -177,12 +174,6 @@ class _Gathering:
         if beside.reference is None:
             answers = with_noise_floor(handle, self._probes, answers, folder, on_progress, whole=beside.whole)
         return finished(answers, handle, beside.reference, timed=self._evaluation.timed)
-
-
-def refuse_untimed(handle: ModelHandle) -> None:
-    """Raise UsageError where the speed of a model cannot be measured on this machine."""
-    if (url := handle.located.url) is not None:
-        raise UsageError(f"--time measures models on this machine: {url} is a server.", hint="Leave --time out.")
 
 
 def finished(answers: Answers, handle: ModelHandle | None, reference: Answers | None, *, timed: bool) -> Answers:

@@ -135,6 +135,17 @@ class ModelHandle:
             hint="Choose probes of facts; or, for a GGUF file, pass --runtime transformers.",
         )
 
+    def refuse_untimed(self) -> None:
+        """Raise UsageError where the speed of the model cannot be measured on this machine."""
+        if (url := self.located.url) is not None:
+            raise UsageError(f"--time measures models on this machine: {url} is a server.", hint="Leave --time out.")
+
+    def reach(self) -> None:
+        """Find the model; raise CompressknowError where it is a server's that does not answer."""
+        if self.located.url is not None:
+            # Found by what it answers.
+            _ = self.sha256
+
     def in_another_precision(self) -> ModelHandle | None:
         """The same model in bfloat16 or, where it is run in less than float32, in that; None where what runs it has one
         precision.
@@ -168,18 +179,22 @@ class ModelHandle:
         return ModelRecord.from_dict(self.described() | dict(loaded.described()) | known)
 
 
-def handles_of(located: Sequence[Located], settings: Settings) -> list[ModelHandle]:
-    """Several models that are set side by side: where the settings name a runtime, it runs those that it reads, and the
-    others run as if none was named.
+def handles_of(
+    located: Sequence[Located], settings: Settings, probes: Sequence[Opened] = (), *, timed: bool = False
+) -> list[ModelHandle]:
+    """Several models that are set side by side, to be evaluated on `probes` and, if `timed`, to be measured: where the
+    settings name a runtime, it runs those that it reads, and the others run as if none was named.
 
-    Raises UsageError where it reads none of them, CompressknowError where a server does not answer: before any model is
-    evaluated.
+    Raises UsageError where it reads none of them, UnsupportedError or UsageError where a model cannot be evaluated so,
+    then CompressknowError where a server does not answer: before any model is evaluated.
     """
     handles = [ModelHandle(each, own) for each, own in zip(located, _settings_of(located, settings), strict=True)]
     for handle in handles:
-        if handle.located.url is not None:
-            # Found by what it answers.
-            _ = handle.sha256
+        handle.refuse_tasks(probes)
+        if timed:
+            handle.refuse_untimed()
+    for handle in handles:
+        handle.reach()
     return handles
 
 

@@ -376,8 +376,9 @@ def test_speed_on_a_server_is_refused_before_any_work(
     served: Callable[[str], ModelServer], checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = served("vllm")
-    assert main(["report", str(checkpoint), server.url, "--time"]) == 2
-    assert f"{server.url} is a server" in capsys.readouterr().err
+    for words in (["--time"], ["--time", "--fail-under", "0.5", "--early"]):
+        assert main(["report", str(checkpoint), server.url, *words]) == 2
+        assert f"{server.url} is a server" in capsys.readouterr().err
     assert server.requests == []
 
 
