@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressknow.compress.blocks import Reader
+from compressknow.compress.calibrate.compression import smooths
 from compressknow.compress.calibrate.kept import kept_text
 from compressknow.compress.convert import (
     Conversion,
@@ -124,8 +125,9 @@ class VariantMaker:
 
     def _make(self, conversion: Conversion, files: OpenFiles) -> Variant:
         plan = conversion.plan
-        # Names of a smaller model are those of other tensors.
-        output, text = _Memory(plan, {} if plan.removal else self._kept), self.text(plan)
+        # Names of a smaller model are those of other tensors; smoothing divides norms that no scope has.
+        alone = plan.removal is not None or smooths(plan)
+        output, text = _Memory(plan, {} if alone else self._kept), self.text(plan)
         with Pool(self._threads) as pool:
             work = Work(pool, files, lambda _: None, output)
             masks = choose_masks(work, plan)
@@ -139,7 +141,7 @@ class VariantMaker:
 
             measured = dict(zip((t.name for t in plan.tensors), pool.map(write, plan.tensors), strict=True))
         refuse_miscounts(plan, measured)
-        if not plan.removal:
+        if not alone:
             self._keep(plan, output, measured)
         sizes = lay_out(plan.tensors, plan.checkpoint.shards).sizes
         manifest = build_manifest(plan, measured, {}, {}, calibration_record(text, calibrated, plan.removal))

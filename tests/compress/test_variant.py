@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from compressknow import convert
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.steps import Prune, Quantize, Where
+from compressknow.compress.steps import Calibration, Prune, Quantize, Where
 from compressknow.compress.variant import VariantMaker
 from compressknow.engine.load import load, load_variant
+from tests.knowing import knowing
 from tests.models import logits, save_tiny
 
 RECIPES = {
@@ -47,6 +48,23 @@ def test_a_variant_is_what_convert_writes_and_computes_the_same(architecture: st
                 assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
             expected = logits(load(written, dtype="float32", language_model=True))
             assert torch.equal(logits(load_variant(variant, maker, dtype="float32")), expected)
+
+
+@pytest.mark.parametrize("architecture", ["t5", "llama"])
+def test_norms_that_were_smoothed_are_nobody_elses(architecture: str, tmp_path: Path) -> None:
+    source = knowing(architecture, tmp_path / "model")
+    blocks = Where(("attention", "feed-forward"))
+    plain = Recipe((Quantize("int8", blocks),))
+    smooth = Recipe((Quantize("int8", blocks, smooth=0.5),), calibration=Calibration(tokens=256))
+    with VariantMaker(source) as maker:
+        # Before the smoothed one, and after.
+        for number, recipe in enumerate((plain, smooth, plain)):
+            convert(source, tmp_path / str(number), recipe=recipe)
+            stored = load_file(tmp_path / str(number) / "model.safetensors")
+            variant = maker.make(maker.plan(recipe))
+            assert variant.tensors.keys() == stored.keys()
+            for name, tensor in stored.items():
+                assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
 
 
 def test_tensors_that_a_recipe_leaves_alone_are_shared_and_stay_as_they_were(tmp_path: Path) -> None:
