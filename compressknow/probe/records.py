@@ -60,6 +60,11 @@ class NoiseFloor:
     kl_mean: float | None
     computed_in: str
 
+    @property
+    def kept(self) -> float | None:
+        """The share of the known facts that are right then too (0 to 1); None where none is known."""
+        return 1 - self.lost / self.known if self.known else None
+
 
 @dataclass(frozen=True)
 class ProbeEntry(_Part):

@@ -154,7 +154,7 @@ def lines(
         largest = max(x for x, *_ in ends)
         bottom, top = _range([100 * start, *reach(drawn_lines, levels), *within])
         _end_labels(plot, ends, largest, gap=_APART * (top - bottom), bottom=bottom)
-        _draw_levels(plot, levels, largest, (bottom, top))
+        _draw_levels(plot, levels, largest, (bottom, top), 100 * start)
         _amount_axis(plot, drawn_lines, largest)
         percent_axis(plot, bottom, top, unit)
     return drawn()
@@ -210,11 +210,18 @@ def _spaced(amounts: Sequence[float], gap: float) -> list[float]:
     return kept
 
 
-def _draw_levels(plot: Axes, levels: Sequence[Level], largest: float, limits: tuple[float, float]) -> None:
-    for level, place in zip(levels, _level_places(levels, _APART * (limits[1] - limits[0])), strict=True):
+def _draw_levels(
+    plot: Axes, levels: Sequence[Level], largest: float, limits: tuple[float, float], start: float
+) -> None:
+    gap = _APART * (limits[1] - limits[0])
+    for level, place in zip(levels, _level_places(levels, gap), strict=True):
         y, label = 100 * level.value, _label(level.name, 40)
+        # On the left, but for a level near the start: there all lines lie.
+        x, side = (0.0, "left") if abs(place - start) > gap else (largest * 1.02, "right")
         plot.plot([-largest * 0.03, largest * 1.02], [y, y], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
-        plot.annotate(label, (0, place), (0, 3), textcoords="offset points", fontsize=10, color=MUTED, va="bottom")
+        plot.annotate(
+            label, (x, place), (0, 3), textcoords="offset points", fontsize=10, color=MUTED, va="bottom", ha=side
+        )
 
 
 def _level_places(levels: Sequence[Level], gap: float) -> list[float]:

@@ -15,7 +15,7 @@ from compressknow.probe import noise
 from compressknow.probe.answers import Answers, read_answers
 from compressknow.probe.handle import ModelHandle
 from compressknow.probe.records import NoiseFloor
-from compressknow.report.card.verdict import beside_rounding
+from compressknow.report.card.rounding import beside_rounding
 from compressknow.stats.distributions import kl_divergence
 from compressknow.stats.paired import compare_probe
 from tests.knowing import facts_file, knowing

@@ -16,9 +16,9 @@ from compressknow.report.card import assembly
 from compressknow.report.card import warnings as warnings
 from compressknow.report.card.advice import advice, facts_needed, widest
 from compressknow.report.card.method import method
+from compressknow.report.card.rounding import beside_rounding
 from compressknow.report.card.section import ProbeAnswers
 from compressknow.report.card.verdict import (
-    beside_rounding,
     grades,
     in_words,
     labels_of,

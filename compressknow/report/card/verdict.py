@@ -145,21 +145,6 @@ def rounded_up(facts: int) -> str:
     return count(-(-facts // step) * step)
 
 
-def beside_rounding(probes: Iterable[ProbeFigures]) -> str:
-    """What share of the answers is another one, and what rounding alone changes, over the probes that tell; nothing
-    where none does.
-    """
-    told = [(probe, probe.noise_floor) for probe in probes if probe.noise_floor and probe.noise_floor.n]
-    if not told:
-        return ""
-    facts = sum(probe.counts.n for probe, _ in told)
-    changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe, _ in told)
-    rounded, of = sum(floor.changed for _, floor in told), sum(floor.n for _, floor in told)
-    if changed * of <= rounded * facts:
-        return f" Of its answers, {percent(changed, facts)} differ, no more than rounding alone changes."
-    return f" Of its answers, {percent(changed, facts)} differ; rounding alone changes {percent(rounded, of)}."
-
-
 def verdict_of_several(original: str, comparisons: Sequence[Comparison]) -> str:
     """The sentence on several compressed models: the best and the worst of them."""
     name = plain(original, _NAME)

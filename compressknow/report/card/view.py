@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from compressknow.compress.recipe import to_toml
 from compressknow.format import NONE, count, estimate, plain, plain_lines, share, size, smaller
 from compressknow.report import drawing
-from compressknow.report.card import assembly
+from compressknow.report.card import assembly, rounding
 from compressknow.report.card.section import Limits
 from compressknow.report.card.verdict import labels_of
 from compressknow.report.drawing import Line
@@ -20,7 +20,7 @@ from compressknow.report.parts import Shown
 from compressknow.report.records import Card, Comparison, Grade
 from compressknow.report.tables import Entry, Table, hashes, headline_accuracy, identity, run_entries
 from compressknow.report.texts import text_headline, written_perplexity
-from compressknow.stats.records import Counts, Estimate
+from compressknow.stats.records import Counts, Estimate, ProbeFigures
 
 _MOST_BARS = 15
 _AMOUNT = re.compile(r"(?P<scope>.*\S)\s+(?P<amount>\d+(?:\.\d+)?)\s*%")
@@ -28,7 +28,7 @@ _AMOUNT = re.compile(r"(?P<scope>.*\S)\s+(?P<amount>\d+(?:\.\d+)?)\s*%")
 
 @dataclass(frozen=True, slots=True)
 class GradeRow:
-    """A line of the report card."""
+    """A line of the report card; `rounding` is the mark on its bar, of what rounding alone keeps, where it has one."""
 
     subject: str
     known: str
@@ -37,6 +37,7 @@ class GradeRow:
     grade: str
     range: str
     bar: Estimate
+    rounding: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Compared:
     Attributes
     ----------
     graded : there are facts, or should be; of running texts alone there is nothing to grade.
+    marked : what the mark on the bar of all subjects shows; empty where there is none.
     """
 
     id: str
@@ -68,6 +70,7 @@ class Compared:
     warnings: tuple[str, ...]
     grades: tuple[GradeRow, ...]
     total: GradeRow
+    marked: str
     counts: Counts
     graded: bool
     size: Size
@@ -78,7 +81,10 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A whole card. With one compressed model, `compared` has one and there is no overview."""
+    """A whole card. With one compressed model, `compared` has one and there is no overview.
+
+    `marked` is what the line across the overview's charts shows; empty where there is none.
+    """
 
     title: str
     headline: str
@@ -87,6 +93,7 @@ class Page:
     warnings: tuple[str, ...]
     identity: tuple[Entry, ...]
     overview: Table | None
+    marked: str
     compared: tuple[Compared, ...]
     method: tuple[str, ...]
     glossary: tuple[tuple[str, str], ...]
@@ -121,6 +128,7 @@ def page(card: Card, limits: Limits) -> Page:
         warnings=tuple(dict.fromkeys(plain(warning, 1000) for warning in warnings)),
         identity=identity(card.original),
         overview=None if single else _overview(card, names),
+        marked=rounding.mark_in_words(_probes(card.comparisons), "The line across the charts"),
         compared=compared,
         method=tuple(plain(sentence, 2000) for sentence in card.method),
         glossary=assembly.glossary(card.comparisons),
@@ -185,7 +193,8 @@ def _compared(card: Card, comparison: Comparison, id: str, name: str, limits: Li
         next=plain(comparison.next, 1000),
         warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
         grades=tuple(_grade_row(grade) for grade in comparison.grades),
-        total=GradeRow("All subjects", _of(counts), *_kept_and_interval(comparison.kept), "", "", comparison.kept),
+        total=_total_row(comparison),
+        marked=rounding.mark_in_words(comparison.probes, "The long line on the bar of all subjects"),
         counts=counts,
         graded=not comparison.only_texts,
         size=Size(size(before), size(after), smaller(before, after), *_shares(after, before)),
@@ -204,6 +213,12 @@ def _grade_row(grade: Grade) -> GradeRow:
         plain(grade.range, 20) if grade.unsure and grade.range else "",
         grade.kept,
     )
+
+
+def _total_row(comparison: Comparison) -> GradeRow:
+    of, kept = _of(comparison.counts), comparison.kept
+    marked = rounding.kept_by_rounding(comparison.probes)
+    return GradeRow("All subjects", of, *_kept_and_interval(kept), "", "", kept, marked)
 
 
 def _of(counts: Counts) -> str:
@@ -289,14 +304,21 @@ def setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> 
     """Charts of what several compressed models kept: lines where setups are amounts by scope, bars for the others."""
     lines, others = split(comparisons)
     title = "Knowledge kept by how much was pruned"
-    charts = [drawing.lines(lines, f"{id}-lines", title, start=1)] if lines else []
+    levels = rounding.mark(rounding.kept_by_rounding(_probes(comparisons)))
+    charts = [drawing.lines(lines, f"{id}-lines", title, start=1, levels=levels)] if lines else []
     # Many bars would repeat the overview's, one below the other.
     bars = (
         []
         if len(others) > _MOST_BARS
         else [drawing.Bar(names[i], comparisons[i].kept) for i in others if comparisons[i].kept.value is not None]
     )
-    return (*charts, *([drawing.bars(bars, f"{id}-bars", "Knowledge kept by compressed model")] if bars else []))
+    title = "Knowledge kept by compressed model"
+    return (*charts, *([drawing.bars(bars, f"{id}-bars", title, levels=levels)] if bars else []))
+
+
+def _probes(comparisons: Iterable[Comparison]) -> Iterable[ProbeFigures]:
+    """One of each name: what is the original's alone is the same in all."""
+    return {probe.probe: probe for comparison in comparisons for probe in comparison.probes}.values()
 
 
 def split(comparisons: Sequence[Comparison]) -> tuple[tuple[Line, ...], tuple[int, ...]]:

@@ -11,6 +11,7 @@ from typing import Any
 from compressknow.compress.pruning import METHODS
 from compressknow.format import plain
 from compressknow.report import drawing
+from compressknow.report.card.rounding import kept_by_rounding, mark
 from compressknow.report.drawing import Bar, Level, Line
 from compressknow.report.records import Comparison
 from compressknow.report.study.records import (
@@ -55,6 +56,19 @@ def baselines(study: Study) -> tuple[Level, ...]:
 def guessing(study: Study) -> tuple[Level, ...]:
     """What a model that guesses keeps: the mean of chance over probes, where every probe has it."""
     return _levels(study, (_chances(study),), from_original=False)
+
+
+def marks(study: Study) -> tuple[Level, ...]:
+    """What kept knowledge is measured by: guessing, and what rounding alone keeps of what the original knows."""
+    return guessing(study) + mark(_by_rounding(study))
+
+
+def _by_rounding(study: Study) -> float | None:
+    """The mean over the probes of which the original knows anything, where it was found for each."""
+    probes = {probe.probe: probe for cell in study.cells for probe in cell.comparison.probes}.values()
+    shares = [kept_by_rounding([probe]) for probe in probes if probe.counts.known_before]
+    found = [each for each in shares if each is not None]
+    return sum(found) / len(found) if found and len(found) == len(shares) else None
 
 
 def _chances(study: Study) -> tuple[str, list[float | None]]:
@@ -189,7 +203,7 @@ class _Look:
 
 
 _DROP = _Look("drop", partial(drawing.lines, start=0, unit=drawing.POINTS), baselines)
-_KEPT = _Look("kept", partial(drawing.lines, start=1), guessing)
+_KEPT = _Look("kept", partial(drawing.lines, start=1), marks)
 _BARS = _Look("bars", partial(drawing.bars, high=10, unit=drawing.POINTS), baselines)
 
 

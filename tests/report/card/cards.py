@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from compressknow.probe.answers import GRADES as KNOWING
+from compressknow.probe.records import NoiseFloor
 from compressknow.report.records import Card, Comparison, Grade, ModelFacts, Speed
 from compressknow.stats.records import (
     Certainty,
@@ -158,6 +159,7 @@ def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bo
         certainty=certainty(kept(counts), len(groups)),
         confidence=confidence(counts) if popular else None,
         knowing=knowing(counts) if popular else None,
+        noise_floor=NoiseFloor(300, 14, 212, 3, 2, 0.00071, "float32"),
     )
 
 
@@ -379,6 +381,7 @@ def card_of_nothing() -> Card:
         brier=None,
         chance=None,
         majority=None,
+        noise_floor=None,
         drop_absolute=None,
         drop_relative=None,
         by_relation=(Group("capital", Counts(neither=3), none, None, None, None),),

@@ -11,9 +11,12 @@ from xml.etree import ElementTree
 import pytest
 
 from compressknow.format import plain
+from compressknow.probe.records import NoiseFloor
 from compressknow.report.card import view
+from compressknow.report.card.rounding import kept_by_rounding
 from compressknow.report.card.sections.groups import popularity_chart
 from compressknow.report.card.view import section_names
+from compressknow.report.records import Comparison
 from compressknow.stats.records import Counts, Estimate, Group
 from tests.report.card.cards import POPULARITY, card_of_several, group
 from tests.report.hostile import TEXTS
@@ -80,6 +83,30 @@ def test_many_bars_are_left_to_the_table() -> None:
     comparisons = tuple(replace(c, model=replace(c.model, setup=None)) for c in comparisons)
     assert view.setups(comparisons, ["x"] * 20, "overview") == ()
     assert len(view.setups(comparisons[:5], ["x"] * 5, "overview")) == 1
+
+
+def floors(*found: NoiseFloor | None) -> tuple[Comparison, ...]:
+    """Several compressed models, of two probes that have these noise floors."""
+    comparisons = card_of_several((20, 40)).comparisons
+    return tuple(
+        replace(c, probes=tuple(replace(p, noise_floor=floor) for p, floor in zip(c.probes, found, strict=True)))
+        for c in comparisons
+    )
+
+
+def test_what_rounding_alone_keeps_is_a_line_across_where_it_was_found_for_all() -> None:
+    few, many = (NoiseFloor(100, 9, 40, lost, 0, None, "float32") for lost in (1, 4))
+    comparisons = floors(few, many)
+    known = [probe.counts.known_before for probe in comparisons[0].probes]
+    kept = sum(each * share for each, share in zip(known, (0.975, 0.9), strict=True)) / sum(known)
+    for chart in view.setups(comparisons, section_names(card_of_several((20, 40))), "overview"):
+        assert "rounding alone" in texts(chart)
+        assert f"rounding alone: {100 * kept:.1f} %." in "".join(ElementTree.fromstring(chart).itertext())
+    nothing_known = replace(few, known=0, lost=0)
+    for lacking in ((few, None), (None, many), (None, None), (few, nothing_known)):
+        made = floors(*lacking)
+        assert kept_by_rounding(made[0].probes) is None
+        assert "rounding" not in "".join(view.setups(made, section_names(card_of_several((20, 40))), "overview"))
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))

@@ -72,6 +72,20 @@ def test_first_screen_says_what_was_kept() -> None:
     assert rows[-1] == ["All subjects", "947 of 1,895", "89.4 % (87.3 to 91.2 %)", ""]
 
 
+def test_the_bar_of_all_subjects_has_a_mark_for_what_rounding_alone_keeps() -> None:
+    made = card_of_one()
+    page = read(render_html(made))
+    (mark,) = with_class(page, "path", "rounding")
+    assert mark in with_class(page, "table", "grades")[0].one("tfoot").all("path")
+    assert mark.attributes["d"] == "M98.6 -4V12"
+    said = "The long line on the bar of all subjects shows what rounding alone keeps: 98.6 %, by 424 facts"
+    assert said in page.one("main").text
+    probes = (replace(made.comparisons[0].probes[0], noise_floor=None), *made.comparisons[0].probes[1:])
+    without = render_html(replace(made, comparisons=(replace(made.comparisons[0], probes=probes),)))
+    assert 'class="rounding"' not in without
+    assert "what rounding alone keeps" not in without
+
+
 def test_card_made_from_answers_is_a_page() -> None:
     original, compressed = run(sides(140, 15, 2, 60))
     page = read(render_html(make_card(original, [compressed], command="compressknow report a b")))

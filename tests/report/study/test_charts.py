@@ -13,12 +13,21 @@ import pytest
 from compressknow.format import plain
 from compressknow.report.drawing import Bar, Level, Line, bars, lines
 from compressknow.report.pages import source
-from compressknow.report.study.charts import NAMES, Chart, baselines, guessing, mean_drop, mean_kept, study_charts
+from compressknow.report.study.charts import (
+    NAMES,
+    Chart,
+    baselines,
+    guessing,
+    marks,
+    mean_drop,
+    mean_kept,
+    study_charts,
+)
 from compressknow.report.study.records import Study
 from compressknow.report.svg import COLOURS, standalone
 from compressknow.stats.records import Estimate
 from tests.report.hostile import TEXTS
-from tests.report.study.studies import TASKS, Asked, gp, gq, study, whole_grid
+from tests.report.study.studies import ENTRY, ROUNDING, TASKS, Asked, gp, gq, study, whole_grid
 
 TASK = {"chance": 0.5, "majority": 0.6}
 
@@ -84,6 +93,34 @@ def test_baselines_are_where_every_probe_has_them() -> None:
     assert guessing(free) == ()
     drawn = study_charts(study([gp("overall", a, range(50)) for a in (0.2, 0.4)], asked=Asked(100, 80, entry=TASK)))
     assert {"majority baseline", "guessing"} <= set(texts(svg_of(drawn[0])))
+
+
+def test_what_rounding_alone_keeps_is_a_line_of_kept_knowledge() -> None:
+    cells = [gp("attention", a, range(k)) for a, k in ((0.2, 90), (0.4, 80))]
+    made = study(cells, asked=Asked(n=200, known=100, entry=ENTRY))
+    drop, kept = study_charts(made)
+    assert marks(made) == (Level("rounding alone", 0.98),)
+    assert "rounding alone: 98.0 %." in svg_of(kept)
+    assert "rounding alone" in texts(svg_of(kept))
+    assert "rounding" not in svg_of(drop)
+    probes = [(lost, Asked(n=200, known=100, probes=(name,))) for name, lost in (("a", 5), ("b", 0))]
+    first, second = (
+        study(cells, asked=replace(asked, entry=ENTRY | {"noise_floor": ROUNDING | {"lost": lost}}))
+        for lost, asked in probes
+    )
+    assert marks(together(first, second)) == (Level("rounding alone", 0.95),)
+    without = study(cells, asked=Asked(n=200, known=100, probes=("c",), entry=ENTRY | {"noise_floor": None}))
+    assert marks(together(first, without)) == marks(without) == ()
+
+
+def test_a_level_that_lines_begin_at_is_named_at_their_ends() -> None:
+    falling = [Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))]
+    levels = [Level("near", 0.97), Level("far", 0.3)]
+    root = ElementTree.fromstring(lines(falling, "a", "t", start=1, levels=levels))
+    anchors = {each.text: each.get("text-anchor", "start") for each in root.iter("text")}
+    places = {each.text: float(each.get("x") or 0) for each in root.iter("text")}
+    assert anchors["near"] == "end", root
+    assert places["near"] > places["far"]
 
 
 def test_lines_differ_in_marker_and_dashes() -> None:
