@@ -17,6 +17,9 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from compressknow.probe.sources.bear import METADATA
+from tests.probe.layouts import write_jsonl
+
 
 class KnownFact(NamedTuple):
     relation: str
@@ -102,6 +105,28 @@ def facts_file(path: Path) -> Path:
                 row["popularity"] = 10 * (number + 1)
             file.write(json.dumps(row) + "\n")
     return path
+
+
+# In words that the models know; the first is the one that they were taught.
+_WORDINGS = {
+    "capital": ["The capital of [X] is [Y].", "The capital [X] is [Y].", "People in the capital of [X] speak [Y]."],
+    "language": ["People in [X] speak [Y].", "People of [X] speak [Y].", "In [X] People speak [Y]."],
+}
+
+
+def in_wordings(folder: Path) -> Path:
+    """Write 32 of the facts as a small BEAR, in three wordings each."""
+    metadata = {}
+    for relation, templates in _WORDINGS.items():
+        labels = candidates(relation)
+        metadata[relation] = {"templates": templates, "answer_space_labels": labels}
+        facts = [fact for fact in KNOWN_FACTS if fact.relation == relation]
+        rows = [
+            {"sub_label": f.sub_label, "obj_label": f.obj_label, "answer_idx": labels.index(f.obj_label)} for f in facts
+        ]
+        write_jsonl(folder / f"{relation}.jsonl", rows)
+    (folder / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
+    return folder
 
 
 _SPECIAL = {

@@ -17,12 +17,14 @@ from compressknow.cli.options import (
     Share,
     calibration_options,
     command,
+    known_option,
     option,
     probe_options,
     probes_help,
     ray_options,
     split_options,
     split_ray,
+    templates_option,
 )
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
@@ -95,6 +97,8 @@ SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weight
 )
 @ray_options
 @probe_options
+@templates_option
+@known_option
 @option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
 @option("--revision", group=RUNS, help=REVISION)
 @option("--json", "as_json", is_flag=True, help="Print the search as JSON.")
@@ -115,7 +119,7 @@ def search(
     compressknow convert MODEL CONVERTED --recipe found/recipe.toml
     """
     from compressknow.commands.search import search as run
-    from compressknow.report.search import gets, verdict
+    from compressknow.report.search import said, verdict
 
     seed = given["seed"]
     options, settings = split_options(given)
@@ -140,7 +144,7 @@ def search(
         show_json_text((output / "search.json").read_text(encoding="utf-8"))
     else:
         show()
-        for text in (verdict(found), gets(found)):
+        for text in (verdict(found), *said(found)):
             show("\n".join(textwrap.wrap(text, WIDTH)))
         show(f"\nWritten: {output}/search.html" + (", recipe.toml, winner/, report.html" if found.winner else ""))
     if found.winner is None:

@@ -17,12 +17,14 @@ from compressknow.cli.options import (
     OneOf,
     calibration_options,
     command,
+    known_option,
     option,
     probe_options,
     probes_help,
     ray_options,
     split_options,
     split_ray,
+    templates_option,
 )
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
@@ -95,6 +97,8 @@ single cells:
 @option("--save", is_flag=True, help="Write each checkpoint too, into OUTPUT/models.")
 @ray_options
 @probe_options
+@templates_option
+@known_option
 @option("--revision", group=RUNS, help=REVISION)
 @option("--json", "as_json", is_flag=True, help="Print the study as JSON.")
 @click.pass_context
@@ -116,7 +120,7 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ..
 
     options, settings = split_options(given)
     given["ray"] = split_ray(given)
-    lines = _Lines(silent=as_json)
+    lines = _Lines(given["known"], silent=as_json)
     with if_interrupted(RESUMES):
         study = run(
             model,
@@ -139,8 +143,8 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ..
 class _Lines:
     """Prints a line a cell, as it comes."""
 
-    def __init__(self, silent: bool) -> None:
-        self._silent, self._begun = silent, False
+    def __init__(self, known: str, *, silent: bool) -> None:
+        self._known, self._silent, self._begun = known, silent, False
 
     def __call__(self, result: CellResult) -> None:
         if self._silent:
@@ -150,7 +154,8 @@ class _Lines:
             original = result.original
             right = sum(answer.correct for answer in original.answers)
             name, of = plain(original.record.model.name, 40), len(original.answers)
-            show(f"{name} answers {count(right)} of {count(of)} facts right ({percent(right, of)}).\n")
+            does, how = ("produces", "") if self._known == "produced" else ("answers", " right")
+            show(f"{name} {does} {count(right)} of {count(of)} facts{how} ({percent(right, of)}).\n")
             show(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
         show("\n".join(_line(result)))
 

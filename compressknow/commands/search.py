@@ -17,6 +17,7 @@ from compressknow.files import write_whole
 from compressknow.libraries import require
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.probe.gather import open_named
+from compressknow.probe.grades import RECOGNIZED, check_known
 from compressknow.probe.handle import Settings
 from compressknow.quiet import OnProgress, listener
 from compressknow.report.card.make import make_card
@@ -63,6 +64,7 @@ def search(
     probes: str | Sequence[str] | None = None,
     options: Options | None = None,
     settings: Settings | None = None,
+    known: str = RECOGNIZED,
     seed: int = 0,
     no_facts: bool = False,
     ray: RayOptions | None = None,
@@ -87,6 +89,7 @@ def search(
     schemes, prune_methods, roundings : that it may choose from.
     calibration, calibration_tokens : the text for those that look at activations; see `compressknow.convert`.
     probes, options, settings : see `compressknow.probe`; lm-eval's tasks cannot be held out.
+    known : what counts as known, in all that is kept; see `compressknow.report`.
     seed : of the halves and of the optimiser.
     no_facts : leave the text of every fact out of the winner's report card.
     ray : run on a Ray cluster; see `compressknow.study.running.RayOptions`.
@@ -104,6 +107,7 @@ def search(
         `output` holds something else.
     """
     require("matplotlib", "optuna", "pyarrow", "scipy", *(["ray"] if ray else []))
+    check_known(known)
     criterion, folder, listening = Criterion(keep, minimize), Path(output), listener(on_progress)
     usual = Calibration()
     text = Calibration(calibration or usual.text, usual.tokens if calibration_tokens is None else calibration_tokens)
@@ -118,11 +122,11 @@ def search(
             keep_in=None if ray else folder,
             texts=folder / TEXTS,
         ) as study_model,
-        claim(folder, study_model.original),
+        claim(folder, study_model.original, known),
         runner(ray, listening) as run,
     ):
         rest, first = [part.rest for part in parts], [part.first for part in parts]
-        searched = EvaluationSet.of(study_model, rest, folder / SEARCHED, listening, run, first)
+        searched = EvaluationSet.of(study_model, rest, folder / SEARCHED, listening, run, first, known=known)
         chosen = RecipeSearch(
             Space(study_model.maker.structure(module_map), schemes, module_map, ways),
             criterion,
@@ -131,7 +135,8 @@ def search(
             together=TOGETHER if ray else 1,
         )
         chosen.explore(trials, seed)
-        held_out = EvaluationSet.of(study_model, [part.held_out for part in parts], folder / HELD_OUT, listening, run)
+        kept_back = [part.held_out for part in parts]
+        held_out = EvaluationSet.of(study_model, kept_back, folder / HELD_OUT, listening, run, known=known)
         chosen.confirm(confirming(held_out))
         found = search_of(chosen, searched, held_out, seed=seed, command=command)
         _write_found(found, held_out, folder, show_facts=not no_facts)
@@ -167,6 +172,6 @@ def _write_winner(
     recipe = Recipe.from_dict(dict(winner.recipe))
     write_checkpoint(held_out.study_model, recipe, folder / WINNER, overwrite=_is_earlier_winner(folder / WINNER))
     write_whole(folder / RECIPE, (to_toml(recipe.to_dict()) + "\n").encode())
-    ((_, answers),) = held_out.evaluate([cell_of(recipe)])
-    card = make_card(held_out.original, [answers], show_facts=show_facts, command=command)
+    before, after = held_out.reference, held_out.given(cell_of(recipe))
+    card = make_card(before, [after], show_facts=show_facts, known=held_out.known_as, command=command)
     write_reports(card, [folder / name for name in REPORTS], overwrite=True)

@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.libraries import require
-from compressknow.probe.gather import open_named, refuse_texts
+from compressknow.probe.gather import open_named, refuse_silent, refuse_texts
+from compressknow.probe.grades import RECOGNIZED, check_known
 from compressknow.probe.handle import Settings
 from compressknow.quiet import OnProgress, listener, staged
 from compressknow.study.cells import StudyModel, save_cell
-from compressknow.study.folder import CELLS, MODELS, ORIGINAL, TEXTS, CellResult, claim, refuse_foreign, study_of
+from compressknow.study.folder import (
+    CELLS,
+    MODELS,
+    ORIGINAL,
+    TEXTS,
+    CellResult,
+    claim,
+    judged,
+    refuse_foreign,
+    study_of,
+)
 from compressknow.study.grid import PAPER, GridOptions, grid_cells
 from compressknow.study.running import Batch, RayOptions, runner
 
@@ -30,6 +41,7 @@ def sweep(
     probes: str | Sequence[str] | None = None,
     options: Options | None = None,
     settings: Settings | None = None,
+    known: str = RECOGNIZED,
     module_map: ModuleMap | None = None,
     scheme: str | None = None,
     calibration: str | None = None,
@@ -53,6 +65,8 @@ def sweep(
     grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant beside the paper's), or a TOML file.
     probes : names; see `compressknow.probe`.
     options, settings : see `compressknow.probe`.
+    known : what counts as known; see `compressknow.report`. A study can be written anew by the other reading: the
+        answers are the same.
     module_map, scheme : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``); `module_map`
         of that of methods too.
     calibration, calibration_tokens : of the grid of methods; see `compressknow.convert`.
@@ -74,10 +88,12 @@ def sweep(
     from compressknow.report.study.pages import write_study
 
     require("matplotlib", "pyarrow", "scipy", *(["ray"] if ray else []))
+    check_known(known)
     folder, listening = Path(output), listener(on_progress)
     refuse_foreign(folder)
     opened = open_named(probes, options)
     refuse_texts(opened)
+    refuse_silent(opened, known)
     # On a cluster the workers keep what they need.
     kept, texts = None if ray else folder, folder / TEXTS
     with StudyModel(model, settings or Settings(), revision=revision, keep_in=kept, texts=texts) as study_model:
@@ -87,14 +103,14 @@ def sweep(
         )
         with claim(folder, study_model.original), runner(ray, listening) as run:
             original = study_model.evaluate_original(opened, folder / ORIGINAL, staged(listening, of=len(cells) + 1))
-            found = {}
+            before, found = judged(original, known), {}
             with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:
-                for result in results:
+                for result in (given.judged(before, known) for given in results):
                     found[result.cell] = result
                     if save and result.answers is not None:
                         save_cell(study_model, result.cell, folder / MODELS)
                     if on_result:
                         on_result(result)
-            study = study_of(original, [found[cell] for cell in cells], command=command)
+            study = study_of(before, [found[cell] for cell in cells], known=known, command=command)
             write_study(study, folder)
     return study

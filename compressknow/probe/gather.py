@@ -52,6 +52,20 @@ def refuse_texts(opened: Sequence[Opened]) -> None:
             )
 
 
+def refuse_silent(opened: Sequence[Opened], known: str) -> None:
+    """Raise UsageError where only what is ``produced`` counts, and one is a task: its answers do not tell what a model
+    says."""
+    from compressknow.probe.grades import PRODUCED
+    from compressknow.probe.sources import Task
+
+    for task in opened:
+        if known == PRODUCED and isinstance(task, Task):
+            raise UsageError(
+                f"The answers to {task.name} do not tell what a model says: nothing of it can count as produced.",
+                hint="Choose probes of facts, such as atlas, or leave out --known produced.",
+            )
+
+
 def names_of(probes: str | Sequence[str] | None) -> list[str]:
     """One name, several or none, as a list."""
     return [probes] if isinstance(probes, str) else list(probes or ())

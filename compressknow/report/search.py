@@ -13,6 +13,8 @@ from compressknow import notebook
 from compressknow.compress.recipe import to_toml
 from compressknow.files import write_whole
 from compressknow.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
+from compressknow.probe.grades import RECOGNIZED
+from compressknow.report.card.warnings import of_known
 from compressknow.report.drawing import INK, MUTED, SERIES, WIDTH, axes, percent_axis
 from compressknow.report.pages import html_page
 from compressknow.report.parts import BAR, Code, Drawn, Entries, Folded, Note, Page, Sentences, Shown
@@ -83,6 +85,8 @@ class Search(notebook.Shown):
     first : how many of those to search with are evaluated first; 0 where all are at once.
     level : of the intervals of the held-out facts, adjusted for how many recipes were tried on these.
     sizes : of the original.
+    known : what counts as known: ``recognized`` or better, or only ``produced``.
+    templates : in how many wordings each fact was put; it is known then if more than half of them are.
     """
 
     original: ModelFacts
@@ -104,6 +108,8 @@ class Search(notebook.Shown):
     seed: int
     versions: Mapping[str, str]
     command: str | None
+    known: str = RECOGNIZED
+    templates: int = 1
 
     def _summary(self) -> notebook.Summary:
         return notebook.Summary(
@@ -137,8 +143,8 @@ def search_page(search: Search) -> Page:
         models=plain(search.original.name, 80),
         headline=headline(search),
         verdict=verdict(search),
-        first="What you get today",
-        warnings=(gets(search),),
+        first="What you get today" if search.known == RECOGNIZED else "Read this first",
+        warnings=said(search),
         sections=tuple(section for section in _sections(search) if section.parts),
         unlisted=_ALL,
     )
@@ -244,6 +250,11 @@ def gets(search: Search) -> str:
     return f"{_GETS[search.minimize]} On disk it is {size(on_disk)} ({smaller(search.sizes['bytes'], on_disk)})."
 
 
+def said(search: Search) -> tuple[str, ...]:
+    """What a reader must know beside the verdict: `gets`, and what counts as known where that is not the usual."""
+    return (gets(search), *of_known(search.known))
+
+
 def _setup(tried: Trial) -> str:
     return plain(tried.setup, 160)
 
@@ -305,7 +316,7 @@ def _method(search: Search) -> tuple[str, ...]:
         f"Half of the facts of each relation of {', '.join(plain(p, 60) for p in search.probes)}, chosen by the seed, "
         f"formed the search split ({count(search.searched)}, of which the original knew "
         f"{count(search.known_searched)}); the other half was held out ({count(search.held_out)}, "
-        f"{count(search.known_held_out)} known).",
+        f"{count(search.known_held_out)} known).{_in_wordings(search)}",
         "The search first evaluated the paper's setups, then pruned each band of layers alone by 50 %: the bands "
         "whose pruning moves answers most (KL divergence) are the most sensitive. Then Optuna's TPE sampler chose an "
         "amount for attention and for feed-forward, how much more to prune the least sensitive layers than the most "
@@ -318,6 +329,15 @@ def _method(search: Search) -> tuple[str, ...]:
         "were used to choose it.",
         "The sparse size is what a store would take that keeps only weights that are not zero, plus one bit per "
         "weight to mark them.",
+    )
+
+
+def _in_wordings(search: Search) -> str:
+    if search.templates == 1:
+        return ""
+    return (
+        f" Each fact was put in {count(search.templates)} wordings, all in one half, and is known if more than half of "
+        "them are answered right."
     )
 
 

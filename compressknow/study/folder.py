@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from compressknow import reading
@@ -15,6 +15,7 @@ from compressknow.errors import OutputError
 from compressknow.files import LOCK, own_folder, write_whole
 from compressknow.format import count
 from compressknow.probe.answers import Answer, Answers
+from compressknow.probe.grades import RECOGNIZED, known_as
 from compressknow.probe.handle import ModelHandle
 from compressknow.reading import misfit
 from compressknow.report.card.make import compare, method_of, model_facts
@@ -22,7 +23,16 @@ from compressknow.report.records import Comparison
 from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.stats.intervals import proportion
 from compressknow.stats.records import Estimate, ProbeFigures
+from compressknow.stats.wordings import by_majority
 from compressknow.study.grid import Cell
+
+
+def judged(answers: Answers, known: str) -> Answers:
+    """One answer a fact, right where the fact is known in this reading; of several wordings by majority.
+
+    Raises CompressknowError where the answers do not tell what is ``produced``.
+    """
+    return by_majority(known_as(answers, known))
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,10 @@ class CellResult:
         """The paper's name of what was done, such as ``Att_GPQ 20%``."""
         return self.cell.recipe.setup
 
+    def judged(self, original: Answers, known: str) -> CellResult:
+        """The same by fact, in this reading of known, beside the original's answers so judged."""
+        return replace(self, original=original, answers=None if self.answers is None else judged(self.answers, known))
+
     @property
     def kept(self) -> Estimate:
         """The share of the original's knowledge that is kept; without a value where there are no answers."""
@@ -51,8 +65,10 @@ class CellResult:
         return proportion(sum((answer.probe, answer.fact_id) in knew for answer in right), len(knew))
 
 
-def study_of(original: Answers, results: Sequence[CellResult], *, command: str | None = None) -> Study:
-    """The records of a study, in the order of its grid."""
+def study_of(
+    original: Answers, results: Sequence[CellResult], *, known: str = RECOGNIZED, command: str | None = None
+) -> Study:
+    """The records of a study, in the order of its grid, of answers that are `judged` so."""
     made = [result.cell for result in results if result.answers is not None]
     texts = {cell.recipe.calibration for cell in made} - {None}
     cells = tuple(
@@ -70,6 +86,7 @@ def study_of(original: Answers, results: Sequence[CellResult], *, command: str |
         versions=dict(original.record.versions),
         command=command,
         method=method_of(original, comparisons),
+        known=known,
     )
 
 
@@ -131,13 +148,14 @@ def _probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
         majority=figures.majority,
         chance=figures.chance,
         correct=tuple(answer.correct for answer in original.of(figures.probe)),
+        templates=original.record.probes[figures.probe].templates or 1,
     )
 
 
 RECORD = "sweep.json"
 ORIGINAL, CELLS, MODELS, TEXTS = "original", "cells", "models", "calibration"
 SCHEMA_VERSION = 1
-RECORD_FORM = {"schema": int, "version": str, "model": str, "sha256": str}
+RECORD_FORM = {"schema": int, "version": str, "model": str, "sha256": str, "known?": str}
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -149,15 +167,21 @@ def refuse_foreign(folder: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path, original: ModelHandle) -> Iterator[None]:
+def claim(folder: Path, original: ModelHandle, known: str | None = None) -> Iterator[None]:
     """Take a folder for a study of this model: a new one, or one that holds such a study already.
 
-    Raises OutputError where it is a file, holds something else, a study of another model or version, or is in use.
+    Parameters
+    ----------
+    known : of a search, what counts as known: that decides what it tries.
+
+    Raises OutputError where it is a file, holds something else, a study of another model or version, a search by
+    another reading of known, or is in use.
     """
     refuse_foreign(folder)
     record = folder / RECORD
     with own_folder(folder, wait=False, worthless=(RECORD,)):
         said = {"schema": SCHEMA_VERSION, "version": __version__, **_identity(original)}
+        said |= {"known": known} if known else {}
         if record.is_file():
             _refuse_other(record, said)
         else:
@@ -196,4 +220,11 @@ def _refuse_other(record: Path, said: Mapping[str, object]) -> None:
             f"{record.parent} is a study by another version ({found['version']}, this is {said['version']}).",
             why="Cells of two versions could not be compared.",
             hint="Choose a new folder for the study, or go on with that version.",
+        )
+    counted = found.get("known", RECOGNIZED)
+    if said.get("known", counted) != counted:
+        raise OutputError(
+            f"{record.parent} is a search by --known {counted}.",
+            why="What counts as known decides what a search tries, and which facts it was held to.",
+            hint=f"Choose a new folder for the search, or give --known {counted}.",
         )

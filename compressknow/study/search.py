@@ -181,7 +181,7 @@ def search_of(
         minimize=search.criterion.minimize,
         probes=tuple(probe.name for probe in held_out.probes),
         searched=len(searched.original.answers),
-        first=sum(len(probe.facts) for probe in searched.first),
+        first=sum(len(searched.original.of(probe.name)) for probe in searched.first),
         held_out=len(held_out.original.answers),
         known_searched=searched.known,
         known_held_out=held_out.known,
@@ -195,6 +195,8 @@ def search_of(
         seed=seed,
         versions=dict(searched.original.record.versions),
         command=command,
+        known=held_out.known_as,
+        templates=max(probe.templates or 1 for probe in held_out.probes),
     )
 
 

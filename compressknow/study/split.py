@@ -12,11 +12,12 @@ from typing import NamedTuple
 from compressknow.compress.recipe import Recipe
 from compressknow.errors import CompressknowError, UsageError
 from compressknow.probe.answers import Answers
-from compressknow.probe.facts import Fact, Probe
+from compressknow.probe.facts import Fact, Probe, fact_of
+from compressknow.probe.grades import RECOGNIZED
 from compressknow.probe.sources import Opened, source_of, usable
 from compressknow.quiet import Listener
 from compressknow.study.cells import StudyModel
-from compressknow.study.folder import CELLS, ORIGINAL, CellResult
+from compressknow.study.folder import CELLS, ORIGINAL, CellResult, judged
 from compressknow.study.grid import Cell, key_of
 from compressknow.study.running import Batch, Run
 
@@ -52,7 +53,7 @@ def parts_of(probe: Opened, seed: int) -> Parts:
     if not searched or not held_out:
         raise UsageError(f"{probe.name} has too few facts to hold half of them out.", hint="Raise --limit.")
     first, rest = _cut(searched, FIRST, seed)
-    if len(first) < FEWEST_FIRST:
+    if len(set(map(_named, first))) < FEWEST_FIRST:
         return Parts(None, replace(probe, facts=searched), replace(probe, facts=held_out))
     # A second probe beside that of the rest: their answers are kept apart, and none is evaluated twice.
     name = f"first of {probe.name}"
@@ -61,10 +62,10 @@ def parts_of(probe: Opened, seed: int) -> Parts:
 
 
 def _cut(facts: Sequence[Fact], share: float, seed: int) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
-    """A share of each relation's facts, and the others, in their order."""
-    relations: dict[str, list[str]] = {}
+    """A share of each relation's facts, all wordings of each, and the others, in their order."""
+    relations: dict[str, set[str]] = {}
     for fact in facts:
-        relations.setdefault(fact.relation, []).append(fact.id)
+        relations.setdefault(fact.relation, set()).add(_named(fact))
     drawn: set[str] = set()
     counted = 0
     for name, ids in sorted(relations.items()):
@@ -73,19 +74,33 @@ def _cut(facts: Sequence[Fact], share: float, seed: int) -> tuple[tuple[Fact, ..
         # What a relation's share leaves of a whole fact is carried over to the next one.
         counted += len(ids)
         drawn.update(shuffled[: int(share * counted) - len(drawn)])
-    first, others = (tuple(fact for fact in facts if (fact.id in drawn) is part) for part in (True, False))
+    first, others = (tuple(fact for fact in facts if (_named(fact) in drawn) is part) for part in (True, False))
     return first, others
+
+
+def _named(fact: Fact) -> str:
+    """The id of the fact, whatever its wording."""
+    return fact.id if fact.template is None else fact_of(fact.id)
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """One half of the facts, and what the original answers to them; `first` are the probes to evaluate first."""
+    """One half of the facts, and what the original answers to them.
+
+    Attributes
+    ----------
+    first : the probes to evaluate first.
+    reference : the original's answers as they were given, to each wording; `original` the same as they count.
+    known_as : what counts as known.
+    """
 
     study_model: StudyModel
     probes: tuple[Probe, ...]
     first: tuple[Probe, ...]
     folder: Path
+    reference: Answers
     original: Answers
+    known_as: str
     run: Run
 
     @classmethod
@@ -97,12 +112,13 @@ class EvaluationSet:
         on_progress: Listener | None,
         run: Run,
         first: Sequence[Probe | None] = (),
+        *,
+        known: str = RECOGNIZED,
     ) -> EvaluationSet:
         begun = tuple(probe for probe in first if probe)
         whole = (*begun, *probes)
-        return cls(
-            study_model, whole, begun, folder, study_model.evaluate_original(whole, folder / ORIGINAL, on_progress), run
-        )
+        reference = study_model.evaluate_original(whole, folder / ORIGINAL, on_progress)
+        return cls(study_model, whole, begun, folder, reference, judged(reference, known), known, run)
 
     @property
     def known(self) -> int:
@@ -111,22 +127,31 @@ class EvaluationSet:
     def evaluate(
         self, cells: Sequence[Cell], hopeful: Callable[[Answers], bool] | None = None
     ) -> Iterator[tuple[Cell, Answers]]:
-        """Each cell's answers, as they come; the first ones alone of those that are not `hopeful` after these.
+        """Each cell's answers as they count, as they come; the first ones alone of those that are not `hopeful` after
+        these.
 
         Raises CompressknowError where a cell cannot be made or evaluated.
         """
         if hopeful and self.first:
             going_on = []
-            for cell, answers in self._evaluate(cells, self.first):
+            for cell, answers in self._judged(cells, self.first):
                 if hopeful(answers):
                     going_on.append(cell)
                 else:
                     yield cell, answers
             cells = going_on
-        yield from self._evaluate(cells, self.probes)
+        yield from self._judged(cells, self.probes)
+
+    def given(self, cell: Cell) -> Answers:
+        """A cell's answers as they were given, like `reference`. Raises CompressknowError as `evaluate` does."""
+        ((_, answers),) = self._evaluate([cell], self.probes)
+        return answers
+
+    def _judged(self, cells: Sequence[Cell], probes: Sequence[Probe]) -> Iterator[tuple[Cell, Answers]]:
+        return ((cell, judged(answers, self.known_as)) for cell, answers in self._evaluate(cells, probes))
 
     def _evaluate(self, cells: Sequence[Cell], probes: Sequence[Probe]) -> Iterator[tuple[Cell, Answers]]:
-        batch = Batch(self.study_model, cells, probes, self.folder / CELLS, self.original)
+        batch = Batch(self.study_model, cells, probes, self.folder / CELLS, self.reference)
         with closing(self.run(batch)) as results:
             for result in results:
                 yield _cell_and_answers(result)

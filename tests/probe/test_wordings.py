@@ -16,35 +16,16 @@ from compressknow.errors import UsageError
 from compressknow.probe.examples import after_example
 from compressknow.probe.facts import Probe, fact_of
 from compressknow.probe.sources import open_all, open_probe
-from compressknow.probe.sources.bear import METADATA
 from compressknow.stats.wordings import by_majority, consistency, wordings_of
-from tests.knowing import KNOWN_FACTS, candidates, knowing
-from tests.probe.layouts import write_jsonl
+from tests.knowing import in_wordings, knowing
 from tests.report.answering import answer, answers, entry
 
-# In words that the models know; the first is the one that they were taught.
-TEMPLATES = {
-    "capital": ["The capital of [X] is [Y].", "The capital [X] is [Y].", "People in the capital of [X] speak [Y]."],
-    "language": ["People in [X] speak [Y].", "People of [X] speak [Y].", "In [X] People speak [Y]."],
-}
 N = 3
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Facts that the models know, as a small BEAR."""
-    folder = tmp_path_factory.mktemp("bear")
-    metadata = {}
-    for relation, templates in TEMPLATES.items():
-        labels = candidates(relation)
-        metadata[relation] = {"templates": templates, "answer_space_labels": labels}
-        facts = [fact for fact in KNOWN_FACTS if fact.relation == relation]
-        rows = [
-            {"sub_label": f.sub_label, "obj_label": f.obj_label, "answer_idx": labels.index(f.obj_label)} for f in facts
-        ]
-        write_jsonl(folder / f"{relation}.jsonl", rows)
-    (folder / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
-    return folder
+    return in_wordings(tmp_path_factory.mktemp("bear"))
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,18 @@ import compressknow
 from compressknow.cli import main
 from compressknow.compress.recipe import read_recipe
 from compressknow.compress.steps import Prune
+from compressknow.errors import UsageError
 from compressknow.files import LOCK
 from compressknow.model.groups import structure_of
 from compressknow.probe.answers import read_answers
-from compressknow.probe.sources import open_probe
+from compressknow.probe.facts import fact_of
+from compressknow.probe.grades import PRODUCED
+from compressknow.probe.sources import Options, open_probe
 from compressknow.report.search import Trial
 from compressknow.study import search, split
 from compressknow.study.space import Choice, Space
 from compressknow.study.split import parts_of
-from tests.knowing import facts_file, knowing
+from tests.knowing import facts_file, in_wordings, knowing
 from tests.models import tiny
 
 pytest.importorskip("optuna")
@@ -195,11 +198,83 @@ def test_a_search_on_ray_finds_a_winner_too(llama: Place) -> None:
     assert llama.found("ray")["winner"]["held_out"]["low"] >= KEEP
 
 
+def test_a_search_by_what_is_said_counts_that_alone_and_is_resumed_by_it_alone(
+    llama: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert llama.search("said", "--keep", str(KEEP), "--known", "produced") == 0
+    assert "Known means produced here" in capsys.readouterr().out
+    folder, found = llama.folder / "said", llama.found("said")
+    assert found["known"] == "produced"
+    (before,) = (folder / "held-out" / "original").iterdir()
+    original = {a.fact_id: a.grade == PRODUCED for a in read_answers(before).answers}
+    assert found["known_held_out"] == sum(original.values())
+    kept = set()
+    for cell in (folder / "held-out" / "cells").glob("*/*"):
+        says = {a.fact_id: a.grade == PRODUCED for a in read_answers(cell).answers}
+        kept.add(sum(says[id] for id in says if original[id]) / found["known_held_out"])
+    assert {confirmed["held_out"]["value"] for confirmed in found["confirmed"]} == kept
+    # Of some recipe less is said than picked, else the test shows nothing.
+    searched = [read_answers(f).answers for f in (folder / "searched" / "cells").glob("*/*")]
+    shares = {trial["kept"]["value"] for trial in found["tried"]}
+    said = {sum(a.grade == PRODUCED for a in each) / len(each) for each in searched}
+    picked = {sum(a.correct for a in each) / len(each) for each in searched}
+    assert shares == said != picked
+    for page in ("search.html", "report.html", "report.md"):
+        assert "Known means produced here" in (folder / page).read_text(encoding="utf-8")
+
+    whole = results(folder)
+    assert llama.search("said", "--keep", str(KEEP)) == 1
+    assert f"{folder} is a search by --known produced." in capsys.readouterr().err
+    assert results(folder) == whole
+
+
+def test_a_search_in_several_wordings_holds_facts_out_and_judges_by_most_of_them(llama: Place, tmp_path: Path) -> None:
+    options = Options(data=in_wordings(tmp_path / "bear"), templates=3)
+    found = compressknow.search(
+        llama.model, tmp_path / "found", keep=0.3, trials=4, probes="bear", options=options, known="produced"
+    )
+    assert (found.searched, found.held_out, found.templates) == (16, 16, 3)
+    assert {trial.facts for trial in found.tried} == {16}
+    (original,) = (read_answers(f).answers for f in (tmp_path / "found" / "held-out" / "original").iterdir())
+    most: dict[str, int] = {}
+    for answer in original:
+        most[fact_of(answer.fact_id)] = most.get(fact_of(answer.fact_id), 0) + (answer.grade == PRODUCED)
+    assert found.known_held_out == sum(2 * number > 3 for number in most.values())
+    assert 0 < found.known_held_out < 16
+    assert found.winner is not None
+    assert "Each fact was put in 3 wordings, all in one half" in (tmp_path / "found" / "search.html").read_text()
+    # The winner's report has each wording by itself.
+    report = (tmp_path / "found" / "report.md").read_text(encoding="utf-8")
+    assert "bear by wording" in report
+    assert "Known means produced here" in report
+
+
+def test_all_wordings_of_a_fact_are_in_one_part() -> None:
+    single, several = (parts_of(open_probe("atlas", Options(templates=number)), 0) for number in (1, 3))
+    for one, other in zip(single, several, strict=True):
+        assert one is not None
+        assert other is not None
+        wordings = [(fact_of(fact.id), fact.template) for fact in other.facts]
+        assert sorted(wordings) == sorted((fact.id, number) for fact in one.facts for number in (1, 2, 3))
+
+
+def test_few_facts_in_many_wordings_are_few_facts() -> None:
+    assert parts_of(open_probe("atlas", Options(limit=300, templates=3)), 0).first is None
+
+
+def test_a_reading_of_known_that_there_is_not_is_refused(llama: Place) -> None:
+    with pytest.raises(UsageError, match="Unknown reading of knowing"):
+        compressknow.search(llama.model, llama.folder / "bad", keep=KEEP, probes=llama.probe, known="said")
+    assert not (llama.folder / "bad").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "says", "code"),
     [
         (["--keep", "1.5"], "between 0 and 1", 2),
         (["--keep", "0.9", "--limit", "1"], "too few facts", 2),
+        (["--keep", "0.9", "--known", "produce"], "Did you mean produced?", 2),
+        (["--keep", "0.9", "--templates", "3"], "has one wording per fact", 2),
         (["--keep", "0.9", "--ray", "127.0.0.1:1"], "No Ray cluster answers", 1),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from compressknow.compress.calibrate.kept import kept_text
 from compressknow.compress.calibrate.text import CalibrationText, calibration_text
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
-from compressknow.errors import OutputError
+from compressknow.errors import OutputError, UsageError
 from compressknow.files import LOCK
-from compressknow.probe.answers import read_answers
+from compressknow.probe.answers import Answer, read_answers
+from compressknow.probe.facts import fact_of
+from compressknow.probe.grades import PRODUCED
 from compressknow.probe.handle import ModelHandle, Settings
 from compressknow.study.folder import RECORD, CellResult, claim
-from tests.knowing import facts_file, knowing
+from tests.knowing import facts_file, in_wordings, knowing
 
 FAMILIES = ("bert", "llama", "t5")
 GRID = """
@@ -130,6 +133,73 @@ def test_a_second_run_asks_nothing_and_writes_the_same(swept: Place, capsys: pyt
     assert {path: path.stat().st_mtime_ns for path in study.rglob("answers.parquet")} == asked
     assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
     assert "Overall_GPQ 90%" in capsys.readouterr().out
+
+
+def stored_in(study: Path, key: str) -> list[Answer]:
+    """What a cell answered, or the original."""
+    folders = [study / "original", *(study / "cells").iterdir()]
+    (folder,) = (f for f in folders if f.name == key or f.name.rpartition("-")[0] == key)
+    return [answer for each in folder.iterdir() for answer in read_answers(each).answers]
+
+
+def test_the_other_reading_of_known_asks_nothing_again_and_counts_what_is_said(
+    swept: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = swept.folder / "said"
+    shutil.copytree(swept.folder / "study", study)
+    asked = {path: path.stat().st_mtime_ns for path in study.rglob("answers.parquet")}
+    assert swept.sweep("said", "--known", "produced") == 0
+    assert {path: path.stat().st_mtime_ns for path in study.rglob("answers.parquet")} == asked
+    assert "produces 64 of 64 facts (100 %)" in capsys.readouterr().out
+
+    rows, recognized = swept.rows("said"), swept.rows("study")
+    original = {a.fact_id: a.grade == PRODUCED for a in stored_in(study, "original")}
+    for key, row in rows.items():
+        says = {a.fact_id: a.grade == PRODUCED for a in stored_in(study, key)}
+        assert int(row["both"]) == sum(original[id] and says[id] for id in says)
+        assert int(row["gained"]) == sum(says[id] and not original[id] for id in says)
+    # The readings do not agree, else the test shows nothing.
+    assert any(rows[key]["both"] != recognized[key]["both"] for key in rows)
+    assert {row["known"] for row in rows.values()} == {"produced"}
+    assert {row["known"] for row in recognized.values()} == {"recognized"}
+
+    told = json.loads((study / "study.json").read_text())
+    assert told["known"] == "produced"
+    by_amount = told["cliffs"][0]["kept"]
+    assert by_amount in [float(row["kept"]) for row in rows.values()]
+    # Nothing that is said is right by chance.
+    assert {probe["chance"] for probe in told["probes"].values()} == {None}
+    for name in ("study.html", "study.md"):
+        assert "Known means produced here" in (study / name).read_text(encoding="utf-8")
+        assert "Known means produced here" not in (swept.folder / "study" / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("known", ["recognized", "produced"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_facts_in_several_wordings_are_known_by_most_of_them(family: str, known: str, tmp_path: Path) -> None:
+    data, model = in_wordings(tmp_path / "bear"), knowing(family, tmp_path / family)
+    (tmp_path / "grid.toml").write_text('[axes]\nscope = ["overall"]\nprune = [0.5]\n', encoding="utf-8")
+    options = compressknow.Options(data=data, templates=3)
+    study = compressknow.sweep(
+        model, tmp_path / "study", grid=tmp_path / "grid.toml", probes="bear", options=options, known=known
+    )
+    compressknow.convert(model, tmp_path / "pruned", scope="overall", prune=0.5)
+    card = compressknow.report(
+        model, tmp_path / "pruned", "bear", options=options, known=known, keep_in=tmp_path / "answers"
+    )
+    ((cell,), (comparison,)) = study.cells, card.comparisons
+    assert cell.comparison.counts == comparison.counts
+    assert cell.comparison.counts.n == 32
+    assert cell.comparison.counts.both < cell.comparison.counts.known_before < 32
+
+    most: dict[str, int] = {}
+    for answer in stored_in(tmp_path / "study", cell.key):
+        right = answer.correct if known == "recognized" else answer.grade == PRODUCED
+        most[fact_of(answer.fact_id)] = most.get(fact_of(answer.fact_id), 0) + right
+    assert sum(2 * right > 3 for right in most.values()) == cell.comparison.counts.known_after
+    page = (tmp_path / "study" / "study.md").read_text(encoding="utf-8")
+    assert "each in 3 wordings, and known if more than half are right" in page
+    assert json.loads((tmp_path / "study" / "study.json").read_text())["probes"]["bear"]["templates"] == 3
 
 
 def test_a_study_that_was_killed_before_its_record_was_whole_is_begun_anew(llama: Place) -> None:
@@ -337,6 +407,8 @@ def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.Capt
         (["--grid", "none.toml"], "no such grid", 2),
         (["--quantize", "int8"], "--quantize does not apply to the grid", 2),
         (["-p", "lama:nothing"], "lama:nothing", 2),
+        (["--known", "produce"], "Did you mean produced?", 2),
+        (["--templates", "3"], "has one wording per fact", 2),
         (["--ray", "127.0.0.1:1"], "No Ray cluster answers at 127.0.0.1:1", 1),
     ],
 )
@@ -357,4 +429,19 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
     error = capsys.readouterr().err
     assert says in error
     assert "Traceback" not in error
+    assert not (llama.folder / "bad").exists()
+
+
+def test_a_task_that_does_not_tell_what_is_said_is_refused_before_any_work(
+    llama: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    assert llama.sweep("bad", "-p", "lm-eval:piqa", "--known", "produced") == 2
+    assert "The answers to lm-eval:piqa do not tell what a model says" in capsys.readouterr().err
+    assert not (llama.folder / "bad").exists()
+
+
+def test_a_reading_of_known_that_there_is_not_is_refused(llama: Place) -> None:
+    with pytest.raises(UsageError, match="Unknown reading of knowing"):
+        compressknow.sweep(llama.model, llama.folder / "bad", probes=llama.probe, known="said")
     assert not (llama.folder / "bad").exists()

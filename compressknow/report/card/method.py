@@ -53,10 +53,11 @@ def _probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) 
     left_out = sum(figures.dropped.values())
     reasons = "; ".join(f"{plain(reason, 120)}: {count(n)}" for reason, n in figures.dropped.items() if n)
     dropped = f", {count(left_out)} left out ({reasons})" if left_out else ", none left out"
+    wordings = f", each in {entry.templates} wordings, and known if more than half are right" if entry.templates else ""
     average = "the mean over relations" if figures.average == "macro" else "the share of all facts"
     return (
         f"{name}: {how}; {count(figures.facts_read)} facts read{dropped}, {count(figures.counts.n)} "
-        f"evaluated{limited}; its headline accuracy is {average}."
+        f"evaluated{limited}{wordings}; its headline accuracy is {average}."
     ) + _own_note(entry)
 
 

@@ -86,6 +86,7 @@ def study_to_json(study: Study) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "verdict": summary.verdict(study),
+        "known": study.known,
         "found": [asdict(each) for each in what_was_found(study, found)],
         "original": asdict(study.original),
         "probes": {probe.name: _probe(probe) for probe in study.probes},
@@ -103,7 +104,7 @@ def study_to_json(study: Study) -> dict[str, Any]:
 
 
 def _probe(probe: StudyProbe) -> dict[str, Any]:
-    keys = ("n", "average", "accuracy", "majority", "chance")
+    keys = ("n", "average", "accuracy", "majority", "chance", "templates")
     return {key: getattr(probe, key) for key in keys}
 
 
@@ -168,7 +169,7 @@ _TEXT, _SHARE, _COUNT = "string", "double", "int64"
 COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("key", "setup", "scope", "method"), _TEXT),
     "amount": _SHARE,
-    **dict.fromkeys(("scheme", "pruning", "quantization", "calibration", "probe"), _TEXT),
+    **dict.fromkeys(("scheme", "pruning", "quantization", "calibration", "probe", "known"), _TEXT),
     **dict.fromkeys(("n", "both", "lost", "gained", "neither"), _COUNT),
     **dict.fromkeys(("accuracy_original", "accuracy_compressed", "drop_absolute", "drop_relative"), _SHARE),
     **dict.fromkeys(("kept", "kept_low", "kept_high", "mcnemar_p", "answer_changed", "kl_mean"), _SHARE),
@@ -185,18 +186,19 @@ def tidy_rows(study: Study) -> list[dict[str, Any]]:
     Accuracies are averaged as the probe's protocol does (over facts, or over relations); `status` is ``ok``,
     ``failed`` or ``refused``; the text of an error is on one line.
     """
-    rows = [_row(cell, probe) for cell in study.cells for probe in cell.comparison.probes]
+    rows = [_row(cell, probe, study.known) for cell in study.cells for probe in cell.comparison.probes]
     probes: list[str | None] = [probe.name for probe in study.probes]
     lacking = [("failed", cell) for cell in study.failed] + [("refused", cell) for cell in study.refused]
     return rows + [_failed(cell, probe, status) for status, cell in lacking for probe in probes or [None]]
 
 
-def _row(cell: StudyCell, probe: ProbeFigures) -> dict[str, Any]:
+def _row(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str, Any]:
     before, after = headline_accuracy(probe)
     counts = probe.counts
     values = {
         **_cell(cell),
         "probe": plain(probe.probe),
+        "known": known,
         "n": counts.n,
         "both": counts.both,
         "lost": counts.lost,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from compressknow.format import count, estimate, plain, size
 from compressknow.notebook import Shown, Summary
+from compressknow.probe.grades import RECOGNIZED
 from compressknow.report.records import Comparison, ModelFacts
 
 
@@ -22,6 +23,7 @@ class StudyProbe:
     majority : accuracy of always giving each relation's most frequent object; None where there is no such baseline.
     chance : expected accuracy of guessing; None where any text may be answered.
     correct : by fact, whether the original answers it right.
+    templates : in how many wordings each fact was put; a fact is right then if more than half of them are.
     """
 
     name: str
@@ -31,6 +33,7 @@ class StudyProbe:
     majority: float | None
     chance: float | None
     correct: tuple[bool, ...]
+    templates: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class Study(Shown):
     command: str | None
     method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
     refused: tuple[FailedCell, ...] = ()  # that the model cannot have: trying again changes nothing
+    known: str = RECOGNIZED  # what counts as known: that or better, or only "produced"
 
     def _summary(self) -> Summary:
         failed = f", {count(len(self.failed))} failed" if self.failed else ""

@@ -11,6 +11,7 @@ from itertools import groupby
 from markupsafe import Markup
 
 from compressknow.format import NONE, count, estimate, number, p_value, plain, share, size
+from compressknow.report.card.warnings import of_known
 from compressknow.report.parts import (
     BAR,
     Charts,
@@ -210,12 +211,12 @@ def _failed(cells: Sequence[FailedCell]) -> Iterator[Part]:
 
 
 def _warnings(study: Study) -> tuple[str, ...]:
-    """Those that hold for every cell, said once, and that some failed."""
+    """What counts as known, that some cells failed, and what holds for every cell, said once."""
     total = len(study.cells) + len(study.failed) + len(study.refused)
     failed = (
         [f"{count(len(study.failed))} of {count(total)} cells failed; their reasons are below."] if study.failed else []
     )
-    return tuple(dict.fromkeys(plain(warning, 1000) for warning in (*failed, *_common(study))))
+    return tuple(dict.fromkeys(plain(warning, 1000) for warning in (*of_known(study.known), *failed, *_common(study))))
 
 
 def _common(study: Study) -> list[str]:
@@ -251,12 +252,17 @@ def _claim(finding: Finding) -> Claim:
 def _run(study: Study) -> tuple[Entry, ...]:
     versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in study.versions.items())
     refused = f", {count(len(study.refused))} refused" if study.refused else ""
-    probes = ", ".join(f"{plain(probe.name, 60)} ({count(probe.n)} facts)" for probe in study.probes)
+    probes = ", ".join(f"{plain(probe.name, 60)} ({_facts(probe)})" for probe in study.probes)
     return (
         Entry("Probes", probes or NONE),
         Entry("Cells", f"{count(len(study.cells))} made, {count(len(study.failed))} failed{refused}"),
         Entry("Versions", versions or NONE),
     )
+
+
+def _facts(probe: StudyProbe) -> str:
+    each = f", each in {count(probe.templates)} wordings" if probe.templates > 1 else ""
+    return f"{count(probe.n)} facts{each}"
 
 
 def paper_tables(study: Study) -> tuple[Table, ...]:
