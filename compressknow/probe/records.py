@@ -121,11 +121,14 @@ class ProbeEntry(_Part):
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Measured on this machine: facts per second and peak memory in bytes, in the same run."""
+    """Measured on this machine, in the same run: facts per second, peak memory in bytes and, of a model that goes on
+    with texts, the tokens per second that it writes.
+    """
 
     device: str
     facts_per_second: float
     peak_bytes: int | None
+    tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
     python -m compressknow.probe.speed PATH SETTINGS
 
-prints {"device", "facts_per_second", "peak_bytes"} as JSON; SETTINGS are those of `Settings`, as JSON. The facts are a
-sample of the default probe, which suits every family; the first round warms up and is not counted.
+prints {"device", "facts_per_second", "tokens_per_second", "peak_bytes"} as JSON; SETTINGS are those of `Settings`, as
+JSON. The facts are a sample of the default probe, which suits every family; tokens are those that a causal model writes
+one after the other. The first round warms up and is not counted.
 """
 
 from __future__ import annotations
@@ -12,22 +13,24 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from compressknow.engine.identity import Located
-from compressknow.errors import CompressknowError
+from compressknow.errors import CompressknowError, UnsupportedError
 from compressknow.model.checkpoint import read_json
 from compressknow.probe.handle import ModelHandle, Settings
 from compressknow.probe.records import Speed
 from compressknow.system import peak_memory
 
-FACTS, ROUNDS = 192, 3
+FACTS, TOKENS, ROUNDS = 192, 64, 3
+_TEXT = "A long time ago, in a small town by the sea, there lived a young woman who"
 
 
 def measure(located: Located, settings: Settings) -> Speed:
-    """Facts a second (the median of some rounds) and peak memory beyond what the libraries take, in bytes.
+    """Facts and tokens a second (medians of some rounds), and peak memory beyond what the libraries take, in bytes.
 
     Raises CompressknowError where the measuring process fails.
     """
@@ -55,20 +58,52 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
     probe = open_probe(DEFAULT[0], Options(limit=FACTS))
     prompts = handle.prompts(probe)
     on_gpu = settings.device.startswith("cuda")
-    seconds = []
-    for _ in range(1 + ROUNDS):
-        start = time.perf_counter()
+
+    def answered() -> int:
         for _ in evaluate(prompts):
             pass
         if on_gpu:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    median = sorted(seconds[1:])[ROUNDS // 2]
+        return prompts.total
+
+    facts_per_second = _per_second(answered)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{settings.device}, {torch.get_num_threads()} threads",
-        "facts_per_second": round(prompts.total / median, 1),
+        "facts_per_second": facts_per_second,
+        "tokens_per_second": _tokens_per_second(handle),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else max(peak_memory() - libraries, 0),
     }
+
+
+def _per_second(work: Callable[[], int]) -> float:
+    """The median, over some rounds, of how many the work says it did."""
+    rates = []
+    for _ in range(1 + ROUNDS):
+        start = time.perf_counter()
+        done = work()
+        rates.append(done / (time.perf_counter() - start))
+    return round(sorted(rates[1:])[ROUNDS // 2], 1)
+
+
+def _tokens_per_second(handle: ModelHandle) -> float | None:
+    """Of one text, read and then gone on with, the likeliest token each time; None for a model that does not go on with
+    texts.
+    """
+    try:
+        reader = handle.reader()
+    except UnsupportedError:
+        return None
+    prompt, _ = reader.encode(_TEXT)
+    tokens = TOKENS if reader.most is None else min(TOKENS, reader.most - len(prompt))
+    if tokens < 1:
+        return None
+
+    def written() -> int:
+        # Each token is one number on its way to the processor: nothing is left to be waited for.
+        (row,) = reader.continued([prompt], tokens)
+        return next((place for place, token in enumerate(row, start=1) if reader.ends(token)), tokens)
+
+    return _per_second(written)
 
 
 def _import_libraries(path: Path) -> None:

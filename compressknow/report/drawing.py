@@ -152,7 +152,7 @@ def lines(
     with axes(260, id, title, f"{told}.{_levels_in_words(levels, unit)}") as (plot, drawn):
         ends = [_line(plot, line, i, 100 * start) for i, line in enumerate(drawn_lines)]
         largest = max(x for x, *_ in ends)
-        bottom, top = _range([100 * start, *reach(drawn_lines, levels), *within])
+        bottom, top = round_range([100 * start, *reach(drawn_lines, levels), *within])
         _end_labels(plot, ends, largest, gap=_APART * (top - bottom), bottom=bottom)
         _draw_levels(plot, levels, largest, (bottom, top), 100 * start)
         _amount_axis(plot, drawn_lines, largest)
@@ -326,9 +326,9 @@ def percent_axis(plot: Axes, bottom: float, top: float = 100, unit: str = PERCEN
     plot.set_axisbelow(True)
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    """From zero, or the tens below the least value, to the tens above the largest; by fives where all lie close."""
-    low, high = min(0.0, *values), max(10.0, *values)
+def round_range(values: Sequence[float], low: float = 0.0) -> tuple[float, float]:
+    """From `low`, or the tens below the least value, to the tens above the largest; by fives where all lie close."""
+    low, high = min(low, *values), max(10.0, *values)
     step = 5 if high - low <= 20 else 10
     return step * (low // step), -step * (-high // step)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
@@ -15,15 +15,13 @@ from compressknow.files import write_whole
 from compressknow.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
 from compressknow.probe.grades import RECOGNIZED
 from compressknow.report.card.warnings import of_known
-from compressknow.report.drawing import INK, MUTED, SERIES, WIDTH, axes, percent_axis
+from compressknow.report.drawing import INK, MUTED, SERIES
 from compressknow.report.pages import html_page
 from compressknow.report.parts import BAR, Code, Drawn, Entries, Folded, Note, Page, Sentences, Shown
 from compressknow.report.records import ModelFacts
 from compressknow.report.tables import Entry, Table, identity
+from compressknow.report.tradeoff import Look, Mark, Tradeoff, tradeoff, unbeaten
 from compressknow.stats.records import Estimate
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # What may be made small, and how people call it.
 SIZES = {
@@ -348,56 +346,45 @@ def pareto(search: Search, *, broad: bool = False) -> str:
     """The chart, as an SVG element: for a narrow screen or, if `broad`, for the width of the page. A pointer over a
     recipe is told which it is.
     """
-    points = [t for t in search.tried if t.kept.value is not None and t.kind != "layers"]
-    best = front(points, search.minimize)
-    told = "; ".join(_hovered(t, search) for t in best)
-    title = f"Knowledge kept by {SIZES[search.minimize]}"
-    hover = {f"recipe{i}": _hovered(t, search) for i, t in enumerate(points)}
-    if search.winner:
-        hover["winner"] = f"the winner, {_hovered(search.winner, search)}"
-    height, width, id = (380, 1080, "broad-pareto") if broad else (300, WIDTH, "pareto-chart")
-    with axes(height, id, title, f"The best at each size: {told}.", width=width, hover=hover) as (plot, drawn):
-        edge = [_place(t, search) for t in best]
-        plot.plot(*zip(*edge, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle="steps-post")
-        plot.axhline(100 * search.keep, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-        _draw_recipes(plot, points, search)
-        if search.winner:
-            star: Any = {"color": INK, "markersize": 13, "label": "the winner", "gid": "winner"}
-            plot.plot(*_place(search.winner, search), "*", **star)
-        plot.set_xlabel(f"{SIZES[search.minimize]}, {_UNITS[search.minimize][1]}")
-        # Outside of the plot: points may lie anywhere in it.
-        room = {"ncols": 3 if broad else 2, "columnspacing": 1, "handletextpad": 0, "frameon": False, "fontsize": 10}
-        plot.figure.legend(loc="outside upper left", **room)
-        percent_axis(plot, 0)
-    return drawn()
+    return tradeoff(_tradeoff(search), "broad-pareto" if broad else "pareto-chart", broad=broad)
 
 
-def _draw_recipes(plot: Axes, points: Sequence[Trial], search: Search) -> None:
-    """A mark each, with a name by which it is told apart; the first of a kind stands in the legend."""
-    kinds = {"paper": ("s", MUTED, "the paper's setups"), "search": ("o", SERIES[0], "chosen by the search")}
-    named: set[str] = set()
-    for i, trial in enumerate(points):
-        marker, colour, label = kinds[trial.kind]
-        shown = "_nolegend_" if trial.kind in named else label
-        named.add(trial.kind)
-        plot.plot(*_place(trial, search), marker, color=colour, markersize=5, label=shown, gid=f"recipe{i}")
+_WINNER = "the winner"
+_LOOKS = {
+    "the paper's setups": Look("s", MUTED),
+    "chosen by the search": Look("o", SERIES[0]),
+    _WINNER: Look("*", INK, 13),
+}
+_NAMES = dict(zip(("paper", "search"), _LOOKS, strict=False))
 
 
-def _place(trial: Trial, search: Search) -> tuple[float, float]:
-    return trial.sizes[search.minimize] / _UNITS[search.minimize][0], 100 * (trial.kept.value or 0)
+def _tradeoff(search: Search) -> Tradeoff:
+    marks = [
+        Mark(_cost(t, search), t.kept.value, _NAMES[t.kind], _hovered(t, search))
+        for t in search.tried
+        if t.kept.value is not None and t.kind in _NAMES
+    ]
+    best = unbeaten(marks, lambda mark: (mark.cost, mark.kept))
+    if won := search.winner:
+        marks.append(Mark(_cost(won, search), won.kept.value or 0, _WINNER, f"{_WINNER}, {_hovered(won, search)}"))
+    return Tradeoff(
+        f"Knowledge kept by {SIZES[search.minimize]}",
+        f"{SIZES[search.minimize]}, {_UNITS[search.minimize][1]}",
+        marks,
+        _LOOKS,
+        edge=tuple(_NAMES.values()),
+        told=f"The best at each size: {'; '.join(mark.told for mark in best)}.",
+        keep=search.keep,
+        bottom=0,
+    )
+
+
+def _cost(trial: Trial, search: Search) -> float:
+    return trial.sizes[search.minimize] / _UNITS[search.minimize][0]
 
 
 def _hovered(trial: Trial, search: Search) -> str:
     return f"{plain(trial.setup, 60)} {share(trial.kept.value)}, {_told(trial, search)}"
-
-
-def front(points: Sequence[Trial], minimize: str) -> list[Trial]:
-    """Those of which none keeps more at the same size or less, the smallest first."""
-    best: list[Trial] = []
-    for point in sorted(points, key=lambda t: (t.sizes[minimize], -(t.kept.value or 0))):
-        if not best or (point.kept.value or 0) > (best[-1].kept.value or 0):
-            best.append(point)
-    return best
 
 
 def _told(tried: Trial, search: Search) -> str:

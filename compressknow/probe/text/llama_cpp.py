@@ -52,6 +52,10 @@ class GgufReader:
         """A prompt at a time."""
         return [self._continued(prompt, tokens) for prompt in prompts]
 
+    def ends(self, token: int) -> bool:
+        """See `TextReader`."""
+        return self._tokenizer.ends(token)
+
     def _continued(self, prompt: Sequence[int], tokens: int) -> list[int]:
         context = self._memory(len(prompt) + tokens)
         context.clear()

@@ -50,8 +50,11 @@ class TextReader(Protocol):
 
     def continued(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """What the model writes after each of the prompts, which are of one length, the likeliest token each time:
-        [prompts][tokens]; whatever follows the end of the text is the end again.
+        [prompts][tokens]; whatever follows the end of the text is the end again, and takes no time.
         """
+
+    def ends(self, token: int) -> bool:
+        """Whether a text ends with this token."""
 
 
 class TransformersReader:
@@ -99,19 +102,32 @@ class TransformersReader:
     def _continued(self, ids: torch.Tensor, tokens: int) -> list[list[int]]:
         ids = ids.to(self._model.device)
         fed, cache, written = ids, None, []
+        ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for _ in range(tokens):
             output = self._model(input_ids=fed, use_cache=True, **{self._cache: cache}, **self._keeping(1))
             written.append(output.logits[:, -1].argmax(-1, keepdim=True))
+            ended |= written[-1] == (-1 if self._end is None else self._end)
+            if ended.all():
+                break
             cache = getattr(output, self._cache, None)
             # Without keys and values of what is read, all of it is read again.
             fed = written[-1] if cache is not None else torch.cat([ids, *written], dim=1)
-        return [self._ended(row) for row in torch.cat(written, dim=1).tolist()]
+        return [self._ended(row, tokens) for row in torch.cat(written, dim=1).tolist()]
 
-    def _ended(self, row: list[int]) -> list[int]:
-        end = self._tokenizer.eos_token_id
-        if end not in row:
+    def ends(self, token: int) -> bool:
+        """See `TextReader`."""
+        return token == self._end
+
+    @property
+    def _end(self) -> int | None:
+        end: int | None = self._tokenizer.eos_token_id
+        return end
+
+    def _ended(self, row: list[int], tokens: int) -> list[int]:
+        if self._end is None or self._end not in row:
             return row
-        return row[: row.index(end)] + [end] * (len(row) - row.index(end))
+        written = row[: row.index(self._end)]
+        return written + [self._end] * (tokens - len(written))
 
     def _refuse_reading_ahead(self, ids: Sequence[int]) -> None:
         """Raise UnsupportedError for a model that sees the token that it is to predict: its figures would lie."""

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from compressknow.format import json_text
 from compressknow.report.card import assembly, view
+from compressknow.report.card.costs import costs
 from compressknow.report.card.method import LEGEND, SHORT_LEGEND
 from compressknow.report.card.section import Limits
 from compressknow.report.card.view import setups
@@ -26,9 +27,10 @@ from compressknow.report.records import (
     early_to_json,
     estimate_to_json,
 )
+from compressknow.report.tradeoff import tradeoff
 
-# What the page holds of one comparison, and of all together: beyond, it would grow past a megabyte.
-_LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 520, 200
+# What the page holds of one comparison, and of several together: beyond, it would grow past a megabyte.
+_LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 360, 200
 _FEW, _RELATIONS_OF_MANY = 5, 20
 # Facts that the Markdown holds of one comparison, and of all together.
 _FACTS, _FACTS_IN_ALL = 50, 300
@@ -55,7 +57,13 @@ def render_html(card: Card) -> str:
     page = view.page(card, _limits(len(card.comparisons)))
     names = [compared.name for compared in page.compared]
     charts = setups(card.comparisons, names, "overview-chart") if page.overview else ()
-    return html_page("report.html.j2", page=page, charts=tuple(map(Markup, charts)), **_WORDS)
+    # Drawn twice: for a narrow screen, and for the width of the page.
+    drawn = [
+        (look, Markup(tradeoff(chart, f"{look}-cost-{i}", broad=look == "broad")))
+        for i, chart in enumerate(costs(card, names) if page.overview else (), start=1)
+        for look in ("narrow", "broad")
+    ]
+    return html_page("report.html.j2", page=page, charts=tuple(map(Markup, charts)), costs=drawn, **_WORDS)
 
 
 def render_markdown(card: Card) -> str:
@@ -67,7 +75,7 @@ def render_markdown(card: Card) -> str:
 
 def _limits(models: int) -> Limits:
     return Limits(
-        lost=min(_LOST, _LOST_IN_ALL // max(1, models)),
+        lost=_LOST if models <= 1 else _LOST_IN_ALL // models,
         gained=min(_GAINED, _GAINED_IN_ALL // max(1, models)),
         relations=None if models <= _FEW else _RELATIONS_OF_MANY,
         # Of several models, a chart for each would take seconds.

@@ -8,16 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from compressknow.compress.recipe import to_toml
 from compressknow.format import NONE, count, estimate, plain, plain_lines, share, size, smaller
 from compressknow.report import drawing
 from compressknow.report.card import assembly, rounding
+from compressknow.report.card.costs import runtime_of
 from compressknow.report.card.section import Limits
 from compressknow.report.card.verdict import labels_of
 from compressknow.report.drawing import Line
 from compressknow.report.parts import Shown
-from compressknow.report.records import Card, Comparison, Grade
+from compressknow.report.records import Card, Comparison, Grade, ModelFacts
 from compressknow.report.tables import Entry, Table, hashes, headline_accuracy, identity, run_entries
 from compressknow.report.texts import text_headline, written_perplexity
 from compressknow.stats.records import Counts, Estimate, ProbeFigures
@@ -245,18 +247,23 @@ def _overview(card: Card, names: tuple[str, ...]) -> Table:
     probes = list(dict.fromkeys(probe.probe for c in card.comparisons for probe in c.probes))
     subjects = list(dict.fromkeys(grade.subject for c in card.comparisons for grade in c.grades))
     texts = list(dict.fromkeys(figures.text for c in card.comparisons for figures in c.texts))
-    rows = [_overview_row(c, name, probes, subjects, texts) for c, name in zip(card.comparisons, names, strict=True)]
+    run = _how_run([card.original, *(c.model for c in card.comparisons)])
+    rows = [
+        _overview_row(c, name, own, probes, subjects, texts)
+        for c, name, own in zip(card.comparisons, names, run.cells[1:], strict=True)
+    ]
     return Table(
         caption="Every compressed model at a glance",
         columns=(
             "Model",
             "Size",
             "Kept",
+            *run.columns,
             *(f"Accuracy, {plain(p, 40)}" for p in probes),
             *(plain(s, 40) for s in subjects),
             *(f"Perplexity, {plain(t, 40)}" for t in texts),
         ),
-        rows=(_original_row(card, probes, subjects, texts), *rows),
+        rows=(_original_row(card, run.cells[0], probes, subjects, texts), *rows),
         bars=(None, *(c.kept for c in card.comparisons)),
         bars_after=2,
         links=("", *(f"m{i}-top" for i in range(1, len(names) + 1))),
@@ -265,13 +272,34 @@ def _overview(card: Card, names: tuple[str, ...]) -> Table:
     )
 
 
-def _original_row(card: Card, probes: list[str], subjects: list[str], texts: list[str]) -> tuple[str, ...]:
+class _Run(NamedTuple):
+    """Columns of how models were run, and their cells by model."""
+
+    columns: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+
+
+def _how_run(models: Sequence[ModelFacts]) -> _Run:
+    """What ran each, where that was not transformers for all; tokens a second, where they were measured."""
+    columns: dict[str, list[str]] = {}
+    if any(model.runtime for model in models):
+        columns["Runs in"] = [plain(runtime_of(model), 30) for model in models]
+    speeds = [model.speed.tokens_per_second if model.speed else None for model in models]
+    if any(speed is not None for speed in speeds):
+        columns["Tokens a second"] = [NONE if speed is None else f"{speed:,.1f}" for speed in speeds]
+    return _Run(tuple(columns), tuple(tuple(column[i] for column in columns.values()) for i in range(len(models))))
+
+
+def _original_row(
+    card: Card, run: tuple[str, ...], probes: list[str], subjects: list[str], texts: list[str]
+) -> tuple[str, ...]:
     read = {figures.text: figures.original for c in card.comparisons for figures in c.texts}
     accuracy = {p.probe: headline_accuracy(p)[0].value for c in card.comparisons for p in c.probes}
     return (
         "original",
         size(card.original.bytes),
         "",
+        *run,
         *(share(accuracy[probe]) for probe in probes),
         *("" for _ in subjects),
         *(written_perplexity(read[text]) for text in texts),
@@ -279,7 +307,12 @@ def _original_row(card: Card, probes: list[str], subjects: list[str], texts: lis
 
 
 def _overview_row(
-    comparison: Comparison, name: str, probes: list[str], subjects: list[str], texts: list[str]
+    comparison: Comparison,
+    name: str,
+    run: tuple[str, ...],
+    probes: list[str],
+    subjects: list[str],
+    texts: list[str],
 ) -> tuple[str, ...]:
     read = {figures.text: figures.compressed for figures in comparison.texts}
     accuracy = {probe.probe: headline_accuracy(probe)[1].value for probe in comparison.probes}
@@ -288,6 +321,7 @@ def _overview_row(
         name,
         size(comparison.model.bytes),
         _kept(comparison.kept),
+        *run,
         *(share(accuracy.get(probe)) for probe in probes),
         *(_short_grade(grades.get(subject)) for subject in subjects),
         *(written_perplexity(read.get(text)) for text in texts),

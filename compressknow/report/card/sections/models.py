@@ -14,7 +14,7 @@ from compressknow.report.card.section import Context, Section
 from compressknow.report.parts import Note, Part
 from compressknow.report.tables import Table
 
-_COLUMNS = ("Model", "Device", "Facts a second", "Peak memory")
+_COLUMNS = ("Model", "Device", "Facts a second", "Tokens a second", "Peak memory")
 
 
 class Layers(Section):
@@ -64,7 +64,7 @@ def _group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class Speed(Section):
-    """Facts a second and peak memory, of both models or of the one that was measured."""
+    """Facts and tokens a second and peak memory, of both models or of the one that was measured."""
 
     title = "Speed and memory"
     order = 70
@@ -75,6 +75,7 @@ class Speed(Section):
                 who,
                 plain(model.speed.device, 60),
                 f"{model.speed.facts_per_second:,.1f}",
+                f"{model.speed.tokens_per_second:,.1f}" if model.speed.tokens_per_second is not None else NONE,
                 size(model.speed.peak_bytes) if model.speed.peak_bytes is not None else NONE,
             )
             for who, model in (("original", context.original), ("compressed", context.comparison.model))

@@ -1,0 +1,167 @@
+"""Knowledge kept against what a model costs, as a chart: a mark each, and the edge that nothing beats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from compressknow.report.drawing import INK, MUTED, PERCENT, SERIES, WIDTH, axes, percent_axis, round_range
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+T = TypeVar("T")
+
+# Units of a chart for a narrow screen, and of one that fills the page.
+_NARROW, _BROAD = (300, WIDTH), (380, 1080)
+# A digit's box, and how far from its mark a label may stand, in units of the drawing.
+_DIGIT, _LINE, _STEPS = 6.6, 11.0, (9, 14, 20)
+_WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A model.
+
+    Attributes
+    ----------
+    cost, kept : where it stands: in the unit of the axis, and a share of 1.
+    told : what a pointer over it is told.
+    label : written beside it where there is room.
+    """
+
+    cost: float
+    kept: float
+    kind: str
+    told: str
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How marks of a kind are drawn: a marker of matplotlib's, its colour and size."""
+
+    marker: str
+    colour: str
+    size: float = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Tradeoff:
+    """What is drawn.
+
+    Attributes
+    ----------
+    cost : what the horizontal axis shows, with its unit.
+    looks : by kind, the kinds in the order of the legend.
+    edge : by kind, whose marks can be on the edge.
+    more_is_better : of a cost that is none, such as a speed.
+    keep : a share of 1 to be kept, drawn across; or None.
+    bottom : where the axis of what is kept begins, in percent; None for a round figure below the least.
+    """
+
+    title: str
+    cost: str
+    marks: Sequence[Mark]
+    looks: Mapping[str, Look]
+    edge: Sequence[str]
+    told: str
+    more_is_better: bool = False
+    keep: float | None = None
+    bottom: float | None = None
+
+
+def unbeaten(
+    points: Sequence[T], place: Callable[[T], tuple[float, float]], *, more_is_better: bool = False
+) -> list[T]:
+    """Those of which none keeps more at the same cost or less, the cheapest first; `place` says (cost, kept).
+
+    >>> unbeaten([(3, 0.9), (1, 0.5), (2, 0.4)], lambda point: point)
+    [(1, 0.5), (3, 0.9)]
+    """
+    sign = -1 if more_is_better else 1
+    best: list[T] = []
+    for point in sorted(points, key=lambda each: (sign * place(each)[0], -place(each)[1])):
+        if not best or place(point)[1] > place(best[-1])[1]:
+            best.append(point)
+    return best
+
+
+def tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
+    """The SVG element, for a narrow screen or, if `broad`, for the width of the page. Each mark says which it is to a
+    pointer over it.
+    """
+    height, width = _BROAD if broad else _NARROW
+    hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}
+    with axes(height, id, chart.title, chart.told, width=width, hover=hover) as (plot, drawn):
+        _draw_edge(plot, chart)
+        if chart.keep is not None:
+            plot.axhline(100 * chart.keep, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        _draw_marks(plot, chart)
+        plot.set_xlabel(chart.cost)
+        # Outside of the plot: points may lie anywhere in it.
+        room: Any = {"ncols": 3 if broad else 2, "columnspacing": 1, "handletextpad": 0, "frameon": False}
+        plot.figure.legend(loc="outside upper left", fontsize=10, **room)
+        kept = [100 * mark.kept for mark in chart.marks]
+        percent_axis(plot, round_range(kept, low=min(kept))[0] if chart.bottom is None else chart.bottom, unit=PERCENT)
+        _draw_labels(plot, chart.marks)
+    return drawn()
+
+
+def _draw_edge(plot: Axes, chart: Tradeoff) -> None:
+    """What nothing beats is kept at every cost from there on; at every speed up to there."""
+    able = [mark for mark in chart.marks if mark.kind in chart.edge]
+    best = unbeaten(able, lambda mark: (mark.cost, mark.kept), more_is_better=chart.more_is_better)
+    if best:
+        places = sorted((mark.cost, 100 * mark.kept) for mark in best)
+        style = "steps-pre" if chart.more_is_better else "steps-post"
+        plot.plot(*zip(*places, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle=style)
+
+
+def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
+    """A mark each, with a name by which it is told apart; the first of a kind stands in the legend."""
+    for kind, look in chart.looks.items():
+        label = kind
+        for i, mark in enumerate(chart.marks):
+            if mark.kind == kind:
+                drawn: Any = {"color": look.colour, "markersize": look.size, "label": label, "gid": f"mark{i}"}
+                plot.plot(mark.cost, 100 * mark.kept, look.marker, clip_on=False, **drawn)
+                label = "_nolegend_"
+
+
+def _draw_labels(plot: Axes, marks: Sequence[Mark]) -> None:
+    """Beside each mark, where no other label or mark is; where there is no room, a pointer alone tells."""
+    figure = plot.get_figure(root=True)
+    assert figure is not None
+    # Where the marks are, in units of the drawing, is settled by the layout.
+    figure.draw_without_rendering()
+    unit = 72 / figure.dpi
+    at = [tuple(unit * plot.transData.transform((mark.cost, 100 * mark.kept))) for mark in marks]
+    edges = [unit * end for end in plot.bbox.extents]
+    taken = [_box(x, y, 6.0, 6.0) for x, y in at]
+    for mark, (x, y) in zip(marks, at, strict=True):
+        size = _DIGIT * len(mark.label) + 2, _LINE
+        for right, up in _offsets(size[0]) if mark.label else ():
+            box = _box(x + right, y + up, *size)
+            inside = edges[0] <= box[0] and box[2] <= edges[2] and edges[1] <= box[1] and box[3] <= edges[3]
+            if inside and not any(_meet(box, other) for other in taken):
+                taken.append(box)
+                place: Any = {"textcoords": "offset points", "ha": "center", "va": "center"}
+                plot.annotate(mark.label, (mark.cost, 100 * mark.kept), (right, up), fontsize=10, color=INK, **place)
+                break
+
+
+def _offsets(width: float) -> Iterator[tuple[float, float]]:
+    return ((step * right + right * (width - _DIGIT) / 2, step * up) for step in _STEPS for right, up in _WAYS)
+
+
+_Box = tuple[float, float, float, float]
+
+
+def _box(x: float, y: float, width: float, height: float) -> _Box:
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
+def _meet(one: _Box, other: _Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
