@@ -25,7 +25,7 @@ from compressknow.probe.handle import ModelHandle, Settings
 from compressknow.probe.records import Speed
 from compressknow.system import peak_memory
 
-FACTS, TOKENS, ROUNDS = 192, 64, 3
+FACTS, TOKENS, ROUNDS = 96, 64, 3
 _TEXT = "A long time ago, in a small town by the sea, there lived a young woman who"
 
 

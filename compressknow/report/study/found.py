@@ -61,16 +61,18 @@ def what_was_found(study: Study, findings: Sequence[Finding]) -> tuple[Found, ..
 
 
 def _pruned(least: Least) -> Found:
-    return _least(least, f"Pruned by {least.level}, {least.module} hurts least", "kept on average", _KEPT)
+    return _least(least, f"Pruned by {least.level}", "kept on average", _KEPT)
 
 
 def _quantized(least: Least) -> Found:
-    return _least(least, f"Quantized by {plain(least.level, 60)}, {least.module} hurts least", "kept", _QUANTIZED)
+    return _least(least, f"Quantized by {plain(least.level, 60)}", "kept", _QUANTIZED)
 
 
-def _least(least: Least, claim: str, what: str, chart: str) -> Found:
+def _least(least: Least, how: str, what: str, chart: str) -> Found:
+    # Where all keep the same, to name the first of them would say what nobody saw.
+    named = least.module if len(set(least.kept.values())) > 1 else "one module"
     numbers = listed([f"{module} {share(kept)}" for module, kept in least.kept.items()])
-    return Found("", claim, _answer(least.clear), f"{what}: {numbers}", chart)
+    return Found("", f"{how}, {named} hurts least", _answer(least.clear), f"{what}: {numbers}", chart)
 
 
 def _cliff(edge: Cliff) -> Found:

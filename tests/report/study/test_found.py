@@ -31,6 +31,14 @@ def test_lines_say_what_the_figures_say() -> None:
     assert said["F4"].numbers.startswith("12 of 18 comparisons as claimed, 0 against it; ")
 
 
+def test_where_all_modules_keep_the_same_none_is_named() -> None:
+    made = study(
+        [gp("attention", 0.1, range(200)), gp("feed-forward", 0.1, range(200)), gp("overall", 0.1, range(200))]
+    )
+    line = found(made)["Pruned by 10 to 30 %, one module hurts least"]
+    assert (line.answer, line.numbers[:31]) == ("cannot tell", "kept on average: overall 100 %,")
+
+
 @pytest.mark.parametrize(("right", "answer"), [(150, "holds"), (178, "cannot tell")])
 def test_a_cliff_holds_where_the_whole_interval_is_below(right: int, answer: str) -> None:
     made = study([gp("attention", 0.1, range(200)), gp("attention", 0.3, range(right))])
