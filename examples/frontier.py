@@ -24,7 +24,7 @@ from compressknow.cli import main as cli
 
 TOKENS = 8192
 HALF: dict[str, Any] = {"prune": 0.5, "prune_method": "sparsegpt", "calibration_tokens": TOKENS}
-INT4: dict[str, Any] = {"quantize": "int4", "group_size": 64}
+INT4: dict[str, Any] = {"quantize": "int4", "parameters": {"group_size": 64}}
 GPTQ: dict[str, Any] = INT4 | {"rounding": "gptq", "calibration_tokens": TOKENS}
 CONVERTED: dict[str, dict[str, Any]] = {
     "int8": {"quantize": "int8"},
