@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.libraries import require
-from compressknow.probe.gather import open_named, refuse_silent, refuse_texts
+from compressknow.probe.gather import open_named, refuse_silent, refuse_texts_alone
 from compressknow.probe.grades import RECOGNIZED, check_known
 from compressknow.probe.handle import Settings
+from compressknow.probe.text.running import RunningText
 from compressknow.quiet import OnProgress, listener, staged
 from compressknow.study.cells import StudyModel, save_cell
 from compressknow.study.folder import (
@@ -63,7 +64,7 @@ def sweep(
     model : a local folder or a hub id.
     output : folder of the study; one of this model and version is resumed.
     grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant beside the paper's), or a TOML file.
-    probes : names; see `compressknow.probe`.
+    probes : names; see `compressknow.probe`. One of facts at least: a running text beside them gives perplexities.
     options, settings : see `compressknow.probe`.
     known : what counts as known; see `compressknow.report`. A study can be written anew by the other reading: the
         answers are the same.
@@ -91,8 +92,9 @@ def sweep(
     check_known(known)
     folder, listening = Path(output), listener(on_progress)
     refuse_foreign(folder)
-    opened = open_named(probes, options)
-    refuse_texts(opened)
+    # Texts first: a model that cannot read one is refused before it is evaluated on all else.
+    opened = sorted(open_named(probes, options), key=lambda probe: not isinstance(probe, RunningText))
+    refuse_texts_alone(opened)
     refuse_silent(opened, known)
     # On a cluster the workers keep what they need.
     kept, texts = None if ray else folder, folder / TEXTS

@@ -40,16 +40,14 @@ def open_named(probes: str | Sequence[str] | None, options: Options | None) -> l
     return opened
 
 
-def refuse_texts(opened: Sequence[Opened]) -> None:
-    """Raise UsageError where one is a running text: a study counts facts."""
+def refuse_texts_alone(opened: Sequence[Opened]) -> None:
+    """Raise UsageError where there is nothing but running texts: a study counts facts."""
     from compressknow.probe.text.running import RunningText
 
-    for text in opened:
-        if isinstance(text, RunningText):
-            raise UsageError(
-                f"A sweep counts facts, and {text.name} is a text.",
-                hint="Sweep on facts with --save, and give the checkpoints to `compressknow report -p text:FILE`.",
-            )
+    if all(isinstance(probe, RunningText) for probe in opened):
+        raise UsageError(
+            f"A sweep counts facts, and {opened[0].name} is a text.", hint="Add a probe of facts beside it: -p atlas."
+        )
 
 
 def refuse_silent(opened: Sequence[Opened], known: str) -> None:

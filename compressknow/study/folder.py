@@ -115,7 +115,7 @@ def study_cell(original: Answers, cell: Cell, answers: Answers, *, several_texts
         bytes=answers.record.model.bytes or 0,
         sparse_bytes=totals["sparse_bytes"],
         comparison=compare(original, answers, show_facts=False),
-        correct={probe: _correct(answers, probe, original.of(probe)) for probe in answers.probes},
+        correct={p: _correct(answers, p, original.of(p)) for p in answers.probes if p not in answers.texts},
     )
 
 

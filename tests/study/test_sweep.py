@@ -26,7 +26,7 @@ from compressknow.probe.facts import fact_of
 from compressknow.probe.grades import PRODUCED
 from compressknow.probe.handle import ModelHandle, Settings
 from compressknow.study.folder import RECORD, CellResult, claim
-from tests.knowing import facts_file, in_wordings, knowing
+from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 
 FAMILIES = ("bert", "llama", "t5")
 GRID = """
@@ -445,3 +445,63 @@ def test_a_reading_of_known_that_there_is_not_is_refused(llama: Place) -> None:
     with pytest.raises(UsageError, match="Unknown reading of knowing"):
         compressknow.sweep(llama.model, llama.folder / "bad", probes=llama.probe, known="said")
     assert not (llama.folder / "bad").exists()
+
+
+def text_of(place: Place) -> Path:
+    text = place.folder / "facts.txt"
+    text.write_text("\n".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS) + "\n", encoding="utf-8")
+    return text
+
+
+def test_a_text_beside_the_facts_gives_each_cell_its_perplexity(llama: Place, tmp_path: Path) -> None:
+    text = text_of(llama)
+    llama.grid.write_text('[axes]\nscope = ["overall"]\nprune = [0.3, 0.9]\n', encoding="utf-8")
+    for _ in range(2):
+        assert llama.sweep("text", "-p", f"text:{text}", "--context", "24", "--known", "produced") == 0
+    llama.grid.write_text(GRID, encoding="utf-8")
+    with (llama.folder / "text" / "cells.csv").open(encoding="utf-8", newline="") as file:
+        rows = {(row["key"], row["probe"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 4
+    study, options = llama.folder / "text", compressknow.Options(context=24)
+    for amount in (30, 90):
+        compressknow.convert(llama.model, tmp_path / str(amount), scope="overall", prune=amount / 100)
+        card = compressknow.report(
+            llama.model, tmp_path / str(amount), f"text:{text}", options=options, keep_in=tmp_path / "answers"
+        )
+        (figures,), row = card.comparisons[0].texts, rows[f"overall-gp-{amount}", "text:facts.txt"]
+        assert float(row["perplexity_original"]) == pytest.approx(figures.original.value.value)
+        assert float(row["perplexity_compressed"]) == pytest.approx(figures.compressed.value.value)
+        assert float(row["kl_mean"]) == pytest.approx(figures.moved.kl.value)
+        assert (row["n"], row["kept"], row["known"]) == ("", "", "")
+        # What is kept of the facts is as it is without the text.
+        of_facts = rows[f"overall-gp-{amount}", "facts:facts.jsonl"]
+        assert (of_facts["n"], of_facts["perplexity_compressed"]) == ("64", "")
+    told = json.loads((study / "study.json").read_text())
+    assert list(told["probes"]) == ["facts:facts.jsonl"]
+    table = (study / "study.md").read_text(encoding="utf-8").split("## All cells")[1].splitlines()
+    header, _, original, *cells = [line.split(" | ") for line in table if line.startswith("|")][:5]
+    place = header.index("Perplexity, text:facts.txt")
+    assert [float(row[place].partition(" ±")[0]) for row in (original, *cells)] == [
+        pytest.approx(float(rows[key, "text:facts.txt"][f"perplexity_{side}"]), abs=0.01)
+        for key, side in (
+            ("overall-gp-30", "original"),
+            ("overall-gp-30", "compressed"),
+            ("overall-gp-90", "compressed"),
+        )
+    ]
+
+
+def test_a_text_alone_is_no_study(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    text = text_of(llama)
+    assert main(["sweep", str(llama.model), "-o", str(llama.folder / "bad"), "-p", f"text:{text}"]) == 2
+    assert "A sweep counts facts, and text:facts.txt is a text." in capsys.readouterr().err
+    assert not (llama.folder / "bad").exists()
+
+
+def test_a_model_that_reads_no_text_is_refused_before_any_fact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place("bert", tmp_path)
+    assert place.sweep("study", "-p", f"text:{text_of(place)}") != 0
+    assert "Traceback" not in capsys.readouterr().err
+    assert not list((tmp_path / "study").rglob("answers.parquet"))

@@ -23,7 +23,8 @@ from compressknow.report.study.tests import Bound, CheckpointComparison
 from compressknow.report.study.view import study_page
 from compressknow.report.svg import standalone
 from compressknow.report.tables import headline_accuracy
-from compressknow.stats.records import Estimate, ProbeFigures
+from compressknow.report.texts import finite
+from compressknow.stats.records import Estimate, ProbeFigures, TextFigures
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -165,7 +166,7 @@ def _interval(estimate: Estimate) -> list[float] | None:
 
 
 _TEXT, _SHARE, _COUNT = "string", "double", "int64"
-# Columns and their types, in order. Shares and accuracies lie between 0 and 1; sizes are bytes.
+# Columns and their types, in order. Shares and accuracies lie between 0 and 1; sizes are bytes, divergences nats.
 COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("key", "setup", "scope", "method"), _TEXT),
     "amount": _SHARE,
@@ -174,6 +175,7 @@ COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("accuracy_original", "accuracy_compressed", "drop_absolute", "drop_relative"), _SHARE),
     **dict.fromkeys(("kept", "kept_low", "kept_high", "mcnemar_p", "answer_changed", "kl_mean"), _SHARE),
     "kl_is_lower_bound": "bool",
+    **dict.fromkeys(("perplexity_original", "perplexity_compressed"), _SHARE),
     **dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "bytes", "sparse_bytes"), _COUNT),
     **dict.fromkeys(("status", "error"), _TEXT),
 }
@@ -182,11 +184,15 @@ _LONGEST = 2000  # characters of a text
 
 def tidy_rows(study: Study) -> list[dict[str, Any]]:
     """One row a cell and probe, in the order of the grid; cells that failed last, with None where nothing is known.
+    A running text has a row a cell too, which counts no facts.
 
     Accuracies are averaged as the probe's protocol does (over facts, or over relations); `status` is ``ok``,
     ``failed`` or ``refused``; the text of an error is on one line.
     """
-    rows = [_row(cell, probe, study.known) for cell in study.cells for probe in cell.comparison.probes]
+    rows = []
+    for cell in study.cells:
+        rows += [_row(cell, probe, study.known) for probe in cell.comparison.probes]
+        rows += [_row_of_text(cell, figures) for figures in cell.comparison.texts]
     probes: list[str | None] = [probe.name for probe in study.probes]
     lacking = [("failed", cell) for cell in study.failed] + [("refused", cell) for cell in study.refused]
     return rows + [_failed(cell, probe, status) for status, cell in lacking for probe in probes or [None]]
@@ -216,6 +222,18 @@ def _row(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str, Any]:
         "kl_mean": probe.movement.kl_mean if probe.movement else None,
         "kl_is_lower_bound": probe.movement.is_lower_bound if probe.movement else None,
     }
+    return {name: values.get(name) for name in COLUMNS} | {"status": "ok"}
+
+
+def _row_of_text(cell: StudyCell, figures: TextFigures) -> dict[str, Any]:
+    kl = figures.moved.kl if figures.moved else None
+    told = {
+        "perplexity_original": figures.original.value.value,
+        "perplexity_compressed": figures.compressed.value.value,
+        "kl_mean": kl.value if kl else None,
+        "kl_is_lower_bound": False if kl else None,
+    }
+    values = _cell(cell) | {"probe": plain(figures.text)} | finite(told)
     return {name: values.get(name) for name in COLUMNS} | {"status": "ok"}
 
 

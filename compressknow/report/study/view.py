@@ -49,7 +49,8 @@ from compressknow.report.study.records import (
 )
 from compressknow.report.study.summary import CLIFF
 from compressknow.report.tables import Entry, Table, headline_accuracy, identity
-from compressknow.stats.records import Estimate
+from compressknow.report.texts import within
+from compressknow.stats.records import Estimate, Measured
 
 _DEFINITIONS = (
     "Two cells are compared fact by fact, over all probes together: exact two-sided McNemar tests, adjusted by "
@@ -320,6 +321,7 @@ def cells_table(study: Study) -> Table:
         "Setup",
         "Kept",
         *(f"Accuracy, {plain(probe.name, 40)}" for probe in study.probes),
+        *(f"Perplexity, {plain(text, 40)}" for text in perplexities(study)),
         "p",
         "Pruned",
         "Quantized",
@@ -330,6 +332,7 @@ def cells_table(study: Study) -> Table:
         "original",
         "",
         *(share(probe.accuracy) for probe in study.probes),
+        *(within(value, 2) for value in perplexities(study).values()),
         "",
         "",
         "",
@@ -348,12 +351,18 @@ def cells_table(study: Study) -> Table:
     )
 
 
+def perplexities(study: Study) -> dict[str, Measured]:
+    """The original's, by running text."""
+    return {f.text: f.original.value for cell in study.cells for f in cell.comparison.texts}
+
+
 def _cell_row(study: Study, cell: StudyCell, called: Mapping[str, str]) -> tuple[str, ...]:
     kept = cell.comparison.kept
     return (
         called[cell.key],
         estimate(kept.value, kept.low, kept.high),
         *(share(accuracy(cell, probe.name)) for probe in study.probes),
+        *(within(figures.compressed.value, 2) for figures in cell.comparison.texts),
         _bare(cell.comparison.p),
         _millions(cell.pruned),
         _millions(cell.quantized),
