@@ -50,6 +50,28 @@ def test_the_confidence_sequence_holds_the_share_of_all_facts() -> None:
     assert held / len(stops) >= 1 - LEVEL
 
 
+# SmolLM2-135M-Instruct and the demo's conversion of it, on the first of atlas's 4,021 facts in the order of seed 0:
+# 3 where both know the fact, 2 where it is lost, 1 where it is gained, else 0.
+SMOLLM2 = (
+    "0033330303320330230000220301332230333333333033003233333333033330333000002313100100330330333323033030"
+    "3330033300323300300003000302133003330303323230330032330333330030323033303300330322300230333203030330"
+    "3033332333200333320333300313010033033330330300031023033330103333333233233003303131030000003303103032"
+    "1030013103333030333033303230330333010033323200302303331303103332030000302023033330210030333000103320"
+    "3032333000303000303333003330300333203001300321323313132030000133020033330033330000233303001332000330"
+    "3333200003303332333333332033333303030330330321303133333300330313003333023133330103203033033300330033"
+    "3031332333333"
+)
+
+
+@pytest.mark.parametrize(("gate", "facts", "met"), [(0.8, 595, True), (0.99, 23, False)])
+def test_a_gate_on_real_answers_takes_less_than_a_third_of_the_facts(gate: float, facts: int, met: bool) -> None:
+    codes = np.array([int(code) for code in SMOLLM2])
+    stop = decide(codes >= 2, codes % 2 == 1, gate, 4021)
+    assert stop is not None
+    assert (stop.facts, stop.met) == (facts, met)
+    assert stop.facts < stop.of / 3
+
+
 def by_hand(known: np.ndarray, kept: np.ndarray, gate: float, of: int) -> list[tuple[float, float]]:
     """The capital of both players, player by player and fact by fact."""
     purses, seen, after = [[1.0, 1.0] for _ in FRACTIONS], 0.0, []
