@@ -72,7 +72,7 @@ def compare(
     files = [Path(path) for path in outputs]
     require_for(files, *(("pyarrow", "scipy") if probes else ()))
     check_outputs(files, overwrite=overwrite)
-    opened = open_named(probes, options) if probes else []
+    opened = open_named(probes, options, known) if probes else []
     settings, listening = settings or Settings(), listener(on_progress)
     first, second = find_both(Named(a, revision), Named(b, revision_b), settings, listening)
     # It imports torch, which takes seconds: what is missing is said before.

@@ -113,7 +113,7 @@ def search(
     text = Calibration(calibration or usual.text, usual.tokens if calibration_tokens is None else calibration_tokens)
     ways = Ways(tuple(prune_methods), tuple(roundings), text)
     refuse_foreign(folder)
-    parts = [parts_of(probe, seed) for probe in open_named(probes, options)]
+    parts = [parts_of(probe, seed) for probe in open_named(probes, options, known)]
     with (
         StudyModel(
             model,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.libraries import require
-from compressknow.probe.gather import open_named, refuse_silent, refuse_texts_alone
+from compressknow.probe.gather import open_named, refuse_texts_alone
 from compressknow.probe.grades import RECOGNIZED, check_known
 from compressknow.probe.handle import Settings
 from compressknow.probe.text.running import RunningText
@@ -93,9 +93,8 @@ def sweep(
     folder, listening = Path(output), listener(on_progress)
     refuse_foreign(folder)
     # Texts first: a model that cannot read one is refused before it is evaluated on all else.
-    opened = sorted(open_named(probes, options), key=lambda probe: not isinstance(probe, RunningText))
+    opened = sorted(open_named(probes, options, known), key=lambda probe: not isinstance(probe, RunningText))
     refuse_texts_alone(opened)
-    refuse_silent(opened, known)
     # On a cluster the workers keep what they need.
     kept, texts = None if ray else folder, folder / TEXTS
     with StudyModel(model, settings or Settings(), revision=revision, keep_in=kept, texts=texts) as study_model:

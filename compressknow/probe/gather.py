@@ -30,13 +30,17 @@ def default_answers_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow" / "answers"
 
 
-def open_named(probes: str | Sequence[str] | None, options: Options | None) -> list[Opened]:
-    """The probes that a user names, atlas where none is named. Raises UsageError as `open_all` does, and for twins."""
+def open_named(probes: str | Sequence[str] | None, options: Options | None, known: str = "recognized") -> list[Opened]:
+    """The probes that a user names, atlas where none is named, to tell what is `known` in this reading.
+
+    Raises UsageError as `open_all` does, for twins, and where what is produced counts and a task does not tell that.
+    """
     from compressknow.probe.run import refuse_twins
     from compressknow.probe.sources import DEFAULT, Options, open_all
 
     opened = open_all(names_of(probes) or DEFAULT, options or Options())
     refuse_twins(opened)
+    _refuse_silent(opened, known)
     return opened
 
 
@@ -50,7 +54,7 @@ def refuse_texts_alone(opened: Sequence[Opened]) -> None:
         )
 
 
-def refuse_silent(opened: Sequence[Opened], known: str) -> None:
+def _refuse_silent(opened: Sequence[Opened], known: str) -> None:
     """Raise UsageError where only what is ``produced`` counts, and one is a task: its answers do not tell what a model
     says."""
     from compressknow.probe.grades import PRODUCED
@@ -209,7 +213,9 @@ def open_like(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
     from compressknow.probe.sources import DEFAULT, open_all
 
     names = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT))
-    return open_all(names, _like(known, evaluation.options))
+    opened = open_all(names, _like(known, evaluation.options))
+    _refuse_silent(opened, evaluation.known)
+    return opened
 
 
 def folder_of(keep_in: Path, model: ModelHandle, beside: Beside) -> Path:

@@ -439,6 +439,10 @@ def test_a_task_that_does_not_tell_what_is_said_is_refused_before_any_work(
     assert llama.sweep("bad", "-p", "lm-eval:piqa", "--known", "produced") == 2
     assert "The answers to lm-eval:piqa do not tell what a model says" in capsys.readouterr().err
     assert not (llama.folder / "bad").exists()
+    for verb in ("report", "compare"):
+        again = [verb, str(llama.model), str(llama.model), "-p", "lm-eval:piqa", "--known", "produced"]
+        assert main(again) == 2
+        assert "The answers to lm-eval:piqa do not tell what a model says" in capsys.readouterr().err
 
 
 def test_a_reading_of_known_that_there_is_not_is_refused(llama: Place) -> None:

@@ -107,8 +107,8 @@ def _figures() -> Iterator[str]:
 
 def _limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
     yield (
-        "Limits: a fact counts as known if its object ranks first for the wording used. Other wordings may give other "
-        "results, and a lost fact may rank second."
+        "Limits: a fact is judged by the wording that it was put in. Other wordings may give other results, and a lost "
+        "fact may rank second."
     )
     if any(probe.chance for probe in probes):
         yield (
