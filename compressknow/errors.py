@@ -42,6 +42,10 @@ class OutputError(CompressknowError):
     """The output cannot be written, or would overwrite something of the user's."""
 
 
+class NotInstalled(CompressknowError):
+    """Something is missing that can be installed; the hint says how."""
+
+
 class VerificationError(CompressknowError):
     """A checkpoint differs from its manifest."""
 

@@ -157,7 +157,7 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         _facts("--split", help="Split of an hf: data set."),
         _facts("--tasks", type=folder, help="Folder of your own lm-eval tasks."),
-        _facts("--no-noise-floor", is_flag=True, help="Do not measure what rounding alone changes."),
+        _facts("--no-noise-floor", is_flag=True, help="Do not measure what rounding, or llama.cpp, alone changes."),
         _runs("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, xpu, auto."),
         _runs(
             "--dtype",

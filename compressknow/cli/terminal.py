@@ -211,6 +211,9 @@ _LABELS = {
     **{"unpack": "Unpacking", "gather": "Gathering what layers read", "export": "Converting", "quantize": "Quantizing"},
 }
 
+# The original, whose answers are known, run otherwise.
+_OTHERWISE = {"noise": " in another precision", "runtime": " in llama.cpp"}
+
 
 class Lines:
     """A line for each stage of a run, while it lasts; of a long run one that says about how long it takes, which stays.
@@ -235,7 +238,7 @@ class Lines:
             self._announce(progress, line)
 
     def _announce(self, progress: Progress, line: Line) -> None:
-        if progress.left is None or self._announced or progress.stage.again or progress.stage.work == "noise":
+        if progress.left is None or self._announced or progress.stage.again or progress.stage.work in _OTHERWISE:
             return
         self._announced = True
         if (text := announcement(progress)) is not None:
@@ -272,7 +275,7 @@ class _State:
         stage, now = self._stage, time.monotonic()
         which = f" ({stage.number} of {stage.of})" if stage.of > 1 and not stage.again else ""
         which = " again, for the KL over all tokens" if stage.again else which
-        which = " in another precision" if stage.work == "noise" else which
+        which = _OTHERWISE.get(stage.work, which)
         name = f"{plain(stage.model, NAME)}{which}, {plain(stage.probe, NAME)}"
         if self._told is None:
             return f"{name}: {duration(now - self._start)} so far"

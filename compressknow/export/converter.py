@@ -18,7 +18,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from compressknow.errors import CompressknowError, UnsupportedError, did_you_mean
+from compressknow.errors import NotInstalled, UnsupportedError, did_you_mean
 from compressknow.export.children import refuse_failure, run
 from compressknow.quiet import Advance
 
@@ -73,7 +73,7 @@ def data_folder() -> Path:
 def find_converter(given: str | Path | None = None) -> Converter:
     """The converter: at `given`, else where the environment says, else in `data_folder`, else an installed command.
 
-    Raises CompressknowError, with the command that installs it, where there is none.
+    Raises NotInstalled, with the command that installs it, where there is none.
     """
     for where, place in (("--converter", given), (VARIABLE, os.environ.get(VARIABLE))):
         if place:
@@ -82,7 +82,7 @@ def find_converter(given: str | Path | None = None) -> Converter:
         return Converter(script=data_folder() / SCRIPT)
     if command := shutil.which(COMMAND):
         return Converter(command=command)
-    raise CompressknowError(
+    raise NotInstalled(
         "llama.cpp's converter is not installed.",
         "It brings packages that would replace others, so it wants a folder of its own.",
         f"Install it with: {install_command()}",
@@ -98,7 +98,7 @@ def _at(place: Path, said_by: str) -> Converter:
     script = (place / SCRIPT if place.is_dir() else place).absolute()
     if script.is_file():
         return Converter(script=script) if script.suffix == ".py" else Converter(command=str(script))
-    raise CompressknowError(
+    raise NotInstalled(
         f"{said_by} {place}: there is no {SCRIPT}.",
         hint=f"Give the folder that it lies in: a checkout of llama.cpp, or one made with: {install_command()}",
     )

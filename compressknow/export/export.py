@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -75,11 +75,15 @@ class Export:
         return bytes_of(self.exact, self.numel)
 
     @property
+    def plain_bytes(self) -> int:
+        """The size of the weights as floats, where the converter wants them unpacked first."""
+        return 0 if self.is_plain else sum(each.nbytes for each in self.tensors)
+
+    @property
     def needed_bytes(self) -> int:
         """The most room that is taken at a time."""
-        plain = 0 if self.is_plain else sum(each.nbytes for each in self.tensors)
         made = bytes_of(base_type(self.choice.type), self.numel)
-        return int(_SPARE * max(plain + self.exact_bytes, self.exact_bytes + made, 2 * made))
+        return int(_SPARE * max(self.plain_bytes + self.exact_bytes, self.exact_bytes + made, 2 * made))
 
 
 def prepare(
@@ -166,6 +170,22 @@ def write(
     return record
 
 
+def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = untold) -> Path:
+    """Write a file whose matrices are of one type, ``f32``, ``f16`` or ``bf16``, into `folder`, and give its path: no
+    output, but something to run. It has neither a record nor more metadata than the converter's own.
+
+    Raises
+    ------
+    OutputError : the disk has no room for it.
+    CompressknowError : the converter fails.
+    """
+    file, export = folder / "floats.gguf", replace(export, exact=kind)
+    refuse_no_room(file, int(_SPARE * (export.plain_bytes + export.exact_bytes)))
+    with _plain_folder(export, folder, begin) as source:
+        _convert(export, source, file, begin)
+    return file
+
+
 def preview(export: Export, output: Path, *, threads: int | None = None, begin: Begin = untold) -> ExportRecord:
     """What `write` would record, but for the hash: llama.cpp chooses types by a file, which is made for that beside
     `output` and removed again."""
@@ -194,16 +214,7 @@ def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dr
         seen = None
         if (asked := export.choice.calibration) and not dry_run:
             seen = see(source, asked, folder, threads=threads, begin=begin, trust_remote_code=export.trust_remote_code)
-        with begin("export") as advance:
-            convert(
-                export.converter,
-                source,
-                exact,
-                export.exact,
-                name=export.checkpoint.name if export.checkpoint.revision else None,
-                expected=export.exact_bytes,
-                advance=advance,
-            )
+        _convert(export, source, exact, begin)
     if not _is_quantized(export):
         return _Made(exact, {}, {})
     tensors = read_tensors(exact, export.side)
@@ -220,6 +231,20 @@ def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dr
         return _Made(exact, planned_types(folder), said)
     exact.unlink()
     return _Made(output, {}, said)
+
+
+def _convert(export: Export, source: Path, exact: Path, begin: Begin) -> None:
+    """Write the file in between, of the weights in the folder `source`."""
+    with begin("export") as advance:
+        convert(
+            export.converter,
+            source,
+            exact,
+            export.exact,
+            name=export.checkpoint.name if export.checkpoint.revision else None,
+            expected=export.exact_bytes,
+            advance=advance,
+        )
 
 
 def _importance(export: Export, exact: Path, tensors: Tensors, seen: Seen | None) -> Importance | None:

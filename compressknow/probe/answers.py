@@ -45,7 +45,10 @@ NEWER = ("first_kl", "produced", "with_example", "grade", "template")
 # the two files) the table is read as it is.
 HASH = "answers_sha256"
 _COUNTS = {"parameters?": int, "zeros_after?": int, "pruned?": (int, None), "quantized?": int}
-_NOISE = ("n", "changed", "known", "lost", "gained")
+_NOISE = {
+    **dict.fromkeys(("n", "changed", "known", "lost", "gained"), int),
+    **{"kl_mean": (float, None), "computed_in": str},
+}
 # What reports read of ``probe.json``.
 RECORD_FORM: dict[str, Any] = {
     "schema": int,
@@ -72,7 +75,8 @@ RECORD_FORM: dict[str, Any] = {
             },
             **{"seconds?": float, "source?": (dict, None), "reference?": (str, None), "key?": str},
             "text?": (TEXT_FORM, None),
-            "noise_floor?": ({**dict.fromkeys(_NOISE, int), "kl_mean": (float, None), "computed_in": str}, None),
+            "noise_floor?": (_NOISE, None),
+            "runtime_noise_floors?": ({str: _NOISE}, None),
         }
     },
     f"{HASH}?": str,

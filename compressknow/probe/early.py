@@ -22,6 +22,7 @@ from compressknow.probe.gather import Evaluation, finished, folder_of, of_probes
 from compressknow.probe.grades import known_as
 from compressknow.probe.handle import Beside, ModelHandle, handles_of
 from compressknow.probe.run import facts_entry, held_answers, probe_model
+from compressknow.probe.runtime_noise import unmeasured
 from compressknow.quiet import Listener, staged
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def gather_early(
     drawing = _Drawing(first.answerable(probes), evaluation.options.seed)
     found = _until(decide, first, second, drawing, evaluation, on_progress)
     before = finished(first.answers(drawing), first.handle, None, timed=evaluation.timed)
+    before = unmeasured(before, "--early leaves it out.")
     return Early(before, finished(second.answers(drawing), second.handle, before, timed=evaluation.timed), found)
 
 

@@ -184,11 +184,16 @@ class _Gathering:
     def _evaluate(self, handle: ModelHandle, beside: Beside, on_progress: Listener | None) -> Answers:
         from compressknow.probe.noise import with_noise_floor
         from compressknow.probe.run import probe_model
+        from compressknow.probe.runtime_noise import is_wanted, with_runtime_noise_floor
 
         folder = folder_of(self._evaluation.keep_in, handle, beside)
         answers = probe_model(handle, self._probes, folder, beside, on_progress=on_progress, wait=True)
         if beside.reference is None:
             answers = with_noise_floor(handle, self._probes, answers, folder, on_progress, whole=beside.whole)
+            if is_wanted(handle, [*self._stored[1:], *self._handles[1:]]):
+                answers = with_runtime_noise_floor(
+                    handle, self._probes, answers, folder, on_progress, whole=beside.whole
+                )
         return finished(answers, handle, beside.reference, timed=self._evaluation.timed)
 
 
@@ -325,6 +330,7 @@ def evaluate_both(
     from compressknow.probe.handle import Beside
     from compressknow.probe.noise import with_noise_floor
     from compressknow.probe.run import probe_model
+    from compressknow.probe.runtime_noise import is_wanted, with_runtime_noise_floor
     from compressknow.quiet import staged
 
     def evaluate(
@@ -340,7 +346,10 @@ def evaluate_both(
         return BothWays(alone, alone, alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, None, whole_a)
-        of_a = with_noise_floor(a, probes, of_a, folder_of(keep_in, a, Beside()), on_progress, whole=whole_a)
+        folder = folder_of(keep_in, a, Beside())
+        of_a = with_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)
+        if is_wanted(a, [b]):
+            of_a = with_runtime_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)
         a.release()
         b_like_a = evaluate(b, of_a, whole_a)
         whole_a.close()

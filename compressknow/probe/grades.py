@@ -128,8 +128,12 @@ def known_as(answers: Answers, known: str) -> Answers:
                 hint="Evaluate it again, choose other probes, or leave out --known produced.",
             )
     # How far rounding changes answers was found for the other reading.
-    entries = {name: replace(entry, chance=None, noise_floor=None) for name, entry in answers.record.probes.items()}
-    record = replace(answers.record, probes=entries)
+    entries = {
+        name: replace(entry, chance=None, noise_floor=None, runtime_noise_floors={})
+        for name, entry in answers.record.probes.items()
+    }
+    model = replace(answers.record.model, runtime_unmeasured="it is measured where known means recognized.")
+    record = replace(answers.record, model=model, probes=entries)
     return replace(answers, record=record, answers=tuple(map(_as_produced, answers.answers)))
 
 

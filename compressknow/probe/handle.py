@@ -35,7 +35,7 @@ class Settings:
     `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
     those of another: logits differ in their last digits. `runtime` is the name of what runs the model; by default
     what is meant for it (see `compressknow.probe.runtimes`). `noise_floor` has an original answer some facts in another
-    precision too (see `compressknow.probe.noise`).
+    precision too, or in another runtime (see `compressknow.probe.noise` and `compressknow.probe.runtime_noise`).
 
     `model`, `parallel` and `timeout` are for servers: the model's name there, requests at a time, seconds to wait.
     """

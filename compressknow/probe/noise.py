@@ -1,4 +1,5 @@
-"""The noise floor: how much of what a model answers another precision changes, weights and all else being the same.
+"""The noise floor: how much of what a model answers another precision changes, weights and all else being the same; or
+another runtime (see `compressknow.probe.runtime_noise`).
 
 What a compressed model changes beyond that is its own doing; what lies below may be rounding.
 """
@@ -10,11 +11,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.probe.answers import Answer, Answers, locked, read_record, write_record
-from compressknow.probe.evaluate import evaluate, first_ids
+from compressknow.probe.evaluate import evaluate, first_ids, tokens_alike
 from compressknow.probe.facts import Probe
 from compressknow.probe.records import NoiseFloor, Record
 from compressknow.quiet import Listener, Stage, begun
@@ -51,24 +52,43 @@ def with_noise_floor(
     """
     if not original.settings.noise_floor:
         return answers
-    from compressknow.probe.distributions import Distributions
-
     entries = answers.record.probes
     lacking = [probe for probe in probes if isinstance(probe, Probe) and entries[probe.name].noise_floor is None]
     other = original.in_another_precision() if lacking else None
     if other is None:
         return answers
-    samples = {probe.name: _sample(probe, answers) for probe in lacking}
     try:
-        with Distributions(original, folder) as own:
-            rows = {probe.name: _rows(probe, samples[probe.name], whole, own, on_progress) for probe in lacking}
-            original.release()
-            found = _measured(other, samples, rows, on_progress)
+        found = measured(original, other, "noise", lacking, answers, folder, on_progress, whole=whole)
     except (CheckpointError, UnsupportedError):
         return answers
+    return kept(answers, folder, {name: {"noise_floor": floor} for name, floor in found.items()})
+
+
+def measured(
+    original: ModelHandle,
+    other: ModelHandle,
+    work: Literal["noise", "runtime"],
+    probes: Sequence[Probe],
+    answers: Answers,
+    folder: Path,
+    on_progress: Listener | None,
+    *,
+    whole: Distributions | None = None,
+) -> dict[str, NoiseFloor]:
+    """The noise floor by probe: `other` is the same model, run otherwise, and answers a sample of each probe's facts.
+
+    Both are released. Parameters are those of `with_noise_floor`; the stages are of that `work`.
+    """
+    from compressknow.probe.distributions import Distributions
+
+    samples = {probe.name: _sample(probe, answers) for probe in probes}
+    try:
+        with Distributions(original, folder) as own:
+            rows = {probe.name: _rows(probe, samples[probe.name], whole, own, on_progress) for probe in probes}
+            original.release()
+            return _answered(other, work, samples, rows, on_progress)
     finally:
         other.release()
-    return _kept(answers, found, folder)
 
 
 class _Sample(NamedTuple):
@@ -101,28 +121,36 @@ def _rows(
     return own.of(sample.probe)
 
 
-def _measured(
+def _answered(
     other: ModelHandle,
+    work: Literal["noise", "runtime"],
     samples: Mapping[str, _Sample],
     rows: Mapping[str, Rows],
     on_progress: Listener | None,
 ) -> dict[str, NoiseFloor]:
     facts, found = sum(len(sample.probe.facts) for sample in samples.values()), {}
     for name, (sample, own) in samples.items():
-        stage = Stage("noise", other.located.name, name, facts, other.settings.device)
+        stage = Stage(work, other.located.name, name, facts, other.settings.device)
         with begun(on_progress, stage) as advance:
             prompts = other.prompts(sample)
-            ids = first_ids(own, sample, prompts)
-            batches = evaluate(prompts, reference=ids, whole=rows[name].divergence, advance=advance)
+            # What it would write is of no use here.
+            prompts.scorer.says = False
+            alike = tokens_alike(own, other.loaded)
+            batches = evaluate(
+                prompts,
+                reference=first_ids(own, sample, prompts) if alike else None,
+                whole=rows[name].divergence if alike else None,
+                advance=advance,
+            )
             again = [answer for batch in batches for answer in batch]
         found[name] = noise_of(own.of(name), again, other.loaded.computed_in)
     return found
 
 
 def noise_of(before: Sequence[Answer], after: Sequence[Answer], computed_in: str) -> NoiseFloor:
-    """Counts of one model's answers to the same facts in two precisions."""
+    """Counts of one model's answers to the facts that it answered in both precisions or runtimes."""
     by_id = {answer.fact_id: answer for answer in after}
-    pairs = [(one, by_id[one.fact_id]) for one in before]
+    pairs = [(one, by_id[one.fact_id]) for one in before if one.fact_id in by_id]
     divergences = [other.first_kl for _, other in pairs]
     known = [value for value in divergences if value is not None and math.isfinite(value)]
     return NoiseFloor(
@@ -136,11 +164,11 @@ def noise_of(before: Sequence[Answer], after: Sequence[Answer], computed_in: str
     )
 
 
-def _kept(answers: Answers, found: dict[str, NoiseFloor], folder: Path) -> Answers:
-    """The answers with what was found, in their folder's record too."""
+def kept(answers: Answers, folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Answers:
+    """The answers with what was found, in their folder's record too: by probe, fields of its entry."""
 
     def with_found(record: Record) -> Record:
-        own = {name: replace(record.probes[name], noise_floor=floor) for name, floor in found.items()}
+        own = {name: replace(record.probes[name], **fields) for name, fields in found.items()}
         return replace(record, probes={**record.probes, **own})
 
     with locked(folder, True):

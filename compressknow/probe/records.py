@@ -41,15 +41,15 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class NoiseFloor:
-    """What of a model's answers to `n` facts another precision changes.
+    """What of a model's answers to `n` facts another precision, or another runtime, changes.
 
     Attributes
     ----------
     changed : facts to which the answer differs; of the `known` ones `lost` are wrong then, of the others `gained` are
         right.
     kl_mean : mean divergence at the answer's first position, in nats over the whole vocabulary; None where the disk had
-        no room for that.
-    computed_in : that precision.
+        no room for that, or the tokens are others.
+    computed_in : that precision, or the runtime and its build.
     """
 
     n: int
@@ -64,6 +64,11 @@ class NoiseFloor:
     def kept(self) -> float | None:
         """The share of the known facts that are right then too (0 to 1); None where none is known."""
         return 1 - self.lost / self.known if self.known else None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Of a JSON object whose form was checked; other keys are left out."""
+        return cls(**{each.name: values[each.name] for each in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class ProbeEntry(_Part):
     text : of a running text: context, chunks, tokens scored and their bytes, whether there are divergences from the
         original (`compressknow.probe.text.records`), and the file that holds its tokens. None of facts.
     noise_floor : of an original, where it was found.
+    runtime_noise_floors : of an original by the other runtime that it ran in too, name and build.
     """
 
     always: ClassVar[frozenset[str]] = frozenset({"dropped", "chance", "majority", "limit", "source"})
@@ -108,15 +114,18 @@ class ProbeEntry(_Part):
     seconds: float | None = None
     text: Mapping[str, Any] | None = None
     noise_floor: NoiseFloor | None = None
+    runtime_noise_floors: Mapping[str, NoiseFloor] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Of an entry."""
-        floor = values.get("noise_floor")
-        if not floor:
-            return super().from_dict(values)
-        known = {each.name: floor[each.name] for each in fields(NoiseFloor)}
-        return super().from_dict({**values, "noise_floor": NoiseFloor(**known)})
+        floor, by_runtime = values.get("noise_floor"), values.get("runtime_noise_floors") or {}
+        entry = super().from_dict(values)
+        return replace(
+            entry,
+            noise_floor=NoiseFloor.from_dict(floor) if floor else None,
+            runtime_noise_floors={runtime: NoiseFloor.from_dict(each) for runtime, each in by_runtime.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +169,8 @@ class ModelRecord(_Part):
     totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
     runtime : what ran it where that was not transformers: name, build, and types by group of layers.
     speed, in_calibration : measured for one report; they are not stored.
+    runtime_unmeasured : of an original, why the noise floor of its compressed model's runtime is not known, and what to
+        try: sentences, the first without a capital. It is not stored.
     """
 
     name: str
@@ -185,6 +196,13 @@ class ModelRecord(_Part):
     runtime: Mapping[str, Any] | None = None
     speed: Speed | None = None
     in_calibration: FactsInText | None = None
+    runtime_unmeasured: str | None = None
+
+    @property
+    def ran_in(self) -> str:
+        """The runtime and its build."""
+        runtime = self.runtime or {"name": "transformers"}
+        return " ".join(filter(None, (runtime["name"], runtime.get("build"))))
 
 
 # What stands for the type of weights that nobody knows.

@@ -43,6 +43,7 @@ def compare_probe(
     entry_compressed: ProbeEntry,
     *,
     probe: str | None = None,
+    ran_in: str = "",
 ) -> ProbeFigures:
     """All figures of one probe.
 
@@ -51,6 +52,7 @@ def compare_probe(
     original, compressed : both models' answers to the probe, in any order.
     entry_original, entry_compressed : the probe's entries in each ``probe.json``.
     probe : its name, where there may be no answer to take it from.
+    ran_in : runtime and build of the compressed model, for the noise floor of these.
 
     Raises
     ------
@@ -71,6 +73,7 @@ def compare_probe(
         by_subject=tuple(sorted(by_subject, key=lambda group: domain_order(group.name))),
         by_popularity=_by_popularity(pairs),
         **_given(entry_original),
+        runtime_noise_floor=entry_original.runtime_noise_floors.get(ran_in),
         knowing=knowing_of(pairs),
     )
 

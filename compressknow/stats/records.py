@@ -282,6 +282,7 @@ class ProbeFigures:
     certainty: Certainty = NOT_MEASURED
     confidence: Confidence | None = None
     noise_floor: NoiseFloor | None = None  # of the original
+    runtime_noise_floor: NoiseFloor | None = None  # of the original in the compressed model's runtime
     knowing: Knowing | None = None
     wordings: Wordings | None = None
 

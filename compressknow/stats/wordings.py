@@ -126,4 +126,6 @@ def _entry(entry: ProbeEntry, facts: int) -> ProbeEntry:
     number = entry.templates or 1
     dropped = {f"{reason} (counted by wording)": prompts for reason, prompts in entry.dropped.items()}
     # How far rounding changes answers was found for single wordings: fewer majorities change.
-    return replace(entry, facts=entry.facts // number, asked=facts, dropped=dropped, noise_floor=None)
+    return replace(
+        entry, facts=entry.facts // number, asked=facts, dropped=dropped, noise_floor=None, runtime_noise_floors={}
+    )

@@ -97,6 +97,12 @@ def test_the_verdict_sets_what_changed_beside_it() -> None:
     said = beside_rounding([replace(figures, noise_floor=few)])
     assert said == " Of its answers, 25.0 % differ; rounding alone changes 2.0 %."
     assert "no more than rounding alone" in beside_rounding([replace(figures, noise_floor=many)])
+    said = beside_rounding([replace(figures, noise_floor=few, runtime_noise_floor=replace(few, changed=7))])
+    assert said == " Of its answers, 25.0 % differ; rounding alone changes 2.0 %, the runtime alone 3.5 %."
+    said = beside_rounding([replace(figures, noise_floor=few, runtime_noise_floor=many)])
+    assert said == " Of its answers, 25.0 % differ, no more than the runtime alone changes."
+    said = beside_rounding([replace(figures, noise_floor=None, runtime_noise_floor=few)])
+    assert said.endswith("; the runtime alone changes 2.0 %.")
 
 
 def test_a_damaged_one_is_told(tmp_path: Path) -> None:

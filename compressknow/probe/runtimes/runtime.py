@@ -23,6 +23,7 @@ class Answering(Protocol):
     """Answers the facts of one probe; `compressknow.probe.scoring.scorer.Scorer` says what each method does."""
 
     probe: Probe
+    says: bool
 
     @property
     def family(self) -> str: ...

@@ -78,6 +78,8 @@ class Scorer(ABC):
     family: ClassVar[str]
     # Cached properties that depend on the model's weights.
     by_weights: ClassVar[tuple[str, ...]] = ()
+    # Whether it is told what the model says; without, facts with candidates are only chosen.
+    says = True
     _tried = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> None:
@@ -178,7 +180,8 @@ class Scorer(ABC):
         """
         with torch.inference_mode():
             log_probs, state = self._begun(batch)
-            texts = self.produced(batch, log_probs, state)
+            free = not self.one_token and not all(query.options for query in batch)
+            texts = self.produced(batch, log_probs, state) if self.says or free else [None] * len(batch)
             found = [
                 *self._closed(batch, log_probs, state),
                 *self._single(batch, log_probs),

@@ -243,7 +243,8 @@ def compare(
     probes = [probe for probe in common if not original.record.probes[probe].text]
     texts = tuple(_of_text(original, compressed, name) for name in common if name not in probes)
     evaluated = {probe: _evaluated(original, compressed, probe) for probe in probes}
-    figures = tuple(compare_probe(*evaluated[probe], probe=probe) for probe in probes)
+    ran_in = compressed.record.model.ran_in
+    figures = tuple(compare_probe(*evaluated[probe], probe=probe, ran_in=ran_in) for probe in probes)
     counts = sum((probe.counts for probe in figures), Counts())
     kept, p = proportion(counts.both, counts.known_before), mcnemar(counts)
     pairs: list[Pair] = [pair for probe in probes for pair in paired(probe, *evaluated[probe])] if show_facts else []

@@ -1,27 +1,41 @@
-"""What rounding alone changes: the noise floor in the words and the charts of a page."""
+"""What rounding alone changes, and the runtime alone: the noise floors in the words and the charts of a page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from compressknow.format import count, percent, plain, share
+from compressknow.probe.records import NoiseFloor
 from compressknow.report.drawing import Level
 from compressknow.stats.records import ProbeFigures
 
 
 def beside_rounding(probes: Iterable[ProbeFigures]) -> str:
-    """What share of the answers is another one, and what rounding alone changes, over the probes that tell; nothing
-    where none does.
+    """What share of the answers is another one, and what rounding alone changes, and the runtime alone, over the probes
+    that tell; nothing where none does.
     """
-    told = [(probe, probe.noise_floor) for probe in probes if probe.noise_floor and probe.noise_floor.n]
+    told = [probe for probe in probes if any(floor and floor.n for floor in _floors(probe).values())]
     if not told:
         return ""
-    facts = sum(probe.counts.n for probe, _ in told)
-    changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe, _ in told)
-    rounded, of = sum(floor.changed for _, floor in told), sum(floor.n for _, floor in told)
-    if changed * of <= rounded * facts:
-        return f" Of its answers, {percent(changed, facts)} differ, no more than rounding alone changes."
-    return f" Of its answers, {percent(changed, facts)} differ; rounding alone changes {percent(rounded, of)}."
+    facts = sum(probe.counts.n for probe in told)
+    changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in told)
+    shares: dict[str, tuple[int, int]] = {}
+    for name in _floors(told[0]):
+        floors = [floor for probe in told if (floor := _floors(probe)[name]) and floor.n]
+        if floors:
+            shares[name] = sum(floor.changed for floor in floors), sum(floor.n for floor in floors)
+    most = max(shares, key=lambda name: shares[name][0] / shares[name][1])
+    if changed * shares[most][1] <= shares[most][0] * facts:
+        return f" Of its answers, {percent(changed, facts)} differ, no more than {most} alone changes."
+    parts = [
+        f"{name} alone{'' if number else ' changes'} {percent(*part)}"
+        for number, (name, part) in enumerate(shares.items())
+    ]
+    return f" Of its answers, {percent(changed, facts)} differ; {', '.join(parts)}."
+
+
+def _floors(probe: ProbeFigures) -> dict[str, NoiseFloor | None]:
+    return {"rounding": probe.noise_floor, "the runtime": probe.runtime_noise_floor}
 
 
 def kept_by_rounding(probes: Iterable[ProbeFigures]) -> float | None:

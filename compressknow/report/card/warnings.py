@@ -122,7 +122,7 @@ def _rounds_activations(quantization: str) -> bool:
 def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:
     """What the two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
     yield from _versions(original.record.versions, compressed.record.versions)
-    yield from of_runtimes(original.record.model, compressed.record.model)
+    yield from of_runtimes(original, compressed)
     for who, these, others in (("original", original, compressed), ("compressed model", compressed, original)):
         only = [plain(probe, 60) for probe in these.probes if probe not in others.probes]
         if only:
@@ -139,24 +139,38 @@ def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> It
             )
 
 
-def of_runtimes(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
-    """That two runtimes ran the models, or that their tokens are others."""
-    one, other = _ran_in(original), _ran_in(model)
-    if one != other:
+def of_runtimes(original: Answers, compressed: Answers) -> Iterator[str]:
+    """That two runtimes ran the models, and how much of the change is theirs; or that their tokens are others."""
+    before, after = original.record.model, compressed.record.model
+    if before.ran_in != after.ran_in:
+        names, ran_in = ([plain(getattr(model, key), 80) for model in (before, after)] for key in ("name", "ran_in"))
         yield (
-            f"{plain(original.name, 80)} ran in {one}, {plain(model.name, 80)} in {other}: part of the change is the "
-            "runtime's."
+            f"{names[0]} ran in {ran_in[0]}, {names[1]} in {ran_in[1]}: part of the change is the runtime's. "
+            f"{_runtimes_part(original, compressed)}"
         )
-    if not _tokens_alike(original, model):
+    if not _tokens_alike(before, after):
         yield (
-            f"The vocabularies of {plain(original.name, 80)} and {plain(model.name, 80)} differ: answers were compared "
+            f"The vocabularies of {plain(before.name, 80)} and {plain(after.name, 80)} differ: answers were compared "
             "as texts, and how far distributions moved was not measured."
         )
 
 
-def _ran_in(model: ModelRecord) -> str:
-    runtime = model.runtime or {"name": "transformers"}
-    return plain(" ".join(filter(None, (runtime["name"], runtime.get("build")))), 80)
+def _runtimes_part(original: Answers, compressed: Answers) -> str:
+    before, after = original.record.model, compressed.record.model
+    entries = [entry for probe, entry in original.record.probes.items() if probe in compressed.probes]
+    floors = [floor for entry in entries if (floor := entry.runtime_noise_floors.get(after.ran_in)) and floor.n]
+    if floors:
+        changed, of = sum(floor.changed for floor in floors), sum(floor.n for floor in floors)
+        return f"Run there from an unquantized file, the original answers {count(changed)} of {_facts(of)} otherwise."
+    return f"How much was not measured: {_why_unmeasured(before, after)}"
+
+
+def _why_unmeasured(original: ModelRecord, model: ModelRecord) -> str:
+    if on_server(original) or on_server(model):
+        return "a server has the one model alone. Give an original that the same kind of server runs."
+    if original.runtime is not None:
+        return "it is where the original is a checkpoint that runs in transformers, the other a GGUF file in llama.cpp."
+    return plain(original.runtime_unmeasured or "it is where checkpoints are given, not answers folders.", 400)
 
 
 def _tokens_alike(original: ModelRecord, model: ModelRecord) -> bool:

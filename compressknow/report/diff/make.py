@@ -204,7 +204,7 @@ def _warnings(answers: BothWays, there: Card, back: Card) -> Iterator[str]:
     """Those of a report in both directions, but for what concerns grades."""
     yield from warnings.of_models(there.original, back.original)
     yield from warnings.of_recipe(there.original)
-    yield from warnings.of_runtimes(answers.a.record.model, answers.b.record.model)
+    yield from warnings.of_runtimes(answers.a, answers.b_like_a)
     for name, given, card in (("A", answers.a, there), ("B", answers.b, back)):
         comparison = card.comparisons[0]
         yield from warnings.of_answers(name, given)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from compressknow.format import NONE, at_least, count, estimate, number, p_value, percent, plain, points, share
+from compressknow.probe.records import NoiseFloor
 from compressknow.report.card.section import Context, Section
 from compressknow.report.parts import Folded, Part, Remarks
 from compressknow.report.records import counts_to_json, estimate_to_json, groups_to_json, pair_to_json
@@ -39,6 +40,10 @@ class Figures(Section):
             "By rounding alone",
             "the original's own answers in another precision, against those that all else is compared with: a change "
             "no larger than this may be rounding.",
+        ),
+        (
+            "By the runtime alone",
+            "the same where the original runs in the compressed model's runtime, from a file that is not quantized.",
         ),
         ("Among the top 5", "if the right answer is still near the top, the fact is suppressed rather than erased."),
         ("Mean reciprocal rank", "1 where the right answer always comes first, 1/2 where it comes second, and so on."),
@@ -77,6 +82,7 @@ class Figures(Section):
             "flips": probe.counts.flips,
             "answer_changed": probe.answer_changed,
             "noise_floor": asdict(probe.noise_floor) if probe.noise_floor else None,
+            "runtime_noise_floor": asdict(probe.runtime_noise_floor) if probe.runtime_noise_floor else None,
             **_movement(probe),
             "logp_change": dict(probe.logp_change) if probe.logp_change else None,
             **pair_to_json("mrr", probe.mrr),
@@ -102,6 +108,8 @@ def _figures(probes: tuple[ProbeFigures, ...]) -> tuple[Table, tuple[str, ...]]:
     rows, missing = [], []
     for figure in _FIGURES:
         cells = tuple(figure.write(probe) for probe in probes)
+        if figure.optional and set(cells) <= {NONE}:
+            continue
         rows.append((figure.name, *cells))
         without = [plain(p.probe, 60) for p, cell in zip(probes, cells, strict=True) if cell == NONE]
         if without and figure.why_none:
@@ -160,18 +168,15 @@ def _hidden(probe: ProbeFigures) -> str:
     return f"{count(probe.lost_still_in_top5)} of {count(probe.counts.lost)} ({share_of_lost})"
 
 
-def _changed_by_rounding(probe: ProbeFigures) -> str:
-    floor = probe.noise_floor
+def _changed_by(floor: NoiseFloor | None) -> str:
     return NONE if floor is None or not floor.n else f"{percent(floor.changed, floor.n)} of {count(floor.n)} facts"
 
 
-def _flipped_by_rounding(probe: ProbeFigures) -> str:
-    floor = probe.noise_floor
+def _flipped_by(floor: NoiseFloor | None) -> str:
     return NONE if floor is None or not floor.n else percent(floor.lost + floor.gained, floor.n)
 
 
-def _moved_by_rounding(probe: ProbeFigures) -> str:
-    floor = probe.noise_floor
+def _moved_by(floor: NoiseFloor | None) -> str:
     return NONE if floor is None or floor.kl_mean is None else number(floor.kl_mean)
 
 
@@ -191,6 +196,8 @@ class _Figure:
     name: str
     write: Callable[[ProbeFigures], str]
     why_none: str = ""
+    # Left out where no probe has it: it is of some models alone.
+    optional: bool = False
 
 
 _NO_FACTS = "there is nothing to count."
@@ -223,13 +230,16 @@ _FIGURES = (
     _Figure("Flips (lost or gained)", lambda p: share(p.counts.flips), _NO_FACTS),
     _Figure("Net change against chance (exact McNemar)", lambda p: p_value(p.p), "no fact was lost or gained."),
     _Figure("Top answer changed", lambda p: share(p.answer_changed), _NO_FACTS),
-    _Figure("Top answer changed by rounding alone", _changed_by_rounding, _NO_NOISE),
-    _Figure("Flips by rounding alone", _flipped_by_rounding),
+    _Figure("Top answer changed by rounding alone", lambda p: _changed_by(p.noise_floor), _NO_NOISE),
+    _Figure("Top answer changed by the runtime alone", lambda p: _changed_by(p.runtime_noise_floor), optional=True),
+    _Figure("Flips by rounding alone", lambda p: _flipped_by(p.noise_floor)),
+    _Figure("Flips by the runtime alone", lambda p: _flipped_by(p.runtime_noise_floor), optional=True),
     _Figure("Lost, but still among the top 5", _hidden, "nothing was lost, or " + _NO_RANK),
     _Figure("Mean reciprocal rank", lambda p: _pair(p.mrr, number), _NO_RANK),
     _Figure("Right answer among the top 5", lambda p: _pair(p.p_at_5, share), _NO_RANK),
     _Figure("Movement (KL, nats), mean", lambda p: _moved(p, lambda m: m.kl_mean), _NO_DISTRIBUTION),
-    _Figure("Movement by rounding alone, mean", _moved_by_rounding),
+    _Figure("Movement by rounding alone, mean", lambda p: _moved_by(p.noise_floor)),
+    _Figure("Movement by the runtime alone, mean", lambda p: _moved_by(p.runtime_noise_floor), optional=True),
     _Figure("Movement, median", lambda p: _moved(p, lambda m: m.kl_median)),
     _Figure("Movement, 99th percentile", lambda p: _moved(p, lambda m: m.kl_p99)),
     _Figure("Movement, largest", lambda p: _moved(p, lambda m: m.kl_max)),
