@@ -205,7 +205,12 @@ class Line:
 
 # What work that evaluates nothing is called on its line.
 _LABELS = {
-    **{"read": "Reading the text", "convert": "Converting", "sample": "Writing the calibration text"},
+    **{
+        "read": "Reading the text",
+        "time": "Measuring the speed",
+        "convert": "Converting",
+        "sample": "Writing the calibration text",
+    },
     **{"choose": "Choosing what to drop", "calibrate": "Compressing"},
     **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},
     **{"unpack": "Unpacking", "gather": "Gathering what layers read", "export": "Converting", "quantize": "Quantizing"},

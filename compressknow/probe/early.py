@@ -76,9 +76,11 @@ def gather_early(
         second.look_in(evaluation.keep_in, probes, first.stored)
     drawing = _Drawing(first.answerable(probes), evaluation.options.seed)
     found = _until(decide, first, second, drawing, evaluation, on_progress)
-    before = finished(first.answers(drawing), first.handle, None, timed=evaluation.timed)
+    timed = evaluation.timed
+    before = finished(first.answers(drawing), first.handle, None, on_progress, timed=timed)
     before = unmeasured(before, "--early leaves it out.")
-    return Early(before, finished(second.answers(drawing), second.handle, before, timed=evaluation.timed), found)
+    after = finished(second.answers(drawing), second.handle, before, on_progress, timed=timed)
+    return Early(before, after, found)
 
 
 def _of_facts(opened: Sequence[Opened]) -> list[Probe]:

@@ -194,14 +194,22 @@ class _Gathering:
                 answers = with_runtime_noise_floor(
                     handle, self._probes, answers, folder, on_progress, whole=beside.whole
                 )
-        return finished(answers, handle, beside.reference, timed=self._evaluation.timed)
+        return finished(answers, handle, beside.reference, on_progress, timed=self._evaluation.timed)
 
 
-def finished(answers: Answers, handle: ModelHandle | None, reference: Answers | None, *, timed: bool) -> Answers:
+def finished(
+    answers: Answers,
+    handle: ModelHandle | None,
+    reference: Answers | None,
+    on_progress: Listener | None,
+    *,
+    timed: bool,
+) -> Answers:
     """The answers of a model that has given them all, with what is found once: facts of its calibration text that they
     are to and, if `timed`, its speed. Stored answers, which have no model beside them, are given back as they are.
     """
     from compressknow.probe.speed import measure
+    from compressknow.quiet import Stage, begun
 
     if handle is None:
         return answers
@@ -209,7 +217,8 @@ def finished(answers: Answers, handle: ModelHandle | None, reference: Answers | 
     answers = with_calibration(answers, handle, reference)
     if not timed:
         return answers
-    model = replace(answers.record.model, speed=measure(handle.located, handle.settings))
+    with begun(on_progress, Stage("time", handle.located.name)):
+        model = replace(answers.record.model, speed=measure(handle.located, handle.settings))
     return replace(answers, record=replace(answers.record, model=model))
 
 

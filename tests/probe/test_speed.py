@@ -13,6 +13,7 @@ from compressknow.engine.identity import locate
 from compressknow.errors import CompressknowError
 from compressknow.probe.handle import Settings
 from compressknow.probe.speed import measure
+from compressknow.quiet import Stage
 from tests.knowing import facts_file, knowing
 
 
@@ -28,6 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_report_tells_the_speed_and_the_memory_of_both(place: Path, tmp_path: Path) -> None:
     # What this process holds is not the model's.
     held = torch.ones(64_000_000)
+    stages: list[Stage] = []
     card = compressknow.report(
         place / "llama",
         place / "converted",
@@ -35,13 +37,24 @@ def test_a_report_tells_the_speed_and_the_memory_of_both(place: Path, tmp_path: 
         outputs=[tmp_path / "report.html"],
         keep_in=tmp_path / "answers",
         timed=True,
+        on_progress=lambda progress: stages.append(progress.stage) if progress.state == "ends" else None,
     )
+    assert [stage.model for stage in stages if stage.work == "time"] == ["llama", "converted"]
     for speed in (card.original.speed, card.comparisons[0].model.speed):
         assert speed is not None
         assert speed.device.startswith("cpu, ")
         assert speed.facts_per_second > 0
+        assert speed.tokens_per_second is not None
+        assert speed.tokens_per_second > 0
         assert 0 < int(speed.peak_bytes or 0) < held.nbytes
-    assert "Facts a second" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Facts a second" in page
+    assert "Tokens a second" in page
+
+
+def test_a_model_that_does_not_go_on_with_texts_has_no_tokens_a_second(tmp_path: Path) -> None:
+    model = knowing("bert", tmp_path / "bert")
+    assert measure(locate(model), Settings()).tokens_per_second is None
 
 
 def test_a_model_that_cannot_be_measured_is_one_message(place: Path, tmp_path: Path) -> None:
