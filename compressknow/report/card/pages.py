@@ -59,7 +59,7 @@ def render_html(card: Card) -> str:
     charts = setups(card.comparisons, names, "overview-chart") if page.overview else ()
     # Drawn twice: for a narrow screen, and for the width of the page.
     drawn = [
-        (look, Markup(tradeoff(chart, f"{look}-cost-{i}", broad=look == "broad")))
+        (look, chart.title, Markup(tradeoff(chart, f"{look}-cost-{i}", broad=look == "broad")))
         for i, chart in enumerate(costs(card, names) if page.overview else (), start=1)
         for look in ("narrow", "broad")
     ]

@@ -184,7 +184,7 @@ def test_gemmas_norms_are_divided_with_what_they_add(tmp_path: Path) -> None:
 def test_a_killed_calibrated_conversion_leaves_nothing_that_the_next_does_not_clean(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     code = (
-        "import sys\nfrom pathlib import Path\n"
+        "import sys, time\nfrom pathlib import Path\n"
         "from tests.compress.calibrate.test_compression import *\n"
         "import compressknow.compress.calibrate.compression as c\n"
         "told = c._Run.compress_all\n"
