@@ -21,6 +21,7 @@ from typing import Any
 
 import compressknow
 from compressknow.cli import main as cli
+from compressknow.errors import CompressknowError
 
 TOKENS = 8192
 HALF: dict[str, Any] = {"prune": 0.5, "prune_method": "sparsegpt", "calibration_tokens": TOKENS}
@@ -70,4 +71,7 @@ def made(path: Path, make: Callable[..., Any], source: str | Path, how: dict[str
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except CompressknowError as error:
+        sys.exit(f"Error: {error}")

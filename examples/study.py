@@ -24,6 +24,7 @@ from pathlib import Path
 
 import compressknow
 from compressknow.cli import main as cli
+from compressknow.errors import CompressknowError
 
 SCOPES = {"att": "attention", "ff": "feed-forward", "overall": "overall"}
 AMOUNTS = "10,20,30,40,50,60,70,80,90"
@@ -65,4 +66,7 @@ def quantized(model: str, work: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except CompressknowError as error:
+        sys.exit(f"Error: {error}")

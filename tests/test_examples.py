@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import runpy
 from pathlib import Path
 
 import pytest
 
+import compressknow
 from compressknow.compress.recipe import read_recipe
 from compressknow.study.grid import read_grid
 
@@ -30,6 +33,17 @@ def test_recipe_is_the_setup_that_its_name_says(name: str, setup: str) -> None:
     recipe = read_recipe(RECIPES / f"{name}.toml")
     assert recipe.setup == setup
     assert recipe.module_map == ("paper" if name.startswith("paper") else "structural")
+
+
+@pytest.mark.network
+def test_every_form_of_the_frontier_is_one_that_smollm2_can_have(smollm2: Path, tmp_path: Path) -> None:
+    frontier = runpy.run_path(str(EXAMPLES / "frontier.py"))
+    for recipe in frontier["CONVERTED"].values():
+        compressknow.convert(smollm2, tmp_path / "out", dry_run=True, **recipe)
+    for source, chosen in frontier["EXPORTED"].values():
+        assert source is None or source in frontier["CONVERTED"]
+        inspect.signature(compressknow.export).bind(smollm2, tmp_path / "out.gguf", **chosen)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_grid_is_the_cells_that_the_manual_shows() -> None:

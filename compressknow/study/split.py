@@ -47,7 +47,7 @@ def parts_of(probe: Opened, seed: int) -> Parts:
         can = [kind for kind, source in usable() if source.held_out]
         raise UsageError(
             f"A search needs facts that it can hold out; {probe.name} has none.",
-            hint=f"Search with {' or '.join(can)}, and evaluate the winner on the task afterwards.",
+            hint=f"Search with {' or '.join(can)}, and evaluate the winner on {probe.name} afterwards.",
         )
     searched, held_out = _cut(probe.facts, 0.5, seed)
     if not searched or not held_out:
