@@ -98,6 +98,11 @@ class Recipe:
         return tuple(step for step in self.steps if isinstance(step, DropBlocks | DropNeurons))
 
     @property
+    def smooths(self) -> bool:
+        """Whether a step moves outliers of activations into weights."""
+        return any(isinstance(step, Quantize) and step.smooth is not None for step in self.steps)
+
+    @property
     def setup(self) -> str:
         """The paper's name where the recipe is one of its setups (`Att_GPQ 20%`, `FLP L1-structured 40%`), else a
         description by the same words."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressknow.compress.blocks import Reader
-from compressknow.compress.calibrate.compression import smooths
 from compressknow.compress.calibrate.kept import kept_text
 from compressknow.compress.convert import (
     Conversion,
@@ -126,7 +125,7 @@ class VariantMaker:
     def _make(self, conversion: Conversion, files: OpenFiles) -> Variant:
         plan = conversion.plan
         # Names of a smaller model are those of other tensors; smoothing divides norms that no scope has.
-        alone = plan.removal is not None or smooths(plan)
+        alone = plan.removal is not None or plan.recipe.smooths
         output, text = _Memory(plan, {} if alone else self._kept), self.text(plan)
         with Pool(self._threads) as pool:
             work = Work(pool, files, lambda _: None, output)

@@ -16,6 +16,13 @@ from compressknow.compress.calibrate.forward import Call, NotApart
 from compressknow.compress.calibrate.gathering import Key, Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel, read_tensor
 from compressknow.compress.calibrate.smooth import Norm, factors_of, norms_before, smoothed, stored_division
+from compressknow.compress.calibrate.smoothing import (
+    SHARING,
+    TOGETHER,
+    nothing_to_smooth,
+    refuse_smoothing,
+    to_smooth,
+)
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.calibrate.walk import memory_named, walk, whole_in_memory
 from compressknow.compress.plan import Plan, PlannedTensor
@@ -24,8 +31,6 @@ from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import BlockMask, Mask, Pruned, pruned_matrix
 from compressknow.compress.schemes import Scheme
 from compressknow.compress.schemes.rounding import nearest
-from compressknow.compress.steps import Quantize
-from compressknow.errors import UnsupportedError
 from compressknow.format import size
 
 if TYPE_CHECKING:
@@ -36,8 +41,6 @@ if TYPE_CHECKING:
 
 # Fewer tokens than this tell nothing of the inputs of an expert.
 LEAST_TOKENS = 32
-SHARING = "Its blocks share their weights, and each use wants other factors."
-TOGETHER = "Its blocks cannot be run one by one."
 
 
 @dataclass
@@ -305,34 +308,6 @@ def _gptq(
     from compressknow.compress.schemes.gptq import gptq
 
     return gptq(values, scales, scheme, inputs, values == 0 if pruned else None)
-
-
-def to_smooth(plan: Plan, tensors: Iterable[PlannedTensor]) -> dict[str, float]:
-    """Alpha by parameter."""
-    steps = {tensor.parameter: plan.quantize_step(tensor) for tensor in tensors}
-    return {name: step.smooth for name, step in steps.items() if step and step.smooth}
-
-
-def nothing_to_smooth(module: str) -> UnsupportedError:
-    """The error for a block without a norm that can take it."""
-    return UnsupportedError(
-        f"Nothing in {module} can be smoothed.",
-        why="Only a norm that feeds quantized layers and nothing else can take what leaves its outputs.",
-        hint="Leave --smooth out, or widen --scope to all layers that read a norm.",
-    )
-
-
-def smooths(plan: Plan) -> bool:
-    """Whether a step of its recipe does."""
-    return any(isinstance(step, Quantize) and step.smooth is not None for step in plan.recipe.steps)
-
-
-def refuse_smoothing(plan: Plan, why: str) -> None:
-    """Raise UnsupportedError where the recipe smooths."""
-    if smooths(plan):
-        raise UnsupportedError(
-            f"{plan.structure.architecture} cannot be smoothed.", why=why, hint="Leave --smooth out."
-        )
 
 
 def _is_expert(tensor: PlannedTensor) -> bool:

@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compressknow.compress.calibrate.compression import (
-    SHARING,
-    TOGETHER,
-    Targets,
-    nothing_to_smooth,
-    refuse_smoothing,
-    smooths,
-    to_smooth,
-)
+from compressknow.compress.calibrate.compression import Targets
 from compressknow.compress.calibrate.forward import Call, NotApart
 from compressknow.compress.calibrate.gathering import Sums
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.smooth import norms_before
+from compressknow.compress.calibrate.smoothing import (
+    SHARING,
+    TOGETHER,
+    nothing_to_smooth,
+    refuse_smoothing,
+    to_smooth,
+)
 from compressknow.compress.calibrate.walk import walk
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.pool import Pool
@@ -38,7 +37,7 @@ def refuse_unsmoothable(plan: Plan, tree: PreTrainedModel) -> None:
     """Raise UnsupportedError where a recipe smooths and the first block in scope has nothing that can be: found by a
     few tokens, before the model writes a text.
     """
-    if not smooths(plan):
+    if not plan.recipe.smooths:
         return
     with OpenFiles() as files, Pool(1) as pool:
         streamed = StreamedModel(tree, plan.sources, files)
