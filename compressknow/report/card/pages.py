@@ -29,9 +29,10 @@ from compressknow.report.records import (
 )
 from compressknow.report.tradeoff import tradeoff
 
-# What the page holds of one comparison, and of several together: beyond, it would grow past a megabyte.
-_LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 360, 200
-_FEW, _RELATIONS_OF_MANY = 5, 20
+# What the page holds of one comparison, and of several together: a page of 20 models and one probe stays below
+# 400 KB.
+_LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 100, 50
+_FEW, _RELATIONS_IN_ALL, _LEAST_RELATIONS = 5, 100, 3
 # Facts that the Markdown holds of one comparison, and of all together.
 _FACTS, _FACTS_IN_ALL = 50, 300
 _WORDS: Any = {"legend": LEGEND, "short_legend": SHORT_LEGEND}
@@ -77,7 +78,7 @@ def _limits(models: int) -> Limits:
     return Limits(
         lost=_LOST if models <= 1 else _LOST_IN_ALL // models,
         gained=min(_GAINED, _GAINED_IN_ALL // max(1, models)),
-        relations=None if models <= _FEW else _RELATIONS_OF_MANY,
+        relations=None if models <= _FEW else max(_LEAST_RELATIONS, _RELATIONS_IN_ALL // models),
         # Of several models, a chart for each would take seconds.
         charts=models == 1,
     )
