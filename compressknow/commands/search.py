@@ -16,14 +16,15 @@ from compressknow.compress.steps import Calibration
 from compressknow.files import write_whole
 from compressknow.libraries import require
 from compressknow.model.manifest import MANIFEST_NAME
-from compressknow.probe.gather import open_named
+from compressknow.probe.gather import open_named, refuse_texts_alone
 from compressknow.probe.grades import RECOGNIZED, check_known
 from compressknow.probe.handle import Settings
+from compressknow.probe.text.running import RunningText
 from compressknow.quiet import OnProgress, listener
 from compressknow.report.card.make import make_card
 from compressknow.report.search import Search, Trial, write_search
 from compressknow.study.cells import StudyModel, write_checkpoint
-from compressknow.study.folder import TEXTS, claim, refuse_foreign
+from compressknow.study.folder import ORIGINAL, TEXTS, claim, refuse_foreign
 from compressknow.study.running import RayOptions, runner
 from compressknow.study.search import (
     TOGETHER,
@@ -88,7 +89,8 @@ def search(
     trials : recipes that the optimiser chooses, beside the paper's setups.
     schemes, prune_methods, roundings : that it may choose from.
     calibration, calibration_tokens : the text for those that look at activations; see `compressknow.convert`.
-    probes, options, settings : see `compressknow.probe`; lm-eval's tasks cannot be held out.
+    probes, options, settings : see `compressknow.probe`; lm-eval's tasks cannot be held out. A running text beside the
+        facts guides nothing: the winner reads it, and its report card says how.
     known : what counts as known, in all that is kept; see `compressknow.report`.
     seed : of the halves and of the optimiser.
     no_facts : leave the text of every fact out of the winner's report card.
@@ -113,7 +115,10 @@ def search(
     text = Calibration(calibration or usual.text, usual.tokens if calibration_tokens is None else calibration_tokens)
     ways = Ways(tuple(prune_methods), tuple(roundings), text)
     refuse_foreign(folder)
-    parts = [parts_of(probe, seed) for probe in open_named(probes, options, known)]
+    opened = open_named(probes, options, known)
+    refuse_texts_alone(opened, "A search")
+    texts = [probe for probe in opened if isinstance(probe, RunningText)]
+    parts = [parts_of(probe, seed) for probe in opened if not isinstance(probe, RunningText)]
     with (
         StudyModel(
             model,
@@ -125,6 +130,8 @@ def search(
         claim(folder, study_model.original, known),
         runner(ray, listening) as run,
     ):
+        if texts:  # A model that cannot read one is refused before it is evaluated on all else.
+            study_model.evaluate_original(texts, folder / HELD_OUT / ORIGINAL, listening)
         rest, first = [part.rest for part in parts], [part.first for part in parts]
         searched = EvaluationSet.of(study_model, rest, folder / SEARCHED, listening, run, first, known=known)
         chosen = RecipeSearch(
@@ -139,7 +146,7 @@ def search(
         held_out = EvaluationSet.of(study_model, kept_back, folder / HELD_OUT, listening, run, known=known)
         chosen.confirm(confirming(held_out))
         found = search_of(chosen, searched, held_out, seed=seed, command=command)
-        _write_found(found, held_out, folder, show_facts=not no_facts)
+        _write_found(found, held_out.beside(texts, listening), folder, show_facts=not no_facts)
     return found
 
 

@@ -94,7 +94,7 @@ def sweep(
     refuse_foreign(folder)
     # Texts first: a model that cannot read one is refused before it is evaluated on all else.
     opened = sorted(open_named(probes, options, known), key=lambda probe: not isinstance(probe, RunningText))
-    refuse_texts_alone(opened)
+    refuse_texts_alone(opened, "A sweep")
     # On a cluster the workers keep what they need.
     kept, texts = None if ray else folder, folder / TEXTS
     with StudyModel(model, settings or Settings(), revision=revision, keep_in=kept, texts=texts) as study_model:

@@ -44,13 +44,13 @@ def open_named(probes: str | Sequence[str] | None, options: Options | None, know
     return opened
 
 
-def refuse_texts_alone(opened: Sequence[Opened]) -> None:
-    """Raise UsageError where there is nothing but running texts: a study counts facts."""
+def refuse_texts_alone(opened: Sequence[Opened], what: str) -> None:
+    """Raise UsageError where there is nothing but running texts: `what`, such as "A sweep", counts facts."""
     from compressknow.probe.text.running import RunningText
 
     if all(isinstance(probe, RunningText) for probe in opened):
         raise UsageError(
-            f"A sweep counts facts, and {opened[0].name} is a text.", hint="Add a probe of facts beside it: -p atlas."
+            f"{what} counts facts, and {opened[0].name} is a text.", hint="Add a probe of facts beside it: -p atlas."
         )
 
 

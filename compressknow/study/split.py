@@ -15,6 +15,7 @@ from compressknow.probe.answers import Answers
 from compressknow.probe.facts import Fact, Probe, fact_of
 from compressknow.probe.grades import RECOGNIZED
 from compressknow.probe.sources import Opened, source_of, usable
+from compressknow.probe.text.running import RunningText
 from compressknow.quiet import Listener
 from compressknow.study.cells import StudyModel
 from compressknow.study.folder import CELLS, ORIGINAL, CellResult, judged
@@ -92,6 +93,7 @@ class EvaluationSet:
     first : the probes to evaluate first.
     reference : the original's answers as they were given, to each wording; `original` the same as they count.
     known_as : what counts as known.
+    texts : running texts that are read beside the facts.
     """
 
     study_model: StudyModel
@@ -102,6 +104,7 @@ class EvaluationSet:
     original: Answers
     known_as: str
     run: Run
+    texts: tuple[RunningText, ...] = ()
 
     @classmethod
     def of(
@@ -142,15 +145,26 @@ class EvaluationSet:
             cells = going_on
         yield from self._judged(cells, self.probes)
 
+    def beside(self, texts: Sequence[RunningText], on_progress: Listener | None) -> EvaluationSet:
+        """The same with running texts, which the original reads; they count for nothing in `original`."""
+        if not texts:
+            return self
+        probes: tuple[Opened, ...] = (*self.probes, *texts)
+        reference = self.study_model.evaluate_original(probes, self.folder / ORIGINAL, on_progress)
+        return replace(self, texts=tuple(texts), reference=reference)
+
     def given(self, cell: Cell) -> Answers:
-        """A cell's answers as they were given, like `reference`. Raises CompressknowError as `evaluate` does."""
-        ((_, answers),) = self._evaluate([cell], self.probes)
+        """A cell's answers as they were given, and what it read, like `reference`.
+
+        Raises CompressknowError as `evaluate` does.
+        """
+        ((_, answers),) = self._evaluate([cell], (*self.probes, *self.texts))
         return answers
 
-    def _judged(self, cells: Sequence[Cell], probes: Sequence[Probe]) -> Iterator[tuple[Cell, Answers]]:
+    def _judged(self, cells: Sequence[Cell], probes: Sequence[Opened]) -> Iterator[tuple[Cell, Answers]]:
         return ((cell, judged(answers, self.known_as)) for cell, answers in self._evaluate(cells, probes))
 
-    def _evaluate(self, cells: Sequence[Cell], probes: Sequence[Probe]) -> Iterator[tuple[Cell, Answers]]:
+    def _evaluate(self, cells: Sequence[Cell], probes: Sequence[Opened]) -> Iterator[tuple[Cell, Answers]]:
         batch = Batch(self.study_model, cells, probes, self.folder / CELLS, self.reference)
         with closing(self.run(batch)) as results:
             for result in results:

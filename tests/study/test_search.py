@@ -24,7 +24,7 @@ from compressknow.report.search import Trial
 from compressknow.study import search, split
 from compressknow.study.space import Choice, Space
 from compressknow.study.split import parts_of
-from tests.knowing import facts_file, in_wordings, knowing
+from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 from tests.models import tiny
 
 pytest.importorskip("optuna")
@@ -260,6 +260,40 @@ def test_all_wordings_of_a_fact_are_in_one_part() -> None:
 
 def test_few_facts_in_many_wordings_are_few_facts() -> None:
     assert parts_of(open_probe("atlas", Options(limit=300, templates=3)), 0).first is None
+
+
+def test_the_winner_reads_a_text_that_guides_nothing(llama: Place) -> None:
+    text = llama.folder / "facts.txt"
+    text.write_text("\n".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS) + "\n", encoding="utf-8")
+    beside, keep = ("-p", f"text:{text}", "--context", "24"), ("--keep", str(KEEP))
+    assert llama.search("plain", *keep) == 0
+    assert llama.search("read", *keep, *beside) == 0
+    alike = [{**llama.found(name), "command": None} for name in ("plain", "read")]
+    assert alike[0] == alike[1]
+    ours, page = llama.folder / "read", (llama.folder / "read" / "report.md").read_text(encoding="utf-8")
+    card = compressknow.report(
+        llama.model, ours / "winner", f"text:{text}", options=Options(context=24), keep_in=llama.folder / "answers"
+    )
+    (figures,) = card.comparisons[0].texts
+    for perplexity in (figures.original.value.value, figures.compressed.value.value):
+        assert f"{perplexity:.2f}" in page.split("## Running text")[1].split("\n## ")[0]
+    # A search that is done reads nothing again.
+    before = {path: path.stat().st_mtime_ns for path in ours.rglob("answers.parquet")}
+    assert llama.search("read", *keep, *beside) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in ours.rglob("answers.parquet")}
+
+
+def test_a_text_that_the_model_cannot_read_or_that_is_alone_is_refused_first(
+    tmp_path: Path, llama: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "some.txt"
+    text.write_text("A text of some words.\n", encoding="utf-8")
+    bert = Place("bert", tmp_path)
+    assert bert.search("found", "--keep", str(KEEP), "-p", f"text:{text}") != 0
+    assert not list((tmp_path / "found").rglob("answers.parquet"))
+    assert main(["search", str(llama.model), "-o", str(tmp_path / "bad"), "--keep", "0.9", "-p", f"text:{text}"]) == 2
+    assert "A search counts facts, and text:some.txt is a text." in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_reading_of_known_that_there_is_not_is_refused(llama: Place) -> None:
