@@ -11,12 +11,12 @@ demo: $(VENV)/.stamp-gguf
 	PATH="$$PWD/$(BIN):$$PATH" bash examples/quickstart.sh
 
 test: lint docs $(VENV)/converter
-	COMPRESSKNOW_CONVERTER=$(VENV)/converter $(BIN)/python -m pytest -n 2
+	COMPRESSKNOW_CONVERTER=$(VENV)/converter $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # All tests with the lowest versions that tests/lowest.txt names, in an environment of their own (7 GB: torch with CUDA).
 test-lowest:
 	PIP_CONSTRAINT=tests/lowest.txt $(MAKE) VENV=.venv-lowest .venv-lowest/.stamp-dev .venv-lowest/converter
-	COMPRESSKNOW_CONVERTER=.venv-lowest/converter .venv-lowest/bin/python -m pytest -n 2
+	COMPRESSKNOW_CONVERTER=.venv-lowest/converter .venv-lowest/bin/python -m pytest -n 2 --dist worksteal
 
 .venv-lowest/.stamp-dev: tests/lowest.txt
 

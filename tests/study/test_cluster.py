@@ -14,9 +14,7 @@ from tests.knowing import facts_file, knowing
 
 pytest.importorskip("ray")
 
-GRID = (
-    '[axes]\nscope = ["attention", "feed-forward", "overall"]\nprune = [0.2, 0.5, 0.8]\nquantize = ["none", "int8"]\n'
-)
+GRID = '[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.2, 0.8]\nquantize = ["none", "int8"]\n'
 
 
 def workers() -> list[psutil.Process]:

@@ -194,7 +194,7 @@ def test_what_is_minimized_decides(llama: Place) -> None:
 
 def test_a_search_on_ray_finds_a_winner_too(llama: Place) -> None:
     pytest.importorskip("ray")
-    assert llama.search("ray", "--keep", str(KEEP), "--ray", "local") == 0
+    assert llama.search("ray", "--keep", str(KEEP), "--ray", "local", "--trials", "2") == 0
     assert llama.found("ray")["winner"]["held_out"]["low"] >= KEEP
 
 
