@@ -19,9 +19,6 @@ from compressknow.model.meta import config_from_dict
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What transformers says then; the table that it goes on to refer to is not shown.
-CONVERSION_FAILED = "issues during automatic conversion of the weights"
-
 
 def prove(source: Checkpoint, tree: PreTrainedModel, config: Mapping[str, Any], tensors: Mapping[str, Header]) -> None:
     """Load an output as plain transformers would, without its values.
@@ -60,7 +57,7 @@ def planned_headers(tensors: Iterable[PlannedTensor]) -> dict[str, Header]:
 def _fault(found: LoadReport, source: Checkpoint, tree: PreTrainedModel) -> str | None:
     if found == LoadReport():
         return None
-    if found.failure and CONVERSION_FAILED in found.failure:
+    if found.conversion_failed:
         return "It fuses or splits weights of this model on loading, and fails if only some of them are quantized."
     if found.failure:
         return f"Loading stops: {found.failure}"

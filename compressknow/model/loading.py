@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,25 +19,36 @@ from compressknow.errors import CheckpointError
 from compressknow.libraries import require
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
 from compressknow.model.meta import meta_model
+from compressknow.model.naming import Naming
 from compressknow.model.tensors import torch_dtype
 from compressknow.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Header = tuple[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Header = tuple[str, Shape]
+# What transformers says where it cannot make a weight of the tensors that are stored for it; the table that it goes on
+# to refer to is not shown.
+CONVERSION_FAILED = "issues during automatic conversion of the weights"
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """What did not go by the book: weights that no tensor gives (they would be filled with random numbers), tensors
-    that no weight takes, tensors of another shape than the model's; and what stopped the load, where anything did.
+    that no weight takes, weights of another shape than the model's (that shape, and the model's); and what stopped the
+    load, where anything did.
     """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    mismatched: tuple[str, ...] = ()
+    mismatched: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
     failure: str | None = None
+
+    @property
+    def conversion_failed(self) -> bool:
+        """Whether transformers could not make some weight of the tensors that are stored for it."""
+        return self.failure is not None and CONVERSION_FAILED in self.failure
 
 
 def load_report(
@@ -58,8 +69,8 @@ def load_report(
             _, found = model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict=state, **options)
     except Exception as error:  # Wherever transformers or a quantizer stops, it stops for whoever loads it too.
         return LoadReport(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    mismatched = (name for name, *_ in found["mismatched_keys"])
-    return LoadReport(_sorted(found["missing_keys"]), _sorted(found["unexpected_keys"]), _sorted(mismatched))
+    mismatched = {name: (tuple(stored), tuple(needed)) for name, stored, needed in sorted(found["mismatched_keys"])}
+    return LoadReport(_sorted(found["missing_keys"]), _sorted(found["unexpected_keys"]), mismatched)
 
 
 def _empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -76,16 +87,24 @@ def headers_of(checkpoint: Checkpoint) -> dict[str, Header]:
 
 
 def missing_weights(checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
-    """The weights of a checkpoint's module tree that its files do not hold, under their own name or a tied one.
+    """The weights of a checkpoint's module tree that its files do not hold, under their own name or a tied one; of those
+    that transformers makes of several tensors (one for each expert), the tensors that the files lack.
 
     A pooler that the class can be built without (``add_pooling_layer``) is no part of every checkpoint: where all of it
     is missing, nothing is.
     """
-    missing = load_report(type(tree), tree.config, headers_of(checkpoint)).missing
-    if "add_pooling_layer" not in inspect.signature(type(tree).__init__).parameters:
-        return missing
-    pooler = {name for name in tree.state_dict() if name.startswith("pooler.")}
-    return tuple(name for name in missing if name not in pooler) if pooler <= set(missing) else missing
+    return _missing(load_report(type(tree), tree.config, headers_of(checkpoint)), checkpoint, tree)
+
+
+def _missing(report: LoadReport, checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
+    missing = set(report.missing)
+    if "add_pooling_layer" in inspect.signature(type(tree).__init__).parameters:
+        pooler = {name for name in tree.state_dict() if name.startswith("pooler.")}
+        missing -= pooler if pooler <= missing else set()
+    if report.mismatched or report.conversion_failed:
+        # A stack of fewer matrices than there are experts has another shape.
+        missing.update(Naming(tree).missing_parts(checkpoint.tensors))
+    return _sorted(missing)
 
 
 def open_complete(
@@ -95,14 +114,20 @@ def open_complete(
 
     Raises
     ------
-    CheckpointError : what `open_checkpoint` and `meta_model` raise; or weights are missing, which transformers would
-        fill with random numbers.
+    CheckpointError : what `open_checkpoint` and `meta_model` raise; or weights are missing, or have another shape than
+        the model's, which transformers would fill with random numbers.
     """
     checkpoint = open_checkpoint(model, revision)
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     # What is quantized already has other tensors than its module tree; it is refused for that.
-    whole = not checkpoint.tensors or checkpoint.config.get("quantization_config")
-    if not whole and (missing := missing_weights(checkpoint, tree)):
+    if checkpoint.tensors and not checkpoint.config.get("quantization_config"):
+        _refuse_incomplete(checkpoint, tree)
+    return checkpoint, tree
+
+
+def _refuse_incomplete(checkpoint: Checkpoint, tree: PreTrainedModel) -> None:
+    report = load_report(type(tree), tree.config, headers_of(checkpoint))
+    if missing := _missing(report, checkpoint, tree):
         count = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
         raise CheckpointError(
             f"{checkpoint.folder} lacks {count} of {type(tree).__name__}: {some_of(missing)}.",
@@ -110,4 +135,16 @@ def open_complete(
             hint="Download or save it again, or see that `architectures` in its config.json names the class that the "
             "weights were saved from.",
         )
-    return checkpoint, tree
+    weights = {name for name, _ in tree.named_parameters(remove_duplicate=False)}
+    for name, (stored, needed) in report.mismatched.items():
+        if name in weights:
+            raise CheckpointError(
+                f"{name} has shape {list(stored)}, config.json says {list(needed)}.",
+                hint="The config and the weights do not match: download or save both again.",
+            )
+    if report.conversion_failed:
+        raise CheckpointError(
+            f"{checkpoint.folder} does not fit its config.json: transformers cannot make all weights of "
+            f"{type(tree).__name__} of the tensors that are stored.",
+            hint="The config and the weights do not match: download or save both again.",
+        )

@@ -7,7 +7,7 @@ tensor an expert is now one stack), where a base model's checkpoint lacks its pr
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +134,26 @@ class Naming:
             parts.append((pattern, sources[stored]))
         converter = self._converters[self._converter_of(parts[-1][0])]
         return self._convert(name, converter, parts)[parameter]
+
+    def missing_parts(self, stored: Collection[str]) -> list[str]:
+        """Of parameters that are converted from several tensors, the names that are not `stored`, though others of the
+        same parameter are.
+
+        The names are those under which transformers saves the model: nothing is found of one that is stored in an older
+        form.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        try:
+            names = set(revert_weight_conversion(self._model, self._tree))
+        except Exception:  # As when it converts, an operation may fail anywhere.
+            return []
+        expected: dict[str, set[str]] = {}
+        for name in names:
+            parameter, pattern = self._rename(name, self._tree)
+            if pattern is not None:
+                expected.setdefault(parameter, set()).add(name)
+        return [name for parts in expected.values() if parts & set(stored) for name in parts.difference(stored)]
 
     def transposes(self, stored: str, shape: tuple[int, ...], parameter: str) -> bool:
         """Whether a stored tensor has its last two axes swapped on the way to `parameter`."""

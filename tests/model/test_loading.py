@@ -46,6 +46,37 @@ def test_a_lost_weight_is_named_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.parametrize("part", ["w1", "w2"])
+def test_a_lost_part_of_a_weight_that_transformers_fuses_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    folder = save_tiny("mixtral", tmp_path / "in")
+    lost = f"model.layers.1.block_sparse_moe.experts.3.{part}.weight"
+    drop(folder, lost)
+    capsys.readouterr()
+    assert main(["convert", str(folder), str(tmp_path / "out"), "--prune", "0.2", "--scope", "attention"]) == 1
+    assert f"lacks a weight of MixtralForCausalLM: {lost}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["w1", "w2"])
+def test_a_part_that_is_lost_under_a_name_of_old_is_refused_too(tmp_path: Path, part: str) -> None:
+    folder = save_tiny("mixtral", tmp_path / "in")
+    tensors = load_file(folder / "model.safetensors")
+    before = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in tensors.items()}
+    del before[f"model.layers.1.mlp.experts.3.{part}.weight"]
+    save_file(before, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_complete(folder)
+
+
+def test_a_config_of_fewer_experts_than_the_files_hold_does_not_fit(tmp_path: Path) -> None:
+    folder = save_tiny("mixtral", tmp_path / "in")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": 2}))
+    with pytest.raises(CheckpointError, match=r"experts\.down_proj has shape \[4, 32, 48\], config\.json says \[2, 32"):
+        open_complete(folder)
+
+
 def test_of_many_lost_weights_a_few_are_named_and_all_are_counted(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     names = [f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 1) for part in ("down", "gate", "up")]
