@@ -185,6 +185,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     shared_with = {parameter: embedding for parameter, embedding in shared.items() if embedding}
     config = untied_config(checkpoint.config, model) if shared_with else dict(checkpoint.config)
     extra = missing_when_untied(model, config, set(sources.supply)) if shared_with else {}
+    _refuse_parted(changed, extra, structure)
     kept = _kept(sources, structure, {t.name for t in changed}, [*extra.items(), *_pairs(shared_with)])
     tensors = tuple(sorted([*changed, *kept], key=lambda t: sources.order(t.source, t.created, t.name)))
     targets = _targets(changed)
@@ -312,6 +313,20 @@ def _kept(
     for parameter, source in needed:
         if parameter not in changed and not sources.is_stored(parameter):
             yield PlannedTensor(parameter, sources.tensor(source), NOT_LINEAR, created=True)
+
+
+def _refuse_parted(changed: Iterable[PlannedTensor], extra: Mapping[str, str], structure: Structure) -> None:
+    """Raise UnsupportedError where a weight that is changed would no longer be that of all modules that share it."""
+    parted = [
+        tensor.module or "" for tensor in changed if any(f"{module}.weight" in extra for module in tensor.sharing)
+    ]
+    if parted:
+        raise UnsupportedError(
+            f"The final layer of {structure.architecture} cannot be untied from its embedding while {some_of(parted)} "
+            "are compressed too.",
+            why="Its config unties all weights or none, and these are those of several blocks.",
+            hint="Leave the final layer out: --scope blocks.",
+        )
 
 
 def _pairs(shared_with: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -66,6 +66,7 @@ def _fault(found: LoadReport, source: Checkpoint, tree: PreTrainedModel) -> str 
         "It finds no values for": (found.missing, before.missing),
         "It finds no place for": (found.unexpected, before.unexpected),
         "It finds another shape in": (found.mismatched, before.mismatched),
+        "It would take floats for integers, or the reverse, in": (found.retyped, before.retyped),
     }
     faults = {what: set(now) - set(then) for what, (now, then) in kinds.items()}
     return next((f"{what} {some_of(names)}." for what, names in faults.items() if names), None)

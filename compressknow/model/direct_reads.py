@@ -35,7 +35,8 @@ NOT_RUN = re.compile(r"__init__$|_?init_weights|reset_parameters|tie_weights|_?p
 def direct_reads(model: PreTrainedModel) -> dict[str, Read]:
     """Linear modules whose weight the code of another module reads: its ``values``, or its ``dtype`` alone, to cast
     something to it. What its source may read, and a short forward pass on the meta device does not, is left out
-    (BLOOM's exact mode); where the pass stops midway, the source is believed of what it has not reached.
+    (BLOOM's exact mode); the source is believed of what the pass has not reached: where it stops midway, and of towers
+    that read no text.
     """
     candidates = dict(_candidates(model))
     return {name: candidates[name] for name in _seen(_on_meta(model), candidates)} if candidates else {}
@@ -75,10 +76,10 @@ def _seen(tree: PreTrainedModel, names: Collection[str]) -> set[str]:
             with quiet(), _Valueless():  # type: ignore[no-untyped-call]
                 tree(**inputs)
         except Exception:  # Code that was not written for tensors without values may fail anywhere.
-            # One block runs as the next does.
-            reached = {_kind(name) for name in ran}
-            return read | {name for name in names if _kind(name) not in reached}
-    return read
+            pass
+    # One block runs as the next does.
+    reached = {_kind(name) for name in ran}
+    return read | {name for name in names if _kind(name) not in reached}
 
 
 def _kind(name: str) -> str:

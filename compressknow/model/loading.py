@@ -36,13 +36,14 @@ CONVERSION_FAILED = "issues during automatic conversion of the weights"
 @dataclass(frozen=True)
 class LoadReport:
     """What did not go by the book: weights that no tensor gives (they would be filled with random numbers), tensors
-    that no weight takes, weights of another shape than the model's (that shape, and the model's); and what stopped the
-    load, where anything did.
+    that no weight takes, weights of another shape than the model's (that shape, and the model's), floats that a weight
+    of integers takes or the reverse, which are rounded without a word; and what stopped the load, where anything did.
     """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    retyped: tuple[str, ...] = ()
     failure: str | None = None
 
     @property
@@ -66,15 +67,21 @@ def load_report(
     options = {"device_map": "meta", "dtype": "auto", "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         with quiet():
-            _, found = model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict=state, **options)
+            model, found = model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict=state, **options)
     except Exception as error:  # Wherever transformers or a quantizer stops, it stops for whoever loads it too.
         return LoadReport(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     mismatched = {name: (tuple(stored), tuple(needed)) for name, stored, needed in sorted(found["mismatched_keys"])}
-    return LoadReport(_sorted(found["missing_keys"]), _sorted(found["unexpected_keys"]), mismatched)
+    loaded = model.state_dict()
+    retyped = (name for name in state.keys() & loaded.keys() if _is_float(state[name]) != _is_float(loaded[name]))
+    return LoadReport(_sorted(found["missing_keys"]), _sorted(found["unexpected_keys"]), mismatched, _sorted(retyped))
 
 
 def _empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
+
+
+def _is_float(tensor: torch.Tensor) -> bool:
+    return tensor.dtype.is_floating_point
 
 
 def _sorted(names: Iterable[str]) -> tuple[str, ...]:

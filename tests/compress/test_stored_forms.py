@@ -8,12 +8,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig, Zamba2ForCausalLM
 
 import compressknow
 from compressknow.errors import UnsupportedError
+from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.direct_reads import direct_reads
+from compressknow.model.loading import LoadReport, headers_of, load_report
+from compressknow.model.meta import config_from_dict, meta_model
 from tests.compress.test_zoo_converts import loaded_whole, logits_of
 from tests.model.test_zoo import SETTINGS
+from tests.models import save_tiny
 from tests.zoo import tiny_model
 
 
@@ -35,6 +40,38 @@ def test_all_modules_that_share_a_weight_are_int8(tmp_path: Path, model_type: st
     assert not compressknow.verify(tmp_path / "out").differences
     engine = logits_of(compressknow.load(tmp_path / "out"))
     torch.testing.assert_close(engine, logits_of(model), rtol=1e-2, atol=1e-2)
+
+
+def test_shared_blocks_do_not_come_apart_where_the_final_layer_is_untied(tmp_path: Path) -> None:
+    save("zamba2", "Zamba2ForCausalLM", tmp_path / "in")
+    for how in ({"scope": "overall", "quantize": "int8"}, {"scope": ["blocks", "final"], "prune": 0.3}):
+        with pytest.raises(UnsupportedError, match=r"shared_transformer\S+ and \d+ more are compressed too"):
+            compressknow.convert(tmp_path / "in", tmp_path / "out", **how)  # type: ignore[arg-type]
+    original = Zamba2ForCausalLM.from_pretrained(tmp_path / "in").state_dict()
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.3)
+    pruned = loaded_whole("Zamba2ForCausalLM", tmp_path / "out").state_dict()
+    assert {name for name, tensor in original.items() if not torch.equal(tensor, pruned[name])} == {"lm_head.weight"}
+
+
+def test_a_block_that_holds_the_weights_of_others_is_not_dropped(tmp_path: Path) -> None:
+    save("zamba2", "Zamba2ForCausalLM", tmp_path / "in")
+    with pytest.raises(
+        UnsupportedError, match=r"share model\.layers\.2\.shared_transformer\S+ .* with one that is dropped"
+    ):
+        compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="3")
+    loaded_whole("Zamba2ForCausalLM", tmp_path / "out")
+
+
+def test_floats_in_the_place_of_integers_do_not_pass_for_loaded(tmp_path: Path) -> None:
+    # transformers casts them: of small weights nothing but zeros is left.
+    compressknow.convert(save_tiny("bert", tmp_path / "in"), tmp_path / "out", quantize="int8")
+    written = open_checkpoint(tmp_path / "out")
+    tree = meta_model(tmp_path / "in")
+    config = config_from_dict(tree, written.config)
+    headers, name = headers_of(written), "bert.encoder.layer.1.attention.self.query.weight"
+    assert load_report(type(tree), config, headers) == LoadReport()
+    assert load_report(type(tree), config, {**headers, name: ("F32", headers[name][1])}).retyped == (name,)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +123,14 @@ def test_what_a_forward_pass_does_not_read_is_no_direct_read() -> None:
         "0.attention.output",
         "0.feed_forward.value",
     }
+
+
+def test_of_a_tower_that_no_text_reaches_the_source_is_believed() -> None:
+    # SigLIP's head gives the weights of its output layer to a function of torch.
+    with torch.device("meta"):
+        vision, text = SiglipVisionConfig(num_hidden_layers=1), LlamaConfig(num_hidden_layers=1)
+        llava = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+    assert direct_reads(llava) == {"model.vision_tower.head.attention.out_proj": "values"}
 
 
 def test_an_output_that_transformers_would_not_load_is_refused_before_any_work(tmp_path: Path) -> None:

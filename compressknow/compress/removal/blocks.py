@@ -10,6 +10,7 @@ from compressknow.compress.removal.settings import BLOCK, Settings, Shapes, Stac
 from compressknow.compress.steps import DropBlocks
 from compressknow.errors import UnsupportedError, UsageError
 from compressknow.model.checkpoint import Checkpoint, some_of
+from compressknow.model.loading import missing_weights
 from compressknow.model.meta import rebuilt
 from compressknow.model.naming import Binding, Naming
 from compressknow.model.structure import LinearWeight, Structure
@@ -112,7 +113,7 @@ def without_blocks(checkpoint: Checkpoint, settings: Settings, drops: Iterable[D
     Raises
     ------
     UnsupportedError : the blocks are not of one kind and the config cannot say which are left, or the stored names
-        cannot be told apart by block.
+        cannot be told apart by block, or a dropped block holds weights that others share.
     """
     whole = settings.whole
     kept: dict[str, tuple[int, ...]] = {}
@@ -127,6 +128,9 @@ def without_blocks(checkpoint: Checkpoint, settings: Settings, drops: Iterable[D
     tensors = {new: replace(checkpoint.tensors[old], name=new) for new, old in names.items()}
     smaller = replace(checkpoint, config=config, tensors=tensors)
     _refuse_misnamed(checkpoint, settings.tree, smaller, tree, names, sources)
+    if lost := missing_weights(smaller, tree):
+        # Zamba2's shared block is stored where it first stands.
+        raise _cannot_say(tree, f"The blocks that are left share {some_of(lost)} with one that is dropped.")
     return Without(smaller, tree, names)
 
 
