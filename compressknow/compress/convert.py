@@ -31,6 +31,7 @@ from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, Checkp
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, sealed
+from compressknow.model.sentence_transformers import loading_floats, module_folders
 from compressknow.model.tensors import OpenFiles
 from compressknow.quiet import Advance, Begin, counted, untold
 from compressknow.reading import sha256_of
@@ -213,16 +214,17 @@ def write(
     source = conversion.plan.checkpoint.folder
     carried = list(carried_files(source))
     with Staging(Path(output), overwrite=overwrite, source=source) as staging:
-        with _scratch(conversion.plan, staging) as scratch, OpenFiles() as files:
+        with _scratch(conversion.plan, staging) as scratch, OpenFiles() as opened:
             with Pool(threads) as pool:
-                conversion = decided(conversion, text, Reader(pool, files, lambda _: None), scratch, begin)
+                conversion = decided(conversion, text, Reader(pool, opened, lambda _: None), scratch, begin)
             plan, tree = conversion
             layout = lay_out(plan.tensors, plan.checkpoint.shards)
             with begin("calibrate" if _is_calibrated(plan) else "convert") as advance:
                 weights = _write_weights(conversion, layout, staging, text, threads, advance)
-        written = _write_config(plan, layout, staging)
+        files = _written_files(plan, layout)
+        written = {name: staging.write(name, content) for name, content in files.items()}
         prove_written(plan.checkpoint, tree, staging.folder)
-        copied = {name: staging.copy(source / name, name) for name in carried}
+        copied = {name: staging.copy(source / name, name) for name in carried if name not in written}
         manifest = _manifest(plan, weights, written, copied, text)
         staging.write(MANIFEST_NAME, serialize(manifest))
         if render_card:
@@ -297,12 +299,14 @@ def _is_calibrated(plan: Plan) -> bool:
     return any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize))
 
 
-def _write_config(plan: Plan, layout: Layout, staging: Staging) -> dict[str, str]:
-    """config.json and, of several weight files, their index; SHA-256 by name."""
-    written = {"config.json": staging.write("config.json", _json(output_config(plan)))}
-    if layout.index:
-        written[SAFETENSORS_INDEX] = staging.write(SAFETENSORS_INDEX, _json(layout.index))
-    return written
+def _written_files(plan: Plan, layout: Layout) -> dict[str, bytes]:
+    """config.json and what else depends on how the weights are stored, by name: the index of several weight files, and
+    how sentence-transformers loads quantized ones."""
+    config = output_config(plan)
+    quantization = config.get("quantization_config")
+    loading = loading_floats(plan.checkpoint.folder, quantization) if quantization else {}
+    index = {SAFETENSORS_INDEX: layout.index} if layout.index else {}
+    return {name: _json(content) for name, content in {"config.json": config, **index, **loading}.items()}
 
 
 def _manifest(
@@ -314,8 +318,8 @@ def _manifest(
 ) -> Manifest:
     """`written` and `copied` : SHA-256 of the files beside the weights, by name."""
     source = plan.checkpoint.folder
-    replaced = {name: sha256_of(source / name) for name in ("config.json", plan.checkpoint.index) if name}
-    read = {**weights.hashes, **copied, **replaced}
+    replaced = {name for name in (*written, plan.checkpoint.index) if name and (source / name).is_file()}
+    read = {**weights.hashes, **copied, **{name: sha256_of(source / name) for name in replaced}}
     calibration = calibration_record(text, weights.calibrated, plan.removal)
     return Manifest(sealed(build_manifest(plan, weights.measured, read, {**written, **copied}, calibration)))
 
@@ -335,26 +339,23 @@ def calibration_record(
 def planned_files(plan: Plan) -> dict[str, int | None]:
     """The files that an output will hold, with their bytes; None where the weights decide it."""
     layout, source = lay_out(plan.tensors, plan.checkpoint.shards), plan.checkpoint.folder
-    index = {SAFETENSORS_INDEX: len(_json(layout.index))} if layout.index else {}
     carried = {name: (source / name).stat().st_size for name in carried_files(source)}
-    return {
-        **layout.sizes,
-        **index,
-        **carried,
-        "config.json": len(_json(output_config(plan))),
-        **dict.fromkeys((CARD_NAME, MANIFEST_NAME)),
-    }
+    written = {name: len(content) for name, content in _written_files(plan, layout).items()}
+    return {**layout.sizes, **carried, **written, **dict.fromkeys((CARD_NAME, MANIFEST_NAME))}
 
 
 def carried_files(folder: Path) -> Iterator[str]:
-    """The small files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code.
+    """The files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and the modules
+    that sentence-transformers runs behind the model, with their weights.
 
     Raises CheckpointError where one of them is a link that leads nowhere, or out of the checkpoint.
     """
+    modules = module_folders(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
-        if hidden or path.suffix in WEIGHT_SUFFIXES or str(name) in REPLACED:
+        weights = path.suffix in WEIGHT_SUFFIXES and not any(name.is_relative_to(module) for module in modules)
+        if hidden or weights or str(name) in REPLACED:
             continue
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path} is a link that leads nowhere.", hint="Fetch the checkpoint again.")

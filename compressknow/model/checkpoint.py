@@ -8,12 +8,14 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compressknow import reading
 from compressknow.errors import CheckpointError
 from compressknow.files import name_of
+from compressknow.model.sentence_transformers import module_folders
 from compressknow.model.tensors import StoredTensor, read_header
 from compressknow.model.torch_bin import read_torch_file
 from compressknow.reading import CONFIG, TOKENIZER, check_regular
@@ -215,6 +217,8 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
             fetch(*HUB_PATTERNS, "model*.safetensors")
             if not weight_files(folder):
                 fetch("pytorch_model*.bin")
+            if modules := module_folders(folder):
+                fetch(*(f"{escape(module)}/*{suffix}" for module in modules for suffix in (".safetensors", ".bin")))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{model} is not a local folder, and it could not be downloaded from the Hub.",

@@ -94,8 +94,8 @@ def headers_of(checkpoint: Checkpoint) -> dict[str, Header]:
 
 
 def missing_weights(checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
-    """The weights of a checkpoint's module tree that its files do not hold, under their own name or a tied one; of those
-    that transformers makes of several tensors (one for each expert), the tensors that the files lack.
+    """The weights of a checkpoint's module tree that its files do not hold, under their own name or a tied one; of
+    those that transformers makes of several tensors (one for each expert), the tensors that the files lack.
 
     A pooler that the class can be built without (``add_pooling_layer``) is no part of every checkpoint: where all of it
     is missing, nothing is.

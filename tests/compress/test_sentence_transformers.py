@@ -1,0 +1,79 @@
+"""Folders of sentence-transformers, which loads them by a config of its own, calls `forward` past all hooks, and runs
+modules of its own behind the model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import compressknow
+from compressknow.quiet import quiet
+from tests.models import save_tiny
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A BERT with a dense layer behind it, as sentence-transformers saves it."""
+    folder = save_tiny("bert", tmp_path / "in")
+    paths = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+    modules = [{"idx": i, "name": str(i), "path": p, "type": paths[p]} for i, p in enumerate(paths)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32, "config_args": {"layer_norm_eps": 1e-6}}))
+    for name in ("1_Pooling", "2_Dense", "onnx"):
+        (folder / name).mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    save_file({"linear.weight": torch.ones(3, 32)}, folder / "2_Dense" / "model.safetensors")
+    save_file({"no.module": torch.ones(1)}, folder / "onnx" / "model.safetensors")
+    return folder
+
+
+def by_forward(folder: Path) -> torch.Tensor:
+    """What its model gives as sentence-transformers loads and calls it."""
+    settings = json.loads((folder / "sentence_bert_config.json").read_text())
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(folder, **settings["config_args"])
+        model = transformers.AutoModel.from_pretrained(folder, config=config)
+    assert config.layer_norm_eps == 1e-6
+    with torch.no_grad():
+        return model.forward(input_ids=torch.arange(5, 15)[None]).last_hidden_state
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"quantize": "int8"}, {"quantize": "int4", "parameters": {"group_size": 32}, "scope": "attention"}],
+    ids=["int8", "int4"],
+)
+def test_the_model_runs_where_forward_is_called_by_itself(
+    source: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    manifest = compressknow.convert(source, tmp_path / "out", **options)
+    original, found = by_forward(source), by_forward(tmp_path / "out")
+    assert 0 < (found - original).norm() / original.norm() < 0.2
+    assert not compressknow.verify(tmp_path / "out").differences
+    name = "sentence_bert_config.json"
+    assert manifest["files"][name] != manifest["source"]["files"][name]
+    assert "dequantize" not in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+
+
+def test_its_modules_go_along_with_their_weights(source: Path, tmp_path: Path) -> None:
+    compressknow.convert(source, tmp_path / "out", prune=0.2)
+    files = {p.relative_to(tmp_path / "out").as_posix(): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    for name in ("2_Dense/model.safetensors", "1_Pooling/config.json", "sentence_bert_config.json"):
+        assert files[name].read_bytes() == (source / name).read_bytes()
+    assert "onnx/model.safetensors" not in files
+
+
+def test_a_folder_without_settings_of_its_own_is_given_some(source: Path, tmp_path: Path) -> None:
+    (source / "sentence_bert_config.json").unlink()
+    planned = compressknow.convert(source, tmp_path / "out", quantize="int8", dry_run=True)["planned_files"]
+    compressknow.convert(source, tmp_path / "out", quantize="int8")
+    written = (tmp_path / "out" / "sentence_bert_config.json").read_bytes()
+    assert planned["sentence_bert_config.json"] == len(written)
+    assert json.loads(written)["config_args"]["quantization_config"]["dequantize"] is True
