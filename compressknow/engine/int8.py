@@ -1,6 +1,4 @@
-"""Linear layers that multiply int8 weights by int8 activations, and float layers that give the same bits in any
-batch beside them.
-"""
+"""Linear layers that multiply int8 weights by int8 activations."""
 
 from __future__ import annotations
 
@@ -159,27 +157,3 @@ def _dynamic_kind(scheme: Any) -> bool | None:
     if (weights.type, inputs.type) != ("int", "int") or inputs.num_bits > 8 or inputs.scale_dtype is not None:
         return None
     return {("token", True): True, ("tensor", False): False}.get((inputs.strategy, inputs.symmetric))
-
-
-# Every product has this many rows: kernels choose their way by the number of rows and of threads, and only products of
-# one shape are sure to go one way (AMD EPYC and Intel Xeon, AVX-512, MKL, torch 2.13). With 128 a long input takes 1.2
-# times as long as in one product, and one of 128 rows no longer; with 16 it would be 2.5 times.
-ROWS = 128
-
-
-class SteadyLinear(nn.Linear):
-    """A Linear that takes [..., in] and gives [..., out], computed `ROWS` rows at a time."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
-        filled = functional.pad(rows, (0, 0, 0, -len(rows) % ROWS))
-        products = [super(SteadyLinear, self).forward(part) for part in torch.split(filled, ROWS)]
-        values = products[0] if len(products) == 1 else torch.cat(products)
-        return values[: len(rows)].reshape(*x.shape[:-1], self.out_features)
-
-
-def steady(model: nn.Module) -> None:
-    """Make each plain Linear of a model such a layer, in place; its weights, names and hooks stay."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = SteadyLinear

@@ -175,8 +175,9 @@ def language_model_of(
 def _steady(model: PreTrainedModel) -> None:
     """Beside layers that round what comes in, float layers must give a row the same bits in any batch. It takes longer
     for few rows, so that a model that is loaded for other ends goes without."""
-    from compressknow.engine.int8 import rounds_activations, steady
+    from compressknow.engine.int8 import rounds_activations
     from compressknow.engine.layers import EngineLinear
+    from compressknow.engine.steady import steady
 
     if rounds_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):
         steady(model)

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
 import compressknow
 from compressknow.engine import int8
-from compressknow.engine.int8 import Int8Linear, SteadyLinear, steady
+from compressknow.engine.int8 import Int8Linear
 from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.load import load
+from compressknow.engine.steady import SteadyLinear, steady
 from compressknow.probe.handle import Settings
 from tests.knowing import facts_file, knowing
 from tests.models import QUANTIZABLE, logits, save_tiny
@@ -121,6 +123,32 @@ def test_a_float_layer_beside_int8_ones_gives_a_row_the_same_bits_in_any_company
     assert all(torch.equal(linear(x[0, :rows]), linear(x[0])[:rows]) for rows in (*range(40), 127, 128, 129, 399))
     torch.testing.assert_close(linear(x[0]), expected)
     assert linear(x[0, 0]).shape == (192,)
+
+
+WIDE = {"vocab_size": 99, "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 256}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.GptOssConfig(**WIDE, num_local_experts=4, num_key_value_heads=2, intermediate_size=512, head_dim=64),
+        hf.FalconConfig(**WIDE),
+        hf.GPT2Config(vocab_size=99, n_embd=256, n_layer=1, n_head=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_routers_experts_and_other_layers_than_linear_give_a_row_the_same_bits_too(config: Any) -> None:
+    torch.manual_seed(0)
+    model, ids = hf.AutoModelForCausalLM.from_config(config).eval(), torch.randint(99, (32, 9))
+    expected = logits_of(model, ids)
+    steady(model)
+    torch.testing.assert_close(logits_of(model, ids), expected)
+    assert torch.equal(logits_of(model, ids), torch.cat([logits_of(model, row) for row in ids.split(1)]))
+
+
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def test_models_without_int8_layers_are_left_as_they_are(tmp_path: Path) -> None:
