@@ -266,7 +266,7 @@ def _write_weights(
         staging.expect(layout.sizes)
         try:
             told = None if _is_calibrated(plan) else advance
-            work = Work(pool, files, counted(told, _bytes_to_read(plan)), outputs)
+            work = Work(pool, files, counted(told, _bytes_to_read(plan)), outputs, plan.unfitted)
             masks = choose_masks(work, plan)
             calibrated = compress_blocks(conversion, work, masks, text, staging.folder, advance)
             hashes, measured = _write_tensors(work, plan, masks, calibrated.measured if calibrated else {})

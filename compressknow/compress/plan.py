@@ -119,6 +119,11 @@ class Plan:
     unpacked: bool = False
     removal: Removal | None = None
 
+    @property
+    def unfitted(self) -> dict[str, StoredTensor]:
+        """What sources that were fitted anew were before, by name."""
+        return self.removal.unfitted if self.removal else {}
+
     def prune_step(self, tensor: PlannedTensor) -> Prune | None:
         """What prunes a tensor."""
         step = None if tensor.prune is None else self.recipe.steps[tensor.prune]

@@ -154,18 +154,25 @@ class Output(Protocol):
 
 @dataclass(frozen=True)
 class Work(Reader):
-    """A reader that writes what it makes of a tensor into the output."""
+    """A reader that writes what it makes of a tensor into the output.
+
+    Attributes
+    ----------
+    unfitted : by the name of a source that was fitted anew, what it was before: its error is measured from there.
+    """
 
     output: Output
+    unfitted: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def write(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment | None = None) -> Measured:
         """Write one tensor of the output. Raises CheckpointError where a weight is NaN or infinite."""
-        if planned.in_scope:
+        if planned.in_scope or planned.source.name in self.unfitted:
             return self._compress(planned, mask, treatment or Treatment())
         return self._copy(planned)
 
     def _compress(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment) -> Measured:
-        tally, writer = _Tally(planned.source, mask), self._writer(planned, planned.stored[0])
+        unfitted = self._unfitted(planned.source, whole=treatment.whole)
+        tally, writer = _Tally(planned.source, mask, unfitted), self._writer(planned, planned.stored[0])
         if planned.scheme is None:
             for block in self.blocks(planned.source, whole=treatment.whole):
                 tally.prune(block)
@@ -178,6 +185,12 @@ class Work(Reader):
             absmax = tally.prune(block, coder.span)
             writer.write(coder.code(block, absmax, tally))
         return tally.measured(writer.sha256, dict(self._write_beside(planned, coder.beside())))
+
+    def _unfitted(self, source: StoredTensor, *, whole: bool) -> Iterator[Block] | None:
+        """The blocks of what a source was before it was fitted; None where it was not."""
+        if (before := self.unfitted.get(source.name)) is None:
+            return None
+        return Reader(self.pool, self.files, lambda _: None).blocks(before, whole=whole)
 
     def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> Measured:
         """Write a tensor that others make up for: `values` of its dtype, which times `factors` are what it was."""
@@ -299,11 +312,11 @@ class _Coder:
 class _Tally:
     """Counts and energies (sums of squares) of a tensor, added up over its blocks in their order."""
 
-    def __init__(self, source: StoredTensor, mask: Mask | None) -> None:
-        self._source, self._mask = source, mask.start() if mask else None
+    def __init__(self, source: StoredTensor, mask: Mask | None, unfitted: Iterator[Block] | None = None) -> None:
+        self._source, self._mask, self._unfitted = source, mask.start() if mask else None, unfitted
         self.zeros_before = self.zeros = self.pruned = 0
         self.energy = self.error_energy = 0.0
-        # Of a block that was given new values: how far they are from these is no sum of single steps.
+        # Of a block that was given new values, those that it had: how far apart they are is no sum of single steps.
         self._original: torch.Tensor | None = None
 
     def prune(self, block: Block, span: int | None = None) -> torch.Tensor:
@@ -314,13 +327,17 @@ class _Tally:
         largest = _largest(keys, span)
         check_finite(int(largest.max(initial=0)), values.dtype, self._source)
         self.zeros_before += keys.size - int(np.count_nonzero(keys))
-        self.energy += _energy(values)
+        self._original = next(self._unfitted).values if self._unfitted else None
+        self.energy += _energy(values if self._original is None else self._original)
         if self._mask is not None:
             found = self._mask(block)
             pruned = found.mask if isinstance(found, Pruned) else found
             self.pruned += int(np.count_nonzero(pruned))
             if isinstance(found, Pruned):
-                self._original = _replace(values, found, self._source)
+                before = _replace(values, found, self._source)
+                self._original = before if self._original is None else self._original
+            elif self._original is not None:
+                _take(values, pruned)
             else:
                 # Summed by itself: what the energy falls by is lost in its rounding where little is pruned.
                 self.error_energy += _energy(_take(values, pruned))

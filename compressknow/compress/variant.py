@@ -128,7 +128,7 @@ class VariantMaker:
         alone = plan.removal is not None or plan.recipe.smooths
         output, text = _Memory(plan, {} if alone else self._kept), self.text(plan)
         with Pool(self._threads) as pool:
-            work = Work(pool, files, lambda _: None, output)
+            work = Work(pool, files, lambda _: None, output, plan.unfitted)
             masks = choose_masks(work, plan)
             calibrated = compress_blocks(conversion, work, masks, text)
             done = calibrated.measured if calibrated else {}

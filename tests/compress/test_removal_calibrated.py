@@ -401,6 +401,29 @@ def test_narrower_layers_are_compared_whatever_their_type(tmp_path: Path, scheme
                 assert 0 < (tensor.sums.relative_error or 0) < 1
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        *(("llama", {}), ("gpt2", {"prune": 0.3})),
+        ("llama", {"prune": 0.5, "prune_method": "sparsegpt", "quantize": "int8-paper"}),
+    ],
+    ids=str,
+)
+def test_the_error_of_what_was_fitted_anew_is_measured_from_what_it_was(
+    tmp_path: Path, name: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Blocks of a few rows.
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 8)
+    source = save(name, tmp_path / "in")
+    manifest = convert(source, tmp_path / "out", recipe_of(Where(), drop_neurons=0.25, **more))
+    found = difference(open_checkpoint(source), open_checkpoint(tmp_path / "out"))
+    assert manifest["groups"]["feed-forward"]["relative_error"] > 0.01
+    assert manifest["totals"]["relative_error"] == pytest.approx(found.total.relative_error, rel=1e-5)
+    errors = {row["name"]: row["relative_error"] for row in manifest["tensors"]}
+    for tensor in found.tensors:
+        assert errors[tensor.name] == pytest.approx(tensor.sums.relative_error, rel=1e-5, abs=1e-9)
+
+
 def wide_of_groups(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**tiny(name).config.to_dict() | {"intermediate_size": 128})

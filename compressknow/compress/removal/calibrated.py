@@ -62,10 +62,11 @@ def decide(
         removal = remove(*removal.given, recipe, run.similarities)
     if removal.cuts:
         chosen = run.neurons(removal)
-        cut = cut_tensors(reader, removal, chosen, folder)
+        cut, unfitted = cut_tensors(reader, removal, chosen, folder)
         tensors = {name: cut.get(name, tensor) for name, tensor in removal.checkpoint.tensors.items()}
         kept = {name: tuple(neurons.numbers.tolist()) for name, neurons in chosen.items()}
-        removal = replace(removal, checkpoint=replace(removal.checkpoint, tensors=tensors), kept=kept)
+        smaller = replace(removal.checkpoint, tensors=tensors)
+        removal = replace(removal, checkpoint=smaller, kept=kept, unfitted=unfitted)
     return replace(removal, decided=True, apart=run.are_apart)
 
 

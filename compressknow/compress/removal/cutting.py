@@ -26,7 +26,7 @@ class KeptNeurons:
 
 def cut_tensors(
     reader: Reader, removal: Removal, kept: Mapping[str, KeptNeurons], folder: Path
-) -> dict[str, StoredTensor]:
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """Write the cut tensors of a removal into `folder`, in files named as the weight files that they come from.
 
     Parameters
@@ -35,9 +35,10 @@ def cut_tensors(
 
     Returns
     -------
-    The tensors in their new places, by stored name.
+    The tensors in their new places, by stored name; and, of those with new weights, what they would be without.
     """
     made: dict[str, StoredTensor] = {}
+    unfitted: dict[str, StoredTensor] = {}
     files: dict[Path, BinaryIO] = {}
     try:
         for name, cut in removal.cuts.items():
@@ -45,14 +46,18 @@ def cut_tensors(
             if path not in files:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 files[path] = path.open("xb")
-            stored = removal.checkpoint.tensors[name]
-            made[name] = replace(stored, file=path, offset=files[path].tell(), loaded=None)
-            for rows in _rows(reader, cut, kept[cut.network.down.parameter]):
-                files[path].write(byte_view(rows.contiguous()))
+            stored, neurons = removal.checkpoint.tensors[name], kept[cut.network.down.parameter]
+            versions = [(made, neurons)]
+            if neurons.down is not None and cut.parameter == cut.network.down.parameter:
+                versions.append((unfitted, replace(neurons, down=None)))
+            for tensors, version in versions:
+                tensors[name] = replace(stored, file=path, offset=files[path].tell(), loaded=None)
+                for rows in _rows(reader, cut, version):
+                    files[path].write(byte_view(rows.contiguous()))
     finally:
         for file in files.values():
             file.close()
-    return made
+    return made, unfitted
 
 
 def _rows(reader: Reader, cut: Cut, kept: KeptNeurons) -> Iterator[torch.Tensor]:

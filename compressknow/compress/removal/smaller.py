@@ -40,6 +40,7 @@ class Removal:
     cuts : by stored name, the tensors that lose rows or columns. Those of `checkpoint` have their shapes only: which
         neurons stay is known once activations are.
     kept : of each feed-forward network, by the parameter name of its down projection, the neurons that stay.
+    unfitted : by stored name, the values that what is left of a tensor had before it was fitted anew.
     decided : False as long as the calibration text has not said which blocks and neurons go.
     apart : whether the blocks could be run one after the other to learn that.
     """
@@ -54,6 +55,7 @@ class Removal:
     names: dict[str, str] = field(default_factory=dict, repr=False)
     cuts: dict[str, Cut] = field(default_factory=dict, repr=False)
     kept: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    unfitted: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
     decided: bool = True
     apart: bool = True
 

@@ -72,6 +72,13 @@ def comparison_warnings(
     """What stands in the wrong place, could not be compared, or is broken; and the warnings on the answers."""
     if warnings.was_made_from(a, b):
         yield "A was made from B, as its manifest says: give B first to see what it lost."
+    smoothed = [name for name, side in (("A", a), ("B", b)) if side.calibration and side.calibration["smoothed"]]
+    if len(smoothed) == 1 and difference:
+        yield (
+            f"{smoothed[0]} was smoothed: some norms were divided by numbers that the weights behind them were "
+            "multiplied with, which cancels out when it runs. The errors here count both; its manifest and its report "
+            "leave them out."
+        )
     if not identical and difference is None:
         yield _left_out("The weights of a GGUF file are packed: they were not compared.", behaviour)
     if difference and (packed := difference.packed()):

@@ -17,9 +17,9 @@ from markdown_it import MarkdownIt
 
 from compressknow.diff.records import Difference
 from compressknow.format import plain
-from compressknow.report.diff.make import comparison_verdict
+from compressknow.report.diff.make import comparison_verdict, comparison_warnings
 from compressknow.report.diff.pages import diff_json, render_comparison_html, render_comparison_markdown
-from compressknow.report.diff.records import CheckpointComparison
+from compressknow.report.diff.records import Checkpoint, CheckpointComparison
 from compressknow.report.diff.tables import Grid, grid
 from compressknow.report.diff.view import heat_map
 from tests.report.diff.contrasts import comparison_of, difference_of, identical
@@ -232,6 +232,18 @@ def test_verdicts() -> None:
         "(0.1232); 1 tensor is only in B, 1 tensor is packed in a form that cannot be compared."
     )
     assert comparison_verdict(names, False, None, None) == "The weights of one and two could not be compared."
+
+
+def test_a_smoothed_side_is_told_where_the_other_is_not() -> None:
+    plain = comparison_of().a
+    smoothed, rounded = (replace(plain, calibration={"smoothed": norms}) for norms in (4, 0))
+
+    def told(a: Checkpoint, b: Checkpoint) -> list[str]:
+        return list(comparison_warnings(a, b, False, difference_of(), None))
+
+    assert sum("B was smoothed" in warning for warning in told(plain, smoothed)) == 1
+    assert sum("A was smoothed" in warning for warning in told(smoothed, rounded)) == 1
+    assert not any("was smoothed" in warning for warning in told(plain, rounded))
 
 
 def test_many_tensors_are_cut_and_counted() -> None:
