@@ -42,6 +42,10 @@ class OutputError(CompressknowError):
     """The output cannot be written, or would overwrite something of the user's."""
 
 
+class DamagedAnswers(CompressknowError):
+    """The files of an answers folder are damaged, or do not belong together."""
+
+
 class NotInstalled(CompressknowError):
     """Something is missing that can be installed; the hint says how."""
 

@@ -122,6 +122,7 @@ def _lock_folder(folder: Path, wait: bool) -> int:
             time.sleep(0.01)
             continue
         except OSError as error:
+            _refuse_no_file(folder / LOCK)
             raise cannot_write(folder, error) from None
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
@@ -129,6 +130,13 @@ def _lock_folder(folder: Path, wait: bool) -> int:
         # The run that held it has removed it, for nothing came of that run.
         os.close(descriptor)
     raise OutputError(f"{folder} vanishes as soon as it is made.", hint="Choose another folder.")
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Raise OutputError where a folder or a link stands in the place of a lock."""
+    if path.is_dir() or path.is_symlink():
+        kind = "link" if path.is_symlink() else "folder"
+        raise OutputError(f"{path} is a {kind}, where a run keeps its lock.", hint="Remove it.")
 
 
 def refuse_broken_links(path: Path) -> None:

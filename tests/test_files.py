@@ -194,6 +194,16 @@ def test_a_folder_behind_a_link_that_leads_nowhere_is_one_message(tmp_path: Path
     assert not (tmp_path / "gone").exists()
 
 
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_what_stands_in_the_place_of_a_lock_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / LOCK).mkdir() if kind == "folder" else (tmp_path / LOCK).symlink_to(tmp_path / "gone")
+    with (
+        pytest.raises(OutputError, match=rf"/\{LOCK} is a {kind}, where a run keeps its lock\."),
+        own_folder(tmp_path, wait=False),
+    ):
+        pass
+
+
 def test_a_folder_behind_a_link_is_as_good_as_any(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")

@@ -5,6 +5,7 @@ It leaves in its folder the page, and of a winner its recipe, its checkpoint and
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from compressknow.compress.recipe import Recipe, to_toml
 from compressknow.compress.staging import discard
 from compressknow.compress.steps import Calibration
+from compressknow.errors import OutputError
 from compressknow.files import write_whole
 from compressknow.libraries import require
 from compressknow.model.manifest import MANIFEST_NAME
@@ -115,6 +117,7 @@ def search(
     text = Calibration(calibration or usual.text, usual.tokens if calibration_tokens is None else calibration_tokens)
     ways = Ways(tuple(prune_methods), tuple(roundings), text)
     refuse_foreign(folder)
+    _refuse_other_winner(folder / WINNER)
     opened = open_named(probes, options, known)
     refuse_texts_alone(opened, "A search")
     texts = [probe for probe in opened if isinstance(probe, RunningText)]
@@ -164,6 +167,16 @@ def _remove_earlier(folder: Path, *, but_winner: bool) -> None:
         (folder / name).unlink(missing_ok=True)
     if not but_winner and _is_earlier_winner(folder / WINNER):
         discard(folder / WINNER)
+
+
+def _refuse_other_winner(folder: Path) -> None:
+    """Raise OutputError where something stands in the winner's place that no search has put there: else it would be
+    found when all is evaluated."""
+    if os.path.lexists(folder) and not _is_earlier_winner(folder):
+        raise OutputError(
+            f"{folder} exists already, and is no winner of a search.",
+            hint="Move it away, or choose a new folder for the search.",
+        )
 
 
 def _is_earlier_winner(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.errors import CompressknowError, OutputError
+from compressknow.errors import DamagedAnswers, OutputError
 from compressknow.files import LOCK, own_folder, write_whole, written
 from compressknow.format import count, percent, plain
 from compressknow.model.manifest import CALIBRATION, REMOVED
@@ -207,7 +207,7 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
 
 
 def read_table(path: Path) -> list[Answer]:
-    """The answers of a Parquet file. Raises CompressknowError where it is none, or its columns are others."""
+    """The answers of a Parquet file. Raises DamagedAnswers where it is none, or its columns are others."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -219,7 +219,7 @@ def read_table(path: Path) -> list[Answer]:
         _check_columns(table)
         columns = [_column(table, name) for name in schema().names]
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise CompressknowError(
+        raise DamagedAnswers(
             f"{path} cannot be read as answers.",
             why=(str(error).splitlines() or [type(error).__name__])[0],
             hint="An answers folder is written by `compressknow probe`; write it anew.",
@@ -265,26 +265,31 @@ def _column(table: pa.Table, name: str) -> Iterable[Any]:
 
 
 def read_answers(folder: Path) -> Answers:
-    """An answers folder that `compressknow probe` wrote. Raises CompressknowError where it is none or damaged."""
+    """An answers folder that `compressknow probe` wrote. Raises DamagedAnswers where it is none or damaged."""
     record = read_record(folder)
     check_table(folder, record)
     answers = Answers(record, tuple(read_table(folder / TABLE)), read_texts(folder, record))
-    for probe, entry in record.probes.items():
-        ids = {answer.fact_id for answer in answers.of(probe)}
-        if len(answers.of(probe)) != entry.asked or len(ids) != entry.asked:
-            raise CompressknowError(
-                f"{folder / TABLE} holds {len(ids)} facts of {probe}, {RECORD} says {entry.asked}.",
-                hint="The folder is damaged: probe the model again.",
-            )
+    check_counts(folder, answers)
     return answers
 
 
+def check_counts(folder: Path, answers: Answers) -> None:
+    """Raise DamagedAnswers where there are more or fewer answers than their record says."""
+    for probe, entry in answers.record.probes.items():
+        ids = {answer.fact_id for answer in answers.of(probe)}
+        if len(answers.of(probe)) != entry.asked or len(ids) != entry.asked:
+            raise DamagedAnswers(
+                f"{folder / TABLE} holds {len(ids)} facts of {probe}, {RECORD} says {entry.asked}.",
+                hint="The folder is damaged: probe the model again.",
+            )
+
+
 def check_table(folder: Path, record: Record) -> None:
-    """Raise CompressknowError where the table is not the one whose hash the record holds; an old record holds none."""
+    """Raise DamagedAnswers where the table is not the one whose hash the record holds; an old record holds none."""
     if record.answers_sha256 is None or not (folder / TABLE).is_file():
         return
     if sha256_of(folder / TABLE) != record.answers_sha256:
-        raise CompressknowError(
+        raise DamagedAnswers(
             f"{folder / TABLE} does not match {RECORD}: its hash differs.",
             why="It was changed since, or the two come from different folders.",
             hint="Probe the model again, into another folder.",
@@ -297,17 +302,17 @@ def read_record(folder: Path) -> Record:
         record = read_json(folder / RECORD, RECORD_BYTES)
         version = record["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CompressknowError(
+        raise DamagedAnswers(
             f"{folder} is not an answers folder: its {RECORD} is missing or damaged.",
             hint="Give a checkpoint, or a folder that `compressknow probe` wrote.",
         ) from error
     if version != SCHEMA_VERSION:
-        raise CompressknowError(
+        raise DamagedAnswers(
             f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
             hint="Probe the model again with this version.",
         )
     if wrong := misfit(record, RECORD_FORM) or _not_finite(record):
-        raise CompressknowError(
+        raise DamagedAnswers(
             f"{folder / RECORD} is damaged: {wrong}.", hint="Probe the model again, into another folder."
         )
     return Record.from_dict(record)

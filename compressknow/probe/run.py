@@ -6,18 +6,20 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from compressknow._version import __version__
-from compressknow.errors import OutputError, UsageError
+from compressknow.errors import DamagedAnswers, OutputError, UsageError
 from compressknow.probe.answers import (
     RECORD,
     SCHEMA_VERSION,
     TABLE,
     Answer,
     Answers,
+    check_counts,
     check_table,
     is_answers_folder,
     locked,
@@ -92,7 +94,7 @@ def probe_model(
     beside = beside or Beside()
     if not handle.runtime.whole_vocabulary:
         beside = replace(beside, whole=None)
-    with locked(folder, wait):
+    with _kept_in(folder), locked(folder, wait):
         run = _Run(handle, folder, beside, on_progress)
         if beside.whole and beside.reference:
             left = lacking(handle, probes, folder, beside)
@@ -125,18 +127,30 @@ def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, beside:
     """The probes to which `folder` holds no answers of this model; with the original's distributions, those too whose
     answers lack a divergence over the whole vocabulary that can be had.
     """
-    entries = read_record(folder).probes if is_answers_folder(folder) else {}
+    with _kept_in(folder):
+        entries = read_record(folder).probes if is_answers_folder(folder) else {}
     keys = {name: entry.key for name, entry in entries.items()}
     missing = {probe.name for probe in probes if keys.get(probe.name) != _key(handle, probe, beside)}
     whole = beside.whole
     if whole and beside.reference and missing != {probe.name for probe in probes}:
         # Not those of models whose tokens are others: they can have none.
         alike = {name for name, entry in entries.items() if entry.reference == beside.sha256}
-        bare = alike & {answer.probe for answer in stored(folder) if answer.first_kl is None}
+        with _kept_in(folder):
+            bare = alike & {answer.probe for answer in stored(folder) if answer.first_kl is None}
         bare |= {name for name, entry in entries.items() if entry.text and entry.text["divergence"] in (ALONE, NO_ROOM)}
         possible = (probe for probe in probes if not isinstance(probe, Task) and not whole.of(probe).gave_up)
         missing |= bare & {probe.name for probe in possible}
     return [probe for probe in probes if probe.name in missing]
+
+
+@contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    """What a run has kept for itself it can make again."""
+    try:
+        yield
+    except DamagedAnswers as error:
+        again = f"Remove {folder}, and repeat the command: what was in it is evaluated again."
+        raise DamagedAnswers(error.what, error.why, again) from error
 
 
 def facts_of(probes: Sequence[Opened]) -> int:
@@ -327,8 +341,10 @@ def _read(folder: Path, names: Sequence[str]) -> Answers:
     """The answers to these probes alone; the folder may hold those to others."""
     record = read_record(folder)
     record = replace(record, probes={name: record.probes[name] for name in names})
-    answers = tuple(answer for answer in stored(folder) if answer.probe in record.probes)
-    return Answers(record, answers, read_texts(folder, record))
+    rows = tuple(answer for answer in stored(folder) if answer.probe in record.probes)
+    answers = Answers(record, rows, read_texts(folder, record))
+    check_counts(folder, answers)
+    return answers
 
 
 def _record(folder: Path, handle: ModelHandle) -> Record:

@@ -13,7 +13,7 @@ import pytest
 
 import compressknow
 from compressknow.engine.identity import locate
-from compressknow.errors import CheckpointError, CompressknowError, OutputError, UsageError
+from compressknow.errors import CheckpointError, CompressknowError, DamagedAnswers, OutputError, UsageError
 from compressknow.files import LOCK
 from compressknow.probe import run
 from compressknow.probe.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
@@ -144,6 +144,23 @@ def test_a_run_killed_between_answers_and_record_starts_again(place: Path, tmp_p
     ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
     assert (tmp_path / "a" / TABLE).read_bytes() == whole
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [LOCK, TABLE, RECORD]
+
+
+@pytest.mark.parametrize("name", [TABLE, RECORD])
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_a_run_says_which_damaged_answers_to_remove_and_gives_them_again(
+    place: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    whole, path = (tmp_path / "a" / TABLE).read_bytes(), tmp_path / "a" / name
+    path.write_bytes(path.read_bytes()[:100]) if damage == "cut" else path.unlink()
+    if (name, damage) != (RECORD, "removed"):
+        with pytest.raises(DamagedAnswers, match=f"/{name}|{name} is missing or damaged") as told:
+            ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+        assert told.value.hint == f"Remove {tmp_path / 'a'}, and repeat the command: what was in it is evaluated again."
+        shutil.rmtree(tmp_path / "a")
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    assert (tmp_path / "a" / TABLE).read_bytes() == whole
 
 
 def test_a_model_that_has_not_changed_is_not_even_loaded_again(place: Path, tmp_path: Path, loads: list[Path]) -> None:

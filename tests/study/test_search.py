@@ -22,6 +22,7 @@ from compressknow.probe.grades import PRODUCED
 from compressknow.probe.sources import Options, open_probe
 from compressknow.report.search import Trial
 from compressknow.study import search, split
+from compressknow.study.folder import RECORD
 from compressknow.study.space import Choice, Space
 from compressknow.study.split import parts_of
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
@@ -167,6 +168,16 @@ def test_what_an_earlier_search_found_does_not_stay_beside_a_later_one(llama: Pl
     assert llama.search("twice", "--keep", "0.999") == 3
     left = {path.name for path in (llama.folder / "twice").iterdir()}
     assert not left & {"winner", "recipe.toml", "report.html", "report.md"}
+
+
+def test_what_is_no_winner_of_a_search_is_left_alone_and_told_before_any_work(
+    llama: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (llama.folder / "mine" / "winner").mkdir(parents=True)
+    (llama.folder / "mine" / RECORD).write_text("{}")
+    assert llama.search("mine", "--keep", str(KEEP)) == 1
+    assert f"{llama.folder}/mine/winner exists already, and is no winner of a search." in capsys.readouterr().err
+    assert {path.name for path in (llama.folder / "mine").iterdir()} == {"winner", RECORD}
 
 
 def test_what_cannot_be_kept_is_said_with_what_came_closest(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressknow.errors import CompressknowError
+from compressknow.errors import DamagedAnswers
 from compressknow.files import written
 from compressknow.probe.records import ProbeEntry, Record
 from compressknow.reading import sha256_of
@@ -74,7 +74,7 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> None:
 
 
 def read_chunks(path: Path) -> tuple[Chunk, ...]:
-    """The chunks of a file, in their order. Raises CompressknowError where it is none, or damaged."""
+    """The chunks of a file, in their order. Raises DamagedAnswers where it is none, or damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -84,7 +84,7 @@ def read_chunks(path: Path) -> tuple[Chunk, ...]:
             rows = file.read(columns=_schema().names).cast(_schema()).to_pylist()
         return tuple(sorted(map(_chunk, rows), key=lambda chunk: chunk.number))
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise CompressknowError(
+        raise DamagedAnswers(
             f"{path} cannot be read as the tokens of a text.",
             why=(str(error).splitlines() or [type(error).__name__])[0],
             hint="Probe the model again, into another folder.",
@@ -92,7 +92,7 @@ def read_chunks(path: Path) -> tuple[Chunk, ...]:
 
 
 def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:
-    """Probe -> its chunks, of the texts of an answers folder. Raises CompressknowError where one is missing or damaged,
+    """Probe -> its chunks, of the texts of an answers folder. Raises DamagedAnswers where one is missing or damaged,
     or is not the one of the record.
     """
     return {name: _checked(folder, entry) for name, entry in record.probes.items() if entry.text}
@@ -108,11 +108,11 @@ def _checked(folder: Path, entry: ProbeEntry) -> tuple[Chunk, ...]:
     name = str(text.get("file", ""))
     # A name of a folder elsewhere is none of ours.
     if not name.startswith(FILES) or name != Path(name).name or not (folder / name).is_file():
-        raise CompressknowError(
+        raise DamagedAnswers(
             f"{folder} lacks the tokens of a text.", hint="The folder is damaged: probe the model again."
         )
     if sha256_of(folder / name) != text.get("sha256"):
-        raise CompressknowError(
+        raise DamagedAnswers(
             f"{folder / name} does not match probe.json: its hash differs.",
             hint="Probe the model again, into another folder.",
         )
