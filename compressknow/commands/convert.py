@@ -19,9 +19,9 @@ def convert(
     output: str | Path,
     *,
     scope: str | Sequence[str] = ("blocks",),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: str | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    layers: int | str | None = None,
     drop_blocks: int | str | None = None,
     drop_neurons: float | None = None,
     prune: float | None = None,
@@ -54,7 +54,7 @@ def convert(
     output : the folder to write; it appears only when it is whole.
     scope : which Linear layers: ``blocks`` (all in the transformer blocks), ``attention``, ``feed-forward``, ``final``,
         ``overall`` and the finer ones of ``compressknow.model.scopes.SCOPES``.
-    include, exclude, layers : regular expressions on module names, and a range of blocks (``0-5``), that narrow it.
+    include, exclude, layers : regular expressions on module names, and blocks (``3``, ``"0-5"``), that narrow it.
     drop_blocks : how many blocks of each stack to leave out, or which: ``"20-23"``. Of the scopes, ``encoder`` and
         ``decoder`` narrow it.
     drop_neurons : share of the hidden units of each feed-forward block to leave out; narrowed likewise.
@@ -105,16 +105,20 @@ def convert(
 
 def _chosen(given: dict[str, Any]) -> Recipe:
     """The recipe that the arguments of `convert` say: the one given, or one made of the options."""
-    from compressknow.compress.options import RECIPE_OPTIONS, recipe_of
+    from inspect import signature
+
+    from compressknow.compress.options import RECIPE_OPTIONS, recipe_of, refuse_beside_recipe
     from compressknow.compress.steps import Where
 
     if given["recipe"] is not None:
-        _refuse_beside_recipe(given)
+        said = signature(convert).parameters
+        refuse_beside_recipe(given, {name: said[name].default for name in RECIPE_OPTIONS})
         return _as_recipe(given["recipe"])
     options = {name: given[name] for name in RECIPE_OPTIONS}
-    scope, include, exclude = (options.pop(name) for name in ("scope", "include", "exclude"))
-    scopes = (scope,) if isinstance(scope, str) else tuple(scope)
-    return recipe_of(Where(scopes, tuple(include), tuple(exclude), options.pop("layers")), **options)
+    scope, include, exclude, layers = (options.pop(name) for name in ("scope", "include", "exclude", "layers"))
+    # One text is one name or pattern, and not its letters.
+    several = [(each,) if isinstance(each, str) else tuple(each) for each in (scope, include, exclude)]
+    return recipe_of(Where(*several, None if layers is None else str(layers)), **options)
 
 
 def _refuse_before_work(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:
@@ -134,18 +138,6 @@ def _refuse_no_text(recipe: Recipe) -> None:
         from compressknow.compress.calibrate.text import check_text
 
         check_text(recipe.calibration.text, recipe.calibration.tokens)
-
-
-def _refuse_beside_recipe(given: dict[str, Any]) -> None:
-    """Raise UsageError where an option of `convert` that a recipe says instead differs from its default."""
-    from inspect import signature
-
-    from compressknow.compress.options import RECIPE_OPTIONS
-    from compressknow.errors import UsageError
-
-    defaults = signature(convert).parameters
-    if beside := [name for name in RECIPE_OPTIONS if (given[name] or None) != (defaults[name].default or None)]:
-        raise UsageError(f"A recipe cannot be combined with {', '.join(beside)}.")
 
 
 def _as_recipe(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:

@@ -99,12 +99,11 @@ _RECIPE: dict[str, Any] = {
 def _chosen(given: Mapping[str, Any]) -> Choice:
     """What the arguments of `export` say of types and calibration."""
     from compressknow.compress.calibrate.text import check_text
-    from compressknow.errors import UsageError
+    from compressknow.compress.options import refuse_beside_recipe
     from compressknow.export.choice import Choice, read_choice
 
     if given["recipe"] is not None:
-        if beside := [name for name, default in _RECIPE.items() if (given[name] or None) != (default or None)]:
-            raise UsageError(f"A recipe cannot be combined with {', '.join(beside)}.")
+        refuse_beside_recipe(given, _RECIPE)
         choice = read_choice(Path(given["recipe"]))
     else:
         rules = given["type_of"].items() if isinstance(given["type_of"], Mapping) else given["type_of"]

@@ -67,6 +67,20 @@ def recipe_of(
     return Recipe((*removals, *chosen), module_map, calibration)
 
 
+def refuse_beside_recipe(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise UsageError where an option that a recipe says instead is not what it is when left out; several values may
+    come as any kind of sequence."""
+    if beside := [name for name, default in defaults.items() if _plain(given[name]) != _plain(default)]:
+        raise UsageError(f"A recipe cannot be combined with {', '.join(beside)}.")
+
+
+def _plain(value: Any) -> Any:
+    """One scope is as good as a sequence of it, and nothing chosen is None; zero is a choice."""
+    if isinstance(value, list | tuple | dict):
+        return tuple(value) or None
+    return (value,) if isinstance(value, str) else value
+
+
 def convert_options(recipe: Recipe) -> list[str] | None:
     """The options of `convert` that give this recipe; None where these cannot say it, and a file must.
 
