@@ -115,10 +115,13 @@ def _chosen(given: dict[str, Any]) -> Recipe:
         refuse_beside_recipe(given, {name: said[name].default for name in RECIPE_OPTIONS})
         return _as_recipe(given["recipe"])
     options = {name: given[name] for name in RECIPE_OPTIONS}
-    scope, include, exclude, layers = (options.pop(name) for name in ("scope", "include", "exclude", "layers"))
+    layers = options.pop("layers")
     # One text is one name or pattern, and not its letters.
-    several = [(each,) if isinstance(each, str) else tuple(each) for each in (scope, include, exclude)]
-    return recipe_of(Where(*several, None if layers is None else str(layers)), **options)
+    scope, include, exclude = (
+        (each,) if isinstance(each, str) else tuple(each)
+        for each in (options.pop(name) for name in ("scope", "include", "exclude"))
+    )
+    return recipe_of(Where(scope, include, exclude, None if layers is None else str(layers)), **options)
 
 
 def _refuse_before_work(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:
