@@ -180,6 +180,13 @@ class TestWarnings:
     def test_batches_matter_to_the_papers_quantization(self) -> None:
         recipe = {"module_map": "structural", "steps": [{"quantize": "int8-paper"}]}
         assert "int8-paper" in warnings_of(card_of(200, compressed_model={"recipe": recipe}))
+        # It rounds too, beside another scheme as well, and the figure is that of what rounds more.
+        of_each = ("8-bit weights (channel), 8-bit activations", "8-bit weights (tensor), 7-bit activations")
+        words = f"compressed-tensors, {'; '.join(of_each)}"
+        told = warnings_of(card_of(200, compressed_model={"recipe": recipe, "quantization": words}))
+        assert "With int8-paper, the activations of a batch share one scale" in told
+        assert "rounds activations to 7 bits" in told
+        assert "rounding alone flipped 5.3 % of the answers" in told
 
     def test_rounding_of_activations_is_told_with_what_was_measured(self) -> None:
         words = "compressed-tensors, 8-bit weights (channel)"
