@@ -22,6 +22,8 @@ RECORD = 64 * MIB
 FACTS, LINE = 1024 * MIB, MIB
 # Values in one JSON file, or in all lines of a facts file: each takes up to 100 bytes of memory beside its text.
 MOST_VALUES = 8_000_000
+# Of whole numbers in records: whoever divides or multiplies these gets floats, which larger ones would not fit.
+LARGEST = 1 << 256
 _PIECE = MIB
 _KINDS = {
     stat.S_IFIFO: "a pipe (FIFO)",
@@ -109,6 +111,20 @@ def parse_json(
         raise NotReadable("it is nested too deeply") from None
 
 
+def half_character(text: str) -> str | None:
+    r"""The escape of the first half of a surrogate pair that stands alone in a text, as a JSON escape can make it: no
+    file could hold that.
+
+    >>> half_character("a\ud83e"), half_character("a\U0001f999")
+    ('\\ud83e', None)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
+    return None
+
+
 def values_in(content: bytes) -> int:
     """At least the number of values in a JSON text: each but the first follows a comma, a colon or a bracket."""
     return sum(content.count(mark) for mark in (b",", b":", b"[", b"{"))
@@ -169,9 +185,11 @@ def _misfit_object(value: Mapping[str, Any], form: Mapping[Any, Any], prefix: st
 def _is(value: Any, form: type | None) -> bool:
     if form is None or value is None:
         return value is form
-    if form is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, form) and (form is bool or not isinstance(value, bool))
+    if isinstance(value, bool) or form is bool:
+        return isinstance(value, bool) and form is bool
+    if form in (int, float) and isinstance(value, int):
+        return abs(value) <= LARGEST
+    return math.isfinite(value) if form is float and isinstance(value, float) else isinstance(value, form)
 
 
 def _no(form: type | None) -> str:

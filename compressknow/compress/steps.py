@@ -11,7 +11,13 @@ from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS, PruningMethod
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.errors import UsageError, did_you_mean
-from compressknow.model.scopes import DEFAULT_SCOPES, check_patterns, check_scope_names, layer_ranges
+from compressknow.model.scopes import (
+    DEFAULT_SCOPES,
+    MOST_BLOCKS,
+    check_patterns,
+    check_scope_names,
+    layer_ranges,
+)
 
 # Parameters that every prune step says, whatever its method has of them.
 SHARED = ("per_layer", "norm", "dim", "seed")
@@ -66,6 +72,13 @@ class Where:
 SIDES = ("encoder", "decoder")
 
 
+def _refuse_too_many(blocks: str) -> None:
+    """Raise UsageError where a text names no blocks, or some that no model has: who lists them all would not end."""
+    last = max(numbers[-1] for numbers in layer_ranges(blocks).values())
+    if last >= MOST_BLOCKS:
+        raise UsageError(f"There is no block {last:,}, which {blocks!r} names.", hint="Write 20-23, 3 or 0-2,5.")
+
+
 @dataclass(frozen=True)
 class DropBlocks:
     """Leave whole transformer blocks out, of each stack by itself.
@@ -80,7 +93,7 @@ class DropBlocks:
 
     def __post_init__(self) -> None:
         if isinstance(self.blocks, str):
-            layer_ranges(self.blocks)
+            _refuse_too_many(self.blocks)
         elif not _is_whole(self.blocks) or self.blocks < 1:
             raise UsageError(
                 f"{self.blocks!r} is no number of blocks to drop.", hint="Give a number such as 4, or blocks: 20-23."

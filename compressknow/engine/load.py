@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.files import as_text
 from compressknow.libraries import GGUF_TRANSFORMERS, reads_gguf
+from compressknow.model.gguf_header import check_gguf
 from compressknow.model.scopes import refuse_slow_targets
 from compressknow.quiet import no_panics, quiet
+from compressknow.reading import NotReadable
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +54,7 @@ def load(
     """
     path = _checkpoint_path(folder)
     with quiet(), _as_checkpoint_error(path):
+        _refuse_unsound(path)
         source = {**_source(path), "trust_remote_code": trust_remote_code, "local_files_only": True}
         config = _config(source)
         refuse_slow_targets(path.name, getattr(config, "quantization_config", None))
@@ -101,10 +104,13 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     path = _checkpoint_path(folder)
     with quiet():
         try:
+            _refuse_unsound(path)
             with no_panics():
                 return AutoTokenizer.from_pretrained(
                     **_source(path), trust_remote_code=trust_remote_code, local_files_only=True
                 )
+        except CompressknowError:
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"{path} has no tokenizer that loads.",
@@ -141,6 +147,15 @@ def _checkpoint_path(folder: str | Path) -> Path:
         if file.is_symlink() and not file.exists():
             raise CheckpointError(f"{file} is a link that leads nowhere.", hint="Fetch the checkpoint again.")
     return path
+
+
+def _refuse_unsound(path: Path) -> None:
+    """Raise CheckpointError where transformers would take for ever over a GGUF file, or read other weights of it."""
+    if path.suffix == ".gguf":
+        try:
+            check_gguf(path)
+        except NotReadable as error:
+            raise CheckpointError(f"{path} is damaged: {error}.", hint="Download it again.") from None
 
 
 def _source(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressknow.errors import CheckpointError, UsageError
+from compressknow.model.gguf_header import check_gguf
 from compressknow.reading import open_regular
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def read_importance(path: Path) -> Importance:
 def _read_gguf(path: Path) -> Importance:
     import gguf
 
+    check_gguf(path)
     reader = gguf.GGUFReader(path)
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     names = [name.removesuffix(SUMS) for name in stored if name.endswith(SUMS)]

@@ -9,8 +9,10 @@ from typing import Any
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.verify import Difference, Verification
+from compressknow.errors import CheckpointError
 from compressknow.export.place import record_of
 from compressknow.export.record import metadata_of, read_record
+from compressknow.model.gguf_header import check_gguf
 from compressknow.quiet import Advance, counted
 
 
@@ -33,7 +35,11 @@ def _edited(path: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
     """What the record says otherwise than the file, whose bytes are as they were."""
     import gguf
 
-    reader = gguf.GGUFReader(path)
+    try:
+        check_gguf(path)
+        reader = gguf.GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}.", hint="Export it again.") from None
     for key, value in metadata_of(record).items():
         field = reader.get_field(key)
         if field is None or field.contents() != value:

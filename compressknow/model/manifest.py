@@ -10,7 +10,7 @@ from typing import Any
 
 from compressknow.errors import CheckpointError, UsageError
 from compressknow.model.checkpoint import SHOWN, is_outside, read_json
-from compressknow.model.scopes import layer_ranges
+from compressknow.model.scopes import MOST_BLOCKS, layer_ranges
 from compressknow.reading import MANIFEST, misfit
 
 SCHEMA = 1
@@ -76,7 +76,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}.",
             hint="Read it with the version that wrote it (see `versions` in it).",
         )
-    if wrong := misfit(manifest, FORM) or _names_outside(manifest) or _odd_neurons(manifest):
+    if wrong := misfit(manifest, FORM) or _names_outside(manifest) or _odd_blocks(manifest) or _odd_neurons(manifest):
         raise CheckpointError(f"{path} is damaged: {wrong}.", hint="Convert it again, or fetch the manifest again.")
     return manifest
 
@@ -121,6 +121,13 @@ def dropped_neurons(entry: Mapping[str, Any]) -> dict[str, tuple[range, ...]]:
     """
     pairs = zip(entry["modules"], entry.get("dropped", []), strict=False)
     return {module: tuple(layer_ranges(numbers).values()) for module, numbers in pairs}
+
+
+def _odd_blocks(manifest: Mapping[str, Any]) -> str | None:
+    for i, entry in enumerate(manifest.get("removed", {}).get("blocks", [])):
+        if not 0 <= entry["before"] <= MOST_BLOCKS:
+            return f"removed.blocks[{i}].before is no number of blocks"
+    return None
 
 
 def _odd_neurons(manifest: Mapping[str, Any]) -> str | None:

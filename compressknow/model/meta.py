@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import read_json
+from compressknow.model.scopes import MOST_BLOCKS
 
 LANGUAGE_MODEL_CLASSES = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -228,12 +229,11 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-# The most that a number may be, by its name; the first pattern that is found in it holds. The deepest
-# transformer that was trained has 1,000 layers (DeepNet); Switch-C has 2,048 experts.
+# The most that a number may be, by its name; the first pattern that is found in it holds. Switch-C has 2,048 experts.
 _MOST = (
     (re.compile(r"positions?$|embeddings$|embd$|ctx$|vocab|words$|inner$|tokens?$|channels$|_size$"), 1 << 40),
     (re.compile(r"param|samples"), math.inf),
-    (re.compile(r"(layers?|blocks?|depths?|inner_group_num)$"), 2_000),
+    (re.compile(r"(layers?|blocks?|depths?|inner_group_num)$"), MOST_BLOCKS),
     (re.compile(r"(heads?|experts?|stages?)$"), 10_000),
     (re.compile(r"(^|_)(num|n|number)_|labels?$"), 1_000_000),
 )

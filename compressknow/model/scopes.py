@@ -13,6 +13,8 @@ from typing import Any, Literal
 from compressknow.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
 from compressknow.model.structure import LinearWeight, Structure
 
+# The deepest transformer that was trained has 1,000 (DeepNet).
+MOST_BLOCKS = 2_000
 # For one pattern, over all names that it is searched in.
 MOST_SECONDS = 3.0
 # Nobody writes longer ones; compiling takes time too.

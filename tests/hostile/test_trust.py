@@ -18,7 +18,7 @@ from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.probe.answers import HASH, RECORD, TABLE, read_answers, write_record
 from compressknow.probe.records import Record
 from compressknow.reading import misfit, sha256_of
-from tests.hostile.bounded import bounded
+from tests.hostile.bounded import bounded, refused
 from tests.knowing import facts_file, knowing
 from tests.models import save_tiny
 
@@ -140,6 +140,19 @@ def test_a_mutant_of_a_manifest_differs_or_is_refused(
         assert code == 1 or "sha256" not in mutant or mutant == manifest
 
 
+def test_a_manifest_of_more_blocks_than_a_model_has_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_tiny("bert", tmp_path / "in")
+    compressknow.convert(source, tmp_path / "out", drop_blocks="1")
+    path = tmp_path / "out" / "compressknow.json"
+    manifest = json.loads(path.read_text())
+    manifest["removed"]["blocks"][0]["before"] = 10**12
+    path.write_text(json.dumps(manifest))
+    said = refused(capsys, "compare", source, tmp_path / "out")
+    assert "removed.blocks[0].before is no number of blocks" in said
+
+
 @pytest.mark.parametrize("key", ["recipe", "source", "versions", "setup", "untied"])
 def test_an_edited_manifest_is_named(converted: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = converted / "compressknow.json"
@@ -209,6 +222,8 @@ def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> N
         (1, int, None),
         (True, int, "it is no whole number"),
         (float("nan"), float, "it is no number"),
+        (10**400, float, "it is no number"),
+        (10**400, int, "it is no whole number"),
         (None, (str, None), None),
         ({"a": [1, "x"]}, {"a": [int]}, "a[1] is no whole number"),
         ({}, {"a": int, "b?": int}, "a is missing"),

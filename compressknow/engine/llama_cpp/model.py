@@ -10,6 +10,7 @@ from typing import Any
 
 from compressknow.engine.llama_cpp.native import Native, errors_logged, native
 from compressknow.engine.llama_cpp.parts import PART, gguf_parts
+from compressknow.engine.llama_cpp.trial import refuse_crash
 from compressknow.errors import CheckpointError, UnsupportedError
 
 # A value of the metadata that is read is a name, a number or a flag.
@@ -19,17 +20,23 @@ _META_BYTES = 1 << 10
 class GgufModel:
     """A decoder of text with its vocabulary.
 
+    Parameters
+    ----------
+    trial : this is the trial whether it crashes llama.cpp; otherwise there is one before the file is loaded.
+
     Raises
     ------
     CheckpointError : llama.cpp cannot read the file: it is damaged, cut short or of a newer version, or a part lacks.
     UnsupportedError : it holds no decoder-only language model, or one that llama.cpp does not know.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, trial: bool = False) -> None:
         self.path = path
         self.native: Native = native()
         _refuse_later_part(path)
-        self._handle = _opened(path, self.native)
+        if not trial:
+            refuse_crash(path)
+        self._handle = _opened(path, self.native, copies=not trial)
         self.vocab = self.native.lib.llama_model_get_vocab(self._handle)
         try:
             _refuse_others(self)
@@ -112,10 +119,12 @@ def _refuse_later_part(path: Path) -> None:
         )
 
 
-def _opened(path: Path, llama: Native) -> Any:
+def _opened(path: Path, llama: Native, *, copies: bool) -> Any:
     parameters = llama.lib.llama_model_default_params()
     # What is measured is what runs on this processor.
     parameters.n_gpu_layers = 0
+    # Of weights in the order that its fastest kernels want, which takes longer to make than one token to read.
+    parameters.use_extra_bufts = copies
     with errors_logged() as errors:
         handle = llama.lib.llama_model_load_from_file(str(path).encode("utf-8", "surrogateescape"), parameters)
     if handle != llama.ffi.NULL:

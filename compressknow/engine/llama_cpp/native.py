@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -55,6 +56,8 @@ def is_there() -> bool:
 def native() -> Native:
     """The library, loaded once. Raises CompressknowError where it is not installed, or does not load here."""
     require(MODULE)
+    # Where it ends the process, it would first have a debugger print where it was, if there is one.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:
         from llama_cpp_py_sync import _cffi_bindings as bindings
         from llama_cpp_py_sync import _version

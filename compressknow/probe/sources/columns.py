@@ -12,7 +12,15 @@ from typing import Any
 from compressknow.errors import UsageError, did_you_mean
 from compressknow.probe.facts import ARTS, GEOGRAPHY, PEOPLE, by_relation
 from compressknow.probe.scoring.prompts import OBJECT
-from compressknow.reading import MOST_VALUES, NotReadable, parse_json, read_lines, sha256_of, values_in
+from compressknow.reading import (
+    MOST_VALUES,
+    NotReadable,
+    half_character,
+    parse_json,
+    read_lines,
+    sha256_of,
+    values_in,
+)
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -49,15 +57,9 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
 
 
 def _half_character(line: bytes, value: dict[str, Any]) -> str | None:
-    """Where one half of a surrogate pair stands alone, as only an escape can: no file could hold that text."""
-    if b"\\u" not in line:
+    if b"\\u" not in line or not (escape := half_character(json.dumps(value, ensure_ascii=False))):
         return None
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        escape = f"\\u{ord(error.object[error.start]):04x}"
-        return f"column {line.lower().find(escape.encode()) + 1}: {escape} is half of a character"
-    return None
+    return f"column {line.lower().find(escape.encode()) + 1}: {escape} is half of a character"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

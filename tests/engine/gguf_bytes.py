@@ -1,0 +1,96 @@
+"""The header of a GGUF file taken apart and put together again, whatever stands in it."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+TEXT, LIST = 8, 9
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+_ALIGNED = 32
+
+
+@dataclass
+class Parts:
+    """A file: `entries` are key, type and value, `tensors` name, shape, type and offset; a list is type and values.
+
+    `said` are the numbers of tensors and entries where they are to be others.
+    """
+
+    entries: list[list[Any]] = field(default_factory=list)
+    tensors: list[list[Any]] = field(default_factory=list)
+    body: bytes = b""
+    said: tuple[int, int] | None = None
+
+    def set(self, key: str, kind: int, value: Any) -> Parts:
+        """Give a key of the metadata another value, or one."""
+        self.entries = [entry for entry in self.entries if entry[0] != key.encode()]
+        self.entries.append([key.encode(), kind, value])
+        return self
+
+    def join(self) -> bytes:
+        tensors, entries = self.said or (len(self.tensors), len(self.entries))
+        header = b"GGUF" + struct.pack("<IQQ", 3, tensors, entries)
+        header += b"".join(
+            _text(key) + struct.pack("<I", kind) + _value(kind, value) for key, kind, value in self.entries
+        )
+        for name, shape, kind, offset in self.tensors:
+            header += _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+        return header + b"\0" * (-len(header) % _ALIGNED) + self.body
+
+
+def taken_apart(content: bytes) -> Parts:
+    """The parts of a sound file whose tensors are aligned as is usual."""
+    reader = _Reader(content)
+    _, tensors, entries = reader.numbers("4xIQQ")
+    parts = Parts()
+    for _ in range(entries):
+        key = reader.text()
+        (kind,) = reader.numbers("I")
+        parts.entries.append([key, kind, reader.value(kind)])
+    for _ in range(tensors):
+        name = reader.text()
+        (dimensions,) = reader.numbers("I")
+        parts.tensors.append([name, list(reader.numbers(f"{dimensions}Q")), *reader.numbers("IQ")])
+    parts.body = content[-(-reader.place // _ALIGNED) * _ALIGNED :]
+    return parts
+
+
+class _Reader:
+    def __init__(self, content: bytes) -> None:
+        self._content, self.place = content, 0
+
+    def numbers(self, form: str) -> tuple[Any, ...]:
+        found = struct.unpack_from(f"<{form}", self._content, self.place)
+        self.place += struct.calcsize(f"<{form}")
+        return found
+
+    def text(self) -> bytes:
+        (length,) = self.numbers("Q")
+        self.place += length
+        return self._content[self.place - length : self.place]
+
+    def value(self, kind: int) -> Any:
+        if kind == TEXT:
+            return self.text()
+        if kind == LIST:
+            inner, count = self.numbers("IQ")
+            return inner, [self.value(inner) for _ in range(count)]
+        return self.numbers(NUMBERS[kind])[0]
+
+
+def _text(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def _value(kind: int, value: Any) -> bytes:
+    if kind == TEXT:
+        return _text(value)
+    if kind == LIST:
+        inner, values = value
+        head = struct.pack("<IQ", inner, len(values))
+        if inner in NUMBERS:
+            return head + struct.pack(f"<{len(values)}{NUMBERS[inner]}", *values)
+        return head + b"".join(_value(inner, each) for each in values)
+    return struct.pack(f"<{NUMBERS[kind]}", value)

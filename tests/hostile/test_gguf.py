@@ -1,0 +1,123 @@
+"""GGUF files that would crash llama.cpp, or keep a reader busy for ever: one message, within 20 s and 2 GB."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressknow.model.gguf_header import check_gguf
+from compressknow.reading import NotReadable
+from tests.engine.gguf_bytes import LIST, TEXT, Parts, taken_apart
+from tests.engine.gguf_files import needs_gguf, write_gguf
+from tests.hostile.bounded import refused
+from tests.knowing import facts_file, knowing
+
+U8, U32, F32, U64 = 0, 4, 6, 10
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf")
+    facts_file(folder / "facts.jsonl")
+    return write_gguf(knowing("llama", folder / "llama"), folder / "sound.gguf")
+
+
+def of(change: Callable[[Parts], Any]) -> Callable[[bytes], bytes]:
+    def changed(content: bytes) -> bytes:
+        parts = taken_apart(content)
+        change(parts)
+        return parts.join()
+
+    return changed
+
+
+def tensor(place: int, value: Any) -> Callable[[bytes], bytes]:
+    return of(lambda parts: parts.tensors[1].__setitem__(place, value))
+
+
+# What a reader in Python would take for ever over, or read otherwise than llama.cpp does.
+UNSOUND = {
+    "blocks": (of(lambda p: p.set("llama.block_count", U32, 10**9)), "its block_count is 1,000,000,000"),
+    "experts": (of(lambda p: p.set("llama.expert_count", U32, 10**9)), "its expert_count is 1,000,000,000"),
+    "fewer blocks": (of(lambda p: p.set("llama.block_count", U32, 1)), "a tensor of block 1, and says that it has 1"),
+    "a list": (of(lambda p: p.set("a", LIST, (U8, [0] * 100_000))), "a list in it has 100,000 values"),
+    "tokens": (
+        of(lambda p: p.set("tokenizer.ggml.tokens", LIST, (U8, [0] * 3_000_000))), "a list in it has 3,000,000 values"
+    ),
+    "entries": (of(lambda p: setattr(p, "said", (1, 10**18))), "it says that it holds"),
+    "more entries": (of(lambda p: setattr(p, "said", (len(p.tensors), 60_000))), "a name in it has"),
+    "alignment": (of(lambda p: p.set("general.alignment", U32, 7)), "aligned to 7"),
+    "offset": (tensor(3, 32), "a tensor in it lies at 32"),
+    "type": (tensor(2, 999), "of type 999"),
+    "dimensions": (tensor(1, [1] * 9), "has 9 dimensions"),
+    "shape": (tensor(1, [1 << 40, 1 << 40]), "a tensor in it lies at"),
+    "cut": (lambda content: content[:-1000], "it is cut short"),
+    "cut header": (lambda content: content[:1000], "it is cut short"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_an_unsound_header_is_told(name: str, sound: Path, tmp_path: Path) -> None:
+    change, said = UNSOUND[name]
+    (tmp_path / "x.gguf").write_bytes(change(sound.read_bytes()))
+    with pytest.raises(NotReadable, match=said):
+        check_gguf(tmp_path / "x.gguf")
+
+
+def test_a_sound_header_passes(sound: Path, tmp_path: Path) -> None:
+    check_gguf(sound)
+    again = taken_apart(sound.read_bytes()).set("general.name", TEXT, b"x").set("n", LIST, (LIST, [(U64, [1])]))
+    (tmp_path / "x.gguf").write_bytes(again.join())
+    check_gguf(tmp_path / "x.gguf")
+
+
+@needs_gguf
+@pytest.mark.parametrize("name", ["blocks", "a list", "fewer blocks", "cut"])
+def test_transformers_does_not_get_to_read_it(
+    name: str, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, said = UNSOUND[name]
+    file = tmp_path / "x.gguf"
+    file.write_bytes(change(sound.read_bytes()))
+    facts = f"facts:{sound.with_name('facts.jsonl')}"
+    words = refused(capsys, "probe", file, "-p", facts, "-o", tmp_path / "a", "--runtime", "transformers")
+    assert f"{file} is damaged: " in words
+    assert said in words
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value"),
+    [
+        ("llama.block_count", U32, 0),
+        ("llama.block_count", U32, 10**9),
+        ("llama.attention.layer_norm_rms_epsilon", F32, float("nan")),
+    ],
+)
+def test_what_llama_cpp_would_crash_on_is_one_message(
+    key: str, kind: int, value: Any, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its assertions end the process: while it loads a file, and while it computes."""
+    pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
+    file = tmp_path / "x.gguf"
+    file.write_bytes(taken_apart(sound.read_bytes()).set(key, kind, value).join())
+    facts = f"facts:{sound.with_name('facts.jsonl')}"
+    said = refused(capsys, "probe", file, "-p", facts, "-o", tmp_path / "a")
+    assert f"{file} makes llama.cpp crash." in said
+    assert "GGML_ASSERT" in said
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_importance_matrix_is_read_within_bounds(
+    tmp_path: Path, sound: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("llama_cpp_py_sync", "gguf"):
+        pytest.importorskip(module)
+    file = tmp_path / "i.gguf"
+    file.write_bytes(UNSOUND["a list"][0](sound.read_bytes()))
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.touch()
+    words = ("export", sound.with_name("llama"), tmp_path / "out.gguf", "--type", "q4_k_m", "--imatrix", file)
+    assert "is no importance matrix: a list in it has" in refused(capsys, *words, "--converter", script)
