@@ -12,6 +12,7 @@ from compressknow.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.format import plain
 from compressknow.libraries import require
 from compressknow.probe.runtimes.runtime import Loaded, Runtime
+from compressknow.reading import misfit
 
 if TYPE_CHECKING:
     from compressknow.engine.identity import Located
@@ -26,7 +27,7 @@ BATCH_SIZE = 32
 # What a model writes to these tells it from others behind the same name.
 PROMPTS = ("The capital of France is", "Water boils at", "The author of Hamlet is", "1, 1, 2, 3, 5, 8,")
 WRITTEN_TOKENS = 8
-SHOWN = 8
+SHOWN, LONGEST_NAME = 8, 1_000
 
 
 class Server(Runtime):
@@ -116,7 +117,7 @@ class LoadedFromServer(Loaded):
 
     def _about(self, key: str, kind: type) -> Any:
         value = self._served.about.get(key)
-        return value if isinstance(value, kind) and not isinstance(value, bool) else None
+        return None if misfit(value, kind) else value
 
     def _sha256(self) -> str:
         """In place of that of files, which a server does not show: a hash of its address, the model's name, the build,
@@ -144,7 +145,7 @@ def chosen_model(client: Client, named: str | None) -> tuple[str, Mapping[str, A
         answer = {}
     listed = answer.get("data") if isinstance(answer, dict) else None
     rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
-    models = {str(row["id"]): row for row in rows if row.get("id")}
+    models = {str(row["id"]): row for row in rows if row.get("id") and len(str(row["id"])) <= LONGEST_NAME}
     if named is None:
         return _only(client, models)
     if named in models or not models:

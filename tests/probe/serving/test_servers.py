@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import compressknow
 from compressknow.cli import main
 from compressknow.engine.identity import locate, served_at
 from compressknow.engine.language_model import LanguageModel, load_language_model
@@ -25,6 +26,7 @@ from compressknow.probe.evaluate import evaluate, prompts_of
 from compressknow.probe.facts import Probe
 from compressknow.probe.handle import ModelHandle, Settings
 from compressknow.probe.runtimes.serving import client as clients
+from compressknow.probe.sources import Options
 from tests.knowing import facts_file, knowing
 from tests.probe.references import answers_to, as_probe, known_facts
 from tests.probe.serving.model_server import NAME, ModelServer, serving
@@ -180,6 +182,8 @@ LIES = {
     "no json": (lambda _: b"<html>", "answers with what is no JSON"),
     "half a json": (lambda _: b'{"choices": [', "answers with what is no JSON"),
     "deep": (lambda _: b"[" * 100_000, "answers with what is no JSON"),
+    "many values": (lambda _: b'{"choices": [' + b"[]," * 9_000_000 + b"0]}", "answers with what is no JSON"),
+    "a long text": (lie(lambda choice: choice.update(text="x" * 200_000)), "has a text of 200,000 characters"),
     "a list": (lambda _: [], "has no choices"),
 }
 
@@ -192,6 +196,23 @@ def test_a_server_that_lies_is_not_believed(served: Callable[[str], ModelServer]
     with pytest.raises(CompressknowError, match=re.escape(said)) as raised:
         list(evaluate(prompts_of(loaded.scorer(as_probe(known_facts()[:3])))))
     assert raised.value.hint is not None
+
+
+def test_a_token_beyond_all_numbers_is_not_believed(served: Callable[[str], ModelServer]) -> None:
+    server = served("vllm")
+    server.faults["/tokenize"] = [b'{"tokens": [1e999]}']
+    with pytest.raises(CompressknowError, match="holds 'inf' for a token"):
+        ModelHandle(locate(server.url), FAST).loaded.scorer(as_probe(known_facts()[:1])).query(known_facts()[0])
+
+
+def test_half_a_letter_that_a_server_writes_is_stored_as_none(
+    served: Callable[[str], ModelServer], tmp_path: Path
+) -> None:
+    server = served("writes")
+    server.changed = lie(lambda choice: choice.update(text=" \ud83e"))
+    facts, few = f"facts:{facts_file(tmp_path / 'f.jsonl')}", Options(limit=2)
+    given = compressknow.probe(server.url, tmp_path / "a", facts, options=few, settings=FAST)
+    assert {answer.produced for answer in given.answers} == {"\ufffd"}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from urllib3.util import Retry
 
 from compressknow.errors import CompressknowError
 from compressknow.format import plain
+from compressknow.reading import parse_json
 
 KEYS = ("COMPRESSKNOW_API_KEY", "OPENAI_API_KEY")
 # What may pass: too many requests, a server that loads its model, a proxy before one that starts.
@@ -30,6 +32,7 @@ PIECE = 1 << 16
 # Seconds: to be connected; the longest that a server may ask to wait; the first pause, doubled each time.
 CONNECT, LONGEST_PAUSE, FIRST_PAUSE = 10.0, 60.0, 0.5
 TRIES = 5
+_HALVES = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Refused(CompressknowError):
@@ -111,8 +114,8 @@ class Client:
 
     def _read(self, status: int, body: bytes) -> Any:
         try:
-            content = json.loads(body)
-        except (ValueError, RecursionError):
+            content = _whole(parse_json(body)) if _HALVES.search(body) else parse_json(body)
+        except ValueError:
             content = None
         if status != 200:
             raise self._refused(status, content)
@@ -160,6 +163,13 @@ class Client:
         if not isinstance(content, str):
             return None
         return f"It says: {plain(content.replace(self._key, '...') if self._key else content, 200)}"
+
+
+def _whole(content: Any) -> Any:
+    """The same without halves of surrogate pairs, which no file could hold: a model that is cut off in the middle of a
+    letter may write one."""
+    text = json.dumps(content, ensure_ascii=False)
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 class _Key(AuthBase):

@@ -28,6 +28,8 @@ LLAMA_TOKENS = 1024
 FORCE = 1e5
 # Rounding may put a sure thing a little above 0.
 ABOVE = 1e-3
+# Characters of one token, and of all that is asked for at a time: no model writes more.
+LONGEST_TOKEN, LONGEST_TEXT = 1_000, 100_000
 TRIAL = "The capital of France is Paris"
 
 
@@ -183,7 +185,7 @@ class LlamaServer(Served):
         if len(top) < min(count, self._vocabulary):
             raise self.wrong(f"has {len(top):,} tokens where {count:,} were asked for")
         logp = {_token(each.get("id"), self): self.number(each.get("logprob")) for each in top}
-        texts = {int(each["id"]): str(each.get("token", "")) for each in top}
+        texts = {int(each["id"]): str(each.get("token", ""))[:LONGEST_TOKEN] for each in top}
         return First(logp, texts, whole=len(logp) >= self._vocabulary)
 
     def _step(self, prompt: Ids, forced: int, count: int) -> Mapping[str, Any] | None:
@@ -269,7 +271,7 @@ class Echoing(Served):
         try:
             spans = _spans(self._said((*prompt, *ids)), tokens, offsets)
             pairs = list(zip(spans, values, strict=True))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self.wrong("has a text_offset that fits no token") from None
         end = len(prompt) + len(ids)
         # A token that reaches over the beginning of the answer is counted with it.
@@ -327,7 +329,7 @@ def _ids(answer: Any, served: Served) -> Ids:
 def _token(value: Any, served: Served) -> int:
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1
     if not 0 <= number < 1 << 31:
         raise served.wrong(f"holds {str(value)[:40]!r} for a token")
@@ -338,6 +340,8 @@ def _text(choice: Mapping[str, Any], key: str, served: Served) -> str:
     text = choice.get(key)
     if not isinstance(text, str):
         raise served.wrong("has no text")
+    if len(text) > LONGEST_TEXT:
+        raise served.wrong(f"has a text of {len(text):,} characters for a few tokens")
     return text
 
 
