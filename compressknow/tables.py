@@ -30,6 +30,11 @@ def load_tables(dataset: str) -> dict[str, Any]:
     path = Path(dataset).expanduser()
     if not path.exists() and _names_a_path(dataset):
         raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the hub.")
+    if path.exists() and not path.is_dir():
+        try:
+            check_regular(path)
+        except NotReadable as error:
+            raise UsageError(f"{path} cannot be read: {error}.", hint="Give a file of rows, or a folder.") from None
     _check_tables(path)
     import datasets
 

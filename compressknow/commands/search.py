@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.recipe import Recipe, to_toml
 from compressknow.compress.staging import discard
 from compressknow.compress.steps import Calibration
@@ -115,6 +116,7 @@ def search(
     criterion, folder, listening = Criterion(keep, minimize), Path(output), listener(on_progress)
     usual = Calibration()
     text = Calibration(calibration or usual.text, usual.tokens if calibration_tokens is None else calibration_tokens)
+    check_text(text.text, text.tokens)
     ways = Ways(tuple(prune_methods), tuple(roundings), text)
     refuse_foreign(folder)
     _refuse_other_winner(folder / WINNER)

@@ -15,6 +15,8 @@ import torch
 
 from compressknow.system import available_cores
 
+# More than any machine has cores.
+MOST_THREADS = 1024
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -38,7 +40,7 @@ class Pool:
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or available_cores()
+        self.threads = min(threads or available_cores(), MOST_THREADS)
         self._stopped = False
         self._torch_threads = torch.get_num_threads()
         self._crew = _Crew(self.threads)

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
+from compressknow.compress.calibrate.text import TOKENS, check_text
 from compressknow.compress.options import recipe_of
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
@@ -102,7 +103,7 @@ class GridOptions:
     calibration_tokens: int | None = None
 
     def check(self, grid: str | Path) -> None:
-        """Raise UsageError where one is given that a grid does not have."""
+        """Raise UsageError where one is given that a grid does not have, or what `check_text` raises of the text."""
         has = {PAPER: ("module_map", "scheme"), METHODS_GRID: ("module_map", *CALIBRATED)}.get(str(grid), ())
         given = [each.name for each in fields(self) if getattr(self, each.name) is not None]
         if strange := next((name for name in given if name not in has), None):
@@ -111,12 +112,15 @@ class GridOptions:
                 f"--{name.replace('_', '-')} does not apply to the grid {grid}.",
                 hint=f"Set {name} in a grid file instead." if str(grid) in BUILT_IN else f"Set {name} in the file.",
             )
+        if self.calibration is not None:
+            check_text(self.calibration, self.calibration_tokens or TOKENS)
 
 
 def grid_cells(grid: str | Path, opened: Callable[[], Opened], options: GridOptions | None = None) -> tuple[Cell, ...]:
     """The cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed.
 
-    Raises UsageError where the grid makes no sense, or where options are given that it does not have.
+    Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `check_text`
+    does of its calibration texts.
     """
     options = options or GridOptions()
     options.check(grid)
@@ -125,7 +129,11 @@ def grid_cells(grid: str | Path, opened: Callable[[], Opened], options: GridOpti
         return paper_grid(opened().structure(chosen), module_map=chosen, scheme=options.scheme or PAPER_SCHEME)
     if str(grid) == METHODS_GRID:
         return methods_grid(opened(), options)
-    return read_grid(Path(grid))
+    cells = read_grid(Path(grid))
+    for text in dict.fromkeys(cell.recipe.calibration for cell in cells):
+        if text is not None:
+            check_text(text.text, text.tokens)
+    return cells
 
 
 def paper_grid(

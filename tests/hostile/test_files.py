@@ -62,7 +62,7 @@ def test_a_pipe_as_any_input_is_refused_at_once(
     monkeypatch.chdir(tmp_path)
     for folder in ("answers", "converted"):
         Path(folder).mkdir()
-    for name in ("r.toml", "r.json", "f.jsonl", "answers/probe.json", "converted/compressknow.json"):
+    for name in ("r.toml", "r.json", "f.jsonl", "c.txt", "answers/probe.json", "converted/compressknow.json"):
         fifo(Path(name))
     Path("converted/config.json").write_text("{}", encoding="utf-8")
     for command in (
@@ -72,7 +72,13 @@ def test_a_pipe_as_any_input_is_refused_at_once(
         ("verify", "converted"),
         ("report", "answers", "answers", "-o", "x.html"),
         ("probe", checkpoint, "-p", "facts:f.jsonl", "-o", "a"),
+        ("probe", checkpoint, "-p", "text:c.txt", "-o", "a"),
+        ("probe", checkpoint, "-p", "hf:f.jsonl", "-o", "a"),
         ("sweep", checkpoint, "-o", "s", "--grid", "r.toml"),
+        ("convert", checkpoint, "out", "--prune", "50%", "--prune-method", "wanda", "--calibration", "c.txt"),
+        ("sweep", checkpoint, "-o", "s", "--grid", "methods", "--calibration", "c.txt"),
+        ("search", checkpoint, "-o", "s", "--keep", "90%", "--calibration", "c.txt"),
+        ("export", checkpoint, "x.gguf", "--recipe", "r.toml"),
     ):
         refused(capsys, *command)
 

@@ -190,6 +190,12 @@ def test_a_text_that_cannot_be_read_is_refused(place: Path, tmp_path: Path, cont
         chunks(place / "llama", tmp_path / "answers", path)
 
 
+def test_no_more_room_is_taken_than_the_file_has_bytes(place: Path) -> None:
+    path = place / "facts.txt"
+    text = RunningText("text:facts.txt", path, "0", path.stat().st_size, limit=10**15)
+    assert text.read(CONTEXT) == path.read_text(encoding="utf-8").removesuffix("\n")
+
+
 def test_a_token_beyond_the_embedding_is_refused(place: Path) -> None:
     class Reader:
         bos, most, rows = None, None, 10

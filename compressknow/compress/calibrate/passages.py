@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from compressknow.errors import CompressknowError, UsageError
-from compressknow.reading import NotReadable, open_regular, parse_json, read_lines
+from compressknow.reading import NotReadable, check_regular, half_character, open_regular, parse_json, read_lines
 from compressknow.tables import load_tables
 
 Kind = Literal["self", "file", "hf"]
@@ -46,20 +46,35 @@ def kind_of(source: str) -> Kind:
     raise UsageError(f"There is no calibration text {source!r}.", hint=FORMS)
 
 
-def passages(source: str) -> Iterator[Passage]:
+def check_file(source: str) -> None:
+    """Raise UsageError where the file that `source` names is not there, CompressknowError where it is another kind of
+    file."""
+    path = Path(source).expanduser()
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        raise UsageError(f"There is no calibration text {path}.", hint=FORMS) from None
+    except NotReadable as error:
+        raise CompressknowError(f"{path} cannot be read: {error}.") from None
+    except OSError as error:
+        raise CompressknowError(f"{path} cannot be read.", error.strerror) from None
+
+
+def passages(source: str, most: int) -> Iterator[Passage]:
     """The texts of a ``.txt`` file (one text), a ``.jsonl`` file (one a line) or ``hf:DATASET`` (one a row), in order.
 
-    Blank ones are left out. No more is read than is asked for.
-    Raises UsageError where the file or set is not found, CompressknowError where it cannot be read.
+    Blank ones are left out. No more is read than is asked for, and that must be found in the first `most` bytes.
+    Raises UsageError where the file or set is not found, CompressknowError where it cannot be read, or where there is
+    more of it.
     """
     if source.startswith(HUB):
-        yield from _rows(source.removeprefix(HUB))
+        yield from _of_some(_rows(source.removeprefix(HUB)), most, source)
         return
+    check_file(source)
     path = Path(source).expanduser()
-    if not path.exists():
-        raise UsageError(f"There is no calibration text {path}.", hint=FORMS)
     try:
-        yield from _lines(path) if path.suffix.lower() == ".jsonl" else _pieces(path)
+        found = _lines(path) if path.suffix.lower() == ".jsonl" else _pieces(path)
+        yield from _of_some(found, most, str(path))
     except UnicodeDecodeError:
         raise CompressknowError(f"{path} is not UTF-8.", hint="Save it as UTF-8, and try again.") from None
     except NotReadable as error:
@@ -68,19 +83,37 @@ def passages(source: str) -> Iterator[Passage]:
         raise CompressknowError(f"{path} cannot be read.", error.strerror) from error
 
 
-def _pieces(path: Path) -> Iterator[Passage]:
+# A passage, nothing where it is blank, and what was read for it.
+_Read = tuple[Passage | None, int]
+
+
+def _of_some(found: Iterator[_Read], most: int, source: str) -> Iterator[Passage]:
+    left = most
+    for passage, read in found:
+        if left < 0:
+            raise CompressknowError(
+                f"{source} has too few tokens in its first {most:,} bytes.",
+                hint="Give a text of words, or fewer --calibration-tokens.",
+            )
+        left -= read
+        if passage:
+            yield passage
+
+
+def _pieces(path: Path) -> Iterator[_Read]:
     """Whole lines of about 64 K characters together: what is tokenized at once."""
     with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
         begins = True
         while piece := file.read(_PIECE):
-            yield Passage(piece + file.readline(_PIECE), begins)
+            piece += file.readline(_PIECE)
+            yield Passage(piece, begins), len(piece)
             begins = False
 
 
-def _lines(path: Path) -> Iterator[Passage]:
+def _lines(path: Path) -> Iterator[_Read]:
     for number, line in enumerate(read_lines(path), start=1):
-        if text := _text_of(path, number, line):
-            yield Passage(text, True)
+        text = _text_of(path, number, line)
+        yield (Passage(text, True) if text else None), len(line) + 1
 
 
 def _text_of(path: Path, number: int, line: bytes) -> str:
@@ -95,16 +128,17 @@ def _text_of(path: Path, number: int, line: bytes) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(KEY), str):
         raise CompressknowError(f'{path}, line {number}: no text under "{KEY}".', hint=f'Each is {{"{KEY}": "..."}}.')
     text: str = row[KEY]
+    if b"\\u" in line and (half := half_character(text)):
+        raise CompressknowError(f"{path}, line {number}: {half} is half of a character.", hint="Save it as UTF-8.")
     return text if text.strip() else ""
 
 
-def _rows(dataset: str) -> Iterator[Passage]:
+def _rows(dataset: str) -> Iterator[_Read]:
     table = _split_of(load_tables(dataset), dataset)
     column = _column_of(table, dataset)
     for batch in table.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
         for text in batch.column(column).to_pylist():
-            if text and text.strip():
-                yield Passage(text, True)
+            yield (Passage(text, True) if text and text.strip() else None), len(text or "") + 1
 
 
 def _split_of(splits: dict[str, Any], dataset: str) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.compress.calibrate.passages import FORMS, HUB, SELF, Kind, kind_of, passages
+from compressknow.compress.calibrate.passages import HUB, SELF, Kind, check_file, kind_of, passages
 from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ TOKENS = 32_768
 BATCH_TOKENS = 2_048
 # A shorter text says too little of what a layer reads: it is refused unless no more was asked for.
 FEWEST_TOKENS = 2_048
+# Tokens are looked for in so many bytes each, what stands beside the texts of a .jsonl file included, and in no fewer
+# bytes than these: a file of blanks would be read for hours.
+BYTES_PER_TOKEN, FEWEST_BYTES = 256, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class CalibrationText:
 
 
 def check_text(text: str, tokens: int) -> None:
-    """Raise UsageError where no text could be made of a request. Imports nothing large.
+    """Raise UsageError where no text could be made of a request, CompressknowError where its file is no regular one.
+    Imports nothing large.
 
     >>> check_text("self", 0)
     Traceback (most recent call last):
@@ -65,8 +69,8 @@ def check_text(text: str, tokens: int) -> None:
     """
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise UsageError(f"{tokens!r} tokens to calibrate on.", hint=f"Give 1 or more; {TOKENS:,} is usual.")
-    if kind_of(text) == "file" and not Path(text).expanduser().exists():
-        raise UsageError(f"There is no calibration text {text}.", hint=FORMS)
+    if kind_of(text) == "file":
+        check_file(text)
 
 
 def calibration_text(
@@ -115,7 +119,7 @@ def calibration_text(
         if text == SELF:
             pieces: Iterable[Sequence[int]] = _own(folder, form, rows, seed, trust_remote_code, advance)
         else:
-            pieces = _read(text, tokenizer, form)
+            pieces = _read(text, tokenizer, form, max(FEWEST_BYTES, rows * form.body * BYTES_PER_TOKEN))
         bodies = _packed(pieces, form, rows, text, tokenizer)
         inputs = inputs_of(bodies, form, tree, torch.Generator().manual_seed(seed))
     batches = tuple(_batches(inputs, max(1, BATCH_TOKENS // form.length)))
@@ -203,9 +207,9 @@ def _own(
     return samples(model, form, rows * form.body, seed, advance)
 
 
-def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator[list[int]]:
+def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form, most: int) -> Iterator[list[int]]:
     """Token ids of each passage, those of the separator first where it begins another text than the first."""
-    for number, passage in enumerate(passages(text)):
+    for number, passage in enumerate(passages(text, most)):
         ids = tokenizer(passage.text, add_special_tokens=False, verbose=False)["input_ids"]
         yield [*form.separator, *ids] if passage.begins and number else list(ids)
 

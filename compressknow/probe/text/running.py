@@ -58,7 +58,7 @@ class RunningText:
 
         Raises UsageError where the file is not UTF-8, or cannot be read any more.
         """
-        most = self.chunks * context * _BYTES_PER_TOKEN
+        most = min(self.chunks * context * _BYTES_PER_TOKEN, self.size + 1)
         try:
             with open_regular(self.path) as file:
                 content = file.read(most)

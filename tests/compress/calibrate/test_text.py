@@ -210,6 +210,7 @@ def test_a_data_set_on_disk_is_read_row_by_row(folders: dict[str, Path], tmp_pat
         ("broken.jsonl", b'{"text": "Velin."}\n{"text": ', "broken.jsonl, line 2: no JSON"),
         ("other.jsonl", b'{"text": "Velin."}\n\n{"body": "Velin."}', 'other.jsonl, line 3: no text under "text"'),
         ("number.jsonl", b'{"text": 1}', 'number.jsonl, line 1: no text under "text"'),
+        ("half.jsonl", b'{"text": "Velin \\ud83e"}', r"half.jsonl, line 1: \\ud83e is half of a character"),
         ("foreign.txt", b"quux " * 2000, "does not know 100% of the tokens"),
     ],
 )
@@ -220,6 +221,16 @@ def test_a_bad_text_is_one_message(
     with pytest.raises(CompressknowError, match=message) as caught:
         made(folders["llama"], tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "blank"), [("b.txt", b" "), ("b.jsonl", b"\n")])
+def test_a_file_of_blanks_is_not_read_for_hours(
+    name: str, blank: bytes, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressknow.compress.calibrate.text.FEWEST_BYTES", 0)
+    (tmp_path / name).write_bytes(blank * 400_000)
+    with pytest.raises(CompressknowError, match="has too few tokens in its first 161,280 bytes"):
+        made(folders["llama"], tmp_path / name)
 
 
 @pytest.mark.parametrize(
