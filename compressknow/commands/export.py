@@ -70,13 +70,13 @@ def export(
     require("llama_cpp_py_sync", "gguf")
     _refuse_before_work(model, place, overwrite=overwrite, writes=not dry_run)
     choice = _chosen(locals())
+    matrix_out = _importance_output(imatrix_out, choice, place, overwrite=overwrite)
     found = find_converter(converter)
     from compressknow.export.importance import read_importance
     from compressknow.quiet import Stage, begun, listener
 
     if choice.importance is not None:
         read_importance(choice.importance)
-    matrix_out = _importance_output(imatrix_out, choice, overwrite=overwrite)
     from compressknow.export.export import prepare, preview, write
 
     listening = listener(on_progress)
@@ -127,26 +127,36 @@ def _calibration(text: str | None, tokens: int | None, seed: int) -> Calibration
     return Calibration(text, seed=seed) if tokens is None else Calibration(text, tokens, seed)
 
 
-def _importance_output(path: str | Path | None, choice: Choice, *, overwrite: bool) -> Path | None:
+def _importance_output(path: str | Path | None, choice: Choice, output: Path, *, overwrite: bool) -> Path | None:
     """Where the importance matrix goes. Raises an error where there is none to write, or something lies there."""
     from compressknow.errors import OutputError, UsageError
+    from compressknow.export.place import record_of
+    from compressknow.files import refuse_broken_links
 
     if path is None:
         return None
+    file = Path(path)
     if choice.calibration is None:
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
-    if Path(path).exists() and not overwrite:
-        raise OutputError(f"{path} exists already.", hint="Choose another --imatrix-out, or pass --overwrite.")
-    return Path(path)
+    if file.resolve() in (output.resolve(), record_of(output).resolve()):
+        raise UsageError("--imatrix-out and OUTPUT have one name.", hint="Give each a name of its own.")
+    refuse_broken_links(file)
+    if file.is_dir() or (file.exists() and not overwrite):
+        raise OutputError(f"{file} exists already.", hint="Choose another --imatrix-out, or pass --overwrite.")
+    if not file.parent.is_dir():
+        raise OutputError(f"{file.parent}: no such folder.", hint="Make it first, or choose another place.")
+    return file
 
 
 def _refuse_before_work(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:
     """What is wrong with the two places; what a dead run has left goes, whatever becomes of this one."""
     from compressknow.compress.staging import clean
     from compressknow.export.place import refuse_file
+    from compressknow.files import refuse_broken_links
     from compressknow.model.checkpoint import refuse_no_checkpoint
 
     refuse_no_checkpoint(model)
+    refuse_broken_links(output.parent)
     if writes:
         clean(output)
     refuse_file(output, overwrite=overwrite, source=Path(model))

@@ -60,12 +60,29 @@ class Choice:
 def check_types(types: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """Rules ``(scope or regular expression, tensor type)`` with the types in small letters.
 
-    Raises UsageError for a type that is none of a tensor, and for a pattern that is none.
+    Raises UsageError for a type that is none of a tensor, for a pattern that is none, and for a word that is nearly a
+    scope and part of no tensor's name.
     """
     for which, _ in types:
         if which not in SCOPES:
             Pattern("--type-of", which)
+            _refuse_typo(which)
     return tuple((which, check_tensor_type(chosen)) for which, chosen in types)
+
+
+def _refuse_typo(which: str) -> None:
+    near = did_you_mean(which, SCOPES, cutoff=0.8)
+    if near and not _is_of_a_name(which):
+        raise UsageError(
+            f"--type-of: there is no scope {which!r}.",
+            hint=f"{near}Or give a regular expression that matches names of tensors.",
+        )
+
+
+def _is_of_a_name(word: str) -> bool:
+    import gguf
+
+    return any(word in f"{name}.weight" for name in gguf.TENSOR_NAMES.values())
 
 
 _KEYS = ("type", "types", "calibration", "imatrix")
@@ -102,7 +119,7 @@ def _choice_from(values: Mapping[str, Any], origin: str) -> Choice:
 
 
 def _is_rule(rule: Any) -> bool:
-    return len(rule) == 2 and all(isinstance(part, str) for part in rule)
+    return isinstance(rule, list | tuple) and len(rule) == 2 and all(isinstance(part, str) for part in rule)
 
 
 def _of_record(record: Any) -> dict[str, Any] | None:

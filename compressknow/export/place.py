@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from compressknow.compress.staging import Staging, refuse_overlap
-from compressknow.errors import OutputError, UsageError
+from compressknow.errors import CheckpointError, OutputError, UsageError
 from compressknow.format import size
 from compressknow.system import move, sync_folder, uninterrupted
 
@@ -19,6 +19,15 @@ RECORD = ".json"
 def record_of(output: Path) -> Path:
     """Where the record of a GGUF file lies."""
     return output.with_name(output.name + RECORD)
+
+
+def refuse_no_record(output: Path) -> None:
+    """Raise CheckpointError where a GGUF file has no record beside it."""
+    record = record_of(output)
+    if not record.is_file():
+        raise CheckpointError(
+            f"{output} has no {record.name} beside it.", hint="Give a file that `compressknow export` wrote."
+        )
 
 
 class Place(Staging):

@@ -10,7 +10,7 @@ from typing import Any
 
 from compressknow.compress.manifest import versions
 from compressknow.errors import CheckpointError
-from compressknow.export.place import record_of
+from compressknow.export.place import record_of, refuse_no_record
 from compressknow.format import count, plain, size
 from compressknow.model.checkpoint import read_json
 from compressknow.notebook import Shown, Summary
@@ -111,11 +111,8 @@ def write_with(metadata: Mapping[str, str], source: Path, output: Path) -> None:
 
 def read_record(output: Path) -> dict[str, Any]:
     """The record beside a GGUF file. Raises CheckpointError where there is none, or one of another form."""
+    refuse_no_record(output)
     path = record_of(output)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{output} has no {path.name} beside it.", hint="Give a file that `compressknow export` wrote."
-        )
     record = read_json(path, MANIFEST)
     if record.get("schema") != SCHEMA:
         raise CheckpointError(

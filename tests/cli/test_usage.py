@@ -74,6 +74,26 @@ CASES = [
     Case("sweep {}/model -o {}/model", "is no study"),
     Case("search {}/model -o {}/new --keep 98", "95%"),
     Case("search {}/model -o {}/model --keep 98%", "is no study"),
+    Case("search {}/model -o {}/new --keep 98% --calibration {}/nowhere.txt", "There is no calibration text"),
+    Case("sweep {}/model -o {}/new --grid {}/texts.toml", "There is no calibration text nowhere.txt"),
+    Case("sweep {}/model -o {}/new --grid methods --calibration slef", "There is no calibration text 'slef'"),
+    Case("convert {}/model {}/new --prune 20% --prune-method wnda", "Did you mean wanda?"),
+    Case("convert {}/model {}/new --prune 20% --prune-method wanda --calibration {}", "There is no calibration text"),
+    Case("convert {}/model {}/new --drop-blocks 0-99999999999", "There is no block 99,999,999,999"),
+    Case("convert {}/model {}/dangling/new --prune 20%", "is a link that leads nowhere"),
+    Case("export {}/model {}/new.gguf --type q4_km", "Did you mean q4_k_m?"),
+    Case("export {}/model {}/new.gguf --type-of attentin=q8_0", "Did you mean attention?"),
+    Case("export {}/model {}/new.gguf --recipe {}/export.toml", "types a table of texts"),
+    Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/new.gguf", "have one name"),
+    Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/dangling", "is a link that leads nowhere"),
+    Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/nowhere/i", "no such folder"),
+    Case("export {}/model {}/dangling/new.gguf", "is a link that leads nowhere"),
+    Case("export {}/model {}/new", "Name it new.gguf"),
+    Case("verify {}/some.gguf", "has no some.gguf.json beside it"),
+    Case("probe {}/model -o {}/new -p fact:x.jsonl", "Did you mean facts:x.jsonl?"),
+    Case("probe {}/model -o {}/new -p text:{}/nowhere.txt", "There is no file"),
+    Case("probe {}/model -o {}/new --runtime lama.cpp", "Did you mean llama.cpp?"),
+    Case("report {}/model {}/model --early", "--early needs a gate"),
 ]
 
 
@@ -86,6 +106,10 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, tuple[int, 
     (place / "there.html").touch()
     (place / "some.gguf").write_bytes(b"GGUF")
     (place / "wrong.toml").write_text("[[steps]]\nscop = 'final'\nquantize = 'int8'\n", encoding="utf-8")
+    (place / "dangling").symlink_to("nowhere")
+    (place / "export.toml").write_text("[export]\ntypes = [5]\n", encoding="utf-8")
+    texts = "scope = ['attention']\nprune = [0.2]\nmethod = ['wanda']\ncalibration = ['nowhere.txt']\n"
+    (place / "texts.toml").write_text(f"[axes]\n{texts}", encoding="utf-8")
     (place / "grid.toml").write_text("[axes]\nscop = ['attention']\nprune = [0.2]\n", encoding="utf-8")
     lines = [[word.replace("{}", str(place)) for word in case.args.split()] for case in CASES]
     done = subprocess.run(

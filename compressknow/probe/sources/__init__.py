@@ -228,6 +228,9 @@ def _unknown(name: str) -> UsageError:
 
 def _suggestion(name: str) -> str:
     """What a name may be meant for: one without its kind, or one that is nearly known."""
+    beginning, colon, part = name.partition(":")
+    if colon and _split(name)[0] not in PROBES and (near := did_you_mean(beginning, PROBES, cutoff=0.7)):
+        return near.replace("?", f":{part}?")
     for kind, source in usable():
         if source.meant(name):
             return f"Did you mean {_joined(kind, _part(source, name))}? "
