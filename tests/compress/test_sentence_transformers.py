@@ -25,7 +25,8 @@ def source(tmp_path: Path) -> Path:
     paths = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
     modules = [{"idx": i, "name": str(i), "path": p, "type": paths[p]} for i, p in enumerate(paths)]
     (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32, "config_args": {"layer_norm_eps": 1e-6}}))
+    settings = {"max_seq_length": 32, "config_args": {"layer_norm_eps": 1e-6}}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
     for name in ("1_Pooling", "2_Dense", "onnx"):
         (folder / name).mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")
