@@ -11,6 +11,7 @@ import contextlib
 import glob
 import os
 import secrets
+import stat
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -116,7 +117,7 @@ def _lock_folder(folder: Path, wait: bool) -> int:
                 f"{folder} is in use by another run.", hint="Wait for it, or choose another folder."
             ) from None
         except (FileNotFoundError, FileExistsError) as error:
-            if folder.exists() and not folder.is_dir():
+            if is_no_folder(folder):
                 raise cannot_write(folder, error) from None
             # The run that made the folder has just removed it.
             time.sleep(0.01)
@@ -130,6 +131,14 @@ def _lock_folder(folder: Path, wait: bool) -> int:
         # The run that held it has removed it, for nothing came of that run.
         os.close(descriptor)
     raise OutputError(f"{folder} vanishes as soon as it is made.", hint="Choose another folder.")
+
+
+def is_no_folder(path: Path) -> bool:
+    """Whether a file, or whatever is no folder, is there; by one look, for another run may be removing its folder."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 def _refuse_no_file(path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,16 @@ from pathlib import Path
 import pytest
 
 from compressknow.errors import OutputError
-from compressknow.files import LOCK, interrupted, own_folder, remove_strays, write_together, write_whole, written
+from compressknow.files import (
+    LOCK,
+    interrupted,
+    is_no_folder,
+    own_folder,
+    remove_strays,
+    write_together,
+    write_whole,
+    written,
+)
 from compressknow.system import available_cores, is_full, new_file, open_to_read, peak_memory, read_at, write_at
 
 DEADLINE = 20
@@ -294,3 +304,23 @@ def test_what_this_process_may_use_and_has_used() -> None:
     held = bytearray(64 << 20)
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
     assert len(held) < peak_memory() < 64 * len(held)
+
+
+def test_a_folder_that_another_run_removes_at_this_moment_is_no_file(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    file.touch()
+    assert [is_no_folder(path) for path in (file, folder, tmp_path, file / "below")] == [True, False, False, False]
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            folder.mkdir()
+            folder.rmdir()
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        assert not any(is_no_folder(folder) for _ in range(3000))
+    finally:
+        ended.set()
+        other.join()

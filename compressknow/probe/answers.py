@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import DamagedAnswers, OutputError
-from compressknow.files import LOCK, own_folder, write_whole, written
+from compressknow.files import LOCK, is_no_folder, own_folder, write_whole, written
 from compressknow.format import count, percent, plain
 from compressknow.model.manifest import CALIBRATION, REMOVED
 from compressknow.notebook import Shown, Summary
@@ -348,7 +348,7 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
 
     Raises OutputError where it is a file, holds something else, or is in use and `wait` is False.
     """
-    if folder.exists() and not folder.is_dir():
+    if is_no_folder(folder):
         raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
     if _foreign(folder):
         raise OutputError(

@@ -12,7 +12,7 @@ from compressknow import reading
 from compressknow._version import __version__
 from compressknow.compress.steps import Calibration, Prune, Quantize
 from compressknow.errors import OutputError
-from compressknow.files import LOCK, own_folder, write_whole
+from compressknow.files import LOCK, is_no_folder, own_folder, write_whole
 from compressknow.format import count
 from compressknow.probe.answers import Answer, Answers
 from compressknow.probe.grades import RECOGNIZED, known_as
@@ -160,7 +160,7 @@ RECORD_FORM = {"schema": int, "version": str, "model": str, "sha256": str, "know
 
 def refuse_foreign(folder: Path) -> None:
     """Raise OutputError where a folder is a file, or holds something that is no study."""
-    if folder.exists() and not folder.is_dir():
+    if is_no_folder(folder):
         raise OutputError(f"{folder} is a file.", hint="A study is kept in a folder; choose another name.")
     if _foreign(folder):
         raise OutputError(f"{folder} exists already, and is no study.", hint="Choose a new folder for the study.")
