@@ -166,8 +166,7 @@ def test_a_relative_error_is_one_figure_in_manifest_report_and_comparison(
         if len(changes) == len(those):
             norm = np.linalg.norm(np.concatenate([before[t.name].ravel() for t in those]))
             assert found == pytest.approx(np.linalg.norm(np.concatenate(changes)) / norm, rel=1e-5, abs=1e-9)
-    if not manifest["untied"]:
-        assert manifest["totals"]["relative_error"] == pytest.approx(difference.total.relative_error, rel=1e-5)
+    assert manifest["totals"]["relative_error"] == pytest.approx(difference.total.relative_error, rel=1e-5)
 
 
 def test_two_int8_models_are_compared_with_each_other(tmp_path: Path) -> None:

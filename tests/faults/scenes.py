@@ -19,7 +19,7 @@ prune = [0.3]
 """
 COMPRESS = "--scope attention --prune 0.2 --quantize int8"
 # Written again and again while a study goes on: their content on the way is nobody's result.
-ON_THE_WAY = ("optuna.journal", ".lock", "answers.parquet", "probe.json")
+ON_THE_WAY = (".lock", "answers.parquet", "probe.json")
 
 
 @dataclass(frozen=True)

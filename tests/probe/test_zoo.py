@@ -29,15 +29,10 @@ REFUSED = {
     "MusicgenMelodyForCausalLM": "fails on the first prompts",
     "VoxtralRealtimeForConditionalGeneration": "fails on the first prompts",  # sound beside every token
 }
-# They need the timm package, another model's states, or several models in one.
-NOT_TINY = NOT_BUILT | {
-    "BltForCausalLM",
-    "DoryForCausalLM",
-    "Gemma4AssistantForCausalLM",
-    "Gemma4UnifiedAssistantForCausalLM",
-}
+# They need the timm package, or another model's states.
+NOT_TINY = NOT_BUILT | {"Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"}
 # Nor do older releases build these from settings as small as the zoo's.
-TINY_LATER = BUILT_SINCE_5_20 | {"CohereCompassForCausalLM", "DbrxForCausalLM"}
+TINY_LATER = BUILT_SINCE_5_20 | {"BltForCausalLM", "CohereCompassForCausalLM", "DbrxForCausalLM"}
 
 
 def two_facts(*, closed: bool = True) -> tuple[Fact, Fact]:

@@ -108,10 +108,26 @@ _ZAMBA = {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16}
 _SMALL = {name: value for value, names in _NAMES for name in names}
 _IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "blank_token_id": 3}
 _IDS["mask_token_id"] = 4
+_BLT = {
+    **{"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": HEADS},
+    **{"num_hidden_layers": LAYERS, "intermediate_size": HIDDEN},
+}
 # For types, or classes, whose settings do not follow from their names.
 MORE: dict[str, dict[str, Any]] = {
+    # Four models in one: what the others give the global one is twice as wide.
+    "blt": {
+        "encoder_hash_byte_group_vocab": 50,
+        "global_config": _BLT | {"hidden_size": 2 * WIDTH, "head_dim": 2 * WIDTH // HEADS},
+        "decoder_config": _BLT | {"hidden_size_global": 2 * WIDTH, "vocab_size": VOCABULARY},
+    },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    # Its lists count attention and feed-forward apart.
+    "dory": {
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
+        **dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 2),
+    },
     "Dots3NoteForCausalLM": {"head_dim": 16, "swa_head_dim": 16},
     "esm": {"vocab_size": VOCABULARY},
     "falcon_h1": {"mamba_d_ssm": 2 * WIDTH},
