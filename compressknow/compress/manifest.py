@@ -185,6 +185,7 @@ def _summary(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, 
             if any(row["group"] == group for row in (*rows, *left_out))
         },
         "untied": [asdict(untied) for untied in plan.untied],
+        **({"unused": list(plan.unused)} if plan.unused else {}),
         **({"removed": removed} if removed else {}),
     }
     return summary | {"runtimes": list(runtimes(summary | {"tensors": rows}))}

@@ -19,6 +19,7 @@ from compressknow.compress.sources import Sources
 from compressknow.compress.steps import Prune, Quantize, Step
 from compressknow.errors import UnsupportedError, UsageError
 from compressknow.model.checkpoint import Checkpoint, some_of
+from compressknow.model.loading import headers_of, load_report
 from compressknow.model.scopes import Action, select
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
@@ -104,8 +105,9 @@ class PlannedTensor:
 class Plan:
     """All that a conversion will do. `targets` names the modules that each scheme quantizes, `ignore` the Linear
     modules that stay as they are, `config` is the output's config.json without its quantization. `unpacked` has
-    transformers turn its weights into floats while it loads them, and not before it first computes. `removal` is
-    what made the checkpoint of the one that was given, where the recipe makes it smaller."""
+    transformers turn its weights into floats while it loads them, and not before it first computes. `unused` are the
+    stored tensors that the model has no place for, which are written as they are. `removal` is what made the checkpoint
+    of the one that was given, where the recipe makes it smaller."""
 
     checkpoint: Checkpoint
     structure: Structure
@@ -117,6 +119,7 @@ class Plan:
     config: dict[str, Any] = field(repr=False)
     sources: Sources = field(repr=False, compare=False)
     unpacked: bool = False
+    unused: tuple[str, ...] = ()
     removal: Removal | None = None
 
     @property
@@ -205,9 +208,17 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
         tuple(_untied(changed, shared_with)),
         config,
         sources,
+        unused=_unused(checkpoint, model, sources),
     )
     _refuse_unreachable(plan)
     return plan
+
+
+def _unused(checkpoint: Checkpoint, model: PreTrainedModel, sources: Sources) -> tuple[str, ...]:
+    """As transformers would tell it of the source: what it knows to be left over from older releases is left out."""
+    if all(tensor.name in sources.bound for tensor in sources.distinct()):
+        return ()
+    return load_report(type(model), model.config, headers_of(checkpoint)).unexpected
 
 
 def settled(structure: Structure, recipe: Recipe) -> Recipe:

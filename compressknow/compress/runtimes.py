@@ -41,6 +41,8 @@ def vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
     architecture = str(manifest["source"]["architecture"])
     if architecture not in VLLM_ARCHITECTURES:
         return f"{architecture} is not among the text generation models that are known to run there"
+    if unused := manifest.get("unused"):
+        return f"{architecture} has no place for {unused[0]}, at which its loader stops"
     quantized = {_module(row): row for row in _quantized(manifest)}
     shapes = _shapes(manifest)
     obstacles = (

@@ -16,7 +16,7 @@ from compressknow import reading
 from compressknow.errors import CheckpointError
 from compressknow.files import name_of
 from compressknow.model.sentence_transformers import module_folders
-from compressknow.model.tensors import StoredTensor, read_header
+from compressknow.model.tensors import StoredTensor, read_header, same_bytes
 from compressknow.model.torch_bin import read_torch_file
 from compressknow.reading import CONFIG, TOKENIZER, check_regular
 
@@ -67,6 +67,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     files = weight_files(folder) if weights else {}
     tensors: dict[str, StoredTensor] = {}
     found: dict[str, str] = {}
+    others: list[StoredTensor] = []
     for file, wanted in files.items():
         stored = _read_weights(folder / file)
         if missing := sorted(set(wanted or ()) - set(stored)):
@@ -75,12 +76,20 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
             )
         tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
         found |= dict.fromkeys(stored, file)
+        others += [tensor for name, tensor in stored.items() if wanted is not None and name not in wanted]
     if left_out := sorted(found.keys() - tensors.keys()):
         raise CheckpointError(
             f"The index of {folder} leaves out {some_of(left_out)}, which {found[left_out[0]]} holds.",
             why="What reads the index loads a model without these weights.",
             hint=DOWNLOAD_AGAIN,
         )
+    for other in others:
+        if not same_bytes(other, tensors[other.name]):
+            raise CheckpointError(
+                f"{other.file} and {tensors[other.name].file} hold other values of {other.name}.",
+                why="transformers takes those that it reads last, whatever the index says.",
+                hint=DOWNLOAD_AGAIN,
+            )
     name = str(model) if commit else name_of(folder.resolve())
     return Checkpoint(name, folder, config, tensors, tuple(files), commit)
 

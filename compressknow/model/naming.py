@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.tensors import OpenFiles, StoredTensor
+from compressknow.model.tensors import StoredTensor, same_bytes
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-COMPARE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -210,14 +208,3 @@ def suppliers(checkpoint: Checkpoint, bound: Mapping[str, str], tied: Mapping[st
         if target not in supply and source in supply:
             supply[target] = supply[source]
     return supply
-
-
-def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two stored tensors hold the same values bit for bit."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    if (one.file, one.offset) == (other.file, other.offset):
-        return True
-    with OpenFiles() as files:
-        chunks = zip(files.chunks(one, COMPARE_BYTES), files.chunks(other, COMPARE_BYTES), strict=True)
-        return all(left == right for left, right in chunks)

@@ -21,6 +21,7 @@ from compressknow.compress.schemes import known, word_of
 from compressknow.errors import OutputError
 from compressknow.files import write_whole
 from compressknow.format import count, estimate, number, percent, size
+from compressknow.model.checkpoint import some_of
 from compressknow.model.manifest import calibration_of
 from compressknow.reading import CARD as CARD_BYTES
 from compressknow.reading import NotReadable, read_text
@@ -86,7 +87,7 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         word=word_of(known(schemes)),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
         load_code=f'import compressknow\n\nmodel = compressknow.load("{_FOLDER}")',
-        warnings=list(growth(manifest)),
+        warnings=[*growth(manifest), *left_over(manifest)],
         runs=where_it_runs(manifest),
         vllm=vllm_obstacle(manifest) is None,
         vllm_limit=vllm_limit(manifest),
@@ -216,6 +217,13 @@ def where_it_runs(manifest: Mapping[str, Any]) -> str:
     told = f"Runs in {', '.join(runtimes(manifest))}{f' ({limit})' if limit else ''}."
     known = manifest["source"]["architecture"] in VLLM_ARCHITECTURES
     return f"{told} It does not run in vLLM: {obstacle}." if obstacle and known else told
+
+
+def left_over(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """That the model has no place for some of the tensors; nothing where it has."""
+    if unused := manifest.get("unused", []):
+        tensors, go = ("A tensor has", "goes") if len(unused) == 1 else (f"{len(unused)} tensors have", "go")
+        yield f"{tensors} no place in {manifest['source']['architecture']} and {go} along unchanged: {some_of(unused)}."
 
 
 def growth(manifest: Mapping[str, Any]) -> Iterator[str]:

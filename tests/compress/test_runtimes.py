@@ -12,6 +12,7 @@ import transformers as hf
 from compressed_tensors.utils.match import is_match
 
 import compressknow
+from compressknow.cli.convert import manifest_page
 from compressknow.compress.runtimes import VLLM_ARCHITECTURES, vllm_limit, vllm_obstacle
 from compressknow.report.model_card import growth, where_it_runs
 from tests.models import QUANTIZABLE, save_tiny
@@ -74,6 +75,16 @@ def test_whole_joined_layers_may_stay_floats(options: dict[str, Any], tmp_path: 
             quantized = {is_match(f"{parent}.{part}", linear, group["targets"]) for part in parts}
             ignored = {is_match(f"{parent}.{part}", linear, settings["ignore"]) for part in parts}
             assert (quantized, ignored) in (({True}, {False}), ({False}, {True}))
+
+
+def test_tensors_that_the_model_has_no_place_for_are_named_and_keep_it_from_vllm(tmp_path: Path) -> None:
+    config = json.loads((save_tiny("llama", tmp_path / "in") / "config.json").read_text())
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    manifest = planned("llama", tmp_path, prune=0.2)
+    assert len(manifest["unused"]) == 9
+    assert "vLLM: LlamaForCausalLM has no place for model.layers.1." in where_it_runs(manifest)
+    page = " ".join(manifest_page(manifest, "in", tmp_path / "out", dry_run=True))
+    assert "9 tensors have no place in LlamaForCausalLM" in page
 
 
 def test_the_architectures_of_vllm_are_decoders_of_transformers() -> None:
