@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compressknow.model.placement import Step, is_cross, is_further_head, place
@@ -21,7 +21,7 @@ from compressknow.model.structure import Group, LinearWeight, ModuleMap, Structu
 # Llama 4's experts do not say, as others do, that they are stored as [experts, in, out].
 TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
 BERT_ATTENTION_OUTPUT = re.compile(r"^(.*attention\.)output\.dense$")
-TOWER_CONFIG = re.compile("Vision|Audio|Speech|Video|QFormer")
+TOWER_CONFIG = re.compile("Vision|Audio|Speech|Video|QFormer|Tokenizer|SaProt")
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv2d, nn.Conv3d)
 Kind = Literal["linear", "conv1d", "experts"]
 
@@ -71,9 +71,10 @@ class _Tree:
         self.model = model
         self.modules = dict(model.named_modules())
         self.classes = {name: type(module).__name__ for name, module in self.modules.items()}
+        self.towers = set(_towers(model))
+        self.parts = {name for name, module in self.modules.items() if _is_part(model, module)} - self.towers
         self.layers = self._number_blocks()
         self.heads = _output_weights(model)
-        self.towers = set(_towers(model))
         # A weight of several names (Zamba's shared block) is applied once under each of them.
         self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
@@ -88,12 +89,19 @@ class _Tree:
     def in_tower(self, name: str) -> bool:
         return name in self.towers or any(parent in self.towers for parent in _parents(name))
 
+    def is_between(self, name: str) -> bool:
+        """Whether a module lies between the towers and the language model, where both are models of their own."""
+        has_language = bool(self.towers) and any(not self.in_tower(part) for part in self.parts)
+        return has_language and not any(each in self.parts or each in self.towers for each in (name, *_parents(name)))
+
     def _number_blocks(self) -> dict[str, int]:
         """Outermost blocks -> index in their stack. Lists of lists (Funnel's) are one stack."""
         layers: dict[str, int] = {}
         counts: Counter[str] = Counter()
         for name in self.modules:
             if not self._is_block(name) or any(parent in layers for parent in _parents(name)):
+                continue
+            if self.is_between(name):
                 continue
             stack = re.split(r"\.\d+(?:\.|$)", name)[0]
             layers[name] = counts[stack]
@@ -116,11 +124,18 @@ def _parents(name: str) -> Iterator[str]:
 def _towers(model: PreTrainedModel) -> Iterator[str]:
     """Models within a multimodal model that read images, video or sound, or condense what such a model gives."""
     for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or isinstance(module.config, type(model.config)):
-            continue
-        # Qwen's vision models inherit from their whole that they read text.
-        if "text" not in module.input_modalities or TOWER_CONFIG.search(type(module.config).__name__):
-            yield name
+        config = getattr(module, "config", None)
+        # Idefics' vision model is a plain module with a config of its own.
+        if isinstance(config, PreTrainedConfig) and not isinstance(config, type(model.config)):
+            # Qwen's vision models inherit from their whole that they read text.
+            reads_no_text = isinstance(module, PreTrainedModel) and "text" not in module.input_modalities
+            if reads_no_text or TOWER_CONFIG.search(type(config).__name__):
+                yield name
+
+
+def _is_part(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether a module is a model of its own within a composite one."""
+    return isinstance(module, PreTrainedModel) and not isinstance(module.config, type(model.config))
 
 
 def _output_weights(model: PreTrainedModel) -> set[int]:
@@ -179,6 +194,9 @@ def _group(tree: _Tree, module: str, parameter: torch.Tensor, place_: _Place) ->
         return "final"
     if place_.block is None and is_further_head(place_.steps, module, leaf):
         return "final"
+    if place_.block is None and tree.towers:
+        # What brings images to the language model has attention and feed-forward layers that are none of its own.
+        return "other"
     return place(place_.steps, leaf, place_.block is not None)
 
 

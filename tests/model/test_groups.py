@@ -10,7 +10,9 @@ import torch
 import transformers
 
 from compressknow.model.groups import structure_of
+from compressknow.model.scopes import select
 from compressknow.model.structure import LinearWeight, ModuleMap, Structure
+from tests.zoo import tiny_config
 
 BERT = {
     "vocab_size": 90,
@@ -364,3 +366,30 @@ def structure_with_stranger() -> Structure:
         model = transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
         model.bert.encoder.layer[0].stranger = torch.nn.Linear(16, 16)
     return structure_of(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "tower", "between"),
+    [
+        # A vision model that is a plain module, and a projector of the class of a feed-forward block.
+        ("idefics", "IdeficsForVisionText2Text", "model.vision_model.", ()),
+        (
+            "idefics2",
+            "Idefics2ForConditionalGeneration",
+            "model.vision_model.",
+            ("model.connector.modality_projection.",),
+        ),
+        ("kosmos-2", "Kosmos2ForConditionalGeneration", "vision_model.", ("image_to_text_projection.",)),
+    ],
+)
+def test_what_brings_images_to_a_language_model_is_none_of_its_blocks(
+    model_type: str, name: str, tower: str, between: tuple[str, ...]
+) -> None:
+    with torch.device("meta"):
+        structure = structure_of(getattr(transformers, name)(tiny_config(model_type, name, {})))
+    of_tower = {weight.group for weight in structure.linears if weight.module.startswith(tower)}
+    projectors = {weight.group for weight in structure.linears if weight.module.startswith(between or "-")}
+    assert of_tower == {"vision"}
+    assert projectors == ({"other"} if between else set())
+    first = select(structure, ["attention", "feed-forward"], "prune", layers="0")
+    assert not [weight.module for weight in first if weight.module.startswith((tower, *between))]

@@ -95,7 +95,8 @@ FEED_FORWARD_PART = re.compile(
     r"|shared_experts?|block_sparse_moe|output_query)$"
 )
 TOWER_PART = re.compile(
-    r"\.(?:vision_tower|vision_model|image_encoder|img_processor|audio_tower|audio_embed\.encoder|word_timestamp_encoder)\."
+    r"\.(?:vision_tower|vision_model|image_encoder|img_processor|audio_tower|audio_embed\.encoder"
+    r"|word_timestamp_encoder|(?:acoustic|semantic)_tokenizer_encoder)\."
 )
 GRANITE_TOWERS = re.compile(r"^model\.(?:encoder|projector\.qformer)\.")
 MIXER_PART = re.compile(r"^(?:mamba|mixer|conv|mlstm_layer|temporal_block|\w*message_gate|adapter_modules|bottleneck)$")
