@@ -161,7 +161,7 @@ class EvaluationSet:
         ((_, answers),) = self._evaluate([cell], (*self.probes, *self.texts))
         return answers
 
-    def _judged(self, cells: Sequence[Cell], probes: Sequence[Opened]) -> Iterator[tuple[Cell, Answers]]:
+    def _judged(self, cells: Sequence[Cell], probes: Sequence[Probe]) -> Iterator[tuple[Cell, Answers]]:
         return ((cell, judged(answers, self.known_as)) for cell, answers in self._evaluate(cells, probes))
 
     def _evaluate(self, cells: Sequence[Cell], probes: Sequence[Opened]) -> Iterator[tuple[Cell, Answers]]:
