@@ -15,6 +15,7 @@ from compressknow.compress.recipe import read_recipe
 from compressknow.compress.steps import Prune
 from compressknow.errors import UsageError
 from compressknow.files import LOCK
+from compressknow.format import number
 from compressknow.model.groups import structure_of
 from compressknow.probe.answers import read_answers
 from compressknow.probe.facts import fact_of
@@ -286,8 +287,10 @@ def test_the_winner_reads_a_text_that_guides_nothing(llama: Place) -> None:
         llama.model, ours / "winner", f"text:{text}", options=Options(context=24), keep_in=llama.folder / "answers"
     )
     (figures,) = card.comparisons[0].texts
+    told = page.split("## Running text")[1].split("\n## ")[0]
     for perplexity in (figures.original.value.value, figures.compressed.value.value):
-        assert f"{perplexity:.2f}" in page.split("## Running text")[1].split("\n## ")[0]
+        assert f"{perplexity:.2f}" in told
+    assert number(figures.moved.kl.value, 4) in told
     # A search that is done reads nothing again.
     before = {path: path.stat().st_mtime_ns for path in ours.rglob("answers.parquet")}
     assert llama.search("read", *keep, *beside) == 0
