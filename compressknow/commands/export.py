@@ -68,9 +68,11 @@ def export(
     place = Path(output)
     # Said before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf")
-    _refuse_before_work(model, place, overwrite=overwrite, writes=not dry_run)
+    matrix_place = None if imatrix_out is None else Path(imatrix_out)
+    _refuse_before_work(model, place, matrix_place, overwrite=overwrite, writes=not dry_run)
     choice = _chosen(locals())
-    matrix_out = _importance_output(imatrix_out, choice, place, overwrite=overwrite)
+    if matrix_place is not None:
+        _refuse_importance_output(matrix_place, choice, place, overwrite=overwrite)
     found = find_converter(converter)
     from compressknow.export.importance import read_importance
     from compressknow.quiet import Stage, begun, listener
@@ -87,7 +89,7 @@ def export(
 
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
-    return write(job, place, overwrite=overwrite, importance_output=matrix_out, threads=threads, begin=begin)
+    return write(job, place, overwrite=overwrite, importance_output=matrix_place, threads=threads, begin=begin)
 
 
 # Options that a recipe says instead, and what they are without one.
@@ -127,15 +129,12 @@ def _calibration(text: str | None, tokens: int | None, seed: int) -> Calibration
     return Calibration(text, seed=seed) if tokens is None else Calibration(text, tokens, seed)
 
 
-def _importance_output(path: str | Path | None, choice: Choice, output: Path, *, overwrite: bool) -> Path | None:
-    """Where the importance matrix goes. Raises an error where there is none to write, or something lies there."""
+def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overwrite: bool) -> None:
+    """Raise an error where there is no importance matrix to write, or it cannot be written there."""
     from compressknow.errors import OutputError, UsageError
     from compressknow.export.place import record_of
     from compressknow.files import refuse_broken_links
 
-    if path is None:
-        return None
-    file = Path(path)
     if choice.calibration is None:
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
     if file.resolve() in (output.resolve(), record_of(output).resolve()):
@@ -145,18 +144,19 @@ def _importance_output(path: str | Path | None, choice: Choice, output: Path, *,
         raise OutputError(f"{file} exists already.", hint="Choose another --imatrix-out, or pass --overwrite.")
     if not file.parent.is_dir():
         raise OutputError(f"{file.parent}: no such folder.", hint="Make it first, or choose another place.")
-    return file
 
 
-def _refuse_before_work(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:
-    """What is wrong with the two places; what a dead run has left goes, whatever becomes of this one."""
+def _refuse_before_work(
+    model: str | Path, output: Path, importance: Path | None, *, overwrite: bool, writes: bool
+) -> None:
+    """What is wrong with the two places; what a dead run has left is ended or goes, whatever becomes of this one."""
     from compressknow.compress.staging import clean
-    from compressknow.export.place import refuse_file
+    from compressknow.export.place import finish, refuse_file
     from compressknow.files import refuse_broken_links
     from compressknow.model.checkpoint import refuse_no_checkpoint
 
     refuse_no_checkpoint(model)
     refuse_broken_links(output.parent)
     if writes:
-        clean(output)
+        clean(output, lambda folder: finish(output, folder, importance))
     refuse_file(output, overwrite=overwrite, source=Path(model))

@@ -11,8 +11,8 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -43,6 +43,7 @@ class Staging:
     ) -> None:
         self.output = Path.cwd() / output
         self._overwrite, self._refuse = overwrite, refuse or refuse_output
+        self._committed = False
         self._sizes: dict[str, int] = {}
         self._refuse(self.output, overwrite=overwrite, source=source)
         refuse_broken_links(self.output.parent)
@@ -51,17 +52,17 @@ class Staging:
         try:
             with uninterrupted():
                 self.output.parent.mkdir(parents=True, exist_ok=True)
-                clean(self.output)
+                clean(self.output, self.finish)
                 # An interrupted run's old output may have been put back just now.
                 self._refuse(self.output, overwrite=overwrite, source=source)
                 self._locked = new_locked_file(self.output.parent, _prefix(self.output, "lock"))
                 self.folder = _twin(self.output, self._locked[0], "new")
                 self.folder.mkdir()
         except OSError as error:
-            self._remove(failed=True)
+            self._remove()
             raise cannot_write(output, error) from None
         except BaseException:
-            self._remove(failed=True)
+            self._remove()
             raise
 
     def __enter__(self) -> Self:
@@ -70,7 +71,7 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._remove(failed=error is not None)
+        self._remove()
         if isinstance(error, OSError) and is_full(error):
             raise OutputError(
                 f"No space left for {self.output}.",
@@ -123,6 +124,7 @@ class Staging:
                     if self.output.exists():
                         move(self.output, aside)
                     move(self.folder, self.output)
+                    self._committed = True
                     sync_folder(self.output.parent)
                 finally:
                     if aside.exists() and not self.output.exists():
@@ -144,13 +146,17 @@ class Staging:
                     hint="Run it again, and leave hidden folders beside OUTPUT alone.",
                 )
 
-    def _remove(self, *, failed: bool) -> None:
-        """Remove all that was made but the output; of a run that `failed`, the folders above it too."""
+    def finish(self, folder: Path) -> None:
+        """End what a run that is dead was amid of, which has left this staging folder: nothing, where one rename is
+        all. It is removed then."""
+
+    def _remove(self) -> None:
+        """Remove all that was made but the output; where there is none, the folders above it too."""
         with uninterrupted():
             if self._locked:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 remove_lock(*self._locked)
-            for parent in self._made if failed else ():
+            for parent in () if self._committed else self._made:
                 with suppress(OSError):
                     parent.rmdir()
 
@@ -205,16 +211,27 @@ def _of_kind(output: Path, kind: str) -> list[Path]:
     return list(output.parent.glob(glob.escape(_prefix(output, kind)) + "*"))
 
 
-def clean(output: Path) -> None:
-    """Remove what dead runs for the same output left, and put back what one of them had moved aside."""
+def clean(output: Path, finish: Callable[[Path], None] | None = None) -> None:
+    """Remove what dead runs for the same output left, and put back what one of them had moved aside; `finish` is told
+    each staging folder before."""
     for lock_file in _of_kind(output, "lock"):
         with dead(lock_file) as ended:
             if ended:
-                _clean_one(output, lock_file)
+                _clean_one(output, lock_file, finish)
     for path in (*_of_kind(output, "old"), *_of_kind(output, "new")):
         # A run takes its lock first and removes it last: without one it has ended.
         if not _twin(output, path, "lock").exists():
-            _clean_one(output, path)
+            _clean_one(output, path, finish)
+
+
+@contextmanager
+def scratch(place: Path) -> Iterator[Path]:
+    """A folder beside `place` for what is of use only meanwhile. Those that dead runs left are removed.
+
+    Raises OutputError as `Staging` does.
+    """
+    with Staging(place, overwrite=False, source=place, refuse=lambda *_, **__: None) as staging:
+        yield staging.folder
 
 
 def discard(output: Path) -> None:
@@ -224,9 +241,11 @@ def discard(output: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _clean_one(output: Path, of: Path) -> None:
+def _clean_one(output: Path, of: Path, finish: Callable[[Path], None] | None) -> None:
     old, new = _twin(output, of, "old"), _twin(output, of, "new")
     if old.exists() and not output.exists():
         move(old, output)
+    if finish and new.is_dir():
+        finish(new)
     for folder in (old, new):
         shutil.rmtree(folder, ignore_errors=True)

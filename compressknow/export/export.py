@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from compressknow.compress.blocks import Reader
+from compressknow.compress.convert import carried_files
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
+from compressknow.compress.staging import scratch
 from compressknow.diff.parameters import Side, side_of
 from compressknow.engine.identity import fingerprint, locate
 from compressknow.engine.load import family_of_class
@@ -24,23 +25,23 @@ from compressknow.export.channels import same_channels
 from compressknow.export.choice import Choice
 from compressknow.export.converter import Converter, convert, known_architectures, refuse_unknown
 from compressknow.export.importance import Importance, read_importance, refuse_other_model, write_importance
-from compressknow.export.place import Place, record_of, refuse_no_room
+from compressknow.export.place import IMPORTANCE, Place, record_of, refuse_no_room
 from compressknow.export.plain import Plain, float_type, is_plain, plain_tensors, write_plain
 from compressknow.export.quantizing import Request, planned_types, quantize
 from compressknow.export.record import SCHEMA, ExportRecord, metadata_of, tool_versions, totals_of, write_with
 from compressknow.export.tensors import Tensors, by_group, chosen_types, read_tensors
 from compressknow.export.types import FLOATS, base_type, bytes_of
-from compressknow.files import write_whole
-from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.checkpoint import Checkpoint, refuse_leading_out
 from compressknow.model.loading import open_complete
-from compressknow.model.manifest import MANIFEST_NAME, read_manifest
+from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
 from compressknow.quiet import Begin, counted, untold
 from compressknow.reading import sha256_of
+from compressknow.system import move
 
 # Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
 _SPARE = 1.1
-IMPORTANCE = "importance.gguf"
+MATRIX = "importance.gguf"
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,21 @@ def prepare(
         a way that is not known here.
     """
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
+    _refuse_links_out(checkpoint.folder)
     side = side_of(checkpoint, trust_remote_code=trust_remote_code)
     _refuse_headless(side.structure.architecture)
     refuse_unknown(side.structure.architecture, known_architectures(converter))
     tensors = plain_tensors(side, checkpoint)
     exact = "f32" if choice.type == "f32" else FLOATS[float_type(tensors)]
     return Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code)
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """Raise CheckpointError where a file that the converter may take something of is a link out of the checkpoint."""
+    if (card := folder / CARD_NAME).is_file():
+        refuse_leading_out(folder, card)
+    # Looking for them refuses them.
+    list(carried_files(folder))
 
 
 def _refuse_headless(architecture: str) -> None:
@@ -149,7 +159,8 @@ def write(
     CompressknowError : the converter or llama.cpp fails.
     """
     refuse_no_room(output, export.needed_bytes)
-    with Place(output, overwrite=overwrite, source=export.checkpoint.folder) as place:
+    source = export.checkpoint.folder
+    with Place(output, overwrite=overwrite, source=source, importance=importance_output) as place:
         # Apart from the output, which may be called as one of its steps.
         work = place.folder / "work"
         work.mkdir()
@@ -163,10 +174,9 @@ def write(
         place.expect({place.file.name: nbytes})
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         place.write(record_of(place.file).name, _json(record))
-        importance = (work / IMPORTANCE).read_bytes() if importance_output else b""
+        if importance_output:
+            move(work / MATRIX, place.folder / IMPORTANCE)
         place.commit()
-    if importance_output:
-        write_whole(importance_output, importance)
     return record
 
 
@@ -190,9 +200,8 @@ def preview(export: Export, output: Path, *, threads: int | None = None, begin: 
     """What `write` would record, but for the hash: llama.cpp chooses types by a file, which is made for that beside
     `output` and removed again."""
     refuse_no_room(output, export.needed_bytes)
-    folder = next(path for path in (Path.cwd() / output).parents if path.exists())
-    with TemporaryDirectory(prefix=f".{output.name}.", dir=folder) as scratch:
-        return _record(export, _made(export, Path(scratch), threads, begin, dry_run=True))
+    with scratch(output) as folder:
+        return _record(export, _made(export, folder, threads, begin, dry_run=True))
 
 
 def _is_quantized(export: Export) -> bool:
@@ -221,7 +230,7 @@ def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dr
     types = chosen_types(tensors, export.choice.types)
     output, matrix, said = folder / "quantized.gguf", None, {}
     if importance := None if dry_run else _importance(export, exact, tensors, seen):
-        matrix = str(folder / IMPORTANCE)
+        matrix = str(folder / MATRIX)
         write_importance(importance, Path(matrix))
         said = _importance_record(export, importance, tensors, seen)
     request = Request(str(exact), str(output), export.choice.type, types, matrix, threads or 0, dry_run)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from compressknow.compress.staging import Staging, refuse_overlap
 from compressknow.errors import CheckpointError, OutputError, UsageError
+from compressknow.files import write_whole, written
 from compressknow.format import size
 from compressknow.system import move, sync_folder, uninterrupted
 
 SUFFIX = ".gguf"
+# Names in the folder to work in: the importance matrix, and the record of the file that is overwritten.
+IMPORTANCE, OLD_RECORD = "importance", "old"
 # The record of a file is called as the file, with this behind.
 RECORD = ".json"
 
@@ -32,9 +37,15 @@ def refuse_no_record(output: Path) -> None:
 
 class Place(Staging):
     """A folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, and its record, out of
-    it to their places."""
+    it to their places.
 
-    def __init__(self, output: Path, *, overwrite: bool, source: Path) -> None:
+    Parameters
+    ----------
+    importance : where the importance matrix goes too.
+    """
+
+    def __init__(self, output: Path, *, overwrite: bool, source: Path, importance: Path | None = None) -> None:
+        self._importance = importance
         super().__init__(output, overwrite=overwrite, source=source, refuse=refuse_file)
 
     @property
@@ -43,16 +54,63 @@ class Place(Staging):
         return self.folder / self.output.name
 
     def commit(self) -> None:
-        """Move both to their places: the file first, so that one without a record is whole, and no record is of another
-        file. Raises OutputError as `Staging.commit` does."""
+        """Move all to their places: the record last, so that what has one is whole, and none is of another file.
+
+        Raises OutputError as `Staging.commit` does.
+        """
         self._refuse(self.output, overwrite=self._overwrite, source=None)
         self._refuse_losses()
         sync_folder(self.folder)
         with uninterrupted():
-            record_of(self.output).unlink(missing_ok=True)
+            try:
+                with _importance_at(self._importance, self.folder):
+                    self._move_file()
+            finally:
+                if self._committed:
+                    move(record_of(self.file), record_of(self.output))
+                    sync_folder(self.output.parent)
+
+    def _move_file(self) -> None:
+        try:
+            if record_of(self.output).exists():
+                move(record_of(self.output), self.folder / OLD_RECORD)
             move(self.file, self.output)
-            move(record_of(self.file), record_of(self.output))
-            sync_folder(self.output.parent)
+            self._committed = True
+        except OSError:
+            self.finish(self.folder)
+            raise
+
+    def finish(self, folder: Path) -> None:
+        """See `finish`."""
+        finish(self.output, folder, self._importance)
+
+
+@contextmanager
+def _importance_at(place: Path | None, folder: Path) -> Iterator[None]:
+    """The importance matrix that lies in the folder, at its place once the context ends without an error: its bytes are
+    on the disk before."""
+    if place is None:
+        yield
+        return
+    with written(place) as file:
+        file.write((folder / IMPORTANCE).read_bytes())
+        file.flush()
+        os.fsync(file.fileno())
+        yield
+
+
+def finish(output: Path, folder: Path, importance: Path | None) -> None:
+    """End what a run that is dead was amid of: where it had moved its file to `output`, all else follows; where it had
+    only taken the old file's record away, that is put back."""
+    made, old, record = record_of(folder / output.name), folder / OLD_RECORD, record_of(output)
+    if os.path.lexists(record) or not output.is_file():
+        return
+    if made.is_file() and not (folder / output.name).exists():
+        if importance and (folder / IMPORTANCE).is_file():
+            write_whole(importance, (folder / IMPORTANCE).read_bytes())
+        move(made, record)
+    elif old.is_file():
+        move(old, record)
 
 
 def refuse_file(output: Path, *, overwrite: bool, source: Path | None) -> None:

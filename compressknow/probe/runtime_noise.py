@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from compressknow.compress.staging import scratch
 from compressknow.engine.language_model import CPU
 from compressknow.errors import CompressknowError, NotInstalled, OutputError, UnsupportedError
 from compressknow.probe.answers import Answers
@@ -107,9 +107,9 @@ def _in_llama_cpp(
     )
     # The converter takes memory of its own.
     original.release()
-    with TemporaryDirectory(prefix=".in-llama-cpp-", dir=folder) as place:
+    with scratch(folder / "in-llama-cpp") as place:
         # In a file of bf16 llama.cpp rounds activations to bf16 too: that is the type's doing, not the runtime's.
         kind = "f32" if export.exact == "f32" else "f16"
-        file = write_floats(export, Path(place), kind, begin=lambda work: begun(on_progress, Stage(work, name)))
+        file = write_floats(export, place, kind, begin=lambda work: begun(on_progress, Stage(work, name)))
         settings = replace(original.settings, runtime=LlamaCpp.name, device=CPU, dtype=None)
         yield ModelHandle(replace(original.located, path=file), settings)

@@ -48,7 +48,7 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
     try:
         match = FRONT_MATTER.match(read_text(card, CARD_BYTES))
         metadata = yaml.safe_load(match.group(1)) if match else None
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         # A conversion must not fail for the sake of a card that its author broke.
         return {}
     return metadata if isinstance(metadata, dict) else {}
@@ -244,7 +244,7 @@ def check_metadata(front_matter: str) -> dict[str, Any]:
     """The metadata. Raises OutputError where it cannot be read."""
     try:
         metadata = yaml.safe_load(front_matter)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise OutputError(
             "the model card's metadata is no valid YAML, and would be lost.",
             why=str(error).splitlines()[0],

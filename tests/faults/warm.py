@@ -28,7 +28,9 @@ from typing import Any
 
 from tests.faults.watching import Watch, listen
 
-SECONDS = 20.0
+# Of work, by the clock of the processor: a machine that does other work beside is no hang. The longest wait is by the
+# clock on the wall.
+SECONDS, LONGEST_WAIT = 20, 180.0
 BYTES = 2 << 30
 ROOT = Path(__file__).parents[2]
 _MORE = (
@@ -54,7 +56,7 @@ class Request:
     signal_at: tuple[int, int] | None = None
     signal_after: tuple[int, float] | None = None
     watch: bool = False
-    seconds: float = SECONDS
+    seconds: float = LONGEST_WAIT
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -80,7 +82,9 @@ class Outcome:
         text = self.out + self.err
         found = []
         if self.timed_out:
-            found.append(f"no end in {SECONDS:.0f} s")
+            found.append(f"waits for more than {LONGEST_WAIT:.0f} s")
+        elif self.code == -signal.SIGXCPU:
+            found.append(f"no end in {SECONDS} s of work")
         elif self.code not in (0, 1, 2, 3, 130, 143):
             found.append(f"exit code {self.code}")
         if self.peak > BYTES:
@@ -205,6 +209,7 @@ def _child(request: Request, out: int, err: int, channel: socket.socket, watched
         limit = _virtual() + BYTES + (1 << 30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
         sys.argv = ["compressknow", *request.args]
         listeners = [listen()] if watched else []
         socket.send_fds(channel, [b"%d" % _resident()], listeners)

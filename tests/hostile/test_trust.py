@@ -198,6 +198,16 @@ def test_convert_copies_nothing_from_outside_the_checkpoint(tmp_path: Path) -> N
     assert (tmp_path / "out" / "LICENSE").read_text() == "free"
 
 
+def test_export_takes_nothing_from_outside_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
+    source, script = save_tiny("llama", tmp_path / "in"), tmp_path / "convert_hf_to_gguf.py"
+    script.touch()
+    (tmp_path / "secret").write_text("mine")
+    (source / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    said = refused(capsys, "export", source, tmp_path / "out.gguf", "--converter", script)
+    assert "chat_template.jinja is a link that leads outside the checkpoint" in said
+
+
 def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> None:
     saved = save_tiny("bert", tmp_path / "saved")
     (saved / "tokenizer.json").write_text("{}")

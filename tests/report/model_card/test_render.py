@@ -121,7 +121,17 @@ def test_int8_encoder_decoder_is_sent_to_load_for_generate() -> None:
     assert "compressknow.load(" not in render_model_card(pruned, source_card_metadata={})
 
 
-@pytest.mark.parametrize("card", ["", "no front matter", "---\n: [\n---\n", "---\n- a\n---\n", "---\nlicense: mit\n"])
+@pytest.mark.parametrize(
+    "card",
+    [
+        "",
+        "no front matter",
+        "---\n: [\n---\n",
+        "---\n- a\n---\n",
+        "---\nlicense: mit\n",
+        "---\n" + "[" * 3000 + "\n---\n",
+    ],
+)
 def test_broken_source_card_counts_as_none(tmp_path: Path, card: str) -> None:
     (tmp_path / "README.md").write_text(card)
     assert read_card_metadata(tmp_path / "README.md") == {}

@@ -161,6 +161,7 @@ def test_front_matter_in_braces_keeps_its_values(card: Card, folder: Path) -> No
     [
         (b"---\nlicense: [mit\n---\nText.\n", "no valid YAML"),
         (b"---\na: b: c\n---\nText.\n", "no valid YAML"),
+        (b"---\n" + b"[" * 3000 + b"\n---\nText.\n", "no valid YAML"),
         (b"---\n- a list\n---\nText.\n", "not of the form"),
         (b"---\nmodel-index: mine\n---\nText.\n", "not of the form"),
         (b"---\nmodel-index:\n- name: x\n---\nText.\n", "not of the form"),
