@@ -106,9 +106,13 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
         try:
             _refuse_unsound(path)
             with no_panics():
-                return AutoTokenizer.from_pretrained(
+                tokenizer = AutoTokenizer.from_pretrained(
                     **_source(path), trust_remote_code=trust_remote_code, local_files_only=True
                 )
+            if not isinstance(tokenizer.model_max_length, int | float):
+                # transformers compares it with a length, and fails in the middle of the work.
+                raise ValueError(f"its model_max_length, {tokenizer.model_max_length!r}, is no number")
+            return tokenizer
         except CompressknowError:
             raise
         except Exception as error:
