@@ -28,14 +28,8 @@ def test_help_is_shown_and_nothing_done(script: str, tmp_path: Path) -> None:
     assert files() == before
 
 
-@pytest.mark.parametrize("script", ["frontier", "study"])
-def test_a_model_that_is_not_there_is_one_message(script: str, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / f"{script}.py"),
-        str(tmp_path / "nowhere"),
-        str(tmp_path / "work"),
-    ]
+def test_a_model_that_is_not_there_is_one_message(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/frontier.py"), str(tmp_path / "nowhere"), str(tmp_path / "work")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
     assert done.returncode == 1
     assert f"Error: {tmp_path / 'nowhere'}: no such folder." in done.stderr
