@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,10 +107,25 @@ def fingerprint(located: Located, read: Callable[[int], None] | None = None) -> 
 
     `read` is told the bytes of each piece that was read.
     """
+    return _fingerprint_of((path.name, _hash_of(path, read)) for path in located.files)
+
+
+def _fingerprint_of(hashes: Iterable[tuple[str, str]]) -> str:
     digest = hashlib.sha256()
-    for path in located.files:
-        digest.update(f"{path.name}\0{_hash_of(path, read)}\n".encode())
+    for name, sha256 in hashes:
+        digest.update(f"{name}\0{sha256}\n".encode())
     return digest.hexdigest()
+
+
+def _source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The name, revision and fingerprint of what a checkpoint was made of: that of its files as the manifest has them,
+    weights in the order of their names."""
+    source = manifest["source"]
+    hashes: Mapping[str, str] = source["files"]
+    weights = [name for name in hashes if name.endswith((".safetensors", ".bin"))]
+    decisive = [*sorted(weights), *_DECISIVE, *sorted(name for name in hashes if name.endswith(".py"))]
+    sha256 = _fingerprint_of((name, hashes[name]) for name in decisive if name in hashes)
+    return {"name": source.get("name"), "revision": source.get("revision"), "sha256": sha256}
 
 
 def _hash_of(path: Path, read: Callable[[int], None] | None) -> str:
@@ -260,7 +275,7 @@ def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "setup": manifest["setup"],
         "recipe": manifest["recipe"],
-        "source": {key: manifest["source"].get(key) for key in ("name", "revision")},
+        "source": _source_of(manifest),
         "zeros": manifest["totals"]["zeros_after"],
         # A manifest of before has none for its groups: a mean over tensors would be another figure.
         "groups": {name: {"relative_error": None} | group for name, group in manifest["groups"].items()},

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from compressknow import notebook
 from compressknow.compress.recipe import to_toml
 from compressknow.files import write_whole
-from compressknow.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
+from compressknow.format import at_least, count, estimate, json_text, number, plain, plain_lines, share, size, smaller
 from compressknow.probe.grades import RECOGNIZED
 from compressknow.report.card.warnings import of_known
 from compressknow.report.drawing import INK, MUTED, SERIES
@@ -68,6 +68,7 @@ class Trial:
     sizes: Mapping[str, int]
     held_out: Estimate | None = None
     harm: float | None = None  # mean KL divergence from the original, nats
+    harm_is_lower_bound: bool = False
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -295,9 +296,13 @@ def _confirmed(search: Search) -> Table:
 
 
 def _layers(search: Search) -> Table | None:
-    rows = tuple((_setup(t), _kept(t.kept), number(t.harm, 4)) for t in search.tried if t.kind == "layers")
+    rows = tuple((_setup(t), _kept(t.kept), _harm(t)) for t in search.tried if t.kind == "layers")
     columns = ("Pruned", "Kept", "Mean KL divergence, nats")
     return Table("Sensitivity of groups of layers", columns, rows) if rows else None
+
+
+def _harm(tried: Trial) -> str:
+    return at_least(number(tried.harm, 4), tried.harm_is_lower_bound)
 
 
 def _kept(kept: Estimate) -> str:

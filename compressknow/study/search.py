@@ -136,8 +136,8 @@ def confirming(held_out: EvaluationSet) -> Confirm:
 def trial_of(original: Answers, recipe: Recipe, answers: Answers, kind: str) -> Trial:
     """The record of a recipe that was evaluated."""
     comparison = compare(original, answers, show_facts=False)
-    moved = [(p.movement.n, p.movement.kl_mean) for p in comparison.probes if p.movement]
-    total, model = sum(n for n, _ in moved), answers.record.model
+    moved = [probe.movement for probe in comparison.probes if probe.movement]
+    total, model = sum(movement.n for movement in moved), answers.record.model
     return Trial(
         setup=_name(recipe),
         kind=kind,
@@ -149,7 +149,8 @@ def trial_of(original: Answers, recipe: Recipe, answers: Answers, kind: str) -> 
             "bytes": model.bytes or 0,
             "nonzero": model.totals["nonzero"],
         },
-        harm=sum(n * mean for n, mean in moved) / total if total else None,
+        harm=sum(movement.n * movement.kl_mean for movement in moved) / total if total else None,
+        harm_is_lower_bound=any(movement.is_lower_bound for movement in moved),
     )
 
 

@@ -73,7 +73,7 @@ def test_a_conversion_is_told_by_its_manifest_too(place: Path) -> None:
     told = describe(locate(place / "converted"))
     assert told["setup"] == manifest["setup"] == "Att_GPQ 30%"
     assert told["recipe"] == manifest["recipe"]
-    assert told["source"] == {"name": "bert", "revision": None}
+    assert told["source"] == {"name": "bert", "revision": None, "sha256": hash_of(place / "bert")}
     assert told["zeros"] == manifest["totals"]["zeros_after"]
     assert told["quantization"] == "compressed-tensors, 8-bit weights (channel), 8-bit activations"
     assert set(told["groups"]) == set(manifest["groups"])

@@ -11,9 +11,10 @@ from compressknow.compress.steps import Calibration, Prune, Quantize
 from compressknow.model.groups import structure_of
 from compressknow.report.search import Trial
 from compressknow.stats.records import Estimate
-from compressknow.study.search import CONFIRMED, Criterion, RecipeSearch
+from compressknow.study.search import CONFIRMED, Criterion, RecipeSearch, trial_of
 from compressknow.study.space import Space, Ways
 from tests.models import tiny
+from tests.report.answering import run, sides
 
 pytest.importorskip("optuna")
 ORIGINAL = {"bytes": 1000, "sparse-bytes": 1000, "nonzero": 500}
@@ -132,3 +133,11 @@ def test_more_trials_find_nothing_larger() -> None:
         return min(t.sizes["bytes"] for t in search(Evaluated(), trials=trials).trials if (t.kept.low or 0) >= 0.9)
 
     assert best(60) <= best(20) <= best(1)
+
+
+@pytest.mark.parametrize("whole", [None, 0.1])
+def test_the_divergence_of_a_trial_is_a_lower_bound_where_that_of_its_facts_is(whole: float | None) -> None:
+    original, compressed = run(sides(8, first_kl=whole), totals={"sparse_bytes": 5, "nonzero": 3})
+    found = trial_of(original, Recipe((Prune(0.3),)), compressed, "search")
+    assert found.harm == pytest.approx(whole or 0.0)
+    assert found.harm_is_lower_bound == (whole is None)

@@ -71,11 +71,13 @@ def of_order(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
 
 def was_made_from(one: ModelFacts | Checkpoint, other: ModelFacts | Checkpoint) -> bool:
     """Whether the manifest of the one names the other as its source, and not the other way round too."""
-    return _source(one) == other.name and _source(other) != one.name
+    return _is_source(other, one) and not _is_source(one, other)
 
 
-def _source(model: ModelFacts | Checkpoint) -> str | None:
-    return str(model.source["name"]) if model.source and model.source.get("name") else None
+def _is_source(model: ModelFacts | Checkpoint, made: ModelFacts | Checkpoint) -> bool:
+    """Whether a manifest has the model's name, or its content under another name, for what it was made of."""
+    source = made.source or {}
+    return model.name == source.get("name") or model.sha256 == source.get("sha256")
 
 
 def of_recipe(model: ModelFacts) -> Iterator[str]:

@@ -13,7 +13,7 @@ from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, Us
 from compressknow.report.card.make import check_gate, gate, make_card, model_facts
 from compressknow.report.records import Card, Speed
 from compressknow.stats.records import Counts
-from tests.report.answering import COMPRESSED_HASH, answer, answers, entry, model, run, sides
+from tests.report.answering import COMPRESSED_HASH, ORIGINAL_HASH, answer, answers, entry, model, run, sides
 
 
 def card_of(*cells: int, compressed_model: dict[str, Any] | None = None, **changes: Any) -> Card:
@@ -170,6 +170,12 @@ class TestWarnings:
         assert "swapped" not in warnings_of(make_card(original, [compressed]))
         swapped = warnings_of(make_card(compressed, [original]))
         assert "look swapped: tiny-bert-int8, given as the original, was made from tiny-bert" in swapped
+
+    def test_models_in_the_wrong_order_one_of_them_renamed(self) -> None:
+        made_from = {"name": "before", "revision": None, "sha256": ORIGINAL_HASH}
+        original, compressed = run(sides(60, 20, 10, 20), source=made_from)
+        assert "swapped" not in warnings_of(make_card(original, [compressed]))
+        assert "look swapped: tiny-bert-int8" in warnings_of(make_card(compressed, [original]))
 
     def test_nothing_in_scope(self) -> None:
         groups = {"attention": {"parameters": 5, "pruned": 0, "quantized": 0}}

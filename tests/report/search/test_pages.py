@@ -45,3 +45,11 @@ def test_ten_recipes_are_shown_and_the_others_folded(recipes: int, folded: int) 
     rows = [f">recipe {i:02}<" for i in range(recipes)]
     assert [row in shown for row in rows] == [True] * min(10, recipes) + [False] * folded
     assert all(row in rest for row in rows[10:])
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_divergence_over_a_part_of_the_vocabulary_is_said_to_be_at_least_that(bound: bool) -> None:
+    tried = tuple(replace(trial, harm_is_lower_bound=bound) for trial in found().tried)
+    page = read(render_search_html(replace(found(), tried=tried))).one("main").text
+    assert ("at least 0.2500" in page) == bound
+    assert "0.2500" in page
