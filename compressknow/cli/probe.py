@@ -84,7 +84,7 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
 
 def _page(answers: Answers, output: Path) -> Iterator[str]:
     from compressknow.probe.answers import GRADES
-    from compressknow.stats.wordings import by_majority
+    from compressknow.probe.wordings import by_majority
 
     answers = by_majority(answers)
     model = answers.record.model

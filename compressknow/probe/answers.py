@@ -45,10 +45,11 @@ NEWER = ("first_kl", "produced", "with_example", "grade", "template")
 # the two files) the table is read as it is.
 HASH = "answers_sha256"
 _COUNTS = {"parameters?": int, "zeros_after?": int, "pruned?": (int, None), "quantized?": int}
-_NOISE = {
+_NOISE_OF_ONE_READING = {
     **dict.fromkeys(("n", "changed", "known", "lost", "gained"), int),
     **{"kl_mean": (float, None), "computed_in": str},
 }
+_NOISE = _NOISE_OF_ONE_READING | {"produced?": (_NOISE_OF_ONE_READING, None)}
 # What reports read of ``probe.json``.
 RECORD_FORM: dict[str, Any] = {
     "schema": int,

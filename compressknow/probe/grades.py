@@ -19,6 +19,7 @@ from dataclasses import replace
 from compressknow.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.probe.answers import GRADES, Answer, Answers
 from compressknow.probe.facts import Fact
+from compressknow.probe.records import ProbeEntry
 
 PRODUCED, RECOGNIZED, DEMOTED, GONE = GRADES
 # What may count as known: all that is right by the probe's rules, or only what is said.
@@ -127,14 +128,19 @@ def known_as(answers: Answers, known: str) -> Answers:
                 why="Those of lm-eval's tasks, of older versions and of models that cannot write do not.",
                 hint="Evaluate it again, choose other probes, or leave out --known produced.",
             )
-    # How far rounding changes answers was found for the other reading.
-    entries = {
-        name: replace(entry, chance=None, noise_floor=None, runtime_noise_floors={})
-        for name, entry in answers.record.probes.items()
-    }
-    model = replace(answers.record.model, runtime_unmeasured="it is measured where known means recognized.")
-    record = replace(answers.record, model=model, probes=entries)
+    entries = {name: _entry_as_produced(entry) for name, entry in answers.record.probes.items()}
+    record = replace(answers.record, probes=entries)
     return replace(answers, record=record, answers=tuple(map(_as_produced, answers.answers)))
+
+
+def _entry_as_produced(entry: ProbeEntry) -> ProbeEntry:
+    floors = {runtime: floor.produced for runtime, floor in entry.runtime_noise_floors.items()}
+    return replace(
+        entry,
+        chance=None,
+        noise_floor=entry.noise_floor and entry.noise_floor.produced,
+        runtime_noise_floors={runtime: floor for runtime, floor in floors.items() if floor},
+    )
 
 
 def _as_produced(answer: Answer) -> Answer:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from compressknow.errors import CheckpointError, UnsupportedError
-from compressknow.probe.answers import Answer, Answers, locked, read_record, write_record
+from compressknow.probe.answers import Answers, locked, read_record, write_record
 from compressknow.probe.evaluate import evaluate, first_ids, tokens_alike
-from compressknow.probe.facts import Probe
+from compressknow.probe.facts import Probe, fact_of
+from compressknow.probe.grades import PRODUCED, known_as
 from compressknow.probe.records import NoiseFloor, Record
+from compressknow.probe.wordings import by_majority
 from compressknow.quiet import Listener, Stage, begun
 
 if TYPE_CHECKING:
@@ -99,15 +101,14 @@ class _Sample(NamedTuple):
 
 
 def _sample(probe: Probe, answers: Answers) -> _Sample:
-    """Of the facts that were answered, in the probe's order."""
+    """Of the facts that were answered, in the probe's order, each in all its wordings."""
     answered = {answer.fact_id: answer for answer in answers.of(probe.name)}
-    facts = [fact for fact in probe.facts if fact.id in answered]
+    asked = [fact for fact in probe.facts if fact.id in answered]
+    facts = list(dict.fromkeys(fact_of(fact.id) for fact in asked))
     wanted = min(len(facts), MOST_FACTS, max(LEAST_FACTS, round(PART * len(facts))))
-    chosen = {fact.id for fact in random.Random(_SEED).sample(facts, wanted)}
-    own = tuple(answered[fact.id] for fact in facts if fact.id in chosen)
-    return _Sample(
-        replace(probe, facts=tuple(fact for fact in facts if fact.id in chosen)), Answers(answers.record, own)
-    )
+    chosen = set(random.Random(_SEED).sample(facts, wanted))
+    sample = tuple(fact for fact in asked if fact_of(fact.id) in chosen)
+    return _Sample(replace(probe, facts=sample), Answers(answers.record, tuple(answered[fact.id] for fact in sample)))
 
 
 def _rows(
@@ -133,8 +134,8 @@ def _answered(
         stage = Stage(work, other.located.name, name, facts, other.settings.device)
         with begun(on_progress, stage) as advance:
             prompts = other.prompts(sample)
-            # What it would write is of no use here.
-            prompts.scorer.says = False
+            # What it would write is of no use where the original writes nothing.
+            prompts.scorer.says = all(answer.produced is not None for answer in own.answers)
             alike = tokens_alike(own, other.loaded)
             batches = evaluate(
                 prompts,
@@ -142,15 +143,24 @@ def _answered(
                 whole=rows[name].divergence if alike else None,
                 advance=advance,
             )
-            again = [answer for batch in batches for answer in batch]
-        found[name] = noise_of(own.of(name), again, other.loaded.computed_in)
+            again = replace(own, answers=tuple(answer for batch in batches for answer in batch))
+        found[name] = noise_of(own, again, other.loaded.computed_in)
     return found
 
 
-def noise_of(before: Sequence[Answer], after: Sequence[Answer], computed_in: str) -> NoiseFloor:
-    """Counts of one model's answers to the facts that it answered in both precisions or runtimes."""
-    by_id = {answer.fact_id: answer for answer in after}
-    pairs = [(one, by_id[one.fact_id]) for one in before if one.fact_id in by_id]
+def noise_of(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
+    """Counts of one model's answers to the facts of a probe that it answered in both precisions or runtimes, in each
+    reading of knowing that they tell."""
+    floor = _counted(by_majority(before), by_majority(after), computed_in)
+    if any(answer.produced is None for each in (before, after) for answer in each.answers):
+        return floor
+    said, said_again = (by_majority(known_as(each, PRODUCED)) for each in (before, after))
+    return replace(floor, produced=_counted(said, said_again, computed_in))
+
+
+def _counted(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
+    by_id = {answer.fact_id: answer for answer in after.answers}
+    pairs = [(one, by_id[one.fact_id]) for one in before.answers if one.fact_id in by_id]
     divergences = [other.first_kl for _, other in pairs]
     known = [value for value in divergences if value is not None and math.isfinite(value)]
     return NoiseFloor(

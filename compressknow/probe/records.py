@@ -43,6 +43,8 @@ def _plain(value: Any) -> Any:
 class NoiseFloor:
     """What of a model's answers to `n` facts another precision, or another runtime, changes.
 
+    Facts in several wordings are answered by majority.
+
     Attributes
     ----------
     changed : facts to which the answer differs; of the `known` ones `lost` are wrong then, of the others `gained` are
@@ -50,6 +52,7 @@ class NoiseFloor:
     kl_mean : mean divergence at the answer's first position, in nats over the whole vocabulary; None where the disk had
         no room for that, or the tokens are others.
     computed_in : that precision, or the runtime and its build.
+    produced : the same where known means produced; None where the model cannot write.
     """
 
     n: int
@@ -59,6 +62,7 @@ class NoiseFloor:
     gained: int
     kl_mean: float | None
     computed_in: str
+    produced: NoiseFloor | None = None
 
     @property
     def kept(self) -> float | None:
@@ -68,7 +72,9 @@ class NoiseFloor:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Of a JSON object whose form was checked; other keys are left out."""
-        return cls(**{each.name: values[each.name] for each in fields(cls)})
+        produced = values.get("produced")
+        given = {each.name: values[each.name] for each in fields(cls) if each.name != "produced"}
+        return cls(**given, produced=cls.from_dict(produced) if produced else None)
 
 
 @dataclass(frozen=True)

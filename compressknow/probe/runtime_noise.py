@@ -55,9 +55,9 @@ def with_runtime_noise_floor(
     """
     if not original.settings.noise_floor:
         return unmeasured(answers, "--no-noise-floor leaves it out.")
-    facts = [probe for probe in probes if isinstance(probe, Probe) and not probe.templates]
+    facts = [probe for probe in probes if isinstance(probe, Probe)]
     if not facts:
-        return unmeasured(answers, "it is measured on facts in one wording.")
+        return unmeasured(answers, "it is measured on facts.")
     try:
         # Another build may compute otherwise.
         runtime = " ".join(LlamaCpp().key())

@@ -17,13 +17,13 @@ from compressknow.format import count
 from compressknow.probe.answers import Answer, Answers
 from compressknow.probe.grades import RECOGNIZED, known_as
 from compressknow.probe.handle import ModelHandle
+from compressknow.probe.wordings import by_majority
 from compressknow.reading import misfit
 from compressknow.report.card.make import compare, method_of, model_facts
 from compressknow.report.records import Comparison
 from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.stats.intervals import proportion
 from compressknow.stats.records import Estimate, ProbeFigures
-from compressknow.stats.wordings import by_majority
 from compressknow.study.grid import Cell
 
 

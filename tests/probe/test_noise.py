@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from compressknow import Settings, probe, report
+from compressknow import Options, Settings, probe, report
 from compressknow.errors import CompressknowError
 from compressknow.probe import noise
 from compressknow.probe.answers import Answers, read_answers
+from compressknow.probe.facts import fact_of
+from compressknow.probe.grades import known_as
 from compressknow.probe.handle import ModelHandle
 from compressknow.probe.records import NoiseFloor
+from compressknow.probe.sources import open_all
+from compressknow.probe.wordings import by_majority
 from compressknow.report.card.rounding import beside_rounding
 from compressknow.stats.distributions import kl_divergence
 from compressknow.stats.paired import compare_probe
-from tests.knowing import facts_file, knowing
+from tests.knowing import facts_file, in_wordings, knowing
 from tests.report.answering import entry, sides
 
 BF16 = Settings(dtype="bfloat16", noise_floor=False)
@@ -48,6 +53,53 @@ def test_it_counts_what_differs_from_a_run_of_its_own_in_the_other_precision(fam
     plain = sum(kl(one.first_logp, two.first_logp) for one, two in pairs) / len(pairs)
     assert floor.kl_mean == pytest.approx(plain, rel=1e-2, abs=1e-6)
     assert floor.kl_mean > 0
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_where_known_means_produced_it_counts_what_is_said(family: str, tmp_path: Path) -> None:
+    model, facts = knowing(family, tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    found = probe(model, tmp_path / "a", facts)
+    other = probe(model, tmp_path / "b", facts, reference=tmp_path / "a", settings=BF16)
+    before, after = ({a.fact_id: a for a in answers.answers} for answers in (found, other))
+    floor = floor_of(known_as(found, "produced"))
+    assert floor.n == len(before)
+    assert floor.changed == sum(before[fact].produced != after[fact].produced for fact in before)
+    assert floor.known == sum(answer.grade == "produced" for answer in before.values()) > 0
+    assert floor.lost == sum(before[id].grade == "produced" != after[id].grade for id in before)
+    assert floor.gained == sum(after[id].grade == "produced" != before[id].grade for id in before)
+    assert floor.kl_mean == floor_of(found).kl_mean
+
+
+@pytest.mark.parametrize("known", ["recognized", "produced"])
+def test_of_facts_in_several_wordings_it_counts_majorities(known: str, tmp_path: Path) -> None:
+    model, options = knowing("llama", tmp_path / "model"), Options(data=in_wordings(tmp_path / "data"), templates=3)
+    found = probe(model, tmp_path / "a", "bear", options=options)
+    other = probe(model, tmp_path / "b", "bear", options=options, reference=tmp_path / "a", settings=BF16)
+    before, after = (right_by_majority(known_as(answers, known)) for answers in (found, other))
+    floor = floor_of(by_majority(known_as(found, known)))
+    assert (floor.n, floor.known) == (32, sum(before.values()))
+    assert 0 < floor.known < 32
+    assert floor.lost == sum(before[fact] > after[fact] for fact in before)
+    assert floor.gained == sum(before[fact] < after[fact] for fact in before)
+    card = report(tmp_path / "a", tmp_path / "b", known=known)
+    assert card.comparisons[0].probes[0].noise_floor == floor
+
+
+def right_by_majority(answers: Answers) -> dict[str, bool]:
+    right = Counter(fact_of(answer.fact_id) for answer in answers.answers if answer.correct)
+    return {fact_of(answer.fact_id): right[fact_of(answer.fact_id)] >= 2 for answer in answers.answers}
+
+
+def test_a_sample_has_all_wordings_of_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = knowing("llama", tmp_path / "model"), Options(data=in_wordings(tmp_path / "data"), templates=3)
+    monkeypatch.setattr(noise, "LEAST_FACTS", 3)
+    monkeypatch.setattr(noise, "PART", 0.0)
+    found = probe(model, tmp_path / "a", "bear", options=options)
+    (bear,) = open_all(["bear"], options)
+    sample = noise._sample(bear, found)
+    asked = Counter(fact_of(answer.fact_id) for answer in sample.answers.answers)
+    assert list(asked.values()) == [3, 3, 3]
+    assert floor_of(found).n == 3
 
 
 def kl(before: object, after: object) -> float:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
-import torch
 
 import compressknow
-from compressknow import Progress, Settings, probe, report
+from compressknow import Progress, Settings, report
 from compressknow.export import converter
 from compressknow.export import export as exporting
 from compressknow.probe.answers import Answers, read_answers
 from compressknow.probe.records import NoiseFloor
-from compressknow.probe.scoring.decoding import DecodingScorer
 from tests.engine.gguf_files import Q8_0, write_gguf
 from tests.export.making import checkpoint, needs_converter
 from tests.knowing import facts_file, knowing
@@ -79,6 +77,11 @@ def test_it_counts_what_differs_from_a_run_of_the_unquantized_file(place: Place,
     for page in outputs[1:]:
         assert "Top answer changed by the runtime alone" in page.read_text(encoding="utf-8")
     assert f"the original answers {floor.changed} of 64 facts otherwise" in " ".join(said(card))
+    (alone,) = report(place.model, place.f32, place.facts, keep_in=kept, known="produced").comparisons[0].probes
+    assert floor.produced is not None
+    assert (floor.produced.known, floor.produced.lost) == (alone.counts.known_before, alone.counts.lost)
+    card = report(place.model, place.q8, place.facts, keep_in=kept, known="produced")
+    assert f"the original answers {floor.produced.changed} of 64 facts otherwise" in " ".join(said(card))
 
 
 def said(card: compressknow.Card) -> list[str]:
@@ -171,28 +174,3 @@ def test_it_can_be_left_out_and_early_has_none(untaken: Place, tmp_path: Path, m
     assert "How much was not measured: --no-noise-floor leaves it out." in " ".join(said(card))
     early = report(untaken.model, untaken.q8, untaken.facts, early=0.5, keep_in=tmp_path / "early")
     assert "How much was not measured: --early leaves it out." in " ".join(said(early))
-
-
-@pytest.mark.parametrize(("free", "writes"), [(False, False), (True, True)])
-def test_a_sample_is_written_about_only_where_that_is_the_answer(
-    untaken: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, free: bool, writes: bool
-) -> None:
-    given = Path(untaken.facts.removeprefix("facts:")).read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in given.splitlines()]
-    for row in rows:
-        if free:
-            del row["candidates"]
-    facts = tmp_path / "some.jsonl"
-    facts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    plain, wrote = DecodingScorer.generate, []
-
-    def generate(self: DecodingScorer, *given: Any) -> list[list[int]]:
-        wrote.append(next(self.model.parameters()).dtype)
-        return plain(self, *given)
-
-    monkeypatch.setattr(DecodingScorer, "generate", generate)
-    answers = probe(untaken.model, tmp_path / "a", f"facts:{facts}")
-    assert torch.float32 in wrote
-    assert (torch.bfloat16 in wrote) == writes
-    (entry,) = answers.record.probes.values()
-    assert entry.noise_floor is not None

@@ -12,6 +12,7 @@ from compressknow.format import count
 from compressknow.probe.answers import Answers
 from compressknow.probe.grades import RECOGNIZED, known_as
 from compressknow.probe.records import UNKNOWN, ModelRecord, on_server
+from compressknow.probe.wordings import by_majority
 from compressknow.report.card import assembly
 from compressknow.report.card import warnings as warnings
 from compressknow.report.card.advice import advice, facts_needed, widest
@@ -33,7 +34,7 @@ from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.paired import Pair, certainty, changed_facts, compare_probe, paired
 from compressknow.stats.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.stats.text import text_figures
-from compressknow.stats.wordings import by_majority, wordings_of
+from compressknow.stats.wordings import wordings_of
 
 _REQUIRED = ("name", "sha256", "architecture", "family")
 # What a server may not tell of its model.

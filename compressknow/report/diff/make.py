@@ -12,6 +12,7 @@ from compressknow.format import count, number, percent, plain
 from compressknow.probe.answers import Answers
 from compressknow.probe.gather import BothWays
 from compressknow.probe.grades import RECOGNIZED, known_as
+from compressknow.probe.wordings import by_majority
 from compressknow.report.card import warnings
 from compressknow.report.card.make import make_card
 from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, KnownBy, SideBySide, names_of
@@ -19,7 +20,6 @@ from compressknow.report.records import Card
 from compressknow.report.texts import sentence, warnings_of
 from compressknow.stats.paired import Pair, domain_order, paired
 from compressknow.stats.records import Counts
-from compressknow.stats.wordings import by_majority
 
 TOP = 3
 _LONG = 120

@@ -81,8 +81,8 @@ class Figures(Section):
             "mcnemar_p": probe.p,
             "flips": probe.counts.flips,
             "answer_changed": probe.answer_changed,
-            "noise_floor": asdict(probe.noise_floor) if probe.noise_floor else None,
-            "runtime_noise_floor": asdict(probe.runtime_noise_floor) if probe.runtime_noise_floor else None,
+            "noise_floor": _noise_to_json(probe.noise_floor),
+            "runtime_noise_floor": _noise_to_json(probe.runtime_noise_floor),
             **_movement(probe),
             "logp_change": dict(probe.logp_change) if probe.logp_change else None,
             **pair_to_json("mrr", probe.mrr),
@@ -117,6 +117,11 @@ def _figures(probes: tuple[ProbeFigures, ...]) -> tuple[Table, tuple[str, ...]]:
             missing.append(f"{figure.name}{where}: {figure.why_none}")
     columns = ("Figure", *(plain(probe.probe, 60) for probe in probes))
     return Table("All figures of each probe", columns, tuple(rows), captioned=False), tuple(missing)
+
+
+def _noise_to_json(floor: NoiseFloor | None) -> dict[str, Any] | None:
+    """Of the reading of knowing that the card is by, which the figures are already in."""
+    return {key: value for key, value in asdict(floor).items() if key != "produced"} if floor else None
 
 
 def _movement(probe: ProbeFigures) -> dict[str, Any]:
