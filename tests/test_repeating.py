@@ -26,26 +26,31 @@ def interrupted(self):
 
 Condition.__enter__ = interrupted
 """
+# What is imported before, and the use.
 USES = {
-    "weight files": """
+    "weight files": (
+        """
 import sys
 from pathlib import Path
 from compressknow.compress.layout import Layout
 from compressknow.compress.process import OutputFiles
 from compressknow.compress.pool import Pool
-
+""",
+        """
 with Pool(1) as pool:
     outputs = OutputFiles(Path(sys.argv[1]), Layout({"a.safetensors": b"header"}, {"a.safetensors": 99}, {}, None))
     outputs.sync(pool)
     outputs.close()
 print((Path(sys.argv[1]) / "a.safetensors").read_bytes()[:6].decode())
 """,
-    "a line of progress": """
-from compressknow.cli.terminal import Line
-
+    ),
+    "a line of progress": (
+        "from compressknow.cli.terminal import Line\n",
+        """
 with Line(lambda: "far"):
     print("header")
 """,
+    ),
 }
 INTERRUPTED_OFTEN = """
 import signal, sys, time
@@ -113,7 +118,8 @@ def test_an_error_of_the_task_ends_it_and_is_told(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("use", USES)
 def test_no_lock_is_held_that_a_signal_could_leave_taken(use: str, tmp_path: object) -> None:
-    assert script(IN_LOCKS + USES[use], tmp_path) == "header\n"
+    imported, used = USES[use]
+    assert script(imported + IN_LOCKS + used, tmp_path) == "header\n"
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
