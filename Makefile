@@ -4,19 +4,29 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest faults lint format docs bench clean
+TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-all test-lowest checks faults lint style types types-linux types-win32 types-darwin format docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-gguf
 	PATH="$$PWD/$(BIN):$$PATH" bash examples/quickstart.sh
 
-test: lint docs $(VENV)/converter
-	COMPRESSKNOW_CONVERTER=$(VENV)/converter $(BIN)/python -m pytest -n 2 --dist worksteal
+test: checks
+	COMPRESSKNOW_CONVERTER=$(VENV)/converter $(TESTS) -m 'not long'
 
-# All tests with the lowest versions that tests/lowest.txt names, in an environment of their own (7 GB: torch with CUDA).
+# What takes long too: see tests/long.py.
+test-all: checks
+	COMPRESSKNOW_CONVERTER=$(VENV)/converter $(TESTS)
+
+# All that stands before the tests, two at a time.
+checks:
+	$(MAKE) -j 2 lint docs $(VENV)/converter
+
+# The same tests with the lowest versions that tests/lowest.txt names, in an environment of their own (7 GB: torch with CUDA).
 test-lowest:
 	PIP_CONSTRAINT=tests/lowest.txt $(MAKE) VENV=.venv-lowest .venv-lowest/.stamp-dev .venv-lowest/converter
-	COMPRESSKNOW_CONVERTER=.venv-lowest/converter .venv-lowest/bin/python -m pytest -n 2 --dist worksteal
+	COMPRESSKNOW_CONVERTER=.venv-lowest/converter .venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m 'not long'
 
 .venv-lowest/.stamp-dev: tests/lowest.txt
 
@@ -24,14 +34,19 @@ test-lowest:
 faults: $(VENV)/.stamp-dev
 	$(BIN)/python -m tests.faults $(FILES)
 
-lint: $(VENV)/.stamp-dev
+lint: style types
+
+style: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff check --preview --select PLW1514 .  # no text file is read in the locale's encoding
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
-	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin
 	$(BIN)/lint-imports
+
+types: types-linux types-win32 types-darwin
+
+# A cache each, so that they run side by side.
+types-linux types-win32 types-darwin: types-%: $(VENV)/.stamp-dev
+	$(BIN)/mypy --platform $* --cache-dir .mypy_cache/$*
 
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .

@@ -24,6 +24,7 @@ import compressknow
 from compressknow.cli import COMMANDS, cli, main
 from compressknow.compress.recipe import Recipe
 from compressknow.study.grid import read_grid
+from tests.long import long
 from tests.probe.layouts import WORDS, bear_folder, lama_folder
 from tests.shown import PAGES, ROOT, Shown, blocks, commands, name_of
 
@@ -59,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "examples").symlink_to(ROOT / "examples")
     lama_folder(folder / "data" / "lama")
     bear_folder(folder / "data" / "bear")
-    (folder / "wiki.test.raw").write_text("\n".join(fact.prompt for fact in _atlas()), encoding="utf-8")
+    (folder / "wiki.test.raw").write_text("\n".join(fact.prompt for fact in _atlas()[:1500]), encoding="utf-8")
     _small_llama(folder / "build" / "smollm2")
     compressknow.convert(
         folder / "build" / "smollm2", folder / "build" / "smollm2-att-int8", scope="attention", prune=0.2,
@@ -107,7 +108,7 @@ def at_home(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return home
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[long] * (p.stem == "search"), id=name_of(p)) for p in PAGES])
 def test_commands_of_a_page_run_one_after_the_other(
     page: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import compressknow
+from tests.long import long, one_in
 
 SHARED = Path(__file__).parents[2] / "shared"
 ANTIBERTY = Path("antiberty/trained_models/AntiBERTy_md_smooth")
@@ -110,7 +111,7 @@ def answers(folder: Path) -> torch.Tensor:
 
 @pytest.mark.network
 @pytest.mark.parametrize(
-    "options", [{"prune": 0.5, "prune_method": "sparsegpt", "parameters": {"pattern": "2:4"}}, CALIBRATED[0]]
+    "options", one_in(2, [CALIBRATED[0], {"prune": 0.5, "prune_method": "sparsegpt", "parameters": {"pattern": "2:4"}}])
 )
 def test_antiberty_goes_through_methods_that_read(
     read_antiberty: Path, tmp_path: Path, options: dict[str, Any]
@@ -129,6 +130,7 @@ def test_antiberty_goes_through_methods_that_read(
     assert divergence < 0.2
 
 
+@long
 @pytest.mark.network
 def test_smollm2_is_nearer_to_itself_where_a_text_was_looked_at(smollm2: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
@@ -154,6 +156,7 @@ def test_smollm2_is_nearer_to_itself_where_a_text_was_looked_at(smollm2: Path, t
     assert errors[0] < 0.5 * errors[1]
 
 
+@long
 @pytest.mark.network
 def test_a_gate_on_smollm2_stops_after_a_few_of_all_facts(smollm2: Path, tmp_path: Path) -> None:
     """The demo's conversion at 99 %; what 80 % takes is too long to run here, and replayed in test_sequential."""

@@ -21,6 +21,7 @@ from compressknow.engine import int8
 from compressknow.errors import UnsupportedError
 from compressknow.model.groups import structure_of
 from compressknow.model.scopes import scope_names, select
+from tests.long import one_in
 from tests.models import BUILDERS, QUANTIZABLE, logits, save_tiny, tiny
 
 AMOUNT = 0.3
@@ -100,7 +101,7 @@ def setups() -> Iterator[Any]:
                 yield pytest.param(name, scope, scheme, id=f"{name}-{scope}-{scheme}")
 
 
-@pytest.mark.parametrize(("name", "scope", "scheme"), list(setups()))
+@pytest.mark.parametrize(("name", "scope", "scheme"), one_in(4, setups()))
 def test_logits_are_those_of_the_same_compression_in_memory(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, scope: str, scheme: Any
 ) -> None:

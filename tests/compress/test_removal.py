@@ -29,6 +29,7 @@ from compressknow.report.card.sections.models import Layers
 from compressknow.report.card.warnings import of_recipe
 from compressknow.report.parts import Note
 from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep, save_deep, without_blocks
+from tests.long import one_in
 from tests.models import logits, save_tiny
 
 # ModernBERT's first block has no norm before its attention: no other can take its place.
@@ -67,7 +68,7 @@ def cases() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("name", "dropped"), cases())
+@pytest.mark.parametrize(("name", "dropped"), one_in(3, cases()))
 def test_logits_are_those_of_the_model_cut_by_hand(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, dropped: Sequence[int]
 ) -> None:

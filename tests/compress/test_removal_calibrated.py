@@ -33,6 +33,7 @@ from compressknow.errors import CheckpointError, CompressknowError, UnsupportedE
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.manifest import read_manifest
 from tests.compress.deep import BUILDERS, deep, save_deep, without_blocks
+from tests.long import one_in
 from tests.models import logits, save_tiny, tiny
 
 DAMPING = 0.01
@@ -185,7 +186,7 @@ def cut_rows(module: nn.Module, stay: torch.Tensor, width: int) -> None:
         module.nf = len(rows)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", one_in(2, NETWORKS))
 def test_logits_are_those_of_the_model_narrowed_by_hand(tmp_path: Path, name: str) -> None:
     manifest = convert(save(name, tmp_path / "in"), tmp_path / "out", recipe_of(Where(), drop_neurons=0.25))
     kept = NETWORKS[name].width * 3 // 4
@@ -218,7 +219,7 @@ def test_the_fit_brings_the_output_nearer_to_the_original(name: str) -> None:
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name != "bart"])
+@pytest.mark.parametrize("name", one_in(2, [name for name in BUILDERS if name != "bart"]))
 def test_blocks_go_by_how_little_they_change(tmp_path: Path, name: str) -> None:
     model, text = deep(name), text_for(deep(name))
     manifest = convert(save_deep(name, tmp_path / "in"), tmp_path / "out", recipe_of(Where(), drop_blocks=2))
@@ -323,7 +324,7 @@ def stays(source: torch.Tensor, left: torch.Tensor, each: int) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", one_in(2, NETWORKS))
 def test_what_is_left_is_compared_with_the_same_rows_and_columns(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

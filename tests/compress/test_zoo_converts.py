@@ -19,6 +19,7 @@ from compressknow.engine import int8
 from compressknow.engine.load import load
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.quiet import quiet
+from tests.long import one_in
 from tests.model.test_zoo import BEFORE_5_20, SETTINGS
 from tests.zoo import ZOO, inputs_of, tiny_model
 
@@ -99,7 +100,7 @@ def converted(folder: Path, **quantize: str) -> str:
     return "int8" if quantize else "pruned"
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", one_in(4, range(PARTS)))
 def test_what_convert_writes_loads_whole_and_computes_the_same_everywhere(tmp_path: Path, part: int) -> None:
     outcomes: Counter[str] = Counter()
     names = sorted(CLASSES)[part::PARTS]

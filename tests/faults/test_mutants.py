@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.targets import TARGETS, Bench
 
-SEEDS = range(8)
+SEEDS = range(5)
 
 
 @pytest.mark.parametrize("kind", TARGETS)

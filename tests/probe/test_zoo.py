@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from compressknow.engine.language_model import family_of
 from compressknow.errors import UnsupportedError
 from compressknow.probe.facts import BLANK, Fact
+from tests.long import one_in
 from tests.model.test_zoo import BEFORE_5_20, BUILT_SINCE_5_20, NOT_BUILT, ZOO
 from tests.probe.references import WORDS, Words, answers_to, as_probe, masked, sentence, word_facts, word_tokenizer
 from tests.probe.tiny_zoo import build_tiny
@@ -82,7 +83,7 @@ def silent() -> Iterator[None]:
     transformers.logging.set_verbosity(verbosity)
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES.keys() - NOT_TINY))
+@pytest.mark.parametrize("name", one_in(2, sorted(CLASSES.keys() - NOT_TINY)))
 def test_a_class_scores_two_facts_as_a_plain_loop_does(name: str) -> None:
     if BEFORE_5_20 and name in TINY_LATER:
         pytest.skip(f"transformers {transformers.__version__} builds no tiny {name}")

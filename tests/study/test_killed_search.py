@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.knowing import facts_file, knowing
+from tests.long import long
 from tests.study.killed_search import ALONE
 from tests.study.test_search import results
 
@@ -19,6 +20,7 @@ SEARCHES = int(os.environ.get("KILLED_SEARCHES", "1"))
 SECONDS = 120
 
 
+@long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forks of one")
 def test_a_search_that_is_killed_again_and_again_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     model, facts = knowing("llama", tmp_path / "llama"), facts_file(tmp_path / "facts.jsonl")

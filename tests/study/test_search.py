@@ -27,6 +27,7 @@ from compressknow.study.folder import RECORD
 from compressknow.study.space import Choice, Space
 from compressknow.study.split import parts_of
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
+from tests.long import long, one_in
 from tests.models import tiny
 
 pytest.importorskip("optuna")
@@ -129,7 +130,7 @@ def test_the_page_says_what_a_user_gets_today_and_asks_nothing_of_any_server(pla
     assert (place.folder / "found" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("after", [1, 9, 12])
+@pytest.mark.parametrize("after", one_in(2, [9, 1, 12]))
 def test_a_search_goes_on_where_it_was_and_ends_as_one_that_was_not_stopped(
     llama: Place, after: int, undisturbed: dict[str, bytes]
 ) -> None:
@@ -204,6 +205,7 @@ def test_what_is_minimized_decides(llama: Place) -> None:
     assert any("quantize" in step for step in found["winner"]["recipe"]["steps"])
 
 
+@long
 def test_a_search_on_ray_finds_a_winner_too(llama: Place) -> None:
     pytest.importorskip("ray")
     assert llama.search("ray", "--keep", str(KEEP), "--ray", "local", "--trials", "2") == 0

@@ -308,7 +308,7 @@ def test_models_that_know_facts_write_texts_of_many_words(name: str) -> None:
 
 @pytest.mark.network
 def test_smollm2_writes_english(smollm2: Path) -> None:
-    text = made(smollm2, tokens=2048)
+    text = made(smollm2, tokens=1024)
     words = " ".join(text.texts).casefold().split()
     assert {"the", "and", "of", "to"} <= set(words)
-    assert len(set(words)) > 300
+    assert len(set(words)) > 200

@@ -22,6 +22,7 @@ from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles
 from compressknow.quiet import quiet
 from tests.compress.test_zoo_converts import CLASSES, built
+from tests.long import one_in
 from tests.zoo import inputs_of
 
 PARTS = 6
@@ -65,7 +66,7 @@ def outcomes(names: list[str], folder: Path) -> Iterator[tuple[str, str]]:
             raise AssertionError(f"{name}: {error}") from error
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", one_in(3, range(PARTS)))
 def test_blocks_of_nearly_all_architectures_run_apart(part: int, tmp_path: Path) -> None:
     found = dict(outcomes(sorted(CLASSES)[part::PARTS], tmp_path))
     counts = Counter(found.values())

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -80,12 +81,22 @@ def test_policy_allows_this_style_and_script_and_nothing_else() -> None:
     assert re.findall(r"https?://[^\"'< ]+", re.sub(r'xmlns[^"]*"[^"]+"', "", html)) == []
 
 
+def kinds_of(markdown: str) -> list[tuple[str, str]]:
+    return [(token.type, token.tag) for token in MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)]
+
+
+@cache
+def harmless() -> tuple[list[tuple[str, tuple[str, ...]]], list[tuple[str, str]]]:
+    """The shapes of page and Markdown where no text is hostile."""
+    page = read(render_study_html(hostile(whole_grid(asked=TASKS), "harmless")))
+    return page.shape, kinds_of(render_study_markdown(hostile(whole_grid(), "harmless")))
+
+
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_hostile_text_stays_text(text: str) -> None:
-    made = whole_grid(asked=TASKS)
-    html = render_study_html(hostile(made, text))
+    html = render_study_html(hostile(whole_grid(asked=TASKS), text))
     page = read(html)
-    assert page.shape == read(render_study_html(hostile(made, "harmless"))).shape
+    assert page.shape == harmless()[0]
     assert plain(text, 60)[:30] in page.one("main").text
     html.encode("utf-8")
 
@@ -93,11 +104,7 @@ def test_hostile_text_stays_text(text: str) -> None:
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_hostile_text_is_text_in_markdown_and_json_too(text: str, tmp_path: Path) -> None:
     made = hostile(whole_grid(), text)
-    kinds = [
-        [(token.type, token.tag) for token in MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)]
-        for markdown in (render_study_markdown(made), render_study_markdown(hostile(whole_grid(), "harmless")))
-    ]
-    assert kinds[0] == kinds[1]
+    assert kinds_of(render_study_markdown(made)) == harmless()[1]
     write_study(made, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))["original"]["name"] == text
 
