@@ -103,11 +103,13 @@ class _Sample(NamedTuple):
 def _sample(probe: Probe, answers: Answers) -> _Sample:
     """Of the facts that were answered, in the probe's order, each in all its wordings."""
     answered = {answer.fact_id: answer for answer in answers.of(probe.name)}
+    # A user's own id may end like that of a wording.
+    whole = fact_of if probe.templates else str
     asked = [fact for fact in probe.facts if fact.id in answered]
-    facts = list(dict.fromkeys(fact_of(fact.id) for fact in asked))
+    facts = list(dict.fromkeys(whole(fact.id) for fact in asked))
     wanted = min(len(facts), MOST_FACTS, max(LEAST_FACTS, round(PART * len(facts))))
     chosen = set(random.Random(_SEED).sample(facts, wanted))
-    sample = tuple(fact for fact in asked if fact_of(fact.id) in chosen)
+    sample = tuple(fact for fact in asked if whole(fact.id) in chosen)
     return _Sample(replace(probe, facts=sample), Answers(answers.record, tuple(answered[fact.id] for fact in sample)))
 
 
