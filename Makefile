@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-lowest checks faults lint style types types-linux types-win32 types-darwin format docs bench clean
+.PHONY: demo test test-all test-lowest checks faults lint style types-linux types-win32 types-darwin format docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-gguf
@@ -16,12 +16,12 @@ test: checks
 	COMPRESSKNOW_CONVERTER=$(VENV)/converter $(TESTS) -m 'not long'
 
 # What takes long too: see tests/long.py.
-test-all: checks
+test-all: checks types-darwin
 	COMPRESSKNOW_CONVERTER=$(VENV)/converter $(TESTS)
 
 # All that stands before the tests, two at a time.
 checks:
-	$(MAKE) -j 2 lint docs $(VENV)/converter
+	$(MAKE) -j 2 style types-linux types-win32 docs $(VENV)/converter
 
 # The same tests with the lowest versions that tests/lowest.txt names, in an environment of their own (7 GB: torch with CUDA).
 test-lowest:
@@ -34,15 +34,13 @@ test-lowest:
 faults: $(VENV)/.stamp-dev
 	$(BIN)/python -m tests.faults $(FILES)
 
-lint: style types
+lint: style types-linux types-win32 types-darwin
 
 style: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff check --preview --select PLW1514 .  # no text file is read in the locale's encoding
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-
-types: types-linux types-win32 types-darwin
 
 # A cache each, so that they run side by side.
 types-linux types-win32 types-darwin: types-%: $(VENV)/.stamp-dev

@@ -12,6 +12,7 @@ import pytest
 
 from compressknow.libraries import OPTIONAL
 from tests.knowing import facts_file, knowing
+from tests.long import one_in
 from tests.models import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +75,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "t5-tied"])
+@pytest.mark.parametrize("family", one_in(3, ["llama", "bert", "t5-tied"]))
 def test_inspect_convert_and_verify_work_without_the_optional_libraries(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path / "model")
     done = started(VERBS, ",".join(OPTIONAL), tmp_path / "model", tmp_path, cwd=tmp_path)

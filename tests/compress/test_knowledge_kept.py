@@ -11,7 +11,7 @@ import compressknow
 from compressknow.probe.sources import Options
 from compressknow.stats.intervals import mcnemar, tally
 from tests.knowing import facts_file, knowing
-from tests.long import one_in
+from tests.long import long
 
 SHARED = Path(__file__).parents[3] / "shared"
 METHODS = ("l1-unstructured", "wanda", "sparsegpt")
@@ -56,9 +56,10 @@ def test_sparsegpt_keeps_more_facts_of_tiny_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of shared data is not here")
+@long
 @pytest.mark.parametrize(
     ("name", "probe", "amount"),
-    one_in(2, [("minilm-facts", "lama:trex", 0.6), ("t5-facts", f"facts:{SHARED}/models/t5-facts/facts.jsonl", 0.6)]),
+    [("minilm-facts", "lama:trex", 0.6), ("t5-facts", f"facts:{SHARED}/models/t5-facts/facts.jsonl", 0.6)],
 )
 def test_sparsegpt_keeps_more_than_wanda_and_wanda_more_than_magnitude(
     name: str, probe: str, amount: float, tmp_path: Path

@@ -24,6 +24,7 @@ from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Prune, Quantize, Step, Where
 from compressknow.errors import CompressknowError
 from compressknow.model.tensors import OpenFiles, read_header
+from tests.long import one_in
 from tests.models import save_tiny
 
 PRUNES = {
@@ -126,7 +127,7 @@ def test_pruned_counts_are_the_chosen_weights_those_that_were_zero_included(prun
 
 
 @pytest.mark.parametrize("prune", PRUNES.values(), ids=PRUNES.keys())
-@pytest.mark.parametrize("scheme", ["int8", "int8-paper"])
+@pytest.mark.parametrize("scheme", one_in(2, ["int8", "int8-paper"]))
 def test_pruning_then_quantizing_is_quantizing_what_was_pruned(
     prune: Prune, scheme: Any, source: Path, tmp_path: Path
 ) -> None:

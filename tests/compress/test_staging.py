@@ -23,6 +23,7 @@ from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune
 from compressknow.errors import CompressknowError, OutputError
 from compressknow.model.tensors import StoredTensor
+from tests.long import one_in
 from tests.models import save_tiny
 
 DEADLINE = 60
@@ -75,7 +76,7 @@ def staging_folders(output: Path) -> list[Path]:
     return sorted(output.parent.glob(f".{output.name}.compressknow-new-*"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), one_in(2, [(signal.SIGINT, 130), (signal.SIGTERM, 143)]))
 def test_an_interrupted_run_leaves_nothing(large: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     process = start(large, tmp_path / "out")
     process.send_signal(number)
@@ -98,7 +99,7 @@ def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_one_cleans_up(
     compressknow.verify(tmp_path / "out")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", one_in(2, [signal.SIGKILL, signal.SIGINT]))
 def test_an_overwrite_that_does_not_finish_leaves_the_old_output(
     large: Path, source: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

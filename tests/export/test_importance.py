@@ -27,7 +27,7 @@ from tests.export.making import (
     values,
     weights,
 )
-from tests.long import one_in
+from tests.long import long, one_in
 
 pytest.importorskip("llama_cpp_py_sync")
 
@@ -153,6 +153,7 @@ def test_types_that_need_one(world: Path, tmp_path: Path) -> None:
     assert record.setup == "iq2_xxs (imatrix)"
 
 
+@long
 @needs_converter
 def test_every_type_that_needs_one_is_known_and_no_other(world: Path, tmp_path: Path) -> None:
     """llama.cpp itself is asked, of each type that it has."""

@@ -12,6 +12,7 @@ import pytest
 from tests.faults.disturb import WAYS, changes_of, distinct, disturb
 from tests.faults.scenes import SCENES, Stage
 from tests.faults.watching import why_not
+from tests.long import long
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 # What takes long is disturbed at fewer changes.
@@ -19,8 +20,13 @@ SAMPLES = {"convert": 4, "overwrite": 4, "sweep": 1, "search": 1}
 
 
 # Where a random moment falls depends on the machine.
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "moment"])
-@pytest.mark.parametrize("scene", SCENES)
+CASES = [(scene, way) for scene in SCENES for way in WAYS if way != "moment"]
+LONG = [("search", way) for way in WAYS if way != "kill"]
+
+
+@pytest.mark.parametrize(
+    ("scene", "way"), [pytest.param(*case, marks=[long] * (case in LONG), id="-".join(case)) for case in CASES]
+)
 def test_a_disturbed_command_loses_nothing_and_ends_as_if_undisturbed_when_run_again(
     stage: Stage, scene: str, way: str
 ) -> None:

@@ -20,6 +20,7 @@ from compressknow.probe.sources import Options, open_probe
 from tests.engine.gguf_files import F16, F32, Q8_0, needs_gguf, write_gguf
 from tests.export.making import checkpoint, needs_converter
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.long import long, one_in
 
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
 
@@ -322,7 +323,7 @@ def made(name: str, folder: Path) -> Path:
 
 
 @needs_converter
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral"])
+@pytest.mark.parametrize("name", one_in(2, ["llama-tied", "llama", "mixtral"]))
 def test_an_exported_file_answers_as_its_checkpoint(name: str, place: Path, tmp_path: Path) -> None:
     """Random weights, and a tokenizer of sentencepiece: tokens, and what each candidate scores."""
     folder, file = made(name, tmp_path / "model"), tmp_path / "model.gguf"
@@ -359,6 +360,7 @@ def test_running_text_is_read_as_in_transformers(place: Path, tmp_path: Path) ->
         assert np.asarray(other.logp) == pytest.approx(np.asarray(one.logp), abs=2e-2)
 
 
+@long
 @needs_converter
 @pytest.mark.network
 def test_a_real_model_in_16_bits_answers_as_in_transformers(smollm2: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from compressknow.engine.language_model import load_language_model
 from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.model.meta import meta_model
 from tests.knowing import KNOWN_FACTS, knowing
+from tests.long import long
 from tests.models import save_tiny
 
 SHARED = Path(__file__).parents[4] / "shared" / "models"
@@ -306,6 +307,7 @@ def test_models_that_know_facts_write_texts_of_many_words(name: str) -> None:
     assert runs(load_language_model(SHARED / name).model, text)
 
 
+@long
 @pytest.mark.network
 def test_smollm2_writes_english(smollm2: Path) -> None:
     text = made(smollm2, tokens=1024)
