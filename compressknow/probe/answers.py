@@ -57,7 +57,8 @@ RECORD_FORM: dict[str, Any] = {
     "model": {
         **{"name": str, "sha256?": str, "revision?": (str, None), "architecture?": str, "family?": str, "dtype?": str},
         **{"parameters?": int, "bytes?": int, "zeros?": (int, None), "vocabulary?": (str, int, None), "device?": str},
-        **{"computed_in?": str, "setup?": (str, None), "quantization?": (str, None), "recipe?": (dict, None)},
+        **{"computed_in?": str, "setup?": (str, None), "quantization?": (str, None)},
+        "recipe?": ({"steps": [dict]}, None),
         **{"source?": (dict, None), "groups?": ({str: _COUNTS | {"relative_error?": (float, None)}}, None)},
         "totals?": {str: (int, float, None)},
         "removed?": ({key: form for key, form in REMOVED.items() if key != "tensors"}, None),

@@ -184,6 +184,14 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [RECORD]
 
 
+@pytest.mark.parametrize("recipe", [{}, {"steps": "int8"}, {"steps": ["int8"]}, {"steps": {"quantize": "int8"}}])
+def test_a_recipe_that_is_none_is_a_damaged_record(recipe: object, tmp_path: Path) -> None:
+    model = {"name": "m", "recipe": recipe}
+    (tmp_path / RECORD).write_text(json.dumps({**RECORD_OF, "model": model}), encoding="utf-8")
+    with pytest.raises(CompressknowError, match=r"model\.recipe\.steps"):
+        read_record(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "1", "{}", '"schema"', "\udcff"])
 def test_a_damaged_record_is_one_error(content: str, tmp_path: Path) -> None:
     (tmp_path / RECORD).write_bytes(content.encode("utf-8", "surrogateescape"))
