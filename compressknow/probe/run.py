@@ -106,7 +106,7 @@ def probe_model(
         for probe in lacked:
             run.add(probe, facts_of(probes))
         tidy(folder)
-        return _read(folder, [probe.name for probe in probes])
+        return _read(handle, folder, [probe.name for probe in probes])
 
 
 def is_answered(handle: ModelHandle, probe: Opened, folder: Path, reference: Answers | None) -> bool:
@@ -120,7 +120,7 @@ def held_answers(
     """This model's answers to these probes, where `folder` holds them all."""
     if lacking(handle, probes, folder, Beside(reference)):
         return None
-    return _read(folder, [probe.name for probe in probes])
+    return _read(handle, folder, [probe.name for probe in probes])
 
 
 def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, beside: Beside) -> list[Opened]:
@@ -337,10 +337,16 @@ def _in_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
         yield part
 
 
-def _read(folder: Path, names: Sequence[str]) -> Answers:
-    """The answers to these probes alone; the folder may hold those to others."""
-    record = read_record(folder)
-    record = replace(record, probes={name: record.probes[name] for name in names})
+def _read(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:
+    """The answers to these probes alone; the folder may hold those to others.
+
+    They are kept by the content of the model, which may have another name by now.
+    """
+    record, located = read_record(folder), handle.located
+    model = record.model
+    if located.url is None:
+        model = replace(model, name=located.name, revision=located.revision)
+    record = replace(record, model=model, probes={name: record.probes[name] for name in names})
     rows = tuple(answer for answer in stored(folder) if answer.probe in record.probes)
     answers = Answers(record, rows, read_texts(folder, record))
     check_counts(folder, answers)

@@ -189,7 +189,7 @@ class CellHandle(ModelHandle):
         tokenizer: Callable[[], PreTrainedTokenizerBase],
         written: dict[str, Prompts],
     ) -> None:
-        super().__init__(replace(original.located, name=cell.key), original.settings)
+        super().__init__(replace(original.located, name=cell.key, revision=None), original.settings)
         self._original, self._cell, self._maker = original, cell, maker
         self._tokenizer, self._written = tokenizer, written
         self._described: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from compressknow.export import converter
 from compressknow.export import export as exporting
 from compressknow.probe.answers import Answers, read_answers
 from compressknow.probe.records import NoiseFloor
+from compressknow.report.tables import identity
 from tests.engine.gguf_files import Q8_0, write_gguf
 from tests.export.making import checkpoint, needs_converter
 from tests.knowing import facts_file, knowing
@@ -86,6 +88,18 @@ def test_it_counts_what_differs_from_a_run_of_the_unquantized_file(place: Place,
 
 def said(card: compressknow.Card) -> list[str]:
     return [*card.warnings, *card.comparisons[0].warnings]
+
+
+@needs_converter
+def test_a_file_given_as_the_original_of_its_source_is_told(place: Place, tmp_path: Path) -> None:
+    renamed = tmp_path / "renamed"
+    shutil.copytree(place.model, renamed)
+    for model in (place.model, renamed):
+        card = report(place.q8, model, place.facts, keep_in=tmp_path / "kept")
+        (warning,) = [each for each in said(card) if "look swapped" in each]
+        assert f"q8_0.gguf, given as the original, was made from {model.name}" in warning
+        assert "look swapped" not in " ".join(said(report(model, place.q8, place.facts, keep_in=tmp_path / "kept")))
+    assert ("Made from", "llama") in [(entry.label, entry.value) for entry in identity(card.original)]
 
 
 @needs_converter

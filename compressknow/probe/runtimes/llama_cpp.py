@@ -99,8 +99,12 @@ class LoadedInLlamaCpp(Loaded):
         return self._record
 
     def described(self) -> Mapping[str, Any]:
-        """How most weights are stored."""
-        return {"quantization": f"GGUF {self._model.file_type}"}
+        """How most weights are stored, and what an export of compressknow says that it was made from."""
+        from compressknow.export.record import PREFIX
+
+        said = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in ("name", "revision", "sha256")}
+        source = {key: value for key, value in said.items() if value}
+        return {"quantization": f"GGUF {self._model.file_type}", **({"source": source} if source else {})}
 
     @cached_property
     def _record(self) -> Mapping[str, Any]:

@@ -65,19 +65,19 @@ def of_order(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
     if was_made_from(original, model):
         yield (
             f"The two models look swapped: {plain(original.name, 80)}, given as the original, was made from "
-            f"{plain(model.name, 80)}, as its manifest says. Give the original first."
+            f"{plain(model.name, 80)}, as it says itself. Give the original first."
         )
 
 
 def was_made_from(one: ModelFacts | Checkpoint, other: ModelFacts | Checkpoint) -> bool:
-    """Whether the manifest of the one names the other as its source, and not the other way round too."""
+    """Whether the one says that it was made from the other, and not the other way round too."""
     return _is_source(other, one) and not _is_source(one, other)
 
 
 def _is_source(model: ModelFacts | Checkpoint, made: ModelFacts | Checkpoint) -> bool:
-    """Whether a manifest has the model's name, or its content under another name, for what it was made of."""
+    """Whether what a model says that it was made from has the name or the content of the other one."""
     source = made.source or {}
-    return model.name == source.get("name") or model.sha256 == source.get("sha256")
+    return model.name == source.get("name") or model.sha256 == source.get("sha256", "")
 
 
 def of_recipe(model: ModelFacts) -> Iterator[str]:

@@ -71,7 +71,7 @@ def comparison_warnings(
 ) -> Iterator[str]:
     """What stands in the wrong place, could not be compared, or is broken; and the warnings on the answers."""
     if warnings.was_made_from(a, b):
-        yield "A was made from B, as its manifest says: give B first to see what it lost."
+        yield "A was made from B, as it says itself: give B first to see what it lost."
     smoothed = [name for name, side in (("A", a), ("B", b)) if side.calibration and side.calibration["smoothed"]]
     if len(smoothed) == 1 and difference:
         yield (
