@@ -7,7 +7,8 @@ beside it. Where activations are rounded to integers, later layers make answers 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ ROWS = 128
 def in_parts(x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """What a product of rows [..., in] gives, [..., out], computed `ROWS` rows at a time."""
     rows = x.reshape(-1, x.shape[-1])
+    if len(rows) == ROWS:
+        return product(rows).reshape(*x.shape[:-1], -1)
     filled = functional.pad(rows, (0, 0, 0, -len(rows) % ROWS))
     products = [product(part) for part in torch.split(filled, ROWS)]
     values = products[0] if len(products) == 1 else torch.cat(products)
@@ -41,15 +44,22 @@ class SteadyLinear(nn.Linear):
 
 
 class _Products(TorchFunctionMode):
-    """Products of rows by a matrix are computed so, whoever asks torch for them."""
+    """Products of rows by a matrix are computed so, whoever asks torch for them, and those of two batches of matrices
+    from memory of one layout: of a batch of one, kernels read parts of larger tensors in place, by another way.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention and len(args) > 2 and args[0].dim() == 4:
+            return func(*_heads_apart(args[:3], kwargs), *args[3:], **kwargs)
         place = _ROWS_AT.get(func)
-        if place is None or kwargs or not _is_matrix(args[place + 1]) or not args[place].numel():
-            return func(*args, **(kwargs or {}))
-        return in_parts(args[place], lambda part: func(*args[:place], part, *args[place + 1 :]))
+        if place is not None and not kwargs and _is_matrix(args[place + 1]) and args[place].numel():
+            return in_parts(args[place], lambda part: func(*args[:place], part, *args[place + 1 :]))
+        if place is not None or func in _OF_BATCHES:
+            args = tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in args)
+        return func(*args, **kwargs)
 
 
 # Where the rows stand among a function's arguments; the matrix follows them.
@@ -57,32 +67,60 @@ _ROWS_AT: dict[Any, int] = {
     **dict.fromkeys((functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm), 0),
     torch.addmm: 1,
 }
+_OF_BATCHES = {torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.Tensor.baddbmm}
 
 
 def _is_matrix(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 2 and value.is_floating_point()
 
 
+def _heads_apart(given: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Queries, keys and values [batch, heads, tokens, size], in memory each of its own."""
+    heads = given[0].shape[1]
+    for tensor in given:
+        # One head for all would be read in place.
+        shared = tensor.shape[1] == 1 and not kwargs.get("enable_gqa")
+        yield (tensor.expand(-1, heads, -1, -1) if shared else tensor).contiguous()
+
+
 def steady(model: nn.Module) -> None:
     """Make a model's float products such ones, in place; its weights, names and hooks stay.
 
     A plain Linear is one by its class. Of other modules that hold a matrix (routers, fused experts, a Linear of an
-    architecture's own) the forward is run with torch's products replaced.
+    architecture's own), and of those that their layers are children of (attention), the forward is run with torch's
+    products replaced.
     """
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in vars(module):
             module.__class__ = SteadyLinear
-        elif not isinstance(module, SteadyLinear | EngineLinear | nn.Embedding) and _holds_matrix(module):
+        elif not isinstance(module, SteadyLinear | EngineLinear | PreTrainedModel) and _multiplies(module):
             module.forward = functools.partial(_with_products, module.forward)
     if isinstance(model, PreTrainedModel):
         # The other implementations hand the rows of all experts to one kernel.
         model.set_experts_implementation("eager")
 
 
+def _multiplies(module: nn.Module) -> bool:
+    return any(map(_holds_matrix, (module, *module.children())))
+
+
 def _holds_matrix(module: nn.Module) -> bool:
-    return any(parameter.dim() > 1 and parameter.is_floating_point() for parameter in module.parameters(recurse=False))
+    if isinstance(module, nn.Embedding):
+        return False
+    return isinstance(module, EngineLinear) or any(
+        parameter.dim() > 1 and parameter.is_floating_point() for parameter in module.parameters(recurse=False)
+    )
+
+
+_replaced = ContextVar("_replaced", default=False)
 
 
 def _with_products(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with _Products():
+    if _replaced.get():
         return forward(*args, **kwargs)
+    token = _replaced.set(True)
+    try:
+        with _Products():
+            return forward(*args, **kwargs)
+    finally:
+        _replaced.reset(token)

@@ -133,12 +133,14 @@ WIDE = {"vocab_size": 99, "num_hidden_layers": 1, "num_attention_heads": 4, "hid
     "config",
     [
         hf.GptOssConfig(**WIDE, num_local_experts=4, num_key_value_heads=2, intermediate_size=512, head_dim=64),
+        # One head of keys and values for all; attention by products of batches.
         hf.FalconConfig(**WIDE),
+        hf.MptConfig(vocab_size=99, d_model=256, n_heads=4, n_layers=1),
         hf.GPT2Config(vocab_size=99, n_embd=256, n_layer=1, n_head=4),
     ],
     ids=lambda config: config.model_type,
 )
-def test_routers_experts_and_other_layers_than_linear_give_a_row_the_same_bits_too(config: Any) -> None:
+def test_routers_experts_attention_and_other_layers_than_linear_give_a_row_the_same_bits_too(config: Any) -> None:
     torch.manual_seed(0)
     model, ids = hf.AutoModelForCausalLM.from_config(config).eval(), torch.randint(99, (32, 9))
     expected = logits_of(model, ids)

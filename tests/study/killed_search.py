@@ -1,7 +1,7 @@
 """One search that is killed again and again, before some change on disk or at any moment, and resumed until it ends.
 
-Run as a program: MODEL FACTS FOLDER SEED... It makes FOLDER/undisturbed, and FOLDER/killed-SEED for each seed. It has
-imported all that a search needs, and each life is a fork of it, so that a life costs no more than what it computes.
+Run as a program: WAY MODEL FACTS FOLDER SEED... It makes FOLDER/undisturbed, and FOLDER/killed-SEED for each seed. It
+has imported all that a search needs, and each life is a fork of it, so that a life costs no more than what it computes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,23 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 CHANGES = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir")
 KEEP, TRIALS = 0.75, 16
+# What is searched among: by default, and what looks at activations too.
+SEARCHED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "calibrated": {
+        "schemes": ["int8-paper", "int4", "int8"],
+        "prune_methods": ["l1-unstructured", "wanda"],
+        "roundings": ["nearest", "gptq"],
+        "calibration_tokens": 256,
+    },
+}
 # A search that never gets on would be killed forever.
 MOST_LIVES = 100
 # A process that has threads cannot be forked whole.
@@ -36,10 +48,13 @@ IMPORTED = (
 )
 
 
-def search(model: Path, facts: Path, folder: Path) -> None:
+def searched(way: str, model: Path, facts: Path, folder: Path) -> None:
     import compressknow
 
-    compressknow.search(model, folder, keep=KEEP, trials=TRIALS, probes=[f"facts:{facts}"])
+    among = SEARCHED[way]
+    if "calibration_tokens" in among:
+        among = among | {"calibration": str(facts.with_suffix(".txt"))}
+    compressknow.search(model, folder, keep=KEEP, trials=TRIALS, probes=[f"facts:{facts}"], **among)
 
 
 def die_before_change(number: int) -> None:
@@ -57,8 +72,8 @@ def die_before_change(number: int) -> None:
     sys.addaudithook(count)
 
 
-def life(model: Path, facts: Path, folder: Path, changes: int | None) -> int:
-    """The process of one life."""
+def life(run: Callable[[], None], changes: int | None) -> int:
+    """The process of one life, which does `run`."""
     process = os.fork()
     if process:
         return process
@@ -66,7 +81,7 @@ def life(model: Path, facts: Path, folder: Path, changes: int | None) -> int:
     try:
         if changes:
             die_before_change(changes)
-        search(model, facts, folder)
+        run()
         status = 0
     except Exception:
         traceback.print_exc()
@@ -74,12 +89,12 @@ def life(model: Path, facts: Path, folder: Path, changes: int | None) -> int:
         os._exit(status)
 
 
-def live_until_the_end(model: Path, facts: Path, folder: Path, seed: int) -> int:
+def live_until_the_end(run: Callable[[], None], seed: int) -> int:
     """The number of times that it was killed."""
     chance = random.Random(seed)
     for lives in range(MOST_LIVES):
         by_change = chance.random() < 0.7
-        process = life(model, facts, folder, chance.randint(1, 400) if by_change else None)
+        process = life(run, chance.randint(1, 400) if by_change else None)
         if not by_change:
             time.sleep(chance.uniform(0.05, 5))
             os.kill(process, signal.SIGKILL)
@@ -90,7 +105,7 @@ def live_until_the_end(model: Path, facts: Path, folder: Path, seed: int) -> int
     raise AssertionError("it never ended")
 
 
-def main(model: str, facts: str, folder: str, *seeds: str) -> None:
+def main(way: str, model: str, facts: str, folder: str, *seeds: str) -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     import transformers
@@ -101,10 +116,11 @@ def main(model: str, facts: str, folder: str, *seeds: str) -> None:
     assert transformers.AutoTokenizer
     # So that some recipes are ruled out early and some are not.
     split.FEWEST_FIRST, split.FIRST, search.SURE = 8, 0.5, 0.5
-    _, status = os.waitpid(life(Path(model), Path(facts), Path(folder) / "undisturbed", None), 0)
+    searching = partial(searched, way, Path(model), Path(facts))
+    _, status = os.waitpid(life(partial(searching, Path(folder) / "undisturbed"), None), 0)
     assert status == 0
     for seed in seeds:
-        print(live_until_the_end(Path(model), Path(facts), Path(folder) / f"killed-{seed}", int(seed)), flush=True)
+        print(live_until_the_end(partial(searching, Path(folder) / f"killed-{seed}"), int(seed)), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.knowing import facts_file, knowing
+from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.long import long
-from tests.study.killed_search import ALONE
+from tests.study.killed_search import ALONE, SEARCHED
 from tests.study.test_search import results
 
 pytest.importorskip("optuna")
 # More of them: KILLED_SEARCHES=20 python -m pytest tests/study/test_killed_search.py
 SEARCHES = int(os.environ.get("KILLED_SEARCHES", "1"))
-SECONDS = 120
+SECONDS = 300
 
 
 @long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forks of one")
-def test_a_search_that_is_killed_again_and_again_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", SEARCHED)
+def test_a_search_that_is_killed_again_and_again_ends_as_the_undisturbed_one(way: str, tmp_path: Path) -> None:
     model, facts = knowing("llama", tmp_path / "llama"), facts_file(tmp_path / "facts.jsonl")
+    facts.with_suffix(".txt").write_text("\n".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS))
     seeds = [str(seed) for seed in range(SEARCHES)]
-    command = [sys.executable, "-m", "tests.study.killed_search", str(model), str(facts), str(tmp_path / "out"), *seeds]
+    places = [str(place) for place in (model, facts, tmp_path / "out")]
+    command = [sys.executable, "-m", "tests.study.killed_search", way, *places, *seeds]
     environment = os.environ | ALONE | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with (tmp_path / "log").open("w") as log:
         # Its output goes to a file: a pipe would be held open by whatever it leaves.
