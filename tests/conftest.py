@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -25,3 +26,15 @@ def smollm2() -> Path:
     from tests.demo import fetched_smollm2
 
     return fetched_smollm2()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _children_are_forks() -> Iterator[None]:
+    """Importing torch and transformers takes most of a small export's time."""
+    from compressknow.export import children
+    from tests import forks
+
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(os, "fork"):
+            patch.setattr(children, "Popen", forks.popen)
+        yield

@@ -100,6 +100,16 @@ def steady(model: nn.Module) -> None:
         model.set_experts_implementation("eager")
 
 
+def unsteady(model: nn.Module) -> None:
+    """Undo `steady`: of one row, a product of `ROWS` takes many times as long. How experts are run stays."""
+    for module in model.modules():
+        if type(module) is SteadyLinear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+        replaced = vars(module).get("forward")
+        if isinstance(replaced, functools.partial) and replaced.func is _with_products:
+            module.forward = replaced.args[0]
+
+
 def _multiplies(module: nn.Module) -> bool:
     return any(map(_holds_matrix, (module, *module.children())))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
 from compressknow.errors import CompressknowError, OutputError
 
@@ -31,16 +31,11 @@ def run(
     waits for that ends too.
     """
     with log.open("wb") as output:
-        child = subprocess.Popen(
-            [str(word) for word in command],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-        )
+        words = [str(word) for word in command]
+        child = Popen(words, stdin=PIPE, stdout=output, stderr=STDOUT, env=dict(environment))
         try:
             while True:
-                with suppress(subprocess.TimeoutExpired):
+                with suppress(TimeoutExpired):
                     return child.wait(_POLL_SECONDS)
                 look()
         finally:

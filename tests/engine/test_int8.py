@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from compressknow.engine import int8
 from compressknow.engine.int8 import Int8Linear
 from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.load import load
-from compressknow.engine.steady import SteadyLinear, steady
+from compressknow.engine.steady import SteadyLinear, steady, unsteady
 from compressknow.probe.handle import Settings
 from tests.knowing import facts_file, knowing
 from tests.long import one_in
@@ -147,6 +148,10 @@ def test_routers_experts_attention_and_other_layers_than_linear_give_a_row_the_s
     steady(model)
     torch.testing.assert_close(logits_of(model, ids), expected)
     assert torch.equal(logits_of(model, ids), torch.cat([logits_of(model, row) for row in ids.split(1)]))
+    unsteady(model)
+    assert not [name for name, module in model.named_modules() if isinstance(module, SteadyLinear)]
+    assert not [name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), partial)]
+    torch.testing.assert_close(logits_of(model, ids), expected)
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,7 @@ def test_the_page_says_what_a_user_gets_today_and_asks_nothing_of_any_server(pla
     assert (place.folder / "found" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("after", one_in(2, [9, 1, 12]))
+@pytest.mark.parametrize("after", one_in(3, [9, 1, 12]))
 def test_a_search_goes_on_where_it_was_and_ends_as_one_that_was_not_stopped(
     llama: Place, after: int, undisturbed: dict[str, bytes]
 ) -> None:
