@@ -81,7 +81,8 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
 def _per_second(work: Callable[[], int]) -> float:
     """The median, over some rounds, of how many the work says it did; one that takes long tells enough alone."""
     work()
-    rates, begun = [], time.perf_counter()
+    rates: list[float] = []
+    begun = time.perf_counter()
     while len(rates) < ROUNDS and (not rates or time.perf_counter() - begun < LONG):
         start = time.perf_counter()
         done = work()

@@ -50,7 +50,7 @@ class Place:
         return json.loads((self.folder / name / "search.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module", params=["bert", "llama", "t5"])
+@pytest.fixture(scope="module", params=one_in(2, ["llama", "bert", "t5"]))
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = Place(request.param, tmp_path_factory.mktemp(request.param))
     assert place.search("found", "--keep", str(KEEP)) == 0
