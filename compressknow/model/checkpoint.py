@@ -248,8 +248,12 @@ _READ = {
 
 
 def check_files(folder: Path) -> None:
-    """Raise CheckpointError where a pipe, a socket or a device lies in the folder, or a file too large for its name."""
+    """Raise CheckpointError where a pipe, a socket or a device lies in the folder, or a file too large for its name, or
+    a folder where a file should be, which transformers takes for a file that is missing.
+    """
     for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name in _READ:
+            raise CheckpointError(f"{path} cannot be read: it is a folder.", hint=DOWNLOAD_AGAIN)
         # A folder waits for nobody; a link that leads nowhere is a file that is missing.
         if path.is_dir() or not path.exists():
             continue

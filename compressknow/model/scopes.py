@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from re import _constants as ops  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any, Literal
@@ -142,8 +142,10 @@ OTHER_WORDS = {
 SHOWN = 8
 
 
-def check_scope_names(scopes: Iterable[str]) -> None:
-    """Raise UsageError for a name that is no scope of any model."""
+def check_scope_names(scopes: Collection[str]) -> None:
+    """Raise UsageError for a name that is no scope of any model, or where none is given."""
+    if not scopes:
+        raise UsageError("No scope is given.", hint=f"There is {', '.join(SCOPES)}.")
     for scope in scopes:
         if scope not in SCOPES:
             other = OTHER_WORDS.get(scope.lower())
@@ -196,8 +198,6 @@ def select(
     UnsupportedError : a scope cannot be told, or not be compressed, in full: layers that no rule places, or matrices
         that are no Linear layers.
     """
-    if not scopes:
-        raise UsageError("No scope is given.", hint=_there_is(structure))
     check_scope_names(scopes)
     includes, excludes = _compile("--include", include), _compile("--exclude", exclude)
     in_scope = [w for w in structure.linears if any(SCOPES[scope](w, action) for scope in scopes)]

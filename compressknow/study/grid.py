@@ -60,7 +60,7 @@ class Cell:
     def plain(self) -> bool:
         """Whether scope, `pruning`, amount and `quantization` say it all: the cells that figures draw."""
         wheres = {step.where for step in self.recipe.steps}
-        narrowed = any(replace(where, scope=()) != Where(()) for where in wheres)
+        narrowed = any(replace(where, scope=DEFAULT_SCOPES) != Where() for where in wheres)
         kinds = [type(step) for step in self.recipe.steps]
         return len(wheres) == 1 and not narrowed and not self.recipe.removals and len(kinds) == len(set(kinds))
 

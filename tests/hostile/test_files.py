@@ -55,6 +55,14 @@ def test_a_checkpoint_is_made_of_regular_files(checkpoint: Path, kind: Callable[
         open_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_folder_is_not_taken_for_a_file_that_is_missing(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).mkdir()
+    with pytest.raises(CompressknowError, match=f"{name} cannot be read: it is a folder"):
+        open_checkpoint(checkpoint)
+
+
 def test_a_pipe_as_any_input_is_refused_at_once(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

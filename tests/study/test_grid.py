@@ -268,6 +268,7 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ('[[cells]]\nquantize = "int4"\nsmooth = 0.5', "nothing to smooth"),
         ('[[cells]]\nquantize = "int8-paper"\nrounding = "gptq"', "rounded to nearest alone"),
         ('[[cells]]\nprune = 0.5\ncalibration = "self"', "nothing to calibrate"),
+        ("[[cells]]\nprune = 0.5\nscope = []", "No scope is given"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused_with_its_name(tmp_path: Path, text: str, says: str) -> None:
