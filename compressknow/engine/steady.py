@@ -93,7 +93,7 @@ def steady(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in vars(module):
             module.__class__ = SteadyLinear
-        elif not isinstance(module, SteadyLinear | EngineLinear | PreTrainedModel) and _multiplies(module):
+        elif not isinstance(module, SteadyLinear | EngineLinear) and _multiplies(module):
             module.forward = functools.partial(_with_products, module.forward)
     if isinstance(model, PreTrainedModel):
         # The other implementations hand the rows of all experts to one kernel.
@@ -111,7 +111,10 @@ def unsteady(model: nn.Module) -> None:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    return any(map(_holds_matrix, (module, *module.children())))
+    # A whole model leaves what it does with its layers to them.
+    return _holds_matrix(module) or (
+        not isinstance(module, PreTrainedModel) and any(map(_holds_matrix, module.children()))
+    )
 
 
 def _holds_matrix(module: nn.Module) -> bool:

@@ -10,9 +10,10 @@ import torch
 
 import compressknow
 from compressknow.engine.identity import locate
+from compressknow.engine.steady import SteadyLinear
 from compressknow.errors import CompressknowError
-from compressknow.probe.handle import Settings
-from compressknow.probe.speed import measure
+from compressknow.probe.handle import ModelHandle, Settings
+from compressknow.probe.speed import _tokens_per_second, measure
 from compressknow.quiet import Stage
 from tests.knowing import facts_file, knowing
 
@@ -50,6 +51,16 @@ def test_a_report_tells_the_speed_and_the_memory_of_both(place: Path, tmp_path: 
     page = (tmp_path / "report.html").read_text()
     assert "Facts a second" in page
     assert "Tokens a second" in page
+
+
+def test_tokens_are_written_without_what_makes_answers_steady(place: Path) -> None:
+    handle = ModelHandle(locate(place / "converted"), Settings())
+    language_model = handle.loaded.language_model
+    assert language_model is not None
+    if not any(isinstance(module, SteadyLinear) for module in language_model.model.modules()):
+        pytest.skip("this CPU multiplies no integers")
+    assert _tokens_per_second(handle)
+    assert not any(isinstance(module, SteadyLinear) for module in language_model.model.modules())
 
 
 def test_a_model_that_does_not_go_on_with_texts_has_no_tokens_a_second(tmp_path: Path) -> None:
