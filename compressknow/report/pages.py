@@ -103,6 +103,15 @@ def isolated(sentence: str) -> Markup:
     return Markup(RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(sentence))))
 
 
+def unbroken(sentence: str) -> Markup:
+    """The same with each number and its percent sign in one line.
+
+    >>> print(unbroken("95 % is kept"))
+    95&nbsp;% is kept
+    """
+    return isolated(sentence).replace(" %", Markup("&nbsp;%"))
+
+
 def markdown_sentence(sentence: str) -> str:
     """The same in Markdown, by the isolating marks of Unicode."""
     return RIGHT_TO_LEFT.sub("\u2068\\g<0>\u2069", escape_markdown(sentence))
@@ -128,7 +137,8 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(md=escape_markdown, code=code_span, block=code_block, front_matter=front_matter)
-    environment.filters.update(isolated=isolated, sentence=markdown_sentence, cell=markdown_sentence, count=count)
+    environment.filters.update(isolated=isolated, unbroken=unbroken)
+    environment.filters.update(sentence=markdown_sentence, cell=markdown_sentence, count=count)
     return environment
 
 

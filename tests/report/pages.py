@@ -17,7 +17,9 @@ class Element:
 
     @property
     def text(self) -> str:
-        return "".join(child if isinstance(child, str) else child.text for child in self.children)
+        """As it is read: whether a space may end a line is not told apart."""
+        text = "".join(child if isinstance(child, str) else child.text for child in self.children)
+        return text.replace("\N{NO-BREAK SPACE}", " ")
 
     def all(self, tag: str | None = None) -> list[Element]:
         """The element's descendants, in order, of the tag where one is named."""

@@ -8,7 +8,6 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from compressknow.compress.pruning import METHODS
 from compressknow.format import plain
 from compressknow.report import drawing
 from compressknow.report.card.rounding import kept_by_rounding, mark
@@ -16,11 +15,13 @@ from compressknow.report.drawing import Bar, Level, Line
 from compressknow.report.records import Comparison
 from compressknow.report.study.records import (
     ATTENTION_KINDS,
+    IN_WORDS,
     MODULES,
     STRUCTURED,
     UNSTRUCTURED,
     Study,
     StudyProbe,
+    called,
     methods,
     pruned,
     pruned_and_quantized,
@@ -123,26 +124,34 @@ def by_method(study: Study, scope: str) -> tuple[Line, ...]:
         method: tuple((a, y) for a, cell in of.items() if (y := mean_kept(cell.comparison)).value is not None)
         for method, of in cells.items()
     }
-    lines = tuple(Line(_called(method), each) for method, each in points.items() if len(each) > 1)
+    lines = tuple(Line(called(method), each) for method, each in points.items() if len(each) > 1)
     return lines[:_MOST] if len(lines) > 1 else ()
+
+
+def when_pruned_by_method(study: Study) -> tuple[Bar, ...]:
+    """A group for each scope that has no such lines and each amount, a bar for each method, where there are several."""
+    several = methods(study)[:_MOST]
+    return _known(
+        Bar(called(method), mean_drop(cell.comparison), series, f"{scope} {amount:g} %")
+        for scope in MODULES
+        if len(several) > 1 and not by_method(study, scope)
+        for amount in sorted({a for method in several for a in pruned(study, scope, method)})
+        for series, method in enumerate(several)
+        if (cell := pruned(study, scope, method).get(amount))
+    )
 
 
 def when_both_by_method(study: Study) -> tuple[Bar, ...]:
     """A group for each scope, amount and scheme, a bar for each method, where there are several."""
     several = methods(study)[:_MOST]
     return _known(
-        Bar(_called(method), mean_drop(cell.comparison), series, f"{scope} {amount:g} %, {plain(scheme, 60)}")
+        Bar(called(method), mean_drop(cell.comparison), series, f"{scope} {amount:g} %, {plain(scheme, 60)}")
         for scheme in schemes(study)
         for scope in MODULES
         for amount in sorted({a for m in several for a in pruned_and_quantized(study, scope, scheme, m)})
         for series, method in enumerate(several)
         if len(several) > 1 and (cell := pruned_and_quantized(study, scope, scheme, method).get(amount))
     )
-
-
-def _called(method: str) -> str:
-    """A method as setups call it, where it is as usual."""
-    return METHODS[method].label if method in METHODS else method
 
 
 def of_attention_kinds(study: Study) -> tuple[Bar, ...]:
@@ -154,7 +163,7 @@ def of_final_layer(study: Study) -> tuple[Bar, ...]:
     """A group for each amount, a bar for each method."""
     by_method = {method: pruned(study, "final", method) for method in _METHODS}
     return _known(
-        Bar(METHODS[method].label, mean_drop(cells[amount].comparison), series, f"{amount:g} %")
+        Bar(called(method), mean_drop(cells[amount].comparison), series, f"{amount:g} %")
         for amount in sorted({amount for cells in by_method.values() for amount in cells})
         for series, (method, cells) in enumerate(by_method.items())
         if amount in cells
@@ -226,8 +235,6 @@ class _Figure:
     by_probe: Mapping[str, str] | None = None
 
 
-_IN_WORDS = {"overall": "everything", "attention": "attention", "feed-forward": "feed-forward"}
-
 # The captions of figures 20 to 24 name data sets and no setup. They are taken for those of pruned models, which have no
 # table: what is quantized has tables 3 to 5, a row a data set. Its charts by probe have no number.
 _FIGURES = (
@@ -249,13 +256,14 @@ _FIGURES = (
     *(
         _Figure(
             f"methods-{scope}",
-            f"Knowledge kept by how much of {_IN_WORDS[scope]} was pruned, by method",
+            f"Knowledge kept by how much of {IN_WORDS[scope]} was pruned, by method",
             _KEPT,
             partial(by_method, scope=scope),
             {},
         )
         for scope in MODULES
     ),
+    _Figure("methods-pruned", "Accuracy lost to pruning by method, in points", _BARS, when_pruned_by_method, {}),
     _Figure(
         "quantization",
         "Accuracy lost to quantization, in points",

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from compressknow.format import plain, points, share
+from compressknow.report.study.charts import by_method
 from compressknow.report.study.findings import NOT_EVALUATED, Finding
-from compressknow.report.study.records import Study
+from compressknow.report.study.records import IN_WORDS, MODULES, Study
 from compressknow.report.study.summary import (
     CLIFF,
     Cliff,
     Least,
     cliffs,
     listed,
+    method_that_hurts_least,
     module_that_hurts_least,
     quantized_that_hurts_least,
 )
@@ -21,6 +23,8 @@ from compressknow.report.study.tests import CANNOT_TELL, HOLDS
 
 # The charts that show the paper's findings; those of the study's own are named below.
 _KEPT, _QUANTIZED = "pruning-kept", "quantization"
+_METHODS = {module: f"methods-{module}" for module in MODULES}
+_METHODS_ALONE = "methods-pruned"  # where a module was pruned by one amount
 _CHARTS = {
     **dict.fromkeys(("F1", "F2", "F3", "F4", "F5"), "pruning-drop"),
     **dict.fromkeys(("F6", "F7"), _QUANTIZED),
@@ -36,8 +40,8 @@ class Found:
     Attributes
     ----------
     id : F1 to F10 of the paper's; empty of the study's own.
-    answer : ``holds``, ``does not hold`` or ``cannot tell``. What is claimed of the best module or of the first amount
-        is read off the study itself, and never "does not hold".
+    answer : ``holds``, ``does not hold`` or ``cannot tell``. What is claimed of the best module or method or of the
+        first amount is read off the study itself, and never "does not hold".
     chart : the name of the chart that shows it.
     """
 
@@ -55,8 +59,9 @@ class Found:
 def what_was_found(study: Study, findings: Sequence[Finding]) -> tuple[Found, ...]:
     """By chart: the study's own findings, then the paper's for this family of which the study has cells."""
     own = (*map(_pruned, module_that_hurts_least(study)), *map(_cliff, cliffs(study)))
+    own += tuple(_method(study, each) for each in method_that_hurts_least(study))
     found = (*own, *map(_quantized, quantized_that_hurts_least(study)), *_paper(findings))
-    order = (_KEPT, *dict.fromkeys(_CHARTS.values()))
+    order = (_KEPT, "pruning-drop", *_METHODS.values(), _METHODS_ALONE, *_CHARTS.values())
     return tuple(sorted(found, key=lambda each: order.index(each.chart)))
 
 
@@ -68,10 +73,17 @@ def _quantized(least: Least) -> Found:
     return _least(least, f"Quantized by {plain(least.level, 60)}", "kept", _QUANTIZED)
 
 
-def _least(least: Least, how: str, what: str, chart: str) -> Found:
+def _method(study: Study, least: Least) -> Found:
+    amounts = " to ".join(f"{amount:g}" for amount in dict.fromkeys((least.amounts[0], least.amounts[-1])))
+    what = "kept on average" if len(least.amounts) > 1 else "kept"
+    chart = _METHODS[least.level] if by_method(study, least.level) else _METHODS_ALONE
+    return _least(least, f"With {IN_WORDS[least.level]} pruned by {amounts} %", what, chart, "method")
+
+
+def _least(least: Least, how: str, what: str, chart: str, kind: str = "module") -> Found:
     # Where all keep the same, to name the first of them would say what nobody saw.
-    named = least.module if len(set(least.kept.values())) > 1 else "one module"
-    numbers = listed([f"{module} {share(kept)}" for module, kept in least.kept.items()])
+    named = plain(least.best, 60) if len(set(least.kept.values())) > 1 else f"one {kind}"
+    numbers = listed([f"{plain(name, 60)} {share(kept)}" for name, kept in least.kept.items()])
     return Found("", f"{how}, {named} hurts least", _answer(least.clear), f"{what}: {numbers}", chart)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from compressknow.compress.pruning import METHODS
 from compressknow.format import count, estimate, plain, size
 from compressknow.notebook import Shown, Summary
 from compressknow.probe.grades import RECOGNIZED
@@ -122,6 +123,7 @@ def _cell_row(cell: StudyCell) -> tuple[str, ...]:
 # The methods that the paper prunes by.
 UNSTRUCTURED, STRUCTURED = "l1-unstructured", "ln-structured"
 MODULES = ("overall", "attention", "feed-forward")
+IN_WORDS = {"overall": "everything", "attention": "attention", "feed-forward": "feed-forward"}
 ATTENTION_KINDS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
 # Among so few answers a model that always says the same scores as a majority does; among more it scores as guessing.
 _FEW_ANSWERS = 5
@@ -153,6 +155,11 @@ def methods(study: Study) -> tuple[str, ...]:
     """Likewise the methods that the study's modules are pruned by."""
     cells = (c for c in study.cells if c.plain and c.scope in MODULES)
     return tuple(dict.fromkeys(c.pruning for c in cells if c.pruning is not None))
+
+
+def called(method: str) -> str:
+    """A method as setups call it, where it is as usual."""
+    return METHODS[method].label if method in METHODS else method
 
 
 def percent(cell: StudyCell) -> float:

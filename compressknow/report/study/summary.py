@@ -8,7 +8,18 @@ from itertools import pairwise
 
 from compressknow.format import count, plain, share
 from compressknow.report.study.findings import HIGH, LOW, MEDIUM
-from compressknow.report.study.records import MODULES, Study, StudyCell, names, pruned, quantized, schemes
+from compressknow.report.study.records import (
+    IN_WORDS,
+    MODULES,
+    Study,
+    StudyCell,
+    called,
+    methods,
+    names,
+    pruned,
+    quantized,
+    schemes,
+)
 from compressknow.report.study.tests import HOLDS, adjusted, decide, paired_test
 from compressknow.stats.records import Estimate
 
@@ -18,13 +29,13 @@ CLIFF = 0.90  # knowledge kept falls off the cliff at the first amount that keep
 
 @dataclass(frozen=True, slots=True)
 class Least:
-    """The module that hurts least at a level of pruning.
+    """What hurts least: the module at a level of pruning, or the method of those that prune a module.
 
     Attributes
     ----------
-    level : "10 to 30 %", "30 to 50 %" (30 itself belongs to the level below) or "more than 50 %".
-    amounts : in percent, those that all its modules were pruned by; none where they were quantized.
-    kept : by module, knowledge kept of all probes' facts, the mean over the amounts; best first.
+    level : "10 to 30 %", "30 to 50 %" (30 itself belongs to the level below) or "more than 50 %"; the module.
+    amounts : in percent, those that all of them were pruned by; none where they were quantized.
+    kept : by module or method, knowledge kept of all probes' facts, the mean over the amounts; best first.
     clear : the first is significantly better than each other at one amount at least, and nowhere worse (exact
         McNemar at each amount, Holm over all).
     """
@@ -35,7 +46,7 @@ class Least:
     clear: bool
 
     @property
-    def module(self) -> str:
+    def best(self) -> str:
         return next(iter(self.kept))
 
 
@@ -72,18 +83,23 @@ def module_that_hurts_least(study: Study) -> tuple[Least, ...]:
 def _least(
     study: Study, level: str, limits: tuple[float, float], cells: Mapping[str, Mapping[float, StudyCell]]
 ) -> Least | None:
-    there = {scope: {a: c for a, c in by.items() if _is_in(a, limits)} for scope, by in cells.items()}
-    there = {scope: by for scope, by in there.items() if by}
+    return _of_same_amounts(
+        study, level, {scope: {a: c for a, c in by.items() if _is_in(a, limits)} for scope, by in cells.items()}
+    )
+
+
+def _of_same_amounts(study: Study, level: str, cells: Mapping[str, Mapping[float, StudyCell]]) -> Least | None:
+    there = {name: by for name, by in cells.items() if by}
     amounts = tuple(sorted(set.intersection(*(set(by) for by in there.values())))) if len(there) > 1 else ()
     if not amounts:
         return None
-    return Least(level, amounts, *_best(study, {scope: [by[a] for a in amounts] for scope, by in there.items()}))
+    return Least(level, amounts, *_best(study, {name: [by[a] for a in amounts] for name, by in there.items()}))
 
 
 def _best(study: Study, there: Mapping[str, Sequence[StudyCell]]) -> tuple[dict[str, float], bool]:
-    """By module, what its cells keep on average, best first; and whether that is significant. Cells are paired."""
-    kept = {scope: sum(c.comparison.kept.value or 0.0 for c in by) / len(by) for scope, by in there.items()}
-    order = sorted(kept, key=lambda scope: -kept[scope])
+    """By name, what its cells keep on average, best first; and whether that is significant. Cells are paired."""
+    kept = {name: sum(c.comparison.kept.value or 0.0 for c in by) / len(by) for name, by in there.items()}
+    order = sorted(kept, key=lambda name: -kept[name])
     best, rivals = order[0], order[1:]
     pairs = adjusted(
         paired_test(study, one, other, rival)
@@ -91,7 +107,18 @@ def _best(study: Study, there: Mapping[str, Sequence[StudyCell]]) -> tuple[dict[
         for one, other in zip(there[best], there[rival], strict=True)
     )
     clear = decide([(pair.part, pair.direction) for pair in pairs], rivals) == HOLDS
-    return {scope: kept[scope] for scope in order}, clear
+    return {name: kept[name] for name in order}, clear
+
+
+def method_that_hurts_least(study: Study) -> tuple[Least, ...]:
+    """By module, among the methods that prune it by the same amounts; of modules that at least two methods prune so.
+    `level` is the module.
+    """
+    found = []
+    for module in MODULES:
+        cells = {called(method): _known(pruned(study, module, method)) for method in methods(study)}
+        found.append(_of_same_amounts(study, module, cells))
+    return tuple(least for least in found if least)
 
 
 def quantized_that_hurts_least(study: Study) -> tuple[Least, ...]:
@@ -152,12 +179,15 @@ def _forms(number: int) -> str:
 
 
 def verdict(study: Study) -> str:
-    """Which module hurts least, and where the cliff is; of a study without pruned modules, the best and worst cell."""
-    least, edges = module_that_hurts_least(study), cliffs(study)
-    if not least and not edges:
-        return _best_and_worst(study)
+    """Which module and which method hurts least, and where the cliff is; of a study without pruned modules, the best
+    and worst cell.
+    """
+    least, of_methods, edges = module_that_hurts_least(study), method_that_hurts_least(study), cliffs(study)
     parts = [_modules_in_short(least)] if least else []
     parts += [_cliffs_in_short(edges)] if edges else []
+    parts += [_methods_in_short(of_methods)] if of_methods else []
+    if not parts:
+        return _best_and_worst(study)
     return f"{plain(study.original.name, _NAME)}: {'; '.join(parts)}."
 
 
@@ -165,11 +195,21 @@ def _modules_in_short(least: Sequence[Least]) -> str:
     """Levels with the same answer are said together."""
     by_module: dict[str, list[str]] = {}
     for each in least:
-        by_module.setdefault(each.module if each.clear else "", []).append(each.level)
+        by_module.setdefault(each.best if each.clear else "", []).append(each.level)
     return "; ".join(
         f"pruned by {listed(levels)}, {f'{module} hurts least' if module else 'no module clearly hurts least'}"
         for module, levels in by_module.items()
     )
+
+
+def _methods_in_short(least: Sequence[Least]) -> str:
+    """The method that is best at each module, where it is clear."""
+    by_method: dict[str, list[str]] = {}
+    for each in least:
+        if each.clear:
+            by_method.setdefault(each.best, []).append(IN_WORDS[each.level])
+    told = [f"{plain(method, 60)} hurts least ({listed(modules)})" for method, modules in by_method.items()]
+    return f"of the methods that prune, {listed(told) or 'none clearly hurts least'}"
 
 
 def _cliffs_in_short(edges: Sequence[Cliff]) -> str:

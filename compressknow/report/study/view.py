@@ -68,10 +68,11 @@ _DEFINITIONS = (
     "Per million parameters, each form's loss of accuracy is divided by the number of parameters that it changed: "
     "those quantized, or those pruned where none were. p is of the mean paired difference (normal approximation).",
     f"The cliff is the first amount in the grid at which less than {100 * CLIFF:g} % of the knowledge is kept. That "
-    "holds where the whole 95 % interval there lies below, else the study cannot tell. A module hurts least where it "
-    "is significantly better than each other one at one amount at least, and nowhere worse (McNemar, Holm). 30 % "
-    "counts as low, 50 % as medium. Charts show means over probes, then each probe, averaged as its protocol does. The "
-    "line called rounding alone is at what the original keeps of its own knowledge in another precision.",
+    "holds where the whole 95 % interval there lies below, else the study cannot tell. A module hurts least, or a "
+    "method of those that prune one, where it is significantly better than each other at one amount at least, and "
+    "nowhere worse (McNemar, Holm). 30 % counts as low, 50 % as medium. Charts show means over probes, then each "
+    "probe, averaged as its protocol does. The line called rounding alone is at what the original keeps of its own "
+    "knowledge in another precision.",
     "The sparse size is what a store would take that keeps only weights that are not zero, plus one bit per weight "
     "to mark them; no current runtime reads one, and on disk pruned weights are dense.",
 )

@@ -79,6 +79,15 @@ def gpq(scope: str, amount: float, right: Collection[int], scheme: str = "int8-p
     return Cell(scope, right, amount, scheme, "l1-unstructured")
 
 
+def two_methods() -> list[Cell]:
+    """Pruned by L1 attention bears more than feed-forward, by Wanda less."""
+    right = {
+        "l1-unstructured": {"attention": 190, "feed-forward": 100, "overall": 50},
+        "wanda": {"attention": 100, "feed-forward": 190, "overall": 60},
+    }
+    return [gp(s, a, range(k), method) for method, of in right.items() for a in (0.4, 0.5) for s, k in of.items()]
+
+
 def whole_grid(family: str = "masked", asked: Asked | None = None) -> Study:
     """The paper's grid, in which feed-forward loses twice as fast as attention, and overall four times."""
     asked = asked or Asked()
@@ -155,6 +164,7 @@ STUDIES = {
     "masked": whole_grid,
     "seq2seq": lambda: whole_grid("seq2seq", TASKS),
     "one": lambda: study([gp("attention", 0.2, range(150))]),
+    "methods": lambda: study(two_methods()),
     "empty": empty,
     "failed": failed_only,
 }

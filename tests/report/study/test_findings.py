@@ -215,10 +215,10 @@ def test_module_that_hurts_least_is_told_by_level() -> None:
     cells += [*at(ATT, BAD, 0.4, 0.5), *at(FF, range(141), 0.4, 0.5)]
     cells += [*at(ATT, DEAD, 0.7), *at(FF, BAD, 0.7, 0.8)]
     low, medium, high = module_that_hurts_least(study(cells))
-    assert (low.level, low.module, low.clear, low.amounts) == ("10 to 30 %", ATT, True, (10, 30))
+    assert (low.level, low.best, low.clear, low.amounts) == ("10 to 30 %", ATT, True, (10, 30))
     assert low.kept == {ATT: 1.0, FF: 0.9, ALL: 0.7}
-    assert (medium.module, medium.clear, list(medium.kept)) == (FF, False, [FF, ATT])
-    assert (high.module, high.clear, high.amounts) == (FF, True, (70,))
+    assert (medium.best, medium.clear, list(medium.kept)) == (FF, False, [FF, ATT])
+    assert (high.best, high.clear, high.amounts) == (FF, True, (70,))
 
 
 def test_level_of_one_module_compares_nothing() -> None:

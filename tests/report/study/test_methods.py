@@ -6,21 +6,16 @@ import json
 
 from compressknow.report.study.charts import study_charts
 from compressknow.report.study.findings import findings
+from compressknow.report.study.found import what_was_found
 from compressknow.report.study.methods import by_method, changes, ids
 from compressknow.report.study.pages import render_study_html, render_study_markdown, study_to_json, tidy_rows
 from compressknow.report.study.records import FailedCell
-from tests.report.study.studies import Cell, gp, gq, study, whole_grid
+from compressknow.report.study.summary import method_that_hurts_least, verdict
+from tests.report.study.studies import Cell, gp, gq, study, two_methods, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"
 GOOD, BAD = range(190), range(100)
 L1, WANDA = "l1-unstructured", "wanda"
-
-
-def two_methods() -> list[Cell]:
-    """Pruned by L1 attention bears more than feed-forward, by Wanda less."""
-    amounts = (0.4, 0.5)
-    cells = [gp(scope, a, right, L1) for a in amounts for scope, right in ((ATT, GOOD), (FF, BAD), (ALL, range(50)))]
-    return cells + [gp(s, a, right, WANDA) for a in amounts for s, right in ((ATT, BAD), (FF, GOOD), (ALL, range(60)))]
 
 
 def test_each_method_is_tested_by_its_own_cells() -> None:
@@ -84,6 +79,42 @@ def test_each_scope_has_a_chart_with_a_line_for_each_method() -> None:
         assert "L1-unstructured" in panel.svg
         assert "wanda" in panel.svg
     assert not any(chart.name.startswith("methods") for chart in study_charts(whole_grid()))
+
+
+def test_of_methods_that_prune_the_best_is_named_for_each_module() -> None:
+    made = study([*two_methods(), gp(FF, 0.3, BAD, L1), gp(FF, 0.6, GOOD, WANDA)])
+    said = {each.claim: each for each in what_was_found(made, findings(made)) if "With" in each.claim}
+    # Ten facts of 200 are kept by Wanda alone of everything pruned, and none by L1 alone.
+    everything = said["With everything pruned by 40 to 50 %, wanda hurts least"]
+    assert (everything.answer, everything.chart) == ("holds", "methods-overall")
+    assert everything.numbers == "kept on average: wanda 30.0 % and L1-unstructured 25.0 %"
+    assert said["With attention pruned by 40 to 50 %, L1-unstructured hurts least"].answer == "holds"
+    assert said["With feed-forward pruned by 40 to 50 %, wanda hurts least"].answer == "holds"
+    assert len(said) == 3
+    assert verdict(made).endswith(
+        "of the methods that prune, wanda hurts least (everything and feed-forward) and L1-unstructured hurts least "
+        "(attention)."
+    )
+    alike = study([gp(ALL, 0.5, GOOD, method) for method in (L1, WANDA)])
+    (line,) = what_was_found(alike, findings(alike))[:1]
+    assert line.claim == "With everything pruned by 50 %, one method hurts least"
+    assert line.answer == "cannot tell"
+    assert "of the methods that prune, none clearly hurts least" in verdict(alike)
+
+
+def test_methods_that_prune_by_other_amounts_are_not_compared() -> None:
+    made = study([gp(ATT, 0.4, GOOD, L1), gp(ATT, 0.5, BAD, WANDA)])
+    assert method_that_hurts_least(made) == ()
+    assert "methods" not in verdict(made)
+
+
+def test_one_amount_has_a_bar_for_each_method() -> None:
+    made = study([gp(scope, 0.5, right, m) for scope in (ATT, ALL) for m, right in ((L1, BAD), (WANDA, GOOD))])
+    (chart,) = (chart for chart in study_charts(made) if chart.name.startswith("methods"))
+    assert chart.name == "methods-pruned"
+    for text in ("overall 50 %", "attention 50 %", "L1-unstructured", "wanda"):
+        assert text in chart.panels[0].svg
+    assert {each.chart for each in what_was_found(made, findings(made)) if "With" in each.claim} == {"methods-pruned"}
 
 
 def test_pruned_and_quantized_cells_have_a_bar_for_each_method() -> None:
