@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,7 +126,7 @@ def search(
     with (
         StudyModel(
             model,
-            replace(settings or Settings(), noise_floor=False),
+            settings or Settings(),
             revision=revision,
             keep_in=None if ray else folder,
             texts=folder / TEXTS,
@@ -138,7 +137,10 @@ def search(
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
             study_model.evaluate_original(texts, folder / HELD_OUT / ORIGINAL, listening)
         rest, first = [part.rest for part in parts], [part.first for part in parts]
-        searched = EvaluationSet.of(study_model, rest, folder / SEARCHED, listening, run, first, known=known)
+        # The noise floor is that of the held-out facts: these decide.
+        searched = EvaluationSet.of(
+            study_model, rest, folder / SEARCHED, listening, run, first, known=known, noise_floor=False
+        )
         chosen = RecipeSearch(
             Space(study_model.maker.structure(module_map), schemes, module_map, ways),
             criterion,

@@ -86,6 +86,8 @@ class Search(notebook.Shown):
     sizes : of the original.
     known : what counts as known: ``recognized`` or better, or only ``produced``.
     templates : in how many wordings each fact was put; it is known then if more than half of them are.
+    rounding : share of what the original knows of the held-out facts that it still knows in another precision, by a
+        sample of them (0 to 1); None where that was not found.
     """
 
     original: ModelFacts
@@ -109,6 +111,7 @@ class Search(notebook.Shown):
     command: str | None
     known: str = RECOGNIZED
     templates: int = 1
+    rounding: float | None = None
 
     def _summary(self) -> notebook.Summary:
         return notebook.Summary(
@@ -155,7 +158,7 @@ def _sections(search: Search) -> Iterator[Shown]:
     command = plain(search.command, 2000) if search.command else None
     recipe = plain_lines(to_toml(dict(search.winner.recipe))) if search.winner else None
     layers = _layers(search)
-    yield Shown("front", "Knowledge kept against size", (*_front(search), Note(_FRONT)))
+    yield Shown("front", "Knowledge kept against size", (*_front(search), Note(_FRONT + _rounding(search))))
     yield Shown("winner", "The winning recipe", (Code(recipe, "toml"),) if recipe else ())
     yield Shown("held-out", "On the held-out facts", (_confirmed(search),), look="wide")
     yield Shown("tried", "All recipes", (*_tried(search), Note("", drawn=BAR)), look="wide")
@@ -167,6 +170,15 @@ def _sections(search: Search) -> Iterator[Shown]:
 def _front(search: Search) -> Iterator[Drawn]:
     yield Drawn(Markup(pareto(search)), look="narrow")
     yield Drawn(Markup(pareto(search, broad=True)), look="broad")
+
+
+def _rounding(search: Search) -> str:
+    if search.rounding is None:
+        return ""
+    return (
+        f" The dotted line is what rounding alone keeps, {share(search.rounding)}: the original answered some of the "
+        "held-out facts in another precision, too."
+    )
 
 
 def headline(search: Search) -> str:
@@ -250,8 +262,18 @@ def gets(search: Search) -> str:
 
 
 def said(search: Search) -> tuple[str, ...]:
-    """What a reader must know beside the verdict: `gets`, and what counts as known where that is not the usual."""
-    return (gets(search), *of_known(search.known))
+    """What a reader must know beside the verdict: `gets`, what counts as known where that is not the usual, and that
+    rounding alone keeps less than is asked for.
+    """
+    return (gets(search), *_below_rounding(search), *of_known(search.known))
+
+
+def _below_rounding(search: Search) -> Iterator[str]:
+    if search.rounding is not None and search.rounding < search.keep:
+        yield (
+            f"Rounding alone keeps {share(search.rounding)} of what the original knows (some of the held-out facts, in "
+            f"another precision): {100 * search.keep:.6g} % is more than the same weights keep there."
+        )
 
 
 def _setup(tried: Trial) -> str:
@@ -380,6 +402,7 @@ def _tradeoff(search: Search) -> Tradeoff:
         edge=tuple(_NAMES.values()),
         told=f"The best at each size: {'; '.join(mark.told for mark in best)}.",
         keep=search.keep,
+        rounding=search.rounding,
         bottom=0,
     )
 

@@ -57,7 +57,7 @@ class Tradeoff:
     looks : by kind, the kinds in the order of the legend.
     edge : by kind, whose marks can be on the edge.
     more_is_better : of a cost that is none, such as a speed.
-    keep : a share of 1 to be kept, drawn across; or None.
+    keep, rounding : a share of 1 to be kept (broken), and what rounding alone keeps (dotted), drawn across; or None.
     bottom : where the axis of what is kept begins, in percent; None for a round figure below the least.
     """
 
@@ -69,6 +69,7 @@ class Tradeoff:
     told: str
     more_is_better: bool = False
     keep: float | None = None
+    rounding: float | None = None
     bottom: float | None = None
 
 
@@ -96,14 +97,16 @@ def tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
     hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}
     with axes(height, id, chart.title, chart.told, width=width, hover=hover) as (plot, drawn):
         _draw_edge(plot, chart)
-        if chart.keep is not None:
-            plot.axhline(100 * chart.keep, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        for across, dashes in ((chart.keep, (4, 3)), (chart.rounding, (1, 2))):
+            if across is not None:
+                plot.axhline(100 * across, color=MUTED, linewidth=0.9, linestyle=(0, dashes))
         _draw_marks(plot, chart)
         plot.set_xlabel(chart.cost)
         # Outside of the plot: points may lie anywhere in it.
         room: Any = {"ncols": 3 if broad else 2, "columnspacing": 1, "handletextpad": 0, "frameon": False}
         plot.figure.legend(loc="outside upper left", fontsize=10, **room)
-        kept = [100 * mark.kept for mark in chart.marks]
+        # A line across alone would not widen the axis.
+        kept = [100 * share for share in (*(mark.kept for mark in chart.marks), chart.rounding) if share is not None]
         percent_axis(plot, round_range(kept, low=min(kept))[0] if chart.bottom is None else chart.bottom, unit=PERCENT)
         _draw_labels(plot, chart.marks)
     return drawn()

@@ -90,9 +90,11 @@ class StudyModel:
         if "maker" in self.__dict__:
             self.maker.__exit__(kind, error, trace)
 
-    def evaluate_original(self, probes: Sequence[Opened], folder: Path, on_progress: Listener | None = None) -> Answers:
-        """The original's answers, kept in `folder`."""
-        return _evaluate(self.original, probes, folder, None, self._whole, on_progress)
+    def evaluate_original(
+        self, probes: Sequence[Opened], folder: Path, on_progress: Listener | None = None, *, noise_floor: bool = True
+    ) -> Answers:
+        """The original's answers, kept in `folder`, with their noise floor unless that is not wanted here."""
+        return _evaluate(self.original, probes, folder, None, self._whole, on_progress, noise_floor=noise_floor)
 
     def evaluate_cell(
         self,
@@ -125,6 +127,8 @@ def _evaluate(
     reference: Answers | None,
     whole: Distributions | None,
     on_progress: Listener | None,
+    *,
+    noise_floor: bool = False,
 ) -> Answers:
     watched, beside = staged(on_progress, facts=facts_of(probes)), Beside(reference, whole=whole)
     if whole and reference:
@@ -136,20 +140,14 @@ def _evaluate(
             watched,
         )
     try:
-        return merged([_answers_to(probe, handle, folder / folder_of(probe.name), beside, watched) for probe in probes])
+        places = {probe.name: folder / folder_of(probe.name) for probe in probes}
+        parts = [probe_model(handle, [p], places[p.name], beside, on_progress=watched) for p in probes]
+        if noise_floor:
+            asked = zip(probes, parts, strict=True)
+            parts = [with_noise_floor(handle, [p], a, places[p.name], watched, whole=whole) for p, a in asked]
+        return merged(parts)
     finally:
         handle.release()
-
-
-def _answers_to(
-    probe: Opened, handle: ModelHandle, folder: Path, beside: Beside, on_progress: Listener | None
-) -> Answers:
-    answers = probe_model(handle, [probe], folder, beside, on_progress=on_progress)
-    return (
-        answers
-        if beside.reference
-        else with_noise_floor(handle, [probe], answers, folder, on_progress, whole=beside.whole)
-    )
 
 
 def merged(parts: Sequence[Answers]) -> Answers:

@@ -11,6 +11,7 @@ from compressknow.compress.steps import Quantize
 from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.report.card.make import compare, model_facts
+from compressknow.report.card.rounding import kept_by_rounding
 from compressknow.report.search import SIZES, Search, Trial
 from compressknow.stats.intervals import proportion
 from compressknow.stats.records import Estimate
@@ -197,6 +198,7 @@ def search_of(
         versions=dict(searched.original.record.versions),
         command=command,
         known=held_out.known_as,
+        rounding=kept_by_rounding(compare(held_out.original, held_out.original, show_facts=False).probes),
         templates=max(probe.templates or 1 for probe in held_out.probes),
     )
 

@@ -117,10 +117,11 @@ class EvaluationSet:
         first: Sequence[Probe | None] = (),
         *,
         known: str = RECOGNIZED,
+        noise_floor: bool = True,
     ) -> EvaluationSet:
         begun = tuple(probe for probe in first if probe)
         whole = (*begun, *probes)
-        reference = study_model.evaluate_original(whole, folder / ORIGINAL, on_progress)
+        reference = study_model.evaluate_original(whole, folder / ORIGINAL, on_progress, noise_floor=noise_floor)
         return cls(study_model, whole, begun, folder, reference, judged(reference, known), known, run)
 
     @property

@@ -130,6 +130,19 @@ def test_the_page_says_what_a_user_gets_today_and_asks_nothing_of_any_server(pla
     assert (place.folder / "found" / "report.html").is_file()
 
 
+def test_the_search_tells_what_rounding_alone_keeps_of_the_held_out_facts(place: Place) -> None:
+    (held_out,) = (read_answers(f) for f in (place.folder / "found" / "held-out" / "original").iterdir())
+    (entry,) = held_out.record.probes.values()
+    assert entry.noise_floor is not None
+    found = place.found("found")
+    assert found["rounding"] == entry.noise_floor.kept
+    assert "rounding alone keeps" in (place.folder / "found" / "search.html").read_text(encoding="utf-8")
+    assert "alone" in (place.folder / "found" / "report.md").read_text(encoding="utf-8").split("##")[0]
+    # It is found once, of the facts that decide.
+    (seen,) = (read_answers(f) for f in (place.folder / "found" / "searched" / "original").iterdir())
+    assert all(each.noise_floor is None for each in seen.record.probes.values())
+
+
 @pytest.mark.parametrize("after", one_in(3, [9, 1, 12]))
 def test_a_search_goes_on_where_it_was_and_ends_as_one_that_was_not_stopped(
     llama: Place, after: int, undisturbed: dict[str, bytes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from compressknow.format import share, size
+from compressknow.report.card.rounding import kept_by_rounding, probes_of
 from compressknow.report.drawing import INK, SERIES
 from compressknow.report.records import Card, ModelFacts
 from compressknow.report.tradeoff import Look, Mark, Tradeoff, unbeaten
@@ -70,6 +71,7 @@ def _chart(
         edge=kinds,
         told=f"The best: {'; '.join(mark.told for mark in best)}.",
         more_is_better=more_is_better,
+        rounding=kept_by_rounding(probes_of(card.comparisons)),
     )
 
 

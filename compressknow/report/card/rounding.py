@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from compressknow.format import count, percent, plain, share
 from compressknow.probe.records import NoiseFloor
 from compressknow.report.drawing import Level
+from compressknow.report.records import Comparison
 from compressknow.stats.records import ProbeFigures
 
 
@@ -36,6 +37,11 @@ def beside_rounding(probes: Iterable[ProbeFigures]) -> str:
 
 def _floors(probe: ProbeFigures) -> dict[str, NoiseFloor | None]:
     return {"rounding": probe.noise_floor, "the runtime": probe.runtime_noise_floor}
+
+
+def probes_of(comparisons: Iterable[Comparison]) -> Iterable[ProbeFigures]:
+    """One of each name: what is the original's alone is the same in all."""
+    return {probe.probe: probe for comparison in comparisons for probe in comparison.probes}.values()
 
 
 def kept_by_rounding(probes: Iterable[ProbeFigures]) -> float | None:

@@ -22,7 +22,7 @@ from compressknow.report.parts import Shown
 from compressknow.report.records import Card, Comparison, Grade, ModelFacts
 from compressknow.report.tables import Entry, Table, hashes, headline_accuracy, identity, run_entries
 from compressknow.report.texts import text_headline, written_perplexity
-from compressknow.stats.records import Counts, Estimate, ProbeFigures
+from compressknow.stats.records import Counts, Estimate
 
 _MOST_BARS = 15
 _AMOUNT = re.compile(r"(?P<scope>.*\S)\s+(?P<amount>\d+(?:\.\d+)?)\s*%")
@@ -130,7 +130,7 @@ def page(card: Card, limits: Limits) -> Page:
         warnings=tuple(dict.fromkeys(plain(warning, 1000) for warning in warnings)),
         identity=identity(card.original),
         overview=None if single else _overview(card, names),
-        marked=rounding.mark_in_words(_probes(card.comparisons), "The line across the charts"),
+        marked=rounding.mark_in_words(rounding.probes_of(card.comparisons), "The line across the charts"),
         compared=compared,
         method=tuple(plain(sentence, 2000) for sentence in card.method),
         glossary=assembly.glossary(card.comparisons),
@@ -338,7 +338,7 @@ def setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> 
     """Charts of what several compressed models kept: lines where setups are amounts by scope, bars for the others."""
     lines, others = split(comparisons)
     title = "Knowledge kept by how much was pruned"
-    levels = rounding.mark(rounding.kept_by_rounding(_probes(comparisons)))
+    levels = rounding.mark(rounding.kept_by_rounding(rounding.probes_of(comparisons)))
     charts = [drawing.lines(lines, f"{id}-lines", title, start=1, levels=levels)] if lines else []
     # Many bars would repeat the overview's, one below the other.
     bars = (
@@ -348,11 +348,6 @@ def setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> 
     )
     title = "Knowledge kept by compressed model"
     return (*charts, *([drawing.bars(bars, f"{id}-bars", title, levels=levels)] if bars else []))
-
-
-def _probes(comparisons: Iterable[Comparison]) -> Iterable[ProbeFigures]:
-    """One of each name: what is the original's alone is the same in all."""
-    return {probe.probe: probe for comparison in comparisons for probe in comparison.probes}.values()
 
 
 def split(comparisons: Sequence[Comparison]) -> tuple[tuple[Line, ...], tuple[int, ...]]:

@@ -13,6 +13,8 @@ import pytest
 from compressknow.format import plain
 from compressknow.probe.records import NoiseFloor
 from compressknow.report.card import view
+from compressknow.report.card.costs import costs
+from compressknow.report.card.pages import render_html
 from compressknow.report.card.rounding import kept_by_rounding
 from compressknow.report.card.sections.groups import popularity_chart
 from compressknow.report.card.view import section_names
@@ -162,3 +164,16 @@ def test_same_figures_give_the_same_bytes_in_another_process() -> None:
 def test_matplotlib_is_not_imported_until_a_chart_is_drawn() -> None:
     code = "import sys, compressknow.report.card.view; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_what_rounding_alone_keeps_is_a_line_of_kept_against_costs() -> None:
+    card = card_of_several()
+    names = section_names(card)
+    assert [chart.rounding for chart in costs(card, names)] == [kept_by_rounding(card.comparisons[0].probes)] * 2
+    assert "The dotted one is what rounding alone keeps." in render_html(card)
+    assert "The line across the charts shows what rounding alone keeps" in render_html(card)
+    untold = tuple(
+        replace(each, probes=tuple(replace(probe, noise_floor=None) for probe in each.probes))
+        for each in card.comparisons
+    )
+    assert "what rounding alone keeps" not in render_html(replace(card, comparisons=untold))

@@ -43,6 +43,7 @@ def found(text: str = "a-model") -> Search:
         winner=all_tried[2],
         closest=None,
         naive=all_tried[0],
+        rounding=0.985,
         seed=0,
         versions={"compressknow": "0.1.0"},
         command=f"compressknow search {text}",

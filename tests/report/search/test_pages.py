@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from compressknow.format import plain
-from compressknow.report.search import render_search_html
+from compressknow.report.search import render_search_html, said
 from tests.report.hostile import TEXTS
 from tests.report.pages import read
 from tests.report.search.searches import found
@@ -29,6 +29,21 @@ def test_a_pointer_over_a_recipe_is_told_which_it_is_in_both_sizes_of_the_chart(
         told = [title.text for title in figure.all("title")]
         assert all(any(plain(trial.setup, 60) in text for text in told) for trial in drawn), told
         assert any(text.startswith("the winner, ") for text in told)
+
+
+def test_what_rounding_alone_keeps_is_a_line_of_the_chart() -> None:
+    with_line, without = (render_search_html(replace(found(), rounding=share)) for share in (0.985, None))
+    assert "The dotted line is what rounding alone keeps, 98.5 %" in with_line
+    assert "ounding alone" not in without
+    dotted, plain_chart = (html.count("stroke-dasharray") for html in (with_line, without))
+    assert dotted == plain_chart + 2  # in each size of the chart
+
+
+@pytest.mark.parametrize(("keep", "told"), [(0.9, False), (0.99, True)])
+def test_to_keep_more_than_rounding_keeps_is_told(keep: float, told: bool) -> None:
+    warnings = " ".join(said(replace(found(), keep=keep)))
+    assert ("Rounding alone keeps 98.5 % of what the original knows" in warnings) == told
+    assert ("99 % is more than the same weights keep there" in warnings) == told
 
 
 @pytest.mark.parametrize(("recipes", "folded"), [(10, 0), (11, 1), (45, 35)])
