@@ -176,6 +176,7 @@ def search_of(
     keep, winner = search.criterion.keep, search.winner
     failed = [trial.recipe for trial in search.confirmed if not meets(trial.held_out, keep)]
     naive = [t for t in search.trials if _is_naive(t) and meets(t.kept, keep) and t.recipe not in failed]
+    itself = compare(held_out.original, held_out.original, show_facts=False)
     nearest = max(search.confirmed, key=lambda t: (t.held_out and t.held_out.low) or 0.0, default=None)
     return Search(
         original=model_facts(searched.original.record.model),
@@ -198,7 +199,7 @@ def search_of(
         versions=dict(searched.original.record.versions),
         command=command,
         known=held_out.known_as,
-        rounding=kept_by_rounding(compare(held_out.original, held_out.original, show_facts=False).probes),
+        rounding=kept_by_rounding(itself.probes),
         templates=max(probe.templates or 1 for probe in held_out.probes),
     )
 
