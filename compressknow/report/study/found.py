@@ -66,25 +66,36 @@ def what_was_found(study: Study, findings: Sequence[Finding]) -> tuple[Found, ..
 
 
 def _pruned(least: Least) -> Found:
-    return _least(least, f"Pruned by {least.level}", "kept on average", _KEPT)
+    claim = f"Pruned by {least.level}, {_hurts_least(least, 'module')}"
+    return _kept(least, claim, least.clear, "kept on average", _KEPT)
 
 
 def _quantized(least: Least) -> Found:
-    return _least(least, f"Quantized by {plain(least.level, 60)}", "kept", _QUANTIZED)
+    claim = f"Quantized by {plain(least.level, 60)}, {_hurts_least(least, 'module')}"
+    return _kept(least, claim, least.clear, "kept", _QUANTIZED)
 
 
 def _method(study: Study, least: Least) -> Found:
+    """That a method hurts least or, where only that is clear, that one hurts most."""
     amounts = " to ".join(f"{amount:g}" for amount in dict.fromkeys((least.amounts[0], least.amounts[-1])))
-    what = "kept on average" if len(least.amounts) > 1 else "kept"
-    chart = _METHODS[least.level] if by_method(study, least.level) else _METHODS_ALONE
-    return _least(least, f"With {IN_WORDS[least.level]} pruned by {amounts} %", what, chart, "method")
+    claim = plain(least.claim, 80) if least.clear_worst else _hurts_least(least, "method")
+    return _kept(
+        least,
+        f"With {IN_WORDS[least.level]} pruned by {amounts} %, {claim}",
+        least.clear or least.clear_worst,
+        "kept on average" if len(least.amounts) > 1 else "kept",
+        _METHODS[least.level] if by_method(study, least.level) else _METHODS_ALONE,
+    )
 
 
-def _least(least: Least, how: str, what: str, chart: str, kind: str = "module") -> Found:
+def _hurts_least(least: Least, kind: str) -> str:
     # Where all keep the same, to name the first of them would say what nobody saw.
-    named = plain(least.best, 60) if len(set(least.kept.values())) > 1 else f"one {kind}"
+    return f"{plain(least.best, 60) if len(set(least.kept.values())) > 1 else f'one {kind}'} hurts least"
+
+
+def _kept(least: Least, claim: str, clear: bool, what: str, chart: str) -> Found:
     numbers = listed([f"{plain(name, 60)} {share(kept)}" for name, kept in least.kept.items()])
-    return Found("", f"{how}, {named} hurts least", _answer(least.clear), f"{what}: {numbers}", chart)
+    return Found("", claim, _answer(clear), f"{what}: {numbers}", chart)
 
 
 def _cliff(edge: Cliff) -> Found:

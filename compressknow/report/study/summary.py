@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ from compressknow.report.study.records import (
     quantized,
     schemes,
 )
-from compressknow.report.study.tests import HOLDS, adjusted, decide, paired_test
+from compressknow.report.study.tests import HOLDS, CheckpointComparison, adjusted, decide, paired_test
 from compressknow.stats.records import Estimate
 
 LEVELS = {"10 to 30 %": LOW, "30 to 50 %": MEDIUM, "more than 50 %": HIGH}
@@ -38,16 +38,23 @@ class Least:
     kept : by module or method, knowledge kept of all probes' facts, the mean over the amounts; best first.
     clear : the first is significantly better than each other at one amount at least, and nowhere worse (exact
         McNemar at each amount, Holm over all).
+    clear_worst : of methods, likewise the last is worse than each other (Holm over both questions).
     """
 
     level: str
     amounts: tuple[float, ...]
     kept: Mapping[str, float]
     clear: bool
+    clear_worst: bool = False
 
     @property
     def best(self) -> str:
         return next(iter(self.kept))
+
+    @property
+    def claim(self) -> str:
+        """What can be said of one of them: that it hurts most, where that alone is clear; else that one hurts least."""
+        return f"{[*self.kept][-1]} hurts most" if self.clear_worst and not self.clear else f"{self.best} hurts least"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +100,33 @@ def _of_same_amounts(study: Study, level: str, cells: Mapping[str, Mapping[float
     amounts = tuple(sorted(set.intersection(*(set(by) for by in there.values())))) if len(there) > 1 else ()
     if not amounts:
         return None
-    return Least(level, amounts, *_best(study, {name: [by[a] for a in amounts] for name, by in there.items()}))
+    return _ordered(study, level, amounts, {name: [by[a] for a in amounts] for name, by in there.items()})
 
 
-def _best(study: Study, there: Mapping[str, Sequence[StudyCell]]) -> tuple[dict[str, float], bool]:
+def _ordered(study: Study, level: str, amounts: tuple[float, ...], there: Mapping[str, Sequence[StudyCell]]) -> Least:
     """By name, what its cells keep on average, best first; and whether that is significant. Cells are paired."""
     kept = {name: sum(c.comparison.kept.value or 0.0 for c in by) / len(by) for name, by in there.items()}
     order = sorted(kept, key=lambda name: -kept[name])
-    best, rivals = order[0], order[1:]
-    pairs = adjusted(
-        paired_test(study, one, other, rival)
-        for rival in rivals
-        for one, other in zip(there[best], there[rival], strict=True)
+    best, worst = order[0], order[-1]
+    least = [pair for rival in order[1:] for pair in _pairs(study, there, best, rival, rival)]
+    most = [pair for rival in order[:-1] for pair in _pairs(study, there, rival, worst, rival)]
+    return Least(
+        level,
+        amounts,
+        {name: kept[name] for name in order},
+        clear=_holds(adjusted(least), order[1:]),
+        clear_worst=_holds(adjusted([*most, *least])[: len(most)], order[:-1]),
     )
-    clear = decide([(pair.part, pair.direction) for pair in pairs], rivals) == HOLDS
-    return {name: kept[name] for name in order}, clear
+
+
+def _pairs(
+    study: Study, there: Mapping[str, Sequence[StudyCell]], less: str, more: str, part: str
+) -> Iterator[CheckpointComparison]:
+    return (paired_test(study, one, other, part) for one, other in zip(there[less], there[more], strict=True))
+
+
+def _holds(pairs: Sequence[CheckpointComparison], parts: Sequence[str]) -> bool:
+    return decide([(pair.part, pair.direction) for pair in pairs], parts) == HOLDS
 
 
 def method_that_hurts_least(study: Study) -> tuple[Least, ...]:
@@ -127,7 +146,7 @@ def quantized_that_hurts_least(study: Study) -> tuple[Least, ...]:
     for scheme in schemes(study):
         cells = {module: quantized(study, module).get(scheme) for module in MODULES}
         known = {m: [cell] for m, cell in cells.items() if cell and cell.comparison.kept.value is not None}
-        found += [Least(scheme, (), *_best(study, known))] if len(known) > 1 else []
+        found += [_ordered(study, scheme, (), known)] if len(known) > 1 else []
     return tuple(found)
 
 
@@ -203,13 +222,13 @@ def _modules_in_short(least: Sequence[Least]) -> str:
 
 
 def _methods_in_short(least: Sequence[Least]) -> str:
-    """The method that is best at each module, where it is clear."""
-    by_method: dict[str, list[str]] = {}
+    """The method that is best at each module, or worst, where one is."""
+    told: dict[str, list[str]] = {}
     for each in least:
-        if each.clear:
-            by_method.setdefault(each.best, []).append(IN_WORDS[each.level])
-    told = [f"{plain(method, 60)} hurts least ({listed(modules)})" for method, modules in by_method.items()]
-    return f"of the methods that prune, {listed(told) or 'none clearly hurts least'}"
+        if each.clear or each.clear_worst:
+            told.setdefault(plain(each.claim, 80), []).append(IN_WORDS[each.level])
+    claims = [f"{claim} ({listed(modules)})" for claim, modules in told.items()]
+    return f"of the methods that prune, {listed(claims) or 'none clearly hurts least'}"
 
 
 def _cliffs_in_short(edges: Sequence[Cliff]) -> str:

@@ -70,9 +70,9 @@ _DEFINITIONS = (
     f"The cliff is the first amount in the grid at which less than {100 * CLIFF:g} % of the knowledge is kept. That "
     "holds where the whole 95 % interval there lies below, else the study cannot tell. A module hurts least, or a "
     "method of those that prune one, where it is significantly better than each other at one amount at least, and "
-    "nowhere worse (McNemar, Holm). 30 % counts as low, 50 % as medium. Charts show means over probes, then each "
-    "probe, averaged as its protocol does. The line called rounding alone is at what the original keeps of its own "
-    "knowledge in another precision.",
+    "nowhere worse (McNemar, Holm); likewise, a method hurts most. 30 % counts as low, 50 % as medium. Charts show "
+    "means over probes, then each probe, averaged as its protocol does. The line called rounding alone is at what the "
+    "original keeps of its own knowledge in another precision.",
     "The sparse size is what a store would take that keeps only weights that are not zero, plus one bit per weight "
     "to mark them; no current runtime reads one, and on disk pruned weights are dense.",
 )

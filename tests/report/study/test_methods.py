@@ -102,6 +102,16 @@ def test_of_methods_that_prune_the_best_is_named_for_each_module() -> None:
     assert "of the methods that prune, none clearly hurts least" in verdict(alike)
 
 
+def test_where_two_methods_are_alike_the_worst_is_named() -> None:
+    right = {L1: range(50), WANDA: range(150), "sparsegpt": range(2, 152)}
+    made = study([gp(ALL, 0.5, of, method) for method, of in right.items()])
+    (least,) = method_that_hurts_least(made)
+    assert (least.clear, least.clear_worst, list(least.kept)[-1]) == (False, True, "L1-unstructured")
+    line = next(each for each in what_was_found(made, findings(made)) if "With" in each.claim)
+    assert (line.answer, line.claim) == ("holds", "With everything pruned by 50 %, L1-unstructured hurts most")
+    assert "of the methods that prune, L1-unstructured hurts most (everything)" in verdict(made)
+
+
 def test_methods_that_prune_by_other_amounts_are_not_compared() -> None:
     made = study([gp(ATT, 0.4, GOOD, L1), gp(ATT, 0.5, BAD, WANDA)])
     assert method_that_hurts_least(made) == ()
