@@ -47,7 +47,7 @@ print((Path(sys.argv[1]) / "a.safetensors").read_bytes()[:6].decode())
     "a line of progress": (
         "from compressknow.cli.terminal import Line\n",
         """
-with Line(lambda: "far"):
+with Line(lambda: "far", 0.0):
     print("header")
 """,
     ),

@@ -157,18 +157,25 @@ def _descriptor(stream: Any) -> int | None:
 
 
 class Line:
-    """What `text` says, written anew by a thread until the context ends; nothing of it stays on a terminal."""
+    """What `text` says, written anew by a thread until the context ends; nothing of it stays on a terminal.
 
-    def __init__(self, text: Callable[[], str]) -> None:
+    `written` is when the last line was, of monotonic time: elsewhere than on a terminal the next comes a minute later,
+    though another stage may have begun.
+    """
+
+    def __init__(self, text: Callable[[], str], written: float) -> None:
         self._text = text
+        self.written = written
         self._terminal = sys.stderr.isatty()
         self._shown = 0
         # Of what is written: a line that stays must not come in the middle of one that changes.
         self._writing = threading.Lock()
 
     def __enter__(self) -> Line:
-        seconds = SECONDS_ON_A_TERMINAL if self._terminal else SECONDS_ELSEWHERE
-        first = DELAY_SECONDS if self._terminal else seconds
+        first, seconds = DELAY_SECONDS, SECONDS_ON_A_TERMINAL
+        if not self._terminal:
+            seconds = SECONDS_ELSEWHERE
+            first = max(min(first, seconds), self.written + seconds - time.monotonic())
         self._repeating = Repeating(self._show, chain([first], repeat(seconds)))
         return self
 
@@ -186,6 +193,7 @@ class Line:
     def _show(self) -> None:
         with self._writing:
             self._write(self._changed(self._text()) if self._terminal else f"{self._text()}\n")
+            self.written = time.monotonic()
 
     def _changed(self, text: str) -> str:
         text = text[: max(_columns() - 1, 1)]
@@ -228,15 +236,18 @@ class Lines:
 
     def __init__(self) -> None:
         self._announced = False
+        self._written = time.monotonic()
         self._open: dict[Stage, tuple[_State, Line]] = {}
 
     def __call__(self, progress: Progress) -> None:
         stage = progress.stage
         if progress.state == "begins":
             state = _State(stage)
-            self._open[stage] = state, Line(state.text).__enter__()
+            self._open[stage] = state, Line(state.text, self._written).__enter__()
         elif progress.state == "ends":
-            self._open.pop(stage)[1].__exit__()
+            _, line = self._open.pop(stage)
+            line.__exit__()
+            self._written = max(self._written, line.written)
         else:
             state, line = self._open[stage]
             state.update(progress)
@@ -268,6 +279,8 @@ class _State:
 
     def _counted(self) -> str:
         label, spent = _LABELS[self._stage.work], time.monotonic() - self._start
+        if self._stage.work == "time":
+            label = f"{label} of {plain(self._stage.model, NAME)}{self._which}"
         done, total = self._told or (0, 0)
         if not done:
             return f"{label}: {duration(spent)} so far"
@@ -276,10 +289,13 @@ class _State:
             far = f"{count(done)} of {count(total)} {self._stage.unit}"
         return f"{label}: {far}, {duration(spent / done * (total - done))} left"
 
+    @property
+    def _which(self) -> str:
+        return f" ({self._stage.number} of {self._stage.of})" if self._stage.of > 1 else ""
+
     def _facts(self) -> str:
         stage, now = self._stage, time.monotonic()
-        which = f" ({stage.number} of {stage.of})" if stage.of > 1 and not stage.again else ""
-        which = " again, for the KL over all tokens" if stage.again else which
+        which = " again, for the KL over all tokens" if stage.again else self._which
         which = _OTHERWISE.get(stage.work, which)
         name = f"{plain(stage.model, NAME)}{which}, {plain(stage.probe, NAME)}"
         if self._told is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import sys
 import time
+from dataclasses import replace
+from itertools import count
 
 import pytest
 
@@ -117,6 +119,27 @@ def test_a_screen_that_has_gone_stops_no_work(monkeypatch: pytest.MonkeyPatch) -
     with begun(Lines(), CONVERTING):
         screen.close()
         time.sleep(0.05)
+
+
+def test_short_stages_one_after_the_other_have_a_line_a_minute_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(terminal, "SECONDS_ELSEWHERE", 0.5)
+    screen, lines = watch(monkeypatch, terminal=False), Lines()
+    end = time.monotonic() + 20
+    for number in count(1):
+        with begun(lines, replace(STAGE, number=number, of=9)):
+            time.sleep(0.1)
+        if screen.lines:
+            break
+        assert time.monotonic() < end
+    assert number > 1
+
+
+@pytest.mark.usefixtures("often")
+def test_of_speeds_the_line_says_whose(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = watch(monkeypatch, terminal=False)
+    with begun(staged(Lines(), number=15, of=20), Stage("time", "int4")):
+        until(screen, "Measuring the speed of int4 (15 of 20): 0 s so far")
 
 
 def test_control_characters_of_a_name_are_not_written() -> None:
