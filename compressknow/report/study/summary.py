@@ -38,7 +38,8 @@ class Least:
     kept : by module or method, knowledge kept of all probes' facts, the mean over the amounts; best first.
     clear : the first is significantly better than each other at one amount at least, and nowhere worse (exact
         McNemar at each amount, Holm over all).
-    clear_worst : of methods, likewise the last is worse than each other (Holm over both questions).
+    clear_worst : likewise, the last is worse than each other (Holm over both questions). It is said of methods alone:
+        of modules, the paper's F4 and F7 ask it.
     """
 
     level: str
