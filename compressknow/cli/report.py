@@ -203,7 +203,7 @@ def _probes(comparison: Comparison) -> Iterator[str]:
             f"after {share(probe.accuracy_compressed.value)}"
         )
         yield from _wrapped(
-            f"  lost {count(counts.lost)}, gained {count(counts.gained)} ({p_value(probe.p)}, McNemar); "
+            f"  lost {count(counts.lost)}, gained {count(counts.gained)} ({p_value(probe.certainty.test.p)}); "
             f"answers changed {share(probe.answer_changed)}"
         )
         if probe.movement:

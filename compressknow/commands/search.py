@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 TRIALS = 40
-SEARCHED, HELD_OUT, WINNER = "searched", "held-out", "winner"
+SEARCHED, HELD_OUT, GRADING, WINNER = "searched", "held-out", "grading", "winner"
 RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md"), ("search.html", "search.json")
 WRITTEN = (*PAGES, RECIPE, *REPORTS)
 
@@ -78,8 +78,9 @@ def search(
 ) -> Search:
     """Find the cheapest checkpoint of a model that keeps a share of its knowledge.
 
-    Half of the facts of each relation guide the search; what it finds is judged on the other half, by the lower end of
-    its interval. A search that was stopped resumes, and ends as it would have. Needs Optuna.
+    A third of the facts guides the search; the winner is selected by another, by the lower end of its interval, and
+    graded by the last: the share that is told is of facts that chose nothing. A search that was stopped resumes, and
+    ends as it would have. Needs Optuna.
 
     Parameters
     ----------
@@ -94,7 +95,7 @@ def search(
     probes, options, settings : see `compressknow.probe`; lm-eval's tasks cannot be held out. A running text beside the
         facts guides nothing: the winner reads it, and its report card says how.
     known : what counts as known, in all that is kept; see `compressknow.report`.
-    seed : of the halves and of the optimiser.
+    seed : of the split and of the optimiser.
     no_facts : leave the text of every fact out of the winner's report card.
     ray : run on a Ray cluster; see `compressknow.study.running.RayOptions`.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
@@ -135,9 +136,9 @@ def search(
         runner(ray, listening) as run,
     ):
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
-            study_model.evaluate_original(texts, folder / HELD_OUT / ORIGINAL, listening)
+            study_model.evaluate_original(texts, folder / GRADING / ORIGINAL, listening)
         rest, first = [part.rest for part in parts], [part.first for part in parts]
-        # The noise floor is that of the held-out facts: these decide.
+        # The noise floor is that of the facts that grade the winner.
         searched = EvaluationSet.of(
             study_model, rest, folder / SEARCHED, listening, run, first, known=known, noise_floor=False
         )
@@ -149,19 +150,28 @@ def search(
             together=TOGETHER if ray else 1,
         )
         chosen.explore(trials, seed)
-        kept_back = [part.held_out for part in parts]
-        held_out = EvaluationSet.of(study_model, kept_back, folder / HELD_OUT, listening, run, known=known)
-        chosen.confirm(confirming(held_out))
-        found = search_of(chosen, searched, held_out, seed=seed, command=command)
-        _write_found(found, held_out.beside(texts, listening), folder, show_facts=not no_facts)
+        selection = EvaluationSet.of(
+            study_model,
+            [part.selection for part in parts],
+            folder / HELD_OUT,
+            listening,
+            run,
+            known=known,
+            noise_floor=False,
+        )
+        chosen.confirm(confirming(selection))
+        graded_by = [part.grading for part in parts]
+        grading = EvaluationSet.of(study_model, graded_by, folder / GRADING, listening, run, known=known)
+        found = search_of(chosen, searched, selection, grading, seed=seed, command=command)
+        _write_found(found, grading.beside(texts, listening), folder, show_facts=not no_facts)
     return found
 
 
-def _write_found(found: Search, held_out: EvaluationSet, folder: Path, *, show_facts: bool) -> None:
+def _write_found(found: Search, grading: EvaluationSet, folder: Path, *, show_facts: bool) -> None:
     """Write all of it, in the place of what an earlier search of this folder has found."""
     _remove_earlier(folder, but_winner=found.winner is not None)
     if found.winner:
-        _write_winner(found.winner, held_out, folder, show_facts=show_facts, command=found.command)
+        _write_winner(found.winner, grading, folder, show_facts=show_facts, command=found.command)
     write_search(found, folder)
 
 
@@ -188,14 +198,14 @@ def _is_earlier_winner(folder: Path) -> bool:
 
 
 def _write_winner(
-    winner: Trial, held_out: EvaluationSet, folder: Path, *, show_facts: bool, command: str | None
+    winner: Trial, grading: EvaluationSet, folder: Path, *, show_facts: bool, command: str | None
 ) -> None:
-    """The converted winner, its recipe, and its report card over the held-out facts."""
+    """The converted winner, its recipe, and its report card over the facts that grade it."""
     from compressknow.report.card.pages import write_reports
 
     recipe = Recipe.from_dict(dict(winner.recipe))
-    write_checkpoint(held_out.study_model, recipe, folder / WINNER, overwrite=_is_earlier_winner(folder / WINNER))
+    write_checkpoint(grading.study_model, recipe, folder / WINNER, overwrite=_is_earlier_winner(folder / WINNER))
     write_whole(folder / RECIPE, (to_toml(recipe.to_dict()) + "\n").encode())
-    before, after = held_out.reference, held_out.given(cell_of(recipe))
-    card = make_card(before, [after], show_facts=show_facts, known=held_out.known_as, command=command)
+    before, after = grading.reference, grading.given(cell_of(recipe))
+    card = make_card(before, [after], show_facts=show_facts, known=grading.known_as, command=command)
     write_reports(card, [folder / name for name in REPORTS], overwrite=True)

@@ -9,6 +9,8 @@ from typing import Any
 from compressknow.format import count, estimate, plain, size
 from compressknow.notebook import Shown, Summary
 from compressknow.probe.records import FactsInText, Speed
+from compressknow.stats.clusters import clusters_of, kept_by_cluster
+from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.records import (
     NOT_MEASURED,
     Certainty,
@@ -24,18 +26,23 @@ from compressknow.stats.records import (
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """A line of the report card: knowledge kept of one school subject over all probes.
+    """A line of the report card: knowledge kept of one domain over all probes.
 
     `grade` is A+ (>= 99 % kept), A (>= 97), B (>= 93), C (>= 85), D (>= 70) or F; `-` where the original knew nothing.
-    `unsure` says that the interval spans several grades, `range` names them ("A to C").
+    `unsure` says that the interval spans several grades, `range` names them ("A to C"). The interval is over
+    `relations` where there are enough of them, else the simple one.
     """
 
     subject: str
-    counts: Counts
+    relations: tuple[Counts, ...]
     kept: Estimate
     grade: str
     unsure: bool = False
     range: str | None = None
+
+    @property
+    def counts(self) -> Counts:
+        return sum(self.relations, Counts())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,8 @@ class Comparison:
 
     Attributes
     ----------
+    kept : over all probes' facts, with the interval to go by: over relations where there are enough, else the simple
+        one.
     certainty : of the figures over all probes, with the relations of each as clusters of their own.
     early : how a gate was decided before all facts were evaluated, if it was.
     next : what to do next, from these numbers, in one line; empty where they carry no advice.
@@ -92,9 +101,8 @@ class Comparison:
 
     model: ModelFacts
     verdict: str
-    kept: Estimate  # over all probes' facts
+    kept: Estimate
     counts: Counts
-    p: float | None
     grades: tuple[Grade, ...]
     probes: tuple[ProbeFigures, ...]
     lost: tuple[ChangedFact, ...]
@@ -106,6 +114,16 @@ class Comparison:
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     texts: tuple[TextFigures, ...] = ()
+
+    @property
+    def clusters(self) -> list[Counts]:
+        """What the facts are drawn in, over all probes."""
+        return [each for probe in self.probes for each in clusters_of([group.counts for group in probe.by_relation])]
+
+    def kept_at(self, level: float) -> Estimate:
+        """Return knowledge kept with its interval of another level."""
+        simple = proportion(self.counts.both, self.counts.known_before, level)
+        return simple.or_wider(kept_by_cluster(self.clusters, level))
 
     @property
     def only_texts(self) -> bool:
@@ -157,19 +175,27 @@ def counts_to_json(counts: Counts) -> dict[str, int]:
 
 def estimate_to_json(name: str, estimate: Estimate) -> dict[str, Any]:
     """A figure under its name, and its interval: [low, high], or None."""
-    return {name: estimate.value, f"{name}_interval": _interval(estimate)}
+    return {name: estimate.value, f"{name}_interval": interval_to_json(estimate)}
 
 
-def _interval(estimate: Estimate) -> list[float] | None:
+def interval_to_json(estimate: Estimate) -> list[float] | None:
+    """[low, high], or None."""
     return None if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
+
+
+def kept_to_json(counts: Counts) -> dict[str, Any]:
+    """Knowledge kept with its simple interval, and the exact McNemar test: of facts taken one by one."""
+    return {**estimate_to_json("kept", proportion(counts.both, counts.known_before)), "mcnemar_p": mcnemar(counts)}
 
 
 def certainty_to_json(certainty: Certainty) -> dict[str, Any]:
     """How sure the figures are that stand beside it."""
     return {
+        "p": certainty.test.p,
+        "p_by": certainty.test.unit,
         "clusters": certainty.relations,
-        "kept_cluster_interval": _interval(certainty.kept),
-        "difference_cluster_interval": _interval(certainty.difference),
+        "kept_cluster_interval": interval_to_json(certainty.kept),
+        "difference_cluster_interval": interval_to_json(certainty.difference),
         "smallest_detectable_loss": certainty.smallest_loss,
         "known_facts_for_2_points": certainty.facts_for_two,
     }
@@ -194,9 +220,10 @@ def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
     return {
         group.name: {
             **counts_to_json(group.counts),
-            **estimate_to_json("kept", group.kept),
-            "mcnemar_p": group.p,
-            "mcnemar_p_holm": group.p_holm,
+            **kept_to_json(group.counts),
+            "kept_cluster_interval": interval_to_json(kept_by_cluster(group.relations)),
+            "p": group.p,
+            "p_holm": group.p_holm,
             "flips": group.counts.flips,
             "answer_changed": group.answer_changed,
             "chance": group.chance,

@@ -21,6 +21,7 @@ from compressknow.report.parts import BAR, Code, Drawn, Entries, Folded, Note, P
 from compressknow.report.records import ModelFacts
 from compressknow.report.tables import Entry, Table, identity
 from compressknow.report.tradeoff import Look, Mark, Tradeoff, tradeoff, unbeaten
+from compressknow.stats.clusters import FEWEST_SIGNS
 from compressknow.stats.records import Estimate
 
 # What may be made small, and how people call it.
@@ -55,8 +56,8 @@ class Trial:
     ----------
     kind : ``paper`` for one of the paper's setups, ``search`` for one that the search chose, ``layers`` for one that
         shows how much some layers bear.
-    kept : on the facts of the search that it was evaluated on; `facts` is their number. `held_out` on those kept from
-        the search, where it was evaluated on these.
+    kept : on the facts of the search that it was evaluated on; `facts` is their number. `held_out` on those held out to
+        select by, where it was evaluated on these; `graded` of the winner, on those that chose nothing.
     sizes : ``sparse-bytes``, ``bytes`` and ``nonzero``.
     """
 
@@ -67,6 +68,7 @@ class Trial:
     facts: int
     sizes: Mapping[str, int]
     held_out: Estimate | None = None
+    graded: Estimate | None = None
     harm: float | None = None  # mean KL divergence from the original, nats
     harm_is_lower_bound: bool = False
 
@@ -80,13 +82,14 @@ class Search(notebook.Shown):
     keep : share of knowledge that must be kept; `minimize` one of `SIZES`.
     winner : the cheapest that keeps it on the held-out facts, or None; `closest` what came nearest then.
     naive : the cheapest of everything pruned by one amount that keeps as much on the facts of the search, or None.
-    searched, held_out : numbers of facts; `known_searched`, `known_held_out` those that the original answers right.
+    searched, held_out, graded : numbers of facts; `known_searched`, `known_held_out`, `known_graded` those that the
+        original answers right.
     first : how many of those to search with are evaluated first; 0 where all are at once.
     level : of the intervals of the held-out facts, adjusted for how many recipes were tried on these.
     sizes : of the original.
     known : what counts as known: ``recognized`` or better, or only ``produced``.
     templates : in how many wordings each fact was put; it is known then if more than half of them are.
-    rounding : share of what the original knows of the held-out facts that it still knows in another precision, by a
+    rounding : share of what the original knows of the facts that grade that it still knows in another precision, by a
         sample of them (0 to 1); None where that was not found.
     """
 
@@ -97,8 +100,10 @@ class Search(notebook.Shown):
     searched: int
     first: int
     held_out: int
+    graded: int
     known_searched: int
     known_held_out: int
+    known_graded: int
     level: float
     sizes: Mapping[str, int]
     tried: tuple[Trial, ...]
@@ -160,7 +165,7 @@ def _sections(search: Search) -> Iterator[Shown]:
     layers = _layers(search)
     yield Shown("front", "Knowledge kept against size", (*_front(search), Note(_FRONT + _rounding(search))))
     yield Shown("winner", "The winning recipe", (Code(recipe, "toml"),) if recipe else ())
-    yield Shown("held-out", "On the held-out facts", (_confirmed(search),), look="wide")
+    yield Shown("held-out", "On the facts held out to select by", (_confirmed(search),), look="wide")
     yield Shown("tried", "All recipes", (*_tried(search), Note("", drawn=BAR)), look="wide")
     yield Shown("layers", "Layers", (layers,) if layers else ())
     yield Shown("method", "Method and limits", (Sentences(_method(search)),), look="text")
@@ -177,7 +182,7 @@ def _rounding(search: Search) -> str:
         return ""
     return (
         f" The dotted line is what rounding alone keeps, {share(search.rounding)}: the original answered some of the "
-        "held-out facts in another precision, too."
+        "facts that grade in another precision, too."
     )
 
 
@@ -199,8 +204,8 @@ def verdict(search: Search) -> str:
     winner, before = search.winner, search.sizes[search.minimize]
     after = winner.sizes[search.minimize]
     return (
-        f"{_setup(winner)} keeps {_held_out(winner)} of what {plain(search.original.name, 60)} knew of the "
-        f"{count(search.held_out)} facts held out from the search. Its {SIZES[search.minimize]} is "
+        f"{_setup(winner)} keeps {_kept(winner.graded or Estimate(None))} of what {plain(search.original.name, 60)} "
+        f"knew of {count(search.graded)} facts that chose nothing. Its {SIZES[search.minimize]} is "
         f"{_amount(after, search)}: {_beside(after, before)} the original ({_amount(before, search)}){_naive(search)}."
     )
 
@@ -271,7 +276,7 @@ def said(search: Search) -> tuple[str, ...]:
 def _below_rounding(search: Search) -> Iterator[str]:
     if search.rounding is not None and search.rounding < search.keep:
         yield (
-            f"Rounding alone keeps {share(search.rounding)} of what the original knows (some of the held-out facts, in "
+            f"Rounding alone keeps {share(search.rounding)} of what the original knows (some of the graded facts, in "
             f"another precision): {100 * search.keep:.6g} % is more than the same weights keep there."
         )
 
@@ -314,7 +319,7 @@ def _recipes(caption: str, rows: Sequence[Trial]) -> Table:
 def _confirmed(search: Search) -> Table:
     rows = tuple((_setup(t), _kept(t.kept), _held_out(t), *_row(t)) for t in search.confirmed)
     columns = ("Recipe", "Kept, facts of the search", "Kept, held-out facts", *_SIZES)
-    return Table("Recipes evaluated on the held-out facts", columns, rows)
+    return Table("Recipes evaluated on the facts held out to select by", columns, rows)
 
 
 def _layers(search: Search) -> Table | None:
@@ -338,10 +343,11 @@ def _method(search: Search) -> tuple[str, ...]:
         "are based on these facts alone.",
     )
     return (
-        f"Half of the facts of each relation of {', '.join(plain(p, 60) for p in search.probes)}, chosen by the seed, "
-        f"formed the search split ({count(search.searched)}, of which the original knew "
-        f"{count(search.known_searched)}); the other half was held out ({count(search.held_out)}, "
-        f"{count(search.known_held_out)} known).{_in_wordings(search)}",
+        f"A third of the facts of {', '.join(plain(p, 60) for p in search.probes)}, drawn by the seed, guided the "
+        f"search ({count(search.searched)}, of which the original knew {count(search.known_searched)}); a third was "
+        f"held out to select the winner by ({count(search.held_out)}, {count(search.known_held_out)} known), and a "
+        f"third to grade it ({count(search.graded)}, {count(search.known_graded)} known). With {3 * FEWEST_SIGNS} "
+        f"relations or more these are whole relations.{_in_wordings(search)}",
         "The search first evaluated the paper's setups, then pruned each band of layers alone by 50 %: the bands "
         "whose pruning moves answers most (KL divergence) are the most sensitive. Then Optuna's TPE sampler chose an "
         "amount for attention and for feed-forward, how much more to prune the least sensitive layers than the most "
@@ -349,9 +355,9 @@ def _method(search: Search) -> tuple[str, ...]:
         "share of --keep. Ties go to the recipe that keeps more.",
         *(early if search.first else ()),
         "The smallest recipes that did were evaluated on the held-out facts, until one kept as much there too, by "
-        f"the lower end of its {100 * search.level:g} % interval (Wilson; adjusted for the number of recipes that "
-        "might be tried so, Bonferroni). Results on the search split prove nothing about the winner, because they "
-        "were used to choose it.",
+        f"the lower end of its {100 * search.level:g} % interval (over relations where there are enough; adjusted for "
+        "the number of recipes that might be tried so, Bonferroni). What chose the winner proves nothing about it: "
+        "its share and its report card are of the facts that grade.",
         "The sparse size is what a store would take that keeps only weights that are not zero, plus one bit per "
         "weight to mark them.",
     )
@@ -361,7 +367,7 @@ def _in_wordings(search: Search) -> str:
     if search.templates == 1:
         return ""
     return (
-        f" Each fact was put in {count(search.templates)} wordings, all in one half, and is known if more than half of "
+        f" Each fact was put in {count(search.templates)} wordings, all in one part, and is known if more than half of "
         "them are answered right."
     )
 

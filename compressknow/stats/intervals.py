@@ -12,7 +12,9 @@ import numpy as np
 
 from compressknow.stats.records import Counts, Estimate
 
-RESAMPLES = 2000
+# A change is called real below this p-value.
+SIGNIFICANT = 0.05
+RESAMPLES = 10_000
 SEED = 0
 _QUANTILES = (2.5, 97.5)
 
@@ -26,19 +28,23 @@ def proportion(part: int, whole: int, level: float = 0.95) -> Estimate:
     """
     if not whole:
         return Estimate(None)
-    low, high = _wilson(part, whole, level)
-    return Estimate(part / whole, low, high)
+    return Estimate(part / whole, *wilson(part / whole, whole, normal_quantile(level)))
 
 
-def _wilson(part: int, whole: int, level: float) -> tuple[float, float]:
-    # scipy.stats has this interval too, but takes longer to import than all the rest of a report.
+def normal_quantile(level: float) -> float:
+    """Return how many standard errors a two-sided interval of that level reaches to each side."""
+    # scipy.stats has these intervals too, but takes longer to import than all the rest of a report.
     from scipy.special import ndtri
 
-    z, share = float(ndtri((1 + level) / 2)), part / whole
-    spread = z * math.sqrt(share * (1 - share) / whole + z * z / (4 * whole * whole))
-    low, high = ((share + z * z / (2 * whole) + side * spread) / (1 + z * z / whole) for side in (-1, 1))
+    return float(ndtri((1 + level) / 2))
+
+
+def wilson(share: float, number: float, z: float) -> tuple[float, float]:
+    """Return the ends of Wilson's interval of a share of so many facts, `z` standard errors to each side."""
+    spread = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
+    low, high = ((share + z * z / (2 * number) + side * spread) / (1 + z * z / number) for side in (-1, 1))
     # Rounding may put a bound a hair on the wrong side of the proportion, or of 0 and 1.
-    return (max(0.0, min(low, share)) if part else 0.0), (min(1.0, max(high, share)) if part < whole else 1.0)
+    return (max(0.0, min(low, share)) if share else 0.0), (min(1.0, max(high, share)) if share < 1 else 1.0)
 
 
 def paired_difference(counts: Counts, level: float = 0.95) -> Estimate:
@@ -56,8 +62,8 @@ def paired_difference(counts: Counts, level: float = 0.95) -> Estimate:
     if not n:
         return Estimate(None)
     after, before = counts.known_after / n, counts.known_before / n
-    low_after, high_after = _wilson(counts.known_after, n, level)
-    low_before, high_before = _wilson(counts.known_before, n, level)
+    z = normal_quantile(level)
+    (low_after, high_after), (low_before, high_before) = wilson(after, n, z), wilson(before, n, z)
     phi, value = _phi(counts), (counts.gained - counts.lost) / n
     below = _square_and_add(after - low_after, high_before - before, phi)
     above = _square_and_add(high_after - after, before - low_before, phi)
@@ -78,20 +84,6 @@ def _phi(counts: Counts) -> float:
 
 def _square_and_add(first: float, second: float, phi: float) -> float:
     return math.sqrt(max(0.0, first * first - 2 * phi * first * second + second * second))
-
-
-def tally(first: np.ndarray, second: np.ndarray) -> Counts:
-    """Facts by which of two models answers them right, the first taken as the original.
-
-    Parameters
-    ----------
-    first, second : by fact, whether each is right (bool).
-
-    >>> tally(np.array([True, True, True, False]), np.array([True, False, False, True]))
-    Counts(both=1, lost=2, gained=1, neither=0)
-    """
-    both, before, after = (int(right.sum()) for right in (first & second, first, second))
-    return Counts(both, before - both, after - both, len(first) - before - after + both)
 
 
 def mcnemar(counts: Counts) -> float | None:
@@ -131,34 +123,6 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
         for side in (0, 1)
     )
     return Estimate(*(round(number, 12) for number in (middle, middle - below, middle + above)))
-
-
-def rate_difference(
-    first: np.ndarray, second: np.ndarray, millions: tuple[float, float]
-) -> tuple[Estimate, float | None]:
-    """How much more the second of two forms loses than the first, a million of its changed parameters: mean over facts.
-
-    Parameters
-    ----------
-    first, second : by fact, 1 where the form lost it, -1 where it gained it, 0 where nothing changed.
-    millions : of parameters that each form changed.
-
-    Returns
-    -------
-    The difference in accuracy a million parameters with its interval, and a two-sided p-value; both from the normal
-    approximation to the mean of paired differences. There is no interval where all differences are alike.
-    """
-    from scipy.special import ndtr, ndtri
-
-    if not len(first) or not all(millions):
-        return Estimate(None), None
-    differences = second / millions[1] - first / millions[0]
-    middle = float(differences.mean())
-    error = float(differences.std(ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    if not error:
-        return Estimate(middle), 1.0 if not middle else None
-    spread = float(ndtri(0.975)) * error
-    return Estimate(middle, middle - spread, middle + spread), 2 * float(ndtr(-abs(middle) / error))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

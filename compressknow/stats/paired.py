@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,15 @@ from compressknow.errors import CompressknowError
 from compressknow.probe.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer
 from compressknow.probe.facts import DOMAINS
 from compressknow.probe.records import ProbeEntry
-from compressknow.stats.clusters import difference_by_cluster, kept_by_cluster
+from compressknow.stats.clusters import (
+    clusters_of,
+    design_of_change,
+    difference_by_cluster,
+    kept_by_cluster,
+    number_clusters,
+    paired_test,
+    tally,
+)
 from compressknow.stats.confidence import confidence, confidence_of, has_confidence
 from compressknow.stats.distributions import (
     POPULARITY_BINS,
@@ -27,7 +36,7 @@ from compressknow.stats.distributions import (
     precision_at,
     rest_of,
 )
-from compressknow.stats.intervals import above_chance, holm, macro, mcnemar, paired_difference, proportion
+from compressknow.stats.intervals import SIGNIFICANT, above_chance, holm, macro, paired_difference, proportion
 from compressknow.stats.knowing import knowing_of
 from compressknow.stats.power import facts_for, smallest_loss
 from compressknow.stats.records import Certainty, ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
@@ -82,7 +91,8 @@ def _share_figures(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
     """What is counted of right and wrong: shares with their intervals, over facts and over relations."""
     total, by_relation = counts(pairs), _groups(pairs, lambda answer: answer.relation)
     before, after, difference = macro([group.counts for group in by_relation])
-    kept = proportion(total.both, total.known_before)
+    sure = certainty([[group.counts for group in by_relation]])
+    kept = proportion(total.both, total.known_before).or_wider(sure.kept)
     drop_absolute, drop_relative = _drop(total, (before, after) if average == "macro" else None)
     return {
         "counts": total,
@@ -94,24 +104,47 @@ def _share_figures(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
         "macro_original": before,
         "macro_compressed": after,
         "macro_difference": difference,
-        "p": mcnemar(total),
         "drop_absolute": drop_absolute,
         "drop_relative": drop_relative,
         "by_relation": by_relation,
-        "certainty": certainty([group.counts for group in by_relation]),
+        "certainty": sure,
     }
 
 
-def certainty(relations: Sequence[Counts]) -> Certainty:
-    """How sure figures are over the facts of these relations, and what so many facts could have shown."""
-    total = sum(relations, Counts())
+def certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
+    """Return how sure figures are over all facts of these probes, each given by its relations, and what so many facts
+    could have shown. A relation is a cluster; in a probe of one relation, a fact is.
+    """
+    clusters = [cluster for relations in probes for cluster in clusters_of(relations)]
+    total, change = sum(clusters, Counts()), design_of_change(clusters)
     return Certainty(
-        relations=sum(bool(relation.known_before) for relation in relations),
-        kept=kept_by_cluster(relations),
-        difference=difference_by_cluster(relations),
-        smallest_loss=smallest_loss(total),
-        facts_for_two=facts_for(total),
+        test=paired_test(clusters),
+        relations=sum(bool(relation.known_before) for relations in probes for relation in relations),
+        kept=kept_by_cluster(clusters),
+        difference=difference_by_cluster(clusters),
+        smallest_loss=smallest_loss(total, change),
+        facts_for_two=facts_for(total, design=change),
     )
+
+
+def best_of(original: Sequence[Answer], models: Sequence[Sequence[Answer]]) -> tuple[int, list[int]]:
+    """Return the place of the model that keeps most of what the original knows, and those of the others that no test
+    tells from it: paired by fact, by relation, Holm over all pairs of models, since the best is none beforehand.
+
+    Parameters
+    ----------
+    original, models : answers to the same facts.
+    """
+    facts = [answer for answer in original if answer.correct]
+    right = [{(answer.probe, answer.fact_id) for answer in answers if answer.correct} for answers in models]
+    keeps = [np.array([(fact.probe, fact.fact_id) in each for fact in facts], dtype=bool) for each in right]
+    cluster = number_clusters([(fact.probe, fact.relation) for fact in facts])
+    pairs = list(combinations(range(len(models)), 2))
+    adjusted = holm([paired_test(tally(keeps[one], keeps[other], cluster)).p for one, other in pairs])
+    order = sorted(range(len(models)), key=lambda place: -int(keeps[place].sum()))
+    best = order[0]
+    apart = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < SIGNIFICANT}
+    return best, [place for place in order[1:] if (min(best, place), max(best, place)) not in apart]
 
 
 def _given(entry: ProbeEntry) -> dict[str, Any]:
@@ -182,12 +215,16 @@ def _groups(pairs: Iterable[Pair], name_of: Callable[[Answer], str | None]) -> t
 
 
 def _group(name: str, pairs: Sequence[Pair]) -> Group:
-    total = counts(pairs)
+    relations: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        relations.setdefault(pair[0].relation, []).append(pair)
+    clusters, total = tuple(map(counts, relations.values())), counts(pairs)
     return Group(
         name=name,
         counts=total,
-        kept=proportion(total.both, total.known_before),
-        p=mcnemar(total),
+        relations=clusters,
+        kept=proportion(total.both, total.known_before).or_wider(kept_by_cluster(clusters)),
+        p=paired_test(clusters).p,
         p_holm=None,
         answer_changed=_answer_changed(pairs),
         chance=_chance(pairs),

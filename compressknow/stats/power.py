@@ -1,4 +1,7 @@
-"""What could have been seen: the smallest loss that so many facts show, and how many facts show a smaller one."""
+"""What could have been seen: the smallest loss that so many facts show, and how many facts show a smaller one.
+
+All with one power, 80 %. Facts that hang together tell less: they count as the independent ones that tell as much.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from compressknow.stats.intervals import proportion
+from compressknow.stats.clusters import INDEPENDENT, Design
+from compressknow.stats.intervals import normal_quantile, wilson
 from compressknow.stats.records import Counts
 
 POWER, LEVEL = 0.8, 0.05
@@ -70,9 +74,9 @@ def _most_gained(changed: np.ndarray) -> np.ndarray:
     return found
 
 
-def smallest_loss(counts: Counts) -> float | None:
-    """The smallest net loss, as a share of the known facts, that these facts show with a power of 80 %; None where
-    even the loss of all would not show.
+def smallest_loss(counts: Counts, design: Design = INDEPENDENT) -> float | None:
+    """Return the smallest net loss, as a share of the known facts, that these facts show with a power of 80 %; None
+    where even the loss of all would not show.
 
     Facts are taken to be gained as often as they were: what a compression flips both ways hides a loss.
 
@@ -80,8 +84,8 @@ def smallest_loss(counts: Counts) -> float | None:
     >>> round(smallest_loss(counts), 3), smallest_loss(Counts(both=5))
     (0.121, None)
     """
-    known, gained = counts.known_before, _gained(counts)
-    unknown = counts.n - known
+    gained, discount = _gained(counts), design.discount()
+    known, unknown = counts.known_before / discount, (counts.n - counts.known_before) / discount
     low, high = 0.0, max(0.0, 1.0 - gained)
     if not known or power(known, high, gained, unknown) < POWER:
         return None
@@ -91,9 +95,9 @@ def smallest_loss(counts: Counts) -> float | None:
     return high
 
 
-def facts_for(counts: Counts, loss: float = SMALL) -> int | None:
-    """How many known facts show this net loss with a power of 80 %, were facts gained and unknown in the same
-    proportion; None where no probe has as many.
+def facts_for(counts: Counts, loss: float = SMALL, design: Design = INDEPENDENT) -> int | None:
+    """Return how many known facts, of the same relations, show this net loss with a power of 80 %, were facts gained
+    and unknown in the same proportion; None where no number does, or no probe has as many.
 
     >>> facts_for(Counts(both=185)), facts_for(Counts(both=169, lost=16, gained=19, neither=96))
     (394, 4514)
@@ -102,22 +106,34 @@ def facts_for(counts: Counts, loss: float = SMALL) -> int | None:
     if not known:
         return None
     unknown = (counts.n - known) / known
-    return _least(lambda number: power(number, loss, gained, unknown * number) >= POWER)
+
+    def shows(number: int) -> bool:
+        alone = number / design.discount(number / known)
+        return power(alone, loss, gained, unknown * alone) >= POWER
+
+    return _least(shows)
 
 
-def facts_to_decide(share: float, gate: float) -> int | None:
-    """How many known facts it takes for the interval of this share to lie on one side of the gate; None where no probe
+def facts_to_decide(counts: Counts, gate: float, design: Design = INDEPENDENT) -> int | None:
+    """Return how many known facts, of the same relations, it takes for the interval of knowledge kept to lie on one
+    side of the gate in 80 of 100 samples, were the share kept what it is here; None where no number does, or no probe
     has as many.
 
-    >>> facts_to_decide(0.9, 0.95), facts_to_decide(0.95, 0.95)
-    (76, None)
+    >>> facts_to_decide(Counts(both=90, lost=10), 0.95), facts_to_decide(Counts(both=95, lost=5), 0.95)
+    (185, None)
     """
+    share, known = counts.kept, counts.known_before
+    if share is None:
+        return None
+    z, unlucky = normal_quantile(0.95), normal_quantile(2 * POWER - 1)
 
     def decides(number: int) -> bool:
-        kept = proportion(round(share * number), number)
-        return kept.low is not None and kept.high is not None and not kept.low < gate <= kept.high
+        alone = number / design.discount(number / known)
+        away = unlucky * math.sqrt(share * (1 - share) / alone)
+        low, high = wilson(min(1.0, max(0.0, share - away if share > gate else share + away)), alone, z)
+        return low >= gate if share > gate else high < gate
 
-    return _least(decides)
+    return _least(decides) if share != gate else None
 
 
 def _gained(counts: Counts) -> float:

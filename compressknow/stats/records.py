@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 from compressknow.probe.records import NoiseFloor
 
@@ -61,21 +62,40 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
+    def or_wider(self, by_relation: Estimate) -> Estimate:
+        """Return the estimate to go by: the one with the interval over relations, where there is such an interval."""
+        return self if by_relation.low is None else by_relation
+
+
+class PairedTest(NamedTuple):
+    """Whether facts are lost as often as gained: the two-sided p-value (None without facts), and what the test takes
+    as drawn, a ``fact`` or a whole ``relation``.
+    """
+
+    p: float | None
+    unit: str
+
+
+NO_TEST = PairedTest(None, "fact")
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The facts of one relation, school subject or popularity bin.
+    """The facts of one relation, domain or popularity bin.
 
     Attributes
     ----------
-    kept : knowledge kept with its Wilson interval.
-    p : exact McNemar test, two-sided; `p_holm` is adjusted over all groups of the same table (Holm).
+    relations : the counts of each of its relations.
+    kept : knowledge kept, with its interval over relations where it has enough of them, else the simple one.
+    p : of the paired test by relation (exact McNemar where it has one); `p_holm` is adjusted over all groups of the
+        same table (Holm).
     answer_changed : share of facts whose top answer differs.
     chance : expected accuracy of guessing; None where any text may be answered.
     """
 
     name: str
     counts: Counts
+    relations: tuple[Counts, ...]
     kept: Estimate
     p: float | None
     p_holm: float | None
@@ -111,13 +131,15 @@ class Certainty:
 
     Attributes
     ----------
+    test : whether the net change could be chance, by relation where there are several.
     relations : those of which the original knew a fact; with fewer than five there are no intervals.
     kept, difference : knowledge kept and the difference of accuracy, with their intervals over relations.
     smallest_loss : the smallest net loss, as a share of the known facts, that these facts show with a power of 80 %;
         None where even the loss of all would not show.
-    facts_for_two : how many known facts show a net loss of 2 points; None where no probe has as many.
+    facts_for_two : how many known facts, of these relations, show a net loss of 2 points; None where no number does.
     """
 
+    test: PairedTest = NO_TEST
     relations: int = 0
     kept: Estimate = Estimate(None)
     difference: Estimate = Estimate(None)
@@ -245,7 +267,10 @@ class Wordings:
 
 @dataclass(frozen=True, slots=True)
 class ProbeFigures:
-    """All figures of one probe, original against one compressed model, paired by fact."""
+    """All figures of one probe, original against one compressed model, paired by fact.
+
+    `kept` has the interval to go by: over relations where there are enough of them, else the simple one.
+    """
 
     probe: str
     protocol: str
@@ -259,7 +284,6 @@ class ProbeFigures:
     macro_original: Estimate
     macro_compressed: Estimate
     macro_difference: Estimate
-    p: float | None
     answer_changed: float | None
     movement: Movement | None
     logp_change: Mapping[str, float] | None  # of the gold: p1 p5 p25 p50 p75 p95 p99

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 
@@ -12,6 +13,8 @@ LEVEL = 0.05
 # The fractions of the capital that are bet, each by a player of its own: from 1/2 to 1/1024, in half octaves.
 FRACTIONS = 2.0 ** -np.arange(1.0, 10.5, 0.5)
 _STEPS = 30
+# Gates are told apart to this denominator: more facts than any probe has.
+_FINEST = 1 << 20
 
 
 def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int, *, level: float = LEVEL) -> EarlyStop | None:
@@ -62,20 +65,25 @@ def capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) -> tuple
     ----------
     known, both : in the order of drawing (bool), [..., facts].
     """
-    added = np.where(known, both - gate, 0.0)
-    before = np.cumsum(added, axis=-1) - added
-    mean = -before / (of - np.arange(added.shape[-1]))
-    return _capital(added + gate, mean + gate), _capital(1 - gate - added, 1 - gate - mean)
+    # The gate as a fraction, everything as whole numbers: sums of floats leave a residue, by which a share exactly on
+    # the gate could seem impossible one fact before the end.
+    part, whole = Fraction(gate).limit_denominator(_FINEST).as_integer_ratio()
+    added = known * (whole * both.astype(np.int64) - part)
+    before, remaining = np.cumsum(added, axis=-1) - added, of - np.arange(added.shape[-1])
+    value, mean = added + part, part * remaining - before
+    return _capital(value, mean, remaining), _capital(whole - value, whole * remaining - mean, remaining)
 
 
-def _capital(value: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Of bets that a value in [0, 1] is larger than this mean. Where the mean cannot be, the bet is won for ever."""
-    possible = mean > 1e-12
-    odds = np.where(possible, value, 1.0) / np.where(possible, mean, 1.0)
+def _capital(value: np.ndarray, mean: np.ndarray, remaining: np.ndarray) -> np.ndarray:
+    """Return the logarithm of what is won by bets that a value is larger than mean / remaining. Where that mean cannot
+    be, the bet is won for ever.
+    """
+    possible = mean > 0
+    odds = np.where(possible, value * remaining, 1) / np.where(possible, mean, 1)
     bets = FRACTIONS.reshape(-1, *[1] * odds.ndim)
     won = np.log1p(bets * (odds - 1)).cumsum(axis=-1)
     capital = np.logaddexp.reduce(won, axis=0) - np.log(len(FRACTIONS))
-    refuted = (mean < -1e-12) | (~possible & (value > 0))
+    refuted = (mean < 0) | (~possible & (value > 0))
     return np.where(np.logical_or.accumulate(refuted, axis=-1), np.inf, capital)
 
 

@@ -148,6 +148,7 @@ def _probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
         majority=figures.majority,
         chance=figures.chance,
         correct=tuple(answer.correct for answer in original.of(figures.probe)),
+        relations=tuple(answer.relation for answer in original.of(figures.probe)),
         templates=original.record.probes[figures.probe].templates or 1,
     )
 

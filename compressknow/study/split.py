@@ -1,4 +1,4 @@
-"""The facts of a search: those that guide it, and those that are held out to judge what it finds."""
+"""The facts of a search: those that guide it, those held out to choose the winner by, and those that grade it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from compressknow.probe.grades import RECOGNIZED
 from compressknow.probe.sources import Opened, source_of, usable
 from compressknow.probe.text.running import RunningText
 from compressknow.quiet import Listener
+from compressknow.stats.clusters import FEWEST_SIGNS
 from compressknow.study.cells import StudyModel
 from compressknow.study.folder import CELLS, ORIGINAL, CellResult, judged
 from compressknow.study.grid import Cell, key_of
@@ -33,16 +34,22 @@ class Parts(NamedTuple):
     ----------
     first : for every recipe, as a probe with a name of its own; None where there are few facts.
     rest : for the recipes that may still keep enough after these.
-    held_out : not used in the search.
+    selection : held out from the search, to choose the winner by.
+    grading : held out from that choice too: the share that the winner keeps of them is what it keeps of others.
     """
 
     first: Probe | None
     rest: Probe
-    held_out: Probe
+    selection: Probe
+    grading: Probe
 
 
 def parts_of(probe: Opened, seed: int) -> Parts:
-    """Half of the facts to search with, and half that are held out: of each relation as many, drawn by the seed."""
+    """Return a third of the facts to search with, a third to select by and a third to grade by, drawn by the seed.
+
+    Whole relations, of each domain as many facts, where each third gets enough of them: facts of one relation are lost
+    together, so that a recipe that was lucky with a relation is lucky with all its facts. Else facts of each relation.
+    """
     source = source_of(probe.name)
     if not isinstance(probe, Probe) or (source and not source.held_out):
         can = [kind for kind, source in usable() if source.held_out]
@@ -50,33 +57,44 @@ def parts_of(probe: Opened, seed: int) -> Parts:
             f"A search needs facts that it can hold out; {probe.name} has none.",
             hint=f"Search with {' or '.join(can)}, and evaluate the winner on {probe.name} afterwards.",
         )
-    searched, held_out = _cut(probe.facts, 0.5, seed)
-    if not searched or not held_out:
-        raise UsageError(f"{probe.name} has too few facts to hold half of them out.", hint="Raise --limit.")
-    first, rest = _cut(searched, FIRST, seed)
+    whole = len({fact.relation for fact in probe.facts}) >= len(_THIRDS) * FEWEST_SIGNS
+    searched, *held_out = _deal(probe.facts, _THIRDS, seed, whole=whole)
+    if not searched or not all(held_out):
+        raise UsageError(f"{probe.name} has too few facts to hold two thirds of them out.", hint="Raise --limit.")
+    selection, grading = (replace(probe, facts=facts) for facts in held_out)
+    first, rest = _deal(searched, (FIRST, 1 - FIRST), seed, whole=False)
     if len(set(map(_named, first))) < FEWEST_FIRST:
-        return Parts(None, replace(probe, facts=searched), replace(probe, facts=held_out))
+        return Parts(None, replace(probe, facts=searched), selection, grading)
     # A second probe beside that of the rest: their answers are kept apart, and none is evaluated twice.
     name = f"first of {probe.name}"
     named = replace(probe, name=name, facts=tuple(replace(fact, probe=name) for fact in first))
-    return Parts(named, replace(probe, facts=rest), replace(probe, facts=held_out))
+    return Parts(named, replace(probe, facts=rest), selection, grading)
 
 
-def _cut(facts: Sequence[Fact], share: float, seed: int) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
-    """A share of each relation's facts, all wordings of each, and the others, in their order."""
-    relations: dict[str, set[str]] = {}
+_THIRDS = (1 / 3, 1 / 3, 1 / 3)
+
+
+def _deal(facts: Sequence[Fact], shares: Sequence[float], seed: int, *, whole: bool) -> list[tuple[Fact, ...]]:
+    """Deal facts into parts of these shares, all wordings of each into one, in their order; `whole` relations, in the
+    order of domains, or the facts of each relation one by one.
+    """
+    units: dict[tuple[str, str], set[str]] = {}
     for fact in facts:
-        relations.setdefault(fact.relation, set()).add(_named(fact))
-    drawn: set[str] = set()
-    counted = 0
-    for name, ids in sorted(relations.items()):
-        shuffled = sorted(ids)
-        random.Random(f"{seed}:{name}").shuffle(shuffled)
-        # What a relation's share leaves of a whole fact is carried over to the next one.
-        counted += len(ids)
-        drawn.update(shuffled[: int(share * counted) - len(drawn)])
-    first, others = (tuple(fact for fact in facts if (_named(fact) in drawn) is part) for part in (True, False))
-    return first, others
+        name = _named(fact)
+        units.setdefault((fact.subject or "", fact.relation) if whole else (fact.relation, name), set()).add(name)
+    by_group: dict[str, list[set[str]]] = {}
+    for (group, _), names in sorted(units.items()):
+        by_group.setdefault(group, []).append(names)
+    parts: list[set[str]] = [set() for _ in shares]
+    dealt = 0
+    for group, members in sorted(by_group.items()):
+        random.Random(f"{seed}:{group}").shuffle(members)
+        for names in members:
+            dealt += len(names)
+            # The part that has least of its share, the first of several: what comes next evens out.
+            behind = [share * dealt - len(part) for share, part in zip(shares, parts, strict=True)]
+            parts[behind.index(max(behind))] |= names
+    return [tuple(fact for fact in facts if _named(fact) in part) for part in parts]
 
 
 def _named(fact: Fact) -> str:
@@ -86,7 +104,7 @@ def _named(fact: Fact) -> str:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """One half of the facts, and what the original answers to them.
+    """One part of the facts, and what the original answers to them.
 
     Attributes
     ----------

@@ -25,6 +25,7 @@ from compressknow.errors import CompressknowError, UsageError
 from compressknow.format import count, plain
 from compressknow.report.card.verdict import rounded_up
 from compressknow.report.records import Comparison
+from compressknow.stats.clusters import design_of_kept
 from compressknow.stats.power import facts_to_decide
 
 # The share kept from which a model is good enough, where no gate says another.
@@ -48,13 +49,13 @@ class Milder:
 def advice(comparison: Comparison) -> str:
     """The line; nothing where the numbers carry none.
 
-    They are held to the gate that was decided early, or else to `ENOUGH`: both intervals, the simple one and the one
-    over relations, must lie on one side of it.
+    They are held to the gate that was decided early, or else to `ENOUGH`: the interval must lie on one side of it.
     """
     counts, gate = comparison.counts, comparison.early.gate if comparison.early else ENOUGH
     if not counts.known_before:
         return "Next: choose facts that the original knows (-p PROBE); it knew none of these." if counts.n else ""
-    low, high = widest(comparison)
+    kept = comparison.kept
+    low, high = 0.0 if kept.low is None else kept.low, 1.0 if kept.high is None else kept.high
     wanted = f"{100 * gate:g} %"
     if comparison.early.met if comparison.early else low >= gate:
         return f"Next: deploy it, if {wanted} is enough: the interval lies above."
@@ -63,23 +64,11 @@ def advice(comparison: Comparison) -> str:
     return _compress_less(comparison, f"less than {wanted} is kept")
 
 
-def widest(comparison: Comparison) -> tuple[float, float]:
-    """From the lowest end of both intervals of knowledge kept to the highest; 0 to 1 where there is none."""
-    both = [each for each in (comparison.kept, comparison.certainty.kept) if each.low is not None]
-    lows = [each.low for each in both if each.low is not None]
-    highs = [each.high for each in both if each.high is not None]
-    return min(lows, default=0.0), max(highs, default=1.0)
-
-
 def facts_needed(comparison: Comparison, gate: float) -> int | None:
-    """About how many known facts it takes for both intervals to lie on one side of the gate, if the share stays; None
-    where nobody evaluates so many. The interval over relations is taken to narrow with the root of their number.
+    """Return about how many known facts it takes to tell on which side of the gate the share kept lies, if it stays as
+    it is; None where nobody evaluates so many.
     """
-    kept, over = comparison.counts.kept or 0.0, comparison.certainty.kept
-    needed = facts_to_decide(kept, gate)
-    if needed is not None and over.low is not None and over.high is not None and kept != gate:
-        reach = (over.high - kept if kept < gate else kept - over.low) / abs(kept - gate)
-        needed = max(needed, math.ceil(comparison.counts.known_before * reach**2))
+    needed = facts_to_decide(comparison.counts, gate, design_of_kept(comparison.clusters))
     return needed if needed is not None and needed <= MOST else None
 
 
@@ -88,7 +77,8 @@ def _more_facts(comparison: Comparison, gate: float) -> str:
     needed = facts_needed(comparison, gate)
     if needed is None:
         return (
-            f"Next: look at the facts lost: the share kept is so near {wanted} that no number of facts would soon tell."
+            f"Next: look at the facts lost: the share kept is so near {wanted} that no number of facts of these probes "
+            "would soon tell."
         )
     # It cannot take fewer than did not tell.
     about = max(needed, counts.known_before + 1)

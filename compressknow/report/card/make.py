@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ from compressknow.probe.records import UNKNOWN, ModelRecord, on_server
 from compressknow.probe.wordings import by_majority
 from compressknow.report.card import assembly
 from compressknow.report.card import warnings as warnings
-from compressknow.report.card.advice import advice, facts_needed, widest
+from compressknow.report.card.advice import advice, facts_needed
 from compressknow.report.card.method import method
 from compressknow.report.card.rounding import beside_rounding
 from compressknow.report.card.section import ProbeAnswers
@@ -30,8 +30,8 @@ from compressknow.report.card.verdict import (
 from compressknow.report.records import Card, Comparison, ModelFacts
 from compressknow.report.texts import METHOD as TEXT_METHOD
 from compressknow.report.texts import sentence, sentence_of_several
-from compressknow.stats.intervals import mcnemar, proportion
-from compressknow.stats.paired import Pair, certainty, changed_facts, compare_probe, paired
+from compressknow.stats.intervals import proportion
+from compressknow.stats.paired import Pair, best_of, certainty, changed_facts, compare_probe, paired
 from compressknow.stats.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.stats.text import text_figures
 from compressknow.stats.wordings import wordings_of
@@ -80,7 +80,7 @@ def make_card(
     ]
     common = _common_warnings(comparisons)
     return Card(
-        verdict=_of_several(model.name, comparisons) if len(comparisons) > 1 else comparisons[0].verdict,
+        verdict=comparisons[0].verdict if len(comparisons) == 1 else _of_several(original, compressed, comparisons),
         original=model,
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
         warnings=(*warnings.of_known(known), *common, *assembly.failures(comparisons)),
@@ -92,8 +92,15 @@ def make_card(
     )
 
 
-def _of_several(original: str, comparisons: Sequence[Comparison]) -> str:
-    said = [verdict_of_several(original, comparisons)] if any(c.probes for c in comparisons) else []
+def _of_several(original: Answers, compressed: Sequence[Answers], comparisons: Sequence[Comparison]) -> str:
+    name = original.record.model.name
+    said = []
+    if any(c.probes for c in comparisons):
+        probes = [{probe.probe for probe in c.probes} for c in comparisons]
+        # Over the same facts alone can one be called the best.
+        same = all(each == probes[0] for each in probes) and any(c.counts.known_before for c in comparisons)
+        alike = _alike_to_best(original, compressed, probes[0]) if same else None
+        said.append(verdict_of_several(name, comparisons, alike))
     labels = labels_of([comparison.model for comparison in comparisons])
     texts = {figures.text: figures.original for c in comparisons for figures in c.texts}
     for text, before in texts.items():
@@ -105,6 +112,11 @@ def _of_several(original: str, comparisons: Sequence[Comparison]) -> str:
         ]
         said.append(sentence_of_several(text, before, found))
     return " ".join(said)
+
+
+def _alike_to_best(original: Answers, compressed: Sequence[Answers], probes: Collection[str]) -> list[int]:
+    of = [[answer for answer in each.answers if answer.probe in probes] for each in (original, *compressed)]
+    return best_of(of[0], of[1:])[1]
 
 
 def _with_wordings(comparison: Comparison, original: Answers, compressed: Answers) -> Comparison:
@@ -173,8 +185,8 @@ def gate(card: Card, fail_under: float, *, strict: bool = False) -> None:
 
     Parameters
     ----------
-    strict : hold its intervals to it, the simple one and the one over relations: a model whose intervals reach to both
-        sides of the gate has neither met nor missed it.
+    strict : hold its interval to it: a model whose interval reaches to both sides of the gate has neither met nor
+        missed it.
 
     Raises GateNotMet where one keeps less than `fail_under`, or where the original knew nothing that could be kept;
     GateUndecided where that cannot be told of one and all others meet it; UsageError where `fail_under` is no share.
@@ -206,15 +218,14 @@ def _met(comparison: Comparison, fail_under: float, strict: bool) -> bool | None
         return comparison.early.met
     if kept is None or not strict:
         return kept is not None and kept >= fail_under
-    low, high = widest(comparison)
+    low, high = comparison.kept.low or 0.0, comparison.kept.high or 0.0
     if low < fail_under <= high:
         return None
     return low >= fail_under
 
 
 def _ends(comparison: Comparison) -> str:
-    low, high = widest(comparison)
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
+    return f"{100 * (comparison.kept.low or 0.0):.1f} to {100 * (comparison.kept.high or 0.0):.1f} %"
 
 
 def _more_facts(unsure: Sequence[Comparison], fail_under: float) -> str:
@@ -247,18 +258,17 @@ def compare(
     ran_in = compressed.record.model.ran_in
     figures = tuple(compare_probe(*evaluated[probe], probe=probe, ran_in=ran_in) for probe in probes)
     counts = sum((probe.counts for probe in figures), Counts())
-    kept, p = proportion(counts.both, counts.known_before), mcnemar(counts)
     pairs: list[Pair] = [pair for probe in probes for pair in paired(probe, *evaluated[probe])] if show_facts else []
     lost, gained = changed_facts(pairs)
     graded = grades(figures)
-    sure = certainty([group.counts for probe in figures for group in probe.by_relation])
-    said = verdict(before.name, counts, kept, p, sure) + beside_rounding(figures) if probes else ""
+    sure = certainty([[group.counts for group in probe.by_relation] for probe in figures])
+    kept = proportion(counts.both, counts.known_before).or_wider(sure.kept)
+    said = verdict(before.name, counts, kept, sure) + beside_rounding(figures) if probes else ""
     compared = Comparison(
         model=model,
         verdict=" ".join(filter(None, (said, *map(sentence, texts), in_words(early)))),
         kept=kept,
         counts=counts,
-        p=p,
         grades=graded,
         probes=figures,
         certainty=sure,

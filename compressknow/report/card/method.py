@@ -9,6 +9,7 @@ from compressknow.probe.answers import REFERENCE_TOKENS, Answer
 from compressknow.probe.records import ProbeEntry
 from compressknow.probe.sources import source_of
 from compressknow.report.card.verdict import LOWEST, SCALE
+from compressknow.stats.clusters import FEWEST, FEWEST_SIGNS
 from compressknow.stats.distributions import CALIBRATION_BINS, POPULARITY_BINS
 from compressknow.stats.intervals import RESAMPLES, SEED
 from compressknow.stats.records import ProbeFigures
@@ -88,11 +89,15 @@ def _figures() -> Iterator[str]:
     )
     yield (
         "Intervals are 95 %: Wilson's for shares, Newcombe's (1998, method 10) for the difference of paired shares, "
-        f"and for means over relations a paired bootstrap within relations ({count(RESAMPLES)} resamples, seed {SEED})."
+        f"and for means over relations a paired bootstrap within relations ({count(RESAMPLES)} resamples, seed "
+        f"{SEED}). That of knowledge kept is over relations where there are {FEWEST} or more: facts of a relation are "
+        "kept and lost together."
     )
     yield (
-        "p-values are of the exact two-sided McNemar test: whether facts lost and gained are out of balance; those of "
-        "a table of groups are adjusted by Holm's method."
+        "p-values say whether facts lost and gained are out of balance, two-sided, with a relation as what could "
+        f"have fallen out otherwise: from {FEWEST_SIGNS} relations on all flips of the signs of their net changes, of "
+        "fewer the larger one of Student's t-test of these and of the exact McNemar test, of a single relation "
+        "McNemar's. Those of a table of groups are adjusted by Holm's method."
     )
     yield (
         "How far answers moved is KL(original || compressed) in nats at the answer's first position, over the whole "

@@ -25,9 +25,11 @@ from compressknow.report.records import (
     certainty_to_json,
     counts_to_json,
     early_to_json,
-    estimate_to_json,
+    interval_to_json,
+    kept_to_json,
 )
 from compressknow.report.tradeoff import tradeoff
+from compressknow.stats.clusters import kept_by_cluster
 
 # What the page holds of one comparison, and of several together: a page of 20 models and one probe stays below
 # 400 KB.
@@ -111,11 +113,10 @@ def comparison_json(comparison: Comparison, show_facts: bool) -> dict[str, Any]:
         "model": _model(comparison.model),
         "verdict": comparison.verdict,
         **counts_to_json(comparison.counts),
-        **estimate_to_json("kept", comparison.kept),
+        **kept_to_json(comparison.counts),
         **certainty_to_json(comparison.certainty),
         "early": early_to_json(comparison.early),
         "next": comparison.next or None,
-        "mcnemar_p": comparison.p,
         "grades": {grade.subject: grade.grade for grade in comparison.grades},
         "grade_details": {grade.subject: _grade(grade) for grade in comparison.grades},
         "probes": {
@@ -137,5 +138,6 @@ def _grade(grade: Grade) -> dict[str, Any]:
         "grade": grade.grade,
         "range": grade.range,
         **counts_to_json(grade.counts),
-        **estimate_to_json("kept", grade.kept),
+        **kept_to_json(grade.counts),
+        "kept_cluster_interval": interval_to_json(kept_by_cluster(grade.relations)),
     }

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from compressknow.format import count, percent, plain, share
+from compressknow.format import count, estimate, percent, plain, share
 from compressknow.probe.records import NoiseFloor
 from compressknow.report.drawing import Level
 from compressknow.report.records import Comparison
+from compressknow.stats.intervals import proportion
 from compressknow.stats.records import ProbeFigures
 
 
 def beside_rounding(probes: Iterable[ProbeFigures]) -> str:
-    """What share of the answers is another one, and what rounding alone changes, and the runtime alone, over the probes
-    that tell; nothing where none does.
+    """Return what share of the answers is another one, and what rounding alone changes, and the runtime alone, over the
+    probes that tell; nothing where none does.
     """
     told = [probe for probe in probes if any(floor and floor.n for floor in _floors(probe).values())]
     if not told:
         return ""
     facts = sum(probe.counts.n for probe in told)
     changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in told)
-    shares: dict[str, tuple[int, int]] = {}
+    parts, could_be_all = [], False
     for name in _floors(told[0]):
         floors = [floor for probe in told if (floor := _floors(probe)[name]) and floor.n]
         if floors:
-            shares[name] = sum(floor.changed for floor in floors), sum(floor.n for floor in floors)
-    most = max(shares, key=lambda name: shares[name][0] / shares[name][1])
-    if changed * shares[most][1] <= shares[most][0] * facts:
-        return f" Of its answers, {percent(changed, facts)} differ, no more than {most} alone changes."
-    parts = [
-        f"{name} alone{'' if number else ' changes'} {percent(*part)}"
-        for number, (name, part) in enumerate(shares.items())
-    ]
-    return f" Of its answers, {percent(changed, facts)} differ; {', '.join(parts)}."
+            alone = proportion(sum(floor.changed for floor in floors), sum(floor.n for floor in floors))
+            could_be_all |= changed <= (alone.high or 0.0) * facts
+            parts.append(f"{name} alone changes {estimate(alone.value, alone.low, alone.high)}")
+    explained = ", which could be all of it" if could_be_all else ""
+    return f" Of its answers, {percent(changed, facts)} differ; {', '.join(parts)}{explained}."
 
 
 def _floors(probe: ProbeFigures) -> dict[str, NoiseFloor | None]:

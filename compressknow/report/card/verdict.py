@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from compressknow.format import count, p_value, percent, plain, share
 from compressknow.report.records import Comparison, Grade, ModelFacts
-from compressknow.stats.intervals import proportion
+from compressknow.stats.clusters import kept_by_cluster
+from compressknow.stats.intervals import SIGNIFICANT, proportion
 from compressknow.stats.paired import domain_order
 from compressknow.stats.power import SMALL
-from compressknow.stats.records import NOT_MEASURED, Certainty, Counts, EarlyStop, Estimate, ProbeFigures
+from compressknow.stats.records import Certainty, Counts, EarlyStop, Estimate, ProbeFigures
 
 # The least that must be kept for each grade, in percent.
 SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
@@ -19,12 +20,12 @@ NOTHING_KNOWN = "-"
 
 
 def grades(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
-    """A grade for each school subject over all probes; those of lm-eval's tasks have the task as their subject."""
-    totals: dict[str, Counts] = {}
+    """Return a grade for each domain over all probes; lm-eval's tasks are domains of their own."""
+    relations: dict[str, tuple[Counts, ...]] = {}
     for probe in probes:
         for group in probe.by_subject:
-            totals[group.name] = totals.get(group.name, Counts()) + group.counts
-    return tuple(_grade(subject, totals[subject]) for subject in sorted(totals, key=domain_order))
+            relations[group.name] = relations.get(group.name, ()) + group.relations
+    return tuple(_grade(subject, relations[subject]) for subject in sorted(relations, key=domain_order))
 
 
 def grade_of(part: float, whole: float = 1) -> str:
@@ -38,12 +39,13 @@ def grade_of(part: float, whole: float = 1) -> str:
     return next((name for name, least in SCALE if 100 * part >= least * whole), LOWEST)
 
 
-def _grade(subject: str, counts: Counts) -> Grade:
-    kept = proportion(counts.both, counts.known_before)
+def _grade(subject: str, relations: tuple[Counts, ...]) -> Grade:
+    counts = sum(relations, Counts())
+    kept = proportion(counts.both, counts.known_before).or_wider(kept_by_cluster(relations))
     best, worst = _ends(kept)
     return Grade(
         subject=subject,
-        counts=counts,
+        relations=relations,
         kept=kept,
         grade=grade_of(counts.both, counts.known_before),
         unsure=best != worst,
@@ -58,23 +60,22 @@ def _ends(kept: Estimate) -> tuple[str, str]:
     return grade_of(kept.high), grade_of(kept.low)
 
 
-# A change is called real below this p-value.
-SIGNIFICANT = 0.05
 _NAME = 80  # characters of a name that a sentence can carry
 
 
-def verdict(original: str, counts: Counts, kept: Estimate, p: float | None, certainty: Certainty = NOT_MEASURED) -> str:
-    """The sentence on one compressed model, and one on what so many facts could have shown.
+def verdict(original: str, counts: Counts, kept: Estimate, certainty: Certainty) -> str:
+    """Return the sentence on one compressed model, and one on what so many facts could have shown.
 
     Parameters
     ----------
     original : name of the original model.
-    kept, p : knowledge kept with its interval, and the exact McNemar test.
-    certainty : the interval over relations, and what would have been seen; by default nothing is said of these.
+    kept : knowledge kept with the interval to go by.
+    certainty : the paired test, and what would have been seen; of that, by default nothing is said.
 
     >>> from compressknow.stats.intervals import mcnemar, proportion
+    >>> from compressknow.stats.records import PairedTest
     >>> counts = Counts(both=90, lost=10, gained=1, neither=99)
-    >>> print(verdict("bert", counts, proportion(90, 100), mcnemar(counts)))
+    >>> print(verdict("bert", counts, proportion(90, 100), Certainty(PairedTest(mcnemar(counts), "fact"))))
     Keeps 90 of 100 facts that bert knew (90.0 %, interval 82.6 to 94.5 %): it forgot 10 and gained 1, a net \
 loss that chance does not explain (p = 0.012).
     """
@@ -83,8 +84,9 @@ loss that chance does not explain (p = 0.012).
         return f"The models were not evaluated on any common fact, so nothing can be said about what {name} lost."
     if not counts.known_before:
         return _nothing_known(name, counts)
-    interval = _interval(counts, kept, certainty.kept)
-    return " ".join(filter(None, (_kept_of(name, counts, interval, p), could_be_seen(counts, certainty))))
+    interval = f"({percent(counts.both, counts.known_before)}{_ends_of(kept, 'interval')})"
+    sentence = _kept_of(name, counts, interval, certainty.test.p)
+    return f"{sentence} {could_be_seen(counts, certainty)}".rstrip()
 
 
 def _kept_of(name: str, counts: Counts, interval: str, p: float | None) -> str:
@@ -98,22 +100,19 @@ def _kept_of(name: str, counts: Counts, interval: str, p: float | None) -> str:
 
 
 def could_be_seen(counts: Counts, certainty: Certainty) -> str:
-    """Which loss so many facts would have shown, and how many facts it takes for a small one; nothing where that is not
+    """Return which loss so many facts show, and how many facts it takes for a small one; nothing where that is not
     known.
 
     >>> could_be_seen(Counts(both=185), Certainty(smallest_loss=0.0424, facts_for_two=394))
-    'With 185 known facts a net loss under 4.2 points would go unseen; 400 would show 2.'
+    'A net loss under 4.2 % of these 185 may go unseen; 400 known facts would show 2 %.'
     """
-    more = certainty.facts_for_two
-    known = f"With {_facts(counts.known_before).replace(' fact', ' known fact')}"
+    more, known = certainty.facts_for_two, count(counts.known_before)
     if certainty.smallest_loss is None:
-        return (
-            ""
-            if more is None
-            else f"{known} no net loss could be told from chance; {rounded_up(more)} would show 2 points."
-        )
-    said = f"{known} a net loss under {100 * certainty.smallest_loss:.2g} points would go unseen"
-    return f"{said}; {rounded_up(more)} would show 2." if more and certainty.smallest_loss > SMALL else f"{said}."
+        return f"So few facts show no net loss at all; {rounded_up(more)} known ones would show 2 %." if more else ""
+    seen = f"A net loss under {100 * certainty.smallest_loss:.2g} % of these {known} may go unseen"
+    if more is None or certainty.smallest_loss <= SMALL:
+        return f"{seen}."
+    return f"{seen}; {rounded_up(more)} known facts would show {100 * SMALL:g} %."
 
 
 def in_words(early: EarlyStop | None) -> str:
@@ -145,8 +144,13 @@ def rounded_up(facts: int) -> str:
     return count(-(-facts // step) * step)
 
 
-def verdict_of_several(original: str, comparisons: Sequence[Comparison]) -> str:
-    """The sentence on several compressed models: the best and the worst of them."""
+def verdict_of_several(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None = None) -> str:
+    """Return the sentence on several compressed models: the best and the worst of them.
+
+    Parameters
+    ----------
+    alike : the places of those that cannot be told from the best; None where that was not tested.
+    """
     name = plain(original, _NAME)
     labels = labels_of([comparison.model for comparison in comparisons])
     known = [(c.counts, label) for c, label in zip(comparisons, labels, strict=True) if c.counts.known_before]
@@ -157,10 +161,23 @@ def verdict_of_several(original: str, comparisons: Sequence[Comparison]) -> str:
         return f"{best[1]} keeps {_share(best[0])} of the facts that {name} knew."
     if _kept(best) == _kept(worst):
         return f"{_models(len(known))} keep {share(_kept(best))} of what {name} knew."
-    return (
+    sentence = (
         f"Of {len(known)} compressed models, {best[1]} keeps most of what {name} knew ({_share(best[0])}) "
         f"and {worst[1]} least ({_share(worst[0])})."
     )
+    return f"{sentence} {_alike([labels[place] for place in alike])}" if alike is not None else sentence
+
+
+def _alike(labels: Sequence[str]) -> str:
+    if not labels:
+        return "No other keeps as much: that is more than chance."
+    shown = [*labels[:_ALIKE], *([f"{len(labels) - _ALIKE} more"] if len(labels) > _ALIKE else [])]
+    named = " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+    return f"{'One' if len(labels) == 1 else count(len(labels))} cannot be told apart from the best: {named}."
+
+
+# So many that keep as much as the best are named.
+_ALIKE = 4
 
 
 def _kept(known: tuple[Counts, str]) -> float:
@@ -182,12 +199,6 @@ def labels_of(models: Sequence[ModelFacts]) -> list[str]:
 def _nothing_known(name: str, counts: Counts) -> str:
     gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
     return f"{name} knew none of the {_facts(counts.n)}, so there is nothing to keep{gained}."
-
-
-def _interval(counts: Counts, kept: Estimate, by_relation: Estimate) -> str:
-    value = percent(counts.both, counts.known_before)
-    simple = _ends_of(kept, "interval")
-    return f"({value}{simple}{_ends_of(by_relation, 'over relations') if simple else ''})"
 
 
 def _ends_of(kept: Estimate, name: str) -> str:

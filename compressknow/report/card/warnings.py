@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -25,11 +24,6 @@ FEW_FACTS_OF_A_SUBJECT = 20
 # A warning beyond these shares: of the facts that were known, those that stand in the calibration text; of the
 # parameters in scope, those that the text did not reach.
 MANY_IN_TEXT, MANY_UNSEEN = 0.01, 0.1
-# Of the answers of one checkpoint, those that were right in the engine's int8 and wrong in plain floats, or the other
-# way round: with attention quantized, and with feed-forward too (int8 11 and 24 of 600, int8-paper 32 and 95). They
-# stand for all models until each is measured against itself.
-MEASURED_ON = "SmolLM2-135M and 600 facts of atlas"
-ROUNDING = {8: ("1.8 %", "4.0 %"), 7: ("5.3 %", "15.8 %")}
 
 
 def of_known(known: str) -> Iterator[str]:
@@ -90,14 +84,6 @@ def of_recipe(model: ModelFacts) -> Iterator[str]:
             "other facts in its batch. The order of facts is fixed, so the figures are reproducible, but another "
             "batch size would change them slightly."
         )
-    if bits := _bits_of_activations(model.quantization or ""):
-        attention, both = ROUNDING[bits]
-        yield (
-            f"This model rounds activations to {bits} bits, so tiny numerical differences (plain floating point, "
-            f"another CPU) can change answers. On {MEASURED_ON}, rounding alone flipped {attention} of the answers "
-            f"between right and wrong with attention quantized, and {both} with feed-forward quantized too. A change "
-            "of this size may be rounding alone."
-        )
 
 
 def of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
@@ -117,15 +103,6 @@ def of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
             f"The calibration text did not reach {share(unseen)} of the parameters that {plain(model.name, 80)} has in "
             "scope: they were compressed without knowledge of the inputs. Calibrate it on more tokens."
         )
-
-
-def _bits_of_activations(quantization: str) -> int | None:
-    """The fewest bits, 7 or 8, of the integers that a checkpoint rounds activations to by its quantization, in the
-    words of `quantization_in_words`; None where it does not."""
-    if re.search(r"\b7-bit activations", quantization):
-        return 7
-    eight = re.search(r"\b8-bit activations|int8\b.*\bactivations?|\bint8 dynamic activation", quantization)
-    return 8 if eight else None
 
 
 def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:

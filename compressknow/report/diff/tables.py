@@ -128,7 +128,7 @@ _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
     ("Of what A knows, B keeps", _THERE, lambda p: _written(p.kept)),
     ("Of what B knows, A keeps", _BACK, lambda p: _written(p.kept)),
     ("Flips (known by one alone)", _THERE, lambda p: share(p.counts.flips)),
-    ("Is one better? (exact McNemar)", _THERE, lambda p: p_value(p.p)),
+    ("Is one better?", _THERE, lambda p: p_value(p.certainty.test.p)),
     ("Top answer differs", _THERE, lambda p: share(p.answer_changed)),
     ("Mean reciprocal rank, A and B", _THERE, lambda p: _pair(p.mrr, number)),
     ("Right answer among the top 5, A and B", _THERE, lambda p: _pair(p.p_at_5, share)),

@@ -1,14 +1,15 @@
-"""The paper's ten findings as tests on a study's data, and their answers in words.
+"""The paper's ten findings as tests on a study's data, by method too, and their answers in words.
 
 None is assumed: each holds, does not hold, or cannot be told. What decides is said with each test below; all are paired
-by fact, over all probes together. Amounts: low 10-30 %, medium above 30 to 50 %, high above 50 % (the paper's p_low,
-p_medium and p_high, section 3).
+by fact, over all probes together, and go by relation. All that the table of findings and the table by method claim
+is adjusted together (Holm): the chance that a study says anything that is not so is 5 % at most. Amounts: low 10-30 %,
+medium above 30 to 50 %, high above 50 % (the paper's p_low, p_medium and p_high, section 3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compressknow.format import count, estimate, number, p_value, share
 from compressknow.format import percent as percent_of
@@ -18,6 +19,7 @@ from compressknow.report.study.records import (
     UNSTRUCTURED,
     Study,
     StudyCell,
+    methods,
     names,
     percent,
     pruned,
@@ -30,14 +32,13 @@ from compressknow.report.study.tests import (
     HOLDS,
     Bound,
     CheckpointComparison,
+    Claim,
     adjusted,
     average,
-    decide,
-    decide_below,
+    bound,
     decline,
     left,
     paired_test,
-    strict_level,
 )
 
 NOT_EVALUATED = "not asked of this family"
@@ -87,51 +88,97 @@ class _Claim:
     id: str
     text: str
     families: tuple[str, ...]
-    test: Callable[[Study, _Claim], Finding]
+    test: Callable[[Study], Claim]
+    what: str = ""  # the figure that is held to a limit
+
+
+@dataclass(frozen=True, slots=True)
+class MethodFindings:
+    """The findings that the study has cells of one method for.
+
+    Attributes
+    ----------
+    kind : ``pruning`` or ``quantization``; `name` is the method's or the scheme's, as in `StudyCell`.
+    """
+
+    kind: str
+    name: str
+    findings: tuple[Finding, ...]
+
+    def answer(self, id: str) -> str | None:
+        """Return the answer to one of them; None where there are no cells for it."""
+        return next((finding.answer for finding in self.findings if finding.id == id), None)
+
+
+PRUNING, QUANTIZATION = "pruning", "quantization"
 
 
 def findings(study: Study) -> tuple[Finding, ...]:
-    """All ten, in order. Needs plain cells by scope; what is missing makes a finding "cannot tell"."""
-    return tuple(_finding(study, claim) for claim in _CLAIMS)
+    """Return all ten, in order. Needs plain cells by scope; what is missing makes a finding "cannot tell"."""
+    return _tables(study)[0]
 
 
-def _finding(study: Study, claim: _Claim) -> Finding:
-    if study.original.family in claim.families:
-        return claim.test(study, claim)
+def by_method(study: Study) -> tuple[MethodFindings, ...]:
+    """Return the findings of the cells of one method alone, in the place of the paper's: of each method that modules
+    are pruned by, and each scheme; of kinds of which the study has several.
+    """
+    return _tables(study)[1]
+
+
+def _tables(study: Study) -> tuple[tuple[Finding, ...], tuple[MethodFindings, ...]]:
+    pruning, quantization = methods(study), schemes(study)
+    # The cells that a method prunes, as those of the paper's method.
+    alone = {
+        (PRUNING, name): tuple(replace(cell, pruning=UNSTRUCTURED) for cell in study.cells if cell.pruning == name)
+        for name in (pruning if len(pruning) > 1 else ())
+    } | {
+        (QUANTIZATION, name): tuple(cell for cell in study.cells if cell.quantization == name)
+        for name in (quantization if len(quantization) > 1 else ())
+    }
+    studies = {("", ""): study} | {of: replace(study, cells=cells) for of, cells in alone.items()}
+    asked = [claim for claim in _CLAIMS if study.original.family in claim.families]
+    tested = [replace(claim.test(each), key=(claim.id, *of)) for of, each in studies.items() for claim in asked]
+    together = iter(adjusted(tested))
+    by_study = {of: tuple(_finding(each, claim, next(together)) for claim in asked) for of, each in studies.items()}
+    own = {finding.id: finding for finding in by_study.pop(("", ""))}
+    told = (MethodFindings(*of, tuple(f for f in each if f.paired_tests or f.bounds)) for of, each in by_study.items())
+    return tuple(own.get(claim.id) or _not_asked(claim) for claim in _CLAIMS), tuple(t for t in told if t.findings)
+
+
+def _not_asked(claim: _Claim) -> Finding:
     named = " and ".join(FAMILIES[family] for family in claim.families)
     return Finding(claim.id, claim.text, claim.families, NOT_EVALUATED, "-", f"The paper says it of {named} models.")
 
 
-def low_decline(study: Study, claim: _Claim) -> Finding:
+def low_decline(study: Study) -> Claim:
     """F1: pruned by 10 to 30 %, each scope by itself, the decline is minimal.
 
-    Holds where for every such cell the 95 % interval of the relative fall in accuracy lies below `MINIMAL` (each must
-    pass by itself, so that nothing is adjusted for their number); does not hold where that of one, adjusted for their
+    Holds where for every such cell the interval of the relative fall in accuracy lies below `MINIMAL` (each must pass
+    by itself, so that nothing is adjusted for their number); does not hold where that of one, adjusted for their
     number, lies above.
     """
     cells = [cell for scope in MODULES for cell in _within(pruned(study, scope), (LOW[0] - 1, LOW[1])).values()]
-    level = strict_level(len(cells))
-    bounds = [Bound(cell.key, decline(study, cell), decline(study, cell, level), MINIMAL) for cell in cells]
-    return _by_limits(study, claim, bounds, _FALL)
+    bounds = [bound(cell.key, decline(study, cell), MINIMAL) for cell in cells]
+    return _limited(bounds)
 
 
-def medium_attention_less(study: Study, claim: _Claim) -> Finding:
+def medium_attention_less(study: Study) -> Claim:
     """F2: pruned by more than 30 and up to 50 %, attention hurts less than feed-forward at equal amounts.
 
-    Exact McNemar between the two cells at each amount, Holm over amounts; see `tests.decide`.
+    A paired test of the two cells at each amount; see `tests.decide`.
     """
-    return _by_paired_tests(study, claim, _at_equal_amounts(study, _ATTENTION, _FEED_FORWARD))
+    return _compared(_at_equal_amounts(study, _ATTENTION, _FEED_FORWARD))
 
 
-def medium_attention_more(study: Study, claim: _Claim) -> Finding:
+def medium_attention_more(study: Study) -> Claim:
     """F3: the other way round, likewise."""
-    return _by_paired_tests(study, claim, _at_equal_amounts(study, _FEED_FORWARD, _ATTENTION))
+    return _compared(_at_equal_amounts(study, _FEED_FORWARD, _ATTENTION))
 
 
-def overall_pruned_most(study: Study, claim: _Claim) -> Finding:
+def overall_pruned_most(study: Study) -> Claim:
     """F4: overall hurts more than attention and more than feed-forward, at equal amounts, from 10 to 90 %.
 
-    McNemar for each amount and rival, Holm over all. Both rivals must be shown to hurt less, at one amount at least.
+    A paired test for each amount and rival. Both rivals must be shown to hurt less, at one amount at least.
     """
     overall = pruned(study, _OVERALL)
     pairs = [
@@ -140,10 +187,10 @@ def overall_pruned_most(study: Study, claim: _Claim) -> Finding:
         for amount, cell in pruned(study, scope).items()
         if amount in overall
     ]
-    return _by_paired_tests(study, claim, pairs, (f"against {_ATTENTION}", f"against {_FEED_FORWARD}"))
+    return _compared(pairs, (f"against {_ATTENTION}", f"against {_FEED_FORWARD}"))
 
 
-def high_rapid(study: Study, claim: _Claim) -> Finding:
+def high_rapid(study: Study) -> Claim:
     """F5: overall pruned by more than 50 %, knowledge falls rapidly, towards zero or the majority baseline.
 
     Two figures of what is left beyond such a baseline must both be below their limits, their whole intervals: the mean
@@ -152,38 +199,37 @@ def high_rapid(study: Study, claim: _Claim) -> Finding:
     """
     cells = list(_within(pruned(study, _OVERALL), HIGH).values())
     if not cells:
-        return _by_limits(study, claim, [], _LEFT)
+        return _limited([])
     weights = sum(1 - percent(cell) / 100 for cell in cells) / len(cells)
     amounts = f"{percent(cells[0]):g} to {percent(cells[-1]):g} %" if len(cells) > 1 else f"{percent(cells[0]):g} %"
-    level = strict_level(2)
-    mean = [average([left(study, cell, each) for cell in cells]) for each in (0.95, level)]
+    mean = average([left(study, cell) for cell in cells])
     bounds = [
-        Bound(f"overall pruned by {amounts}, on average", mean[0], mean[1], weights),
-        Bound(cells[-1].key, left(study, cells[-1]), left(study, cells[-1], level), NEAR),
+        bound(f"overall pruned by {amounts}, on average", mean, weights),
+        bound(cells[-1].key, left(study, cells[-1]), NEAR),
     ]
-    return _by_limits(study, claim, bounds, _LEFT)
+    return _limited(bounds)
 
 
-def attention_quantized_less(study: Study, claim: _Claim) -> Finding:
-    """F6: quantized, attention hurts less than feed-forward: McNemar for each scheme, Holm over schemes."""
-    return _by_paired_tests(study, claim, _by_scheme(study, _ATTENTION, _FEED_FORWARD))
+def attention_quantized_less(study: Study) -> Claim:
+    """F6: quantized, attention hurts less than feed-forward: a paired test for each scheme."""
+    return _compared(_by_scheme(study, _ATTENTION, _FEED_FORWARD))
 
 
-def overall_quantized_most(study: Study, claim: _Claim) -> Finding:
-    """F7: quantized, overall hurts more than attention and more than feed-forward; Holm over schemes and rivals.
+def overall_quantized_most(study: Study) -> Claim:
+    """F7: quantized, overall hurts more than attention and more than feed-forward.
 
     Both rivals must be shown to hurt less, under one scheme at least.
     """
     parts = {scope: f"against {scope}" for scope in (_ATTENTION, _FEED_FORWARD)}
     pairs = [pair for scope, part in parts.items() for pair in _by_scheme(study, scope, _OVERALL, part)]
-    return _by_paired_tests(study, claim, pairs, tuple(parts.values()))
+    return _compared(pairs, tuple(parts.values()))
 
 
-def pruned_and_quantized_attention(study: Study, claim: _Claim) -> Finding:
+def pruned_and_quantized_attention(study: Study) -> Claim:
     """F8: pruned by 20 % and quantized, attention hurts less than feed-forward; at 40 % too, except in encoder-decoder
     models, where it hurts more.
 
-    McNemar for each amount and scheme, Holm over all. Both amounts must be shown, under one scheme at least.
+    A paired test for each amount and scheme. Both amounts must be shown, under one scheme at least.
     """
     order = (_ATTENTION, _FEED_FORWARD)
     reverse = order[::-1] if study.original.family == "seq2seq" else order
@@ -193,26 +239,25 @@ def pruned_and_quantized_attention(study: Study, claim: _Claim) -> Finding:
         for less, more in (tuple(pruned_and_quantized(study, s, scheme) for s in scopes) for scheme in schemes(study))
         if amount in less and amount in more
     ]
-    return _by_paired_tests(study, claim, pairs, ("at 20 %", "at 40 %"))
+    return _compared(pairs, ("at 20 %", "at 40 %"))
 
 
-def final_structured_more(study: Study, claim: _Claim) -> Finding:
-    """F9: the final layer pruned L1-structured hurts more than L1-unstructured: McNemar at each equal amount, Holm."""
+def final_structured_more(study: Study) -> Claim:
+    """F9: the final layer pruned L1-structured hurts more than L1-unstructured: a paired test at each equal amount."""
     single, rows = pruned(study, _FINAL, UNSTRUCTURED), pruned(study, _FINAL, STRUCTURED)
     pairs = [paired_test(study, cell, rows[amount]) for amount, cell in single.items() if amount in rows]
-    return _by_paired_tests(study, claim, pairs)
+    return _compared(pairs)
 
 
-def final_near_baseline(study: Study, claim: _Claim) -> Finding:
+def final_near_baseline(study: Study) -> Claim:
     """F10: the final layer pruned by 20 % leaves less than `NEAR` of what the original knows beyond the baseline.
 
     By every method that the study has, its whole interval; does not hold where that of one, adjusted, lies above.
     """
     cells = [pruned(study, _FINAL, method).get(20) for method in (UNSTRUCTURED, STRUCTURED)]
     found = [cell for cell in cells if cell]
-    level = strict_level(len(found))
-    bounds = [Bound(cell.key, left(study, cell), left(study, cell, level), NEAR) for cell in found]
-    return _by_limits(study, claim, bounds, _LEFT)
+    bounds = [bound(cell.key, left(study, cell), NEAR) for cell in found]
+    return _limited(bounds)
 
 
 def _within(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
@@ -234,41 +279,29 @@ def _by_scheme(study: Study, less: str, more: str, part: str = "") -> Iterator[C
             yield paired_test(study, cell, others[scheme], part)
 
 
-def _by_paired_tests(
-    study: Study, claim: _Claim, pairs: Iterable[CheckpointComparison], parts: Sequence[str] = ("",)
-) -> Finding:
-    paired_tests = adjusted(pairs)
-    answer = decide([(each.part, each.direction) for each in paired_tests], parts)
-    by_rate = decide([(each.part, each.rate_direction) for each in paired_tests], parts)
-    return Finding(
-        claim.id,
-        claim.text,
-        claim.families,
-        answer,
-        tests_in_words(study, paired_tests),
-        why_tests(answer, paired_tests, parts),
-        per_million_in_words(study, by_rate, paired_tests),
-        paired_tests,
-        numbers=tests_in_short(study, paired_tests),
-    )
+def _compared(pairs: Iterable[CheckpointComparison], parts: tuple[str, ...] = ("",)) -> Claim:
+    return Claim((), tuple(pairs), parts)
 
 
-def _by_limits(study: Study, claim: _Claim, bounds: Sequence[Bound], what: str) -> Finding:
-    answer = decide_below(bounds)
-    return Finding(
-        claim.id,
-        claim.text,
-        claim.families,
-        answer,
-        bounds_in_words(study, bounds, what),
-        why_bounds(answer, bounds),
-        bounds=tuple(bounds),
-        numbers=bounds_in_short(study, bounds, what),
-    )
+def _limited(bounds: Sequence[Bound]) -> Claim:
+    return Claim((), bounds=tuple(bounds))
+
+
+def _finding(study: Study, claim: _Claim, tested: Claim) -> Finding:
+    """Put the answer to a claim, and what decides, into words."""
+    answer, pairs, bounds = tested.answer, tested.paired_tests, tested.bounds
+    if claim.what:
+        words = bounds_in_words(study, bounds, claim.what), why_bounds(answer, bounds), ""
+        numbers = bounds_in_short(study, bounds, claim.what)
+    else:
+        rates = per_million_in_words(study, tested.answer_per_million, pairs)
+        words = tests_in_words(study, pairs), why_tests(answer, pairs, tested.parts), rates
+        numbers = tests_in_short(study, pairs)
+    return Finding(claim.id, claim.text, claim.families, answer, *words, pairs, bounds, numbers)
 
 
 _CLAIMS = (
-    _Claim("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL, low_decline),
+    _Claim("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL, low_decline, _FALL),
     _Claim(
         "F2",
         "Pruned by 30 to 50 %, attention hurts less than feed-forward",
@@ -282,7 +315,7 @@ _CLAIMS = (
         medium_attention_more,
     ),
     _Claim("F4", "Pruning all modules together hurts most", _ALL, overall_pruned_most),
-    _Claim("F5", "Above 50 % knowledge falls rapidly, towards zero or the majority baseline", _ALL, high_rapid),
+    _Claim("F5", "Above 50 % knowledge falls rapidly, towards zero or the majority baseline", _ALL, high_rapid, _LEFT),
     _Claim("F6", "Quantizing attention hurts less than feed-forward", _ALL, attention_quantized_less),
     _Claim("F7", "Quantizing everything hurts most", _ALL, overall_quantized_most),
     _Claim(
@@ -300,6 +333,7 @@ _CLAIMS = (
         "With the final layer pruned by 20 %, accuracy is already near the majority baseline",
         ("seq2seq", "causal"),
         final_near_baseline,
+        _LEFT,
     ),
 )
 
@@ -424,7 +458,7 @@ def why_bounds(answer: str, figures: Sequence[Bound]) -> str:
     if any(bound.value.value is None for bound in figures):
         return "The original itself knows no more than the baseline."
     if answer == HOLDS:
-        return "Every interval lies below its limit."
+        return "Every figure is clearly below its limit."
     if answer == CANNOT_TELL:
-        return "An interval reaches over its limit."
-    return "An interval, adjusted for the number of figures, lies above its limit."
+        return "Chance could explain on which side of its limit a figure lies."
+    return "A figure is clearly above its limit."

@@ -1,61 +1,13 @@
-"""The paper's findings by method: whether they change with what prunes, and with what quantizes.
-
-Each is asked by the tests of `findings`, of the cells of one method alone, in the place of the paper's.
-"""
+"""The paper's findings by method, in words: whether they change with what prunes, and with what quantizes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 from compressknow.format import plain
-from compressknow.report.study.findings import Finding, findings
-from compressknow.report.study.records import UNSTRUCTURED, Study, StudyCell, methods, schemes
+from compressknow.report.study.findings import PRUNING, QUANTIZATION, MethodFindings
 from compressknow.report.study.summary import listed
 from compressknow.report.study.tests import DOES_NOT_HOLD, HOLDS
-
-PRUNING, QUANTIZATION = "pruning", "quantization"
-
-
-@dataclass(frozen=True, slots=True)
-class MethodFindings:
-    """The findings that the study has cells of one method for.
-
-    Attributes
-    ----------
-    kind : ``pruning`` or ``quantization``; `name` is the method's or the scheme's, as in `StudyCell`.
-    """
-
-    kind: str
-    name: str
-    findings: tuple[Finding, ...]
-
-    def answer(self, id: str) -> str | None:
-        """To one of them; None where there are no cells for it."""
-        return next((finding.answer for finding in self.findings if finding.id == id), None)
-
-
-def by_method(study: Study) -> tuple[MethodFindings, ...]:
-    """Of each method that modules are pruned by, and each scheme; of kinds of which the study has several."""
-    pruning, quantization = methods(study), schemes(study)
-    found = [_of(study, PRUNING, name) for name in pruning if len(pruning) > 1]
-    found += [_of(study, QUANTIZATION, name) for name in quantization if len(quantization) > 1]
-    return tuple(each for each in found if each.findings)
-
-
-def _of(study: Study, kind: str, name: str) -> MethodFindings:
-    cells = _as_the_papers(study, name) if kind == PRUNING else _quantized_by(study, name)
-    alone = findings(replace(study, cells=tuple(cells)))
-    return MethodFindings(kind, name, tuple(f for f in alone if f.paired_tests or f.bounds))
-
-
-def _as_the_papers(study: Study, name: str) -> Iterator[StudyCell]:
-    """The cells that a method prunes, as those of the paper's method."""
-    return (replace(cell, pruning=UNSTRUCTURED) for cell in study.cells if cell.pruning == name)
-
-
-def _quantized_by(study: Study, name: str) -> Iterator[StudyCell]:
-    return (cell for cell in study.cells if cell.quantization == name)
 
 
 def ids(found: Sequence[MethodFindings]) -> tuple[str, ...]:

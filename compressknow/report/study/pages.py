@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from compressknow.files import write_whole
 from compressknow.format import json_text, plain
 from compressknow.report.pages import html_page, markdown_page, source
+from compressknow.report.records import Comparison, interval_to_json, kept_to_json
 from compressknow.report.study import summary
 from compressknow.report.study.charts import NAMES, Chart, study_charts
-from compressknow.report.study.findings import Finding, findings
+from compressknow.report.study.findings import Finding, MethodFindings, by_method, findings
 from compressknow.report.study.found import what_was_found
-from compressknow.report.study.methods import MethodFindings, by_method, changes
+from compressknow.report.study.methods import changes
 from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.report.study.summary import cliffs, module_that_hurts_least
 from compressknow.report.study.tests import Bound, CheckpointComparison
@@ -24,7 +25,8 @@ from compressknow.report.study.view import study_page
 from compressknow.report.svg import standalone
 from compressknow.report.tables import headline_accuracy
 from compressknow.report.texts import finite
-from compressknow.stats.records import Estimate, ProbeFigures, TextFigures
+from compressknow.stats.intervals import mcnemar
+from compressknow.stats.records import ProbeFigures, TextFigures
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,7 +98,7 @@ def study_to_json(study: Study) -> dict[str, Any]:
         "changes": list(changes(methods)),
         "hurts_least": [asdict(least) for least in module_that_hurts_least(study)],
         "cliffs": [asdict(cliff) for cliff in cliffs(study)],
-        "kept": {cell.key: _kept(cell.comparison.kept, cell.comparison.p) for cell in study.cells},
+        "kept": {cell.key: _kept(cell.comparison) for cell in study.cells},
         "cells": tidy_rows(study),
         "method": list(study.method),
         "versions": dict(study.versions),
@@ -109,9 +111,10 @@ def _probe(probe: StudyProbe) -> dict[str, Any]:
     return {key: getattr(probe, key) for key in keys}
 
 
-def _kept(kept: Estimate, p: float | None) -> dict[str, Any]:
+def _kept(comparison: Comparison) -> dict[str, Any]:
     """Of one cell, over all probes' facts."""
-    return {"kept": kept.value, "kept_interval": _interval(kept), "mcnemar_p": p}
+    sure = comparison.certainty
+    return {**kept_to_json(comparison.counts), "kept_cluster_interval": interval_to_json(sure.kept), "p": sure.test.p}
 
 
 def _finding(finding: Finding) -> dict[str, Any]:
@@ -141,11 +144,12 @@ def _paired_test(pair: CheckpointComparison) -> dict[str, Any]:
         "only_less": pair.counts.lost,
         "only_more": pair.counts.gained,
         "neither": pair.counts.neither,
-        "mcnemar_p": pair.p,
-        "mcnemar_p_holm": pair.p_holm,
+        "mcnemar_p": mcnemar(pair.counts),
+        "p": pair.p,
+        "p_holm": pair.p_holm,
         "at_floor": pair.at_floor,
         "per_million": pair.rate.value,
-        "per_million_interval": _interval(pair.rate),
+        "per_million_interval": interval_to_json(pair.rate),
         "per_million_p": pair.rate_p,
         "per_million_p_holm": pair.rate_p_holm,
     }
@@ -155,14 +159,10 @@ def _bound(bound: Bound) -> dict[str, Any]:
     return {
         "of": bound.of,
         "value": bound.value.value,
-        "interval": _interval(bound.value),
-        "adjusted_interval": _interval(bound.strict),
+        "interval": interval_to_json(bound.value),
         "limit": bound.limit,
+        "p": bound.p,
     }
-
-
-def _interval(estimate: Estimate) -> list[float] | None:
-    return None if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
 
 
 _TEXT, _SHARE, _COUNT = "string", "double", "int64"
@@ -173,7 +173,7 @@ COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("scheme", "pruning", "quantization", "calibration", "probe", "known"), _TEXT),
     **dict.fromkeys(("n", "both", "lost", "gained", "neither"), _COUNT),
     **dict.fromkeys(("accuracy_original", "accuracy_compressed", "drop_absolute", "drop_relative"), _SHARE),
-    **dict.fromkeys(("kept", "kept_low", "kept_high", "mcnemar_p", "answer_changed", "kl_mean"), _SHARE),
+    **dict.fromkeys(("kept", "kept_low", "kept_high", "mcnemar_p", "p", "answer_changed", "kl_mean"), _SHARE),
     "kl_is_lower_bound": "bool",
     **dict.fromkeys(("perplexity_original", "perplexity_compressed"), _SHARE),
     **dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "bytes", "sparse_bytes"), _COUNT),
@@ -217,7 +217,8 @@ def _row(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str, Any]:
         "kept": probe.kept.value,
         "kept_low": probe.kept.low,
         "kept_high": probe.kept.high,
-        "mcnemar_p": probe.p,
+        "mcnemar_p": mcnemar(probe.counts),
+        "p": probe.certainty.test.p,
         "answer_changed": probe.answer_changed,
         "kl_mean": probe.movement.kl_mean if probe.movement else None,
         "kl_is_lower_bound": probe.movement.is_lower_bound if probe.movement else None,

@@ -23,7 +23,7 @@ class StudyProbe:
     accuracy : of the original, so averaged.
     majority : accuracy of always giving each relation's most frequent object; None where there is no such baseline.
     chance : expected accuracy of guessing; None where any text may be answered.
-    correct : by fact, whether the original answers it right.
+    correct : by fact, whether the original answers it right; `relations` by fact, which relation it is of.
     templates : in how many wordings each fact was put; a fact is right then if more than half of them are.
     """
 
@@ -34,6 +34,7 @@ class StudyProbe:
     majority: float | None
     chance: float | None
     correct: tuple[bool, ...]
+    relations: tuple[str, ...]
     templates: int = 1
 
 

@@ -20,7 +20,7 @@ from compressknow.report.study.records import (
     quantized,
     schemes,
 )
-from compressknow.report.study.tests import HOLDS, CheckpointComparison, adjusted, decide, paired_test
+from compressknow.report.study.tests import HOLDS, CheckpointComparison, Claim, adjusted, paired_test, strict_level
 from compressknow.stats.records import Estimate
 
 LEVELS = {"10 to 30 %": LOW, "30 to 50 %": MEDIUM, "more than 50 %": HIGH}
@@ -36,10 +36,10 @@ class Least:
     level : "10 to 30 %", "30 to 50 %" (30 itself belongs to the level below) or "more than 50 %"; the module.
     amounts : in percent, those that all of them were pruned by; none where they were quantized.
     kept : by module or method, knowledge kept of all probes' facts, the mean over the amounts; best first.
-    clear : the first is significantly better than each other at one amount at least, and nowhere worse (exact
-        McNemar at each amount, Holm over all).
-    clear_worst : likewise, the last is worse than each other (Holm over both questions). It is said of methods alone:
-        of modules, the paper's F4 and F7 ask it.
+    clear : the first is significantly better than each other at one amount at least, and nowhere worse (a paired test
+        by relation at each amount, Holm over all that the study says of what hurts least or most).
+    clear_worst : likewise, the last is worse than each other. It is said of methods alone: of modules, the paper's F4
+        and F7 ask it.
     """
 
     level: str
@@ -67,7 +67,8 @@ class Cliff:
     below : the first amount at which less than `CLIFF` is kept, and what is kept there; None where none is so low.
     before : the last amount before it; 0 is the original itself.
     steepest : the neighbouring amounts between which most is lost for each point pruned; `fall` is that loss (0 to 1).
-    clear : the whole 95 % interval at `below` lies under `CLIFF`; where none is so low, that of every amount above.
+    clear : the whole interval at `below` lies under `CLIFF`; where none is so low, that of every amount above (95 %
+        over all cliffs of the study).
     """
 
     module: str
@@ -80,75 +81,83 @@ class Cliff:
 
 
 def module_that_hurts_least(study: Study) -> tuple[Least, ...]:
-    """By level, among overall, attention and feed-forward, pruned by the same amounts; levels that have at least two
-    modules to compare.
+    """Return, by level, the order of overall, attention and feed-forward, pruned by the same amounts; of levels that
+    have at least two modules to compare.
     """
-    cells = {scope: _known(pruned(study, scope)) for scope in MODULES}
-    found = (_least(study, level, limits, cells) for level, limits in LEVELS.items())
-    return tuple(least for least in found if least)
-
-
-def _least(
-    study: Study, level: str, limits: tuple[float, float], cells: Mapping[str, Mapping[float, StudyCell]]
-) -> Least | None:
-    return _of_same_amounts(
-        study, level, {scope: {a: c for a, c in by.items() if _is_in(a, limits)} for scope, by in cells.items()}
-    )
-
-
-def _of_same_amounts(study: Study, level: str, cells: Mapping[str, Mapping[float, StudyCell]]) -> Least | None:
-    there = {name: by for name, by in cells.items() if by}
-    amounts = tuple(sorted(set.intersection(*(set(by) for by in there.values())))) if len(there) > 1 else ()
-    if not amounts:
-        return None
-    return _ordered(study, level, amounts, {name: [by[a] for a in amounts] for name, by in there.items()})
-
-
-def _ordered(study: Study, level: str, amounts: tuple[float, ...], there: Mapping[str, Sequence[StudyCell]]) -> Least:
-    """By name, what its cells keep on average, best first; and whether that is significant. Cells are paired."""
-    kept = {name: sum(c.comparison.kept.value or 0.0 for c in by) / len(by) for name, by in there.items()}
-    order = sorted(kept, key=lambda name: -kept[name])
-    best, worst = order[0], order[-1]
-    least = [pair for rival in order[1:] for pair in _pairs(study, there, best, rival, rival)]
-    most = [pair for rival in order[:-1] for pair in _pairs(study, there, rival, worst, rival)]
-    return Least(
-        level,
-        amounts,
-        {name: kept[name] for name in order},
-        clear=_holds(adjusted(least), order[1:]),
-        clear_worst=_holds(adjusted([*most, *least])[: len(most)], order[:-1]),
-    )
-
-
-def _pairs(
-    study: Study, there: Mapping[str, Sequence[StudyCell]], less: str, more: str, part: str
-) -> Iterator[CheckpointComparison]:
-    return (paired_test(study, one, other, part) for one, other in zip(there[less], there[more], strict=True))
-
-
-def _holds(pairs: Sequence[CheckpointComparison], parts: Sequence[str]) -> bool:
-    return decide([(pair.part, pair.direction) for pair in pairs], parts) == HOLDS
+    return _all_least(study)[0]
 
 
 def method_that_hurts_least(study: Study) -> tuple[Least, ...]:
-    """By module, among the methods that prune it by the same amounts; of modules that at least two methods prune so.
-    `level` is the module.
+    """Return, by module, the order of the methods that prune it by the same amounts; of modules that at least two
+    methods prune so. `level` is the module.
     """
-    found = []
-    for module in MODULES:
-        cells = {called(method): _known(pruned(study, module, method)) for method in methods(study)}
-        found.append(_of_same_amounts(study, module, cells))
-    return tuple(least for least in found if least)
+    return _all_least(study)[1]
 
 
 def quantized_that_hurts_least(study: Study) -> tuple[Least, ...]:
-    """The same by scheme, of those that at least two modules were quantized by; `level` is the scheme."""
-    found = []
-    for scheme in schemes(study):
-        cells = {module: quantized(study, module).get(scheme) for module in MODULES}
-        known = {m: [cell] for m, cell in cells.items() if cell and cell.comparison.kept.value is not None}
-        found += [_ordered(study, scheme, (), known)] if len(known) > 1 else []
-    return tuple(found)
+    """Return the same by scheme, of those that at least two modules were quantized by; `level` is the scheme."""
+    return _all_least(study)[2]
+
+
+# What is compared: its level, the amounts, and the cells of each by name, paired.
+_Compared = tuple[str, tuple[float, ...], Mapping[str, Sequence[StudyCell]]]
+
+
+def _all_least(study: Study) -> tuple[tuple[Least, ...], tuple[Least, ...], tuple[Least, ...]]:
+    """Return all of them: by modules, by methods, by schemes. They are tested together."""
+    by_module = {scope: _known(pruned(study, scope)) for scope in MODULES}
+    modules = [
+        (level, {scope: {a: c for a, c in by.items() if _is_in(a, limits)} for scope, by in by_module.items()})
+        for level, limits in LEVELS.items()
+    ]
+    by_methods = [
+        (module, {called(method): _known(pruned(study, module, method)) for method in methods(study)})
+        for module in MODULES
+    ]
+    kinds = [[_of_same_amounts(*each) for each in kind] for kind in (modules, by_methods)]
+    kinds.append([_quantized(study, scheme) for scheme in schemes(study)])
+    there = [[each for each in kind if each] for kind in kinds]
+    asked = [_Order(*each) for kind in there for each in kind]
+    tested = iter(adjusted([claim for order in asked for claim in order.claims(study)]))
+    found = iter([order.least(next(tested).answer == HOLDS, next(tested).answer == HOLDS) for order in asked])
+    of_modules, of_methods, of_schemes = (tuple(next(found) for _ in kind) for kind in there)
+    return of_modules, of_methods, of_schemes
+
+
+def _of_same_amounts(level: str, cells: Mapping[str, Mapping[float, StudyCell]]) -> _Compared | None:
+    there = {name: by for name, by in cells.items() if by}
+    amounts = tuple(sorted(set.intersection(*(set(by) for by in there.values())))) if len(there) > 1 else ()
+    return (level, amounts, {name: [by[a] for a in amounts] for name, by in there.items()}) if amounts else None
+
+
+def _quantized(study: Study, scheme: str) -> _Compared | None:
+    cells = {module: quantized(study, module).get(scheme) for module in MODULES}
+    known = {m: [cell] for m, cell in cells.items() if cell and cell.comparison.kept.value is not None}
+    return (scheme, (), known) if len(known) > 1 else None
+
+
+class _Order:
+    """Modules or methods by what their cells keep on average, best first."""
+
+    def __init__(self, level: str, amounts: tuple[float, ...], cells: Mapping[str, Sequence[StudyCell]]) -> None:
+        kept = {name: sum(c.comparison.kept.value or 0.0 for c in by) / len(by) for name, by in cells.items()}
+        self._level, self._amounts, self._cells = level, amounts, cells
+        self._kept = {name: kept[name] for name in sorted(kept, key=lambda name: -kept[name])}
+
+    def claims(self, study: Study) -> tuple[Claim, Claim]:
+        """Return that the first hurts least, and that the last hurts most."""
+        first, *others = self._kept
+        *rivals, last = self._kept
+        least = [pair for rival in others for pair in self._pairs(study, first, rival, rival)]
+        most = [pair for rival in rivals for pair in self._pairs(study, rival, last, rival)]
+        return Claim((), tuple(least), tuple(others)), Claim((), tuple(most), tuple(rivals))
+
+    def _pairs(self, study: Study, less: str, more: str, part: str) -> Iterator[CheckpointComparison]:
+        cells = zip(self._cells[less], self._cells[more], strict=True)
+        return (paired_test(study, one, other, part) for one, other in cells)
+
+    def least(self, clear: bool, clear_worst: bool) -> Least:
+        return Least(self._level, self._amounts, self._kept, clear, clear_worst)
 
 
 def _is_in(amount: float, limits: tuple[float, float]) -> bool:
@@ -162,17 +171,18 @@ def _known(cells: Mapping[float, StudyCell]) -> dict[float, StudyCell]:
 def cliffs(study: Study) -> tuple[Cliff, ...]:
     """Of overall, attention and feed-forward, each where at least two amounts were pruned."""
     by_module = {module: _known(pruned(study, module)) for module in MODULES}
-    return tuple(_cliff(module, cells) for module, cells in by_module.items() if len(cells) > 1)
+    several = {module: cells for module, cells in by_module.items() if len(cells) > 1}
+    return tuple(_cliff(module, cells, strict_level(len(several))) for module, cells in several.items())
 
 
-def _cliff(module: str, cells: Mapping[float, StudyCell]) -> Cliff:
+def _cliff(module: str, cells: Mapping[float, StudyCell], level: float) -> Cliff:
     kept = {0.0: 1.0} | {amount: cell.comparison.kept.value or 0.0 for amount, cell in cells.items()}
     below = next((amount for amount, share in kept.items() if share < CLIFF), None)
     steps = list(pairwise(kept))
     before = max((a for a in kept if below is None or a < below), default=0.0)
     steepest = max(steps, key=lambda step: (kept[step[0]] - kept[step[1]]) / (step[1] - step[0]))
     fall = kept[steepest[0]] - kept[steepest[1]]
-    clear = _clear([c.comparison.kept for c in cells.values()] if below is None else [cells[below].comparison.kept])
+    clear = _clear([c.comparison.kept_at(level) for c in (cells.values() if below is None else [cells[below]])])
     return Cliff(module, below, None if below is None else kept[below], before, steepest, fall, clear)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from compressknow.report.card.verdict import SIGNIFICANT
 from compressknow.report.study.records import Study, StudyCell, StudyProbe, floor
-from compressknow.stats.intervals import holm, mcnemar, paired_difference, proportion, rate_difference, tally
+from compressknow.stats.clusters import difference_by_cluster, number_clusters, rate_difference, share_by_cluster, tally
+from compressknow.stats.clusters import paired_test as clusters_test
+from compressknow.stats.intervals import SIGNIFICANT, holm, paired_difference, proportion
 from compressknow.stats.records import Counts, Estimate
 
 HOLDS, DOES_NOT_HOLD, CANNOT_TELL = "holds", "does not hold", "cannot tell"
@@ -24,7 +26,7 @@ class CheckpointComparison:
     less, more : the cells' keys.
     part : of the claim, where it has several that must all be shown ("at 20 %").
     counts : `both` right, `lost` only `less` right, `gained` only `more` right, `neither`.
-    p : exact McNemar test, two-sided; `p_holm` over the contrasts of the claim that count.
+    p : of the paired test by relation, two-sided; `p_holm` over all that the table claims.
     at_floor : neither cell is clearly better than a model that has forgotten everything: there is nothing left to
         compare, and what chance or habit gets right decides nothing. Such a contrast does not count.
     rate : how much more accuracy `more` loses than `less`, by million parameters that each changed (pruned, or
@@ -56,25 +58,47 @@ class CheckpointComparison:
 def paired_test(study: Study, less: StudyCell, more: StudyCell, part: str = "") -> CheckpointComparison:
     """Set two cells of the study side by side."""
     probes = [probe for probe in study.probes if probe.name in less.correct and probe.name in more.correct]
-    original = together([probe.correct for probe in probes])
+    original, cluster = together([probe.correct for probe in probes]), clusters_together(probes)
     first, second = (together([cell.correct[probe.name] for probe in probes]) for cell in (less, more))
     lost_first, lost_second = (original.astype(np.int8) - right for right in (first, second))
-    rate, rate_p = rate_difference(lost_first, lost_second, (changed(less) / 1e6, changed(more) / 1e6))
-    counts = tally(first, second)
+    rate, rate_p = rate_difference(lost_first, lost_second, cluster, (changed(less) / 1e6, changed(more) / 1e6))
+    clusters = tally(first, second, cluster)
     above = [probe for probe in probes if is_known(probe)]
     at_floor = not any(_above_floor([(p, cell.correct[p.name]) for p in above]) for cell in (less, more))
-    return CheckpointComparison(less.key, more.key, part, counts, mcnemar(counts), at_floor, rate, rate_p)
+    counts, p = sum(clusters, Counts()), clusters_test(clusters).p
+    return CheckpointComparison(less.key, more.key, part, counts, p, at_floor, rate, rate_p)
 
 
-def adjusted(paired_tests: Iterable[CheckpointComparison]) -> tuple[CheckpointComparison, ...]:
-    """The contrasts of one claim with their p-values adjusted over those that count (Holm)."""
-    paired_tests = tuple(paired_tests)
-    by_count = holm([None if each.at_floor else each.p for each in paired_tests])
-    by_rate = holm([None if each.at_floor else each.rate_p for each in paired_tests])
-    return tuple(
-        replace(each, p_holm=p, rate_p_holm=rate_p)
-        for each, p, rate_p in zip(paired_tests, by_count, by_rate, strict=True)
-    )
+def adjusted(claims: Sequence[Claim]) -> list[Claim]:
+    """Return all claims of a table with their p-values adjusted together (Holm), each comparison counted once. Those
+    per million parameters are a table of their own.
+    """
+    pairs = {(each.less, each.more): each for claim in claims for each in claim.paired_tests if not each.at_floor}
+    limits = {claim.key: _p_of_limits(claim.bounds) for claim in claims if claim.bounds}
+    together = holm([*(each.p for each in pairs.values()), *limits.values()])
+    by_count = dict(zip([*pairs, *limits], together, strict=True))
+    by_rate = dict(zip(pairs, holm([each.rate_p for each in pairs.values()]), strict=True))
+
+    def adjust(pair: CheckpointComparison) -> CheckpointComparison:
+        key = pair.less, pair.more
+        return pair if pair.at_floor else replace(pair, p_holm=by_count[key], rate_p_holm=by_rate[key])
+
+    return [
+        replace(claim, paired_tests=tuple(map(adjust, claim.paired_tests)), p_holm=by_count.get(claim.key))
+        for claim in claims
+    ]
+
+
+def _p_of_limits(bounds: Sequence[Bound]) -> float | None:
+    """Return the p-value of "all are below their limits" where all are, which each must show by itself; else of "one is
+    above" (Bonferroni).
+    """
+    told = [bound.p for bound in bounds if bound.p is not None]
+    if len(told) < len(bounds):
+        return None
+    if all(bound.is_below for bound in bounds):
+        return max(told)
+    return min(1.0, len(bounds) * min(p for bound, p in zip(bounds, told, strict=True) if not bound.is_below))
 
 
 def decide(directions: Sequence[tuple[str, int]], parts: Sequence[str]) -> str:
@@ -105,10 +129,22 @@ def is_known(probe: StudyProbe) -> bool:
 
 
 def _above_floor(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]]) -> bool:
-    """Whether what is right of all these probes together is above their floors, its whole interval."""
-    n, right = sum(probe.n for probe, _ in evaluated), sum(sum(correct) for _, correct in evaluated)
-    low = proportion(right, n).low
+    """Return whether what is right of all these probes together is above their floors, its whole interval."""
+    n, low = sum(probe.n for probe, _ in evaluated), _accuracy(evaluated, 0.95).low
     return low is not None and low * n > sum(probe.n * floor(probe) for probe, _ in evaluated)
+
+
+def _accuracy(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]], level: float) -> Estimate:
+    cluster = clusters_together([probe for probe, _ in evaluated])
+    right = together([correct for _, correct in evaluated])
+    parts, wholes = np.bincount(cluster, weights=right).astype(int).tolist(), np.bincount(cluster).tolist()
+    simple = proportion(int(right.sum()), len(right), level)
+    return simple.or_wider(share_by_cluster(parts, wholes, level))
+
+
+def clusters_together(probes: Sequence[StudyProbe]) -> np.ndarray:
+    """Return the number of each fact's cluster, of several probes' facts one after the other."""
+    return number_clusters([(probe.name, relation) for probe in probes for relation in probe.relations])
 
 
 def together(right: Sequence[Sequence[bool]]) -> np.ndarray:
@@ -129,72 +165,126 @@ class Bound:
     Attributes
     ----------
     of : what it is the figure of: a cell's key, or words.
-    value : with its 95 % interval, by which "holds" is decided.
-    strict : with the interval by which "does not hold" is: 95 % over all figures of the claim together (Bonferroni),
-        since one of many may lie beyond by chance.
+    value : with its 95 % interval.
+    p : two-sided, that it is the limit itself: the interval of level 1 - p ends there. None where there is no interval.
     """
 
     of: str
     value: Estimate
-    strict: Estimate
     limit: float
+    p: float | None
+
+    @property
+    def is_below(self) -> bool:
+        return self.value.value is not None and self.value.value < self.limit
 
 
-def decide_below(bounds: Sequence[Bound]) -> str:
-    """The answer to "all of these are below their limits".
+def bound(of: str, figure: Callable[[float], Estimate], limit: float) -> Bound:
+    """Hold a figure to a limit; `figure` gives it with its interval of a level."""
+    value = figure(0.95)
+    if value.value is None or value.low is None:
+        return Bound(of, value, limit, None)
 
-    It holds where every interval lies below its limit, does not hold where any strict interval lies above.
+    def leaves_out(p: float) -> bool:
+        each = figure(1 - p)
+        return each.low is not None and each.high is not None and not each.low <= limit <= each.high
 
-    >>> low, wide, high = Estimate(0.1, 0.05, 0.15), Estimate(0.1, 0.0, 0.3), Estimate(0.5, 0.4, 0.6)
-    >>> [decide_below([Bound("x", each, each, 0.2)]) for each in (low, wide, high)]
-    ['holds', 'cannot tell', 'does not hold']
+    low, high = _LEAST_P, 1.0
+    if leaves_out(low):
+        return Bound(of, value, limit, low)
+    for _ in range(_STEPS):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if leaves_out(middle) else (middle, high)
+    return Bound(of, value, limit, high)
+
+
+# Where the search for a p-value begins, and in how many steps it halves what is open.
+_LEAST_P, _STEPS = 1e-9, 20
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What decides one claim: comparisons of cells in all of its `parts`, or figures that are to be below limits.
+
+    `key` tells it from the others of its table; `p_holm` is that of its limits.
     """
-    if any(b.strict.low is not None and b.strict.low > b.limit for b in bounds):
-        return DOES_NOT_HOLD
-    if bounds and all(b.value.high is not None and b.value.high < b.limit for b in bounds):
-        return HOLDS
-    return CANNOT_TELL
+
+    key: tuple[str, ...]
+    paired_tests: tuple[CheckpointComparison, ...] = ()
+    parts: tuple[str, ...] = ("",)
+    bounds: tuple[Bound, ...] = ()
+    p_holm: float | None = None
+
+    @property
+    def answer(self) -> str:
+        if self.bounds:
+            clear = self.p_holm is not None and self.p_holm < SIGNIFICANT
+            below = HOLDS if all(bound.is_below for bound in self.bounds) else DOES_NOT_HOLD
+            return below if clear else CANNOT_TELL
+        return decide([(each.part, each.direction) for each in self.paired_tests], self.parts)
+
+    @property
+    def answer_per_million(self) -> str:
+        return decide([(each.part, each.rate_direction) for each in self.paired_tests], self.parts)
 
 
 def strict_level(number: int) -> float:
-    """The level of each of so many intervals that all together hold with 95 %."""
+    """Return the level of each of so many intervals that all together hold with 95 % (Bonferroni)."""
     return 1 - 0.05 / max(1, number)
 
 
-def decline(study: Study, cell: StudyCell, level: float = 0.95) -> Estimate:
-    """How far accuracy fell over all probes' facts, relative to the original's; negative where it rose.
+def decline(study: Study, cell: StudyCell) -> Callable[[float], Estimate]:
+    """Return how far accuracy fell over all probes' facts, relative to the original's, by the interval's level;
+    negative where it rose.
 
-    From the paired difference with Newcombe's interval; the original's accuracy is taken as it was measured.
+    From the paired difference, with Newcombe's interval or the one over relations; the original's accuracy is taken as
+    it was measured.
     """
     evaluated = [probe for probe in study.probes if probe.name in cell.correct]
-    counts = tally(together([p.correct for p in evaluated]), together([cell.correct[p.name] for p in evaluated]))
-    difference = paired_difference(counts, level)
-    if difference.value is None or difference.low is None or difference.high is None or not counts.known_before:
-        return Estimate(None)
-    scale = counts.known_before / counts.n
-    # From zero, since there is a negative zero.
-    return Estimate(*((0.0 - end) / scale for end in (difference.value, difference.high, difference.low)))
+    right = together([cell.correct[probe.name] for probe in evaluated])
+    clusters = tally(together([probe.correct for probe in evaluated]), right, clusters_together(evaluated))
+    counts = sum(clusters, Counts())
+
+    def fall(level: float) -> Estimate:
+        difference = paired_difference(counts, level).or_wider(difference_by_cluster(clusters, level))
+        if difference.value is None or difference.low is None or difference.high is None or not counts.known_before:
+            return Estimate(None)
+        scale = counts.known_before / counts.n
+        # From zero, since there is a negative zero.
+        return Estimate(*((0.0 - end) / scale for end in (difference.value, difference.high, difference.low)))
+
+    return fall
 
 
-def left(study: Study, cell: StudyCell, level: float = 0.95) -> Estimate:
-    """The share left of what the original knows beyond a model that has forgotten everything (see `study_grid.floor`);
-    negative where the cell scores below that.
+def left(study: Study, cell: StudyCell) -> Callable[[float], Estimate]:
+    """Return the share left of what the original knows beyond a model that has forgotten everything (see
+    `records.floor`), by the interval's level; negative where the cell scores below that.
 
     Over the probes of which the original knows clearly more than the floor; None where there is no such probe. The
-    interval is Wilson's for the cell's accuracy; the original's is taken as it was measured.
+    interval is that of the cell's accuracy; the original's is taken as it was measured.
     """
     evaluated = [probe for probe in study.probes if probe.name in cell.correct and is_known(probe)]
     n, nothing = sum(probe.n for probe in evaluated), sum(probe.n * floor(probe) for probe in evaluated)
     known = sum(sum(probe.correct) for probe in evaluated) - nothing
-    after = proportion(sum(sum(cell.correct[probe.name]) for probe in evaluated), n, level)
-    if not n or after.value is None or after.low is None or after.high is None:
-        return Estimate(None)
-    return Estimate(*((n * share - nothing) / known for share in (after.value, after.low, after.high)))
+    right = [(probe, cell.correct[probe.name]) for probe in evaluated]
+
+    def remaining(level: float) -> Estimate:
+        after = _accuracy(right, level)
+        if not n or after.value is None or after.low is None or after.high is None:
+            return Estimate(None)
+        return Estimate(*((n * share - nothing) / known for share in (after.value, after.low, after.high)))
+
+    return remaining
 
 
-def average(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of figures of the same facts: they move together, so their intervals' ends are averaged too."""
-    parts = list(zip(*((e.value, e.low, e.high) for e in estimates), strict=True))
-    if not parts or any(number is None for part in parts for number in part):
-        return Estimate(None)
-    return Estimate(*(sum(number or 0.0 for number in part) / len(part) for part in parts))
+def average(figures: Sequence[Callable[[float], Estimate]]) -> Callable[[float], Estimate]:
+    """Return the mean of figures of the same facts: they move together, so their intervals' ends are averaged too."""
+
+    def mean(level: float) -> Estimate:
+        estimates = [figure(level) for figure in figures]
+        parts = list(zip(*((e.value, e.low, e.high) for e in estimates), strict=True))
+        if not parts or any(number is None for part in parts for number in part):
+            return Estimate(None)
+        return Estimate(*(sum(number or 0.0 for number in part) / len(part) for part in parts))
+
+    return mean

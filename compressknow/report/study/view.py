@@ -33,9 +33,19 @@ from compressknow.report.parts import (
 from compressknow.report.parts import Finding as Line
 from compressknow.report.study import summary
 from compressknow.report.study.charts import Chart
-from compressknow.report.study.findings import FAMILIES, MINIMAL, NEAR, Finding, findings
+from compressknow.report.study.findings import (
+    FAMILIES,
+    MINIMAL,
+    NEAR,
+    PRUNING,
+    QUANTIZATION,
+    Finding,
+    MethodFindings,
+    by_method,
+    findings,
+)
 from compressknow.report.study.found import Found, what_was_found
-from compressknow.report.study.methods import PRUNING, QUANTIZATION, MethodFindings, by_method, changes, ids
+from compressknow.report.study.methods import changes, ids
 from compressknow.report.study.records import (
     MODULES,
     FailedCell,
@@ -53,30 +63,32 @@ from compressknow.report.texts import within
 from compressknow.stats.records import Estimate, Measured
 
 _DEFINITIONS = (
-    "Two cells are compared fact by fact, over all probes together: exact two-sided McNemar tests, adjusted by "
-    "Holm's method over the comparisons of a finding. A finding holds if all significant comparisons (p < 0.05) "
-    "agree with the claim, with at least one for each part of it. It does not hold if one contradicts the claim. "
-    "Otherwise, the study cannot tell.",
+    "Two cells are compared fact by fact, over all probes together, by the two-sided test of how a relation's net "
+    "change falls out (sign flips; exact McNemar where a probe has one relation). All that the findings claim, by "
+    "method too, is adjusted together (Holm): the chance that any of it is not so is 5 % at most. A finding holds if "
+    "all significant comparisons (p < 0.05) agree with the claim, with at least one for each part of it. It does not "
+    "hold if one contradicts the claim. Otherwise, the study cannot tell.",
     "A comparison does not count where neither cell is clearly above the baseline (95 % interval), over the probes "
     "of which the original knows more than that: right answers there may be mere luck. The baseline is that of "
     "always the same answer where there are at most five to choose from, of guessing among more, and zero where the "
     "answer is free text.",
     f"F1 calls a decline minimal where accuracy falls by less than {100 * MINIMAL:g} % of what it was. F5 requires "
     "that what is left beyond the baseline, on average over the amounts above 50 %, is less than the share of weights "
-    f"left, and at the largest amount less than {100 * NEAR:g} %, as F10 does. The whole 95 % interval must lie below "
-    "the limit; for a finding to fail, that of one figure, adjusted for their number (Bonferroni), must lie above it.",
+    f"left, and at the largest amount less than {100 * NEAR:g} %, as F10 does. Each figure must lie clearly below its "
+    "limit; for a finding to fail, one must lie clearly above it (Bonferroni over its figures).",
     "Per million parameters, each form's loss of accuracy is divided by the number of parameters that it changed: "
-    "those quantized, or those pruned where none were. p is of the mean paired difference (normal approximation).",
+    "those quantized, or those pruned where none were. p is of the mean paired difference over relations (Student's "
+    "t), adjusted over all findings (Holm).",
     f"The cliff is the first amount in the grid at which less than {100 * CLIFF:g} % of the knowledge is kept. That "
-    "holds where the whole 95 % interval there lies below, else the study cannot tell. A module hurts least, or a "
-    "method of those that prune one, where it is significantly better than each other at one amount at least, and "
-    "nowhere worse (McNemar, Holm); likewise, a method hurts most. 30 % counts as low, 50 % as medium. Charts show "
-    "means over probes, then each probe, averaged as its protocol does. The line called rounding alone is at what the "
-    "original keeps of its own knowledge in another precision.",
+    "holds where the whole interval there lies below (95 % over all cliffs), else the study cannot tell. A module "
+    "hurts least, or a method of those that prune one, where it is significantly better than each other at one "
+    "amount at least, and nowhere worse (by relation; Holm over all of these claims); likewise, a method hurts most. "
+    "30 % counts as low, 50 % as medium. Charts show means over probes, then each probe, averaged as its protocol "
+    "does. The line called rounding alone is at what the original keeps of its own knowledge in another precision.",
     "The sparse size is what a store would take that keeps only weights that are not zero, plus one bit per weight "
     "to mark them; no current runtime reads one, and on disk pruned weights are dense.",
 )
-_CELLS = "Pruned and quantized are in millions of parameters; p is from the exact McNemar test against the original."
+_CELLS = "Pruned and quantized are in millions of parameters; p is of the net change against the original, by relation."
 _FINDINGS = "The paper's findings"
 _BARS = "The lines across the bars show 95 % intervals."
 _LAYOUT = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
@@ -364,7 +376,7 @@ def _cell_row(study: Study, cell: StudyCell, called: Mapping[str, str]) -> tuple
         estimate(kept.value, kept.low, kept.high),
         *(share(accuracy(cell, probe.name)) for probe in study.probes),
         *(within(figures.compressed.value, 2) for figures in cell.comparison.texts),
-        _bare(cell.comparison.p),
+        _bare(cell.comparison.certainty.test.p),
         _millions(cell.pruned),
         _millions(cell.quantized),
         size(cell.bytes),
@@ -424,13 +436,13 @@ def bounds_table(study: Study, found: Sequence[Finding]) -> Table | None:
         (
             f"{finding.id} {called.get(bound.of, bound.of)}",
             estimate(bound.value.value, bound.value.low, bound.value.high),
-            estimate(bound.strict.value, bound.strict.low, bound.strict.high),
             share(bound.limit),
+            _bare(bound.p),
         )
         for finding in found
         for bound in finding.bounds
     )
-    columns = ("Finding", "Figure (95 %)", "With the interval adjusted", "Limit")
+    columns = ("Finding", "Figure (95 %)", "Limit", "p that it lies there")
     return Table("Figures held against a limit", columns, rows) if rows else None
 
 

@@ -10,7 +10,7 @@ from compressknow.format import NONE, at_least, count, estimate, number, p_value
 from compressknow.probe.records import NoiseFloor
 from compressknow.report.card.section import Context, Section
 from compressknow.report.parts import Folded, Part, Remarks
-from compressknow.report.records import counts_to_json, estimate_to_json, groups_to_json, pair_to_json
+from compressknow.report.records import counts_to_json, estimate_to_json, groups_to_json, kept_to_json, pair_to_json
 from compressknow.report.tables import Table, groups_table
 from compressknow.stats.records import Estimate, Movement, ProbeFigures
 
@@ -73,12 +73,11 @@ class Figures(Section):
             **estimate_to_json("accuracy_original", probe.accuracy_original),
             **estimate_to_json("accuracy_compressed", probe.accuracy_compressed),
             **estimate_to_json("difference", probe.difference),
-            **estimate_to_json("kept", probe.kept),
+            **kept_to_json(probe.counts),
             **estimate_to_json("kept_above_chance", probe.kept_above_chance),
             **estimate_to_json("macro_original", probe.macro_original),
             **estimate_to_json("macro_compressed", probe.macro_compressed),
             **estimate_to_json("macro_difference", probe.macro_difference),
-            "mcnemar_p": probe.p,
             "flips": probe.counts.flips,
             "answer_changed": probe.answer_changed,
             "noise_floor": _noise_to_json(probe.noise_floor),
@@ -233,7 +232,7 @@ _FIGURES = (
     _Figure("Lost", _lost),
     _Figure("Gained", _gained),
     _Figure("Flips (lost or gained)", lambda p: share(p.counts.flips), _NO_FACTS),
-    _Figure("Net change against chance (exact McNemar)", lambda p: p_value(p.p), "no fact was lost or gained."),
+    _Figure("Net change against chance", lambda p: p_value(p.certainty.test.p), "no fact was lost or gained."),
     _Figure("Top answer changed", lambda p: share(p.answer_changed), _NO_FACTS),
     _Figure("Top answer changed by rounding alone", lambda p: _changed_by(p.noise_floor), _NO_NOISE),
     _Figure("Top answer changed by the runtime alone", lambda p: _changed_by(p.runtime_noise_floor), optional=True),
