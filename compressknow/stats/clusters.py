@@ -17,7 +17,7 @@ import numpy as np
 from compressknow.stats.intervals import mcnemar, wilson
 from compressknow.stats.records import Counts, Estimate, PairedTest
 
-# Relations that it takes for an interval over them: with fewer it would say nothing.
+# Relations that it takes to know how these differ: with fewer, facts are taken as independent, and a page warns of it.
 FEWEST = 5
 # Relations that it takes for sign flips: the fewest flips of so many are rare enough to tell anything.
 FEWEST_SIGNS = 10
@@ -67,10 +67,10 @@ def tally(first: np.ndarray, second: np.ndarray, cluster: np.ndarray) -> list[Co
 def paired_test(clusters: Sequence[Counts]) -> PairedTest:
     """Test whether facts are lost as often as gained, two-sided, where those of one cluster hang together.
 
-    With 10 clusters or more by sign flips: were a change as likely either way, the net change of each cluster
-    could as well have had the other sign. All flips are counted, not sampled. Where each cluster is one fact this is
-    the exact McNemar test. With 2 to 9 clusters, of which too few flips are possible, the larger p-value of McNemar's
-    test and of Student's t-test of the clusters' net changes; with one, McNemar's.
+    With 10 clusters or more by sign flips: were a change as likely either way, the net change of each cluster could as
+    well have had the other sign. All flips are counted, not sampled. Where each cluster is one fact this is the exact
+    McNemar test. With 5 to 9 clusters, of which too few flips are possible, the larger p-value of McNemar's test and of
+    Student's t-test of the clusters' net changes; with fewer, McNemar's.
 
     Of the tests that draw clusters (these, signed ranks, Durkalski et al. 2003, "Analysis of clustered matched-pair
     data", Statistics in Medicine 22, 2417-2428) sign flips are exact, and lose no power where clusters do not matter.
@@ -80,7 +80,7 @@ def paired_test(clusters: Sequence[Counts]) -> PairedTest:
     """
     changes = np.array([c.gained - c.lost for c in clusters if c.n], dtype=np.int64)
     total = sum(clusters, Counts())
-    if len(changes) < 2 or len(changes) == total.n:
+    if not FEWEST <= len(changes) < total.n:
         return PairedTest(mcnemar(total), "fact")
     if len(changes) >= FEWEST_SIGNS:
         return PairedTest(_flip_signs(changes), "relation")
@@ -159,7 +159,7 @@ def _design(parts: Sequence[int], wholes: Sequence[int]) -> Design:
     part, whole = (np.asarray(side, dtype=np.float64) for side in (parts, wholes))
     part, whole = part[whole > 0], whole[whole > 0]
     number, facts = len(whole), float(whole.sum())
-    if number < 2 or facts == number:
+    if not FEWEST <= number < facts:
         return INDEPENDENT
     share, size = float(part.sum()) / facts, float((whole**2).sum()) / facts
     apart = number / (number - 1) * float(((part - share * whole) ** 2).sum())

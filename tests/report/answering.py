@@ -19,7 +19,7 @@ def answer(number: int, correct: bool, **changes: Any) -> Answer:
     values: dict[str, Any] = {
         "probe": "atlas",
         "fact_id": f"fact-{number:04}",
-        "relation": f"relation-{number % 2}",
+        "relation": "relation",
         "subject": "geography",
         "sub_label": f"Country {number}",
         "prompt": f"The capital of country {number} is [MASK].",

@@ -30,7 +30,7 @@ class TestCounts:
         assert figures.accuracy_original.value == 0.5
         assert figures.accuracy_compressed.value == 0.45
         assert figures.difference.value == pytest.approx(-0.05)
-        assert figures.p == 1.0  # 2 against 1
+        assert figures.certainty.test.p == 1.0  # 2 against 1
 
     def test_paired_by_fact_not_by_place(self) -> None:
         before, after = sides(both=3, lost=2, gained=1, neither=4)
@@ -40,7 +40,8 @@ class TestCounts:
         figures = compare_probe([], [], entry(), entry(), probe="atlas")
         assert figures.counts == Counts()
         assert figures.kept == figures.difference == figures.macro_difference == Estimate(None)
-        assert figures.p is figures.answer_changed is figures.movement is figures.mrr is figures.ece is None
+        assert figures.certainty.test.p is figures.answer_changed is None
+        assert figures.movement is figures.mrr is figures.ece is None
 
     @settings(max_examples=30, deadline=None)
     @given(st.tuples(*[st.integers(0, 30)] * 4), st.randoms(use_true_random=False))
@@ -169,7 +170,10 @@ class TestMovement:
 
 class TestGroups:
     def test_relations_by_name_with_p_values_adjusted_for_their_number(self) -> None:
-        figures = compared(sides(both=4, lost=16))
+        before, after = (
+            [replace(a, relation=f"relation-{n % 2}") for n, a in enumerate(side)] for side in sides(4, 16)
+        )
+        figures = compared((before, after))
         assert [group.name for group in figures.by_relation] == ["relation-0", "relation-1"]
         assert [group.p for group in figures.by_relation] == pytest.approx([2 / 2**8] * 2)
         assert [group.p_holm for group in figures.by_relation] == pytest.approx([4 / 2**8] * 2)

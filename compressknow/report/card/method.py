@@ -96,7 +96,7 @@ def _figures() -> Iterator[str]:
     yield (
         "p-values say whether facts lost and gained are out of balance, two-sided, with a relation as what could "
         f"have fallen out otherwise: from {FEWEST_SIGNS} relations on all flips of the signs of their net changes, of "
-        "fewer the larger one of Student's t-test of these and of the exact McNemar test, of a single relation "
+        f"fewer the larger one of Student's t-test of these and of the exact McNemar test, of less than {FEWEST} "
         "McNemar's. Those of a table of groups are adjusted by Holm's method."
     )
     yield (

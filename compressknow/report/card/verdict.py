@@ -173,7 +173,7 @@ def _alike(labels: Sequence[str]) -> str:
         return "No other keeps as much: that is more than chance."
     shown = [*labels[:_ALIKE], *([f"{len(labels) - _ALIKE} more"] if len(labels) > _ALIKE else [])]
     named = " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
-    return f"{'One' if len(labels) == 1 else count(len(labels))} cannot be told apart from the best: {named}."
+    return f"{count(len(labels))} cannot be told apart from the best: {named}."
 
 
 # So many that keep as much as the best are named.

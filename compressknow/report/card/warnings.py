@@ -13,6 +13,7 @@ from compressknow.probe.answers import REFERENCE_TOKENS, Answers
 from compressknow.probe.grades import PRODUCED
 from compressknow.probe.records import UNKNOWN, ModelRecord, on_server
 from compressknow.report.records import Grade, ModelFacts
+from compressknow.stats.clusters import FEWEST
 from compressknow.stats.records import Counts, EarlyStop, ProbeFigures
 
 if TYPE_CHECKING:
@@ -222,6 +223,7 @@ def of_figures(
         named = ", ".join(f"{plain(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
         yield f"Grades that rest on fewer than {FEW_FACTS_OF_A_SUBJECT} known facts say little: {named}."
     for probe in probes:
+        yield from _few_relations(probe)
         yield from _at_chance(probe, name)
         yield from _dropped(probe)
 
@@ -232,6 +234,16 @@ def of_early(early: EarlyStop | None) -> Iterator[str]:
         yield (
             f"Facts were evaluated only until it was known whether {100 * early.gate:g} % of the knowledge is kept. "
             "The other figures rest on few facts, and their intervals do not allow for the choice of when to stop."
+        )
+
+
+def _few_relations(probe: ProbeFigures) -> Iterator[str]:
+    relations = len([group for group in probe.by_relation if group.counts.n])
+    if 1 < relations < FEWEST and probe.counts.known_before:
+        yield (
+            f"The facts of {plain(probe.probe, 60)} are of {relations} relations, and those of one relation are lost "
+            f"together. Of fewer than {FEWEST} nobody can tell how much: intervals and p-values take facts as "
+            "independent here, and may be too sure."
         )
 
 

@@ -17,6 +17,7 @@ from compressknow.stats.records import (
     Group,
     Knowing,
     Movement,
+    PairedTest,
     ProbeFigures,
     ReliabilityBin,
     Third,
@@ -94,7 +95,7 @@ def kept(counts: Counts) -> Estimate:
 def group(name: str, counts: Counts) -> Group:
     changed = (counts.lost + counts.gained + counts.neither // 5) / counts.n if counts.n else None
     p = min(1.0, 2.0 ** -(counts.lost - counts.gained)) if counts.lost > counts.gained else 1.0
-    return Group(name, counts, kept(counts), p, min(1.0, 3 * p), changed, chance=0.01)
+    return Group(name, counts, (counts,), kept(counts), p, min(1.0, 3 * p), changed, chance=0.01)
 
 
 def letter(share: float | None) -> str:
@@ -105,7 +106,7 @@ def grade(subject: str, counts: Counts) -> Grade:
     estimate = kept(counts)
     low, high = letter(estimate.low), letter(estimate.high)
     unsure = low != high
-    return Grade(subject, counts, estimate, letter(estimate.value), unsure, f"{high} to {low}" if unsure else None)
+    return Grade(subject, (counts,), estimate, letter(estimate.value), unsure, f"{high} to {low}" if unsure else None)
 
 
 def by_subject(groups: tuple[tuple[str, str, Counts], ...]) -> dict[str, Counts]:
@@ -134,7 +135,6 @@ def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bo
         macro_original=Estimate(0.587, 0.561, 0.613),
         macro_compressed=Estimate(0.544, 0.518, 0.571),
         macro_difference=Estimate(-0.043, -0.058, -0.029),
-        p=2.3e-7 if popular else 0.0031,
         answer_changed=0.1284,
         movement=Movement(counts.n, 0.0831, 0.0204, 0.912, 4.377, (0.1204, 0.1337)),
         logp_change={"p1": -3.91, "p5": -1.72, "p25": -0.31, "p50": -0.04, "p75": 0.08, "p95": 0.61, "p99": 1.33},
@@ -188,8 +188,9 @@ def confidence(counts: Counts) -> Confidence:
 
 def certainty(kept: Estimate, relations: int) -> Certainty:
     if kept.value is None or relations < 5:
-        return Certainty(relations, kept, Estimate(-0.04), 0.0421, 1844)
-    return Certainty(relations, Estimate(kept.value, 0.871, 0.956), Estimate(-0.04, -0.071, -0.012), 0.0312, 1713)
+        return Certainty(PairedTest(0.0031, "relation"), relations, kept, Estimate(-0.04), 0.0421, 1844)
+    test, difference = PairedTest(2.3e-7, "relation"), Estimate(-0.04, -0.071, -0.012)
+    return Certainty(test, relations, Estimate(kept.value, 0.871, 0.956), difference, 0.0312, 1713)
 
 
 def knowing(counts: Counts) -> Knowing:
@@ -302,7 +303,6 @@ def comparison(
         f"knows ({100 * estimate.value:.1f} %), in {model.bytes / 1e6:.1f} MB instead of 269.0 MB.",
         kept=estimate,
         counts=counts,
-        p=1.9e-9,
         grades=tuple(grade(subject, counts) for subject, counts in by_subject(every).items()),
         probes=tuple(probe(name, groups, popular=name == "atlas") for name, groups in probes.items()),
         lost=facts(LOST, lost, lost=True),
@@ -380,7 +380,6 @@ def card_of_nothing() -> Card:
         macro_original=none,
         macro_compressed=none,
         macro_difference=none,
-        p=None,
         answer_changed=None,
         movement=None,
         logp_change=None,
@@ -394,7 +393,7 @@ def card_of_nothing() -> Card:
         noise_floor=None,
         drop_absolute=None,
         drop_relative=None,
-        by_relation=(Group("capital", Counts(neither=3), none, None, None, None),),
+        by_relation=(Group("capital", Counts(neither=3), (), none, None, None, None),),
         by_subject=(),
         by_popularity=(),
         dropped={},
@@ -406,8 +405,7 @@ def card_of_nothing() -> Card:
         verdict="The original knew none of the 3 facts: nothing can be said of what was lost.",
         kept=none,
         counts=Counts(neither=3),
-        p=None,
-        grades=(Grade("geography", Counts(neither=3), none, "-"),),
+        grades=(Grade("geography", (Counts(neither=3),), none, "-"),),
         probes=(figures,),
         warnings=(),
     )

@@ -12,12 +12,13 @@ from compressknow.cli.convert import convert
 from compressknow.compress.options import convert_options, recipe_of
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Prune, Quantize, Where
+from compressknow.probe.answers import Answer, Answers
 from compressknow.report.card.advice import ENOUGH, advice, milder
 from compressknow.report.card.make import make_card
 from compressknow.report.records import Comparison
 from compressknow.stats.power import facts_to_decide
 from compressknow.stats.records import EarlyStop, Estimate
-from tests.report.answering import answers, entry, model, run, sides
+from tests.report.answering import answer, answers, entry, model, run, sides
 
 ATTENTION, BOTH = Where(("attention",)), Where(("attention", "feed-forward"))
 GROUPS = {
@@ -34,6 +35,11 @@ def of(*cells: int, recipe: Recipe | None = None, **changes: Any) -> Comparison:
     return make_card(original, [compressed]).comparisons[0]
 
 
+def run_pair(before: list[Answer], after: list[Answer]) -> tuple[Answers, list[Answers]]:
+    original, compressed = run((before, after))
+    return original, [compressed]
+
+
 def changes_of(recipe: Recipe, groups: Any = GROUPS) -> list[str]:
     return [found.change for found in milder(recipe, groups)]
 
@@ -44,7 +50,7 @@ class TestBranches:
 
     def test_more_facts_where_the_interval_spans_it(self) -> None:
         comparison = of(92, 8)
-        needed = facts_to_decide(0.92, ENOUGH)
+        needed = facts_to_decide(comparison.counts, ENOUGH)
         assert needed > 100
         assert f"evaluate more facts: about {needed // 10 * 10 + 10} that the original knows" in comparison.next
         assert "it knew 100 of these." in comparison.next
@@ -57,13 +63,20 @@ class TestBranches:
             assert said in card.comparisons[0].next
 
     def test_no_number_of_facts_where_the_share_is_the_threshold(self) -> None:
-        assert "no number of facts would soon tell" in of(95, 5).next
+        assert "no number of facts of these probes would soon tell" in of(95, 5).next
 
     def test_more_facts_where_the_interval_over_relations_alone_spans_it(self) -> None:
-        comparison = of(980, 20)
-        apart = replace(comparison.certainty, kept=Estimate(0.98, 0.92, 1.0))
-        # It reaches twice as far as it may: four times the facts.
-        assert "about 4,000 that the original knows" in advice(replace(comparison, certainty=apart))
+        # Of each relation 49 of 50 facts, or of four of them 45 and of the others all.
+        alike = [answer(n, True, relation=f"r{n % 20}") for n in range(1000)]
+        spread, gathered = (
+            [replace(each, correct=n not in lost) for n, each in enumerate(alike)]
+            for lost in (range(20), [n for n in range(1000) if n % 20 < 2][:20])
+        )
+        kept, gone = (make_card(*run_pair(alike, rows)).comparisons[0] for rows in (spread, gathered))
+        assert kept.counts == gone.counts
+        assert kept.next.startswith("Next: deploy it")
+        # More facts of these relations would not tell either: of the next relation all may be lost.
+        assert gone.next.startswith("Next: look at the facts lost")
 
     def test_less_where_the_whole_interval_is_below(self) -> None:
         recipe = Recipe((Prune(0.4, where=ATTENTION), Quantize("int8", ATTENTION)))

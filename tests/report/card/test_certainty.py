@@ -9,7 +9,8 @@ import pytest
 from compressknow.report.card.make import make_card
 from compressknow.report.card.pages import render_markdown, to_json
 from compressknow.report.records import Card
-from compressknow.stats.clusters import kept_by_cluster
+from compressknow.stats.clusters import design_of_change, kept_by_cluster, paired_test
+from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.power import facts_for, smallest_loss
 from compressknow.stats.records import Counts, EarlyStop, Estimate
 from tests.report.answering import answer, run
@@ -32,17 +33,24 @@ def test_the_figures_of_the_json_are_those_of_the_statistics() -> None:
     probe = told["probes"]["atlas"]
     relations = [group.counts for group in card_of(10).comparisons[0].probes[0].by_relation]
     kept, total = kept_by_cluster(relations), sum(relations, Counts())
+    simple = proportion(total.both, total.known_before)
     for where in (told, probe):
         assert where["clusters"] == 10
         assert where["kept_cluster_interval"] == [kept.low, kept.high]
-        assert where["smallest_detectable_loss"] == smallest_loss(total)
-        assert where["known_facts_for_2_points"] == facts_for(total)
+        assert where["kept_interval"] == [simple.low, simple.high]
+        assert where["smallest_detectable_loss"] == smallest_loss(total, design_of_change(relations))
+        assert where["known_facts_for_2_points"] == facts_for(total, design=design_of_change(relations))
+        assert (where["p"], where["p_by"]) == paired_test(relations)
+        assert where["mcnemar_p"] == mcnemar(total)
 
 
-def test_both_intervals_stand_in_the_verdict_and_in_a_section() -> None:
+def test_the_verdict_has_the_wider_interval_and_a_section_both() -> None:
     card = card_of(10)
     text = render_markdown(card)
-    assert ", over relations " in card.verdict
+    kept = card.comparisons[0].kept
+    assert kept == card.comparisons[0].certainty.kept
+    assert f"interval {100 * kept.low:.1f} to {100 * kept.high:.1f} %" in card.verdict
+    assert "Knowledge kept, simple interval" in text
     assert "Knowledge kept, interval over relations" in text
     assert "no clusters" not in text
 

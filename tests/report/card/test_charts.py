@@ -56,7 +56,7 @@ def test_chart_has_the_bins_and_their_figures() -> None:
 
 
 def test_fewer_than_two_bins_are_no_chart() -> None:
-    unknown = Group("x", Counts(neither=3), Estimate(None), None, None, None)
+    unknown = Group("x", Counts(neither=3), (), Estimate(None), None, None, None)
     assert popularity_chart((bins()[0], unknown), "atlas") is None
     assert popularity_chart((), "atlas") is None
 

@@ -34,10 +34,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Asked:
-    """The probes: each of `n` facts, of which the original knows the first `known`."""
+    """The probes: each of `n` facts, of which the original knows the first `known`, in turn of so many relations."""
 
     n: int = 300
     known: int = 200
+    relations: int = 1
     probes: Sequence[str] = ("lama:trex",)
     entry: Mapping[str, object] = field(default_factory=lambda: ENTRY)
 
@@ -116,7 +117,8 @@ def _answers(asked: Asked, right: Collection[int], record: Mapping[str, object])
 def _probe(name: str, asked: Asked) -> StudyProbe:
     known = tuple(i < asked.known for i in range(asked.n))
     majority, chance = (asked.entry[key] for key in ("majority", "chance"))
-    return StudyProbe(name, asked.n, "micro", asked.known / asked.n, majority, chance, known)  # type: ignore[arg-type]
+    relations = tuple(f"relation-{i % asked.relations}" for i in range(asked.n))
+    return StudyProbe(name, asked.n, "micro", asked.known / asked.n, majority, chance, known, relations)  # type: ignore[arg-type]
 
 
 def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from compressknow.report.study.findings import Finding, findings
 from compressknow.report.study.records import floor
 from compressknow.report.study.summary import cliffs, module_that_hurts_least, verdict
-from compressknow.report.study.tests import adjusted, decide, decline, left, paired_test
-from compressknow.stats.intervals import mean, rate_difference
+from compressknow.report.study.tests import decide, decline, left, paired_test
+from compressknow.stats.clusters import rate_difference
+from compressknow.stats.intervals import mean
 from tests.report.study.studies import Asked, Cell, gp, gpq, gq, study, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"
@@ -122,14 +126,47 @@ def test_comparison_is_mcnemar_on_the_same_facts() -> None:
     assert "7 only the first, 1 only the second (p = 0.07)" in of(findings(made), "F2").statistic
 
 
-def test_p_is_adjusted_over_the_comparisons_of_a_finding() -> None:
-    # Alone each would be significant: 2 / 2^6 = 0.03; two of them are not.
+def test_p_is_adjusted_over_all_that_the_findings_claim() -> None:
+    # Alone each would be significant: 2 / 2^6 = 0.03; two of them are not, be they of one finding or of two.
     cells = [cell for a in (0.4, 0.5) for cell in (gp(ATT, a, range(186)), gp(FF, a, range(180)))]
     finding = of(findings(study(cells)), "F2")
     assert [pair.p for pair in finding.paired_tests] == [pytest.approx(2 / 64)] * 2
     assert [pair.p_holm for pair in finding.paired_tests] == [pytest.approx(4 / 64)] * 2
     assert finding.answer == "cannot tell"
     assert of(findings(study(cells[:2])), "F2").answer == "holds"
+    both = findings(study([*cells[:2], gq(ATT, range(186)), gq(FF, range(180))]))
+    assert [of(both, name).answer for name in ("F2", "F6")] == ["cannot tell", "cannot tell"]
+
+
+def test_a_finding_goes_by_relations() -> None:
+    # 30 facts that only one of the cells answers right: two of each of 15 relations, or all of three.
+    for lost, answer in ((range(30), "holds"), ([i for i in range(200) if i % 20 < 3], "cannot tell")):
+        cells = [gp(ATT, 0.4, range(200)), gp(FF, 0.4, {*range(200)} - {*lost})]
+        finding = of(findings(study(cells, asked=Asked(relations=20))), "F2")
+        assert (finding.paired_tests[0].counts.lost, finding.answer) == (30, answer)
+
+
+@pytest.mark.parametrize("icc", [0.001, 0.1, 0.3])
+def test_a_study_of_cells_that_differ_by_chance_alone_says_nothing_false(icc: float) -> None:
+    """Every module is as good as every other, their answers drawn by relation: hardly any study says anything."""
+    drawn = np.random.default_rng(11)
+    cells = [gp(scope, amount, range(1)) for amount in (0.4, 0.5, 0.6) for scope in (ATT, FF, ALL)]
+    made = study([*cells, *(gq(scope, range(1)) for scope in (ATT, FF, ALL))], asked=Asked(relations=20))
+    wrong = 0
+    for _ in range(DRAWN):
+        by_chance = (replace(cell, correct={"lama:trex": answers(drawn, icc)}) for cell in made.cells)
+        found = findings(replace(made, cells=tuple(by_chance)))
+        wrong += any(finding.answer != "cannot tell" for finding in found if finding.paired_tests)
+    assert wrong / DRAWN <= 0.06
+
+
+DRAWN = 150
+
+
+def answers(drawn: np.random.Generator, icc: float) -> tuple[bool, ...]:
+    """Of the 200 known facts of 20 relations 80 % on average, of each relation as many as its own chance gives."""
+    share = drawn.beta(0.8 * (1 / icc - 1), 0.2 * (1 / icc - 1), 20)
+    return tuple((drawn.random(300) < np.tile(share, 15)).tolist())
 
 
 def test_what_is_no_better_than_the_baseline_decides_nothing() -> None:
@@ -154,15 +191,19 @@ def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> Non
 
 
 def test_rate_difference_by_hand() -> None:
-    # By fact, the second's loss a million less the first's: -1, 0, 0.5, 1.5.
-    estimate, p = rate_difference(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), (1, 2))
-    deviation = ((1.25**2 + 0.25**2 + 0.25**2 + 1.25**2) / 3) ** 0.5
+    # By fact, the second's loss a million less the first's: -1, 0, 0.5, 1.5; each fact a cluster of its own.
+    alone = np.arange(4)
+    estimate, p = rate_difference(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), alone, (1, 2))
+    expected = ttest_1samp([-1, 0, 0.5, 1.5], 0)
     assert estimate.value == pytest.approx(0.25)
-    assert estimate.high == pytest.approx(0.25 + 1.959964 * deviation / 2)
-    assert p == pytest.approx(0.631, abs=1e-3)
+    assert estimate.high == pytest.approx(expected.confidence_interval().high)
+    assert p == pytest.approx(expected.pvalue)
+    # Of two relations of two facts: means of relations of one size.
+    estimate, p = rate_difference(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), (1, 2))
+    assert p == pytest.approx(ttest_1samp([-0.5, 1], 0).pvalue)
     same = np.zeros(2)
-    assert rate_difference(same, same, (1, 2))[1] == 1.0
-    assert rate_difference(same, same, (0, 2))[0].value is None
+    assert rate_difference(same, same, alone[:2], (1, 2))[1] == 1.0
+    assert rate_difference(same, same, alone[:2], (0, 2))[0].value is None
 
 
 def test_mean_of_one_figure_is_itself_and_none_makes_none() -> None:
@@ -182,7 +223,7 @@ def test_contrast_leaves_out_probes_that_one_cell_lacks() -> None:
     made = study([gp(ATT, 0.4, GOOD), gp(FF, 0.4, BAD)], asked=Asked(probes=("a", "b")))
     less, more = made.cells
     only = {"a": more.correct["a"]}
-    (pair,) = adjusted([paired_test(made, less, type(more)(**{**fields_of(more), "correct": only}))])
+    pair = paired_test(made, less, type(more)(**{**fields_of(more), "correct": only}))
     assert pair.counts.n == 300
 
 
@@ -204,10 +245,10 @@ def test_floor_is_zero_or_guessing_or_the_majority_of_few(
 def test_what_is_left_is_counted_from_the_baseline() -> None:
     made = study(at(ALL, range(299), 0.2), "causal", CAUSAL_TASK)
     # 299 less 0.62 x 400 of 350 less that: exactly half.
-    assert left(made, made.cells[0]).value == pytest.approx(0.5, abs=0.001)
-    assert decline(made, made.cells[0]).value == pytest.approx(51 / 350)
+    assert left(made, made.cells[0])(0.95).value == pytest.approx(0.5, abs=0.001)
+    assert decline(made, made.cells[0])(0.95).value == pytest.approx(51 / 350)
     unknowing = study(at(ALL, range(100), 0.2), "causal", Asked(n=400, known=250, entry=CAUSAL_TASK.entry))
-    assert left(unknowing, unknowing.cells[0]).value is None
+    assert left(unknowing, unknowing.cells[0])(0.95).value is None
 
 
 def test_module_that_hurts_least_is_told_by_level() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from compressknow.report.study.charts import study_charts
-from compressknow.report.study.findings import findings
+from compressknow.report.study.findings import by_method, findings
 from compressknow.report.study.found import what_was_found
-from compressknow.report.study.methods import by_method, changes, ids
+from compressknow.report.study.methods import changes, ids
 from compressknow.report.study.pages import render_study_html, render_study_markdown, study_to_json, tidy_rows
 from compressknow.report.study.records import FailedCell
 from compressknow.report.study.summary import method_that_hurts_least, verdict

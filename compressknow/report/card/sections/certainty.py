@@ -72,10 +72,7 @@ def _without_clusters(columns: list[_Figures]) -> Iterator[Note]:
         if sure.relations == 1:
             yield Note(f"All known facts{where} are of one relation: no clusters, so no interval over relations.")
         elif sure.relations < FEWEST:
-            yield Note(
-                f"The known facts{where} are of {sure.relations} relations: too few for an interval over these. The "
-                "simple one takes facts as independent, and may be too narrow."
-            )
+            yield Note(f"The known facts{where} are of {sure.relations} relations: too few for an interval over these.")
 
 
 def _difference(figures: _Figures) -> str:
