@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compressknow.probe.runtimes.serving.kinds import Served
     from compressknow.probe.runtimes.serving.scoring import ServedScorer
 
-# Facts of a batch: what a run that is stopped asks again, at most. It does not depend on how many are asked at a time.
+# Part of the key of stored answers, and nothing else: facts are answered one by one.
 BATCH_SIZE = 32
 # What a model writes to these tells it from others behind the same name.
 PROMPTS = ("The capital of France is", "Water boils at", "The author of Hamlet is", "1, 1, 2, 3, 5, 8,")
@@ -44,7 +44,7 @@ class Server(Runtime):
         return located.url is not None
 
     def settled(self, settings: Settings) -> Settings:
-        """Device and dtype are the server's own business."""
+        """Device, dtype and batches are the server's own business."""
         return replace(settings, batch_size=BATCH_SIZE)
 
     def where(self, located: Located, settings: Settings) -> str:  # noqa: ARG002

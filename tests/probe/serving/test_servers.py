@@ -21,12 +21,13 @@ from compressknow.cli import main
 from compressknow.engine.identity import locate, served_at
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
-from compressknow.probe.answers import Answer, read_answers
+from compressknow.probe.answers import PARTS, Answer, read_answers, stored_parts
 from compressknow.probe.evaluate import evaluate, prompts_of
 from compressknow.probe.facts import Probe
 from compressknow.probe.handle import ModelHandle, Settings
 from compressknow.probe.runtimes.serving import client as clients
-from compressknow.probe.sources import Options
+from compressknow.probe.sources import Options, open_probe
+from compressknow.quiet import Progress
 from tests.knowing import facts_file, knowing
 from tests.probe.references import answers_to, as_probe, known_facts
 from tests.probe.serving.model_server import NAME, ModelServer, serving
@@ -276,14 +277,14 @@ def test_who_interrupts_a_run_does_not_wait_for_a_server_that_hangs(
     served: Callable[[str], ModelServer], tmp_path: Path
 ) -> None:
     server = served("vllm")
-    # It is asked who it is, twice, and then the first facts.
-    server.faults["/v1/completions"] = [*["ok"] * 8, "hang"]
+    # It is asked who it is, twice, and then the first facts, some of which it answers.
+    server.faults["/v1/completions"] = [*["ok"] * 60, "hang"]
     facts = f"facts:{facts_file(tmp_path / 'f.jsonl')}"
     program = "import sys; from compressknow.cli import main; sys.exit(main())"
     words = ["probe", server.url, "-p", facts, "-o", str(tmp_path / "out")]
     process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while server.count("/v1/completions") < 12 and time.monotonic() < deadline:
+    while server.count("/v1/completions") < 64 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
@@ -291,6 +292,26 @@ def test_who_interrupts_a_run_does_not_wait_for_a_server_that_hangs(
     assert time.monotonic() - start < 15
     assert process.returncode == 130
     assert "Repeat the command to resume." in said
+    # What it answered is stored, though it was answered to a part of a batch.
+    (parts,) = (tmp_path / "out" / PARTS).iterdir()
+    assert 0 < len(stored_parts(parts)) < 32
+
+
+@pytest.mark.parametrize("kind", ["vllm", "writes"])
+def test_facts_are_counted_as_they_are_answered(
+    served: Callable[[str], ModelServer], tmp_path: Path, kind: str
+) -> None:
+    counts: list[int] = []
+
+    def listen(progress: Progress) -> None:
+        if progress.state == "advances":
+            counts.append(progress.done)
+
+    facts, out = f"facts:{facts_file(tmp_path / 'f.jsonl')}", tmp_path / "out"
+    given = compressknow.probe(served(kind).url, out, facts, settings=FAST, on_progress=listen)
+    assert counts == list(range(65))
+    # They came as they were answered, and lie in the order of the probe.
+    assert [answer.fact_id for answer in given.answers] == [fact.id for fact in open_probe(facts, Options()).facts]
 
 
 def test_no_server_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
