@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from compressknow.engine.language_model import embedding_rows
@@ -35,10 +36,12 @@ MOST_FURTHER = 64
 
 @dataclass(frozen=True)
 class Prompts:
-    """The facts of a probe as one model reads them, in batches of one shape; and those that it cannot, by reason."""
+    """The facts of a probe as one model reads them, in batches that it answers at a time; and those that it cannot, by
+    reason.
+    """
 
     scorer: Answering
-    batches: tuple[tuple[Query, ...], ...]
+    batches: tuple[Sequence[Query], ...]
     dropped: Mapping[str, int]
 
     @property
@@ -84,7 +87,8 @@ def prompts_of(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
             dropped[query] += 1
         else:
             queries.append(query)
-    return Prompts(scorer, tuple(batched(queries, batch_size)), dict(dropped))
+    parts = chain.from_iterable(scorer.parts(batch) for batch in batched(queries, batch_size))
+    return Prompts(scorer, tuple(parts), dict(dropped))
 
 
 def evaluate(
@@ -96,7 +100,7 @@ def evaluate(
     whole: Whole | None = None,
     advance: Advance | None = None,
 ) -> Iterator[list[Answer]]:
-    """Answers, a batch at a time, of all facts that are not `done`.
+    """Answers, a batch at a time as they come, of all facts that are not `done`.
 
     Parameters
     ----------
@@ -114,22 +118,26 @@ def evaluate(
     pace = _pace(prompts.scorer, left, measured=advance is not None and known is None)
     if advance and pace.left is not None:
         advance(answered, total, pace.left)
-    for batch in left:
+
+    def answer(batch: Sequence[Query]) -> list[Answer]:
         wanted = [reference[query.fact.id] for query in batch] if reference is not None else None
         if known is None:
-            yield prompts.scorer.answer(batch, wanted, whole)
-        else:
-            yield prompts.scorer.answer_anew(batch, [known[query.fact.id] for query in batch], wanted, whole)
+            return prompts.scorer.answer(batch, wanted, whole)
+        return prompts.scorer.answer_anew(batch, [known[query.fact.id] for query in batch], wanted, whole)
+
+    for batch, answers in prompts.scorer.each(answer, left):
+        yield answers
         answered += len(batch)
         pace.add(_work(prompts.scorer, batch))
         if advance:
             advance(answered, total, pace.left)
 
 
-def _pace(scorer: Answering, left: Sequence[tuple[Query, ...]], *, measured: bool) -> Pace:
+def _pace(scorer: Answering, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
     """The pace of the batches that are left; `measured` runs a few facts of some of them first, to take the time."""
     work = sum(_work(scorer, batch) for batch in left)
-    if not measured or sum(map(len, left)) < LEAST * SAMPLE:
+    # Where facts are answered one by one, the first of them tell it as soon.
+    if not measured or sum(map(len, left)) < LEAST * SAMPLE or max(map(len, left)) == 1:
         return Pace(work)
     samples = [left[len(left) * place // 4][: SAMPLE // 3] for place in (1, 2, 3)]
     # The first call of all prepares much that later ones find done.

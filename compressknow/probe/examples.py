@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from compressknow.probe.answers import Answer
@@ -37,8 +38,9 @@ def _said(scorer: Answering, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]
     """Fact id -> what is said; of facts that an example makes too long, and of relations of one object, nothing is."""
     shown = [shown for fact in facts if (shown := after_example(fact, scorer.probe)) is not None]
     queries = [query for query in map(scorer.query, shown) if not isinstance(query, str)]
-    for batch in batched(queries, BATCH_SIZE):
-        for query, text in zip(batch, scorer.say(batch), strict=True):
+    batches = chain.from_iterable(scorer.parts(batch) for batch in batched(queries, BATCH_SIZE))
+    for batch, texts in scorer.each(scorer.say, batches):
+        for query, text in zip(batch, texts, strict=True):
             if text is not None:
                 yield query.fact.id, text
 

@@ -325,16 +325,19 @@ def _key(handle: ModelHandle, probe: Opened, beside: Beside) -> str:
 
 
 def _in_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
-    """Batches gathered to what is worth a file."""
+    """Batches gathered to what is worth a file; also those before an error, or before the user interrupts."""
     part: list[_Part] = []
     since = time.monotonic()
-    for batch in batches:
-        part += batch
-        if time.monotonic() - since > SECONDS_BETWEEN_PARTS:
+    try:
+        for batch in batches:
+            part += batch
+            if time.monotonic() - since > SECONDS_BETWEEN_PARTS:
+                ready, part = part, []
+                yield ready
+                since = time.monotonic()
+    finally:
+        if part:
             yield part
-            part, since = [], time.monotonic()
-    if part:
-        yield part
 
 
 def _read(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -140,6 +143,31 @@ def test_the_batch_decides_nothing(place: Path, tmp_path: Path, kind: str) -> No
         assert many[fact].top5 == answer.top5
         assert list(many[fact].top5_logp) == pytest.approx(list(answer.top5_logp), abs=1e-3)
         assert many[fact].logp_gold == pytest.approx(answer.logp_gold, abs=1e-3)
+
+
+def test_who_interrupts_does_not_wait_for_the_end_of_a_pass(place: Path) -> None:
+    model, tokens = GgufModel(place / "F32.gguf"), 8192
+    context = Context(model, cells=tokens, sequences=1, threads=1)
+
+    def last_position() -> int:
+        return int(model.native.lib.llama_memory_seq_pos_max(context._memory, 0))
+
+    def interrupt() -> None:
+        while last_position() < 0:
+            time.sleep(0.001)
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        context.read([Span(0, 0, [5] * tokens, 1)])
+    thread.join()
+    assert last_position() < tokens - 1
+    # What was read of it is forgotten, and the next pass is a whole one.
+    context.clear()
+    assert context.read([Span(0, 0, [5] * 600, 1)]).shape == (1, model.rows)
+    context.close()
+    model.close()
 
 
 def test_distributions_are_those_over_all_tokens(place: Path, tmp_path: Path) -> None:

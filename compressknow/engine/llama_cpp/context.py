@@ -58,6 +58,12 @@ class Context:
                 f"llama.cpp cannot run {model.path}.", why=(errors or [""])[0].strip() or None, hint="Free some memory."
             )
         self._memory = self._lib.llama_get_memory(self._handle)
+        self._raised: list[BaseException] = []
+        # Called between the steps of a pass. Python, which sees to signals in it, raises KeyboardInterrupt there.
+        self._stops: Any = self._ffi.callback(
+            "bool(void *)", lambda _: False, error=True, onerror=lambda _, error, __: self._raised.append(error)
+        )
+        self._lib.llama_set_abort_callback(self._handle, self._stops, self._ffi.NULL)
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -80,7 +86,8 @@ class Context:
     def read(self, spans: Sequence[Span]) -> NDArray[np.float32]:
         """Logits where they are wanted, in the order of the spans, [wanted, vocabulary]; valid until the next call.
 
-        Raises CompressknowError where the memory has no room, or a kernel fails.
+        Raises CompressknowError where the memory has no room, or a kernel fails; KeyboardInterrupt without waiting for
+        the end of the pass.
         """
         ffi = self._ffi
         tokens = np.concatenate([np.asarray(span.tokens, dtype=np.int32) for span in spans])
@@ -98,6 +105,8 @@ class Context:
         batch.logits = ffi.cast("int8_t *", wanted.ctypes.data)
         with errors_logged() as errors:
             failed = self._lib.llama_decode(self._handle, batch[0])
+        if self._raised:
+            raise self._raised.pop()
         if failed:
             reason = "Its memory of keys and values is full." if failed == 1 else (errors or [""])[0].strip()
             raise CompressknowError("llama.cpp failed on a batch of prompts.", why=reason or f"It returned {failed}.")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from compressknow.errors import UnsupportedError
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from compressknow.probe.scoring.scorer import Query, Whole
     from compressknow.probe.text.reading import TextReader
 
+T = TypeVar("T")
+
 
 class Answering(Protocol):
     """Answers the facts of one probe; `compressknow.probe.scoring.scorer.Scorer` says what each method does."""
@@ -29,6 +31,12 @@ class Answering(Protocol):
     def family(self) -> str: ...
 
     def query(self, fact: Fact) -> Query | str: ...
+
+    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]: ...
+
+    def each(
+        self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
+    ) -> Iterator[tuple[Sequence[Query], T]]: ...
 
     def answer(
         self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None

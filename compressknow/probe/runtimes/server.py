@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from compressknow.probe.runtimes.serving.kinds import Served
     from compressknow.probe.runtimes.serving.scoring import ServedScorer
 
-# Facts of a batch: what a run that is stopped asks again, at most. It does not depend on how many are asked at a time.
+# Part of the key of stored answers, and nothing else: facts are answered one by one.
 BATCH_SIZE = 32
 # What a model writes to these tells it from others behind the same name.
 PROMPTS = ("The capital of France is", "Water boils at", "The author of Hamlet is", "1, 1, 2, 3, 5, 8,")
 WRITTEN_TOKENS = 8
 SHOWN, LONGEST_NAME = 8, 1_000
+# The form of a list of models.
+MODELS = {"data": [{"id": str, "meta?": (dict, None), "owned_by?": (str, None), "max_model_len?": (int, None)}]}
 
 
 class Server(Runtime):
@@ -42,7 +44,7 @@ class Server(Runtime):
         return located.url is not None
 
     def settled(self, settings: Settings) -> Settings:
-        """Device and dtype are the server's own business."""
+        """Device, dtype and batches are the server's own business."""
         return replace(settings, batch_size=BATCH_SIZE)
 
     def where(self, located: Located, settings: Settings) -> str:  # noqa: ARG002
@@ -138,14 +140,12 @@ def chosen_model(client: Client, named: str | None) -> tuple[str, Mapping[str, A
     from compressknow.probe.runtimes.serving.client import Refused
 
     try:
-        answer = client.get("/v1/models")
+        rows = client.get("/v1/models", MODELS)["data"]
     except Refused as refused:
         if refused.status != 404:
             raise
-        answer = {}
-    listed = answer.get("data") if isinstance(answer, dict) else None
-    rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
-    models = {str(row["id"]): row for row in rows if row.get("id") and len(str(row["id"])) <= LONGEST_NAME}
+        rows = []
+    models = {row["id"]: row for row in rows if 0 < len(row["id"]) <= LONGEST_NAME}
     if named is None:
         return _only(client, models)
     if named in models or not models:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from compressknow.engine.llama_cpp.context import Context, Span
 from compressknow.engine.llama_cpp.model import GgufModel
 from compressknow.engine.llama_cpp.tokenizer import GgufTokenizer
-from compressknow.probe.answers import Answer
 from compressknow.probe.facts import Probe
 from compressknow.probe.scoring.families import CausalScorer
 from compressknow.probe.scoring.prompts import Ids
 from compressknow.probe.scoring.ranking import Scores
-from compressknow.probe.scoring.scorer import SLACK_TOKENS, Query, Whole
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from compressknow.probe.scoring.scorer import SLACK_TOKENS, Query
 
 # llama.cpp takes no more (LLAMA_MAX_SEQ of llama-cparams.h).
 SEQUENCES = 256
@@ -48,28 +44,10 @@ class LlamaCppScorer(CausalScorer):
             self._held = None
         super().release()
 
-    def answer(
-        self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None
-    ) -> list[Answer]:
-        """As for any model, as many prompts at a time as suit llama.cpp."""
-        found: list[Answer] = []
-        for part in self._parts(batch):
-            found += super().answer(batch[part], reference[part] if reference is not None else None, whole)
-        return found
-
-    def answer_anew(
-        self,
-        batch: Sequence[Query],
-        answers: Sequence[Answer],
-        reference: Sequence[Ids] | None,
-        whole: Whole | None = None,
-    ) -> list[Answer]:
-        """As `answer`."""
-        found: list[Answer] = []
-        for part in self._parts(batch):
-            ids = reference[part] if reference is not None else None
-            found += super().answer_anew(batch[part], answers[part], ids, whole)
-        return found
+    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
+        """Few enough prompts that all find room; all of a batch are of one length."""
+        size = max(1, min(PROMPTS, PROMPT_TOKENS // len(batch[0].prompt)))
+        return [batch[start : start + size] for start in range(0, len(batch), size)]
 
     def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         """See `compressknow.probe.scoring.scorer.Scorer.first`; what is gone on from is the batch itself."""
@@ -119,13 +97,6 @@ class LlamaCppScorer(CausalScorer):
         scores[[row for _, row, *_ in rows]] += sums.numpy()
         return width
 
-    def say(self, batch: Sequence[Query]) -> list[str | None]:
-        """As `answer`."""
-        found: list[str | None] = []
-        for part in self._parts(batch):
-            found += super().say(batch[part])
-        return found
-
     def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:  # noqa: ARG002
         """Each text goes on in a sequence of its own, so that candidates still find the prompts."""
         context = self._memory(batch)
@@ -164,11 +135,6 @@ class LlamaCppScorer(CausalScorer):
     @cached_property
     def _most(self) -> int | None:
         return self._gguf.most_tokens
-
-    def _parts(self, batch: Sequence[Query]) -> Iterator[slice]:
-        """Few enough prompts that all find room; all of a batch are of one length."""
-        size = max(1, min(PROMPTS, PROMPT_TOKENS // len(batch[0].prompt))) if batch else 1
-        return (slice(start, start + size) for start in range(0, len(batch), size))
 
     def _memory(self, batch: Sequence[Query]) -> Context:
         """A context with room for a batch and what follows its prompts."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from compressknow.probe.scoring.ranking import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 # Ids of a batch's facts and log-probabilities over the whole vocabulary at the answer's first position, [batch,
 # vocabulary] -> the divergence of each from the original's, or None.
 Whole = Callable[[Sequence[str], torch.Tensor], Sequence[float | None]]
@@ -166,6 +167,16 @@ class Scorer(ABC):
             (gold,) = self.options(fact, [fact.obj_label], rest=False)
         query = Query(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
         return self._unfit(query) or query
+
+    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
+        """A batch, cut into what is answered at a time."""
+        return [batch]
+
+    def each(
+        self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
+    ) -> Iterator[tuple[Sequence[Query], T]]:
+        """Each batch with what `work` makes of it, as it comes."""
+        return ((batch, work(batch)) for batch in batches)
 
     def answer(
         self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None

@@ -21,12 +21,13 @@ from compressknow.cli import main
 from compressknow.engine.identity import locate, served_at
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
-from compressknow.probe.answers import Answer, read_answers
+from compressknow.probe.answers import PARTS, Answer, read_answers, stored_parts
 from compressknow.probe.evaluate import evaluate, prompts_of
 from compressknow.probe.facts import Probe
 from compressknow.probe.handle import ModelHandle, Settings
 from compressknow.probe.runtimes.serving import client as clients
-from compressknow.probe.sources import Options
+from compressknow.probe.sources import Options, open_probe
+from compressknow.quiet import Progress
 from tests.knowing import facts_file, knowing
 from tests.probe.references import answers_to, as_probe, known_facts
 from tests.probe.serving.model_server import NAME, ModelServer, serving
@@ -168,23 +169,40 @@ def in_logprobs(value: Any) -> Callable[[dict[str, Any]], Any]:
     return lie(lambda choice: "logprobs" in choice and choice["logprobs"].update(value))
 
 
+def in_all_logprobs(value: float) -> Callable[[dict[str, Any]], Any]:
+    """The same number in place of each."""
+
+    def change(choice: dict[str, Any]) -> None:
+        if told := choice.get("logprobs"):
+            told["token_logprobs"] = [value] * len(told["token_logprobs"])
+            told["top_logprobs"] = [dict.fromkeys(top or (), value) for top in told["top_logprobs"]]
+
+    return lie(change)
+
+
+NO_JSON = "answers /v1/completions with what is no JSON"
+NUMBERS = "answers /v1/completions with JSON of another form: choices[0].logprobs.token_logprobs"
 LIES = {
-    "nan": (in_logprobs({"token_logprobs": [math.nan] * 40}), "nan, which is no log-probability"),
+    "nan": (in_logprobs({"token_logprobs": [math.nan] * 40}), f"{NUMBERS}[0] is no number"),
     "above 0": (in_logprobs({"token_logprobs": [0.5] * 40}), "0.5, which is no log-probability"),
-    "text": (in_logprobs({"token_logprobs": ["x"] * 40}), "x, which is no log-probability"),
+    "text": (in_logprobs({"token_logprobs": ["x"] * 40}), f"{NUMBERS}[0] is no number"),
+    "no list": (in_logprobs({"token_logprobs": 5}), f"{NUMBERS} is no list"),
+    "a huge number": (in_logprobs({"token_logprobs": [-(10**400)] * 40}), f"{NUMBERS}[0] is no number"),
+    "beyond float32": (in_logprobs({"token_logprobs": [-1e308] * 40}), "-1e+308, which is no log-probability"),
+    "nothing is likely": (in_all_logprobs(-math.inf), "is no number"),
     "too few": (in_logprobs({"token_logprobs": [None, -1.0]}), "too few token_logprobs"),
-    "top nan": (in_logprobs({"top_logprobs": [{"token_id:5": math.nan}]}), "nan, which is no log-probability"),
+    "top nan": (in_logprobs({"top_logprobs": [{"token_id:5": math.nan}]}), "token_id:5 is no number"),
     "top none": (in_logprobs({"top_logprobs": []}), "has no top_logprobs"),
     "top names": (in_logprobs({"top_logprobs": [{"Paris": -1.0}]}), "holds 'Paris' for a token"),
-    "no logprobs": (lie(lambda choice: choice.pop("logprobs", None)), "has no logprobs"),
+    "no logprobs": (lie(lambda choice: choice.pop("logprobs", None)), "choices[0].logprobs is missing"),
     "no choices": (lambda answer: answer | {"choices": []}, "has no choices"),
     "another model": (lambda answer: answer | {"model": "other"}, "comes from another model, 'other'"),
-    "no json": (lambda _: b"<html>", "answers with what is no JSON"),
-    "half a json": (lambda _: b'{"choices": [', "answers with what is no JSON"),
-    "deep": (lambda _: b"[" * 100_000, "answers with what is no JSON"),
-    "many values": (lambda _: b'{"choices": [' + b"[]," * 9_000_000 + b"0]}", "answers with what is no JSON"),
+    "no json": (lambda _: b"<html>", NO_JSON),
+    "half a json": (lambda _: b'{"choices": [', NO_JSON),
+    "deep": (lambda _: b"[" * 100_000, NO_JSON),
+    "many values": (lambda _: b'{"choices": [' + b"[]," * 9_000_000 + b"0]}", NO_JSON),
     "a long text": (lie(lambda choice: choice.update(text="x" * 200_000)), "has a text of 200,000 characters"),
-    "a list": (lambda _: [], "has no choices"),
+    "a list": (lambda _: [], "another form: it is no object"),
 }
 
 
@@ -198,10 +216,21 @@ def test_a_server_that_lies_is_not_believed(served: Callable[[str], ModelServer]
     assert raised.value.hint is not None
 
 
+@pytest.mark.parametrize("value", [5, [-(10**400)] * 9, [-math.inf] * 9, [[[]]] * 9], ids=["5", "huge", "inf", "lists"])
+def test_what_echoes_nonsense_is_neither_taken_for_a_server_that_writes_nor_a_bug(
+    served: Callable[[str], ModelServer], tmp_path: Path, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = served("echo")
+    server.changed = in_logprobs({"token_logprobs": value})
+    assert main(["probe", server.url, "-o", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith(f"Error: {server.url} {NUMBERS}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_token_beyond_all_numbers_is_not_believed(served: Callable[[str], ModelServer]) -> None:
     server = served("vllm")
     server.faults["/tokenize"] = [b'{"tokens": [1e999]}']
-    with pytest.raises(CompressknowError, match="holds 'inf' for a token"):
+    with pytest.raises(CompressknowError, match=r"tokens\[0\] is no whole number"):
         ModelHandle(locate(server.url), FAST).loaded.scorer(as_probe(known_facts()[:1])).query(known_facts()[0])
 
 
@@ -220,6 +249,9 @@ def test_half_a_letter_that_a_server_writes_is_stored_as_none(
     [
         ("hang", "does not answer within 0.3 s"),
         ("trickle", "does not answer within 0.3 s"),
+        ("drip headers", "does not answer within 0.3 s"),
+        ("drip continues", "does not answer within 0.3 s"),
+        ("drip a chunk", "does not answer within 0.3 s"),
         (500, r"answers with an error \(HTTP 500\)"),
         (418, r"answers with an error \(HTTP 418\)"),
         ((307, {"Location": "http://127.0.0.1:9"}), r"sends requests elsewhere \(HTTP 307\)"),
@@ -245,14 +277,14 @@ def test_who_interrupts_a_run_does_not_wait_for_a_server_that_hangs(
     served: Callable[[str], ModelServer], tmp_path: Path
 ) -> None:
     server = served("vllm")
-    # It is asked who it is, twice, and then the first facts.
-    server.faults["/v1/completions"] = [*["ok"] * 8, "hang"]
+    # It is asked who it is, twice, and then the first facts, some of which it answers.
+    server.faults["/v1/completions"] = [*["ok"] * 60, "hang"]
     facts = f"facts:{facts_file(tmp_path / 'f.jsonl')}"
     program = "import sys; from compressknow.cli import main; sys.exit(main())"
     words = ["probe", server.url, "-p", facts, "-o", str(tmp_path / "out")]
     process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while server.count("/v1/completions") < 12 and time.monotonic() < deadline:
+    while server.count("/v1/completions") < 64 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
@@ -260,6 +292,26 @@ def test_who_interrupts_a_run_does_not_wait_for_a_server_that_hangs(
     assert time.monotonic() - start < 15
     assert process.returncode == 130
     assert "Repeat the command to resume." in said
+    # What it answered is stored, though it was answered to a part of a batch.
+    (parts,) = (tmp_path / "out" / PARTS).iterdir()
+    assert 0 < len(stored_parts(parts)) < 32
+
+
+@pytest.mark.parametrize("kind", ["vllm", "writes"])
+def test_facts_are_counted_as_they_are_answered(
+    served: Callable[[str], ModelServer], tmp_path: Path, kind: str
+) -> None:
+    counts: list[int] = []
+
+    def listen(progress: Progress) -> None:
+        if progress.state == "advances":
+            counts.append(progress.done)
+
+    facts, out = f"facts:{facts_file(tmp_path / 'f.jsonl')}", tmp_path / "out"
+    given = compressknow.probe(served(kind).url, out, facts, settings=FAST, on_progress=listen)
+    assert counts == list(range(65))
+    # They came as they were answered, and lie in the order of the probe.
+    assert [answer.fact_id for answer in given.answers] == [fact.id for fact in open_probe(facts, Options()).facts]
 
 
 def test_no_server_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
-"""Requests to a server: tried again where that may help, bounded in time and size, and the key in no message.
+"""Requests to a server: tried again where that may help, answers bounded in time and size and checked for their form,
+and the key in no message.
 
 By requests and urllib3, which know when to wait and how long (`urllib3.util.Retry`).
 """
@@ -6,22 +7,26 @@ By requests and urllib3, which know when to wait and how long (`urllib3.util.Ret
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import os
-import re
+import socket
+import threading
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
-from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
+from urllib3 import HTTPConnectionPool, HTTPResponse
+from urllib3.connection import HTTPConnection
+from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 from compressknow.errors import CompressknowError
 from compressknow.format import plain
-from compressknow.reading import parse_json
+from compressknow.reading import misfit, parse_json
 
 KEYS = ("COMPRESSKNOW_API_KEY", "OPENAI_API_KEY")
 # What may pass: too many requests, a server that loads its model, a proxy before one that starts.
@@ -32,7 +37,6 @@ PIECE = 1 << 16
 # Seconds: to be connected; the longest that a server may ask to wait; the first pause, doubled each time.
 CONNECT, LONGEST_PAUSE, FIRST_PAUSE = 10.0, 60.0, 0.5
 TRIES = 5
-_HALVES = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Refused(CompressknowError):
@@ -58,69 +62,48 @@ class Client:
         self._key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), None)
         self._session = requests.Session()
         self._session.auth = _Key(self._key)
-        adapter = HTTPAdapter(pool_maxsize=parallel, max_retries=_retries())
+        adapter = _Adapter(pool_maxsize=parallel, max_retries=_retries())
         self._session.mount("http://", adapter)
         self._session.mount("https://", adapter)
 
-    def get(self, path: str) -> Any:
-        """The JSON that lies there. Raises CompressknowError: `Refused` where the server answers otherwise."""
-        return self._request("GET", path, None)
+    def get(self, path: str, form: Any) -> Any:
+        """The JSON that lies there, of a form of `compressknow.reading.misfit`.
 
-    def post(self, path: str, content: Mapping[str, Any]) -> Any:
-        """The JSON that it answers to this. Raises what `get` does."""
-        return self._request("POST", path, content)
+        Raises CompressknowError: `Refused` where the server answers with an error or in another form.
+        """
+        return self._request("GET", path, None, form)
+
+    def post(self, path: str, content: Mapping[str, Any], form: Any) -> Any:
+        """The JSON that it answers to this, of that form. Raises what `get` does."""
+        return self._request("POST", path, content, form)
 
     def close(self) -> None:
         self._session.close()
 
-    def _request(self, method: str, path: str, content: Mapping[str, Any] | None) -> Any:
-        # What breaks off in the middle of an answer is tried again here: urllib3 sees no more of it.
-        for left in reversed(range(TRIES)):
-            try:
-                status, body = self._once(method, path, content)
-            except ProtocolError as error:
-                if not left:
-                    raise self._failed(error) from None
-                time.sleep(FIRST_PAUSE)
-                continue
-            except (requests.RequestException, HTTPError) as error:
-                raise self._failed(error) from None
-            return self._read(status, body)
-        raise AssertionError
-
-    def _once(self, method: str, path: str, content: Mapping[str, Any] | None) -> tuple[int, bytes]:
-        with self._session.request(
-            method,
-            f"{self.url}{path}",
-            json=content,
-            timeout=(min(CONNECT, self._timeout), self._timeout),
-            allow_redirects=False,
-            stream=True,
-        ) as response:
-            return response.status_code, self._body(response)
-
-    def _body(self, response: requests.Response) -> bytes:
-        end = time.monotonic() + self._timeout
-        pieces, size = [], 0
-        # As it comes: each byte of a trickle is in time, all of them are not.
-        while piece := response.raw.read1(PIECE, decode_content=True):
-            pieces.append(piece)
-            size += len(piece)
-            if size > MOST_BYTES:
-                raise self._wrong(f"answers with more than {MOST_BYTES >> 20} MB")
-            if time.monotonic() > end:
-                raise requests.ReadTimeout
-        return b"".join(pieces)
-
-    def _read(self, status: int, body: bytes) -> Any:
+    def _request(self, method: str, path: str, content: Mapping[str, Any] | None, form: Any) -> Any:
+        timeouts = (min(CONNECT, self._timeout), self._timeout)
+        how: Any = {"json": content, "timeout": timeouts, "allow_redirects": False, "stream": True}
         try:
-            content = _whole(parse_json(body)) if _HALVES.search(body) else parse_json(body)
+            response = self._session.request(method, f"{self.url}{path}", **how)
+        except (requests.RequestException, HTTPError) as error:
+            raise self._failed(error) from None
+        # Read already: see `_in_time`.
+        response.raw.release_conn()
+        return self._read(path, response.status_code, response.raw.data, form)
+
+    def _read(self, path: str, status: int, body: bytes, form: Any) -> Any:
+        if len(body) > MOST_BYTES:
+            raise self._wrong(path, f"more than {MOST_BYTES >> 20} MB")
+        try:
+            content = parse_json(body)
         except ValueError:
             content = None
         if status != 200:
             raise self._refused(status, content)
         if content is None:
-            raise self._wrong("answers with what is no JSON")
+            raise self._wrong(path, "what is no JSON")
+        if wrong := misfit(content, form):
+            raise self._wrong(path, f"JSON of another form: {plain(wrong, 200)}")
         return content
 
     def _refused(self, status: int, content: Any) -> Refused:
@@ -135,8 +118,7 @@ class Client:
 
     def _failed(self, error: Exception) -> CompressknowError:
         # The text of these errors names addresses and objects, and says no more than their kind.
-        timeouts = (requests.ConnectTimeout, requests.ReadTimeout, ReadTimeoutError)
-        if isinstance(error, timeouts) or "Read timed out" in str(error):
+        if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
             return CompressknowError(
                 f"{self.url} does not answer within {self._timeout:g} s.",
                 hint="Raise --timeout, lower --parallel, or look at the server's log.",
@@ -147,14 +129,15 @@ class Client:
             return CompressknowError(
                 f"The proxy before {self.url} fails.", hint="Look at HTTP_PROXY, HTTPS_PROXY and NO_PROXY."
             )
-        if isinstance(error, HTTPError) or "aborted" in str(error):
+        if isinstance(error, HTTPError) or "aborted" in str(error) or "broken" in str(error):
             return CompressknowError(f"{self.url} breaks the connection off.", hint="Look at the server's log.")
         return CompressknowError(
             f"There is no server at {self.url}.", hint="Start it, and give the address that it prints: http://HOST:PORT"
         )
 
-    def _wrong(self, what: str) -> CompressknowError:
-        return CompressknowError(f"{self.url} {what}.", hint="Is it an OpenAI-compatible server of a language model?")
+    def _wrong(self, path: str, what: str) -> Refused:
+        hint = "Is it an OpenAI-compatible server of a language model?"
+        return Refused(200, f"{self.url} answers {path} with {what}.", hint=hint)
 
     def _said(self, content: Any) -> str | None:
         """The server's message, of the forms in use; without the key, should it be in there."""
@@ -163,13 +146,6 @@ class Client:
         if not isinstance(content, str):
             return None
         return f"It says: {plain(content.replace(self._key, '...') if self._key else content, 200)}"
-
-
-def _whole(content: Any) -> Any:
-    """The same without halves of surrogate pairs, which no file could hold: a model that is cut off in the middle of a
-    letter may write one."""
-    text = json.dumps(content, ensure_ascii=False)
-    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 class _Key(AuthBase):
@@ -182,6 +158,60 @@ class _Key(AuthBase):
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
+
+
+class _Adapter(HTTPAdapter):
+    """Connections that read whole answers, in time."""
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> HTTPConnectionPool:
+        pool = super().get_connection_with_tls_context(*args, **kwargs)
+        pool.ConnectionCls = _in_time(type(pool).ConnectionCls)
+        return pool
+
+
+@cache
+def _in_time(kind: type[HTTPConnection]) -> type[HTTPConnection]:
+    """Such connections, with one deadline for a whole answer: the timeouts of urllib3 are for each read, which a server
+    that drips headers, or "100 Continue" without end, never exceeds.
+    """
+
+    class InTime(kind):  # type: ignore[misc,valid-type]
+        def getresponse(self) -> HTTPResponse:
+            end = time.monotonic() + self.timeout
+            watchdog = threading.Timer(self.timeout, _shut, [self.sock])
+            # Who interrupts the run does not wait for it.
+            watchdog.daemon = True
+            watchdog.start()
+            try:
+                response = super().getresponse()
+                body = io.BytesIO(self._body(response))
+            except Exception:
+                if time.monotonic() < end:
+                    raise
+            finally:
+                watchdog.cancel()
+            # What is cut off may look whole.
+            if time.monotonic() >= end:
+                raise TimeoutError
+            headers, status = response.headers, response.status
+            return HTTPResponse(body, headers, status, preload_content=False, decode_content=False)
+
+        def _body(self, response: HTTPResponse) -> bytes:
+            pieces, size = [], 0
+            while size <= MOST_BYTES and (piece := response.read1(PIECE, decode_content=True)):
+                pieces.append(piece)
+                size += len(piece)
+            if size > MOST_BYTES:
+                self.close()
+            return b"".join(pieces)
+
+    return InTime
+
+
+def _shut(connection: socket.socket) -> None:
+    """End what another thread reads from it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Patience(Retry):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -26,11 +27,21 @@ from compressknow.probe.scoring.prompts import Ids
 LLAMA_TOKENS = 1024
 # What makes a token the likeliest whatever the model thinks of it.
 FORCE = 1e5
-# Rounding may put a sure thing a little above 0.
-ABOVE = 1e-3
+# Rounding may put a sure thing a little above 0; llama-server gives an impossible one float32's least number.
+LEAST, ABOVE = -3.5e38, 1e-3
 # Characters of one token, and of all that is asked for at a time: no model writes more.
 LONGEST_TOKEN, LONGEST_TEXT = 1_000, 100_000
 TRIAL = "The capital of France is Paris"
+# Forms of what servers answer, as far as it is read (`compressknow.reading.misfit`).
+_TOKENS = {"tokens": [int]}
+_WRITTEN = {"choices": [{"text": str}], "model?": (str, None)}
+_STEP = {"id": int, "logprob": float, "top_logprobs": [{"id": int, "logprob": float, "token": str}]}
+_STEPS = {"completion_probabilities?": [_STEP], "content?": str}
+_PROPS = {"default_generation_settings": {"n_ctx": int}, "build_info?": str}
+_VERSION = {"version": str}
+_ECHO = {"tokens": [str], "token_logprobs": [(float, None)], "text_offset": [int]}
+# Of a server that may know nothing of log-probabilities.
+_MAYBE_ECHO = {f"{key}?": (form, None) for key, form in _ECHO.items()}
 
 
 @dataclass(frozen=True)
@@ -94,37 +105,42 @@ class Served(abc.ABC):
 
     def write(self, prompt: Ids, tokens: int) -> str:
         """What the model writes greedily, of at most so many tokens."""
-        asked = {"model": self.model, "prompt": self._said(prompt), "max_tokens": tokens, "temperature": 0}
-        return _text(self._choice(self.client.post("/v1/completions", asked)), "text", self)
+        asked = {"prompt": self._said(prompt), "max_tokens": tokens}
+        text = _mended(self._completed(asked, _WRITTEN)["text"])
+        if len(text) > LONGEST_TEXT:
+            raise self.wrong(f"has a text of {len(text):,} characters for a few tokens")
+        return text
 
-    def _logprobs(self, prompt: Ids, how: Mapping[str, Any]) -> Mapping[str, Any]:
-        asked = {"model": self.model, "prompt": self._said(prompt), "max_tokens": 1, "temperature": 0}
-        found = self._choice(self.client.post("/v1/completions", {**asked, **how})).get("logprobs")
-        if not isinstance(found, dict):
-            raise self.wrong("has no logprobs")
-        return found
+    def _logprobs(self, prompt: Ids, form: Mapping[str, Any], how: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What is told beside one token that the model writes, or of the prompt, in that form."""
+        asked = {"prompt": self._said(prompt), "max_tokens": 1, **how}
+        found = self._completed(asked, {"choices": [{"logprobs": form}], "model?": (str, None)})
+        return dict(found["logprobs"])
+
+    def _completed(self, asked: Mapping[str, Any], form: Mapping[str, Any]) -> Mapping[str, Any]:
+        answer = self.client.post("/v1/completions", {"model": self.model, "temperature": 0, **asked}, form)
+        if not answer["choices"]:
+            raise self.wrong("has no choices")
+        # A date may follow the name.
+        if not (model := answer.get("model") or self.model).startswith(self.model):
+            raise self.wrong(f"comes from another model, {model[:80]!r}")
+        return dict(answer["choices"][0])
 
     def _said(self, prompt: Ids) -> Any:
         """A prompt as the server reads it."""
         return list(prompt)
 
-    def _choice(self, answer: Any) -> Mapping[str, Any]:
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise self.wrong("has no choices")
-        if (model := answer.get("model")) is not None and not self._is(str(model)):
-            raise self.wrong(f"comes from another model, {str(model)[:80]!r}")
-        return choices[0]
-
-    def _is(self, model: str) -> bool:
-        # A date may follow the name.
-        return model.startswith(self.model)
-
-    def number(self, value: Any) -> float:
+    def number(self, value: float | None) -> float:
         """A log-probability. Raises CompressknowError where it is none: a server that lies is not believed."""
-        if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value) or value > ABOVE:
-            raise self.wrong(f"holds {str(value)[:40]}, which is no log-probability")
+        if value is None or not LEAST <= value <= ABOVE:
+            raise self.wrong(f"holds {value}, which is no log-probability")
         return min(float(value), 0.0)
+
+    def token(self, number: int) -> int:
+        """The id of a token. Raises CompressknowError where it can be none."""
+        if not 0 <= number < 1 << 31:
+            raise self.wrong(f"holds {number} for a token")
+        return number
 
     def wrong(self, what: str) -> CompressknowError:
         """The error for an answer that cannot be one."""
@@ -146,13 +162,11 @@ class LlamaServer(Served):
 
     @property
     def longest(self) -> int | None:
-        found = self.about.get("default_generation_settings")
-        length = found.get("n_ctx") if isinstance(found, dict) else None
-        return length if isinstance(length, int) else None
+        return int(self.about["default_generation_settings"]["n_ctx"])
 
     def _encode(self, text: str, special: bool) -> Ids:
         asked = {"content": text, "add_special": special, "model": self.model}
-        return _ids(self.client.post("/tokenize", asked), self)
+        return tuple(map(self.token, self.client.post("/tokenize", asked, _TOKENS)["tokens"]))
 
     def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
         found = self._likeliest(prompt, LLAMA_TOKENS)
@@ -173,19 +187,18 @@ class LlamaServer(Served):
         step = self._step(prompt, number, 1)
         if step is None:
             return self._likeliest(prompt, self._vocabulary).logp.get(number, -math.inf)
-        if step.get("id") != number:
-            raise self.wrong(f"has token {step.get('id')!r} where {number} was forced")
-        return self.number(step.get("logprob"))
+        if step["id"] != number:
+            raise self.wrong(f"has token {step['id']} where {number} was forced")
+        return self.number(step["logprob"])
 
     def _likeliest(self, prompt: Ids, count: int) -> First:
         # Whatever is written, of a token that is a whole text the server tells all.
-        top = (self._step(prompt, self._whole_text, count) or {}).get("top_logprobs")
-        if not isinstance(top, list) or not all(isinstance(each, dict) for each in top):
-            raise self.wrong("has no top_logprobs")
+        step = self._step(prompt, self._whole_text, count)
+        top = step["top_logprobs"] if step else []
         if len(top) < min(count, self._vocabulary):
             raise self.wrong(f"has {len(top):,} tokens where {count:,} were asked for")
-        logp = {_token(each.get("id"), self): self.number(each.get("logprob")) for each in top}
-        texts = {int(each["id"]): str(each.get("token", ""))[:LONGEST_TOKEN] for each in top}
+        logp = {self.token(each["id"]): self.number(each["logprob"]) for each in top}
+        texts = {each["id"]: _mended(each["token"][:LONGEST_TOKEN]) for each in top}
         return First(logp, texts, whole=len(logp) >= self._vocabulary)
 
     def _step(self, prompt: Ids, forced: int, count: int) -> Mapping[str, Any] | None:
@@ -193,13 +206,13 @@ class LlamaServer(Served):
         the middle of a letter, of which the server tells nothing."""
         how = {"n_predict": 1, "n_probs": count, "logit_bias": [[forced, FORCE]], "temperature": 0}
         how["response_fields"] = ["completion_probabilities", "content"]
-        answer = self.client.post("/completion", {"prompt": list(prompt), "model": self.model, **how})
-        steps = answer.get("completion_probabilities") if isinstance(answer, dict) else None
-        if steps is None and isinstance(answer, dict) and _is_cut(answer.get("content")):
+        answer = self.client.post("/completion", {"prompt": list(prompt), "model": self.model, **how}, _STEPS)
+        steps = answer.get("completion_probabilities")
+        if steps is None and _is_cut(answer.get("content")):
             return None
-        if not isinstance(steps, list) or len(steps) > 1 or not all(isinstance(step, dict) for step in steps):
+        if steps is None or len(steps) > 1:
             raise self.wrong("has no completion_probabilities of one token")
-        return steps[0] if steps else None
+        return dict(steps[0]) if steps else None
 
     @cached_property
     def _whole_text(self) -> int:
@@ -222,25 +235,32 @@ class Vllm(Served):
 
     @property
     def longest(self) -> int | None:
-        length = self.about.get("max_model_len")
-        return length if isinstance(length, int) else None
+        return self.about.get("max_model_len")
 
     def _encode(self, text: str, special: bool) -> Ids:
         asked = {"prompt": text, "add_special_tokens": special, "model": self.model}
-        return _ids(self.client.post("/tokenize", asked), self)
+        return tuple(map(self.token, self.client.post("/tokenize", asked, _TOKENS)["tokens"]))
 
     def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
-        logprobs = self._logprobs(prompt, {"logprobs": SERVER_TOKENS, "return_tokens_as_token_ids": True})
-        top = logprobs.get("top_logprobs")
-        if not isinstance(top, list) or not top or not isinstance(top[0], dict):
+        how = {"logprobs": SERVER_TOKENS, "return_tokens_as_token_ids": True}
+        top = self._logprobs(prompt, {"top_logprobs": [{str: float}]}, how)["top_logprobs"]
+        if not top:
             raise self.wrong("has no top_logprobs")
-        found = {_token(name.removeprefix("token_id:"), self): self.number(value) for name, value in top[0].items()}
+        found = {self._named(name): self.number(value) for name, value in top[0].items()}
         return First(dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))))
 
+    def _named(self, name: str) -> int:
+        """The token that is called ``token_id:17``."""
+        digits = name.removeprefix("token_id:")
+        if not re.fullmatch("[0-9]{1,10}", digits):
+            raise self.wrong(f"holds {name[:40]!r} for a token")
+        return self.token(int(digits))
+
     def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
-        read = self._logprobs((*prompt, *ids), {"logprobs": 1, "echo": True}).get("token_logprobs")
+        form, how = {"token_logprobs": [(float, None)]}, {"logprobs": 1, "echo": True}
+        read = self._logprobs((*prompt, *ids), form, how)["token_logprobs"]
         end = len(prompt) + len(ids)
-        if not isinstance(read, list) or len(read) < end:
+        if len(read) < end:
             raise self.wrong("has too few token_logprobs")
         return score + sum(map(self.number, read[len(prompt) : end]))
 
@@ -265,14 +285,11 @@ class Echoing(Served):
         return First()
 
     def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
-        found = self._logprobs((*prompt, *ids), {"logprobs": 1, "echo": True})
-        lists = [found.get(key) for key in ("tokens", "token_logprobs", "text_offset")]
-        tokens, values, offsets = (each if isinstance(each, list) else [] for each in lists)
-        try:
-            spans = _spans(self._said((*prompt, *ids)), tokens, offsets)
-            pairs = list(zip(spans, values, strict=True))
-        except (TypeError, ValueError, OverflowError):
-            raise self.wrong("has a text_offset that fits no token") from None
+        found = self._logprobs((*prompt, *ids), _ECHO, {"logprobs": 1, "echo": True})
+        tokens, values, offsets = (found[key] for key in _ECHO)
+        if not len(tokens) == len(values) == len(offsets) > 0:
+            raise self.wrong("has a text_offset that fits no token")
+        pairs = zip(_spans(self._said((*prompt, *ids)), tokens, offsets), values, strict=True)
         end = len(prompt) + len(ids)
         # A token that reaches over the beginning of the answer is counted with it.
         chosen = [value for (start, stop), value in pairs if len(prompt) < stop and start < end]
@@ -306,47 +323,27 @@ def _is_cut(text: Any) -> bool:
     return isinstance(text, str) and (not text or text.endswith("\ufffd"))
 
 
-def _spans(text: str, tokens: Any, offsets: Any) -> list[tuple[int, int]]:
+def _spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> list[tuple[int, int]]:
     """Where in the text each token begins and ends. A token that begins every text, and is not in it, counts in the
     offsets of some servers.
 
     >>> _spans("a b", ["<s>", "a", " b"], [0, 3, 4])
     [(-3, 0), (0, 1), (1, 3)]
     """
-    begins = [int(offset) - int(offsets[0]) for offset in offsets]
-    ahead = begins[1] if len(begins) > 1 and not text.startswith(str(tokens[0])) else 0
+    begins = [offset - offsets[0] for offset in offsets]
+    ahead = begins[1] if len(begins) > 1 and not text.startswith(tokens[0]) else 0
     starts = [begin - ahead for begin in begins]
     return [(start, start + len(token)) for start, token in zip(starts, tokens, strict=True)]
 
 
-def _ids(answer: Any, served: Served) -> Ids:
-    found = answer.get("tokens") if isinstance(answer, dict) else None
-    if not isinstance(found, list):
-        raise served.wrong("has no tokens")
-    return tuple(_token(each, served) for each in found)
+def _mended(text: str) -> str:
+    """The same without halves of surrogate pairs, which no file could hold: a model that is cut off in the middle of a
+    letter may write one."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _token(value: Any, served: Served) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError, OverflowError):
-        number = -1
-    if not 0 <= number < 1 << 31:
-        raise served.wrong(f"holds {str(value)[:40]!r} for a token")
-    return number
-
-
-def _text(choice: Mapping[str, Any], key: str, served: Served) -> str:
-    text = choice.get(key)
-    if not isinstance(text, str):
-        raise served.wrong("has no text")
-    if len(text) > LONGEST_TEXT:
-        raise served.wrong(f"has a text of {len(text):,} characters for a few tokens")
-    return text
-
-
-def _known(build: Any) -> str | None:
-    return build[:80] if isinstance(build, str) and build else None
+def _known(build: str | None) -> str | None:
+    return _mended(build[:80]) if build else None
 
 
 def find_out(client: Client, model: str, listed: Mapping[str, Any]) -> Served:
@@ -358,36 +355,35 @@ def find_out(client: Client, model: str, listed: Mapping[str, Any]) -> Served:
 
     Raises CompressknowError where the server completes no text.
     """
-    if "default_generation_settings" in (about := _asked(client, "/props")):
-        meta = listed.get("meta")
-        return LlamaServer(client, model, {**about, **(meta if isinstance(meta, dict) else {})})
-    version = _asked(client, "/version")
-    if "version" in version and listed.get("owned_by") == "vllm":
+    if about := _asked(client, "/props", _PROPS):
+        return LlamaServer(client, model, {**about, **(listed.get("meta") or {})})
+    version = _asked(client, "/version", _VERSION)
+    if version and listed.get("owned_by") == "vllm":
         return Vllm(client, model, {**listed, **version})
     return _tried(client, model)
 
 
 def _tried(client: Client, model: str) -> Served:
     """By a completion: it echoes log-probabilities, or it writes."""
-    asked = {"model": model, "prompt": TRIAL, "max_tokens": 1, "temperature": 0}
-    echoing = Echoing(client, model, {})
+    echoing, writing = Echoing(client, model, {}), Writing(client, model, {})
+    asked = {"prompt": TRIAL, "max_tokens": 1, "logprobs": 1, "echo": True}
+    form = {"choices": [{"logprobs?": (_MAYBE_ECHO, None)}], "model?": (str, None)}
     try:
-        found = echoing._choice(client.post("/v1/completions", {**asked, "logprobs": 1, "echo": True})).get("logprobs")
-        if isinstance(found, dict) and len(found.get("token_logprobs") or ()) > 2 and found.get("text_offset"):
+        found = echoing._completed(asked, form).get("logprobs") or {}
+        if len(found.get("token_logprobs") or ()) > 2 and found.get("text_offset"):
             return echoing
     except Refused as refused:
         if refused.status not in (400, 422, 501):
             raise
-    writing = Writing(client, model, {})
     writing.write(writing.encode(TRIAL, True), 1)
     return writing
 
 
-def _asked(client: Client, path: str) -> Mapping[str, Any]:
+def _asked(client: Client, path: str, form: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a server tells of itself in that form; nothing where it does not."""
     try:
-        found = client.get(path)
+        return dict(client.get(path, form))
     except Refused as refused:
         if refused.status in (401, 403):
             raise
         return {}
-    return found if isinstance(found, dict) else {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from _thread import start_new_thread
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from queue import Empty, SimpleQueue
@@ -92,6 +93,30 @@ class ServedScorer(CausalScorer):
     def _most(self) -> int | None:
         return self._served.longest
 
+    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
+        """Each fact alone: it is counted and stored as soon as it is answered."""
+        return [(query,) for query in batch]
+
+    def each(
+        self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
+    ) -> Iterator[tuple[Sequence[Query], T]]:
+        """See `Scorer.each`: one batch's requests follow one another; those of several go at the same time."""
+        jobs: SimpleQueue[Sequence[Query]] = SimpleQueue()
+        results: SimpleQueue[tuple[Sequence[Query], T] | Exception] = SimpleQueue()
+        for batch in batches:
+            jobs.put(batch)
+        count, stopped = jobs.qsize(), threading.Event()
+        # Not of a pool that is waited for: who interrupts the run does not wait for a server that hangs.
+        for _ in range(min(self._parallel, count)):
+            start_new_thread(_work, (work, jobs, results, stopped))
+        try:
+            for _ in range(count):
+                if isinstance(result := results.get(), Exception):
+                    raise result
+                yield result
+        finally:
+            stopped.set()
+
     def answer(
         self,
         batch: Sequence[Query],
@@ -99,7 +124,7 @@ class ServedScorer(CausalScorer):
         whole: Whole | None = None,  # noqa: ARG002
     ) -> list[Answer]:
         """See `Scorer.answer`. No server tells whole distributions in time: `whole` is told of none."""
-        return self._each(self._answered, batch, reference)
+        return [self._answered(*pair) for pair in _paired(batch, reference)]
 
     def answer_anew(
         self,
@@ -110,35 +135,8 @@ class ServedScorer(CausalScorer):
     ) -> list[Answer]:
         """See `Scorer.answer_anew`."""
         known = {answer.fact_id: answer for answer in answers}
-
-        def anew(query: Query, wanted: Ids | None) -> Answer:
-            return _distributed(known[query.fact.id], self._first(query, wanted), wanted)
-
-        return self._each(anew, batch, reference)
-
-    def _each(
-        self, do: Callable[[Query, Ids | None], T], batch: Sequence[Query], reference: Sequence[Ids] | None
-    ) -> list[T]:
-        """One fact's requests follow one another; those of several facts go at the same time."""
-        wanted = reference if reference is not None else [None] * len(batch)
-        jobs: SimpleQueue[tuple[int, Query, Ids | None]] = SimpleQueue()
-        told: SimpleQueue[tuple[int, T | Exception]] = SimpleQueue()
-        for place, (query, ids) in enumerate(zip(batch, wanted, strict=True)):
-            jobs.put((place, query, ids))
-        stopped: list[bool] = []
-        # Not of a pool that is waited for: who interrupts the run does not wait for a server that hangs.
-        for _ in range(min(self._parallel, len(batch))):
-            start_new_thread(_work, (do, jobs, told, stopped))
-        found: dict[int, T] = {}
-        try:
-            while len(found) < len(batch):
-                place, answer = told.get()
-                if isinstance(answer, Exception):
-                    raise answer
-                found[place] = answer
-        finally:
-            stopped.append(True)
-        return [found[place] for place in range(len(batch))]
+        pairs = _paired(batch, reference)
+        return [_distributed(known[query.fact.id], self._first(query, wanted), wanted) for query, wanted in pairs]
 
     def _answered(self, query: Query, wanted: Ids | None) -> Answer:
         text = self._text(query)
@@ -150,7 +148,7 @@ class ServedScorer(CausalScorer):
 
     def say(self, batch: Sequence[Query]) -> list[str | None]:
         """See `Scorer.say`."""
-        return self._each(lambda query, _: said(self._text(query), choices_of(query.fact)), batch, None)
+        return [said(self._text(query), choices_of(query.fact)) for query in batch]
 
     def _text(self, query: Query) -> str:
         """What the model writes: as many tokens as tell what it says."""
@@ -200,21 +198,25 @@ class ServedScorer(CausalScorer):
 
 
 def _work(
-    do: Callable[[Query, Ids | None], T],
-    jobs: SimpleQueue[tuple[int, Query, Ids | None]],
-    told: SimpleQueue[tuple[int, T | Exception]],
-    stopped: list[bool],
+    work: Callable[[Sequence[Query]], T],
+    jobs: SimpleQueue[Sequence[Query]],
+    results: SimpleQueue[tuple[Sequence[Query], T] | Exception],
+    stopped: threading.Event,
 ) -> None:
     """Do jobs until there are none, or nobody waits for them."""
-    while not stopped:
+    while not stopped.is_set():
         try:
-            place, query, ids = jobs.get_nowait()
+            batch = jobs.get_nowait()
         except Empty:
             return
         try:
-            told.put((place, do(query, ids)))
+            results.put((batch, work(batch)))
         except Exception as error:
-            told.put((place, error))
+            results.put(error)
+
+
+def _paired(batch: Sequence[Query], reference: Sequence[Ids] | None) -> Iterator[tuple[Query, Ids | None]]:
+    return zip(batch, reference if reference is not None else [None] * len(batch), strict=True)
 
 
 def _free(fact: Fact) -> Fact:
