@@ -85,6 +85,7 @@ def convert(
     chosen = _chosen(locals())
     _refuse_before_work(model, Path(output), overwrite=overwrite, writes=not dry_run)
     _refuse_no_text(chosen)
+    from compressknow.compress.calibrate.trial import refuse_unsmoothable
     from compressknow.compress.convert import planned_files, prepare, text_for, write
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
@@ -96,6 +97,7 @@ def convert(
     with begun(listening, Stage("sample" if calibrates else "convert", str(model))) as advance:
         conversion = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
+            refuse_unsmoothable(*conversion)
             return Manifest({**preview(conversion.plan), "planned_files": planned_files(conversion.plan)})
         if not calibrates:
             return write(conversion, output, begin=lambda _: nullcontext(advance), **how)
