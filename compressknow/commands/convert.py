@@ -92,14 +92,14 @@ def convert(
     from compressknow.quiet import Stage, begun, listener
     from compressknow.report.model_card import model_card_for
 
-    listening, calibrates = listener(on_progress), chosen.calibration is not None
+    listening, calibration = listener(on_progress), chosen.calibration
     how: dict[str, Any] = {"overwrite": overwrite, "threads": threads, "render_card": model_card_for}
-    with begun(listening, Stage("sample" if calibrates else "convert", str(model))) as advance:
+    with begun(listening, Stage(calibration.work if calibration else "convert", str(model))) as advance:
         conversion = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
             refuse_unsmoothable(*conversion)
             return Manifest({**preview(conversion.plan), "planned_files": planned_files(conversion.plan)})
-        if not calibrates:
+        if not calibration:
             return write(conversion, output, begin=lambda _: nullcontext(advance), **how)
         text = text_for(conversion, trust_remote_code=trust_remote_code, advance=advance)
     return write(conversion, output, text=text, begin=lambda work: begun(listening, Stage(work, str(model))), **how)
