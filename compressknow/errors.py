@@ -88,9 +88,15 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     >>> did_you_mean("tail", ["attention", "final"], cutoff=0.8)
     ''
     """
+    near = nearest(word, known, cutoff)
+    return f"Did you mean {near}? " if near else ""
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known word that a word nearly is; None where it is like none."""
     names = {_folded(name): name for name in known}
     near = difflib.get_close_matches(_folded(word), names, n=1, cutoff=cutoff)
-    return f"Did you mean {names[near[0]]}? " if near else ""
+    return names[near[0]] if near else None
 
 
 def _folded(word: str) -> str:
