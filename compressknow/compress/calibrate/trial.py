@@ -35,8 +35,9 @@ TRIED_TOKENS = 8
 
 
 def refuse_unsmoothable(plan: Plan, tree: PreTrainedModel) -> None:
-    """Raise UnsupportedError where a recipe smooths and a block in scope has nothing that can be: found by a few tokens,
-    before the model writes a text.
+    """Raise UnsupportedError where a recipe smooths and a block in scope has nothing that can be.
+
+    A few tokens tell, before there is a text.
     """
     if not plan.recipe.smooths:
         return

@@ -199,6 +199,17 @@ def gate(card: Card, fail_under: float, *, strict: bool = False) -> None:
         )
 
 
+def hold_to_gate(result: object, card: Card, fail_under: float | None, *, strict: bool) -> None:
+    """Call `gate`, if there is one; its errors bear the `result` that the caller has made."""
+    if fail_under is None:
+        return
+    try:
+        gate(card, fail_under, strict=strict)
+    except (GateNotMet, GateUndecided) as unmet:
+        unmet.result = result
+        raise
+
+
 def _met(comparison: Comparison, fail_under: float, strict: bool) -> bool | None:
     """Whether the gate is met; None where a strict one is neither met nor missed."""
     kept = comparison.counts.kept
