@@ -30,6 +30,7 @@ def compare(
     no_facts: bool = False,
     answers: str | Path | None = None,
     overwrite: bool = False,
+    runtime: str | None = None,
     revision: str | None = None,
     revision_b: str | None = None,
     threads: int | None = None,
@@ -50,6 +51,7 @@ def compare(
     no_facts : leave the text of every fact out.
     answers : folder of the answers; by default ``~/.cache/compressknow/answers``.
     overwrite : replace files of `output` that are there already.
+    runtime : what runs the models, where that is not what suits them.
     revision, revision_b : of a and of b, if they are hub ids.
     threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
     command : the command line to show.
@@ -83,7 +85,7 @@ def compare(
     files = files_of(output)
     require_for(files, *(("pyarrow", "scipy") if probe else ()))
     check_outputs(files, overwrite=overwrite)
-    options, settings = records_of(words, options, settings)
+    options, settings = records_of({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
     opened = open_named(probe, options, known) if probe else []
     listening = listener(on_progress)
     first, second = find_both(Named(a, revision), Named(b, revision_b), settings, listening)

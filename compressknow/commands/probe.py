@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.commands.words import SeededWords, records_of, speaks_python
+from compressknow.commands.words import ServingWords, records_of, speaks_python
 
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers
@@ -26,7 +26,7 @@ def probe(
     settings: Settings | None = None,
     revision: str | None = None,
     on_progress: OnProgress | None = None,
-    **words: Unpack[SeededWords],
+    **words: Unpack[ServingWords],
 ) -> Answers:
     """Evaluate a model on facts, and keep its answers in a folder.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.commands.words import SeededWords, files_of, records_of, speaks_python
+from compressknow.commands.words import ServingWords, files_of, records_of, speaks_python
 
 if TYPE_CHECKING:
     from compressknow.probe.handle import Settings
@@ -37,7 +37,7 @@ def report(
     revision: str | None = None,
     command: str | None = None,
     on_progress: OnProgress | None = None,
-    **words: Unpack[SeededWords],
+    **words: Unpack[ServingWords],
 ) -> Card:
     """Evaluate the original and each compressed model on the same facts, and compare them.
 

@@ -24,8 +24,7 @@ R = TypeVar("R")
 class Words(TypedDict, total=False):
     """What is evaluated, and how a model is run: `compressknow.Options` and `compressknow.Settings` say what each is.
 
-    `map` says which columns of a table are which, by key or as ``KEY=COLUMN``; `model_name` is a model's name on a
-    server, and `no_noise_floor` leaves the noise floor out.
+    `map` says which columns of a table are which, by key or as ``KEY=COLUMN``; `no_noise_floor` leaves that out.
     """
 
     data: str | Path | None
@@ -41,10 +40,6 @@ class Words(TypedDict, total=False):
     dtype: str | None
     batch_size: int
     trust_remote_code: bool
-    runtime: str | None
-    model_name: str | None
-    parallel: int
-    timeout: float
     no_noise_floor: bool
 
 
@@ -52,6 +47,15 @@ class SeededWords(Words, total=False):
     """The same, and the seed of the sample."""
 
     seed: int
+
+
+class ServingWords(SeededWords, total=False):
+    """The same, and what runs a model; `model_name` is its name on a server."""
+
+    runtime: str | None
+    model_name: str | None
+    parallel: int
+    timeout: float
 
 
 # What a signature shows; the records have the defaults of the rest, which are None.
@@ -123,7 +127,7 @@ def _spelt_out(signature: inspect.Signature) -> inspect.Signature:
         if each.kind is not inspect.Parameter.VAR_KEYWORD:
             parameters.append(each)
             continue
-        words = SeededWords if "Seeded" in str(each.annotation) else Words
+        words = next(kind for kind in (ServingWords, SeededWords, Words) if kind.__name__ in str(each.annotation))
         for name, kind in words.__annotations__.items():
             said = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
             parameters.append(
