@@ -147,7 +147,7 @@ def report_page(card: Card) -> Iterator[str]:
 def _next(comparison: Comparison) -> Iterator[str]:
     if comparison.next:
         # It may hold a command, which no line may break within a word.
-        yield from textwrap.wrap(comparison.next, WIDTH, break_on_hyphens=False)
+        yield from textwrap.wrap(comparison.next, WIDTH, break_on_hyphens=False, break_long_words=False)
         yield ""
 
 

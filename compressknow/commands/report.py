@@ -71,6 +71,7 @@ def report(
     compressknow.errors.CompressknowError : a model cannot be found, loaded or evaluated; two that cannot be compared;
         an output that cannot be written.
     """
+    from compressknow.model.checkpoint import can_be_converted
     from compressknow.probe.gather import Evaluation, default_answers_folder, gather, names_of
     from compressknow.probe.grades import check_known
     from compressknow.quiet import listener
@@ -112,7 +113,8 @@ def report(
             original, models[0], evaluation, decider(fail_under), revision=revision, on_progress=listening
         )
         after = [only]
-    card = make_card(before, after, show_facts=not no_facts, known=known, command=command, early=stop)
+    path = str(original) if can_be_converted(original) else None
+    card = make_card(before, after, show_facts=not no_facts, known=known, command=command, early=stop, path=path)
     write_reports(card, files, overwrite=overwrite)
     if into_model_card:
         write_into_model_cards(card, models)

@@ -203,6 +203,12 @@ def refuse_no_checkpoint(model: str | Path) -> None:
         raise CheckpointError(f"{model}: no such folder.", hint=f"{did_you_mean_beside(path)}{hint}")
 
 
+def can_be_converted(model: str | Path) -> bool:
+    """Return whether a model is named by a checkpoint folder or a hub id, not by a file, a server or its answers."""
+    path = Path(model)
+    return (path / "config.json").is_file() or not (is_address(model) or path.exists() or is_path(model))
+
+
 def is_path(model: str | Path) -> bool:
     """Whether a model that is not here is named by a path: it cannot be a hub id, or what stands before its slash is a
     folder."""
