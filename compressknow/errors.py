@@ -38,10 +38,10 @@ class CompressknowError(Exception):
         self.args = ("\n".join(part for part in (what, why, hint) if part),)
 
 
-# An option, and the value that a message gives it: a number, a word in capitals, or a name.
+# An option, and the value that a message gives it: a number, a word in capitals, a name, or what holds a sign.
 _OPTION = re.compile(
     r"(?P<pass>(?:[Pp]ass|[Aa]dd) )?(?<![\w-])--?(?P<name>[a-z][a-z-]*)"
-    r"(?: (?P<value>\d[\w.%-]*[\w%]|\d|[A-Z][A-Z_]+\b|(?:"
+    r"(?: (?P<value>\d[\w.%-]*[\w%]|\d|[A-Z][A-Z_]+\b|[a-z-]+[:=.]\w+|(?:"
     r"atlas|attention|blocks|cpu|feed-forward|float16|gptq|int8|produced|transformers|vision|wanda)\b))?"
 )
 _SHORT = {"p": "probe", "o": "output"}
@@ -57,6 +57,10 @@ def with_parameters(text: str, flags: Mapping[str, bool]) -> str:
     """
 
     def parameter(match: re.Match[str]) -> str:
+        said = _parameter(match)
+        return said.replace("`", "") if text[: match.start()].endswith("`") else said
+
+    def _parameter(match: re.Match[str]) -> str:
         name = _SHORT.get(match["name"], match["name"].replace("-", "_"))
         if name not in flags:
             return match[0]

@@ -33,7 +33,7 @@ class Words(TypedDict, total=False):
     templates: int
     limit: int | None
     context: int | None
-    map: Mapping[str, str] | Sequence[str]
+    map: Mapping[str, str] | str | Sequence[str]
     split: str | None
     tasks: str | Path | None
     device: str
@@ -88,7 +88,8 @@ def records_of(
         if facts.get(name) is not None:
             facts[name] = Path(facts[name])
     if not isinstance(facts.get("columns", {}), Mapping):
-        facts["columns"] = parse_columns(facts["columns"])
+        given = facts["columns"]
+        facts["columns"] = parse_columns([given] if isinstance(given, str) else given)
     if "protocol" in facts:
         facts["protocol"] = facts["protocol"].lower()
     return replace(options or Options(), **facts), replace(settings or Settings(), **running)
