@@ -41,7 +41,7 @@ class CompressknowError(Exception):
 # An option, and the value that a message gives it: a number, a word in capitals, a name, or what holds a sign.
 _OPTION = re.compile(
     r"(?P<pass>(?:[Pp]ass|[Aa]dd) )?(?<![\w-])--?(?P<name>[a-z][a-z-]*)"
-    r"(?: (?P<value>\d[\w.%-]*[\w%]|\d|[A-Z][A-Z_]+\b|[a-z-]+[:=.]\w+|(?:"
+    r"(?: (?P<value>\d[\w.%-]*[\w%]|\d|[A-Z][A-Z_]+\b|[a-z-]+[:=.][\w./]*\w|(?:"
     r"atlas|attention|blocks|cpu|feed-forward|float16|gptq|int8|produced|transformers|vision|wanda)\b))?"
 )
 _SHORT = {"p": "probe", "o": "output"}
