@@ -17,7 +17,9 @@ import pytest
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+import compressknow
 from compressknow.cli import main
+from compressknow.errors import GateNotMet, GateUndecided
 from compressknow.probe.answers import RECORD
 from compressknow.probe.sources.own_facts import own_facts
 from tests.knowing import facts_file, knowing
@@ -407,6 +409,16 @@ def test_a_gate_ends_with_3_and_says_the_numbers(run: Run) -> None:
     assert ended.code == 3
     assert f"keeps {kept['both']} of 64" in ended.err
     assert run("report", "{place}/on-llama", "{place}/on-llama", "--fail-under", "1").code == 0
+
+
+def test_a_gate_in_python_is_an_error_that_bears_the_card(place: Path, tmp_path: Path) -> None:
+    both, page = (place / "on-llama", place / "on-llama-8"), tmp_path / "card.json"
+    with pytest.raises(GateNotMet, match="or lower `fail_under`") as unmet:
+        compressknow.report(*both, fail_under=0.9, output=page)
+    assert unmet.value.result.to_dict() == json.loads(page.read_text())
+    with pytest.raises(GateUndecided):
+        compressknow.report(both[0], both[0], fail_under=0.99, strict=True)
+    assert compressknow.report(both[0], both[0], fail_under=1).comparisons[0].kept.value == 1
 
 
 def test_a_strict_gate_that_so_few_facts_cannot_tell_ends_with_4(run: Run) -> None:
