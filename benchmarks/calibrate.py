@@ -154,7 +154,7 @@ GPTQ, SPARSEGPT = f"gptq int4, groups of {PEER_GROUP}", "sparsegpt 50 %"
 THEIRS = "llm-compressor "
 KINDS: dict[str, Callable[[Job], None]] = {
     OURS: ours(quantize="int4", rounding="gptq"),
-    GPTQ: ours(quantize="int4", rounding="gptq", parameters={"group_size": PEER_GROUP}),
+    GPTQ: ours(quantize="int4", rounding="gptq", group_size=PEER_GROUP),
     SPARSEGPT: ours(prune=0.5, prune_method="sparsegpt"),
     THEIRS + GPTQ: theirs(their_gptq, packed=True),
     THEIRS + SPARSEGPT: theirs(their_sparsegpt, packed=False),

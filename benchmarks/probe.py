@@ -304,7 +304,7 @@ def report_int4(options: Namespace) -> None:
 
     print(f"\nDecoding one token at a time, {options.model.name}, quantized whole by the scheme int4, groups of 64")
     with tempfile.TemporaryDirectory() as folder:
-        convert(options.model, Path(folder) / PACKED, scope="overall", quantize="int4", parameters={"group_size": 64})
+        convert(options.model, Path(folder) / PACKED, scope="overall", quantize="int4", group_size=64)
         layers = [layer for layer in load(Path(folder) / PACKED).modules() if isinstance(layer, Int4Linear)]
         sys.argv += ["--checkpoints", folder]
         results = compare("int4", dict.fromkeys((PACKED, ORIGINAL, HALF), (options.tokens, 1)), options.rounds)

@@ -11,7 +11,7 @@ from compressknow.format import plain
 
 WIDTH = 80
 # What is longer is cut.
-TITLE_CHARACTERS, VERDICT_CHARACTERS, CELL_CHARACTERS = 200, 800, 60
+TITLE_CHARACTERS, VERDICT_CHARACTERS, CELL_CHARACTERS, LINE_CHARACTERS = 200, 800, 60, 160
 # Rows beyond these are counted.
 SHOWN_AT_A_PROMPT, SHOWN_IN_A_NOTEBOOK = 8, 20
 # In colours of the page around it, be it light or dark.
@@ -46,7 +46,7 @@ def _fit(summary: Summary) -> Summary:
 
 
 class Shown:
-    """Something that says `_summary`, and is shown by it."""
+    """Something that says `_summary`, and is shown by it: on a line, printed with a table, or as HTML in a notebook."""
 
     __slots__ = ()
 
@@ -55,6 +55,12 @@ class Shown:
 
     def __repr__(self) -> str:
         # One that lacks what its class promises, such as a dict that was emptied, is shown as it is.
+        try:
+            return as_line(self._summary())
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return super().__repr__()
+
+    def __str__(self) -> str:
         try:
             return as_text(self._summary())
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
@@ -67,8 +73,19 @@ class Shown:
             return None
 
 
+def as_line(summary: Summary) -> str:
+    """Return one line in angle brackets, as an object without a literal form is shown.
+
+    >>> as_line(Summary("Card: what a knew", "95 % kept."))
+    '<Card: what a knew; 95 % kept.>'
+    """
+    fit = _fit(summary)
+    told = f"{fit.title}; {fit.verdict}" if fit.verdict else fit.title
+    return f"<{textwrap.shorten(told, LINE_CHARACTERS, placeholder=' ...')}>"
+
+
 def as_text(summary: Summary) -> str:
-    """Lines in angle brackets, as an object without a literal form is shown.
+    """Return lines in angle brackets: the whole summary.
 
     >>> print(as_text(Summary("Card: a against b", "95 % kept.", ("Group", "n"), [("x", "12"), ("longer", "3")])))
     <Card: a against b

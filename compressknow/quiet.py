@@ -87,9 +87,16 @@ def _no_bars() -> Iterator[None]:
 
 _Export = Literal["unpack", "gather", "export", "quantize"]
 _Measure = Literal["evaluate", "noise", "runtime", "read", "time"]
-Work = Literal["convert", "sample", "choose", "calibrate", "verify", "hash", "compare", _Measure, _Export]
+Work = Literal["convert", "sample", "text", "choose", "calibrate", "verify", "hash", "compare", _Measure, _Export]
 UNITS = {
-    **{"evaluate": "facts", "noise": "facts", "runtime": "facts", "read": "chunks", "sample": "tokens"},
+    **{
+        "evaluate": "facts",
+        "noise": "facts",
+        "runtime": "facts",
+        "read": "chunks",
+        "sample": "tokens",
+        "text": "tokens",
+    },
     **{"choose": "blocks", "calibrate": "blocks"},
     **{"gather": "blocks", "quantize": "tensors"},
 }
@@ -103,9 +110,9 @@ class Stage:
     ----------
     work : ``evaluate`` (a model on the facts of a probe), ``noise`` (the same in another precision), ``runtime`` (the
         same in another runtime), ``read`` (a running text), ``time`` (how fast it is), ``convert``, ``sample`` (the
-        text to calibrate on), ``choose`` (the blocks and neurons to drop), ``calibrate`` (convert block by block),
-        ``verify``, ``hash``, ``compare``; of an export ``unpack`` (to floats), ``gather`` (what layers read),
-        ``export`` (to GGUF) and ``quantize``.
+        model writes the text to calibrate on) or ``text`` (which is read), ``choose`` (the blocks and neurons to
+        drop), ``calibrate`` (convert block by block), ``verify``, ``hash``, ``compare``; of an export ``unpack`` (to
+        floats), ``gather`` (what layers read), ``export`` (to GGUF) and ``quantize``.
     model : what the model is called.
     probe : what it is evaluated on; nothing for other work.
     facts : of all probes that this model is evaluated on; each of the others is evaluated on the same.

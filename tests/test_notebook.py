@@ -24,6 +24,7 @@ from tests.report.study.studies import empty, failed_only, whole_grid
 MADE = {
     "answers": run(sides(both=3, lost=1))[0],
     "card": card_of_one(),
+    "comparison": card_of_one().comparisons[0],
     "cards": card_of_several(),
     "card of nothing": card_of_nothing(),
     "contrast": comparison_of(),
@@ -58,7 +59,10 @@ def looked_at(result: Any) -> tuple[str, Tags]:
     """Both forms, held to what holds of every result."""
     html = result._repr_html_()
     assert html is not None
-    page, text = Tags(html), repr(result)
+    page, text = Tags(html), str(result)
+    # A line at a prompt, whatever a record holds.
+    assert len(repr(result)) < 200
+    assert all(character.isprintable() for character in repr(result))
     assert page.tags <= TAGS
     assert page.attributes <= {"style", "scope"}
     assert len(text.splitlines()) < 25
@@ -103,7 +107,7 @@ def test_what_the_verbs_return_of_a_hostile_folder(hostile_model: Path, tmp_path
     planned = compressknow.convert(hostile_model, tmp_path / "none", prune=0.5, dry_run=True)
     for result in (inspection, manifest, planned, compressknow.verify(tmp_path / "out")):
         looked_at(result)
-    assert "<script>alert(1)<b>⟨U+001B⟩[31m" in repr(manifest)
+    assert "<script>alert(1)<b>⟨U+001B⟩[31m" in str(manifest)
     assert "&lt;script&gt;" in manifest._repr_html_()
     weights = tmp_path / "out" / "tokenizer<i>.json"
     weights.write_text("{}")

@@ -11,8 +11,9 @@ import pytest
 
 import compressknow
 from compressknow import Progress, Stage
+from compressknow.cli.terminal import _State
 from compressknow.quiet import Bars, begun, counted, listener, staged
-from tests.knowing import facts_file, knowing
+from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,25 @@ def test_each_verb_tells_its_stages(place: Path, tmp_path: Path) -> None:
     compressknow.report(model, place / "pruned", facts, keep_in=tmp_path / "kept", on_progress=told.append)
     assert stages(told) == [*((work, "llama", 1, 2) for work in ORIGINAL), ("evaluate", "pruned", 2, 2)]
     assert {(progress.stage.probe, progress.stage.facts) for progress in told} == {("facts:facts.jsonl", 64)}
+
+
+def test_a_calibration_text_is_read_from_a_file_and_written_by_the_model(place: Path, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    (tmp_path / "notes.txt").write_text(" ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS) * 10)
+    for text, works in ((tmp_path / "notes.txt", ["text", "calibrate"]), ("self", ["sample", "calibrate"])):
+        compressknow.convert(
+            place / "llama",
+            tmp_path / Path(text).stem,
+            prune=0.5,
+            prune_method="wanda",
+            calibration=str(text),
+            calibration_tokens=256,
+            on_progress=told.append,
+        )
+        assert [progress.stage.work for progress in told if progress.state == "begins"] == works
+        labels = [_State(progress.stage).text() for progress in told if progress.state == "begins"]
+        assert labels[0].startswith("Writing" if text == "self" else "Reading"), labels
+        told.clear()
 
 
 def test_a_sweep_tells_each_cell_and_its_result(place: Path, tmp_path: Path) -> None:

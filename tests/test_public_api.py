@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 import compressknow
+from compressknow.cli import COMMANDS, main
+from compressknow.commands.report import report
+from compressknow.commands.words import ServingWords, records_of
 from compressknow.compress.recipe import Recipe
 from compressknow.errors import CheckpointError, UsageError
 from compressknow.model.scopes import DEFAULT_SCOPES
@@ -32,6 +35,68 @@ def test_verbs_are_documented_and_typed(name: str) -> None:
     signature = inspect.signature(function)
     assert signature.return_annotation is not inspect.Signature.empty
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
+
+
+# What the terminal alone has, and what Python alone has.
+OF_THE_TERMINAL = {"json", "push", "private", "no_facts of sweep", "model of probe", "model of report"}
+OF_PYTHON = {"on_progress", "on_result", "command", "options", "settings", "parameters", "check", "model_name"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_verb_takes_the_words_of_its_command(name: str) -> None:
+    command = getattr(importlib.import_module(f"compressknow.cli.{name}"), name)
+    words = set()
+    for each in command.params:
+        option = next((option for option in each.opts if option.startswith("--")), each.name)
+        words.add(option.removeprefix("--").replace("-", "_"))
+    verb = getattr(importlib.import_module(f"compressknow.commands.{name}"), name)
+    parameters = set(inspect.signature(verb).parameters)
+    assert {word for word in words - parameters if {word, f"{word} of {name}"}.isdisjoint(OF_THE_TERMINAL)} == set()
+    assert parameters - words - OF_PYTHON == set()
+
+
+def test_the_defaults_that_a_signature_shows_are_those_of_the_records() -> None:
+    shown = {name: each.default for name, each in inspect.signature(report).parameters.items()}
+    options, settings = records_of({name: shown[name] for name in ServingWords.__annotations__})
+    assert (options, settings) == (compressknow.Options(), compressknow.Settings())
+
+
+@pytest.mark.parametrize(
+    ("verb", "old", "new"),
+    [
+        ("report", {"keep_in": "kept"}, "answers"),
+        ("report", {"timed": True}, "time"),
+        ("report", {"outputs": ["a.html"]}, "output"),
+        ("report", {"early": 0.9}, "fail_under"),
+        ("compare", {"outputs": ["a.html"]}, "output"),
+        ("probe", {"probes": "atlas"}, "probe"),
+        ("sweep", {"scheme": "int8"}, "quantize"),
+        ("search", {"prune_methods": ["wanda"], "keep": 0.9}, "prune_method"),
+    ],
+)
+def test_an_old_name_works_and_warns(
+    verb: str, old: dict[str, Any], new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = getattr(importlib.import_module(f"compressknow.commands.{verb}"), verb)
+    with pytest.warns(DeprecationWarning, match=f"{new}="), pytest.raises(CheckpointError, match="no such folder"):
+        call(tmp_path / "a", tmp_path / "b", **old)
+
+
+def test_an_unknown_word_is_told_what_was_meant() -> None:
+    with pytest.raises(TypeError, match=r"report\(\) got an unexpected keyword argument 'limt'. Did you mean limit\?"):
+        report("a", "b", limt=3)  # type: ignore[call-arg]
+
+
+def test_an_error_names_the_parameter_in_python_and_the_option_at_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(UsageError) as raised:
+        report("a", "b", early=True)
+    assert str(raised.value) == "`early` needs a gate.\nAdd `fail_under=SHARE`, or leave out `early`."
+    assert raised.value.hint == "Add `fail_under=SHARE`, or leave out `early`."
+    assert main(["report", "a", "b", "--early"]) == 2
+    assert "--early needs a gate.\n  Add --fail-under SHARE, or leave out --early." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", RECORDS)

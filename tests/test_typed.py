@@ -28,6 +28,8 @@ WRONG = {
     'compressknow.inspect("a").scope': '"Inspection" has no attribute "scope"',
     'compressknow.verify("a").diferences': '"Verification" has no attribute "diferences"',
     'compressknow.export("a", "b.gguf").grups': '"ExportRecord" has no attribute "grups"',
+    'compressknow.report("a", "b", limt=3)': 'Unexpected keyword argument "limt"',
+    'compressknow.report("a", "b", limit="3")': 'expected "int | None"',
     'compressknow.probe("a", "b").answer': '"Answers" has no attribute "answer"',
     'compressknow.report("a", "b").verdit': '"Card" has no attribute "verdit"',
     'compressknow.compare("a", "b").diff': '"CheckpointComparison" has no attribute "diff"',
@@ -104,7 +106,8 @@ def main() -> None:
     uploaded: Upload = compressknow.push("out", "me/out", private=True)
     record: ExportRecord = compressknow.export("out", "out.gguf", type="q4_k_m", type_of={"attention": "q8_0"})
     answers: Answers = compressknow.probe(MODEL, "answers", "atlas", options=options, settings=settings)
-    card: Card = compressknow.report(MODEL, "out", ["atlas"], outputs=["report.html"], on_progress="bar")
+    card: Card = compressknow.report(MODEL, "out", ["atlas"], output=["report.html"], on_progress="bar")
+    values: dict[str, object] = compressknow.report(MODEL, "out", limit=20, fail_under=0.9, time=True).to_dict()
     kept: float | None = card.comparisons[0].kept.value
     comparison: CheckpointComparison = compressknow.compare(MODEL, "out", on_progress=on_progress)
     error: float | None = comparison.difference.total.relative_error if comparison.difference else None
@@ -114,6 +117,7 @@ def main() -> None:
     groups: dict[str, dict[str, dict[str, int]]] = record.groups
     model = compressknow.load("out", device="cpu")
     print(uploaded.url, stored, again, setup, found, answers.probes, kept, error, study.cells, winner, groups, model)
+    print(values)
 
 
 try:

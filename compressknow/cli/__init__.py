@@ -30,7 +30,8 @@ COMMANDS = {
 def cli(debug: bool) -> None:
     """Compress a language model, and know what it forgot.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate that you set was not met, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate that you set was not met, 4 too few facts tell (--strict), 130
+    interrupted.
     """
 
 

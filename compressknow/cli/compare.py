@@ -19,11 +19,10 @@ from compressknow.cli.options import (
     probe_options,
     probes_help,
     runtime_option,
-    split_options,
     templates_option,
 )
 from compressknow.cli.report import command_of
-from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted
+from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted, shown_first
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.format import plain, size, smaller
 from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, names_of
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
 @option(
     "-o",
     "--output",
-    "outputs",
     multiple=True,
     type=click.Path(path_type=Path),
     help="File, repeatable: .html, .md or .json.",
@@ -70,7 +68,6 @@ if TYPE_CHECKING:
 @option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
 @option(
     "--answers",
-    "keep_in",
     type=click.Path(path_type=Path, file_okay=False),
     group=EVALUATE,
     help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
@@ -86,10 +83,8 @@ def compare(
     /,
     a: str,
     b: str,
-    outputs: tuple[Path, ...],
-    probes: tuple[str, ...],
-    fail_under: float | None,
-    strict: bool,
+    output: tuple[Path, ...],
+    probe: tuple[str, ...],
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -106,31 +101,23 @@ def compare(
     compressknow compare MODEL CONVERTED -p atlas --fail-under 0.95
     """
     from compressknow.commands.compare import compare as comparison_of
-    from compressknow.report.card.make import check_gate, gate
-    from compressknow.report.diff.pages import diff_json
 
-    if fail_under is not None and not probes:
-        raise click.UsageError("--fail-under needs a probe: choose one with -p PROBE.")
-    check_gate(fail_under, strict=strict)
-    options, settings = split_options(given)
-    with if_interrupted(RESUMES if probes else NOTHING_WRITTEN):
-        comparison = comparison_of(
-            a,
-            b,
-            probes,
-            outputs=outputs,
-            options=options,
-            settings=settings,
-            command=command_of(ctx),
-            on_progress=Lines(),
-            **given,
-        )
+    with (
+        if_interrupted(RESUMES if probe else NOTHING_WRITTEN),
+        shown_first(lambda found: _show(found, output, as_json)),
+    ):
+        given |= {"command": command_of(ctx), "on_progress": Lines()}
+        comparison = comparison_of(a, b, probe, output=output, **given)
+    _show(comparison, output, as_json)
+
+
+def _show(comparison: CheckpointComparison, output: tuple[Path, ...], as_json: bool) -> None:
     if as_json:
+        from compressknow.report.diff.pages import diff_json
+
         show_json(diff_json(comparison))
     else:
-        show("\n".join(_lines(comparison, outputs)))
-    if fail_under is not None and comparison.behaviour:
-        gate(comparison.behaviour.b_against_a, fail_under, strict=strict)
+        show("\n".join(_lines(comparison, output)))
 
 
 def _lines(comparison: CheckpointComparison, outputs: tuple[Path, ...]) -> Iterator[str]:

@@ -36,7 +36,7 @@ from compressknow.errors import UsageError
 from compressknow.format import count, percent, size
 from compressknow.model.manifest import calibration_of
 from compressknow.model.scopes import DEFAULT_SCOPES
-from compressknow.report.model_card import growth, left_over, where_it_runs
+from compressknow.report.model_card import warnings_of, where_it_runs
 
 EPILOG = """\b
 Scopes (--scope):
@@ -223,7 +223,7 @@ def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_
         yield "\n" + fill(f"{shared}: {size(tie['bytes'])} more.")
     if told := " ".join(calibrated_in_words(calibration_of(manifest))):
         yield "\n" + fill(told)
-    for warning in (*growth(manifest), *left_over(manifest)):
+    for warning in warnings_of(manifest):
         yield "\n" + fill(f"Warning: {warning}")
     yield "\n" + fill(where_it_runs(manifest))
     if needed := manifest.get("estimate"):

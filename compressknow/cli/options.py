@@ -7,17 +7,11 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from compressknow.errors import did_you_mean
-
-if TYPE_CHECKING:
-    from compressknow.probe.handle import Settings
-    from compressknow.probe.sources import Options
-    from compressknow.study.running import RayOptions
-
 
 # The groups, in the order in which one decides.
 COMPRESS, HOW, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
@@ -31,10 +25,6 @@ COMPRESS, HOW, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
 GROUPS = (COMPRESS, HOW, CALIBRATION, EVALUATE, RUNS, OUTPUT)
 # Width of the column of names, where help texts start in the same line.
 NAMES = 22
-FACTS = ("data", "protocol", "template", "limit", "seed", "context", "map", "split", "tasks")
-RUNNING = ("device", "dtype", "batch_size", "trust_remote_code")
-# Of commands that run models as they are, by the name that a command's argument MODEL leaves.
-SERVING = {"runtime": "runtime", "model_name": "model", "parallel": "parallel", "timeout": "timeout"}
 TRUST = "Run the Python code that the checkpoint contains."
 REVISION = "Branch, tag or commit of a Hub id."
 
@@ -140,9 +130,7 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     folder = click.Path(path_type=Path, exists=True, file_okay=False)
     return _all(
         command,
-        _facts(
-            "-p", "--probe", "probes", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."
-        ),
+        _facts("-p", "--probe", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."),
         _facts("--data", type=folder, help="Folder with a data set, or with lama/, bear/, tasks/."),
         _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, or chunks of a text."),
         _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample."),
@@ -199,7 +187,9 @@ def runtime_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def templates_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Several wordings of each fact."""
-    return _facts("--templates", type=click.IntRange(1), help="Wordings per fact: known by most of them.")(command)
+    return _facts("--templates", type=click.IntRange(1), default=1, help="Wordings per fact: known by most of them.")(
+        command
+    )
 
 
 def known_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,22 +207,6 @@ def _all(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[
     for each in reversed(options):
         command = each(command)
     return command
-
-
-def split_options(given: dict[str, Any]) -> tuple[Options, Settings]:
-    """The shared options out of a command's, as the probe room takes them; `given` keeps the rest."""
-    from compressknow.probe.handle import Settings
-    from compressknow.probe.sources import Options
-    from compressknow.probe.sources.columns import parse_columns
-
-    facts = {name: given.pop(name) for name in FACTS}
-    facts["templates"] = given.pop("templates", None) or 1
-    columns = parse_columns(facts.pop("map"))
-    facts["protocol"] = facts["protocol"].lower()
-    running: dict[str, Any] = {"noise_floor": not given.pop("no_noise_floor")}
-    running |= {name: given.pop(name) for name in RUNNING}
-    running |= {field: given.pop(name) for name, field in SERVING.items() if name in given}
-    return Options(columns=columns, **facts), Settings(**running)
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,16 +241,6 @@ def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
         _runs("--num-cpus", type=click.FloatRange(0), default=1, show_default=True, help="Cores per Ray task."),
         _runs("--num-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs per Ray task."),
     )
-
-
-def split_ray(given: dict[str, Any]) -> RayOptions | None:
-    """The cluster that `ray_options` name, or None; `given` keeps the rest."""
-    address, cpus, gpus = (given.pop(name) for name in ("ray", "num_cpus", "num_gpus"))
-    if address is None:
-        return None
-    from compressknow.study.running import RayOptions
-
-    return RayOptions(address, cpus, gpus)
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click alone

@@ -20,7 +20,6 @@ from compressknow.cli.options import (
     probes_help,
     runtime_option,
     server_options,
-    split_options,
     templates_option,
 )
 from compressknow.cli.report import grades_line
@@ -60,7 +59,7 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
 )
 @option("--revision", group=RUNS, help=REVISION)
 @option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
-def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
+def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Evaluate MODEL on facts, and store its answers in a folder.
 
     MODEL is a local folder, FOLDER/FILE.gguf, a Hub id or a server, http://HOST:PORT: a masked, causal or
@@ -73,9 +72,8 @@ def probe(model: str, output: Path, probes: tuple[str, ...], as_json: bool, **gi
     """
     from compressknow.commands.probe import probe as ask
 
-    options, settings = split_options(given)
     with if_interrupted(RESUMES):
-        answers = ask(model, output, probes or None, options=options, settings=settings, on_progress=Lines(), **given)
+        answers = ask(model, output, probe or None, on_progress=Lines(), **given)
     if as_json:
         show_json(_with_scores(answers))
     else:

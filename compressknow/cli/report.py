@@ -21,10 +21,9 @@ from compressknow.cli.options import (
     probes_help,
     runtime_option,
     server_options,
-    split_options,
     templates_option,
 )
-from compressknow.cli.run import RESUMES, if_interrupted
+from compressknow.cli.run import RESUMES, if_interrupted, shown_first
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.files import as_text
 from compressknow.format import at_least, count, estimate, p_value, plain, share, size
@@ -39,7 +38,6 @@ from compressknow.stats.records import Estimate
 @option(
     "-o",
     "--output",
-    "outputs",
     multiple=True,
     type=click.Path(path_type=Path),
     help="Report file, repeatable: .html, .md or .json.",
@@ -53,11 +51,10 @@ from compressknow.stats.records import Estimate
 @option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")
 @option("--early", is_flag=True, help="Evaluate only as many facts as --fail-under needs.", group=EVALUATE)
 @option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
-@option("--time", "timed", group=EVALUATE, is_flag=True, help="Measure each model's speed and memory too.")
+@option("--time", group=EVALUATE, is_flag=True, help="Measure each model's speed and memory too.")
 @option("--into-model-card", is_flag=True, help="Add the verdict to each COMPRESSED README.md.")
 @option(
     "--answers",
-    "keep_in",
     type=click.Path(path_type=Path, file_okay=False),
     group=EVALUATE,
     help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
@@ -71,11 +68,8 @@ def report(
     /,
     original: str,
     compressed: tuple[str, ...],
-    outputs: tuple[Path, ...],
-    probes: tuple[str, ...],
-    fail_under: float | None,
-    strict: bool,
-    early: bool,
+    output: tuple[Path, ...],
+    probe: tuple[str, ...],
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -90,31 +84,18 @@ def report(
     compressknow report MODEL CONVERTED --fail-under 0.95 --early
     """
     from compressknow.commands.report import report as compare
-    from compressknow.report.card.make import check_early, check_gate, gate
-    from compressknow.report.card.pages import to_json
 
-    check_gate(fail_under, strict=strict, early=early)
-    check_early(fail_under if early else None, len(compressed), strict=strict)
-    options, settings = split_options(given)
-    with if_interrupted(RESUMES):
-        card = compare(
-            original,
-            compressed,
-            probes or None,
-            outputs=outputs,
-            options=options,
-            settings=settings,
-            early=fail_under if early else None,
-            command=command_of(ctx),
-            on_progress=Lines(),
-            **given,
-        )
+    with if_interrupted(RESUMES), shown_first(lambda card: _show(card, output, as_json=as_json)):
+        given |= {"command": command_of(ctx), "on_progress": Lines()}
+        card = compare(original, compressed, probe or None, output=output, **given)
+    _show(card, output, as_json=as_json)
+
+
+def _show(card: Card, output: tuple[Path, ...], *, as_json: bool) -> None:
     if as_json:
-        show_json(to_json(card))
+        show_json(card.to_dict())
     else:
-        show("\n".join(_lines(card, outputs)))
-    if fail_under is not None:
-        gate(card, fail_under, strict=strict)
+        show("\n".join(_lines(card, output)))
 
 
 def _lines(card: Card, outputs: tuple[Path, ...]) -> Iterator[str]:
@@ -166,7 +147,7 @@ def report_page(card: Card) -> Iterator[str]:
 def _next(comparison: Comparison) -> Iterator[str]:
     if comparison.next:
         # It may hold a command, which no line may break within a word.
-        yield from textwrap.wrap(comparison.next, WIDTH, break_on_hyphens=False)
+        yield from textwrap.wrap(comparison.next, WIDTH, break_on_hyphens=False, break_long_words=False)
         yield ""
 
 

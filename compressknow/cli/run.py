@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams, show
-from compressknow.errors import CompressknowError, did_you_mean, is_panic, lacks_memory
+from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, did_you_mean, is_panic, lacks_memory
 from compressknow.libraries import not_installed
 
 
@@ -94,6 +94,16 @@ def if_interrupted(note: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def shown_first(show_result: Callable[[Any], object]) -> Iterator[None]:
+    """Show what a gate was held to before its error is."""
+    try:
+        yield
+    except (GateNotMet, GateUndecided) as unmet:
+        show_result(unmet.result)
+        raise
+
+
 def run(command: click.Command, args: list[str] | None = None) -> int:
     """Run `command` and return the exit code; whatever goes wrong is one message on stderr."""
     _exit_orderly_on_signals()
@@ -106,7 +116,7 @@ def _run(command: click.Command, args: list[str] | None) -> int:
         returned = command.main(args, prog_name="compressknow", standalone_mode=False)
         sys.stdout.flush()
     except CompressknowError as error:
-        _print_error(error.what, error.why, error.hint)
+        _print_error(*error.of_options)
         return error.exit_code
     except click.ClickException as error:
         _show_usage(_suggested(error) if isinstance(error, click.NoSuchOption) else error)

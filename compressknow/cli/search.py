@@ -22,8 +22,6 @@ from compressknow.cli.options import (
     probe_options,
     probes_help,
     ray_options,
-    split_options,
-    split_ray,
     templates_option,
 )
 from compressknow.cli.report import command_of
@@ -64,7 +62,6 @@ SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weight
 @option("--trials", group=HOW, type=click.IntRange(1), default=40, show_default=True, help="Recipes for Optuna to try.")
 @option(
     "--quantize",
-    "schemes",
     group=HOW,
     multiple=True,
     metavar="SCHEME",
@@ -73,7 +70,6 @@ SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weight
 )
 @option(
     "--prune-method",
-    "prune_methods",
     group=HOW,
     multiple=True,
     type=OneOf(list(METHODS)),
@@ -81,7 +77,6 @@ SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weight
 )
 @option(
     "--rounding",
-    "roundings",
     group=HOW,
     multiple=True,
     type=OneOf(list(ROUNDINGS)),
@@ -104,7 +99,7 @@ SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weight
 @option("--json", "as_json", is_flag=True, help="Print the search as JSON.")
 @click.pass_context
 def search(
-    ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ...], as_json: bool, **given: Any
+    ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...], as_json: bool, **given: Any
 ) -> None:
     """Find the cheapest checkpoint of MODEL that keeps a share of its knowledge.
 
@@ -121,20 +116,14 @@ def search(
     from compressknow.commands.search import search as run
     from compressknow.report.search import said, verdict
 
-    seed = given["seed"]
-    options, settings = split_options(given)
-    given["ray"] = split_ray(given)
-    for name in ("schemes", "prune_methods", "roundings"):
+    for name in ("quantize", "prune_method", "rounding"):
         if not given[name]:
             del given[name]
     with if_interrupted(RESUMES):
         found = run(
             model,
             output,
-            probes=probes or None,
-            options=options,
-            settings=settings,
-            seed=seed,
+            probe=probe or None,
             command=command_of(ctx),
             on_progress=Lines(),
             on_result=None if as_json else _Lines(given["minimize"]),

@@ -22,8 +22,6 @@ from compressknow.cli.options import (
     probe_options,
     probes_help,
     ray_options,
-    split_options,
-    split_ray,
     templates_option,
 )
 from compressknow.cli.report import command_of
@@ -86,7 +84,6 @@ single cells:
 )
 @option(
     "--quantize",
-    "scheme",
     group=HOW,
     metavar="SCHEME",
     type=OneOf(list(SCHEMES)),
@@ -102,7 +99,7 @@ single cells:
 @option("--revision", group=RUNS, help=REVISION)
 @option("--json", "as_json", is_flag=True, help="Print the study as JSON.")
 @click.pass_context
-def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ...], as_json: bool, **given: Any) -> int:
+def sweep(ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...], as_json: bool, **given: Any) -> int:
     """Convert MODEL in every way of a grid, in memory, and evaluate each on the same facts.
 
     `--grid paper` is the grid of the study behind this tool: attention, feed-forward and everything pruned by 10 to
@@ -118,16 +115,12 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probes: tuple[str, ..
     """
     from compressknow.commands.sweep import sweep as run
 
-    options, settings = split_options(given)
-    given["ray"] = split_ray(given)
     lines = _Lines(given["known"], silent=as_json)
     with if_interrupted(RESUMES):
         study = run(
             model,
             output,
-            probes=probes or None,
-            options=options,
-            settings=settings,
+            probe=probe or None,
             command=command_of(ctx),
             on_progress=Lines(),
             on_result=lines,

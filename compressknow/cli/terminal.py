@@ -218,6 +218,7 @@ _LABELS = {
         "time": "Measuring the speed",
         "convert": "Converting",
         "sample": "Writing the calibration text",
+        "text": "Reading the calibration text",
     },
     **{"choose": "Choosing what to drop", "calibrate": "Compressing"},
     **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},

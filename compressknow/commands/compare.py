@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
+
+from compressknow.commands.words import SeededWords, files_of, records_of, speaks_python
 
 if TYPE_CHECKING:
     from compressknow.probe.handle import Settings
@@ -13,36 +15,43 @@ if TYPE_CHECKING:
     from compressknow.report.diff.records import CheckpointComparison
 
 
+@speaks_python(probes="probe", outputs="output", keep_in="answers")
 def compare(
     a: str | Path,
     b: str | Path,
-    probes: str | Sequence[str] = (),
+    probe: str | Sequence[str] = (),
     *,
-    outputs: Sequence[str | Path] = (),
+    output: str | Path | Sequence[str | Path] = (),
     options: Options | None = None,
     settings: Settings | None = None,
     known: str = "recognized",
+    fail_under: float | None = None,
+    strict: bool = False,
     no_facts: bool = False,
-    keep_in: str | Path | None = None,
+    answers: str | Path | None = None,
     overwrite: bool = False,
+    runtime: str | None = None,
     revision: str | None = None,
     revision_b: str | None = None,
     threads: int | None = None,
     command: str | None = None,
     on_progress: OnProgress | None = None,
+    **words: Unpack[SeededWords],
 ) -> CheckpointComparison:
     """Compare two checkpoints of one architecture: settings, what is stored, every weight and, with probes, knowledge.
 
     Parameters
     ----------
     a, b : local folders or hub ids. int8 weights are compared as what they stand for.
-    probes : what to evaluate both on, such as ``["atlas"]``; nothing by default. See `compressknow.probe`.
-    outputs : files to write: ``.html``, ``.md``, ``.json``.
-    options, settings : see `compressknow.probe`.
+    probe : what to evaluate both on, such as ``["atlas"]``; nothing by default. See `compressknow.probe`.
+    output : files to write: ``.html``, ``.md``, ``.json``.
+    options, settings, words : see `compressknow.probe`.
     known : what counts as known; see `compressknow.report`.
+    fail_under, strict : a least share of a's knowledge for b to keep; see `compressknow.report`.
     no_facts : leave the text of every fact out.
-    keep_in : folder of the answers; by default ``~/.cache/compressknow/answers``.
-    overwrite : replace `outputs` that are there already.
+    answers : folder of the answers; by default ``~/.cache/compressknow/answers``.
+    overwrite : replace files of `output` that are there already.
+    runtime : what runs the models, where that is not what suits them.
     revision, revision_b : of a and of b, if they are hub ids.
     threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
     command : the command line to show.
@@ -60,20 +69,25 @@ def compare(
         an output that cannot be written.
     """
     from compressknow.engine.identity import describe
+    from compressknow.errors import UsageError
     from compressknow.probe.gather import Named, default_answers_folder, evaluate_both, find_both, open_named
     from compressknow.probe.grades import check_known
-    from compressknow.probe.handle import Settings
     from compressknow.quiet import listener
+    from compressknow.report.card.make import check_gate, hold_to_gate
     from compressknow.report.diff.make import behaviour_of, checkpoint_of, make_comparison
     from compressknow.report.diff.pages import write_comparisons
     from compressknow.report.pages import check_outputs, require_for
 
     check_known(known)
-    files = [Path(path) for path in outputs]
-    require_for(files, *(("pyarrow", "scipy") if probes else ()))
+    if fail_under is not None and not probe:
+        raise UsageError("--fail-under needs a probe.", hint="Choose one with -p PROBE.")
+    check_gate(fail_under, strict=strict)
+    files = files_of(output)
+    require_for(files, *(("pyarrow", "scipy") if probe else ()))
     check_outputs(files, overwrite=overwrite)
-    opened = open_named(probes, options, known) if probes else []
-    settings, listening = settings or Settings(), listener(on_progress)
+    options, settings = records_of({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
+    opened = open_named(probe, options, known) if probe else []
+    listening = listener(on_progress)
     first, second = find_both(Named(a, revision), Named(b, revision_b), settings, listening)
     # It imports torch, which takes seconds: what is missing is said before.
     from compressknow.diff.checkpoints import difference_of, other_files
@@ -85,7 +99,7 @@ def compare(
             first.located, second.located, trust_remote_code=trusted, threads=threads, on_progress=listening
         )
     if opened:
-        folder = Path(keep_in) if keep_in else default_answers_folder()
+        folder = Path(answers) if answers else default_answers_folder()
         both = evaluate_both(first, second, opened, folder, listening)
         behaviour = behaviour_of(both, show_facts=not no_facts, known=known)
     comparison = make_comparison(
@@ -98,4 +112,6 @@ def compare(
         command=command,
     )
     write_comparisons(comparison, files, overwrite=overwrite)
+    if comparison.behaviour:
+        hold_to_gate(comparison, comparison.behaviour.b_against_a, fail_under, strict=strict)
     return comparison

@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressknow.commands.words import speaks_python
+
 if TYPE_CHECKING:
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.recipe import Recipe
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from compressknow.quiet import OnProgress
 
 
+@speaks_python()
 def convert(
     model: str | Path,
     output: str | Path,
@@ -26,11 +29,13 @@ def convert(
     drop_neurons: float | None = None,
     prune: float | None = None,
     prune_method: str = "l1-unstructured",
+    pattern: str | None = None,
     per_layer: bool = False,
     norm: float = 1,
     dim: int = 0,
     seed: int = 0,
     quantize: str | None = None,
+    group_size: int | None = None,
     rounding: str = "nearest",
     smooth: float | None = None,
     calibration: str | None = None,
@@ -59,14 +64,16 @@ def convert(
         ``decoder`` narrow it.
     drop_neurons : share of the hidden units of each feed-forward block to leave out; narrowed likewise.
     prune : share of the weights to zero, between 0 and 1.
-    prune_method : ``l1-unstructured``, ``ln-structured``, ``random-unstructured`` or ``random-structured``.
+    prune_method : a name of `compressknow.compress.pruning.METHODS`, by default ``l1-unstructured``.
+    pattern : ``"2:4"``, of methods that prune so.
     per_layer, norm, dim, seed : see `compressknow.compress.steps.Prune`.
-    quantize : ``int8``, ``int8-weights``, ``int8-paper`` or ``int4``.
+    quantize : a name of `compressknow.compress.schemes.SCHEMES`, such as ``int8``.
+    group_size : how many weights share a scale, of ``int4``.
     rounding : ``nearest``, or ``gptq``, which needs calibration.
     smooth : alpha of SmoothQuant, for schemes that round activations (``int8``).
     calibration : the text for methods that look at activations: ``self`` (the model's own samples), the path of a
         ``.txt`` or ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default, drawn by `seed`.
-    parameters : by name, of the method and of the scheme, where they have further ones (those of other packages may).
+    parameters : by name, of methods and schemes of other packages.
     recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
         or a converted folder.
     overwrite : replace `output` where convert wrote it, once the new one is whole.
@@ -85,22 +92,28 @@ def convert(
     chosen = _chosen(locals())
     _refuse_before_work(model, Path(output), overwrite=overwrite, writes=not dry_run)
     _refuse_no_text(chosen)
+    from compressknow.compress.calibrate.trial import refuse_unsmoothable
     from compressknow.compress.convert import planned_files, prepare, text_for, write
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
     from compressknow.quiet import Stage, begun, listener
     from compressknow.report.model_card import model_card_for
 
-    listening, calibrates = listener(on_progress), chosen.calibration is not None
+    listening, wanted = listener(on_progress), chosen.calibration
     how: dict[str, Any] = {"overwrite": overwrite, "threads": threads, "render_card": model_card_for}
-    with begun(listening, Stage("sample" if calibrates else "convert", str(model))) as advance:
+    with begun(listening, Stage(wanted.work if wanted else "convert", str(model))) as advance:
         conversion = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
+            refuse_unsmoothable(*conversion)
             return Manifest({**preview(conversion.plan), "planned_files": planned_files(conversion.plan)})
-        if not calibrates:
+        if not wanted:
             return write(conversion, output, begin=lambda _: nullcontext(advance), **how)
         text = text_for(conversion, trust_remote_code=trust_remote_code, advance=advance)
     return write(conversion, output, text=text, begin=lambda work: begun(listening, Stage(work, str(model))), **how)
+
+
+# Those of built-in methods and schemes.
+_PARAMETERS = ("pattern", "group_size")
 
 
 def _chosen(given: dict[str, Any]) -> Recipe:
@@ -112,9 +125,11 @@ def _chosen(given: dict[str, Any]) -> Recipe:
 
     if given["recipe"] is not None:
         said = signature(convert).parameters
-        refuse_beside_recipe(given, {name: said[name].default for name in RECIPE_OPTIONS})
+        refuse_beside_recipe(given, {name: said[name].default for name in (*RECIPE_OPTIONS, *_PARAMETERS)})
         return _as_recipe(given["recipe"])
     options = {name: given[name] for name in RECIPE_OPTIONS}
+    named = {name: given[name] for name in _PARAMETERS if given[name] is not None}
+    options["parameters"] = {**(options["parameters"] or {}), **named}
     layers = options.pop("layers")
     # One text is one name or pattern, and not its letters.
     scope, include, exclude = (

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressknow.commands.words import speaks_python
+
 if TYPE_CHECKING:
     from compressknow.compress.steps import Calibration
     from compressknow.export.choice import Choice
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from compressknow.quiet import OnProgress
 
 
+@speaks_python()
 def export(
     model: str | Path,
     output: str | Path,

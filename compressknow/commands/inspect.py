@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressknow.commands.words import speaks_python
+
 if TYPE_CHECKING:
     from compressknow.model.structure import ModuleMap
     from compressknow.model.summary import Inspection
 
 
+@speaks_python()
 def inspect(
     model: str | Path,
     *,

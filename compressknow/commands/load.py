@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressknow.commands.words import speaks_python
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
+@speaks_python()
 def load(
     model: str | Path,
     *,

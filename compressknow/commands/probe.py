@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
+
+from compressknow.commands.words import ServingWords, records_of, speaks_python
 
 if TYPE_CHECKING:
     from compressknow.probe.answers import Answers
@@ -13,28 +15,31 @@ if TYPE_CHECKING:
     from compressknow.quiet import OnProgress
 
 
+@speaks_python(folder="output", probes="probe")
 def probe(
     model: str | Path,
-    folder: str | Path,
-    probes: str | Sequence[str] | None = None,
+    output: str | Path,
+    probe: str | Sequence[str] | None = None,
     *,
     reference: str | Path | None = None,
     options: Options | None = None,
     settings: Settings | None = None,
     revision: str | None = None,
     on_progress: OnProgress | None = None,
+    **words: Unpack[ServingWords],
 ) -> Answers:
     """Evaluate a model on facts, and keep its answers in a folder.
 
     Parameters
     ----------
     model : a local folder, ``FOLDER/FILE.gguf``, a hub id, or the address of a server, ``http://HOST:PORT``.
-    folder : where the answers are kept; what it holds of this model already is not evaluated again.
-    probes : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
+    output : the folder where the answers are kept; what it holds of this model already is not evaluated again.
+    probe : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
     reference : answers folder of the original model: its most likely tokens are scored, so that the distance of the
         two distributions can be told.
-    options : where data lies, protocol, sample; see `compressknow.probe.sources.Options`.
-    settings : device, dtype, batch size; see `compressknow.probe.handle.Settings`.
+    words : where data lies, protocol, sample (``limit=300``), device, dtype, batch size: as on the command line. See
+        `compressknow.Options` and `compressknow.Settings`, whose `columns` is ``map`` here, and `model` ``model_name``.
+    options, settings : records of several of these; single words come before them.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
 
     Returns
@@ -51,14 +56,15 @@ def probe(
     require("pyarrow")
     from compressknow.engine.identity import locate
     from compressknow.probe.gather import open_named, read_reference
-    from compressknow.probe.handle import Beside, ModelHandle, Settings
+    from compressknow.probe.handle import Beside, ModelHandle
     from compressknow.probe.noise import with_noise_floor
     from compressknow.probe.run import probe_model
     from compressknow.quiet import listener
 
-    opened = open_named(probes, options)
+    options, settings = records_of(words, options, settings)
+    opened = open_named(probe, options)
     original = read_reference(reference) if reference is not None else None
-    handle = ModelHandle(locate(model, revision), settings or Settings())
+    handle = ModelHandle(locate(model, revision), settings)
     listening = listener(on_progress)
-    answers = probe_model(handle, opened, Path(folder), Beside(original), on_progress=listening)
-    return answers if original else with_noise_floor(handle, opened, answers, Path(folder), listening)
+    answers = probe_model(handle, opened, Path(output), Beside(original), on_progress=listening)
+    return answers if original else with_noise_floor(handle, opened, answers, Path(output), listening)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressknow.commands.words import speaks_python
+
 if TYPE_CHECKING:
     from compressknow.hub import Upload
 
 
+@speaks_python()
 def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bool = False) -> Upload:
     """Upload a folder that `convert` wrote, or a GGUF file that `export` wrote, to the Hugging Face Hub.
 

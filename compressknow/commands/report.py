@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
+
+from compressknow.commands.words import ServingWords, files_of, records_of, speaks_python
 
 if TYPE_CHECKING:
     from compressknow.probe.handle import Settings
@@ -13,24 +16,28 @@ if TYPE_CHECKING:
     from compressknow.report.records import Card
 
 
+@speaks_python(probes="probe", outputs="output", timed="time", keep_in="answers")
 def report(
     original: str | Path,
     compressed: str | Path | Sequence[str | Path],
-    probes: str | Sequence[str] | None = None,
+    probe: str | Sequence[str] | None = None,
     *,
-    outputs: Sequence[str | Path] = (),
+    output: str | Path | Sequence[str | Path] = (),
     options: Options | None = None,
     settings: Settings | None = None,
     known: str = "recognized",
+    fail_under: float | None = None,
+    strict: bool = False,
+    early: bool | float = False,
     no_facts: bool = False,
-    timed: bool = False,
-    early: float | None = None,
+    time: bool = False,
     into_model_card: bool = False,
-    keep_in: str | Path | None = None,
+    answers: str | Path | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     command: str | None = None,
     on_progress: OnProgress | None = None,
+    **words: Unpack[ServingWords],
 ) -> Card:
     """Evaluate the original and each compressed model on the same facts, and compare them.
 
@@ -38,17 +45,18 @@ def report(
     ----------
     original, compressed : local folders, ``FOLDER/FILE.gguf``, hub ids, addresses of servers, or answers folders that
         `probe` wrote.
-    probes : names; see `compressknow.probe`.
-    outputs : files to write: ``.html``, ``.md``, ``.json``.
-    options, settings : see `compressknow.probe`.
+    probe : names; see `compressknow.probe`.
+    output : files to write: ``.html``, ``.md``, ``.json``.
+    options, settings, words : see `compressknow.probe`.
     known : what counts as known: ``recognized`` (picked among the candidates, or better) or only ``produced`` (said).
+    fail_under : a least share of knowledge to be kept, 0 to 1; once all is written, an error says where less is.
+    strict : hold the intervals to it: too few facts to tell are an error too.
+    early : evaluate facts in random order, only until it is known whether `fail_under` is met, of one compressed model.
     no_facts : leave the text of every fact out.
-    timed : measure each model's speed and memory on this machine.
-    early : a least share of knowledge to be kept, 0 to 1: facts are evaluated in random order, only until it is known
-        whether it is; for one compressed model.
+    time : measure each model's speed and memory on this machine.
     into_model_card : write the verdict into the README.md of each compressed folder.
-    keep_in : folder of the answers; by default ``~/.cache/compressknow/answers``.
-    overwrite : replace `outputs` that are there already.
+    answers : folder of the answers; by default ``~/.cache/compressknow/answers``.
+    overwrite : replace files of `output` that are there already.
     command : the command line to show on the card.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
 
@@ -58,37 +66,43 @@ def report(
 
     Raises
     ------
+    compressknow.errors.GateNotMet, compressknow.errors.GateUndecided : `fail_under` is not met, or, with `strict`, too
+        few facts tell; the error's `result` is the card.
     compressknow.errors.CompressknowError : a model cannot be found, loaded or evaluated; two that cannot be compared;
         an output that cannot be written.
     """
+    from compressknow.model.checkpoint import can_be_converted
     from compressknow.probe.gather import Evaluation, default_answers_folder, gather, names_of
     from compressknow.probe.grades import check_known
-    from compressknow.probe.handle import Settings
-    from compressknow.probe.sources import Options
     from compressknow.quiet import listener
-    from compressknow.report.card.make import check_early, make_card
+    from compressknow.report.card.make import check_early, check_gate, hold_to_gate, make_card
     from compressknow.report.card.pages import write_reports
     from compressknow.report.model_card import check_model_cards, write_into_model_cards
     from compressknow.report.pages import check_outputs, require_for
 
+    gate = fail_under
+    if not isinstance(early, bool) and early is not None:
+        warnings.warn("Write fail_under=SHARE, early=True in place of early=SHARE.", DeprecationWarning, stacklevel=3)
+        # It raised nothing.
+        fail_under, early, gate = early, True, None
     check_known(known)
+    check_gate(fail_under, strict=strict, early=bool(early))
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
-    files = [Path(path) for path in outputs]
-    check_early(early, len(models))
+    files = files_of(output)
+    check_early(fail_under if early else None, len(models), strict=strict)
     require_for(files, "pyarrow", "scipy")
     check_outputs(files, overwrite=overwrite)
     if into_model_card:
         check_model_cards(models)
     evaluation = Evaluation(
-        names_of(probes),
-        options or Options(),
-        settings or Settings(),
-        keep_in=Path(keep_in) if keep_in else default_answers_folder(),
-        timed=timed,
+        names_of(probe),
+        *records_of(words, options, settings),
+        keep_in=Path(answers) if answers else default_answers_folder(),
+        timed=time,
         known=known,
     )
     listening = listener(on_progress)
-    if early is None:
+    if not early or fail_under is None:
         before, after = gather(original, models, evaluation, revision=revision, on_progress=listening)
         stop = None
     else:
@@ -96,11 +110,13 @@ def report(
         from compressknow.stats.sequential import decider
 
         before, only, stop = gather_early(
-            original, models[0], evaluation, decider(early), revision=revision, on_progress=listening
+            original, models[0], evaluation, decider(fail_under), revision=revision, on_progress=listening
         )
         after = [only]
-    card = make_card(before, after, show_facts=not no_facts, known=known, command=command, early=stop)
+    path = str(original) if can_be_converted(original) else None
+    card = make_card(before, after, show_facts=not no_facts, known=known, command=command, early=stop, path=path)
     write_reports(card, files, overwrite=overwrite)
     if into_model_card:
         write_into_model_cards(card, models)
+    hold_to_gate(card, card, gate, strict=strict)
     return card

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
+from compressknow.commands.words import Words, cluster_of, records_of, speaks_python
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.recipe import Recipe, to_toml
 from compressknow.compress.staging import discard
@@ -51,6 +52,7 @@ RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md"), ("search.h
 WRITTEN = (*PAGES, RECIPE, *REPORTS)
 
 
+@speaks_python(probes="probe", schemes="quantize", prune_methods="prune_method", roundings="rounding")
 def search(
     model: str | Path,
     output: str | Path,
@@ -58,23 +60,26 @@ def search(
     keep: float,
     minimize: str = "bytes",
     trials: int = TRIALS,
-    schemes: Sequence[str] = ("int8", "int8-weights"),
-    prune_methods: Sequence[str] = Ways.methods,
-    roundings: Sequence[str] = Ways.roundings,
+    quantize: str | Sequence[str] = ("int8", "int8-weights"),
+    prune_method: str | Sequence[str] = Ways.methods,
+    rounding: str | Sequence[str] = Ways.roundings,
     calibration: str | None = None,
     calibration_tokens: int | None = None,
     module_map: ModuleMap = "structural",
-    probes: str | Sequence[str] | None = None,
+    probe: str | Sequence[str] | None = None,
     options: Options | None = None,
     settings: Settings | None = None,
     known: str = RECOGNIZED,
     seed: int = 0,
     no_facts: bool = False,
-    ray: RayOptions | None = None,
+    ray: RayOptions | str | None = None,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
     revision: str | None = None,
     command: str | None = None,
     on_progress: OnProgress | None = None,
     on_result: Callable[[Trial], object] | None = None,
+    **words: Unpack[Words],
 ) -> Search:
     """Find the cheapest checkpoint of a model that keeps a share of its knowledge.
 
@@ -90,14 +95,14 @@ def search(
     minimize : ``bytes`` (on disk, where pruned weights are dense), ``sparse-bytes`` (non-zero weights at their width
         and one bit a weight) or ``nonzero`` (weights left). Ties go to the recipe that keeps more.
     trials : recipes that the optimiser chooses, beside the paper's setups.
-    schemes, prune_methods, roundings : that it may choose from.
+    quantize, prune_method, rounding : schemes, methods and roundings that it may choose from.
     calibration, calibration_tokens : the text for those that look at activations; see `compressknow.convert`.
-    probes, options, settings : see `compressknow.probe`; lm-eval's tasks cannot be held out. A running text beside the
-        facts guides nothing: the winner reads it, and its report card says how.
+    probe, options, settings, words : see `compressknow.probe`; lm-eval's tasks cannot be held out. A running text
+        beside the facts guides nothing: the winner reads it, and its report card says how.
     known : what counts as known, in all that is kept; see `compressknow.report`.
-    seed : of the split and of the optimiser.
+    seed : of the split, of the optimiser and of the sample.
     no_facts : leave the text of every fact out of the winner's report card.
-    ray : run on a Ray cluster; see `compressknow.study.running.RayOptions`.
+    ray, num_cpus, num_gpus : run on a Ray cluster: its address, or a `compressknow.RayOptions`.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
     on_result : called with the trial of each recipe as it comes.
 
@@ -111,29 +116,32 @@ def search(
     compressknow.errors.CompressknowError : the model or a probe cannot be found or evaluated, Optuna is missing, or
         `output` holds something else.
     """
-    require("matplotlib", "optuna", "pyarrow", "scipy", *(["ray"] if ray else []))
+    seeded = {**words, "seed": seed} if options is None else words
+    options, settings = records_of(seeded, options, settings)
+    cluster = cluster_of(ray, num_cpus, num_gpus)
+    require("matplotlib", "optuna", "pyarrow", "scipy", *(["ray"] if cluster else []))
     check_known(known)
     criterion, folder, listening = Criterion(keep, minimize), Path(output), listener(on_progress)
     usual = Calibration()
     text = Calibration(calibration or usual.text, usual.tokens if calibration_tokens is None else calibration_tokens)
     check_text(text.text, text.tokens)
-    ways = Ways(tuple(prune_methods), tuple(roundings), text)
+    ways = Ways(_several(prune_method), _several(rounding), text)
     refuse_foreign(folder)
     _refuse_other_winner(folder / WINNER)
-    opened = open_named(probes, options, known)
+    opened = open_named(probe, options, known)
     refuse_texts_alone(opened, "A search")
-    texts = [probe for probe in opened if isinstance(probe, RunningText)]
-    parts = [parts_of(probe, seed) for probe in opened if not isinstance(probe, RunningText)]
+    texts = [each for each in opened if isinstance(each, RunningText)]
+    parts = [parts_of(each, seed) for each in opened if not isinstance(each, RunningText)]
     with (
         StudyModel(
             model,
-            settings or Settings(),
+            settings,
             revision=revision,
-            keep_in=None if ray else folder,
+            keep_in=None if cluster else folder,
             texts=folder / TEXTS,
         ) as study_model,
         claim(folder, study_model.original, known),
-        runner(ray, listening) as run,
+        runner(cluster, listening) as run,
     ):
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
             study_model.evaluate_original(texts, folder / GRADING / ORIGINAL, listening)
@@ -143,11 +151,11 @@ def search(
             study_model, rest, folder / SEARCHED, listening, run, first, known=known, noise_floor=False
         )
         chosen = RecipeSearch(
-            Space(study_model.maker.structure(module_map), schemes, module_map, ways),
+            Space(study_model.maker.structure(module_map), _several(quantize), module_map, ways),
             criterion,
             evaluating(searched, criterion, on_result),
             sizes_of_original(searched.original),
-            together=TOGETHER if ray else 1,
+            together=TOGETHER if cluster else 1,
         )
         chosen.explore(trials, seed)
         selection = EvaluationSet.of(
@@ -165,6 +173,11 @@ def search(
         found = search_of(chosen, searched, selection, grading, seed=seed, command=command)
         _write_found(found, grading.beside(texts, listening), folder, show_facts=not no_facts)
     return found
+
+
+def _several(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names; one may stand by itself."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _write_found(found: Search, grading: EvaluationSet, folder: Path, *, show_facts: bool) -> None:

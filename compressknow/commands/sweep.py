@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
+from compressknow.commands.words import SeededWords, cluster_of, records_of, speaks_python
 from compressknow.libraries import require
 from compressknow.probe.gather import open_named, refuse_texts_alone
 from compressknow.probe.grades import RECOGNIZED, check_known
@@ -34,25 +35,29 @@ if TYPE_CHECKING:
     from compressknow.report.study.records import Study
 
 
+@speaks_python(probes="probe", scheme="quantize")
 def sweep(
     model: str | Path,
     output: str | Path,
     *,
     grid: str | Path = PAPER,
-    probes: str | Sequence[str] | None = None,
+    probe: str | Sequence[str] | None = None,
     options: Options | None = None,
     settings: Settings | None = None,
     known: str = RECOGNIZED,
     module_map: ModuleMap | None = None,
-    scheme: str | None = None,
+    quantize: str | None = None,
     calibration: str | None = None,
     calibration_tokens: int | None = None,
     save: bool = False,
-    ray: RayOptions | None = None,
+    ray: RayOptions | str | None = None,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
     revision: str | None = None,
     command: str | None = None,
     on_progress: OnProgress | None = None,
     on_result: Callable[[CellResult], object] | None = None,
+    **words: Unpack[SeededWords],
 ) -> Study:
     """Convert a model by every recipe of a grid, evaluate each like the original, and write the study.
 
@@ -64,15 +69,15 @@ def sweep(
     model : a local folder or a hub id.
     output : folder of the study; one of this model and version is resumed.
     grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant beside the paper's), or a TOML file.
-    probes : names; see `compressknow.probe`. One of facts at least: a running text beside them gives perplexities.
-    options, settings : see `compressknow.probe`.
+    probe : names; see `compressknow.probe`. One of facts at least: a running text beside them gives perplexities.
+    options, settings, words : see `compressknow.probe`.
     known : what counts as known; see `compressknow.report`. A study can be written anew by the other reading: the
         answers are the same.
-    module_map, scheme : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``); `module_map`
-        of that of methods too.
+    module_map, quantize : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``);
+        `module_map` of that of methods too.
     calibration, calibration_tokens : of the grid of methods; see `compressknow.convert`.
     save : write each converted checkpoint too, under ``models/``.
-    ray : run the cells on a Ray cluster; see `compressknow.study.running.RayOptions`.
+    ray, num_cpus, num_gpus : run the cells on a Ray cluster: its address, or a `compressknow.RayOptions`.
     command : the command line to show.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
     on_result : called with the result of each cell as it comes.
@@ -88,21 +93,23 @@ def sweep(
     """
     from compressknow.report.study.pages import write_study
 
-    require("matplotlib", "pyarrow", "scipy", *(["ray"] if ray else []))
+    options, settings = records_of(words, options, settings)
+    cluster = cluster_of(ray, num_cpus, num_gpus)
+    require("matplotlib", "pyarrow", "scipy", *(["ray"] if cluster else []))
     check_known(known)
     folder, listening = Path(output), listener(on_progress)
     refuse_foreign(folder)
     # Texts first: a model that cannot read one is refused before it is evaluated on all else.
-    opened = sorted(open_named(probes, options, known), key=lambda probe: not isinstance(probe, RunningText))
+    opened = sorted(open_named(probe, options, known), key=lambda each: not isinstance(each, RunningText))
     refuse_texts_alone(opened, "A sweep")
     # On a cluster the workers keep what they need.
-    kept, texts = None if ray else folder, folder / TEXTS
-    with StudyModel(model, settings or Settings(), revision=revision, keep_in=kept, texts=texts) as study_model:
+    kept, texts = None if cluster else folder, folder / TEXTS
+    with StudyModel(model, settings, revision=revision, keep_in=kept, texts=texts) as study_model:
         # The model is opened for built-in grids alone: what is wrong with a file is said before.
         cells = grid_cells(
-            grid, lambda: study_model.maker, GridOptions(module_map, scheme, calibration, calibration_tokens)
+            grid, lambda: study_model.maker, GridOptions(module_map, quantize, calibration, calibration_tokens)
         )
-        with claim(folder, study_model.original), runner(ray, listening) as run:
+        with claim(folder, study_model.original), runner(cluster, listening) as run:
             original = study_model.evaluate_original(opened, folder / ORIGINAL, staged(listening, of=len(cells) + 1))
             before, found = judged(original, known), {}
             with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:

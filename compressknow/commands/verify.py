@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressknow.commands.words import speaks_python
+
 if TYPE_CHECKING:
     from compressknow.compress.verify import Verification
     from compressknow.quiet import OnProgress
 
 
+@speaks_python()
 def verify(
     folder: str | Path, *, threads: int | None = None, on_progress: OnProgress | None = None, check: bool = True
 ) -> Verification:

@@ -102,8 +102,7 @@ def text_for(
     from compressknow.compress.calibrate.text import calibration_text
     from compressknow.compress.calibrate.trial import refuse_unsmoothable
 
-    if plan.removal is None or plan.removal.decided:
-        refuse_unsmoothable(plan, conversion.tree)
+    refuse_unsmoothable(plan, conversion.tree)
     return calibration_text(
         plan.checkpoint.folder,
         tree,

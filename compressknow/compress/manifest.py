@@ -305,6 +305,7 @@ def _row(tensor: PlannedTensor, measured: Measured, removal: Removal | None) -> 
         # A weight that got values of its own was not there before.
         "zeros_before": 0 if tensor.created else measured.zeros_before,
         "zeros": measured.zeros,
+        **({"refilled": measured.refilled} if measured.refilled else {}),
         "norm": _nine_digits(measured.norm),
         "relative_error": _nine_digits(measured.relative_error),
         "sha256": measured.sha256,

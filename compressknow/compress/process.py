@@ -51,7 +51,7 @@ class Measured:
 
     `norm` is ||original|| (Frobenius; 0 of a tensor that holds no floats), `relative_error` ||written - original|| /
     ||original||, the written weights dequantized; `sha256` is that of the written values, `beside` those of its scales
-    and what else its scheme stores, by suffix.
+    and what else its scheme stores, by suffix. `refilled` counts the zeros of the source that are none any more.
     """
 
     zeros_before: int
@@ -61,6 +61,7 @@ class Measured:
     relative_error: float
     sha256: str
     beside: Mapping[str, str] = field(default_factory=dict)
+    refilled: int = 0
 
 
 class OutputFiles:
@@ -314,7 +315,7 @@ class _Tally:
 
     def __init__(self, source: StoredTensor, mask: Mask | None, unfitted: Iterator[Block] | None = None) -> None:
         self._source, self._mask, self._unfitted = source, mask.start() if mask else None, unfitted
-        self.zeros_before = self.zeros = self.pruned = 0
+        self.zeros_before = self.zeros = self.pruned = self.refilled = 0
         self.energy = self.error_energy = 0.0
         # Of a block that was given new values, those that it had: how far apart they are is no sum of single steps.
         self._original: torch.Tensor | None = None
@@ -326,16 +327,17 @@ class _Tally:
         keys = magnitude_keys(values)
         largest = _largest(keys, span)
         check_finite(int(largest.max(initial=0)), values.dtype, self._source)
-        self.zeros_before += keys.size - int(np.count_nonzero(keys))
         self._original = next(self._unfitted).values if self._unfitted else None
+        before = keys if self._original is None else magnitude_keys(self._original)
+        self.zeros_before += before.size - int(np.count_nonzero(before))
         self.energy += _energy(values if self._original is None else self._original)
         if self._mask is not None:
             found = self._mask(block)
             pruned = found.mask if isinstance(found, Pruned) else found
             self.pruned += int(np.count_nonzero(pruned))
             if isinstance(found, Pruned):
-                before = _replace(values, found, self._source)
-                self._original = before if self._original is None else self._original
+                replaced = _replace(values, found, self._source)
+                self._original = replaced if self._original is None else self._original
             elif self._original is not None:
                 _take(values, pruned)
             else:
@@ -347,6 +349,7 @@ class _Tally:
     def keep(self, values: torch.Tensor) -> torch.Tensor:
         self.zeros += values.numel() - int(np.count_nonzero(magnitude_keys(values)))
         if self._original is not None:
+            self._count_refilled(values)
             self.error_energy += _energy(values.to(torch.float32) - self._original.to(torch.float32))
         return values
 
@@ -362,6 +365,7 @@ class _Tally:
         are compared without these, which something else makes up for."""
         self.zeros += integers.numel() - int(np.count_nonzero(integers.numpy()))
         original = values if self._original is None else self._original
+        self._count_refilled(integers)
         written = scheme.dequantize(integers, scales)
         if factors is not None:
             written.div_(factors)
@@ -373,10 +377,15 @@ class _Tally:
             error = float(exact.square_().sum())
         self.error_energy += error
 
+    def _count_refilled(self, written: torch.Tensor) -> None:
+        """Count the zeros that have values now. Only new values fill any: rounding leaves zeros alone."""
+        if self._original is not None:
+            self.refilled += int(torch.count_nonzero((self._original == 0) & (written != 0)))
+
     def measured(self, sha256: str, beside: Mapping[str, str]) -> Measured:
         error = math.sqrt(self.error_energy / self.energy) if self.energy else 0.0
         norm = math.sqrt(self.energy)
-        return Measured(self.zeros_before, self.zeros, self.pruned, norm, error, sha256, beside)
+        return Measured(self.zeros_before, self.zeros, self.pruned, norm, error, sha256, beside, self.refilled)
 
 
 def _largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.NDArray[np.signedinteger]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Literal
 
 from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS, PruningMethod
@@ -330,6 +330,11 @@ class Calibration:
     text: str = "self"
     tokens: int = 32_768
     seed: int = 0
+
+    @property
+    def work(self) -> Literal["sample", "text"]:
+        """The stage that gives the text: the model writes it, or it is read."""
+        return "sample" if self.text == "self" else "text"
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from compressknow.engine.llama_cpp.parts import gguf_parts
 from compressknow.errors import CheckpointError, UsageError
 from compressknow.files import name_of
-from compressknow.model.checkpoint import is_address, open_checkpoint, weight_files
+from compressknow.model.checkpoint import did_you_mean_beside, is_address, open_checkpoint, weight_files
 from compressknow.model.tensors import DTYPE_SIZES
 from compressknow.reading import open_regular
 
@@ -68,7 +68,8 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise CheckpointError(f"{model}: no such file.", hint="Give FOLDER/FILE.gguf, or a checkpoint folder.")
+            hint = f"{did_you_mean_beside(path)}Give FOLDER/FILE.gguf, or a checkpoint folder."
+            raise CheckpointError(f"{model}: no such file.", hint=hint)
         return Located(name_of(path), path)
     checkpoint = open_checkpoint(model, revision)
     if not checkpoint.shards:

@@ -37,10 +37,10 @@ def see(
     Parameters
     ----------
     folder : where large hidden states lie meanwhile.
-    begin : begins the stages ``sample``, the text, and ``gather``.
+    begin : begins the stages ``sample`` or ``text``, and ``gather``.
     """
     checkpoint, tree = open_complete(source, trust_remote_code=trust_remote_code)
-    with begin("sample") as advance:
+    with begin(calibration.work) as advance:
         text = calibration_text(
             source,
             tree,

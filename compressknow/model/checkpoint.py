@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compressknow import reading
-from compressknow.errors import CheckpointError
+from compressknow.errors import CheckpointError, nearest
 from compressknow.files import name_of
 from compressknow.model.sentence_transformers import module_folders
 from compressknow.model.tensors import StoredTensor, read_header, same_bytes
@@ -198,8 +198,33 @@ def refuse_no_checkpoint(model: str | Path) -> None:
         )
     if path.exists():
         raise CheckpointError(f"{model} is a file, not a checkpoint folder.", hint=f"Give its folder: {path.parent}")
-    if isinstance(model, Path) or not HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{model}: no such folder.", hint="Give a checkpoint's folder, or a hub id (org/name).")
+    if is_path(model):
+        hint = "Give a checkpoint's folder, or a hub id (org/name)."
+        raise CheckpointError(f"{model}: no such folder.", hint=f"{did_you_mean_beside(path)}{hint}")
+
+
+def can_be_converted(model: str | Path) -> bool:
+    """Return whether a model is named by a checkpoint folder or a hub id, not by a file, a server or its answers."""
+    path = Path(model)
+    return (path / "config.json").is_file() or not (is_address(model) or path.exists() or is_path(model))
+
+
+def is_path(model: str | Path) -> bool:
+    """Whether a model that is not here is named by a path: it cannot be a hub id, or what stands before its slash is a
+    folder."""
+    path = Path(model)
+    if isinstance(model, Path) or not HUB_ID.fullmatch(model) or path.suffix in (".safetensors", ".bin", ".json"):
+        return True
+    return "/" in model and path.parent.is_dir()
+
+
+def did_you_mean_beside(path: Path) -> str:
+    """Return the beginning of a hint, where something beside a missing file or folder has nearly its name."""
+    try:
+        near = nearest(path.name, (each.name for each in path.parent.iterdir()))
+    except OSError:
+        return ""
+    return f"Did you mean {path.parent / near}? " if near else ""
 
 
 def _resolve(model: str | Path, revision: str | None, weights: bool) -> tuple[Path, str | None]:
@@ -232,7 +257,8 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
         raise CheckpointError(
             f"{model} is not a local folder, and it could not be downloaded from the Hub.",
             why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            hint=f"Download it on a machine with access to the Hub (hf download {model}), then give the folder.",
+            hint=f"{did_you_mean_beside(Path(model))}"
+            f"Download it on a machine with access to the Hub (hf download {model}), then give the folder.",
         ) from None
     return folder, folder.name
 

@@ -33,7 +33,7 @@ _ROW = {
     **{"name": str, "group": str, "shape": [int], "dtype_after": str, "in_scope": bool, "scheme": (str, None)},
     **dict.fromkeys(("numel", "pruned", "zeros", "zeros_before", "bytes_before", "bytes_after"), int),
     **{"norm?": float, "relative_error": float, "sha256": str, "scale?": _SCALE},
-    **{"stored?": [_PART], "bits?": int, "name_before?": str, "shape_before?": [int]},
+    **{"refilled?": int, "stored?": [_PART], "bits?": int, "name_before?": str, "shape_before?": [int]},
 }
 _BLOCKS = {"stack": str, "key": str, "before": int, "after": int, "dropped": [int], "similarities?": [float]}
 _NEURONS = {"key": str, "before": int, "after": int, "modules": [str], "dropped?": [str]}

@@ -34,6 +34,8 @@ _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipelin
 _FOLDER = "PATH/TO/THIS/FOLDER"
 FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 KEY = "model-index"
+# So many zeros are there because something was pruned.
+PRUNED_SHARE = 0.01
 # The metric by which results of an earlier report are told from the user's own.
 _OURS = "knowledge-kept"
 
@@ -87,7 +89,7 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         word=word_of(known(schemes)),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
         load_code=f'import compressknow\n\nmodel = compressknow.load("{_FOLDER}")',
-        warnings=[*growth(manifest), *left_over(manifest)],
+        warnings=list(warnings_of(manifest)),
         runs=where_it_runs(manifest),
         vllm=vllm_obstacle(manifest) is None,
         vllm_limit=vllm_limit(manifest),
@@ -217,6 +219,25 @@ def where_it_runs(manifest: Mapping[str, Any]) -> str:
     told = f"Runs in {', '.join(runtimes(manifest))}{f' ({limit})' if limit else ''}."
     known = manifest["source"]["architecture"] in VLLM_ARCHITECTURES
     return f"{told} It does not run in vLLM: {obstacle}." if obstacle and known else told
+
+
+def warnings_of(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what to know before the output is used."""
+    yield from growth(manifest)
+    yield from left_over(manifest)
+    yield from refilled(manifest)
+
+
+def refilled(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield that weights which the source had pruned have values again, and its pattern with them."""
+    rows = [row for row in manifest["tensors"] if row.get("refilled", 0) >= PRUNED_SHARE * row["numel"]]
+    if rows:
+        again, before = (count(sum(row[key] for row in rows)) for key in ("refilled", "zeros_before"))
+        yield (
+            f"The source is pruned, and {again} of {before} zeros have values again in "
+            f"{some_of([row['name'] for row in rows])}, which dropping neurons fits anew. A pattern such as 2:4 is "
+            "lost there, unless this recipe prunes to it again."
+        )
 
 
 def left_over(manifest: Mapping[str, Any]) -> Iterator[str]:

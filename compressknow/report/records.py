@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from compressknow.format import count, estimate, plain, size
+from compressknow.libraries import require
 from compressknow.notebook import Shown, Summary
 from compressknow.probe.records import FactsInText, Speed
 from compressknow.stats.clusters import clusters_of, kept_by_cluster
@@ -83,8 +84,8 @@ class ModelFacts:
     in_calibration: FactsInText | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Shown):
     """The original against one compressed model, over all probes.
 
     Attributes
@@ -130,6 +131,12 @@ class Comparison:
         """Whether the two were compared on texts alone: there are no facts to count."""
         return bool(self.texts) and not self.probes
 
+    def _summary(self) -> Summary:
+        """The grades by domain."""
+        grades = ("Domain", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
+        title = f"Comparison: what {plain(self.model.name, 60)} kept"
+        return Summary(title, self.verdict, grades, tuple(map(_grade_row, self.grades)))
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Card(Shown):
@@ -145,15 +152,41 @@ class Card(Shown):
     method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
     known: str = "recognized"  # what counts as known: that or better, or only "produced"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``report.json``."""
+        from compressknow.report.card.pages import to_json
+
+        return to_json(self)
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame with a row per compressed model and probe: counts, shares and their intervals.
+
+        Raises CompressknowError where pandas is not installed.
+        """
+        require("pandas")
+        import pandas as pd
+
+        return pd.DataFrame([_frame_row(each.model, probe) for each in self.comparisons for probe in each.probes])
+
     def _summary(self) -> Summary:
         """By subject of one model, a line per model of several."""
         title = f"Card: what {plain(self.original.name, 60)} knew"
         if len(self.comparisons) == 1:
-            (comparison,) = self.comparisons
-            grades = ("Domain", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
-            return Summary(title, self.verdict, grades, tuple(map(_grade_row, comparison.grades)))
+            return self.comparisons[0]._summary()._replace(title=title, verdict=self.verdict)
         models = ("Model", "Setup", "Size", "Kept (95 % interval)")
         return Summary(title, self.verdict, models, tuple(map(_model_row, self.comparisons)))
+
+
+def _frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
+    counts, kept = probe.counts, probe.kept
+    return {
+        **{"model": model.name, "setup": model.setup, "probe": probe.probe},
+        **{"facts": counts.n, "known_before": counts.known_before, "both": counts.both},
+        **{"lost": counts.lost, "gained": counts.gained},
+        **{"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high},
+        **{"accuracy_original": probe.accuracy_original.value, "accuracy_compressed": probe.accuracy_compressed.value},
+        **{"mcnemar_p": probe.p, "answer_changed": probe.answer_changed},
+    }
 
 
 def _grade_row(grade: Grade) -> tuple[str, ...]:

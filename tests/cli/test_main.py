@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -215,3 +216,11 @@ def test_reader_that_has_gone_is_no_error() -> None:
     done = subprocess.run([*PROGRAM, "--help"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert done.stderr == ""
+
+
+def test_help_lists_every_exit_code_of_the_manual(capsys: pytest.CaptureFixture[str]) -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "commands" / "shared.md").read_text(encoding="utf-8")
+    codes = re.findall(r"^\| (\d+) \|", manual.partition("## Exit codes")[2], re.MULTILINE)
+    assert main(["--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split()).partition("Exit codes: ")[2].partition(" Options:")[0]
+    assert re.findall(r"\d+", said) == codes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+import compressknow
 from compressknow.cli import main
+from compressknow.errors import GateNotMet, GateUndecided
 from compressknow.probe.answers import RECORD
 from compressknow.probe.sources.own_facts import own_facts
 from tests.knowing import facts_file, knowing
@@ -408,6 +411,16 @@ def test_a_gate_ends_with_3_and_says_the_numbers(run: Run) -> None:
     assert run("report", "{place}/on-llama", "{place}/on-llama", "--fail-under", "1").code == 0
 
 
+def test_a_gate_in_python_is_an_error_that_bears_the_card(place: Path, tmp_path: Path) -> None:
+    both, page = (place / "on-llama", place / "on-llama-8"), tmp_path / "card.json"
+    with pytest.raises(GateNotMet, match="or lower `fail_under`") as unmet:
+        compressknow.report(*both, fail_under=0.9, output=page)
+    assert unmet.value.result.to_dict() == json.loads(page.read_text())
+    with pytest.raises(GateUndecided):
+        compressknow.report(both[0], both[0], fail_under=0.99, strict=True)
+    assert compressknow.report(both[0], both[0], fail_under=1).comparisons[0].kept.value == 1
+
+
 def test_a_strict_gate_that_so_few_facts_cannot_tell_ends_with_4(run: Run) -> None:
     gated = ("report", "{place}/on-llama", "{place}/on-llama", "--fail-under", "0.99")
     assert run(*gated).code == 0
@@ -417,14 +430,26 @@ def test_a_strict_gate_that_so_few_facts_cannot_tell_ends_with_4(run: Run) -> No
     assert run("report", "{place}/on-llama", "{place}/on-llama-8", "--fail-under", "0.99", "--strict").code == 3
 
 
-def test_what_to_do_next_stands_below_the_verdict(run: Run) -> None:
+def test_the_command_to_try_next_has_the_path_that_was_given(run: Run, place: Path) -> None:
+    ended = run("report", "{place}/llama", "{place}/llama-8", "-p", "facts:{place}/facts.jsonl", "--json")
+    (compared,) = json.loads(ended.out)["compressed"]
+    command = compared["next"].partition(": ")[2].partition(": ")[2]
+    words = shlex.split(command)
+    assert words[:4] == ["compressknow", "convert", str(place / "llama"), "OUTPUT"]
+    # It can be pasted.
+    assert run(*words[1:], "--dry-run").code == 0
+    ended = run("report", "{place}/on-llama", "{place}/on-llama-8", "--json")
+    assert ": compressknow convert MODEL OUTPUT " in json.loads(ended.out)["compressed"][0]["next"]
+
+
+def test_what_to_do_next_stands_below_the_verdict(run: Run, place: Path) -> None:
     lines = run("report", "{place}/llama", "{place}/llama-8", *FACTS).out.split("\n")
     (line,) = [number for number, line in enumerate(lines) if line.startswith("Next: ")]
     assert lines[line - 1] == ""
     said = " ".join(lines[line:])
     # The manifest has the recipe, and 80 % was too much.
     assert "less than 95 % is kept; prune 40 % of the weights in place of 80 %" in said
-    assert "compressknow convert llama OUTPUT --prune 0.4" in said
+    assert f"compressknow convert {place / 'llama'} OUTPUT --prune 0.4" in said
 
 
 def test_a_gate_stops_early_and_says_how_many_facts_it_took(run: Run) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from compressknow.engine.identity import locate
 from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.tensors import OpenFiles, StoredTensor, read_header
@@ -397,6 +398,36 @@ def test_hub_id_out_of_reach_says_how_to_get_it_elsewhere() -> None:
 def test_what_can_be_no_hub_id_is_not_asked_for(name: str) -> None:
     message = refused(lambda: open_checkpoint(name))
     assert "no such folder." in message or "is not a local folder" in message
+
+
+def test_a_mistyped_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build" / "smollm2").mkdir(parents=True)
+    (tmp_path / "build" / "model.gguf").touch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", pytest.fail)
+    for find, name, meant in (
+        (open_checkpoint, "build/smolm2", "build/smollm2"),
+        (open_checkpoint, "build/smolm2/", "build/smollm2"),
+        (locate, "build/smolm2", "build/smollm2"),
+        (locate, "build/modl.gguf", "build/model.gguf"),
+    ):
+        message = refused(lambda find=find, name=name: find(name))
+        assert message.startswith(f"{name}: no such f")
+        assert f"Did you mean {meant}? " in message
+    assert "Did you mean" not in refused(lambda: open_checkpoint("build/quite-another"))
+    assert "no such folder" in refused(lambda: open_checkpoint("model.safetensors"))
+
+
+def test_an_id_of_an_organisation_without_a_folder_goes_to_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused(lambda: open_checkpoint("org/smollm2"))
+    assert "could not be downloaded from the Hub" in message
+    assert "Did you mean" not in message
+    assert "Did you mean smollm2? " in refused(lambda: open_checkpoint("smolm2"))
 
 
 # --- PyTorch .bin files -----------------------------------------------------------------------------------------------

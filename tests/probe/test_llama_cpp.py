@@ -315,7 +315,7 @@ def test_a_runtime_that_does_not_fit_is_refused(place: Path, tmp_path: Path) -> 
     with pytest.raises(UsageError, match=r"There is no runtime 'lama\.cpp'"):
         Settings(runtime="lama.cpp")
     there = Settings(runtime="llama.cpp")
-    with pytest.raises(UsageError, match=r"--runtime llama\.cpp does not run llama"):
+    with pytest.raises(UsageError, match=r"`runtime=\"llama\.cpp\"` does not run llama"):
         compressknow.probe(place / "llama", tmp_path / "answers", facts, settings=there)
     with pytest.raises(UsageError, match="GGUF files run on the processor here"):
         compressknow.probe(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,50 @@ def test_a_prompt_or_a_template_is_enough(tmp_path: Path) -> None:
     )
     assert (probe.name, probe.protocol, probe.vocabulary) == ("facts:mine.jsonl", "facts/1", "open")
     assert list(probe.source["files"]) == ["mine.jsonl"]
+
+
+def test_a_csv_holds_what_json_lines_hold(tmp_path: Path) -> None:
+    rows = [
+        {**PROMPT, "id": "fr", "candidates": ["Paris", "Rome"], "popularity": 68000000, "subject": "geography"},
+        {**TEMPLATE, "relation": "birth, place", "popularity": 0.5},
+        {"prompt": 'He said "no" to\ttea in [MASK].', "obj_label": "Łódź"},
+    ]
+    with (tmp_path / "mine.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        table = csv.DictWriter(file, ["id", *PROMPT, "template", "sub_label", *OTHERS])
+        table.writeheader()
+        for row in rows:
+            table.writerow({**row, "candidates": "|".join(row.get("candidates", []))})
+    found, same = own_facts(tmp_path / "mine.csv"), own_facts(written(tmp_path, *rows))
+    # The header is the first line.
+    expected = [replace(each, probe="facts:mine.csv", id=one_on(each.id)) for each in same.facts]
+    assert list(found.facts) == expected
+    assert (found.name, found.vocabulary) == ("facts:mine.csv", same.vocabulary)
+
+
+OTHERS = ("relation", "subject", "candidates", "popularity")
+
+
+def one_on(name: str) -> str:
+    relation, slash, number = name.partition("/")
+    return f"{relation}/{int(number) + 1}" if slash else name
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"prompt,obj_label\nParis lies in [MASK].,France,what\n", "line 2, more cells than the header"),
+        (b"prompt,obj_label\nParis lies in [MASK].,\n", "line 2, obj_label: missing"),
+        (b"prompt,obj_label,popularity\nParis lies in [MASK].,France,many\n", "popularity: must be a number above 0"),
+        (b"prompt,objlabel\nParis lies in [MASK].,France\n", "objlabel: unknown; did you mean obj_label?"),
+        (b"prompt,obj_label\nCaf\xe9 [MASK].,France\n", "it is not UTF-8"),
+        (b'prompt,obj_label\n"Paris" lies in [MASK].,France\n', "line 2: "),
+        (b"", "holds no facts"),
+    ],
+)
+def test_what_is_wrong_with_a_csv_is_told_with_its_line(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_bytes(content)
+    with pytest.raises(UsageError, match=re.escape(said)):
+        own_facts(tmp_path / "mine.csv")
 
 
 def test_every_key(tmp_path: Path) -> None:

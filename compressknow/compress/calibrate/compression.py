@@ -237,7 +237,7 @@ class _Run:
         step = self._plan.quantize_step(tensor)
         if step and step.rounding == "gptq":
             seen = statistics[0] if own is None else smoothed(statistics[0], own)
-            rounding = partial(_gptq, seen, tensor.prune is not None)
+            rounding = partial(_gptq, seen)
         treatment = Treatment(rounding, whole=self._plan.is_calibrated(tensor), factors=own, see=see)
         self.result.measured[tensor.name] = self._work.write(tensor, mask, treatment)
         return written
@@ -302,12 +302,11 @@ class _Whole:
         return of
 
 
-def _gptq(
-    inputs: InputStatistics, pruned: bool, values: torch.Tensor, scales: torch.Tensor, scheme: Scheme
-) -> torch.Tensor:
+def _gptq(inputs: InputStatistics, values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     from compressknow.compress.schemes.gptq import gptq
 
-    return gptq(values, scales, scheme, inputs, values == 0 if pruned else None)
+    # What is zero was pruned, by this recipe or in the source: a pattern outlives the rounding.
+    return gptq(values, scales, scheme, inputs, values == 0)
 
 
 def _is_expert(tensor: PlannedTensor) -> bool:

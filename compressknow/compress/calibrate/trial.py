@@ -20,9 +20,10 @@ from compressknow.compress.calibrate.smoothing import (
     to_smooth,
 )
 from compressknow.compress.calibrate.walk import walk
-from compressknow.compress.plan import Plan, PlannedTensor
+from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.engine.language_model import embedding_rows
+from compressknow.model.groups import structure_of
 from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
@@ -34,11 +35,16 @@ TRIED_TOKENS = 8
 
 
 def refuse_unsmoothable(plan: Plan, tree: PreTrainedModel) -> None:
-    """Raise UnsupportedError where a recipe smooths and the first block in scope has nothing that can be: found by a
-    few tokens, before the model writes a text.
+    """Raise UnsupportedError where a recipe smooths and a block in scope has nothing that can be.
+
+    A few tokens tell, before there is a text.
     """
     if not plan.recipe.smooths:
         return
+    if plan.removal and not plan.removal.decided:
+        # What goes is not known yet; what a norm feeds is as in the whole model.
+        checkpoint, tree = plan.removal.given
+        plan = make_plan(checkpoint, tree, structure_of(tree, plan.recipe.module_map), plan.recipe)
     with OpenFiles() as files, Pool(1) as pool:
         streamed = StreamedModel(tree, plan.sources, files)
         targets = Targets(plan, streamed.blocks)
@@ -54,19 +60,32 @@ def refuse_unsmoothable(plan: Plan, tree: PreTrainedModel) -> None:
 
 
 class _TryingToSmooth:
-    """Visits the first block in which something is to be smoothed."""
+    """Visits one block of each kind in which something is to be smoothed: of one class, with the same weights."""
 
     alone: Collection[str] = ()
 
     def __init__(
         self, plan: Plan, streamed: StreamedModel, targets: Mapping[str, list[PlannedTensor]], pool: Pool
     ) -> None:
-        self._plan, self._streamed, self._targets, self._pool = plan, streamed, targets, pool
-        self.done = False
+        self._streamed, self._pool = streamed, pool
+        wanted = {module: list(to_smooth(plan, tensors)) for module, tensors in targets.items()}
+        self._blocks = {module: names for module, names in wanted.items() if names and module in streamed.blocks}
+        if not self._blocks:
+            raise nothing_to_smooth(next(module for module, names in wanted.items() if names))
+        self._left = {self._kind(module) for module in self._blocks}
+
+    def _kind(self, module: str) -> tuple[type, frozenset[str]]:
+        names = frozenset(name.removeprefix(module) for name in self._blocks.get(module, ()))
+        return type(self._streamed.model.get_submodule(module)), names
+
+    @property
+    def done(self) -> bool:
+        """When no kind is left."""
+        return not self._left
 
     def watched(self, module: str) -> Collection[str]:
-        """The weights in a block that are to be smoothed."""
-        return list(to_smooth(self._plan, self._targets.get(module, ())))
+        """The weights in a block that are to be smoothed, of a kind that was not tried yet."""
+        return self._blocks.get(module, ()) if self._kind(module) in self._left else ()
 
     def sums(self, module: str) -> Sums:
         """They are not asked for."""
@@ -77,7 +96,7 @@ class _TryingToSmooth:
         weights = {name: self._streamed.model.get_parameter(name) for name in self.watched(module)}
         if not any(norms_before(module, self._streamed.model.get_submodule(module), weights, again)):
             raise nothing_to_smooth(module)
-        self.done = True
+        self._left.remove(self._kind(module))
 
     def output(self, module: str, batch: int, call: Call, output: Any) -> None:
         """Nothing is learned from it."""

@@ -1,4 +1,4 @@
-"""Rows of facts: JSON Lines read within bounds, and columns found by their names."""
+"""Rows of facts: JSON Lines and CSV read within bounds, and columns found by their names."""
 
 from __future__ import annotations
 
@@ -40,6 +40,50 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 yield number, _parsed(content)
     except (OSError, NotReadable) as error:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield (number of the line, its row) of a CSV file with a header, as `json_lines` would: empty cells are left out,
+    `candidates` are parted by ``|``, `popularity` is a number.
+
+    Raises UsageError where the file cannot be read.
+    """
+    import csv
+
+    number = 0
+
+    def content() -> Iterator[str]:
+        nonlocal number
+        for number, line in enumerate(read_lines(path), start=1):  # noqa: B007
+            yield line.removeprefix(codecs.BOM_UTF8).decode("utf-8") + "\n"
+
+    try:
+        table = csv.DictReader(content(), strict=True)
+        for row in table:
+            if None in row:
+                yield number, "more cells than the header has columns"
+            else:
+                yield number, {key: _cell(key, text) for key, text in row.items() if text and text.strip()}
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} cannot be read: it is not UTF-8.", hint="Save it as CSV UTF-8.") from None
+    except csv.Error as error:
+        raise UsageError(f"{path} cannot be read, line {number}: {error}.", hint="Save it as CSV.") from None
+    except (OSError, NotReadable) as error:
+        raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _cell(key: str, text: str) -> Any:
+    if key == "candidates":
+        return [each.strip() for each in text.split("|")]
+    if key != "popularity":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            return text
 
 
 def _parsed(line: bytes) -> dict[str, Any] | str:

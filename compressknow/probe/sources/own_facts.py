@@ -1,4 +1,4 @@
-"""`facts:FILE.jsonl`: a user's own facts, one JSON object a line. `SCHEMA` says what it holds."""
+"""`facts:FILE.jsonl`, or `facts:FILE.csv`: a user's own facts, one per line. `SCHEMA` says what it holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compressknow.errors import UsageError
 from compressknow.files import as_text, name_of
 from compressknow.probe.facts import BLANK, GENERAL, Fact, Probe
 from compressknow.probe.scoring.prompts import OBJECT, SUBJECT, ends_open, fill, with_blank
-from compressknow.probe.sources.columns import json_lines
+from compressknow.probe.sources.columns import csv_lines, json_lines
 from compressknow.probe.sources.source import Options, ProbeSource
 from compressknow.reading import sha256_of
 
@@ -41,6 +41,8 @@ and may have
   id          unique name of the fact (default: relation/number of the line)
 
 Other keys are ignored.
+
+A file .csv has the same keys as columns, named in its first line; candidates are parted by |.
 """
 
 _HINT = (
@@ -67,7 +69,8 @@ A line of facts:FILE.jsonl, for example:
 `prompt` and `obj_label` are required, the rest is optional. Instead of
 `prompt` it may have `template` ("The capital of [X] is [Y].") with
 `sub_label`. Without `candidates` the answer may be any text (for masked
-models, any single token)."""
+models, any single token). facts:FILE.csv has these as columns, and
+candidates as Paris|Rome|Madrid."""
 
     def named(self, part: str) -> str:
         """The file's own name: a fact is the same wherever the file lies."""
@@ -75,14 +78,14 @@ models, any single token)."""
 
     def meant(self, text: str) -> bool:
         """By the file's suffix."""
-        return Path(text).suffix.lower() == ".jsonl"
+        return Path(text).suffix.lower() in (".jsonl", ".csv")
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
         """See `own_facts`."""
         path = Path(part).expanduser()
         if not path.is_file():
             raise UsageError(
-                f"There is no file {path}.", hint="facts: is followed by the path of a file of JSON lines."
+                f"There is no file {path}.", hint="facts: is followed by the path of a file of JSON lines, or of CSV."
             )
         return own_facts(path)
 
@@ -98,7 +101,7 @@ def own_facts(path: Path) -> Probe:
     problems: list[str] = []
     # One tuple for all facts with the same candidates: files repeat a relation's list in each line.
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for number, row in json_lines(path):
+    for number, row in (csv_lines if path.suffix.lower() == ".csv" else json_lines)(path):
         found = [row] if isinstance(row, str) else _problems(row)
         if not found and isinstance(row, dict):
             fact = _fact(row, number, name, as_text(path.stem), shared)

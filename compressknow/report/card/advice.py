@@ -46,8 +46,8 @@ class Milder:
     recipe: Recipe
 
 
-def advice(comparison: Comparison) -> str:
-    """The line; nothing where the numbers carry none.
+def advice(comparison: Comparison, path: str | None = None) -> str:
+    """The line; nothing where the numbers carry none. `path` is where the user has the model's source.
 
     They are held to the gate that was decided early, or else to `ENOUGH`: the interval must lie on one side of it.
     """
@@ -61,7 +61,7 @@ def advice(comparison: Comparison) -> str:
         return f"Next: deploy it, if {wanted} is enough: the interval lies above."
     if not comparison.early and high >= gate:
         return _more_facts(comparison, gate)
-    return _compress_less(comparison, f"less than {wanted} is kept")
+    return _compress_less(comparison, f"less than {wanted} is kept", path)
 
 
 def facts_needed(comparison: Comparison, gate: float) -> int | None:
@@ -100,7 +100,7 @@ def _where(comparison: Comparison, needed: int) -> str:
     return f" ({more})" if enough else f" ({more}, and with more probes)"
 
 
-def _compress_less(comparison: Comparison, reason: str) -> str:
+def _compress_less(comparison: Comparison, reason: str, path: str | None) -> str:
     model = comparison.model
     try:
         recipe = Recipe.from_dict(dict(model.recipe)) if model.recipe else None
@@ -110,7 +110,9 @@ def _compress_less(comparison: Comparison, reason: str) -> str:
     found = next(milder(recipe, model.groups), None) if recipe else None
     if found is None:
         return f"Next: compress less, or in another way: {reason}."
-    source = plain(str((model.source or {}).get("name") or "MODEL"), 120)
+    name = plain(str((model.source or {}).get("name") or ""), 120)
+    # The name of a folder alone would lead nowhere.
+    source = path or (name if "/" in name else "MODEL")
     options = convert_options(found.recipe)
     command = f": compressknow convert {shlex.join([source, 'OUTPUT', *options])}" if options else ""
     return f"Next: {reason}; {found.change}{command}"

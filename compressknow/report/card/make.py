@@ -49,6 +49,7 @@ def make_card(
     known: str = RECOGNIZED,
     command: str | None = None,
     early: EarlyStop | None = None,
+    path: str | None = None,
 ) -> Card:
     """Compare each compressed model with the original, over the probes that both were evaluated on.
 
@@ -58,6 +59,7 @@ def make_card(
     known : what counts as known: ``recognized`` (or better) or only ``produced``.
     command : the command line to show.
     early : how a gate was decided before all facts were evaluated, if it was; of one compressed model.
+    path : the original as the user gave it, where that can be converted.
 
     Raises
     ------
@@ -71,7 +73,9 @@ def make_card(
     original, *compressed = map(by_majority, by_wording)
     model = model_facts(original.record.model)
     compared = [
-        _with_wordings(compare(original, answers, show_facts=show_facts, early=early), by_wording[0], wordings)
+        _with_wordings(
+            compare(original, answers, show_facts=show_facts, early=early, path=path), by_wording[0], wordings
+        )
         for answers, wordings in zip(compressed, by_wording[1:], strict=True)
     ]
     comparisons = [
@@ -211,6 +215,17 @@ def gate(card: Card, fail_under: float, *, strict: bool = False) -> None:
         )
 
 
+def hold_to_gate(result: object, card: Card, fail_under: float | None, *, strict: bool) -> None:
+    """Call `gate`, if there is one; its errors bear the `result` that the caller has made."""
+    if fail_under is None:
+        return
+    try:
+        gate(card, fail_under, strict=strict)
+    except (GateNotMet, GateUndecided) as unmet:
+        unmet.result = result
+        raise
+
+
 def _met(comparison: Comparison, fail_under: float, strict: bool) -> bool | None:
     """Whether the gate is met; None where a strict one is neither met nor missed."""
     kept = comparison.counts.kept
@@ -246,7 +261,12 @@ def _shortfall(label: str, counts: Counts) -> str:
 
 
 def compare(
-    original: Answers, compressed: Answers, *, show_facts: bool = True, early: EarlyStop | None = None
+    original: Answers,
+    compressed: Answers,
+    *,
+    show_facts: bool = True,
+    early: EarlyStop | None = None,
+    path: str | None = None,
 ) -> Comparison:
     """All figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
     before, model = model_facts(original.record.model), model_facts(compressed.record.model)
@@ -284,7 +304,7 @@ def compare(
             *warnings.of_early(early),
         ),
     )
-    return replace(compared, next=advice(compared))
+    return replace(compared, next=advice(compared, path if warnings.was_made_from(model, before) else None))
 
 
 def _of_text(original: Answers, compressed: Answers, name: str) -> TextFigures:

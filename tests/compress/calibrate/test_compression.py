@@ -24,10 +24,11 @@ from compressknow.compress.calibrate.words import calibrated_in_words as calibra
 from compressknow.compress.convert import prepare, write
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.steps import Prune, Quantize, Step, Where
+from compressknow.compress.steps import DropNeurons, Prune, Quantize, Step, Where
 from compressknow.errors import UnsupportedError
-from compressknow.model.manifest import calibration_of
+from compressknow.model.manifest import calibration_of, dropped_neurons
 from compressknow.quiet import quiet
+from compressknow.report.model_card import warnings_of
 from tests.compress.calibrate.test_walk import batches_of
 from tests.models import save_tiny, tiny
 
@@ -121,6 +122,41 @@ def test_gptq_keeps_the_zeros_of_the_prune_step(method: str, tmp_path: Path) -> 
     assert (
         zeros >= sum(int((pruned[name] == 0).sum()) for name in rounded) > 0.49 * sum(both[n].numel() for n in rounded)
     )
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_gptq_keeps_the_pattern_of_a_source_that_was_pruned_before(smooth: float | None, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    compressed(folder, tmp_path / "pruned", Prune(0.5, "sparsegpt", BLOCKS, parameters={"pattern": "2:4"}))
+    manifest = compressed(
+        tmp_path / "pruned", tmp_path / "out", Quantize("int8", BLOCKS, rounding="gptq", smooth=smooth)
+    )
+    pruned, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
+    names = [name for name, tensor in rounded.items() if tensor.dtype == torch.int8]
+    assert len(names) == 14
+    for name in names:
+        zero = pruned[name] == 0
+        assert bool((zero.view(-1, 4).sum(dim=1) >= 2).all()), name
+        assert not rounded[name][zero].any(), name
+    assert not list(warnings_of(manifest))
+
+
+def test_zeros_of_the_source_that_get_values_are_counted_and_told(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    compressed(folder, tmp_path / "pruned", Prune(0.5, "l1-unstructured", BLOCKS))
+    manifest = compressed(tmp_path / "pruned", tmp_path / "out", DropNeurons(0.25))
+    pruned, fitted = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
+    (entry,) = manifest["removed"]["neurons"]
+    refilled = {}
+    for module, gone in dropped_neurons(entry).items():
+        name = f"{module}.weight"
+        before = pruned[name][:, [n for n in range(entry["before"]) if not any(n in each for each in gone)]]
+        refilled[name] = int(((before == 0) & (fitted[name] != 0)).sum())
+    assert {row["name"]: row["refilled"] for row in manifest["tensors"] if "refilled" in row} == refilled
+    (warning,) = warnings_of(manifest)
+    assert f"The source is pruned, and {sum(refilled.values()):,} of " in warning
+    # A source without zeros has none to lose.
+    assert not list(warnings_of(compressed(folder, tmp_path / "first", DropNeurons(0.25))))
 
 
 def outlying(folder: Path) -> Path:

@@ -124,6 +124,32 @@ def test_what_cannot_be_smoothed_is_told_before_the_model_writes_a_text(
     assert "share their weights" in refused(albert, "--quantize", "int8", "--smooth", "0.5")
 
 
+@pytest.mark.parametrize(
+    ("options", "module"),
+    [
+        (["--include", "down_proj"], "model.layers.0"),
+        (["--include", r"0\.mlp\.(gate|up)_proj|1\.mlp\.down_proj"], "model.layers.1"),
+        (["--scope", "final"], "lm_head"),
+        (["--include", "down_proj", "--drop-neurons", "0.25"], "model.layers.0"),
+    ],
+    ids=["first", "later", "no-block", "smaller"],
+)
+@pytest.mark.parametrize("dry_run", [True, False], ids=["dry", "real"])
+def test_a_block_that_cannot_be_smoothed_is_told_before_the_text(
+    options: list[str],
+    module: str,
+    dry_run: bool,
+    llama: Path,
+    notes: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("compressknow.compress.calibrate.text.calibration_text", pytest.fail)
+    smooth = ["--quantize", "int8", "--smooth", "0.5", "--calibration", str(notes)]
+    said = refused(llama, *smooth, *options, *(["--dry-run"] if dry_run else []))
+    assert f"Nothing in {module} can be smoothed" in said
+
+
 def test_a_checkpoint_without_tokenizer(
     tmp_path: Path, notes: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from compressknow.errors import CompressknowError
 from compressknow.report.card.make import make_card
 from compressknow.report.card.pages import to_json
 from tests.report.answering import answers, entry, model, run, sides
+from tests.report.card.cards import card_of_several
 
 # Section 8 of the design: others rely on these.
 PROBE_KEYS = {
@@ -108,3 +110,17 @@ def test_left_out_facts_are_counted_by_reason() -> None:
     probes = {"atlas": entry(facts=8, dropped={"several tokens": 2, "ambiguous": 1})}
     found = to_json(make_card(answers(rows[0], probes=probes), [answers(rows[1], model(sha256="b" * 64), probes)]))
     assert found["compressed"][0]["probes"]["atlas"]["dropped"] == {"ambiguous": 1, "several tokens": 2}
+
+
+def test_a_card_gives_its_json_and_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = card_of_several()
+    assert card.to_dict() == to_json(card)
+    frame = card.to_frame()
+    assert list(zip(frame["model"], frame["probe"], frame["kept"], frame["lost"], strict=True)) == [
+        (each.model.name, probe.probe, probe.kept.value, probe.counts.lost)
+        for each in card.comparisons
+        for probe in each.probes
+    ]
+    monkeypatch.setattr("compressknow.libraries.is_installed", lambda _: False)
+    with pytest.raises(CompressknowError, match="pip install pandas"):
+        card.to_frame()
