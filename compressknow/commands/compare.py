@@ -42,7 +42,7 @@ def compare(
     known : what counts as known; see `compressknow.report`.
     no_facts : leave the text of every fact out.
     keep_in : folder of the answers; by default ``~/.cache/compressknow/answers``.
-    overwrite : replace `outputs` that are there already.
+    overwrite : replace `outputs` that are there already, if they are pages of compressknow outside a checkpoint.
     revision, revision_b : of a and of b, if they are hub ids.
     threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
     command : the command line to show.

@@ -48,7 +48,7 @@ def report(
         whether it is; for one compressed model.
     into_model_card : write the verdict into the README.md of each compressed folder.
     keep_in : folder of the answers; by default ``~/.cache/compressknow/answers``.
-    overwrite : replace `outputs` that are there already.
+    overwrite : replace `outputs` that are there already, if they are pages of compressknow outside a checkpoint.
     command : the command line to show on the card.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
 

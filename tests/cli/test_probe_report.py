@@ -281,8 +281,32 @@ def test_an_output_that_is_there_is_kept_until_it_may_be_replaced(run: Run, tmp_
     refused(run(*REPORT, "-o", "report.html", "-o", "report.md"), 1, "report.md exists already", "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
     assert (tmp_path / "report.md").read_text() == "mine"
-    assert run(*REPORT, "-o", "report.md", "--overwrite").code == 0
+    refused(run(*REPORT, "-o", "report.md", "--overwrite"), 1, "report.md was not written by compressknow")
+    assert (tmp_path / "report.md").read_text() == "mine"
+    (tmp_path / "report.md").unlink()
+    pages = [f"-oreport{suffix}" for suffix in (".html", ".md", ".json")]
+    assert run(*REPORT, *pages).code == 0
+    (tmp_path / "report.md").write_text((tmp_path / "report.md").read_text().replace("Keeps", "Kept"))
+    assert run(*REPORT, *pages, "--overwrite").code == 0
     assert "Keeps" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "report.md"])
+def test_a_file_of_a_checkpoint_is_never_replaced(run: Run, tmp_path: Path, name: str) -> None:
+    assert run(*REPORT, "-o", "report.md").code == 0
+    for file in ("config.json", "tokenizer.json"):
+        (tmp_path / file).write_text('{"schema": 1, "verdict": "mine"}')
+    before = (tmp_path / name).read_bytes()
+    refused(run(*REPORT, "-o", name, "--overwrite"), 1, f"{name} lies in a checkpoint folder: not overwritten")
+    assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine.html", "mine.md", "empty.json"])
+def test_a_file_that_no_report_wrote_is_not_replaced(run: Run, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"schema": 1, "setup": "compressknow"}' if name.startswith("mine") else "")
+    before = (tmp_path / name).read_bytes()
+    refused(run(*REPORT, "-o", name, "--overwrite"), 1, f"{name} was not written by compressknow: not overwritten")
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_a_report_that_was_killed_between_two_outputs_is_written_anew(run: Run, tmp_path: Path) -> None:
