@@ -88,6 +88,8 @@ def compare(
         folder = Path(keep_in) if keep_in else default_answers_folder()
         both = evaluate_both(first, second, opened, folder, listening)
         behaviour = behaviour_of(both, show_facts=not no_facts, known=known)
+    for side in (first, second):
+        side.check_unchanged()
     comparison = make_comparison(
         checkpoint_of(describe(first.located), first.sha256),
         checkpoint_of(describe(second.located), second.sha256),

@@ -53,6 +53,7 @@ class ModelFacts:
     removed : blocks and neurons that were dropped, as the manifest has it, or None.
     calibration : on what it was calibrated and how that went, as `calibration_of` says it, or None.
     in_calibration : the facts that stand in that text; None where it was not at hand.
+    changed : whether its files differ from what its manifest, or the record of its export, says; None where not.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ModelFacts:
     calibration: Mapping[str, Any] | None = None
     speed: Speed | None = None
     in_calibration: FactsInText | None = None
+    changed: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class Comparison:
     next : what to do next, from these numbers, in one line; empty where they carry no advice.
     measured : by section of the card, by probe: what the section itself measured, as values for JSON.
     left_out : sections of other packages that failed and are not shown, and why: a warning of the card.
+    source_matches : whether the compressed model says that it was made from the original's files; None where it, or the
+        original, does not tell.
     texts : what both gave to running texts; these are none of `probes`, which have facts.
     """
 
@@ -106,6 +110,7 @@ class Comparison:
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     texts: tuple[TextFigures, ...] = ()
+    source_matches: bool | None = None
 
     @property
     def only_texts(self) -> bool:
