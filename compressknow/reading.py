@@ -11,7 +11,9 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from compressknow.errors import CheckpointError
 
 MIB = 1 << 20
 # The most bytes of a file, by its kind. The index of a model of 100,000 tensors takes 15 MB, its manifest 70 MB; the
@@ -52,9 +54,12 @@ def open_regular(path: Path, most: int | None = None) -> BufferedReader:
         raise
 
 
-def check_regular(path: Path, most: int | None = None) -> None:
-    """Raise NotReadable where another library could not read a file safely; see `open_regular`."""
-    _check(path.stat(), most)
+def check_regular(path: Path, most: int | None = None) -> os.stat_result:
+    """What the system says of a file. Raises NotReadable where another library could not read it safely; see
+    `open_regular`."""
+    status = path.stat()
+    _check(status, most)
+    return status
 
 
 def _check(status: os.stat_result, most: int | None) -> None:
@@ -63,6 +68,34 @@ def _check(status: os.stat_result, most: int | None) -> None:
         raise NotReadable(f"it is {kind}, not a regular file")
     if most is not None and status.st_size > most:
         raise NotReadable(f"it has {status.st_size:,} bytes, and such a file has at most {most:,}")
+
+
+class FileState(NamedTuple):
+    """By what a file is told from another one in its place, and from itself with other bytes."""
+
+    device: int
+    inode: int
+    bytes: int
+    written_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        """Of what the system says of a file."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def refuse_changed(states: Mapping[Path, FileState]) -> None:
+    """Raise CheckpointError where files, by path, are not in the state in which they were opened."""
+    for path, state in states.items():
+        try:
+            is_same = FileState.of(path.stat()) == state
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise CheckpointError(
+                f"{path} was replaced or changed while the model was read: nothing is kept.",
+                hint="Repeat the command once nothing writes to the folder.",
+            )
 
 
 def read_bytes(path: Path, most: int) -> bytes:

@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     group=EVALUATE,
     help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
 )
-@option("--overwrite", is_flag=True, help="Replace existing files.")
+@option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
 @option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
 @option("--revision", group=RUNS, help="Branch, tag or commit of A on the Hub.")
 @option("--revision-b", group=RUNS, help="Branch, tag or commit of B on the Hub.")

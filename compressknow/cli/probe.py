@@ -83,10 +83,13 @@ def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **giv
 def _page(answers: Answers, output: Path) -> Iterator[str]:
     from compressknow.probe.answers import GRADES
     from compressknow.probe.wordings import by_majority
+    from compressknow.report.card.warnings import of_changes
 
     answers = by_majority(answers)
     model = answers.record.model
     yield f"{plain(model.name)}: answers in {output}"
+    for warning in of_changes(model):
+        yield from textwrap.wrap(f"Warning: {warning}", WIDTH)
     yield f"Computed on {plain(model.device, 20)} in {plain(model.computed_in, 20)}."
     yield ""
     if len(answers.texts) < len(answers.probes):

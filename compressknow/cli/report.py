@@ -59,7 +59,7 @@ from compressknow.stats.records import Estimate
     group=EVALUATE,
     help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
 )
-@option("--overwrite", is_flag=True, help="Replace existing report files.")
+@option("--overwrite", is_flag=True, help="Replace report files that compressknow wrote.")
 @option("--revision", group=RUNS, help="Branch, tag or commit of ORIGINAL on the Hub.")
 @option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context

@@ -50,7 +50,8 @@ def compare(
     fail_under, strict : a least share of a's knowledge for b to keep; see `compressknow.report`.
     no_facts : leave the text of every fact out.
     answers : folder of the answers; by default ``~/.cache/compressknow/answers``.
-    overwrite : replace files of `output` that are there already.
+    overwrite : replace files of `output` that are there already, if they are pages of compressknow outside a
+        checkpoint.
     runtime : what runs the models, where that is not what suits them.
     revision, revision_b : of a and of b, if they are hub ids.
     threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
@@ -102,6 +103,8 @@ def compare(
         folder = Path(answers) if answers else default_answers_folder()
         both = evaluate_both(first, second, opened, folder, listening)
         behaviour = behaviour_of(both, show_facts=not no_facts, known=known)
+    for side in (first, second):
+        side.check_unchanged()
     comparison = make_comparison(
         checkpoint_of(describe(first.located), first.sha256),
         checkpoint_of(describe(second.located), second.sha256),

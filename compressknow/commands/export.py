@@ -134,7 +134,8 @@ def _calibration(text: str | None, tokens: int | None, seed: int) -> Calibration
 
 def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overwrite: bool) -> None:
     """Raise an error where there is no importance matrix to write, or it cannot be written there."""
-    from compressknow.errors import OutputError, UsageError
+    from compressknow.errors import CheckpointError, OutputError, UsageError
+    from compressknow.export.importance import read_importance
     from compressknow.export.place import record_of
     from compressknow.files import refuse_broken_links
 
@@ -145,6 +146,14 @@ def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overw
     refuse_broken_links(file)
     if file.is_dir() or (file.exists() and not overwrite):
         raise OutputError(f"{file} exists already.", hint="Choose another --imatrix-out, or pass --overwrite.")
+    if file.exists():
+        try:
+            read_importance(file)
+        except CheckpointError:
+            raise OutputError(
+                f"{file} is no importance matrix: not overwritten.",
+                hint="Remove it yourself, or choose another --imatrix-out.",
+            ) from None
     if not file.parent.is_dir():
         raise OutputError(f"{file.parent}: no such folder.", hint="Make it first, or choose another place.")
 

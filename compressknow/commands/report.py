@@ -56,7 +56,8 @@ def report(
     time : measure each model's speed and memory on this machine.
     into_model_card : write the verdict into the README.md of each compressed folder.
     answers : folder of the answers; by default ``~/.cache/compressknow/answers``.
-    overwrite : replace files of `output` that are there already.
+    overwrite : replace files of `output` that are there already, if they are pages of compressknow outside a
+        checkpoint.
     command : the command line to show on the card.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
 

@@ -54,8 +54,10 @@ def _verify_gguf(path: Path, on_progress: OnProgress | None, check: bool) -> Ver
     from compressknow.errors import CheckpointError, VerificationError
     from compressknow.libraries import require
 
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file.", hint="Give a file that `compressknow export` wrote.")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no regular file.", hint="Give a file that `compressknow export` wrote.")
     require("gguf")
     from compressknow.export.place import refuse_no_record
 

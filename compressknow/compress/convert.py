@@ -207,10 +207,11 @@ def write(
 
     Raises
     ------
-    CheckpointError : a weight in scope is NaN or infinite.
+    CheckpointError : a weight in scope is NaN or infinite; a file of the checkpoint changed since it was opened.
     OutputError : the output cannot be written.
     """
-    source = conversion.plan.checkpoint.folder
+    checkpoint = conversion.plan.checkpoint
+    source = checkpoint.folder
     carried = list(carried_files(source))
     with Staging(Path(output), overwrite=overwrite, source=source) as staging:
         with _scratch(conversion.plan, staging) as scratch, OpenFiles() as opened:
@@ -228,6 +229,7 @@ def write(
         staging.write(MANIFEST_NAME, serialize(manifest))
         if render_card:
             staging.write(CARD_NAME, render_card(manifest, source).encode("utf-8", "backslashreplace"))
+        checkpoint.check_unchanged()
         staging.commit()
     return manifest
 

@@ -18,7 +18,7 @@ from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.errors import CheckpointError, VerificationError
 from compressknow.format import count, size
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
-from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, SEAL, read_manifest, seal_of
+from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, SEAL, expected_tensors, read_manifest, seal_of
 from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_metadata
 from compressknow.notebook import Shown, Summary
 from compressknow.quiet import Advance, counted
@@ -29,8 +29,6 @@ UNSEALED = (
     "The manifest has no hash of itself (it was written by an older version): its recipe, source and versions could "
     "not be checked."
 )
-# What a tensor's scale must be, as the files show it.
-SCALE_KEYS = ("name", "shape", "dtype", "sha256")
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def compare_to_manifest(
     manifest = read_manifest(folder)
     places = _places(folder)
     stored, differences = _stored(folder, places)
-    rows = {name: row for row in manifest["tensors"] for name, row in _expected(row)}
+    rows = expected_tensors(manifest)
     total = sum(tensor.nbytes for tensor in stored.values())
     report = counted(advance, total)
     with Pool(threads) as pool, OpenFiles() as files:
@@ -152,25 +150,13 @@ def _stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, StoredTe
     return stored, differences
 
 
-def _expected(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the files must hold for a manifest row: the tensor, and its scale where it has one; or all that its scheme
-    stores for it."""
-    if "stored" in row:
-        yield from ((part["name"], part) for part in row["stored"])
-        return
-    yield row["name"], {**row, "dtype": row["dtype_after"]}
-    if scale := row.get("scale"):
-        for name in (scale["name"], *scale.get("also", ())):
-            yield name, {key: scale[key] for key in SCALE_KEYS} | {"name": name}
-
-
 def _compare(
     pool: Pool,
     files: OpenFiles,
     tensor: StoredTensor | None,
     name: str,
     place: str,
-    expected: dict[str, Any] | None,
+    expected: Mapping[str, Any] | None,
     report: Callable[[int], None],
 ) -> list[Difference]:
     if tensor is None:

@@ -1,4 +1,4 @@
-"""Which model it is: its files by hash, its size, its quantization, and what compressknow did to it."""
+"""Which model it is: its files, its size, its quantization, and what compressknow did to it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,19 @@ from compressknow.errors import CheckpointError, UsageError
 from compressknow.files import name_of
 from compressknow.model.checkpoint import did_you_mean_beside, is_address, open_checkpoint, weight_files
 from compressknow.model.tensors import DTYPE_SIZES
-from compressknow.reading import open_regular
+from compressknow.reading import MANIFEST as MANIFEST_BYTES
+from compressknow.reading import NotReadable, check_regular, misfit, read_json
 
 if TYPE_CHECKING:
     from compressknow.compress.variant import Variant
 
 MANIFEST = "compressknow.json"
-READ_BYTES = 1 << 20
+_EXPORTED = {
+    "sha256": str,
+    "source": {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str},
+}
 # What decides the answers beside the weights.
-_DECISIVE = (
+DECISIVE = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
 )
@@ -53,7 +57,7 @@ class Located:
             return gguf_parts(self.path)
         # Modelling code too: it is run where the user trusts it.
         code = sorted(path.name for path in self.path.glob("*.py"))
-        decisive = [*weight_files(self.path), *_DECISIVE, *code]
+        decisive = [*weight_files(self.path), *DECISIVE, *code]
         return [self.path / name for name in decisive if (self.path / name).is_file()]
 
 
@@ -67,9 +71,13 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
         return served_at(str(model))
     path = Path(model)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            hint = f"{did_you_mean_beside(path)}Give FOLDER/FILE.gguf, or a checkpoint folder."
-            raise CheckpointError(f"{model}: no such file.", hint=hint)
+        hint = f"{did_you_mean_beside(path)}Give FOLDER/FILE.gguf, or a checkpoint folder."
+        try:
+            check_regular(path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{model}: no such file.", hint=hint) from None
+        except (OSError, NotReadable) as error:
+            raise CheckpointError(f"{model} cannot be read: {error}.", hint=hint) from None
         return Located(name_of(path), path)
     checkpoint = open_checkpoint(model, revision)
     if not checkpoint.shards:
@@ -103,40 +111,24 @@ def served_at(address: str) -> Located:
     return Located(parts.netloc, Path(), url=f"{parts.scheme}://{parts.netloc}{path}")
 
 
-def fingerprint(located: Located, read: Callable[[int], None] | None = None) -> str:
-    """SHA-256 over the names and contents of the files that decide the answers; the folder's name is not in it.
-
-    `read` is told the bytes of each piece that was read.
-    """
-    return _fingerprint_of((path.name, _hash_of(path, read)) for path in located.files)
-
-
-def _fingerprint_of(hashes: Iterable[tuple[str, str]]) -> str:
+def fingerprint_of(hashes: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 over the names of files and the hashes of their contents."""
     digest = hashlib.sha256()
     for name, sha256 in hashes:
         digest.update(f"{name}\0{sha256}\n".encode())
     return digest.hexdigest()
 
 
-def _source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The name, revision and fingerprint of what a checkpoint was made of: that of its files as the manifest has them,
     weights in the order of their names."""
     source = manifest["source"]
     hashes: Mapping[str, str] = source["files"]
-    weights = [name for name in hashes if name.endswith((".safetensors", ".bin"))]
-    decisive = [*sorted(weights), *_DECISIVE, *sorted(name for name in hashes if name.endswith(".py"))]
-    sha256 = _fingerprint_of((name, hashes[name]) for name in decisive if name in hashes)
+    # Weights that were copied are those of modules that sentence-transformers runs behind the model.
+    weights = [n for n in hashes if n.endswith((".safetensors", ".bin")) and n not in manifest["files"]]
+    decisive = [*sorted(weights), *DECISIVE, *sorted(n for n in hashes if n.endswith(".py") and "/" not in n)]
+    sha256 = fingerprint_of((name, hashes[name]) for name in decisive if name in hashes)
     return {"name": source.get("name"), "revision": source.get("revision"), "sha256": sha256}
-
-
-def _hash_of(path: Path, read: Callable[[int], None] | None) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
-    with open_regular(path) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            if read:
-                read(count)
-    return digest.hexdigest()
 
 
 def describe(located: Located) -> dict[str, Any]:
@@ -151,6 +143,8 @@ def describe(located: Located) -> dict[str, Any]:
         return described
     if located.path.suffix == ".gguf":
         size = sum(part.stat().st_size for part in located.files)
+        source = record_beside(located.path).get("source")
+        described |= {"source": source} if source else {}
         return described | {"bytes": size, "dtype": "GGUF", "quantization": "GGUF"}
     checkpoint = open_checkpoint(located.path)
     sizes: Counter[str] = Counter()
@@ -162,6 +156,16 @@ def describe(located: Located) -> dict[str, Any]:
         "quantization": quantization_in_words(checkpoint.config),
         **_manifest_facts(located.path / MANIFEST),
     }
+
+
+def record_beside(path: Path) -> dict[str, Any]:
+    """Of a GGUF file, what the record that an export writes beside it says: its "sha256" and its "source"; what is no
+    such record says nothing."""
+    try:
+        record = read_json(path.with_name(f"{path.name}.json"), MANIFEST_BYTES)
+    except (OSError, ValueError):
+        return {}
+    return {} if misfit(record, _EXPORTED) else {key: record[key] for key in ("sha256", "source")}
 
 
 def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
@@ -276,7 +280,7 @@ def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "setup": manifest["setup"],
         "recipe": manifest["recipe"],
-        "source": _source_of(manifest),
+        "source": source_of(manifest),
         "zeros": manifest["totals"]["zeros_after"],
         # A manifest of before has none for its groups: a mean over tensors would be another figure.
         "groups": {name: {"relative_error": None} | group for name, group in manifest["groups"].items()},

@@ -17,7 +17,8 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.staging import scratch
 from compressknow.diff.parameters import Side, side_of
-from compressknow.engine.identity import fingerprint, locate
+from compressknow.engine.contents import read_contents
+from compressknow.engine.identity import locate, source_of
 from compressknow.engine.load import family_of_class
 from compressknow.errors import UnsupportedError
 from compressknow.export.calibration import Seen, importance_of, see
@@ -176,6 +177,7 @@ def write(
         place.write(record_of(place.file).name, _json(record))
         if importance_output:
             move(work / MATRIX, place.folder / IMPORTANCE)
+        export.checkpoint.check_unchanged()
         place.commit()
     return record
 
@@ -308,7 +310,9 @@ def _record(export: Export, made: _Made) -> ExportRecord:
     folder = checkpoint.folder
     manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
     groups = by_group(read_tensors(made.file, export.side), made.types)
-    source = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": fingerprint(locate(folder))}
+    source = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": read_contents(locate(folder)).sha256}
+    if manifest:
+        source["original_sha256"] = source_of(manifest)["sha256"]
     done = {"recipe": manifest["recipe"]} if manifest else {}
     return ExportRecord(
         {

@@ -20,10 +20,12 @@ from compressknow.reading import MANIFEST, misfit
 SCHEMA = 1
 # What its keys in the metadata of a GGUF file begin with.
 PREFIX = "compressknow"
+# What both say of the checkpoint that it was made of: `original_sha256` is of what convert made that of.
+SOURCE = ("name", "revision", "sha256", "original_sha256")
 _COUNTS = {"tensors": int, "parameters": int, "bytes": int}
 FORM = {
     **{"setup": str, "type": str, "types": [[str]], "versions": {str: str}, "groups": {str: {str: _COUNTS}}},
-    **{"source": {"name": str, "revision?": (str, None), "sha256": str}, "totals": _COUNTS},
+    **{"source": {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str}, "totals": _COUNTS},
     **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}},
 }
 
@@ -86,9 +88,7 @@ def metadata_of(record: Mapping[str, Any]) -> dict[str, str]:
     said = {
         "version": record["versions"]["compressknow"],
         "setup": record["setup"],
-        "source.name": source["name"],
-        "source.revision": source.get("revision"),
-        "source.sha256": source["sha256"],
+        **{f"source.{key}": source.get(key) for key in SOURCE},
         "recipe": json.dumps({**record.get("recipe", {}), "export": recipe}, sort_keys=True),
     }
     return {f"{PREFIX}.{key}": value for key, value in said.items() if value}

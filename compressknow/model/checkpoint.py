@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from glob import escape
 from pathlib import Path, PurePosixPath
@@ -18,7 +18,7 @@ from compressknow.files import name_of
 from compressknow.model.sentence_transformers import module_folders
 from compressknow.model.tensors import StoredTensor, read_header, same_bytes
 from compressknow.model.torch_bin import read_torch_file
-from compressknow.reading import CONFIG, TOKENIZER, check_regular
+from compressknow.reading import CONFIG, TOKENIZER, FileState, check_regular, refuse_changed
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -40,6 +40,12 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     shards: tuple[str, ...]
     revision: str | None = None
+    # Of its files beside the weights and of these, from before the first was read.
+    states: dict[Path, FileState] = field(default_factory=dict, repr=False, compare=False)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where a file of it was replaced or written to since it was opened."""
+        refuse_changed(self.states)
 
     @property
     def index(self) -> str | None:
@@ -62,7 +68,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     CheckpointError : no such folder or id, config.json missing or not an object, weight files missing or damaged.
     """
     folder, commit = _resolve(model, revision, weights)
-    check_files(folder)
+    states = check_files(folder)
     config = read_json(folder / "config.json")
     files = weight_files(folder) if weights else {}
     tensors: dict[str, StoredTensor] = {}
@@ -91,7 +97,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
                 hint=DOWNLOAD_AGAIN,
             )
     name = str(model) if commit else name_of(folder.resolve())
-    return Checkpoint(name, folder, config, tensors, tuple(files), commit)
+    return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
 
 
 def some_of(names: Collection[str]) -> str:
@@ -272,11 +278,16 @@ _READ = {
     **dict.fromkeys(("sentencepiece.bpe.model", "source.spm", "target.spm", "tekken.json"), TOKENIZER),
 }
 
+_WATCHED = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
 
-def check_files(folder: Path) -> None:
-    """Raise CheckpointError where a pipe, a socket or a device lies in the folder, or a file too large for its name, or
-    a folder where a file should be, which transformers takes for a file that is missing.
+
+def check_files(folder: Path) -> dict[Path, FileState]:
+    """The states of the files of a checkpoint folder.
+
+    Raises CheckpointError where a pipe, a socket or a device lies in it, or a file too large for its name, or a folder
+    where a file should be, which transformers takes for a file that is missing.
     """
+    states: dict[Path, FileState] = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name in _READ:
             raise CheckpointError(f"{path} cannot be read: it is a folder.", hint=DOWNLOAD_AGAIN)
@@ -284,11 +295,15 @@ def check_files(folder: Path) -> None:
         if path.is_dir() or not path.exists():
             continue
         try:
-            check_regular(path, _READ.get(path.name))
+            status = check_regular(path, _READ.get(path.name))
         except (ValueError, OSError) as error:
             raise CheckpointError(
                 f"{path} cannot be read: {error}.", hint="Remove it, or download or save the checkpoint again."
             ) from None
+        # Not what people write meanwhile: notes, logs, a model card.
+        if path.suffix in _WATCHED:
+            states[path] = FileState.of(status)
+    return states
 
 
 def refuse_leading_out(folder: Path, path: Path) -> None:

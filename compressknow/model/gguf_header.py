@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compressknow.model.scopes import MOST_BLOCKS
+from compressknow.model.tensors import StoredTensor
 from compressknow.reading import NotReadable, open_regular
 
 MAGIC = b"GGUF"
@@ -28,6 +29,8 @@ _OF_A_BLOCK = re.compile(rb"blk\.(\d+)\.")
 _TEXT, _LIST = 8, 9
 # By the number of a type of values: struct's letter.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+# By the number of a type of tensors, those of plain floats.
+_PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 _MOST_DIMENSIONS, _MOST_NESTED, _MOST_BYTES_OF_A_NAME = 4, 4, 1 << 16
 
 
@@ -38,6 +41,18 @@ def check_gguf(path: Path) -> None:
     with open_regular(path) as file:
         try:
             _Header(file).check()
+        except struct.error:
+            raise NotReadable("it is cut short") from None
+
+
+def plain_tensors(path: Path) -> list[StoredTensor]:
+    """The tensors of a GGUF file that hold plain floats, row-major; none where its bytes are in the other order.
+
+    Raises NotReadable and OSError as `check_gguf` does.
+    """
+    with open_regular(path) as file:
+        try:
+            return _Header(file).plain(path)
         except struct.error:
             raise NotReadable("it is cut short") from None
 
@@ -56,6 +71,19 @@ class _Header:
         self._alignment, self._blocks = 32, MOST["block_count"]
 
     def check(self) -> None:
+        self._check_places(self._read())
+
+    def plain(self, path: Path) -> list[StoredTensor]:
+        tensors = self._read()
+        start = self._aligned(self._file.tell())
+        stored = [
+            StoredTensor(str(t.name, "utf-8", "replace"), _PLAIN[t.kind], t.shape[::-1], path, start + t.offset)
+            for t in tensors
+            if t.kind in _PLAIN and self._order == "<"
+        ]
+        return [each for each in stored if each.offset + each.nbytes <= self._size]
+
+    def _read(self) -> list[_Tensor]:
         if self._file.read(4) != MAGIC:
             raise NotReadable("it is no GGUF file")
         if not self._number("I") & 0xFFFF:
@@ -66,7 +94,7 @@ class _Header:
             raise NotReadable(f"it says that it holds {tensors:,} tensors and {entries:,} values")
         for _ in range(entries):
             self._entry()
-        self._check_places([self._tensor() for _ in range(tensors)])
+        return [self._tensor() for _ in range(tensors)]
 
     def _entry(self) -> None:
         key = self._text()

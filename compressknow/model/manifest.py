@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _names_outside(manifest: Mapping[str, Any]) -> str | None:
     return next((f"it names {name!r}, outside the folder" for name in manifest["files"] if is_outside(name)), None)
+
+
+def expected_tensors(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """By name, what the weight files must hold: ``dtype``, ``shape`` and ``sha256`` (and ``zeros`` of a weight)."""
+    return {name: row for each in manifest["tensors"] for name, row in _stored(each)}
+
+
+def _stored(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The tensor of a row, and its scale where it has one; or all that its scheme stores for it."""
+    if "stored" in row:
+        yield from ((part["name"], part) for part in row["stored"])
+        return
+    yield row["name"], {**row, "dtype": row["dtype_after"]}
+    if scale := row.get("scale"):
+        for name in (scale["name"], *scale.get("also", ())):
+            yield name, {key: scale[key] for key in ("shape", "dtype", "sha256")}
 
 
 def calibration_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:

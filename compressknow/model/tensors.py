@@ -91,6 +91,27 @@ class StoredTensor:
             raise CheckpointError(f"{self.file} ended while {self.name} was read: it changed under the conversion.")
 
 
+# The largest magnitude that is a number, of floats as integers without their sign.
+_LARGEST = {
+    **{"F64": 0x7FEF_FFFF_FFFF_FFFF, "F32": 0x7F7F_FFFF, "F16": 0x7BFF, "BF16": 0x7F7F},
+    **{"F8_E5M2": 0x7B, "F8_E4M3": 0x7E},
+}
+
+
+def not_finite(raw: memoryview, tensor: StoredTensor) -> str | None:
+    """What is no number in a piece of a tensor's bytes: "NaN" or "an infinity"; None where all are, or no floats."""
+    import numpy as np
+
+    if (largest := _LARGEST.get(tensor.dtype)) is None:
+        return None
+    whole = len(raw) - len(raw) % tensor.itemsize
+    bits = np.frombuffer(raw[:whole], f"u{tensor.itemsize}")
+    found = int((bits & bits.dtype.type((1 << (8 * tensor.itemsize - 1)) - 1)).max(initial=0))
+    # E4M3 has no infinity.
+    is_infinity = found == largest + 1 and tensor.dtype != "F8_E4M3"
+    return None if found <= largest else "an infinity" if is_infinity else "NaN"
+
+
 class OpenFiles:
     """Descriptors of the files being read, opened once each; safe to share between threads (reads give offsets)."""
 

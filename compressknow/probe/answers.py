@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.errors import DamagedAnswers, OutputError
 from compressknow.files import LOCK, is_no_folder, own_folder, write_whole, written
 from compressknow.format import count, percent, plain
-from compressknow.model.manifest import CALIBRATION, REMOVED
+from compressknow.model.manifest import CALIBRATION, REMOVED, SEAL, seal_of, sealed
 from compressknow.notebook import Shown, Summary
 from compressknow.probe.records import Record
 from compressknow.probe.text.records import FILES as TEXTS
@@ -63,6 +63,7 @@ RECORD_FORM: dict[str, Any] = {
         "totals?": {str: (int, float, None)},
         "removed?": ({key: form for key, form in REMOVED.items() if key != "tensors"}, None),
         "calibration?": (CALIBRATION, None),
+        "changed?": (bool, None),
         "runtime?": ({"name": str, "build?": (str, None), "types?": ({str: {str: int}}, None)}, None),
     },
     "probes": {
@@ -82,6 +83,7 @@ RECORD_FORM: dict[str, Any] = {
         }
     },
     f"{HASH}?": str,
+    f"{SEAL}?": str,
 }
 # Columns of the table in which each row has a value.
 _FILLED = ("probe", "fact_id", "relation", "subject", "sub_label", "prompt", "gold", "predicted", "correct")
@@ -317,7 +319,12 @@ def read_record(folder: Path) -> Record:
         raise DamagedAnswers(
             f"{folder / RECORD} is damaged: {wrong}.", hint="Probe the model again, into another folder."
         )
-    return Record.from_dict(record)
+    if SEAL in record and record[SEAL] != seal_of(record):
+        raise DamagedAnswers(
+            f"{folder / RECORD} was edited: its sha256 does not match its contents.",
+            hint="Put the file back as it was, or probe the model again, into another folder.",
+        )
+    return Record.from_dict({key: value for key, value in record.items() if key != SEAL})
 
 
 def _not_finite(record: Mapping[str, Any]) -> str | None:
@@ -334,8 +341,10 @@ def is_answers_folder(folder: Path) -> bool:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Write ``probe.json``; it appears under its name only when it is whole."""
-    text = json.dumps(record.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    """Write ``probe.json``, with the hash of its content; it appears under its name only when it is whole."""
+    # As it will be read: keys are texts then.
+    content = json.loads(json.dumps(record.to_dict()))
+    text = json.dumps(sealed(content), indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / RECORD, text.encode("utf-8", "backslashreplace"))
 
 

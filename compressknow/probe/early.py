@@ -18,9 +18,17 @@ from compressknow.errors import UsageError
 from compressknow.probe.answers import Answers
 from compressknow.probe.distributions import Distributions
 from compressknow.probe.facts import Probe
-from compressknow.probe.gather import Evaluation, finished, folder_of, of_probes, open_like, stored_answers
+from compressknow.probe.gather import (
+    Evaluation,
+    finished,
+    folder_of,
+    of_probes,
+    open_like,
+    sound_handles,
+    stored_answers,
+)
 from compressknow.probe.grades import known_as
-from compressknow.probe.handle import Beside, ModelHandle, handles_of
+from compressknow.probe.handle import Beside, ModelHandle
 from compressknow.probe.run import facts_entry, held_answers, probe_model
 from compressknow.probe.runtime_noise import unmeasured
 from compressknow.quiet import Listener, staged
@@ -69,7 +77,7 @@ def gather_early(
     probes = _of_facts(open_like(next(filter(None, given), None), evaluation))
     named = zip((original, compressed), (revision, None), given, strict=True)
     located = [locate(model, of) for model, of, answers in named if not answers]
-    handles = iter(handles_of(located, evaluation.settings, probes, timed=evaluation.timed))
+    handles = iter(sound_handles(located, evaluation, probes))
     first, second = (_Side(answers, None if answers else next(handles)) for answers in given)
     first.look_in(evaluation.keep_in, probes, None)
     if first.stored:

@@ -19,6 +19,7 @@ from compressknow.probe.answers import Answers, is_answers_folder, read_answers
 from compressknow.probe.overlap import with_calibration
 
 if TYPE_CHECKING:
+    from compressknow.engine.identity import Located
     from compressknow.probe.distributions import Distributions
     from compressknow.probe.handle import Beside, ModelHandle, Settings
     from compressknow.probe.sources import Opened, Options
@@ -147,7 +148,6 @@ class _Gathering:
         revision: str | None,
     ) -> None:
         from compressknow.engine.identity import locate
-        from compressknow.probe.handle import handles_of
 
         self._stored, self._evaluation = stored, evaluation
         self._probes = open_like(next((answers for answers in stored if answers is not None), None), evaluation)
@@ -155,7 +155,7 @@ class _Gathering:
         revisions = [revision, *(None for _ in models[1:])]
         asked = [(model, of) for model, of, answers in zip(models, revisions, stored, strict=True) if not answers]
         located = [locate(model, of) for model, of in asked]
-        handles = iter(handles_of(located, evaluation.settings, self._probes, timed=evaluation.timed))
+        handles = iter(sound_handles(located, evaluation, self._probes))
         self._handles = [None if answers else next(handles) for answers in stored]
 
     def run(self, on_progress: Listener | None) -> list[Answers]:
@@ -195,6 +195,17 @@ class _Gathering:
                     handle, self._probes, answers, folder, on_progress, whole=beside.whole
                 )
         return finished(answers, handle, beside.reference, on_progress, timed=self._evaluation.timed)
+
+
+def sound_handles(located: Sequence[Located], evaluation: Evaluation, probes: Sequence[Opened]) -> list[ModelHandle]:
+    """The models to evaluate, hashed. Raises what `handles_of` does, and CheckpointError where a weight of one is no
+    number: before the first is evaluated."""
+    from compressknow.probe.handle import handles_of
+
+    handles = handles_of(located, evaluation.settings, probes, timed=evaluation.timed)
+    for handle in handles:
+        handle.check_sound()
+    return handles
 
 
 def finished(
@@ -287,7 +298,8 @@ def find_both(
 
     Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
     """
-    from compressknow.engine.identity import fingerprint, locate
+    from compressknow.engine.contents import read_contents
+    from compressknow.engine.identity import locate
     from compressknow.model.checkpoint import is_address, no_files
     from compressknow.probe.handle import handles_of
     from compressknow.quiet import Stage, begun, counted
@@ -302,7 +314,7 @@ def find_both(
     total = sum(path.stat().st_size for side in (first, second) for path in side.located.files)
     with begun(on_progress, Stage("hash", f"{a.model} and {b.model}")) as advance, ThreadPoolExecutor(2) as pool:
         read = counted(advance, total)
-        first.sha256, second.sha256 = pool.map(lambda side: fingerprint(side.located, read), (first, second))
+        first.contents, second.contents = pool.map(lambda side: read_contents(side.located, read), (first, second))
     return first, second
 
 

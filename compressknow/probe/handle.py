@@ -22,6 +22,7 @@ from compressknow.probe.text.running import RunningText
 from compressknow.quiet import PanicError, no_panics
 
 if TYPE_CHECKING:
+    from compressknow.engine.contents import Contents
     from compressknow.probe.distributions import Distributions
     from compressknow.probe.scoring.scorer import Whole
     from compressknow.probe.text.reading import TextReader
@@ -91,12 +92,32 @@ class ModelHandle:
         return self.runtime.where(self.located, self.settings)
 
     @cached_property
+    def contents(self) -> Contents:
+        """What its files hold; they are read and hashed once."""
+        return self.runtime.contents(self.located, self.settings)
+
+    @cached_property
     def sha256(self) -> str:
-        return self.runtime.fingerprint(self.located, self.settings)
+        return self.contents.sha256
 
     @cached_property
     def loaded(self) -> Loaded:
-        return self.runtime.open(self.located, self.settings)
+        loaded = self.runtime.open(self.located, self.settings)
+        try:
+            self.check_unchanged()
+        except BaseException:
+            loaded.release()
+            raise
+        return loaded
+
+    def check_sound(self) -> None:
+        """Raise CheckpointError where a weight holds NaN or infinity."""
+        self.contents.check_finite(self.located, trust_remote_code=self._settings.trust_remote_code)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where what it answers may not be that of the files that were hashed, if they were."""
+        if "contents" in self.__dict__:
+            self.contents.check_unchanged()
 
     def prompts(self, probe: Probe) -> Prompts:
         """The probe's facts as this model reads them."""
@@ -154,12 +175,13 @@ class ModelHandle:
             return None
         dtype = "bfloat16" if self.settings.computed_in == "float32" else "float32"
         other = ModelHandle(self.located, replace(self.settings, dtype=dtype))
-        other.sha256 = self.sha256
+        other.contents = self.contents
         return other
 
     def described(self) -> dict[str, Any]:
         """What the model's files tell of it."""
-        return describe(self.located)
+        changed = {"changed": True} if self.contents.changed else {}
+        return describe(self.located) | changed
 
     def record(self) -> ModelRecord:
         """The "model" entry of ``probe.json``."""

@@ -172,6 +172,7 @@ class ModelRecord(_Part):
     vocabulary : the number of tokens, or a hash of them.
     dtype : of the weights as stored; `computed_in` what they were run in, on `device`.
     setup, recipe, source, groups, removed, calibration : of a converted checkpoint, what its manifest says.
+    changed : whether its files differ from that manifest, or from the record of an export; None where they do not.
     totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
     runtime : what ran it where that was not transformers: name, build, and types by group of layers.
     speed, in_calibration : measured for one report; they are not stored.
@@ -191,6 +192,7 @@ class ModelRecord(_Part):
     groups: Mapping[str, Mapping[str, Any]] | None = None
     removed: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
+    changed: bool | None = None
     totals: Mapping[str, int] = field(default_factory=dict)
     sha256: str | None = None
     architecture: str | None = None

@@ -87,10 +87,12 @@ def probe_model(
     Raises
     ------
     OutputError : the folder holds something else, answers of another model, or is in use by another run.
-    CompressknowError : the model or a probe is not the one of the reference.
+    CompressknowError : the model or a probe is not the one of the reference; a weight is no number; the model's files
+        change meanwhile.
     """
     refuse_twins(probes)
     handle.refuse_tasks(probes)
+    handle.check_sound()
     beside = beside or Beside()
     if not handle.runtime.whole_vocabulary:
         beside = replace(beside, whole=None)
@@ -233,6 +235,7 @@ class _Run:
             advance=advance,
         )
         for part in _in_parts([chunk] for chunk in fresh):
+            self._handle.check_unchanged()
             parts.mkdir(parents=True, exist_ok=True)
             write_chunks(parts / f"{len(read):08}.parquet", part)
             read |= {chunk.number: chunk for chunk in part}
@@ -257,6 +260,7 @@ class _Run:
             advance=advance,
         )
         for part in _in_parts(batches):
+            self._handle.check_unchanged()
             write_part(parts, part)
             answers += part
         order = {fact.id: number for number, fact in enumerate(probe.facts)}
@@ -266,6 +270,9 @@ class _Run:
 
     def _keep(self, name: str, answers: Sequence[Answer], entry: ProbeEntry, chunks: Sequence[Chunk]) -> None:
         record, folder = self._record, self._folder
+        model = self._handle.record()
+        # Nothing is kept of files that are not those that were hashed.
+        self._handle.check_unchanged()
         others = [a for a in stored(folder) if a.probe != name and a.probe in record.probes]
         probes = {other: kept for other, kept in record.probes.items() if other != name}
         if name in record.probes or record.answers_sha256 is not None:
@@ -277,7 +284,7 @@ class _Run:
         write_table(folder / TABLE, [*others, *answers])
         self._record = replace(
             record.without_hash(probes | {name: entry}),
-            model=self._handle.record(),
+            model=model,
             answers_sha256=sha256_of(folder / TABLE),
         )
         write_record(folder, self._record)
@@ -343,12 +350,14 @@ def _in_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
 def _read(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:
     """The answers to these probes alone; the folder may hold those to others.
 
-    They are kept by the content of the model, which may have another name by now.
+    They are kept by the content of the model, which may have another name by now, or another manifest.
     """
     record, located = read_record(folder), handle.located
     model = record.model
     if located.url is None:
-        model = replace(model, name=located.name, revision=located.revision)
+        said = handle.described()
+        model = replace(model, name=located.name, revision=located.revision, changed=said.get("changed"))
+        model = replace(model, source=said.get("source", model.source))
     record = replace(record, model=model, probes={name: record.probes[name] for name in names})
     rows = tuple(answer for answer in stored(folder) if answer.probe in record.probes)
     answers = Answers(record, rows, read_texts(folder, record))

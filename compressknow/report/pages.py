@@ -18,6 +18,7 @@ from compressknow.errors import OutputError, UsageError
 from compressknow.files import interrupted, refuse_broken_links, write_together
 from compressknow.format import RIGHT_TO_LEFT, count, plain_lines
 from compressknow.libraries import require
+from compressknow.reading import open_regular
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Installed, the templates lie inside the package; in a checkout, at the top of the repository.
@@ -179,6 +180,13 @@ def _hash(text: str) -> str:
 
 
 FORMATS = (".html", ".md", ".json")
+# By what a page is known again: within so many bytes of its beginning or, in Markdown, of its end.
+_MARKS = {
+    ".html": re.compile(rb'<p class="brand"><b>compressknow</b>'),
+    ".md": re.compile(rb"^- Versions: compressknow ", re.MULTILINE),
+    ".json": re.compile(rb'\A\{\s*"schema": ?\d+,\s*"verdict": ?"'),
+}
+_MARKED_WITHIN = 1 << 16
 
 
 def require_for(outputs: Sequence[Path], *modules: str) -> None:
@@ -188,7 +196,8 @@ def require_for(outputs: Sequence[Path], *modules: str) -> None:
 
 
 def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Raise, before any work is done, where an output could not be written: format unknown, file there already.
+    """Raise, before any work is done, where an output could not be written: format unknown, file there already, or one
+    to overwrite that is no page.
 
     A file that an interrupted run put there without the others is no reason.
     """
@@ -202,10 +211,35 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
         refuse_broken_links(path)
         if path.is_dir() or (path.exists() and not overwrite and path not in unfinished):
             raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.")
+        if path.exists() and path not in unfinished:
+            _refuse_not_ours(path)
         if not path.parent.is_dir():
             raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
     if len({path.resolve() for path in outputs}) < len(outputs):
         raise UsageError("Two reports have one name.", hint="Give each -o a name of its own.")
+
+
+def _refuse_not_ours(path: Path) -> None:
+    """Raise OutputError where --overwrite would replace what no report is, or a file of a checkpoint."""
+    if (path.resolve().parent / "config.json").exists():
+        raise OutputError(
+            f"{path} lies in a checkpoint folder: not overwritten.", hint="Choose a name outside the checkpoint."
+        )
+    if not _is_page(path):
+        raise OutputError(
+            f"{path} was not written by compressknow: not overwritten.",
+            hint="Remove it yourself, or choose another name.",
+        )
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file holds what every page of its format does."""
+    if not path.is_file():
+        return False
+    with open_regular(path) as file:
+        if path.suffix.lower() == ".md":
+            file.seek(max(0, path.stat().st_size - _MARKED_WITHIN))
+        return bool(_MARKS[path.suffix.lower()].search(file.read(_MARKED_WITHIN)))
 
 
 def write_formats(rendered: Callable[[str], str], paths: Sequence[Path], *, overwrite: bool) -> None:

@@ -61,6 +61,7 @@ class ModelFacts:
     removed : blocks and neurons that were dropped, as the manifest has it, or None.
     calibration : on what it was calibrated and how that went, as `calibration_of` says it, or None.
     in_calibration : the facts that stand in that text; None where it was not at hand.
+    changed : whether its files differ from what its manifest, or the record of its export, says; None where not.
     """
 
     name: str
@@ -82,6 +83,7 @@ class ModelFacts:
     calibration: Mapping[str, Any] | None = None
     speed: Speed | None = None
     in_calibration: FactsInText | None = None
+    changed: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -97,6 +99,8 @@ class Comparison(Shown):
     next : what to do next, from these numbers, in one line; empty where they carry no advice.
     measured : by section of the card, by probe: what the section itself measured, as values for JSON.
     left_out : sections of other packages that failed and are not shown, and why: a warning of the card.
+    source_matches : whether the compressed model says that it was made from the original's files; None where it, or the
+        original, does not tell.
     texts : what both gave to running texts; these are none of `probes`, which have facts.
     """
 
@@ -115,6 +119,7 @@ class Comparison(Shown):
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     texts: tuple[TextFigures, ...] = ()
+    source_matches: bool | None = None
 
     @property
     def clusters(self) -> list[Counts]:

@@ -189,13 +189,14 @@ class CellHandle(ModelHandle):
     ) -> None:
         super().__init__(replace(original.located, name=cell.key, revision=None), original.settings)
         self._original, self._cell, self._maker = original, cell, maker
+        self.contents = original.contents
         self._tokenizer, self._written = tokenizer, written
         self._described: dict[str, Any] = {}
 
     @cached_property
     def sha256(self) -> str:
         """A hash of what the model is made of: no file holds it."""
-        made_of = [__version__, self._original.sha256, self._cell.recipe.to_dict()]
+        made_of = [__version__, self.contents.sha256, self._cell.recipe.to_dict()]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     @cached_property

@@ -377,7 +377,11 @@ def test_an_output_that_is_there_is_kept_until_it_may_be_replaced(run: Run, tmp_
     refused(run(*LLAMAS, "-o", "c.html", "-o", "c.md"), 1, "c.md exists already", "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["c.md"]
     assert (tmp_path / "c.md").read_text() == "mine"
-    assert run(*LLAMAS, "-o", "c.md", "--overwrite").code == 0
+    refused(run(*LLAMAS, "-o", "c.md", "--overwrite"), 1, "c.md was not written by compressknow")
+    (tmp_path / "c.md").unlink()
+    pages = [f"-oc{suffix}" for suffix in (".html", ".md", ".json")]
+    assert run(*LLAMAS, *pages).code == 0
+    assert run(*LLAMAS, *pages, "--overwrite").code == 0
     assert "Relative error" in (tmp_path / "c.md").read_text()
 
 

@@ -269,14 +269,18 @@ def test_a_probe_that_leaves_no_fact_is_refused(run: Run, tmp_path: Path) -> Non
 def test_a_model_that_computes_no_numbers_knows_nothing_and_is_told_as_broken(
     run: Run, model: Callable[[str], Path]
 ) -> None:
+    """Its weights are numbers, and become too large: nothing but its answers shows it."""
     path = model("llama") / "model.safetensors"
     weights = load_file(path)
-    weights["model.norm.weight"][0] = float("nan")
-    save_file(weights, path, metadata={"format": "pt"})
+    for name in weights:
+        weights[name] = weights[name] * 3e38 if "down_proj" in name else weights[name]
+    save_file({name: weight.clamp(-3e38, 3e38) for name, weight in weights.items()}, path, metadata={"format": "pt"})
     ended = run("report", "{place}/on-llama", "model", *FACTS, "--answers", "kept", "-o", "report.json")
     assert ended.code == 0
     assert "Keeps none of the 64 facts" in ended.out
     assert "it is broken" in ended.out
+    assert "find a sound copy of the model" in ended.out
+    assert "compress less" not in ended.out
 
 
 def test_an_output_that_is_there_is_kept_until_it_may_be_replaced(run: Run, tmp_path: Path) -> None:
@@ -284,8 +288,32 @@ def test_an_output_that_is_there_is_kept_until_it_may_be_replaced(run: Run, tmp_
     refused(run(*REPORT, "-o", "report.html", "-o", "report.md"), 1, "report.md exists already", "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
     assert (tmp_path / "report.md").read_text() == "mine"
-    assert run(*REPORT, "-o", "report.md", "--overwrite").code == 0
+    refused(run(*REPORT, "-o", "report.md", "--overwrite"), 1, "report.md was not written by compressknow")
+    assert (tmp_path / "report.md").read_text() == "mine"
+    (tmp_path / "report.md").unlink()
+    pages = [f"-oreport{suffix}" for suffix in (".html", ".md", ".json")]
+    assert run(*REPORT, *pages).code == 0
+    (tmp_path / "report.md").write_text((tmp_path / "report.md").read_text().replace("Keeps", "Kept"))
+    assert run(*REPORT, *pages, "--overwrite").code == 0
     assert "Keeps" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "report.md"])
+def test_a_file_of_a_checkpoint_is_never_replaced(run: Run, tmp_path: Path, name: str) -> None:
+    assert run(*REPORT, "-o", "report.md").code == 0
+    for file in ("config.json", "tokenizer.json"):
+        (tmp_path / file).write_text('{"schema": 1, "verdict": "mine"}')
+    before = (tmp_path / name).read_bytes()
+    refused(run(*REPORT, "-o", name, "--overwrite"), 1, f"{name} lies in a checkpoint folder: not overwritten")
+    assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine.html", "mine.md", "empty.json"])
+def test_a_file_that_no_report_wrote_is_not_replaced(run: Run, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"schema": 1, "setup": "compressknow"}' if name.startswith("mine") else "")
+    before = (tmp_path / name).read_bytes()
+    refused(run(*REPORT, "-o", name, "--overwrite"), 1, f"{name} was not written by compressknow: not overwritten")
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_a_report_that_was_killed_between_two_outputs_is_written_anew(run: Run, tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ CASES = [
     Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/new.gguf", "have one name"),
     Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/dangling", "is a link that leads nowhere"),
     Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/nowhere/i", "no such folder"),
+    Case(
+        "export {}/model {}/new.gguf --calibration self --overwrite --imatrix-out {}/model/config.json",
+        "config.json is no importance matrix: not overwritten",
+    ),
     Case("export {}/model {}/dangling/new.gguf", "is a link that leads nowhere"),
     Case("export {}/model {}/new", "Name it new.gguf"),
     Case("verify {}/some.gguf", "has no some.gguf.json beside it"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import compressknow
-from compressknow.engine.identity import MANIFEST, describe, fingerprint, locate
+from compressknow.engine.contents import read_contents
+from compressknow.engine.identity import MANIFEST, describe, locate
 from compressknow.errors import CheckpointError
 from tests.knowing import knowing
 
@@ -34,7 +35,7 @@ def converted(place: Path, tmp_path: Path) -> Path:
 
 
 def hash_of(folder: Path) -> str:
-    return fingerprint(locate(folder))
+    return read_contents(locate(folder)).sha256
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
@@ -43,7 +44,7 @@ def test_any_change_of_weights_config_or_tokenizer_makes_another_model(place: Pa
     content[-3] ^= 1
     (model / name).write_bytes(content)
     located = locate(place / "bert")
-    assert fingerprint(located) != fingerprint(type(located)("model", model))
+    assert read_contents(located).sha256 != read_contents(type(located)("model", model)).sha256
 
 
 @pytest.mark.parametrize("name", ["modeling_mine.py", "vocab.txt", "added_tokens.json"])

@@ -17,7 +17,8 @@ import torch
 
 import compressknow
 from compressknow.cli import main
-from compressknow.engine.identity import fingerprint, locate
+from compressknow.engine.contents import read_contents
+from compressknow.engine.identity import locate
 from compressknow.errors import (
     CheckpointError,
     CompressknowError,
@@ -207,7 +208,8 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     said, beside = metadata(output), json.loads((tmp_path / "out.gguf.json").read_text())
     assert beside == record
     assert said["compressknow.setup"] == record.setup == "Att_GPQ 20% + q4_k_m (attention q8_0)"
-    assert said["compressknow.source.sha256"] == fingerprint(locate(tmp_path / "small"))
+    assert said["compressknow.source.sha256"] == read_contents(locate(tmp_path / "small")).sha256
+    assert said["compressknow.source.original_sha256"] == read_contents(locate(source)).sha256
     recipe = json.loads(str(said["compressknow.recipe"]))
     export = recipe.pop("export")
     assert compressknow.Recipe.from_dict(recipe).setup == "Att_GPQ 20%"

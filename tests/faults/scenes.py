@@ -66,8 +66,8 @@ class Stage:
         (self._props / MORE).write_text("".join(lines[1::6]))
         (self._props / "grid.toml").write_text(GRID)
         (self._props / "precious.txt").write_text("precious")
-        for name in ("old.md", "old.json"):
-            (self._props / name).write_text("the user's")
+        (self._props / "old.md").write_text("- Versions: compressknow 0.0.1\n")
+        (self._props / "old.json").write_text('{"schema": 1, "verdict": "old"}')
         for command in (f"convert model small {COMPRESS}", f"probe model -o answers -p facts:{FACTS}"):
             outcome = server.run(command.split(), self._props)
             assert outcome.code == 0, outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import zipfile
 from collections.abc import Callable
@@ -70,7 +71,7 @@ def test_a_pipe_as_any_input_is_refused_at_once(
     monkeypatch.chdir(tmp_path)
     for folder in ("answers", "converted"):
         Path(folder).mkdir()
-    for name in ("r.toml", "r.json", "f.jsonl", "c.txt", "answers/probe.json", "converted/compressknow.json"):
+    for name in ("r.toml", "r.json", "f.jsonl", "c.txt", "m.gguf", "answers/probe.json", "converted/compressknow.json"):
         fifo(Path(name))
     Path("converted/config.json").write_text("{}", encoding="utf-8")
     for command in (
@@ -89,6 +90,14 @@ def test_a_pipe_as_any_input_is_refused_at_once(
         ("export", checkpoint, "x.gguf", "--recipe", "r.toml"),
     ):
         refused(capsys, *command)
+    for command in (
+        ("probe", checkpoint, "-p", "facts:f.jsonl", "-o", "a"),
+        ("probe", checkpoint, "-p", "text:c.txt", "-o", "a"),
+        ("probe", "m.gguf", "-o", "a"),
+        ("report", checkpoint, "m.gguf"),
+    ):
+        assert re.search(r"cannot be read: it is a pipe \(FIFO\), not a regular file", refused(capsys, *command))
+    assert "m.gguf is no regular file" in refused(capsys, "verify", "m.gguf")
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,35 @@ def test_answers_of_an_older_version_have_no_hash_and_are_read(answers: Path) ->
     assert read_answers(answers).answers
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("probes", "facts:f.jsonl", "protocol"), "closed/0"),
+        (("probes", "facts:f.jsonl", "facts"), 1_000),
+        (("probes", "facts:f.jsonl", "fingerprint"), "0" * 64),
+        (("model", "sha256"), "0" * 64),
+        (("model", "bytes"), 1),
+        (("versions", "torch"), "0"),
+        (("mine",), True),
+    ],
+)
+def test_an_edited_record_is_named(
+    answers: Path, place: tuple[str, ...], value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((answers / RECORD).read_text())
+    inner = record
+    for key in place[:-1]:
+        inner = inner[key]
+    assert inner.get(place[-1]) != value
+    inner[place[-1]] = value
+    (answers / RECORD).write_text(json.dumps(record))
+    assert "probe.json was edited: its sha256 does not match" in refused(capsys, "report", answers, answers)
+    # An older version wrote none.
+    del record["sha256"]
+    (answers / RECORD).write_text(json.dumps(record))
+    assert read_answers(answers).answers
+
+
 def test_a_row_less_is_seen_without_a_hash_too(answers: Path) -> None:
     record = json.loads((answers / RECORD).read_text())
     del record[HASH]
@@ -98,6 +127,8 @@ def test_a_mutant_of_a_record_is_read_or_refused_in_one_message(
     answers: Path, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = json.loads((answers / RECORD).read_text())
+    # With it, every mutant is refused as one that was edited.
+    del record["sha256"]
     for number, mutant in enumerate(mutants(record, seed, 12)):
         (answers / RECORD).write_text(json.dumps(mutant))
         capsys.readouterr()

@@ -37,7 +37,10 @@ def test_its_report_has_the_figures_that_it_had(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["original", "compressed"])
 def test_its_record_is_written_as_it_stands_there(name: str, tmp_path: Path) -> None:
     write_record(tmp_path, read_record(STORED / name))
-    assert (tmp_path / RECORD).read_bytes() == (STORED / name / RECORD).read_bytes()
+    written = json.loads((tmp_path / RECORD).read_bytes())
+    # The hash of the record itself, which versions of then did not write.
+    del written["sha256"]
+    assert json.dumps(written, indent=1, ensure_ascii=False) + "\n" == (STORED / name / RECORD).read_text("utf-8")
 
 
 def test_its_record_has_types() -> None:

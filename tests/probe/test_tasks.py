@@ -358,9 +358,9 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tasks, "own_tasks", lambda: SimpleNamespace(all_tasks=["hellaswag", "mmlu"]))
     folder = task_folder(tmp_path, CLOZE)
     for name, why in {
-        "lm-eval:helaswag": "no task 'helaswag'.\nDid you mean hellaswag?",
-        "lm-eval:clozes": "Did you mean cloze?",
-        "lm-eval:boolqq": "Did you mean boolq?",
+        "lm-eval:helaswag": "no task 'helaswag'.\nDid you mean hellaswag",
+        "lm-eval:clozes": "Did you mean cloze",
+        "lm-eval:boolqq": "Did you mean boolq",
         "lm-eval:": "names no task",
         "lm-eval:cloze": "needs cloze.jsonl, which neither its task folder nor --data holds.\nPut it beside 0.yaml",
     }.items():
@@ -373,6 +373,15 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         open_task("lm-eval:boolq", include=tmp_path / "nowhere")
     with pytest.raises(UsageError, match="at least 1"):
         open_task("lm-eval:boolq", limit=0)
+
+
+def test_a_name_that_no_task_file_holds_is_refused_without_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes most of a minute to read."""
+    monkeypatch.setattr(tasks, "own_tasks", lambda: pytest.fail("the index was read"))
+    with pytest.raises(UsageError, match=r"lm-eval has no task 'hellaswg'.\nDid you mean hellaswag"):
+        open_task("lm-eval:hellaswg")
+    with pytest.raises(UsageError, match="lm-eval has no task 'nosuch"):
+        open_task("lm-eval:nosuch\udcff")
 
 
 def test_what_cannot_be_run_is_refused(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

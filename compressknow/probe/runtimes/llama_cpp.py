@@ -100,9 +100,9 @@ class LoadedInLlamaCpp(Loaded):
 
     def described(self) -> Mapping[str, Any]:
         """How most weights are stored, and what an export of compressknow says that it was made from."""
-        from compressknow.export.record import PREFIX
+        from compressknow.export.record import PREFIX, SOURCE
 
-        said = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in ("name", "revision", "sha256")}
+        said = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in SOURCE}
         source = {key: value for key, value in said.items() if value}
         return {"quantization": f"GGUF {self._model.file_type}", **({"source": source} if source else {})}
 

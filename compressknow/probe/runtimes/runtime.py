@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from compressknow.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from compressknow.engine.contents import Contents
     from compressknow.engine.identity import Located
     from compressknow.engine.language_model import LanguageModel
     from compressknow.probe.answers import Answer
@@ -138,11 +139,11 @@ class Runtime(abc.ABC):
         """Where it computes, for people; `settings` are those of `settled`."""
         return str(settings.device)
 
-    def fingerprint(self, located: Located, settings: Settings) -> str:  # noqa: ARG002
-        """SHA-256 of all that decides the model's answers, by which it is known again: of its files."""
-        from compressknow.engine.identity import fingerprint
+    def contents(self, located: Located, settings: Settings) -> Contents:  # noqa: ARG002
+        """What decides the model's answers, by whose hash it is known again: of its files."""
+        from compressknow.engine.contents import read_contents
 
-        return fingerprint(located)
+        return read_contents(located)
 
     def key(self) -> tuple[str, ...]:
         """What beside model and settings decides the answers: name and build; empty for transformers."""

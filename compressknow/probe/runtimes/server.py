@@ -15,6 +15,7 @@ from compressknow.probe.runtimes.runtime import Loaded, Runtime
 from compressknow.reading import misfit
 
 if TYPE_CHECKING:
+    from compressknow.engine.contents import Contents
     from compressknow.engine.identity import Located
     from compressknow.probe.facts import Probe
     from compressknow.probe.handle import Settings
@@ -51,9 +52,11 @@ class Server(Runtime):
         """The address."""
         return located.url or ""
 
-    def fingerprint(self, located: Located, settings: Settings) -> str:
+    def contents(self, located: Located, settings: Settings) -> Contents:
         """See `LoadedFromServer.sha256`."""
-        return self.open(located, settings).sha256
+        from compressknow.engine.contents import Contents
+
+        return Contents(self.open(located, settings).sha256)
 
     def open(self, located: Located, settings: Settings) -> LoadedFromServer:
         """Find out which model it has, and what it tells of it.

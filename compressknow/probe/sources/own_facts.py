@@ -83,7 +83,7 @@ candidates as Paris|Rome|Madrid."""
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
         """See `own_facts`."""
         path = Path(part).expanduser()
-        if not path.is_file():
+        if not path.exists():
             raise UsageError(
                 f"There is no file {path}.", hint="facts: is followed by the path of a file of JSON lines, or of CSV."
             )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CompressknowError, UnsupportedError
+from compressknow.files import as_text
 from compressknow.quiet import quiet
 
 if TYPE_CHECKING:
@@ -28,9 +31,29 @@ COLUMNS = {
 _LOGGERS = ("lm_eval", "datasets", "evaluate", "accelerate", "huggingface_hub", "httpx", "fsspec")
 
 
+_DEFINED = re.compile(rb"""^(?:task|group|tag):[ \t]*["']?([\w.+-]+)""", re.MULTILINE)
+
+
+def names_without(task: str) -> list[str] | None:
+    """Names of lm-eval's own tasks where none of their files holds the name `task`, so that none has it; else None.
+
+    It reads the files as they are: a second, where the index takes most of a minute.
+    """
+    spec = importlib.util.find_spec("lm_eval")
+    word = re.compile(rb"(?<!\w)" + re.escape(as_text(task).encode()) + rb"(?!\w)")
+    names: dict[str, None] = {}
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in (Path(folder) / "tasks").rglob("*.yaml"):
+            content = path.read_bytes()
+            if word.search(content):
+                return None
+            names |= dict.fromkeys(name.decode() for name in _DEFINED.findall(content))
+    return list(names)
+
+
 @cache
 def own_tasks() -> Any:
-    """lm-eval's index of its own tasks. They are thousands: it takes seconds to read."""
+    """lm-eval's index of its own tasks. They are thousands: it takes most of a minute to read."""
     return _read(None, own=True)
 
 

@@ -32,6 +32,7 @@ from compressknow.probe.sources.task_index import (
     entry_of,
     local_files,
     names_in,
+    names_without,
     own_tasks,
     silent,
 )
@@ -134,8 +135,13 @@ def open_task(
     if task in COLUMNS:
         place = next((place for place in _places(data) if (place / f"{task}.jsonl").is_file()), None)
         return LmEvalTask(name, task, SHIPPED if place else None, place, limit, seed)
-    if not task or task not in own_tasks().all_tasks:
-        raise _unknown(name, task, names_in(include) if include else [])
+    if not task:
+        raise UsageError(f"{name} names no task.", hint="lm-eval: is followed by a task of lm-eval: lm-eval:boolq.")
+    others = names_without(task)
+    if others is None and task not in own_tasks().all_tasks:
+        others = own_tasks().all_tasks
+    if others is not None:
+        raise _unknown(task, [*(names_in(include) if include else []), *COLUMNS, *others])
     return LmEvalTask(name, task, None, None, limit, seed)
 
 
@@ -157,10 +163,7 @@ def _data_of(name: str, entry: Any, data: Path | None) -> Path | None:
     )
 
 
-def _unknown(name: str, task: str, there: list[str]) -> UsageError:
-    if not task:
-        return UsageError(f"{name} names no task.", hint="lm-eval: is followed by a task of lm-eval: lm-eval:boolq.")
-    names = [*there, *COLUMNS, *own_tasks().all_tasks]
+def _unknown(task: str, names: list[str]) -> UsageError:
     near = list(dict.fromkeys(difflib.get_close_matches(task, names, n=3)))
     suggestion = f"Did you mean {' or '.join(near)}? " if near else ""
     return UsageError(f"lm-eval has no task {task!r}.", hint=f"{suggestion}`lm-eval ls tasks` lists all.")

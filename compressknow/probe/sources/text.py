@@ -8,7 +8,7 @@ from compressknow.errors import UsageError
 from compressknow.files import name_of
 from compressknow.probe.sources.source import Options, ProbeSource
 from compressknow.probe.text.running import CONTEXT, RunningText
-from compressknow.reading import sha256_of
+from compressknow.reading import NotReadable, check_regular, sha256_of
 
 # A shorter chunk has hardly a second half.
 LEAST_CONTEXT = 8
@@ -33,8 +33,13 @@ class Text(ProbeSource):
     def open(self, name: str, part: str, options: Options) -> RunningText:
         """The text of a file. Raises UsageError where there is none, where it is empty, or no text in UTF-8."""
         path = Path(part).expanduser()
-        if not path.is_file():
-            raise UsageError(f"There is no file {path}.", hint="text: is followed by the path of a text in UTF-8.")
+        hint = "text: is followed by the path of a text in UTF-8."
+        try:
+            check_regular(path)
+        except FileNotFoundError:
+            raise UsageError(f"There is no file {path}.", hint=hint) from None
+        except (OSError, NotReadable) as error:
+            raise UsageError(f"{path} cannot be read: {error}.", hint=hint) from None
         if options.context is not None and options.context < LEAST_CONTEXT:
             raise UsageError(f"--context must be at least {LEAST_CONTEXT}: {options.context}.")
         text = RunningText(name, path, sha256_of(path), path.stat().st_size, options.context, options.limit)

@@ -39,6 +39,8 @@ from compressknow.stats.wordings import wordings_of
 _REQUIRED = ("name", "sha256", "architecture", "family")
 # What a server may not tell of its model.
 _OF_FILES = ("parameters", "bytes", "dtype")
+# No advice on compression rests on the answers of a model that computes no numbers.
+_REPAIR = "Next: find a sound copy of the model that computes no numbers (NaN); these figures mean nothing."
 
 
 def make_card(
@@ -296,7 +298,10 @@ def compare(
         lost=lost,
         gained=gained,
         texts=texts,
+        source_matches=warnings.source_matches(before, model),
         warnings=(
+            *warnings.of_source(before, model),
+            *warnings.of_changes(before, model),
             *warnings.of_order(before, model),
             *warnings.of_models(before, model),
             *warnings.of_runs(original, compressed, probes),
@@ -304,7 +309,9 @@ def compare(
             *warnings.of_early(early),
         ),
     )
-    return replace(compared, next=advice(compared, path if warnings.was_made_from(model, before) else None))
+    is_broken = any(any(warnings.of_answers("", side)) for side in (original, compressed))
+    source = path if warnings.was_made_from(model, before) else None
+    return replace(compared, next=_REPAIR if is_broken else advice(compared, source))
 
 
 def _of_text(original: Answers, compressed: Answers, name: str) -> TextFigures:

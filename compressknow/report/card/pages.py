@@ -110,6 +110,7 @@ def comparison_json(comparison: Comparison, show_facts: bool) -> dict[str, Any]:
     return {
         "setup": comparison.model.setup,
         "source": comparison.model.source,
+        "source_matches": comparison.source_matches,
         "model": _model(comparison.model),
         "verdict": comparison.verdict,
         **counts_to_json(comparison.counts),

@@ -55,6 +55,43 @@ def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
         )
 
 
+def of_source(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+    """That the compressed model was made from other files than the original's."""
+    if source_matches(original, model) is False:
+        source = model.source or {}
+        other, own = plain(source.get("sha256"), 13), plain(original.sha256, 13)
+        yield (
+            f"{plain(model.name, 80)} was not made from {plain(original.name, 80)}: its record names "
+            f"{plain(source.get('name'), 80)} (SHA-256 {other}), and the original's SHA-256 is {own}. What differs may "
+            "not be the compression's doing. Give the original that it was made from."
+        )
+
+
+def source_matches(original: ModelFacts, model: ModelFacts) -> bool | None:
+    """Whether a model says that it was made from the original, or from what the original was made from; None where it
+    does not say so, or where the original's files are on a server."""
+    hashes, others = _source_hashes(model), {original.sha256, *_source_hashes(original)}
+    if not hashes or (original.runtime or {}).get("name") == "server":
+        return None
+    return not hashes.isdisjoint(others)
+
+
+def _source_hashes(model: ModelFacts) -> set[str]:
+    """Of what it was made from, and of what that was converted from."""
+    told = [(model.source or {}).get(key) for key in ("sha256", "original_sha256")]
+    return {value for value in told if isinstance(value, str) and value}
+
+
+def of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
+    """That files differ from what their manifest says of them."""
+    for model in models:
+        if model.changed:
+            yield (
+                f"{plain(model.name, 80)} changed since it was converted: run `compressknow verify` on it to see what, "
+                "and convert it again."
+            )
+
+
 def of_order(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
     """That the model taken for the original was made from the other one."""
     if was_made_from(original, model):

@@ -113,7 +113,7 @@ def test_stored_answers_tell_the_text_and_old_ones_are_read(place: Path, card: C
     stored = compressknow.report(place / "of-original", place / "of-compressed").comparisons[0].model
     assert (stored.calibration, stored.in_calibration) == (card.comparisons[0].model.calibration, None)
     record = json.loads((place / "of-compressed/probe.json").read_text("utf-8"))
-    del record["model"]["calibration"]
+    del record["model"]["calibration"], record["sha256"]
     (place / "of-compressed/probe.json").write_text(json.dumps(record), "utf-8")
     assert compressknow.report(place / "of-original", place / "of-compressed").comparisons[0].model.calibration is None
 

@@ -1,0 +1,196 @@
+"""What the files of a model hold, read once: their hash, weights that are no numbers, whether they still are what a
+manifest says, and by what to tell later that they are still the files that were read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from compressknow.engine.identity import DECISIVE, MANIFEST, Located, fingerprint_of, record_beside
+from compressknow.errors import CheckpointError, CompressknowError
+from compressknow.model.checkpoint import open_checkpoint
+from compressknow.model.gguf_header import plain_tensors
+from compressknow.model.manifest import SEAL, expected_tensors, read_manifest, seal_of
+from compressknow.model.tensors import StoredTensor, not_finite, read_header
+from compressknow.model.torch_bin import read_torch_file
+from compressknow.reading import FileState, NotReadable, open_regular, refuse_changed
+
+READ_BYTES = 1 << 20
+
+
+class NotFinite(NamedTuple):
+    """A tensor that holds what is no number: `what` is "NaN" or "an infinity"."""
+
+    tensor: StoredTensor
+    what: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a model's files hold.
+
+    Attributes
+    ----------
+    sha256 : of the names and contents of the files that decide the answers; the folder's name is not in it.
+    states : of the files that were read, as they were when they were opened.
+    not_finite : tensors of floats that hold NaN or infinity.
+    changed : whether they differ from what the manifest of a conversion, or the record of an export, says of them, as
+        far as that costs no further reading: of tensors, all headers, and the bytes of those of at most a megabyte.
+    """
+
+    sha256: str
+    states: Mapping[Path, FileState] = field(default_factory=dict, repr=False)
+    not_finite: tuple[NotFinite, ...] = ()
+    changed: bool = False
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where a file was replaced or written to since it was read."""
+        refuse_changed(self.states)
+
+    def check_finite(self, located: Located, *, trust_remote_code: bool = False) -> None:
+        """Raise CheckpointError naming a weight that holds NaN or infinity, as `convert` does.
+
+        What is no weight, such as a mask that is stored beside them, may hold infinities.
+        """
+        for tensor, what in self.not_finite:
+            if _is_weight(located, tensor, trust_remote_code):
+                raise CheckpointError(
+                    f"{tensor.name} in {tensor.file.name} holds {what}.",
+                    why=f"{located.name} is broken: its answers would mean nothing.",
+                    hint="Find a sound copy of the checkpoint, or repair the tensor.",
+                )
+
+
+def read_contents(located: Located, read: Callable[[int], None] | None = None) -> Contents:
+    """Read the files of a model, each once; `read` is told the bytes of each piece.
+
+    Raises CheckpointError where a weight file is damaged.
+    """
+    found = [_read(path, _tensors_in(path), read) for path in located.files]
+    hashes = {each.path.name: each.sha256 for each in found}
+    return Contents(
+        fingerprint_of(hashes.items()),
+        {each.path: each.state for each in found},
+        tuple(flaw for each in found for flaw in each.not_finite),
+        _is_changed(located, hashes, {name: sha256 for each in found for name, sha256 in each.small.items()}),
+    )
+
+
+class _File(NamedTuple):
+    """A file that was read; `small` are hashes of its tensors of at most `READ_BYTES`."""
+
+    path: Path
+    sha256: str
+    state: FileState
+    not_finite: list[NotFinite]
+    small: dict[str, str]
+
+
+def _tensors_in(path: Path) -> list[StoredTensor]:
+    """The tensors of a weight file; of a GGUF file those of plain floats."""
+    if path.suffix == ".safetensors":
+        return list(read_header(path).values())
+    if path.suffix == ".bin":
+        return list(read_torch_file(path).values())
+    if path.suffix == ".gguf":
+        try:
+            return plain_tensors(path)
+        except NotReadable:
+            # Its runtime says what is wrong with it.
+            return []
+    return []
+
+
+def _read(path: Path, tensors: Iterable[StoredTensor], read: Callable[[int], None] | None) -> _File:
+    in_place = [tensor for tensor in tensors if tensor.loaded is None]
+    flaws = {tensor.name: what for tensor in tensors if tensor.loaded and (what := not_finite(tensor.loaded, tensor))}
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    small: dict[str, str] = {}
+    with open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        for start, stop, tensor in _spans(in_place, status.st_size):
+            for place in range(start, stop, READ_BYTES):
+                piece = buffer[: min(READ_BYTES, stop - place)]
+                piece = piece[: file.readinto(piece)]
+                digest.update(piece)
+                if tensor and (what := not_finite(piece, tensor)):
+                    flaws.setdefault(tensor.name, what)
+                if read:
+                    read(len(piece))
+            if tensor and stop - start == tensor.nbytes <= READ_BYTES:
+                small[tensor.name] = hashlib.sha256(piece if tensor.nbytes else b"").hexdigest()
+    named = {tensor.name: tensor for tensor in tensors}
+    return _File(
+        path, digest.hexdigest(), FileState.of(status), [NotFinite(named[n], what) for n, what in flaws.items()], small
+    )
+
+
+def _spans(tensors: Iterable[StoredTensor], size: int) -> Iterator[tuple[int, int, StoredTensor | None]]:
+    """A file from its first byte to its last, cut at the ends of its tensors; what two of them share is of one."""
+    position = 0
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        if position < tensor.offset:
+            yield position, tensor.offset, None
+        start, stop = max(position, tensor.offset), tensor.offset + tensor.nbytes
+        if start < stop or not tensor.nbytes:
+            # What begins within an element of it, as no tensor of the same dtype does, is not looked at.
+            yield start, stop, tensor if (start - tensor.offset) % tensor.itemsize == 0 else None
+        position = max(position, stop)
+    yield position, size, None
+
+
+def _is_weight(located: Located, tensor: StoredTensor, trust_remote_code: bool) -> bool:
+    """Whether a model computes with a stored tensor, as its module tree on the meta device says."""
+    if located.path.suffix == ".gguf":
+        return True
+    from compressknow.model.meta import meta_model
+    from compressknow.model.naming import Naming
+
+    try:
+        checkpoint = open_checkpoint(located.path)
+        tree = meta_model(located.path, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
+        binding = Naming(tree).bind(checkpoint.tensors).get(tensor.name)
+    except CompressknowError:
+        return True
+    if binding is None:
+        # Of a quantized model the tree has no scales; of others it has all that is read.
+        return "quantization_config" in checkpoint.config
+    weights = {name for name, _ in tree.named_parameters(remove_duplicate=False)}
+    return not weights.isdisjoint(binding.parameters)
+
+
+def _is_changed(located: Located, hashes: Mapping[str, str], small: Mapping[str, str]) -> bool:
+    """Whether files that were read with these hashes, by name, differ from what is said of them."""
+    if located.path.suffix == ".gguf":
+        said = record_beside(located.path).get("sha256")
+        return said is not None and len(hashes) == 1 and said not in hashes.values()
+    if located.url is not None or not (located.path / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(located.path)
+    return (
+        manifest.get(SEAL, seal_of(manifest)) != seal_of(manifest)
+        or any(_of_files(manifest, name) != sha256 for name, sha256 in hashes.items() if _of_files(manifest, name))
+        or any(not (located.path / name).is_file() for name in manifest["files"] if name in DECISIVE)
+        or any(name in DECISIVE and name not in manifest["files"] for name in hashes)
+        or _are_other_tensors(located.path, manifest, small)
+    )
+
+
+def _of_files(manifest: Mapping[str, Any], name: str) -> str | None:
+    sha256: str | None = manifest["files"].get(name)
+    return sha256
+
+
+def _are_other_tensors(folder: Path, manifest: Mapping[str, Any], small: Mapping[str, str]) -> bool:
+    stored = open_checkpoint(folder).tensors
+    expected = dict(expected_tensors(manifest))
+    return stored.keys() != expected.keys() or any(
+        (stored[name].dtype, list(stored[name].shape)) != (row["dtype"], row["shape"])
+        or small.get(name, row["sha256"]) != row["sha256"]
+        for name, row in expected.items()
+    )

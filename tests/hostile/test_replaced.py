@@ -1,0 +1,160 @@
+"""A checkpoint that is replaced while it is read: nothing of one model is kept under the name of another."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import compressknow
+from compressknow.errors import CheckpointError, CompressknowError
+from compressknow.probe.answers import TABLE
+from tests.knowing import facts_file, knowing
+from tests.models import save_tiny
+
+_at_open: list[Callable[[Path], None]] = []
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _at_open and isinstance(arguments[0], (str, os.PathLike)):
+        _at_open[-1](Path(arguments[0]))
+
+
+# A hook stays for good; it does nothing while nobody waits for a file.
+sys.addaudithook(_hook)
+
+
+@contextmanager
+def replaced_at(number: int, model: Path, other: Path, *names: str) -> Iterator[list[Path]]:
+    """Put `other` (or files of it) in the place of `model` at the opening of one of its files, counted from 0."""
+    opened: list[Path] = []
+
+    def watch(path: Path) -> None:
+        if path.parent != model:
+            return
+        opened.append(path)
+        if len(opened) == number + 1:
+            for name in names or [path.name for path in other.iterdir()]:
+                shutil.copyfile(other / name, model / f".{name}")
+                (model / f".{name}").replace(model / name)
+
+    _at_open.append(watch)
+    try:
+        yield opened
+    finally:
+        _at_open.remove(watch)
+
+
+def scaled(model: Path, other: Path) -> Path:
+    """The same architecture with other weights, and a config that differs in what changes no shape."""
+    shutil.copytree(model, other)
+    weights = {name: torch.roll(weight, 1, 0) for name, weight in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.5, "rms_norm_eps": 0.5}))
+    return other
+
+
+@pytest.mark.parametrize("names", [(), ("model.safetensors",), ("config.json",)])
+def test_convert_writes_the_one_model_or_the_other_or_nothing(tmp_path: Path, names: tuple[str, ...]) -> None:
+    first = save_tiny("bert", tmp_path / "first")
+    other = scaled(first, tmp_path / "other")
+    mixed = shutil.copytree(first, tmp_path / "mixed")
+    for name in names or [path.name for path in other.iterdir()]:
+        shutil.copyfile(other / name, mixed / name)
+
+    def converted(source: Path, output: Path) -> dict[str, Any]:
+        # One name for all: the manifest holds it.
+        compressknow.convert(source, output, prune=0.3, quantize="int8", threads=1)
+        manifest: dict[str, Any] = json.loads((output / "compressknow.json").read_text())
+        return {key: manifest[key] for key in ("tensors", "files", "totals")} | {"of": manifest["source"]["files"]}
+
+    sound = [converted(each, tmp_path / f"out-{each.name}") for each in (first, mixed)]
+    model, outcomes, number = tmp_path / "model", set(), 0
+    while True:
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(first, model)
+        output = tmp_path / "outputs" / str(number)
+        with replaced_at(number, model, other, *names) as opened:
+            try:
+                found = sound.index(converted(model, output))
+            except CheckpointError as error:
+                assert "was replaced or changed" in error.what  # noqa: PT017
+                found = -1
+        if len(opened) <= number:
+            break
+        outcomes.add(found)
+        assert output.exists() == (found >= 0)
+        assert not (tmp_path / "outputs").exists() or not list((tmp_path / "outputs").glob(".*"))
+        number += 1
+    assert number > 5
+    assert -1 in outcomes
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    knowing("bert", folder / "first")
+    scaled(folder / "first", folder / "other")
+    facts_file(folder / "facts.jsonl")
+    return folder
+
+
+def test_probe_keeps_no_answers_of_a_model_that_was_not_hashed(place: Path, tmp_path: Path) -> None:
+    facts, model = [f"facts:{place / 'facts.jsonl'}"], tmp_path / "model"
+    settings = compressknow.Settings(noise_floor=False)
+    sound = {}
+    for name in ("first", "other"):
+        answers = compressknow.probe(place / name, tmp_path / name, facts, settings=settings)
+        sound[answers.record.model.sha256] = [answer.top5_logp for answer in answers.answers]
+    refused = 0
+    for number in range(0, 14, 2):
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(place / "first", model)
+        output = tmp_path / "answers" / str(number)
+        with replaced_at(number, model, place / "other"):
+            try:
+                answers = compressknow.probe(model, output, facts, settings=settings)
+            except CompressknowError as error:
+                assert "was replaced or changed" in str(error)  # noqa: PT017
+                assert not output.exists()
+                refused += 1
+            else:
+                assert sound[answers.record.model.sha256] == [answer.top5_logp for answer in answers.answers]
+    assert refused
+
+
+@pytest.mark.parametrize("how", ["another file", "in place"])
+def test_report_keeps_nothing_of_a_model_that_is_written_to_meanwhile(place: Path, tmp_path: Path, how: str) -> None:
+    model, weights = shutil.copytree(place / "first", tmp_path / "model"), place / "other" / "model.safetensors"
+
+    def write(progress: Any) -> None:
+        if progress.stage.work == "evaluate" and progress.stage.model == "model":
+            if how == "in place":
+                (model / "model.safetensors").write_bytes(weights.read_bytes())
+            else:
+                shutil.copyfile(weights, tmp_path / "new")
+                (tmp_path / "new").replace(model / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was replaced or changed while the model was read"):
+        compressknow.report(
+            place / "first",
+            model,
+            [f"facts:{place / 'facts.jsonl'}"],
+            outputs=[tmp_path / "report.json"],
+            settings=compressknow.Settings(noise_floor=False),
+            keep_in=tmp_path / "kept",
+            on_progress=write,
+        )
+    assert not (tmp_path / "report.json").exists()
+    # Those of the original, which nobody touched.
+    assert len(list((tmp_path / "kept").rglob(TABLE))) == 1
