@@ -220,13 +220,20 @@ def read_table(path: Path) -> list[Answer]:
             table = _with_newer(file.read(columns=schema().names)).select(schema().names).cast(schema())
         _check_columns(table)
         columns = [_column(table, name) for name in schema().names]
+        answers = [_with_grade_of_today(Answer(*row)) for row in zip(*columns, strict=True)]
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DamagedAnswers(
             f"{path} cannot be read as answers.",
             why=(str(error).splitlines() or [type(error).__name__])[0],
             hint="An answers folder is written by `compressknow probe`; write it anew.",
         ) from error
-    return [Answer(*row) for row in zip(*columns, strict=True)]
+    return answers
+
+
+def _with_grade_of_today(answer: Answer) -> Answer:
+    """In older versions, what a model said was produced though it was not right."""
+    produced, _, demoted, _ = GRADES
+    return replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
 
 
 def _with_newer(table: pa.Table) -> pa.Table:

@@ -42,6 +42,8 @@ Whole = Callable[[Sequence[str], torch.Tensor], Sequence[float | None]]
 ROWS = 512
 # Tokens beyond the object's own that a free answer may take: what follows tells whether the object was all of it.
 SLACK_TOKENS = 4
+# Tokens that may open an answer and are no part of it: an article and a quote.
+OPENING_TOKENS = 2
 
 SEVERAL_TOKENS = "the object is several tokens of this model"
 NOT_IN_VOCABULARY = "the object is no single word of the common vocabulary for this model"

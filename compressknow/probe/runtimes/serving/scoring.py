@@ -29,7 +29,7 @@ from compressknow.probe.scoring.ranking import (
     rank_candidates,
     with_distribution,
 )
-from compressknow.probe.scoring.scorer import SLACK_TOKENS, Query, Whole
+from compressknow.probe.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Query, Whole
 
 T = TypeVar("T")
 # Characters that a token has, about: where the server's tokens are not known, room for a free answer is told by these.
@@ -155,7 +155,7 @@ class ServedScorer(CausalScorer):
     def _text(self, query: Query) -> str:
         """What the model writes: as many tokens as tell what it says."""
         tokens = max(map(len, query.options or (query.gold,)))
-        slack = 1 if query.options else SLACK_TOKENS
+        slack = 1 + OPENING_TOKENS if query.options else SLACK_TOKENS
         count = tokens if self._served.tokens else math.ceil(tokens / CHARACTERS)
         return self._served.write(query.prompt, count + slack)
 
@@ -190,7 +190,8 @@ class ServedScorer(CausalScorer):
 
     def _written(self, query: Query, first: First, text: str) -> Answer:
         """A free answer. Its rank is that of the object's first token, where the server told it."""
-        text, correct = judged(text, query.fact.obj_label)
+        correct = said(text, choices_of(query.fact)) == query.fact.obj_label
+        text, _ = judged(text, query.fact.obj_label)
         best = list(first.logp)[:TOP]
         rank = next((n for n, number in enumerate(first.logp, 1) if number == query.gold[0]), None)
         logp = self._score(query, query.gold, first, -math.inf) if self._served.scores else None
