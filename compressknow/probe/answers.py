@@ -40,7 +40,7 @@ LOGP_FLOOR = -100.0
 # From best to worst; `compressknow.probe.grades` says what they mean.
 GRADES = ("produced", "recognized", "demoted", "gone")
 # Columns that tables of older versions lack.
-NEWER = ("first_kl", "produced", "with_example", "grade", "template")
+NEWER = ("first_kl", "produced", "with_example", "grade", "template", "total_logp")
 # The entry of the record that holds the table's hash; without it (an older version, or a run that was killed between
 # the two files) the table is read as it is.
 HASH = "answers_sha256"
@@ -109,6 +109,8 @@ class Answer:
         and this model does not.
     grade : see `compressknow.probe.grades`; None where there is none.
     template : number of the wording, where each fact is put in several.
+    total_logp : logarithm of the sum of the probabilities of all possible answers, short of 0.1 % of it at most; None
+        where any text may be given, and where it is not known (answers of older versions, some servers).
     """
 
     probe: str
@@ -133,6 +135,7 @@ class Answer:
     with_example: str | None = None
     grade: str | None = None
     template: int | None = None
+    total_logp: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,6 +197,7 @@ def schema() -> pa.Schema:
         "first_logp": pa.list_(pa.float32()),
         "first_kl": number,
         "template": pa.int32(),
+        "total_logp": number,
     }
     return pa.schema([(each.name, types.get(each.name, text)) for each in fields(Answer)])
 

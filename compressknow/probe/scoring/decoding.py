@@ -131,7 +131,7 @@ class DecodingScorer(Scorer):
             best = best_of(scores)
             tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
             logp = float(scores[first] + more)
-            answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, correct=known))
+            answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, None, correct=known))
         return answers
 
     def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:

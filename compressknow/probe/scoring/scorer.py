@@ -25,6 +25,7 @@ from compressknow.probe.scoring.ranking import (
     Scores,
     best_of,
     chosen_of,
+    log_sum,
     make_answer,
     rank_candidates,
     rank_of,
@@ -368,7 +369,8 @@ class Scorer(ABC):
         gold = max(places, key=lambda place: (scores[place], -place), default=None)
         rank = None if gold is None else rank_of(gold, scores)
         logp = None if gold is None else float(scores[gold])
-        return make_answer(query.fact, words, scores[best], rank, logp, len(ids), correct=rank == 1)
+        total = log_sum(scores)
+        return make_answer(query.fact, words, scores[best], rank, logp, len(ids), total, correct=rank == 1)
 
 
 def _one_begins_another(options: Sequence[Ids]) -> bool:

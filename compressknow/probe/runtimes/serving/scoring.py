@@ -164,14 +164,14 @@ class ServedScorer(CausalScorer):
 
     def _chosen(self, query: Query, first: First) -> Answer:
         """The best candidates: those that begin with a token that the server told are bounded by it, all others by the
-        least of them, until they matter.
+        least of them, until they matter. For their sum, each would take requests of its own.
         """
         options = query.options
         heads = [first.logp.get(ids[0]) for ids in options]
         scores = np.array([first.bound if head is None else head for head in heads])
         finished = np.array([head is not None and len(ids) == 1 for head, ids in zip(heads, options, strict=True)])
         assert query.fact.candidates is not None
-        ranking = Ranking(scores, finished, query.fact.candidates.index(query.fact.obj_label))
+        ranking = Ranking(scores, finished, query.fact.candidates.index(query.fact.obj_label), summed=False)
 
         def finish(pairs: list[tuple[int, int]], bars: Scores) -> Scores:
             rows = zip(pairs, bars, strict=True)
@@ -197,7 +197,7 @@ class ServedScorer(CausalScorer):
         logp = self._score(query, query.gold, first, -math.inf) if self._served.scores else None
         top = (text, *(first.texts.get(number, "").strip() for number in best[1:]))
         scores = np.array([first.logp[number] for number in best])
-        return make_answer(query.fact, top, scores, rank, logp, None, correct=correct)
+        return make_answer(query.fact, top, scores, rank, logp, None, None, correct=correct)
 
 
 def _work(
