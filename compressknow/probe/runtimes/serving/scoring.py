@@ -164,14 +164,15 @@ class ServedScorer(CausalScorer):
 
     def _chosen(self, query: Query, first: First) -> Answer:
         """The best candidates: those that begin with a token that the server told are bounded by it, all others by the
-        least of them, until they matter. For their sum, each would take requests of its own.
+        least of them, until they matter. For their sum, each takes requests of its own: it is left out, but where the
+        server told no token, so that each is read anyway.
         """
         options = query.options
         heads = [first.logp.get(ids[0]) for ids in options]
         scores = np.array([first.bound if head is None else head for head in heads])
         finished = np.array([head is not None and len(ids) == 1 for head, ids in zip(heads, options, strict=True)])
         assert query.fact.candidates is not None
-        ranking = Ranking(scores, finished, query.fact.candidates.index(query.fact.obj_label), summed=False)
+        ranking = Ranking(scores, finished, query.fact.candidates.index(query.fact.obj_label), summed=not first.logp)
 
         def finish(pairs: list[tuple[int, int]], bars: Scores) -> Scores:
             rows = zip(pairs, bars, strict=True)
