@@ -40,7 +40,7 @@ LOGP_FLOOR = -100.0
 # From best to worst; `compressknow.probe.grades` says what they mean.
 GRADES = ("produced", "recognized", "demoted", "gone")
 # Columns that tables of older versions lack.
-NEWER = ("first_kl", "produced", "with_example", "grade", "template")
+NEWER = ("first_kl", "produced", "with_example", "grade", "template", "total_logp")
 # The entry of the record that holds the table's hash; without it (an older version, or a run that was killed between
 # the two files) the table is read as it is.
 HASH = "answers_sha256"
@@ -111,6 +111,8 @@ class Answer:
         and this model does not.
     grade : see `compressknow.probe.grades`; None where there is none.
     template : number of the wording, where each fact is put in several.
+    total_logp : logarithm of the sum of the probabilities of all possible answers, short of 0.1 % of it at most; None
+        where any text may be given, and where it is not known (answers of older versions, some servers).
     """
 
     probe: str
@@ -135,6 +137,7 @@ class Answer:
     with_example: str | None = None
     grade: str | None = None
     template: int | None = None
+    total_logp: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -196,6 +199,7 @@ def schema() -> pa.Schema:
         "first_logp": pa.list_(pa.float32()),
         "first_kl": number,
         "template": pa.int32(),
+        "total_logp": number,
     }
     return pa.schema([(each.name, types.get(each.name, text)) for each in fields(Answer)])
 
@@ -222,13 +226,20 @@ def read_table(path: Path) -> list[Answer]:
             table = _with_newer(file.read(columns=schema().names)).select(schema().names).cast(schema())
         _check_columns(table)
         columns = [_column(table, name) for name in schema().names]
+        answers = [_with_grade_of_today(Answer(*row)) for row in zip(*columns, strict=True)]
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DamagedAnswers(
             f"{path} cannot be read as answers.",
             why=(str(error).splitlines() or [type(error).__name__])[0],
             hint="An answers folder is written by `compressknow probe`; write it anew.",
         ) from error
-    return [Answer(*row) for row in zip(*columns, strict=True)]
+    return answers
+
+
+def _with_grade_of_today(answer: Answer) -> Answer:
+    """In older versions, what a model said was produced though it was not right."""
+    produced, _, demoted, _ = GRADES
+    return replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
 
 
 def _with_newer(table: pa.Table) -> pa.Table:

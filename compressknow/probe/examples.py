@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from compressknow.probe.answers import Answer
 from compressknow.probe.evaluate import BATCH_SIZE, batched
 from compressknow.probe.facts import BLANK, Fact, Probe
-from compressknow.probe.grades import grade_of, knows
+from compressknow.probe.grades import grade_of
 
 if TYPE_CHECKING:
     from compressknow.probe.runtimes.runtime import Answering
@@ -23,8 +23,8 @@ def with_examples(scorer: Answering, answers: Sequence[Answer], original: Sequen
     """A model's answers to the facts of the scorer's probe, with what it says after an example where `original`, the
     original's answers, knew the fact and this model does not; their grades follow.
     """
-    known = {answer.fact_id for answer in original if knows(answer)}
-    lost = {answer.fact_id for answer in answers if answer.fact_id in known and not knows(answer)}
+    known = {answer.fact_id for answer in original if answer.correct}
+    lost = {answer.fact_id for answer in answers if answer.fact_id in known and not answer.correct}
     texts = dict(_said(scorer, [fact for fact in scorer.probe.facts if fact.id in lost]))
     return [_with(answer, texts.get(answer.fact_id)) for answer in answers]
 

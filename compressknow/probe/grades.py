@@ -4,10 +4,12 @@ Picking the right candidate and saying it are two things: a compressed model oft
 
 | grade | |
 | --- | --- |
-| ``produced`` | its greedy text begins with the object (masked: first of the whole vocabulary) |
-| ``recognized`` | right by the probe's rules: most often first among the candidates; not produced |
-| ``demoted`` | neither, but among the best five, or produced after one solved example of the same relation |
+| ``produced`` | right, and its greedy text begins with the object (masked: first of the whole vocabulary) |
+| ``recognized`` | right, but not produced |
+| ``demoted`` | not right, but said, among the best five, or said after one solved example of the same relation |
 | ``gone`` | none of these |
+
+Right is what the probe's rules say: most often, first among the candidates. So known is produced and recognized.
 """
 
 from __future__ import annotations
@@ -26,16 +28,43 @@ PRODUCED, RECOGNIZED, DEMOTED, GONE = GRADES
 KNOWN = (RECOGNIZED, PRODUCED)
 # Being among the best so many makes a fact demoted, where there are more to choose from.
 NEAR = 5
+# A choice that a text does not begin with ends there.
+NOWHERE = (0, False)
 _END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
+# What may stand before an answer and is no part of it: articles, quotes and other punctuation, but for the signs of a
+# number.
+_OPENING = re.compile(r"(?:[^\w\n+.$€£-]|_|(?:an?|the)(?=[\W_]))*", re.IGNORECASE)
+
+
+def opening_of(text: str) -> str:
+    """What stands before a text's first word: articles, quotes and other punctuation, which SQuAD's normalization of
+    answers drops too (Rajpurkar et al. 2016).
+
+    >>> opening_of(' the "South America"'), opening_of("another")
+    (' the "', '')
+    """
+    opening = _OPENING.match(text)
+    return opening[0] if opening else ""
 
 
 def end_of(text: str, label: str) -> int | None:
-    """Where a label ends with which the text begins, case folded and as whole words; None where it does not.
+    """Where a label ends with which the text begins, as whole words, whatever their case and what opens either; None
+    where it does not.
 
-    >>> end_of("Paris, the city", "paris"), end_of("Parisian food", "Paris")
-    (5, None)
+    >>> end_of("Paris, the city", "paris"), end_of("Parisian food", "Paris"), end_of('"Gambia"', "the Gambia")
+    (5, None, 7)
     """
+    if (end := _end(text, label)) is not None:
+        return end
+    start, bare = len(opening_of(text)), label[len(opening_of(label)) :]
+    end = _end(text[start:], bare)
+    return None if end is None else start + end
+
+
+def _end(text: str, label: str) -> int | None:
     folded = label.casefold()
+    if not folded or not text.casefold().startswith(folded):
+        return None
     # Folding may change the number of letters (ß, ss): the place where the label ends is looked for.
     end = next((n for n in range(1, len(text) + 1) if text[:n].casefold() == folded), None)
     return None if end is None or re.match(r"\w", text[end:]) else end
@@ -52,7 +81,8 @@ def cut(text: str, start: int = 0) -> str:
 
 
 def said(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str) -> str:
-    """The choice that a greedy text says: the longest one with which it begins. Its first sentence where it says none.
+    """The choice that a greedy text says: the longest one with which it begins, of equal ones that to the letter. Its
+    first sentence where it says none.
 
     Parameters
     ----------
@@ -62,28 +92,25 @@ def said(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str)
     ('New York City', 'a city')
     """
     text = text.strip()
-    ends = {choice: _furthest(text, (choice, spelled(choice))) for choice in choices}
+    ends = {choice: _furthest(text, {choice, spelled(choice)}) for choice in choices}
     choice = max(ends, key=lambda each: ends[each], default="")
-    return choice if ends.get(choice) else cut(text)
+    return choice if ends.get(choice, NOWHERE) > NOWHERE else cut(text)
 
 
-def _furthest(text: str, labels: Sequence[str]) -> int:
-    folded = text.casefold()
-    begun = [label for label in set(labels) if label and folded.startswith(label.casefold())]
-    return max((end_of(text, label) or 0 for label in begun), default=0)
+def _furthest(text: str, labels: set[str]) -> tuple[int, bool]:
+    """Where the labels end with which the text begins, and whether one of them does so to the letter."""
+    return max((end_of(text, label) or 0, _end(text, label) is not None) for label in labels)
 
 
 def grade_of(answer: Answer) -> str:
     """The grade of an answer to a fact, by what it holds. Without a greedy text it is recognized at best; among five
     candidates or fewer, being among the best five says nothing.
     """
-    if answer.produced == answer.gold:
-        return PRODUCED
     if answer.correct:
-        return RECOGNIZED
+        return PRODUCED if answer.produced == answer.gold else RECOGNIZED
     few = answer.choices is not None and answer.choices <= NEAR
     near = answer.rank is not None and answer.rank <= NEAR and not few
-    return DEMOTED if near or answer.with_example == answer.gold else GONE
+    return DEMOTED if near or answer.gold in (answer.produced, answer.with_example) else GONE
 
 
 def graded(answer: Answer, fact: Fact, text: str | None, spelled: Callable[[str], str] = str) -> Answer:
@@ -98,11 +125,6 @@ def choices_of(fact: Fact) -> tuple[str, ...]:
     return fact.candidates or (fact.obj_label,)
 
 
-def knows(answer: Answer) -> bool:
-    """Whether the fact is recognized or better."""
-    return answer.correct or answer.grade == PRODUCED
-
-
 def check_known(known: str) -> None:
     """Raise UsageError for what is no reading of knowing."""
     if known not in KNOWN:
@@ -114,7 +136,7 @@ def check_known(known: str) -> None:
 
 def known_as(answers: Answers, known: str) -> Answers:
     """The answers, right where the fact is known in this reading: ``recognized`` as they are, ``produced`` where it is
-    said. What is said is then the answer, and none is right by chance.
+    said too. What is said is then the answer, and none is right by chance.
 
     Raises UsageError for another reading, CompressknowError where the answers do not tell what is said.
     """
@@ -145,4 +167,6 @@ def _entry_as_produced(entry: ProbeEntry) -> ProbeEntry:
 
 def _as_produced(answer: Answer) -> Answer:
     assert answer.produced is not None
-    return replace(answer, correct=answer.grade == PRODUCED, predicted=answer.produced, choices=None)
+    # One that says the object though another candidate is likelier is not right: that candidate is its answer.
+    predicted = answer.predicted if answer.grade == DEMOTED and answer.produced == answer.gold else answer.produced
+    return replace(answer, correct=answer.grade == PRODUCED, predicted=predicted, choices=None)

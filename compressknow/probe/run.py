@@ -321,8 +321,8 @@ def _key(handle: ModelHandle, probe: Opened, beside: Beside) -> str:
     """A hash of all that decides the answers: the model, the facts, whose tokens are asked for, and how it is run."""
     settings = handle.settings
     decides = [
-        # Another version may prompt or score otherwise; this one gives grades.
-        *(SCHEMA_VERSION, __version__, "grades", handle.sha256, probe.fingerprint()),
+        # Another version may prompt or score otherwise; this one finds answers in quotes, and the sum over all.
+        *(SCHEMA_VERSION, __version__, "grades/2", handle.sha256, probe.fingerprint()),
         beside.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),
         *handle.runtime.key(),

@@ -55,6 +55,7 @@ def _merged(wordings: Sequence[Answer]) -> Answer:
         produced=shown.produced,
         top5=shown.top5,
         top5_logp=shown.top5_logp,
+        total_logp=shown.total_logp,
         rank=int(rank) if math.isfinite(rank) else None,
         logp_gold=_mean(answer.logp_gold for answer in wordings),
         first_kl=_mean(answer.first_kl for answer in wordings),

@@ -18,21 +18,30 @@ FEWEST = 10
 
 
 def has_confidence(answer: Answer) -> bool:
-    """Whether the answer has a probability. Where any text may be given it is that of the first token, not of the
-    answer: there is none. A model that broke computes NaN: a warning says so, and no mean may be made of it.
+    """Whether the answer has a probability among all that the model could have given. Where any text may be given there
+    is none. A model that broke computes NaN: a warning says so, and no mean may be made of it.
     """
     logp = answer.top5_logp
-    return answer.choices is not None and bool(logp) and math.isfinite(logp[0]) and not any(map(math.isnan, logp))
+    return bool(logp) and math.isfinite(logp[0]) and math.isfinite(_total_of(answer))
 
 
 def confidence_of(answer: Answer) -> float:
-    """The probability that the model gives to its answer, 0 to 1. Where the five most likely answers are all there are,
-    it is the share among them: a long choice has a tiny probability as text even where the model has no doubt.
+    """The probability that the model gives to its answer among all possible ones, 0 to 1: the softmax of their scores.
+    As text, a long answer has a tiny probability even where the model has no doubt.
+    """
+    return math.exp(min(answer.top5_logp[0] - _total_of(answer), 0.0))
+
+
+def _total_of(answer: Answer) -> float:
+    """The logarithm of the sum over all possible answers; NaN where it is not known. Five are all there are in answers
+    of older versions, which do not tell it.
     """
     logp = answer.top5_logp
-    if answer.choices is not None and answer.choices <= len(logp):
-        return 1 / math.fsum(math.exp(other - logp[0]) for other in logp)
-    return math.exp(min(logp[0], 0.0))
+    if answer.choices is None or not logp:
+        return math.nan
+    if answer.total_logp is None and answer.choices <= len(logp):
+        return logp[0] + math.log(math.fsum(math.exp(other - logp[0]) for other in logp))
+    return math.nan if answer.total_logp is None else answer.total_logp
 
 
 def confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:

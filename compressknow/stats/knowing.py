@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from compressknow.probe.answers import GRADES, Answer
-from compressknow.probe.grades import PRODUCED, knows
 from compressknow.stats.records import Knowing
 
 
@@ -16,14 +15,13 @@ def knowing_of(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
         return None
     before, after = zip(*pairs, strict=True)
     moved = Counter((str(one.grade), str(other.grade)) for one, other in pairs)
-    lost = [other for one, other in pairs if knows(one) and not knows(other)]
+    lost = [other for one, other in pairs if one.correct and not other.correct]
     shown = [answer for answer in lost if answer.with_example is not None]
     return Knowing(
         original=_counted(before),
         compressed=_counted(after),
         moved={(one, other): moved[one, other] for one in GRADES for other in GRADES},
         written=(_written(before), _written(after)),
-        not_first=(_not_first(before), _not_first(after)),
         shown=len(shown),
         back=sum(answer.with_example == answer.gold for answer in shown),
     )
@@ -32,10 +30,6 @@ def knowing_of(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
 def _counted(answers: Iterable[Answer]) -> dict[str, int]:
     found = Counter(answer.grade for answer in answers)
     return {grade: found[grade] for grade in GRADES}
-
-
-def _not_first(answers: Iterable[Answer]) -> int:
-    return sum(answer.grade == PRODUCED and not answer.correct for answer in answers)
 
 
 def _written(answers: Iterable[Answer]) -> bool:

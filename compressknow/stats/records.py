@@ -229,16 +229,13 @@ class Knowing:
     original, compressed : grade -> facts.
     moved : (the original's grade, the compressed model's) -> facts.
     written : whether each model writes text; without, it produces nothing.
-    not_first : facts that each model produces though another candidate is likelier as a whole: they count as produced,
-        and as not known by the probe's rules.
-    shown : facts lost that were evaluated once more after a solved example; `back` of them were produced then.
+    shown : facts lost that were evaluated once more after a solved example; `back` of them were said then.
     """
 
     original: Mapping[str, int]
     compressed: Mapping[str, int]
     moved: Mapping[tuple[str, str], int]
     written: tuple[bool, bool]
-    not_first: tuple[int, int]
     shown: int
     back: int
 

@@ -190,7 +190,7 @@ def test_batches_of_any_size_give_the_same_bits(family: str, tmp_path: Path) -> 
         for size in (1, 128)
     ]
     assert found[0].record.model.computed_in == "float32 + int4"
-    one, many = ({a.fact_id: (a.logp_gold, a.top5, a.top5_logp) for a in each.answers} for each in found)
+    one, many = ({a.fact_id: (a.logp_gold, a.top5, a.top5_logp, a.total_logp) for a in each.answers} for each in found)
     assert one == many
 
 

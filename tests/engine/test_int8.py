@@ -111,7 +111,7 @@ def test_batches_of_any_size_give_the_same_bits(family: str, scope: str, tmp_pat
         compressknow.probe(folder, tmp_path / str(size), [facts], settings=Settings(batch_size=size)).answers
         for size in (1, 3, 128)
     ]
-    found = [{a.fact_id: (a.logp_gold, a.top5, a.top5_logp) for a in asked} for asked in answers]
+    found = [{a.fact_id: (a.logp_gold, a.top5, a.top5_logp, a.total_logp) for a in asked} for asked in answers]
     assert len(found[0]) > 1
     assert found[0] == found[1] == found[2]
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from compressknow.probe.answers import Answer
 from compressknow.probe.evaluate import evaluate, prompts_of, scorer_for
 from compressknow.probe.facts import BLANK, Fact, Probe
+from compressknow.probe.scoring.ranking import TAIL
 from tests.knowing import KNOWN_FACTS, candidates
 from tests.models import VOCABULARY
 
@@ -131,6 +132,7 @@ def check_answer(answer: Answer, fact: Fact, texts: Sequence[str], scores: Any, 
     assert answer.correct == (answer.rank == 1)
     assert answer.logp_gold == pytest.approx(scores[gold], abs=CLOSE), fact.id
     assert answer.choices == len(texts)
+    assert answer.total_logp == pytest.approx(np.logaddexp.reduce(scores), abs=2 * TAIL), fact.id
 
 
 def check_same(left: Mapping[str, Answer], right: Mapping[str, Answer]) -> None:
@@ -141,6 +143,7 @@ def check_same(left: Mapping[str, Answer], right: Mapping[str, Answer]) -> None:
         for name in ("predicted", "top5", "correct", "rank", "choices", "produced", "grade"):
             assert getattr(answer, name) == getattr(other, name), fact_id
         assert answer.logp_gold == pytest.approx(other.logp_gold, abs=1e-5)
+        assert answer.total_logp == pytest.approx(other.total_logp, abs=1e-5)
         assert answer.top5_logp == pytest.approx(other.top5_logp, abs=1e-5)
         # Near the edge of what is kept, the last digits decide which token comes first.
         shared = {int(token): float(value) for token, value in zip(answer.first_ids, answer.first_logp, strict=True)}

@@ -120,6 +120,50 @@ def test_there_are_enough_candidates_and_no_two_read_the_same(relation: Relation
     assert not repeated([fold(re.sub(r"^(the|a|an) ", "", candidate)) for candidate in candidates])
 
 
+def plain(label: str) -> str:
+    """The label folded, without what one relation writes and another leaves out: articles, the word "museum"."""
+    return fold(re.sub(r"(?i)\b(the|an?|museum)\b", "", label))
+
+
+# Of one subject these say two things, though of one word: who is Chinese speaks Chinese.
+TWO_THINGS = {"nationality", "official_language"}
+
+
+def test_no_two_relations_hold_the_same_fact() -> None:
+    """Neither as it stands, nor as a further candidate that is right by the other relation."""
+    relations = [read(path) for path in FILES]
+    objects = {each["relation"]: {plain(label) for label in labels(each, "obj_label")} for each in relations}
+    by_subject: dict[str, list[tuple[str, str]]] = {}
+    for each in relations:
+        for fact in each["facts"]:
+            by_subject.setdefault(plain(fact["sub_label"]), []).append((each["relation"], plain(fact["obj_label"])))
+    doubled = [
+        (subject, one, other)
+        for subject, facts in by_subject.items()
+        for one, _ in facts
+        for other, right in facts
+        if one != other and {one, other} != TWO_THINGS and right in objects[one]
+    ]
+    assert doubled == []
+
+
+def test_no_two_facts_give_the_same_sentence() -> None:
+    sentences = [
+        fold(template.replace("[X]", fact["sub_label"]).replace("[Y]", fact["obj_label"]))
+        for path in FILES
+        for template in read(path)["templates"]
+        for fact in read(path)["facts"]
+    ]
+    assert not repeated(sentences)
+
+
+@pytest.mark.parametrize(
+    "fact", ["animal_sound/geese", "leader_country/recep-tayyip-erdogan"], ids=["honk and hiss", "in office, not once"]
+)
+def test_what_has_no_one_answer_is_left_out(fact: str) -> None:
+    assert fact not in labels(read(ATLAS / f"{fact.partition('/')[0]}.json"), "id")
+
+
 def test_templates_lead_up_to_the_object(relation: Relation) -> None:
     templates = relation["templates"]
     assert len(templates) >= 3

@@ -1,4 +1,4 @@
-"""The best five, the rank and the score of the object are exact, and not all candidates are finished for them."""
+"""The best five, the rank and the score of the object are exact, the sum nearly; not all candidates are finished."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressknow.probe.scoring.ranking import TOP, Ranking, rank_candidates, rank_of
+from compressknow.probe.scoring.ranking import TAIL, TOP, Ranking, log_sum, rank_candidates, rank_of
 
 # Few values, so that many scores are equal; exact in binary, so that sums are.
 LOG_PROBS = st.sampled_from([0.0, -0.25, -0.5, -1.0, -1.0, -2.0, -4.0, -8.0])
@@ -56,11 +56,12 @@ def test_the_best_five_the_rank_and_the_score_are_those_of_brute_force(data: st.
         assert list(ranking.scores[best[:TOP]]) == list(whole[best[:TOP]])
         assert ranking.scores[ranking.gold] == whole[ranking.gold]
         assert rank_of(ranking.gold, ranking.scores) == list(best).index(ranking.gold) + 1
+        assert log_sum(whole) - 1.01 * TAIL <= ranking.total() <= log_sum(whole) + 1e-12
 
 
 def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_left_alone() -> None:
     bounds = np.array([-1.0, -1.5, -2.0, -2.5, -3.0, *(-10.0 - np.arange(95))])
-    ranking = Ranking(bounds, np.zeros(100, dtype=bool), 1)
+    ranking = Ranking(bounds, np.zeros(100, dtype=bool), 1, summed=False)
     finished = []
 
     def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
@@ -69,6 +70,16 @@ def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_left_alone
 
     rank_candidates([ranking], finish)
     assert sorted(finished) == [0, 1, 2, 3, 4]
+    assert ranking.total() is None
+
+
+def test_for_the_sum_those_finish_that_may_be_more_than_their_part_of_the_tail() -> None:
+    bounds = -np.arange(1.0, 101.0)
+    ranking = Ranking(bounds, np.zeros(100, dtype=bool), 0)
+    rank_candidates([ranking], lambda pairs, _: np.array([bounds[candidate] for _, candidate in pairs]))
+    # Of a sum of 0.58, a hundredth of a thousandth is e^-12.05.
+    assert np.flatnonzero(ranking.finished).tolist() == list(range(12))
+    assert np.exp(ranking.total()) == pytest.approx(1 / (np.e - 1), rel=TAIL)
 
 
 def test_an_unlikely_object_makes_those_finish_that_may_outrank_it() -> None:

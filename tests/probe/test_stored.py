@@ -26,6 +26,7 @@ def without_words(value: Any, like: Any) -> Any:
 
 
 def test_its_report_has_the_figures_that_it_had(tmp_path: Path) -> None:
+    """But for those of confidence, for which such answers lack the sum over all candidates."""
     before = json.loads((STORED / "report.json").read_text(encoding="utf-8"))
     assert before["compressed"][0]["probes"]["facts:facts.jsonl"]["lost"] > 0
     path = tmp_path / "report.json"

@@ -32,6 +32,7 @@ def answer(number: int, correct: bool, **changes: Any) -> Answer:
         "top5_logp": logp,
         "choices": len(WORDS),
         "popularity": None,
+        "total_logp": 0.0,
         "first_ids": (5, 7),
         "first_logp": (math.log(0.5), math.log(0.25)),
     }

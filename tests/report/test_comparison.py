@@ -88,9 +88,19 @@ class TestAnswers:
         assert figures.ece == pytest.approx((1 - sure, 1 - sure))
         assert figures.brier == pytest.approx(((1 - sure) ** 2,) * 2)
 
-    def test_among_few_choices_confidence_is_the_share(self) -> None:
-        figures = compared(sides(both=20, choices=2, top5=("yes", "no"), top5_logp=(-40.0, -40.0 + math.log(1 / 3))))
+    @pytest.mark.parametrize("choices", [2, 153])
+    def test_confidence_is_the_share_among_all_choices_however_unlikely_their_texts_are(self, choices: int) -> None:
+        logp = (-40.0, -40.0 + math.log(1 / 6))
+        figures = compared(sides(both=20, choices=choices, top5_logp=logp, total_logp=-40.0 + math.log(4 / 3)))
         assert figures.ece == pytest.approx((0.25, 0.25))
+        assert figures.brier == pytest.approx((0.0625, 0.0625))
+
+    def test_answers_of_older_versions_tell_it_of_five_choices_at_most(self) -> None:
+        logp = (-40.0, -40.0 + math.log(1 / 3))
+        figures = compared(sides(both=20, choices=2, top5=("yes", "no"), top5_logp=logp, total_logp=None))
+        assert figures.ece == pytest.approx((0.25, 0.25))
+        older = compared(sides(both=20, total_logp=None))
+        assert older.ece is older.brier is older.confidence is None
 
     def test_a_model_that_broke_gives_no_figure_that_is_not_a_number(self) -> None:
         before, after = sides(both=25)

@@ -17,10 +17,10 @@ import torch
 
 from compressknow.engine.int8 import rounds_activations, unrounded
 from compressknow.probe.answers import Answer
-from compressknow.probe.grades import cut, end_of
+from compressknow.probe.grades import cut, end_of, opening_of
 from compressknow.probe.scoring.prompts import Ids
 from compressknow.probe.scoring.ranking import Scores, best_of, make_answer, rank_of
-from compressknow.probe.scoring.scorer import ROWS, SLACK_TOKENS, Query, Scorer
+from compressknow.probe.scoring.scorer import OPENING_TOKENS, ROWS, SLACK_TOKENS, Query, Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,7 +131,7 @@ class DecodingScorer(Scorer):
             best = best_of(scores)
             tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
             logp = float(scores[first] + more)
-            answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, correct=known))
+            answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, None, correct=known))
         return answers
 
     def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:
@@ -158,15 +158,18 @@ class DecodingScorer(Scorer):
 
     def goes_on(self, query: Query, written: Sequence[int]) -> bool:
         """Whether a greedy text needs more tokens to tell what it says: up to as many as the longest candidate has, and
-        one more, which shows whether the last word ends there.
+        one more, which shows whether the last word ends there; and two where a quote or an article opens it.
         """
-        if len(written) >= self._room(query) or self.ends(written[-1]):
+        if len(written) >= self._room(query, written) or self.ends(written[-1]):
             return False
         return tuple(written[:-1]) not in query.options
 
-    def _room(self, query: Query) -> int:
+    def _room(self, query: Query, written: Sequence[int]) -> int:
         if query.options:
             room = max(map(len, query.options)) + 1
+            if len(written) >= room:
+                first = self.encoder.decode(written[:1])
+                room += OPENING_TOKENS if opening_of(f"{first} ").strip() == first.strip() else 0
         elif self.one_token:
             (ids,) = self.options(query.fact, [query.fact.obj_label], rest=False)
             room = len(ids) + 1

@@ -25,6 +25,7 @@ from compressknow.probe.scoring.ranking import (
     Scores,
     best_of,
     chosen_of,
+    log_sum,
     make_answer,
     rank_candidates,
     rank_of,
@@ -43,6 +44,8 @@ Whole = Callable[[Sequence[str], torch.Tensor], Sequence[float | None]]
 ROWS = 512
 # Tokens beyond the object's own that a free answer may take: what follows tells whether the object was all of it.
 SLACK_TOKENS = 4
+# Tokens that may open an answer and are no part of it: an article and a quote.
+OPENING_TOKENS = 2
 
 SEVERAL_TOKENS = "the object is several tokens of this model"
 NOT_IN_VOCABULARY = "the object is no single word of the common vocabulary for this model"
@@ -377,7 +380,8 @@ class Scorer(ABC):
         gold = max(places, key=lambda place: (scores[place], -place), default=None)
         rank = None if gold is None else rank_of(gold, scores)
         logp = None if gold is None else float(scores[gold])
-        return make_answer(query.fact, words, scores[best], rank, logp, len(ids), correct=rank == 1)
+        total = log_sum(scores)
+        return make_answer(query.fact, words, scores[best], rank, logp, len(ids), total, correct=rank == 1)
 
 
 def _one_begins_another(options: Sequence[Ids]) -> bool:

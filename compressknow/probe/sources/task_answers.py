@@ -17,7 +17,7 @@ import numpy as np
 from compressknow.errors import UnsupportedError
 from compressknow.probe.answers import Answer
 from compressknow.probe.facts import BLANK, DOMAINS, GENERAL
-from compressknow.probe.scoring.ranking import rank_of
+from compressknow.probe.scoring.ranking import log_sum, rank_of
 
 # Of an item's context, so much of its end is shown.
 SHOWN = 300
@@ -105,6 +105,7 @@ class Collected:
                 top5=tuple(texts[index] for index in order[:5]),
                 top5_logp=tuple(float(scores[index]) for index in order[:5]),
                 choices=len(choices),
+                total_logp=log_sum(scores),
             )
         )
 

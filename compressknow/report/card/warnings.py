@@ -31,8 +31,8 @@ def of_known(known: str) -> Iterator[str]:
     """That only what a model says counts as known, where that is so."""
     if known == PRODUCED:
         yield (
-            "Known means produced here: a fact counts where what the model writes by itself begins with the right "
-            "answer. What it only picks among candidates counts as not known."
+            "Known means produced here: a fact counts where the model picks the right answer, and what it writes by "
+            "itself begins with it. What it only picks among candidates counts as not known."
         )
 
 

@@ -210,7 +210,7 @@ def knowing(counts: Counts) -> Knowing:
         {grade: sum(facts for move, facts in moved.items() if move[side] == grade) for grade in KNOWING}
         for side in (0, 1)
     )
-    return Knowing(original, compressed, moved, (True, True), (0, 0), counts.lost, near // 2)
+    return Knowing(original, compressed, moved, (True, True), counts.lost, near // 2)
 
 
 def facts(rows: tuple[tuple[str, str, str, str, int, int], ...], number: int, *, lost: bool) -> tuple[ChangedFact, ...]:

@@ -30,7 +30,7 @@ from compressknow.probe.scoring.ranking import (
     rank_candidates,
     with_distribution,
 )
-from compressknow.probe.scoring.scorer import SLACK_TOKENS, Query, Whole
+from compressknow.probe.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Query, Whole
 
 T = TypeVar("T")
 # Characters that a token has, about: where the server's tokens are not known, room for a free answer is told by these.
@@ -153,7 +153,7 @@ class ServedScorer(CausalScorer):
     def _text(self, query: Query) -> str:
         """What the model writes: as many tokens as tell what it says."""
         tokens = max(map(len, query.options or (query.gold,)))
-        slack = 1 if query.options else SLACK_TOKENS
+        slack = 1 + OPENING_TOKENS if query.options else SLACK_TOKENS
         count = tokens if self._served.tokens else math.ceil(tokens / CHARACTERS)
         return self._served.write(query.prompt, count + slack)
 
@@ -162,14 +162,15 @@ class ServedScorer(CausalScorer):
 
     def _chosen(self, query: Query, first: First) -> Answer:
         """The best candidates: those that begin with a token that the server told are bounded by it, all others by the
-        least of them, until they matter.
+        least of them, until they matter. For their sum, each takes requests of its own: it is left out, but where the
+        server told no token, so that each is read anyway.
         """
         options = query.options
         heads = [first.logp.get(ids[0]) for ids in options]
         scores = np.array([first.bound if head is None else head for head in heads])
         finished = np.array([head is not None and len(ids) == 1 for head, ids in zip(heads, options, strict=True)])
         assert query.fact.candidates is not None
-        ranking = Ranking(scores, finished, query.fact.candidates.index(query.fact.obj_label))
+        ranking = Ranking(scores, finished, query.fact.candidates.index(query.fact.obj_label), summed=not first.logp)
 
         def finish(pairs: list[tuple[int, int]], bars: Scores) -> Scores:
             rows = zip(pairs, bars, strict=True)
@@ -188,13 +189,14 @@ class ServedScorer(CausalScorer):
 
     def _written(self, query: Query, first: First, text: str) -> Answer:
         """A free answer. Its rank is that of the object's first token, where the server told it."""
-        text, correct = judged(text, query.fact.obj_label)
+        correct = said(text, choices_of(query.fact)) == query.fact.obj_label
+        text, _ = judged(text, query.fact.obj_label)
         best = list(first.logp)[:TOP]
         rank = next((n for n, number in enumerate(first.logp, 1) if number == query.gold[0]), None)
         logp = self._score(query, query.gold, first, -math.inf) if self._served.scores else None
         top = (text, *(first.texts.get(number, "").strip() for number in best[1:]))
         scores = np.array([first.logp[number] for number in best])
-        return make_answer(query.fact, top, scores, rank, logp, None, correct=correct)
+        return make_answer(query.fact, top, scores, rank, logp, None, None, correct=correct)
 
 
 def _work(

@@ -211,7 +211,10 @@ _LOGP = "Change of the right answer's log-probability"
 _NO_LOGP = "the answers hold no probability of the right answer."
 _NO_NOISE = "the original did not answer in another precision."
 _NO_RANK = "the answers hold no rank of the right answer."
-_NO_CONFIDENCE = "it needs the probability of each answer, which this protocol does not give."
+_NO_CONFIDENCE = (
+    "it needs the probability of each answer among all candidates, which free answers, most servers and answers of "
+    "older versions do not tell."
+)
 
 _FIGURES = (
     _Figure("Facts evaluated", _facts),

@@ -10,7 +10,6 @@ from compressknow.probe.answers import GRADES
 from compressknow.probe.grades import PRODUCED
 from compressknow.report.card.section import Context, Section
 from compressknow.report.parts import Note, Part
-from compressknow.report.records import pair_to_json
 from compressknow.report.tables import Table
 from compressknow.stats.records import Knowing, ProbeFigures
 
@@ -21,11 +20,11 @@ class Grades(Section):
     title = "Grades of knowing"
     order = 25
     glossary = (
-        ("Produced", "what the model writes by itself begins with the right answer."),
+        ("Produced", "the right answer is the model's first choice, and what it writes by itself begins with it."),
         ("Recognized", "the right answer is the model's first choice, but not what it writes."),
         (
             "Demoted",
-            "neither, but the right answer is among its best five, or it writes it after one solved example.",
+            "not its first choice, but among its best five, or what it writes, by itself or after one solved example.",
         ),
         ("Gone", "none of these."),
     )
@@ -65,12 +64,6 @@ def _told(knowing: Knowing) -> Iterator[str]:
     if knowing.shown:
         back = f"{count(knowing.back)} ({percent(knowing.back, knowing.shown)})"
         yield f"One solved example brings back {back} of {count(knowing.shown)} lost facts that were put after it."
-    if any(knowing.not_first):
-        before, after = map(count, knowing.not_first)
-        yield (
-            f"Of the facts produced, the original has {before} and the compressed model {after} for which another "
-            "candidate is likelier as a whole: in all other figures these count as not known."
-        )
     for who, written in zip(("original", "compressed model"), knowing.written, strict=True):
         if not written:
             yield f"The {who} cannot write: {PRODUCED} is left out."
@@ -84,6 +77,5 @@ def to_json(knowing: Knowing | None) -> dict[str, Any] | None:
         "original": dict(knowing.original),
         "compressed": dict(knowing.compressed),
         "moved": {f"{before}>{after}": facts for (before, after), facts in knowing.moved.items()},
-        **pair_to_json("not_first", knowing.not_first),
         "with_example": {"n": knowing.shown, "produced": knowing.back},
     }
