@@ -23,7 +23,15 @@ _VALUES = 1 << 22
 # Of a value that is longer, its hash is told.
 _LONGEST = 80
 # What the types are, and who made the file, is told elsewhere.
-_NOISE = ("GGUF.", "general.name", "general.file_type", "general.quantization_version", "compressknow.", "quantize.")
+_NOISE = (
+    "GGUF.",
+    "general.name",
+    "general.file_type",
+    "general.quantization_version",
+    "compressknow.",
+    "quantize.",
+    "split.",
+)
 
 
 def gguf_difference(

@@ -322,7 +322,7 @@ def test_gguf_files_are_compared_by_their_weights(run: Run, place: Path, tmp_pat
         assert one["largest_change"] == pytest.approx(other["largest_change"])
     write_gguf(place / "llama", tmp_path / "q8.gguf", Q8_0, tensors_per_part=6)
     ended = run(exact, next(tmp_path.glob("q8-00001-of-*")))
-    assert "another type: f32 [" in ended.out
+    assert "another type: f32 -> q8_0" in ended.out
     assert "relative error 0.00" in ended.out
 
 

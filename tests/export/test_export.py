@@ -496,22 +496,45 @@ def test_one_file_for_convert_and_export(tmp_path: Path) -> None:
 @needs_converter
 @pytest.mark.parametrize("number", one_in(2, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
 def test_a_killed_run_leaves_nothing_under_the_name(number: signal.Signals, tmp_path: Path) -> None:
-    """Nor beside it, once it could clean up, or once the next run did; and the converter ends with it."""
+    """Nor beside it, once it could clean up, or once the next run did."""
     source, output = checkpoint("llama", tmp_path / "model"), tmp_path / "out.gguf"
     command = [sys.executable, "-m", "compressknow", "export", str(source), str(output)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ) as run:
-        converters: list[psutil.Process] = []
-        while not (list(tmp_path.glob(".out.gguf.*-new-*/work/*.log")) and converters):
+        while not list(tmp_path.glob(".out.gguf.*-new-*/work/*.log")):
             assert run.poll() is None
-            converters = psutil.Process(run.pid).children()
             time.sleep(0.01)
         run.send_signal(number)
     assert run.returncode != 0
-    while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in converters):
-        time.sleep(0.01)
     left = [path.name for path in tmp_path.iterdir() if path.name != "model"]
     assert all(name.startswith(".out.gguf.") for name in left)
     assert bool(left) == (number == signal.SIGKILL)
     if left:
         compressknow.export(source, output)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf", "out.gguf.json"]
+
+
+def test_a_converter_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    """One that would never end by itself."""
+    source, script = checkpoint("llama", tmp_path / "model"), tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(
+        "import sys\n"
+        "if '--print-supported-models' in sys.argv:\n"
+        "    sys.exit(print(' - LlamaForCausalLM'))\n"
+        "print('converting', flush=True)\n"
+        "while True:\n"
+        "    pass\n"
+    )
+    command = [sys.executable, "-m", "compressknow", "export", source, tmp_path / "out.gguf", "--converter", script]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as run:
+        while not any(log.read_text() for log in tmp_path.glob(".out.gguf.*-new-*/work/*.log")):
+            assert run.poll() is None
+            time.sleep(0.01)
+        (converter,) = psutil.Process(run.pid).children()
+        run.kill()
+    # Nobody may be there to take note of its end.
+    for _ in range(6000):
+        if not converter.is_running() or converter.status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.01)
+    converter.kill()
+    pytest.fail("the converter is still running")
