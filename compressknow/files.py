@@ -35,6 +35,11 @@ _SUFFIX = ".compressknow-"
 _ATTEMPTS = 100
 
 
+def cache_folder() -> Path:
+    """Where is kept what can be made or fetched again: ``$XDG_CACHE_HOME/compressknow``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
+
+
 @contextlib.contextmanager
 def dead(path: Path) -> Iterator[bool]:
     """Whether the run that made a locked file has ended; if so, the context has its lock, and its end removes it."""

@@ -14,8 +14,8 @@ from compressknow.errors import CompressknowError
 # By the name that is imported: what pip is told.
 OPTIONAL = {
     "datasets": "datasets",
-    "gguf": "'compressknow[llamacpp]'",
-    "llama_cpp_py_sync": "'compressknow[llamacpp]'",
+    "gguf": "'compressknow[gguf]'",
+    "llama_cpp_py_sync": "'compressknow[gguf]'",
     "lm_eval": "lm-eval",
     "matplotlib": "matplotlib",
     "optuna": "'compressknow[search]'",
@@ -23,6 +23,7 @@ OPTIONAL = {
     "ray": "'compressknow[ray]'",
     "requests": "requests",
     "scipy": "scipy",
+    "sentencepiece": "'compressknow[gguf]'",
     "urllib3": "urllib3",
 }
 # Others whose name for pip is another.
@@ -66,7 +67,7 @@ def is_installed(module: str) -> bool:
 def not_installed(*modules: str) -> CompressknowError:
     """The error that names these modules, and what to tell pip."""
     names = (OPTIONAL | _NAMES).get
-    packages = " ".join(names(module, module) for module in modules)
+    packages = " ".join(dict.fromkeys(names(module, module) for module in modules))
     are, them = ("is", "it") if len(modules) == 1 else ("are", "them")
     return CompressknowError(f"{_listed(modules)} {are} not installed. Install {them} with: pip install {packages}")
 

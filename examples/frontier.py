@@ -8,7 +8,7 @@ in llama.cpp, checkpoints in transformers with compressknow's layers. All other 
         -o examples/reports/smollm2-frontier.html -o examples/reports/smollm2-frontier.md
 
 Files that are there are taken as they are, so that a run that was stopped goes on. Speeds are of this machine: leave it
-alone meanwhile. It needs `pip install 'compressknow[llamacpp]'` and llama.cpp's converter (docs/gguf.md).
+alone meanwhile. It needs `pip install 'compressknow[gguf]'`.
 """
 
 from __future__ import annotations

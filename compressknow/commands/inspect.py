@@ -24,13 +24,19 @@ def inspect(
 
     Parameters
     ----------
-    model : a local folder or a hub id.
+    model : a local folder, a GGUF file or a hub id.
     module_map : ``structural``, or ``paper`` for the split that the paper's authors use in BERT and RoBERTa.
 
     Returns
     -------
-    What ``compressknow inspect --json`` prints: groups, scopes, parameters stored and used, tied and unplaced weights.
+    What ``compressknow inspect --json`` prints: groups, scopes, parameters stored and used, tied and unplaced weights;
+    of a GGUF file its types by group, and its bytes.
     """
+    if Path(model).suffix == ".gguf":
+        from compressknow.engine.llama_cpp.parts import gguf_parts
+        from compressknow.model.gguf_file import inspect_gguf
+
+        return inspect_gguf(gguf_parts(Path(model)))
     from compressknow.model.summary import inspect_checkpoint
 
     return inspect_checkpoint(model, module_map=module_map, revision=revision, trust_remote_code=trust_remote_code)

@@ -13,6 +13,7 @@ from compressknow.compress.blocks import Reader
 from compressknow.compress.pool import Pool
 from compressknow.compress.targets import target_count
 from compressknow.diff.blocks import dropped_blocks, numbered_alike
+from compressknow.diff.gguf import gguf_difference
 from compressknow.diff.neurons import Lost, aligned, lost_neurons
 from compressknow.diff.parameters import Side, Values, deviation, side_of
 from compressknow.diff.records import ConfigChange, Difference, StructureChange, TensorDifference
@@ -87,10 +88,14 @@ def difference_of(
     threads: int | None = None,
     on_progress: Listener | None = None,
 ) -> Difference | None:
-    """As `difference`, of models that are found; None where one is a GGUF file, whose weights are packed."""
-    if ".gguf" in (a.path.suffix, b.path.suffix):
+    """As `difference`, of models that are found, which may be two GGUF files; None where one alone is, whose weights
+    have other names and another order."""
+    are_gguf = [located.path.suffix == ".gguf" for located in (a, b)]
+    if any(are_gguf) and not all(are_gguf):
         return None
     with begun(on_progress, Stage("compare", f"{a.name} and {b.name}")) as advance:
+        if all(are_gguf):
+            return gguf_difference(a.files, b.files, threads=threads, advance=advance)
         opened = [open_checkpoint(located.path) for located in (a, b)]
         return difference(*opened, trust_remote_code=trust_remote_code, threads=threads, advance=advance)
 

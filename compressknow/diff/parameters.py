@@ -95,7 +95,7 @@ def deviation(reader: Reader, a: Values, b: Values) -> tuple[Sums, bool]:
     for block_a, block_b in blocks:
         equal = alike and _same(block_a.values, block_b.values)
         x = _floats(a, block_a, scale_a)
-        sums += _sums(x, x if equal else _floats(b, block_b, scale_b))
+        sums += sums_of(x, x if equal else _floats(b, block_b, scale_b))
         same = same and equal
     return sums, same
 
@@ -135,7 +135,8 @@ def _floats(values: Values, block: Block, scale: torch.Tensor | None) -> torch.T
     return dequantize(block.values, picked).to(torch.float64)
 
 
-def _sums(x: torch.Tensor, y: torch.Tensor) -> Sums:
+def sums_of(x: torch.Tensor, y: torch.Tensor) -> Sums:
+    """Return the sums of two tensors of one shape, float64; `y` is `x` itself where nothing differs."""
     zeros, energy = _zeros(x), _energy(x)
     if x is y:
         return Sums(x.numel(), zeros, zeros, energy, energy)

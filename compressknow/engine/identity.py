@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 from compressknow.engine.llama_cpp.parts import gguf_parts
 from compressknow.errors import CheckpointError, UsageError
 from compressknow.files import name_of
+from compressknow.libraries import is_installed
 from compressknow.model.checkpoint import did_you_mean_beside, is_address, open_checkpoint, weight_files
+from compressknow.model.gguf_header import refuse_cut_short
 from compressknow.model.tensors import DTYPE_SIZES
 from compressknow.reading import MANIFEST as MANIFEST_BYTES
 from compressknow.reading import NotReadable, check_regular, misfit, read_json
@@ -78,6 +80,10 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
             raise CheckpointError(f"{model}: no such file.", hint=hint) from None
         except (OSError, NotReadable) as error:
             raise CheckpointError(f"{model} cannot be read: {error}.", hint=hint) from None
+        if is_installed("gguf"):
+            # A minute's work on the original may come before this file is opened.
+            for part in gguf_parts(path):
+                refuse_cut_short(part)
         return Located(name_of(path), path)
     checkpoint = open_checkpoint(model, revision)
     if not checkpoint.shards:

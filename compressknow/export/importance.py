@@ -7,7 +7,7 @@ sums that Wanda goes by. llama.cpp's tools keep it in a GGUF file of their own (
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from compressknow.model.gguf_header import check_gguf
 from compressknow.reading import open_regular
 
 if TYPE_CHECKING:
-    from compressknow.export.tensors import Tensor
+    from compressknow.model.gguf_file import Tensor
 
 Floats = npt.NDArray[np.float32]
 SUMS, COUNTS = ".in_sum2", ".counts"
 _KIND, _MAGIC = "imatrix", b"GGUF"
+_MODELS = "compressknow.models"
 # Of a file of the old form: more entries, or longer names, than any model has.
 _MOST_ENTRIES, _MOST_NAME = 1 << 16, 1 << 10
 
@@ -39,6 +40,8 @@ class Importance:
     counts : the tokens that they are of, float32 [matrices].
     datasets : what text that was.
     chunks, chunk : how many sequences of how many tokens.
+    models : fingerprints of the checkpoint that it was made with and of that one's original; none in a file of
+        llama.cpp's own tools.
     """
 
     sums: Mapping[str, Floats]
@@ -46,6 +49,7 @@ class Importance:
     datasets: tuple[str, ...] = ()
     chunks: int = 0
     chunk: int = 0
+    models: tuple[str, ...] = ()
 
     def means(self) -> dict[str, Floats]:
         """By tensor name, float32 [matrices * in], contiguous: what llama.cpp takes."""
@@ -66,6 +70,7 @@ def write_importance(importance: Importance, path: Path) -> None:
     writer.add_array("imatrix.datasets", list(importance.datasets))
     writer.add_uint32("imatrix.chunk_count", importance.chunks)
     writer.add_uint32("imatrix.chunk_size", importance.chunk)
+    writer.add_array(_MODELS, list(importance.models))
     for name in sorted(importance.sums):
         writer.add_tensor(name + SUMS, importance.sums[name])
         writer.add_tensor(name + COUNTS, importance.counts[name].reshape(-1, 1))
@@ -105,11 +110,12 @@ def _read_gguf(path: Path) -> Importance:
     sums = {name: np.array(stored[name + SUMS], np.float32).reshape(len(counts[name]), -1) for name in names}
 
     def said(key: str, default: Any) -> Any:
-        field = reader.get_field(f"imatrix.{key}")
+        field = reader.get_field(key)
         return default if field is None else field.contents()
 
-    datasets = tuple(map(str, said("datasets", ())))
-    return Importance(sums, counts, datasets, int(said("chunk_count", 0)), int(said("chunk_size", 0)))
+    datasets, models = (tuple(map(str, said(key, ()))) for key in ("imatrix.datasets", _MODELS))
+    chunks, chunk = (int(said(f"imatrix.{key}", 0)) for key in ("chunk_count", "chunk_size"))
+    return Importance(sums, counts, datasets, chunks, chunk, models)
 
 
 def _read_dat(path: Path) -> Importance:
@@ -134,6 +140,17 @@ def _read_dat(path: Path) -> Importance:
     if not sums:
         raise ValueError("it is empty")
     return Importance(sums, counts)
+
+
+def refuse_other_source(importance: Importance, sources: Sequence[str], path: str) -> None:
+    """Raise CheckpointError where a matrix says which model it was made of, and that is neither this one nor made of
+    the same original."""
+    if importance.models and not set(importance.models) & set(sources):
+        raise CheckpointError(
+            f"{path} is of another model: it says {importance.models[0][:16]}, and this one is {sources[0][:16]}.",
+            "These are SHA-256 of the checkpoints. Shapes may be alike where weights are not.",
+            "Give the matrix of this model, or --calibration to make it.",
+        )
 
 
 def refuse_other_model(importance: Importance, tensors: Mapping[str, Tensor], path: str) -> None:

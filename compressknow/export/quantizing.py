@@ -6,14 +6,13 @@ import json
 import os
 import re
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import compressknow
-from compressknow.export.children import refuse_failure, run, tail
+from compressknow.export.children import refuse_failure, run_python, tail
 from compressknow.quiet import Advance
 
 _COUNTED = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
@@ -54,8 +53,8 @@ def quantize(request: Request, scratch: Path, advance: Advance | None = None) ->
         if advance and (counted := _COUNTED.findall(tail(log))):
             advance(*map(int, counted[-1]))
 
-    code = run(
-        [sys.executable, "-m", __name__, said],
+    code = run_python(
+        ["-m", __name__, said],
         log,
         environment={**os.environ, "PYTHONPATH": os.pathsep.join(packages)},
         look=look,
@@ -107,16 +106,7 @@ def _importance(ffi: Any, path: str, kept: list[Any]) -> Any:
     return entries
 
 
-def _end_with_parent() -> None:
-    """Whoever started this holds the other end of its input as long as it lives."""
-    # Not by sys.stdin, whose lock Python would wait for when it ends by an error.
-    while os.read(0, 1):
-        pass
-    os._exit(1)
-
-
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     code = _quantize(Request(**json.loads(Path(sys.argv[1]).read_text("utf-8"))))
     sys.stdout.flush()
     os._exit(code)

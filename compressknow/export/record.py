@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressknow.compress.manifest import versions
 from compressknow.errors import CheckpointError
@@ -16,6 +16,9 @@ from compressknow.model.checkpoint import read_json
 from compressknow.notebook import Shown, Summary
 from compressknow.quiet import quiet
 from compressknow.reading import MANIFEST, misfit
+
+if TYPE_CHECKING:
+    from compressknow.export.choice import Choice
 
 SCHEMA = 1
 # What its keys in the metadata of a GGUF file begin with.
@@ -33,8 +36,10 @@ FORM = {
 class ExportRecord(Shown, dict[str, Any]):
     """What an export was made of and did: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
 
-    A dict, which its properties read by name.
+    A dict, which its properties read by name. `is_new` is False where the same export had made the file before.
     """
+
+    is_new = True
 
     @property
     def setup(self) -> str:
@@ -107,6 +112,16 @@ def write_with(metadata: Mapping[str, str], source: Path, output: Path) -> None:
     said = {key: MetadataDetails(gguf.GGUFValueType.STRING, value) for key, value in metadata.items()}
     with quiet():
         copy_with_new_metadata(reader, writer, said, [])
+
+
+def may_be_made(output: Path, choice: Choice) -> bool:
+    """Whether a file is there whose record says the types of a choice."""
+    try:
+        record = read_record(output)
+    except CheckpointError:
+        return False
+    rules = [list(rule) for rule in choice.types]
+    return output.is_file() and (record["type"], record["types"]) == (choice.type, rules)
 
 
 def read_record(output: Path) -> dict[str, Any]:

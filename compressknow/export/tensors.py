@@ -11,24 +11,13 @@ from typing import Any
 
 from compressknow.diff.parameters import Side
 from compressknow.errors import UsageError, did_you_mean
+from compressknow.model.gguf_file import EMBEDDING, NOT_LINEAR, ORDER, UNPLACED, Tensor, tensors_of
 from compressknow.model.scopes import SCOPES, Pattern, scope_names, select
 from compressknow.model.structure import LinearWeight
 
-EMBEDDING, NOT_LINEAR, UNPLACED = "embedding", "not-linear", "other"
 # Experts that are stored one by one are one tensor in GGUF.
 _EXPERT = re.compile(r"experts\.\d+\.")
 _SUFFIXES = (".weight", ".bias")
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a GGUF file: `shape` as llama.cpp writes it, the row's length first."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    numel: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -93,16 +82,7 @@ def read_tensors(path: Path, side: Side) -> Tensors:
     import gguf
 
     reader = gguf.GGUFReader(path)
-    tensors = {
-        each.name: Tensor(
-            each.name,
-            each.tensor_type.name.lower(),
-            tuple(int(length) for length in each.shape),
-            int(each.n_elements),
-            int(each.n_bytes),
-        )
-        for each in reader.tensors
-    }
+    tensors = tensors_of(reader)
     weights: dict[str, list[LinearWeight]] = {}
     stored: dict[str, dict[str, None]] = {}
     for weight, name, places in _mapped(_name_map(reader), side, tensors):
@@ -165,5 +145,4 @@ def by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> dict[s
         counts["tensors"] += 1
         counts["parameters"] += tensor.numel
         counts["bytes"] += nbytes
-    order = ("attention", "feed-forward", "final", EMBEDDING, UNPLACED, "vision", NOT_LINEAR)
-    return {group: summed[group] for group in order if group in summed}
+    return {group: summed[group] for group in ORDER if group in summed}

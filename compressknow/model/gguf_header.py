@@ -14,6 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compressknow.errors import CheckpointError
 from compressknow.model.scopes import MOST_BLOCKS
 from compressknow.model.tensors import StoredTensor
 from compressknow.reading import NotReadable, open_regular
@@ -34,6 +35,21 @@ _PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 _MOST_DIMENSIONS, _MOST_NESTED, _MOST_BYTES_OF_A_NAME = 4, 4, 1 << 16
 
 
+class CutShort(NotReadable):
+    """A file that ends before what it says that it holds does, or that is no GGUF file at all."""
+
+
+def refuse_cut_short(path: Path) -> None:
+    """Raise CheckpointError where a GGUF file is cut short, or is none. What only this reader does not know passes: the
+    runtime tells."""
+    try:
+        check_gguf(path)
+    except CutShort as error:
+        raise CheckpointError(f"{path} is damaged: {error}.", hint="Download or export it again.") from None
+    except (NotReadable, OSError):
+        return
+
+
 def check_gguf(path: Path) -> None:
     """Raise NotReadable where a file is no GGUF file, where one in Python would read it in minutes or gigabytes, or
     where its tensors do not lie as it says; OSError where it cannot be opened.
@@ -42,7 +58,7 @@ def check_gguf(path: Path) -> None:
         try:
             _Header(file).check()
         except struct.error:
-            raise NotReadable("it is cut short") from None
+            raise CutShort("it is cut short") from None
 
 
 def plain_tensors(path: Path) -> list[StoredTensor]:
@@ -85,7 +101,7 @@ class _Header:
 
     def _read(self) -> list[_Tensor]:
         if self._file.read(4) != MAGIC:
-            raise NotReadable("it is no GGUF file")
+            raise CutShort("it is no GGUF file")
         if not self._number("I") & 0xFFFF:
             # A version is a small number: its bytes are in the other order, and so is all else.
             self._order = ">"
@@ -160,7 +176,7 @@ class _Header:
             values, nbytes = sizes[tensor.kind]
             end = tensor.offset + math.prod(tensor.shape) // values * nbytes
         if tensors and start + end > self._size:
-            raise NotReadable("it is cut short")
+            raise CutShort("it is cut short")
 
     def _aligned(self, place: int) -> int:
         return -(-place // self._alignment) * self._alignment
@@ -178,5 +194,5 @@ class _Header:
 
     def _skip(self, count: int) -> None:
         if count > self._size - self._file.tell():
-            raise NotReadable("it is cut short")
+            raise CutShort("it is cut short")
         self._file.seek(count, os.SEEK_CUR)

@@ -7,7 +7,6 @@ tokens.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from compressknow.errors import CompressknowError, UsageError
+from compressknow.files import cache_folder
 from compressknow.probe.answers import Answers, is_answers_folder, read_answers
 from compressknow.probe.overlap import with_calibration
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def default_answers_folder() -> Path:
     """Where answers are kept from one report to the next: ``$XDG_CACHE_HOME/compressknow/answers``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow" / "answers"
+    return cache_folder() / "answers"
 
 
 def open_named(probes: str | Sequence[str] | None, options: Options | None, known: str = "recognized") -> list[Opened]:

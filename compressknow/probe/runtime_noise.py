@@ -68,7 +68,7 @@ def with_runtime_noise_floor(
         with _in_llama_cpp(original, answers, folder, on_progress) as other:
             found = measured(original, other, "runtime", lacking, answers, folder, on_progress, whole=whole)
     except NotInstalled as error:
-        return unmeasured(answers, f"{error.what} Install it (`compressknow export` says how), or give {_INSTEAD}")
+        return unmeasured(answers, f"{error.what} `compressknow export` fetches it; or give {_INSTEAD}")
     except OutputError:
         return unmeasured(
             answers, f"the disk has no room for the original as a GGUF file. Free some, or give {_INSTEAD}"

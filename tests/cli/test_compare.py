@@ -21,7 +21,7 @@ import compressknow
 from compressknow.cli import main
 from compressknow.probe.answers import Answers, read_answers
 from compressknow.quiet import Progress
-from tests.engine.gguf_files import needs_gguf, write_gguf
+from tests.engine.gguf_files import F32, Q8_0, needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.long import one_in
 from tests.models import save_tiny
@@ -310,17 +310,34 @@ def test_the_same_values_in_another_type_are_told(run: Run, place: Path, tmp_pat
 
 
 @needs_gguf
+def test_gguf_files_are_compared_by_their_weights(run: Run, place: Path, tmp_path: Path) -> None:
+    """As the values that their types stand for: they differ as the checkpoints do that they were made of."""
+    exact, pruned = (write_gguf(place / name, tmp_path / f"{name}.gguf", F32) for name in ("llama", "llama-b"))
+    assert run(exact, pruned, "-o", "gguf.json").code == 0
+    assert run("{place}/llama", "{place}/llama-b", "-o", "safetensors.json").code == 0
+    found = [json.loads((tmp_path / f"{kind}.json").read_text())["weights"] for kind in ("gguf", "safetensors")]
+    for group in ("attention", "feed-forward", "final"):
+        one, other = (weights["groups"][group] for weights in found)
+        assert one["relative_error"] == pytest.approx(other["relative_error"])
+        assert one["largest_change"] == pytest.approx(other["largest_change"])
+    write_gguf(place / "llama", tmp_path / "q8.gguf", Q8_0, tensors_per_part=6)
+    ended = run(exact, next(tmp_path.glob("q8-00001-of-*")))
+    assert "another type: f32 -> q8_0" in ended.out
+    assert "relative error 0.00" in ended.out
+
+
+@needs_gguf
 def test_a_gguf_file_is_compared_by_what_it_knows(run: Run, place: Path, tmp_path: Path) -> None:
     a, b = (write_gguf(place / name, tmp_path / f"{name}.gguf") for name in ("llama", "llama-b"))
     ended = run("{place}/llama", b)
     assert ended.code == 0, ended.err
-    assert "The weights of a GGUF file are packed" in ended.out
+    assert "The weights of a GGUF file are compared with those of another one alone." in ended.out
     assert "-p PROBE" in ended.out
     ended = run(a, b, *FACTS, *OUTPUTS)
     assert ended.code == 0, ended.err
     assert "llama-b.gguf knows" in ended.out
     assert "Of what B knows, A keeps" in ended.out
-    assert json.loads((tmp_path / "c.json").read_text())["weights"] is None
+    assert json.loads((tmp_path / "c.json").read_text())["weights"]["total"]["relative_error"] > 0
 
 
 def test_broken_weights_are_told(run: Run, place: Path, tmp_path: Path) -> None:

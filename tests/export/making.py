@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -20,9 +19,7 @@ from compressknow.libraries import OPTIONAL  # noqa: F401  # the package is impo
 from tests.knowing import KNOWN_FACTS
 
 VOCABULARY = 400
-needs_converter = pytest.mark.skipif(
-    not os.environ.get("COMPRESSKNOW_CONVERTER"), reason="COMPRESSKNOW_CONVERTER is not set: see `make test`"
-)
+needs_converter = pytest.mark.usefixtures("converter")
 # Rows of 256, which all types take.
 _LLAMA = {
     "hidden_size": 256,

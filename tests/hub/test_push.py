@@ -243,11 +243,9 @@ def test_push_refuses_what_convert_did_not_write(hub: Hub, model: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gguf(converter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file that export wrote."""
     pytest.importorskip("llama_cpp_py_sync")
-    if not os.environ.get("COMPRESSKNOW_CONVERTER"):
-        pytest.skip("COMPRESSKNOW_CONVERTER is not set: see `make test`")
     folder = tmp_path_factory.mktemp("gguf")
     compressknow.export(checkpoint("llama", folder / "tiny"), folder / "tiny.gguf", type="q8_0")
     return folder / "tiny.gguf"

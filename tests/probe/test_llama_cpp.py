@@ -274,7 +274,7 @@ def refused(file: Path, tmp_path: Path, facts: Path) -> CompressknowError:
 def test_damaged_files_are_one_message(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     content, file = (place / "Q8_0.gguf").read_bytes(), tmp_path / "damaged.gguf"
     wrong = {
-        "is cut short or damaged": content[: len(content) // 2],
+        "is damaged: it is cut short": content[: len(content) // 2],
         "is no GGUF file": b"JUNK" + content[4:],
         "of a version that llama.cpp b": content[:4] + (99).to_bytes(4, "little") + content[8:],
         "does not know the architecture 'lamma'": content.replace(b"llama", b"lamma"),

@@ -11,7 +11,6 @@ import pytest
 
 import compressknow
 from compressknow import Progress, Settings, report
-from compressknow.export import converter
 from compressknow.export import export as exporting
 from compressknow.probe.answers import Answers, read_answers
 from compressknow.probe.records import NoiseFloor
@@ -172,10 +171,9 @@ def test_without_a_converter_the_card_says_how_to_have_it(
     untaken: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COMPRESSKNOW_CONVERTER", raising=False)
-    monkeypatch.setattr(converter, "data_folder", lambda: tmp_path)
-    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     card = report(untaken.model, untaken.q8, untaken.facts, keep_in=tmp_path / "kept")
-    wanted = "How much was not measured: llama.cpp's converter is not installed. Install it (`compressknow export`"
+    wanted = "How much was not measured: llama.cpp's converter is not installed. `compressknow export` fetches it;"
     assert wanted in " ".join(said(card))
     assert card.comparisons[0].probes[0].noise_floor is not None
     assert "the runtime" not in card.verdict

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from compressknow.engine.llama_cpp.native import native
 from compressknow.engine.llama_cpp.parts import gguf_parts
+from compressknow.model.gguf_file import NAMED
 
 # Of gguf.h and ggml.h, which llama-cpp-py-sync binds no part of.
 _HEADER = """
@@ -25,12 +25,6 @@ const char * ggml_type_name(int type);
 int64_t ggml_blck_size(int type);
 size_t ggml_type_size(int type);
 """
-# By the names that llama.cpp gives to tensors (llama-arch.cpp); all that is neither is "other", embeddings and norms.
-_GROUPS = (
-    ("attention", re.compile(r"blk\.\d+\.attn_(?!norm|.*_norm)")),
-    ("feed-forward", re.compile(r"blk\.\d+\.ffn_(?!norm|.*_norm)")),
-    ("final", re.compile(r"output\.(?:weight|bias)")),
-)
 
 
 def types_of(path: Path) -> dict[str, dict[str, int]]:
@@ -40,10 +34,10 @@ def types_of(path: Path) -> dict[str, dict[str, int]]:
     ----------
     path : a GGUF file that llama.cpp has opened, or the first part of one.
     """
-    found: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in _GROUPS), "other")}
+    found: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in NAMED), "other")}
     for part in gguf_parts(path):
         for name, kind, parameters in _tensors(part):
-            group = next((group for group, named in _GROUPS if named.match(name)), "other")
+            group = next((group for group, named in NAMED if named.match(name)), "other")
             found[group][kind] += parameters
     return {group: dict(types.most_common()) for group, types in found.items() if types}
 

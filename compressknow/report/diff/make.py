@@ -80,7 +80,7 @@ def comparison_warnings(
             "leave them out."
         )
     if not identical and difference is None:
-        yield _left_out("The weights of a GGUF file are packed: they were not compared.", behaviour)
+        yield _left_out("The weights of a GGUF file are compared with those of another one alone.", behaviour)
     if difference and (packed := difference.packed()):
         yield _packed(len(packed), packed[0].name, behaviour)
     for tensor in difference.tensors if difference else ():
