@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from compressknow.format import count, plain, share
+from compressknow.report.study.axes import Axis, alike
 from compressknow.report.study.findings import HIGH, LOW, MEDIUM
 from compressknow.report.study.records import (
     IN_WORDS,
@@ -16,6 +17,7 @@ from compressknow.report.study.records import (
     called,
     methods,
     names,
+    percent,
     pruned,
     quantized,
     schemes,
@@ -151,6 +153,11 @@ def quantized_that_hurts_least(study: Study) -> tuple[Least, ...]:
     return tuple(found)
 
 
+def setting_that_hurts_least(study: Study, axis: Axis) -> tuple[Least, ...]:
+    """The same by setting, over all groups of an axis that have the same values; `level` is the axis."""
+    return tuple(_ordered(study, axis.name, (), cells) for cells in alike(axis))
+
+
 def _is_in(amount: float, limits: tuple[float, float]) -> bool:
     return (limits[0] <= amount if limits == LOW else limits[0] < amount) and amount <= limits[1]
 
@@ -163,6 +170,12 @@ def cliffs(study: Study) -> tuple[Cliff, ...]:
     """Of overall, attention and feed-forward, each where at least two amounts were pruned."""
     by_module = {module: _known(pruned(study, module)) for module in MODULES}
     return tuple(_cliff(module, cells) for module, cells in by_module.items() if len(cells) > 1)
+
+
+def cliffs_of(axis: Axis) -> tuple[Cliff, ...]:
+    """Of each group of an axis of amounts."""
+    by_group = {group.name: _known({percent(cell): cell for cell in group.cells.values()}) for group in axis.groups}
+    return tuple(_cliff(name, cells) for name, cells in by_group.items() if len(cells) > 1)
 
 
 def _cliff(module: str, cells: Mapping[float, StudyCell]) -> Cliff:
