@@ -387,13 +387,13 @@ _NAMES = dict(zip(("paper", "search"), _LOOKS, strict=False))
 
 def _tradeoff(search: Search) -> Tradeoff:
     marks = [
-        Mark(_cost(t, search), t.kept.value, _NAMES[t.kind], _hovered(t, search))
+        Mark(_cost(t, search), t.kept, _NAMES[t.kind], _hovered(t, search))
         for t in search.tried
         if t.kept.value is not None and t.kind in _NAMES
     ]
-    best = unbeaten(marks, lambda mark: (mark.cost, mark.kept))
+    best = unbeaten(marks, lambda mark: (mark.cost, mark.share))
     if won := search.winner:
-        marks.append(Mark(_cost(won, search), won.kept.value or 0, _WINNER, f"{_WINNER}, {_hovered(won, search)}"))
+        marks.append(Mark(_cost(won, search), won.kept, _WINNER, f"{_WINNER}, {_hovered(won, search)}"))
     return Tradeoff(
         f"Knowledge kept by {SIZES[search.minimize]}",
         f"{SIZES[search.minimize]}, {_UNITS[search.minimize][1]}",
