@@ -31,7 +31,7 @@ SIZES = {
 }
 _FRONT = (
     "The share is measured on the facts of the search split. The broken line is the share to keep; the "
-    "lower end of a recipe's interval must reach it."
+    "lower end of a recipe's interval (95 %, the stroke through its mark) must reach it."
 )
 # A search's page is short enough to have no table of contents.
 _ALL = 99

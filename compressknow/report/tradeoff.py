@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressknow.report.drawing import INK, MUTED, PERCENT, SERIES, WIDTH, axes, percent_axis, percents, round_range
@@ -148,9 +149,10 @@ def _beginnings(left: float, bottom: float) -> Iterator[str]:
 
 
 def _draw_intervals(plot: Axes, marks: Sequence[Mark]) -> None:
-    for mark in marks:
-        if mark.kept.low is not None:
-            plot.plot([mark.cost, mark.cost], percents(mark.kept)[1:], color=MUTED, linewidth=0.8)
+    """All in one path: a page may have many."""
+    ends = [(mark.cost, end) for mark in marks if mark.kept.low is not None for end in (*percents(mark.kept)[1:], nan)]
+    if ends:
+        plot.plot(*zip(*ends, strict=True), color=MUTED, linewidth=1.1)
 
 
 def _draw_edge(plot: Axes, chart: Tradeoff) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -47,16 +48,16 @@ def drawn_with(*kept: Estimate, costs: tuple[float, ...]) -> ElementTree.Element
 
 
 def heights(drawn: ElementTree.Element, width: str) -> list[float]:
-    """Of the strokes of that width, upright or across."""
-    paths = [path.get("d", "") for path in drawn.iter("path") if path.get("stroke-width") == width]
-    ends = [[float(number) for number in path.replace("M", "").replace("L", "").split()] for path in paths]
-    return [abs(y1 - y0) for x0, y0, x1, y1 in (each for each in ends if len(each) == 4) if x0 == x1]
+    """Of the strokes of the path of that width."""
+    (path,) = [path.get("d", "") for path in drawn.iter("path") if path.get("stroke-width") == width]
+    strokes = [[float(number) for number in re.findall(r"[\d.]+", stroke)] for stroke in path.split("M")[1:]]
+    return [abs(y1 - y0) for _, y0, _, y1 in strokes]
 
 
 def test_a_mark_has_the_interval_of_what_is_kept() -> None:
     wide, narrow = Estimate(0.9, 0.8, 1.0), Estimate(0.9, 0.85, 0.95)
     drawn = drawn_with(wide, narrow, Estimate(0.9), costs=(100, 200, 300))
-    first, second = heights(drawn, "0.8")
+    first, second = heights(drawn, "1.1")
     assert first == pytest.approx(2 * second, rel=0.02)
 
 
