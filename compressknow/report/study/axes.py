@@ -17,6 +17,7 @@ from compressknow.report.study.records import ATTENTION_KINDS, MODULES, Setting,
 METHOD, SCHEME, AMOUNT, SCOPE = "method", "quantize", "prune", "scope"
 # What a cell's other columns say, in the order in which a reader asks.
 TOLD = (SCOPE, METHOD, AMOUNT, SCHEME)
+_CALIBRATED = {"calibration", "calibration_tokens", "seed"}
 _OF_FIGURES = (SCOPE, METHOD, AMOUNT)
 _DRAWN = (*MODULES, *ATTENTION_KINDS, "final")
 
@@ -66,13 +67,17 @@ def _axis(study: Study, name: str) -> Axis:
     cells = [(cell, _rest(cell, name)) for cell in study.cells if name in cell.settings]
     # What does not look at activations has no calibration: it stands beside every cell that does, whatever its text.
     rests = sorted({frozenset(rest.items()) for _, rest in cells}, key=len, reverse=True)
-    whole = [rest for i, rest in enumerate(rests) if not any(rest < other for other in rests[:i])]
-    groups = [(dict(rest), [cell for cell, its in cells if frozenset(its.items()) <= rest]) for rest in whole]
+    whole = [rest for i, rest in enumerate(rests) if not any(_fits(rest, other) for other in rests[:i])]
+    groups = [(dict(rest), [cell for cell, its in cells if _fits(frozenset(its.items()), rest)]) for rest in whole]
     order = {cell.key: place for place, cell in enumerate(study.cells)}
     groups = [(rest, of) for rest, of in groups if _is_compared(name, of)]
     groups.sort(key=lambda group: [order[cell.key] for cell in group[1]])
     rest_of_all = [rest for rest, _ in groups]
     return Axis(name, tuple(Group(_told(rest, rest_of_all), _by_value(of, name)) for rest, of in groups))
+
+
+def _fits(rest: frozenset[tuple[str, Setting]], other: frozenset[tuple[str, Setting]]) -> bool:
+    return rest <= other and {name for name, _ in other - rest} <= _CALIBRATED
 
 
 def _is_compared(name: str, cells: Sequence[StudyCell]) -> bool:

@@ -28,6 +28,7 @@ from compressknow.report.study.records import Study
 from compressknow.report.study.view import cells_table
 from tests.report.pages import read
 from tests.report.study.studies import own_grid, study, two_methods, whole_grid
+from tests.shown import ROOT
 
 LAYERS = '[axes]\nprune = [0.2, 0.5]\nlayers = ["0-5", "6-11"]\n'
 # An axis each of all that a grid takes, the cells that it makes, and the values that stand side by side.
@@ -122,6 +123,11 @@ def test_what_is_not_calibrated_stands_beside_each_text(tmp_path: Path) -> None:
     axis = next(each for each in axes(made) if each.name == "rounding")
     assert [group.name for group in axis.groups] == ["calibration self", "calibration hf:some/set"]
     assert [list(group.cells) for group in axis.groups] == [["nearest", "gptq"]] * 2
+
+
+def test_what_is_pruned_too_is_no_neighbour_of_what_is_not(tmp_path: Path) -> None:
+    grid = (ROOT / "examples" / "grid.toml").read_text(encoding="utf-8")
+    assert axes(own_grid(grid, tmp_path / "grid.toml", [190, 150, 180, 140, 130, 100])) == ()
 
 
 def test_what_the_papers_figures_show_is_not_drawn_twice() -> None:
