@@ -93,7 +93,8 @@ def write_checkpoint(gguf: Path, folder: Path) -> None:
             **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    # Said, since it is written down: else the checkpoint's bytes would tell whether HF_HUB_OFFLINE is set.
+    AutoTokenizer.from_pretrained(**source, local_files_only=True).save_pretrained(folder)
     (folder / "README.md").write_text(CARD, encoding="utf-8")
 
 

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the demo's commands with this interpreter, whatever environment it is in."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    """Run one of the demo's commands with this interpreter, whatever environment it is in, as from a user's shell."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from compressknow.engine.identity import fingerprint, locate
 from tests.demo import ROOT, run
 
 
@@ -23,6 +25,13 @@ def test_demo_converts_verifies_and_completes(smollm2: Path, tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr
     for fact in ("Paris", "Au", "Jupiter"):
         assert done.stdout.count(fact) >= 2, done.stdout
+
+
+@pytest.mark.network
+def test_the_demo_is_the_checkpoint_of_the_finished_pages(smollm2: Path) -> None:
+    search = json.loads((ROOT / "examples" / "searches" / "smollm2-atlas" / "search.json").read_text(encoding="utf-8"))
+    told = f"{smollm2} was made by another version of examples/smollm2.py: delete it."
+    assert fingerprint(locate(smollm2)) == search["original"]["sha256"], told
 
 
 def test_quickstart_names_the_same_conversion_as_the_readme() -> None:

@@ -284,6 +284,17 @@ def test_readme_is_short_and_reads_the_same_on_the_package_index() -> None:
     assert all((ROOT / picture).is_file() for picture in pictures)
 
 
+def test_the_papers_page_answers_the_findings_as_the_studies_do() -> None:
+    row = r"^\| \[.*/examples/studies/(.*?)/study\.md\).*? \|(.*)\|(.*)\|(.*)\|$"
+    rows = re.findall(row, (ROOT / "docs" / "paper.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for name, *_ in rows} == {"smollm2-atlas", "minilm-trex", "t5-facts"}
+    for name, *told in rows:
+        page = (ROOT / "examples" / "studies" / name / "study.md").read_text(encoding="utf-8")
+        found = re.findall(r"^\| (F\d+) \| .*? \| ([a-z ]+) \|", page, re.MULTILINE)
+        for answer, cell in zip(("holds", "does not hold", "cannot tell"), told, strict=True):
+            assert re.findall(r"F\d+", cell) == [finding for finding, its in found if its == answer], (name, answer)
+
+
 def test_citation_names_this_version_and_the_paper() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == compressknow.__version__

@@ -202,3 +202,13 @@ def test_the_lowest_versions_that_are_tested_are_those_that_are_asked_for() -> N
         (exact,), (lowest,) = pin.specifier, asked[pin.name]
         assert (exact.operator, lowest.operator) == ("==", ">=")
         assert Version(exact.version) == Version(lowest.version), pin.name
+
+
+def test_the_install_page_names_every_extra_and_what_only_some_commands_need() -> None:
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = set(project["optional-dependencies"]) - {"dev", "docs"}
+    assert set(re.findall(r"^\| `compressknow\[(\w+)\]`", page, re.MULTILINE)) == extras
+    assert f"There are {('no', 'one', 'two', 'three', 'four', 'five', 'six')[len(extras)]} optional extras" in page
+    needed = page.partition("| command | also needs |")[2].partition("\n\n")[0]
+    assert [module for module in OPTIONAL if module.replace("_", "-") not in needed] == []

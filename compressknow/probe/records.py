@@ -137,13 +137,15 @@ class ProbeEntry(_Part):
 @dataclass(frozen=True, slots=True)
 class Speed:
     """Measured on this machine, in the same run: facts per second, peak memory in bytes and, of a model that goes on
-    with texts, the tokens per second that it writes.
+    with texts, the tokens per second that it writes. `computed_in` is what it was deployed in: ``bfloat16``, or the
+    runtime and its build.
     """
 
     device: str
     facts_per_second: float
     peak_bytes: int | None
     tokens_per_second: float | None = None
+    computed_in: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

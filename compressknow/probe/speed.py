@@ -2,9 +2,10 @@
 
     python -m compressknow.probe.speed PATH SETTINGS
 
-prints {"device", "facts_per_second", "tokens_per_second", "peak_bytes"} as JSON; SETTINGS are those of `Settings`, as
-JSON. The facts are a sample of the default probe, which suits every family; tokens are those that a causal model writes
-one after the other. The first round warms up and is not counted.
+prints {"device", "computed_in", "facts_per_second", "tokens_per_second", "peak_bytes"} as JSON; SETTINGS are those of
+`Settings`, as JSON. Unless they name a precision, a model runs in that of its checkpoint, as it is deployed; answers
+are compared in float32, which nobody serves. The facts are a sample of the default probe, which suits every family;
+tokens are those that a causal model writes one after the other. The first round warms up and is not counted.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from compressknow.engine.identity import Located
+from compressknow.engine.language_model import AUTO
 from compressknow.errors import CompressknowError, UnsupportedError
 from compressknow.model.checkpoint import read_json
 from compressknow.probe.handle import ModelHandle, Settings
@@ -56,8 +58,8 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
 
     _import_libraries(path)
     libraries = peak_memory()
-    handle = ModelHandle(Located(path.name, path), settings)
-    _ = handle.loaded
+    handle = ModelHandle(Located(path.name, path), replace(settings, dtype=settings.dtype or AUTO))
+    computed_in = handle.loaded.computed_in
     probe = open_probe(DEFAULT[0], Options(limit=FACTS))
     prompts = handle.prompts(probe)
     on_gpu = settings.device.startswith("cuda")
@@ -72,6 +74,7 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
     facts_per_second = _per_second(answered)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{settings.device}, {torch.get_num_threads()} threads",
+        "computed_in": computed_in,
         "facts_per_second": facts_per_second,
         "tokens_per_second": _tokens_per_second(handle),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else max(peak_memory() - libraries, 0),
@@ -92,7 +95,7 @@ def _per_second(work: Callable[[], int]) -> float:
 
 def _tokens_per_second(handle: ModelHandle) -> float | None:
     """Of one text, read and then gone on with, the likeliest token each time; None for a model that does not go on with
-    texts. It runs in the precision in which it is evaluated, but without what gives a fact the same bits in any batch.
+    texts. It runs without what gives a fact the same bits in any batch.
     """
     if model := handle.loaded.language_model:
         from compressknow.engine.steady import unsteady

@@ -190,7 +190,7 @@ def _frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
         **{"lost": counts.lost, "gained": counts.gained},
         **{"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high},
         **{"accuracy_original": probe.accuracy_original.value, "accuracy_compressed": probe.accuracy_compressed.value},
-        **{"mcnemar_p": probe.p, "answer_changed": probe.answer_changed},
+        **{"mcnemar_p": probe.certainty.test.p, "answer_changed": probe.answer_changed},
     }
 
 

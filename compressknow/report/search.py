@@ -32,7 +32,7 @@ SIZES = {
 }
 _FRONT = (
     "The share is measured on the facts of the search split. The broken line is the share to keep; the "
-    "lower end of a recipe's interval must reach it."
+    "lower end of a recipe's interval (95 %, the stroke through its mark) must reach it."
 )
 # A search's page is short enough to have no table of contents.
 _ALL = 99
@@ -393,13 +393,13 @@ _NAMES = dict(zip(("paper", "search"), _LOOKS, strict=False))
 
 def _tradeoff(search: Search) -> Tradeoff:
     marks = [
-        Mark(_cost(t, search), t.kept.value, _NAMES[t.kind], _hovered(t, search))
+        Mark(_cost(t, search), t.kept, _NAMES[t.kind], _hovered(t, search))
         for t in search.tried
         if t.kept.value is not None and t.kind in _NAMES
     ]
-    best = unbeaten(marks, lambda mark: (mark.cost, mark.kept))
+    best = unbeaten(marks, lambda mark: (mark.cost, mark.share))
     if won := search.winner:
-        marks.append(Mark(_cost(won, search), won.kept.value or 0, _WINNER, f"{_WINNER}, {_hovered(won, search)}"))
+        marks.append(Mark(_cost(won, search), won.kept, _WINNER, f"{_WINNER}, {_hovered(won, search)}"))
     return Tradeoff(
         f"Knowledge kept by {SIZES[search.minimize]}",
         f"{SIZES[search.minimize]}, {_UNITS[search.minimize][1]}",

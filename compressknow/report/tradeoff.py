@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from compressknow.report.drawing import INK, MUTED, PERCENT, SERIES, WIDTH, axes, percent_axis, round_range
+from compressknow.report.drawing import INK, MUTED, PERCENT, SERIES, WIDTH, axes, percent_axis, percents, round_range
+from compressknow.stats.records import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +17,8 @@ T = TypeVar("T")
 
 # Units of a chart for a narrow screen, and of one that fills the page.
 _NARROW, _BROAD = (300, WIDTH), (380, 1080)
+# Points of kept knowledge that an axis spans at least: two models near each other stay near.
+_SPAN = 20
 # A digit's box, and how far from its mark a label may stand, in units of the drawing.
 _DIGIT, _LINE, _STEPS = 6.6, 11.0, (9, 14, 20)
 _WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
@@ -26,16 +30,21 @@ class Mark:
 
     Attributes
     ----------
-    cost, kept : where it stands: in the unit of the axis, and a share of 1.
+    cost, kept : where it stands: in the unit of the axis, and a share of 1 with its interval.
     told : what a pointer over it is told.
     label : written beside it where there is room.
     """
 
     cost: float
-    kept: float
+    kept: Estimate
     kind: str
     told: str
     label: str = ""
+
+    @property
+    def share(self) -> float:
+        """What is kept, without its interval."""
+        return self.kept.value or 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +67,8 @@ class Tradeoff:
     edge : by kind, whose marks can be on the edge.
     more_is_better : of a cost that is none, such as a speed.
     keep, rounding : a share of 1 to be kept (broken), and what rounding alone keeps (dotted), drawn across; or None.
-    bottom : where the axis of what is kept begins, in percent; None for a round figure below the least.
+    bottom : where the axis of what is kept begins, in percent; None for a round figure below the least, so that the
+        axis spans `_SPAN` points at least.
     """
 
     title: str
@@ -100,24 +110,57 @@ def tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
         for across, dashes in ((chart.keep, (4, 3)), (chart.rounding, (1, 2))):
             if across is not None:
                 plot.axhline(100 * across, color=MUTED, linewidth=0.9, linestyle=(0, dashes))
+        _draw_intervals(plot, chart.marks)
         _draw_marks(plot, chart)
-        plot.set_xlabel(chart.cost)
         # Outside of the plot: points may lie anywhere in it.
         room: Any = {"ncols": 3 if broad else 2, "columnspacing": 1, "handletextpad": 0, "frameon": False}
         plot.figure.legend(loc="outside upper left", fontsize=10, **room)
-        # A line across alone would not widen the axis.
-        kept = [100 * share for share in (*(mark.kept for mark in chart.marks), chart.rounding) if share is not None]
-        percent_axis(plot, round_range(kept, low=min(kept))[0] if chart.bottom is None else chart.bottom, unit=PERCENT)
+        left, bottom = _left(plot), _bottom(chart)
+        plot.set_xlim(left=left)
+        plot.set_xlabel("\n".join((chart.cost, *_beginnings(left, bottom))))
+        percent_axis(plot, bottom, unit=PERCENT)
         _draw_labels(plot, chart.marks)
     return drawn()
+
+
+def _left(plot: Axes) -> float:
+    """Where the axis of costs begins: zero where that is near, and no nearer to the dearest than half of it, or what is
+    alike would look far apart.
+    """
+    low, high = plot.get_xlim()
+    return 0.0 if low < high / 4 else min(low, high / 2)
+
+
+def _bottom(chart: Tradeoff) -> float:
+    if chart.bottom is not None:
+        return chart.bottom
+    # A line across alone would not widen the axis.
+    ends = [percents(mark.kept)[1] for mark in chart.marks]
+    ends += [] if chart.rounding is None else [100 * chart.rounding]
+    return max(0.0, min(round_range(ends, low=min(ends))[0], 100 - _SPAN))
+
+
+def _beginnings(left: float, bottom: float) -> Iterator[str]:
+    """Of axes that do not begin at zero, where they do."""
+    cut = [f"across from {left:,.3g}"] if left else []
+    cut += [f"up from {bottom:g}{PERCENT}"] if bottom else []
+    if cut:
+        yield f"(not from zero: {', '.join(cut)})"
+
+
+def _draw_intervals(plot: Axes, marks: Sequence[Mark]) -> None:
+    """All in one path: a page may have many."""
+    ends = [(mark.cost, end) for mark in marks if mark.kept.low is not None for end in (*percents(mark.kept)[1:], nan)]
+    if ends:
+        plot.plot(*zip(*ends, strict=True), color=MUTED, linewidth=1.1)
 
 
 def _draw_edge(plot: Axes, chart: Tradeoff) -> None:
     """What nothing beats is kept at every cost from there on; at every speed up to there."""
     able = [mark for mark in chart.marks if mark.kind in chart.edge]
-    best = unbeaten(able, lambda mark: (mark.cost, mark.kept), more_is_better=chart.more_is_better)
+    best = unbeaten(able, lambda mark: (mark.cost, mark.share), more_is_better=chart.more_is_better)
     if best:
-        places = sorted((mark.cost, 100 * mark.kept) for mark in best)
+        places = sorted((mark.cost, 100 * mark.share) for mark in best)
         style = "steps-pre" if chart.more_is_better else "steps-post"
         plot.plot(*zip(*places, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle=style)
 
@@ -129,7 +172,7 @@ def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
         for i, mark in enumerate(chart.marks):
             if mark.kind == kind:
                 drawn: Any = {"color": look.colour, "markersize": look.size, "label": label, "gid": f"mark{i}"}
-                plot.plot(mark.cost, 100 * mark.kept, look.marker, clip_on=False, **drawn)
+                plot.plot(mark.cost, 100 * mark.share, look.marker, clip_on=False, **drawn)
                 label = "_nolegend_"
 
 
@@ -140,7 +183,7 @@ def _draw_labels(plot: Axes, marks: Sequence[Mark]) -> None:
     # Where the marks are, in units of the drawing, is settled by the layout.
     figure.draw_without_rendering()
     unit = 72 / figure.dpi
-    at = [tuple(unit * plot.transData.transform((mark.cost, 100 * mark.kept))) for mark in marks]
+    at = [tuple(unit * plot.transData.transform((mark.cost, 100 * mark.share))) for mark in marks]
     edges = [unit * end for end in plot.bbox.extents]
     taken = [_box(x, y, 6.0, 6.0) for x, y in at]
     for mark, (x, y) in zip(marks, at, strict=True):
@@ -151,7 +194,7 @@ def _draw_labels(plot: Axes, marks: Sequence[Mark]) -> None:
             if inside and not any(_meet(box, other) for other in taken):
                 taken.append(box)
                 place: Any = {"textcoords": "offset points", "ha": "center", "va": "center"}
-                plot.annotate(mark.label, (mark.cost, 100 * mark.kept), (right, up), fontsize=10, color=INK, **place)
+                plot.annotate(mark.label, (mark.cost, 100 * mark.share), (right, up), fontsize=10, color=INK, **place)
                 break
 
 

@@ -106,7 +106,7 @@ def study_cell(original: Answers, cell: Cell, answers: Answers, *, several_texts
         scheme=quantize.scheme if quantize else None,
         pruning=f"{cell.pruning}{on if prune and prune.calibrated else ''}" if prune else None,
         quantization=f"{cell.quantization}{on if quantize and quantize.calibrated else ''}" if quantize else None,
-        calibration=text,
+        settings=cell.settings,
         plain=cell.plain,
         in_scope=totals["in_scope"],
         pruned=totals["pruned"],

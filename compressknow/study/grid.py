@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
+from math import inf
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from compressknow.compress.options import recipe_of
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
-from compressknow.compress.steps import ROUNDINGS, Calibration, Prune, Quantize, Where
+from compressknow.compress.steps import ROUNDINGS, Calibration, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
 from compressknow.model.structure import ModuleMap, Structure
@@ -78,6 +79,35 @@ class Cell:
         """The scheme with what is not as usual of it, such as ``int4 group_size 64 gptq``."""
         step = next((step for step in self.recipe.steps if isinstance(step, Quantize)), None)
         return None if step is None else " ".join([step.scheme, *step.further])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the recipe says, by the names of a grid's axes; of several steps that differ, what each says."""
+        values: dict[str, list[Any]] = {}
+        for name, value in (pair for step in self.recipe.steps for pair in _settings_of(step)):
+            values.setdefault(name, []).append(value)
+        values["module_map"] = [self.recipe.module_map]
+        if (text := self.recipe.calibration) is not None:
+            values |= {"calibration": [text.text], "calibration_tokens": [text.tokens]}
+            values.setdefault("seed", [text.seed])
+        return {name: each[0] if len(set(each)) == 1 else " + ".join(map(str, each)) for name, each in values.items()}
+
+
+def _settings_of(step: Step) -> Iterator[tuple[str, Any]]:
+    if isinstance(step, DropBlocks | DropNeurons):
+        yield ("drop_blocks", step.blocks) if isinstance(step, DropBlocks) else ("drop_neurons", step.amount)
+        return
+    where = step.where
+    yield from (("scope", "+".join(where.scope)), ("layers", where.layers or "all"))
+    yield from (
+        (name, ", ".join(each) or None) for name, each in asdict(where).items() if name in ("include", "exclude")
+    )
+    if isinstance(step, Prune):
+        yield from (("method", step.method), ("prune", step.amount))
+    else:
+        yield from (("quantize", step.scheme), ("rounding", step.rounding), ("smooth", step.smooth))
+    # JSON has no infinity.
+    yield from ((name, "inf" if value == inf else value) for name, value in step.chosen.values().items())
 
 
 class Opened(Protocol):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import compressknow
 from compressknow.engine.identity import locate
@@ -61,6 +62,14 @@ def test_tokens_are_written_without_what_makes_answers_steady(place: Path) -> No
         pytest.skip("this CPU multiplies no integers")
     assert _tokens_per_second(handle)
     assert not any(isinstance(module, SteadyLinear) for module in language_model.model.modules())
+
+
+def test_a_model_is_timed_in_the_precision_that_it_is_deployed_in(place: Path, tmp_path: Path) -> None:
+    stored = transformers.AutoModelForCausalLM.from_pretrained(place / "llama", dtype=torch.bfloat16)
+    stored.save_pretrained(tmp_path / "half")
+    transformers.AutoTokenizer.from_pretrained(place / "llama").save_pretrained(tmp_path / "half")
+    found = {dtype: measure(locate(tmp_path / "half"), Settings(dtype=dtype)) for dtype in (None, "float32")}
+    assert {dtype: speed.computed_in for dtype, speed in found.items()} == {None: "bfloat16", "float32": "float32"}
 
 
 def test_a_model_that_does_not_go_on_with_texts_has_no_tokens_a_second(tmp_path: Path) -> None:

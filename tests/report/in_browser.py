@@ -69,3 +69,27 @@ def sizes(page: Page) -> set[int]:
     """The widths of the charts, in pixels, of those that are seen."""
     charts = "[...document.querySelectorAll('svg.chart')]"
     return set(page.evaluate(f"{charts}.map((each) => Math.round(each.getBoundingClientRect().width))")) - {0}
+
+
+_OUTSIDE = """
+() => [...document.querySelectorAll('.scroll, .facts td')].filter((each) => each.offsetParent).filter((each) => {
+  const [box, column] = [each.getBoundingClientRect(), each.closest('section').getBoundingClientRect()];
+  return box.right > column.right + 1 || box.left < column.left - 1;
+}).map((each) => each.getAttribute('aria-label') || each.textContent)
+"""
+
+
+def outside(page: Page) -> list[str]:
+    """Tables, and answers in tables of facts, that reach over the edge of their column, of what is unfolded."""
+    return page.evaluate(_OUTSIDE)
+
+
+_SCROLLED = """
+() => [...document.querySelectorAll('.scroll')].filter((each) => each.offsetParent)
+  .filter((each) => each.scrollWidth > each.clientWidth + 1).map((each) => each.getAttribute('aria-label'))
+"""
+
+
+def scrolled(page: Page) -> list[str]:
+    """Tables of which a part is in sight alone, of what is unfolded."""
+    return page.evaluate(_SCROLLED)

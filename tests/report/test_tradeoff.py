@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from xml.etree import ElementTree
 
 import pytest
 
 from compressknow.report.drawing import SERIES
 from compressknow.report.tradeoff import Look, Mark, Tradeoff, tradeoff, unbeaten
+from compressknow.stats.records import Estimate
 
 POINTS = [("a", 3, 0.9), ("b", 1, 0.5), ("c", 2, 0.4), ("d", 4, 0.9), ("e", 5, 1.0)]
 
@@ -26,9 +28,9 @@ def test_of_speeds_the_fastest_that_keeps_as_much_is_unbeaten() -> None:
 
 @pytest.mark.parametrize("broad", [False, True])
 def test_each_mark_has_its_label_or_no_room_and_tells_a_pointer(broad: bool) -> None:
-    apart = [Mark(100.0 + 10 * i, 0.5 + 0.04 * i, "made", f"model {i}", str(i)) for i in range(10)]
+    apart = [Mark(100.0 + 10 * i, Estimate(0.5 + 0.04 * i), "made", f"model {i}", str(i)) for i in range(10)]
     # Forty models in one place: a label for each would hide them all.
-    heap = [Mark(150.0, 0.99, "made", f"twin {i}", f"t{i}") for i in range(40)]
+    heap = [Mark(150.0, Estimate(0.99), "made", f"twin {i}", f"t{i}") for i in range(40)]
     chart = Tradeoff("Kept", "MB", [*apart, *heap], {"made": Look("o", SERIES[0])}, ("made",), "Told.")
     drawn = ElementTree.fromstring(tradeoff(chart, "x", broad=broad))
     written = [text.text for text in drawn.iter("text")]
@@ -36,3 +38,37 @@ def test_each_mark_has_its_label_or_no_room_and_tells_a_pointer(broad: bool) -> 
     assert 0 < sum(str(text).startswith("t") for text in written) < 40
     told = {title.text for title in drawn.iter("title")}
     assert {mark.told for mark in (*apart, *heap)} <= told
+
+
+def drawn_with(*kept: Estimate, costs: tuple[float, ...]) -> ElementTree.Element:
+    marks = [Mark(cost, each, "made", str(each)) for cost, each in zip(costs, kept, strict=True)]
+    return ElementTree.fromstring(
+        tradeoff(Tradeoff("Kept", "MB", marks, {"made": Look("o", SERIES[0])}, (), "Told."), "x")
+    )
+
+
+def heights(drawn: ElementTree.Element, width: str) -> list[float]:
+    """Of the strokes of the path of that width."""
+    (path,) = [path.get("d", "") for path in drawn.iter("path") if path.get("stroke-width") == width]
+    strokes = [[float(number) for number in re.findall(r"[\d.]+", stroke)] for stroke in path.split("M")[1:]]
+    return [abs(y1 - y0) for _, y0, _, y1 in strokes]
+
+
+def test_a_mark_has_the_interval_of_what_is_kept() -> None:
+    wide, narrow = Estimate(0.9, 0.8, 1.0), Estimate(0.9, 0.85, 0.95)
+    drawn = drawn_with(wide, narrow, Estimate(0.9), costs=(100, 200, 300))
+    first, second = heights(drawn, "1.1")
+    assert first == pytest.approx(2 * second, rel=0.02)
+
+
+def test_models_that_are_alike_are_drawn_near_each_other_and_a_cut_axis_says_so() -> None:
+    texts = [text.text for text in drawn_with(Estimate(0.99), Estimate(0.97), costs=(242.6, 243.1)).iter("text")]
+    assert "80 %" in texts
+    assert "(not from zero: across from 122, up from 80 %)" in texts
+    far = [text.text for text in drawn_with(Estimate(0.99), Estimate(0.02), costs=(20, 200)).iter("text")]
+    assert not [text for text in far if "from zero" in str(text)]
+
+
+def test_an_interval_below_all_marks_is_not_cut() -> None:
+    texts = [text.text for text in drawn_with(Estimate(0.9, 0.62, 0.98), costs=(200,)).iter("text")]
+    assert any("up from 60 %" in str(text) for text in texts)

@@ -325,7 +325,7 @@ def test_calibrated_cells_share_one_text_and_are_those_of_convert(
     assert kept.stat().st_mtime_ns == before
     assert {p: p.stat().st_mtime_ns for p in tables} == tables
     rows = calibrated.rows("calibrated")
-    assert {row["calibration"] for row in rows.values()} == {"self, 512 tokens"}
+    assert {(row["calibration"], row["calibration_tokens"]) for row in rows.values()} == {("self", "512")}
     assert {(row["pruning"], row["quantization"]) for row in rows.values()} == {
         *(("", "int8 gptq"), ("wanda", ""), ("sparsegpt", ""), ("wanda", "int8 gptq"), ("sparsegpt", "int8 gptq")),
     }

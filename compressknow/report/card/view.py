@@ -14,7 +14,7 @@ from compressknow.compress.recipe import to_toml
 from compressknow.format import NONE, count, estimate, plain, plain_lines, share, size, smaller
 from compressknow.report import drawing
 from compressknow.report.card import assembly, rounding
-from compressknow.report.card.costs import runtime_of
+from compressknow.report.card.costs import deployed_in, runtime_of
 from compressknow.report.card.section import Limits
 from compressknow.report.card.verdict import labels_of
 from compressknow.report.drawing import Line
@@ -280,12 +280,13 @@ class _Run(NamedTuple):
 
 
 def _how_run(models: Sequence[ModelFacts]) -> _Run:
-    """What ran each, where that was not transformers for all; tokens a second, where they were measured."""
+    """What ran each, where that was not transformers for all; where tokens a second were measured, in what."""
     columns: dict[str, list[str]] = {}
     if any(model.runtime for model in models):
         columns["Runs in"] = [plain(runtime_of(model), 30) for model in models]
     speeds = [model.speed.tokens_per_second if model.speed else None for model in models]
     if any(speed is not None for speed in speeds):
+        columns["Timed in"] = [plain(deployed_in(model), 40) if model.speed else NONE for model in models]
         columns["Tokens a second"] = [NONE if speed is None else f"{speed:,.1f}" for speed in speeds]
     return _Run(tuple(columns), tuple(tuple(column[i] for column in columns.values()) for i in range(len(models))))
 

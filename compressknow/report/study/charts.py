@@ -13,6 +13,7 @@ from compressknow.report import drawing
 from compressknow.report.card.rounding import kept_by_rounding, mark
 from compressknow.report.drawing import Bar, Level, Line
 from compressknow.report.records import Comparison
+from compressknow.report.study.axes import AMOUNT, Axis, axes
 from compressknow.report.study.records import (
     ATTENTION_KINDS,
     IN_WORDS,
@@ -23,6 +24,7 @@ from compressknow.report.study.records import (
     StudyProbe,
     called,
     methods,
+    percent,
     pruned,
     pruned_and_quantized,
     quantized,
@@ -34,6 +36,7 @@ from compressknow.stats.records import Estimate
 _GPQ_AMOUNTS = (20, 40)
 _METHODS = (UNSTRUCTURED, STRUCTURED)
 _MOST = 6  # lines and colours that can be told apart
+_MOST_BARS = 40
 
 
 def mean_drop(comparison: Comparison) -> Estimate:
@@ -170,6 +173,30 @@ def of_final_layer(study: Study) -> tuple[Bar, ...]:
     )
 
 
+def along(axis: Axis) -> tuple[Bar, ...]:
+    """A group for each group of an axis, a bar for each value; as many whole groups as a reader looks at."""
+    drawn: tuple[Bar, ...] = ()
+    for group in axis.groups:
+        bars = _known(
+            Bar(value, mean_kept(cell.comparison), series % _MOST, group.name)
+            for series, (value, cell) in enumerate(group.cells.items())
+        )
+        if drawn and len(drawn) + len(bars) > _MOST_BARS:
+            break
+        drawn += bars
+    return drawn
+
+
+def along_amounts(axis: Axis) -> tuple[Line, ...]:
+    """A line for each group of an axis of amounts."""
+    points = {
+        group.name or "kept": tuple((percent(c), mean_kept(c.comparison)) for c in group.cells.values())
+        for group in axis.groups
+    }
+    known = {name: tuple((a, y) for a, y in each if y.value is not None) for name, each in points.items()}
+    return tuple(Line(name, each) for name, each in known.items() if len(each) > 1)[:_MOST]
+
+
 def _known(bars: Iterable[Bar]) -> tuple[Bar, ...]:
     return tuple(bar for bar in bars if bar.value.value is not None)
 
@@ -214,6 +241,7 @@ class _Look:
 _DROP = _Look("drop", partial(drawing.lines, start=0, unit=drawing.POINTS), baselines)
 _KEPT = _Look("kept", partial(drawing.lines, start=1), marks)
 _BARS = _Look("bars", partial(drawing.bars, high=10, unit=drawing.POINTS), baselines)
+_KEPT_BARS = _Look("kept-bars", drawing.bars, marks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,22 +347,37 @@ _FIGURES = (
         {"masked": "figure 25", "causal": "figure 26", "seq2seq": "figure 27"},
     ),
 )
-# Every name that a chart may have: of those, what is on disk and not drawn again is of an earlier study.
-NAMES = tuple(figure.name + ending for figure in _FIGURES for ending in ("", _BY_PROBE))
+_AXIS = "axis-"  # how the names of charts of a grid's own axes begin
+_NAMES = {figure.name + ending for figure in _FIGURES for ending in ("", _BY_PROBE)}
+
+
+def is_chart(name: str) -> bool:
+    """Whether a chart may have this name: of those, what is on disk and not drawn again is of an earlier study."""
+    return name in _NAMES or name.startswith(_AXIS)
 
 
 def study_charts(study: Study) -> tuple[Chart, ...]:
     """All figures that the study has cells for; those by probe last, where it has several probes."""
     several = len(study.probes) > 1
     drawn = [_means(study, figure) for figure in _FIGURES]
+    drawn += [_means(study, _of_axis(axis)) for axis in axes(study)]
     drawn += [_by_probe(study, figure) for figure in _FIGURES if several and figure.by_probe is not None]
     return tuple(chart for chart in drawn if chart)
+
+
+def _of_axis(axis: Axis) -> _Figure:
+    if axis.name == AMOUNT:
+        look, lines = replace(_KEPT, scale=axis.chart), along_amounts(axis)
+        return _Figure(axis.chart, "Knowledge kept by how much was pruned", look, lambda _: lines, {})
+    look, bars = replace(_KEPT_BARS, scale=axis.chart), along(axis)
+    of = f", the first {len(bars)} forms" if len(bars) < sum(len(group.cells) for group in axis.groups) else ""
+    return _Figure(axis.chart, f"Knowledge kept by {plain(axis.name, 40)}{of}", look, lambda _: bars, {})
 
 
 def _means(study: Study, figure: _Figure) -> Chart | None:
     over = f"mean over {len(study.probes)} probes" if len(study.probes) > 1 else "one probe"
     title = f"{figure.title}, {over}{_in_paper(study, figure.means)}"
-    of_one_scale = [each for each in _FIGURES if each.look is figure.look]
+    of_one_scale = [figure, *(each for each in _FIGURES if each.look is figure.look)]
     svg = _drawn(study, figure, figure.name, title, _reach([study], of_one_scale))
     return Chart(figure.name, title, (Panel("", svg),), figure.look.scale) if svg else None
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from compressknow.format import plain, points, share
+from compressknow.format import count, plain, points, share
+from compressknow.report.study.axes import AMOUNT, Axis, axes
 from compressknow.report.study.charts import by_method
 from compressknow.report.study.findings import NOT_EVALUATED, Finding
 from compressknow.report.study.records import IN_WORDS, MODULES, Study
@@ -14,16 +16,19 @@ from compressknow.report.study.summary import (
     Cliff,
     Least,
     cliffs,
+    cliffs_of,
     listed,
     method_that_hurts_least,
     module_that_hurts_least,
     quantized_that_hurts_least,
+    setting_that_hurts_least,
 )
 from compressknow.report.study.tests import CANNOT_TELL, HOLDS
 
 # The charts that show the paper's findings; those of the study's own are named below.
 _KEPT, _QUANTIZED = "pruning-kept", "quantization"
 _METHODS = {module: f"methods-{module}" for module in MODULES}
+_MOST = 6  # values of an axis that are told one by one
 _METHODS_ALONE = "methods-pruned"  # where a module was pruned by one amount
 _CHARTS = {
     **dict.fromkeys(("F1", "F2", "F3", "F4", "F5"), "pruning-drop"),
@@ -60,8 +65,9 @@ def what_was_found(study: Study, findings: Sequence[Finding]) -> tuple[Found, ..
     """By chart: the study's own findings, then the paper's for this family of which the study has cells."""
     own = (*map(_pruned, module_that_hurts_least(study)), *map(_cliff, cliffs(study)))
     own += tuple(_method(study, each) for each in method_that_hurts_least(study))
-    found = (*own, *map(_quantized, quantized_that_hurts_least(study)), *_paper(findings))
-    order = (_KEPT, "pruning-drop", *_METHODS.values(), _METHODS_ALONE, *_CHARTS.values())
+    of_axes = {axis.chart: tuple(_of_axis(study, axis)) for axis in axes(study)}
+    found = (*own, *map(_quantized, quantized_that_hurts_least(study)), *_paper(findings), *chain(*of_axes.values()))
+    order = (_KEPT, "pruning-drop", *_METHODS.values(), _METHODS_ALONE, *_CHARTS.values(), *of_axes)
     return tuple(sorted(found, key=lambda each: order.index(each.chart)))
 
 
@@ -88,26 +94,38 @@ def _method(study: Study, least: Least) -> Found:
     )
 
 
-def _hurts_least(least: Least, kind: str) -> str:
+def _of_axis(study: Study, axis: Axis) -> Iterator[Found]:
+    """Of amounts, where each group falls; of all else, which value hurts least where nothing else differs."""
+    if axis.name == AMOUNT:
+        yield from (_cliff(edge, axis.chart) for edge in cliffs_of(study, axis))
+        return
+    for least in setting_that_hurts_least(study, axis):
+        name = plain(axis.name, 40)
+        claim = f"All else equal, {_hurts_least(least, f'{name} of these', f'{name} ')}"
+        yield _kept(least, claim, least.clear, "kept on average" if len(axis.groups) > 1 else "kept", axis.chart)
+
+
+def _hurts_least(least: Least, kind: str, before: str = "") -> str:
     # Where all keep the same, to name the first of them would say what nobody saw.
-    return f"{plain(least.best, 60) if len(set(least.kept.values())) > 1 else f'one {kind}'} hurts least"
+    return f"{before + plain(least.best, 60) if len(set(least.kept.values())) > 1 else f'one {kind}'} hurts least"
 
 
 def _kept(least: Least, claim: str, clear: bool, what: str, chart: str) -> Found:
-    numbers = listed([f"{plain(name, 60)} {share(kept)}" for name, kept in least.kept.items()])
+    each = [f"{plain(name, 60)} {share(kept)}" for name, kept in least.kept.items()]
+    numbers = listed(each) if len(each) <= _MOST else f"from {each[0]} to {each[-1]}, of {count(len(each))}"
     return Found("", claim, _answer(clear), f"{what}: {numbers}", chart)
 
 
-def _cliff(edge: Cliff) -> Found:
-    limit = f"{100 * CLIFF:g} %"
+def _cliff(edge: Cliff, chart: str = _KEPT) -> Found:
+    limit, module = f"{100 * CLIFF:g} %", edge.module or "each form"
     if edge.below is None:
-        claim, kept = f"Pruned by up to {edge.before:g} %, {edge.module} keeps {limit} at least", ""
+        claim, kept = f"Pruned by up to {edge.before:g} %, {module} keeps {limit} at least", ""
     else:
-        claim, kept = f"Pruned by {edge.below:g} %, {edge.module} keeps less than {limit}", f"{share(edge.kept)} kept"
+        claim, kept = f"Pruned by {edge.below:g} %, {module} keeps less than {limit}", f"{share(edge.kept)} kept"
     start, end = edge.steepest
     fall = f"falls fastest from {start:g} to {end:g} %, by {points(edge.fall).removeprefix('+')}"
     numbers = "; ".join(filter(None, (kept, fall if edge.fall > 0 else "")))
-    return Found("", claim, _answer(edge.clear), numbers, _KEPT)
+    return Found("", claim, _answer(edge.clear), numbers, chart)
 
 
 def _answer(clear: bool) -> str:

@@ -7,18 +7,19 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressknow.files import write_whole
 from compressknow.format import json_text, plain
 from compressknow.report.pages import html_page, markdown_page, source
 from compressknow.report.records import Comparison, interval_to_json, kept_to_json
 from compressknow.report.study import summary
-from compressknow.report.study.charts import NAMES, Chart, study_charts
+from compressknow.report.study.axes import TOLD
+from compressknow.report.study.charts import Chart, is_chart, study_charts
 from compressknow.report.study.findings import Finding, MethodFindings, by_method, findings
 from compressknow.report.study.found import what_was_found
 from compressknow.report.study.methods import changes
-from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
+from compressknow.report.study.records import FailedCell, Setting, Study, StudyCell, StudyProbe
 from compressknow.report.study.summary import cliffs, module_that_hurts_least
 from compressknow.report.study.tests import Bound, CheckpointComparison
 from compressknow.report.study.view import study_page
@@ -27,10 +28,6 @@ from compressknow.report.tables import headline_accuracy
 from compressknow.report.texts import finite
 from compressknow.stats.intervals import mcnemar
 from compressknow.stats.records import ProbeFigures, TextFigures
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 
 SCHEMA = 1
 
@@ -75,8 +72,10 @@ def _write_figures(charts: tuple[Chart, ...], folder: Path) -> None:
     for chart in charts:
         panels = [(panel.probe, panel.svg) for panel in chart.panels]
         write_whole(folder / f"{chart.name}.svg", standalone(panels, chart.title, style).encode("utf-8"))
-    for name in set(NAMES) - {chart.name for chart in charts}:
-        (folder / f"{name}.svg").unlink(missing_ok=True)
+    drawn = {chart.name for chart in charts}
+    for path in folder.glob("*.svg"):
+        if is_chart(path.stem) and path.stem not in drawn:
+            path.unlink()
 
 
 def study_to_json(study: Study) -> dict[str, Any]:
@@ -165,26 +164,28 @@ def _bound(bound: Bound) -> dict[str, Any]:
     }
 
 
-_TEXT, _SHARE, _COUNT = "string", "double", "int64"
+_TEXT, _SHARE, _COUNT, _FLAG = "string", "double", "int64", "bool"
 # Columns and their types, in order. Shares and accuracies lie between 0 and 1; sizes are bytes, divergences nats.
 COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("key", "setup", "scope", "method"), _TEXT),
     "amount": _SHARE,
-    **dict.fromkeys(("scheme", "pruning", "quantization", "calibration", "probe", "known"), _TEXT),
+    **dict.fromkeys(("scheme", "pruning", "quantization", "probe", "known"), _TEXT),
     **dict.fromkeys(("n", "both", "lost", "gained", "neither"), _COUNT),
     **dict.fromkeys(("accuracy_original", "accuracy_compressed", "drop_absolute", "drop_relative"), _SHARE),
     **dict.fromkeys(("kept", "kept_low", "kept_high", "mcnemar_p", "p", "answer_changed", "kl_mean"), _SHARE),
-    "kl_is_lower_bound": "bool",
+    "kl_is_lower_bound": _FLAG,
     **dict.fromkeys(("perplexity_original", "perplexity_compressed"), _SHARE),
     **dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "bytes", "sparse_bytes"), _COUNT),
     **dict.fromkeys(("status", "error"), _TEXT),
 }
+_BESIDE = "quantization"  # the column that those of a study's settings stand behind
 _LONGEST = 2000  # characters of a text
 
 
 def tidy_rows(study: Study) -> list[dict[str, Any]]:
     """One row a cell and probe, in the order of the grid; cells that failed last, with None where nothing is known.
-    A running text has a row a cell too, which counts no facts.
+    A running text has a row a cell too, which counts no facts. Beside `COLUMNS` a column for each setting that any cell
+    has (``layers``, ``rounding``, ``group_size``, ...).
 
     Accuracies are averaged as the probe's protocol does (over facts, or over relations); `status` is ``ok``,
     ``failed`` or ``refused``; the text of an error is on one line.
@@ -195,7 +196,25 @@ def tidy_rows(study: Study) -> list[dict[str, Any]]:
         rows += [_row_of_text(cell, figures) for figures in cell.comparison.texts]
     probes: list[str | None] = [probe.name for probe in study.probes]
     lacking = [("failed", cell) for cell in study.failed] + [("refused", cell) for cell in study.refused]
-    return rows + [_failed(cell, probe, status) for status, cell in lacking for probe in probes or [None]]
+    rows += [_failed(cell, probe, status) for status, cell in lacking for probe in probes or [None]]
+    types = _settings(study)
+    columns = [name for column in COLUMNS for name in (column, *(types if column == _BESIDE else ()))]
+    # Numbers beside texts are texts: a column has one type.
+    texts = [name for name, kind in types.items() if kind == _TEXT]
+    told = (row | {name: plain(row[name]) for name in texts if row.get(name) is not None} for row in rows)
+    return [{name: row.get(name) for name in columns} for row in told]
+
+
+def _settings(study: Study) -> dict[str, str]:
+    """The type of each setting that any cell has, and no other column tells."""
+    names = dict.fromkeys(name for cell in study.cells for name in cell.settings if name not in (*TOLD, *COLUMNS))
+    return {name: _type_of([cell.settings.get(name) for cell in study.cells]) for name in names}
+
+
+def _type_of(values: Sequence[Setting]) -> str:
+    kinds = {type(value) for value in values if value is not None}
+    of_kinds = ((_FLAG, {bool}), (_COUNT, {int}), (_SHARE, {int, float}))
+    return next((name for name, fits in of_kinds if kinds and kinds <= fits), _TEXT)
 
 
 def _row(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str, Any]:
@@ -223,7 +242,7 @@ def _row(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str, Any]:
         "kl_mean": probe.movement.kl_mean if probe.movement else None,
         "kl_is_lower_bound": probe.movement.is_lower_bound if probe.movement else None,
     }
-    return {name: values.get(name) for name in COLUMNS} | {"status": "ok"}
+    return values | {"status": "ok"}
 
 
 def _row_of_text(cell: StudyCell, figures: TextFigures) -> dict[str, Any]:
@@ -234,12 +253,12 @@ def _row_of_text(cell: StudyCell, figures: TextFigures) -> dict[str, Any]:
         "kl_mean": kl.value if kl else None,
         "kl_is_lower_bound": False if kl else None,
     }
-    values = _cell(cell) | {"probe": plain(figures.text)} | finite(told)
-    return {name: values.get(name) for name in COLUMNS} | {"status": "ok"}
+    return _cell(cell) | {"probe": plain(figures.text)} | finite(told) | {"status": "ok"}
 
 
 def _cell(cell: StudyCell) -> dict[str, Any]:
     return {
+        **cell.settings,
         "key": plain(cell.key),
         "setup": plain(cell.setup),
         "scope": plain(cell.scope),
@@ -248,7 +267,6 @@ def _cell(cell: StudyCell) -> dict[str, Any]:
         "scheme": plain(cell.scheme) if cell.scheme else None,
         "pruning": plain(cell.pruning) if cell.pruning else None,
         "quantization": plain(cell.quantization) if cell.quantization else None,
-        "calibration": plain(cell.calibration) if cell.calibration else None,
         "in_scope": cell.in_scope,
         "pruned": cell.pruned,
         "quantized": cell.quantized,
@@ -260,31 +278,26 @@ def _cell(cell: StudyCell) -> dict[str, Any]:
 
 def _failed(cell: FailedCell, probe: str | None, status: str) -> dict[str, Any]:
     known = {"key": plain(cell.key), "setup": plain(cell.setup), "probe": plain(probe) if probe else None}
-    return {**dict.fromkeys(COLUMNS), **known, "status": status, "error": plain(cell.why, _LONGEST)}
+    return {**known, "status": status, "error": plain(cell.why, _LONGEST)}
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """The rows as CSV in UTF-8, a header first; None is an empty field, numbers have all their digits."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0] if rows else COLUMNS), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode("utf-8")
 
 
 def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The rows as a Parquet file of `schema`; the same rows give the same bytes (by one version of pyarrow)."""
+    """The rows as a Parquet file; the same rows give the same bytes (by one version of pyarrow)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {name: [row[name] for row in rows] for name in COLUMNS}
+    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else COLUMNS)}
+    types = {name: COLUMNS.get(name) or _type_of(values) for name, values in columns.items()}
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in types.items()])
     written = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=schema()), written, compression="zstd")
+    pq.write_table(pa.table(columns, schema=schema), written, compression="zstd")
     return written.getvalue()
-
-
-def schema() -> pa.Schema:
-    """Columns of ``cells.parquet``."""
-    import pyarrow as pa
-
-    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()])

@@ -12,6 +12,8 @@ from compressknow.notebook import Shown, Summary
 from compressknow.probe.grades import RECOGNIZED
 from compressknow.report.records import Comparison, ModelFacts
 
+Setting = str | int | float | bool | None
+
 
 @dataclass(frozen=True, slots=True)
 class StudyProbe:
@@ -52,7 +54,8 @@ class StudyCell:
     scheme : the scheme as a recipe names it (``int8-paper``), or None.
     pruning, quantization : method and scheme with what is not as usual of them (``wanda pattern 2:4``, ``int4 gptq``),
         and the calibration text where the study has several: what a line or a bar of the figures is of.
-    calibration : the text as a recipe names it, and how many tokens (``self, 32,768 tokens``); None without one.
+    settings : all that the recipe says, by the names of a grid's axes (``layers``, ``rounding``, ``calibration``, ...):
+        texts, numbers, booleans, or None for "none"; what does not apply is not there.
     plain : the cell is made by scope, pruning, amount and quantization alone, in one step each: one of those that the
         figures draw. False for cells narrowed by layers or patterns, or of several steps.
     in_scope : parameters that the recipe acts on; `pruned` and `quantized` those that it changed.
@@ -69,7 +72,7 @@ class StudyCell:
     scheme: str | None
     pruning: str | None
     quantization: str | None
-    calibration: str | None
+    settings: Mapping[str, Setting]
     plain: bool
     in_scope: int
     pruned: int

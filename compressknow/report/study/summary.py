@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from compressknow.format import count, plain, share
+from compressknow.report.study.axes import AMOUNT, Axis, alike, axes
 from compressknow.report.study.findings import HIGH, LOW, MEDIUM
 from compressknow.report.study.records import (
     IN_WORDS,
@@ -16,6 +17,7 @@ from compressknow.report.study.records import (
     called,
     methods,
     names,
+    percent,
     pruned,
     quantized,
     schemes,
@@ -84,27 +86,32 @@ def module_that_hurts_least(study: Study) -> tuple[Least, ...]:
     """Return, by level, the order of overall, attention and feed-forward, pruned by the same amounts; of levels that
     have at least two modules to compare.
     """
-    return _all_least(study)[0]
+    return _all_least(study)["modules"]
 
 
 def method_that_hurts_least(study: Study) -> tuple[Least, ...]:
     """Return, by module, the order of the methods that prune it by the same amounts; of modules that at least two
     methods prune so. `level` is the module.
     """
-    return _all_least(study)[1]
+    return _all_least(study)["methods"]
 
 
 def quantized_that_hurts_least(study: Study) -> tuple[Least, ...]:
     """Return the same by scheme, of those that at least two modules were quantized by; `level` is the scheme."""
-    return _all_least(study)[2]
+    return _all_least(study)["schemes"]
 
 
 # What is compared: its level, the amounts, and the cells of each by name, paired.
 _Compared = tuple[str, tuple[float, ...], Mapping[str, Sequence[StudyCell]]]
 
 
-def _all_least(study: Study) -> tuple[tuple[Least, ...], tuple[Least, ...], tuple[Least, ...]]:
-    """Return all of them: by modules, by methods, by schemes. They are tested together."""
+def setting_that_hurts_least(study: Study, axis: Axis) -> tuple[Least, ...]:
+    """Return the same by setting, over all groups of an axis that have the same values; `level` is the axis."""
+    return _all_least(study)[axis.chart]
+
+
+def _all_least(study: Study) -> dict[str, tuple[Least, ...]]:
+    """Return all orders, tested together: of modules, of methods, of schemes, and of each axis by its chart."""
     by_module = {scope: _known(pruned(study, scope)) for scope in MODULES}
     modules = [
         (level, {scope: {a: c for a, c in by.items() if _is_in(a, limits)} for scope, by in by_module.items()})
@@ -114,14 +121,16 @@ def _all_least(study: Study) -> tuple[tuple[Least, ...], tuple[Least, ...], tupl
         (module, {called(method): _known(pruned(study, module, method)) for method in methods(study)})
         for module in MODULES
     ]
-    kinds = [[_of_same_amounts(*each) for each in kind] for kind in (modules, by_methods)]
-    kinds.append([_quantized(study, scheme) for scheme in schemes(study)])
-    there = [[each for each in kind if each] for kind in kinds]
-    asked = [_Order(*each) for kind in there for each in kind]
-    tested = iter(adjusted([claim for order in asked for claim in order.claims(study)]))
-    found = iter([order.least(next(tested).answer == HOLDS, next(tested).answer == HOLDS) for order in asked])
-    of_modules, of_methods, of_schemes = (tuple(next(found) for _ in kind) for kind in there)
-    return of_modules, of_methods, of_schemes
+    compared: dict[str, list[_Compared | None]] = {
+        "modules": [_of_same_amounts(*each) for each in modules],
+        "methods": [_of_same_amounts(*each) for each in by_methods],
+        "schemes": [_quantized(study, scheme) for scheme in schemes(study)],
+        **{axis.chart: [(axis.name, (), cells) for cells in alike(axis)] for axis in axes(study)},
+    }
+    orders = {kind: [_Order(*each) for each in there if each] for kind, there in compared.items()}
+    claims = [claim for of_kind in orders.values() for order in of_kind for claim in order.claims(study)]
+    tested = iter(adjusted(claims))
+    return {kind: tuple(order.least(next(tested), next(tested)) for order in each) for kind, each in orders.items()}
 
 
 def _of_same_amounts(level: str, cells: Mapping[str, Mapping[float, StudyCell]]) -> _Compared | None:
@@ -156,7 +165,9 @@ class _Order:
         cells = zip(self._cells[less], self._cells[more], strict=True)
         return (paired_test(study, one, other, part) for one, other in cells)
 
-    def least(self, clear: bool, clear_worst: bool) -> Least:
+    def least(self, first: Claim, last: Claim) -> Least:
+        """Return the order, where these are its claims as they were tested."""
+        clear, clear_worst = (claim.answer == HOLDS for claim in (first, last))
         return Least(self._level, self._amounts, self._kept, clear, clear_worst)
 
 
@@ -169,10 +180,20 @@ def _known(cells: Mapping[float, StudyCell]) -> dict[float, StudyCell]:
 
 
 def cliffs(study: Study) -> tuple[Cliff, ...]:
-    """Of overall, attention and feed-forward, each where at least two amounts were pruned."""
-    by_module = {module: _known(pruned(study, module)) for module in MODULES}
-    several = {module: cells for module, cells in by_module.items() if len(cells) > 1}
-    return tuple(_cliff(module, cells, strict_level(len(several))) for module, cells in several.items())
+    """Return those of overall, attention and feed-forward, each where at least two amounts were pruned."""
+    return _cliffs(study, {module: pruned(study, module) for module in MODULES})
+
+
+def cliffs_of(study: Study, axis: Axis) -> tuple[Cliff, ...]:
+    """Return that of each group of an axis of amounts."""
+    return _cliffs(study, {group.name: {percent(c): c for c in group.cells.values()} for group in axis.groups})
+
+
+def _cliffs(study: Study, amounts: Mapping[str, Mapping[float, StudyCell]]) -> tuple[Cliff, ...]:
+    groups = sum(len(axis.groups) for axis in axes(study) if axis.name == AMOUNT)
+    level = strict_level(len(MODULES) + groups)
+    known = {name: _known(cells) for name, cells in amounts.items()}
+    return tuple(_cliff(name, cells, level) for name, cells in known.items() if len(cells) > 1)
 
 
 def _cliff(module: str, cells: Mapping[float, StudyCell], level: float) -> Cliff:

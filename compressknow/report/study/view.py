@@ -32,11 +32,13 @@ from compressknow.report.parts import (
 )
 from compressknow.report.parts import Finding as Line
 from compressknow.report.study import summary
+from compressknow.report.study.axes import setting, varying
 from compressknow.report.study.charts import Chart
 from compressknow.report.study.findings import (
     FAMILIES,
     MINIMAL,
     NEAR,
+    NOT_EVALUATED,
     PRUNING,
     QUANTIZATION,
     Finding,
@@ -57,7 +59,7 @@ from compressknow.report.study.records import (
     quantized,
     schemes,
 )
-from compressknow.report.study.summary import CLIFF
+from compressknow.report.study.summary import CLIFF, listed
 from compressknow.report.tables import Entry, Table, headline_accuracy, identity
 from compressknow.report.texts import within
 from compressknow.stats.records import Estimate, Measured
@@ -180,11 +182,22 @@ def _drawn(chart: Chart) -> Drawn:
 
 
 def _findings(study: Study, found: Sequence[Finding]) -> Iterator[Part]:
-    yield Claims("Each finding, whether it holds for this model, and why", tuple(map(_claim, found)))
+    without = [each for each in found if each.answer != NOT_EVALUATED and not _has_cells(each)]
+    if not any(map(_has_cells, found)):
+        yield Text("The study has no cells for the paper's findings.")
+        return
+    there = tuple(_claim(each) for each in found if each not in without)
+    yield Claims("Each finding, whether it holds for this model, and why", there)
+    if without:
+        yield Text(f"The study has no cells for {listed([each.id for each in without])}.")
     behind = (paired_tests_table(study, found), bounds_table(study, found))
     if any(behind):
         title = "All comparisons and figures behind the findings"
         yield Folded(title, tuple(table for table in behind if table), in_text=False)
+
+
+def _has_cells(finding: Finding) -> bool:
+    return bool(finding.paired_tests or finding.bounds)
 
 
 def _methods(study: Study) -> Iterator[Part]:
@@ -328,10 +341,13 @@ def accuracy(cell: StudyCell, probe: str) -> float | None:
 
 
 def cells_table(study: Study) -> Table:
-    """Every cell: what it keeps, its accuracy by probe, and what it changes and weighs; the original on top."""
-    called = names(study)
+    """Every cell: the settings that vary, what it keeps, its accuracy by probe, and what it changes and weighs; the
+    original on top.
+    """
+    called, settings = names(study), varying(study)
     columns = (
         "Setup",
+        *(plain(name, 30).replace("_", " ").capitalize() for name in settings),
         "Kept",
         *(f"Accuracy, {plain(probe.name, 40)}" for probe in study.probes),
         *(f"Perplexity, {plain(text, 40)}" for text in perplexities(study)),
@@ -343,6 +359,7 @@ def cells_table(study: Study) -> Table:
     )
     original = (
         "original",
+        *("" for _ in settings),
         "",
         *(share(probe.accuracy) for probe in study.probes),
         *(within(value, 2) for value in perplexities(study).values()),
@@ -355,9 +372,9 @@ def cells_table(study: Study) -> Table:
     return Table(
         "Every cell, and what it keeps",
         columns,
-        (original, *(_cell_row(study, cell, called) for cell in study.cells)),
+        (original, *(_cell_row(study, cell, called, settings) for cell in study.cells)),
         bars=(None, *(cell.comparison.kept for cell in study.cells)),
-        bars_after=1,
+        bars_after=1 + len(settings),
         pinned=1,
         sortable=len(study.cells) > 1,
         captioned=False,
@@ -369,10 +386,11 @@ def perplexities(study: Study) -> dict[str, Measured]:
     return {f.text: f.original.value for cell in study.cells for f in cell.comparison.texts}
 
 
-def _cell_row(study: Study, cell: StudyCell, called: Mapping[str, str]) -> tuple[str, ...]:
+def _cell_row(study: Study, cell: StudyCell, called: Mapping[str, str], settings: Sequence[str]) -> tuple[str, ...]:
     kept = cell.comparison.kept
     return (
         called[cell.key],
+        *(setting(name, cell.settings[name]) if name in cell.settings else "" for name in settings),
         estimate(kept.value, kept.low, kept.high),
         *(share(accuracy(cell, probe.name)) for probe in study.probes),
         *(within(figures.compressed.value, 2) for figures in cell.comparison.texts),

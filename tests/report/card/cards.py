@@ -249,7 +249,7 @@ def original() -> ModelFacts:
         bytes=269_030_016,
         dtype="bfloat16",
         zeros=42,
-        speed=Speed("cpu, 2 threads", 31.62, 1_104_000_000),
+        speed=Speed("cpu, 2 threads", 31.62, 1_104_000_000, computed_in="bfloat16"),
     )
 
 
@@ -277,7 +277,7 @@ def compressed(setup: str = "Att_GPQ 20%", size: int = 242_600_000) -> ModelFact
             "feed-forward": group_of_layers(79_626_240),
             "not-linear": group_of_layers(28_346_688),
         },
-        speed=Speed("cpu, 2 threads", 33.07, 1_061_000_000),
+        speed=Speed("cpu, 2 threads", 33.07, 1_061_000_000, computed_in="bfloat16"),
     )
 
 
@@ -361,7 +361,8 @@ def _deployed(model: ModelFacts) -> ModelFacts:
         return model
     place = ("Att_GQ", "FF_GQ", "All_GQ").index(model.setup)
     ran = {"name": "llama.cpp", "build": "b1", "types": {}} if model.setup == "FF_GQ" else None
-    speed = Speed("cpu, 2 threads", 10.0 + place, 400_000_000, 25.0 + 15 * place)
+    computed_in = "llama.cpp b1" if ran else "bfloat16"
+    speed = Speed("cpu, 2 threads", 10.0 + place, 400_000_000, 25.0 + 15 * place, computed_in)
     return replace(model, bytes=int(model.bytes or 0) - 20_000_000 * place, runtime=ran, speed=speed)
 
 

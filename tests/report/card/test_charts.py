@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compressknow.format import plain
+from compressknow.format import plain, share
 from compressknow.probe.records import NoiseFloor
 from compressknow.report.card import view
 from compressknow.report.card.costs import costs
@@ -94,6 +94,18 @@ def floors(*found: NoiseFloor | None) -> tuple[Comparison, ...]:
         replace(c, probes=tuple(replace(p, noise_floor=floor) for p, floor in zip(c.probes, found, strict=True)))
         for c in comparisons
     )
+
+
+def test_speeds_say_in_what_they_were_measured() -> None:
+    card = card_of_several()
+    sized, timed = costs(card, section_names(card))
+    assert list(timed.looks) == ["in transformers, bfloat16", "in llama.cpp b1"]
+    assert list(sized.looks) == ["in transformers", "in llama.cpp", "the original, in transformers"]
+    (mark,) = [mark for mark in timed.marks if mark.kind == "in llama.cpp b1"]
+    kept = card.comparisons[int(mark.label) - 1].kept
+    assert mark.kept == kept
+    assert f"({share(kept.low).removesuffix(' %')} to {share(kept.high)})" in mark.told
+    assert '<th scope="col">Timed in</th>' in render_html(card)
 
 
 def test_what_rounding_alone_keeps_is_a_line_across_where_it_was_found_for_all() -> None:

@@ -11,7 +11,7 @@ from playwright.sync_api import expect
 from compressknow.report.card.pages import render_html
 from tests.report.card.cards import card_of_nothing, card_of_one, card_of_several
 from tests.report.hostile import TEXTS, hostile
-from tests.report.in_browser import cut, overflow, overlapping, unfold, violations
+from tests.report.in_browser import cut, outside, overflow, overlapping, scrolled, unfold, violations
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -40,11 +40,19 @@ def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path],
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})
         assert overflow(page) <= 0, width
+        assert outside(page) == [], width
         # Names of bins and setups are the project's own: of others, more than a chart has room for, they may overlap.
         assert name in ("hostile", "long") or overlapping(page) == cut(page) == [], width
     page.set_viewport_size({"width": 794, "height": 1123})  # A4
     page.emulate_media(media="print")
     assert overflow(page) <= 0
+
+
+def test_on_a_broad_screen_only_the_overview_of_many_columns_is_scrolled(page: Page, files: dict[str, Path]) -> None:
+    for name in ("one", "several"):
+        page.goto(files[name].as_uri())
+        unfold(page, 100)
+        assert set(scrolled(page)) <= {"Every compressed model at a glance"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from compressknow.report.search import render_search_html
 from tests.report.hostile import TEXTS
-from tests.report.in_browser import cut, overflow, overlapping, violations
+from tests.report.in_browser import cut, outside, overflow, overlapping, violations
 from tests.report.search.searches import found
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path],
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})
         assert overflow(page) <= 0, width
+        assert outside(page) == [], width
         assert overlapping(page) == [], width
         assert name.startswith("hostile") or cut(page) == [], width
 

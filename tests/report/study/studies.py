@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from compressknow.compress.options import recipe_of
-from compressknow.compress.steps import Where
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Prune, Quantize, Where
 from compressknow.probe.answers import Answers
 from compressknow.report.card.make import compare, method_of, model_facts
 from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
+from compressknow.study import grid
 from tests.report.answering import COMPRESSED_HASH, answer, answers, entry, model
 
 # Parameters of BERT-base's modules, in millions (the paper's table 2).
@@ -30,6 +33,7 @@ class Cell:
     scheme: str | None = None
     method: str | None = None
     plain: bool = True
+    recipe: Recipe | None = None  # in the place of what says it in short
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,13 @@ def _probe(name: str, asked: Asked) -> StudyProbe:
 
 
 def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell:
-    setup = recipe_of(
+    recipe = cell.recipe or recipe_of(
         Where((cell.scope,)),
         prune=cell.amount,
         prune_method=cell.method or "l1-unstructured",  # type: ignore[arg-type]
         quantize=cell.scheme,  # type: ignore[arg-type]
-    ).setup
+    )
+    setup, of_grid = recipe.setup, grid.Cell("", recipe)
     key = "-".join(filter(None, [setup.lower().replace(" ", "-").replace("%", ""), cell.scheme]))
     record = model(name=key, family=family, sha256=COMPRESSED_HASH, bytes=1_100_000, setup=setup)
     in_scope = 1_000_000 * MILLIONS.get(cell.scope, 7)
@@ -139,10 +144,10 @@ def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell
         method=cell.method,
         amount=cell.amount,
         scheme=cell.scheme,
-        pruning=cell.method,
-        quantization=cell.scheme,
-        calibration=None,
-        plain=cell.plain,
+        pruning=of_grid.pruning,
+        quantization=of_grid.quantization,
+        settings=of_grid.settings,
+        plain=cell.plain and of_grid.plain,
         in_scope=in_scope,
         pruned=pruned,
         quantized=quantized,
@@ -152,6 +157,22 @@ def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell
         comparison=compare(original, _answers(asked, cell.right, record), show_facts=False),
         correct={probe: tuple(i in cell.right for i in range(asked.n)) for probe in asked.probes},
     )
+
+
+def own_grid(text: str, path: Path, right: Sequence[int]) -> Study:
+    """The cells of a grid file, written to `path`; each answers so many facts right."""
+    path.write_text(text, encoding="utf-8")
+    cells = []
+    for cell, known in zip(grid.read_grid(path), right, strict=True):
+        prunes = [step for step in cell.recipe.steps if isinstance(step, Prune)]
+        quantizes = [step for step in cell.recipe.steps if isinstance(step, Quantize)]
+        amount, method = (prunes[0].amount, prunes[0].method) if prunes else (None, None)
+        scheme = quantizes[0].scheme if quantizes else None
+        scope = "+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope))
+        cells.append(Cell(scope, range(known), amount, scheme, method, recipe=cell.recipe))
+    made = study(cells)
+    keys = [cell.key for cell in grid.read_grid(path)]
+    return replace(made, cells=tuple(replace(c, key=key) for c, key in zip(made.cells, keys, strict=True)))
 
 
 def empty() -> Study:

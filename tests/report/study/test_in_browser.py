@@ -10,7 +10,7 @@ import pytest
 from compressknow.report.drawing import WIDTH
 from compressknow.report.study.pages import render_study_html
 from tests.report.hostile import TEXTS
-from tests.report.in_browser import cut, overflow, overlapping, sizes, unfold, violations
+from tests.report.in_browser import cut, outside, overflow, overlapping, sizes, unfold, violations
 from tests.report.study.studies import STUDIES, hostile, whole_grid
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path],
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})
         assert overflow(page) <= 0, width
+        assert outside(page) == [], width
         assert overlapping(page) == [], width
         assert name.startswith("hostile") or cut(page) == [], width
 

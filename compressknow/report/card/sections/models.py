@@ -10,11 +10,12 @@ from compressknow.compress.removal.words import removed_in_words
 from compressknow.compress.schemes import schemes_of, word_of
 from compressknow.format import NONE, count, number, percent, plain, size
 from compressknow.probe.records import FactsInText
+from compressknow.report.card.costs import deployed_in
 from compressknow.report.card.section import Context, Section
 from compressknow.report.parts import Note, Part
 from compressknow.report.tables import Table
 
-_COLUMNS = ("Model", "Device", "Facts a second", "Tokens a second", "Peak memory")
+_COLUMNS = ("Model", "Timed in", "Device", "Facts a second", "Tokens a second", "Peak memory")
 
 
 class Layers(Section):
@@ -73,6 +74,7 @@ class Speed(Section):
         rows = tuple(
             (
                 who,
+                plain(deployed_in(model), 60),
                 plain(model.speed.device, 60),
                 f"{model.speed.facts_per_second:,.1f}",
                 f"{model.speed.tokens_per_second:,.1f}" if model.speed.tokens_per_second is not None else NONE,
