@@ -43,7 +43,7 @@ from typing import Any
 from convert import resident_mb
 
 from compressknow.errors import CompressknowError
-from compressknow.probe.evaluate import BATCH_SIZE
+from compressknow.evaluate.evaluate import BATCH_SIZE
 
 # Ratios of facts a second that compressknow is held to.
 BOUNDS = {"paper": 30, "int4": 1.5, "bear": 5}
@@ -67,7 +67,7 @@ Answers = dict[str, Any]
 
 
 def probe_of(part: str, options: Namespace) -> Any:
-    from compressknow.probe.sources import Options, open_probe
+    from compressknow.evaluate.sources import Options, open_probe
 
     if part in ("paper", "int8"):
         return open_probe("lama:trex", Options(data=options.data, protocol="paper", limit=options.facts))
@@ -132,7 +132,7 @@ def ours(
     part: str, language: tuple[Any, Any, str], options: Namespace, *, greedy: bool = True
 ) -> Callable[[int, int], Answers]:
     """Each fact's most likely token, and whether it is right; of BEAR the answer, the object's rank, the best score."""
-    from compressknow.probe.evaluate import evaluate, prompts_of, scorer_for
+    from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
 
     probe = probe_of(part, options)
 
@@ -152,7 +152,7 @@ def papers_loop(part: str, language: tuple[Any, Any, str], options: Namespace) -
     """Each fact's most likely token, and whether its text is the object's."""
     import torch
 
-    from compressknow.probe.facts import BLANK
+    from compressknow.evaluate.facts import BLANK
 
     model, tokenizer, _ = language
     facts = probe_of(part, options).facts

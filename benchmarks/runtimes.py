@@ -31,9 +31,9 @@ def measured(model: str, facts: int, threads: int) -> dict[str, float]:
     import torch
 
     from compressknow.engine.identity import locate
-    from compressknow.probe.evaluate import evaluate
-    from compressknow.probe.handle import ModelHandle, Settings
-    from compressknow.probe.sources import Options, open_probe
+    from compressknow.evaluate.evaluate import evaluate
+    from compressknow.evaluate.handle import ModelHandle, Settings
+    from compressknow.evaluate.sources import Options, open_probe
 
     torch.set_num_threads(threads)
     probe = open_probe("atlas", Options(limit=facts))

@@ -17,7 +17,7 @@ sides must count as many right answers in each; their log-probabilities may diff
 numbers lie elsewhere in memory.
 
 Overhead is the share of the sweep's wall time (the process's start, the original and the pages included) that is not
-spent in `compressknow.probe.evaluate.evaluate`: importing, making and loading variants, tokenizing, writing answers,
+spent in `compressknow.evaluate.evaluate.evaluate`: importing, making and loading variants, tokenizing, writing answers,
 statistics.
 """
 
@@ -41,7 +41,7 @@ from typing import Any
 from compressknow.compress.recipe import to_toml
 from compressknow.compress.steps import Prune, Quantize
 from compressknow.errors import CompressknowError
-from compressknow.probe.answers import Answer, read_answers
+from compressknow.evaluate.answers import Answer, read_answers
 from compressknow.study.cells import folder_of
 from compressknow.study.grid import Cell, paper_grid
 
@@ -178,7 +178,7 @@ def child(args: list[str]) -> None:
     """Run `compressknow` with these arguments; after each model's last answer print the seconds that asking took, and
     wait for a line.
     """
-    import compressknow.probe.run as run
+    import compressknow.evaluate.run as run
     from compressknow.cli import main as command_line
 
     evaluate, out = run.evaluate, sys.stdout
@@ -277,7 +277,7 @@ def report_answers(cells: Sequence[Cell], study: Path, theirs: Theirs) -> None:
 
 def missing(options: Namespace) -> str | None:
     """Why nothing can be measured here, or None."""
-    from compressknow.probe.sources import Options, open_probe
+    from compressknow.evaluate.sources import Options, open_probe
 
     if not (options.masked_model / "tokenizer.json").is_file():
         return f"there is no model in {options.masked_model}"

@@ -12,8 +12,6 @@ Importing this module is quick: torch and transformers are imported by the first
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from compressknow._version import __version__
@@ -44,17 +42,17 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from compressknow.export.record import ExportRecord
+    from compressknow.evaluate.answers import Answers
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.sources import Options
+    from compressknow.gguf.record import ExportRecord
     from compressknow.hub import Upload
     from compressknow.model.summary import Inspection
-    from compressknow.probe.answers import Answers
-    from compressknow.probe.handle import Settings
-    from compressknow.probe.sources import Options
+    from compressknow.pages.diff.records import CheckpointComparison
+    from compressknow.pages.records import Card
+    from compressknow.pages.search import Search, Trial
+    from compressknow.pages.study.records import Study
     from compressknow.quiet import Progress, Stage
-    from compressknow.report.diff.records import CheckpointComparison
-    from compressknow.report.records import Card
-    from compressknow.report.search import Search, Trial
-    from compressknow.report.study.records import Study
     from compressknow.study.folder import CellResult
     from compressknow.study.running import RayOptions
 else:
@@ -68,17 +66,17 @@ else:
             *("CheckpointError", "CompressknowError", "GateNotMet", "GateUndecided", "OutputError", "UnsupportedError"),
             *("UsageError", "VerificationError"),
         ),
-        "export.record": ("ExportRecord",),
+        "gguf.record": ("ExportRecord",),
         "hub": ("Upload",),
         "model.summary": ("Inspection",),
-        "probe.answers": ("Answers",),
-        "probe.handle": ("Settings",),
-        "probe.sources": ("Options",),
+        "evaluate.answers": ("Answers",),
+        "evaluate.handle": ("Settings",),
+        "evaluate.sources": ("Options",),
         "quiet": ("Progress", "Stage"),
-        "report.diff.records": ("CheckpointComparison",),
-        "report.records": ("Card",),
-        "report.search": ("Search", "Trial"),
-        "report.study.records": ("Study",),
+        "pages.diff.records": ("CheckpointComparison",),
+        "pages.records": ("Card",),
+        "pages.search": ("Search", "Trial"),
+        "pages.study.records": ("Study",),
         "study.folder": ("CellResult",),
         "study.running": ("RayOptions",),
     }
@@ -100,25 +98,6 @@ else:
     def __dir__():
         return sorted({*globals(), *__all__})
 
-    class _Room(ModuleType):
-        """A room that has the name of a verb: calling it is calling the verb."""
-
-        def __call__(self, *args, **kwargs):
-            import importlib
-
-            name = self.__name__.rpartition(".")[2]
-            return getattr(importlib.import_module(f"{__name__}.commands.{name}"), name)(*args, **kwargs)
-
-    class _Package(ModuleType):
-        """Importing a module below `export`, `probe` or `report` sets the room in the place of the verb: it becomes
-        callable."""
-
-        def __setattr__(self, name, value):
-            if name in ("export", "probe", "report") and isinstance(value, ModuleType):
-                value.__class__ = _Room
-            super().__setattr__(name, value)
-
-    sys.modules[__name__].__class__ = _Package
 
 __all__ = [
     "Answers",

@@ -32,7 +32,7 @@ def smollm2() -> Path:
 def converter() -> Iterator[Path]:
     """llama.cpp's converter, fetched as `export` does; where it cannot be, the test is skipped and says why."""
     from compressknow.errors import NotInstalled
-    from compressknow.export.converter import VARIABLE, find_converter
+    from compressknow.gguf.converter import VARIABLE, find_converter
 
     try:
         script = find_converter(fetch=True).script
@@ -47,7 +47,7 @@ def converter() -> Iterator[Path]:
 @pytest.fixture(scope="session", autouse=True)
 def _children_are_forks() -> Iterator[None]:
     """Importing torch and transformers takes most of a small export's time."""
-    from compressknow.export import children
+    from compressknow.gguf import children
     from tests import forks
 
     with pytest.MonkeyPatch.context() as patch:

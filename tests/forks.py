@@ -32,7 +32,7 @@ def popen(command: Sequence[str], **options: Any) -> Any:
 
 
 class Forked:
-    """A running program, with what `compressknow.export.children` uses of `subprocess.Popen`."""
+    """A running program, with what `compressknow.gguf.children` uses of `subprocess.Popen`."""
 
     def __init__(self, args: Sequence[str], *, stdin: int, stdout: IO[bytes], stderr: int, env: Mapping[str, str]):
         assert (stdin, stderr) == (subprocess.PIPE, subprocess.STDOUT)

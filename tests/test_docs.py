@@ -91,8 +91,8 @@ def _small_llama(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _atlas() -> tuple[compressknow.probe.facts.Fact, ...]:
-    from compressknow.probe.sources.atlas import atlas
+def _atlas() -> tuple[compressknow.evaluate.facts.Fact, ...]:
+    from compressknow.evaluate.sources.atlas import atlas
 
     return atlas().facts
 

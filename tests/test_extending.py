@@ -28,13 +28,13 @@ from compressknow.compress.recipe import Recipe, read_recipe, to_toml
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Prune
 from compressknow.engine.layers import LAYERS
+from compressknow.evaluate.answers import TABLE, write_record, write_table
+from compressknow.evaluate.sources import PROBES, Options, open_probe
 from compressknow.format import plain
-from compressknow.probe.answers import TABLE, write_record, write_table
-from compressknow.probe.sources import PROBES, Options, open_probe
+from compressknow.pages.card.make import make_card
+from compressknow.pages.card.sections import SECTIONS
+from compressknow.pages.model_card import with_report
 from compressknow.registry import Registry
-from compressknow.report.card.make import make_card
-from compressknow.report.card.sections import SECTIONS
-from compressknow.report.model_card import with_report
 from tests.extending import package
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.report.answering import WORDS, answer, entry, run
@@ -305,8 +305,8 @@ class TestSection:
     @pytest.mark.parametrize("says", [True, False], ids=["shows_facts", "forgets to say so"])
     def test_no_facts_leaves_out_what_shows_them(self, says: bool, install) -> None:
         code = """
-            from compressknow.report.card.section import Section
-            from compressknow.report.parts import Text
+            from compressknow.pages.card.section import Section
+            from compressknow.pages.parts import Text
 
             class Prompts(Section):
                 title = "Prompts"
@@ -331,8 +331,8 @@ class TestSection:
     def test_no_text_of_it_breaks_out(self, text: str, install) -> None:
         code = """
             from markupsafe import Markup
-            from compressknow.report.card.section import Section
-            from compressknow.report.parts import *
+            from compressknow.pages.card.section import Section
+            from compressknow.pages.parts import *
 
             class Said(Section):
                 def __init__(self):

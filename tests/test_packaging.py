@@ -26,7 +26,7 @@ RENDER = """
 import sys
 sys.path.insert(0, {site!r})
 import compressknow
-from compressknow.report import pages as templates
+from compressknow.pages import pages as templates
 assert compressknow.__file__.startswith({site!r}), compressknow.__file__
 print(templates.render("model_card.md.j2", **{values!r}))
 """

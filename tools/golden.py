@@ -19,8 +19,8 @@ def main() -> None:
 def pages() -> dict[Path, str]:
     """What each golden file holds."""
     sys.path.insert(0, str(ROOT))
-    from compressknow.report.card.pages import render_html, render_markdown
-    from compressknow.report.model_card import render_model_card
+    from compressknow.pages.card.pages import render_html, render_markdown
+    from compressknow.pages.model_card import render_model_card
     from tests.report.card.cards import card_of_one
     from tests.report.card.test_html import GOLDEN as CARD_PAGE
     from tests.report.card.test_markdown import GOLDEN as CARD_MARKDOWN

@@ -133,12 +133,12 @@ def reported(model: Path, output: Path, probes: list[str], facts: int, answers: 
     """report.json, and every answer."""
     import compressknow
     from compressknow.errors import CompressknowError
-    from compressknow.probe.answers import read_answers
+    from compressknow.evaluate.answers import read_answers
 
     try:
-        from compressknow.probe.sources import Options
+        from compressknow.evaluate.sources import Options
     except ImportError:
-        from compressknow.probe.choose import Options
+        from compressknow.evaluate.choose import Options
     keep_in = answers / hashlib.sha256(f"{compressknow.__file__}{output}".encode()).hexdigest()[:12]
     page = output.parent / "report.json"
     try:

@@ -25,8 +25,8 @@ from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted, shown_first
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.format import plain, size, smaller
-from compressknow.report.diff.records import Behaviour, Checkpoint, CheckpointComparison, names_of
-from compressknow.report.diff.tables import (
+from compressknow.pages.diff.records import Behaviour, Checkpoint, CheckpointComparison, names_of
+from compressknow.pages.diff.tables import (
     Part,
     figures_table,
     groups,
@@ -37,11 +37,11 @@ from compressknow.report.diff.tables import (
     structure_table,
     worst,
 )
-from compressknow.report.texts import in_short
+from compressknow.pages.texts import in_short
 
 if TYPE_CHECKING:
     from compressknow.diff.records import Difference
-    from compressknow.report.tables import Table
+    from compressknow.pages.tables import Table
 
 
 @command(short_help="Show how two checkpoints differ.", more=probes_help)
@@ -113,7 +113,7 @@ def compare(
 
 def _show(comparison: CheckpointComparison, output: tuple[Path, ...], as_json: bool) -> None:
     if as_json:
-        from compressknow.report.diff.pages import diff_json
+        from compressknow.pages.diff.pages import diff_json
 
         show_json(diff_json(comparison))
     else:

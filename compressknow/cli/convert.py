@@ -36,7 +36,7 @@ from compressknow.errors import UsageError
 from compressknow.format import count, percent, size
 from compressknow.model.manifest import calibration_of
 from compressknow.model.scopes import DEFAULT_SCOPES
-from compressknow.report.model_card import warnings_of, where_it_runs
+from compressknow.pages.model_card import warnings_of, where_it_runs
 
 EPILOG = """\b
 Scopes (--scope):

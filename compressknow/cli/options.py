@@ -109,7 +109,7 @@ PROBE_NAMES, WIDTH = 20, 78
 
 def probes_help() -> str:
     """The list of probes for the end of a help page, in click's form; those of other packages are imported for it."""
-    from compressknow.probe.sources import usable
+    from compressknow.evaluate.sources import usable
 
     sources = list(usable())
     lines = [line for kind, source in sources for line in _listed(source.usage(kind), source.help)]

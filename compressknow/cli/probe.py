@@ -26,13 +26,13 @@ from compressknow.cli.report import grades_line
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.format import count, percent, plain, share
-from compressknow.report.texts import perplexity_to_json, within
+from compressknow.pages.texts import perplexity_to_json, within
 from compressknow.stats.text import perplexity
 
 if TYPE_CHECKING:
-    from compressknow.probe.answers import Answers
-    from compressknow.probe.records import ProbeEntry
-    from compressknow.probe.text.records import Chunk
+    from compressknow.evaluate.answers import Answers
+    from compressknow.evaluate.records import ProbeEntry
+    from compressknow.evaluate.text.records import Chunk
 
 WIDTH = 80
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
@@ -81,9 +81,9 @@ def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **giv
 
 
 def _page(answers: Answers, output: Path) -> Iterator[str]:
-    from compressknow.probe.answers import GRADES
-    from compressknow.probe.wordings import by_majority
-    from compressknow.report.card.warnings import of_changes
+    from compressknow.evaluate.answers import GRADES
+    from compressknow.evaluate.wordings import by_majority
+    from compressknow.pages.card.warnings import of_changes
 
     answers = by_majority(answers)
     model = answers.record.model

@@ -27,8 +27,8 @@ from compressknow.cli.run import RESUMES, if_interrupted, shown_first
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.files import as_text
 from compressknow.format import at_least, count, estimate, p_value, plain, share, size
-from compressknow.report.records import Card, Comparison
-from compressknow.report.texts import in_short
+from compressknow.pages.records import Card, Comparison
+from compressknow.pages.texts import in_short
 from compressknow.stats.records import Estimate
 
 

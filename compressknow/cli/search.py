@@ -34,7 +34,7 @@ from compressknow.errors import GateNotMet
 from compressknow.format import count, estimate, plain, size
 
 if TYPE_CHECKING:
-    from compressknow.report.search import Trial
+    from compressknow.pages.search import Trial
 
 WIDTH = 80
 COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}"
@@ -114,7 +114,7 @@ def search(
     compressknow convert MODEL CONVERTED --recipe found/recipe.toml
     """
     from compressknow.commands.search import search as run
-    from compressknow.report.search import said, verdict
+    from compressknow.pages.search import said, verdict
 
     for name in ("quantize", "prune_method", "rounding"):
         if not given[name]:

@@ -31,7 +31,7 @@ from compressknow.compress.schemes import SCHEMES
 from compressknow.format import count, estimate, percent, plain, size
 
 if TYPE_CHECKING:
-    from compressknow.report.study.records import Study
+    from compressknow.pages.study.records import Study
     from compressknow.study.folder import CellResult
 
 WIDTH = 80
@@ -166,8 +166,8 @@ def _line(result: CellResult) -> Iterator[str]:
 
 
 def _end(study: Study, output: Path) -> Iterator[str]:
-    from compressknow.report.study.findings import findings
-    from compressknow.report.study.found import what_was_found
+    from compressknow.pages.study.findings import findings
+    from compressknow.pages.study.found import what_was_found
 
     yield ""
     for each in what_was_found(study, findings(study)):

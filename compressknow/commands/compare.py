@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Unpack
 from compressknow.commands.words import SeededWords, files_of, records_of, speaks_python
 
 if TYPE_CHECKING:
-    from compressknow.probe.handle import Settings
-    from compressknow.probe.sources import Options
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.sources import Options
+    from compressknow.pages.diff.records import CheckpointComparison
     from compressknow.quiet import OnProgress
-    from compressknow.report.diff.records import CheckpointComparison
 
 
 @speaks_python(probes="probe", outputs="output", keep_in="answers")
@@ -71,13 +71,13 @@ def compare(
     """
     from compressknow.engine.identity import describe
     from compressknow.errors import UsageError
-    from compressknow.probe.gather import Named, default_answers_folder, evaluate_both, find_both, open_named
-    from compressknow.probe.grades import check_known
+    from compressknow.evaluate.gather import Named, default_answers_folder, evaluate_both, find_both, open_named
+    from compressknow.evaluate.grades import check_known
+    from compressknow.pages.card.make import check_gate, hold_to_gate
+    from compressknow.pages.diff.make import behaviour_of, checkpoint_of, make_comparison
+    from compressknow.pages.diff.pages import write_comparisons
+    from compressknow.pages.pages import check_outputs, require_for
     from compressknow.quiet import listener
-    from compressknow.report.card.make import check_gate, hold_to_gate
-    from compressknow.report.diff.make import behaviour_of, checkpoint_of, make_comparison
-    from compressknow.report.diff.pages import write_comparisons
-    from compressknow.report.pages import check_outputs, require_for
 
     check_known(known)
     if fail_under is not None and not probe:

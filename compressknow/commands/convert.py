@@ -96,8 +96,8 @@ def convert(
     from compressknow.compress.convert import planned_files, prepare, text_for, write
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
+    from compressknow.pages.model_card import model_card_for
     from compressknow.quiet import Stage, begun, listener
-    from compressknow.report.model_card import model_card_for
 
     listening, wanted = listener(on_progress), chosen.calibration
     how: dict[str, Any] = {"overwrite": overwrite, "threads": threads, "render_card": model_card_for}

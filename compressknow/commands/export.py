@@ -10,8 +10,8 @@ from compressknow.commands.words import speaks_python
 
 if TYPE_CHECKING:
     from compressknow.compress.steps import Calibration
-    from compressknow.export.choice import Choice
-    from compressknow.export.record import ExportRecord
+    from compressknow.gguf.choice import Choice
+    from compressknow.gguf.record import ExportRecord
     from compressknow.quiet import OnProgress
 
 
@@ -77,16 +77,16 @@ def export(
     is_there = _refuse_before_work(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
     if matrix_place is not None:
         _refuse_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
-    from compressknow.export.converter import find_converter
-    from compressknow.export.importance import read_importance
+    from compressknow.gguf.converter import find_converter
+    from compressknow.gguf.importance import read_importance
     from compressknow.quiet import Stage, begun, listener
 
     listening = listener(on_progress)
     found = find_converter(converter, fetch=True, on_progress=listening)
     if choice.importance is not None:
         read_importance(choice.importance)
-    from compressknow.export.export import find_made, prepare, preview, write
-    from compressknow.export.place import refuse_file
+    from compressknow.gguf.export import find_made, prepare, preview, write
+    from compressknow.gguf.place import refuse_file
 
     job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
 
@@ -114,7 +114,7 @@ def _chosen(given: Mapping[str, Any]) -> Choice:
     """What the arguments of `export` say of types and calibration."""
     from compressknow.compress.calibrate.text import check_text
     from compressknow.compress.options import refuse_beside_recipe
-    from compressknow.export.choice import Choice, read_choice
+    from compressknow.gguf.choice import Choice, read_choice
 
     if given["recipe"] is not None:
         refuse_beside_recipe(given, _RECIPE)
@@ -144,9 +144,9 @@ def _calibration(text: str | None, tokens: int | None, seed: int) -> Calibration
 def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overwrite: bool) -> None:
     """Raise an error where there is no importance matrix to write, or it cannot be written there."""
     from compressknow.errors import CheckpointError, OutputError, UsageError
-    from compressknow.export.importance import read_importance
-    from compressknow.export.place import record_of
     from compressknow.files import refuse_broken_links
+    from compressknow.gguf.importance import read_importance
+    from compressknow.gguf.place import record_of
 
     if choice.calibration is None:
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
@@ -175,8 +175,8 @@ def _refuse_before_work(
     Returns whether a file is there that the same export may have made.
     """
     from compressknow.compress.staging import clean
-    from compressknow.export.place import finish, record_of, refuse_file
     from compressknow.files import refuse_broken_links
+    from compressknow.gguf.place import finish, record_of, refuse_file
     from compressknow.model.checkpoint import refuse_no_checkpoint
 
     refuse_no_checkpoint(model)
@@ -185,7 +185,7 @@ def _refuse_before_work(
         clean(output, lambda folder: finish(output, folder, importance))
     is_there = writes and not overwrite and record_of(output).is_file()
     if is_there:
-        from compressknow.export.record import may_be_made
+        from compressknow.gguf.record import may_be_made
 
         is_there = may_be_made(output, choice)
     refuse_file(output, overwrite=overwrite or is_there, source=Path(model))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Unpack
 from compressknow.commands.words import ServingWords, records_of, speaks_python
 
 if TYPE_CHECKING:
-    from compressknow.probe.answers import Answers
-    from compressknow.probe.handle import Settings
-    from compressknow.probe.sources import Options
+    from compressknow.evaluate.answers import Answers
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.sources import Options
     from compressknow.quiet import OnProgress
 
 
@@ -55,10 +55,10 @@ def probe(
 
     require("pyarrow")
     from compressknow.engine.identity import locate
-    from compressknow.probe.gather import open_named, read_reference
-    from compressknow.probe.handle import Beside, ModelHandle
-    from compressknow.probe.noise import with_noise_floor
-    from compressknow.probe.run import probe_model
+    from compressknow.evaluate.gather import open_named, read_reference
+    from compressknow.evaluate.handle import Beside, ModelHandle
+    from compressknow.evaluate.noise import with_noise_floor
+    from compressknow.evaluate.run import probe_model
     from compressknow.quiet import listener
 
     options, settings = records_of(words, options, settings)

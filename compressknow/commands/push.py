@@ -39,8 +39,8 @@ def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bo
     check_push(repo)
     place, card = Path(output), None
     if place.suffix == ".gguf":
-        from compressknow.export.record import read_record
-        from compressknow.report.gguf_card import render_gguf_card
+        from compressknow.gguf.record import read_record
+        from compressknow.pages.gguf_card import render_gguf_card
 
         record = read_record(place)
         card = render_gguf_card(record, place.name)

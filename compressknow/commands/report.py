@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Unpack
 from compressknow.commands.words import ServingWords, files_of, records_of, speaks_python
 
 if TYPE_CHECKING:
-    from compressknow.probe.handle import Settings
-    from compressknow.probe.sources import Options
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.sources import Options
+    from compressknow.pages.records import Card
     from compressknow.quiet import OnProgress
-    from compressknow.report.records import Card
 
 
 @speaks_python(probes="probe", outputs="output", timed="time", keep_in="answers")
@@ -72,14 +72,14 @@ def report(
     compressknow.errors.CompressknowError : a model cannot be found, loaded or evaluated; two that cannot be compared;
         an output that cannot be written.
     """
+    from compressknow.evaluate.gather import Evaluation, default_answers_folder, gather, names_of
+    from compressknow.evaluate.grades import check_known
     from compressknow.model.checkpoint import can_be_converted
-    from compressknow.probe.gather import Evaluation, default_answers_folder, gather, names_of
-    from compressknow.probe.grades import check_known
+    from compressknow.pages.card.make import check_early, check_gate, hold_to_gate, make_card
+    from compressknow.pages.card.pages import write_reports
+    from compressknow.pages.model_card import check_model_cards, write_into_model_cards
+    from compressknow.pages.pages import check_outputs, require_for
     from compressknow.quiet import listener
-    from compressknow.report.card.make import check_early, check_gate, hold_to_gate, make_card
-    from compressknow.report.card.pages import write_reports
-    from compressknow.report.model_card import check_model_cards, write_into_model_cards
-    from compressknow.report.pages import check_outputs, require_for
 
     gate = fail_under
     if not isinstance(early, bool) and early is not None:
@@ -107,7 +107,7 @@ def report(
         before, after = gather(original, models, evaluation, revision=revision, on_progress=listening)
         stop = None
     else:
-        from compressknow.probe.early import gather_early
+        from compressknow.evaluate.early import gather_early
         from compressknow.stats.sequential import decider
 
         before, only, stop = gather_early(

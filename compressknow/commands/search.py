@@ -16,16 +16,16 @@ from compressknow.compress.recipe import Recipe, to_toml
 from compressknow.compress.staging import discard
 from compressknow.compress.steps import Calibration
 from compressknow.errors import OutputError
+from compressknow.evaluate.gather import open_named, refuse_texts_alone
+from compressknow.evaluate.grades import RECOGNIZED, check_known
+from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.text.running import RunningText
 from compressknow.files import write_whole
 from compressknow.libraries import require
 from compressknow.model.manifest import MANIFEST_NAME
-from compressknow.probe.gather import open_named, refuse_texts_alone
-from compressknow.probe.grades import RECOGNIZED, check_known
-from compressknow.probe.handle import Settings
-from compressknow.probe.text.running import RunningText
+from compressknow.pages.card.make import make_card
+from compressknow.pages.search import Search, Trial, write_search
 from compressknow.quiet import OnProgress, listener
-from compressknow.report.card.make import make_card
-from compressknow.report.search import Search, Trial, write_search
 from compressknow.study.cells import StudyModel, write_checkpoint
 from compressknow.study.folder import ORIGINAL, TEXTS, claim, refuse_foreign
 from compressknow.study.running import RayOptions, runner
@@ -42,8 +42,8 @@ from compressknow.study.space import Space, Ways
 from compressknow.study.split import EvaluationSet, cell_of, parts_of
 
 if TYPE_CHECKING:
+    from compressknow.evaluate.sources import Options
     from compressknow.model.structure import ModuleMap
-    from compressknow.probe.sources import Options
 
 
 TRIALS = 40
@@ -214,7 +214,7 @@ def _write_winner(
     winner: Trial, grading: EvaluationSet, folder: Path, *, show_facts: bool, command: str | None
 ) -> None:
     """The converted winner, its recipe, and its report card over the facts that grade it."""
-    from compressknow.report.card.pages import write_reports
+    from compressknow.pages.card.pages import write_reports
 
     recipe = Recipe.from_dict(dict(winner.recipe))
     write_checkpoint(grading.study_model, recipe, folder / WINNER, overwrite=_is_earlier_winner(folder / WINNER))

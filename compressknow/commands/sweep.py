@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from compressknow.commands.words import SeededWords, cluster_of, records_of, speaks_python
+from compressknow.evaluate.gather import open_named, refuse_texts_alone
+from compressknow.evaluate.grades import RECOGNIZED, check_known
+from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.text.running import RunningText
 from compressknow.libraries import require
-from compressknow.probe.gather import open_named, refuse_texts_alone
-from compressknow.probe.grades import RECOGNIZED, check_known
-from compressknow.probe.handle import Settings
-from compressknow.probe.text.running import RunningText
 from compressknow.quiet import OnProgress, listener, staged
 from compressknow.study.cells import StudyModel, save_cell
 from compressknow.study.folder import (
@@ -30,9 +30,9 @@ from compressknow.study.grid import PAPER, GridOptions, grid_cells
 from compressknow.study.running import Batch, RayOptions, runner
 
 if TYPE_CHECKING:
+    from compressknow.evaluate.sources import Options
     from compressknow.model.structure import ModuleMap
-    from compressknow.probe.sources import Options
-    from compressknow.report.study.records import Study
+    from compressknow.pages.study.records import Study
 
 
 @speaks_python(probes="probe", scheme="quantize")
@@ -91,7 +91,7 @@ def sweep(
     compressknow.errors.CompressknowError : the model or a probe cannot be found or evaluated, the grid makes no sense,
         the cluster does not answer, or `output` holds something else.
     """
-    from compressknow.report.study.pages import write_study
+    from compressknow.pages.study.pages import write_study
 
     options, settings = records_of(words, options, settings)
     cluster = cluster_of(ray, num_cpus, num_gpus)

@@ -59,10 +59,10 @@ def _verify_gguf(path: Path, on_progress: OnProgress | None, check: bool) -> Ver
     if not path.is_file():
         raise CheckpointError(f"{path} is no regular file.", hint="Give a file that `compressknow export` wrote.")
     require("gguf")
-    from compressknow.export.place import refuse_no_record
+    from compressknow.gguf.place import refuse_no_record
 
     refuse_no_record(path)
-    from compressknow.export.verify import compare_to_record
+    from compressknow.gguf.verify import compare_to_record
     from compressknow.quiet import Stage, begun, listener
 
     with begun(listener(on_progress), Stage("verify", str(path))) as advance:

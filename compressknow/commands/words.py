@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypedDict, TypeVar
 from compressknow.errors import CompressknowError, did_you_mean
 
 if TYPE_CHECKING:
-    from compressknow.probe.handle import Settings
-    from compressknow.probe.sources import Options
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.sources import Options
     from compressknow.study.running import RayOptions
 
 P = ParamSpec("P")
@@ -72,9 +72,9 @@ def records_of(
     words: Mapping[str, Any], options: Options | None = None, settings: Settings | None = None
 ) -> tuple[Options, Settings]:
     """Return the records of some words, which come before what `options` and `settings` say."""
-    from compressknow.probe.handle import Settings
-    from compressknow.probe.sources import Options
-    from compressknow.probe.sources.columns import parse_columns
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.sources import Options
+    from compressknow.evaluate.sources.columns import parse_columns
 
     facts: dict[str, Any] = {}
     running: dict[str, Any] = {}

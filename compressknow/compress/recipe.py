@@ -45,7 +45,7 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-# The table of a recipe's file that says how a GGUF file is made: see `compressknow.export.choice`.
+# The table of a recipe's file that says how a GGUF file is made: see `compressknow.gguf.choice`.
 EXPORT = "export"
 # In the order in which a recipe has them, by the key that says what a step does.
 STEPS: dict[str, type[Step]] = {

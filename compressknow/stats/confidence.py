@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compressknow.probe.answers import Answer
+from compressknow.evaluate.answers import Answer
 from compressknow.stats.distributions import CALIBRATION_BINS, CALIBRATION_FACTS
 from compressknow.stats.intervals import proportion
 from compressknow.stats.records import Confidence, Counts, ReliabilityBin, Third

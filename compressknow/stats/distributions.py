@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from compressknow.probe.answers import LOGP_FLOOR
+from compressknow.evaluate.answers import LOGP_FLOOR
 
 # What float32 log-probabilities of 256 tokens leave undecided of the rest's probability: their rounding errors add up
 # to about the entropy times 2^-24. A rest below this is indistinguishable from none.

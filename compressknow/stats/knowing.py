@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from compressknow.probe.answers import GRADES, Answer
+from compressknow.evaluate.answers import GRADES, Answer
 from compressknow.stats.records import Knowing
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from compressknow.errors import CompressknowError
-from compressknow.probe.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer
-from compressknow.probe.facts import DOMAINS
-from compressknow.probe.records import ProbeEntry
+from compressknow.evaluate.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer
+from compressknow.evaluate.facts import DOMAINS
+from compressknow.evaluate.records import ProbeEntry
 from compressknow.stats.clusters import (
     clusters_of,
     design_of_change,

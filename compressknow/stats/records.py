@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
-from compressknow.probe.records import NoiseFloor
+from compressknow.evaluate.records import NoiseFloor
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ class EarlyStop:
 
 @dataclass(frozen=True, slots=True)
 class Knowing:
-    """Facts by grade of knowing, from `compressknow.probe.grades.GRADES`.
+    """Facts by grade of knowing, from `compressknow.evaluate.grades.GRADES`.
 
     Attributes
     ----------

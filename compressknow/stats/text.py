@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compressknow.probe.text.records import OTHER_TOKENS, Chunk
+from compressknow.evaluate.text.records import OTHER_TOKENS, Chunk
 from compressknow.stats.records import Divergent, Measured, Moved, Perplexity, TextFigures
 
 # Percentiles as llama.cpp prints them, by the names that report.json has for them.

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
-from compressknow.probe.answers import Answer
-from compressknow.probe.wordings import by_fact
+from compressknow.evaluate.answers import Answer
+from compressknow.evaluate.wordings import by_fact
 from compressknow.stats.intervals import proportion
 from compressknow.stats.records import Counts, Wording, Wordings
 

@@ -17,17 +17,17 @@ from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import language_model_of
 from compressknow.engine.load import load_tokenizer
 from compressknow.errors import CompressknowError
+from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.distributions import Distributions
+from compressknow.evaluate.evaluate import Prompts
+from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.handle import Beside, ModelHandle, Settings
+from compressknow.evaluate.noise import with_noise_floor
+from compressknow.evaluate.run import facts_of, is_answered, lacking, probe_model
+from compressknow.evaluate.runtimes.transformers import LoadedInTransformers
+from compressknow.evaluate.sources import Opened
+from compressknow.evaluate.text.running import RunningText
 from compressknow.model.checkpoint import no_files
-from compressknow.probe.answers import Answers
-from compressknow.probe.distributions import Distributions
-from compressknow.probe.evaluate import Prompts
-from compressknow.probe.facts import Probe
-from compressknow.probe.handle import Beside, ModelHandle, Settings
-from compressknow.probe.noise import with_noise_floor
-from compressknow.probe.run import facts_of, is_answered, lacking, probe_model
-from compressknow.probe.runtimes.transformers import LoadedInTransformers
-from compressknow.probe.sources import Opened
-from compressknow.probe.text.running import RunningText
 from compressknow.quiet import Listener, staged
 from compressknow.study.grid import Cell
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from compressknow.compress.recipe import Recipe
     from compressknow.compress.variant import VariantMaker
-    from compressknow.probe.scoring.scorer import Scorer
+    from compressknow.evaluate.scoring.scorer import Scorer
 
 
 class StudyModel:
@@ -240,7 +240,7 @@ def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
 def write_checkpoint(study_model: StudyModel, recipe: Recipe, folder: Path, *, overwrite: bool = False) -> None:
     """Write what a recipe makes of a study's model, calibrated on the study's own text."""
     from compressknow.compress.convert import convert
-    from compressknow.report.model_card import model_card_for
+    from compressknow.pages.model_card import model_card_for
 
     maker = study_model.maker
     text = maker.text(maker.plan(recipe)) if recipe.calibration else None

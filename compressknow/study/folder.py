@@ -12,16 +12,16 @@ from compressknow import reading
 from compressknow._version import __version__
 from compressknow.compress.steps import Calibration, Prune, Quantize
 from compressknow.errors import OutputError
+from compressknow.evaluate.answers import Answer, Answers
+from compressknow.evaluate.grades import RECOGNIZED, known_as
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.wordings import by_majority
 from compressknow.files import LOCK, is_no_folder, own_folder, write_whole
 from compressknow.format import count
-from compressknow.probe.answers import Answer, Answers
-from compressknow.probe.grades import RECOGNIZED, known_as
-from compressknow.probe.handle import ModelHandle
-from compressknow.probe.wordings import by_majority
+from compressknow.pages.card.make import compare, method_of, model_facts
+from compressknow.pages.records import Comparison
+from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.reading import misfit
-from compressknow.report.card.make import compare, method_of, model_facts
-from compressknow.report.records import Comparison
-from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.stats.intervals import proportion
 from compressknow.stats.records import Estimate, ProbeFigures
 from compressknow.study.grid import Cell

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.errors import CompressknowError, OutputError, UnsupportedError
+from compressknow.evaluate.answers import RECORD, Answers
+from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.sources import Opened
 from compressknow.files import write_whole
-from compressknow.probe.answers import RECORD, Answers
-from compressknow.probe.handle import Settings
-from compressknow.probe.sources import Opened
 from compressknow.quiet import Listener, staged
 from compressknow.study.cells import StudyModel, folder_of
 from compressknow.study.folder import CellResult

@@ -10,10 +10,10 @@ from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Quantize
 from compressknow.errors import UsageError
-from compressknow.probe.answers import Answers
-from compressknow.report.card.make import compare, model_facts
-from compressknow.report.card.rounding import kept_by_rounding
-from compressknow.report.search import SIZES, Search, Trial
+from compressknow.evaluate.answers import Answers
+from compressknow.pages.card.make import compare, model_facts
+from compressknow.pages.card.rounding import kept_by_rounding
+from compressknow.pages.search import SIZES, Search, Trial
 from compressknow.stats.records import Estimate
 from compressknow.study.space import Optimizer, Space
 from compressknow.study.split import EvaluationSet, cell_of

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from compressknow.compress.recipe import Recipe
 from compressknow.errors import CompressknowError, UsageError
-from compressknow.probe.answers import Answers
-from compressknow.probe.facts import Fact, Probe, fact_of
-from compressknow.probe.grades import RECOGNIZED
-from compressknow.probe.sources import Opened, source_of, usable
-from compressknow.probe.text.running import RunningText
+from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.facts import Fact, Probe, fact_of
+from compressknow.evaluate.grades import RECOGNIZED
+from compressknow.evaluate.sources import Opened, source_of, usable
+from compressknow.evaluate.text.running import RunningText
 from compressknow.quiet import Listener
 from compressknow.stats.clusters import FEWEST_SIGNS
 from compressknow.study.cells import StudyModel

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import compressknow
 from compressknow.cli import main
-from compressknow.probe.answers import Answers, read_answers
+from compressknow.evaluate.answers import Answers, read_answers
 from compressknow.quiet import Progress
 from tests.engine.gguf_files import F32, Q8_0, needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing

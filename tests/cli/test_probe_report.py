@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 import compressknow
 from compressknow.cli import main
 from compressknow.errors import GateNotMet, GateUndecided
-from compressknow.probe.answers import RECORD
-from compressknow.probe.sources.own_facts import own_facts
+from compressknow.evaluate.answers import RECORD
+from compressknow.evaluate.sources.own_facts import own_facts
 from tests.knowing import facts_file, knowing
 
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]
@@ -501,7 +501,7 @@ def test_a_report_on_answers_loads_no_model_library(place: Path, tmp_path: Path)
     command = [sys.executable, "-c", code, "report", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
-    assert "compressknow.report.card.make" in loaded
+    assert "compressknow.pages.card.make" in loaded
     unwanted = {"torch", "transformers", "tokenizers", "safetensors", "lm_eval", "datasets", "pandas", "scipy.stats"}
     assert not loaded & unwanted
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import compressknow
-from compressknow.probe.sources import Options
+from compressknow.evaluate.sources import Options
 from compressknow.stats.intervals import mcnemar, tally
 from tests.knowing import facts_file, knowing
 from tests.long import long

@@ -22,12 +22,12 @@ from compressknow.compress.variant import VariantMaker
 from compressknow.compress.verify import compare_to_manifest
 from compressknow.engine.identity import describe, locate
 from compressknow.errors import UnsupportedError, UsageError
-from compressknow.probe.records import ModelRecord
-from compressknow.report.card.make import model_facts
-from compressknow.report.card.section import Context
-from compressknow.report.card.sections.models import Layers
-from compressknow.report.card.warnings import of_recipe
-from compressknow.report.parts import Note
+from compressknow.evaluate.records import ModelRecord
+from compressknow.pages.card.make import model_facts
+from compressknow.pages.card.section import Context
+from compressknow.pages.card.sections.models import Layers
+from compressknow.pages.card.warnings import of_recipe
+from compressknow.pages.parts import Note
 from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep, save_deep, without_blocks
 from tests.long import one_in
 from tests.models import logits, save_tiny

@@ -14,7 +14,7 @@ from compressed_tensors.utils.match import is_match
 import compressknow
 from compressknow.cli.convert import manifest_page
 from compressknow.compress.runtimes import VLLM_ARCHITECTURES, vllm_limit, vllm_obstacle
-from compressknow.report.model_card import growth, where_it_runs
+from compressknow.pages.model_card import growth, where_it_runs
 from tests.models import QUANTIZABLE, save_tiny
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

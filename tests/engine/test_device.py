@@ -7,7 +7,7 @@ import torch
 
 from compressknow.engine.language_model import check_device, device_of
 from compressknow.errors import UsageError
-from compressknow.probe.handle import Settings
+from compressknow.evaluate.handle import Settings
 
 
 def best_device() -> str:

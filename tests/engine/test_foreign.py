@@ -21,7 +21,7 @@ from compressknow import Settings
 from compressknow.engine.identity import quantization_in_words
 from compressknow.engine.load import load, load_tokenizer
 from compressknow.errors import CheckpointError, UnsupportedError
-from compressknow.report.records import Comparison
+from compressknow.pages.records import Comparison
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
 

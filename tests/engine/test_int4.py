@@ -17,7 +17,7 @@ from compressknow.engine.int4 import Int4Linear
 from compressknow.engine.int8 import rounds_activations, unrounded
 from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.load import load
-from compressknow.probe.handle import Settings
+from compressknow.evaluate.handle import Settings
 from tests.knowing import facts_file, knowing
 from tests.models import logits, tiny_of_groups
 

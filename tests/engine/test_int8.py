@@ -20,7 +20,7 @@ from compressknow.engine.int8 import Int8Linear
 from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.load import load
 from compressknow.engine.steady import SteadyLinear, steady, unsteady
-from compressknow.probe.handle import Settings
+from compressknow.evaluate.handle import Settings
 from tests.knowing import facts_file, knowing
 from tests.long import one_in
 from tests.models import QUANTIZABLE, logits, save_tiny

@@ -32,9 +32,9 @@ from compressknow.errors import (
     UsageError,
     VerificationError,
 )
-from compressknow.export.converter import find_converter
-from compressknow.export.record import read_record
 from compressknow.format import size
+from compressknow.gguf.converter import find_converter
+from compressknow.gguf.record import read_record
 from compressknow.quiet import Progress
 from tests.export.making import (
     as_llama_cpp,
@@ -368,7 +368,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little room is refused before work."""
-    from compressknow.export.place import refuse_no_room
+    from compressknow.gguf.place import refuse_no_room
 
     refuse_no_room(tmp_path / "out.gguf", 1)
     with pytest.raises(OutputError, match="of disk while it is made"):
@@ -449,7 +449,7 @@ def test_a_full_disk_is_called_that(room: str, what: str, tmp_path: Path, monkey
     disk.mkdir()
     if os.geteuid() or not shutil.which("mount") or mount(disk, room).returncode:
         pytest.skip("a small file system cannot be mounted here")
-    monkeypatch.setattr("compressknow.export.export.refuse_no_room", lambda *_: None)
+    monkeypatch.setattr("compressknow.gguf.export.refuse_no_room", lambda *_: None)
     try:
         with pytest.raises(OutputError, match=f"{what}.*: no space left"):
             compressknow.export(source, disk / "out.gguf")
@@ -471,7 +471,7 @@ def test_a_full_disk_is_called_that(room: str, what: str, tmp_path: Path, monkey
 )
 def test_recipes_that_are_none(content: str, words: str, tmp_path: Path) -> None:
     """The message names the file and the key."""
-    from compressknow.export.choice import read_choice
+    from compressknow.gguf.choice import read_choice
 
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(content)
@@ -483,7 +483,7 @@ def test_one_file_for_convert_and_export(tmp_path: Path) -> None:
     """Each takes its part."""
     from compressknow.compress.recipe import read_recipe
     from compressknow.compress.steps import Calibration
-    from compressknow.export.choice import Choice, read_choice
+    from compressknow.gguf.choice import Choice, read_choice
 
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from compressknow.errors import CompressknowError, UsageError
-from compressknow.probe.answers import read_table, schema
-from compressknow.probe.sources.hub import hub_facts
+from compressknow.evaluate.answers import read_table, schema
+from compressknow.evaluate.sources.hub import hub_facts
 from compressknow.tables import check_parquet
 from tests.hostile.bounded import bounded
 

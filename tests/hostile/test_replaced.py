@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import compressknow
 from compressknow.errors import CheckpointError, CompressknowError
-from compressknow.probe.answers import TABLE
+from compressknow.evaluate.answers import TABLE
 from tests.knowing import facts_file, knowing
 from tests.models import save_tiny
 

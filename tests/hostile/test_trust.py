@@ -15,8 +15,8 @@ import pytest
 import compressknow
 from compressknow.cli import main
 from compressknow.errors import CheckpointError, CompressknowError
-from compressknow.probe.answers import HASH, RECORD, TABLE, read_answers, write_record
-from compressknow.probe.records import Record
+from compressknow.evaluate.answers import HASH, RECORD, TABLE, read_answers, write_record
+from compressknow.evaluate.records import Record
 from compressknow.reading import misfit, sha256_of
 from tests.hostile.bounded import bounded, refused
 from tests.knowing import facts_file, knowing

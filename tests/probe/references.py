@@ -15,10 +15,10 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from compressknow.probe.answers import Answer
-from compressknow.probe.evaluate import evaluate, prompts_of, scorer_for
-from compressknow.probe.facts import BLANK, Fact, Probe
-from compressknow.probe.scoring.ranking import TAIL
+from compressknow.evaluate.answers import Answer
+from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
+from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.scoring.ranking import TAIL
 from tests.knowing import KNOWN_FACTS, candidates
 from tests.models import VOCABULARY
 

@@ -18,10 +18,10 @@ import transformers as hf
 from lm_pub_quiz import Dataset, Evaluator
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.probe.evaluate import scorer_for
-from compressknow.probe.facts import Fact, Probe
-from compressknow.probe.scoring.scorer import Query
-from compressknow.probe.sources.bear import METADATA, bear
+from compressknow.evaluate.evaluate import scorer_for
+from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.scoring.scorer import Query
+from compressknow.evaluate.sources.bear import METADATA, bear
 from tests.models import tiny
 from tests.probe.layouts import DATA, real_data, write_jsonl
 from tests.probe.references import answers_to

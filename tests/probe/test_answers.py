@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.errors import CompressknowError
-from compressknow.probe.answers import (
+from compressknow.evaluate.answers import (
     RECORD,
     TABLE,
     Answer,
@@ -29,7 +29,7 @@ from compressknow.probe.answers import (
     write_record,
     write_table,
 )
-from compressknow.probe.records import ModelRecord, ProbeEntry, Record
+from compressknow.evaluate.records import ModelRecord, ProbeEntry, Record
 
 
 def answer(**changes: Any) -> Answer:

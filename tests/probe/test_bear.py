@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.errors import UsageError
-from compressknow.probe.sources.bear import bear
+from compressknow.evaluate.sources.bear import bear
 from tests.probe.layouts import DATA, bear_folder, real_data, write_jsonl
 
 

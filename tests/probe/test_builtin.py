@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from compressknow.errors import UsageError
-from compressknow.probe.facts import BLANK, Fact
-from compressknow.probe.sources.atlas import atlas
+from compressknow.evaluate.facts import BLANK, Fact
+from compressknow.evaluate.sources.atlas import atlas
 
 
 def by_relation(facts: tuple[Fact, ...]) -> dict[str, list[Fact]]:

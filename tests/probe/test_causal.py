@@ -13,10 +13,10 @@ import transformers as hf
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import CheckpointError
-from compressknow.probe.evaluate import prompts_of, scorer_for
-from compressknow.probe.facts import Fact, Probe
-from compressknow.probe.scoring.decoding import DecodingScorer
-from compressknow.probe.scoring.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS, Query
+from compressknow.evaluate.evaluate import prompts_of, scorer_for
+from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.scoring.decoding import DecodingScorer
+from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS, Query
 from tests.knowing import knowing
 from tests.models import tiny
 from tests.probe.references import (

@@ -16,12 +16,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import compressknow
-from compressknow.probe import distributions, run
-from compressknow.probe.answers import TABLE, read_table
-from compressknow.probe.distributions import Distributions, Rows, divergence_of
-from compressknow.probe.handle import Settings
+from compressknow.evaluate import distributions, run
+from compressknow.evaluate.answers import TABLE, read_table
+from compressknow.evaluate.distributions import Distributions, Rows, divergence_of
+from compressknow.evaluate.handle import Settings
+from compressknow.pages.records import Card
 from compressknow.quiet import Progress
-from compressknow.report.records import Card
 from compressknow.stats.records import Movement
 from tests.knowing import facts_file, knowing
 from tests.probe.test_run import telling
@@ -155,7 +155,7 @@ def test_answers_without_it_get_it_and_are_not_asked_whole_again(
         patched.setattr(distributions, "RESERVE", 1 << 60)
         (bound,) = movements(report(place, ["llama-60"], tmp_path / "kept"))
     assert bound.is_lower_bound
-    monkeypatch.delattr("compressknow.probe.scoring.scorer.Scorer.answer")
+    monkeypatch.delattr("compressknow.evaluate.scoring.scorer.Scorer.answer")
     (exact,) = movements(report(place, ["llama-60"], tmp_path / "kept"))
     assert not exact.is_lower_bound
     monkeypatch.undo()
@@ -166,7 +166,7 @@ def no_space(*_: Any, **__: Any) -> Any:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["tempfile.TemporaryFile", "compressknow.probe.distributions.Rows._append"])
+@pytest.mark.parametrize("where", ["tempfile.TemporaryFile", "compressknow.evaluate.distributions.Rows._append"])
 def test_a_full_disk_leaves_the_lower_bound(
     place: Path, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +242,7 @@ def test_nothing_stays_on_the_disk(place: Path, tmp_path: Path) -> None:
 
 
 def run_probe(place: Path) -> Any:
-    from compressknow.probe.sources import Options, open_all
+    from compressknow.evaluate.sources import Options, open_all
 
     return open_all([f"facts:{place / 'facts.jsonl'}"], Options())[0]
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from compressknow.probe.records import ProbeEntry
+from compressknow.evaluate.records import ProbeEntry
 from compressknow.stats.paired import compare_probe
 from compressknow.stats.records import Movement
 from tests.models import tiny

@@ -11,11 +11,11 @@ import pytest
 
 import compressknow
 from compressknow.errors import UsageError
-from compressknow.probe.early import FIRST, Early, gather_early
-from compressknow.probe.gather import Evaluation, gather
-from compressknow.probe.handle import Settings
-from compressknow.probe.runtimes import transformers
-from compressknow.probe.sources import Options
+from compressknow.evaluate.early import FIRST, Early, gather_early
+from compressknow.evaluate.gather import Evaluation, gather
+from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.runtimes import transformers
+from compressknow.evaluate.sources import Options
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 
@@ -112,7 +112,7 @@ def test_nothing_is_evaluated_twice(place: Path, tmp_path: Path, loads: list[str
 def test_a_later_stop_goes_on_where_an_earlier_one_was(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressknow.probe.early.FIRST", 8)
+    monkeypatch.setattr("compressknow.evaluate.early.FIRST", 8)
     short, longer = early(place, tmp_path, facts=8), early(place, tmp_path, facts=30)
     assert set(ids(short)) < set(ids(longer))
     assert (len(ids(short)), len(ids(longer))) == (8, 32)

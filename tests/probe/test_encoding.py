@@ -10,10 +10,10 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from compressknow.probe.evaluate import prompts_of, scorer_for
-from compressknow.probe.facts import BLANK, Fact
-from compressknow.probe.scoring.prompts import Encoder
-from compressknow.probe.scoring.scorer import NO_TOKENS
+from compressknow.evaluate.evaluate import prompts_of, scorer_for
+from compressknow.evaluate.facts import BLANK, Fact
+from compressknow.evaluate.scoring.prompts import Encoder
+from compressknow.evaluate.scoring.scorer import NO_TOKENS
 from tests.probe.references import answers_to, around, as_probe, causal, check_choices, filled, masked, sentence
 from tests.probe.references import rewritten as rewritten_by_bart
 from tests.probe.trained import byte_level, metaspace, word_piece

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.errors import UsageError
-from compressknow.probe.facts import Fact, Probe, chance, majority, most_frequent
-from compressknow.probe.sources import Options, open_probe
+from compressknow.evaluate.facts import Fact, Probe, chance, majority, most_frequent
+from compressknow.evaluate.sources import Options, open_probe
 from tests.knowing import facts_file
 
 

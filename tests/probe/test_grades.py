@@ -16,13 +16,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 import compressknow
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import CompressknowError, UsageError
-from compressknow.probe.answers import Answer
-from compressknow.probe.evaluate import evaluate, prompts_of, scorer_for
-from compressknow.probe.examples import after_example, with_examples
-from compressknow.probe.facts import BLANK, Fact, Probe
-from compressknow.probe.grades import DEMOTED, GONE, PRODUCED, RECOGNIZED, check_known, grade_of, known_as, said
-from compressknow.probe.scoring.decoding import DecodingScorer
-from compressknow.probe.scoring.prompts import Encoder
+from compressknow.evaluate.answers import Answer
+from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
+from compressknow.evaluate.examples import after_example, with_examples
+from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.grades import DEMOTED, GONE, PRODUCED, RECOGNIZED, check_known, grade_of, known_as, said
+from compressknow.evaluate.scoring.decoding import DecodingScorer
+from compressknow.evaluate.scoring.prompts import Encoder
 from tests.knowing import knowing
 from tests.probe.references import as_probe, causal, filled, known_facts, masked
 from tests.probe.trained import word_piece

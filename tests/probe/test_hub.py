@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from compressknow.errors import CompressknowError, UsageError
-from compressknow.probe.sources import Options, open_probe
-from compressknow.probe.sources.columns import KEYS, choose_columns, parse_columns
-from compressknow.probe.sources.hub import hub_facts
+from compressknow.evaluate.sources import Options, open_probe
+from compressknow.evaluate.sources.columns import KEYS, choose_columns, parse_columns
+from compressknow.evaluate.sources.hub import hub_facts
 from tests.probe.layouts import write_jsonl
 
 MINE = [

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 import compressknow
 from compressknow import Settings
 from compressknow.errors import CheckpointError, CompressknowError, OutputError, UnsupportedError, UsageError
-from compressknow.probe.answers import Answer, read_answers
-from compressknow.probe.sources import Options, open_probe
+from compressknow.evaluate.answers import Answer, read_answers
+from compressknow.evaluate.sources import Options, open_probe
 from tests.engine.gguf_files import F16, F32, Q8_0, needs_gguf, write_gguf
 from tests.export.making import checkpoint, needs_converter
 from tests.knowing import KNOWN_FACTS, facts_file, knowing

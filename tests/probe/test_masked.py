@@ -14,10 +14,10 @@ import transformers as hf
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import CheckpointError, UnsupportedError
-from compressknow.probe.evaluate import prompts_of, scorer_for
-from compressknow.probe.facts import BLANK, Fact, Probe
-from compressknow.probe.scoring.families import MaskedScorer
-from compressknow.probe.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
+from compressknow.evaluate.evaluate import prompts_of, scorer_for
+from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.scoring.families import MaskedScorer
+from compressknow.evaluate.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
 from tests.knowing import knowing
 from tests.models import tiny
 from tests.probe.references import (

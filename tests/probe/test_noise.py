@@ -12,15 +12,15 @@ import pytest
 
 from compressknow import Options, Settings, probe, report
 from compressknow.errors import CompressknowError
-from compressknow.probe import noise
-from compressknow.probe.answers import Answers, read_answers
-from compressknow.probe.facts import fact_of
-from compressknow.probe.grades import known_as
-from compressknow.probe.handle import ModelHandle
-from compressknow.probe.records import NoiseFloor
-from compressknow.probe.sources import open_all
-from compressknow.probe.wordings import by_majority
-from compressknow.report.card.rounding import beside_rounding
+from compressknow.evaluate import noise
+from compressknow.evaluate.answers import Answers, read_answers
+from compressknow.evaluate.facts import fact_of
+from compressknow.evaluate.grades import known_as
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.records import NoiseFloor
+from compressknow.evaluate.sources import open_all
+from compressknow.evaluate.wordings import by_majority
+from compressknow.pages.card.rounding import beside_rounding
 from compressknow.stats.distributions import kl_divergence
 from compressknow.stats.paired import compare_probe
 from tests.knowing import facts_file, in_wordings, knowing

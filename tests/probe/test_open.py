@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.errors import UsageError
-from compressknow.probe.sources import Options, name_in_answers, open_all, open_probe, usable
+from compressknow.evaluate.sources import Options, name_in_answers, open_all, open_probe, usable
 from tests.probe.layouts import DATA, bear_folder, lama_folder, real_data, write_jsonl
 from tests.shown import ROOT
 
@@ -122,7 +122,7 @@ def test_a_limit_draws_from_every_relation_and_by_seed() -> None:
 
 def test_reading_facts_needs_no_torch_and_no_datasets() -> None:
     code = (
-        "import sys; from compressknow.probe.sources import open_probe; open_probe('atlas'); "
+        "import sys; from compressknow.evaluate.sources import open_probe; open_probe('atlas'); "
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

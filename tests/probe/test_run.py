@@ -15,13 +15,13 @@ import pytest
 import compressknow
 from compressknow.engine.identity import locate
 from compressknow.errors import CheckpointError, CompressknowError, DamagedAnswers, OutputError, UsageError
+from compressknow.evaluate import run
+from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
+from compressknow.evaluate.handle import Beside, ModelHandle, Settings
+from compressknow.evaluate.run import probe_model
+from compressknow.evaluate.runtimes import transformers
+from compressknow.evaluate.sources import Options, open_all
 from compressknow.files import LOCK
-from compressknow.probe import run
-from compressknow.probe.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
-from compressknow.probe.handle import Beside, ModelHandle, Settings
-from compressknow.probe.run import probe_model
-from compressknow.probe.runtimes import transformers
-from compressknow.probe.sources import Options, open_all
 from compressknow.quiet import Listener
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
@@ -365,7 +365,7 @@ def test_known_answers_are_asked_the_other_tokens_alone(
     known = ask(compressed, tmp_path / "known", facts)
     ask(compressed, tmp_path / "whole", facts, reference=reference)
     with monkeypatch.context() as patched:
-        patched.delattr("compressknow.probe.scoring.scorer.Scorer.answer")
+        patched.delattr("compressknow.evaluate.scoring.scorer.Scorer.answer")
         anew = ask(compressed, tmp_path / "anew", facts, reference=reference, known=known)
     assert (tmp_path / "anew" / TABLE).read_bytes() == (tmp_path / "whole" / TABLE).read_bytes()
     assert anew.answers[0].first_ids.tolist() != known.answers[0].first_ids.tolist()

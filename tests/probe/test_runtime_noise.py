@@ -11,10 +11,10 @@ import pytest
 
 import compressknow
 from compressknow import Progress, Settings, report
-from compressknow.export import export as exporting
-from compressknow.probe.answers import Answers, read_answers
-from compressknow.probe.records import NoiseFloor
-from compressknow.report.tables import identity
+from compressknow.evaluate.answers import Answers, read_answers
+from compressknow.evaluate.records import NoiseFloor
+from compressknow.gguf import export as exporting
+from compressknow.pages.tables import identity
 from tests.engine.gguf_files import Q8_0, write_gguf
 from tests.export.making import checkpoint, needs_converter
 from tests.knowing import facts_file, knowing

@@ -11,9 +11,9 @@ import torch
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import UnsupportedError
-from compressknow.probe.evaluate import prompts_of, scorer_for
-from compressknow.probe.facts import BLANK, Fact, Probe
-from compressknow.probe.scoring.scorer import BLANK_NOT_LAST
+from compressknow.evaluate.evaluate import prompts_of, scorer_for
+from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST
 from tests.knowing import knowing
 from tests.models import tiny
 from tests.probe.references import (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressknow.probe.scoring.ranking import TAIL, TOP, Ranking, log_sum, rank_candidates, rank_of
+from compressknow.evaluate.scoring.ranking import TAIL, TOP, Ranking, log_sum, rank_candidates, rank_of
 
 # Few values, so that many scores are equal; exact in binary, so that sums are.
 LOG_PROBS = st.sampled_from([0.0, -0.25, -0.5, -1.0, -1.0, -2.0, -4.0, -8.0])

@@ -13,8 +13,8 @@ import compressknow
 from compressknow.engine.identity import locate
 from compressknow.engine.steady import SteadyLinear
 from compressknow.errors import CompressknowError
-from compressknow.probe.handle import ModelHandle, Settings
-from compressknow.probe.speed import _tokens_per_second, measure
+from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.speed import _tokens_per_second, measure
 from compressknow.quiet import Stage
 from tests.knowing import facts_file, knowing
 

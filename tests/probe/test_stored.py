@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from compressknow.cli import main
-from compressknow.probe.answers import RECORD, read_answers, read_record, write_record
+from compressknow.evaluate.answers import RECORD, read_answers, read_record, write_record
 
 STORED = Path(__file__).parent / "stored"
 # Sentences, whose words may change.

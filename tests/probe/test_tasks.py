@@ -22,13 +22,13 @@ from lm_eval.tasks import TaskManager
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
-from compressknow.probe.answers import Answer, read_table, write_table
-from compressknow.probe.facts import GENERAL
-from compressknow.probe.records import ProbeEntry
-from compressknow.probe.sources import task_index, tasks
-from compressknow.probe.sources.task_answers import NO_GOLD
-from compressknow.probe.sources.task_index import SHIPPED
-from compressknow.probe.sources.tasks import LmEvalTask, open_task, run_task
+from compressknow.evaluate.answers import Answer, read_table, write_table
+from compressknow.evaluate.facts import GENERAL
+from compressknow.evaluate.records import ProbeEntry
+from compressknow.evaluate.sources import task_index, tasks
+from compressknow.evaluate.sources.task_answers import NO_GOLD
+from compressknow.evaluate.sources.task_index import SHIPPED
+from compressknow.evaluate.sources.tasks import LmEvalTask, open_task, run_task
 from tests.knowing import KNOWN_FACTS, candidates, knowing
 from tests.probe.layouts import DATA, real_data, write_jsonl
 

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compressknow
 from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
-from compressknow.probe.answers import RECORD, read_answers
-from compressknow.probe.distributions import Rows
-from compressknow.probe.sources import Options, open_all
-from compressknow.probe.text import evaluate
-from compressknow.probe.text.evaluate import GREEDY_TOKENS, chunks_of
-from compressknow.probe.text.records import ALONE, MEASURED, NO_ROOM, Chunk
-from compressknow.probe.text.running import RunningText
+from compressknow.evaluate.answers import RECORD, read_answers
+from compressknow.evaluate.distributions import Rows
+from compressknow.evaluate.sources import Options, open_all
+from compressknow.evaluate.text import evaluate
+from compressknow.evaluate.text.evaluate import GREEDY_TOKENS, chunks_of
+from compressknow.evaluate.text.records import ALONE, MEASURED, NO_ROOM, Chunk
+from compressknow.evaluate.text.running import RunningText
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 CONTEXT = 24
@@ -125,7 +125,7 @@ def test_bytes_are_those_of_the_text_that_is_scored(place: Path, tmp_path: Path)
 
 def test_nothing_is_read_twice(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
-    monkeypatch.setattr("compressknow.probe.run.read_text", None)
+    monkeypatch.setattr("compressknow.evaluate.run.read_text", None)
     again = chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
     assert [chunk.logp.tolist() for chunk in first] == [chunk.logp.tolist() for chunk in again]
 
@@ -133,7 +133,7 @@ def test_nothing_is_read_twice(place: Path, tmp_path: Path, monkeypatch: pytest.
 def test_a_stopped_run_resumes_at_the_chunk_where_it_was(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressknow.probe.run.SECONDS_BETWEEN_PARTS", -1.0)
+    monkeypatch.setattr("compressknow.evaluate.run.SECONDS_BETWEEN_PARTS", -1.0)
     read, numbers = evaluate._read, []
 
     def failing(reader: object, cut: object, number: int, whole: object) -> Chunk:
@@ -241,7 +241,7 @@ def test_answers_of_two_runs_have_all_but_the_divergence(place: Path, tmp_path: 
 def test_a_disk_without_room_leaves_the_divergence_out(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressknow.probe.distributions.RESERVE", 1 << 62)
+    monkeypatch.setattr("compressknow.evaluate.distributions.RESERVE", 1 << 62)
     text, options = f"text:{place / 'facts.txt'}", Options(context=CONTEXT)
     card = compressknow.report(place / "llama", place / "pruned", text, options=options, keep_in=tmp_path)
     assert card.comparisons[0].texts[0].divergence == NO_ROOM

@@ -13,10 +13,10 @@ import compressknow
 from compressknow import Options
 from compressknow.cli import main
 from compressknow.errors import UsageError
-from compressknow.probe.examples import after_example
-from compressknow.probe.facts import Probe, fact_of
-from compressknow.probe.sources import open_all, open_probe
-from compressknow.probe.wordings import by_majority
+from compressknow.evaluate.examples import after_example
+from compressknow.evaluate.facts import Probe, fact_of
+from compressknow.evaluate.sources import open_all, open_probe
+from compressknow.evaluate.wordings import by_majority
 from compressknow.stats.wordings import consistency, wordings_of
 from tests.knowing import in_wordings, knowing
 from tests.report.answering import answer, answers, entry

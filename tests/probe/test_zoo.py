@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from compressknow.engine.language_model import family_of
 from compressknow.errors import UnsupportedError
-from compressknow.probe.facts import BLANK, Fact
+from compressknow.evaluate.facts import BLANK, Fact
 from tests.long import one_in
 from tests.model.test_zoo import BEFORE_5_20, BUILT_SINCE_5_20, NOT_BUILT, ZOO
 from tests.probe.references import WORDS, Words, answers_to, as_probe, masked, sentence, word_facts, word_tokenizer

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from compressknow.probe.answers import SCHEMA_VERSION, Answer, Answers
-from compressknow.probe.records import ModelRecord, ProbeEntry, Record
+from compressknow.evaluate.answers import SCHEMA_VERSION, Answer, Answers
+from compressknow.evaluate.records import ModelRecord, ProbeEntry, Record
 
 ORIGINAL_HASH, COMPRESSED_HASH = "a" * 64, "b" * 64
 WORDS = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Quito", "Bern", "Riga")

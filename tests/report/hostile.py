@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from compressknow.report.records import Card
+from compressknow.pages.records import Card
 
 TEXTS = (
     "<script>alert(1)</script><img src=x onerror=alert(1)>",

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from compressknow.errors import CompressknowError, UsageError
-from compressknow.probe.answers import Answers
-from compressknow.probe.records import ModelRecord, ProbeEntry, Record
-from compressknow.probe.text.records import ALONE, MEASURED, OTHER_TOKENS, Chunk
-from compressknow.report.card.make import gate, make_card
-from compressknow.report.card.pages import render_html, render_markdown, to_json
-from compressknow.report.texts import in_short
+from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.records import ModelRecord, ProbeEntry, Record
+from compressknow.evaluate.text.records import ALONE, MEASURED, OTHER_TOKENS, Chunk
+from compressknow.pages.card.make import gate, make_card
+from compressknow.pages.card.pages import render_html, render_markdown, to_json
+from compressknow.pages.texts import in_short
 from compressknow.stats.records import Measured
 from compressknow.stats.text import moved, perplexity, text_figures
 

@@ -43,8 +43,8 @@ ALONE = {
 IMPORTED = (
     *("matplotlib.figure", "optuna", "pyarrow.parquet", "scipy.stats", "torch", "compressed_tensors"),
     *("transformers.models.llama.modeling_llama", "transformers.masking_utils", "transformers.generation.utils"),
-    *("compressknow.compress.convert", "compressknow.report.card.pages", "compressknow.report.search"),
-    *("compressknow.commands.search", "compressknow.probe.scoring.families"),
+    *("compressknow.compress.convert", "compressknow.pages.card.pages", "compressknow.pages.search"),
+    *("compressknow.commands.search", "compressknow.evaluate.scoring.families"),
 )
 
 

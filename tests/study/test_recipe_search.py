@@ -9,7 +9,7 @@ import pytest
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize
 from compressknow.model.groups import structure_of
-from compressknow.report.search import Trial
+from compressknow.pages.search import Trial
 from compressknow.stats.records import Estimate
 from compressknow.study.search import CONFIRMED, Criterion, RecipeSearch, trial_of
 from compressknow.study.space import Space, Ways

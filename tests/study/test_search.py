@@ -14,14 +14,14 @@ from compressknow.cli import main
 from compressknow.compress.recipe import read_recipe
 from compressknow.compress.steps import Prune
 from compressknow.errors import UsageError
+from compressknow.evaluate.answers import read_answers
+from compressknow.evaluate.facts import fact_of
+from compressknow.evaluate.grades import PRODUCED
+from compressknow.evaluate.sources import Options, open_probe
 from compressknow.files import LOCK
 from compressknow.format import number
 from compressknow.model.groups import structure_of
-from compressknow.probe.answers import read_answers
-from compressknow.probe.facts import fact_of
-from compressknow.probe.grades import PRODUCED
-from compressknow.probe.sources import Options, open_probe
-from compressknow.report.search import Trial
+from compressknow.pages.search import Trial
 from compressknow.study import search, split
 from compressknow.study.folder import RECORD
 from compressknow.study.space import Choice, Space

@@ -20,11 +20,11 @@ from compressknow.compress.calibrate.text import CalibrationText, calibration_te
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
 from compressknow.errors import OutputError, UsageError
+from compressknow.evaluate.answers import Answer, read_answers
+from compressknow.evaluate.facts import fact_of
+from compressknow.evaluate.grades import PRODUCED
+from compressknow.evaluate.handle import ModelHandle, Settings
 from compressknow.files import LOCK
-from compressknow.probe.answers import Answer, read_answers
-from compressknow.probe.facts import fact_of
-from compressknow.probe.grades import PRODUCED
-from compressknow.probe.handle import ModelHandle, Settings
 from compressknow.study.folder import RECORD, CellResult, claim
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 

@@ -1,4 +1,4 @@
-"""llama.cpp's tokenizer of a GGUF file, with what `compressknow.probe.scoring` asks of one of transformers."""
+"""llama.cpp's tokenizer of a GGUF file, with what `compressknow.evaluate.scoring` asks of one of transformers."""
 
 from __future__ import annotations
 

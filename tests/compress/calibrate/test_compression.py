@@ -27,8 +27,8 @@ from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import DropNeurons, Prune, Quantize, Step, Where
 from compressknow.errors import UnsupportedError
 from compressknow.model.manifest import calibration_of, dropped_neurons
+from compressknow.pages.model_card import warnings_of
 from compressknow.quiet import quiet
-from compressknow.report.model_card import warnings_of
 from tests.compress.calibrate.test_walk import batches_of
 from tests.models import save_tiny, tiny
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from compressknow.probe.answers import GRADES as KNOWING
-from compressknow.probe.records import NoiseFloor
-from compressknow.report.records import Card, Comparison, Grade, ModelFacts, Speed
+from compressknow.evaluate.answers import GRADES as KNOWING
+from compressknow.evaluate.records import NoiseFloor
+from compressknow.pages.records import Card, Comparison, Grade, ModelFacts, Speed
 from compressknow.stats.records import (
     Certainty,
     ChangedFact,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from compressknow.errors import CompressknowError
-from compressknow.report.card.make import make_card
-from compressknow.report.card.pages import to_json
+from compressknow.pages.card.make import make_card
+from compressknow.pages.card.pages import to_json
 from tests.report.answering import answers, entry, model, run, sides
 from tests.report.card.cards import card_of_several
 

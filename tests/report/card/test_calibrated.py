@@ -12,11 +12,11 @@ import pytest
 import compressknow
 from compressknow.compress.steps import Prune
 from compressknow.engine.identity import describe, locate
+from compressknow.evaluate.records import FactsInText
 from compressknow.model.manifest import calibration_of
-from compressknow.probe.records import FactsInText
-from compressknow.report.card import warnings
-from compressknow.report.card.pages import render_html, render_markdown
-from compressknow.report.records import Card
+from compressknow.pages.card import warnings
+from compressknow.pages.card.pages import render_html, render_markdown
+from compressknow.pages.records import Card
 from tests.compress.calibrate.test_compression import BLOCKS
 from tests.compress.calibrate.test_compression import compressed as calibrated_on_little
 from tests.knowing import KNOWN_FACTS, facts_file, knowing

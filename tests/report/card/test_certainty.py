@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from compressknow.report.card.make import make_card
-from compressknow.report.card.pages import render_markdown, to_json
-from compressknow.report.records import Card
+from compressknow.pages.card.make import make_card
+from compressknow.pages.card.pages import render_markdown, to_json
+from compressknow.pages.records import Card
 from compressknow.stats.clusters import design_of_change, kept_by_cluster, paired_test
 from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.power import facts_for, smallest_loss

@@ -10,15 +10,15 @@ from xml.etree import ElementTree
 
 import pytest
 
+from compressknow.evaluate.records import NoiseFloor
 from compressknow.format import plain, share
-from compressknow.probe.records import NoiseFloor
-from compressknow.report.card import view
-from compressknow.report.card.costs import costs
-from compressknow.report.card.pages import render_html
-from compressknow.report.card.rounding import kept_by_rounding
-from compressknow.report.card.sections.groups import popularity_chart
-from compressknow.report.card.view import section_names
-from compressknow.report.records import Comparison
+from compressknow.pages.card import view
+from compressknow.pages.card.costs import costs
+from compressknow.pages.card.pages import render_html
+from compressknow.pages.card.rounding import kept_by_rounding
+from compressknow.pages.card.sections.groups import popularity_chart
+from compressknow.pages.card.view import section_names
+from compressknow.pages.records import Comparison
 from compressknow.stats.records import Counts, Estimate, Group
 from tests.report.card.cards import POPULARITY, card_of_several, group
 from tests.report.hostile import TEXTS
@@ -174,7 +174,7 @@ def test_same_figures_give_the_same_bytes_in_another_process() -> None:
 
 
 def test_matplotlib_is_not_imported_until_a_chart_is_drawn() -> None:
-    code = "import sys, compressknow.report.card.view; print('matplotlib' in sys.modules)"
+    code = "import sys, compressknow.pages.card.view; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from compressknow.format import plain
-from compressknow.report.card.make import make_card
-from compressknow.report.card.pages import render_html
-from compressknow.report.pages import isolated
-from compressknow.report.records import Card
+from compressknow.pages.card.make import make_card
+from compressknow.pages.card.pages import render_html
+from compressknow.pages.pages import isolated
+from compressknow.pages.records import Card
 from tests.report.answering import run, sides
 from tests.report.card.cards import card_of_nothing, card_of_one, card_of_several
 from tests.report.hostile import TEXTS, hostile, numbered

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.sync_api import expect
 
-from compressknow.report.card.pages import render_html
+from compressknow.pages.card.pages import render_html
 from tests.report.card.cards import card_of_nothing, card_of_one, card_of_several
 from tests.report.hostile import TEXTS, hostile
 from tests.report.in_browser import cut, outside, overflow, overlapping, scrolled, unfold, violations

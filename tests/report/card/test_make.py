@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
-from compressknow.report.card.make import check_gate, gate, make_card, model_facts
-from compressknow.report.records import Card, Speed
+from compressknow.pages.card.make import check_gate, gate, make_card, model_facts
+from compressknow.pages.records import Card, Speed
 from compressknow.stats.intervals import proportion
 from compressknow.stats.paired import best_of
 from compressknow.stats.records import Counts

@@ -12,8 +12,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from compressknow.format import plain
-from compressknow.report.card.pages import render_html, render_markdown
-from compressknow.report.records import Card
+from compressknow.pages.card.pages import render_html, render_markdown
+from compressknow.pages.records import Card
 from tests.report.card.cards import card_of_nothing, card_of_one, card_of_several
 from tests.report.hostile import TEXTS, numbered
 from tests.report.pages import Element, read

@@ -18,8 +18,8 @@ import compressknow
 from compressknow.cli import main
 from compressknow.engine.contents import read_contents
 from compressknow.engine.identity import locate
-from compressknow.report.card.make import make_card
-from compressknow.report.card.pages import to_json
+from compressknow.pages.card.make import make_card
+from compressknow.pages.card.pages import to_json
 from tests.engine.gguf_files import F32, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.report.answering import ORIGINAL_HASH, answers, model, run, sides

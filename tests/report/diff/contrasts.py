@@ -11,9 +11,9 @@ from compressknow.diff.records import (
     Sums,
     TensorDifference,
 )
-from compressknow.probe.gather import BothWays
-from compressknow.report.diff.make import behaviour_of, comparison_verdict
-from compressknow.report.diff.records import Checkpoint, CheckpointComparison
+from compressknow.evaluate.gather import BothWays
+from compressknow.pages.diff.make import behaviour_of, comparison_verdict
+from compressknow.pages.diff.records import Checkpoint, CheckpointComparison
 from tests.report.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
 
 MODULES = ("SelfAttention.q", "SelfAttention.v", "DenseReluDense.wi")

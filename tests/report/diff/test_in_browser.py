@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from compressknow.report.diff.pages import render_comparison_html
+from compressknow.pages.diff.pages import render_comparison_html
 from tests.report.diff.contrasts import comparison_of
 from tests.report.in_browser import overflow, overlapping, unfold, violations
 

@@ -17,11 +17,11 @@ from markdown_it import MarkdownIt
 
 from compressknow.diff.records import Difference
 from compressknow.format import plain
-from compressknow.report.diff.make import comparison_verdict, comparison_warnings
-from compressknow.report.diff.pages import diff_json, render_comparison_html, render_comparison_markdown
-from compressknow.report.diff.records import Checkpoint, CheckpointComparison
-from compressknow.report.diff.tables import Grid, grid
-from compressknow.report.diff.view import heat_map
+from compressknow.pages.diff.make import comparison_verdict, comparison_warnings
+from compressknow.pages.diff.pages import diff_json, render_comparison_html, render_comparison_markdown
+from compressknow.pages.diff.records import Checkpoint, CheckpointComparison
+from compressknow.pages.diff.tables import Grid, grid
+from compressknow.pages.diff.view import heat_map
 from tests.report.diff.contrasts import comparison_of, difference_of, identical
 from tests.report.hostile import TEXTS
 from tests.report.pages import Element, read

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from compressknow.report.model_card import read_card_metadata, render_model_card
+from compressknow.pages.model_card import read_card_metadata, render_model_card
 from tests.report.model_card.manifests import manifest
 
 GOLDEN = Path(__file__).parent / "golden"

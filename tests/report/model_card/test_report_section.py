@@ -10,10 +10,10 @@ from markdown_it import MarkdownIt
 
 from compressknow.cli import main
 from compressknow.errors import OutputError
-from compressknow.report.card.make import make_card
-from compressknow.report.model_card import BEGIN, END, check_model_cards, write_into_model_cards
-from compressknow.report.pages import escape_markdown
-from compressknow.report.records import Card
+from compressknow.pages.card.make import make_card
+from compressknow.pages.model_card import BEGIN, END, check_model_cards, write_into_model_cards
+from compressknow.pages.pages import escape_markdown
+from compressknow.pages.records import Card
 from tests.knowing import facts_file, knowing
 from tests.report.answering import run, sides
 from tests.report.hostile import TEXTS, numbered

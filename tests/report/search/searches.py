@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from compressknow.report.records import ModelFacts
-from compressknow.report.search import Search, Trial
+from compressknow.pages.records import ModelFacts
+from compressknow.pages.search import Search, Trial
 from compressknow.stats.records import Estimate
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from compressknow.report.search import render_search_html
+from compressknow.pages.search import render_search_html
 from tests.report.hostile import TEXTS
 from tests.report.in_browser import cut, outside, overflow, overlapping, violations
 from tests.report.search.searches import found

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from compressknow.format import plain
-from compressknow.report.search import render_search_html, said
+from compressknow.pages.search import render_search_html, said
 from tests.report.hostile import TEXTS
 from tests.report.pages import read
 from tests.report.search.searches import found

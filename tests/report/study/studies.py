@@ -9,9 +9,9 @@ from pathlib import Path
 from compressknow.compress.options import recipe_of
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Quantize, Where
-from compressknow.probe.answers import Answers
-from compressknow.report.card.make import compare, method_of, model_facts
-from compressknow.report.study.records import FailedCell, Study, StudyCell, StudyProbe
+from compressknow.evaluate.answers import Answers
+from compressknow.pages.card.make import compare, method_of, model_facts
+from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study import grid
 from tests.report.answering import COMPRESSED_HASH, answer, answers, entry, model
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from compressknow.report.study.axes import axes
-from compressknow.report.study.charts import study_charts
-from compressknow.report.study.findings import findings
-from compressknow.report.study.found import what_was_found
-from compressknow.report.study.pages import (
+from compressknow.pages.study.axes import axes
+from compressknow.pages.study.charts import study_charts
+from compressknow.pages.study.findings import findings
+from compressknow.pages.study.found import what_was_found
+from compressknow.pages.study.pages import (
     render_study_html,
     render_study_markdown,
     study_to_json,
@@ -24,8 +24,8 @@ from compressknow.report.study.pages import (
     to_parquet,
     write_study,
 )
-from compressknow.report.study.records import Study
-from compressknow.report.study.view import cells_table
+from compressknow.pages.study.records import Study
+from compressknow.pages.study.view import cells_table
 from tests.report.pages import read
 from tests.report.study.studies import own_grid, study, two_methods, whole_grid
 from tests.shown import ROOT

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 import pytest
 
 from compressknow.format import plain
-from compressknow.report.drawing import Bar, Level, Line, bars, lines
-from compressknow.report.pages import source
-from compressknow.report.study.charts import (
+from compressknow.pages.drawing import Bar, Level, Line, bars, lines
+from compressknow.pages.pages import source
+from compressknow.pages.study.charts import (
     Chart,
     baselines,
     guessing,
@@ -23,8 +23,8 @@ from compressknow.report.study.charts import (
     mean_kept,
     study_charts,
 )
-from compressknow.report.study.records import Study
-from compressknow.report.svg import COLOURS, standalone
+from compressknow.pages.study.records import Study
+from compressknow.pages.svg import COLOURS, standalone
 from compressknow.stats.records import Estimate
 from tests.report.hostile import TEXTS
 from tests.report.study.studies import ENTRY, ROUNDING, TASKS, Asked, gp, gq, study, whole_grid

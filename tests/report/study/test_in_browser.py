@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from compressknow.report.drawing import WIDTH
-from compressknow.report.study.pages import render_study_html
+from compressknow.pages.drawing import WIDTH
+from compressknow.pages.study.pages import render_study_html
 from tests.report.hostile import TEXTS
 from tests.report.in_browser import cut, outside, overflow, overlapping, sizes, unfold, violations
 from tests.report.study.studies import STUDIES, hostile, whole_grid

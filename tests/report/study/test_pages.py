@@ -15,9 +15,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 from compressknow.format import plain
-from compressknow.report.study.charts import is_chart
-from compressknow.report.study.findings import findings
-from compressknow.report.study.pages import render_study_html, render_study_markdown, study_to_json, write_study
+from compressknow.pages.study.charts import is_chart
+from compressknow.pages.study.findings import findings
+from compressknow.pages.study.pages import render_study_html, render_study_markdown, study_to_json, write_study
 from tests.long import one_in
 from tests.report.hostile import TEXTS
 from tests.report.pages import Element, read

@@ -8,10 +8,10 @@ import io
 import pyarrow.parquet as pq
 import pytest
 
-from compressknow.report.study.findings import findings
-from compressknow.report.study.pages import COLUMNS, tidy_rows, to_csv, to_parquet
-from compressknow.report.study.records import FailedCell, names
-from compressknow.report.study.view import bounds_table, cells_table, failed_cells, paired_tests_table, paper_tables
+from compressknow.pages.study.findings import findings
+from compressknow.pages.study.pages import COLUMNS, tidy_rows, to_csv, to_parquet
+from compressknow.pages.study.records import FailedCell, names
+from compressknow.pages.study.view import bounds_table, cells_table, failed_cells, paired_tests_table, paper_tables
 from tests.report.hostile import TEXTS
 from tests.report.study.studies import Asked, gp, gpq, gq, study, whole_grid
 

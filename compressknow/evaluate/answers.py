@@ -1,0 +1,415 @@
+"""Answers and their record, on disk: one row per fact in answers.parquet, probe.json beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressknow.errors import DamagedAnswers, OutputError
+from compressknow.evaluate.records import Record
+from compressknow.evaluate.text.records import FILES as TEXTS
+from compressknow.evaluate.text.records import FORM as TEXT_FORM
+from compressknow.evaluate.text.records import Chunk, read_texts
+from compressknow.files import LOCK, is_no_folder, own_folder, write_whole, written
+from compressknow.format import count, percent, plain
+from compressknow.model.manifest import CALIBRATION, REMOVED, SEAL, seal_of, sealed
+from compressknow.notebook import Shown, Summary
+from compressknow.reading import RECORD as RECORD_BYTES
+from compressknow.reading import misfit, read_json, sha256_of
+from compressknow.tables import check_parquet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+SCHEMA_VERSION = 1
+# The distribution at the answer's first position is kept for this many of the original's most likely tokens; all others
+# are one.
+REFERENCE_TOKENS = 256
+# What servers tell at most, unless they are started otherwise.
+SERVER_TOKENS = 20
+TABLE, RECORD = "answers.parquet", "probe.json"
+# exp underflows a little below this in float32; a token that a model rules out entirely would make KL infinite.
+LOGP_FLOOR = -100.0
+# From best to worst; `compressknow.evaluate.grades` says what they mean.
+GRADES = ("produced", "recognized", "demoted", "gone")
+# Columns that tables of older versions lack.
+NEWER = ("first_kl", "produced", "with_example", "grade", "template", "total_logp")
+# The entry of the record that holds the table's hash; without it (an older version, or a run that was killed between
+# the two files) the table is read as it is.
+HASH = "answers_sha256"
+_COUNTS = {"parameters?": int, "zeros_after?": int, "pruned?": (int, None), "quantized?": int}
+_NOISE_OF_ONE_READING = {
+    **dict.fromkeys(("n", "changed", "known", "lost", "gained"), int),
+    **{"kl_mean": (float, None), "computed_in": str},
+}
+_NOISE = _NOISE_OF_ONE_READING | {"produced?": (_NOISE_OF_ONE_READING, None)}
+# What reports read of ``probe.json``.
+RECORD_FORM: dict[str, Any] = {
+    "schema": int,
+    "versions": {str: str},
+    "model": {
+        **{"name": str, "sha256?": str, "revision?": (str, None), "architecture?": str, "family?": str, "dtype?": str},
+        **{"parameters?": int, "bytes?": int, "zeros?": (int, None), "vocabulary?": (str, int, None), "device?": str},
+        **{"computed_in?": str, "setup?": (str, None), "quantization?": (str, None)},
+        "recipe?": ({"steps": [dict]}, None),
+        **{"source?": (dict, None), "groups?": ({str: _COUNTS | {"relative_error?": (float, None)}}, None)},
+        "totals?": {str: (int, float, None)},
+        "removed?": ({key: form for key, form in REMOVED.items() if key != "tensors"}, None),
+        "calibration?": (CALIBRATION, None),
+        "changed?": (bool, None),
+        "runtime?": ({"name": str, "build?": (str, None), "types?": ({str: {str: int}}, None)}, None),
+    },
+    "probes": {
+        str: {
+            **{"protocol": str, "fingerprint": str, "facts": int, "asked": int, "dropped": {str: int}, "average": str},
+            **{
+                "chance?": (float, None),
+                "majority?": (float, None),
+                "limit?": (int, None),
+                "templates?": (int, None),
+                "seed?": (int, None),
+            },
+            **{"seconds?": float, "source?": (dict, None), "reference?": (str, None), "key?": str},
+            "text?": (TEXT_FORM, None),
+            "noise_floor?": (_NOISE, None),
+            "runtime_noise_floors?": ({str: _NOISE}, None),
+        }
+    },
+    f"{HASH}?": str,
+    f"{SEAL}?": str,
+}
+# Columns of the table in which each row has a value.
+_FILLED = ("probe", "fact_id", "relation", "subject", "sub_label", "prompt", "gold", "predicted", "correct")
+_LISTS = ("top5", "top5_logp", "first_ids", "first_logp")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model answered to one fact.
+
+    Attributes
+    ----------
+    predicted : text of the answer that the model holds most likely; `top5` are the five most likely ones, best first,
+        and `top5_logp` their log-probabilities (natural logarithm).
+    rank : 1 for the most likely answer; None where the object is no possible answer or ranks do not apply.
+    logp_gold : log-probability of the object; None where it is no possible answer.
+    choices : the number of possible answers, for chance; None where any text may be given.
+    first_ids, first_logp : distribution at the answer's first position: ids of the original model's most likely tokens,
+        and their log-probabilities in this model; what is left to 1 is the rest. Empty where there is none (lm-eval).
+    first_kl : KL(original || this model) in nats at that position, over the whole vocabulary; None where the original
+        was not at hand.
+    produced : what the model says, decoded greedily: the candidate with which that begins, else its first words; None
+        where there is none (lm-eval, answers of older versions).
+    with_example : the same after one solved example of the relation; evaluated only where the original knew the fact
+        and this model does not.
+    grade : see `compressknow.evaluate.grades`; None where there is none.
+    template : number of the wording, where each fact is put in several.
+    total_logp : logarithm of the sum of the probabilities of all possible answers, short of 0.1 % of it at most; None
+        where any text may be given, and where it is not known (answers of older versions, some servers).
+    """
+
+    probe: str
+    fact_id: str
+    relation: str
+    subject: str
+    sub_label: str
+    prompt: str
+    gold: str
+    predicted: str
+    correct: bool
+    rank: int | None
+    logp_gold: float | None
+    top5: tuple[str, ...]
+    top5_logp: tuple[float, ...]
+    choices: int | None
+    popularity: float | None
+    first_ids: tuple[int, ...] | Any = ()
+    first_logp: tuple[float, ...] | Any = ()
+    first_kl: float | None = None
+    produced: str | None = None
+    with_example: str | None = None
+    grade: str | None = None
+    template: int | None = None
+    total_logp: float | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Answers(Shown):
+    """All answers of one model, and the record of how they came about (the content of ``probe.json``).
+
+    Attributes
+    ----------
+    texts : what it gave to running texts, by probe: these have no facts.
+    """
+
+    record: Record
+    answers: tuple[Answer, ...]
+    texts: Mapping[str, tuple[Chunk, ...]] = field(default_factory=dict)
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        return tuple(self.record.probes)
+
+    def of(self, probe: str) -> list[Answer]:
+        """The answers to one probe, in the order of its facts."""
+        return [answer for answer in self.answers if answer.probe == probe]
+
+    def only(self, probes: Sequence[str]) -> Answers:
+        """The answers to these probes alone."""
+        texts = {name: chunks for name, chunks in self.texts.items() if name in probes}
+        record = replace(self.record, probes={name: self.record.probes[name] for name in probes})
+        return Answers(record, tuple(answer for answer in self.answers if answer.probe in probes), texts)
+
+    def _summary(self) -> Summary:
+        right, of = sum(answer.correct for answer in self.answers), len(self.answers)
+        return Summary(
+            f"Answers of {plain(self.record.model.name, 60)}",
+            f"{count(right)} of {count(of)} facts right ({percent(right, of)}).",
+            ("Probe", "Facts", "Right", "Share"),
+            tuple(_probe_row(probe, self.of(probe)) for probe in self.probes),
+        )
+
+
+def _probe_row(probe: str, answers: Sequence[Answer]) -> tuple[str, ...]:
+    right = sum(answer.correct for answer in answers)
+    return probe, count(len(answers)), count(right), percent(right, len(answers))
+
+
+def schema() -> pa.Schema:
+    """Columns of ``answers.parquet``: the fields of Answer, in their order."""
+    import pyarrow as pa
+
+    text, number = pa.string(), pa.float64()
+    types = {
+        "correct": pa.bool_(),
+        "rank": pa.int32(),
+        "logp_gold": number,
+        "top5": pa.list_(text),
+        "top5_logp": pa.list_(number),
+        "choices": pa.int32(),
+        "popularity": number,
+        "first_ids": pa.list_(pa.int32()),
+        "first_logp": pa.list_(pa.float32()),
+        "first_kl": number,
+        "template": pa.int32(),
+        "total_logp": number,
+    }
+    return pa.schema([(each.name, types.get(each.name, text)) for each in fields(Answer)])
+
+
+def write_table(path: Path, answers: Sequence[Answer]) -> None:
+    """Write answers as Parquet; the file appears under its name only when it is whole."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {name: [getattr(answer, name) for answer in answers] for name in schema().names}
+    with written(path) as file:
+        pq.write_table(pa.table(columns, schema=schema()), file, compression="zstd")
+
+
+def read_table(path: Path) -> list[Answer]:
+    """The answers of a Parquet file. Raises DamagedAnswers where it is none, or its columns are others."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        check_parquet(path)
+        # Not pq.read_table: it imports pandas, where that is installed.
+        with pq.ParquetFile(path) as file:
+            table = _with_newer(file.read(columns=schema().names)).select(schema().names).cast(schema())
+        _check_columns(table)
+        columns = [_column(table, name) for name in schema().names]
+        answers = [_with_grade_of_today(Answer(*row)) for row in zip(*columns, strict=True)]
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise DamagedAnswers(
+            f"{path} cannot be read as answers.",
+            why=(str(error).splitlines() or [type(error).__name__])[0],
+            hint="An answers folder is written by `compressknow probe`; write it anew.",
+        ) from error
+    return answers
+
+
+def _with_grade_of_today(answer: Answer) -> Answer:
+    """In older versions, what a model said was produced though it was not right."""
+    produced, _, demoted, _ = GRADES
+    return replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
+
+
+def _with_newer(table: pa.Table) -> pa.Table:
+    """The table with the columns that those of older versions lack, empty."""
+    import pyarrow as pa
+
+    for name in NEWER:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), schema().field(name).type))
+    return table
+
+
+def _check_columns(table: pa.Table) -> None:
+    """Raise ValueError where a row lacks what each answer has, or its lists are not of one length."""
+    for name in (*_FILLED, *_LISTS):
+        if table[name].null_count:
+            raise ValueError(f"a row has no {name}")
+        if name in _LISTS and table[name].combine_chunks().values.null_count:
+            raise ValueError(f"a value of {name} is missing")
+    if others := set(table["grade"].unique().to_pylist()) - {*GRADES, None}:
+        raise ValueError(f"{sorted(others)[0]!r} is no grade of knowing")
+    ids, values = (table[name].combine_chunks().value_lengths() for name in ("first_ids", "first_logp"))
+    if not ids.equals(values):
+        raise ValueError("first_ids and first_logp of a row are not of one length")
+
+
+def _column(table: pa.Table, name: str) -> Iterable[Any]:
+    column = table[name]
+    if name in ("first_ids", "first_logp"):
+        import numpy as np
+
+        # Hundreds of numbers a row: as views of one array, not as Python objects. (to_numpy would import pandas.)
+        lists = column.combine_chunks()
+        offsets, values = np.from_dlpack(lists.offsets), np.from_dlpack(lists.values)
+        return [values[start:end] for start, end in itertools.pairwise(offsets)]
+    rows = column.to_pylist()
+    return [tuple(row) for row in rows] if name.startswith("top5") else rows
+
+
+def read_answers(folder: Path) -> Answers:
+    """An answers folder that `compressknow probe` wrote. Raises DamagedAnswers where it is none or damaged."""
+    record = read_record(folder)
+    check_table(folder, record)
+    answers = Answers(record, tuple(read_table(folder / TABLE)), read_texts(folder, record))
+    check_counts(folder, answers)
+    return answers
+
+
+def check_counts(folder: Path, answers: Answers) -> None:
+    """Raise DamagedAnswers where there are more or fewer answers than their record says."""
+    for probe, entry in answers.record.probes.items():
+        ids = {answer.fact_id for answer in answers.of(probe)}
+        if len(answers.of(probe)) != entry.asked or len(ids) != entry.asked:
+            raise DamagedAnswers(
+                f"{folder / TABLE} holds {len(ids)} facts of {probe}, {RECORD} says {entry.asked}.",
+                hint="The folder is damaged: probe the model again.",
+            )
+
+
+def check_table(folder: Path, record: Record) -> None:
+    """Raise DamagedAnswers where the table is not the one whose hash the record holds; an old record holds none."""
+    if record.answers_sha256 is None or not (folder / TABLE).is_file():
+        return
+    if sha256_of(folder / TABLE) != record.answers_sha256:
+        raise DamagedAnswers(
+            f"{folder / TABLE} does not match {RECORD}: its hash differs.",
+            why="It was changed since, or the two come from different folders.",
+            hint="Probe the model again, into another folder.",
+        )
+
+
+def read_record(folder: Path) -> Record:
+    """``probe.json`` of an answers folder."""
+    try:
+        record = read_json(folder / RECORD, RECORD_BYTES)
+        version = record["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedAnswers(
+            f"{folder} is not an answers folder: its {RECORD} is missing or damaged.",
+            hint="Give a checkpoint, or a folder that `compressknow probe` wrote.",
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise DamagedAnswers(
+            f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
+            hint="Probe the model again with this version.",
+        )
+    if wrong := misfit(record, RECORD_FORM) or _not_finite(record):
+        raise DamagedAnswers(
+            f"{folder / RECORD} is damaged: {wrong}.", hint="Probe the model again, into another folder."
+        )
+    if SEAL in record and record[SEAL] != seal_of(record):
+        raise DamagedAnswers(
+            f"{folder / RECORD} was edited: its sha256 does not match its contents.",
+            hint="Put the file back as it was, or probe the model again, into another folder.",
+        )
+    return Record.from_dict({key: value for key, value in record.items() if key != SEAL})
+
+
+def _not_finite(record: Mapping[str, Any]) -> str | None:
+    """Whether a number of the record is beyond all numbers, as its free keys may hold: no report could be written."""
+    try:
+        json.dumps(record, allow_nan=False)
+    except ValueError:
+        return "it contains a number that is infinite or NaN"
+    return None
+
+
+def is_answers_folder(folder: Path) -> bool:
+    return (folder / RECORD).is_file() and not (folder / "config.json").is_file()
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write ``probe.json``, with the hash of its content; it appears under its name only when it is whole."""
+    # As it will be read: keys are texts then.
+    content = json.loads(json.dumps(record.to_dict()))
+    text = json.dumps(sealed(content), indent=1, ensure_ascii=False) + "\n"
+    write_whole(folder / RECORD, text.encode("utf-8", "backslashreplace"))
+
+
+PARTS = ".parts"
+# Beside these, what a killed run leaves: files that were being written.
+_UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[None]:
+    """The folder, made where it is missing, for this run alone; an error leaves none behind that holds nothing.
+
+    Raises OutputError where it is a file, holds something else, or is in use and `wait` is False.
+    """
+    if is_no_folder(folder):
+        raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
+    if _foreign(folder):
+        raise OutputError(
+            f"{folder} already exists and is not an answers folder.", hint="Choose a new folder for the answers."
+        )
+    with own_folder(folder, wait=wait):
+        yield
+
+
+def tidy(folder: Path) -> None:
+    """Remove what is of no use once all is answered: the parts."""
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+
+
+def stored(folder: Path) -> list[Answer]:
+    """All answers that the folder holds."""
+    return read_table(folder / TABLE) if (folder / TABLE).is_file() else []
+
+
+def parts_of(folder: Path, key: str) -> Path:
+    """Where the answers to one probe are kept until all of them are there."""
+    return folder / PARTS / key[:16]
+
+
+def write_part(parts: Path, answers: Sequence[Answer]) -> None:
+    parts.mkdir(parents=True, exist_ok=True)
+    write_table(parts / f"{len(list(parts.glob('*.parquet'))):05}.parquet", answers)
+
+
+def stored_parts(parts: Path) -> list[Answer]:
+    return [answer for path in sorted(parts.glob("*.parquet")) for answer in read_table(path)]
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether a folder holds anything beside answers or what a run that was cut short leaves."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return False
+    ours = {LOCK, PARTS, TABLE} if LOCK in names else {PARTS}
+    begun = _UNFINISHED if LOCK not in names else (*_UNFINISHED, TEXTS, f".{TEXTS}")
+    return RECORD not in names and any(name not in ours and not name.startswith(begun) for name in names)

@@ -1,0 +1,245 @@
+"""The original's distributions over its whole vocabulary, kept for one run: with them KL divergences are exact.
+
+Answers hold 256 tokens a fact, on which a divergence is a lower bound. All tokens of all facts would fill gigabytes, so
+they are kept on disk as long as the run lasts, in files that have no name: whatever ends the run ends them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressknow.evaluate.answers import LOGP_FLOOR, Answers
+from compressknow.evaluate.evaluate import evaluate
+from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.sources import Opened
+from compressknow.evaluate.text.evaluate import chunks_of, context_of, keys_of, read_again
+from compressknow.evaluate.text.running import RunningText
+from compressknow.quiet import Listener, Stage, begun
+
+if TYPE_CHECKING:
+    import torch
+
+    from compressknow.evaluate.handle import ModelHandle
+
+# What must stay free on the disk: the answers are to find room.
+RESERVE = 256 << 20
+# Log-probabilities that are compared at a time: 16 MB as float64, whatever the batch and the vocabulary.
+AT_A_TIME = 1 << 21
+
+
+class Distributions:
+    """The original's log-probabilities of every token at the answer's first position, by probe.
+
+    Parameters
+    ----------
+    original : is evaluated once more, at that position alone, where the run has taken its answers from a folder.
+    folder : on the disk that is to hold them; it need not be there before the first is kept.
+    """
+
+    def __init__(self, original: ModelHandle, folder: Path) -> None:
+        self._original, self._folder = original, folder
+        self._rows: dict[str, Rows] = {}
+
+    def of(self, probe: Probe | RunningText) -> Rows:
+        """Those of a probe. By content: a search has two halves of one name."""
+        key = probe.fingerprint()
+        if key not in self._rows:
+            self._rows[key] = (
+                Rows(self._folder, probe.most_scored, short=True)
+                if isinstance(probe, RunningText)
+                else Rows(self._folder, len(probe.facts))
+            )
+        return self._rows[key]
+
+    def complete(self, probes: Sequence[Opened], answers: Answers, on_progress: Listener | None) -> None:
+        """Have those of all facts and texts of these probes, as far as the disk has room; `answers` are the original's
+        to them. Tasks have none.
+
+        The original is in memory no longer than that.
+        """
+        kept = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
+        lacking = [probe for probe in kept if not self.of(probe).holds(_keys(probe, answers))]
+        try:
+            for probe in lacking:
+                if self.of(probe).gave_up:
+                    continue
+                if isinstance(probe, RunningText):
+                    self._read(probe, answers, on_progress)
+                else:
+                    self._evaluate(probe, answers, on_progress)
+        finally:
+            if lacking:
+                self._original.release()
+
+    def _read(self, text: RunningText, answers: Answers, on_progress: Listener | None) -> None:
+        original = self._original
+        stage = Stage("read", original.located.name, text.name, device=original.settings.device, again=True)
+        with begun(on_progress, stage) as advance:
+            reader = original.reader()
+            context = context_of(reader, text, answers.record.probes.get(text.name))
+            read_again(reader, chunks_of(reader, text, context), self.of(text), advance)
+
+    def _evaluate(self, probe: Probe, answers: Answers, on_progress: Listener | None) -> None:
+        original, rows = self._original, self.of(probe)
+        name, device = original.located.name, original.settings.device
+        stage = Stage("evaluate", name, probe.name, len(probe.facts), device, again=True)
+        with begun(on_progress, stage) as advance:
+            known = {answer.fact_id: answer for answer in answers.of(probe.name)}
+            prompts = original.prompts(probe)
+            for _ in evaluate(prompts, done=rows.facts, known=known, whole=rows.keep, advance=advance):
+                if rows.gave_up:
+                    break
+
+    def close(self) -> None:
+        for rows in self._rows.values():
+            rows.give_up()
+
+    def __enter__(self) -> Distributions:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
+    """What the distributions of a probe's facts, or of a text's tokens, are kept under."""
+    if isinstance(probe, Probe):
+        yield from (answer.fact_id for answer in answers.of(probe.name))
+    elif entry := answers.record.probes.get(probe.name):
+        for chunk in answers.texts.get(probe.name, ()):
+            yield from keys_of(chunk.number, int((entry.text or {})["context"]))
+
+
+class Rows:
+    """The distributions of one probe's facts: a file of floats, [facts, vocabulary], in the order they came in.
+
+    Those of a text's tokens take 16 bits each: half the disk.
+
+    Read and written, not mapped: a mapped file that outgrows its disk kills the process, and its pages count as its
+    memory.
+    """
+
+    def __init__(self, folder: Path, most: int, *, short: bool = False) -> None:
+        self._folder, self._most, self._short = folder, most, short
+        self._file: Any = None
+        self._places: dict[str, int] = {}
+        self._width = self._written = 0
+        self.gave_up = False
+
+    @property
+    def facts(self) -> frozenset[str]:
+        return frozenset(self._places)
+
+    def holds(self, facts: Iterable[str]) -> bool:
+        return not self.gave_up and all(fact in self._places for fact in facts)
+
+    def keep(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
+        """Keep the original's, [facts, vocabulary]; without room nothing is kept of the probe. No fact has a divergence
+        from itself: gives None for each.
+        """
+        if not self.gave_up:
+            try:
+                self._append(facts, log_probs.float().cpu().contiguous().numpy())
+            except OSError:
+                self.give_up()
+        return [None] * len(facts)
+
+    def divergence(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
+        """KL(original || model) in nats, over the whole vocabulary in float64, of each fact; `log_probs` are the
+        model's, [facts, vocabulary]. None for all where one is not kept, or the vocabulary has another size.
+        """
+        if not self.holds(facts) or log_probs.shape[1] != self._width:
+            return [None] * len(facts)
+        found: list[float | None] = []
+        step = max(1, AT_A_TIME // self._width)
+        # Apple's GPUs have no float64.
+        device = "cpu" if log_probs.device.type == "mps" else log_probs.device
+        try:
+            for start in range(0, len(facts), step):
+                chosen = slice(start, start + step)
+                original = self._read(facts[chosen]).to(device)
+                found += divergence_of(original, log_probs[chosen].to(device)).tolist()
+        except OSError:
+            self.give_up()
+            return [None] * len(facts)
+        return found
+
+    def give_up(self) -> None:
+        """Free the disk."""
+        self.gave_up, self._places = True, {}
+        if self._file is not None:
+            # What was not written yet for want of room is tried again here.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    @property
+    def _row(self) -> int:
+        """Bytes of one."""
+        return self._width * (2 if self._short else 4)
+
+    def _append(self, facts: Sequence[str], rows: np.ndarray) -> None:
+        if self._file is None:
+            self._width = rows.shape[1]
+            if shutil.disk_usage(self._folder).free < self._most * self._row + RESERVE:
+                self.give_up()
+                return
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        self._file.seek(self._written * self._row)
+        self._file.write((shortened(rows) if self._short else rows).data)
+        self._file.flush()
+        self._places |= {fact: self._written + row for row, fact in enumerate(facts)}
+        self._written += len(facts)
+
+    def _read(self, facts: Sequence[str]) -> torch.Tensor:
+        import torch
+
+        rows = np.empty((len(facts), self._width), dtype=np.uint16 if self._short else np.float32)
+        for row, fact in zip(rows, facts, strict=True):
+            self._file.seek(self._places[fact] * self._row)
+            if self._file.readinto(row.data) != row.nbytes:
+                raise OSError("the file is cut short")
+        return torch.from_numpy(lengthened(rows) if self._short else rows)
+
+
+_STEPS = 65534 / math.sqrt(-LOGP_FLOOR)
+
+
+def shortened(log_probs: np.ndarray) -> np.ndarray:
+    """Log-probabilities in 16 bits, uint16: their square roots in equal steps, so that those near 0 are told best. One
+    of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is no number.
+    """
+    roots = np.rint(np.sqrt(-np.clip(log_probs, LOGP_FLOOR, 0)) * np.float32(_STEPS))
+    return np.where(np.isnan(roots), np.float32(65535), roots).astype(np.uint16)
+
+
+def lengthened(stored: np.ndarray) -> np.ndarray:
+    """What `shortened` gave, as float32.
+
+    >>> lengthened(shortened(np.array([0.0, -2.0, np.nan], dtype=np.float32))).round(3)
+    array([-0., -2., nan], dtype=float32)
+    """
+    roots = stored.astype(np.float32) / np.float32(_STEPS)
+    return np.where(stored == 65535, np.float32(np.nan), -(roots**2))
+
+
+def divergence_of(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+    """KL(original || compressed) in nats of log-probabilities over all tokens, [facts, tokens]: float64, [facts].
+
+    As p (q/p - 1 - log q/p), which is the same sum where both add up to 1, but has no negative terms, and takes no harm
+    from the last digits by which float32 does not add up to 1.
+    """
+    before, after = (side.double().clamp(min=LOGP_FLOOR) for side in (original, compressed))
+    change = after - before
+    return (before.exp() * (change.expm1() - change)).clamp(min=0).sum(-1)

@@ -1,0 +1,234 @@
+"""Evaluating a model on the facts of a probe, batch by batch, on the original's most likely tokens where there is an
+original.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from compressknow.engine.language_model import embedding_rows
+from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.evaluate.answers import Answer, Answers
+from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.scoring.prompts import Ids
+from compressknow.evaluate.sources import Opened, Task
+from compressknow.quiet import Advance, Pace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compressknow.evaluate.runtimes.runtime import Answering, Loaded
+    from compressknow.evaluate.scoring.scorer import Query, Scorer, Whole
+
+
+END_OF_TEXT = "<|endoftext|>"
+BATCH_SIZE = 128
+# So many facts are timed before the first batch, where there are LEAST times as many.
+SAMPLE, LEAST = 12, 16
+# So many tokens of candidates are scored, about, however many there are.
+MOST_FURTHER = 64
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The facts of a probe as one model reads them, in batches that it answers at a time; and those that it cannot, by
+    reason.
+    """
+
+    scorer: Answering
+    batches: tuple[Sequence[Query], ...]
+    dropped: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+
+def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
+    """The scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
+
+    Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.
+    """
+    from compressknow.evaluate.scoring.families import CausalScorer, MaskedScorer, Seq2SeqScorer
+
+    rows, size = embedding_rows(model), len(tokenizer)
+    # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
+    unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens
+    if size > rows and not (unused and tokenizer.convert_ids_to_tokens(rows) == END_OF_TEXT):
+        raise CheckpointError(
+            f"The tokenizer has {size:,} tokens, the model's embedding {rows:,} rows: they do not match.",
+            hint="Put the tokenizer that the model was trained with in the same folder as the weights.",
+        )
+    if family == "masked" and tokenizer.mask_token is None:
+        raise UnsupportedError(
+            "The tokenizer has no mask token: a masked language model cannot be evaluated without one.",
+            hint="Set `mask_token` in its tokenizer_config.json.",
+        )
+    scorers: dict[str, type[MaskedScorer | CausalScorer | Seq2SeqScorer]] = {
+        "masked": MaskedScorer,
+        "causal": CausalScorer,
+        "seq2seq": Seq2SeqScorer,
+    }
+    return scorers[family](model, tokenizer, probe)
+
+
+def prompts_of(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
+    """The probe's facts as prompts: sorted by length, so that a batch needs no padding; the order is fixed."""
+    queries: list[Query] = []
+    dropped: Counter[str] = Counter(scorer.probe.dropped)
+    for fact in scorer.probe.facts:
+        query = scorer.query(fact)
+        if isinstance(query, str):
+            dropped[query] += 1
+        else:
+            queries.append(query)
+    parts = chain.from_iterable(scorer.parts(batch) for batch in batched(queries, batch_size))
+    return Prompts(scorer, tuple(parts), dict(dropped))
+
+
+def evaluate(
+    prompts: Prompts,
+    *,
+    reference: Mapping[str, Ids] | None = None,
+    done: frozenset[str] = frozenset(),
+    known: Mapping[str, Answer] | None = None,
+    whole: Whole | None = None,
+    advance: Advance | None = None,
+) -> Iterator[list[Answer]]:
+    """Answers, a batch at a time as they come, of all facts that are not `done`.
+
+    Parameters
+    ----------
+    reference : fact id -> ids at the answer's first position whose log-probabilities are wanted: the original's.
+    done : ids of facts that are answered. A batch is left out whole or run whole, so that a batch that is run
+        later is the same one.
+    known : fact id -> what this model answered, with the log-probabilities of other tokens: these alone are scored.
+    whole : is told each batch's distributions over the whole vocabulary; see `compressknow.evaluate.distributions`.
+    """
+    left = [batch for batch in prompts.batches if not all(query.fact.id in done for query in batch)]
+    total = prompts.total
+    answered = total - sum(map(len, left))
+    if advance:
+        advance(answered, total)
+    pace = _pace(prompts.scorer, left, measured=advance is not None and known is None)
+    if advance and pace.left is not None:
+        advance(answered, total, pace.left)
+
+    def answer(batch: Sequence[Query]) -> list[Answer]:
+        wanted = [reference[query.fact.id] for query in batch] if reference is not None else None
+        if known is None:
+            return prompts.scorer.answer(batch, wanted, whole)
+        return prompts.scorer.answer_anew(batch, [known[query.fact.id] for query in batch], wanted, whole)
+
+    for batch, answers in prompts.scorer.each(answer, left):
+        yield answers
+        answered += len(batch)
+        pace.add(_work(prompts.scorer, batch))
+        if advance:
+            advance(answered, total, pace.left)
+
+
+def _pace(scorer: Answering, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
+    """The pace of the batches that are left; `measured` runs a few facts of some of them first, to take the time."""
+    work = sum(_work(scorer, batch) for batch in left)
+    # Where facts are answered one by one, the first of them tell it as soon.
+    if not measured or sum(map(len, left)) < LEAST * SAMPLE or max(map(len, left)) == 1:
+        return Pace(work)
+    samples = [left[len(left) * place // 4][: SAMPLE // 3] for place in (1, 2, 3)]
+    # The first call of all prepares much that later ones find done.
+    scorer.answer(samples[0][:1], None)
+    start = time.monotonic()
+    for sample in samples:
+        scorer.answer(sample, None)
+    return Pace(work, sum(_work(scorer, sample) for sample in samples), time.monotonic() - start)
+
+
+def _work(scorer: Answering, batch: Iterable[Query]) -> int:
+    """What a batch costs, about, in tokens. Masked models read the whole prompt again for each further token of a
+    candidate; of many candidates most need not be finished.
+    """
+    again = scorer.family == "masked"
+    return sum(_tokens(query, again) for query in batch)
+
+
+def _tokens(query: Query, again: bool) -> int:
+    further = min(sum(len(option) - 1 for option in query.options), MOST_FURTHER)
+    return len(query.prompt) * (1 + further) if again else len(query.prompt) + further
+
+
+def batched(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]:
+    """Queries of one shape, at most `size` of them at a time, the shortest first."""
+    shapes: dict[tuple[int, ...], list[Query]] = {}
+    for query in prompts:
+        shapes.setdefault(query.shape, []).append(query)
+    for shape in sorted(shapes):
+        alike = shapes[shape]
+        for start in range(0, len(alike), size):
+            yield tuple(alike[start : start + size])
+
+
+def refuse_other_facts(reference: Answers, probe: Opened) -> None:
+    """Raise UsageError where the original was not evaluated on this probe, or on other prompts of it."""
+    asked = reference.record.probes.get(probe.name)
+    if asked is None and not isinstance(probe, Task):
+        raise UsageError(
+            f"The original was not evaluated on {probe.name}, but its most likely tokens are needed.",
+            hint="Probe the original with the same -p PROBE first.",
+        )
+    if asked and asked.fingerprint != probe.fingerprint():
+        raise UsageError(
+            f"The original was evaluated on other facts or prompts of {probe.name}.",
+            hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --context, "
+            "--data), or probe it again.",
+        )
+
+
+def refuse_other_model(reference: Answers, name: str, loaded: Loaded) -> None:
+    """Raise CompressknowError where a model cannot be a compressed form of the original: it is of another family; or,
+    where both run in transformers, its tokens are others.
+    """
+    before = reference.record.model
+    keys: list[tuple[str, object, object]] = [("family", before.family, loaded.family)]
+    # Where another runtime than transformers gives the answers of either, they are compared as texts.
+    if before.runtime is None and loaded.record() is None:
+        keys.append(("vocabulary", before.vocabulary, loaded.vocabulary))
+    for key, known, value in keys:
+        if None not in (known, value) and known != value:
+            raise CompressknowError(
+                f"{name} is not a compressed version of {before.name}: they differ in {key}.",
+                why=f"{before.name} has {known}, {name} has {value}.",
+                hint="Compare a model with the checkpoint that it was made from.",
+            )
+    if loaded.gives_scores != (before.runtime or {}).get("scores", True):
+        raise CompressknowError(
+            f"{name} and {before.name} were not asked in the same way.",
+            why="Of one there are probabilities of candidates; of the other, on a server, only what it writes.",
+            hint="Run both on the same kind of server.",
+        )
+
+
+def tokens_alike(reference: Answers, loaded: Loaded) -> bool:
+    """Whether a model can be asked for the original's most likely tokens: not where its own are others."""
+    known = reference.record.model.vocabulary
+    return None in (known, loaded.vocabulary) or known == loaded.vocabulary
+
+
+def first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
+    """Fact id -> the tokens that the original held most likely at the answer's first position.
+
+    Raises CompressknowError where a fact to be evaluated is not among the original's answers.
+    """
+    ids = {answer.fact_id: answer.first_ids for answer in reference.of(probe.name)}
+    wanted = [query.fact.id for batch in prompts.batches for query in batch]
+    if missing := [fact for fact in wanted if fact not in ids]:
+        raise CompressknowError(
+            f"The original's answers to {probe.name} lack {len(missing):,} of {len(wanted):,} facts "
+            f"({missing[0]!r}, for one).",
+            hint="Probe the original again.",
+        )
+    return ids

@@ -1,0 +1,172 @@
+"""Grades of knowing: whether a model says a fact, picks it, has it near, or has lost it.
+
+Picking the right candidate and saying it are two things: a compressed model often still picks what it no longer says.
+
+| grade | |
+| --- | --- |
+| ``produced`` | right, and its greedy text begins with the object (masked: first of the whole vocabulary) |
+| ``recognized`` | right, but not produced |
+| ``demoted`` | not right, but said, among the best five, or said after one solved example of the same relation |
+| ``gone`` | none of these |
+
+Right is what the probe's rules say: most often, first among the candidates. So known is produced and recognized.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from compressknow.errors import CompressknowError, UsageError, did_you_mean
+from compressknow.evaluate.answers import GRADES, Answer, Answers
+from compressknow.evaluate.facts import Fact
+from compressknow.evaluate.records import ProbeEntry
+
+PRODUCED, RECOGNIZED, DEMOTED, GONE = GRADES
+# What may count as known: all that is right by the probe's rules, or only what is said.
+KNOWN = (RECOGNIZED, PRODUCED)
+# Being among the best so many makes a fact demoted, where there are more to choose from.
+NEAR = 5
+# A choice that a text does not begin with ends there.
+NOWHERE = (0, False)
+_END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
+# What may stand before an answer and is no part of it: articles, quotes and other punctuation, but for the signs of a
+# number.
+_OPENING = re.compile(r"(?:[^\w\n+.$€£-]|_|(?:an?|the)(?=[\W_]))*", re.IGNORECASE)
+
+
+def opening_of(text: str) -> str:
+    """What stands before a text's first word: articles, quotes and other punctuation, which SQuAD's normalization of
+    answers drops too (Rajpurkar et al. 2016).
+
+    >>> opening_of(' the "South America"'), opening_of("another")
+    (' the "', '')
+    """
+    opening = _OPENING.match(text)
+    return opening[0] if opening else ""
+
+
+def end_of(text: str, label: str) -> int | None:
+    """Where a label ends with which the text begins, as whole words, whatever their case and what opens either; None
+    where it does not.
+
+    >>> end_of("Paris, the city", "paris"), end_of("Parisian food", "Paris"), end_of('"Gambia"', "the Gambia")
+    (5, None, 7)
+    """
+    if (end := _end(text, label)) is not None:
+        return end
+    start, bare = len(opening_of(text)), label[len(opening_of(label)) :]
+    end = _end(text[start:], bare)
+    return None if end is None else start + end
+
+
+def _end(text: str, label: str) -> int | None:
+    folded = label.casefold()
+    if not folded or not text.casefold().startswith(folded):
+        return None
+    # Folding may change the number of letters (ß, ss): the place where the label ends is looked for.
+    end = next((n for n in range(1, len(text) + 1) if text[:n].casefold() == folded), None)
+    return None if end is None or re.match(r"\w", text[end:]) else end
+
+
+def cut(text: str, start: int = 0) -> str:
+    """The text up to the end of its first sentence or line, which is looked for from `start` on.
+
+    >>> cut("the Nile. It flows")
+    'the Nile'
+    """
+    end = _END_OF_ANSWER.search(text, start)
+    return (text[: end.start()] if end else text).strip()
+
+
+def said(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str) -> str:
+    """The choice that a greedy text says: the longest one with which it begins, of equal ones that to the letter. Its
+    first sentence where it says none.
+
+    Parameters
+    ----------
+    spelled : a choice as the model's tokenizer gives it back ("são tomé" as "sao tome").
+
+    >>> said("New York City, of course", ["New York", "New York City"]), said("a city. It", ["Paris"])
+    ('New York City', 'a city')
+    """
+    text = text.strip()
+    ends = {choice: _furthest(text, {choice, spelled(choice)}) for choice in choices}
+    choice = max(ends, key=lambda each: ends[each], default="")
+    return choice if ends.get(choice, NOWHERE) > NOWHERE else cut(text)
+
+
+def _furthest(text: str, labels: set[str]) -> tuple[int, bool]:
+    """Where the labels end with which the text begins, and whether one of them does so to the letter."""
+    return max((end_of(text, label) or 0, _end(text, label) is not None) for label in labels)
+
+
+def grade_of(answer: Answer) -> str:
+    """The grade of an answer to a fact, by what it holds. Without a greedy text it is recognized at best; among five
+    candidates or fewer, being among the best five says nothing.
+    """
+    if answer.correct:
+        return PRODUCED if answer.produced == answer.gold else RECOGNIZED
+    few = answer.choices is not None and answer.choices <= NEAR
+    near = answer.rank is not None and answer.rank <= NEAR and not few
+    return DEMOTED if near or answer.gold in (answer.produced, answer.with_example) else GONE
+
+
+def graded(answer: Answer, fact: Fact, text: str | None, spelled: Callable[[str], str] = str) -> Answer:
+    """The answer with what its model says greedily and the grade of that; `text` is None where it cannot write."""
+    produced = None if text is None else said(text, choices_of(fact), spelled)
+    answer = replace(answer, produced=produced, with_example=None)
+    return replace(answer, grade=grade_of(answer))
+
+
+def choices_of(fact: Fact) -> tuple[str, ...]:
+    """What a greedy text may say: the candidates, or the object where there are none."""
+    return fact.candidates or (fact.obj_label,)
+
+
+def check_known(known: str) -> None:
+    """Raise UsageError for what is no reading of knowing."""
+    if known not in KNOWN:
+        raise UsageError(
+            f"Unknown reading of knowing: {known!r}.",
+            hint=f"{did_you_mean(known, KNOWN)}There is {' and '.join(KNOWN)}.",
+        )
+
+
+def known_as(answers: Answers, known: str) -> Answers:
+    """The answers, right where the fact is known in this reading: ``recognized`` as they are, ``produced`` where it is
+    said too. What is said is then the answer, and none is right by chance.
+
+    Raises UsageError for another reading, CompressknowError where the answers do not tell what is said.
+    """
+    check_known(known)
+    if known == RECOGNIZED:
+        return answers
+    for probe in answers.probes:
+        if any(answer.produced is None for answer in answers.of(probe)):
+            raise CompressknowError(
+                f"The answers of {answers.record.model.name} to {probe} do not tell what it says.",
+                why="Those of lm-eval's tasks, of older versions and of models that cannot write do not.",
+                hint="Evaluate it again, choose other probes, or leave out --known produced.",
+            )
+    entries = {name: _entry_as_produced(entry) for name, entry in answers.record.probes.items()}
+    record = replace(answers.record, probes=entries)
+    return replace(answers, record=record, answers=tuple(map(_as_produced, answers.answers)))
+
+
+def _entry_as_produced(entry: ProbeEntry) -> ProbeEntry:
+    floors = {runtime: floor.produced for runtime, floor in entry.runtime_noise_floors.items()}
+    return replace(
+        entry,
+        chance=None,
+        noise_floor=entry.noise_floor and entry.noise_floor.produced,
+        runtime_noise_floors={runtime: floor for runtime, floor in floors.items() if floor},
+    )
+
+
+def _as_produced(answer: Answer) -> Answer:
+    assert answer.produced is not None
+    # One that says the object though another candidate is likelier is not right: that candidate is its answer.
+    predicted = answer.predicted if answer.grade == DEMOTED and answer.produced == answer.gold else answer.produced
+    return replace(answer, correct=answer.grade == PRODUCED, predicted=predicted, choices=None)

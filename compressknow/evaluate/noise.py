@@ -1,0 +1,188 @@
+"""The noise floor: how much of what a model answers another precision changes, weights and all else being the same; or
+another runtime (see `compressknow.evaluate.runtime_noise`).
+
+What a compressed model changes beyond that is its own doing; what lies below may be rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from compressknow.errors import CheckpointError, UnsupportedError
+from compressknow.evaluate.answers import Answers, locked, read_record, write_record
+from compressknow.evaluate.evaluate import evaluate, first_ids, tokens_alike
+from compressknow.evaluate.facts import Probe, fact_of
+from compressknow.evaluate.grades import PRODUCED, known_as
+from compressknow.evaluate.records import NoiseFloor, Record
+from compressknow.evaluate.wordings import by_majority
+from compressknow.quiet import Listener, Stage, begun
+
+if TYPE_CHECKING:
+    from compressknow.evaluate.distributions import Distributions, Rows
+    from compressknow.evaluate.handle import ModelHandle
+    from compressknow.evaluate.sources import Opened
+
+# Facts of a probe that are asked again: a tenth of them, but no fewer than tell 1 % from 5 %, and no more than tell it
+# from 3 %.
+PART, LEAST_FACTS, MOST_FACTS = 0.1, 100, 300
+_SEED = 20_231
+
+
+def with_noise_floor(
+    original: ModelHandle,
+    probes: Sequence[Opened],
+    answers: Answers,
+    folder: Path,
+    on_progress: Listener | None = None,
+    *,
+    whole: Distributions | None = None,
+) -> Answers:
+    """The original's answers with the noise floor of each probe of facts: of a sample of its facts, seeded.
+
+    A model that does not run in another precision has none. What runs elsewhere than in transformers has no other
+    precision here.
+
+    Parameters
+    ----------
+    folder : where the answers lie; the noise floor is kept in its record, so that it is found once.
+    whole : the original's distributions, where this run keeps them; what it lacks is found for the sample.
+    """
+    if not original.settings.noise_floor:
+        return answers
+    entries = answers.record.probes
+    lacking = [probe for probe in probes if isinstance(probe, Probe) and entries[probe.name].noise_floor is None]
+    other = original.in_another_precision() if lacking else None
+    if other is None:
+        return answers
+    try:
+        found = measured(original, other, "noise", lacking, answers, folder, on_progress, whole=whole)
+    except (CheckpointError, UnsupportedError):
+        return answers
+    return kept(answers, folder, {name: {"noise_floor": floor} for name, floor in found.items()})
+
+
+def measured(
+    original: ModelHandle,
+    other: ModelHandle,
+    work: Literal["noise", "runtime"],
+    probes: Sequence[Probe],
+    answers: Answers,
+    folder: Path,
+    on_progress: Listener | None,
+    *,
+    whole: Distributions | None = None,
+) -> dict[str, NoiseFloor]:
+    """The noise floor by probe: `other` is the same model, run otherwise, and answers a sample of each probe's facts.
+
+    Both are released. Parameters are those of `with_noise_floor`; the stages are of that `work`.
+    """
+    from compressknow.evaluate.distributions import Distributions
+
+    samples = {probe.name: _sample(probe, answers) for probe in probes}
+    try:
+        with Distributions(original, folder) as own:
+            rows = {probe.name: _rows(probe, samples[probe.name], whole, own, on_progress) for probe in probes}
+            original.release()
+            return _answered(other, work, samples, rows, on_progress)
+    finally:
+        other.release()
+
+
+class _Sample(NamedTuple):
+    """Some of a probe's facts, and the original's answers to them."""
+
+    probe: Probe
+    answers: Answers
+
+
+def _sample(probe: Probe, answers: Answers) -> _Sample:
+    """Of the facts that were answered, in the probe's order, each in all its wordings."""
+    answered = {answer.fact_id: answer for answer in answers.of(probe.name)}
+    # A user's own id may end like that of a wording.
+    whole = fact_of if probe.templates else str
+    asked = [fact for fact in probe.facts if fact.id in answered]
+    facts = list(dict.fromkeys(whole(fact.id) for fact in asked))
+    wanted = min(len(facts), MOST_FACTS, max(LEAST_FACTS, round(PART * len(facts))))
+    chosen = set(random.Random(_SEED).sample(facts, wanted))
+    sample = tuple(fact for fact in asked if whole(fact.id) in chosen)
+    return _Sample(replace(probe, facts=sample), Answers(answers.record, tuple(answered[fact.id] for fact in sample)))
+
+
+def _rows(
+    probe: Probe, sample: _Sample, whole: Distributions | None, own: Distributions, on_progress: Listener | None
+) -> Rows:
+    """The original's distributions of a sample: those that this run has kept of the whole probe, or found now."""
+    kept = whole.of(probe) if whole else None
+    if kept is not None and kept.holds(answer.fact_id for answer in sample.answers.answers):
+        return kept
+    own.complete([sample.probe], sample.answers, on_progress)
+    return own.of(sample.probe)
+
+
+def _answered(
+    other: ModelHandle,
+    work: Literal["noise", "runtime"],
+    samples: Mapping[str, _Sample],
+    rows: Mapping[str, Rows],
+    on_progress: Listener | None,
+) -> dict[str, NoiseFloor]:
+    facts, found = sum(len(sample.probe.facts) for sample in samples.values()), {}
+    for name, (sample, own) in samples.items():
+        stage = Stage(work, other.located.name, name, facts, other.settings.device)
+        with begun(on_progress, stage) as advance:
+            prompts = other.prompts(sample)
+            # What it would write is of no use where the original writes nothing.
+            prompts.scorer.says = all(answer.produced is not None for answer in own.answers)
+            alike = tokens_alike(own, other.loaded)
+            batches = evaluate(
+                prompts,
+                reference=first_ids(own, sample, prompts) if alike else None,
+                whole=rows[name].divergence if alike else None,
+                advance=advance,
+            )
+            again = replace(own, answers=tuple(answer for batch in batches for answer in batch))
+        found[name] = noise_of(own, again, other.loaded.computed_in)
+    return found
+
+
+def noise_of(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
+    """Counts of one model's answers to the facts of a probe that it answered in both precisions or runtimes, in each
+    reading of knowing that they tell."""
+    floor = _counted(by_majority(before), by_majority(after), computed_in)
+    if any(answer.produced is None for each in (before, after) for answer in each.answers):
+        return floor
+    said, said_again = (by_majority(known_as(each, PRODUCED)) for each in (before, after))
+    return replace(floor, produced=_counted(said, said_again, computed_in))
+
+
+def _counted(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
+    by_id = {answer.fact_id: answer for answer in after.answers}
+    pairs = [(one, by_id[one.fact_id]) for one in before.answers if one.fact_id in by_id]
+    divergences = [other.first_kl for _, other in pairs]
+    known = [value for value in divergences if value is not None and math.isfinite(value)]
+    return NoiseFloor(
+        n=len(pairs),
+        changed=sum(one.predicted != other.predicted for one, other in pairs),
+        known=sum(one.correct for one, _ in pairs),
+        lost=sum(one.correct and not other.correct for one, other in pairs),
+        gained=sum(other.correct and not one.correct for one, other in pairs),
+        kl_mean=math.fsum(known) / len(known) if known and len(known) == len(pairs) else None,
+        computed_in=computed_in,
+    )
+
+
+def kept(answers: Answers, folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Answers:
+    """The answers with what was found, in their folder's record too: by probe, fields of its entry."""
+
+    def with_found(record: Record) -> Record:
+        own = {name: replace(record.probes[name], **fields) for name, fields in found.items()}
+        return replace(record, probes={**record.probes, **own})
+
+    with locked(folder, True):
+        write_record(folder, with_found(read_record(folder)))
+    return replace(answers, record=with_found(answers.record))

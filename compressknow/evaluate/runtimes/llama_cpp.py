@@ -1,0 +1,120 @@
+"""llama.cpp: it runs GGUF files as they are deployed, in its own kernels, on this machine's processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from compressknow.engine.language_model import AUTO, CPU
+from compressknow.errors import UsageError
+from compressknow.evaluate.runtimes.runtime import Loaded, Runtime
+
+if TYPE_CHECKING:
+    from compressknow.engine.identity import Located
+    from compressknow.evaluate.facts import Probe
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.scoring.llama_cpp import LlamaCppScorer
+    from compressknow.evaluate.text.llama_cpp import GgufReader
+
+
+class LlamaCpp(Runtime):
+    """Registered as ``llama.cpp``."""
+
+    name = "llama.cpp"
+    help = "GGUF files, in llama.cpp's own kernels; the default for these where it is installed"
+
+    def reads(self, located: Located) -> bool:
+        """GGUF files."""
+        return located.url is None and located.path.suffix == ".gguf"
+
+    def is_default(self, located: Located) -> bool:
+        """Where the extra is installed; else transformers unpacks them."""
+        from compressknow.engine.llama_cpp.native import is_there
+
+        return self.reads(located) and is_there()
+
+    def settled(self, settings: Settings) -> Settings:
+        """On the processor: others are refused. What it computes in is the file's own, not `dtype`."""
+        if settings.device not in (AUTO, CPU):
+            raise UsageError(
+                f"--device {settings.device}: GGUF files run on the processor here.",
+                hint="Leave out --device, or pass --runtime transformers to unpack them.",
+            )
+        return replace(settings, device=CPU, dtype=None)
+
+    def key(self) -> tuple[str, ...]:
+        """Another build may compute otherwise."""
+        from compressknow.engine.llama_cpp.native import native
+
+        return self.name, native().build
+
+    def open(self, located: Located, settings: Settings) -> LoadedInLlamaCpp:  # noqa: ARG002
+        """See `compressknow.engine.llama_cpp.model.GgufModel`."""
+        return LoadedInLlamaCpp(located)
+
+
+class LoadedInLlamaCpp(Loaded):
+    """A GGUF file, memory-mapped."""
+
+    family = "causal"
+
+    def __init__(self, located: Located) -> None:
+        from compressknow.engine.llama_cpp.model import GgufModel
+
+        self._model = GgufModel(located.path)
+        self._readers: list[LlamaCppScorer | GgufReader] = []
+        self.architecture = self._model.architecture
+        self.computed_in = f"llama.cpp {self._model.native.build}"
+        self.parameters = self._model.parameters
+
+    @property
+    def vocabulary(self) -> str:  # type: ignore[override]
+        """Found when it is asked for."""
+        return self._model.vocabulary
+
+    def scorer(self, probe: Probe) -> LlamaCppScorer:
+        """On as many threads as torch uses."""
+        import torch
+
+        from compressknow.evaluate.scoring.llama_cpp import LlamaCppScorer
+
+        scorer = LlamaCppScorer(self._model, probe, torch.get_num_threads())
+        self._readers.append(scorer)
+        return scorer
+
+    def reader(self) -> GgufReader:
+        """On as many threads as torch uses."""
+        import torch
+
+        from compressknow.evaluate.text.llama_cpp import GgufReader
+
+        reader = GgufReader(self._model, torch.get_num_threads())
+        self._readers.append(reader)
+        return reader
+
+    def record(self) -> Mapping[str, Any]:
+        """Name, build, and how each group of layers is stored."""
+        return self._record
+
+    def described(self) -> Mapping[str, Any]:
+        """How most weights are stored, and what an export of compressknow says that it was made from."""
+        from compressknow.gguf.record import PREFIX, SOURCE
+
+        said = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in SOURCE}
+        source = {key: value for key, value in said.items() if value}
+        return {"quantization": f"GGUF {self._model.file_type}", **({"source": source} if source else {})}
+
+    @cached_property
+    def _record(self) -> Mapping[str, Any]:
+        from compressknow.engine.llama_cpp.types import types_of
+
+        types = types_of(self._model.path)
+        return {"name": LlamaCpp.name, "build": self._model.native.build, "types": types}
+
+    def release(self) -> None:
+        """The contexts first, which read the model."""
+        for reader in self._readers:
+            reader.release()
+        self._model.close()

@@ -1,0 +1,73 @@
+"""transformers, with the engine's layers: it runs checkpoint folders, and GGUF files unpacked to floats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compressknow.engine.language_model import LanguageModel, load_language_model
+from compressknow.evaluate.evaluate import scorer_for
+from compressknow.evaluate.runtimes.runtime import Loaded, Runtime
+
+if TYPE_CHECKING:
+    from compressknow.engine.identity import Located
+    from compressknow.evaluate.facts import Probe
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.scoring.scorer import Scorer
+    from compressknow.evaluate.text.reading import TransformersReader
+
+
+class Transformers(Runtime):
+    """Registered as ``transformers``."""
+
+    name = "transformers"
+    help = "checkpoint folders, Hub ids; unpacks GGUF files to floats"
+    has_precisions = True
+
+    runs_tasks = True
+
+    def reads(self, located: Located) -> bool:
+        """All that lies on this machine."""
+        return located.url is None
+
+    def open(self, located: Located, settings: Settings) -> LoadedInTransformers:
+        """See `compressknow.engine.language_model.load_language_model`."""
+        return LoadedInTransformers(
+            load_language_model(
+                located.path,
+                device=settings.device,
+                dtype=settings.computed_in,
+                trust_remote_code=settings.trust_remote_code,
+            )
+        )
+
+
+class LoadedInTransformers(Loaded):
+    """A model of transformers."""
+
+    language_model: LanguageModel
+
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.language_model = language_model
+        self.family = language_model.family
+        self.architecture = type(language_model.model).__name__
+        self.computed_in = language_model.dtype
+
+    @property
+    def vocabulary(self) -> str:  # type: ignore[override]
+        """Found when it is asked for: reading all tokens takes a while."""
+        return self.language_model.vocabulary
+
+    @property
+    def parameters(self) -> int:  # type: ignore[override]
+        """How many it has."""
+        return self.language_model.parameters
+
+    def scorer(self, probe: Probe) -> Scorer:
+        """That of the model's family."""
+        return scorer_for(self.language_model.model, self.language_model.tokenizer, self.family, probe)
+
+    def reader(self) -> TransformersReader:
+        """See `compressknow.evaluate.text.reading`."""
+        from compressknow.evaluate.text.reading import TransformersReader
+
+        return TransformersReader(self.language_model)

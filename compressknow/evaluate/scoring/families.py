@@ -1,0 +1,329 @@
+"""How each family of models answers: masked, causal, encoder-decoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressknow.engine.language_model import decoder_start
+from compressknow.errors import CheckpointError, UnsupportedError
+from compressknow.evaluate.facts import BLANK, Fact
+from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded
+from compressknow.evaluate.scoring.prompts import Ids
+from compressknow.evaluate.scoring.ranking import Scores
+from compressknow.evaluate.scoring.scorer import ROWS, Query, Scorer, group_by_length
+
+# Index of the query, the number of tokens of an option, and its beginning: what a pass predicts the next token from.
+Step = tuple[int, int, Ids]
+FIRST_SENTINEL, NEXT_SENTINEL = "<extra_id_0>", "<extra_id_1>"
+
+
+class MaskedScorer(Scorer):
+    """Masked language models: the answer is what the model puts at the mask.
+
+    A candidate of several tokens is scored by its pseudo-log-likelihood (Salazar et al. 2020), its tokens from left to
+    right: each is predicted with itself and the ones after it masked, so that no part of a name gives another one away
+    (Kauf and Ivanova 2023; ``answer_l2r+word_l2r`` with conditional scores in lm-pub-quiz).
+    """
+
+    family = "masked"
+    by_weights = ("_head_alone",)
+    # Whether the head gives the same where it sees the masked positions alone; None until it is tried.
+    _head_alone: bool | None = None
+
+    def prompt(self, fact: Fact) -> Ids:
+        ids = self.encoder.ids(fact.prompt.replace(BLANK, self.tokenizer.mask_token), True)
+        if ids.count(self.tokenizer.mask_token_id) != 1:
+            raise CheckpointError(
+                f"The tokenizer makes {ids.count(self.tokenizer.mask_token_id)} mask tokens of {fact.prompt!r}.",
+                hint="See that its mask token is one of its special tokens.",
+            )
+        return self._without_space(ids) if fact.gap else ids
+
+    def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:  # noqa: ARG002
+        # What follows is in sight anyway.
+        return tuple(self.encoder.answer(fact.before, text, fact.gap) for text in texts)
+
+    def unaskable(self, fact: Fact) -> str | None:  # noqa: ARG002
+        return None
+
+    @cached_property
+    def one_token(self) -> bool:
+        return True
+
+    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+        return self._log_probs([(query.prompt, self._blank(query)) for query in batch]), batch
+
+    def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
+        scores = [np.empty(len(query.options)) for query in batch]
+        groups = [group_by_length(query.options) for query in batch]
+        for length in sorted({length for group in groups for length in group}):
+            chosen = [index for index, group in enumerate(groups) if length in group]
+            masked = log_probs[chosen] if length == 1 else self._first_of(length, [batch[i] for i in chosen])
+            for row, index in zip(masked, chosen, strict=True):
+                options = groups[index][length]
+                heads = torch.tensor([batch[index].options[option][0] for option in options], device=row.device)
+                scores[index][options] = row[heads].double().cpu().numpy()
+        return scores
+
+    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
+        batch: Sequence[Query] = state
+        scores, place = scores.copy(), 1
+        while alive := [row for row, (_, ids) in enumerate(rows) if place < len(ids) and not scores[row] < bars[row]]:
+            # Candidates that begin alike share the passes of their common beginning.
+            wanted: dict[Step, list[int]] = {}
+            steps = [(rows[row][0], len(rows[row][1]), rows[row][1][:place]) for row in alive]
+            for step, row in zip(steps, alive, strict=True):
+                wanted.setdefault(step, []).append(rows[row][1][place])
+            logp = self._steps(batch, wanted)
+            scores[alive] += [logp[step][rows[row][1][place]] for step, row in zip(steps, alive, strict=True)]
+            place += 1
+        return scores
+
+    def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:  # noqa: ARG002
+        """The first of the whole vocabulary at the mask; where the object has several tokens, at as many masks from
+        left to right: its length is told to the model, as candidates' lengths are where they are scored.
+        """
+        found: list[Ids] = [(token,) for token in log_probs.argmax(-1).tolist()]
+        for length in {len(query.gold) for query in batch} - {0, 1}:
+            chosen = [index for index, query in enumerate(batch) if len(query.gold) == length]
+            for index, ids in zip(chosen, self._filled([batch[index] for index in chosen], length), strict=True):
+                found[index] = ids
+        return [self.encoder.decode(ids) for ids in found]
+
+    def _filled(self, batch: Sequence[Query], length: int) -> list[Ids]:
+        """The likeliest token at each of `length` masks, those before it filled in."""
+        found: list[Ids] = [()] * len(batch)
+        for _ in range(length):
+            rows = [self._row(query, length, ids) for query, ids in zip(batch, found, strict=True)]
+            tokens = self._log_probs(rows).argmax(-1).tolist()
+            found = [(*ids, token) for ids, token in zip(found, tokens, strict=True)]
+        return found
+
+    def _steps(self, batch: Sequence[Query], wanted: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
+        """Log-probabilities of the wanted tokens after each beginning of a candidate."""
+        sizes: dict[int, list[Step]] = {}
+        for step in wanted:
+            sizes.setdefault(len(batch[step[0]].prompt) + step[1], []).append(step)
+        found = {}
+        for steps in sizes.values():
+            for start in range(0, len(steps), ROWS):
+                chunk = steps[start : start + ROWS]
+                rows = [self._row(batch[index], length, beginning) for index, length, beginning in chunk]
+                for step, row in zip(chunk, self._log_probs(rows), strict=True):
+                    values = row[torch.tensor(wanted[step], device=row.device)].double().tolist()
+                    found[step] = dict(zip(wanted[step], values, strict=True))
+        return found
+
+    def _first_of(self, length: int, batch: Sequence[Query]) -> torch.Tensor:
+        return self._log_probs([self._row(query, length, ()) for query in batch])
+
+    def _row(self, query: Query, length: int, beginning: Ids) -> tuple[Ids, int]:
+        """The prompt with `length` masks in place of one, the first ones filled; and where the next token stands."""
+        place = self._blank(query)
+        masks = (self.tokenizer.mask_token_id,) * (length - len(beginning))
+        return (*query.prompt[:place], *beginning, *masks, *query.prompt[place + 1 :]), place + len(beginning)
+
+    def _without_space(self, prompt: Ids) -> Ids:
+        """The prompt without a token for the space before the mask: that space is part of the answer's first token.
+
+        Tokenizers whose mask takes in the space before it, as RoBERTa's does, have none there.
+        """
+        place = prompt.index(self.tokenizer.mask_token_id)
+        before = prompt[place - 1 : place]
+        space = before and before[0] not in self.tokenizer.all_special_ids and not self.encoder.decode(before)
+        return prompt[: place - 1] + prompt[place:] if space else prompt
+
+    def _blank(self, query: Query) -> int:
+        return query.prompt.index(self.tokenizer.mask_token_id)
+
+    def _log_probs(self, rows: Sequence[tuple[Ids, int]]) -> torch.Tensor:
+        """Log-probabilities at one position of each row, [rows, vocabulary], float32; rows of one length."""
+        device = self.model.device
+        ids = torch.tensor([row for row, _ in rows], device=device)
+        places = torch.tensor([place for _, place in rows], device=device)
+        if self._head_alone is None:
+            self._head_alone = self._head_is_pointwise(ids[:2], places[:2])
+        if self._head_alone:
+            logits = self._logits_at(ids, places)
+        else:
+            logits = self._forward(ids)[torch.arange(len(rows), device=device), places]
+        return logits.float().log_softmax(-1)
+
+    def _logits_at(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Logits where they are wanted: the head sees the hidden states of these positions alone."""
+
+        def keep(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
+            output.last_hidden_state = output.last_hidden_state[
+                torch.arange(len(places), device=places.device), places
+            ].unsqueeze(1)
+            return output
+
+        hook = self.model.base_model.register_forward_hook(keep)
+        try:
+            return self._forward(ids)[:, 0]
+        finally:
+            hook.remove()
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits
+
+    def _head_is_pointwise(self, ids: torch.Tensor, places: torch.Tensor) -> bool:
+        """Whether the head gives the same where it sees the masked positions alone: most do, the rest run it whole."""
+        if self.model.base_model is self.model:
+            return False
+        whole = self._forward(ids)[torch.arange(len(ids), device=ids.device), places]
+        try:
+            alone = self._logits_at(ids, places)
+        except (AttributeError, RuntimeError, ValueError, IndexError, TypeError):
+            return False
+        return alone.shape == whole.shape and torch.allclose(alone, whole, rtol=1e-3, atol=1e-3)
+
+
+class CausalScorer(DecodingScorer):
+    """Causal language models: the answer is what the model writes after the prompt.
+
+    A candidate's score is its log-probability given what comes before. Where the probe says so (BEAR, Wiland et al.
+    2024), where words follow the blank, or where one candidate begins another, what follows is scored too: the full
+    stop tells "Guinea" from the beginning of "Guinea-Bissau".
+    """
+
+    family = "causal"
+
+    def prompt(self, fact: Fact) -> Ids:
+        if not fact.before:
+            return (self._start,)
+        ids = self.encoder.ids(fact.before, True)
+        # Some tokenizers close each text.
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
+        after, context = fact.after if rest else "", self._context(fact)
+        return tuple(self.encoder.answer(context, text + after, fact.gap) for text in texts)
+
+    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+        read = self.read(batch, torch.tensor([query.prompt for query in batch], device=self.model.device))
+        if self.reads_ahead and getattr(self.model.config, "is_decoder", None) is False:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} sees the tokens after the one that it predicts.",
+                why="Its configuration says that it is not a decoder.",
+                hint="If it was trained to continue texts, set `is_decoder` to true in its config.json.",
+            )
+        return read
+
+    def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:  # noqa: ARG002
+        more = {"logits_to_keep": keep} if self._cuts_logits else {}
+        output = self.model(input_ids=ids, **self.cached(cache), **more)
+        return output.logits[:, -keep:], self.cache_of(output)
+
+    def ends(self, token: int) -> bool:
+        return bool(token == self.tokenizer.eos_token_id)
+
+    @cached_property
+    def _cuts_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    @property
+    def _start(self) -> int:
+        start = self.tokenizer.bos_token_id
+        start = self.tokenizer.eos_token_id if start is None else start
+        if start is None:
+            raise CheckpointError(
+                "A prompt begins with the blank, and the tokenizer has no token to begin a text with.",
+                hint="Choose another template, with the object last.",
+            )
+        return int(start)
+
+    def _context(self, fact: Fact) -> str:
+        """A text before the answer that gives the same tokens as the prompt does: most often its last word."""
+        context = fact.before.rpartition(" ")[2]
+        return context if self._boundary_holds(fact, context) else fact.before
+
+    def _boundary_holds(self, fact: Fact, context: str) -> bool:
+        gold = self.encoder.answer(context, fact.obj_label, fact.gap)
+        whole = fact.before + fact.gap + fact.obj_label
+        ids = self.encoder.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        return bool(tuple(ids) == self.encoder.ids(fact.before) + gold)
+
+
+class Seq2SeqScorer(DecodingScorer):
+    """Encoder-decoder models: the encoder reads the prompt with its blank, the decoder fills it.
+
+    T5 and its kin fill ``<extra_id_0>`` and close with ``<extra_id_1>`` (Raffel et al. 2020). BART and its kin write
+    the whole sentence anew with the mask filled (Lewis et al. 2020), so that the answer follows the beginning of the
+    sentence.
+    """
+
+    family = "seq2seq"
+
+    def prompt(self, fact: Fact) -> Ids:
+        blank = FIRST_SENTINEL if self._has_sentinels else self.tokenizer.mask_token
+        return self.encoder.ids(fact.prompt.replace(BLANK, blank), True)
+
+    def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
+        if self._has_sentinels:
+            close = (self._id(NEXT_SENTINEL),) if rest else ()
+            return tuple(self.encoder.answer(fact.before, text, fact.gap) + close for text in texts)
+        after = fact.after if rest else ""
+        return tuple(self.encoder.answer(fact.before, text + after, fact.gap) for text in texts)
+
+    def shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:
+        return len(prompt), len(self._beginning(fact))
+
+    def unaskable(self, fact: Fact) -> str | None:
+        return None if self._has_sentinels else super().unaskable(fact)
+
+    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+        device = self.model.device
+        ids = torch.tensor([query.prompt for query in batch], device=device)
+        encoder = self.model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))
+        begun = torch.tensor([self._beginning(query.fact) for query in batch], device=device)
+        return self.read(batch, begun, Encoded(ids, encoder).rows(slice(None)))
+
+    def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
+        assert encoder is not None
+        output = self.model(
+            # FSMT masks what follows only where it is given these too.
+            input_ids=encoder.ids,
+            encoder_outputs=encoder.output,
+            attention_mask=torch.ones_like(encoder.ids),
+            decoder_input_ids=ids,
+            **self.cached(cache),
+        )
+        return output.logits[:, -keep:], self.cache_of(output)
+
+    def ends(self, token: int) -> bool:
+        return token == self.tokenizer.eos_token_id or (self._has_sentinels and token == self._id(NEXT_SENTINEL))
+
+    @cached_property
+    def _has_sentinels(self) -> bool:
+        vocabulary = self.tokenizer.get_vocab()
+        if FIRST_SENTINEL in vocabulary and NEXT_SENTINEL in vocabulary:
+            return True
+        if self.tokenizer.mask_token is None:
+            raise UnsupportedError(
+                f"The tokenizer has neither {FIRST_SENTINEL} nor a mask token: this model cannot fill in blanks.",
+                hint="T5, Flan-T5, BART and similar models can. Evaluate this one on lm-eval's tasks: -p lm-eval:TASK.",
+            )
+        return False
+
+    def _beginning(self, fact: Fact) -> Ids:
+        """What the decoder has written before the answer."""
+        start = (self._start,)
+        if self._has_sentinels:
+            return (*start, self._id(FIRST_SENTINEL))
+        whole = self.encoder.ids(fact.before, True)
+        return (*start, *(whole[:-1] if whole[-1:] == (self.tokenizer.eos_token_id,) else whole))
+
+    @cached_property
+    def _start(self) -> int:
+        return decoder_start(self.model)
+
+    def _id(self, token: str) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(token))

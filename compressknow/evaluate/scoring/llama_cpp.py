@@ -1,0 +1,149 @@
+"""The scorer of GGUF files in llama.cpp: the causal one's rules, with llama.cpp's memory of what was read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from compressknow.engine.llama_cpp.context import Context, Span
+from compressknow.engine.llama_cpp.model import GgufModel
+from compressknow.engine.llama_cpp.tokenizer import GgufTokenizer
+from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.scoring.families import CausalScorer
+from compressknow.evaluate.scoring.prompts import Ids
+from compressknow.evaluate.scoring.ranking import Scores
+from compressknow.evaluate.scoring.scorer import SLACK_TOKENS, Query
+
+# llama.cpp takes no more (LLAMA_MAX_SEQ of llama-cparams.h).
+SEQUENCES = 256
+# Prompts that are read at a time, and their tokens: attention looks at every token that the memory holds.
+PROMPTS, PROMPT_TOKENS = 64, 512
+# Tokens of candidates that are held beside them.
+CANDIDATE_TOKENS = 1536
+# Tokens of candidates that one pass reads without a look at who has fallen behind.
+WIDE = 64
+
+
+class LlamaCppScorer(CausalScorer):
+    """Scores a GGUF file on the facts of one probe: each prompt is a sequence, which its candidates go on from."""
+
+    def __init__(self, model: GgufModel, probe: Probe, threads: int) -> None:
+        tokenizer: Any = GgufTokenizer(model)
+        anything: Any = model
+        super().__init__(anything, tokenizer, probe)
+        self._gguf, self._threads = model, threads
+        self._held: Context | None = None
+
+    def release(self) -> None:
+        """Let go of what was read, and of the model."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+        super().release()
+
+    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
+        """Few enough prompts that all find room; all of a batch are of one length."""
+        size = max(1, min(PROMPTS, PROMPT_TOKENS // len(batch[0].prompt)))
+        return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+        """See `compressknow.evaluate.scoring.scorer.Scorer.first`; what is gone on from is the batch itself."""
+        context = self._memory(batch)
+        context.clear()
+        logits = context.read([Span(number, 0, query.prompt, 1) for number, query in enumerate(batch)])
+        return torch.from_numpy(logits).log_softmax(-1), batch
+
+    def _walk(
+        self, prefix: Any, rows: Sequence[tuple[int, Ids]], walking: list[int], scores: Scores, bars: Scores
+    ) -> None:
+        batch: Sequence[Query] = prefix
+        context, free = self._memory(batch), SEQUENCES - len(batch)
+        room = context.cells - sum(len(query.prompt) for query in batch)
+        while walking:
+            together = max(1, min(free, room // (len(rows[walking[0]][1]) - 1)))
+            chosen, walking = walking[:together], walking[together:]
+            sequences = {row: len(batch) + number for number, row in enumerate(chosen)}
+            for row, sequence in sequences.items():
+                context.fork(rows[row][0], sequence)
+            known = 1
+            while chosen:
+                known += self._step(batch, [(sequences[row], row, *rows[row]) for row in chosen], known, scores)
+                chosen = [row for row in chosen if known < len(rows[row][1]) and not scores[row] < bars[row]]
+            for sequence in sequences.values():
+                context.forget(sequence)
+
+    def _step(
+        self, batch: Sequence[Query], rows: Sequence[tuple[int, int, int, Ids]], known: int, scores: Scores
+    ) -> int:
+        """Add the log-probabilities of some tokens after `known` ones to `scores`; gives how many tokens these were.
+
+        A row is (sequence, its index in `scores`, index of the query, ids of the option). No text sees another, so that
+        rows go on as far as each is long where that takes no more passes than there are few tokens.
+        """
+        left = sum(len(ids) - known for *_, ids in rows)
+        width = max(len(ids) for *_, ids in rows) - known if left <= WIDE else 1
+        spans = []
+        for sequence, _, query, ids in rows:
+            read = ids[known - 1 : known - 1 + width][: len(ids) - known]
+            spans.append(Span(sequence, len(batch[query].prompt) + known - 1, read, len(read)))
+        logits = torch.from_numpy(self._memory(batch).read(spans))
+        wanted = torch.tensor([token for *_, ids in rows for token in ids[known : known + width]])
+        values = logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+        owners = torch.repeat_interleave(torch.tensor([len(span.tokens) for span in spans]))
+        sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owners, values.double())
+        scores[[row for _, row, *_ in rows]] += sums.numpy()
+        return width
+
+    def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:  # noqa: ARG002
+        """Each text goes on in a sequence of its own, so that candidates still find the prompts."""
+        context = self._memory(batch)
+        written = [[int(token)] for token in log_probs.argmax(-1)]
+        for number in range(len(batch)):
+            context.fork(number, len(batch) + number)
+        while going := [number for number, ids in enumerate(written) if self.goes_on(batch[number], ids)]:
+            spans = [
+                Span(len(batch) + number, len(batch[number].prompt) + len(ids) - 1, ids[-1:], 1)
+                for number, ids in ((number, written[number]) for number in going)
+            ]
+            for number, token in zip(going, context.read(spans).argmax(-1), strict=True):
+                written[number].append(int(token))
+        for number in range(len(batch)):
+            context.forget(len(batch) + number)
+        return written
+
+    def ends(self, token: int) -> bool:
+        """As llama.cpp decides it."""
+        return bool(self.tokenizer.ends(token))
+
+    @property
+    def device(self) -> torch.device:
+        """Where log-probabilities lie."""
+        return torch.device("cpu")
+
+    @property
+    def architecture(self) -> str:
+        """The file's."""
+        return self._gguf.architecture
+
+    @cached_property
+    def _rows(self) -> int:
+        return self._gguf.rows
+
+    @cached_property
+    def _most(self) -> int | None:
+        return self._gguf.most_tokens
+
+    def _memory(self, batch: Sequence[Query]) -> Context:
+        """A context with room for a batch and what follows its prompts."""
+        longest = max(max(map(len, query.options), default=len(query.gold)) for query in batch) + SLACK_TOKENS
+        prompts = sum(len(query.prompt) for query in batch)
+        needed = prompts + max(CANDIDATE_TOKENS, longest * len(batch))
+        if self._held is None or self._held.cells < needed:
+            if self._held is not None:
+                self._held.close()
+            cells = -(-max(needed, PROMPT_TOKENS + CANDIDATE_TOKENS) // 256) * 256
+            self._held = Context(self._gguf, cells=cells, sequences=SEQUENCES, threads=self._threads)
+        return self._held

@@ -1,0 +1,156 @@
+"""The best candidates, found exactly without finishing most of them, and the answer that their scores make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressknow.evaluate.answers import Answer
+from compressknow.evaluate.facts import Fact
+
+TOP = 5
+# What the candidates that are never finished may hold of the probability of all together, at most.
+TAIL = 1e-3
+Scores = NDArray[np.float64]
+# Pairs (index of the contest, index of the candidate) and a bar for each -> scores, [pairs]: those of the whole
+# candidates, and of candidates that fall below their bar what shows that they do.
+Finish = Callable[[list[tuple[int, int]], Scores], Scores]
+
+
+@dataclass
+class Ranking:
+    """The candidates of one fact.
+
+    Attributes
+    ----------
+    scores : [candidates], natural logarithms; upper bounds where `finished` is False.
+    finished : [candidates], whether the score is certainly that of the whole candidate.
+    gold : index of the object.
+    summed : whether the sum of all candidates' probabilities is wanted too.
+    """
+
+    scores: Scores
+    finished: NDArray[np.bool_]
+    gold: int
+    summed: bool = True
+
+    def bar(self) -> float | None:
+        """What a candidate must reach to matter: the lowest of the object's score, that of the fifth best and, for the
+        sum, an even part of the tail of what is finished. None while they are not known. It only rises.
+        """
+        known = self.scores[self.finished]
+        if not self.finished[self.gold] or len(known) < min(TOP, len(self.scores)):
+            return None
+        bar = np.fmin(self.scores[self.gold], np.sort(known)[-min(TOP, len(known))])
+        return float(np.fmin(bar, log_sum(known) + math.log(TAIL / len(self.scores))) if self.summed else bar)
+
+    def total(self) -> float | None:
+        """The logarithm of the sum of all candidates' probabilities, short of `TAIL` of it at most; None where that is
+        not known. Which candidates are finished depends on their scores alone, so that it is the same in any batch.
+        """
+        return log_sum(self.scores[self.finished]) if self.summed or self.finished.all() else None
+
+    def wanted(self) -> NDArray[np.intp]:
+        """Candidates that must be scored further: the object and the leaders; then all that reach the bar. Empty when
+        all of this is certain.
+        """
+        if (bar := self.bar()) is not None:
+            return np.flatnonzero(~self.finished & (self.scores >= bar))
+        leaders = np.zeros(len(self.scores), dtype=bool)
+        leaders[self.order()[:TOP]] = True
+        leaders[self.gold] = True
+        return np.flatnonzero(leaders & ~self.finished)
+
+    def order(self) -> NDArray[np.intp]:
+        """Candidates from the most likely one down; equal ones in their own order."""
+        return np.argsort(-self.scores, kind="stable")
+
+
+def log_sum(scores: Scores) -> float:
+    """The logarithm of the sum of probabilities whose logarithms these are."""
+    # Of a model that computes no numbers there is none.
+    with np.errstate(invalid="ignore"):
+        return float(np.logaddexp.reduce(scores))
+
+
+def rank_of(gold: int, scores: Scores) -> int | None:
+    """1 for the most likely answer; among equal ones the earlier comes first, whichever is the object. None where the
+    model computes no number for it (NaN): a broken model knows nothing.
+    """
+    if np.isnan(scores[gold]):
+        return None
+    return int(1 + np.sum(scores > scores[gold]) + np.sum(scores[:gold] == scores[gold]))
+
+
+def rank_candidates(rankings: Sequence[Ranking], finish: Finish) -> None:
+    """Score as few tokens as make the best five, the object's rank and the sum certain in each contest, changed in
+    place.
+    """
+    while pairs := [(index, int(place)) for index, ranking in enumerate(rankings) for place in ranking.wanted()]:
+        known = {index: rankings[index].bar() for index, _ in pairs}
+        bars = np.array([-np.inf if (bar := known[index]) is None else bar for index, _ in pairs])
+        scores = finish(pairs, bars)
+        # One that has fallen below its bar may not be whole, and need not be.
+        for (index, place), score, whole in zip(pairs, scores, ~(scores < bars), strict=True):
+            rankings[index].scores[place] = score
+            rankings[index].finished[place] = whole
+
+
+def best_of(scores: Scores) -> Any:
+    """Indices of the five best, equal ones in their own order, [5]."""
+    near = np.argpartition(-scores, TOP - 1)[:TOP] if len(scores) > TOP else np.arange(len(scores))
+    if not np.isnan(scores[near]).any():
+        # Equal scores at the edge: all of them are looked at, so that their order alone decides.
+        near = np.flatnonzero(scores >= scores[near].min())
+    return near[np.argsort(-scores[near], kind="stable")][:TOP]
+
+
+def chosen_of(fact: Fact, ranking: Ranking) -> Answer:
+    assert fact.candidates is not None
+    best = ranking.order()[:TOP]
+    words = tuple(fact.candidates[index] for index in best)
+    logp = float(ranking.scores[ranking.gold])
+    rank = rank_of(ranking.gold, ranking.scores)
+    choices, total = len(fact.candidates), ranking.total()
+    return make_answer(fact, words, ranking.scores[best], rank, logp, choices, total, correct=rank == 1)
+
+
+def make_answer(
+    fact: Fact,
+    top: tuple[str, ...],
+    top_logp: Scores,
+    rank: int | None,
+    logp: float | None,
+    choices: int | None,
+    total_logp: float | None,
+    *,
+    correct: bool,
+) -> Answer:
+    return Answer(
+        probe=fact.probe,
+        fact_id=fact.id,
+        relation=fact.relation,
+        subject=fact.subject,
+        sub_label=fact.sub_label,
+        prompt=fact.prompt,
+        gold=fact.obj_label,
+        predicted=top[0],
+        correct=correct,
+        rank=rank,
+        logp_gold=logp,
+        top5=top,
+        top5_logp=tuple(float(value) for value in top_logp),
+        choices=choices,
+        total_logp=total_logp,
+        popularity=fact.popularity,
+        template=fact.template,
+    )
+
+
+def with_distribution(answer: Answer, ids: Any, log_probs: Any, kl: float | None) -> Answer:
+    return replace(answer, first_ids=ids, first_logp=log_probs, first_kl=kl)

@@ -1,0 +1,402 @@
+"""How a fact becomes an answer: what all model families share."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+
+from compressknow.engine.language_model import embedding_rows, most_tokens
+from compressknow.engine.load import reason_of
+from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
+from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
+from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.grades import choices_of, graded, said
+from compressknow.evaluate.scoring.prompts import Encoder, Ids
+from compressknow.evaluate.scoring.ranking import (
+    Ranking,
+    Scores,
+    best_of,
+    chosen_of,
+    log_sum,
+    make_answer,
+    rank_candidates,
+    rank_of,
+    with_distribution,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
+# Ids of a batch's facts and log-probabilities over the whole vocabulary at the answer's first position, [batch,
+# vocabulary] -> the divergence of each from the original's, or None.
+Whole = Callable[[Sequence[str], torch.Tensor], Sequence[float | None]]
+
+# Rows of one forward pass when candidates are finished: they are short, and the batch is that of many facts.
+ROWS = 512
+# Tokens beyond the object's own that a free answer may take: what follows tells whether the object was all of it.
+SLACK_TOKENS = 4
+# Tokens that may open an answer and are no part of it: an article and a quote.
+OPENING_TOKENS = 2
+
+SEVERAL_TOKENS = "the object is several tokens of this model"
+NOT_IN_VOCABULARY = "the object is no single word of the common vocabulary for this model"
+NO_TOKENS = "an answer has no tokens in this model's vocabulary"
+SAME_TOKENS = "the object and another candidate are the same tokens for this model"
+TOO_LONG = "the prompt is longer than this model reads"
+BLANK_NOT_LAST = "the blank is not at the end of the prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A fact in the ids of one model.
+
+    Attributes
+    ----------
+    prompt : what the model reads first.
+    options : ids of each candidate, for facts that have candidates.
+    gold : ids of the object; for facts with candidates those of its option.
+    aliases : ids of single tokens that count as the object, for answers out of a vocabulary.
+    shape : queries of one shape run in one batch, without padding.
+    """
+
+    fact: Fact
+    prompt: Ids
+    options: tuple[Ids, ...]
+    gold: Ids
+    aliases: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class Scorer(ABC):
+    """Scores one model on the facts of one probe."""
+
+    family: ClassVar[str]
+    # Cached properties that depend on the model's weights.
+    by_weights: ClassVar[tuple[str, ...]] = ()
+    # Whether it is told what the model says; without, facts with candidates are only chosen.
+    says = True
+    _tried = False
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> None:
+        self.model, self.tokenizer, self.probe = model, tokenizer, probe
+        self.encoder = Encoder(tokenizer)
+
+    def release(self) -> None:
+        """Let go of the model, and of what was found out by its weights; `model` may be set to another one of the same
+        architecture then.
+        """
+        for name in ("model", *self.by_weights):
+            self.__dict__.pop(name, None)
+
+    # What a family defines.
+
+    @abstractmethod
+    def prompt(self, fact: Fact) -> Ids:
+        """What the model reads first; raises CompressknowError where a prompt cannot be used at all."""
+
+    @abstractmethod
+    def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
+        """Ids that are scored for each of these answers; with what follows the blank if `rest`."""
+
+    @abstractmethod
+    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+        """Log-probabilities at the answer's first position, [batch, vocabulary], and what `finish` goes on from."""
+
+    @abstractmethod
+    def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
+        """For each query the log-probabilities of its options' first tokens, [options]."""
+
+    @abstractmethod
+    def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
+        """Scores of whole options, [rows]: `scores` of the first tokens, and the log-probabilities of those after them.
+
+        A row is (query, ids of an option). One that falls below its bar on the way is left there.
+        """
+
+    @abstractmethod
+    def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> Sequence[str | None]:
+        """What the model says to each query, decoded greedily; None where it cannot write."""
+
+    def written(
+        self,
+        batch: Sequence[Query],  # noqa: ARG002
+        log_probs: torch.Tensor,  # noqa: ARG002
+        state: Any,  # noqa: ARG002
+        texts: Sequence[str | None],  # noqa: ARG002
+    ) -> list[Answer]:
+        """Answers to the queries where any text may be answered, by what is `produced`; families that only choose have
+        none.
+        """
+        return []
+
+    def unaskable(self, fact: Fact) -> str | None:
+        """Why this family cannot be evaluated on such a fact, or None."""
+        last = fact.before and not re.search(r"\w", fact.after)
+        return None if fact.candidates or last else BLANK_NOT_LAST
+
+    def shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
+        return (len(prompt),)
+
+    # What they share.
+
+    def query(self, fact: Fact) -> Query | str:
+        """The query that a fact makes, or the reason why it is dropped."""
+        if reason := self.unaskable(fact):
+            return reason
+        prompt = self.prompt(fact)
+        options: tuple[Ids, ...] = ()
+        aliases: tuple[int, ...] = ()
+        if fact.candidates:
+            rest = self.probe.score_rest or bool(re.search(r"\w", fact.after))
+            options = self.options(fact, fact.candidates, rest=rest)
+            if not rest and _one_begins_another(options):
+                options = self.options(fact, fact.candidates, rest=True)
+            gold = options[fact.candidates.index(fact.obj_label)]
+        elif self.one_token:
+            aliases = self._aliases(fact)
+            gold = aliases[:1]
+            if not gold and not self.probe.keep_unanswerable:
+                return NOT_IN_VOCABULARY if self.probe.vocabulary == "words" else SEVERAL_TOKENS
+        else:
+            (gold,) = self.options(fact, [fact.obj_label], rest=False)
+        query = Query(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
+        return self._unfit(query) or query
+
+    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
+        """A batch, cut into what is answered at a time."""
+        return [batch]
+
+    def each(
+        self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
+    ) -> Iterator[tuple[Sequence[Query], T]]:
+        """Each batch with what `work` makes of it, as it comes."""
+        return ((batch, work(batch)) for batch in batches)
+
+    def answer(
+        self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None
+    ) -> list[Answer]:
+        """Answers to queries of one shape.
+
+        Parameters
+        ----------
+        reference : for each query the ids at the answer's first position whose log-probabilities are kept; by
+            default the most likely ones of this model.
+        whole : is told the whole distributions; gives their divergences from the original's.
+        """
+        with torch.inference_mode():
+            log_probs, state = self._begun(batch)
+            free = not self.one_token and not all(query.options for query in batch)
+            texts = self.produced(batch, log_probs, state) if self.says or free else [None] * len(batch)
+            found = [
+                *self._closed(batch, log_probs, state),
+                *self._single(batch, log_probs),
+                *self.written(batch, log_probs, state, texts),
+            ]
+            found = self._graded(batch, found, texts)
+            return self._with_distributions(batch, found, log_probs, reference, whole)
+
+    def say(self, batch: Sequence[Query]) -> list[str | None]:
+        """What the model says to queries of one shape, as `compressknow.evaluate.grades.said` has it; None where it
+        cannot write.
+        """
+        with torch.inference_mode():
+            texts = self.produced(batch, *self._begun(batch))
+        told = zip(batch, texts, strict=True)
+        return [
+            text if text is None else said(text, choices_of(query.fact), self.encoder.spelled) for query, text in told
+        ]
+
+    def answer_anew(
+        self,
+        batch: Sequence[Query],
+        answers: Sequence[Answer],
+        reference: Sequence[Ids] | None,
+        whole: Whole | None = None,
+    ) -> list[Answer]:
+        """The answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
+        with torch.inference_mode():
+            return self._with_distributions(batch, answers, self._begun(batch)[0], reference, whole)
+
+    def _begun(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+        """`first`, tried on two queries before any other: a model that cannot read them cannot be evaluated at all."""
+        self._refuse_ids_beyond(batch)
+        if not self._tried:
+            try:
+                self.first(batch[:2])
+            except (CompressknowError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise UnsupportedError(
+                    f"{self.architecture} cannot be evaluated: it fails on the first prompts.",
+                    why=reason_of(error),
+                    hint="It may need an input beside the text, or a setting in its config.json.",
+                ) from error
+            self._tried = True
+        return self.first(batch)
+
+    def _graded(self, batch: Sequence[Query], answers: Sequence[Answer], texts: Sequence[str | None]) -> list[Answer]:
+        by_id = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
+        return [graded(answer, *by_id[answer.fact_id], self.encoder.spelled) for answer in answers]
+
+    def _refuse_ids_beyond(self, batch: Sequence[Query]) -> None:
+        """A tokenizer may have few tokens, and yet a number for one that the embedding has no row for."""
+        rows = self._rows
+        for query in batch:
+            largest = max(chain(query.prompt, query.gold, *query.options), default=0)
+            if largest >= rows:
+                raise CheckpointError(
+                    f"The tokenizer gives token {largest:,}, the model's embedding has {rows:,} rows: no pair.",
+                    f"It stands in the fact {query.fact.id}.",
+                    "Put the tokenizer that the model was trained with beside its weights.",
+                )
+
+    def _with_distributions(
+        self,
+        batch: Sequence[Query],
+        answers: Sequence[Answer],
+        log_probs: torch.Tensor,
+        reference: Sequence[Ids] | None,
+        whole: Whole | None,
+    ) -> list[Answer]:
+        ids = self._reference_ids(log_probs, reference)
+        kept = log_probs.gather(1, ids).float().cpu().numpy()
+        divergences = whole([query.fact.id for query in batch], log_probs) if whole else [None] * len(batch)
+        found = {answer.fact_id: answer for answer in answers}
+        # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
+        rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
+        return [with_distribution(found[query.fact.id], *distribution) for query, *distribution in rows]
+
+    def _unfit(self, query: Query) -> str | None:
+        """Why the ids of a query cannot be run, or None."""
+        free = not query.options and not self.one_token
+        answers = query.options or (query.gold,)
+        if (query.options or free) and not all(answers):
+            return NO_TOKENS
+        if query.options.count(query.gold) > 1:
+            return SAME_TOKENS
+        longest = max(query.shape) + max(map(len, answers)) + (SLACK_TOKENS if free else 0)
+        return TOO_LONG if self._most is not None and longest > self._most else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where log-probabilities lie."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def architecture(self) -> str:
+        """What messages call the model."""
+        return type(self.model).__name__
+
+    @cached_property
+    def _rows(self) -> int:
+        """The number of tokens that the model reads."""
+        return embedding_rows(self.model)
+
+    @cached_property
+    def _most(self) -> int | None:
+        return most_tokens(self.model, self.tokenizer)
+
+    @cached_property
+    def one_token(self) -> bool:
+        """Whether facts without candidates are answered by one token."""
+        return self.probe.vocabulary in ("words", "full")
+
+    @cached_property
+    def allowed(self) -> torch.Tensor | None:
+        """Ids that may be answered, ascending, [allowed]; None where all may."""
+        if self.probe.vocabulary != "words":
+            return None
+        return torch.tensor(sorted(self.encoder.single(self.probe.words)), device=self.device)
+
+    @cached_property
+    def _allowed_ids(self) -> frozenset[int]:
+        return frozenset(self.allowed.tolist() if self.allowed is not None else ())
+
+    @cached_property
+    def _folded(self) -> dict[str, tuple[int, ...]]:
+        """Ids of the vocabulary by their text, case folded (the paper compares lower-cased text)."""
+        folded: dict[str, list[int]] = {}
+        for number in range(len(self.tokenizer)):
+            folded.setdefault(self.encoder.decode([number]).lower(), []).append(number)
+        return {text: tuple(ids) for text, ids in folded.items()}
+
+    def _aliases(self, fact: Fact) -> tuple[int, ...]:
+        if self.probe.fold_case:
+            ids = self._folded.get(fact.obj_label.lower(), ())
+        else:
+            # The words that may be answered are those of running text.
+            gap = fact.gap if self.allowed is None else " "
+            ids = self.encoder.answer(fact.before, fact.obj_label, gap)
+            ids = ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else ()
+        return ids if self.allowed is None else tuple(number for number in ids if number in self._allowed_ids)
+
+    def _reference_ids(self, log_probs: torch.Tensor, reference: Sequence[Ids] | None) -> torch.Tensor:
+        if reference is not None:
+            return torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()
+        return log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
+
+    def _closed(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:
+        chosen = [index for index, query in enumerate(batch) if query.options]
+        if not chosen:
+            return []
+        rankings = [
+            Ranking(first, np.array([len(ids) == 1 for ids in batch[index].options]), _gold_index(batch[index].fact))
+            for index, first in zip(chosen, self.bounds([batch[i] for i in chosen], log_probs[chosen]), strict=True)
+        ]
+        firsts = [ranking.scores.copy() for ranking in rankings]
+
+        def finish(pairs: list[tuple[int, int]], bars: Scores) -> Scores:
+            rows = [(chosen[ranking], batch[chosen[ranking]].options[candidate]) for ranking, candidate in pairs]
+            first = np.array([firsts[ranking][candidate] for ranking, candidate in pairs])
+            return self.finish(state, rows, first, bars)
+
+        rank_candidates(rankings, finish)
+        return [chosen_of(batch[index].fact, ranking) for index, ranking in zip(chosen, rankings, strict=True)]
+
+    def _single(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Answer]:
+        chosen = [index for index, query in enumerate(batch) if not query.options and self.one_token]
+        if not chosen:
+            return []
+        scores = log_probs[chosen]
+        scores = scores if self.allowed is None else scores[:, self.allowed]
+        ids = np.arange(scores.shape[1]) if self.allowed is None else self.allowed.cpu().numpy()
+        values = scores.double().cpu().numpy()
+        return [self._word(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)]
+
+    def _word(self, query: Query, scores: Scores, ids: Any) -> Answer:
+        best = best_of(scores)
+        words = tuple(self.encoder.decode([ids[index]]) for index in best)
+        places = [int(place) for place in np.searchsorted(ids, query.aliases)]
+        gold = max(places, key=lambda place: (scores[place], -place), default=None)
+        rank = None if gold is None else rank_of(gold, scores)
+        logp = None if gold is None else float(scores[gold])
+        total = log_sum(scores)
+        return make_answer(query.fact, words, scores[best], rank, logp, len(ids), total, correct=rank == 1)
+
+
+def _one_begins_another(options: Sequence[Ids]) -> bool:
+    """Whether an option's ids are the beginning of another's: it would never be the less likely one of both."""
+    return any(after[: len(ids)] == ids for ids, after in pairwise(sorted(set(options))))
+
+
+def _gold_index(fact: Fact) -> int:
+    assert fact.candidates is not None
+    return fact.candidates.index(fact.obj_label)
+
+
+def group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:
+    """Indices of the options by their number of tokens."""
+    groups: dict[int, list[int]] = {}
+    for index, ids in enumerate(options):
+        groups.setdefault(len(ids), []).append(index)
+    return groups

@@ -1,0 +1,238 @@
+"""The probes that a user names: a registry of their sources, each in one file, and what opens them by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from compressknow.errors import CompressknowError, UsageError, did_you_mean
+from compressknow.evaluate.facts import Probe, in_wordings
+from compressknow.evaluate.sources.source import Options, ProbeSource, Task
+from compressknow.evaluate.text.running import RunningText
+from compressknow.registry import Registry
+
+__all__ = [
+    "DEFAULT",
+    "PROBES",
+    "Opened",
+    "Options",
+    "ProbeSource",
+    "Task",
+    "known_names",
+    "name_in_answers",
+    "open_all",
+    "open_probe",
+    "source_of",
+    "usable",
+]
+
+DEFAULT = ("atlas",)
+Opened = Probe | Task | RunningText
+PROBES = Registry(
+    "compressknow.probes",
+    "probe",
+    ProbeSource,  # type: ignore[type-abstract]
+    {
+        "atlas": "compressknow.evaluate.sources.atlas:Atlas",
+        "lama": "compressknow.evaluate.sources.lama:Lama",
+        "bear": "compressknow.evaluate.sources.bear:Bear",
+        "facts": "compressknow.evaluate.sources.own_facts:OwnFacts",
+        "hf": "compressknow.evaluate.sources.hub:Hub",
+        "lm-eval": "compressknow.evaluate.sources.tasks:LmEval",
+        "text": "compressknow.evaluate.sources.text:Text",
+    },
+)
+
+
+def open_all(names: Sequence[str], options: Options) -> list[Opened]:
+    """The probes of these names, in their order; each reads the options that its source takes.
+
+    Raises UsageError for one that is unknown, missing or empty, CompressknowError for one that cannot be used.
+    """
+    if options.limit is not None and options.limit < 1:
+        raise UsageError(f"--limit must be at least 1: {options.limit}.")
+    _check_protocol(options)
+    return [_opened(name, options, only_taken=True) for name in names]
+
+
+def open_probe(name: str, options: Options | None = None) -> Probe:
+    """The probe of facts of that name; the case of letters does not matter, but in names of files.
+
+    Raises UsageError where the name is unknown or that of a task, where the set is not there or damaged, where an
+    option is given that its source does not take or know, and where no fact is left.
+    """
+    opened = _opened(name, options or Options(), only_taken=False)
+    if not isinstance(opened, Probe):
+        raise UsageError(
+            f"{opened.name} is a {'task' if isinstance(opened, Task) else 'text'}.",
+            hint="It holds no facts that could be read one by one.",
+        )
+    return opened
+
+
+def source_of(name: str) -> ProbeSource | None:
+    """The source of the probe of that name; None where there is none, or none that can be used here."""
+    kind, _ = _split(name)
+    if kind not in PROBES:
+        return None
+    try:
+        return PROBES[kind]
+    except CompressknowError:
+        return None
+
+
+def name_in_answers(name: str) -> str:
+    """A probe's name as its answers have it: case does not matter, and a facts file goes by its own name."""
+    kind, part = _split(name)
+    source = source_of(kind)
+    return _joined(kind, source.named(_part(source, part))) if source else name
+
+
+def known_names() -> list[str]:
+    """What can be named: each part of a source that has parts, and the form of what follows the names of others."""
+    return [_joined(kind, part) for kind, source in usable() for part in source.parts or (source.form,)]
+
+
+def usable() -> Iterator[tuple[str, ProbeSource]]:
+    """The names and sources of all kinds of probes, without those of other packages that cannot be used."""
+    for kind in PROBES:
+        if source := source_of(kind):
+            yield kind, source
+
+
+def _opened(name: str, options: Options, *, only_taken: bool) -> Opened:
+    kind, part = _split(name)
+    if kind not in PROBES:
+        raise _unknown(name)
+    source = PROBES[kind]
+    part = _part(source, part)
+    if part not in source.parts if source.parts else bool(part) != bool(source.form):
+        raise _unknown(name)
+    full = _joined(kind, source.named(part))
+    if options.templates > 1:
+        return _in_wordings(full, name, source, options)
+    opened = _checked(kind, full, _open(kind, source, full, part, _taken(full, source, options, only_taken)))
+    return opened.limited(options.limit, options.seed) if isinstance(opened, Probe) else opened
+
+
+def _in_wordings(full: str, name: str, source: ProbeSource, options: Options) -> Probe:
+    """The probe in the first wordings. Raises UsageError where its source has none, or too few."""
+    if "template" not in source.takes:
+        several = [name for name, each in usable() if "template" in each.takes]
+        raise UsageError(
+            f"{full} has one wording per fact: --templates {options.templates} has nothing to choose from.",
+            hint=f"Leave --templates out, or choose {' or '.join(several)}.",
+        )
+    if options.template != 1:
+        raise UsageError(
+            "--template and --templates exclude each other: one wording, or the first so many.",
+            hint="Leave one of them out.",
+        )
+    single = replace(options, templates=1)
+    opened = [
+        _opened(name, replace(single, template=number), only_taken=True) for number in range(1, options.templates + 1)
+    ]
+    return in_wordings([probe for probe in opened if isinstance(probe, Probe)])
+
+
+def _split(name: str) -> tuple[str, str]:
+    kind, _, part = name.partition(":")
+    return kind.lower().replace("_", "-"), part
+
+
+def _joined(kind: str, part: str) -> str:
+    return f"{kind}:{part}" if part else kind
+
+
+def _part(source: ProbeSource, part: str) -> str:
+    """As the source has it: one of a few parts whatever its case, else as it stands."""
+    return part.lower().replace("_", "-") if source.parts else part
+
+
+def _taken(name: str, source: ProbeSource, options: Options, only_taken: bool) -> Options:
+    """The options that a source takes; of others it gets the defaults, or they are refused."""
+    takes = source.takes | {"limit", "seed", "data"} | ({"protocol"} if source.protocols else set())
+    given = [option for option in options.given() if option not in takes]
+    if given and not only_taken:
+        raise UsageError(f"{name} has no {given[0]} {getattr(options, given[0])}.", hint=_taking(given[0]))
+    default = Options()
+    kept = replace(options, **{option: getattr(default, option) for option in given})
+    if not source.protocols or options.protocol in source.protocols:
+        return kept
+    if not only_taken and "protocol" in options.given():
+        raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"There is {' and '.join(source.protocols)}.")
+    return replace(kept, protocol=source.protocols[0])
+
+
+def _taking(option: str) -> str:
+    kinds = [kind for kind, source in usable() if option in source.takes]
+    return f"Only {' and '.join(kinds)} can be given one."
+
+
+def _check_protocol(options: Options) -> None:
+    """Raise UsageError for a protocol that no source knows, be it named or not."""
+    if "protocol" in options.given():
+        known = list(dict.fromkeys(protocol for _, source in usable() for protocol in source.protocols))
+        if options.protocol not in known:
+            near = did_you_mean(options.protocol, known)
+            raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}There is {' and '.join(known)}.")
+
+
+def _open(kind: str, source: ProbeSource, name: str, part: str, options: Options) -> Opened:
+    try:
+        return source.open(name, part, options)
+    except CompressknowError:
+        raise
+    except Exception as error:
+        if not PROBES.is_added(kind):
+            raise
+        # Whatever the code of another package does.
+        raise PROBES.unfit(kind, f"{type(error).__name__}: {error}") from error
+
+
+def _checked(kind: str, name: str, opened: object) -> Opened:
+    """What a source gives, if it can be evaluated. Raises CompressknowError where it cannot."""
+    if isinstance(opened, Task | RunningText):
+        return opened
+    if not isinstance(opened, Probe):
+        raise PROBES.unfit(kind, f"It gives a {type(opened).__name__}, no Probe, Task or RunningText.")
+    if not opened.facts:
+        reasons = [f"  {count} dropped: {reason}" for reason, count in opened.dropped.items()]
+        raise UsageError(f"{opened.name} has no facts to evaluate.", "\n".join(reasons) or "It is empty.")
+    if PROBES.is_added(kind) and (flaw := _flaw(name, opened)):
+        raise PROBES.unfit(kind, flaw)
+    return opened
+
+
+def _flaw(name: str, probe: Probe) -> str | None:
+    """What would go wrong with facts of another package after hours: the sources of this one see to it themselves."""
+    if probe.name != name or any(fact.probe != name for fact in probe.facts):
+        return f"The probe or a fact of it does not have the name {name!r}."
+    if twins := [fact for fact, times in Counter(fact.id for fact in probe.facts).items() if times > 1]:
+        return f"Two of its facts have the id {twins[0]!r}."
+    for fact in probe.facts:
+        if fact.candidates is not None and not _are_candidates(fact.candidates, fact.obj_label):
+            return f"The candidates of its fact {fact.id!r} are not two or more different ones, the object among them."
+    return None
+
+
+def _are_candidates(candidates: Sequence[str], answer: str) -> bool:
+    return len(set(candidates)) == len(candidates) > 1 and answer in candidates
+
+
+def _unknown(name: str) -> UsageError:
+    names = known_names()
+    return UsageError(f"Unknown probe {name!r}.", hint=f"{_suggestion(name)}There is {', '.join(names)}.")
+
+
+def _suggestion(name: str) -> str:
+    """What a name may be meant for: one without its kind, or one that is nearly known."""
+    beginning, colon, part = name.partition(":")
+    if colon and _split(name)[0] not in PROBES and (near := did_you_mean(beginning, PROBES, cutoff=0.7)):
+        return near.replace("?", f":{part}?")
+    for kind, source in usable():
+        if source.meant(name):
+            return f"Did you mean {_joined(kind, _part(source, name))}? "
+    fixed = [_joined(kind, part) for kind, source in usable() for part in source.parts or ([] if source.form else [""])]
+    return did_you_mean(name, fixed, cutoff=0.5)

@@ -1,0 +1,266 @@
+"""Rows of facts: JSON Lines and CSV read within bounds, and columns found by their names."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compressknow.errors import UsageError, did_you_mean
+from compressknow.evaluate.facts import ARTS, GEOGRAPHY, PEOPLE, by_relation
+from compressknow.evaluate.scoring.prompts import OBJECT
+from compressknow.reading import (
+    MOST_VALUES,
+    NotReadable,
+    half_character,
+    parse_json,
+    read_lines,
+    sha256_of,
+    values_in,
+)
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(number of the line, its object) or, where a line holds none, (number, what is wrong and in which column).
+
+    Raises UsageError where the file cannot be read.
+    """
+    values = 0
+    try:
+        # Lines end at "\n" alone: JSON texts may hold U+2028 and the like, at which str.splitlines would break them.
+        for number, line in enumerate(read_lines(path), start=1):
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            values += values_in(content)
+            if values > MOST_VALUES:
+                raise NotReadable(f"its lines hold more than {MOST_VALUES:,} values")
+            if content.strip():
+                yield number, _parsed(content)
+    except (OSError, NotReadable) as error:
+        raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield (number of the line, its row) of a CSV file with a header, as `json_lines` would: empty cells are left out,
+    `candidates` are parted by ``|``, `popularity` is a number.
+
+    Raises UsageError where the file cannot be read.
+    """
+    import csv
+
+    number = 0
+
+    def content() -> Iterator[str]:
+        nonlocal number
+        for number, line in enumerate(read_lines(path), start=1):  # noqa: B007
+            yield line.removeprefix(codecs.BOM_UTF8).decode("utf-8") + "\n"
+
+    try:
+        table = csv.DictReader(content(), strict=True)
+        for row in table:
+            if None in row:
+                yield number, "more cells than the header has columns"
+            else:
+                yield number, {key: _cell(key, text) for key, text in row.items() if text and text.strip()}
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} cannot be read: it is not UTF-8.", hint="Save it as CSV UTF-8.") from None
+    except csv.Error as error:
+        raise UsageError(f"{path} cannot be read, line {number}: {error}.", hint="Save it as CSV.") from None
+    except (OSError, NotReadable) as error:
+        raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _cell(key: str, text: str) -> Any:
+    if key == "candidates":
+        return [each.strip() for each in text.split("|")]
+    if key != "popularity":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+
+def _parsed(line: bytes) -> dict[str, Any] | str:
+    try:
+        value = parse_json(line)
+    except UnicodeDecodeError as error:
+        return f"column {error.start + 1}: not UTF-8"
+    except json.JSONDecodeError as error:
+        return f"column {error.colno}: not JSON: {error.msg}"
+    except ValueError:
+        return "column 1: not JSON that can be read: nested too deeply, or a number of too many digits"
+    if not isinstance(value, dict):
+        return "column 1: a JSON object {...} belongs here"
+    return _half_character(line, value) or value
+
+
+def _half_character(line: bytes, value: dict[str, Any]) -> str | None:
+    if b"\\u" not in line or not (escape := half_character(json.dumps(value, ensure_ascii=False))):
+        return None
+    return f"column {line.lower().find(escape.encode()) + 1}: {escape} is half of a character"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All objects of the file. Raises UsageError, with line and column, at the first line that holds none."""
+    rows = []
+    for number, row in json_lines(path):
+        if isinstance(row, str):
+            raise UsageError(f"{path}, line {number}, {row}.", hint="The file is damaged: get it again.")
+        rows.append(row)
+    return rows
+
+
+def file_hashes(paths: Iterable[Path], folder: Path) -> dict[str, str]:
+    """File name relative to `folder`, with forward slashes -> sha256 of the file, in hexadecimal."""
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+
+
+KEYS = (
+    "subject",
+    "object",
+    "prompt",
+    "template",
+    "relation",
+    "id",
+    "popularity",
+    "candidates",
+    "school-subject",
+)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """`of` is {one of `KEYS`: name of a column}; `of["template"]` may be a template itself. `templates` are those by
+    relation, where no column holds any; `known_as` names the kind of table that was recognised."""
+
+    of: Mapping[str, str]
+    templates: Mapping[str, str] = field(default_factory=dict)
+    known_as: str | None = None
+
+    @property
+    def fixed_template(self) -> str | None:
+        template = self.of.get("template", "")
+        return template if OBJECT in template else None
+
+    @property
+    def names(self) -> list[str]:
+        """The columns to read, each once."""
+        return list(dict.fromkeys(name for name in self.of.values() if name != self.fixed_template))
+
+
+# Domains of PopQA's properties, with underscores for spaces.
+POPQA = by_relation(
+    {
+        GEOGRAPHY: "capital capital_of country",
+        PEOPLE: "place_of_birth father mother occupation religion",
+        ARTS: "author composer director genre producer screenwriter",
+    }
+)
+# PopQA asks questions ("What is Henry Feilden's occupation?"); these say the same with a blank at the end.
+_POPQA_TEMPLATES = {
+    "author": "The author of [X] is [Y].",
+    "capital": "The capital of [X] is [Y].",
+    "capital of": "[X] is the capital of [Y].",
+    "color": "The color of [X] is [Y].",
+    "composer": "The composer of [X] is [Y].",
+    "country": "The country of [X] is [Y].",
+    "director": "The director of [X] is [Y].",
+    "father": "The father of [X] is [Y].",
+    "genre": "The genre of [X] is [Y].",
+    "mother": "The mother of [X] is [Y].",
+    "occupation": "The occupation of [X] is [Y].",
+    "place of birth": "The place where [X] was born is [Y].",
+    "producer": "The producer of [X] is [Y].",
+    "religion": "The religion of [X] is [Y].",
+    "screenwriter": "The screenwriter of [X] is [Y].",
+    "sport": "The sport that [X] plays is [Y].",
+}
+
+_LABELS = {"subject": "sub_label sub", "object": "obj_label", "relation": "predicate_id pred relation", "id": "uuid id"}
+_OWN = {**_LABELS, "popularity": "popularity", "candidates": "candidates", "school-subject": "subject"}
+# Kind of table: (columns by which it is known, the columns of each key in order of preference, templates by relation).
+# LAMA's copies on the hub have the template and a sentence of the text in each row; the official code uses templates.
+_KNOWN: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
+    "PopQA": (
+        "subj prop obj s_pop",
+        {"subject": "subj", "object": "obj", "relation": "prop", "id": "id", "popularity": "s_pop"},
+        _POPQA_TEMPLATES,
+    ),
+    "facts": ("prompt obj_label", {**_OWN, "prompt": "prompt"}, {}),
+    "LAMA by template": ("template sub_label obj_label", {**_OWN, "template": "template"}, {}),
+    "LAMA by sentence": ("masked_sentence obj_label", {**_LABELS, "prompt": "masked_sentence"}, {}),
+}
+
+
+def parse_columns(options: Iterable[str]) -> dict[str, str]:
+    """``KEY=COLUMN`` texts as a mapping. Raises UsageError for another form, an unknown key and one given twice.
+
+    >>> parse_columns(["object=obj_label", "template=[X] was born in [Y]."])
+    {'object': 'obj_label', 'template': '[X] was born in [Y].'}
+    """
+    columns: dict[str, str] = {}
+    for option in options:
+        key, equals, column = (part.strip() for part in option.partition("="))
+        if not equals or not column:
+            raise UsageError(f"--map takes KEY=COLUMN: {option!r}.", hint=f"The keys are {', '.join(KEYS)}.")
+        check_key(key)
+        if key in columns:
+            raise UsageError(f"--map names {key} twice.")
+        columns[key] = column
+    return columns
+
+
+def check_key(key: str) -> None:
+    """Raises UsageError for a key that is none of `KEYS`."""
+    if key not in KEYS:
+        near = did_you_mean(key, KEYS)
+        raise UsageError(f"--map: unknown key {key!r}.", hint=f"{near}The keys are {', '.join(KEYS)}.")
+
+
+def choose_columns(there: Iterable[str], given: Mapping[str, str], where: str) -> Columns:
+    """The columns of a table that has those `there`: as for a table that is known, but what is `given` comes first.
+
+    Raises UsageError, which lists the columns there are, where one is not there or too few are named to make facts.
+    """
+    present = set(there)
+    for key in given:
+        check_key(key)
+    chosen = _recognised(present)
+    # Who names a prompt or a template does not want that of the known table.
+    asked = {"prompt", "template"} & set(given)
+    kept = {key: name for key, name in chosen.of.items() if not (asked and key in ("prompt", "template"))}
+    columns = Columns({**kept, **given}, {} if asked else chosen.templates, chosen.known_as)
+    listing = f"Its columns are {', '.join(sorted(present))}." if present else "It has no columns."
+    missing = [name for name in columns.names if name not in present]
+    if missing:
+        raise UsageError(f"{where} has no column {missing[0]!r}.", listing)
+    if lacking := _lacking(columns):
+        raise UsageError(f"{where}: which column is the {lacking}?", listing, f"Say --map {lacking}=COLUMN.")
+    return columns
+
+
+def _recognised(present: set[str]) -> Columns:
+    for kind, (known_by, keys, templates) in _KNOWN.items():
+        if present.issuperset(known_by.split()):
+            found = {
+                key: next((name for name in names.split() if name in present), None) for key, names in keys.items()
+            }
+            return Columns({key: name for key, name in found.items() if name}, templates, kind)
+    return Columns({})
+
+
+def _lacking(columns: Columns) -> str | None:
+    """The key without which no fact can be made."""
+    if "object" not in columns.of:
+        return "object"
+    if "prompt" in columns.of:
+        return None
+    if "template" not in columns.of and not columns.templates:
+        return "prompt"
+    return None if "subject" in columns.of else "subject"

@@ -1,0 +1,226 @@
+"""What lm-eval logged of a task's items, as answers.
+
+A sample of lm-eval's log is {"doc_id", "doc", "target", "arguments": [(context, continuation), ...], "filtered_resps",
+"filter", "metrics": [NAME, ...], NAME: value, ...}; for choices `filtered_resps` is [(log-likelihood, is greedy), ...].
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from compressknow.errors import UnsupportedError
+from compressknow.evaluate.answers import Answer
+from compressknow.evaluate.facts import BLANK, DOMAINS, GENERAL
+from compressknow.evaluate.scoring.ranking import log_sum, rank_of
+
+# Of an item's context, so much of its end is shown.
+SHOWN = 300
+_GAP = "…"
+NO_GOLD = "no choice is marked as the right one"
+# Where a task reports several figures: the ones over raw log-likelihoods and whole answers go first.
+_METRICS = ("acc", "exact_match")
+_COMMON_SENSE = frozenset({"piqa", "winogrande"})
+
+
+@dataclass
+class Collected:
+    """The answers to one task or more, and what is counted over them.
+
+    `metrics` is {name of a task: its metric that says right or wrong, as lm-eval's results name it: ``acc,none``};
+    `golds` counts the places of right choices.
+    """
+
+    answers: list[Answer] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    metrics: dict[str, str] = field(default_factory=dict)
+    golds: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def chance(self) -> float | None:
+        """Expected accuracy of guessing; None where any item has no choices."""
+        choices = [answer.choices for answer in self.answers]
+        known = [1 / number for number in choices if number]
+        return sum(known) / len(known) if known and len(known) == len(choices) else None
+
+    @property
+    def majority(self) -> float | None:
+        """Accuracy of always naming the place that is right most often."""
+        total = sum(self.golds.values())
+        return max(self.golds.values()) / total if total and total == len(self.answers) else None
+
+    def add(self, probe: str, task: Any, samples: Sequence[Mapping[str, Any]], several: bool) -> None:
+        """Add the items of one of lm-eval's task objects; with `several` the ids of facts name the task too.
+
+        Raises UnsupportedError where the task has no figure that says right or wrong item by item.
+        """
+        name = str(task.task_name)
+        # The same items come once for each filter; results go by the first one as well.
+        samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+        metric = _metric(name, task, samples)
+        self.metrics[name] = f"{metric},{samples[0]['filter']}"
+        for sample in samples:
+            item = f"{name}/{sample['doc_id']}" if several else str(sample["doc_id"])
+            common: dict[str, Any] = {
+                "probe": probe,
+                "fact_id": f"{probe}:{item}",
+                "relation": name,
+                "subject": DOMAINS[-1] if name in _COMMON_SENSE else GENERAL,
+                "sub_label": "",
+                "popularity": None,
+            }
+            correct = float(sample[metric]) == 1
+            if task.OUTPUT_TYPE == "multiple_choice":
+                self._add_choice(common, task, sample, correct)
+            else:
+                self.answers.append(Answer(**common, **_free(task, sample, correct), choices=None))
+
+    def _add_choice(self, common: Mapping[str, Any], task: Any, sample: Mapping[str, Any], correct: bool) -> None:
+        choices, contexts, continuation = _parts(task, sample)
+        golds = _golds(task, sample, choices)
+        if not golds:
+            self.dropped[NO_GOLD] += 1
+            return
+        scores = np.array([score for score, _ in sample["filtered_resps"][: len(choices)]], dtype=np.float64)
+        order = np.argsort(-scores, kind="stable")
+        gold = min(golds, key=lambda index: (np.isnan(scores[index]), -scores[index]))
+        rank = rank_of(gold, scores)
+        texts, prompt = _shown(choices, contexts, continuation)
+        self.golds[golds[0]] += 1
+        self.answers.append(
+            Answer(
+                **common,
+                prompt=prompt,
+                gold=texts[gold],
+                predicted=texts[order[0]],
+                # Of a model that computes no numbers lm-eval takes the first choice for its answer.
+                correct=correct and rank is not None,
+                rank=rank,
+                logp_gold=None if rank is None else float(scores[gold]),
+                top5=tuple(texts[index] for index in order[:5]),
+                top5_logp=tuple(float(scores[index]) for index in order[:5]),
+                choices=len(choices),
+                total_logp=log_sum(scores),
+            )
+        )
+
+
+def _metric(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> str:
+    """The first of the task's metrics that says right or wrong of every item."""
+    better = task.higher_is_better()
+    named = sorted(samples[0]["metrics"], key=lambda metric: metric not in _METRICS)
+    for metric in named:
+        if better.get(metric, True) and all(_is_verdict(sample.get(metric)) for sample in samples):
+            return str(metric)
+    raise UnsupportedError(
+        f"lm-eval's task {name} does not mark each item as right or wrong.",
+        f"It reports {', '.join(named) or 'nothing'}.",
+        "Choose a task that reports acc or exact_match.",
+    )
+
+
+def _is_verdict(value: object) -> bool:
+    return isinstance(value, bool | int | float | np.number | np.bool_) and float(value) in (0, 1)
+
+
+def _parts(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list[str], str | None]:
+    """The choices as the task has them, the contexts, and what follows these where they are what is chosen from."""
+    arguments = sample["arguments"]
+    if hasattr(task, "doc_to_choice"):
+        choices = [str(choice) for choice in task.doc_to_choice(sample["doc"])]
+    else:
+        choices = [continuation.strip() for _, continuation, *_ in arguments]
+    contexts = [argument[0] for argument in arguments[: len(choices)]]
+    return choices, contexts, arguments[0][1] if getattr(task, "multiple_input", 0) else None
+
+
+def _golds(task: Any, sample: Mapping[str, Any], choices: Sequence[str]) -> list[int]:
+    """Indices of the right choices, read as lm-eval does; what is out of range is none."""
+    several_contexts = getattr(task, "multiple_input", 0)
+    gold = task.doc_to_text(sample["doc"]) if several_contexts else sample["target"]
+    found = []
+    for one in gold if isinstance(gold, list) else [gold]:
+        if isinstance(one, str):
+            texts = choices if one in choices else [choice.strip() for choice in choices]
+            found += [texts.index(one.strip())] if one.strip() in texts else []
+        elif 0 <= int(one) < len(choices):
+            found.append(int(one))
+    return found
+
+
+def _shown(choices: Sequence[str], contexts: Sequence[str], continuation: str | None) -> tuple[list[str], str]:
+    """Texts of the choices and of the item. Contexts that are chosen from show without the words they all begin with.
+
+    >>> _shown([], ["She saw Ann, so Ann", "She saw Ann, so Bea"], " ran.")
+    (['Ann', 'Bea'], 'She saw Ann, so … ran.')
+    """
+    if continuation is None:
+        return [choice.strip() for choice in choices], tail(contexts[0])
+    words = [context.split() for context in contexts]
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+    begin = [column[0] for column in same]
+    texts = [" ".join(of_one[len(begin) :]) for of_one in words]
+    if not all(texts):
+        return [choice.strip() for choice in choices], tail(f"{_GAP} {continuation}")
+    return texts, tail(" ".join([*begin, _GAP, continuation]))
+
+
+def _free(task: Any, sample: Mapping[str, Any], correct: bool) -> dict[str, Any]:
+    """Fields of an answer that was written freely, or of a continuation that was only scored."""
+    gold, response = sample["target"], sample["filtered_resps"][0]
+    if isinstance(gold, int) and getattr(task.config, "doc_to_choice", None) is not None:
+        gold = task.doc_to_choice(sample["doc"])[gold]
+    gold = str(gold[0] if isinstance(gold, list | tuple) and gold else gold).strip()
+    fields = {"prompt": tail(str(sample["arguments"][0][0])), "gold": gold, "correct": correct}
+    if task.OUTPUT_TYPE == "loglikelihood":
+        # The continuation is the greedy one or not; which one is, lm-eval does not say.
+        return fields | {"predicted": gold if correct else "", "logp_gold": float(response[0])} | _UNRANKED
+    if isinstance(response, list | tuple):
+        response = response[0] if response else ""
+    return fields | {"predicted": str(response).strip(), "logp_gold": None} | _UNRANKED
+
+
+_UNRANKED: dict[str, Any] = {"rank": None, "top5": (), "top5_logp": ()}
+
+
+def tail(text: str) -> str:
+    """The last words of a text, `SHOWN` characters at most, with single spaces and without LAMA's blank.
+
+    >>> tail("Question:  who?\\nAnswer:")
+    'Question: who? Answer:'
+    >>> len(tail("word " * 100)), tail("word " * 100)[:6]
+    (296, '… word')
+    """
+    words = text.replace(BLANK, _GAP).split()
+    whole = " ".join(words)
+    if len(whole) <= SHOWN:
+        return whole
+    cut = whole[-(SHOWN - 2) :]
+    return f"{_GAP} {cut.partition(' ')[2] or cut}"
+
+
+def truncated(samples: Sequence[Mapping[str, Any]], lm: Any) -> int:
+    """How many items lose the beginning of their context, as the model takes no longer text.
+
+    A causal model reads all of the context and the continuation but its last token; an encoder the context alone; where
+    an answer is written, the context leaves room for it.
+    """
+
+    def is_cut(arguments: Sequence[Any]) -> bool:
+        text, room = str(arguments[0]), 0
+        if isinstance(arguments[1], Mapping):
+            room = 0 if lm.backend == "seq2seq" else int(arguments[1].get("max_gen_toks", lm.max_gen_toks))
+        elif lm.backend == "causal":
+            text, room = text + str(arguments[1]), -1
+        longest: int = lm.max_length - room
+        # A token is a byte at least, but for a special one or two: most texts need not be encoded.
+        return len(text.encode()) + 2 > longest and len(lm.tok_encode(text)) > longest
+
+    # The same items come once for each filter.
+    first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    return sum(any(map(is_cut, sample["arguments"])) for sample in first)

@@ -1,0 +1,143 @@
+"""How fast a model answers on this machine, and the memory that it takes: measured in a process of its own.
+
+    python -m compressknow.evaluate.speed PATH SETTINGS
+
+prints {"device", "computed_in", "facts_per_second", "tokens_per_second", "peak_bytes"} as JSON; SETTINGS are those of
+`Settings`, as JSON. Unless they name a precision, a model runs in that of its checkpoint, as it is deployed; answers
+are compared in float32, which nobody serves. The facts are a sample of the default probe, which suits every family;
+tokens are those that a causal model writes one after the other. The first round warms up and is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from compressknow.engine.identity import Located
+from compressknow.engine.language_model import AUTO
+from compressknow.errors import CompressknowError, UnsupportedError
+from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.records import Speed
+from compressknow.model.checkpoint import read_json
+from compressknow.system import peak_memory
+
+FACTS, TOKENS, ROUNDS = 96, 64, 3
+# Seconds, after which no further round begins.
+LONG = 10.0
+_TEXT = "A long time ago, in a small town by the sea, there lived a young woman who"
+
+
+def measure(located: Located, settings: Settings) -> Speed:
+    """Facts and tokens a second (medians of some rounds), and peak memory beyond what the libraries take, in bytes.
+
+    Raises CompressknowError where the measuring process fails.
+    """
+    arguments = [str(located.path), json.dumps(asdict(settings))]
+    # Whatever the locale is, both write and read UTF-8.
+    command = [sys.executable, "-X", "utf8", "-m", "compressknow.evaluate.speed", *arguments]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="backslashreplace", check=False)
+    if done.returncode:
+        silent = f"The process that measures it ended with {done.returncode}."
+        reason = (done.stderr.strip().splitlines() or [silent])[-1]
+        raise CompressknowError(f"The speed of {located.name} could not be measured.", why=reason)
+    return Speed(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
+    import torch
+
+    from compressknow.evaluate.evaluate import evaluate
+    from compressknow.evaluate.sources import DEFAULT, Options, open_probe
+
+    _import_libraries(path)
+    libraries = peak_memory()
+    handle = ModelHandle(Located(path.name, path), replace(settings, dtype=settings.dtype or AUTO))
+    computed_in = handle.loaded.computed_in
+    probe = open_probe(DEFAULT[0], Options(limit=FACTS))
+    prompts = handle.prompts(probe)
+    on_gpu = settings.device.startswith("cuda")
+
+    def answered() -> int:
+        for _ in evaluate(prompts):
+            pass
+        if on_gpu:
+            torch.cuda.synchronize()
+        return prompts.total
+
+    facts_per_second = _per_second(answered)
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"{settings.device}, {torch.get_num_threads()} threads",
+        "computed_in": computed_in,
+        "facts_per_second": facts_per_second,
+        "tokens_per_second": _tokens_per_second(handle),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else max(peak_memory() - libraries, 0),
+    }
+
+
+def _per_second(work: Callable[[], int]) -> float:
+    """The median, over some rounds, of how many the work says it did; one that takes long tells enough alone."""
+    work()
+    rates: list[float] = []
+    begun = time.perf_counter()
+    while len(rates) < ROUNDS and (not rates or time.perf_counter() - begun < LONG):
+        start = time.perf_counter()
+        done = work()
+        rates.append(done / (time.perf_counter() - start))
+    return round(statistics.median(rates), 1)
+
+
+def _tokens_per_second(handle: ModelHandle) -> float | None:
+    """Of one text, read and then gone on with, the likeliest token each time; None for a model that does not go on with
+    texts. It runs without what gives a fact the same bits in any batch.
+    """
+    if model := handle.loaded.language_model:
+        from compressknow.engine.steady import unsteady
+
+        unsteady(model.model)
+    try:
+        reader = handle.reader()
+    except UnsupportedError:
+        return None
+    prompt, _ = reader.encode(_TEXT)
+    tokens = TOKENS if reader.most is None else min(TOKENS, reader.most - len(prompt))
+    if tokens < 1:
+        return None
+
+    def written() -> int:
+        # Each token is one number on its way to the processor: nothing is left to be waited for.
+        (row,) = reader.continued([prompt], tokens)
+        return next((place for place, token in enumerate(row, start=1) if reader.ends(token)), tokens)
+
+    return _per_second(written)
+
+
+def _import_libraries(path: Path) -> None:
+    """What loading a model imports on its way: it is not the model that takes this memory."""
+    import transformers
+
+    names = ["AutoTokenizer", "AutoModelForCausalLM"]
+    if (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        names += config.get("architectures") or []
+        if "quantization_config" in config:
+            import compressed_tensors  # noqa: F401
+    for name in names:
+        getattr(transformers, str(name), None)
+
+
+def _main(path: str, settings: str) -> None:
+    try:
+        print(json.dumps(_measure_here(Path(path), Settings(**json.loads(settings)))))  # noqa: T201
+    except CompressknowError as error:
+        sys.exit(" ".join(part for part in (error.what, error.why) if part))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

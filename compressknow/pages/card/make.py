@@ -1,0 +1,385 @@
+"""The report card of one original and one or several compressed models, from their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
+from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.grades import RECOGNIZED, known_as
+from compressknow.evaluate.records import UNKNOWN, ModelRecord, on_server
+from compressknow.evaluate.wordings import by_majority
+from compressknow.format import count
+from compressknow.pages.card import assembly
+from compressknow.pages.card import warnings as warnings
+from compressknow.pages.card.advice import advice, facts_needed
+from compressknow.pages.card.method import method
+from compressknow.pages.card.rounding import beside_rounding
+from compressknow.pages.card.section import ProbeAnswers
+from compressknow.pages.card.verdict import (
+    grades,
+    in_words,
+    labels_of,
+    rounded_up,
+    verdict,
+    verdict_of_several,
+)
+from compressknow.pages.records import Card, Comparison, ModelFacts
+from compressknow.pages.texts import METHOD as TEXT_METHOD
+from compressknow.pages.texts import sentence, sentence_of_several
+from compressknow.stats.intervals import proportion
+from compressknow.stats.paired import Pair, best_of, certainty, changed_facts, compare_probe, paired
+from compressknow.stats.records import Counts, EarlyStop, ProbeFigures, TextFigures
+from compressknow.stats.text import text_figures
+from compressknow.stats.wordings import wordings_of
+
+_REQUIRED = ("name", "sha256", "architecture", "family")
+# What a server may not tell of its model.
+_OF_FILES = ("parameters", "bytes", "dtype")
+# No advice on compression rests on the answers of a model that computes no numbers.
+_REPAIR = "Next: find a sound copy of the model that computes no numbers (NaN); these figures mean nothing."
+
+
+def make_card(
+    original: Answers,
+    compressed: Sequence[Answers],
+    *,
+    show_facts: bool = True,
+    known: str = RECOGNIZED,
+    command: str | None = None,
+    early: EarlyStop | None = None,
+    path: str | None = None,
+) -> Card:
+    """Compare each compressed model with the original, over the probes that both were evaluated on.
+
+    Parameters
+    ----------
+    show_facts : False leaves the text of every fact out of the card.
+    known : what counts as known: ``recognized`` (or better) or only ``produced``.
+    command : the command line to show.
+    early : how a gate was decided before all facts were evaluated, if it was; of one compressed model.
+    path : the original as the user gave it, where that can be converted.
+
+    Raises
+    ------
+    CompressknowError : a compressed model is of another family or vocabulary, shares no probe with the original, or
+        was evaluated on other prompts; the answers do not tell what is ``produced``.
+    """
+    if not compressed:
+        raise UsageError("There is no compressed model to compare.", hint="Give at least one beside the original.")
+    original, *compressed = (known_as(answers, known) for answers in (original, *compressed))
+    by_wording = [original, *compressed]
+    original, *compressed = map(by_majority, by_wording)
+    model = model_facts(original.record.model)
+    compared = [
+        _with_wordings(
+            compare(original, answers, show_facts=show_facts, early=early, path=path), by_wording[0], wordings
+        )
+        for answers, wordings in zip(compressed, by_wording[1:], strict=True)
+    ]
+    comparisons = [
+        _with_sections(model, comparison, (original, answers), show_facts=show_facts)
+        for comparison, answers in zip(compared, compressed, strict=True)
+    ]
+    common = _common_warnings(comparisons)
+    return Card(
+        verdict=comparisons[0].verdict if len(comparisons) == 1 else _of_several(original, compressed, comparisons),
+        original=model,
+        comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
+        warnings=(*warnings.of_known(known), *common, *assembly.failures(comparisons)),
+        show_facts=show_facts,
+        versions=dict(original.record.versions),
+        command=command,
+        method=method_of(original, comparisons, assembly.sentences(comparisons)),
+        known=known,
+    )
+
+
+def _of_several(original: Answers, compressed: Sequence[Answers], comparisons: Sequence[Comparison]) -> str:
+    name = original.record.model.name
+    said = []
+    if any(c.probes for c in comparisons):
+        probes = [{probe.probe for probe in c.probes} for c in comparisons]
+        # Over the same facts alone can one be called the best.
+        same = all(each == probes[0] for each in probes) and any(c.counts.known_before for c in comparisons)
+        alike = _alike_to_best(original, compressed, probes[0]) if same else None
+        said.append(verdict_of_several(name, comparisons, alike))
+    labels = labels_of([comparison.model for comparison in comparisons])
+    texts = {figures.text: figures.original for c in comparisons for figures in c.texts}
+    for text, before in texts.items():
+        found = [
+            (label, figures.compressed)
+            for label, comparison in zip(labels, comparisons, strict=True)
+            for figures in comparison.texts
+            if figures.text == text
+        ]
+        said.append(sentence_of_several(text, before, found))
+    return " ".join(said)
+
+
+def _alike_to_best(original: Answers, compressed: Sequence[Answers], probes: Collection[str]) -> list[int]:
+    of = [[answer for answer in each.answers if answer.probe in probes] for each in (original, *compressed)]
+    return best_of(of[0], of[1:])[1]
+
+
+def _with_wordings(comparison: Comparison, original: Answers, compressed: Answers) -> Comparison:
+    """The comparison with the figures of each wording, of answers that are not put together yet."""
+    probes = (
+        replace(probe, wordings=wordings_of(original.of(probe.probe), compressed.of(probe.probe)))
+        for probe in comparison.probes
+    )
+    return replace(comparison, probes=tuple(probes))
+
+
+def _with_sections(
+    model: ModelFacts, comparison: Comparison, both: tuple[Answers, Answers], *, show_facts: bool
+) -> Comparison:
+    @cache
+    def answers() -> tuple[ProbeAnswers, ...]:
+        evaluated = {probe.probe: _evaluated(*both, probe.probe) for probe in comparison.probes}
+        return tuple(ProbeAnswers(probe, tuple(paired(probe, *each)), *each[2:]) for probe, each in evaluated.items())
+
+    return assembly.with_sections(model, comparison, answers, show_facts=show_facts)
+
+
+def model_facts(record: ModelRecord) -> ModelFacts:
+    """The "model" entry of a ``probe.json`` as a record. Raises CompressknowError where it says too little."""
+    required = _REQUIRED if on_server(record) else (*_REQUIRED, *_OF_FILES)
+    missing = [key for key in required if getattr(record, key) is None]
+    if missing:
+        raise CompressknowError(
+            f"The record of the answers does not say the model's {', '.join(missing)}.",
+            hint="Probe the model again with this version.",
+        )
+    known: dict[str, Any] = {key: getattr(record, key) for key in ModelFacts.__dataclass_fields__}
+    return ModelFacts(**known | {"groups": dict(record.groups or {}), "dtype": record.dtype or UNKNOWN})
+
+
+def check_gate(fail_under: float | None, *, strict: bool = False, early: bool = False) -> None:
+    """Raise UsageError where `fail_under` is no share, or where `strict` or `early` have no gate to decide."""
+    if fail_under is None and (strict or early):
+        option = "--strict" if strict else "--early"
+        raise UsageError(f"{option} needs a gate.", hint=f"Add --fail-under SHARE, or leave out {option}.")
+    if fail_under is not None and not 0 <= fail_under <= 1:
+        raise UsageError(
+            f"--fail-under must be between 0 and 1: {fail_under:g}.",
+            hint="Write 95 % as 0.95 or 95%.",
+        )
+
+
+def check_early(early: float | None, models: int, *, strict: bool = False) -> None:
+    """Raise UsageError where a gate cannot be decided early: it is no share, or there are several compressed models."""
+    if early is None:
+        return
+    check_gate(early)
+    if models > 1:
+        raise UsageError(
+            f"--early decides for one compressed model, not for {models}.",
+            hint="Give one, or leave out --early: each of several would need facts of its own.",
+        )
+    if strict:
+        raise UsageError(
+            "--early and --strict exclude each other: --early goes on until it can tell.", hint="Leave one of them out."
+        )
+
+
+def gate(card: Card, fail_under: float, *, strict: bool = False) -> None:
+    """Hold every compressed model to a least share of knowledge kept, over all its facts.
+
+    Parameters
+    ----------
+    strict : hold its interval to it: a model whose interval reaches to both sides of the gate has neither met nor
+        missed it.
+
+    Raises GateNotMet where one keeps less than `fail_under`, or where the original knew nothing that could be kept;
+    GateUndecided where that cannot be told of one and all others meet it; UsageError where `fail_under` is no share.
+    """
+    check_gate(fail_under)
+    labels = labels_of([comparison.model for comparison in card.comparisons])
+    if any(comparison.only_texts for comparison in card.comparisons):
+        raise UsageError(
+            "--fail-under holds models to facts, and none were evaluated.", hint="Add a probe of facts: -p atlas."
+        )
+    judged = [(label, c, _met(c, fail_under, strict)) for label, c in zip(labels, card.comparisons, strict=True)]
+    if failed := [_shortfall(label, c.counts) for label, c, met in judged if met is False]:
+        raise GateNotMet(
+            f"Less than {100 * fail_under:g} % of the knowledge is kept: {'; '.join(failed)}.",
+            hint="The report says which facts and subjects were lost; compress less, or lower --fail-under.",
+        )
+    if unsure := [(label, c) for label, c, met in judged if met is None]:
+        said = "; ".join(f"{_shortfall(label, c.counts)}, interval {_ends(c)}" for label, c in unsure)
+        raise GateUndecided(
+            f"It cannot be told yet whether {100 * fail_under:g} % of the knowledge is kept: {said}.",
+            hint=_more_facts([c for _, c in unsure], fail_under),
+        )
+
+
+def hold_to_gate(result: object, card: Card, fail_under: float | None, *, strict: bool) -> None:
+    """Call `gate`, if there is one; its errors bear the `result` that the caller has made."""
+    if fail_under is None:
+        return
+    try:
+        gate(card, fail_under, strict=strict)
+    except (GateNotMet, GateUndecided) as unmet:
+        unmet.result = result
+        raise
+
+
+def _met(comparison: Comparison, fail_under: float, strict: bool) -> bool | None:
+    """Whether the gate is met; None where a strict one is neither met nor missed."""
+    kept = comparison.counts.kept
+    if comparison.early is not None:
+        return comparison.early.met
+    if kept is None or not strict:
+        return kept is not None and kept >= fail_under
+    low, high = comparison.kept.low or 0.0, comparison.kept.high or 0.0
+    if low < fail_under <= high:
+        return None
+    return low >= fail_under
+
+
+def _ends(comparison: Comparison) -> str:
+    return f"{100 * (comparison.kept.low or 0.0):.1f} to {100 * (comparison.kept.high or 0.0):.1f} %"
+
+
+def _more_facts(unsure: Sequence[Comparison], fail_under: float) -> str:
+    """How many known facts would tell of all, were the shares kept as they are."""
+    needed = [facts_needed(comparison, fail_under) for comparison in unsure]
+    known = [number for number in needed if number is not None]
+    if len(known) < len(needed):
+        return "Evaluate more facts (--limit, more probes), or leave out --strict to go by the share alone."
+    about = rounded_up(max(*known, *(c.counts.known_before + 1 for c in unsure)))
+    return f"Evaluate more facts (--limit, more probes): about {about} that the original knows would tell."
+
+
+def _shortfall(label: str, counts: Counts) -> str:
+    if counts.kept is None:
+        return f"{label}, where the original knew none of {count(counts.n)} facts"
+    # More digits than elsewhere: 94.99 % must not read as the 95 % that it misses.
+    return f"{label} keeps {count(counts.both)} of {count(counts.known_before)} ({100 * counts.kept:.6g} %)"
+
+
+def compare(
+    original: Answers,
+    compressed: Answers,
+    *,
+    show_facts: bool = True,
+    early: EarlyStop | None = None,
+    path: str | None = None,
+) -> Comparison:
+    """All figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
+    before, model = model_facts(original.record.model), model_facts(compressed.record.model)
+    _refuse_incomparable(original, compressed)
+    common = [probe for probe in original.probes if probe in compressed.probes]
+    probes = [probe for probe in common if not original.record.probes[probe].text]
+    texts = tuple(_of_text(original, compressed, name) for name in common if name not in probes)
+    evaluated = {probe: _evaluated(original, compressed, probe) for probe in probes}
+    ran_in = compressed.record.model.ran_in
+    figures = tuple(compare_probe(*evaluated[probe], probe=probe, ran_in=ran_in) for probe in probes)
+    counts = sum((probe.counts for probe in figures), Counts())
+    pairs: list[Pair] = [pair for probe in probes for pair in paired(probe, *evaluated[probe])] if show_facts else []
+    lost, gained = changed_facts(pairs)
+    graded = grades(figures)
+    sure = certainty([[group.counts for group in probe.by_relation] for probe in figures])
+    kept = proportion(counts.both, counts.known_before).or_wider(sure.kept)
+    said = verdict(before.name, counts, kept, sure) + beside_rounding(figures) if probes else ""
+    compared = Comparison(
+        model=model,
+        verdict=" ".join(filter(None, (said, *map(sentence, texts), in_words(early)))),
+        kept=kept,
+        counts=counts,
+        grades=graded,
+        probes=figures,
+        certainty=sure,
+        early=early,
+        lost=lost,
+        gained=gained,
+        texts=texts,
+        source_matches=warnings.source_matches(before, model),
+        warnings=(
+            *warnings.of_source(before, model),
+            *warnings.of_changes(before, model),
+            *warnings.of_order(before, model),
+            *warnings.of_models(before, model),
+            *warnings.of_runs(original, compressed, probes),
+            *warnings.of_figures(counts, graded, figures),
+            *warnings.of_early(early),
+        ),
+    )
+    is_broken = any(any(warnings.of_answers("", side)) for side in (original, compressed))
+    source = path if warnings.was_made_from(model, before) else None
+    return replace(compared, next=_REPAIR if is_broken else advice(compared, source))
+
+
+def _of_text(original: Answers, compressed: Answers, name: str) -> TextFigures:
+    before, after = (side.record.probes[name] for side in (original, compressed))
+    if before.fingerprint != after.fingerprint:
+        raise CompressknowError(
+            f"The two models read other texts, or other chunks, as {name}.",
+            hint="Probe both with the same file, --limit and --context.",
+        )
+    text = before.text or {}
+    divergence = str((after.text or {}).get("divergence"))
+    return text_figures(name, int(text["context"]), divergence, original.texts[name], compressed.texts[name])
+
+
+def _evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...]:
+    """Both models' answers to a probe, and its entries in both records."""
+    return (
+        original.of(probe),
+        compressed.of(probe),
+        original.record.probes[probe],
+        compressed.record.probes[probe],
+    )
+
+
+def _refuse_incomparable(original: Answers, compressed: Answers) -> None:
+    """Models that cannot be set side by side fact by fact."""
+    before, after = original.record.model, compressed.record.model
+    shared = [original.record.probes[name] for name in original.probes if name in compressed.probes]
+    # Bits per byte of a text compare whatever its tokens are; and so do texts where another runtime than transformers
+    # gave answers, of which tokens may not be known.
+    by_text = (bool(shared) and all(entry.text for entry in shared)) or before.runtime or after.runtime
+    for key in ("family",) if by_text else ("family", "vocabulary"):
+        one, other = getattr(before, key), getattr(after, key)
+        if one is not None and other is not None and one != other:
+            raise CompressknowError(
+                f"{after.name} is not a compressed version of {before.name}: they differ in {key}.",
+                why=f"{before.name} has {one}, {after.name} has {other}.",
+                hint="Compare a model with the checkpoint that it was made from.",
+            )
+    if not set(original.probes) & set(compressed.probes):
+        raise CompressknowError(
+            f"{before.name} and {after.name} were not evaluated on any common probe.",
+            why=f"The original was evaluated on {_listed(original.probes)}, "
+            f"the other model on {_listed(compressed.probes)}.",
+            hint="Probe both with the same -p PROBE.",
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
+def _common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    """Warnings that hold for all of several compressed models: they are said once, of the whole card."""
+    if len(comparisons) < 2:
+        return ()
+    return tuple(w for w in comparisons[0].warnings if all(w in other.warnings for other in comparisons))
+
+
+def method_of(original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()) -> tuple[str, ...]:
+    """How the probes were run and judged, and the limits of that, in sentences."""
+    probes: dict[str, ProbeFigures] = {}
+    for comparison in comparisons:
+        for figures in comparison.probes:
+            probes.setdefault(figures.probe, figures)
+    family = original.record.model.family or ""
+    evaluated = [(p, original.record.probes[name], original.of(name)) for name, p in probes.items()]
+    of_texts = (TEXT_METHOD,) if any(comparison.texts for comparison in comparisons) else ()
+    if not evaluated and of_texts:
+        return (*of_texts, *of_sections)
+    return method(family, evaluated, (*of_texts, *of_sections))

@@ -1,0 +1,122 @@
+"""How facts were evaluated and judged, in sentences, and how kept knowledge is graded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
+from compressknow.evaluate.records import ProbeEntry
+from compressknow.evaluate.sources import source_of
+from compressknow.format import count, plain
+from compressknow.pages.card.verdict import LOWEST, SCALE
+from compressknow.stats.clusters import FEWEST, FEWEST_SIGNS
+from compressknow.stats.distributions import CALIBRATION_BINS, POPULARITY_BINS
+from compressknow.stats.intervals import RESAMPLES, SEED
+from compressknow.stats.records import ProbeFigures
+
+_SCALE = ", ".join(f"{grade} from {least} % kept" if grade == "A+" else f"{grade} {least} %" for grade, least in SCALE)
+LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named beside the letter."
+SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark says that the interval reaches over several grades."
+_ASKED = {
+    "masked": "The blank of each prompt is the model's mask; an answer of several tokens is scored by its "
+    "pseudo-log-likelihood.",
+    "causal": "The model reads each prompt up to the blank; an answer is scored by the log-probability of all its "
+    "tokens.",
+    "seq2seq": "The encoder reads each prompt with the blank as a sentinel; an answer is scored by the decoder, by the "
+    "log-probability of all its tokens.",
+}
+
+
+def method(
+    family: str,
+    probes: Iterable[tuple[ProbeFigures, ProbeEntry, Sequence[Answer]]],
+    of_sections: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """The sentences.
+
+    Parameters
+    ----------
+    family : ``masked``, ``causal`` or ``seq2seq``.
+    probes : of each probe its figures, its entry in the original's ``probe.json``, and the original's answers.
+    of_sections : how the card's sections compute what they alone show.
+    """
+    probes = list(probes)
+    own = any(_evaluated(figures.probe) is None for figures, _, _ in probes)
+    asked = [_ASKED[family]] if own and family in _ASKED else []
+    limits = _limits(figures for figures, _, _ in probes)
+    return (*asked, *(_probe(*probe) for probe in probes), *_figures(), *of_sections, *limits)
+
+
+def _probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) -> str:
+    name = plain(figures.probe, 60)
+    how = _evaluated(figures.probe) or f"protocol {plain(figures.protocol, 60)}, {_choices(answers)}"
+    limited = f", a sample of {count(figures.limit)} by seed {figures.seed}" if figures.limit is not None else ""
+    left_out = sum(figures.dropped.values())
+    reasons = "; ".join(f"{plain(reason, 120)}: {count(n)}" for reason, n in figures.dropped.items() if n)
+    dropped = f", {count(left_out)} left out ({reasons})" if left_out else ", none left out"
+    wordings = f", each in {entry.templates} wordings, and known if more than half are right" if entry.templates else ""
+    average = "the mean over relations" if figures.average == "macro" else "the share of all facts"
+    return (
+        f"{name}: {how}; {count(figures.facts_read)} facts read{dropped}, {count(figures.counts.n)} "
+        f"evaluated{limited}{wordings}; its headline accuracy is {average}."
+    ) + _own_note(entry)
+
+
+def _evaluated(probe: str) -> str | None:
+    """How its answers came about, where not by the scorers of this package: what its source says of that."""
+    source = source_of(probe)
+    return source.evaluated if source else None
+
+
+def _choices(answers: Sequence[Answer]) -> str:
+    numbers = [answer.choices for answer in answers if answer.choices is not None]
+    if not numbers or len(numbers) < len(answers):
+        return "the answer is free text"
+    low, high = min(numbers), max(numbers)
+    return f"one of {count(low)} answers" if low == high else f"one of {count(low)} to {count(high)} answers"
+
+
+def _own_note(entry: ProbeEntry) -> str:
+    """What the reader of the facts says of its own way: licence, template."""
+    template = (entry.source or {}).get("template")
+    return f" Template: {plain(template, 200)}." if template else ""
+
+
+def _figures() -> Iterator[str]:
+    yield (
+        "Knowledge kept is the share of the facts that the original answers right which the compressed model answers "
+        "right too. Beyond chance it is (kept - g) / (1 - g), g being the mean of 1 / number of answers."
+    )
+    yield (
+        "Intervals are 95 %: Wilson's for shares, Newcombe's (1998, method 10) for the difference of paired shares, "
+        f"and for means over relations a paired bootstrap within relations ({count(RESAMPLES)} resamples, seed "
+        f"{SEED}). That of knowledge kept is over relations where there are {FEWEST} or more: facts of a relation are "
+        "kept and lost together."
+    )
+    yield (
+        "p-values say whether facts lost and gained are out of balance, two-sided, with a relation as what could "
+        f"have fallen out otherwise: from {FEWEST_SIGNS} relations on all flips of the signs of their net changes, of "
+        f"fewer the larger one of Student's t-test of these and of the exact McNemar test, of less than {FEWEST} "
+        "McNemar's. Those of a table of groups are adjusted by Holm's method."
+    )
+    yield (
+        "How far answers moved is KL(original || compressed) in nats at the answer's first position, over the whole "
+        'vocabulary. Where it says "at least", it is over the '
+        f"original's {REFERENCE_TOKENS} most likely tokens and the rest taken together, and what moves within the rest "
+        "is not seen: over the whole vocabulary the divergence is at least that. Calibration error (ECE) uses "
+        f"{CALIBRATION_BINS} bins of equal width; popularity has up to {POPULARITY_BINS} bins of about equal size."
+    )
+    scale = ", ".join(f"{name} from {least} %" for name, least in SCALE)
+    yield f"Grades by the share kept: {scale}, {LOWEST} below; a range names the grades that the interval spans."
+
+
+def _limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
+    yield (
+        "Limits: a fact is judged by the wording that it was put in. Other wordings may give other results, and a lost "
+        "fact may rank second."
+    )
+    if any(probe.chance for probe in probes):
+        yield (
+            "Where a model chooses among given answers, some right ones are guesses; a model that writes freely knows "
+            "less than these figures say."
+        )

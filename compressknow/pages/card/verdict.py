@@ -1,0 +1,235 @@
+"""The verdict, one sentence with its numbers, and the grades: what was kept of each domain."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from compressknow.format import count, p_value, percent, plain, share
+from compressknow.pages.records import Comparison, Grade, ModelFacts
+from compressknow.stats.clusters import kept_by_cluster
+from compressknow.stats.intervals import SIGNIFICANT, proportion
+from compressknow.stats.paired import domain_order
+from compressknow.stats.power import SMALL
+from compressknow.stats.records import Certainty, Counts, EarlyStop, Estimate, ProbeFigures
+
+# The least that must be kept for each grade, in percent.
+SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
+LOWEST = "F"
+NOTHING_KNOWN = "-"
+
+
+def grades(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
+    """Return a grade for each domain over all probes; lm-eval's tasks are domains of their own."""
+    relations: dict[str, tuple[Counts, ...]] = {}
+    for probe in probes:
+        for group in probe.by_subject:
+            relations[group.name] = relations.get(group.name, ()) + group.relations
+    return tuple(_grade(subject, relations[subject]) for subject in sorted(relations, key=domain_order))
+
+
+def grade_of(part: float, whole: float = 1) -> str:
+    """The grade for keeping `part` of `whole`. Counts are compared as whole numbers: nothing is rounded up.
+
+    >>> grade_of(99, 100), grade_of(98_999, 100_000), grade_of(7, 10), grade_of(0, 3), grade_of(0, 0)
+    ('A+', 'A', 'D', 'F', '-')
+    """
+    if not whole:
+        return NOTHING_KNOWN
+    return next((name for name, least in SCALE if 100 * part >= least * whole), LOWEST)
+
+
+def _grade(subject: str, relations: tuple[Counts, ...]) -> Grade:
+    counts = sum(relations, Counts())
+    kept = proportion(counts.both, counts.known_before).or_wider(kept_by_cluster(relations))
+    best, worst = _ends(kept)
+    return Grade(
+        subject=subject,
+        relations=relations,
+        kept=kept,
+        grade=grade_of(counts.both, counts.known_before),
+        unsure=best != worst,
+        range=f"{best} to {worst}" if best != worst else None,
+    )
+
+
+def _ends(kept: Estimate) -> tuple[str, str]:
+    """The grades of an interval's upper and lower end."""
+    if kept.low is None or kept.high is None:
+        return NOTHING_KNOWN, NOTHING_KNOWN
+    return grade_of(kept.high), grade_of(kept.low)
+
+
+_NAME = 80  # characters of a name that a sentence can carry
+
+
+def verdict(original: str, counts: Counts, kept: Estimate, certainty: Certainty) -> str:
+    """Return the sentence on one compressed model, and one on what so many facts could have shown.
+
+    Parameters
+    ----------
+    original : name of the original model.
+    kept : knowledge kept with the interval to go by.
+    certainty : the paired test, and what would have been seen; of that, by default nothing is said.
+
+    >>> from compressknow.stats.intervals import mcnemar, proportion
+    >>> from compressknow.stats.records import PairedTest
+    >>> counts = Counts(both=90, lost=10, gained=1, neither=99)
+    >>> print(verdict("bert", counts, proportion(90, 100), Certainty(PairedTest(mcnemar(counts), "fact"))))
+    Keeps 90 of 100 facts that bert knew (90.0 %, interval 82.6 to 94.5 %): it forgot 10 and gained 1, a net \
+loss that chance does not explain (p = 0.012).
+    """
+    name = plain(original, _NAME)
+    if not counts.n:
+        return f"The models were not evaluated on any common fact, so nothing can be said about what {name} lost."
+    if not counts.known_before:
+        return _nothing_known(name, counts)
+    interval = f"({percent(counts.both, counts.known_before)}{_ends_of(kept, 'interval')})"
+    sentence = _kept_of(name, counts, interval, certainty.test.p)
+    return f"{sentence} {could_be_seen(counts, certainty)}".rstrip()
+
+
+def _kept_of(name: str, counts: Counts, interval: str, p: float | None) -> str:
+    if not counts.lost:
+        return f"Keeps {_all(counts.both)} that {name} knew {interval}, and gained {_number(counts)}."
+    if not counts.both:
+        opening = f"Keeps none of the {_facts(counts.lost)} that {name} knew {interval}"
+        return f"{opening}, and gained {_number(counts)}{_real(counts, p)}."
+    opening = f"Keeps {count(counts.both)} of {_facts(counts.known_before)} that {name} knew {interval}"
+    return f"{opening}: it forgot {count(counts.lost)} and gained {_number(counts)}{_real(counts, p)}."
+
+
+def could_be_seen(counts: Counts, certainty: Certainty) -> str:
+    """Return which loss so many facts show, and how many facts it takes for a small one; nothing where that is not
+    known.
+
+    >>> could_be_seen(Counts(both=185), Certainty(smallest_loss=0.0424, facts_for_two=394))
+    'A net loss under 4.2 % of these 185 may go unseen; 400 known facts would show 2 %.'
+    """
+    more, known = certainty.facts_for_two, count(counts.known_before)
+    if certainty.smallest_loss is None:
+        return f"So few facts show no net loss at all; {rounded_up(more)} known ones would show 2 %." if more else ""
+    seen = f"A net loss under {100 * certainty.smallest_loss:.2g} % of these {known} may go unseen"
+    if more is None or certainty.smallest_loss <= SMALL:
+        return f"{seen}."
+    return f"{seen}; {rounded_up(more)} known facts would show {100 * SMALL:g} %."
+
+
+def in_words(early: EarlyStop | None) -> str:
+    """How a gate was decided early, and how many facts it took; nothing where it was not.
+
+    >>> print(in_words(EarlyStop(0.8, 0.05, facts=64, known=40, of=4021, kept=Estimate(0.95, 0.86, 0.99), met=True)))
+    It took 64 of 4,021 facts in random order to know that at least 80 % of the knowledge is kept (confidence \
+sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs).
+    """
+    if early is None:
+        return ""
+    known = f"{'at least' if early.met else 'less than'} {100 * early.gate:g} % of the knowledge is kept"
+    if early.facts == early.of:
+        return f"It took all {count(early.of)} facts to know that {known}."
+    sequence = _ends_of(early.kept, "confidence sequence").removeprefix(", ")
+    return (
+        f"It took {count(early.facts)} of {count(early.of)} facts in random order to know that {known} ({sequence}, "
+        f"wrong in at most {100 * early.level:g} of 100 runs)."
+    )
+
+
+def rounded_up(facts: int) -> str:
+    """About how many: two digits, rounded up.
+
+    >>> rounded_up(4514), rounded_up(94)
+    ('4,600', '94')
+    """
+    step = 10 ** max(0, len(str(facts)) - 2)
+    return count(-(-facts // step) * step)
+
+
+def verdict_of_several(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None = None) -> str:
+    """Return the sentence on several compressed models: the best and the worst of them.
+
+    Parameters
+    ----------
+    alike : the places of those that cannot be told from the best; None where that was not tested.
+    """
+    name = plain(original, _NAME)
+    labels = labels_of([comparison.model for comparison in comparisons])
+    known = [(c.counts, label) for c, label in zip(comparisons, labels, strict=True) if c.counts.known_before]
+    if not known:
+        return f"{name} knew none of the facts, so there is nothing that a compressed model could keep."
+    best, worst = max(known, key=_kept), min(known, key=_kept)
+    if len(known) == 1:
+        return f"{best[1]} keeps {_share(best[0])} of the facts that {name} knew."
+    if _kept(best) == _kept(worst):
+        return f"{_models(len(known))} keep {share(_kept(best))} of what {name} knew."
+    sentence = (
+        f"Of {len(known)} compressed models, {best[1]} keeps most of what {name} knew ({_share(best[0])}) "
+        f"and {worst[1]} least ({_share(worst[0])})."
+    )
+    return f"{sentence} {_alike([labels[place] for place in alike])}" if alike is not None else sentence
+
+
+def _alike(labels: Sequence[str]) -> str:
+    if not labels:
+        return "No other keeps as much: that is more than chance."
+    shown = [*labels[:_ALIKE], *([f"{len(labels) - _ALIKE} more"] if len(labels) > _ALIKE else [])]
+    named = " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+    return f"{count(len(labels))} cannot be told apart from the best: {named}."
+
+
+# So many that keep as much as the best are named.
+_ALIKE = 4
+
+
+def _kept(known: tuple[Counts, str]) -> float:
+    return known[0].kept or 0.0
+
+
+def labels_of(models: Sequence[ModelFacts]) -> list[str]:
+    """What to call each compressed model: its setup where it has one, with its name or, where that does not tell it
+    from another either, its number.
+    """
+    setups = [plain(model.setup or model.name, _NAME) for model in models]
+    named = [f"{setup} ({plain(model.name, _NAME)})" for setup, model in zip(setups, models, strict=True)]
+    repeated = Counter(setups)
+    labels = [name if repeated[setup] > 1 else setup for setup, name in zip(setups, named, strict=True)]
+    repeated = Counter(labels)
+    return [f"{i}. {label}" if repeated[label] > 1 else label for i, label in enumerate(labels, start=1)]
+
+
+def _nothing_known(name: str, counts: Counts) -> str:
+    gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
+    return f"{name} knew none of the {_facts(counts.n)}, so there is nothing to keep{gained}."
+
+
+def _ends_of(kept: Estimate, name: str) -> str:
+    if kept.low is None or kept.high is None:
+        return ""
+    return f", {name} {share(kept.low).removesuffix(' %')} to {share(kept.high)}"
+
+
+def _real(counts: Counts, p: float | None) -> str:
+    """Whether lost and gained are out of balance: many of both, and so a model that is much changed, can even out."""
+    if p is None or counts.lost == counts.gained:
+        return ", which evens out"
+    net = "loss" if counts.lost > counts.gained else "gain"
+    return f", a net {net} that chance {'does not explain' if p < SIGNIFICANT else 'could explain'} ({p_value(p)})"
+
+
+def _number(counts: Counts) -> str:
+    return count(counts.gained) if counts.gained else "none"
+
+
+def _facts(number: int) -> str:
+    return "1 fact" if number == 1 else f"{count(number)} facts"
+
+
+def _all(number: int) -> str:
+    return "the 1 fact" if number == 1 else f"all {count(number)} facts"
+
+
+def _models(number: int) -> str:
+    return "Both compressed models" if number == 2 else f"All {number} compressed models"
+
+
+def _share(counts: Counts) -> str:
+    return f"{count(counts.both)} of {count(counts.known_before)}, {percent(counts.both, counts.known_before)}"

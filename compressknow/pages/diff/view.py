@@ -1,0 +1,329 @@
+"""What a comparison of two checkpoints says, with its heat map: the one source of the HTML page and the Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from compressknow.compress.calibrate.words import text_in_words
+from compressknow.diff.records import Difference
+from compressknow.format import NONE, count, number, plain, share, size, smaller
+from compressknow.pages.card import warnings as warnings
+from compressknow.pages.card.sections.knowing import table_of
+from compressknow.pages.card.view import Size
+from compressknow.pages.diff import tables as weights
+from compressknow.pages.diff.records import Behaviour, Checkpoint, CheckpointComparison, names_of
+from compressknow.pages.diff.tables import Grid
+from compressknow.pages.parts import NO_FACTS, Drawn, Folded, LeftOut, Part, Shown, drawn
+from compressknow.pages.tables import Entry, Table
+from compressknow.pages.texts import text_headline, text_parts, within
+from compressknow.stats.records import Counts, TextFigures
+
+_SHORT = 12
+_WEIGHTS = "groups"
+_MAP_NOTE = (
+    "Relative error of each Linear weight, from faint to full colour in equal ratios; grey did not change. The marks "
+    "under the map are the errors at which the shades change."
+)
+METHOD = (
+    "Weights are compared as numbers, tensor by tensor, in float64; int8 weights by the values they represent "
+    "(stored integer times scale). The relative error is ‖B − A‖ / ‖A‖ by the Frobenius norm, signal to noise is 20 "
+    "log10 ‖A‖ / ‖B − A‖ in decibels, the cosine is of the angle between A and B. Figures of a group or a layer are "
+    "those of all its weights taken as one tensor, so that large weights count for more than small ones.",
+    "Layers and modules are those of Linear weights; biases, norms and embeddings are under not-linear. A weight that "
+    "one side shares with another (a final layer tied to the embedding) is compared with what it shares.",
+)
+_WIDTH, _LABEL, _ROW, _TOP = 720, 76, 19, 26
+_WIDEST = 110
+# Shades of one colour, faint to full. Up to the fifth, ink reads on them in light and in dark; then paper does.
+_SHADES = (0.08, 0.17, 0.27, 0.38, 0.5, 0.85, 1.0)
+_INK_UP_TO = 4
+_MOST_FIGURES = 10  # columns that leave room for a figure in each cell
+_ORDERS = 4  # of magnitude that the shades span at most
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many tensors and facts a format shows; the JSON has them all."""
+
+    tensors: int
+    facts: int
+    open: int
+    charts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A whole comparison.
+
+    Attributes
+    ----------
+    counts : of facts, A as the original, over all probes; None where no facts were evaluated.
+    weights : of `sections` the one that HTML shows beside the sizes, before all others.
+    """
+
+    id: str
+    models: str
+    title: str
+    headline: str
+    verdict: str
+    warnings: tuple[str, ...]
+    size: Size
+    a: tuple[Entry, ...]
+    b: tuple[Entry, ...]
+    counts: Counts | None
+    weights: Shown | None
+    sections: tuple[Shown, ...]
+    method: tuple[str, ...]
+    run: tuple[Entry, ...]
+    command: str | None
+
+    @property
+    def contents(self) -> tuple[tuple[str, str], ...]:
+        """The parts of the page: id and name."""
+        return (*((section.id, section.title) for section in self.below), ("compare-method", "Method"))
+
+    @property
+    def below(self) -> tuple[Shown, ...]:
+        """The sections but the weights."""
+        return tuple(section for section in self.sections if section is not self.weights)
+
+
+def comparison_page(comparison: CheckpointComparison, limits: Limits) -> Page:
+    """The comparison as text."""
+    a, b = names_of(comparison.a, comparison.b)
+    headline = _headline(comparison)
+    there = comparison.behaviour.b_against_a if comparison.behaviour else None
+    sections = tuple(section for section in _sections(comparison, limits) if section.parts)
+    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in comparison.versions.items())
+    return Page(
+        id="compare",
+        models=f"{a} and {b}",
+        title=f"{headline}: {a} and {b}",
+        headline=headline,
+        verdict=plain(comparison.verdict, 1000),
+        warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
+        size=_size(comparison.a.bytes, comparison.b.bytes),
+        a=_identity(comparison.a),
+        b=_identity(comparison.b),
+        counts=there.comparisons[0].counts if there else None,
+        weights=next((section for section in sections if section.id == _WEIGHTS), None),
+        sections=sections,
+        method=(*METHOD, *(plain(sentence, 2000) for sentence in (there.method if there else ()))),
+        run=(Entry("Versions", versions or NONE),),
+        command=plain(comparison.command, 2000) if comparison.command else None,
+    )
+
+
+def _headline(comparison: CheckpointComparison) -> str:
+    if comparison.identical:
+        return "Identical"
+    texts = comparison.behaviour.b_against_a.comparisons[0].texts if comparison.behaviour else ()
+    if comparison.behaviour and texts and not comparison.behaviour.b_against_a.comparisons[0].probes:
+        return text_headline(texts[0])
+    if comparison.behaviour and (kept := comparison.behaviour.b_against_a.comparisons[0].kept.value) is not None:
+        return f"B knows {share(kept)} of what A knows"
+    if comparison.difference is None or not comparison.difference.tensors:
+        return "Weights that cannot be compared"
+    total = comparison.difference.total
+    if not total.energy_change and total.finite:
+        return "The same weights" if comparison.difference.same_weights else "The same values"
+    return f"Relative error {number(total.relative_error, 4)}"
+
+
+def _size(a: int, b: int) -> Size:
+    largest = max(a, b, 1)
+    return Size(size(a), size(b), smaller(a, b), b / largest, a / largest)
+
+
+def _identity(side: Checkpoint) -> tuple[Entry, ...]:
+    name = plain(side.name, 120) + (f"@{plain(side.revision, 60)}" if side.revision else "")
+    source = plain((side.source or {}).get("name") or "", 120)
+    entries = (
+        Entry("Name", name, code=True),
+        Entry("SHA-256", plain(side.sha256, 80)[:_SHORT], code=True, full=plain(side.sha256, 80)),
+        Entry("Made from", source, code=True) if source else None,
+        Entry("Setup", plain(side.setup, 80)) if side.setup else None,
+        Entry("Calibrated on", plain(text_in_words(side.calibration), 200)) if side.calibration else None,
+        Entry("Quantization", plain(side.quantization, 200)) if side.quantization else None,
+        Entry("Type", plain(side.dtype, 60)),
+        Entry("Size", size(side.bytes)),
+    )
+    return tuple(entry for entry in entries if entry)
+
+
+def _sections(comparison: CheckpointComparison, limits: Limits) -> Iterator[Shown]:
+    if comparison.behaviour:
+        yield Shown("compare-knowledge", "Knowledge", tuple(_knowledge(comparison.behaviour)))
+        yield Shown("compare-text", "Running text", _drawn(_texts(comparison.behaviour), limits))
+    if comparison.behaviour and weights.probes_of(comparison.behaviour):
+        yield Shown(
+            "compare-answers", "Answers side by side", tuple(_answers(comparison, comparison.behaviour, limits))
+        )
+    if difference := comparison.difference:
+        yield Shown(_WEIGHTS, "Weights", tuple(_groups(difference)))
+        yield Shown("compare-map", "By layer and module", tuple(_map(difference, limits)))
+        yield Shown("compare-layers", "By layer", tuple(_layers(difference)))
+        yield Shown("compare-tensors", "By tensor", tuple(_tensors(difference, limits)))
+        stored = weights.settings_table(difference, comparison.files), weights.structure_table(difference)
+        yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
+
+
+def _texts(behaviour: Behaviour) -> Iterator[Part]:
+    yield from text_parts(behaviour.b_against_a.comparisons[0].texts, ("A", "B"))
+    back = behaviour.a_against_b.comparisons[0].texts
+    rows = tuple((plain(f.text, 60), within(f.moved.kl if f.moved else None, 4), _p99(f)) for f in back)
+    if rows:
+        yield Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), rows)
+
+
+def _p99(figures: TextFigures) -> str:
+    found = figures.moved.kl_percentiles if figures.moved else None
+    return number(found["p99"], 4) if found else NONE
+
+
+def _knowledge(behaviour: Behaviour) -> Iterator[Part]:
+    probes = weights.probes_of(behaviour)
+    if probes:
+        yield weights.figures_table(probes)
+    for there, _ in probes:
+        if there.knowing:
+            yield table_of(there.knowing, f"{plain(there.probe, 60)}: grades of knowing of A (rows) and of B", "A")
+    if groups := weights.group_tables(probes):
+        yield Folded("By domain and by relation", groups)
+
+
+def _drawn(parts: Iterator[Part], limits: Limits) -> tuple[Part, ...]:
+    return tuple(drawn(parts, "compare-text", limits.charts))
+
+
+def _answers(comparison: CheckpointComparison, behaviour: Behaviour, limits: Limits) -> Iterator[Part]:
+    if comparison.show_facts:
+        yield from weights.answer_parts(behaviour.answers, limits.facts, limits.open)
+    else:
+        yield NO_FACTS
+
+
+def _groups(difference: Difference) -> Iterator[Part]:
+    if difference.tensors:
+        total = weights.Part("all", difference.tensors)
+        yield weights.parts_table("What differs by group of layers", "Group", weights.groups(difference), total)
+
+
+def _map(difference: Difference, limits: Limits) -> Iterator[Part]:
+    grid = weights.grid(difference)
+    if grid is None or not _changed(difference):
+        return
+    if limits.charts and (drawn := heat_map(grid, "heat")):
+        yield Drawn(Markup(drawn), note=_MAP_NOTE, look="map")
+    yield Folded("The map as a table", (weights.grid_table(grid),))
+
+
+def _layers(difference: Difference) -> Iterator[Part]:
+    layers = weights.layers(difference)
+    if layers and _changed(difference):
+        yield weights.parts_table("Linear weights by layer", "Layer", layers)
+
+
+def _tensors(difference: Difference, limits: Limits) -> Iterator[Part]:
+    table, left_out = weights.tensors_table(difference, limits.tensors)
+    if table:
+        title = f"{count(len(table.rows))} tensors that differ, those first that differ most"
+        yield Folded(title, (table, LeftOut(left_out, *weights.OF_COMPARISON)))
+
+
+def _changed(difference: Difference) -> bool:
+    return bool(difference.total.energy_change) or not difference.total.finite
+
+
+def heat_map(grid: Grid, id: str) -> str | None:
+    """The map as an element for HTML; None where nothing changed.
+
+    Parameters
+    ----------
+    id : of the element; nothing else on the page may have it or begin with it.
+    """
+    errors = [cell for row in grid.cells for cell in row if cell]
+    if not errors:
+        return None
+    bounds = _bounds(min(errors), max(errors))
+    width = min(_WIDEST, (_WIDTH - _LABEL) / len(grid.columns))
+    height = _TOP + _ROW * len(grid.rows) + 34
+    title, told = "Relative error by layer and module", _told(grid)
+    return "".join(
+        [
+            f'<svg class="chart heat" id="{id}" viewBox="0 0 {_WIDTH} {height}" role="img" ',
+            f'aria-labelledby="{id}-title {id}-desc"><title id="{id}-title">{title}</title>',
+            f'<desc id="{id}-desc">{escape(told)}</desc>',
+            *_heads(grid, width),
+            *(mark for i in range(len(grid.rows)) for mark in _map_row(grid, i, width, bounds)),
+            *_legend(bounds, _TOP + _ROW * len(grid.rows) + 12),
+            "</svg>",
+        ]
+    )
+
+
+def shade(error: float, bounds: tuple[float, ...]) -> int:
+    """Which shade an error has, 0 the faintest; `bounds` are the lowest errors of the shades above it."""
+    return sum(error >= bound for bound in bounds)
+
+
+def _bounds(low: float, high: float) -> tuple[float, ...]:
+    """Errors that part the shades, in equal ratios between the least and the largest."""
+    low = max(low, high / 10**_ORDERS)
+    steps = len(_SHADES)
+    return tuple(low * math.exp(math.log(high / low) * i / steps) for i in range(1, steps))
+
+
+def _told(grid: Grid) -> str:
+    found = [(e, row, col) for row, cells in zip(grid.rows, grid.cells, strict=True)
+             for col, e in zip(grid.columns, cells, strict=True) if e]  # fmt: skip
+    largest, least = max(found), min(found)
+    return (
+        f"From {number(least[0], 4)} ({least[2]}, {least[1]}) to {number(largest[0], 4)} ({largest[2]}, {largest[1]}). "
+        "The table after the map has every figure."
+    )
+
+
+def _heads(grid: Grid, width: float) -> Iterator[str]:
+    room = max(4, int(width / 5.6))
+    for i, name in enumerate(grid.columns):
+        shown = name if len(name) <= room else f"…{name[1 - room :]}"
+        yield _text(_LABEL + width * (i + 0.5), _TOP - 8, shown, "f-muted", "middle")
+
+
+def _map_row(grid: Grid, i: int, width: float, bounds: tuple[float, ...]) -> Iterator[str]:
+    top = _TOP + _ROW * i
+    yield _text(_LABEL - 8, top + 13, grid.rows[i], "f-muted", "end")
+    for j, error in enumerate(grid.cells[i]):
+        if error is not None:
+            yield from _cell(_LABEL + width * j, top, width, error, bounds, len(grid.columns) <= _MOST_FIGURES)
+
+
+def _cell(x: float, y: float, width: float, error: float, bounds: tuple[float, ...], figure: bool) -> Iterator[str]:
+    step = shade(error, bounds)
+    colour, opacity = ("f-c1", f' opacity="{_SHADES[step]}"') if error else ("f-rule", ' opacity="0.35"')
+    yield f'<rect class="{colour}"{opacity} x="{_n(x)}" y="{_n(y)}" width="{_n(width - 1)}" height="{_ROW - 1}"/>'
+    if figure:
+        ink = "f-ink" if not error or step <= _INK_UP_TO else "f-paper"
+        yield _text(x + width / 2, y + 13, number(error, 4), ink, "middle")
+
+
+def _legend(bounds: tuple[float, ...], y: float) -> Iterator[str]:
+    box = 54
+    for i, opacity in enumerate(_SHADES):
+        x = _LABEL + box * i
+        yield f'<rect class="f-c1" opacity="{opacity}" x="{_n(x)}" y="{_n(y)}" width="{box - 1}" height="7"/>'
+        if i:
+            yield _text(x, y + 18, number(bounds[i - 1], 4), "f-muted", "middle")
+
+
+def _text(x: float, y: float, text: str, colour: str, anchor: str) -> str:
+    return f'<text class="{colour}" x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}" font-size="10">{escape(text)}</text>'
+
+
+def _n(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")

@@ -1,0 +1,367 @@
+"""What all charts are drawn with: axes of one look, lines, bars, labels. matplotlib is imported by the first drawn."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from compressknow.format import number, plain, share
+from compressknow.pages.svg import COLOURS, inline
+from compressknow.stats.records import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 328  # units of the drawing, and pixels that a screen of 360 has between the page's margins
+INK, MUTED, RULE, PAPER = (COLOURS[name] for name in ("ink", "muted", "rule", "paper"))
+SERIES = tuple(COLOURS[f"c{i}"] for i in range(1, 7))
+PERCENT, POINTS = " %", ""  # units of the figures drawn: of 100, and differences of such
+# Lines differ in marker and dashes too: colour alone tells some people nothing.
+MARKERS, DASHES = "osD^vP", ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
+_APART = 0.075  # of the height of a plot of lines: what keeps two labels from touching
+_SETTINGS: Any = {
+    "svg.fonttype": "none",  # text stays text: small, and in the page's own font
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that widths are the same everywhere
+    "font.size": 11,
+    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.facecolor": "none",
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.major.pad": 8,  # or the first label of one axis touches that of the other
+    "svg.hashsalt": "compressknow",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A figure of one scope, by the share of its weights that was pruned (0 to 100)."""
+
+    scope: str
+    points: tuple[tuple[float, Estimate], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A figure with its name; bars of one `series` share a colour, those of a `group` stand under its name."""
+
+    name: str
+    value: Estimate
+    series: int = 0
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A line across the chart that figures are measured by: what always the same answer scores, say (0 to 1)."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A chart of a section, drawn where a page has room for it.
+
+    Attributes
+    ----------
+    title, told : its name, and its figures in words, for those who cannot see it.
+    draw : draws on axes of the page's look; colours are `INK`, `MUTED`, `RULE`, `PAPER` and `SERIES` of this module.
+    height : in the units of `WIDTH`.
+    heading : what stands above it where it is one of several side by side.
+    """
+
+    kind: ClassVar[str] = "chart"
+    title: str
+    told: str
+    draw: Callable[[Axes], object]
+    height: int = 200
+    heading: str = ""
+
+    def svg(self, id: str) -> str:
+        """The SVG element; `id` as in `axes`."""
+        with axes(self.height, id, self.title, self.told) as (plot, drawn):
+            self.draw(plot)
+        return drawn()
+
+
+@contextmanager
+def axes(
+    height: int,
+    id: str,
+    title: str,
+    description: str,
+    *,
+    width: int = WIDTH,
+    hover: Mapping[str, str] | None = None,
+) -> Iterator[tuple[Axes, Callable[[], str]]]:
+    """Axes to draw on, and the function that gives the SVG once the block has ended; `hover` as in `svg.inline`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    written = io.StringIO()
+    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+        # A name in a script that DejaVu lacks is measured a little wrong; the reader's own font shows it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        figure.patch.set_visible(False)
+        yield figure.add_subplot(), lambda: inline(written.getvalue(), id, title, description, hover)
+        figure.savefig(written, format="svg", metadata={"Date": None})
+
+
+def lines(
+    drawn_lines: Sequence[Line],
+    id: str,
+    title: str,
+    *,
+    start: float,
+    levels: Sequence[Level] = (),
+    unit: str = PERCENT,
+    within: tuple[float, float] = (0, 0),
+) -> str:
+    """A figure against the amount pruned, a line a scope; at most as many lines as there are markers.
+
+    Parameters
+    ----------
+    start : the figure at 0 %, that of the original itself (0 to 1).
+    levels : lines across.
+    unit : `PERCENT`, or `POINTS` for differences of percentages.
+    within : what the axis reaches over at least, as `reach` gives it: that of all charts of a row is their one scale.
+    """
+    told = "; ".join(
+        f"{plain(line.scope, 40)}: "
+        + ", ".join(f"{written(y.value, unit)} at {amount:g} %" for amount, y in line.points)
+        for line in drawn_lines
+    )
+    with axes(260, id, title, f"{told}.{_levels_in_words(levels, unit)}") as (plot, drawn):
+        ends = [_line(plot, line, i, 100 * start) for i, line in enumerate(drawn_lines)]
+        largest = max(x for x, *_ in ends)
+        bottom, top = round_range([100 * start, *reach(drawn_lines, levels), *within])
+        _end_labels(plot, ends, largest, gap=_APART * (top - bottom), bottom=bottom)
+        _draw_levels(plot, levels, largest, (bottom, top), 100 * start)
+        _amount_axis(plot, drawn_lines, largest)
+        percent_axis(plot, bottom, top, unit)
+    return drawn()
+
+
+def reach(plotted: Sequence[Line | Bar], levels: Sequence[Level] = ()) -> tuple[float, float]:
+    """The least and the largest that is drawn of these, in percent: of bars with their intervals, of lines without."""
+    ends = [100 * level.value for level in levels]
+    for each in plotted:
+        ends += percents(each.value) if isinstance(each, Bar) else [percents(y)[0] for _, y in each.points]
+    return min(ends), max(ends)
+
+
+def _line(plot: Axes, line: Line, place: int, start: float) -> tuple[float, float, str, str]:
+    """Draw it; where it ends, its name and its colour."""
+    colour = SERIES[place]
+    # The original itself is at 0 %.
+    amounts = [0.0, *(amount for amount, _ in line.points)]
+    values = [start, *(percents(value)[0] for _, value in line.points)]
+    plot.plot(amounts, values, color=colour, linestyle=DASHES[place], linewidth=1.8)
+    plot.plot(amounts[1:], values[1:], MARKERS[place], color=colour, markersize=6, markeredgecolor=PAPER)
+    return amounts[-1], values[-1], _label(line.scope, 22), colour
+
+
+def _end_labels(
+    plot: Axes, ends: Sequence[tuple[float, float, str, str]], largest: float, gap: float, bottom: float
+) -> None:
+    places = apart([y for _, y, *_ in ends], gap, bottom)
+    for (x, y, label, colour), place in zip(ends, places, strict=True):
+        plot.plot([x + largest * 0.02, largest * 1.06], [y, place], color=RULE, linewidth=0.8)
+        plot.text(largest * 1.08, place, label, va="center", fontsize=11, color=colour)
+
+
+def _amount_axis(plot: Axes, drawn_lines: Sequence[Line], largest: float) -> None:
+    amounts = sorted({amount for line in drawn_lines for amount, _ in line.points} | {0.0})
+    plot.set_xlim(-largest * 0.03, largest * 1.45)
+    plot.set_xticks(_spaced(amounts, 0.18 * largest))
+    plot.xaxis.set_major_formatter(lambda amount, _: f"{amount:g} %")
+    plot.set_xlabel("weights pruned in the scope", fontsize=11, loc="left")
+
+
+def _spaced(amounts: Sequence[float], gap: float) -> list[float]:
+    """From the least up, those that are `gap` from the last that is kept.
+
+    >>> _spaced([0, 10, 15, 20, 40], gap=10)
+    [0, 10, 20, 40]
+    """
+    kept = list(amounts[:1])
+    for amount in amounts[1:]:
+        # Amounts are rounded: what is a gap apart in decimals may be a little less in floats.
+        if amount - kept[-1] >= gap * (1 - 1e-9):
+            kept.append(amount)
+    return kept
+
+
+def _draw_levels(
+    plot: Axes, levels: Sequence[Level], largest: float, limits: tuple[float, float], start: float
+) -> None:
+    gap = _APART * (limits[1] - limits[0])
+    for level, place in zip(levels, _level_places(levels, gap), strict=True):
+        y, label = 100 * level.value, _label(level.name, 40)
+        # On the left, but for a level near the start: there all lines lie.
+        x, side = (0.0, "left") if abs(place - start) > gap else (largest * 1.02, "right")
+        plot.plot([-largest * 0.03, largest * 1.02], [y, y], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
+        plot.annotate(
+            label, (x, place), (0, 3), textcoords="offset points", fontsize=10, color=MUTED, va="bottom", ha=side
+        )
+
+
+def _level_places(levels: Sequence[Level], gap: float) -> list[float]:
+    return apart([100 * level.value for level in levels], gap, float("-inf"))
+
+
+def _levels_in_words(levels: Sequence[Level], unit: str) -> str:
+    return "".join(f" {plain(level.name, 40)}: {written(level.value, unit)}." for level in levels)
+
+
+def bars(
+    drawn_bars: Sequence[Bar],
+    id: str,
+    title: str,
+    *,
+    levels: Sequence[Level] = (),
+    high: float = 100,
+    unit: str = PERCENT,
+    within: tuple[float, float] = (0, 0),
+) -> str:
+    """Figures as bars from left to right, each with its name and interval.
+
+    Parameters
+    ----------
+    high : the axis reaches so far at least, and over `within`; that and `levels` as in `lines`.
+    """
+    told = ", ".join(
+        f"{plain(bar.group, 40)}{' ' * bool(bar.group)}{plain(bar.name, 60)}: {written(bar.value.value, unit)}"
+        for bar in drawn_bars
+    )
+    places = _bar_places(drawn_bars)
+    last = places[-1]
+    with axes(
+        40 + round(22 * (last + 1 + 0.9 * len(levels))), id, title, f"{told}.{_levels_in_words(levels, unit)}"
+    ) as (
+        plot,
+        drawn,
+    ):
+        ends = (*reach(drawn_bars, levels), *within)
+        left, right = min(0, *ends), max(high, *ends)
+        for y, bar in zip(places, drawn_bars, strict=True):
+            _bar(plot, y, bar, right - left, unit)
+        for y, name in _headings(drawn_bars, places):
+            # From the edge, above the names of its bars, where there is room for most of them.
+            plot.annotate(
+                _label(name, 48), (0.01, y), xycoords=("figure fraction", "data"), va="center", fontsize=11, color=MUTED
+            )
+        for i, level in enumerate(levels):
+            x = 100 * level.value
+            plot.plot([x, x], [-0.7 - 0.9 * i, last + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
+            plot.text(x, -0.75 - 0.9 * i, _label(level.name, 40), fontsize=10, color=MUTED, ha="center", va="bottom")
+        plot.set_ylim(last + 0.6, -0.6 - 0.9 * len(levels))
+        plot.set_yticks(places, [_label(bar.name, 24) for bar in drawn_bars])
+        plot.set_xlim(left, right + 0.22 * (right - left))
+        ticks = _ticks(left, right)
+        plot.set_xticks(ticks, [_tick(tick, unit) for tick in ticks])
+        plot.grid(axis="x")
+        plot.set_axisbelow(True)
+        plot.spines["bottom"].set_visible(False)
+    return drawn()
+
+
+def _bar_places(drawn_bars: Sequence[Bar]) -> list[float]:
+    """Where each bar lies; a named group has a heading above its first."""
+    places = [0.9 if drawn_bars[0].group else 0.0]
+    for before, bar in pairwise(drawn_bars):
+        places.append(places[-1] + (1.0 if bar.group == before.group else 2.0))
+    return places
+
+
+def _headings(drawn_bars: Sequence[Bar], places: Sequence[float]) -> list[tuple[float, str]]:
+    firsts = [i for i, bar in enumerate(drawn_bars) if bar.group and (not i or drawn_bars[i - 1].group != bar.group)]
+    return [(places[i] - 0.85, drawn_bars[i].group) for i in firsts]
+
+
+def _bar(plot: Axes, y: float, bar: Bar, width: float, unit: str) -> None:
+    value, low, high = percents(bar.value)
+    plot.barh([y], [value], height=0.5, color=SERIES[bar.series])
+    plot.plot([low, high], [y, y], color=INK, linewidth=1.4)
+    plot.text(max(value, high, 0) + 0.02 * width, y, written(bar.value.value, unit), va="center", fontsize=11)
+
+
+def written(value: float | None, unit: str) -> str:
+    """A figure of 1 in percent, or in points of 100 with one digit."""
+    return share(value) if unit == PERCENT or value is None else number(round(100 * value, 1), 1)
+
+
+def percents(value: Estimate) -> tuple[float, float, float]:
+    """The figure and the ends of its interval, in percent; the figure itself where there is none."""
+    middle = 100 * (value.value or 0.0)
+    low = middle if value.low is None else 100 * value.low
+    return middle, low, middle if value.high is None else 100 * value.high
+
+
+def percent_axis(plot: Axes, bottom: float, top: float = 100, unit: str = PERCENT) -> None:
+    """A vertical axis in percent, with a little room above."""
+    room = 0.02 * (top - bottom) * (1 if bottom else 2)
+    plot.set_ylim(bottom, top + room)
+    plot.set_yticks(_ticks(bottom, top))
+    plot.yaxis.set_major_formatter(lambda value, _: _tick(value, unit))
+    plot.grid(axis="y")
+    plot.set_axisbelow(True)
+
+
+def round_range(values: Sequence[float], low: float = 0.0) -> tuple[float, float]:
+    """From `low`, or the tens below the least value, to the tens above the largest; by fives where all lie close."""
+    low, high = min(low, *values), max(10.0, *values)
+    step = 5 if high - low <= 20 else 10
+    return step * (low // step), -step * (-high // step)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Multiples of a round step between the two."""
+    step = next((s for s in (5, 10, 20, 50) if (high - low) / s <= 6), 50)
+    first = -(-low // step) * step
+    return [first + step * i for i in range(int((high - first) // step) + 1)]
+
+
+def _label(name: str, limit: int) -> str:
+    # Twice, since a character that is named takes the room of eight.
+    return plain(plain(name, limit), limit)
+
+
+def _tick(value: float, unit: str) -> str:
+    return f"{value:g}{unit}".replace("-", "\N{MINUS SIGN}")
+
+
+def apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[float]:
+    """The places moved as little as needed for each to be `gap` from the next, downwards from the highest.
+
+    >>> apart([50, 49, 10], gap=7)
+    [50, 43, 10]
+    """
+    moved = list(places)
+    order = sorted(range(len(places)), key=lambda i: -places[i])
+    for above, below in pairwise(order):
+        moved[below] = min(moved[below], moved[above] - gap)
+    # Labels pushed below the axis go up again from its foot.
+    for below, above in pairwise(order[::-1]):
+        if below == order[-1]:
+            moved[below] = max(moved[below], bottom)
+        moved[above] = max(moved[above], moved[below] + gap)
+    return moved

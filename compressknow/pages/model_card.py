@@ -1,0 +1,463 @@
+"""The Hub's model card (README.md) of a converted checkpoint: what was done to it, what it cost, where it runs, how to
+load, verify and repeat it; and the verdict and the figures that a report adds, with the Hub's evaluation metadata.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compressknow.compress.calibrate.words import calibrated_in_words
+from compressknow.compress.recipe import to_toml
+from compressknow.compress.removal.words import removed_in_words
+from compressknow.compress.runtimes import VLLM_ARCHITECTURES, runtimes, vllm_limit, vllm_obstacle
+from compressknow.compress.schemes import known, word_of
+from compressknow.errors import OutputError
+from compressknow.files import write_whole
+from compressknow.format import count, estimate, number, percent, size
+from compressknow.model.checkpoint import some_of
+from compressknow.model.manifest import calibration_of
+from compressknow.pages.pages import code_span, render, yaml_text
+from compressknow.pages.records import Card, Comparison, ModelFacts
+from compressknow.reading import CARD as CARD_BYTES
+from compressknow.reading import NotReadable, read_text
+from compressknow.stats.records import Estimate
+
+# What stays true of a model when it is compressed.
+_CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+_FOLDER = "PATH/TO/THIS/FOLDER"
+FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+KEY = "model-index"
+# So many zeros are there because something was pruned.
+PRUNED_SHARE = 0.01
+# The metric by which results of an earlier report are told from the user's own.
+_OURS = "knowledge-kept"
+
+
+def model_card_for(manifest: Mapping[str, Any], source: Path) -> str:
+    """The model card for a conversion of the checkpoint in the folder `source`, whose own card it draws on."""
+    return render_model_card(manifest, source_card_metadata=read_card_metadata(source / "README.md"))
+
+
+def read_card_metadata(card: Path) -> dict[str, Any]:
+    """The front matter of a model card; empty where there is no card, no front matter, or it is no valid YAML."""
+    try:
+        match = FRONT_MATTER.match(read_text(card, CARD_BYTES))
+        metadata = yaml.safe_load(match.group(1)) if match else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        # A conversion must not fail for the sake of a card that its author broke.
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any]) -> str:
+    """The model card as Markdown with front matter for the Hub.
+
+    Parameters
+    ----------
+    manifest : the content of compressknow.json.
+    source_card_metadata : front matter of the source's own card; its licence, language and the like are carried over.
+    """
+    source, totals = manifest["source"], manifest["totals"]
+    architecture, model_type = str(source["architecture"]), str(source["model_type"])
+    schemes = _schemes(manifest)
+    return render(
+        "model_card.md.j2",
+        metadata=_metadata(manifest, source_card_metadata, schemes),
+        name=source["name"],
+        revision=source.get("revision"),
+        architecture=architecture,
+        setup=manifest["setup"],
+        version=manifest["versions"]["compressknow"],
+        deeds=_deeds(manifest, schemes),
+        size_before=size(totals["bytes_before"]),
+        size_after=size(totals["bytes_after"]),
+        zeros_before=count(totals["zeros_before"]),
+        zeros_after=count(totals["zeros_after"]),
+        rows=_rows(manifest),
+        removed=" ".join(removed_in_words(manifest.get("removed"))),
+        pruned=totals["pruned"] > 0,
+        quantized=bool(schemes),
+        untied=[tie | {"size": size(tie["bytes"])} for tie in manifest.get("untied", [])],
+        transformers_code=_transformers_code(architecture, model_type),
+        word=word_of(known(schemes)),
+        generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
+        load_code=f'import compressknow\n\nmodel = compressknow.load("{_FOLDER}")',
+        warnings=list(warnings_of(manifest)),
+        runs=where_it_runs(manifest),
+        vllm=vllm_obstacle(manifest) is None,
+        vllm_limit=vllm_limit(manifest),
+        calibrated=list(calibrated_in_words(calibration_of(manifest))),
+        recipe=to_toml(manifest["recipe"]),
+        command=_command(source),
+    )
+
+
+def _metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes: set[str]) -> dict[str, Any]:
+    metadata = {key: clean for key in _CARRIED_OVER if (clean := _clean(carried.get(key)))}
+    metadata.setdefault("library_name", "transformers")
+    if base := _base_model(manifest["source"], carried):
+        metadata["base_model"] = base
+        if schemes:
+            metadata["base_model_relation"] = "quantized"
+    pruned = manifest["totals"]["pruned"] > 0 or "removed" in manifest
+    metadata["tags"] = [
+        "compressknow",
+        *(["pruning"] if pruned else []),
+        *(["quantization", *sorted({s.word for s in known(schemes)}), "compressed-tensors"] if schemes else []),
+    ]
+    return metadata
+
+
+def _base_model(source: dict[str, Any], carried: dict[str, Any]) -> str | list[str] | None:
+    """The hub id that was converted or, for a local folder, the one that its own card names."""
+    if source.get("revision"):
+        return _clean(source["name"])
+    return _clean(carried.get("base_model"))
+
+
+def _clean(value: object) -> str | list[str] | None:
+    """A text, or a list of texts, of one line each; None for all else that a foreign card may hold."""
+    if isinstance(value, str):
+        return " ".join(value.split()) or None
+    if isinstance(value, list):
+        return [" ".join(text.split()) for text in value if isinstance(text, str) and text.strip()] or None
+    return None
+
+
+def _schemes(manifest: Mapping[str, Any]) -> set[str]:
+    return {str(tensor["scheme"]) for tensor in manifest["tensors"] if tensor.get("scheme")}
+
+
+def _deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
+    """What was done, as the parts of a sentence."""
+    deeds, totals = [], manifest["totals"]
+    if removed := manifest.get("removed"):
+        deeds.append(f"{count(removed['parameters'])} parameters left out")
+    if totals["pruned"]:
+        share = percent(totals["pruned"], totals["in_scope"])
+        deeds.append(f"{count(totals['pruned'])} weights pruned ({share} of the {count(totals['in_scope'])} in scope)")
+    if totals["quantized"]:
+        names = ", ".join(code_span(scheme) for scheme in sorted(schemes))
+        deeds.append(f"{count(totals['quantized'])} weights quantized to {_nouns(schemes)} (scheme {names})")
+    return deeds or ["nothing changed"]
+
+
+def _nouns(schemes: set[str]) -> str:
+    nouns = sorted({scheme.noun for scheme in known(schemes)})
+    return " and ".join(nouns) or "low-bit values"
+
+
+def _rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    groups = {**manifest["groups"], "whole model": manifest["totals"]}
+    return [
+        {
+            "group": group,
+            "parameters": count(figures["parameters"]),
+            "pruned": count(figures["pruned"]),
+            "zeros": percent(figures["zeros_after"], figures["parameters"]),
+            "quantized": percent(figures["quantized"], figures["parameters"]),
+            "error": number(figures.get("relative_error"), 4),
+            "before": size(figures["bytes_before"]),
+            "after": size(figures["bytes_after"]),
+        }
+        for group, figures in groups.items()
+        if figures["parameters"]
+    ]
+
+
+def _transformers_code(architecture: str, model_type: str) -> str:
+    # The name comes from a config that anyone may have written, and goes into code that people paste.
+    name = auto_class(architecture, model_type)
+    name = name if name.isidentifier() and name.isascii() else "AutoModel"
+    return (
+        f"from transformers import {', '.join(sorted([name, 'AutoTokenizer']))}\n\n"
+        f'model = {name}.from_pretrained("{_FOLDER}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{_FOLDER}")'
+    )
+
+
+def _command(source: dict[str, Any]) -> str:
+    revision = ["--revision", str(source["revision"])] if source.get("revision") else []
+    return shlex.join(["compressknow", "convert", str(source["name"]), "OUTPUT", "--recipe", "recipe.toml", *revision])
+
+
+_TEXT_ENCODER_DECODERS = frozenset(
+    """bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
+    pegasus_x plbart prophetnet switch_transformers t5 t5gemma t5gemma2 umt5""".split()
+)
+_BY_ENDING = (("ForMaskedLM", "AutoModelForMaskedLM"), ("ForCausalLM", "AutoModelForCausalLM"))
+
+
+def auto_class(architecture: str, model_type: str) -> str:
+    """The Auto class for the architecture, or the architecture itself where no Auto class is sure to give it.
+
+    >>> auto_class("BertForMaskedLM", "bert"), auto_class("T5ForConditionalGeneration", "t5")
+    ('AutoModelForMaskedLM', 'AutoModelForSeq2SeqLM')
+    """
+    if is_encoder_decoder(architecture, model_type):
+        return "AutoModelForSeq2SeqLM"
+    if architecture.endswith("LMHeadModel") and not architecture.endswith("WithLMHeadModel"):
+        return "AutoModelForCausalLM"
+    return next((auto for ending, auto in _BY_ENDING if architecture.endswith(ending)), architecture)
+
+
+def is_encoder_decoder(architecture: str, model_type: str) -> bool:
+    """Whether it is a text-to-text model with an encoder of its own."""
+    return model_type in _TEXT_ENCODER_DECODERS and architecture.endswith(("ForConditionalGeneration", "MTModel"))
+
+
+def where_it_runs(manifest: Mapping[str, Any]) -> str:
+    """A sentence, or two where a decoder that vLLM knows does not run there."""
+    limit, obstacle = vllm_limit(manifest), vllm_obstacle(manifest)
+    told = f"Runs in {', '.join(runtimes(manifest))}{f' ({limit})' if limit else ''}."
+    known = manifest["source"]["architecture"] in VLLM_ARCHITECTURES
+    return f"{told} It does not run in vLLM: {obstacle}." if obstacle and known else told
+
+
+def warnings_of(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what to know before the output is used."""
+    yield from growth(manifest)
+    yield from left_over(manifest)
+    yield from refilled(manifest)
+
+
+def refilled(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield that weights which the source had pruned have values again, and its pattern with them."""
+    rows = [row for row in manifest["tensors"] if row.get("refilled", 0) >= PRUNED_SHARE * row["numel"]]
+    if rows:
+        again, before = (count(sum(row[key] for row in rows)) for key in ("refilled", "zeros_before"))
+        yield (
+            f"The source is pruned, and {again} of {before} zeros have values again in "
+            f"{some_of([row['name'] for row in rows])}, which dropping neurons fits anew. A pattern such as 2:4 is "
+            "lost there, unless this recipe prunes to it again."
+        )
+
+
+def left_over(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """That the model has no place for some of the tensors; nothing where it has."""
+    if unused := manifest.get("unused", []):
+        tensors, go = ("A tensor has", "goes") if len(unused) == 1 else (f"{len(unused)} tensors have", "go")
+        yield f"{tensors} no place in {manifest['source']['architecture']} and {go} along unchanged: {some_of(unused)}."
+
+
+def growth(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """That the output is larger than the input, and why; nothing where it is not."""
+    before, after = (manifest["totals"][key] for key in ("bytes_before", "bytes_after"))
+    if after <= before:
+        return
+    cause = (
+        "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. The scope "
+        "`blocks` leaves it out"
+        if manifest.get("untied")
+        else f"the scales of its narrow layers take more than {word_of(known(_schemes(manifest)))} saves"
+    )
+    yield f"The output is larger than the input ({size(after)} against {size(before)}): {cause}."
+
+
+def check_metadata(front_matter: str) -> dict[str, Any]:
+    """The metadata. Raises OutputError where it cannot be read."""
+    try:
+        metadata = yaml.safe_load(front_matter)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise OutputError(
+            "the model card's metadata is no valid YAML, and would be lost.",
+            why=str(error).splitlines()[0],
+            hint="Correct the text between the --- lines.",
+        ) from error
+    if metadata is None:
+        return {}
+    index = metadata.get(KEY) if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict) or not (index is None or _is_index(index)):
+        raise OutputError(
+            "the model card's metadata is not of the form that the Hub reads, and would be lost.",
+            hint="Correct the text between the --- lines: keys and values; `model-index` is a list of models.",
+        )
+    return metadata
+
+
+def with_results(front_matter: str, comparison: Comparison) -> str:
+    """The front matter with the comparison's results in it, in place of those of an earlier report."""
+    metadata = check_metadata(front_matter)
+    results = {KEY: _merged(metadata.get(KEY) or [], comparison)}
+    added = yaml_text(results)
+    kept = _without_index(front_matter)
+    if kept is None:
+        rest = {key: value for key, value in metadata.items() if key != KEY}
+        kept = yaml_text(rest)
+    return f"{kept.rstrip()}\n{added}" if kept.strip() else added
+
+
+def _without_index(front_matter: str) -> str | None:
+    """The text less its results: what the user wrote stays as written, comments too. None where it is in braces."""
+    node = yaml.compose(front_matter, Loader=yaml.SafeLoader)
+    if not isinstance(node, yaml.MappingNode):
+        return front_matter
+    if node.flow_style:
+        return None
+    keys = [key for key, _ in node.value]
+    at = next((number for number, key in enumerate(keys) if key.value == KEY), None)
+    if at is None:
+        return front_matter
+    lines = front_matter.splitlines(keepends=True)
+    start = keys[at].start_mark.line
+    end = keys[at + 1].start_mark.line if at + 1 < len(keys) else len(lines)
+    # Comments that stand before the next key belong to that.
+    while end > start + 1 and (lines[end - 1].startswith("#") or not lines[end - 1].strip()):
+        end -= 1
+    return "".join(lines[:start] + lines[end:])
+
+
+def _merged(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
+    """The user's own results, and beside them the comparison's."""
+    kept = [model | {"results": [r for r in model["results"] if not _is_ours(r)]} for model in index]
+    kept = [model for model in kept if model["results"]]
+    ours, name = _results(comparison), comparison.model.name
+    if kept:
+        # The Hub knows one model a card: its name is the user's.
+        kept[0]["results"] += ours
+        return kept
+    return [{"name": name, "results": ours}]
+
+
+def _results(comparison: Comparison) -> list[dict[str, Any]]:
+    """Of each probe the accuracy and the knowledge kept."""
+    results = []
+    for probe in comparison.probes:
+        metrics = [
+            {"type": "accuracy", "value": probe.accuracy_compressed.value, "name": "accuracy"},
+            {"type": _OURS, "value": probe.kept.value, "name": "knowledge kept"},
+        ]
+        results.append(
+            {
+                "task": {"type": "text-generation" if comparison.model.family != "masked" else "fill-mask"},
+                "dataset": {"name": probe.probe, "type": probe.probe.partition(":")[0]},
+                "metrics": [metric for metric in metrics if metric["value"] is not None],
+            }
+        )
+    return [result for result in results if result["metrics"]]
+
+
+def _is_ours(result: Mapping[str, Any]) -> bool:
+    return any(metric.get("type") == _OURS for metric in result["metrics"])
+
+
+def _is_index(value: Any) -> bool:
+    """Whether it is a list of models with results with metrics."""
+    try:
+        return all(isinstance(m, dict) for model in value for r in model["results"] for m in r["metrics"])
+    except (TypeError, KeyError):
+        return False
+
+
+CARD = "README.md"
+# What stands between these lines is written anew each time; the rest of the card is the user's.
+BEGIN, END = "<!-- compressknow report: begin -->", "<!-- compressknow report: end -->"
+# From the last line that begins one: a user may have deleted the line that ended another.
+_SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
+_NOT_MEASURED = "What the model forgot by this has not been measured here.\n"
+
+
+def check_model_cards(models: Sequence[str | Path]) -> None:
+    """Raise, before any work is done, where a model is no folder whose card could be written without loss."""
+    for model in models:
+        folder = Path(model)
+        if not (folder / "config.json").is_file():
+            raise OutputError(
+                f"{model} is no checkpoint folder: there is no model card to write into.",
+                hint="--into-model-card wants each COMPRESSED to be a local checkpoint folder.",
+            )
+        with _named(folder / CARD):
+            _split(_read(folder / CARD))
+
+
+def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
+    """Write each comparison of `card` into the README.md of its model's folder, in the order of `models`."""
+    for comparison, model in zip(card.comparisons, models, strict=True):
+        path = Path(model) / CARD
+        with _named(path):
+            text = with_report(_read(path), card.original, comparison)
+        write_whole(path, text.encode("utf-8"))
+
+
+def with_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
+    """A model card with the report in it: its section replaced or added, its results in the metadata too.
+
+    Raises OutputError where the card's metadata cannot be read: writing would lose it.
+    """
+    # The marks must not come from a name: it would cut the section short when it is replaced.
+    inner = _section(original, comparison).replace("<!--", "<\u200b!--")
+    section = f"{BEGIN}\n{inner}{END}"
+    head, body = _split(text)
+    body = body.lstrip("\n").replace(_NOT_MEASURED, "")
+    if _SECTION.search(body):
+        body = _SECTION.sub(lambda _: section, body, count=1)
+    else:
+        body = f"{body.rstrip()}\n\n{section}\n" if body.strip() else f"{section}\n"
+    return f"---\n{with_results(head, comparison)}---\n\n{body}"
+
+
+def _section(original: ModelFacts, comparison: Comparison) -> str:
+    return render(
+        "model_card_report.md.j2",
+        verdict=comparison.verdict,
+        grades=[
+            {
+                "subject": grade.subject,
+                "known": count(grade.counts.known_before),
+                "kept": _written(grade.kept),
+                "grade": grade.range or grade.grade,
+            }
+            for grade in comparison.grades
+        ],
+        probes=[
+            {
+                "name": probe.probe,
+                "facts": count(probe.counts.n),
+                "before": _written(probe.accuracy_original),
+                "after": _written(probe.accuracy_compressed),
+            }
+            for probe in comparison.probes
+        ],
+        original=original.name,
+        sha256=original.sha256[:16],
+        size_before=size(original.bytes),
+        size_after=size(comparison.model.bytes),
+        warnings=comparison.warnings,
+    )
+
+
+def _written(figure: Estimate) -> str:
+    return estimate(figure.value, figure.low, figure.high)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The card's front matter, without its fences, and the rest."""
+    match = FRONT_MATTER.match(text)
+    head = match.group(1) if match else ""
+    check_metadata(head)
+    return head, text[match.end() :] if match else text
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error of a card names its file."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(f"{path}: {error.what}", why=error.why, hint=error.hint) from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_text(path, CARD_BYTES) if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise OutputError("the model card is no UTF-8 text.", why=str(error), hint="Save it as UTF-8.") from error
+    except NotReadable as error:
+        raise OutputError(f"the model card cannot be read: {error}.") from error

@@ -1,0 +1,270 @@
+"""The typed records that a report card is made of, and their values in JSON, under the names that others rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from compressknow.evaluate.records import FactsInText, Speed
+from compressknow.format import count, estimate, plain, size
+from compressknow.libraries import require
+from compressknow.notebook import Shown, Summary
+from compressknow.stats.clusters import clusters_of, kept_by_cluster
+from compressknow.stats.intervals import mcnemar, proportion
+from compressknow.stats.records import (
+    NOT_MEASURED,
+    Certainty,
+    ChangedFact,
+    Counts,
+    EarlyStop,
+    Estimate,
+    Group,
+    ProbeFigures,
+    TextFigures,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """A line of the report card: knowledge kept of one domain over all probes.
+
+    `grade` is A+ (>= 99 % kept), A (>= 97), B (>= 93), C (>= 85), D (>= 70) or F; `-` where the original knew nothing.
+    `unsure` says that the interval spans several grades, `range` names them ("A to C"). The interval is over
+    `relations` where there are enough of them, else the simple one.
+    """
+
+    subject: str
+    relations: tuple[Counts, ...]
+    kept: Estimate
+    grade: str
+    unsure: bool = False
+    range: str | None = None
+
+    @property
+    def counts(self) -> Counts:
+        return sum(self.relations, Counts())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model: identity, size, and what was done to it.
+
+    Attributes
+    ----------
+    parameters, bytes : None where a server that runs it does not say so.
+    setup : the paper's name of the setup (`Att_GPQ 20%`), or None for a checkpoint that compressknow did not make.
+    quantization : the quantization that its config names, in words, or None.
+    runtime : what ran it where that was not transformers: "name", "build", and "types" by group of layers.
+    groups : by group of layers, as the manifest has it: parameters, zeros_after, pruned, quantized, relative_error.
+    recipe : the recipe of the manifest, or None.
+    removed : blocks and neurons that were dropped, as the manifest has it, or None.
+    calibration : on what it was calibrated and how that went, as `calibration_of` says it, or None.
+    in_calibration : the facts that stand in that text; None where it was not at hand.
+    changed : whether its files differ from what its manifest, or the record of its export, says; None where not.
+    """
+
+    name: str
+    revision: str | None
+    sha256: str
+    architecture: str
+    family: str
+    parameters: int | None
+    bytes: int | None
+    dtype: str
+    setup: str | None = None
+    quantization: str | None = None
+    runtime: Mapping[str, Any] | None = None
+    recipe: Mapping[str, Any] | None = None
+    source: Mapping[str, Any] | None = None
+    zeros: int | None = None
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    removed: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+    speed: Speed | None = None
+    in_calibration: FactsInText | None = None
+    changed: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Shown):
+    """The original against one compressed model, over all probes.
+
+    Attributes
+    ----------
+    kept : over all probes' facts, with the interval to go by: over relations where there are enough, else the simple
+        one.
+    certainty : of the figures over all probes, with the relations of each as clusters of their own.
+    early : how a gate was decided before all facts were evaluated, if it was.
+    next : what to do next, from these numbers, in one line; empty where they carry no advice.
+    measured : by section of the card, by probe: what the section itself measured, as values for JSON.
+    left_out : sections of other packages that failed and are not shown, and why: a warning of the card.
+    source_matches : whether the compressed model says that it was made from the original's files; None where it, or the
+        original, does not tell.
+    texts : what both gave to running texts; these are none of `probes`, which have facts.
+    """
+
+    model: ModelFacts
+    verdict: str
+    kept: Estimate
+    counts: Counts
+    grades: tuple[Grade, ...]
+    probes: tuple[ProbeFigures, ...]
+    lost: tuple[ChangedFact, ...]
+    gained: tuple[ChangedFact, ...]
+    warnings: tuple[str, ...]
+    certainty: Certainty = NOT_MEASURED
+    early: EarlyStop | None = None
+    next: str = ""
+    measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    texts: tuple[TextFigures, ...] = ()
+    source_matches: bool | None = None
+
+    @property
+    def clusters(self) -> list[Counts]:
+        """What the facts are drawn in, over all probes."""
+        return [each for probe in self.probes for each in clusters_of([group.counts for group in probe.by_relation])]
+
+    def kept_at(self, level: float) -> Estimate:
+        """Return knowledge kept with its interval of another level."""
+        simple = proportion(self.counts.both, self.counts.known_before, level)
+        return simple.or_wider(kept_by_cluster(self.clusters, level))
+
+    @property
+    def only_texts(self) -> bool:
+        """Whether the two were compared on texts alone: there are no facts to count."""
+        return bool(self.texts) and not self.probes
+
+    def _summary(self) -> Summary:
+        """The grades by domain."""
+        grades = ("Domain", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
+        title = f"Comparison: what {plain(self.model.name, 60)} kept"
+        return Summary(title, self.verdict, grades, tuple(map(_grade_row, self.grades)))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Card(Shown):
+    """A whole report card: one original against one or several compressed models."""
+
+    verdict: str
+    original: ModelFacts
+    comparisons: tuple[Comparison, ...]
+    warnings: tuple[str, ...]
+    show_facts: bool
+    versions: Mapping[str, str]
+    command: str | None
+    method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
+    known: str = "recognized"  # what counts as known: that or better, or only "produced"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``report.json``."""
+        from compressknow.pages.card.pages import to_json
+
+        return to_json(self)
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame with a row per compressed model and probe: counts, shares and their intervals.
+
+        Raises CompressknowError where pandas is not installed.
+        """
+        require("pandas")
+        import pandas as pd
+
+        return pd.DataFrame([_frame_row(each.model, probe) for each in self.comparisons for probe in each.probes])
+
+    def _summary(self) -> Summary:
+        """By subject of one model, a line per model of several."""
+        title = f"Card: what {plain(self.original.name, 60)} knew"
+        if len(self.comparisons) == 1:
+            return self.comparisons[0]._summary()._replace(title=title, verdict=self.verdict)
+        models = ("Model", "Setup", "Size", "Kept (95 % interval)")
+        return Summary(title, self.verdict, models, tuple(map(_model_row, self.comparisons)))
+
+
+def _frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
+    counts, kept = probe.counts, probe.kept
+    return {
+        **{"model": model.name, "setup": model.setup, "probe": probe.probe},
+        **{"facts": counts.n, "known_before": counts.known_before, "both": counts.both},
+        **{"lost": counts.lost, "gained": counts.gained},
+        **{"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high},
+        **{"accuracy_original": probe.accuracy_original.value, "accuracy_compressed": probe.accuracy_compressed.value},
+        **{"mcnemar_p": probe.certainty.test.p, "answer_changed": probe.answer_changed},
+    }
+
+
+def _grade_row(grade: Grade) -> tuple[str, ...]:
+    kept = estimate(grade.kept.value, grade.kept.low, grade.kept.high)
+    mark = grade.grade + ("?" if grade.unsure else "")
+    return grade.subject, count(grade.counts.known_before), count(grade.counts.both), kept, mark
+
+
+def _model_row(comparison: Comparison) -> tuple[str, ...]:
+    model, kept = comparison.model, comparison.kept
+    kept_text = estimate(kept.value, kept.low, kept.high)
+    return model.name, model.setup or "-", size(model.bytes), kept_text
+
+
+def counts_to_json(counts: Counts) -> dict[str, int]:
+    """Facts in all, and by what the two models know."""
+    return {"n": counts.n, **asdict(counts)}
+
+
+def estimate_to_json(name: str, estimate: Estimate) -> dict[str, Any]:
+    """A figure under its name, and its interval: [low, high], or None."""
+    return {name: estimate.value, f"{name}_interval": interval_to_json(estimate)}
+
+
+def interval_to_json(estimate: Estimate) -> list[float] | None:
+    """[low, high], or None."""
+    return None if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
+
+
+def kept_to_json(counts: Counts) -> dict[str, Any]:
+    """Knowledge kept with its simple interval, and the exact McNemar test: of facts taken one by one."""
+    return {**estimate_to_json("kept", proportion(counts.both, counts.known_before)), "mcnemar_p": mcnemar(counts)}
+
+
+def certainty_to_json(certainty: Certainty) -> dict[str, Any]:
+    """How sure the figures are that stand beside it."""
+    return {
+        "p": certainty.test.p,
+        "p_by": certainty.test.unit,
+        "clusters": certainty.relations,
+        "kept_cluster_interval": interval_to_json(certainty.kept),
+        "difference_cluster_interval": interval_to_json(certainty.difference),
+        "smallest_detectable_loss": certainty.smallest_loss,
+        "known_facts_for_2_points": certainty.facts_for_two,
+    }
+
+
+def early_to_json(early: EarlyStop | None) -> dict[str, Any] | None:
+    """How a gate was decided early; None where it was not."""
+    if early is None:
+        return None
+    told = {name: getattr(early, name) for name in ("gate", "met", "level", "facts", "known", "of")}
+    return told | estimate_to_json("kept", early.kept)
+
+
+def pair_to_json(name: str, pair: tuple[float, float] | None) -> dict[str, float | None]:
+    """A figure of the original and of the compressed model."""
+    before, after = pair or (None, None)
+    return {f"{name}_original": before, f"{name}_compressed": after}
+
+
+def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
+    """By name of the group."""
+    return {
+        group.name: {
+            **counts_to_json(group.counts),
+            **kept_to_json(group.counts),
+            "kept_cluster_interval": interval_to_json(kept_by_cluster(group.relations)),
+            "p": group.p,
+            "p_holm": group.p_holm,
+            "flips": group.counts.flips,
+            "answer_changed": group.answer_changed,
+            "chance": group.chance,
+        }
+        for group in groups
+    }

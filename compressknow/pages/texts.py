@@ -1,0 +1,283 @@
+"""What two models gave to running texts, as tables, a chart, sentences and values for JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from compressknow.evaluate.text.records import ALONE, NO_ROOM, OTHER_SIZE, OTHER_TOKENS
+from compressknow.format import NONE, count, number, percent, plain, points, share
+from compressknow.pages import drawing
+from compressknow.pages.drawing import Chart
+from compressknow.pages.parts import Beside, Note, Part
+from compressknow.pages.tables import Table
+from compressknow.stats.records import Divergent, Measured, Moved, Perplexity, TextFigures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_WHY = {
+    ALONE: "the original's distributions were not at hand. Give `compressknow report` or `compare` both "
+    "checkpoints, not answers of two runs",
+    NO_ROOM: "the disk had no room for the original's distributions. Free some, or lower --limit",
+    OTHER_SIZE: "the two models tell apart different numbers of tokens",
+    OTHER_TOKENS: "the two models read the text as different tokens. Perplexities per token do not compare: compare "
+    "the bits per byte",
+}
+# Percentiles that the chart shows.
+_DRAWN = (("p50", "median"), ("p90", "90th"), ("p95", "95th"), ("p99", "99th"), ("p99_9", "99.9th"), ("max", "largest"))
+# The least divergence that is drawn, in nats: what 16 bits and float32 leave undecided.
+_LEAST = 1e-7
+METHOD = (
+    "A text is cut into chunks of tokens. The second half of each chunk is scored, all but its first token, so that "
+    "each token has at least half a chunk before it; where the vocabulary wants a BOS token, it takes the place of "
+    "each chunk's first. Perplexity is exp of the mean negative log-likelihood per token; KL by token is KL(original "
+    "|| compressed) in nats over the whole vocabulary. Definitions and standard errors (±) are those of llama.cpp's "
+    "perplexity tool and its --kl-divergence. Greedy continuations begin in the middle of the first 16 chunks."
+)
+
+
+def text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Iterator[Part]:
+    """Tables of each text, and a chart of how far its tokens moved; `names` are those of the two models."""
+    names = plain(names[0], 40), plain(names[1], 40)
+    for figures in texts:
+        name = plain(figures.text, 60)
+        yield _perplexities(figures, name, names)
+        if figures.moved:
+            yield Beside(_chart(figures.moved, name, names), _moved_table(figures.moved, name, names))
+        if why := _WHY.get(figures.divergence):
+            yield Note(f"KL by token was not measured: {why}.")
+
+
+def sentence(figures: TextFigures, names: tuple[str, str] = ("the original", "it")) -> str:
+    """One text in a sentence of the verdict; `names` are what it calls the two models."""
+    one, other = names
+    name, ratio = plain(figures.text, 60), figures.moved.ratio if figures.moved else None
+    if ratio is None:
+        before, after = (_per_byte(side) for side in (figures.original, figures.compressed))
+        return f"On {name} {other} takes {after} bits per byte where {one} takes {before}."
+    before, after = number(figures.original.value.value, 2), number(figures.compressed.value.value, 2)
+    change = "unchanged" if ratio.value == 1 else f"{points_of(ratio)}, from {before}"
+    whose = "its perplexity" if other == "it" else f"the perplexity of {other}"
+    same = figures.moved.same_top.value if figures.moved else None
+    return f"On {name} {whose} is {after} ({change}), and the most likely token the same in {share(same)} of places."
+
+
+def text_headline(figures: TextFigures) -> str:
+    """The figure of a page that has no facts."""
+    if figures.moved:
+        return f"Perplexity {points_of(figures.moved.ratio)} on {plain(figures.text, 60)}"
+    return f"Perplexity on {plain(figures.text, 60)}"
+
+
+def in_short(figures: TextFigures, names: tuple[str, str]) -> Iterator[str]:
+    """A text's figures in two lines, for a terminal."""
+    before, after = (within(side.value, 3) for side in (figures.original, figures.compressed))
+    yield f"{plain(figures.text, 40)}: perplexity {names[0]} {before}, {names[1]} {after}"
+    if moved := figures.moved:
+        kl = f"KL by token mean {within(moved.kl, 5)} nats" if moved.kl else "KL by token not measured"
+        p99 = f", p99 {number(moved.kl_percentiles['p99'], 4)}" if moved.kl_percentiles else ""
+        yield f"  ratio {within(moved.ratio, 4)}; {kl}{p99}; same top token {share(moved.same_top.value)}"
+    else:
+        before, after = (_per_byte(side) for side in (figures.original, figures.compressed))
+        yield f"  bits per byte {names[0]} {before}, {names[1]} {after}; other tokens, so no KL"
+
+
+def written_perplexity(found: Perplexity | None) -> str:
+    """A perplexity without its error."""
+    return number(found.value.value, 2) if found and math.isfinite(found.value.value) else NONE
+
+
+def sentence_of_several(text: str, original: Perplexity, found: Sequence[tuple[str, Perplexity]]) -> str:
+    """One text in a sentence of the verdict on several models, each with its label."""
+    best, worst = (pick(found, key=lambda each: each[1].value.value) for pick in (min, max))
+    return (
+        f"On {plain(text, 60)}, where the original's perplexity is {written_perplexity(original)}, {best[0]} has the "
+        f"lowest ({written_perplexity(best[1])}) and {worst[0]} the highest ({written_perplexity(worst[1])})."
+    )
+
+
+def points_of(ratio: Measured) -> str:
+    """The change of a perplexity in percent, with its sign.
+
+    >>> points_of(Measured(1.049, 0.001))
+    '+4.9 %'
+    """
+    if not math.isfinite(ratio.value):
+        return NONE
+    return points(ratio.value - 1).replace("points", "%")
+
+
+def warnings_of(
+    texts: Sequence[TextFigures], names: tuple[str, str] = ("The original", "The compressed model")
+) -> Iterator[str]:
+    """What a reader must know before trusting the figures."""
+    for figures in texts:
+        name = plain(figures.text, 60)
+        if figures.divergence == OTHER_TOKENS:
+            yield f"On {name} KL by token was not measured: {_WHY[OTHER_TOKENS]}."
+        for who, side in zip(names, (figures.original, figures.compressed), strict=True):
+            if not math.isfinite(side.value.value):
+                yield f"{who} computes no numbers (NaN), or rules tokens out, on {name}: its perplexity is no number."
+
+
+def texts_to_json(texts: Sequence[TextFigures]) -> dict[str, Any]:
+    """By name of the text; what is no number is None. Standard errors stand under ``NAME_error``."""
+    return {figures.text: finite(_to_json(figures)) for figures in texts}
+
+
+def perplexity_to_json(found: Perplexity, which: str = "") -> dict[str, Any]:
+    """Of one model; `which` it is ends the names."""
+    return finite(
+        {
+            **_pair(f"perplexity{which}", found.value),
+            **_pair(f"bits_per_byte{which}", found.bits_per_byte),
+            f"tokens{which}": found.tokens,
+        }
+    )
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """With None for what is no number."""
+    return {
+        key: finite(value) if isinstance(value, dict) else None if _is_no_number(value) else value
+        for key, value in values.items()
+    }
+
+
+def _is_no_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _to_json(figures: TextFigures) -> dict[str, Any]:
+    return {
+        "context": figures.context,
+        "chunks": figures.chunks,
+        "divergence": figures.divergence,
+        **perplexity_to_json(figures.original, "_original"),
+        **perplexity_to_json(figures.compressed, "_compressed"),
+        **(_moved_to_json(figures.moved) if figures.moved else {}),
+    }
+
+
+def _moved_to_json(moved: Moved) -> dict[str, Any]:
+    divergent = moved.divergent
+    return {
+        **_pair("perplexity_ratio", moved.ratio),
+        **_pair("log_perplexity_ratio", moved.log_ratio),
+        **_pair("perplexity_difference", moved.difference),
+        "correlation": moved.correlation,
+        **_pair("kl_mean", moved.kl),
+        "kl_percentiles": dict(moved.kl_percentiles) if moved.kl_percentiles else None,
+        **_pair("same_top", moved.same_top),
+        **_pair("probability_change", moved.change),
+        **_pair("probability_change_rms", moved.change_rms),
+        "probability_change_percentiles": dict(moved.change_percentiles),
+        "greedy": asdict(divergent) | {"median": divergent.middle} if divergent else None,
+    }
+
+
+def _pair(name: str, figure: Measured | None) -> dict[str, float | None]:
+    return {name: figure.value if figure else None, f"{name}_error": figure.error if figure else None}
+
+
+def _perplexities(figures: TextFigures, name: str, names: tuple[str, str]) -> Table:
+    sides = (figures.original, figures.compressed)
+    rows = tuple(
+        (who.capitalize(), within(side.value, 2), _per_byte(side)) for who, side in zip(names, sides, strict=True)
+    )
+    tokens = " and ".join(dict.fromkeys(count(side.tokens) for side in sides))
+    caption = f"{name}: {count(figures.chunks)} chunks of {count(figures.context)} tokens, {tokens} scored"
+    return Table(caption, ("Model", "Perplexity", "Bits per byte"), rows)
+
+
+def _per_byte(side: Perplexity) -> str:
+    return within(side.bits_per_byte, 3) if side.bits_per_byte else NONE
+
+
+def within(figure: Measured | None, digits: int, unit: str = "") -> str:
+    """A figure with its standard error; with a unit, in hundredths.
+
+    >>> within(Measured(12.3456, 0.5), 2), within(Measured(0.5, 0.01), 1, " %"), within(None, 2)
+    ('12.35 ± 0.50', '50.0 ± 1.0 %', '-')
+    """
+    if figure is None or not math.isfinite(figure.value):
+        return NONE
+    value, error = (number(100 * each if unit else each, digits) for each in (figure.value, figure.error))
+    return f"{value} ± {error}{unit}" if figure.error else f"{value}{unit}"
+
+
+def _moved_table(moved: Moved, name: str, names: tuple[str, str]) -> Table:
+    kl = moved.kl_percentiles
+    rows = [
+        ("Perplexity, ratio", within(moved.ratio, 4)),
+        ("Perplexity, difference", within(moved.difference, 4)),
+        ("Correlation of log-likelihoods", number(moved.correlation, 4)),
+        ("KL, mean", within(moved.kl, 4)),
+        *((f"KL, {label}", number(kl[key], 4) if kl else NONE) for key, label in _KL_ROWS),
+        ("Same top token", within(moved.same_top, 1, " %")),
+        ("Change of the text's token's probability, mean", within(moved.change, 2, " points")),
+        ("Change, root mean square", within(moved.change_rms, 2, " points")),
+        *_divergent_rows(moved.divergent),
+    ]
+    return Table(f"{name}, token by token: {names[1]} against {names[0]}", ("Figure", "Value"), tuple(rows))
+
+
+_KL_ROWS = (
+    ("p50", "median"),
+    ("p90", "90th percentile"),
+    ("p95", "95th percentile"),
+    ("p99", "99th percentile"),
+    ("p99_9", "99.9th percentile"),
+    ("max", "largest"),
+)
+
+
+def _divergent_rows(divergent: Divergent | None) -> Iterator[tuple[str, str]]:
+    if divergent is None:
+        return
+    middle = "none differs" if not divergent.first else f"more than {divergent.tokens}"
+    yield (
+        f"First different token of {count(divergent.n)} greedy continuations, median",
+        middle if divergent.middle is None else f"{divergent.middle:g}",
+    )
+    same = f"{count(divergent.same)} of {count(divergent.n)} ({percent(divergent.same, divergent.n)})"
+    yield f"Continuations alike in all {divergent.tokens} tokens", same
+
+
+def _chart(moved: Moved, name: str, names: tuple[str, str]) -> Chart | None:
+    """KL by percentile, on a logarithmic scale; None where there is none, or nothing moved."""
+    found = moved.kl_percentiles
+    if not found or not all(math.isfinite(found[key]) for key, _ in _DRAWN) or found["p99_9"] <= _LEAST:
+        return None
+    values = [(label, max(found[key], _LEAST)) for key, label in _DRAWN]
+    told = ", ".join(f"{label} {number(value, 5)}" for label, value in values)
+    title = f"KL({names[0]}‖{names[1]}) by percentile of tokens, {name}"
+    return Chart(title, f"In nats: {told}.", lambda plot: _draw(plot, values), height=210)
+
+
+def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:
+    sizes = [value for _, value in values]
+    # Powers of ten around the values; the figures stand to the right of their bars, so that room is left there.
+    low, high = (10.0 ** math.floor(math.log10(min(sizes))), 10.0 ** math.ceil(math.log10(max(sizes))))
+    plot.set_xscale("log")
+    plot.set_xlim(low, high * (high / low) ** 0.25)
+    places = range(len(values))
+    plot.barh(places, [value - low for value in sizes], left=low, height=0.5, color=drawing.SERIES[0])
+    for place, (_, value) in enumerate(values):
+        plot.annotate(
+            number(value, 4) if value < 10 else number(value, 1),
+            (value, place), (5, 0), textcoords="offset points", va="center", fontsize=11,
+        )  # fmt: skip
+    plot.set_ylim(len(values) - 0.5, -0.5)
+    plot.set_yticks(places, [label for label, _ in values])
+    step = max(1, math.ceil(math.log10(high / low) / 4))
+    ticks = [low * 10.0**power for power in range(0, round(math.log10(high / low)) + 1, step)]
+    plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    plot.minorticks_off()
+    plot.set_xlabel("KL by token, nats", fontsize=11, loc="left")
+    plot.grid(axis="x")
+    plot.set_axisbelow(True)
+    plot.spines["bottom"].set_visible(False)
