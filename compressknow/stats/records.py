@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import NamedTuple
 
 from compressknow.evaluate.records import NoiseFloor
 
@@ -67,7 +66,8 @@ class Estimate:
         return self if by_relation.low is None else by_relation
 
 
-class PairedTest(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PairedTest:
     """Whether facts are lost as often as gained: the two-sided p-value (None without facts), and what the test takes
     as drawn, a ``fact`` or a whole ``relation``.
     """

@@ -23,7 +23,7 @@ from compressknow.stats.clusters import (
 )
 from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.paired import certainty
-from compressknow.stats.records import Counts, Estimate
+from compressknow.stats.records import Counts, Estimate, PairedTest
 
 SIMULATED = 500
 relations = st.lists(st.builds(Counts, *[st.integers(0, 30)] * 4), max_size=12)
@@ -86,7 +86,7 @@ def test_sign_flips_are_those_of_all_assignments() -> None:
 
 def test_of_one_fact_a_relation_the_test_is_mcnemars() -> None:
     clusters = [Counts(lost=1)] * 9 + [Counts(gained=1)] * 2 + [Counts(both=1)] * 5
-    assert paired_test(clusters) == (mcnemar(sum(clusters, Counts())), "fact")
+    assert paired_test(clusters) == PairedTest(mcnemar(sum(clusters, Counts())), "fact")
     # As sign flips would say.
     assert paired_test([*clusters, Counts(both=2)]).p == pytest.approx(mcnemar(sum(clusters, Counts())))
 
@@ -95,16 +95,17 @@ def test_of_few_relations_it_is_a_t_test_and_never_surer_than_mcnemars() -> None
     changes = [7, 9, 4, -8, 5]
     clusters = [Counts(both=20, lost=max(0, change), gained=max(0, -change)) for change in changes]
     assert FEWEST <= len(clusters) < FEWEST_SIGNS
-    assert paired_test(clusters) == (pytest.approx(ttest_1samp(changes, 0).pvalue), "relation")
+    assert paired_test(clusters).p == pytest.approx(ttest_1samp(changes, 0).pvalue)
+    assert paired_test(clusters).unit == "relation"
     alike = [Counts(both=20, lost=1)] * 5
     assert paired_test(alike).p == mcnemar(sum(alike, Counts())) == 0.0625
     # Of fewer nothing can be learned of how they differ.
-    assert paired_test(clusters[:4]) == (mcnemar(sum(clusters[:4], Counts())), "fact")
+    assert paired_test(clusters[:4]) == PairedTest(mcnemar(sum(clusters[:4], Counts())), "fact")
 
 
 def test_a_probe_of_one_relation_is_of_single_facts() -> None:
     one = Counts(both=90, lost=10, gained=2)
-    assert certainty([[one]]).test == (mcnemar(one), "fact")
+    assert certainty([[one]]).test == PairedTest(mcnemar(one), "fact")
     assert clusters_of([one]).count(Counts(lost=1)) == 10
     assert (certainty([[one]]).relations, certainty([[one]]).kept) == (1, Estimate(0.9))
     # Beside a probe with relations, a task's items stay independent.

@@ -12,7 +12,7 @@ from compressknow.pages.records import Card
 from compressknow.stats.clusters import design_of_change, kept_by_cluster, paired_test
 from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.power import facts_for, smallest_loss
-from compressknow.stats.records import Counts, EarlyStop, Estimate
+from compressknow.stats.records import Counts, EarlyStop, Estimate, PairedTest
 from tests.report.answering import answer, run
 
 
@@ -40,7 +40,7 @@ def test_the_figures_of_the_json_are_those_of_the_statistics() -> None:
         assert where["kept_interval"] == [simple.low, simple.high]
         assert where["smallest_detectable_loss"] == smallest_loss(total, design_of_change(relations))
         assert where["known_facts_for_2_points"] == facts_for(total, design=design_of_change(relations))
-        assert (where["p"], where["p_by"]) == paired_test(relations)
+        assert PairedTest(where["p"], where["p_by"]) == paired_test(relations)
         assert where["mcnemar_p"] == mcnemar(total)
 
 

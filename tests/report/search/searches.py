@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from compressknow.pages.records import ModelFacts
 from compressknow.pages.search import Search, Trial
 from compressknow.stats.records import Estimate
@@ -34,13 +36,15 @@ def found(text: str = "a-model") -> Search:
         searched=150,
         first=30,
         held_out=150,
+        graded=150,
         known_searched=93,
         known_held_out=92,
+        known_graded=94,
         level=0.99,
         sizes=sizes,
         tried=all_tried,
         confirmed=(all_tried[2],),
-        winner=all_tried[2],
+        winner=replace(all_tried[2], graded=estimate(0.94)),
         closest=None,
         naive=all_tried[0],
         rounding=0.985,
