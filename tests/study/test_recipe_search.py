@@ -97,7 +97,7 @@ def test_the_winner_is_the_cheapest_that_keeps_enough_of_the_held_out_facts() ->
     enough = sorted(t.sizes["bytes"] for t in made.trials if (t.kept.low or 0) >= 0.9)
     assert [t.sizes["bytes"] for t in made.confirmed] == enough[:3]
     assert made.winner == made.confirmed[2]
-    assert {level for _, level in put} == {made.level} == {1 - 0.05 / CONFIRMED}
+    assert {level for _, level in put} == {made.level} == {1 - 0.01 / CONFIRMED}
 
 
 def test_without_a_winner_all_that_may_be_are_put_to_the_held_out_facts() -> None:
