@@ -24,9 +24,9 @@ KEEP, TRIALS = 0.6, 16
 SEARCHED: dict[str, dict[str, Any]] = {
     "default": {},
     "calibrated": {
-        "schemes": ["int8-paper", "int4", "int8"],
-        "prune_methods": ["l1-unstructured", "wanda"],
-        "roundings": ["nearest", "gptq"],
+        "quantize": ["int8-paper", "int4", "int8"],
+        "prune_method": ["l1-unstructured", "wanda"],
+        "rounding": ["nearest", "gptq"],
         "calibration_tokens": 256,
     },
 }
