@@ -6,10 +6,12 @@ import dataclasses
 import json
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from tests.long import long, one_in
 
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
 
+from compressknow.engine.llama_cpp import native
 from compressknow.engine.llama_cpp.context import Context, Span
 from compressknow.engine.llama_cpp.model import GgufModel
 from compressknow.engine.llama_cpp.tokenizer import GgufTokenizer
@@ -168,6 +171,22 @@ def test_who_interrupts_does_not_wait_for_the_end_of_a_pass(place: Path) -> None
     assert context.read([Span(0, 0, [5] * 600, 1)]).shape == (1, model.rows)
     context.close()
     model.close()
+
+
+def test_who_interrupts_does_not_wait_until_a_file_is_loaded(place: Path) -> None:
+    def interrupt(frame: FrameType, event: str, _: object) -> None:
+        # llama.cpp asks between tensors whether to go on.
+        if event == "call" and frame.f_code.co_name == "<lambda>" and frame.f_code.co_filename == native.__file__:
+            signal.raise_signal(signal.SIGINT)
+
+    sys.setprofile(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            GgufModel(place / "F32.gguf", trial=True)
+    finally:
+        sys.setprofile(None)
+    # The next one loads.
+    GgufModel(place / "F32.gguf", trial=True).close()
 
 
 def test_distributions_are_those_over_all_tokens(place: Path, tmp_path: Path) -> None:
