@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.engine.identity import fingerprint, locate
+from compressknow.engine.contents import read_contents
+from compressknow.engine.identity import locate
 from tests.demo import ROOT, run
 
 
@@ -31,7 +32,7 @@ def test_demo_converts_verifies_and_completes(smollm2: Path, tmp_path: Path) -> 
 def test_the_demo_is_the_checkpoint_of_the_finished_pages(smollm2: Path) -> None:
     search = json.loads((ROOT / "examples" / "searches" / "smollm2-atlas" / "search.json").read_text(encoding="utf-8"))
     told = f"{smollm2} was made by another version of examples/smollm2.py: delete it."
-    assert fingerprint(locate(smollm2)) == search["original"]["sha256"], told
+    assert read_contents(locate(smollm2)).sha256 == search["original"]["sha256"], told
 
 
 def test_quickstart_names_the_same_conversion_as_the_readme() -> None:

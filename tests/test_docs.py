@@ -223,10 +223,10 @@ def test_formats_page_names_every_key(at_home: Path) -> None:
     families = tuple(re.findall(r"`(\w+_)\.\.\.`", page))
     facts, folders = ["facts:examples/facts.jsonl"], ("build/smollm2", "build/smollm2-att-int8")
     answers = compressknow.probe(folders[0], "answers", facts)
-    card = compressknow.report(*folders, facts, outputs=["card.json"])
-    compressknow.compare(*folders, outputs=["compare.json"])
+    card = compressknow.report(*folders, facts, output=["card.json"])
+    compressknow.compare(*folders, output=["compare.json"])
     (at_home / "grid.toml").write_text('[axes]\nscope = ["attention"]\nquantize = ["int8"]', encoding="utf-8")
-    compressknow.sweep(folders[0], "study", grid="grid.toml", probes=facts)
+    compressknow.sweep(folders[0], "study", grid="grid.toml", probe=facts)
     manifest, report, compared, study = (
         json.loads((at_home / name).read_text(encoding="utf-8"))
         for name in ("build/smollm2-att-int8/compressknow.json", "card.json", "compare.json", "study/study.json")

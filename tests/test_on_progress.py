@@ -63,7 +63,7 @@ def test_each_verb_tells_its_stages(place: Path, tmp_path: Path) -> None:
     assert stages(told) == [(work, "llama", 1, 1) for work in ("evaluate", "evaluate", "noise")]
     assert {progress.stage.unit for progress in told} == {"facts"}
     told.clear()
-    compressknow.report(model, place / "pruned", facts, keep_in=tmp_path / "kept", on_progress=told.append)
+    compressknow.report(model, place / "pruned", facts, answers=tmp_path / "kept", on_progress=told.append)
     assert stages(told) == [*((work, "llama", 1, 2) for work in ORIGINAL), ("evaluate", "pruned", 2, 2)]
     assert {(progress.stage.probe, progress.stage.facts) for progress in told} == {("facts:facts.jsonl", 64)}
 
@@ -94,7 +94,7 @@ def test_a_sweep_tells_each_cell_and_its_result(place: Path, tmp_path: Path) -> 
         place / "llama",
         tmp_path / "study",
         grid=place / "grid.toml",
-        probes=f"facts:{place / 'facts.jsonl'}",
+        probe=f"facts:{place / 'facts.jsonl'}",
         on_progress=told.append,
         on_result=results.append,
     )

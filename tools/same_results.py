@@ -142,7 +142,7 @@ def reported(model: Path, output: Path, probes: list[str], facts: int, answers: 
     keep_in = answers / hashlib.sha256(f"{compressknow.__file__}{output}".encode()).hexdigest()[:12]
     page = output.parent / "report.json"
     try:
-        compressknow.report(model, output, probes, outputs=[page], options=Options(limit=facts), keep_in=keep_in)
+        compressknow.report(model, output, probes, output=[page], options=Options(limit=facts), answers=keep_in)
     except CompressknowError:
         # A model of proteins has no fact of atlas.
         return {"refused": True}

@@ -132,4 +132,5 @@ def test_a_tokenizers_chatter_is_not_seen(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["probes"]
-    assert done.stderr == b""
+    # On a busy machine it takes so long that its progress is told.
+    assert [line for line in done.stderr.splitlines() if not line.endswith(b"so far")] == []

@@ -51,7 +51,7 @@ CASES = [
     Case("convert {}/some.gguf {}/new --prune 20%", "Give the checkpoint folder that it was made from"),
     Case("convrt {}/model {}/new", "Did you mean convert?"),
     Case("inspect {}/nowhere", "no such folder"),
-    Case("inspect {}/some.gguf", "Give the checkpoint folder that it was made from"),
+    Case("inspect {}/some.gguf", "it is cut short"),
     Case("verify {}/nowhere", "no such folder"),
     Case("verify {}/model", "has no compressknow.json"),
     Case("probe {}/model -o {}/new -p atlass", "Did you mean atlas?"),

@@ -9,7 +9,8 @@ import pytest
 
 import compressknow
 from compressknow.evaluate.sources import Options
-from compressknow.stats.intervals import mcnemar, tally
+from compressknow.stats.clusters import tally
+from compressknow.stats.intervals import mcnemar
 from tests.knowing import facts_file, knowing
 from tests.long import long
 
@@ -31,7 +32,8 @@ def pruned(source: Path, output: Path, method: str, amount: float, **more: objec
 
 def chance(fewer: np.ndarray, more: np.ndarray) -> float:
     """McNemar's p of two models' answers to the same facts."""
-    return mcnemar(tally(fewer, more)) or 0.0
+    (counts,) = tally(fewer, more, np.zeros(len(fewer), dtype=int))
+    return mcnemar(counts) or 0.0
 
 
 def test_sparsegpt_keeps_more_facts_of_tiny_models(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compared(place: Path, model: Path, original: str = "llama", settings: Settings | None = None) -> Comparison:
     probes = [f"facts:{place / 'facts.jsonl'}"]
     kept = place / "answers"
-    return compressknow.report(place / original, model, probes, settings=settings, keep_in=kept).comparisons[0]
+    return compressknow.report(place / original, model, probes, settings=settings, answers=kept).comparisons[0]
 
 
 @pytest.mark.parametrize(

@@ -93,9 +93,9 @@ def test_logits_are_near_those_of_plain_transformers(checkpoint: Path) -> None:
 def test_facts_are_answered_as_in_plain_transformers(family: str, scheme: Any, tmp_path: Path) -> None:
     facts, folder = f"facts:{facts_file(tmp_path / 'facts.jsonl')}", tmp_path / "int8"
     compressknow.convert(knowing(family, tmp_path / "model"), folder, quantize=scheme)
-    ours = compressknow.probe(folder, tmp_path / "ours", probes=[facts])
+    ours = compressknow.probe(folder, tmp_path / "ours", probe=[facts])
     with without_vnni():
-        plain = compressknow.probe(folder, tmp_path / "plain", probes=[facts])
+        plain = compressknow.probe(folder, tmp_path / "plain", probe=[facts])
     assert ours.record.model.computed_in == "float32 + int8"
     assert plain.record.model.computed_in == "float32"
     assert [answer.predicted for answer in ours.answers] == [answer.predicted for answer in plain.answers]

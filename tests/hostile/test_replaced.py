@@ -150,9 +150,9 @@ def test_report_keeps_nothing_of_a_model_that_is_written_to_meanwhile(place: Pat
             place / "first",
             model,
             [f"facts:{place / 'facts.jsonl'}"],
-            outputs=[tmp_path / "report.json"],
+            output=[tmp_path / "report.json"],
             settings=compressknow.Settings(noise_floor=False),
-            keep_in=tmp_path / "kept",
+            answers=tmp_path / "kept",
             on_progress=write,
         )
     assert not (tmp_path / "report.json").exists()

@@ -54,7 +54,7 @@ def report(place: Path, compressed: Sequence[str], keep_in: Path, original: str 
         [place / name for name in compressed],
         [f"facts:{place / 'facts.jsonl'}"],
         settings=FEW,
-        keep_in=keep_in,
+        answers=keep_in,
         **more,
     )
 
@@ -87,7 +87,7 @@ def plainly(family: str, folder: Path, prompts: Sequence[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_report_gives_the_divergence_over_all_tokens(place: Path, family: str, tmp_path: Path) -> None:
-    (moved,) = movements(report(place, [f"{family}-60"], tmp_path / "kept", outputs=[tmp_path / "report.json"]))
+    (moved,) = movements(report(place, [f"{family}-60"], tmp_path / "kept", output=[tmp_path / "report.json"]))
     prompts = [json.loads(line)["prompt"] for line in (place / "facts.jsonl").read_text().splitlines()]
     p, q = (plainly(family, place / name, prompts) for name in (family, f"{family}-60"))
     whole = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
@@ -201,7 +201,7 @@ def limited() -> Any:
 def test_both_ways_of_a_comparison_are_exact(place: Path, tmp_path: Path) -> None:
     prompts = [json.loads(line)["prompt"] for line in (place / "facts.jsonl").read_text().splitlines()]
     facts = f"facts:{place / 'facts.jsonl'}"
-    found = compressknow.compare(place / "llama", place / "llama-60", facts, keep_in=tmp_path / "kept", settings=FEW)
+    found = compressknow.compare(place / "llama", place / "llama-60", facts, answers=tmp_path / "kept", settings=FEW)
     a, b = (plainly("llama", place / name, prompts) for name in ("llama", "llama-60"))
     assert found.behaviour is not None
     for card, p, q in ((found.behaviour.b_against_a, a, b), (found.behaviour.a_against_b, b, a)):
@@ -215,7 +215,7 @@ def test_a_study_has_the_figures_of_reports_and_says_that_they_are_exact(place: 
     grid = tmp_path / "grid.toml"
     grid.write_text('[axes]\nscope = ["blocks"]\nprune = [0.3, 0.6]\n', encoding="utf-8")
     facts = f"facts:{place / 'facts.jsonl'}"
-    study = compressknow.sweep(place / "t5", tmp_path / "study", grid=grid, probes=[facts], settings=FEW)
+    study = compressknow.sweep(place / "t5", tmp_path / "study", grid=grid, probe=[facts], settings=FEW)
     moved = [cell.comparison.probes[0].movement for cell in study.cells]
     expected = movements(report(place, ["t5-30", "t5-60"], tmp_path / "kept"))
     assert [m.kl_mean for m in moved if m] == pytest.approx([m.kl_mean for m in expected], rel=1e-6)
@@ -225,7 +225,7 @@ def test_a_study_has_the_figures_of_reports_and_says_that_they_are_exact(place: 
     (stored,) = (tmp_path / "study" / "cells").glob("*60*")
     before = tables(tmp_path / "study")
     shutil.rmtree(stored)
-    compressknow.sweep(place / "t5", tmp_path / "study", grid=grid, probes=[facts], settings=FEW)
+    compressknow.sweep(place / "t5", tmp_path / "study", grid=grid, probe=[facts], settings=FEW)
     assert tables(tmp_path / "study") == before
 
 

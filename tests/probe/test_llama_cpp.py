@@ -6,10 +6,12 @@ import dataclasses
 import json
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from tests.long import long, one_in
 
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
 
+from compressknow.engine.llama_cpp import native
 from compressknow.engine.llama_cpp.context import Context, Span
 from compressknow.engine.llama_cpp.model import GgufModel
 from compressknow.engine.llama_cpp.tokenizer import GgufTokenizer
@@ -170,9 +173,25 @@ def test_who_interrupts_does_not_wait_for_the_end_of_a_pass(place: Path) -> None
     model.close()
 
 
+def test_who_interrupts_does_not_wait_until_a_file_is_loaded(place: Path) -> None:
+    def interrupt(frame: FrameType, event: str, _: object) -> None:
+        # llama.cpp asks between tensors whether to go on.
+        if event == "call" and frame.f_code.co_name == "<lambda>" and frame.f_code.co_filename == native.__file__:
+            signal.raise_signal(signal.SIGINT)
+
+    sys.setprofile(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            GgufModel(place / "F32.gguf", trial=True)
+    finally:
+        sys.setprofile(None)
+    # The next one loads.
+    GgufModel(place / "F32.gguf", trial=True).close()
+
+
 def test_distributions_are_those_over_all_tokens(place: Path, tmp_path: Path) -> None:
     card = compressknow.report(
-        place / "F16.gguf", place / "Q8_0.gguf", [f"facts:{place / 'facts.jsonl'}"], keep_in=tmp_path / "kept"
+        place / "F16.gguf", place / "Q8_0.gguf", [f"facts:{place / 'facts.jsonl'}"], answers=tmp_path / "kept"
     )
     (probe,) = card.comparisons[0].probes
     assert probe.movement is not None
@@ -201,7 +220,7 @@ def test_the_record_says_what_ran_it_and_how_layers_are_stored(place: Path, tmp_
 def test_the_card_names_the_runtime_and_what_is_its_own(place: Path, tmp_path: Path) -> None:
     facts = [f"facts:{place / 'facts.jsonl'}"]
     card = compressknow.report(
-        place / "llama", place / "Q8_0.gguf", facts, outputs=[tmp_path / "card.md"], keep_in=tmp_path / "kept"
+        place / "llama", place / "Q8_0.gguf", facts, output=[tmp_path / "card.md"], answers=tmp_path / "kept"
     )
     text = (tmp_path / "card.md").read_text()
     assert "Stored as" in text
@@ -211,13 +230,13 @@ def test_the_card_names_the_runtime_and_what_is_its_own(place: Path, tmp_path: P
     assert "answers were compared as texts" in text
     assert card.comparisons[0].probes[0].movement is None
     assert card.comparisons[0].counts.both >= 60
-    again = compressknow.report(place / "llama", place / "Q8_0.gguf", facts, keep_in=tmp_path / "kept")
+    again = compressknow.report(place / "llama", place / "Q8_0.gguf", facts, answers=tmp_path / "kept")
     assert again.verdict == card.verdict
 
 
 def test_two_files_are_compared(place: Path, tmp_path: Path) -> None:
     facts = [f"facts:{place / 'facts.jsonl'}"]
-    comparison = compressknow.compare(place / "F16.gguf", place / "Q8_0.gguf", facts, keep_in=tmp_path / "kept")
+    comparison = compressknow.compare(place / "F16.gguf", place / "Q8_0.gguf", facts, answers=tmp_path / "kept")
     assert comparison.behaviour is not None
     assert comparison.behaviour.b_against_a.comparisons[0].counts.both >= 60
 
@@ -230,7 +249,7 @@ def test_answers_of_one_runtime_are_not_taken_for_those_of_another(place: Path, 
     facts = [f"facts:{place / 'facts.jsonl'}"]
     for settings in (Settings(), UNPACKED):
         compressknow.report(
-            place / "F16.gguf", place / "Q8_0.gguf", facts, settings=settings, keep_in=tmp_path / "kept"
+            place / "F16.gguf", place / "Q8_0.gguf", facts, settings=settings, answers=tmp_path / "kept"
         )
     ran = [read_answers(folder).record.model.runtime for folder in sorted((tmp_path / "kept").iterdir())]
     assert len(ran) == 4
@@ -325,7 +344,7 @@ def test_a_runtime_that_does_not_fit_is_refused(place: Path, tmp_path: Path) -> 
         compressknow.probe(place / "F16.gguf", tmp_path / "answers", ["lm-eval:boolq"])
     assert not (tmp_path / "answers").exists()
     # Beside a file, a folder runs in what reads it.
-    card = compressknow.report(place / "llama", place / "Q8_0.gguf", facts, settings=there, keep_in=tmp_path / "kept")
+    card = compressknow.report(place / "llama", place / "Q8_0.gguf", facts, settings=there, answers=tmp_path / "kept")
     assert card.original.runtime is None
 
 
@@ -363,7 +382,7 @@ def test_an_exported_file_answers_as_its_checkpoint(name: str, place: Path, tmp_
         assert after[fact].logp_gold == pytest.approx(answer.logp_gold, abs=2e-2)
     records = [read_answers(tmp_path / side).record.model for side in ("before", "after")]
     assert records[0].vocabulary == records[1].vocabulary
-    card = compressknow.report(folder, file, [f"facts:{place / 'facts.jsonl'}"], keep_in=tmp_path / "kept")
+    card = compressknow.report(folder, file, [f"facts:{place / 'facts.jsonl'}"], answers=tmp_path / "kept")
     movement = card.comparisons[0].probes[0].movement
     assert movement is not None
     assert movement.kl_mean < 1e-3

@@ -134,7 +134,7 @@ def test_it_can_be_left_out_and_is_not_asked_of_what_stands_beside_an_original(t
 def test_the_card_says_it_in_every_form(tmp_path: Path) -> None:
     model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
     outputs = [tmp_path / f"card.{kind}" for kind in ("json", "md", "html")]
-    card = report(model, model, facts, outputs=outputs, keep_in=tmp_path / "kept")
+    card = report(model, model, facts, output=outputs, answers=tmp_path / "kept")
     (measured,) = json.loads(outputs[0].read_text(encoding="utf-8"))["compressed"][0]["probes"].values()
     assert measured["noise_floor"]["n"] == measured["n"]
     assert "rounding alone" in card.verdict

@@ -378,7 +378,7 @@ def report_on(place: Path, compressed: Sequence[str], keep_in: Path) -> list[str
         [place / name for name in compressed],
         [f"facts:{place / 'facts.jsonl'}"],
         settings=FEW,
-        keep_in=keep_in,
+        answers=keep_in,
     )
     return sorted(path.name for path in keep_in.iterdir())
 

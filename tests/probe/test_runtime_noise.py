@@ -60,9 +60,9 @@ def floors_in(folder: Path) -> dict[str, NoiseFloor]:
 def test_it_counts_what_differs_from_a_run_of_the_unquantized_file(place: Place, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     outputs = [tmp_path / f"card.{kind}" for kind in ("json", "md", "html")]
-    card = report(place.model, place.q8, place.facts, outputs=outputs, keep_in=kept)
+    card = report(place.model, place.q8, place.facts, output=outputs, answers=kept)
     (floor,) = floors_in(kept).values()
-    (alone,) = report(place.model, place.f32, place.facts, keep_in=kept).comparisons[0].probes
+    (alone,) = report(place.model, place.f32, place.facts, answers=kept).comparisons[0].probes
     counts = alone.counts
     # The checkpoint does not say which token begins a text, so that the two read other prompts: much changes.
     assert (floor.n, floor.changed) == (counts.n, round((alone.answer_changed or 0) * counts.n)) != (64, 0)
@@ -78,10 +78,10 @@ def test_it_counts_what_differs_from_a_run_of_the_unquantized_file(place: Place,
     for page in outputs[1:]:
         assert "Top answer changed by the runtime alone" in page.read_text(encoding="utf-8")
     assert f"the original answers {floor.changed} of 64 facts otherwise" in " ".join(said(card))
-    (alone,) = report(place.model, place.f32, place.facts, keep_in=kept, known="produced").comparisons[0].probes
+    (alone,) = report(place.model, place.f32, place.facts, answers=kept, known="produced").comparisons[0].probes
     assert floor.produced is not None
     assert (floor.produced.known, floor.produced.lost) == (alone.counts.known_before, alone.counts.lost)
-    card = report(place.model, place.q8, place.facts, keep_in=kept, known="produced")
+    card = report(place.model, place.q8, place.facts, answers=kept, known="produced")
     assert f"the original answers {floor.produced.changed} of 64 facts otherwise" in " ".join(said(card))
 
 
@@ -94,10 +94,10 @@ def test_a_file_given_as_the_original_of_its_source_is_told(place: Place, tmp_pa
     renamed = tmp_path / "renamed"
     shutil.copytree(place.model, renamed)
     for model in (place.model, renamed):
-        card = report(place.q8, model, place.facts, keep_in=tmp_path / "kept")
+        card = report(place.q8, model, place.facts, answers=tmp_path / "kept")
         (warning,) = [each for each in said(card) if "look swapped" in each]
         assert f"q8_0.gguf, given as the original, was made from {model.name}" in warning
-        assert "look swapped" not in " ".join(said(report(model, place.q8, place.facts, keep_in=tmp_path / "kept")))
+        assert "look swapped" not in " ".join(said(report(model, place.q8, place.facts, answers=tmp_path / "kept")))
     assert ("Made from", "llama") in [(entry.label, entry.value) for entry in identity(card.original)]
 
 
@@ -106,14 +106,14 @@ def test_it_is_kept_with_the_answers_and_has_stages_of_its_own(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Progress] = []
-    card = report(place.model, place.q8, place.facts, keep_in=tmp_path, on_progress=told.append)
+    card = report(place.model, place.q8, place.facts, answers=tmp_path, on_progress=told.append)
     begun = [(progress.stage.work, progress.stage.model) for progress in told if progress.state == "begins"]
     assert begun == [
         *((work, "llama") for work in ("evaluate", "noise", "export", "runtime")),
         ("evaluate", "q8_0.gguf"),
     ]
     monkeypatch.setattr(exporting, "write_floats", pytest.fail)
-    again = report(place.model, place.q8, place.facts, keep_in=tmp_path)
+    again = report(place.model, place.q8, place.facts, answers=tmp_path)
     assert again.comparisons[0].probes[0].runtime_noise_floor == card.comparisons[0].probes[0].runtime_noise_floor
     # It is of this build alone, and of answers too.
     stored = [folder for folder in tmp_path.iterdir() if folder.is_dir()]
@@ -134,21 +134,21 @@ def test_a_run_that_is_stopped_leaves_no_file(place: Place, tmp_path: Path) -> N
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        report(place.model, place.q8, place.facts, keep_in=tmp_path, on_progress=stop)
+        report(place.model, place.q8, place.facts, answers=tmp_path, on_progress=stop)
     assert not list(tmp_path.rglob("*.gguf"))
     assert not floors_in(tmp_path)
 
 
 @needs_converter
 def test_compare_says_it_too(place: Place, tmp_path: Path) -> None:
-    comparison = compressknow.compare(place.model, place.q8, place.facts, keep_in=tmp_path / "kept")
+    comparison = compressknow.compare(place.model, place.q8, place.facts, answers=tmp_path / "kept")
     assert comparison.behaviour is not None
     floor = comparison.behaviour.b_against_a.comparisons[0].probes[0].runtime_noise_floor
     assert floor is not None
     assert floor.n == 64
     assert any("from an unquantized file" in text for text in comparison.warnings)
     # There is no other runtime in a pair of files.
-    files = compressknow.compare(place.f32, place.q8, place.facts, keep_in=tmp_path / "kept")
+    files = compressknow.compare(place.f32, place.q8, place.facts, answers=tmp_path / "kept")
     assert not any("runtime" in text for text in files.warnings)
 
 
@@ -162,7 +162,7 @@ def untaken(tmp_path: Path) -> Place:
 
 @needs_converter
 def test_a_model_that_the_converter_does_not_take_is_said(untaken: Place, tmp_path: Path) -> None:
-    text = " ".join(said(report(untaken.model, untaken.q8, untaken.facts, keep_in=tmp_path / "kept")))
+    text = " ".join(said(report(untaken.model, untaken.q8, untaken.facts, answers=tmp_path / "kept")))
     assert "How much was not measured: llama.cpp's converter failed. Give an f16 GGUF file as the original." in text
     assert not list((tmp_path / "kept").rglob("*.gguf"))
 
@@ -172,7 +172,7 @@ def test_without_a_converter_the_card_says_how_to_have_it(
 ) -> None:
     monkeypatch.delenv("COMPRESSKNOW_CONVERTER", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    card = report(untaken.model, untaken.q8, untaken.facts, keep_in=tmp_path / "kept")
+    card = report(untaken.model, untaken.q8, untaken.facts, answers=tmp_path / "kept")
     wanted = "How much was not measured: llama.cpp's converter is not installed. `compressknow export` fetches it;"
     assert wanted in " ".join(said(card))
     assert card.comparisons[0].probes[0].noise_floor is not None
@@ -182,7 +182,7 @@ def test_without_a_converter_the_card_says_how_to_have_it(
 def test_it_can_be_left_out_and_early_has_none(untaken: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "prepare", pytest.fail)
     off = Settings(noise_floor=False)
-    card = report(untaken.model, untaken.q8, untaken.facts, settings=off, keep_in=tmp_path / "kept")
+    card = report(untaken.model, untaken.q8, untaken.facts, settings=off, answers=tmp_path / "kept")
     assert "How much was not measured: --no-noise-floor leaves it out." in " ".join(said(card))
-    early = report(untaken.model, untaken.q8, untaken.facts, early=0.5, keep_in=tmp_path / "early")
+    early = report(untaken.model, untaken.q8, untaken.facts, early=0.5, answers=tmp_path / "early")
     assert "How much was not measured: --early leaves it out." in " ".join(said(early))

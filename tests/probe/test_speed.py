@@ -36,9 +36,9 @@ def test_a_report_tells_the_speed_and_the_memory_of_both(place: Path, tmp_path: 
         place / "llama",
         place / "converted",
         [f"facts:{place / 'facts.jsonl'}"],
-        outputs=[tmp_path / "report.html"],
-        keep_in=tmp_path / "answers",
-        timed=True,
+        output=[tmp_path / "report.html"],
+        answers=tmp_path / "answers",
+        time=True,
         on_progress=lambda progress: stages.append(progress.stage) if progress.state == "ends" else None,
     )
     assert [stage.model for stage in stages if stage.work == "time"] == ["llama", "converted"]

@@ -66,7 +66,7 @@ def reference(model: Path, text: Path) -> tuple[list[list[int]], list[list[torch
 def test_log_likelihoods_tops_and_divergences_are_those_of_a_plain_reference(place: Path, tmp_path: Path) -> None:
     text = place / "facts.txt"
     card = compressknow.report(
-        place / "llama", place / "pruned", f"text:{text}", options=Options(context=CONTEXT), keep_in=tmp_path
+        place / "llama", place / "pruned", f"text:{text}", options=Options(context=CONTEXT), answers=tmp_path
     )
     tokens, before = reference(place / "llama", text)
     _, after = reference(place / "pruned", text)
@@ -215,7 +215,7 @@ def test_models_of_other_tokens_have_bits_per_byte_and_no_divergence(place: Path
     assert '"reeds"' in tokenizer
     (other / "tokenizer.json").write_text(tokenizer.replace('"reeds"', '"rushes"'), encoding="utf-8")
     text, options = f"text:{place / 'facts.txt'}", Options(context=CONTEXT)
-    card = compressknow.report(place / "llama", other, text, options=options, keep_in=tmp_path / "kept")
+    card = compressknow.report(place / "llama", other, text, options=options, answers=tmp_path / "kept")
     (figures,) = card.comparisons[0].texts
     assert figures.divergence == "other tokens"
     assert figures.original.bits_per_byte is not None
@@ -223,7 +223,7 @@ def test_models_of_other_tokens_have_bits_per_byte_and_no_divergence(place: Path
     assert any("other tokens" in warning or "different tokens" in warning for warning in card.comparisons[0].warnings)
     with pytest.raises(CompressknowError, match="differ in vocabulary"):
         compressknow.report(
-            place / "llama", other, ["facts:" + str(place / "facts.jsonl"), text], keep_in=tmp_path / "kept"
+            place / "llama", other, ["facts:" + str(place / "facts.jsonl"), text], answers=tmp_path / "kept"
         )
 
 
@@ -243,10 +243,10 @@ def test_a_disk_without_room_leaves_the_divergence_out(
 ) -> None:
     monkeypatch.setattr("compressknow.evaluate.distributions.RESERVE", 1 << 62)
     text, options = f"text:{place / 'facts.txt'}", Options(context=CONTEXT)
-    card = compressknow.report(place / "llama", place / "pruned", text, options=options, keep_in=tmp_path)
+    card = compressknow.report(place / "llama", place / "pruned", text, options=options, answers=tmp_path)
     assert card.comparisons[0].texts[0].divergence == NO_ROOM
     monkeypatch.undo()
-    card = compressknow.report(place / "llama", place / "pruned", text, options=options, keep_in=tmp_path)
+    card = compressknow.report(place / "llama", place / "pruned", text, options=options, answers=tmp_path)
     assert card.comparisons[0].texts[0].divergence == MEASURED
 
 
@@ -281,7 +281,7 @@ def test_a_damaged_file_of_tokens_is_told(place: Path, tmp_path: Path) -> None:
 def test_texts_stand_beside_facts(place: Path, tmp_path: Path) -> None:
     probes = [f"facts:{place / 'facts.jsonl'}", f"text:{place / 'facts.txt'}"]
     options = Options(context=CONTEXT, limit=6)
-    card = compressknow.report(place / "llama", place / "pruned", probes, options=options, keep_in=tmp_path)
+    card = compressknow.report(place / "llama", place / "pruned", probes, options=options, answers=tmp_path)
     (comparison,) = card.comparisons
     assert [probe.probe for probe in comparison.probes] == ["facts:facts.jsonl"]
     assert [figures.text for figures in comparison.texts] == ["text:facts.txt"]
@@ -293,5 +293,5 @@ def test_studies_take_no_texts(place: Path, tmp_path: Path, verb: str) -> None:
     keep = {"keep": 0.9} if verb == "search" else {}
     text = f"text:{place / 'facts.txt'}"
     with pytest.raises(UsageError, match=r"text:facts\.txt"):
-        getattr(compressknow, verb)(place / "llama", tmp_path / "study", probes=text, **keep)
+        getattr(compressknow, verb)(place / "llama", tmp_path / "study", probe=text, **keep)
     assert not (tmp_path / "study" / "study.json").exists()

@@ -38,7 +38,7 @@ def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     compressknow.probe(folder / "original", folder / "before", "bear", options=options)
     compressknow.probe(folder / "pruned", folder / "after", "bear", options=options, reference=folder / "before")
     outputs = [folder / f"report.{suffix}" for suffix in ("json", "html", "md")]
-    compressknow.report(folder / "before", folder / "after", outputs=outputs)
+    compressknow.report(folder / "before", folder / "after", output=outputs)
     return folder
 
 

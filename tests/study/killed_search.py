@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 CHANGES = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir")
-KEEP, TRIALS = 0.75, 16
+KEEP, TRIALS = 0.6, 16
 # What is searched among: by default, and what looks at activations too.
 SEARCHED: dict[str, dict[str, Any]] = {
     "default": {},
     "calibrated": {
-        "schemes": ["int8-paper", "int4", "int8"],
-        "prune_methods": ["l1-unstructured", "wanda"],
-        "roundings": ["nearest", "gptq"],
+        "quantize": ["int8-paper", "int4", "int8"],
+        "prune_method": ["l1-unstructured", "wanda"],
+        "rounding": ["nearest", "gptq"],
         "calibration_tokens": 256,
     },
 }
@@ -54,7 +54,7 @@ def searched(way: str, model: Path, facts: Path, folder: Path) -> None:
     among = SEARCHED[way]
     if "calibration_tokens" in among:
         among = among | {"calibration": str(facts.with_suffix(".txt"))}
-    compressknow.search(model, folder, keep=KEEP, trials=TRIALS, probes=[f"facts:{facts}"], **among)
+    compressknow.search(model, folder, keep=KEEP, trials=TRIALS, probe=[f"facts:{facts}"], **among)
 
 
 def die_before_change(number: int) -> None:

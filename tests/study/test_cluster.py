@@ -36,9 +36,9 @@ def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
             busy[0].kill()
 
     compressknow.sweep(
-        model, tmp_path / "ray", grid=grid, probes=[probe], ray=RayOptions("local", num_cpus=1), on_result=kill_one
+        model, tmp_path / "ray", grid=grid, probe=[probe], ray=RayOptions("local", num_cpus=1), on_result=kill_one
     )
     assert killed
-    compressknow.sweep(model, tmp_path / "here", grid=grid, probes=[probe])
+    compressknow.sweep(model, tmp_path / "here", grid=grid, probe=[probe])
     for name in ("cells.csv", "cells.parquet"):
         assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()

@@ -88,7 +88,7 @@ def test_cells_are_answered_as_the_converted_checkpoints_are(swept: Place, tmp_p
         key = f"{short}-gpq-30-{scheme}"
         converted = tmp_path / key
         compressknow.convert(swept.model, converted, scope=scope, prune=0.3, quantize=scheme)
-        card = compressknow.report(swept.model, converted, swept.probe, keep_in=tmp_path / "answers")
+        card = compressknow.report(swept.model, converted, swept.probe, answers=tmp_path / "answers")
         figures, row = card.comparisons[0].probes[0], rows[key]
         counts = {key: int(row[key]) for key in ("both", "lost", "gained", "neither")}
         assert counts == {key: getattr(figures.counts, key) for key in counts}
@@ -181,11 +181,11 @@ def test_facts_in_several_wordings_are_known_by_most_of_them(family: str, known:
     (tmp_path / "grid.toml").write_text('[axes]\nscope = ["overall"]\nprune = [0.5]\n', encoding="utf-8")
     options = compressknow.Options(data=data, templates=3)
     study = compressknow.sweep(
-        model, tmp_path / "study", grid=tmp_path / "grid.toml", probes="bear", options=options, known=known
+        model, tmp_path / "study", grid=tmp_path / "grid.toml", probe="bear", options=options, known=known
     )
     compressknow.convert(model, tmp_path / "pruned", scope="overall", prune=0.5)
     card = compressknow.report(
-        model, tmp_path / "pruned", "bear", options=options, known=known, keep_in=tmp_path / "answers"
+        model, tmp_path / "pruned", "bear", options=options, known=known, answers=tmp_path / "answers"
     )
     ((cell,), (comparison,)) = study.cells, card.comparisons
     assert cell.comparison.counts == comparison.counts
@@ -229,7 +229,7 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(llama: Place) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        compressknow.sweep(llama.model, llama.folder / "stopped", grid=llama.grid, probes=[llama.probe], on_result=stop)
+        compressknow.sweep(llama.model, llama.folder / "stopped", grid=llama.grid, probe=[llama.probe], on_result=stop)
     tables = {p: p.stat().st_mtime_ns for p in (llama.folder / "stopped").rglob("answers.parquet")}
     assert len(tables) == 4
     assert not (llama.folder / "stopped" / "cells.csv").exists()
@@ -313,7 +313,7 @@ def test_calibrated_cells_share_one_text_and_are_those_of_convert(
         if len(seen) == 2:
             raise Stop
 
-    study, options = calibrated.folder / "calibrated", {"grid": calibrated.grid, "probes": [calibrated.probe]}
+    study, options = calibrated.folder / "calibrated", {"grid": calibrated.grid, "probe": [calibrated.probe]}
     with pytest.raises(Stop):
         compressknow.sweep(calibrated.model, study, on_result=stop, **options)
     (kept,) = (study / "calibration").iterdir()
@@ -447,7 +447,7 @@ def test_a_task_that_does_not_tell_what_is_said_is_refused_before_any_work(
 
 def test_a_reading_of_known_that_there_is_not_is_refused(llama: Place) -> None:
     with pytest.raises(UsageError, match="Unknown reading of knowing"):
-        compressknow.sweep(llama.model, llama.folder / "bad", probes=llama.probe, known="said")
+        compressknow.sweep(llama.model, llama.folder / "bad", probe=llama.probe, known="said")
     assert not (llama.folder / "bad").exists()
 
 
@@ -470,7 +470,7 @@ def test_a_text_beside_the_facts_gives_each_cell_its_perplexity(llama: Place, tm
     for amount in (30, 90):
         compressknow.convert(llama.model, tmp_path / str(amount), scope="overall", prune=amount / 100)
         card = compressknow.report(
-            llama.model, tmp_path / str(amount), f"text:{text}", options=options, keep_in=tmp_path / "answers"
+            llama.model, tmp_path / str(amount), f"text:{text}", options=options, answers=tmp_path / "answers"
         )
         (figures,), row = card.comparisons[0].texts, rows[f"overall-gp-{amount}", "text:facts.txt"]
         assert float(row["perplexity_original"]) == pytest.approx(figures.original.value.value)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressknow.engine.llama_cpp.model import GgufModel
-from compressknow.engine.llama_cpp.native import errors_logged
+from compressknow.engine.llama_cpp.native import errors_logged, interruptible
 from compressknow.errors import CompressknowError
 
 # enum llama_flash_attn_type of llama.h.
@@ -58,11 +58,8 @@ class Context:
                 f"llama.cpp cannot run {model.path}.", why=(errors or [""])[0].strip() or None, hint="Free some memory."
             )
         self._memory = self._lib.llama_get_memory(self._handle)
-        self._raised: list[BaseException] = []
-        # Called between the steps of a pass. Python, which sees to signals in it, raises KeyboardInterrupt there.
-        self._stops: Any = self._ffi.callback(
-            "bool(void *)", lambda _: False, error=True, onerror=lambda _, error, __: self._raised.append(error)
-        )
+        # Called between the steps of a pass.
+        self._stops, self._raised = interruptible("bool(void *)", go_on=False)
         self._lib.llama_set_abort_callback(self._handle, self._stops, self._ffi.NULL)
 
     def close(self) -> None:

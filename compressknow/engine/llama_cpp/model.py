@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compressknow.engine.llama_cpp.native import Native, errors_logged, native
+from compressknow.engine.llama_cpp.native import Native, errors_logged, interruptible, native
 from compressknow.engine.llama_cpp.parts import PART, gguf_parts
 from compressknow.engine.llama_cpp.trial import refuse_crash
 from compressknow.errors import CheckpointError, UnsupportedError
@@ -125,8 +125,13 @@ def _opened(path: Path, llama: Native, *, copies: bool) -> Any:
     parameters.n_gpu_layers = 0
     # Of weights in the order that its fastest kernels want, which takes longer to make than one token to read.
     parameters.use_extra_bufts = copies
+    # Called before each tensor.
+    goes_on, raised = interruptible("bool(float, void *)", go_on=True)
+    parameters.progress_callback = goes_on
     with errors_logged() as errors:
         handle = llama.lib.llama_model_load_from_file(str(path).encode("utf-8", "surrogateescape"), parameters)
+    if raised:
+        raise raised.pop()
     if handle != llama.ffi.NULL:
         return handle
     raise _unreadable(path, errors)

@@ -80,6 +80,17 @@ def native() -> Native:
     return Native(ffi, lib, str(getattr(_version, "__llama_cpp_tag__", "") or version("llama-cpp-py-sync")))
 
 
+def interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:
+    """Return a callback in which llama.cpp asks whether to go on, and the list of what was raised in it: Python, which
+    sees to signals there, raises KeyboardInterrupt, and llama.cpp is told to stop. `go_on` is the answer that means yes.
+    """
+    raised: list[BaseException] = []
+    callback = native().ffi.callback(
+        declaration, lambda *_: go_on, error=not go_on, onerror=lambda _, error, __: raised.append(error)
+    )
+    return callback, raised
+
+
 @contextmanager
 def errors_logged() -> Iterator[list[str]]:
     """What llama.cpp logs as errors meanwhile: the list is filled as it does, a message an entry."""
