@@ -52,6 +52,9 @@ class Forked:
             if not select.select([self._told], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
             self.returncode = int(self._told.readline())
+            # Until the processes around the program have ended too: they have its log open, and a disk that it lies on
+            # may go away now.
+            self._told.read()
             self._told.close()
         return self.returncode
 
