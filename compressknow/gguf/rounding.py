@@ -1,9 +1,9 @@
 """GPTQ onto the grids of llama.cpp: column by column, each column's error made up for by those that follow.
 
-A block of weights in a GGUF file has scales (and minima), and a code of a few bits for each weight. The scales are those
-that llama.cpp's own search gives for the block as it is when its turn comes, all errors before it made up for; then the
-codes are chosen on that grid (Frantar et al. 2022, arXiv 2210.17323, algorithm 1). llama.cpp reads such a file like any
-other.
+A block of weights in a GGUF file has scales (and minima), and a code of a few bits for each weight. The scales are
+those that llama.cpp's own search gives for the block as it is when its turn comes, all errors before it made up for;
+then the codes are chosen on that grid (Frantar et al. 2022, arXiv 2210.17323, algorithm 1). llama.cpp reads such a file
+like any other.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
     factor = inverse_factor(inputs, order)
     importance = (inputs.squares / max(inputs.tokens, 1)).to(torch.float32)
     step = max(_MOST // weight.shape[1], 1)
-    rounding = (_Rows(kind, layout, rows, order, importance) for rows in weight.split(step))
+    rounding = (_Rows(kind, layout, rows, order, importance) for rows in torch.split(weight, step))
     return np.concatenate([rows.round(factor) for rows in rounding])
 
 
@@ -165,7 +165,7 @@ class _Rows:
 
 
 def pack(blocks: Bytes, codes: npt.NDArray[np.int16], layout: Layout) -> Bytes:
-    """Return blocks, uint8 [blocks, bytes], with these codes [blocks, width] in place of their own; their scales stay."""
+    """Return blocks, uint8 [blocks, bytes], with these codes [blocks, width] in place of theirs; scales stay."""
     packed = blocks.copy()
     for field in layout.fields:
         parts = 8 // field.bits

@@ -1,8 +1,8 @@
 """A type for each tensor of a file, so that all of them fit a number of bytes and lose the least.
 
-What a tensor's rounding costs is known apart from all others (`compressknow.study.sensitivity`), and adds up. So this is
-the knapsack problem with one choice per tensor, which dynamic programming solves: for every number of bytes above the
-smallest file, the least loss that the tensors so far can have.
+What a tensor's rounding costs is known apart from all others (`compressknow.study.sensitivity`), and adds up. So this
+is the knapsack problem with one choice per tensor, which dynamic programming solves: for every number of bytes above
+the smallest file, the least loss that the tensors so far can have.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def allocate(table: Table, budget: int, *, overhead: int = 0, together: Iterable
 
     Raises UsageError where no choice is that small.
 
-    >>> table = {"one": {"q4": Option(4, 0.3), "q8": Option(8, 0.1)}, "two": {"q4": Option(4, 0.2), "q8": Option(8, 0.1)}}
-    >>> allocate(table, 13, overhead=1).types
+    >>> one, two = {"q4": Option(4, 0.3), "q8": Option(8, 0.1)}, {"q4": Option(4, 0.2), "q8": Option(8, 0.1)}
+    >>> allocate({"one": one, "two": two}, 13, overhead=1).types
     {'one': 'q8', 'two': 'q4'}
     """
     units = _units(table, together)
