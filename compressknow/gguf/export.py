@@ -118,7 +118,7 @@ class Export:
     @property
     def needed_bytes(self) -> int:
         """The most room that is taken at a time."""
-        made = bytes_of(base_type(self.choice.type), self.numel)
+        made = self.fit.budget if self.fit else bytes_of(base_type(self.choice.type), self.numel)
         plain = self.plain_bytes if self.is_compensated else 0
         return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + made, 2 * made))
 
