@@ -174,12 +174,12 @@ def layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:
     parts = list(dict.fromkeys(part for own in layers.values() for part in own))
     widths = [max(len(part), 7) + 2 for part in parts]
     yield f"{'Layer':<7}" + "".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
-    for layer, own in sorted(layers.items()):
+    for number, own in sorted(layers.items()):
         cells = (own.get(part, "").ljust(width) for part, width in zip(parts, widths, strict=True))
-        yield f"{layer:<7}{''.join(cells)}".rstrip()
-    for name, kind in chosen.items():
+        yield f"{number:<7}{''.join(cells)}".rstrip()
+    for name, of in chosen.items():
         if not name.startswith("blk."):
-            yield f"{name}: {kind}"
+            yield f"{name}: {of}"
 
 
 def types_table(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterator[str]:

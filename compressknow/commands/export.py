@@ -11,11 +11,12 @@ from compressknow.commands.words import speaks_python
 
 if TYPE_CHECKING:
     from compressknow.compress.steps import Calibration
+    from compressknow.evaluate.facts import Probe
     from compressknow.gguf.choice import Choice
     from compressknow.gguf.export import Export
     from compressknow.gguf.fit import Fit, Rounding
     from compressknow.gguf.record import ExportRecord
-    from compressknow.quiet import Listener, OnProgress
+    from compressknow.quiet import Begin, OnProgress
     from compressknow.study.fitting import Target
     from compressknow.study.sensitivity import Guide
 
@@ -90,6 +91,7 @@ def export(
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
     matrix_place = None if imatrix_out is None else Path(imatrix_out)
     target = _target(locals())
+    deciding = _facts_of(facts or None) if target else []
     choice, text = _chosen(locals()), None
     if target is not None:
         text, choice = choice.calibration, _without_text(choice, target)
@@ -108,9 +110,6 @@ def export(
     from compressknow.gguf.place import refuse_file
 
     job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
-    if target is not None:
-        assert text is not None
-        job = replace(job, fit=_fit(job, target, facts, text, threads=threads, listening=listening))
 
     def begin(work):  # type: ignore[no-untyped-def]
         return begun(listening, Stage(work, str(model)))
@@ -121,12 +120,15 @@ def export(
             made.is_new = False
             return made
         refuse_file(place, overwrite=False, source=Path(model))
+    if target is not None:
+        assert text is not None
+        job = replace(job, fit=_fit(job, target, deciding, text, begin))
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
     return write(job, place, overwrite=overwrite, importance_output=matrix_place, threads=threads, begin=begin)
 
 
-# Tokens of the text that decides, unless more are asked for: twice as many move no figure, and take twice as long.
+# Tokens of the text that decides, unless more are asked for.
 FIT_TOKENS = 8_192
 
 
@@ -165,28 +167,43 @@ def _without_text(choice: Choice, target: Target) -> Choice:
     return choice if target.rounding == "nearest" else replace(choice, calibration=None)
 
 
-def _fit(
-    job: Export,
-    target: Target,
-    facts: str | Sequence[str] | None,
-    text: Calibration,
-    *,
-    threads: int | None,
-    listening: Listener | None,
-) -> Fit:
+def _facts_of(names: str | Sequence[str] | None) -> list[Probe]:
+    """The facts that decide. Raises UsageError for probes whose facts have no candidates."""
+    from compressknow.errors import UsageError
+    from compressknow.evaluate.facts import Probe
+    from compressknow.evaluate.gather import open_named
+
+    opened = open_named(names, None)
+    for each in opened:
+        if not isinstance(each, Probe) or not any(fact.candidates for fact in each.facts):
+            raise UsageError(
+                f"--facts {each.name}: what decides are facts with candidates to choose from.",
+                hint="Give atlas, lama:trex, bear or facts:FILE.jsonl with candidates.",
+            )
+    return [each for each in opened if isinstance(each, Probe)]
+
+
+def _fit(job: Export, target: Target, probes: Sequence[Probe], text: Calibration, begin: Begin) -> Fit:
     """How the file is brought to its size, by what its weights are sensitive to."""
     from compressknow.gguf.fit import Fit
     from compressknow.study.fitting import fit_types
     from compressknow.study.guides import guides_of
 
-    budget = target.budget(job.numel)
-    guides = guides_of(job.checkpoint, facts, text, target.guide, threads=threads, on_progress=listening)
+    guides = guides_of(
+        job.checkpoint,
+        job.sources[0],
+        probes,
+        text,
+        target.guide,
+        begin=begin,
+        trust_remote_code=job.trust_remote_code,
+    )
     return Fit(
         target.label,
-        budget,
+        target.budget(job.numel),
         lambda tensors, overhead: fit_types(guides.sensitivity, tensors, overhead, target),
         target.rounding,
-        guides.texts,
+        guides.texts(),
     )
 
 

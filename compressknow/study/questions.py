@@ -140,7 +140,9 @@ def _log_probability(targets: torch.Tensor, real: torch.Tensor, logits: torch.Te
     return log_probs.where(real, 0.0).sum(2)
 
 
-def text_batches(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int) -> list[Batch]:
+def text_batches(
+    batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int
+) -> list[Batch]:
     """Return batches of text, the text that a checkpoint is calibrated on: pieces of it for a causal model, whole
     sequences for others, for these are made of what is hidden in them. The draws are seeded."""
     generator = torch.Generator().manual_seed(seed)

@@ -76,12 +76,12 @@ def gradients(
     Raises NotApart where the model does not run block by block.
     """
     head = _head_of(streamed.model)
-    modules = dict.fromkeys([*streamed.blocks, *_alone(streamed.blocks, weights), head, *_embeddings_of(streamed.model)])
+    modules = dict.fromkeys(
+        [*streamed.blocks, *_alone(streamed.blocks, weights), head, *_embeddings_of(streamed.model)]
+    )
     watched = {
         module: [
-            weight.parameter
-            for weight in weights
-            if any(f"{own}.".startswith(f"{module}.") for own in weight.modules)
+            weight.parameter for weight in weights if any(f"{own}.".startswith(f"{module}.") for own in weight.modules)
         ]
         for module in modules
     }
@@ -177,7 +177,9 @@ class GradientPass(ForwardPass):
     """
 
     def __init__(self, model: PreTrainedModel, batch: Batch, number: int, head: str) -> None:
-        super().__init__(model, {name: ids.repeat_interleave(batch.directions, 0) for name, ids in batch.inputs.items()})
+        super().__init__(
+            model, {name: ids.repeat_interleave(batch.directions, 0) for name, ids in batch.inputs.items()}
+        )
         self._batch, self.number, self._head = batch, number, head
         self._rows, self._copies = len(batch.positions), batch.directions
         self.scores = torch.empty(0)
