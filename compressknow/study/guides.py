@@ -154,10 +154,12 @@ class _Known:
         self.pairs: list[tuple[Any, Any]] = []
         by_relation: dict[tuple[str, str], list[tuple[Any, Any]]] = {}
         sampled = [probe.limited(max(1, ASKED // len(probes))) for probe in probes]
-        prompts = [prompts_of(scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)) for probe in sampled]
+        scorers = [scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe) for probe in sampled]
+        # Any of them: they differ in what they ask.
+        self.scorer = scorers[0]
+        prompts = [prompts_of(scorer) for scorer in scorers]
         total, done = sum(each.total for each in prompts), 0
         for each in prompts:
-            self.scorer = each.scorer
             each.scorer.says = False
             queries = {query.fact.id: query for batch in each.batches for query in batch}
             for answers in evaluate(each):
