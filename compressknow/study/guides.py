@@ -65,7 +65,7 @@ def guides_of(
     Raises CompressknowError where facts are to decide and the model knows fewer than 30.
     """
     request = {
-        **{"schema": SCHEMA, "model": sha256, "facts": [probe.fingerprint for probe in probes], "most": FACTS},
+        **{"schema": SCHEMA, "model": sha256, "facts": [probe.fingerprint() for probe in probes], "most": FACTS},
         "text": [text.text, text.tokens, text.seed, _content(text)],
     }
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("llama_cpp_py_sync")
 
-from compressknow.errors import UsageError
 from compressknow.gguf.choice import Choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.export import prepare, write
 from compressknow.gguf.fit import Fit
 from compressknow.gguf.gptq import batches_of
 from compressknow.gguf.grids import legal_types, roundtrip, type_bytes
-from compressknow.study.fitting import Target, fit_types, parse_size
+from compressknow.study.fitting import Target, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
-from tests.export.making import as_llama_cpp, checkpoint, needs_converter, types, values, weights
+from tests.export.making import checkpoint, needs_converter, types
 
 TEXTS = [
     batches_of(torch.randint(0, 400, (24, 40), generator=torch.Generator().manual_seed(0)).tolist()),
