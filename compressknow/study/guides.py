@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,15 @@ from compressknow.study.sensitivity import Guidance, Guide, Sensitivity
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.observe import Batches
     from compressknow.compress.steps import Calibration
+    from compressknow.engine.language_model import LanguageModel
+    from compressknow.evaluate.answers import Answer
     from compressknow.evaluate.facts import Probe
+    from compressknow.evaluate.scoring.scorer import Query
     from compressknow.model.checkpoint import Checkpoint
-    from compressknow.quiet import Begin
+    from compressknow.quiet import Advance, Begin
 
-# Facts that decide, and the fewest of which that can be said; so many are asked to find them.
-FACTS, FEWEST, ASKED = 200, 30, 800
+# Facts that decide, and the fewest of which that can be said; so many are evaluated at a time until they are found.
+FACTS, FEWEST, STEP = 200, 30, 200
 SCHEMA = 1
 _MOST_BYTES = 256 << 20
 
@@ -148,33 +152,30 @@ def _find(
 class _Known:
     """Facts that a model knows: of all relations alike, as far as it knows any."""
 
-    def __init__(self, loaded: Any, probes: Sequence[Probe], advance: Any) -> None:
+    def __init__(self, loaded: LanguageModel, probes: Sequence[Probe], advance: Advance | None) -> None:
         from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
 
-        self.pairs: list[tuple[Any, Any]] = []
-        by_relation: dict[tuple[str, str], list[tuple[Any, Any]]] = {}
-        sampled = [probe.limited(max(1, ASKED // len(probes))) for probe in probes]
-        scorers = [scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe) for probe in sampled]
-        # Any of them: they differ in what they ask.
-        self.scorer = scorers[0]
-        prompts = [prompts_of(scorer) for scorer in scorers]
-        total, done = sum(each.total for each in prompts), 0
-        for each in prompts:
-            each.scorer.says = False
-            queries = {query.fact.id: query for batch in each.batches for query in batch}
-            for answers in evaluate(each):
-                done += len(answers)
-                if advance:
-                    advance(done, total)
-                for answer in answers:
-                    query = queries[answer.fact_id]
-                    if answer.correct and query.fact.candidates and len(answer.top5) > 1:
-                        by_relation.setdefault((query.fact.probe, query.fact.relation), []).append((query, answer))
+        by_relation: dict[tuple[str, str], list[tuple[Query, Answer]]] = {}
+        known, total = 0, sum(len(probe.facts) for probe in probes)
+        for piece in _pieces(probes):
+            self.scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, piece)
+            # What it would write beside the candidates is of no use here.
+            self.scorer.says = False
+            prompts = prompts_of(self.scorer)
+            queries = {query.fact.id: query for batch in prompts.batches for query in batch}
+            for answer in (answer for answers in evaluate(prompts) for answer in answers):
+                if answer.correct and len(answer.top5) > 1:
+                    own = by_relation.setdefault((answer.probe, answer.relation), [])
+                    own.append((queries[answer.fact_id], answer))
+                    known += 1
+            if advance:
+                advance(min(known, FACTS), min(FACTS, total))
+            if known >= FACTS:
+                break
         # One of each relation at a time, so that all have as many as they can.
-        rows = [sorted(own, key=lambda pair: _drawn(pair[0].fact.id)) for own in by_relation.values()]
-        for place in range(max(map(len, rows), default=0)):
-            self.pairs += [own[place] for own in rows if place < len(own)]
-        del self.pairs[FACTS:]
+        rows = by_relation.values()
+        most = max(map(len, rows), default=0)
+        self.pairs = [own[place] for place in range(most) for own in rows if place < len(own)][:FACTS]
 
     @property
     def sequences(self) -> tuple[tuple[int, ...], ...]:
@@ -188,6 +189,16 @@ class _Known:
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def _drawn(identifier: str) -> str:
-    """A place in an order that has nothing to do with the facts."""
-    return hashlib.sha256(identifier.encode()).hexdigest()
+def _pieces(probes: Sequence[Probe]) -> Iterator[Probe]:
+    """Samples of the facts that have candidates, `STEP` of each probe at a time, even over relations."""
+    for number in count(1):
+        left = False
+        for probe in probes:
+            whole = replace(probe, facts=tuple(fact for fact in probe.facts if fact.candidates))
+            before = {fact.id for fact in whole.limited((number - 1) * STEP).facts} if number > 1 else set()
+            facts = tuple(fact for fact in whole.limited(number * STEP).facts if fact.id not in before)
+            if facts:
+                left = True
+                yield replace(whole, facts=facts)
+        if not left:
+            return
