@@ -85,7 +85,7 @@ def _no_bars() -> Iterator[None]:
         tqdm.__init__ = init
 
 
-_Export = Literal["fetch", "unpack", "gather", "export", "quantize"]
+_Export = Literal["fetch", "unpack", "gather", "export", "quantize", "round", "sensitivity"]
 _Measure = Literal["evaluate", "noise", "runtime", "read", "time"]
 Work = Literal["convert", "sample", "text", "choose", "calibrate", "verify", "hash", "compare", _Measure, _Export]
 UNITS = {
@@ -98,7 +98,7 @@ UNITS = {
         "text": "tokens",
     },
     **{"choose": "blocks", "calibrate": "blocks"},
-    **{"gather": "blocks", "quantize": "tensors"},
+    **{"gather": "blocks", "quantize": "tensors", "round": "blocks", "sensitivity": "blocks"},
 }
 
 
@@ -112,8 +112,8 @@ class Stage:
         same in another runtime), ``read`` (a running text), ``time`` (how fast it is), ``convert``, ``sample`` (the
         model writes the text to calibrate on) or ``text`` (which is read), ``choose`` (the blocks and neurons to
         drop), ``calibrate`` (convert block by block), ``verify``, ``hash``, ``compare``; of an export ``fetch``
-        (llama.cpp's converter), ``unpack`` (to floats), ``gather`` (what layers read), ``export`` (to GGUF) and
-        ``quantize``.
+        (llama.cpp's converter), ``unpack`` (to floats), ``gather`` (what layers read), ``export`` (to GGUF),
+        ``quantize``, ``sensitivity`` (of weights, for a size) and ``round`` (by GPTQ).
     model : what the model is called; of ``fetch`` the folder to fetch into.
     probe : what it is evaluated on; nothing for other work.
     facts : of all probes that this model is evaluated on; each of the others is evaluated on the same.
