@@ -136,11 +136,13 @@ def _filled(ids: Ids, length: int) -> Ids:
 
 def _log_probability(targets: torch.Tensor, real: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Of the tokens [rows, directions, positions], where they are real, summed over positions."""
-    log_probs = logits.gather(3, targets[..., None]).squeeze(3) - logits.logsumexp(3)
+    log_probs: torch.Tensor = logits.gather(3, targets[..., None]).squeeze(3) - logits.logsumexp(3)
     return log_probs.where(real, 0.0).sum(2)
 
 
-def text_batches(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int) -> list[Batch]:
+def text_batches(
+    batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int
+) -> list[Batch]:
     """Return batches of text, the text that a checkpoint is calibrated on: pieces of it for a causal model, whole
     sequences for others, for these are made of what is hidden in them. The draws are seeded."""
     generator = torch.Generator().manual_seed(seed)
@@ -155,7 +157,7 @@ def text_batches(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mas
             positions = _drawn(torch.ones_like(inputs["input_ids"], dtype=torch.bool)[:, length // 4 :], generator)
             positions += length // 4
         elif family == "masked":
-            positions = _drawn(ids == mask, generator)
+            positions = _drawn(ids.eq(mask if mask is not None else -1), generator)
         else:
             positions = _drawn(torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool), generator)
         if family != "causal":
@@ -177,4 +179,5 @@ def _sampled(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
         flat = logits.detach().softmax(3).flatten(0, 2)
         tokens = torch.multinomial(flat, 1, generator=generator).reshape(logits.shape[:3])
     real = torch.ones_like(tokens, dtype=torch.bool)
-    return _log_probability(tokens, real, logits) / logits.shape[2] ** 0.5
+    scores: torch.Tensor = _log_probability(tokens, real, logits) / logits.shape[2] ** 0.5
+    return scores

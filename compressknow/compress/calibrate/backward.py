@@ -76,12 +76,12 @@ def gradients(
     Raises NotApart where the model does not run block by block.
     """
     head = _head_of(streamed.model)
-    modules = dict.fromkeys([*streamed.blocks, *_alone(streamed.blocks, weights), head, *_embeddings_of(streamed.model)])
+    modules = dict.fromkeys(
+        [*streamed.blocks, *_alone(streamed.blocks, weights), head, *_embeddings_of(streamed.model)]
+    )
     watched = {
         module: [
-            weight.parameter
-            for weight in weights
-            if any(f"{own}.".startswith(f"{module}.") for own in weight.modules)
+            weight.parameter for weight in weights if any(f"{own}.".startswith(f"{module}.") for own in weight.modules)
         ]
         for module in modules
     }
@@ -177,7 +177,9 @@ class GradientPass(ForwardPass):
     """
 
     def __init__(self, model: PreTrainedModel, batch: Batch, number: int, head: str) -> None:
-        super().__init__(model, {name: ids.repeat_interleave(batch.directions, 0) for name, ids in batch.inputs.items()})
+        super().__init__(
+            model, {name: ids.repeat_interleave(batch.directions, 0) for name, ids in batch.inputs.items()}
+        )
         self._batch, self.number, self._head = batch, number, head
         self._rows, self._copies = len(batch.positions), batch.directions
         self.scores = torch.empty(0)
@@ -200,7 +202,7 @@ class GradientPass(ForwardPass):
             args = (args[0][torch.arange(len(places))[:, None], places], *args[1:])
         form, tensors = _Form.of((args, kwargs))
         returned: list[_Form] = []
-        outputs = _Stop.apply(self, module, form, returned, self._leaf, *tensors)
+        outputs = _Stop.apply(self, module, form, returned, self._leaf, *tensors)  # type: ignore[no-untyped-call]
         return returned[0].fill(outputs)
 
     def hand_over(self, module: str, work: _Forward | _Backward) -> Any:
@@ -228,8 +230,8 @@ class GradientPass(ForwardPass):
             # An embedding: its weight was not multiplied with anything.
             (gradient,) = work.gradients
             if gradient is not None:
-                own = Product(self.number, work.inputs[0], self._by_direction(gradient))
-                products.setdefault(f"{call.module}.weight", []).append(own)
+                lookup = Product(self.number, work.inputs[0], self._by_direction(gradient))
+                products.setdefault(f"{call.module}.weight", []).append(lookup)
             return [None] * len(work.inputs)
         leaves = [
             value.detach().requires_grad_() if needed else value
@@ -287,7 +289,7 @@ class _Stop(torch.autograd.Function):
     """A module that another thread runs, forward and back."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, own: GradientPass, module: str, form: _Form, returned: list[_Form], leaf: Any, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         needed = ctx.needs_input_grad[5:]
@@ -302,7 +304,7 @@ class _Stop(torch.autograd.Function):
         return tuple(spread)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         work = _Backward(ctx.inputs, ctx.form, ctx.needs_input_grad[5:], grads)
         ctx.inputs = None
         return (None,) * 5 + tuple(ctx.own.hand_over(ctx.module, work))
@@ -353,9 +355,9 @@ class _GradientWatch(TorchFunctionMode):
 
 def _head_of(model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module is head:
-            return name
+    found = [name for name, module in model.named_modules() if module is head]
+    if found:
+        return str(found[0])
     raise NotApart(f"{type(model).__name__} has no head")
 
 
