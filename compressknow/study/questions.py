@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from compressknow.compress.calibrate.backward import Batch
-from compressknow.evaluate.scoring.families import CausalScorer, MaskedScorer, Seq2SeqScorer
+from compressknow.evaluate.scoring.families import MaskedScorer, Seq2SeqScorer
 from compressknow.evaluate.scoring.prompts import Ids
 
 if TYPE_CHECKING:
@@ -62,17 +62,26 @@ class Questions:
     facts: torch.Tensor
 
 
-def fact_questions(scorer: Scorer, pairs: Iterable[tuple[Query, Answer]]) -> Questions:
-    """Return the questions of facts that have candidates, the best of which are those of an answer to it."""
+class Asked(NamedTuple):
+    """A fact with candidates, as a model reads it, and what it answered: its best candidates are scored."""
+
+    scorer: Scorer
+    query: Query
+    answer: Answer
+
+
+def fact_questions(asked: Sequence[Asked]) -> Questions:
+    """Return the questions of facts to one model, one or more."""
     rows: list[Row] = []
     facts: list[int] = []
-    for number, (query, answer) in enumerate(pairs):
+    for number, (scorer, query, answer) in enumerate(asked):
         assert query.fact.candidates is not None
         options = [query.options[query.fact.candidates.index(text)] for text in answer.top5]
         rows += _rows_of(scorer, query, dict(enumerate(options, start=len(facts))))
         facts += [number] * len(options)
-    groups = _grouped(rows, fills=not isinstance(scorer, MaskedScorer))
-    batches, owners = zip(*(_fact_batch(group, isinstance(scorer, CausalScorer)) for group in groups), strict=True)
+    family = asked[0].scorer.family
+    groups = _grouped(rows, fills=family != "masked")
+    batches, owners = zip(*(_fact_batch(group, family) for group in groups), strict=True)
     return Questions(batches, owners, torch.tensor(facts))
 
 
@@ -108,21 +117,21 @@ def _grouped(rows: Iterable[Row], *, fills: bool) -> list[list[Row]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def _fact_batch(rows: Sequence[Row], causal: bool) -> tuple[Batch, torch.Tensor]:
+def _fact_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]:
     width = max(len(ids) for row in rows for _, ids in row.wanted)
     targets = torch.tensor([[_filled(ids, width) for _, ids in row.wanted] for row in rows])
     real = torch.tensor([[[place < len(ids) for place in range(width)] for _, ids in row.wanted] for row in rows])
-    inputs = _inputs([row.ids for row in rows], [row.decoder for row in rows if row.decoder is not None], causal)
+    inputs = _inputs([row.ids for row in rows], [row.decoder for row in rows if row.decoder is not None], family)
     last = next(iter(reversed(inputs.values()))).shape[1] - 1
     positions = torch.tensor([[min(row.start + place, last) for place in range(width)] for row in rows])
     owners = torch.tensor([[number for number, _ in row.wanted] for row in rows])
     return Batch(inputs, owners.shape[1], positions, partial(_log_probability, targets, real)), owners
 
 
-def _inputs(ids: Sequence[Ids], decoders: Sequence[Ids], causal: bool) -> dict[str, torch.Tensor]:
+def _inputs(ids: Sequence[Ids], decoders: Sequence[Ids], family: str) -> dict[str, torch.Tensor]:
     longest = max(map(len, ids))
     inputs = {"input_ids": torch.tensor([_filled(row, longest) for row in ids])}
-    if not causal:
+    if family != "causal":
         inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
     if decoders:
         longest = max(map(len, decoders))

@@ -17,7 +17,7 @@ from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
 from compressknow.evaluate.sources import open_probe
 from compressknow.model.loading import open_complete
 from compressknow.study.measuring import Measured, divergence, measure
-from compressknow.study.questions import Questions, fact_questions, text_batches
+from compressknow.study.questions import Asked, Questions, fact_questions, text_batches
 from compressknow.study.roundings import GgufRoundings, Roundings, SchemeRoundings
 from compressknow.study.sensitivity import (
     Guidance,
@@ -53,9 +53,9 @@ def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Known]
             scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)
             prompts = prompts_of(scorer)
             answers = {answer.fact_id: answer for batch in evaluate(prompts) for answer in batch}
-            pairs = [(query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
-            logp = torch.tensor([value for _, answer in pairs for value in answer.top5_logp])
-            made[family] = Known(path, loaded.model, fact_questions(scorer, pairs), logp)
+            asked = [Asked(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
+            logp = torch.tensor([value for each in asked for value in each.answer.top5_logp])
+            made[family] = Known(path, loaded.model, fact_questions(asked), logp)
         return made[family]
 
     return of

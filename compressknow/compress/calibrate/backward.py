@@ -290,7 +290,7 @@ class _Stop(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, own: GradientPass, module: str, form: _Form, returned: list[_Form], leaf: Any, *tensors: torch.Tensor
+        ctx: Any, own: GradientPass, module: str, form: _Form, returned: list[_Form], _: Any, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         needed = ctx.needs_input_grad[5:]
         ctx.inputs = [own.thin(value, keep=not wanted) for value, wanted in zip(tensors, needed, strict=True)]
