@@ -2,9 +2,8 @@
 
 A fact has a score for each of its best candidates: the log-probability of its tokens, as its family scores them. A
 candidate's tokens may lie in several rows (masked models), and a row may serve several candidates. Text has random
-scores: at each position the log-probability of a token that is drawn from the model's own distribution there. The mean
-of the squares of their changes, halved, is to second order the KL divergence by which that distribution changes
-(Fisher's information), whatever the number of draws.
+scores, whose changes have squares that are twice the KL divergence of the next token's distribution in the mean, to
+second order: draws of random signs (Hutchinson's estimator of a trace) over all of the vocabulary.
 """
 
 from __future__ import annotations
@@ -171,7 +170,7 @@ def text_batches(
             positions = _drawn(torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool), generator)
         if family != "causal":
             inputs = {"attention_mask": torch.ones_like(ids), **inputs}
-        found.append(Batch(inputs, TEXT_DRAWS, positions, partial(_sampled, generator)))
+        found.append(Batch(inputs, TEXT_DRAWS, positions, partial(_sketched, generator)))
     return found
 
 
@@ -182,11 +181,14 @@ def _drawn(allowed: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return keys.topk(max(count, 1), 1).indices.sort(1).values
 
 
-def _sampled(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
-    """The log-probability of a token drawn at each position, its weight such that squares are means over positions."""
+def _sketched(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
+    """A random sum of log-probabilities, each centred and weighted by the root of its probability p, with a random
+    sign: the mean of the squares of its changes is dz' (diag p - p p') dz. Those of all positions are added, for their
+    signs are independent, and divided so that squares are means over positions."""
     with torch.no_grad():
-        flat = logits.detach().softmax(3).flatten(0, 2)
-        tokens = torch.multinomial(flat, 1, generator=generator).reshape(logits.shape[:3])
-    real = torch.ones_like(tokens, dtype=torch.bool)
-    scores: torch.Tensor = _log_probability(tokens, real, logits) / logits.shape[2] ** 0.5
+        p = logits.detach().softmax(3)
+        signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8)
+        weights = p.sqrt().mul_(signs.mul_(2).sub_(1))
+        weights -= weights.sum(3, keepdim=True) * p
+    scores: torch.Tensor = (weights * logits).sum((2, 3)) / logits.shape[2] ** 0.5
     return scores
