@@ -85,8 +85,8 @@ def _no_bars() -> Iterator[None]:
         tqdm.__init__ = init
 
 
-_Export = Literal["fetch", "unpack", "gather", "export", "quantize", "round", "sensitivity"]
-_Measure = Literal["evaluate", "noise", "runtime", "read", "time"]
+_Export = Literal["fetch", "unpack", "gather", "export", "quantize", "round"]
+_Measure = Literal["evaluate", "noise", "runtime", "read", "time", "sensitivity"]
 Work = Literal["convert", "sample", "text", "choose", "calibrate", "verify", "hash", "compare", _Measure, _Export]
 UNITS = {
     **{
