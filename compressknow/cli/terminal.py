@@ -216,7 +216,6 @@ _LABELS = {
     **{
         "read": "Reading the text",
         "time": "Measuring the speed",
-        "sensitivity": "Measuring the sensitivity",
         "convert": "Converting",
         "sample": "Writing the calibration text",
         "text": "Reading the calibration text",

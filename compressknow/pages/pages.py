@@ -184,8 +184,7 @@ FORMATS = (".html", ".md", ".json")
 _MARKS = {
     ".html": re.compile(rb'<p class="brand"><b>compressknow</b>'),
     ".md": re.compile(rb"^- Versions: compressknow ", re.MULTILINE),
-    ".csv": re.compile(rb"^name,group,layer,rows,columns,type,bytes,"),
-    ".json": re.compile(rb'\A\{\s*"schema": ?\d+,\s*"(?:verdict|sha256)": ?"'),
+    ".json": re.compile(rb'\A\{\s*"schema": ?\d+,\s*"verdict": ?"'),
 }
 _MARKED_WITHIN = 1 << 16
 
@@ -196,7 +195,7 @@ def require_for(outputs: Sequence[Path], *modules: str) -> None:
     require(*modules, *(["matplotlib"] if drawn else []))
 
 
-def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence[str] = FORMATS) -> None:
+def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
     """Raise, before any work is done, where an output could not be written: format unknown, file there already, or one
     to overwrite that is no page.
 
@@ -204,9 +203,9 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence
     """
     unfinished = interrupted(outputs)
     for path in outputs:
-        if path.suffix.lower() not in formats:
+        if path.suffix.lower() not in FORMATS:
             raise UsageError(
-                f"{path}: the name of a report ends in {', '.join(formats[:-1])} or {formats[-1]}.",
+                f"{path}: the name of a report ends in .html, .md or .json.",
                 hint="Give -o several times for several formats.",
             )
         refuse_broken_links(path)

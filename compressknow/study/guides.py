@@ -120,7 +120,7 @@ def _find(
     from compressknow.engine.language_model import load_language_model
     from compressknow.model.meta import meta_model
     from compressknow.study.measuring import measure
-    from compressknow.study.questions import fact_questions, text_batches
+    from compressknow.study.questions import Asked, fact_questions, text_batches
     from compressknow.study.roundings import GgufRoundings
 
     folder = checkpoint.folder
@@ -137,7 +137,8 @@ def _find(
             trust_remote_code=trust_remote_code,
             advance=advance,
         )
-    questions = fact_questions(known.scorer, known.pairs) if len(known.pairs) >= FEWEST else None
+    asked = [Asked(known.scorer, query, answer) for query, answer in known.pairs]
+    questions = fact_questions(asked) if len(asked) >= FEWEST else None
     roundings = GgufRoundings()
     with begin("sensitivity") as advance:
         batches = text_batches(text.batches, "causal", None, calibration.seed)
