@@ -81,10 +81,9 @@ def native() -> Native:
 
 
 def interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:
-    """Return a callback in which llama.cpp asks whether to go on, and the list of what was raised in it.
-
-    Python, which sees to signals there, raises KeyboardInterrupt, and llama.cpp is told to stop. `go_on` is the answer
-    that means yes.
+    """Return a callback in which llama.cpp asks whether to go on, and the list of what was raised in it: Python, which
+    sees to signals there, raises KeyboardInterrupt, and llama.cpp is told to stop. `go_on` is the answer that means
+    yes.
     """
     raised: list[BaseException] = []
     callback = native().ffi.callback(

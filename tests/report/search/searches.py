@@ -9,14 +9,15 @@ from compressknow.pages.search import Search, Trial
 from compressknow.stats.records import Estimate
 
 
-def tried(setup: str, kind: str, size: int, kept: float, held_out: float | None = None) -> Trial:
-    def estimate(value: float) -> Estimate:
-        return Estimate(value, max(0.0, value - 0.04), min(1.0, value + 0.04))
+def estimate(value: float) -> Estimate:
+    return Estimate(value, max(0.0, value - 0.04), min(1.0, value + 0.04))
 
+
+def tried(setup: str, kind: str, size: int, kept: float, held_out: float | None = None) -> Trial:
     recipe = {"module_map": "structural", "steps": [{"prune": size / 1e8, "scope": ["attention"]}]}
     sizes = {"sparse-bytes": size, "bytes": 2 * size, "nonzero": size // 2}
     known = None if held_out is None else estimate(held_out)
-    return Trial(setup, kind, recipe, estimate(kept), 150 if kept > 0.5 else 30, sizes, known, 0.25)
+    return Trial(setup, kind, recipe, estimate(kept), 150 if kept > 0.5 else 30, sizes, known, harm=0.25)
 
 
 def found(text: str = "a-model") -> Search:

@@ -51,7 +51,7 @@ def test_findings_table_has_the_ten_with_their_answers() -> None:
     rows = [body.all("tr") for body in table.all("tbody")]
     assert [first.one("td").text for first, _ in rows] == [finding.answer for finding in findings(made)]
     assert rows[1][0].one("th").text.startswith("F2 Pruned by 30 to 50 %, attention hurts less than feed-forward")
-    compared = "Att_GP 40% answers 187 of 300 right, FF_GP 40% 174: 13 only the first, 0 only the second (p < 0.001)."
+    compared = "Att_GP 40% answers 187 of 300 right, FF_GP 40% 174: 13 only the first, 0 only the second (p = 0.0022)."
     assert compared in rows[1][1].text
 
 
