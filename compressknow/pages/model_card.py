@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -24,10 +24,12 @@ from compressknow.format import count, estimate, number, percent, size
 from compressknow.model.checkpoint import some_of
 from compressknow.model.manifest import calibration_of
 from compressknow.pages.pages import code_span, render, yaml_text
-from compressknow.pages.records import Card, Comparison, ModelFacts
 from compressknow.reading import CARD as CARD_BYTES
 from compressknow.reading import NotReadable, read_text
 from compressknow.stats.records import Estimate
+
+if TYPE_CHECKING:
+    from compressknow.pages.records import Card, Comparison, ModelFacts
 
 # What stays true of a model when it is compressed.
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")

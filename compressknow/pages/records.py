@@ -10,8 +10,6 @@ from compressknow.evaluate.records import FactsInText, Speed
 from compressknow.format import count, estimate, plain, size
 from compressknow.libraries import require
 from compressknow.notebook import Shown, Summary
-from compressknow.stats.clusters import clusters_of, kept_by_cluster
-from compressknow.stats.intervals import mcnemar, proportion
 from compressknow.stats.records import (
     NOT_MEASURED,
     Certainty,
@@ -124,10 +122,16 @@ class Comparison(Shown):
     @property
     def clusters(self) -> list[Counts]:
         """What the facts are drawn in, over all probes."""
+        # Whoever only writes a model card need not import numpy.
+        from compressknow.stats.clusters import clusters_of
+
         return [each for probe in self.probes for each in clusters_of([group.counts for group in probe.by_relation])]
 
     def kept_at(self, level: float) -> Estimate:
         """Return knowledge kept with its interval of another level."""
+        from compressknow.stats.clusters import kept_by_cluster
+        from compressknow.stats.intervals import proportion
+
         simple = proportion(self.counts.both, self.counts.known_before, level)
         return simple.or_wider(kept_by_cluster(self.clusters, level))
 
@@ -223,6 +227,8 @@ def interval_to_json(estimate: Estimate) -> list[float] | None:
 
 def kept_to_json(counts: Counts) -> dict[str, Any]:
     """Knowledge kept with its simple interval, and the exact McNemar test: of facts taken one by one."""
+    from compressknow.stats.intervals import mcnemar, proportion
+
     return {**estimate_to_json("kept", proportion(counts.both, counts.known_before)), "mcnemar_p": mcnemar(counts)}
 
 
@@ -255,6 +261,8 @@ def pair_to_json(name: str, pair: tuple[float, float] | None) -> dict[str, float
 
 def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
     """By name of the group."""
+    from compressknow.stats.clusters import kept_by_cluster
+
     return {
         group.name: {
             **counts_to_json(group.counts),
