@@ -216,6 +216,7 @@ _LABELS = {
     **{
         "read": "Reading the text",
         "time": "Measuring the speed",
+        "sensitivity": "Measuring the sensitivity",
         "convert": "Converting",
         "sample": "Writing the calibration text",
         "text": "Reading the calibration text",
@@ -224,7 +225,7 @@ _LABELS = {
     **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},
     "fetch": "Fetching llama.cpp's converter",
     **{"unpack": "Unpacking", "gather": "Gathering what layers read", "export": "Converting", "quantize": "Quantizing"},
-    **{"sensitivity": "Measuring where knowledge sits", "round": "Rounding"},
+    "round": "Rounding",
 }
 
 # The original, whose answers are known, run otherwise.

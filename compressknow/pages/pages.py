@@ -184,7 +184,8 @@ FORMATS = (".html", ".md", ".json")
 _MARKS = {
     ".html": re.compile(rb'<p class="brand"><b>compressknow</b>'),
     ".md": re.compile(rb"^- Versions: compressknow ", re.MULTILINE),
-    ".json": re.compile(rb'\A\{\s*"schema": ?\d+,\s*"verdict": ?"'),
+    ".csv": re.compile(rb"^name,group,layer,rows,columns,type,bytes,"),
+    ".json": re.compile(rb'\A\{\s*"schema": ?\d+,\s*"(?:verdict|sha256)": ?"'),
 }
 _MARKED_WITHIN = 1 << 16
 
@@ -195,7 +196,7 @@ def require_for(outputs: Sequence[Path], *modules: str) -> None:
     require(*modules, *(["matplotlib"] if drawn else []))
 
 
-def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
+def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence[str] = FORMATS) -> None:
     """Raise, before any work is done, where an output could not be written: format unknown, file there already, or one
     to overwrite that is no page.
 
@@ -203,9 +204,9 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
     """
     unfinished = interrupted(outputs)
     for path in outputs:
-        if path.suffix.lower() not in FORMATS:
+        if path.suffix.lower() not in formats:
             raise UsageError(
-                f"{path}: the name of a report ends in .html, .md or .json.",
+                f"{path}: the name of a report ends in {', '.join(formats[:-1])} or {formats[-1]}.",
                 hint="Give -o several times for several formats.",
             )
         refuse_broken_links(path)

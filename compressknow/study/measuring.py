@@ -7,8 +7,8 @@ divergence of their distribution is 1/2 dz' (diag p - p p') dz, to second order.
 `compressknow.study.questions`.
 
 Means over text are robust: where a piece begins, models keep attention sinks with activations of hundreds of times the
-usual size. To first order rounding there changes everything, in truth little, for what reads a sink is normalized. So of
-each weight and type the tenth of the pieces that it changes most is left out.
+usual size. To first order rounding there changes everything, in truth little, for what reads a sink is normalized. So
+of each weight and type the tenth of the pieces that it changes most is left out.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Measured:
     scores : of all candidates of facts, [candidates]; `owners` are the numbers of their facts.
     facts : changes of these.
     text : changes of the scores of text, [rows, draws].
+    importance : by name, what types were rounded with, [in].
     """
 
     weights: Mapping[str, tuple[str, int | None, tuple[int, ...]]]
@@ -59,6 +60,7 @@ class Measured:
     owners: torch.Tensor
     facts: Mapping[tuple[str, str], torch.Tensor]
     text: Mapping[tuple[str, str], torch.Tensor]
+    importance: Mapping[str, torch.Tensor]
 
     def rows(self, roundings: Roundings) -> tuple[TensorSensitivity, ...]:
         """Return the sensitivity of each weight."""
@@ -186,7 +188,7 @@ class _Measuring:
     def _add_lookups(self, parameter: str, weight: torch.Tensor, products: Sequence[Product], scale: float) -> None:
         name = self._name(parameter)
         self._found.setdefault(name, ("embedding", None, tuple(weight.shape)))
-        tokens, places = torch.cat([each.inputs.flatten() for each in products]).unique(return_inverse=True)
+        tokens, places = torch.unique(torch.cat([each.inputs.flatten() for each in products]), return_inverse=True)
         rows, importance = weight[tokens], self._importance.get(name)
         for type in self._roundings.legal(weight.shape):
             change = ((self._roundings.roundtrip(rows, type, importance) - rows) * scale).to(self._dtype)
@@ -206,9 +208,9 @@ class _Measuring:
         for is_text in (False, True):
             own = [each.inputs.flatten(0, 1) for each in products if (each.batch >= self._fact_batches) is is_text]
             if own:
-                squares = sum(each.square().sum(0) for each in own) / sum(map(len, own))
+                squares = torch.cat(own).square().mean(0)
                 halves.append(squares / squares.mean())
-        self._importance[name] = sum(halves) / len(halves)
+        self._importance[name] = torch.stack(halves).mean(0)
         return self._importance[name]
 
     def _add(self, name: str, type: str, batch: int, changes: torch.Tensor) -> None:
@@ -228,7 +230,7 @@ class _Measuring:
         own = torch.zeros(len(facts))
         for batch, owners in zip(scores, self._questions.owners if self._questions else (), strict=False):
             own.index_add_(0, owners.flatten(), batch.flatten())
-        return Measured(self._found, own, facts, self._facts, self._text)
+        return Measured(self._found, own, facts, self._facts, self._text, self._importance)
 
 
 def _contract(gradients: torch.Tensor, products: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,8 @@
 
 A fact has a score for each of its best candidates: the log-probability of its tokens, as its family scores them. A
 candidate's tokens may lie in several rows (masked models), and a row may serve several candidates. Text has random
-scores: at each position the log-probability of a token that is drawn from the model's own distribution there. The mean
-of the squares of their changes, halved, is to second order the KL divergence by which that distribution changes
-(Fisher's information), whatever the number of draws.
+scores, whose changes have squares that are twice the KL divergence of the next token's distribution in the mean, to
+second order: draws of random signs (Hutchinson's estimator of a trace) over all of the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from compressknow.compress.calibrate.backward import Batch
-from compressknow.evaluate.scoring.families import CausalScorer, MaskedScorer, Seq2SeqScorer
+from compressknow.evaluate.scoring.families import MaskedScorer, Seq2SeqScorer
 from compressknow.evaluate.scoring.prompts import Ids
 
 if TYPE_CHECKING:
@@ -62,17 +61,26 @@ class Questions:
     facts: torch.Tensor
 
 
-def fact_questions(scorer: Scorer, pairs: Iterable[tuple[Query, Answer]]) -> Questions:
-    """Return the questions of facts that have candidates, the best of which are those of an answer to it."""
+class Asked(NamedTuple):
+    """A fact with candidates, as a model reads it, and what it answered: its best candidates are scored."""
+
+    scorer: Scorer
+    query: Query
+    answer: Answer
+
+
+def fact_questions(asked: Sequence[Asked]) -> Questions:
+    """Return the questions of facts to one model, one or more."""
     rows: list[Row] = []
     facts: list[int] = []
-    for number, (query, answer) in enumerate(pairs):
+    for number, (scorer, query, answer) in enumerate(asked):
         assert query.fact.candidates is not None
         options = [query.options[query.fact.candidates.index(text)] for text in answer.top5]
         rows += _rows_of(scorer, query, dict(enumerate(options, start=len(facts))))
         facts += [number] * len(options)
-    groups = _grouped(rows, fills=not isinstance(scorer, MaskedScorer))
-    batches, owners = zip(*(_fact_batch(group, isinstance(scorer, CausalScorer)) for group in groups), strict=True)
+    family = asked[0].scorer.family
+    groups = _grouped(rows, fills=family != "masked")
+    batches, owners = zip(*(_fact_batch(group, family) for group in groups), strict=True)
     return Questions(batches, owners, torch.tensor(facts))
 
 
@@ -108,21 +116,21 @@ def _grouped(rows: Iterable[Row], *, fills: bool) -> list[list[Row]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def _fact_batch(rows: Sequence[Row], causal: bool) -> tuple[Batch, torch.Tensor]:
+def _fact_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]:
     width = max(len(ids) for row in rows for _, ids in row.wanted)
     targets = torch.tensor([[_filled(ids, width) for _, ids in row.wanted] for row in rows])
     real = torch.tensor([[[place < len(ids) for place in range(width)] for _, ids in row.wanted] for row in rows])
-    inputs = _inputs([row.ids for row in rows], [row.decoder for row in rows if row.decoder is not None], causal)
+    inputs = _inputs([row.ids for row in rows], [row.decoder for row in rows if row.decoder is not None], family)
     last = next(iter(reversed(inputs.values()))).shape[1] - 1
     positions = torch.tensor([[min(row.start + place, last) for place in range(width)] for row in rows])
     owners = torch.tensor([[number for number, _ in row.wanted] for row in rows])
     return Batch(inputs, owners.shape[1], positions, partial(_log_probability, targets, real)), owners
 
 
-def _inputs(ids: Sequence[Ids], decoders: Sequence[Ids], causal: bool) -> dict[str, torch.Tensor]:
+def _inputs(ids: Sequence[Ids], decoders: Sequence[Ids], family: str) -> dict[str, torch.Tensor]:
     longest = max(map(len, ids))
     inputs = {"input_ids": torch.tensor([_filled(row, longest) for row in ids])}
-    if not causal:
+    if family != "causal":
         inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
     if decoders:
         longest = max(map(len, decoders))
@@ -136,7 +144,7 @@ def _filled(ids: Ids, length: int) -> Ids:
 
 def _log_probability(targets: torch.Tensor, real: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Of the tokens [rows, directions, positions], where they are real, summed over positions."""
-    log_probs = logits.gather(3, targets[..., None]).squeeze(3) - logits.logsumexp(3)
+    log_probs: torch.Tensor = logits.gather(3, targets[..., None]).squeeze(3) - logits.logsumexp(3)
     return log_probs.where(real, 0.0).sum(2)
 
 
@@ -157,12 +165,12 @@ def text_batches(
             positions = _drawn(torch.ones_like(inputs["input_ids"], dtype=torch.bool)[:, length // 4 :], generator)
             positions += length // 4
         elif family == "masked":
-            positions = _drawn(ids == mask, generator)
+            positions = _drawn(ids.eq(mask if mask is not None else -1), generator)
         else:
             positions = _drawn(torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool), generator)
         if family != "causal":
             inputs = {"attention_mask": torch.ones_like(ids), **inputs}
-        found.append(Batch(inputs, TEXT_DRAWS, positions, partial(_sampled, generator)))
+        found.append(Batch(inputs, TEXT_DRAWS, positions, partial(_sketched, generator)))
     return found
 
 
@@ -173,10 +181,14 @@ def _drawn(allowed: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return keys.topk(max(count, 1), 1).indices.sort(1).values
 
 
-def _sampled(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
-    """The log-probability of a token drawn at each position, its weight such that squares are means over positions."""
+def _sketched(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
+    """A random sum of log-probabilities, each centred and weighted by the root of its probability p, with a random
+    sign: the mean of the squares of its changes is dz' (diag p - p p') dz. Those of all positions are added, for their
+    signs are independent, and divided so that squares are means over positions."""
     with torch.no_grad():
-        flat = logits.detach().softmax(3).flatten(0, 2)
-        tokens = torch.multinomial(flat, 1, generator=generator).reshape(logits.shape[:3])
-    real = torch.ones_like(tokens, dtype=torch.bool)
-    return _log_probability(tokens, real, logits) / logits.shape[2] ** 0.5
+        p = logits.detach().softmax(3)
+        signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8)
+        weights = p.sqrt().mul_(signs.mul_(2).sub_(1))
+        weights -= weights.sum(3, keepdim=True) * p
+    scores: torch.Tensor = (weights * logits).sum((2, 3)) / logits.shape[2] ** 0.5
+    return scores

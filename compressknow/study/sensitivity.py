@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from compressknow.errors import UsageError
 from compressknow.files import write_whole
 from compressknow.reading import read_json
 
@@ -131,6 +132,12 @@ class Sensitivity:
             for row in values["rows"]
         )
         return cls(values["sha256"], Guidance(**guidance), tuple(rows))
+
+
+def check_guide(guide: str) -> None:
+    """Raise UsageError for what guides nothing."""
+    if guide not in GUIDES:
+        raise UsageError(f"--guide: there is no guide {guide!r}.", hint=f"There is {', '.join(GUIDES)}.")
 
 
 def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:

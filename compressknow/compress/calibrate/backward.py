@@ -202,7 +202,7 @@ class GradientPass(ForwardPass):
             args = (args[0][torch.arange(len(places))[:, None], places], *args[1:])
         form, tensors = _Form.of((args, kwargs))
         returned: list[_Form] = []
-        outputs = _Stop.apply(self, module, form, returned, self._leaf, *tensors)
+        outputs = _Stop.apply(self, module, form, returned, self._leaf, *tensors)  # type: ignore[no-untyped-call]
         return returned[0].fill(outputs)
 
     def hand_over(self, module: str, work: _Forward | _Backward) -> Any:
@@ -230,8 +230,8 @@ class GradientPass(ForwardPass):
             # An embedding: its weight was not multiplied with anything.
             (gradient,) = work.gradients
             if gradient is not None:
-                own = Product(self.number, work.inputs[0], self._by_direction(gradient))
-                products.setdefault(f"{call.module}.weight", []).append(own)
+                lookup = Product(self.number, work.inputs[0], self._by_direction(gradient))
+                products.setdefault(f"{call.module}.weight", []).append(lookup)
             return [None] * len(work.inputs)
         leaves = [
             value.detach().requires_grad_() if needed else value
@@ -289,8 +289,8 @@ class _Stop(torch.autograd.Function):
     """A module that another thread runs, forward and back."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, own: GradientPass, module: str, form: _Form, returned: list[_Form], leaf: Any, *tensors: torch.Tensor
+    def forward(
+        ctx: Any, own: GradientPass, module: str, form: _Form, returned: list[_Form], _: Any, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         needed = ctx.needs_input_grad[5:]
         ctx.inputs = [own.thin(value, keep=not wanted) for value, wanted in zip(tensors, needed, strict=True)]
@@ -304,7 +304,7 @@ class _Stop(torch.autograd.Function):
         return tuple(spread)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         work = _Backward(ctx.inputs, ctx.form, ctx.needs_input_grad[5:], grads)
         ctx.inputs = None
         return (None,) * 5 + tuple(ctx.own.hand_over(ctx.module, work))
@@ -355,9 +355,9 @@ class _GradientWatch(TorchFunctionMode):
 
 def _head_of(model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module is head:
-            return name
+    found = [name for name, module in model.named_modules() if module is head]
+    if found:
+        return str(found[0])
     raise NotApart(f"{type(model).__name__} has no head")
 
 
