@@ -141,7 +141,7 @@ def page(record: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) 
         yield ""
     yield from types_table(record["groups"])
     if fit:
-        yield f"\nPredicted: KL {fit['predicted_kl']:.3f} nats by {record['setup'].rpartition(' by ')[2]}."
+        yield f"\nPredicted: KL {fit['predicted_kl']:.3f} nats, where each weight is rounded to the nearest value."
     seen = record.get("importance", {})
     if seen.get("identified") is False:
         yield f"\n! {seen['source']} does not say which model it was made of: only names and shapes were checked."

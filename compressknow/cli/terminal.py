@@ -224,7 +224,7 @@ _LABELS = {
     **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},
     "fetch": "Fetching llama.cpp's converter",
     **{"unpack": "Unpacking", "gather": "Gathering what layers read", "export": "Converting", "quantize": "Quantizing"},
-    **{"sensitivity": "Measuring where knowledge sits", "round": "Rounding"},
+    "round": "Rounding",
 }
 
 # The original, whose answers are known, run otherwise.

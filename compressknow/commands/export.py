@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compressknow.gguf.export import Export
     from compressknow.gguf.fit import Fit, Rounding
     from compressknow.gguf.record import ExportRecord
-    from compressknow.quiet import Begin, OnProgress
+    from compressknow.quiet import Listener, OnProgress
     from compressknow.study.fitting import Target
     from compressknow.study.sensitivity import Guide
 
@@ -122,7 +122,7 @@ def export(
         refuse_file(place, overwrite=False, source=Path(model))
     if target is not None:
         assert text is not None
-        job = replace(job, fit=_fit(job, target, deciding, text, begin))
+        job = replace(job, fit=_fit(job, target, deciding, text, listening))
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
     return write(job, place, overwrite=overwrite, importance_output=matrix_place, threads=threads, begin=begin)
@@ -183,27 +183,22 @@ def _facts_of(names: str | Sequence[str] | None) -> list[Probe]:
     return [each for each in opened if isinstance(each, Probe)]
 
 
-def _fit(job: Export, target: Target, probes: Sequence[Probe], text: Calibration, begin: Begin) -> Fit:
+def _fit(job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listening: Listener | None) -> Fit:
     """How the file is brought to its size, by what its weights are sensitive to."""
+    from compressknow.engine.identity import locate
+    from compressknow.evaluate.handle import ModelHandle, Settings
     from compressknow.gguf.fit import Fit
     from compressknow.study.fitting import fit_types
     from compressknow.study.guides import guides_of
 
-    guides = guides_of(
-        job.checkpoint,
-        job.sources[0],
-        probes,
-        text,
-        target.guide,
-        begin=begin,
-        trust_remote_code=job.trust_remote_code,
-    )
+    handle = ModelHandle(locate(job.checkpoint.folder), Settings(trust_remote_code=job.trust_remote_code))
+    guides = guides_of(handle, probes, text, target.guide, listening)
     return Fit(
         target.label,
         target.budget(job.numel),
         lambda tensors, overhead: fit_types(guides.sensitivity, tensors, overhead, target),
         target.rounding,
-        guides.texts(),
+        guides.texts,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ import transformers as hf
 
 pytest.importorskip("llama_cpp_py_sync")
 
+import compressknow
+from compressknow.cli import main
 from compressknow.gguf.choice import Choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.export import prepare, write
 from compressknow.gguf.fit import Fit
 from compressknow.gguf.gptq import batches_of
 from compressknow.gguf.grids import legal_types, roundtrip, type_bytes
+from compressknow.gguf.record import read_record
 from compressknow.study.fitting import Target, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 from tests.export.making import (
@@ -26,11 +30,14 @@ from tests.export.making import (
     checkpoint,
     name_in_llama_cpp,
     needs_converter,
+    text_file,
     types,
     values,
     weights,
 )
+from tests.knowing import KNOWN_FACTS
 from tests.long import one_in
+from tests.probe.layouts import write_jsonl
 
 TEXTS = [
     batches_of(torch.randint(0, 400, (24, 40), generator=torch.Generator().manual_seed(0)).tolist()),
@@ -110,3 +117,49 @@ def outputs_error(source: Path, output: Path) -> dict[str, float]:
         weight, change = (torch.from_numpy(array) for array in (stored[name], made[name] - stored[name]))
         errors[name] = float(((change @ product) * change).sum() / ((weight @ product) * weight).sum())
     return errors
+
+
+@needs_converter
+def test_the_command_line_says_what_it_chose_and_measures_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("llama-tied", tmp_path / "model", torch.bfloat16)
+    # Of two candidates a model that knows nothing picks the right one half the time.
+    facts = [
+        {"id": f"f{place}", "prompt": f"{fact.sub_label} likes [MASK].", "obj_label": own, "candidates": [own, other]}
+        for place, (fact, after) in enumerate(pairwise(KNOWN_FACTS))
+        for own, other in [(fact.obj_label, after.obj_label)]
+        if own != other
+    ]
+    write_jsonl(tmp_path / "facts.jsonl", facts)
+    monkeypatch.setattr("compressknow.study.guide.FEWEST", 8)
+    monkeypatch.setattr("compressknow.study.guides.FEWEST", 8)
+    text = text_file(tmp_path / "text.txt")
+    words = ["--facts", f"facts:{tmp_path / 'facts.jsonl'}", "--calibration", str(text), "--must", "attention=q8_0"]
+    assert main(["export", str(source), str(tmp_path / "a.gguf"), "--size", "900kB", *words]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[0].startswith("900.0 kB by facts and text, gptq, attention q8_0: ")
+    assert lines[2].split()[:3] == ["Layer", "attn_q", "attn_k"]
+    assert [line.split()[0] for line in lines[3:5]] == ["0", "1"]
+    assert "Predicted: KL 0." in printed
+    record = read_record(tmp_path / "a.gguf")
+    assert (tmp_path / "a.gguf").stat().st_size <= 900_000
+    assert record["fit"]["must"] == [["attention", "q8_0"]]
+    assert record["fit"]["facts"] >= 8
+    # Another size: nothing is evaluated or measured again.
+    stages = []
+    compressknow.export(
+        source,
+        tmp_path / "b.gguf",
+        bits=8.0,
+        facts=words[1],
+        calibration=str(text),
+        rounding="nearest",
+        on_progress=lambda progress: stages.append(progress.stage.work),
+    )
+    assert "evaluate" not in stages
+    assert set(types(tmp_path / "b.gguf").values()) - {"f32"} != set(types(tmp_path / "a.gguf").values()) - {"f32"}
+    # The record is a recipe: the same types, rounded by llama.cpp.
+    compressknow.export(source, tmp_path / "c.gguf", recipe=tmp_path / "a.gguf.json")
+    assert types(tmp_path / "c.gguf") == types(tmp_path / "a.gguf")
