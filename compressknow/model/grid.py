@@ -22,7 +22,7 @@ ROWS = 16
 
 
 class Grid(NamedTuple):
-    """Of so many matrices that were looked at, those whose groups of 32 all hold `values` different weights or fewer."""
+    """How many matrices of how many lie on one: none of their groups of 32 has more different weights than `values`."""
 
     weights: int
     of: int
@@ -31,11 +31,9 @@ class Grid(NamedTuple):
 
 def grid_of(tensors: Iterable[StoredTensor]) -> Grid | None:
     """Return how many stored matrices lie on a grid; None where none does. Some rows of each are read."""
-    counts: list[int | None] = []
+    matrices = [each for each in tensors if each.dtype in FLOAT_DTYPES and len(each.shape) == 2]
     with OpenFiles() as files:
-        for tensor in tensors:
-            if tensor.dtype in FLOAT_DTYPES and len(tensor.shape) == 2 and tensor.shape[1] % GROUP == 0:
-                counts.append(_most_values(files, tensor))
+        counts = [_most_values(files, each) for each in matrices if each.shape[1] % GROUP == 0]
     found = [count for count in counts if count is not None and count <= MOST_VALUES]
     return Grid(len(found), len(counts), max(found)) if found else None
 
