@@ -142,8 +142,8 @@ def describe(located: Located) -> dict[str, Any]:
     """What the files tell of a model, for the record of its answers; reads no weights but some rows.
 
     Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words), grid (see
-    `compressknow.model.grid`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros, groups and
-    removed as its manifest has them, and calibration as `calibration_of` has it.
+    `compressknow.model.grid`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros, groups
+    and removed as its manifest has them, and calibration as `calibration_of` has it.
     """
     described: dict[str, Any] = {"name": located.name, "revision": located.revision}
     if located.url is not None:

@@ -207,13 +207,6 @@ class TestWarnings:
         swapped = warnings_of(make_card(compressed, [original]))
         assert "look swapped: tiny-bert-int8, given as the original, was made from tiny-bert" in swapped
 
-    def test_an_original_that_lies_on_a_grid_flatters_types_of_that_grid(self) -> None:
-        rows = sides(500, 20, 10, 100)
-        grid = {"weights": 210, "of": 211, "values": 16}
-        rounded = model(sha256="b" * 64, quantization="q4_1")
-        card = make_card(answers(rows[0], model(grid=grid)), [answers(rows[1], rounded)])
-        assert "in 210 of 211 matrices 32 neighbours have at most 16 different values" in warnings_of(card)
-
     def test_models_in_the_wrong_order_one_of_them_renamed(self) -> None:
         made_from = {"name": "before", "revision": None, "sha256": ORIGINAL_HASH}
         original, compressed = run(sides(60, 20, 10, 20), source=made_from)
