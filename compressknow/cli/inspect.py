@@ -56,8 +56,8 @@ def _page(summary: dict[str, Any]) -> Iterator[str]:
     ties = _patterns(f"{name} = {source}" for name, source in summary["tied"])
     yield from _list("Tied (stored once)", ties)
     if grid := summary.get("grid"):
-        where = f"{grid['weights']} of {grid['of']} matrices"
-        yield f"\nOn a grid already: {where}, at most {grid['values']} values in 32 neighbours."
+        told = f"{grid['weights']} of {grid['of']} matrices, at most {grid['values']} values in 32 neighbours."
+        yield f"\nOn a grid already: {told}"
         yield "  A type of this grid keeps them as they are, which flatters it."
     yield from _list("Missing from the weight files", summary.get("missing", []))
     yield from _list("Unplaced (choose with --include or --exclude)", _patterns(summary["unplaced"]))

@@ -22,7 +22,7 @@ ROWS = 16
 
 
 class Grid(NamedTuple):
-    """Of so many matrices, those whose groups of 32 all hold `values` different weights or fewer."""
+    """How many matrices of how many lie on one: none of their groups of 32 has more different weights than `values`."""
 
     weights: int
     of: int
