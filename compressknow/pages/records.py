@@ -265,17 +265,20 @@ def pair_to_json(name: str, pair: tuple[float, float] | None) -> dict[str, float
 def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
     """By name of the group."""
     from compressknow.stats.clusters import kept_by_cluster
+    from compressknow.stats.intervals import holm, mcnemar
 
+    exact = holm([mcnemar(group.counts) for group in groups])
     return {
         group.name: {
             **counts_to_json(group.counts),
             **kept_to_json(group.counts),
             "kept_cluster_interval": interval_to_json(kept_by_cluster(group.relations)),
+            "mcnemar_p_holm": adjusted,
             "p": group.p,
             "p_holm": group.p_holm,
             "flips": group.counts.flips,
             "answer_changed": group.answer_changed,
             "chance": group.chance,
         }
-        for group in groups
+        for group, adjusted in zip(groups, exact, strict=True)
     }

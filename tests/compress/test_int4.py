@@ -261,7 +261,7 @@ def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does(tmp_pat
     tiny_of_groups("llama").save_pretrained(tmp_path / "in")
     with pytest.raises(UnsupportedError, match="32 input channels are no multiple of the group size 128") as caught:
         compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4", parameters={"group_size": 128})
-    assert "With --group-size 32 all layers in scope can be stored." in str(caught.value)
+    assert "With `group_size=32` all layers in scope can be stored." in str(caught.value)
     save_tiny("llama", tmp_path / "narrow")
     with pytest.raises(UnsupportedError, match="48 input channels are no multiple of the group size 32") as caught:
         compressknow.convert(tmp_path / "narrow", tmp_path / "out", quantize="int4", parameters={"group_size": 32})

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-ATLAS = Path(__file__).resolve().parents[2] / "compressknow" / "probe" / "atlas"
+ATLAS = Path(__file__).resolve().parents[2] / "compressknow" / "evaluate" / "atlas"
 FILES = sorted(ATLAS.glob("*.json"))
 SUBJECTS = {"geography", "language", "science", "history and people", "arts and literature", "common sense"}
 HEAD = ["relation", "subject", "definition", "templates", "source", "popularity", "facts"]
