@@ -265,8 +265,8 @@ def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does(tmp_pat
     save_tiny("llama", tmp_path / "narrow")
     with pytest.raises(UnsupportedError, match="48 input channels are no multiple of the group size 32") as caught:
         compressknow.convert(tmp_path / "narrow", tmp_path / "out", quantize="int4", parameters={"group_size": 32})
-    assert "--group-size" not in str(caught.value)
-    assert r"--exclude 'model\.layers\.\d+\.mlp\.down_proj$'" in str(caught.value)
+    assert "`group_size=" not in str(caught.value)
+    assert r"`exclude` 'model\.layers\.\d+\.mlp\.down_proj$'" in str(caught.value)
     with pytest.raises(UsageError, match="group_size must be 32, 64 or 128: 16"):
         compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4", parameters={"group_size": 16})
     assert not (tmp_path / "out").exists()
