@@ -151,7 +151,7 @@ class Progress:
 
     Examples
     --------
-    >>> print(Progress(Stage("evaluate", "smollm2", "atlas"), "advances", 2000, 4021, 50.0))
+    >>> print(Progress(Stage("evaluate", "smollm2", "atlas"), "advances", 2000, 4002, 50.0))
     evaluate smollm2 on atlas: 2,000 of 4,002 facts, 50 s left
     """
 

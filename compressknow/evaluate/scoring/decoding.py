@@ -262,10 +262,11 @@ def cache_name(model: PreTrainedModel) -> str:
 
 
 def judged(text: str, gold: str) -> tuple[str, bool]:
-    """A free answer, cut at its end, and whether it is the object: it begins with it, case folded, as whole words.
+    """A free answer, cut at its end, and whether it is the object: it begins with it, as whole words, whatever their
+    case and the article or quotes before it.
 
     >>> judged("Paris, the city of", "Paris"), judged("Parisian food", "Paris"), judged("the Nile. It", "Nile")
-    (('Paris, the city of', True), ('Parisian food', False), ('the Nile', False))
+    (('Paris, the city of', True), ('Parisian food', False), ('the Nile', True))
     """
     text = text.strip()
     after = end_of(text, gold)
