@@ -16,7 +16,7 @@ from compressknow.errors import UsageError
 # Where the object goes in a prompt, as LAMA writes it; each model's own mask or sentinel takes its place.
 BLANK = "[MASK]"
 
-# The subjects of the report card's grades.
+# The domains of the report card's grades.
 DOMAINS = (
     "geography",
     "language",

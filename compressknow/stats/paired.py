@@ -198,7 +198,7 @@ def _changed(pair: Pair) -> ChangedFact:
 
 
 def domain_order(subject: str) -> tuple[int, str]:
-    """Sort key: school subjects as on a report card, then all others by name."""
+    """Sort key: domains as on a report card, then all others by name."""
     place = DOMAINS.index(subject) if subject in DOMAINS else len(DOMAINS)
     return place, subject
 

@@ -142,6 +142,17 @@ def test_of_speeds_the_line_says_whose(monkeypatch: pytest.MonkeyPatch) -> None:
         until(screen, "Measuring the speed of int4 (15 of 20): 0 s so far")
 
 
+@pytest.mark.usefixtures("often")
+def test_the_first_bytes_tell_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = watch(monkeypatch, terminal=False)
+    with begun(Lines(), CONVERTING) as told:
+        assert told is not None
+        told(24, 269_000_000)
+        until(screen, "Converting: 0 s so far")
+        told(269_000_000 // 2, 269_000_000)
+        until(screen, "Converting: 134.5 MB of 269.0 MB, 0 s left")
+
+
 def test_control_characters_of_a_name_are_not_written() -> None:
     state = terminal._State(Stage("evaluate", "\x1b[31mred", "atlas", facts=1))
     assert "\x1b" not in state.text()

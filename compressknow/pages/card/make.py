@@ -207,7 +207,7 @@ def gate(card: Card, fail_under: float, *, strict: bool = False) -> None:
     if failed := [_shortfall(label, c.counts) for label, c, met in judged if met is False]:
         raise GateNotMet(
             f"Less than {100 * fail_under:g} % of the knowledge is kept: {'; '.join(failed)}.",
-            hint="The report says which facts and subjects were lost; compress less, or lower --fail-under.",
+            hint="The report says which facts and domains were lost; compress less, or lower --fail-under.",
         )
     if unsure := [(label, c) for label, c, met in judged if met is None]:
         said = "; ".join(f"{_shortfall(label, c.counts)}, interval {_ends(c)}" for label, c in unsure)

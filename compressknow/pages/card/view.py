@@ -60,7 +60,7 @@ class Compared:
     Attributes
     ----------
     graded : there are facts, or should be; of running texts alone there is nothing to grade.
-    marked : what the mark on the bar of all subjects shows; empty where there is none.
+    marked : what the mark on the bar of all domains shows; empty where there is none.
     """
 
     id: str
@@ -196,7 +196,7 @@ def _compared(card: Card, comparison: Comparison, id: str, name: str, limits: Li
         warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
         grades=tuple(_grade_row(grade) for grade in comparison.grades),
         total=_total_row(comparison),
-        marked=rounding.mark_in_words(comparison.probes, "The long line on the bar of all subjects"),
+        marked=rounding.mark_in_words(comparison.probes, "The long line on the bar of all domains"),
         counts=counts,
         graded=not comparison.only_texts,
         size=Size(size(before), size(after), smaller(before, after), *_shares(after, before)),
@@ -220,7 +220,7 @@ def _grade_row(grade: Grade) -> GradeRow:
 def _total_row(comparison: Comparison) -> GradeRow:
     of, kept = _of(comparison.counts), comparison.kept
     marked = rounding.kept_by_rounding(comparison.probes)
-    return GradeRow("All subjects", of, *_kept_and_interval(kept), "", "", kept, marked)
+    return GradeRow("All domains", of, *_kept_and_interval(kept), "", "", kept, marked)
 
 
 def _of(counts: Counts) -> str:

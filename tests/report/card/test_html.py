@@ -69,7 +69,7 @@ def test_first_screen_says_what_was_kept() -> None:
     rows = [[cell.text for cell in row.children if isinstance(cell, Element)] for row in grades.all("tr")]
     assert rows[0] == ["Domain", "Known before", "Kept", "Grade"]
     assert rows[1] == ["geography", "413 of 563", "92.3 % (89.3 to 94.5 %)", "C B to C"]
-    assert rows[-1] == ["All subjects", "947 of 1,895", "89.4 % (87.3 to 91.2 %)", ""]
+    assert rows[-1] == ["All domains", "947 of 1,895", "89.4 % (87.3 to 91.2 %)", ""]
 
 
 def test_the_bar_of_all_subjects_has_a_mark_for_what_rounding_alone_keeps() -> None:
@@ -78,7 +78,7 @@ def test_the_bar_of_all_subjects_has_a_mark_for_what_rounding_alone_keeps() -> N
     (mark,) = with_class(page, "path", "rounding")
     assert mark in with_class(page, "table", "grades")[0].one("tfoot").all("path")
     assert mark.attributes["d"] == "M98.6 -4V12"
-    said = "The long line on the bar of all subjects shows what rounding alone keeps: 98.6 %, by 424 facts"
+    said = "The long line on the bar of all domains shows what rounding alone keeps: 98.6 %, by 424 facts"
     assert said in page.one("main").text
     probes = (replace(made.comparisons[0].probes[0], noise_floor=None), *made.comparisons[0].probes[1:])
     without = render_html(replace(made, comparisons=(replace(made.comparisons[0], probes=probes),)))
