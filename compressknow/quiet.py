@@ -85,8 +85,8 @@ def _no_bars() -> Iterator[None]:
         tqdm.__init__ = init
 
 
-_Export = Literal["fetch", "unpack", "gather", "export", "quantize"]
-_Measure = Literal["evaluate", "noise", "runtime", "read", "time"]
+_Export = Literal["fetch", "unpack", "gather", "export", "quantize", "round"]
+_Measure = Literal["evaluate", "noise", "runtime", "read", "time", "sensitivity"]
 Work = Literal["convert", "sample", "text", "choose", "calibrate", "verify", "hash", "compare", _Measure, _Export]
 UNITS = {
     **{
@@ -98,7 +98,7 @@ UNITS = {
         "text": "tokens",
     },
     **{"choose": "blocks", "calibrate": "blocks"},
-    **{"gather": "blocks", "quantize": "tensors"},
+    **{"gather": "blocks", "sensitivity": "blocks", "quantize": "tensors", "round": "blocks"},
 }
 
 
@@ -109,11 +109,12 @@ class Stage:
     Attributes
     ----------
     work : ``evaluate`` (a model on the facts of a probe), ``noise`` (the same in another precision), ``runtime`` (the
-        same in another runtime), ``read`` (a running text), ``time`` (how fast it is), ``convert``, ``sample`` (the
-        model writes the text to calibrate on) or ``text`` (which is read), ``choose`` (the blocks and neurons to
-        drop), ``calibrate`` (convert block by block), ``verify``, ``hash``, ``compare``; of an export ``fetch``
-        (llama.cpp's converter), ``unpack`` (to floats), ``gather`` (what layers read), ``export`` (to GGUF) and
-        ``quantize``.
+        same in another runtime), ``read`` (a running text), ``time`` (how fast it is), ``sensitivity`` (to the rounding
+        of each weight), ``convert``, ``sample`` (the model writes the text to calibrate on) or ``text`` (which is
+        read), ``choose`` (the blocks and neurons to drop), ``calibrate`` (convert block by block), ``verify``,
+        ``hash``, ``compare``; of an export ``fetch`` (llama.cpp's converter), ``unpack`` (to floats), ``gather`` (what
+        layers read), ``export`` (to GGUF),
+        ``quantize`` and ``round`` (by GPTQ).
     model : what the model is called; of ``fetch`` the folder to fetch into.
     probe : what it is evaluated on; nothing for other work.
     facts : of all probes that this model is evaluated on; each of the others is evaluated on the same.

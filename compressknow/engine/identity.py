@@ -18,6 +18,7 @@ from compressknow.files import name_of
 from compressknow.libraries import is_installed
 from compressknow.model.checkpoint import did_you_mean_beside, is_address, open_checkpoint, weight_files
 from compressknow.model.gguf_header import refuse_cut_short
+from compressknow.model.grid import grid_of
 from compressknow.model.tensors import DTYPE_SIZES
 from compressknow.reading import MANIFEST as MANIFEST_BYTES
 from compressknow.reading import NotReadable, check_regular, misfit, read_json
@@ -138,11 +139,11 @@ def source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(located: Located) -> dict[str, Any]:
-    """What the files tell of a model, for the record of its answers; loads no weights.
+    """What the files tell of a model, for the record of its answers; reads no weights but some rows.
 
-    Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words) and, of a converted
-    checkpoint, setup, recipe, source, zeros, groups and removed as its manifest has them, and calibration as
-    `calibration_of` has it.
+    Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words), grid (see
+    `compressknow.model.grid`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros, groups
+    and removed as its manifest has them, and calibration as `calibration_of` has it.
     """
     described: dict[str, Any] = {"name": located.name, "revision": located.revision}
     if located.url is not None:
@@ -156,6 +157,8 @@ def describe(located: Located) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         sizes[tensor.dtype] += tensor.nbytes
+    if grid := grid_of(checkpoint.tensors.values()):
+        described["grid"] = grid._asdict()
     return described | {
         "bytes": sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards),
         "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),

@@ -64,6 +64,7 @@ RECORD_FORM: dict[str, Any] = {
         "removed?": ({key: form for key, form in REMOVED.items() if key != "tensors"}, None),
         "calibration?": (CALIBRATION, None),
         "changed?": (bool, None),
+        "grid?": ({"weights": int, "of": int, "values": int}, None),
         "runtime?": ({"name": str, "build?": (str, None), "types?": ({str: {str: int}}, None)}, None),
     },
     "probes": {

@@ -175,6 +175,7 @@ class ModelRecord(_Part):
     dtype : of the weights as stored; `computed_in` what they were run in, on `device`.
     setup, recipe, source, groups, removed, calibration : of a converted checkpoint, what its manifest says.
     changed : whether its files differ from that manifest, or from the record of an export; None where they do not.
+    grid : matrices that lie on a grid already, as `compressknow.model.grid.Grid` counts them; None where none does.
     totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
     runtime : what ran it where that was not transformers: name, build, and types by group of layers.
     speed, in_calibration : measured for one report; they are not stored.
@@ -195,6 +196,7 @@ class ModelRecord(_Part):
     removed: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
     changed: bool | None = None
+    grid: Mapping[str, int] | None = None
     totals: Mapping[str, int] = field(default_factory=dict)
     sha256: str | None = None
     architecture: str | None = None

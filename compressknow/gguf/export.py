@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +28,8 @@ from compressknow.gguf.calibration import Seen, importance_of, see
 from compressknow.gguf.channels import same_channels
 from compressknow.gguf.choice import Choice
 from compressknow.gguf.converter import Converter, convert, known_architectures, refuse_unknown
+from compressknow.gguf.fit import Fit, overhead_of
+from compressknow.gguf.gptq import round_file
 from compressknow.gguf.importance import (
     Importance,
     read_importance,
@@ -46,7 +50,7 @@ from compressknow.gguf.record import (
     write_with,
 )
 from compressknow.gguf.tensors import Tensors, by_group, chosen_types, read_tensors
-from compressknow.gguf.types import FLOATS, base_type, bytes_of
+from compressknow.gguf.types import FLOATS, base_type, bytes_of, file_types
 from compressknow.gguf.verify import compare_to_record
 from compressknow.model.checkpoint import Checkpoint, refuse_leading_out
 from compressknow.model.loading import open_complete
@@ -68,6 +72,7 @@ class Export:
     Attributes
     ----------
     exact : the type of the GGUF file in between, which holds every matrix exactly: ``f32``, ``f16`` or ``bf16``.
+    fit : how the file is brought to a size, instead of by the types of `choice`.
     """
 
     checkpoint: Checkpoint
@@ -77,6 +82,7 @@ class Export:
     converter: Converter
     exact: str
     trust_remote_code: bool = False
+    fit: Fit | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -112,8 +118,14 @@ class Export:
     @property
     def needed_bytes(self) -> int:
         """The most room that is taken at a time."""
-        made = bytes_of(base_type(self.choice.type), self.numel)
-        return int(_SPARE * max(self.plain_bytes + self.exact_bytes, self.exact_bytes + made, 2 * made))
+        made = self.fit.budget if self.fit else bytes_of(base_type(self.choice.type), self.numel)
+        plain = self.plain_bytes if self.is_compensated else 0
+        return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + made, 2 * made))
+
+    @property
+    def is_compensated(self) -> bool:
+        """Whether tensors are rounded by GPTQ, after llama.cpp."""
+        return self.fit is not None and self.fit.rounding == "gptq"
 
 
 def prepare(
@@ -123,6 +135,7 @@ def prepare(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    fit: Fit | None = None,
 ) -> Export:
     """Open a checkpoint, and refuse what llama.cpp has no form for.
 
@@ -140,7 +153,7 @@ def prepare(
     refuse_unknown(side.structure.architecture, known_architectures(converter))
     tensors = plain_tensors(side, checkpoint)
     exact = "f32" if choice.type == "f32" else FLOATS[float_type(tensors)]
-    export = Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code)
+    export = Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code, fit)
     if choice.importance is not None:
         refuse_other_source(read_importance(choice.importance), export.sources, f"--imatrix {choice.importance}")
     return export
@@ -228,6 +241,8 @@ def write(
         with Pool(threads) as pool:
             _sync(place.file)
             nbytes, sha256 = place.file.stat().st_size, hash_file(pool, place.file)
+        if export.fit is not None:
+            export.fit.check(nbytes)
         place.expect({place.file.name: nbytes})
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         place.write(record_of(place.file).name, _json(record))
@@ -264,40 +279,73 @@ def preview(export: Export, output: Path, *, threads: int | None = None, begin: 
 
 def _is_quantized(export: Export) -> bool:
     """Whether llama.cpp has anything to do with the file in between."""
-    return bool(export.choice.types) or export.choice.type != export.exact
+    return export.fit is not None or bool(export.choice.types) or export.choice.type != export.exact
 
 
 class _Made(NamedTuple):
-    """The GGUF file without our metadata; of a dry run the one in between. What a record says of the importance."""
+    """The GGUF file without our metadata; of a dry run the one in between. What a record says of how it was made."""
 
     file: Path
     types: Mapping[str, str]
-    importance: Mapping[str, Any]
+    said: Mapping[str, Any]
 
 
 def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False) -> _Made:
     exact = folder / "exact.gguf"
-    with _plain_folder(export, folder, begin) as source:
+    with ExitStack() as stack:
+        source = stack.enter_context(_plain_folder(export, folder, begin))
         seen = None
         if (asked := export.choice.calibration) and not dry_run:
             seen = see(source, asked, folder, threads=threads, begin=begin, trust_remote_code=export.trust_remote_code)
         _convert(export, source, exact, begin)
-    if not _is_quantized(export):
-        return _Made(exact, {}, {})
-    tensors = read_tensors(exact, export.side)
-    types = chosen_types(tensors, export.choice.types)
-    output, matrix, said = folder / "quantized.gguf", None, {}
-    if importance := None if dry_run else _importance(export, exact, tensors, seen):
-        matrix = str(folder / MATRIX)
-        write_importance(replace(importance, models=export.sources), Path(matrix))
-        said = _importance_record(export, importance, tensors, seen)
-    request = Request(str(exact), str(output), export.choice.type, types, matrix, threads or 0, dry_run)
-    with begin("quantize") as advance:
-        quantize(request, folder, advance)
-    if dry_run:
-        return _Made(exact, planned_types(folder), said)
+        if not _is_quantized(export):
+            return _Made(exact, {}, {})
+        if not export.is_compensated:
+            # Room for what llama.cpp makes.
+            stack.close()
+        tensors = read_tensors(exact, export.side)
+        kind, types, said = _types(export, exact, tensors)
+        output, matrix = folder / "quantized.gguf", None
+        if importance := None if dry_run else _importance(export, exact, tensors, seen):
+            matrix = str(folder / MATRIX)
+            write_importance(replace(importance, models=export.sources), Path(matrix))
+            said |= _importance_record(export, importance, tensors, seen)
+        request = Request(str(exact), str(output), kind, types, matrix, threads or 0, dry_run)
+        with begin("quantize") as advance:
+            quantize(request, folder, advance)
+        if dry_run:
+            return _Made(exact, planned_types(folder), said)
+        if export.fit and export.is_compensated:
+            rounded = round_file(
+                output,
+                exact,
+                tensors,
+                same_channels(exact, tensors, export.tensors),
+                source,
+                export.fit.texts,
+                folder=folder,
+                threads=threads,
+                begin=begin,
+                trust_remote_code=export.trust_remote_code,
+            )
+            said["fit"]["compensated"] = len(rounded)
     exact.unlink()
     return _Made(output, {}, said)
+
+
+def _types(export: Export, exact: Path, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """The type of the file and those of single tensors, and what a record says of them."""
+    if export.fit is None:
+        return export.choice.type, chosen_types(tensors, export.choice.types), {}
+    fitted = export.fit.choose(tensors, overhead_of(exact, tensors))
+    sizes = Counter[str]()
+    for name, kind in fitted.types.items():
+        sizes[kind] += tensors.tensors[name].numel
+    most = sizes.most_common(1)[0][0]
+    # What readers of the file take for the type of all of it.
+    kind = most if most in file_types() else f"{most}_s"
+    rules = [[f"^{re.escape(name)}$", chosen] for name, chosen in fitted.types.items()]
+    return kind, dict(fitted.types), {"type": kind, "types": rules, "fit": dict(fitted.record)}
 
 
 def _convert(export: Export, source: Path, exact: Path, begin: Begin) -> None:
@@ -373,9 +421,10 @@ def _known(export: Export) -> dict[str, Any]:
     if manifest:
         source["original_sha256"] = export.sources[1]
     done = {"recipe": manifest["recipe"]} if manifest else {}
+    label = choice.label if export.fit is None else export.fit.label
     return {
         "schema": SCHEMA,
-        "setup": " + ".join([*([manifest["setup"]] if manifest else []), choice.label]),
+        "setup": " + ".join([*([manifest["setup"]] if manifest else []), label]),
         "type": choice.type,
         "types": [list(rule) for rule in choice.types],
         "versions": tool_versions(export.converter.version),
@@ -386,7 +435,7 @@ def _known(export: Export) -> dict[str, Any]:
 
 def _record(export: Export, made: _Made) -> ExportRecord:
     groups = by_group(read_tensors(made.file, export.side), made.types)
-    return ExportRecord({**_known(export), **made.importance, "groups": groups, "totals": totals_of(groups)})
+    return ExportRecord({**_known(export), **made.said, "groups": groups, "totals": totals_of(groups)})
 
 
 def _json(record: ExportRecord) -> bytes:

@@ -29,7 +29,7 @@ _COUNTS = {"tensors": int, "parameters": int, "bytes": int}
 FORM = {
     **{"setup": str, "type": str, "types": [[str]], "versions": {str: str}, "groups": {str: {str: _COUNTS}}},
     **{"source": {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str}, "totals": _COUNTS},
-    **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}},
+    **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}, "fit?": {}},
 }
 
 

@@ -83,8 +83,8 @@ def inspect_checkpoint(
 ) -> Inspection:
     """Open a checkpoint, or a folder with only its config.json, and summarize what it is made of.
 
-    Reads headers alone, except where the weight files hold both names of a tie: then it compares the two, since a
-    config may call them tied when they are not.
+    Reads headers, some rows of each matrix to see whether they lie on a grid, and, where the weight files hold both
+    names of a tie, these two: a config may call them tied when they are not.
 
     Raises
     ------
@@ -94,6 +94,7 @@ def inspect_checkpoint(
 
     # Of a hub id the config alone: nobody wants to download a model to count its parameters.
     checkpoint = open_checkpoint(model, revision, weights=Path(model).exists())
+    from compressknow.model.grid import grid_of
     from compressknow.model.groups import structure_of
     from compressknow.model.loading import missing_weights
     from compressknow.model.meta import meta_model
@@ -104,7 +105,14 @@ def inspect_checkpoint(
         return summarize(_tied_by(checkpoint.config, structure), checkpoint.name, None)
     dtypes, ties = _stored_dtypes(checkpoint, tree, structure)
     summary = summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
-    return Inspection({**summary, "missing": list(missing_weights(checkpoint, tree))})
+    grid = grid_of(checkpoint.tensors.values())
+    return Inspection(
+        {
+            **summary,
+            "missing": list(missing_weights(checkpoint, tree)),
+            **({"grid": grid._asdict()} if grid else {}),
+        }
+    )
 
 
 def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> Inspection:

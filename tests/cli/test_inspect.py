@@ -184,3 +184,22 @@ def test_an_unknown_module_map_is_wrong_usage(tmp_path: Path, capsys: pytest.Cap
     code, message = failure(capsys, tmp_path, "--module-map", "martian")
     assert code == 2
     assert "structural" in message
+
+
+def test_weights_that_lie_on_a_grid_already_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folder = with_weights(tmp_path / "llama", "LlamaForCausalLM", vocab_size=90, num_key_value_heads=2, **llama)
+    assert "grid" not in printed(capsys, folder)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        for linear in (layer.mlp.up_proj, layer.self_attn.q_proj):
+            # 16 values of a group, as Q4_1 has them: a scale and a smallest.
+            groups = linear.weight.data.float().reshape(-1, 32)
+            low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+            steps = ((groups - low) / (high - low) * 15).round()
+            linear.weight.data = (low + steps * (high - low) / 15).reshape_as(linear.weight).bfloat16()
+        # Zeros are no values of a grid.
+        layer.mlp.down_proj.weight.data[torch.rand_like(layer.mlp.down_proj.weight) < 0.7] = 0
+    model.save_pretrained(folder)
+    assert record(capsys, folder)["grid"]["weights"] == 2
+    assert "On a grid already: 2 of 9 matrices" in printed(capsys, folder)

@@ -99,12 +99,20 @@ class ForwardPass:
             raise _Ended
         return answer
 
+    def compute(self) -> None:
+        """In the pass's own thread: run the model, for what is done before its blocks."""
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            self.run_model()
+
+    def run_model(self) -> Any:
+        """The model's output."""
+        return self._model(**self._inputs, **_without_cache(self._model))
+
     def _run(self) -> None:
         _here.forward_pass = self
-        torch.set_num_threads(1)
         try:
-            with torch.no_grad():
-                self._model(**self._inputs, **_without_cache(self._model))
+            self.compute()
         except _Ended:
             pass
         except BaseException as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -175,6 +175,58 @@ class Sums:
         with self._turn:
             self._passed[batch] = place
             self._turn.notify_all()
+
+
+class MixedSums:
+    """Sums over several texts, each kept apart, so that none counts for more than another because it is longer or has
+    larger inputs: what is told is their sum, each divided by its mean square.
+
+    Parameters
+    ----------
+    parts : of each text, its batches and its sums; batches are numbered through.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, Sums]]) -> None:
+        self._parts = parts
+        self._mixed: dict[tuple[int, ...], InputStatistics] = {}
+
+    def begin(self) -> None:
+        """Another round of batches, numbered from 0."""
+        for _, sums in self._parts:
+            sums.begin()
+
+    def add(self, batch: int, seen: list[Seen]) -> None:
+        """Add what one batch has shown; `batch` counts from 0, and comes after all before it have begun."""
+        for batches, sums in self._parts:
+            if batch < batches:
+                sums.add(batch, seen)
+                return
+            batch -= batches
+
+    def of(self, key: Key) -> InputStatistics | None:
+        """What was seen of a weight's inputs; None where it was not used. One object for all that read the same."""
+        found = [each for _, sums in self._parts if (each := sums.of(key)) is not None]
+        if not found:
+            return None
+        which = tuple(map(id, found))
+        if which not in self._mixed:
+            self._mixed[which] = _mix(found)
+        return self._mixed[which]
+
+
+def _mix(parts: Sequence[InputStatistics]) -> InputStatistics:
+    scales = [1 / max(float(part.squares.mean()), torch.finfo(torch.float32).tiny) for part in parts]
+    squares = sum(part.squares * scale for part, scale in zip(parts, scales, strict=True))
+    products = sum(
+        part.products * scale for part, scale in zip(parts, scales, strict=True) if part.products is not None
+    )
+    assert isinstance(squares, torch.Tensor)
+    return InputStatistics(
+        parts[0].name,
+        sum(part.tokens for part in parts),
+        squares,
+        products=products if isinstance(products, torch.Tensor) else None,
+    )
 
 
 class _Sum:

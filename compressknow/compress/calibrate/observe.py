@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressknow.compress.calibrate.forward import Call, NotApart
-from compressknow.compress.calibrate.gathering import Key, Sums, Watch
+from compressknow.compress.calibrate.gathering import Key, MixedSums, Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.calibrate.walk import memory_named, walk, whole_in_memory
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 Told = Callable[[int, int], object]
+AnySums = Sums | MixedSums
+Visit = Callable[[dict[Key, InputStatistics], Pool], object]
 
 
 def input_statistics(
@@ -36,84 +38,102 @@ def input_statistics(
     folder: Path | None = None,
     told: Told = max,
 ) -> dict[Key, InputStatistics]:
-    """The sums of squares of what each Linear weight is multiplied with, the final layer's included.
+    """The sums of squares of what each Linear weight is multiplied with, the final layer's included. See `observe`."""
+    found: dict[Key, InputStatistics] = {}
+    observe(checkpoint, tree, [batches], lambda seen, _: found.update(seen), threads=threads, folder=folder, told=told)
+    return found
+
+
+def observe(
+    checkpoint: Checkpoint,
+    tree: PreTrainedModel,
+    texts: Sequence[Batches],
+    visit: Visit,
+    *,
+    products: bool = False,
+    threads: int | None = None,
+    folder: Path | None = None,
+    told: Told = max,
+) -> None:
+    """Show what each Linear weight is multiplied with, block by block; nothing is kept of a block that was visited.
 
     Parameters
     ----------
     checkpoint, tree : of floats, with its module tree on the meta device.
-    batches : see `walk`.
+    texts : batches each, see `walk`. Of several, each counts as much as the others (`MixedSums`).
+    visit : gets what was seen, by weight, or matrix of a stack of them, and a pool to work with; what the text does not
+        reach is missing (experts, vision towers).
+    products : whether X^T X is gathered too.
     folder : where large hidden states lie meanwhile.
     told : the blocks that are done, and in all.
-
-    Returns
-    -------
-    By weight, or matrix of a stack of them; those that the text does not reach are missing (experts, vision towers).
     """
     structure = structure_of(tree)
     weights = [weight for weight in structure.linears if weight.group != "vision"]
     sources = Sources(checkpoint, tree, structure)
+    batches = [batch for text in texts for batch in text]
+
+    def make(weights: Iterable[LinearWeight], pool: Pool) -> AnySums:
+        names = dict.fromkeys(weight.parameter for weight in weights)
+        parts = [(len(text), Sums(names, products=products, peaks=False, check=pool.check)) for text in texts]
+        return parts[0][1] if len(parts) == 1 else MixedSums(parts)
+
     with OpenFiles() as files, Pool(threads) as pool:
         try:
             with memory_named(structure.architecture, whole_in_memory), Pool(threads) as own:
                 streamed = StreamedModel(tree, sources, files)
-                visitor = _Observing(streamed.blocks, weights, own)
+                visitor = _Observing(streamed.blocks, weights, own, make, visit)
                 walk(streamed, batches, visitor, own, folder, lambda module: visitor.tell(module, told))
-                visitor.refuse_left()
-                return dict(_found(weights, visitor.of))
+                visitor.finish()
         except NotApart:
             with memory_named(structure.architecture, whole_in_memory):
-                return _together(StreamedModel(tree, sources, files, whole=True), weights, batches, pool, told)
+                streamed = StreamedModel(tree, sources, files, whole=True)
+                sums = make(weights, pool)
+                _sum_together(streamed, weights, batches, sums, told)
+                visit(dict(_found(weights, sums)), pool)
 
 
-def _found(
-    weights: Iterable[LinearWeight], of: Callable[[LinearWeight], Sums]
-) -> Iterator[tuple[Key, InputStatistics]]:
+def _found(weights: Iterable[LinearWeight], sums: AnySums) -> Iterator[tuple[Key, InputStatistics]]:
     for weight in weights:
         matrices = weight.shape[0] if len(weight.shape) > 2 else 1
         for key in (Key(weight.parameter, matrix) for matrix in range(matrices)):
-            if (statistics := of(weight).of(key)) is not None:
+            if (statistics := sums.of(key)) is not None:
                 yield key, statistics
 
 
-def _sums(weights: Iterable[LinearWeight], pool: Pool) -> Sums:
-    names = dict.fromkeys(weight.parameter for weight in weights)
-    return Sums(names, products=False, peaks=False, check=pool.check)
-
-
-def _together(
-    streamed: StreamedModel, weights: Sequence[LinearWeight], batches: Batches, pool: Pool, told: Told
-) -> dict[Key, InputStatistics]:
+def _sum_together(
+    streamed: StreamedModel, weights: Sequence[LinearWeight], batches: Batches, sums: AnySums, told: Told
+) -> None:
     """The whole model at once."""
-    sums = _sums(weights, pool)
     parameters = {weight.parameter: streamed.model.get_parameter(weight.parameter) for weight in weights}
     for number, batch in enumerate(batches):
         with Watch(parameters) as watch:
             streamed.run(batch)
         sums.add(number, watch.seen)
         told(number + 1, len(batches))
-    return dict(_found(weights, lambda _: sums))
 
 
 class _Observing:
-    """Visits blocks, and layers in no block, and keeps what was summed of each."""
+    """Visits blocks, and layers in no block, and shows what was summed of each."""
 
-    def __init__(self, blocks: Sequence[str], weights: Sequence[LinearWeight], pool: Pool) -> None:
-        self._blocks, self._pool = blocks, pool
-        self._place = {weight.parameter: self._place_of(weight) for weight in weights}
+    def __init__(
+        self,
+        blocks: Sequence[str],
+        weights: Sequence[LinearWeight],
+        pool: Pool,
+        make: Callable[[Iterable[LinearWeight], Pool], AnySums],
+        visit: Visit,
+    ) -> None:
+        self._blocks, self._pool, self._make, self._visit = blocks, pool, make, visit
         self._targets: dict[str, list[LinearWeight]] = {}
         for weight in weights:
-            self._targets.setdefault(self._place[weight.parameter], []).append(weight)
+            self._targets.setdefault(self._place_of(weight), []).append(weight)
         # Of blocks that share their weights, all uses are seen.
         self._repeats = any(weight.uses > 1 or weight.sharing for weight in weights)
-        self._sums: dict[str, Sums] = {}
+        self._sums: dict[str, AnySums] = {}
         self._left = set(self._targets)
 
     def _place_of(self, weight: LinearWeight) -> str:
         return next((block for block in self._blocks if f"{weight.module}.".startswith(f"{block}.")), weight.module)
-
-    def of(self, weight: LinearWeight) -> Sums:
-        """Those that a weight's inputs were added to."""
-        return self.sums(self._place[weight.parameter])
 
     @property
     def alone(self) -> Collection[str]:
@@ -124,15 +144,20 @@ class _Observing:
         """All Linear weights of a block."""
         return list(dict.fromkeys(weight.parameter for weight in self._targets.get(module, ())))
 
-    def sums(self, module: str) -> Sums:
+    def sums(self, module: str) -> AnySums:
         """Those of a block; kept from one use to the next."""
         if module not in self._sums:
-            self._sums[module] = _sums(self._targets[module], self._pool)
+            self._sums[module] = self._make(self._targets[module], self._pool)
         return self._sums[module]
 
     def visit(self, module: str, again: Callable[[], Any]) -> None:  # noqa: ARG002
         """Nothing is changed."""
         self._left.discard(module)
+        if not self._repeats:
+            self._show(module)
+
+    def _show(self, module: str) -> None:
+        self._visit(dict(_found(self._targets[module], self._sums.pop(module))), self._pool)
 
     def output(self, module: str, batch: int, call: Call, output: Any) -> None:
         """Nothing is learned from it."""
@@ -147,8 +172,11 @@ class _Observing:
         """When all were seen."""
         return not self._left and not self._repeats
 
-    def refuse_left(self) -> None:
-        """Raise NotApart where the model does not run a block, or its head, as a module."""
+    def finish(self) -> None:
+        """Show what was to wait for further uses. Raises NotApart where the model does not run a block, or its head, as
+        a module."""
         for module in self._left:
             if module in self._blocks or any(weight.group == "final" for weight in self._targets[module]):
                 raise NotApart(f"the model does not run {module}")
+        for module in list(self._sums):
+            self._show(module)

@@ -14,7 +14,7 @@ import torch
 from transformers import Cache
 
 from compressknow.compress.calibrate.forward import Call, ForwardPass, NotApart, failing_apart, stopping_before
-from compressknow.compress.calibrate.gathering import Sums, Watch
+from compressknow.compress.calibrate.gathering import MixedSums, Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.pool import Pool
 from compressknow.errors import CompressknowError, lacks_memory
@@ -34,7 +34,7 @@ class Visitor(Protocol):
     def watched(self, module: str) -> Collection[str]:
         """The parameters of a block (or single layer) whose inputs are to be seen; none where nothing is to be done."""
 
-    def sums(self, module: str) -> Sums:
+    def sums(self, module: str) -> Sums | MixedSums:
         """Where the sums over the inputs of what is watched go."""
 
     def visit(self, module: str, again: Callable[[], Any]) -> None:

@@ -100,7 +100,7 @@ class MaskedScorer(Scorer):
         """The likeliest token at each of `length` masks, those before it filled in."""
         found: list[Ids] = [()] * len(batch)
         for _ in range(length):
-            rows = [self._row(query, length, ids) for query, ids in zip(batch, found, strict=True)]
+            rows = [self.step(query, length, ids) for query, ids in zip(batch, found, strict=True)]
             tokens = self._log_probs(rows).argmax(-1).tolist()
             found = [(*ids, token) for ids, token in zip(found, tokens, strict=True)]
         return found
@@ -114,16 +114,16 @@ class MaskedScorer(Scorer):
         for steps in sizes.values():
             for start in range(0, len(steps), ROWS):
                 chunk = steps[start : start + ROWS]
-                rows = [self._row(batch[index], length, beginning) for index, length, beginning in chunk]
+                rows = [self.step(batch[index], length, beginning) for index, length, beginning in chunk]
                 for step, row in zip(chunk, self._log_probs(rows), strict=True):
                     values = row[torch.tensor(wanted[step], device=row.device)].double().tolist()
                     found[step] = dict(zip(wanted[step], values, strict=True))
         return found
 
     def _first_of(self, length: int, batch: Sequence[Query]) -> torch.Tensor:
-        return self._log_probs([self._row(query, length, ()) for query in batch])
+        return self._log_probs([self.step(query, length, ()) for query in batch])
 
-    def _row(self, query: Query, length: int, beginning: Ids) -> tuple[Ids, int]:
+    def step(self, query: Query, length: int, beginning: Ids) -> tuple[Ids, int]:
         """The prompt with `length` masks in place of one, the first ones filled; and where the next token stands."""
         place = self._blank(query)
         masks = (self.tokenizer.mask_token_id,) * (length - len(beginning))
@@ -274,7 +274,7 @@ class Seq2SeqScorer(DecodingScorer):
         return tuple(self.encoder.answer(fact.before, text + after, fact.gap) for text in texts)
 
     def shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:
-        return len(prompt), len(self._beginning(fact))
+        return len(prompt), len(self.beginning(fact))
 
     def unaskable(self, fact: Fact) -> str | None:
         return None if self._has_sentinels else super().unaskable(fact)
@@ -283,7 +283,7 @@ class Seq2SeqScorer(DecodingScorer):
         device = self.model.device
         ids = torch.tensor([query.prompt for query in batch], device=device)
         encoder = self.model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))
-        begun = torch.tensor([self._beginning(query.fact) for query in batch], device=device)
+        begun = torch.tensor([self.beginning(query.fact) for query in batch], device=device)
         return self.read(batch, begun, Encoded(ids, encoder).rows(slice(None)))
 
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
@@ -313,7 +313,7 @@ class Seq2SeqScorer(DecodingScorer):
             )
         return False
 
-    def _beginning(self, fact: Fact) -> Ids:
+    def beginning(self, fact: Fact) -> Ids:
         """What the decoder has written before the answer."""
         start = (self._start,)
         if self._has_sentinels:

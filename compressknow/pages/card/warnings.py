@@ -42,6 +42,13 @@ def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
         yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
     yield from of_recipe(model)
     yield from of_calibration(original, model)
+    if original.grid and (model.quantization or model.runtime):
+        grid = original.grid
+        yield (
+            f"The original's weights lie on a grid already: in {grid['weights']} of {grid['of']} matrices 32 "
+            f"neighbours have at most {grid['values']} different values. A type of that grid keeps them as they are, "
+            "which flatters it: what is kept here says little of models that were not rounded before."
+        )
     known = UNKNOWN not in (original.dtype, model.dtype)
     if known and original.dtype != model.dtype and not (original.quantization or model.quantization):
         yield (

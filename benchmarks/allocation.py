@@ -1,0 +1,128 @@
+"""What a file keeps that `export --size` makes, beside llama.cpp's own types at the same bytes.
+
+    python examples/smollm2.py --off-grid build/smollm2-off
+    python benchmarks/allocation.py build/smollm2-off build/allocation [--types q4_k_m,q3_k_m,q2_k] [--limit 600]
+        [--roundings gptq,nearest] [--guides both] [--text FILE.txt] [--tokens 8192]
+
+A fifth of the facts of atlas may choose types, the others judge: of those that the original knows, how many each file
+still knows, in llama.cpp. Importance matrices and our text are the same: the model's own, or that of a file. Kept facts
+are compared fact by fact, by a test that knows relations; KL is the mean over them of the answer's first token. Files
+and answers that are there are taken as they are, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import compressknow
+from compressknow.errors import CompressknowError
+from compressknow.evaluate.answers import Answer
+from compressknow.evaluate.sources.atlas import atlas
+from compressknow.format import p_value
+from compressknow.stats.clusters import number_clusters, paired_test, tally
+from compressknow.stats.records import Counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("work", type=Path, help="folder for the files and the answers")
+    parser.add_argument("--types", default="q4_k_m,q3_k_m,q2_k")
+    parser.add_argument("--roundings", default="gptq,nearest")
+    parser.add_argument("--guides", default="both")
+    parser.add_argument("--limit", type=int, default=None, help="facts that judge  [default: all of them]")
+    parser.add_argument("--text", default="self")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--converter", default=None)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    files = _parts(given.work)
+    how: dict[str, Any] = {
+        "calibration": given.text,
+        "calibration_tokens": given.tokens,
+        "converter": given.converter,
+    }
+    exact = _made(given.model, given.work / "exact.gguf", {"type": "bf16", "converter": given.converter})
+    original = _answers(exact, given.work, files["judge"], given.limit, None)
+    known = {fact: answer for fact, answer in original.items() if answer.correct}
+    print(f"{len(known)} facts that the original knows, of {len(original)}.\n", flush=True)
+    print(f"{'file':<26}{'MB':>8}{'kept':>9}{'KL':>8}{'worse':>7}{'better':>7}{'p':>9}{'minutes':>9}", flush=True)
+    for kind in given.types.split(","):
+        theirs = _made(given.model, given.work / f"{kind}.gguf", {"type": kind, **how})
+        size = theirs.stat().st_size
+        first = _answers(theirs, given.work, files["judge"], given.limit, exact)
+        _show(kind, theirs, first, first, known)
+        for guide in given.guides.split(","):
+            for rounding in given.roundings.split(","):
+                name = f"{kind}-bytes-{guide}-{rounding}"
+                sized = {"size": size, "facts": f"facts:{files['choose']}", "guide": guide, "rounding": rounding}
+                file = _made(given.model, given.work / f"{name}.gguf", {**sized, **how})
+                _show(name, file, _answers(file, given.work, files["judge"], given.limit, exact), first, known)
+
+
+def _parts(folder: Path) -> dict[str, Path]:
+    """The facts that choose, one in five, and those that judge, by a hash of their ids."""
+    files = {name: folder / f"{name}.jsonl" for name in ("choose", "judge")}
+    lines: dict[str, list[str]] = {name: [] for name in files}
+    for fact in atlas().facts:
+        name = "judge" if hashlib.sha256(fact.id.encode()).digest()[0] % 5 else "choose"
+        values = {key: value for key, value in asdict(fact).items() if value is not None}
+        lines[name].append(json.dumps(values))
+    for name, file in files.items():
+        file.write_text("\n".join(lines[name]) + "\n", "utf-8")
+    return files
+
+
+def _made(model: Path, output: Path, how: dict[str, Any]) -> Path:
+    if not output.exists():
+        start = time.process_time()
+        compressknow.export(model, output, **how)
+        output.with_suffix(".seconds").write_text(str(time.process_time() - start))
+    return output
+
+
+def _answers(file: Path, work: Path, facts: Path, limit: int | None, reference: Path | None) -> dict[str, Answer]:
+    folder = work / "answers" / file.stem
+    of = None if reference is None else work / "answers" / reference.stem
+    probed = compressknow.probe(
+        file, folder, f"facts:{facts}", reference=of, limit=limit, runtime="llama.cpp", no_noise_floor=True
+    )
+    return {answer.fact_id: answer for answer in probed.answers}
+
+
+def _show(name: str, file: Path, own: dict[str, Answer], theirs: dict[str, Answer], known: dict[str, Answer]) -> None:
+    right = np.array([[answers[fact].correct for fact in known] for answers in (theirs, own)])
+    counts = tally(*right, number_clusters([(answer.probe, answer.relation) for answer in known.values()]))
+    total, seconds = sum(counts, Counts()), file.with_suffix(".seconds")
+    divergence = statistics.fmean(_divergence(answer, own[fact]) for fact, answer in known.items())
+    p = paired_test(counts).p if total.lost or total.gained else None
+    minutes = float(seconds.read_text()) / 60 if seconds.exists() else float("nan")
+    print(
+        f"{name:<26}{file.stat().st_size / 1e6:>8.2f}{right[1].mean():>9.1%}{divergence:>8.3f}{total.lost:>7}"
+        f"{total.gained:>7}{p_value(p):>9}{minutes:>9.1f}",
+        flush=True,
+    )
+
+
+def _divergence(original: Answer, answer: Answer) -> float:
+    """KL over the original's most likely tokens and the rest, nats."""
+    p, q = (np.exp(np.array(each.first_logp, float)) for each in (original, answer))
+    p, q = (np.append(each, max(1 - each.sum(), 1e-9)) for each in (p, q))
+    return float((p * np.log(p / q)).sum())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CompressknowError as error:
+        sys.exit(f"Error: {error}")

@@ -1,0 +1,147 @@
+"""The types of a GGUF file of a given size, by what rounding each of its tensors costs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from compressknow.errors import UsageError
+from compressknow.format import size
+from compressknow.gguf.choice import check_types
+from compressknow.gguf.fit import Fitted, Rounding, is_matrix, padded
+from compressknow.gguf.grids import legal_types, type_bytes
+from compressknow.gguf.tensors import Tensors, chosen_types
+from compressknow.study.allocation import Option, Table, allocate
+from compressknow.study.sensitivity import GUIDES, Guide, Sensitivity
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
+_MOST_BITS = 16
+
+
+@dataclass(frozen=True)
+class Target:
+    """How large a file is to be, and what decides which weights have more bits.
+
+    Attributes
+    ----------
+    size : bytes of the file; or `bits`, per weight, all of the file counted.
+    must : rules, as of ``--type-of``, for what is not to be chosen.
+    guide : ``facts``, ``text`` or ``both``.
+    rounding : ``gptq`` or ``nearest``.
+
+    Raises UsageError for what is none of these.
+    """
+
+    size: int | None = None
+    bits: float | None = None
+    must: tuple[tuple[str, str], ...] = ()
+    guide: Guide = "both"
+    rounding: Rounding = "gptq"
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.bits is None):
+            raise UsageError("Give --size or --bits, not both: each says how large the file is to be.")
+        if self.bits is not None and not 1 <= self.bits < _MOST_BITS:
+            raise UsageError(f"--bits {self.bits:g}: give bits per weight, from 1 to less than {_MOST_BITS}.")
+        if self.guide not in GUIDES:
+            raise UsageError(f"--guide {self.guide}: there is {', '.join(GUIDES)}.")
+        object.__setattr__(self, "must", check_types(self.must))
+
+    def budget(self, numel: int) -> int:
+        """The bytes of a file with so many weights."""
+        return self.size if self.size is not None else math.floor(numel * (self.bits or 0) / 8)
+
+    @property
+    def label(self) -> str:
+        """``90.0 MB by facts and text, gptq``, ``4.5 bits by facts, nearest``."""
+        amount = size(self.size) if self.size is not None else f"{self.bits:g} bits"
+        told = [f"{which} {chosen}" for which, chosen in self.must]
+        by = {"both": "facts and text"}.get(self.guide, self.guide)
+        return f"{amount} by {', '.join([by, self.rounding, *told])}"
+
+
+def parse_size(text: str | int) -> int:
+    """Return the bytes that a size says. Raises UsageError for a text that is none.
+
+    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000")]
+    [90000000, 1500000000, 67108864, 1000]
+    """
+    found = _SIZE.fullmatch(str(text).strip().upper())
+    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
+        raise UsageError(f"--size {text}: that is no size.", hint="Write 90MB, 1.5GB or a number of bytes.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: Target) -> Fitted:
+    """Choose a type for each matrix of a file.
+
+    Parameters
+    ----------
+    tensors : what the file holds in 32 or 16 bits.
+    overhead : bytes of the file beside its matrices.
+
+    Raises UsageError where no choice is that small, or all is smaller in full.
+    """
+    table = table_of(sensitivity, tensors, target.guide)
+    budget = target.budget(sum(each.numel for each in tensors.tensors.values()))
+    whole = overhead + sum(options[tensors.tensors[name].type].nbytes for name, options in table.items())
+    if budget >= whole:
+        raise UsageError(
+            f"{size(budget)} is no less than the model has in full, {size(whole)}.",
+            hint=f"Give less, or export it with --type {tensors.tensors[next(iter(table))].type}.",
+        )
+    found = allocate(_pinned(table, tensors, target.must), budget, overhead=overhead)
+    guidance = sensitivity.guidance
+    record = {
+        **{"budget": budget, "guide": target.guide, "rounding": target.rounding},
+        **{"must": [list(rule) for rule in target.must], "predicted_kl": found.loss},
+        **{"facts": guidance.facts, "facts_sha256": guidance.fingerprint},
+        **{"tokens": guidance.tokens, "text_sha256": guidance.text},
+    }
+    return Fitted(found.types, record)
+
+
+def table_of(sensitivity: Sensitivity, tensors: Tensors, guide: Guide) -> Table:
+    """What each matrix of a file takes and loses by type, its own included, which loses nothing.
+
+    Of a tensor that was made of several weights, what they lose adds up; one of which nothing was measured has 8 bits.
+    """
+    rows = sensitivity.kl(guide)
+    table: dict[str, dict[str, Option]] = {}
+    for name, tensor in tensors.tensors.items():
+        if not is_matrix(tensors, name):
+            continue
+        own = [rows[key] for key in _parameters(sensitivity, tensors, name) if key in rows]
+        kinds = [kind for kind in own[0] if all(kind in each for each in own)] if own else ["q8_0"]
+        shape = tensor.shape[::-1]
+        table[name] = {
+            kind: Option(padded(type_bytes(kind, shape)), sum(each[kind] for each in own))
+            for kind in legal_types(shape[-1], kinds)
+        }
+        table[name][tensor.type] = Option(padded(tensor.nbytes), 0.0)
+    return table
+
+
+def _parameters(sensitivity: Sensitivity, tensors: Tensors, name: str) -> Iterable[str]:
+    """The weights that a tensor is made of, by the names of the sensitivity."""
+    if name in tensors.weights:
+        tied = tensors.side.structure.tied
+        own = [weight.parameter for weight in tensors.weights[name]]
+        return dict.fromkeys([*own, *(tied[parameter] for parameter in own if parameter in tied)])
+    return [row.name for row in sensitivity.rows if row.group == "embedding"]
+
+
+def _pinned(table: Table, tensors: Tensors, must: Sequence[tuple[str, str]]) -> Table:
+    """The table with no choice for what rules name. Raises UsageError for a type that is not in it."""
+    pins: Mapping[str, str] = chosen_types(tensors, must)
+    for name, kind in pins.items():
+        if name in table and kind not in table[name]:
+            raise UsageError(
+                f"--must {kind}: {name} cannot be of that type.",
+                f"Its rows have {tensors.tensors[name].shape[0]} weights.",
+                f"It can be {', '.join(table[name])}.",
+            )
+    return {name: {pins[name]: options[pins[name]]} if name in pins else options for name, options in table.items()}

@@ -1,0 +1,194 @@
+"""Facts and text as batches of rows whose scores have gradients (`compressknow.compress.calibrate.backward`).
+
+A fact has a score for each of its best candidates: the log-probability of its tokens, as its family scores them. A
+candidate's tokens may lie in several rows (masked models), and a row may serve several candidates. Text has random
+scores, whose changes have squares that are twice the KL divergence of the next token's distribution in the mean, to
+second order: draws of random signs (Hutchinson's estimator of a trace) over all of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from compressknow.compress.calibrate.backward import Batch
+from compressknow.evaluate.scoring.families import MaskedScorer, Seq2SeqScorer
+from compressknow.evaluate.scoring.prompts import Ids
+
+if TYPE_CHECKING:
+    from compressknow.evaluate.answers import Answer
+    from compressknow.evaluate.scoring.scorer import Query, Scorer
+
+# Rows of decoders whose lengths differ by less than so many tokens are filled up at their ends, which nothing sees.
+SPREAD = 4
+# Of a row of text: tokens, positions that are scored, and draws for each. More rows tell more than more positions.
+TEXT_LENGTH, TEXT_POSITIONS, TEXT_DRAWS = 64, 16, 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a model reads once.
+
+    Attributes
+    ----------
+    ids : of the model's input; `decoder` those of a decoder beside it.
+    start : the position that predicts the first of the wanted tokens.
+    wanted : pairs of a candidate's number, counted over all facts, and tokens that follow one another.
+    """
+
+    ids: Ids
+    decoder: Ids | None
+    start: int
+    wanted: tuple[tuple[int, Ids], ...]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Batches, and whose scores theirs are.
+
+    Attributes
+    ----------
+    owners : of each batch, the number of the candidate that a score is of, int64 [rows, directions].
+    facts : of each candidate the number of its fact, int64 [candidates], ascending.
+    """
+
+    batches: tuple[Batch, ...]
+    owners: tuple[torch.Tensor, ...]
+    facts: torch.Tensor
+
+
+class Asked(NamedTuple):
+    """A fact with candidates, as a model reads it, and what it answered: its best candidates are scored."""
+
+    scorer: Scorer
+    query: Query
+    answer: Answer
+
+
+def fact_questions(asked: Sequence[Asked]) -> Questions:
+    """Return the questions of facts to one model, one or more."""
+    rows: list[Row] = []
+    facts: list[int] = []
+    for number, (scorer, query, answer) in enumerate(asked):
+        assert query.fact.candidates is not None
+        options = [query.options[query.fact.candidates.index(text)] for text in answer.top5]
+        rows += _rows_of(scorer, query, dict(enumerate(options, start=len(facts))))
+        facts += [number] * len(options)
+    family = asked[0].scorer.family
+    groups = _grouped(rows, fills=family != "masked")
+    batches, owners = zip(*(_fact_batch(group, family) for group in groups), strict=True)
+    return Questions(batches, owners, torch.tensor(facts))
+
+
+def _rows_of(scorer: Scorer, query: Query, options: Mapping[int, Ids]) -> Iterator[Row]:
+    if isinstance(scorer, MaskedScorer):
+        steps: dict[tuple[Ids, int], list[tuple[int, Ids]]] = {}
+        for number, ids in options.items():
+            for place, token in enumerate(ids):
+                steps.setdefault(scorer.step(query, len(ids), ids[:place]), []).append((number, (token,)))
+        yield from (Row(ids, None, start, tuple(wanted)) for (ids, start), wanted in steps.items())
+        return
+    # A candidate is read in the row of another that begins with it.
+    beginnings: dict[Ids, list[tuple[int, Ids]]] = {}
+    for number, ids in sorted(options.items(), key=lambda each: -len(each[1])):
+        read = ids[:-1]
+        held = next((longer for longer in beginnings if longer[: len(read)] == read), read)
+        beginnings.setdefault(held, []).append((number, ids))
+    for read, wanted in beginnings.items():
+        if isinstance(scorer, Seq2SeqScorer):
+            begun = scorer.beginning(query.fact)
+            yield Row(query.prompt, (*begun, *read), len(begun) - 1, tuple(wanted))
+        else:
+            yield Row((*query.prompt, *read), None, len(query.prompt) - 1, tuple(wanted))
+
+
+def _grouped(rows: Iterable[Row], *, fills: bool) -> list[list[Row]]:
+    """Rows that run together: of as many scores, and of one length, or nearly so where they can be filled up."""
+    groups: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        step = SPREAD if fills else 1
+        own = (len(row.ids) // step,) if row.decoder is None else (len(row.ids), len(row.decoder) // step)
+        groups.setdefault((*own, len(row.wanted)), []).append(row)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _fact_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]:
+    width = max(len(ids) for row in rows for _, ids in row.wanted)
+    targets = torch.tensor([[_filled(ids, width) for _, ids in row.wanted] for row in rows])
+    real = torch.tensor([[[place < len(ids) for place in range(width)] for _, ids in row.wanted] for row in rows])
+    inputs = _inputs([row.ids for row in rows], [row.decoder for row in rows if row.decoder is not None], family)
+    last = next(iter(reversed(inputs.values()))).shape[1] - 1
+    positions = torch.tensor([[min(row.start + place, last) for place in range(width)] for row in rows])
+    owners = torch.tensor([[number for number, _ in row.wanted] for row in rows])
+    return Batch(inputs, owners.shape[1], positions, partial(_log_probability, targets, real)), owners
+
+
+def _inputs(ids: Sequence[Ids], decoders: Sequence[Ids], family: str) -> dict[str, torch.Tensor]:
+    longest = max(map(len, ids))
+    inputs = {"input_ids": torch.tensor([_filled(row, longest) for row in ids])}
+    if family != "causal":
+        inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
+    if decoders:
+        longest = max(map(len, decoders))
+        inputs["decoder_input_ids"] = torch.tensor([_filled(row, longest) for row in decoders])
+    return inputs
+
+
+def _filled(ids: Ids, length: int) -> Ids:
+    return ids + ids[-1:] * (length - len(ids))
+
+
+def _log_probability(targets: torch.Tensor, real: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Of the tokens [rows, directions, positions], where they are real, summed over positions."""
+    log_probs: torch.Tensor = logits.gather(3, targets[..., None]).squeeze(3) - logits.logsumexp(3)
+    return log_probs.where(real, 0.0).sum(2)
+
+
+def text_batches(
+    batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int
+) -> list[Batch]:
+    """Return batches of text, the text that a checkpoint is calibrated on: pieces of it for a causal model, whole
+    sequences for others, for these are made of what is hidden in them. The draws are seeded."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        inputs = dict(batch)
+        if family == "causal":
+            # The first positions of a piece say little of the text: they have read too few tokens.
+            length = min(TEXT_LENGTH, ids.shape[1])
+            inputs = {"input_ids": ids[:, : ids.shape[1] // length * length].reshape(-1, length)}
+            positions = _drawn(torch.ones_like(inputs["input_ids"], dtype=torch.bool)[:, length // 4 :], generator)
+            positions += length // 4
+        elif family == "masked":
+            positions = _drawn(ids.eq(mask if mask is not None else -1), generator)
+        else:
+            positions = _drawn(torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool), generator)
+        if family != "causal":
+            inputs = {"attention_mask": torch.ones_like(ids), **inputs}
+        found.append(Batch(inputs, TEXT_DRAWS, positions, partial(_sketched, generator)))
+    return found
+
+
+def _drawn(allowed: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Positions of each row that are allowed, [rows, positions]: as many as every row has, at most those wanted."""
+    count = min(TEXT_POSITIONS, int(allowed.sum(1).min()))
+    keys = torch.rand(allowed.shape, generator=generator).where(allowed, -1.0)
+    return keys.topk(max(count, 1), 1).indices.sort(1).values
+
+
+def _sketched(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
+    """A random sum of log-probabilities, each centred and weighted by the root of its probability p, with a random
+    sign: the mean of the squares of its changes is dz' (diag p - p p') dz. Those of all positions are added, for their
+    signs are independent, and divided so that squares are means over positions."""
+    with torch.no_grad():
+        p = logits.detach().softmax(3)
+        signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8)
+        weights = p.sqrt().mul_(signs.mul_(2).sub_(1))
+        weights -= weights.sum(3, keepdim=True) * p
+    scores: torch.Tensor = (weights * logits).sum((2, 3)) / logits.shape[2] ** 0.5
+    return scores

@@ -1,0 +1,88 @@
+"""What a weight may be rounded to: the types of a GGUF file, or the schemes of a checkpoint."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Literal
+
+import torch
+
+from compressknow.compress.schemes import SCHEMES, Scheme
+from compressknow.compress.schemes.int4 import GROUP_SIZES
+from compressknow.compress.schemes.rounding import nearest
+from compressknow.gguf import grids
+
+SIZE_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+
+
+@dataclass(frozen=True)
+class Roundings(ABC):
+    """Candidate types, the largest first; weights are [out, in]."""
+
+    types: tuple[str, ...]
+    form: ClassVar[Literal["gguf", "checkpoint"]]
+
+    @abstractmethod
+    def legal(self, shape: Sequence[int]) -> tuple[str, ...]:
+        """Those that a weight's rows fit."""
+
+    @abstractmethod
+    def nbytes(self, name: str, shape: Sequence[int]) -> int:
+        """What a weight takes, its scales included."""
+
+    @abstractmethod
+    def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+        """Return what a runtime reads of a weight that was stored so, float32; `importance` [in] are the mean squares
+        of its inputs."""
+
+
+@dataclass(frozen=True)
+class GgufRoundings(Roundings):
+    """Types of tensors, by llama.cpp's names."""
+
+    types: tuple[str, ...] = grids.CANDIDATES
+    form = "gguf"
+
+    def legal(self, shape: Sequence[int]) -> tuple[str, ...]:
+        return grids.legal_types(shape[-1], self.types)
+
+    def nbytes(self, name: str, shape: Sequence[int]) -> int:
+        return grids.type_bytes(name, shape)
+
+    def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+        matrix = None if importance is None else importance.numpy()
+        return torch.from_numpy(grids.roundtrip(weight.numpy(), name, matrix))
+
+
+@dataclass(frozen=True)
+class SchemeRoundings(Roundings):
+    """Schemes that leave activations as they are; ``int4/64`` is int4 in groups of 64."""
+
+    types: tuple[str, ...] = ("int8-weights", *(f"int4/{size}" for size in GROUP_SIZES))
+    form = "checkpoint"
+
+    def legal(self, shape: Sequence[int]) -> tuple[str, ...]:
+        return tuple(name for name in self.types if scheme_of(name).misfit(tuple(shape)) is None)
+
+    def nbytes(self, name: str, shape: Sequence[int]) -> int:
+        scheme, own = scheme_of(name), tuple(shape)
+        # Scales are of the dtype of the weight: of 16 bits in what people compress.
+        stored = [each for each in scheme.stored(own, "BF16") if each.dtype != "I64"]
+        # Eight bits are packed too, four to an integer of 32.
+        return sum(prod(each.shape) * SIZE_OF[each.dtype] for each in stored)
+
+    def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG002
+        scheme = scheme_of(name)
+        per = scheme.scale_per
+        groups = weight.reshape(len(weight), -1, per) if isinstance(per, int) else weight[:, None]
+        scales = scheme.scales(groups.abs().amax(2))
+        return scheme.dequantize(nearest(weight, scales, scheme), scales)
+
+
+def scheme_of(name: str) -> Scheme:
+    """The scheme that a type of a checkpoint names."""
+    kind, _, size = name.partition("/")
+    return SCHEMES[kind].with_values({"group_size": int(size)}) if size else SCHEMES[kind]

@@ -1,0 +1,154 @@
+"""Where a model's knowledge sits: what rounding each weight alone to each type adds to the divergence of its answers.
+
+A `Sensitivity` is measured once (`compressknow.study.measuring`) and stored; sizes are fitted by it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from compressknow.errors import UsageError
+from compressknow.files import write_whole
+from compressknow.reading import read_json
+
+Guide = Literal["facts", "text", "both"]
+GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
+SCHEMA = 1
+_MOST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A weight rounded to one type, all others as they are.
+
+    Attributes
+    ----------
+    bytes : of the weight, stored so.
+    facts : the KL that it adds to the distribution over a fact's best candidates, in nats per fact; None where no facts
+        guided.
+    text : the KL that it adds to the next token's distribution, in nats per token; None where no text guided.
+    """
+
+    bytes: int
+    facts: float | None = None
+    text: float | None = None
+
+    def kl(self, guide: Guide = "both", weight: float = 1.0) -> float:
+        """Return the predicted KL: of facts, of text, or of facts and `weight` times that of text.
+
+        Raises ValueError where what guides was not measured.
+        """
+        parts = {"facts": self.facts, "text": self.text}
+        weights = {"facts": 1.0, "text": weight} if guide == "both" else {guide: 1.0}
+        values = [(parts[name], factor) for name, factor in weights.items()]
+        if missing := [name for name in weights if parts[name] is None]:
+            raise ValueError(f"the sensitivity to {missing[0]} was not measured")
+        return sum(value * factor for value, factor in values if value is not None)
+
+
+@dataclass(frozen=True)
+class TensorSensitivity:
+    """One weight.
+
+    Attributes
+    ----------
+    name : of the checkpoint's parameter; that of the embedding where the final layer is tied to it.
+    shape : [out, in] as the module tree has it.
+    group : ``attention``, ``feed-forward``, ``final``, ``embedding`` or ``other``.
+    layer : number of its block; None outside the blocks.
+    by_type : by the name of the type, in the order of `Guidance.types`; types that its rows do not fit are missing.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: str
+    layer: int | None
+    by_type: Mapping[str, Rounding]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a sensitivity was measured with.
+
+    Attributes
+    ----------
+    form : ``gguf`` or ``checkpoint``: what the types are types of.
+    types : the candidates, the largest first.
+    facts : how many facts, each known to the model; `fingerprint` is a hash of their ids, prompts and candidates.
+    tokens : how many tokens of text predicted another; `text` is a hash of them.
+    importance : a hash of the importance matrix that types were rounded with; None without one.
+    """
+
+    form: Literal["gguf", "checkpoint"]
+    types: tuple[str, ...]
+    facts: int = 0
+    fingerprint: str | None = None
+    tokens: int = 0
+    text: str | None = None
+    importance: str | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """That of a model: `sha256` is the model's, `guidance` what it was measured with."""
+
+    sha256: str
+    guidance: Guidance
+    rows: tuple[TensorSensitivity, ...]
+
+    def kl(self, guide: Guide = "both", weight: float = 1.0) -> dict[str, dict[str, float]]:
+        """Return the predicted KL of each weight and type, by name and type; see `Rounding.kl`."""
+        return {
+            row.name: {name: rounding.kl(guide, weight) for name, rounding in row.by_type.items()} for row in self.rows
+        }
+
+    def predict(self, types: Mapping[str, str], guide: Guide = "both", weight: float = 1.0) -> float:
+        """Return the predicted KL of a mix, a type for each weight that is rounded: the sum over them."""
+        rows = {row.name: row for row in self.rows}
+        return sum(rows[name].by_type[chosen].kl(guide, weight) for name, chosen in types.items())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values, as `write_sensitivity` stores them."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Sensitivity:
+        """Return what `as_json` gave. Raises ValueError, KeyError or TypeError for anything else."""
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"schema {values.get('schema')!r}")
+        guidance = {**values["guidance"], "types": tuple(values["guidance"]["types"])}
+        rows = (
+            TensorSensitivity(
+                row["name"],
+                tuple(row["shape"]),
+                row["group"],
+                row["layer"],
+                {name: Rounding(**rounding) for name, rounding in row["by_type"].items()},
+            )
+            for row in values["rows"]
+        )
+        return cls(values["sha256"], Guidance(**guidance), tuple(rows))
+
+
+def check_guide(guide: str) -> None:
+    """Raise UsageError for what guides nothing."""
+    if guide not in GUIDES:
+        raise UsageError(f"--guide: there is no guide {guide!r}.", hint=f"There is {', '.join(GUIDES)}.")
+
+
+def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
+    """Store it, whole or not at all."""
+    write_whole(path, json.dumps(sensitivity.as_json(), separators=(",", ":")).encode())
+
+
+def read_sensitivity(path: Path, sha256: str, guidance: Guidance) -> Sensitivity | None:
+    """Return what was stored of this model and guidance; None where there is nothing, or something else."""
+    try:
+        found = Sensitivity.from_json(read_json(path, _MOST_BYTES))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return found if (found.sha256, found.guidance) == (sha256, guidance) else None

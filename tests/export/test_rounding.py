@@ -1,0 +1,97 @@
+"""GPTQ onto llama.cpp's grids: held against llama.cpp's own bytes, its own reading of them, and its own rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("llama_cpp_py_sync")
+
+from compressknow.compress.calibrate.statistics import InputStatistics
+from compressknow.gguf.grids import block_size, dequantize, quantize, type_bytes
+from compressknow.gguf.rounding import LAYOUTS, pack, round_gptq
+
+ROWS, COLUMNS = 24, 512
+
+
+def weight(scale: float = 0.05) -> torch.Tensor:
+    """A matrix as layers have it: normal, with rows of several sizes, one of zeros and a block of zeros."""
+    values = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)) * scale
+    values *= torch.linspace(0.2, 3, ROWS)[:, None]
+    values[3] = 0
+    values[5, :256] = 0
+    return values
+
+
+def statistics(tokens: int = 2000) -> InputStatistics:
+    """Of inputs that depend on each other, and of channels of several sizes."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(tokens, 64, generator=generator) @ torch.randn(64, COLUMNS, generator=generator) / 8
+    inputs += torch.randn(tokens, COLUMNS, generator=generator)
+    inputs *= torch.exp(torch.randn(COLUMNS, generator=generator))
+    products = inputs.T @ inputs
+    return InputStatistics("layer", tokens, products.diagonal().clone(), None, products)
+
+
+def error(made: np.ndarray, exact: torch.Tensor, inputs: InputStatistics) -> float:
+    """||X (W - W')^T||^2."""
+    change = torch.from_numpy(made) - exact
+    return float(((change @ inputs.products) * change).sum())
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_codes_stand_where_llama_cpp_reads_them(kind: str) -> None:
+    """Its own bytes, with the codes that its own reading tells, are its own bytes again; and with any other codes it
+    reads these."""
+    layout, width = LAYOUTS[kind], block_size(kind)
+    blocks = quantize(weight().numpy(), kind).reshape(-1, type_bytes(kind, (1, width)))
+    assert layout.width == width
+    first, last = layout.codes
+    meanings = [
+        dequantize(pack(blocks, np.full((len(blocks), width), code, np.int16), layout), kind, (len(blocks), width))
+        for code in range(first, last + 1)
+    ]
+    read = dequantize(blocks, kind, (len(blocks), width))
+    codes = first + np.argmax(np.stack(meanings) == read, axis=0).astype(np.int16)
+    told = np.ptp(np.stack(meanings), axis=0).min(axis=1) > 0
+    assert told.sum() > len(blocks) / 2
+    again = pack(blocks, codes, layout)
+    assert (again[told] == blocks[told]).mean() > (0.9999 if kind == "q8_0" else 0.99)
+    np.testing.assert_array_equal(dequantize(again, kind, read.shape), read)
+    drawn = np.random.default_rng(2).integers(first, last + 1, read.shape, np.int16)
+    expected = np.take_along_axis(np.stack(meanings), (drawn - first)[None].astype(np.int64), axis=0)[0]
+    np.testing.assert_array_equal(dequantize(pack(blocks, drawn, layout), kind, read.shape), expected)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_it_loses_less_than_llama_cpp_with_an_importance_matrix(kind: str) -> None:
+    exact, inputs = weight(), statistics()
+    packed = round_gptq(exact, kind, inputs)
+    assert packed.shape == (ROWS, type_bytes(kind, (1, COLUMNS)))
+    made = dequantize(packed, kind, exact.shape)
+    theirs = dequantize(quantize(exact.numpy(), kind, (inputs.squares / inputs.tokens).numpy()), kind, exact.shape)
+    assert error(made, exact, inputs) < 0.7 * error(theirs, exact, inputs)
+    if kind not in ("q2_k", "q4_1", "q5_1", "q4_k", "q5_k"):
+        assert (made[3] == 0).all(), "what is zero stays zero where the grid has no minimum"
+
+
+@pytest.mark.parametrize("kind", ["iq4_nl", "q4_k"])
+def test_inputs_that_do_not_depend_on_each_other_leave_nothing_to_make_up_for(kind: str) -> None:
+    """Then every weight goes to the nearest value of its grid, as a search over all of them finds it."""
+    exact = weight()
+    alone = torch.eye(COLUMNS) * 100
+    made = dequantize(
+        round_gptq(exact, kind, InputStatistics("layer", 100, alone.diagonal().clone(), None, alone)), kind, exact.shape
+    )
+    packed = quantize(exact.numpy(), kind, np.ones(COLUMNS, np.float32))
+    width = block_size(kind)
+    blocks = packed.reshape(-1, type_bytes(kind, (1, width)))
+    grid = np.stack(
+        [
+            dequantize(pack(blocks, np.full((len(blocks), width), code, np.int16), LAYOUTS[kind]), kind, exact.shape)
+            for code in range(LAYOUTS[kind].codes[1] + 1)
+        ]
+    )
+    nearest = np.abs(grid - exact.numpy()).min(axis=0)
+    np.testing.assert_allclose(np.abs(made - exact.numpy()), nearest, atol=1e-6)

@@ -1,0 +1,98 @@
+"""A type per tensor: held against every choice that there is."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressknow.errors import UsageError
+from compressknow.study.allocation import Option, allocate
+
+KINDS = ("q2", "q3", "q4", "q8")
+OPTIONS = st.builds(Option, st.integers(1, 400), st.floats(0, 4, allow_subnormal=False))
+BY_TYPE = st.dictionaries(st.sampled_from(KINDS), OPTIONS, min_size=1)
+TABLES = st.dictionaries(st.text("abc", min_size=1, max_size=4), BY_TYPE, min_size=1, max_size=5)
+
+
+def choices(table):
+    """Every choice, as its bytes and loss."""
+    for kinds in product(*table.values()):
+        options = [table[name][kind] for name, kind in zip(table, kinds, strict=True)]
+        yield sum(each.nbytes for each in options), sum(each.loss for each in options)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TABLES, st.integers(0, 2000), st.integers(0, 100))
+def test_no_choice_within_the_budget_loses_less(table, spare, overhead):
+    every = list(choices(table))
+    budget = overhead + min(nbytes for nbytes, _ in every) + spare
+    found = allocate(table, budget, overhead=overhead)
+    options = [table[name][kind] for name, kind in found.types.items()]
+    assert found.types.keys() == table.keys()
+    assert found.nbytes == overhead + sum(each.nbytes for each in options) <= budget
+    assert found.loss == sum(each.loss for each in options)
+    assert found.loss == pytest.approx(min(loss for nbytes, loss in every if overhead + nbytes <= budget))
+
+
+@settings(max_examples=100, deadline=None)
+@given(TABLES, st.integers(1, 3000))
+def test_a_budget_below_the_smallest_file_is_refused(table, missing):
+    smallest = min(nbytes for nbytes, _ in choices(table))
+    with pytest.raises(UsageError, match="the smallest file has"):
+        allocate(table, smallest + 7 - min(missing, smallest + 7), overhead=7)
+
+
+def real(count, seed=0):
+    """Tensors as a model has them, one of which is a third of the file, with sizes that have no common divisor."""
+    random = np.random.default_rng(seed)
+    bits = np.array([2.6, 3.4, 4.25, 4.5, 5.0, 5.5, 6.0, 6.6, 8.5, 16.0])
+    numel = random.integers(90_001, 900_001, count)
+    numel[0] = numel.sum() // 2
+    harm = random.lognormal(0, 2, count)
+    return {
+        f"t{place}": {
+            f"{bit}": Option(int(size * bit / 8) + int(random.integers(99)), float(harm[place] * 4.0**-bit))
+            for bit in bits
+        }
+        for place, size in enumerate(numel)
+    }
+
+
+@pytest.mark.parametrize("bits", [3, 4.5, 6])
+def test_what_is_left_of_a_large_budget_is_spent(bits):
+    table = real(300)
+    numel = sum(options["16.0"].nbytes / 2 for options in table.values())
+    budget = int(numel * bits / 8)
+    found = allocate(table, budget)
+    assert budget * 0.998 < found.nbytes <= budget
+    # No choice loses less than the weighted sum of both, at any weight of a byte (its dual).
+    bound = max(
+        sum(min(each.loss + weight * each.nbytes for each in options.values()) for options in table.values())
+        - weight * budget
+        for weight in np.logspace(-14, 0, 300)
+    )
+    assert bound <= found.loss <= bound * 1.02
+
+
+def test_parts_of_what_is_joined_are_of_one_type():
+    table = real(12)
+    parts = [("t1", "t2", "t3"), ("t5", "t6"), ("t7", "elsewhere")]
+    found = allocate(table, sum(options["4.5"].nbytes for options in table.values()), together=parts)
+    assert len({found.types[name] for name in ("t1", "t2", "t3")}) == len({found.types[n] for n in ("t5", "t6")}) == 1
+    apart = allocate(table, sum(options["4.5"].nbytes for options in table.values()))
+    assert apart.loss < found.loss
+
+
+def test_an_error_says_what_makes_the_smallest_file():
+    table = {"head": {"q4": Option(9_000_000, 1), "q8": Option(17_000_000, 0)}, "one": {"q2": Option(1_000_000, 1)}}
+    with pytest.raises(UsageError) as caught:
+        allocate(table, 5_000_000, overhead=500_000)
+    assert str(caught.value).splitlines() == [
+        "5.0 MB cannot be kept: the smallest file has 10.5 MB.",
+        "That is head (q4) 9.0 MB, one (q2) 1.0 MB, and 500.0 kB of vocabulary, norms and metadata.",
+        "Give more, or take back a --must.",
+    ]

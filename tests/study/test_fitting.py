@@ -1,0 +1,131 @@
+"""Types for a size: what must be, what cannot be, and what is said. Files are made in tests/export/test_fit.py."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llama_cpp_py_sync")
+
+import compressknow
+from compressknow.diff.parameters import side_of
+from compressknow.errors import UsageError
+from compressknow.gguf.fit import padded
+from compressknow.gguf.grids import legal_types, type_bytes
+from compressknow.gguf.tensors import Tensors
+from compressknow.model.gguf_file import Tensor
+from compressknow.model.loading import open_complete
+from compressknow.study.fitting import Target, fit_types, parse_size
+from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
+from tests.export.making import checkpoint, name_in_llama_cpp
+
+OVERHEAD = 50_000
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint("llama-tied", tmp_path_factory.mktemp("fitting") / "model")
+
+
+@pytest.fixture(scope="module")
+def tensors(model: Path) -> Tensors:
+    """What the tiny model's file holds in 16 bits."""
+    side = side_of(open_complete(model)[0])
+    weights = {
+        "token_embd.weight" if weight.group == "final" else name_in_llama_cpp(weight.module): (weight,)
+        for weight in side.structure.linears
+    }
+    held = {
+        name: Tensor(name, "bf16", own[0].shape[::-1], prod(own[0].shape), 2 * prod(own[0].shape))
+        for name, own in weights.items()
+    }
+    held["output_norm.weight"] = Tensor("output_norm.weight", "f32", (256,), 256, 1024)
+    return Tensors(side, held, weights, {})
+
+
+@pytest.fixture(scope="module")
+def sensitivity(tensors: Tensors) -> Sensitivity:
+    """Of facts where attention matters, and of text where the rest does."""
+    rows = []
+    for (weight,) in tensors.weights.values():
+        facts, text = (8.0, 0.1) if weight.group == "attention" else (0.1, 8.0)
+        by_type = {
+            kind: Rounding(type_bytes(kind, weight.shape), facts / nbytes, text / nbytes)
+            for kind in legal_types(weight.shape[-1])
+            for nbytes in [type_bytes(kind, weight.shape) / prod(weight.shape)]
+        }
+        name = tensors.side.structure.tied.get(weight.parameter, weight.parameter)
+        rows.append(TensorSensitivity(name, weight.shape, weight.group or "other", weight.layer, by_type))
+    return Sensitivity("0" * 64, Guidance("gguf", ("q8_0",), 40, "1" * 64, 1000, "2" * 64), tuple(rows))
+
+
+def bits(fitted, tensors: Tensors, group: str) -> float:
+    own = [tensors.tensors[name] for name in fitted.types if tensors.groups[name] == group]
+    return sum(8 * type_bytes(fitted.types[each.name], each.shape[::-1]) for each in own) / sum(e.numel for e in own)
+
+
+def test_the_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tensors) -> None:
+    by = {g: fit_types(sensitivity, tensors, OVERHEAD, Target(700_000, guide=g)) for g in ("facts", "text", "both")}
+    attention = {guide: bits(fitted, tensors, "attention") for guide, fitted in by.items()}
+    assert attention["facts"] > attention["both"] > attention["text"]
+    assert by["facts"].types.keys() == set(tensors.weights)
+    assert by["facts"].record["facts"] == 40
+
+
+def test_what_must_be_is(sensitivity: Sensitivity, tensors: Tensors) -> None:
+    rules = (("attention", "q8_0"), ("blk.0.attn_v", "Q6_K"))
+    fitted = fit_types(sensitivity, tensors, OVERHEAD, Target(800_000, guide="text", must=rules))
+    chosen = {name: kind for name, kind in fitted.types.items() if "attn" in name}
+    assert chosen.pop("blk.0.attn_v.weight") == "q6_k"
+    assert set(chosen.values()) == {"q8_0"}
+    assert fitted.record["must"] == [["attention", "q8_0"], ["blk.0.attn_v", "q6_k"]]
+    used = sum(padded(type_bytes(kind, tensors.tensors[name].shape[::-1])) for name, kind in fitted.types.items())
+    assert 0.98 * 800_000 < OVERHEAD + used <= 800_000
+
+
+def test_bits_count_the_whole_file(sensitivity: Sensitivity, tensors: Tensors) -> None:
+    numel = sum(each.numel for each in tensors.tensors.values())
+    assert fit_types(sensitivity, tensors, OVERHEAD, Target(bits=5)).record["budget"] == numel * 5 // 8
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (Target(300_000), r"300\.0 kB cannot be kept: the smallest file has .*\n.*\(q2_k\).*50\.0 kB of vocabulary"),
+        (Target(900_000, must=(("feed-forward", "f16"),)), r"--must f16: blk\.0\.ffn_\w+\.weight cannot be of that"),
+        (Target(2_700_000), r"2\.7 MB is no less than the model has in full"),
+        (Target(900_000, must=(("nowhere", "q8_0"),)), "'nowhere' is no scope, and matches no tensor"),
+    ],
+)
+def test_what_cannot_be_is_one_message(target: Target, said: str, sensitivity: Sensitivity, tensors: Tensors) -> None:
+    with pytest.raises(UsageError, match=said):
+        fit_types(sensitivity, tensors, OVERHEAD, target)
+
+
+@pytest.mark.parametrize("text", ["", "MB", "90 MX", "-5MB", "0", "1e9", "five"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="that is no size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"size": "90MB", "bits": 4.5}, "Give `size` or `bits`, not both"),
+        ({"bits": 0.5}, "`bits=0.5`: give bits per weight, from 1 to less than 16"),
+        ({"bits": 16}, "`bits=16`"),
+        ({"size": "90MB", "must": {"attention": "q9_z"}}, "no type 'q9_z'"),
+        ({"size": "90MB", "type": "q4_k_m"}, "`type` and `size` cannot be combined"),
+        ({"size": "90MB", "type_of": {"attention": "q8_0"}}, "`type_of` and `size` cannot be combined"),
+        ({"guide": "facts"}, "`guide` goes with `size` or `bits`"),
+        ({"size": "90MB", "guide": "taste"}, "`guide` taste: there is facts, text, both"),
+        ({"size": "90MB", "facts": "nowhere"}, "nowhere"),
+        ({"size": "90MB", "facts": "text:README.md"}, "facts with candidates"),
+    ],
+)
+def test_arguments_are_refused_before_any_work(options: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        compressknow.export(tmp_path / "not looked at", tmp_path / "out.gguf", **options)
+    assert not list(tmp_path.iterdir())

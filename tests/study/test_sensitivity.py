@@ -1,0 +1,189 @@
+"""What rounding a weight does to facts: the first-order estimate against really rounding it and running the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from compressknow.compress.calibrate.backward import Batch
+from compressknow.engine.language_model import load_language_model
+from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
+from compressknow.evaluate.sources import open_probe
+from compressknow.model.loading import open_complete
+from compressknow.study.measuring import Measured, divergence, measure
+from compressknow.study.questions import Asked, Questions, fact_questions, text_batches
+from compressknow.study.roundings import GgufRoundings, Roundings, SchemeRoundings
+from compressknow.study.sensitivity import (
+    Guidance,
+    Rounding,
+    Sensitivity,
+    TensorSensitivity,
+    read_sensitivity,
+    write_sensitivity,
+)
+from tests.knowing import facts_file, knowing
+
+SCHEMES = SchemeRoundings(("int8-weights", "int4/32"))
+GGUF = GgufRoundings(("q8_0", "q5_0", "q4_0", "q3_k"))
+
+
+class Known(NamedTuple):
+    folder: Path
+    model: Any
+    questions: Questions
+    logp: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Known]:
+    folder = tmp_path_factory.mktemp("sensitivity")
+    made: dict[str, Known] = {}
+
+    def of(family: str) -> Known:
+        if family not in made:
+            path = knowing(family, folder / family)
+            loaded = load_language_model(path)
+            probe = open_probe(f"facts:{facts_file(folder / 'facts.jsonl')}")
+            scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)
+            prompts = prompts_of(scorer)
+            answers = {answer.fact_id: answer for batch in evaluate(prompts) for answer in batch}
+            asked = [Asked(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
+            logp = torch.tensor([value for each in asked for value in each.answer.top5_logp])
+            made[family] = Known(path, loaded.model, fact_questions(asked), logp)
+        return made[family]
+
+    return of
+
+
+def scores_of(known: Known) -> torch.Tensor:
+    """Of all candidates, by the model as it is now: plain passes of transformers."""
+    found = torch.zeros(len(known.questions.facts))
+    for batch, owners in zip(known.questions.batches, known.questions.owners, strict=True):
+        found.index_add_(0, owners.flatten(), batch.score(logits_of(known.model, batch)).flatten())
+    return found
+
+
+def logits_of(model: Any, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(**batch.inputs).logits
+    own = logits[torch.arange(len(logits))[:, None], batch.positions]
+    return own[:, None].expand(-1, batch.directions, -1, -1)
+
+
+def rounded(known: Known, measured: Measured, roundings: Roundings, name: str, type: str) -> torch.Tensor:
+    """The scores of the model with one weight rounded."""
+    weight = dict(known.model.named_parameters())[name]
+    before = weight.data
+    weight.data = roundings.roundtrip(before, type, measured.importance.get(name))
+    try:
+        return scores_of(known)
+    finally:
+        weight.data = before
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_scores_are_those_of_the_evaluation(family: str, known_by: Callable[[str], Known]) -> None:
+    known = known_by(family)
+    measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
+    torch.testing.assert_close(measured.scores, known.logp, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("roundings", [SCHEMES, GGUF], ids=["checkpoint", "gguf"])
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_changes_are_those_of_a_rounded_weight(
+    family: str, roundings: Roundings, known_by: Callable[[str], Known]
+) -> None:
+    known = known_by(family)
+    measured = measure(*open_complete(known.folder), roundings, known.questions)
+    ratios, cosines = [], []
+    for (name, type), estimate in list(measured.facts.items())[::2]:
+        change = rounded(known, measured, roundings, name, type) - measured.scores
+        ratios.append(float(estimate.norm() / change.norm()))
+        cosines.append(float(torch.nn.functional.cosine_similarity(change, estimate, dim=0)))
+    near = sum(1 / 1.5 < ratio < 1.5 for ratio in ratios)
+    assert near >= 0.95 * len(ratios), sorted(ratios)
+    # And not in size alone.
+    assert median(cosines) > 0.95, sorted(cosines)
+
+
+def test_the_predicted_divergence_of_mixes_ranks_them_as_the_measured_one(known_by: Callable[[str], Known]) -> None:
+    known, generator = known_by("llama"), torch.Generator().manual_seed(0)
+    measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
+    parameters, before = dict(known.model.named_parameters()), scores_of(known)
+    predicted, real = [], []
+    for share in (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0):
+        draws = torch.rand(len(measured.weights), generator=generator)
+        mix = {
+            n: "int4/32" if draw < share else "int8-weights" for n, draw in zip(measured.weights, draws, strict=True)
+        }
+        kept = {name: parameters[name].data for name in mix}
+        for name, type in mix.items():
+            parameters[name].data = SCHEMES.roundtrip(kept[name], type, None)
+        after = scores_of(known)
+        for name, weight in kept.items():
+            parameters[name].data = weight
+        predicted.append(sum(measured.kl_of_facts(name, type) or 0 for name, type in mix.items()))
+        real.append(float(exact_divergence(before, after, measured.owners).mean()))
+    assert spearmanr(predicted, real).statistic > 0.9
+
+
+def exact_divergence(before: torch.Tensor, after: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    values = []
+    for fact in range(int(owners.max()) + 1):
+        one, other = (scores[owners == fact].double().log_softmax(0) for scores in (before, after))
+        values.append((one.exp() * (one - other)).sum())
+    return torch.stack(values)
+
+
+def test_a_divergence_to_second_order_is_the_exact_one_of_small_changes() -> None:
+    torch.manual_seed(0)
+    owners = torch.tensor([0, 0, 0, 1, 1])
+    scores, changes = torch.randn(5), torch.randn(5) * 1e-3
+    near = divergence(scores, changes, owners)
+    torch.testing.assert_close(near, exact_divergence(scores, (scores + changes).double(), owners), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_changes_of_text_give_the_divergence_of_the_next_token(family: str, known_by: Callable[[str], Known]) -> None:
+    known = known_by(family)
+    texts = text_of(known, family)
+    measured = measure(*open_complete(known.folder), SCHEMES, None, texts)
+    name = next(name for name in measured.weights if "1" in name)
+    parameters = dict(known.model.named_parameters())
+    before, kept = [logits_of(known.model, text)[:, 0].double().log_softmax(2) for text in texts], parameters[name].data
+    parameters[name].data = SCHEMES.roundtrip(kept, "int4/32", None)
+    after = [logits_of(known.model, text)[:, 0].double().log_softmax(2) for text in texts]
+    parameters[name].data = kept
+    real = torch.cat([(p.exp() * (p - q)).sum(2).mean(1) for p, q in zip(before, after, strict=True)])
+    estimate = measured.text[name, "int4/32"].double().square().mean(1) / 2
+    # Draws are few, so that the mean alone is near.
+    assert 0.5 < float(estimate.mean() / real.mean()) < 2
+
+
+def text_of(known: Known, family: str) -> list[Batch]:
+    """The prompts of facts over and over, as text."""
+    rows = [batch.inputs for batch in known.questions.batches if len(batch.positions) >= 4]
+    picked = [{name: ids[:16] for name, ids in inputs.items() if name != "attention_mask"} for inputs in rows]
+    kind = {"llama": "causal", "bert": "masked", "t5": "seq2seq"}[family]
+    mask = 4 if family == "bert" else None
+    return text_batches(picked, kind, mask, seed=0)
+
+
+def test_a_sensitivity_is_read_as_it_was_written_and_that_of_another_guidance_is_not(tmp_path: Path) -> None:
+    rows = (TensorSensitivity("a", (2, 32), "attention", 0, {"q8_0": Rounding(68, 0.1, None)}),)
+    guidance = Guidance("gguf", ("q8_0",), 64, "facts")
+    written = Sensitivity("model", guidance, rows)
+    write_sensitivity(written, tmp_path / "found.json")
+    assert read_sensitivity(tmp_path / "found.json", "model", guidance) == written
+    assert read_sensitivity(tmp_path / "found.json", "model", replace(guidance, facts=65)) is None
+    assert read_sensitivity(tmp_path / "none.json", "model", guidance) is None
+    assert written.predict({"a": "q8_0"}, "facts") == 0.1
+    with pytest.raises(ValueError, match="to text was not measured"):
+        rows[0].by_type["q8_0"].kl("both")
