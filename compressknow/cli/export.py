@@ -171,7 +171,8 @@ def layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:
         if name.startswith("blk."):
             _, layer, part = name.split(".", 2)
             layers.setdefault(int(layer), {})[part] = kind
-    parts = list(dict.fromkeys(part for own in layers.values() for part in own))
+    # Attention before feed-forward, as a layer computes them; a file may hold them in another order.
+    parts = sorted({part for own in layers.values() for part in own}, key=lambda part: (part.startswith("ffn"), part))
     widths = [max(len(part), 7) + 2 for part in parts]
     yield f"{'Layer':<7}" + "".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
     for number, own in sorted(layers.items()):

@@ -190,9 +190,10 @@ def _fit(job: Export, target: Target, probes: Sequence[Probe], text: Calibration
     from compressknow.gguf.fit import Fit
     from compressknow.study.fitting import fit_types
     from compressknow.study.guides import guides_of
+    from compressknow.study.roundings import GgufRoundings
 
     handle = ModelHandle(locate(job.checkpoint.folder), Settings(trust_remote_code=job.trust_remote_code))
-    guides = guides_of(handle, probes, text, target.guide, listening)
+    guides = guides_of(handle, probes, text, target.guide, GgufRoundings(), listening)
     return Fit(
         target.label,
         target.budget(job.numel),

@@ -1,4 +1,4 @@
-"""What a size of a GGUF file is fitted by: the sensitivity of its weights, and what GPTQ runs over.
+"""What a size is fitted by: facts that a model knows, its own text, and how its weights are sensitive to both.
 
 Answers, text and sensitivity are kept: another size of the same model begins where types are chosen.
 """
@@ -7,110 +7,217 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.errors import UsageError
 from compressknow.files import cache_folder, write_whole
+from compressknow.quiet import Stage, begun
 from compressknow.reading import read_json
-from compressknow.study.guide import FEWEST, known_facts, sensitivity_of
-from compressknow.study.sensitivity import Guide, Sensitivity
+from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, read_sensitivity, write_sensitivity
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
     from compressknow.compress.calibrate.observe import Batches
     from compressknow.compress.calibrate.text import CalibrationText
     from compressknow.compress.steps import Calibration
+    from compressknow.evaluate.answers import Answers
     from compressknow.evaluate.facts import Fact, Probe
     from compressknow.evaluate.handle import ModelHandle
+    from compressknow.model.checkpoint import Checkpoint
     from compressknow.quiet import Listener
+    from compressknow.study.questions import Asked
+    from compressknow.study.roundings import Roundings
 
+# Facts that guide, and the fewest that tell one weight from another.
+FACTS, FEWEST = 200, 30
 # Of four facts that are evaluated, a small model may know two: so many, that there are enough.
 ASKED = 400
+# Tokens of text that guide: more tell little more, and take as long as so many more facts.
+TOKENS = 2_048
 _MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Guides:
-    """The sensitivity of weights, and token ids as batches: of facts with their objects, if any are known, and of the
-    text."""
+    """The sensitivity of weights, and token ids as batches, which GPTQ runs over: those of facts with their objects, if
+    any are known to a causal model, and those of the text."""
 
     sensitivity: Sensitivity
     texts: tuple[Batches, ...]
 
 
 def guides_of(
-    handle: ModelHandle, probes: Sequence[Probe], calibration: Calibration, guide: Guide, on_progress: Listener | None
+    handle: ModelHandle,
+    probes: Sequence[Probe],
+    calibration: Calibration,
+    guide: Guide,
+    roundings: Roundings,
+    on_progress: Listener | None,
 ) -> Guides:
-    """Measure what guides the types of a GGUF file, as far as it was not before.
+    """Measure what guides the types of weights, as far as it was not before.
 
     Parameters
     ----------
     handle : of a checkpoint of floats.
-    probes : of facts with candidates. GPTQ runs over facts even where text guides alone.
+    probes : of facts with candidates. They are measured, and GPTQ runs over them, even where text guides alone.
+    calibration : the text; its first `TOKENS` guide.
 
     Raises UsageError where facts are to guide and the model knows fewer than 30.
     """
     from compressknow.evaluate.gather import default_answers_folder
     from compressknow.evaluate.handle import Beside
     from compressknow.evaluate.run import probe_model
-    from compressknow.gguf.gptq import batches_of
-    from compressknow.quiet import Stage, begun
-    from compressknow.study.roundings import GgufRoundings
+    from compressknow.model.loading import open_complete
 
-    folder = default_answers_folder() / handle.sha256[:16]
+    model, trusted = handle.located, handle.settings.trust_remote_code
     probes = [probe.limited(max(1, ASKED // len(probes))) for probe in probes]
-    answers = probe_model(handle, probes, folder, Beside(), on_progress=on_progress, wait=True)
-    known = known_facts(answers, probes)
-    sequences = _sequences(handle, probes, known)
+    answers = probe_model(
+        handle, probes, default_answers_folder() / handle.sha256[:16], Beside(), on_progress=on_progress, wait=True
+    )
     handle.release()
-    if len(sequences) < FEWEST:
+    facts = known_facts(answers, probes)
+    if (known := sum(map(len, facts.values()))) < FEWEST:
         if guide != "text":
             raise UsageError(
-                f"{handle.located.name} knows {len(sequences)} of these facts, and {FEWEST} are needed to guide.",
+                f"{model.name} knows {known} of these facts, and {FEWEST} are needed to guide.",
                 hint="Give other --facts, or --guide text.",
             )
-        known, sequences = {}, []
-    text = _text(handle, calibration, on_progress)
-    with begun(on_progress, Stage("sensitivity", handle.located.name)) as advance:
-        sensitivity = sensitivity_of(
-            handle.located.path,
-            handle.sha256,
-            GgufRoundings(),
-            answers=answers if known else None,
-            probes=probes,
-            facts=known,
-            text=text,
-            trust_remote_code=handle.settings.trust_remote_code,
-            advance=advance,
-        )
-    of_facts = [batches_of(sequences)] if sequences else []
-    return Guides(sensitivity, (*of_facts, text.batches))
+        facts = {}
+    checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
+    text = _text(handle, tree, calibration, on_progress)
+    asked = _asked(model.path, tree, answers, probes, facts, trusted)
+    sensitivity = _sensitivity(handle, checkpoint, tree, roundings, asked, facts, text, on_progress)
+    return Guides(sensitivity, (*_batches(asked), text.batches))
 
 
-def _sequences(handle: ModelHandle, probes: Sequence[Probe], known: Mapping[str, Sequence[Fact]]) -> list[list[int]]:
-    """Token ids of facts with their objects, but for the last token, after which nothing is predicted."""
-    found = []
+def known_facts(answers: Answers, probes: Iterable[Probe], most: int = FACTS) -> dict[str, list[Fact]]:
+    """Return facts with candidates that a model answered right, by probe: evenly over relations, the first of each in
+    the probe's order; at most so many in all."""
+    right = {(answer.probe, answer.fact_id) for answer in answers.answers if answer.correct}
+    by_relation: dict[tuple[str, str], list[Fact]] = {}
     for probe in probes:
-        wanted = {fact.id for fact in known.get(probe.name, ())}
-        queries = (query for batch in handle.prompts(probe).batches for query in batch)
-        found += [[*query.prompt, *query.gold[:-1]] for query in queries if query.fact.id in wanted]
+        for fact in probe.facts:
+            if fact.candidates and (probe.name, fact.id) in right:
+                by_relation.setdefault((probe.name, fact.relation), []).append(fact)
+    found: dict[str, list[Fact]] = {}
+    depth = max(map(len, by_relation.values()), default=0)
+    turns = [
+        (name, facts[turn]) for turn in range(depth) for (name, _), facts in by_relation.items() if turn < len(facts)
+    ]
+    for name, fact in turns[:most]:
+        found.setdefault(name, []).append(fact)
     return found
 
 
-def _text(handle: ModelHandle, calibration: Calibration, on_progress: Listener | None) -> CalibrationText:
+def fingerprint_of_facts(facts: Mapping[str, Sequence[Fact]]) -> str:
+    """A hash of their ids, prompts and candidates."""
+    told = [(name, fact.id, fact.prompt, fact.candidates) for name, own in facts.items() for fact in own]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _sensitivity(
+    handle: ModelHandle,
+    checkpoint: Checkpoint,
+    tree: PreTrainedModel,
+    roundings: Roundings,
+    asked: Sequence[Asked],
+    facts: Mapping[str, Sequence[Fact]],
+    text: CalibrationText,
+    on_progress: Listener | None,
+) -> Sensitivity:
+    """That of a checkpoint, measured now, or as it was stored when it was measured."""
+    from compressknow.engine.language_model import family_of, load_whole_tokenizer
+    from compressknow.study.measuring import measure
+    from compressknow.study.questions import fact_questions, text_batches
+
+    guidance = Guidance(
+        roundings.form,
+        roundings.types,
+        facts=len(asked),
+        fingerprint=fingerprint_of_facts(facts) if asked else None,
+        tokens=min(text.tokens, TOKENS),
+        text=text.sha256,
+    )
+    place = _place_of(handle.sha256, guidance)
+    if (stored := read_sensitivity(place, handle.sha256, guidance)) is not None:
+        return stored
+    model, trusted = handle.located, handle.settings.trust_remote_code
+    mask = load_whole_tokenizer(model.path, trust_remote_code=trusted).mask_token_id
+    texts = text_batches(_beginning(text), family_of(tree) or "", mask, text.seed)
+    with begun(on_progress, Stage("sensitivity", model.name)) as advance:
+        questions = fact_questions(asked) if asked else None
+        measured = measure(checkpoint, tree, roundings, questions, texts, advance)
+    found = Sensitivity(handle.sha256, guidance, measured.rows(roundings))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_sensitivity(found, place)
+    return found
+
+
+def _place_of(sha256: str, guidance: Guidance) -> Path:
+    key = hashlib.sha256(repr(guidance).encode()).hexdigest()
+    return cache_folder() / "sensitivity" / f"{sha256[:16]}-{key[:16]}.json"
+
+
+def _asked(
+    folder: Path,
+    tree: PreTrainedModel,
+    answers: Answers,
+    probes: Sequence[Probe],
+    facts: Mapping[str, Sequence[Fact]],
+    trusted: bool,
+) -> list[Asked]:
+    """The facts as the model reads them, and what it answered."""
+    from compressknow.engine.language_model import family_of, load_whole_tokenizer
+    from compressknow.evaluate.evaluate import scorer_for
+    from compressknow.study.questions import Asked
+
+    tokenizer = load_whole_tokenizer(folder, trust_remote_code=trusted)
+    asked: list[Asked] = []
+    for probe in probes:
+        scorer = scorer_for(tree, tokenizer, family_of(tree) or "", probe)
+        own = {answer.fact_id: answer for answer in answers.of(probe.name)}
+        queries = [scorer.query(fact) for fact in facts.get(probe.name, ())]
+        asked += [Asked(scorer, query, own[query.fact.id]) for query in queries if not isinstance(query, str)]
+    return asked
+
+
+def _batches(asked: Sequence[Asked]) -> list[Batches]:
+    """Token ids of facts with their objects, but for the last token, after which nothing is predicted."""
+    from compressknow.gguf.gptq import batches_of
+
+    sequences = [[*each.query.prompt, *each.query.gold[:-1]] for each in asked if each.scorer.family == "causal"]
+    return [batches_of(sequences)] if sequences else []
+
+
+def _beginning(text: CalibrationText) -> list[dict[str, torch.Tensor]]:
+    """Batches of the first tokens of a text."""
+    found: list[dict[str, torch.Tensor]] = []
+    left = TOKENS
+    for batch in text.batches:
+        length = batch["input_ids"].shape[1]
+        rows = min(len(batch["input_ids"]), max(left // length, 0 if found else 1))
+        if rows:
+            found.append({name: ids[:rows] for name, ids in batch.items()})
+            left -= rows * length
+    return found
+
+
+def _text(
+    handle: ModelHandle, tree: PreTrainedModel, calibration: Calibration, on_progress: Listener | None
+) -> CalibrationText:
     """The text, which a model that writes its own writes once."""
     from compressknow.compress.calibrate.text import calibration_text
-    from compressknow.model.loading import open_complete
-    from compressknow.quiet import Stage, begun
 
     key = hashlib.sha256(json.dumps([handle.sha256, asdict(calibration)]).encode()).hexdigest()
     file = cache_folder() / "texts" / f"{key[:32]}.json"
     if calibration.text == "self" and (stored := _stored_text(file)) is not None:
         return stored
     folder, trusted = handle.located.path, handle.settings.trust_remote_code
-    _, tree = open_complete(folder, trust_remote_code=trusted)
     with begun(on_progress, Stage(calibration.work, handle.located.name)) as advance:
         text = calibration_text(
             folder,

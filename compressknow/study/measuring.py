@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from compressknow.quiet import Advance
 
 # Rows of a weight that are rounded and multiplied at a time: of a head there are as many as tokens.
-BAND = 8192
+BAND = 2048
+# Rows of a weight whose errors are looked at: so many that count most, and of the others one in so many.
+FIRST_ROWS, STRIDE = 128, 8
 # Of the pieces of a text, left out of a mean: those that change most.
 TRIMMED = 0.1
 
@@ -50,8 +52,9 @@ class Measured:
     ----------
     weights : by name, group, block and shape [out, in] of each.
     scores : of all candidates of facts, [candidates]; `owners` are the numbers of their facts.
-    facts : changes of these.
+    facts : changes of these, by the types that were tried.
     text : changes of the scores of text, [rows, draws].
+    errors : by name and each type, squared errors, in a unit of the weight's own.
     importance : by name, what types were rounded with, [in].
     """
 
@@ -60,21 +63,39 @@ class Measured:
     owners: torch.Tensor
     facts: Mapping[tuple[str, str], torch.Tensor]
     text: Mapping[tuple[str, str], torch.Tensor]
+    errors: Mapping[tuple[str, str], float]
     importance: Mapping[str, torch.Tensor]
 
     def rows(self, roundings: Roundings) -> tuple[TensorSensitivity, ...]:
         """Return the sensitivity of each weight."""
         found = []
         for name, (group, layer, shape) in self.weights.items():
-            types = {
-                each: Rounding(roundings.nbytes(each, shape), self.kl_of_facts(name, each), self.kl_of_text(name, each))
-                for each in roundings.legal(shape)
-            }
+            tried = roundings.tried(shape)
+            per_fact = self._per_error(name, {type: self.kl_of_facts(name, type) for type in tried})
+            per_token = self._per_error(name, {type: self.kl_of_text(name, type) for type in tried})
+            types = {}
+            for type in roundings.legal(shape):
+                error = self.errors[name, type]
+                facts, text = (None if each is None else each * error for each in (per_fact, per_token))
+                types[type] = Rounding(roundings.nbytes(type, shape), facts, text)
             found.append(TensorSensitivity(name, shape, group, layer, types))
         return tuple(found)
 
+    def _per_error(self, name: str, divergences: Mapping[str, float | None]) -> float | None:
+        """KL per squared error of a weight, the mean over what was tried; None where nothing was.
+
+        What one rounding happens to change of some facts is a matter of luck: types are told apart by their errors,
+        weights by what all types do.
+        """
+        found = [
+            kl / self.errors[name, type]
+            for type, kl in divergences.items()
+            if kl is not None and self.errors[name, type] > 0
+        ]
+        return sum(found) / len(found) if found else None if None in divergences.values() else 0.0
+
     def kl_of_facts(self, name: str, type: str) -> float | None:
-        """The mean over facts, nats; None where there are no facts."""
+        """The mean over facts, nats, of a type that was tried; None where there are no facts."""
         changes = self.facts.get((name, type))
         if changes is None:
             return None
@@ -150,6 +171,7 @@ class _Measuring:
         self._facts: dict[tuple[str, str], torch.Tensor] = {}
         self._text: dict[tuple[str, str], torch.Tensor] = {}
         self._importance: dict[str, torch.Tensor] = {}
+        self._errors: dict[tuple[str, str], float] = {}
         self._dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
         self._done = 0
 
@@ -176,53 +198,93 @@ class _Measuring:
         name = self._name(linear.parameter)
         self._found.setdefault(name, (linear.group or "other", linear.layer, tuple(weight.shape)))
         importance = self._importance_of(name, products)
+        # Inputs count by the gradients at their tokens: those of attention sinks are large, and change nothing.
+        squares = [each.gradients.float().square().sum(1).flatten(0, 1) for each in products]
+        of_rows = self._halves(products, [each.sum(0) for each in squares])
+        columns = zip(products, squares, strict=True)
+        of_columns = self._halves(
+            products, [own.sum(1) @ each.inputs.flatten(0, 1).float().square() for each, own in columns]
+        )
+        self._add_errors(name, weight, importance, of_rows, of_columns)
+        types = self._roundings.tried(weight.shape)
         inputs = [each.inputs.to(self._dtype) for each in products]
         for start in range(0, len(weight), BAND):
             band = weight[start : start + BAND]
-            seen = [each.gradients[..., start : start + BAND].to(self._dtype) for each in products]
-            for type in self._roundings.legal(weight.shape):
-                change = (self._roundings.roundtrip(band, type, importance) - band).to(self._dtype)
-                for product, x, g in zip(products, inputs, seen, strict=True):
-                    self._add(name, type, product.batch, _contract(g, x @ change.T))
+            rounded = torch.stack([self._roundings.roundtrip(band, type, importance) for type in types], 1)
+            # Types change fastest: what one product of all of them gives lies as the next one reads it.
+            change = (rounded - band[:, None]).to(self._dtype).flatten(0, 1)
+            for product, x in zip(products, inputs, strict=True):
+                seen = product.gradients[..., start : start + BAND].to(self._dtype)
+                self._add(name, types, product.batch, _contract(seen, x @ change.T, len(types)))
+
+    def _add_errors(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        importance: torch.Tensor | None,
+        of_rows: torch.Tensor,
+        of_columns: torch.Tensor,
+    ) -> None:
+        """Squared errors of a weight [out, in] by type, weighted by row [out] and column [in]; of the rows that count
+        most and some of the others."""
+        order = of_rows.argsort(descending=True, stable=True)
+        own = torch.cat([order[:FIRST_ROWS], order[FIRST_ROWS::STRIDE]])
+        rows = weight[own]
+        for type in self._roundings.legal(weight.shape):
+            squares = (self._roundings.roundtrip(rows, type, importance) - rows).square()
+            self._errors[name, type] = float(of_rows[own] @ squares @ of_columns)
 
     def _add_lookups(self, parameter: str, weight: torch.Tensor, products: Sequence[Product], scale: float) -> None:
         name = self._name(parameter)
         self._found.setdefault(name, ("embedding", None, tuple(weight.shape)))
         tokens, places = torch.unique(torch.cat([each.inputs.flatten() for each in products]), return_inverse=True)
         rows, importance = weight[tokens], self._importance.get(name)
-        for type in self._roundings.legal(weight.shape):
-            change = ((self._roundings.roundtrip(rows, type, importance) - rows) * scale).to(self._dtype)
-            start = 0
-            for product in products:
-                own = change[places[start : start + product.inputs.numel()]]
-                start += product.inputs.numel()
-                of_rows = own.reshape(*product.inputs.shape, -1)
-                self._add(name, type, product.batch, _contract(product.gradients.to(self._dtype), of_rows))
+        if importance is None:
+            self._add_errors(name, rows, None, torch.ones(len(rows)), torch.ones(rows.shape[1]))
+        types = self._roundings.tried(weight.shape)
+        rounded = torch.stack([self._roundings.roundtrip(rows, type, importance) for type in types], 2)
+        change = ((rounded - rows[:, :, None]) * scale).to(self._dtype)
+        start = 0
+        for product in products:
+            own = change[places[start : start + product.inputs.numel()]]
+            start += product.inputs.numel()
+            of_rows = own.reshape(*product.inputs.shape, -1)
+            self._add(name, types, product.batch, _contract(product.gradients.to(self._dtype), of_rows, len(types)))
 
     def _name(self, parameter: str) -> str:
         return self._structure.tied.get(parameter, parameter)
 
     def _importance_of(self, name: str, products: Sequence[Product]) -> torch.Tensor:
-        """Mean squares of the inputs [in], facts and text alike."""
-        halves = []
-        for is_text in (False, True):
-            own = [each.inputs.flatten(0, 1) for each in products if (each.batch >= self._fact_batches) is is_text]
-            if own:
-                squares = torch.cat(own).square().mean(0)
-                halves.append(squares / squares.mean())
-        self._importance[name] = torch.stack(halves).mean(0)
+        """Mean squares of the inputs, [in]."""
+        squares = [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
+        self._importance[name] = self._halves(products, squares)
         return self._importance[name]
 
-    def _add(self, name: str, type: str, batch: int, changes: torch.Tensor) -> None:
-        """Changes of a batch's scores, [rows, directions]."""
-        if batch < self._fact_batches:
-            assert self._questions is not None
-            known = self._facts.setdefault((name, type), torch.zeros(len(self._questions.facts)))
-            known.index_add_(0, self._questions.owners[batch].flatten(), changes.flatten())
-            return
-        number = batch - self._fact_batches
-        known = self._text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
-        known[self._starts[number] : self._starts[number + 1]] += changes
+    def _halves(self, products: Sequence[Product], values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sum of a vector of each product, normalized; those of facts and of text count alike."""
+        halves = []
+        for is_text in (False, True):
+            own = [
+                value
+                for each, value in zip(products, values, strict=True)
+                if (each.batch >= self._fact_batches) is is_text
+            ]
+            if own:
+                total = torch.stack(own).sum(0)
+                halves.append(total / total.mean())
+        return torch.stack(halves).mean(0)
+
+    def _add(self, name: str, types: Sequence[str], batch: int, changes: torch.Tensor) -> None:
+        """Changes of a batch's scores, [rows, directions, types]."""
+        for type, own in zip(types, changes.unbind(2), strict=True):
+            if batch < self._fact_batches:
+                assert self._questions is not None
+                known = self._facts.setdefault((name, type), torch.zeros(len(self._questions.facts)))
+                known.index_add_(0, self._questions.owners[batch].flatten(), own.flatten())
+                continue
+            number = batch - self._fact_batches
+            known = self._text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
+            known[self._starts[number] : self._starts[number + 1]] += own
 
     def measured(self, scores: Sequence[torch.Tensor]) -> Measured:
         """What was found, where these are the scores of all batches."""
@@ -230,9 +292,10 @@ class _Measuring:
         own = torch.zeros(len(facts))
         for batch, owners in zip(scores, self._questions.owners if self._questions else (), strict=False):
             own.index_add_(0, owners.flatten(), batch.flatten())
-        return Measured(self._found, own, facts, self._facts, self._text, self._importance)
+        return Measured(self._found, own, facts, self._facts, self._text, self._errors, self._importance)
 
 
-def _contract(gradients: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """The sums of g . y over tokens: of [rows, directions, tokens, out] and [rows, tokens, out], [rows, directions]."""
-    return torch.bmm(gradients.flatten(2), products.flatten(1)[:, :, None])[..., 0].float()
+def _contract(gradients: torch.Tensor, products: torch.Tensor, types: int) -> torch.Tensor:
+    """The sums of g . y over tokens: of [rows, directions, tokens, out] and [rows, tokens, out x types], float32 [rows,
+    directions, types]."""
+    return torch.bmm(gradients.flatten(2), products.reshape(len(products), -1, types)).float()

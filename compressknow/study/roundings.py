@@ -17,6 +17,9 @@ from compressknow.gguf import grids
 
 SIZE_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 
+# Types that ggml rounds to at once: coarse and fine ones.
+_AT_ONCE = ("q8_0", "q6_k", "q5_0", "q4_0", "q3_k")
+
 
 @dataclass(frozen=True)
 class Roundings(ABC):
@@ -28,6 +31,10 @@ class Roundings(ABC):
     @abstractmethod
     def legal(self, shape: Sequence[int]) -> tuple[str, ...]:
         """Those that a weight's rows fit."""
+
+    def tried(self, shape: Sequence[int]) -> tuple[str, ...]:
+        """Those by which a weight's sensitivity is measured."""
+        return self.legal(shape)
 
     @abstractmethod
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
@@ -48,6 +55,10 @@ class GgufRoundings(Roundings):
 
     def legal(self, shape: Sequence[int]) -> tuple[str, ...]:
         return grids.legal_types(shape[-1], self.types)
+
+    def tried(self, shape: Sequence[int]) -> tuple[str, ...]:
+        own = self.legal(shape)
+        return tuple(name for name in own if name in _AT_ONCE) or own
 
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
         return grids.type_bytes(name, shape)
