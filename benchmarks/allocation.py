@@ -53,21 +53,26 @@ def main() -> None:
         "converter": given.converter,
     }
     exact = _made(given.model, given.work / "exact.gguf", {"type": "bf16", "converter": given.converter})
-    original = _answers(exact, given.work, files["judge"], given.limit, None)
+    original = _answers(exact, given.work, files["judge"], None, given.limit)
     known = {fact: answer for fact, answer in original.items() if answer.correct}
+    # Of the same name, so that answers are told by probe and fact alike; what was not known cannot be lost.
+    asked = given.work / "known" / files["judge"].name
+    asked.parent.mkdir(exist_ok=True)
+    lines = files["judge"].read_text("utf-8").splitlines(keepends=True)
+    asked.write_text("".join(line for line in lines if json.loads(line)["id"] in known), "utf-8")
     print(f"{len(known)} facts that the original knows, of {len(original)}.\n", flush=True)
     print(f"{'file':<26}{'MB':>8}{'kept':>9}{'KL':>8}{'worse':>7}{'better':>7}{'p':>9}{'minutes':>9}", flush=True)
     for kind in given.types.split(","):
         theirs = _made(given.model, given.work / f"{kind}.gguf", {"type": kind, **how})
         size = theirs.stat().st_size
-        first = _answers(theirs, given.work, files["judge"], given.limit, exact)
+        first = _answers(theirs, given.work, asked, exact)
         _show(kind, theirs, first, first, known)
         for guide in given.guides.split(","):
             for rounding in given.roundings.split(","):
                 name = f"{kind}-bytes-{guide}-{rounding}"
                 sized = {"size": size, "facts": f"facts:{files['choose']}", "guide": guide, "rounding": rounding}
                 file = _made(given.model, given.work / f"{name}.gguf", {**sized, **how})
-                _show(name, file, _answers(file, given.work, files["judge"], given.limit, exact), first, known)
+                _show(name, file, _answers(file, given.work, asked, exact), first, known)
 
 
 def _parts(folder: Path) -> dict[str, Path]:
@@ -91,7 +96,9 @@ def _made(model: Path, output: Path, how: dict[str, Any]) -> Path:
     return output
 
 
-def _answers(file: Path, work: Path, facts: Path, limit: int | None, reference: Path | None) -> dict[str, Answer]:
+def _answers(
+    file: Path, work: Path, facts: Path, reference: Path | None, limit: int | None = None
+) -> dict[str, Answer]:
     folder = work / "answers" / file.stem
     of = None if reference is None else work / "answers" / reference.stem
     probed = compressknow.probe(

@@ -188,10 +188,11 @@ def _fit(job: Export, target: Target, probes: Sequence[Probe], text: Calibration
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import ModelHandle, Settings
     from compressknow.gguf.fit import Fit
-    from compressknow.study.fitting import fit_types
+    from compressknow.study.fitting import check_budget, fit_types
     from compressknow.study.guides import guides_of
     from compressknow.study.roundings import GgufRoundings
 
+    check_budget(target.budget(job.numel), [each.shape for each in job.tensors], job.exact_bytes)
     handle = ModelHandle(locate(job.checkpoint.folder), Settings(trust_remote_code=job.trust_remote_code))
     guides = guides_of(handle, probes, text, target.guide, GgufRoundings(), listening)
     return Fit(

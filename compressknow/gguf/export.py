@@ -341,8 +341,8 @@ def _types(export: Export, exact: Path, tensors: Tensors) -> tuple[str, dict[str
     sizes = Counter[str]()
     for name, kind in fitted.types.items():
         sizes[kind] += tensors.tensors[name].numel
-    most = sizes.most_common(1)[0][0]
-    # What readers of the file take for the type of all of it.
+    # What readers of the file take for the type of all of it; by one of floats llama.cpp would round nothing.
+    most = next(kind for kind, _ in sizes.most_common() if kind.upper() not in FLOATS)
     kind = most if most in file_types() else f"{most}_s"
     rules = [[f"^{re.escape(name)}$", chosen] for name, chosen in fitted.types.items()]
     return kind, dict(fitted.types), {"type": kind, "types": rules, "fit": dict(fitted.record)}

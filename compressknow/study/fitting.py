@@ -75,6 +75,21 @@ def parse_size(text: str | int) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> None:
+    """Raise UsageError, before anything is measured, for a budget that no file of weights of these `shapes` keeps to, or
+    that the model in full, of `whole` bytes, does not pass."""
+    matrices = (shape for shape in shapes if len(shape) > 1)
+    least = sum(min(type_bytes(kind, shape) for kind in legal_types(shape[-1]) or ("bf16",)) for shape in matrices)
+    if budget < least:
+        raise UsageError(
+            f"{size(budget)} cannot be kept: in the fewest bits that llama.cpp has for them, the weights alone take "
+            f"{size(least)}.",
+            hint="Give more.",
+        )
+    if budget >= whole:
+        raise UsageError(f"{size(budget)} is no less than the model has in full, {size(whole)}.", hint="Give less.")
+
+
 def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: Target) -> Fitted:
     """Choose a type for each matrix of a file.
 

@@ -94,6 +94,15 @@ def test_a_file_keeps_to_its_bytes_and_gptq_loses_less(name: str, tmp_path: Path
     assert sum(errors["gptq"].values()) < 0.8 * sum(errors["nearest"].values())
 
 
+@needs_converter
+def test_a_file_may_keep_most_of_its_weights_as_they_are(tmp_path: Path) -> None:
+    source = checkpoint("llama-tied", tmp_path / "model", torch.float32)
+    whole = sum(array.nbytes for array in weights(source).values())
+    record = fitted(source, tmp_path / "a.gguf", Target(int(0.9 * whole), rounding="nearest"))
+    assert record["bytes"] <= 0.9 * whole
+    assert "f32" in {types(tmp_path / "a.gguf")[name] for name in types(tmp_path / "a.gguf") if "ffn" in name}
+
+
 def outputs_error(source: Path, output: Path) -> dict[str, float]:
     """||X (W - W')^T||^2 over ||X W^T||^2 of each Linear layer, X being what it reads of the texts."""
     model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
