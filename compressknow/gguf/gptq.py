@@ -95,8 +95,9 @@ class _Part:
     def round(self) -> None:
         import gguf
 
-        exact = gguf.dequantize(self.floats, self.exact_type).astype(np.float32, copy=False)
-        self.stored[...] = round_gptq(torch.from_numpy(np.ascontiguousarray(exact)), self.kind, self.inputs)
+        # A copy: torch takes no array that cannot be written to, such as one of a file.
+        exact = gguf.dequantize(self.floats, self.exact_type).astype(np.float32, order="C")
+        self.stored[...] = round_gptq(torch.from_numpy(exact), self.kind, self.inputs)
 
 
 class _Rounding:

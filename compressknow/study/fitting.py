@@ -76,8 +76,8 @@ def parse_size(text: str | int) -> int:
 
 
 def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> None:
-    """Raise UsageError, before anything is measured, for a budget that no file of weights of these `shapes` keeps to, or
-    that the model in full, of `whole` bytes, does not pass."""
+    """Raise UsageError, before anything is measured, for a budget that no file of weights of these `shapes` keeps to,
+    or that the model in full, of `whole` bytes, does not pass."""
     matrices = (shape for shape in shapes if len(shape) > 1)
     least = sum(min(type_bytes(kind, shape) for kind in legal_types(shape[-1]) or ("bf16",)) for shape in matrices)
     if budget < least:
