@@ -60,6 +60,8 @@ def main() -> None:
     asked.parent.mkdir(exist_ok=True)
     lines = files["judge"].read_text("utf-8").splitlines(keepends=True)
     asked.write_text("".join(line for line in lines if json.loads(line)["id"] in known), "utf-8")
+    # The original once more, on these: what KL is told from must have been asked the same facts.
+    _answers(exact, given.work, asked, None)
     print(f"{len(known)} facts that the original knows, of {len(original)}.\n", flush=True)
     print(f"{'file':<26}{'MB':>8}{'kept':>9}{'KL':>8}{'worse':>7}{'better':>7}{'p':>9}{'minutes':>9}", flush=True)
     for kind in given.types.split(","):
@@ -99,8 +101,8 @@ def _made(model: Path, output: Path, how: dict[str, Any]) -> Path:
 def _answers(
     file: Path, work: Path, facts: Path, reference: Path | None, limit: int | None = None
 ) -> dict[str, Answer]:
-    folder = work / "answers" / file.stem
-    of = None if reference is None else work / "answers" / reference.stem
+    folder = work / "answers" / facts.parent.name / file.stem
+    of = None if reference is None else work / "answers" / facts.parent.name / reference.stem
     probed = compressknow.probe(
         file, folder, f"facts:{facts}", reference=of, limit=limit, runtime="llama.cpp", no_noise_floor=True
     )

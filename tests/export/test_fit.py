@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -16,6 +20,7 @@ pytest.importorskip("llama_cpp_py_sync")
 
 import compressknow
 from compressknow.cli import main
+from compressknow.files import cache_folder
 from compressknow.gguf.choice import Choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.export import prepare, write
@@ -129,22 +134,32 @@ def outputs_error(source: Path, output: Path) -> dict[str, float]:
     return errors
 
 
-@needs_converter
-def test_the_command_line_says_what_it_chose_and_measures_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = checkpoint("llama-tied", tmp_path / "model", torch.bfloat16)
-    # Of two candidates a model that knows nothing picks the right one half the time.
+def asked(folder: Path) -> tuple[Path, str]:
+    """A model, and facts of which it knows some: of two candidates one that knows nothing picks the right one half the
+    time."""
     facts = [
-        {"id": f"f{place}", "prompt": f"{fact.sub_label} likes [MASK].", "obj_label": own, "candidates": [own, other]}
+        {
+            "id": f"{verb}{place}",
+            "prompt": f"{fact.sub_label} {verb} [MASK].",
+            "obj_label": own,
+            "candidates": [own, other],
+        }
+        for verb in ("likes", "sees", "knows")
         for place, (fact, after) in enumerate(pairwise(KNOWN_FACTS))
         for own, other in [(fact.obj_label, after.obj_label)]
         if own != other
     ]
-    write_jsonl(tmp_path / "facts.jsonl", facts)
-    monkeypatch.setattr("compressknow.study.guides.FEWEST", 8)
+    write_jsonl(folder / "facts.jsonl", facts)
+    return checkpoint("llama-tied", folder / "model", torch.bfloat16), f"facts:{folder / 'facts.jsonl'}"
+
+
+@needs_converter
+def test_the_command_line_says_what_it_chose_and_measures_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, facts = asked(tmp_path)
     text = text_file(tmp_path / "text.txt")
-    words = ["--facts", f"facts:{tmp_path / 'facts.jsonl'}", "--calibration", str(text), "--must", "attention=q8_0"]
+    words = ["--facts", facts, "--calibration", str(text), "--must", "attention=q8_0"]
     assert main(["export", str(source), str(tmp_path / "a.gguf"), "--size", "900kB", *words]) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
@@ -155,7 +170,7 @@ def test_the_command_line_says_what_it_chose_and_measures_once(
     record = read_record(tmp_path / "a.gguf")
     assert (tmp_path / "a.gguf").stat().st_size <= 900_000
     assert record["fit"]["must"] == [["attention", "q8_0"]]
-    assert record["fit"]["facts"] >= 8
+    assert record["fit"]["facts"] >= 30
     # Another size: nothing is evaluated or measured again.
     stages = []
     compressknow.export(
@@ -172,3 +187,30 @@ def test_the_command_line_says_what_it_chose_and_measures_once(
     # The record is a recipe: the same types, rounded by llama.cpp.
     compressknow.export(source, tmp_path / "c.gguf", recipe=tmp_path / "a.gguf.json")
     assert types(tmp_path / "c.gguf") == types(tmp_path / "a.gguf")
+
+
+@needs_converter
+@pytest.mark.parametrize("stage", one_in(2, ["round", "sensitivity"]))
+def test_a_killed_export_leaves_nothing_and_is_made_again_to_the_same_bytes(stage: str, tmp_path: Path) -> None:
+    source, facts = asked(tmp_path)
+    words = {"size": "900kB", "facts": facts, "calibration": str(text_file(tmp_path / "text.txt"))}
+    program = (
+        "import os, sys, compressknow\n"
+        "def dies(progress):\n"
+        "    if (progress.stage.work, progress.state) == (sys.argv[3], 'advances'):\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "compressknow.export(sys.argv[1], sys.argv[2], **eval(sys.argv[4]), on_progress=dies)\n"
+    )
+    kept = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    shutil.copytree(cache_folder() / "converter", tmp_path / "cache" / "compressknow" / "converter")
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "a.gguf"
+    for number, killed_at in enumerate([stage, "nothing"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, source, output, killed_at, repr(words)], env=kept, check=False
+        )
+        assert done.returncode == (-9 if number == 0 else 0)
+        assert output.exists() == bool(number)
+    assert {each.name for each in output.parent.iterdir()} == {"a.gguf", "a.gguf.json"}
+    compressknow.export(source, tmp_path / "b.gguf", **words)
+    assert (tmp_path / "b.gguf").read_bytes() == output.read_bytes()
