@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,7 +134,7 @@ def _sensitivity(
 ) -> Sensitivity:
     """That of a checkpoint, measured now, or as it was stored when it was measured."""
     from compressknow.engine.language_model import family_of, load_whole_tokenizer
-    from compressknow.study.measuring import measure
+    from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, measure
     from compressknow.study.questions import fact_questions, text_batches
 
     guidance = Guidance(
@@ -152,10 +154,23 @@ def _sensitivity(
     with begun(on_progress, Stage("sensitivity", model.name)) as advance:
         questions = fact_questions(asked) if asked else None
         measured = measure(checkpoint, tree, roundings, questions, texts, advance)
-    found = Sensitivity(handle.sha256, guidance, measured.rows(roundings))
+    domains = [each.query.fact.subject for each in asked]
+    rows = measured.rows(roundings, domains)
+    told = {name: known for name, known in Counter(domains).items() if known >= FEWEST_OF_A_DOMAIN}
+    others = _numel(tree) - sum(prod(row.shape) for row in rows)
+    found = Sensitivity(handle.sha256, guidance, rows, told, others)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_sensitivity(found, place)
     return found
+
+
+def _numel(tree: PreTrainedModel) -> int:
+    """How many weights a model has, those that share their storage once."""
+    from compressknow.model.groups import structure_of
+
+    structure = structure_of(tree)
+    others = {*structure.tied, *structure.buffers}
+    return sum(prod(shape) for name, shape in structure.parameters.items() if name not in others)
 
 
 def _place_of(sha256: str, guidance: Guidance) -> Path:

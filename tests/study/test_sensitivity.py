@@ -39,6 +39,7 @@ class Known(NamedTuple):
     model: Any
     questions: Questions
     logp: torch.Tensor
+    domains: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,8 @@ def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Known]
             answers = {answer.fact_id: answer for batch in evaluate(prompts) for answer in batch}
             asked = [Asked(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
             logp = torch.tensor([value for each in asked for value in each.answer.top5_logp])
-            made[family] = Known(path, loaded.model, fact_questions(asked), logp)
+            domains = [each.query.fact.subject for each in asked]
+            made[family] = Known(path, loaded.model, fact_questions(asked), logp, domains)
         return made[family]
 
     return of
@@ -142,6 +144,52 @@ def exact_divergence(before: torch.Tensor, after: torch.Tensor, owners: torch.Te
     return torch.stack(values)
 
 
+def test_facts_at_risk_are_those_whose_answer_changes(known_by: Callable[[str], Known]) -> None:
+    known = known_by("llama")
+    measured = measure(*open_complete(known.folder), GGUF, known.questions)
+    # The model is sure of what it knows: with margins as small as these, rounding one weight changes answers.
+    objects, others, margins = measured.margins
+    assert margins.min() > 0
+    near = 0.03 * margins
+    scores = measured.scores.double()
+    close = replace(measured, scores=scores.index_put((objects,), scores[others] + near))
+    torch.testing.assert_close(close.margins, (objects, others, near))
+    rows = {row.name: row for row in close.rows(GGUF)}
+    predicted, real = [], []
+    for name, type in measured.facts:
+        change = rounded(known, measured, GGUF, name, type) - measured.scores
+        # The best other candidate alone, which margins are of.
+        real.append(float((near + change[objects] - change[others] < 0).double().mean()))
+        predicted.append(rows[name].by_type[type].at_risk or 0.0)
+    assert 0.02 < sum(real) / len(real) < 0.5
+    # Fewer by a third: what is so sure becomes less sure in the mean, which no first order tells.
+    assert 0.5 < sum(predicted) / sum(real) < 1.5, (sum(predicted), sum(real))
+    assert spearmanr(predicted, real).statistic > 0.85
+    # More bits risk less.
+    assert all(row.by_type["q8_0"].at_risk < row.by_type["q4_0"].at_risk for row in rows.values())  # type: ignore[operator]
+
+
+def test_domains_are_sensitive_as_their_facts_are(known_by: Callable[[str], Known]) -> None:
+    known = known_by("llama")
+    measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
+    rows = {row.name: row for row in measured.rows(SCHEMES, known.domains)}
+    first = torch.tensor([domain == known.domains[0] for domain in known.domains])
+    predicted, real = [], []
+    for name, row in rows.items():
+        kls = []
+        for type in SCHEMES.types:
+            after = rounded(known, measured, SCHEMES, name, type)
+            kls.append(exact_divergence(measured.scores, after, measured.owners) / measured.errors[name, type])
+        per_fact = torch.stack(kls).mean(0)
+        real.append(float(per_fact[first].mean() / per_fact.mean()))
+        predicted.append(row.by_domain[known.domains[0]])
+        # As many facts each.
+        assert sum(row.by_domain.values()) == pytest.approx(2)
+    assert spearmanr(predicted, real).statistic > 0.9
+    few = ["a"] * 4 + ["b"] * 60
+    assert set(measured.rows(SCHEMES, few)[0].by_domain) == {"b"}
+
+
 def test_a_divergence_to_second_order_is_the_exact_one_of_small_changes() -> None:
     torch.manual_seed(0)
     owners = torch.tensor([0, 0, 0, 1, 1])
@@ -177,9 +225,10 @@ def text_of(known: Known, family: str) -> list[Batch]:
 
 
 def test_a_sensitivity_is_read_as_it_was_written_and_that_of_another_guidance_is_not(tmp_path: Path) -> None:
-    rows = (TensorSensitivity("a", (2, 32), "attention", 0, {"q8_0": Rounding(68, 0.1, None)}),)
+    types = {"q8_0": Rounding(68, 0.1, None, 0.02)}
+    rows = (TensorSensitivity("a", (2, 32), "attention", 0, types, "encoder", "q", {"science": 1.5}),)
     guidance = Guidance("gguf", ("q8_0",), 64, "facts")
-    written = Sensitivity("model", guidance, rows)
+    written = Sensitivity("model", guidance, rows, {"science": 9}, 128)
     write_sensitivity(written, tmp_path / "found.json")
     assert read_sensitivity(tmp_path / "found.json", "model", guidance) == written
     assert read_sensitivity(tmp_path / "found.json", "model", replace(guidance, facts=65)) is None
