@@ -39,7 +39,7 @@ class Form:
     ----------
     widest : a column, at most.
     label : room for the names of rows.
-    slanted : whether names of columns are.
+    upright : whether names of columns run upwards.
     most_figures : columns that leave room for a figure in each cell; a pointer is told it where there is none.
     """
 
@@ -47,12 +47,12 @@ class Form:
     widest: int
     label: int
     row: int
-    slanted: bool
+    upright: bool
     most_figures: int
 
 
-WIDE = Form(720, 110, 76, 19, slanted=False, most_figures=10)
-NARROW = Form(328, 60, 66, 14, slanted=True, most_figures=0)
+WIDE = Form(720, 110, 76, 19, upright=False, most_figures=10)
+NARROW = Form(328, 60, 66, 14, upright=True, most_figures=0)
 # Shades of one colour, faint to full. Up to the fifth, ink reads on them in light and in dark; then paper does.
 _SHADES = (0.08, 0.17, 0.27, 0.38, 0.5, 0.85, 1.0)
 _INK_UP_TO = 4
@@ -126,17 +126,17 @@ def _placed(grid: Grid) -> Iterator[tuple[str, str, float | None]]:
 
 
 def _top(grid: Grid, form: Form) -> int:
-    if not form.slanted:
+    if not form.upright:
         return _TOP
-    return 12 + round(min(_LONGEST, max(map(len, grid.columns))) * _LETTER * math.sqrt(0.5))
+    return 10 + round(min(_LONGEST, max(map(len, grid.columns))) * _LETTER)
 
 
 def _heads(grid: Grid, width: float, top: int, form: Form) -> Iterator[str]:
-    room = _LONGEST if form.slanted else max(4, int(width / _LETTER))
+    room = _LONGEST if form.upright else max(4, int(width / _LETTER))
     for i, name in enumerate(grid.columns):
         shown = name if len(name) <= room else f"…{name[1 - room :]}"
-        x = form.label + width * (i + 0.5)
-        yield _text(x, top - 8, shown, "f-muted", "start" if form.slanted else "middle", slanted=form.slanted)
+        x = form.label + width * (i + 0.5) + 3.5 * form.upright
+        yield _text(x, top - 8, shown, "f-muted", "start" if form.upright else "middle", upright=form.upright)
 
 
 def _map_row(
@@ -168,8 +168,8 @@ def _legend(bounds: Sequence[float], y: float, write: Callable[[float], str], fo
             yield _text(x, y + 18, write(bounds[i - 1]), "f-muted", "middle")
 
 
-def _text(x: float, y: float, text: str, colour: str, anchor: str, *, slanted: bool = False) -> str:
-    turned = f' transform="rotate(-45 {_n(x)} {_n(y)})"' if slanted else ""
+def _text(x: float, y: float, text: str, colour: str, anchor: str, *, upright: bool = False) -> str:
+    turned = f' transform="rotate(-90 {_n(x)} {_n(y)})"' if upright else ""
     return (
         f'<text class="{colour}" x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}" font-size="10"{turned}>'
         f"{escape(text)}</text>"
