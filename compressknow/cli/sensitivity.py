@@ -45,7 +45,7 @@ _BITS = 5.0
     type=click.Choice(["facts", "text", "both"]),
     default="both",
     show_default=True,
-    help="What weights are ranked by.",
+    help="What ranks weights: facts, text or both.",
 )
 @option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Facts; repeatable.  [default: atlas]")
 @option(
@@ -82,8 +82,8 @@ def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
     with if_interrupted(RESUMES):
         found = run(model, output, on_progress=Lines(), **options)
     show("\n".join(page(found, model, options["guide"])))
-    for path in output:
-        show(f"Written: {path}")
+    if output:
+        show(f"\nWritten: {', '.join(map(str, output))}")
 
 
 def page(found: Sensitivity, model: str, guide: Any) -> Iterator[str]:
