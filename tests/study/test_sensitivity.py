@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers as hf
 from scipy.stats import spearmanr
 
 from compressknow.compress.calibrate.backward import Batch
@@ -29,6 +32,7 @@ from compressknow.study.sensitivity import (
     write_sensitivity,
 )
 from tests.knowing import facts_file, knowing
+from tests.long import long
 
 SCHEMES = SchemeRoundings(("int8-weights", "int4/32"))
 GGUF = GgufRoundings(("q8_0", "q5_0", "q4_0", "q3_k"))
@@ -222,6 +226,38 @@ def text_of(known: Known, family: str) -> list[Batch]:
     kind = {"llama": "causal", "bert": "masked", "t5": "seq2seq"}[family]
     mask = 4 if family == "bert" else None
     return text_batches(picked, kind, mask, seed=0)
+
+
+# Measures a model of some blocks on text, and says the most memory that the process had.
+PEAK = """
+import sys, torch
+from compressknow.model.loading import open_complete
+from compressknow.study.measuring import measure
+from compressknow.study.questions import text_batches
+from compressknow.study.roundings import SchemeRoundings
+from compressknow.system import peak_memory
+text = [{"input_ids": torch.arange(256).reshape(4, 64)}]
+texts = text_batches(text, "causal", None, 0)
+measured = measure(*open_complete(sys.argv[1]), SchemeRoundings(("int8-weights",)), None, texts)
+print(len(measured.weights), peak_memory())
+"""
+
+
+@long
+def test_four_times_the_blocks_need_no_more_memory(tmp_path: Path) -> None:
+    peaks = []
+    for blocks in (4, 16):
+        config = hf.LlamaConfig(
+            vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=blocks, num_attention_heads=8
+        )
+        folder = tmp_path / str(blocks)
+        hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        done = subprocess.run([sys.executable, "-c", PEAK, folder], capture_output=True, text=True, check=True)
+        weights, peak = map(int, done.stdout.split())
+        assert weights == 7 * blocks + 1
+        peaks.append(peak)
+    # Twelve blocks more are 500 MB in float32.
+    assert peaks[1] <= 1.1 * peaks[0], peaks
 
 
 def test_a_sensitivity_is_read_as_it_was_written_and_that_of_another_guidance_is_not(tmp_path: Path) -> None:
