@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,8 +19,8 @@ from compressknow.format import count, plain, share
 if TYPE_CHECKING:
     from compressknow.study.sensitivity import Sensitivity, TensorSensitivity
 
-# Weights in each of the two lists.
-SHOWN = 10
+# Of the terminal; weights in each of the two lists.
+WIDTH, SHOWN = 80, 10
 # Bits per weight of the file that is proposed.
 _BITS = 5.0
 
@@ -96,10 +97,11 @@ def page(found: Sensitivity, model: str, guide: Any) -> Iterator[str]:
         if rows:
             yield ""
             yield f"{title:<16}{'':<34}{'KL per MB':>14}{'Facts at risk':>16}"
-            yield "-" * 80
+            yield "-" * WIDTH
             yield from (_row(row, guide) for row in rows)
     kinds = " or ".join(sorted({row.compared for row in ranked}))
-    yield f"\nKL in thousandths of a nat, for each MB that {kinds} saves against 16 bits."
+    yield ""
+    yield from wrap(f"KL in thousandths of a nat, for each MB that {kinds} saves against 16 bits.", WIDTH)
     yield from _next(found, model)
 
 

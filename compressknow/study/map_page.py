@@ -15,7 +15,20 @@ from compressknow.format import count, number, plain, share, size
 from compressknow.pages.drawing import INK, MUTED, SERIES, Chart
 from compressknow.pages.heat import NARROW, Grid, bounds_of, heat_map
 from compressknow.pages.pages import html_page, markdown_page
-from compressknow.pages.parts import Beside, Charts, Drawn, Entries, Folded, Note, Page, Part, Sentences, Shown, drawn
+from compressknow.pages.parts import (
+    Beside,
+    Charts,
+    Drawn,
+    Entries,
+    Folded,
+    Note,
+    Page,
+    Part,
+    Sentences,
+    Shown,
+    Text,
+    drawn,
+)
 from compressknow.pages.tables import Entry, Table
 from compressknow.pages.tradeoff import draw_labels
 from compressknow.study.map import Map, Weights, at_risk, kl_per_mb, millinats
@@ -158,6 +171,9 @@ def _risk(map: Map) -> Iterator[Part]:
     if svg := heat_map(grid, "risk-map", "Facts at risk by layer and module", write=share, form=NARROW):
         yield Charts((Drawn(Markup(svg)),))
         yield Note("", drawn=_RISK_NOTE)
+    if not grid.figures:
+        yield Text("None: the model is so sure of what it knows that no single weight at 4 bits changes an answer.")
+        return
     table = _grid_table("Facts at risk by layer and module, each rounded to 4 bits alone", grid, share)
     yield Folded("The map as a table", (table,))
 

@@ -23,7 +23,7 @@ GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
 SCHEMA = 2
 _MOST_BYTES = 64 << 20
 # What weights are compared by: of each the first that its rows fit.
-FOUR_BITS = ("q4_0", "int4/128", "int4/64", "int4/32")
+FOUR_BITS = ("q4_0", "int4/64", "int4/32", "int4/128")
 
 
 @dataclass(frozen=True)
