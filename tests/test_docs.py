@@ -38,7 +38,7 @@ CHEAPER = {
     "sweep": ["--limit", "8"],
     "search": ["--limit", "24", "--trials", "1"],
     # The small model knows too few facts to be guided by.
-    "sensitivity": ["--guide", "text", "--calibration-tokens", "256"],
+    "sensitivity": ["--guide", "text", "--calibration-tokens", "512"],
 }
 # These take longest: they run on the page of their command alone.
 LONG = ("sweep", "search", "sensitivity")
