@@ -17,7 +17,7 @@ COMMANDS = {
     "compare": ("compressknow.cli.compare:compare", "Show how two checkpoints differ."),
     "sweep": ("compressknow.cli.sweep:sweep", "Evaluate a model compressed by every recipe of a grid."),
     "sensitivity": ("compressknow.cli.sensitivity:sensitivity", "Show which weights hold a model's knowledge."),
-    "search": ("compressknow.cli.search:search", "Find the smallest checkpoint that keeps a share of the knowledge."),
+    "search": ("compressknow.cli.search:search", "Find the smallest checkpoint that keeps a share of knowledge."),
 }
 
 
