@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from compressknow.commands.push import push
     from compressknow.commands.report import report
     from compressknow.commands.search import search
+    from compressknow.commands.sensitivity import sensitivity
     from compressknow.commands.sweep import sweep
     from compressknow.commands.verify import verify
     from compressknow.compress.manifest import Manifest
@@ -55,8 +56,12 @@ if TYPE_CHECKING:
     from compressknow.quiet import Progress, Stage
     from compressknow.study.folder import CellResult
     from compressknow.study.running import RayOptions
+    from compressknow.study.sensitivity import Sensitivity
 else:
-    _VERBS = ("compare", "convert", "export", "inspect", "load", "probe", "push", "report", "search", "sweep", "verify")
+    _VERBS = (
+        *("compare", "convert", "export", "inspect", "load", "probe", "push", "report", "search", "sensitivity"),
+        *("sweep", "verify"),
+    )
     _RECORDS = {
         "compress.manifest": ("Manifest",),
         "compress.recipe": ("Recipe",),
@@ -79,6 +84,7 @@ else:
         "pages.study.records": ("Study",),
         "study.folder": ("CellResult",),
         "study.running": ("RayOptions",),
+        "study.sensitivity": ("Sensitivity",),
     }
     _ADDRESSES = {
         **{verb: f"commands.{verb}" for verb in _VERBS},
@@ -119,6 +125,7 @@ __all__ = [
     "RayOptions",
     "Recipe",
     "Search",
+    "Sensitivity",
     "Settings",
     "Stage",
     "Study",
@@ -139,6 +146,7 @@ __all__ = [
     "push",
     "report",
     "search",
+    "sensitivity",
     "sweep",
     "verify",
 ]

@@ -37,9 +37,11 @@ CHEAPER = {
     "report": ["--limit", "8"],
     "sweep": ["--limit", "8"],
     "search": ["--limit", "24", "--trials", "1"],
+    # The small model knows too few facts to be guided by.
+    "sensitivity": ["--guide", "text", "--calibration-tokens", "512"],
 }
 # These take longest: they run on the page of their command alone.
-LONG = ("sweep", "search")
+LONG = ("sweep", "search", "sensitivity")
 # Needs a network, a cluster, an accelerator, or half a minute of imports.
 ELSEWHERE = re.compile(r"https?:|hf:[A-Za-z]|lm-eval:|--ray|\.gguf|cuda|^[\w-]+/[\w.-]+$")
 LOCAL = ("build", "examples", "data", "answers", "study", "found")

@@ -18,6 +18,7 @@ from tests.report.answering import run, sides
 from tests.report.card.cards import card_of_nothing, card_of_one, card_of_several
 from tests.report.diff.contrasts import comparison_of, identical
 from tests.report.hostile import TEXTS, hostile
+from tests.report.maps import sensitivity_of
 from tests.report.search.searches import found
 from tests.report.study.studies import empty, failed_only, whole_grid
 
@@ -30,6 +31,7 @@ MADE = {
     "contrast": comparison_of(),
     "identical": identical(),
     "search": found(),
+    "sensitivity": sensitivity_of(),
     "study": whole_grid(),
     "failed": failed_only(),
     "empty": empty(),

@@ -34,6 +34,7 @@ WRONG = {
     'compressknow.report("a", "b").verdit': '"Card" has no attribute "verdit"',
     'compressknow.compare("a", "b").diff': '"CheckpointComparison" has no attribute "diff"',
     'compressknow.sweep("a", "b", on_result=lambda result: result.anwers)': '"CellResult" has no attribute "anwers"',
+    'compressknow.sensitivity("a", guide="fact")': 'Argument "guide"',
     'compressknow.search("a", "b")': 'Missing named argument "keep"',
     'compressknow.search("a", "b", keep=0.9).winer': '"Search" has no attribute "winer"',
     'compressknow.Settings(devise="cpu")': 'Unexpected keyword argument "devise"',
@@ -64,6 +65,7 @@ from compressknow import (
     RayOptions,
     Recipe,
     Search,
+    Sensitivity,
     Settings,
     Stage,
     Study,
@@ -111,13 +113,15 @@ def main() -> None:
     kept: float | None = card.comparisons[0].kept.value
     comparison: CheckpointComparison = compressknow.compare(MODEL, "out", on_progress=on_progress)
     error: float | None = comparison.difference.total.relative_error if comparison.difference else None
+    sensitivity: Sensitivity = compressknow.sensitivity(MODEL, ["map.html"], guide="facts", to="checkpoint")
+    most: float = sensitivity.ranked("facts")[0].per_mb("facts")
     study: Study = compressknow.sweep(MODEL, "study", ray=RayOptions("local"), on_result=on_cell)
     search: Search = compressknow.search(MODEL, "found", keep=0.98, on_result=on_trial)
     winner: Trial | None = search.winner
     groups: dict[str, dict[str, dict[str, int]]] = record.groups
     model = compressknow.load("out", device="cpu")
     print(uploaded.url, stored, again, setup, found, answers.probes, kept, error, study.cells, winner, groups, model)
-    print(values)
+    print(values, most)
 
 
 try:

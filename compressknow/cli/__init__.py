@@ -16,7 +16,8 @@ COMMANDS = {
     "report": ("compressknow.cli.report:report", "Show which knowledge compressed models kept and lost."),
     "compare": ("compressknow.cli.compare:compare", "Show how two checkpoints differ."),
     "sweep": ("compressknow.cli.sweep:sweep", "Evaluate a model compressed by every recipe of a grid."),
-    "search": ("compressknow.cli.search:search", "Find the smallest checkpoint that keeps a share of the knowledge."),
+    "sensitivity": ("compressknow.cli.sensitivity:sensitivity", "Show which weights hold a model's knowledge."),
+    "search": ("compressknow.cli.search:search", "Find the smallest checkpoint that keeps a share of knowledge."),
 }
 
 

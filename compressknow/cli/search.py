@@ -41,7 +41,7 @@ COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}"
 SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weights"}
 
 
-@command(short_help="Find the smallest checkpoint that keeps a share of the knowledge.", more=probes_help)
+@command(short_help="Find the smallest checkpoint that keeps a share of knowledge.", more=probes_help)
 @click.argument("model")
 @option(
     "-o",

@@ -85,13 +85,14 @@ def export(
     compressknow.errors.CompressknowError : with what is wrong, why, and what to try.
     """
     from compressknow.libraries import require
+    from compressknow.study.guides import open_facts
 
     place = Path(output)
     # Said before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
     matrix_place = None if imatrix_out is None else Path(imatrix_out)
     target = _target(locals())
-    deciding = _facts_of(facts or None) if target else []
+    deciding = open_facts(facts or None) if target else []
     choice, text = _chosen(locals()), None
     if target is not None:
         text, choice = choice.calibration, _without_text(choice, target)
@@ -165,22 +166,6 @@ def _target(given: Mapping[str, Any]) -> Target | None:
 def _without_text(choice: Choice, target: Target) -> Choice:
     """The choice of an export to a size: llama.cpp needs an importance matrix where it rounds."""
     return choice if target.rounding == "nearest" else replace(choice, calibration=None)
-
-
-def _facts_of(names: str | Sequence[str] | None) -> list[Probe]:
-    """The facts that decide. Raises UsageError for probes whose facts have no candidates."""
-    from compressknow.errors import UsageError
-    from compressknow.evaluate.facts import Probe
-    from compressknow.evaluate.gather import open_named
-
-    opened = open_named(names, None)
-    for each in opened:
-        if not isinstance(each, Probe) or not any(fact.candidates for fact in each.facts):
-            raise UsageError(
-                f"--facts {each.name}: what decides are facts with candidates to choose from.",
-                hint="Give atlas, lama:trex, bear or facts:FILE.jsonl with candidates.",
-            )
-    return [each for each in opened if isinstance(each, Probe)]
 
 
 def _fit(job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listening: Listener | None) -> Fit:

@@ -185,6 +185,7 @@ _MARKS = {
     ".html": re.compile(rb'<p class="brand"><b>compressknow</b>'),
     ".md": re.compile(rb"^- Versions: compressknow ", re.MULTILINE),
     ".json": re.compile(rb'\A\{\s*"schema": ?\d+,\s*"verdict": ?"'),
+    ".csv": re.compile(rb"\Aname,group,stack,layer,module,"),
 }
 _MARKED_WITHIN = 1 << 16
 
@@ -195,17 +196,17 @@ def require_for(outputs: Sequence[Path], *modules: str) -> None:
     require(*modules, *(["matplotlib"] if drawn else []))
 
 
-def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Raise, before any work is done, where an output could not be written: format unknown, file there already, or one
-    to overwrite that is no page.
+def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence[str] = FORMATS) -> None:
+    """Raise, before any work is done, where an output could not be written: none of the formats, file there already, or
+    one to overwrite that is no page.
 
     A file that an interrupted run put there without the others is no reason.
     """
     unfinished = interrupted(outputs)
     for path in outputs:
-        if path.suffix.lower() not in FORMATS:
+        if path.suffix.lower() not in formats:
             raise UsageError(
-                f"{path}: the name of a report ends in .html, .md or .json.",
+                f"{path}: the name of a report ends in {', '.join(formats[:-1])} or {formats[-1]}.",
                 hint="Give -o several times for several formats.",
             )
         refuse_broken_links(path)
@@ -245,7 +246,7 @@ def _is_page(path: Path) -> bool:
 def write_formats(rendered: Callable[[str], str], paths: Sequence[Path], *, overwrite: bool) -> None:
     """Write a page in the formats that the names ask for: all files appear, each of them whole, or none.
 
-    `rendered` gives the text of a format: ``.html``, ``.md`` or ``.json``.
+    `rendered` gives the text of a format, by its suffix.
     """
     contents = {path: rendered(path.suffix.lower()).encode("utf-8") for path in paths}
     write_together(contents, overwrite=overwrite)

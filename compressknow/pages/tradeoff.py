@@ -119,7 +119,7 @@ def tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
         plot.set_xlim(left=left)
         plot.set_xlabel("\n".join((chart.cost, *_beginnings(left, bottom))))
         percent_axis(plot, bottom, unit=PERCENT)
-        _draw_labels(plot, chart.marks)
+        draw_labels(plot, [(mark.cost, 100 * mark.share, mark.label) for mark in chart.marks])
     return drawn()
 
 
@@ -176,25 +176,26 @@ def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
                 label = "_nolegend_"
 
 
-def _draw_labels(plot: Axes, marks: Sequence[Mark]) -> None:
-    """Beside each mark, where no other label or mark is; where there is no room, a pointer alone tells."""
+def draw_labels(plot: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
+    """Write the label of each mark (x, y, label) beside it, where no other label or mark is; none where there is no
+    room, or no label."""
     figure = plot.get_figure(root=True)
     assert figure is not None
     # Where the marks are, in units of the drawing, is settled by the layout.
     figure.draw_without_rendering()
     unit = 72 / figure.dpi
-    at = [tuple(unit * plot.transData.transform((mark.cost, 100 * mark.share))) for mark in marks]
+    at = [tuple(unit * plot.transData.transform(mark[:2])) for mark in marks]
     edges = [unit * end for end in plot.bbox.extents]
     taken = [_box(x, y, 6.0, 6.0) for x, y in at]
-    for mark, (x, y) in zip(marks, at, strict=True):
-        size = _DIGIT * len(mark.label) + 2, _LINE
-        for right, up in _offsets(size[0]) if mark.label else ():
+    for (across, high, label), (x, y) in zip(marks, at, strict=True):
+        size = _DIGIT * len(label) + 2, _LINE
+        for right, up in _offsets(size[0]) if label else ():
             box = _box(x + right, y + up, *size)
             inside = edges[0] <= box[0] and box[2] <= edges[2] and edges[1] <= box[1] and box[3] <= edges[3]
             if inside and not any(_meet(box, other) for other in taken):
                 taken.append(box)
                 place: Any = {"textcoords": "offset points", "ha": "center", "va": "center"}
-                plot.annotate(mark.label, (mark.cost, 100 * mark.share), (right, up), fontsize=10, color=INK, **place)
+                plot.annotate(label, (across, high), (right, up), fontsize=10, color=INK, **place)
                 break
 
 

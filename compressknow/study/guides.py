@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.errors import UsageError
+from compressknow.errors import UnsupportedError, UsageError
 from compressknow.files import cache_folder, write_whole
 from compressknow.quiet import Stage, begun
 from compressknow.reading import read_json
@@ -95,6 +97,24 @@ def guides_of(
     return Guides(sensitivity, (*_batches(asked), text.batches))
 
 
+def open_facts(names: str | Sequence[str] | None) -> list[Probe]:
+    """Return the facts that guide, atlas where none are named.
+
+    Raises UsageError for probes whose facts have no candidates.
+    """
+    from compressknow.evaluate.facts import Probe
+    from compressknow.evaluate.gather import open_named
+
+    opened = open_named(names, None)
+    for each in opened:
+        if not isinstance(each, Probe) or not any(fact.candidates for fact in each.facts):
+            raise UsageError(
+                f"--facts {each.name}: what guides are facts with candidates to choose from.",
+                hint="Give atlas, lama:trex, bear or facts:FILE.jsonl with candidates.",
+            )
+    return [each for each in opened if isinstance(each, Probe)]
+
+
 def known_facts(answers: Answers, probes: Iterable[Probe], most: int = FACTS) -> dict[str, list[Fact]]:
     """Return facts with candidates that a model answered right, by probe: evenly over relations, the first of each in
     the probe's order; at most so many in all."""
@@ -131,8 +151,9 @@ def _sensitivity(
     on_progress: Listener | None,
 ) -> Sensitivity:
     """That of a checkpoint, measured now, or as it was stored when it was measured."""
+    from compressknow.compress.calibrate.forward import NotApart
     from compressknow.engine.language_model import family_of, load_whole_tokenizer
-    from compressknow.study.measuring import measure
+    from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, measure
     from compressknow.study.questions import fact_questions, text_batches
 
     guidance = Guidance(
@@ -149,13 +170,31 @@ def _sensitivity(
     model, trusted = handle.located, handle.settings.trust_remote_code
     mask = load_whole_tokenizer(model.path, trust_remote_code=trusted).mask_token_id
     texts = text_batches(_beginning(text), family_of(tree) or "", mask, text.seed)
-    with begun(on_progress, Stage("sensitivity", model.name)) as advance:
-        questions = fact_questions(asked) if asked else None
-        measured = measure(checkpoint, tree, roundings, questions, texts, advance)
-    found = Sensitivity(handle.sha256, guidance, measured.rows(roundings))
+    questions = fact_questions(asked) if asked else None
+    try:
+        with begun(on_progress, Stage("sensitivity", model.name)) as advance:
+            measured = measure(checkpoint, tree, roundings, questions, texts, advance)
+    except NotApart as error:
+        raise UnsupportedError(
+            f"{model.name} does not run block by block, as measuring its sensitivity needs.", why=f"{error}."
+        ) from error
+    domains = [each.query.fact.subject for each in asked]
+    rows = measured.rows(roundings, domains)
+    told = {name: known for name, known in Counter(domains).items() if known >= FEWEST_OF_A_DOMAIN}
+    others = _numel(tree) - sum(prod(row.shape) for row in rows)
+    found = Sensitivity(handle.sha256, guidance, rows, told, others)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_sensitivity(found, place)
     return found
+
+
+def _numel(tree: PreTrainedModel) -> int:
+    """How many weights a model has, those that share their storage once."""
+    from compressknow.model.groups import structure_of
+
+    structure = structure_of(tree)
+    others = {*structure.tied, *structure.buffers}
+    return sum(prod(shape) for name, shape in structure.parameters.items() if name not in others)
 
 
 def _place_of(sha256: str, guidance: Guidance) -> Path:

@@ -3,8 +3,9 @@
 Of every weight W and type, D is what rounding takes W to, less W. The change of a score is the sum of g . D x over the
 tokens, where x is what W is multiplied with and g the gradient of the score at the product: one backward pass for all
 weights and types. With the changes dz of the log-probabilities of a fact's best candidates, p their softmax, the KL
-divergence of their distribution is 1/2 dz' (diag p - p p') dz, to second order. For text see
-`compressknow.study.questions`.
+divergence of their distribution is 1/2 dz' (diag p - p p') dz, to second order. A fact is at risk by the probability
+that its margin, the score of its object less that of the best other candidate, changes its sign, where the change is
+normal with the mean square that was measured. For text see `compressknow.study.questions`.
 
 Means over text are robust: where a piece begins, models keep attention sinks with activations of hundreds of times the
 usual size. To first order rounding there changes everything, in truth little, for what reads a sink is normalized. So
@@ -13,15 +14,18 @@ of each weight and type the tenth of the pieces that it changes most is left out
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from compressknow.compress.calibrate.backward import Product, gradients
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.sources import Sources
+from compressknow.diff.checkpoints import module_in_block
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import OpenFiles
@@ -42,6 +46,25 @@ BAND = 2048
 FIRST_ROWS, STRIDE = 128, 8
 # Of the pieces of a text, left out of a mean: those that change most.
 TRIMMED = 0.1
+# Facts of a domain from which on its mean is told.
+FEWEST_OF_A_DOMAIN = 5
+
+
+class Weight(NamedTuple):
+    """Where a weight lies, and its shape [out, in]."""
+
+    group: str
+    layer: int | None
+    stack: str | None
+    shape: tuple[int, ...]
+
+
+class PerError(NamedTuple):
+    """What each fact bears per squared error of a weight, float64 [facts], the mean over the types that were tried: KL
+    in nats, and the square of the change of its margin."""
+
+    kl: torch.Tensor
+    moved: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -50,15 +73,16 @@ class Measured:
 
     Attributes
     ----------
-    weights : by name, group, block and shape [out, in] of each.
-    scores : of all candidates of facts, [candidates]; `owners` are the numbers of their facts.
+    weights : by name.
+    scores : of all candidates of facts, [candidates]; `owners` are the numbers of their facts, of each of which its
+        object comes first.
     facts : changes of these, by the types that were tried.
     text : changes of the scores of text, [rows, draws].
     errors : by name and each type, squared errors, in a unit of the weight's own.
     importance : by name, what types were rounded with, [in].
     """
 
-    weights: Mapping[str, tuple[str, int | None, tuple[int, ...]]]
+    weights: Mapping[str, Weight]
     scores: torch.Tensor
     owners: torch.Tensor
     facts: Mapping[tuple[str, str], torch.Tensor]
@@ -66,27 +90,58 @@ class Measured:
     errors: Mapping[tuple[str, str], float]
     importance: Mapping[str, torch.Tensor]
 
-    def rows(self, roundings: Roundings) -> tuple[TensorSensitivity, ...]:
-        """Return the sensitivity of each weight."""
+    def rows(self, roundings: Roundings, domains: Sequence[str] = ()) -> tuple[TensorSensitivity, ...]:
+        """Return the sensitivity of each weight; `domains` are those of the facts."""
         found = []
-        for name, (group, layer, shape) in self.weights.items():
-            tried = roundings.tried(shape)
-            per_fact = self._per_error(name, {type: self.kl_of_facts(name, type) for type in tried})
-            per_token = self._per_error(name, {type: self.kl_of_text(name, type) for type in tried})
+        for name, weight in self.weights.items():
+            tried = roundings.tried(weight.shape)
+            facts, per_token = self.per_error(name, tried), self._text_per_error(name, tried)
             types = {}
-            for type in roundings.legal(shape):
+            for type in roundings.legal(weight.shape):
                 error = self.errors[name, type]
-                facts, text = (None if each is None else each * error for each in (per_fact, per_token))
-                types[type] = Rounding(roundings.nbytes(type, shape), facts, text)
-            found.append(TensorSensitivity(name, shape, group, layer, types))
+                kl = None if facts is None else float(facts.kl.mean()) * error
+                text = None if per_token is None else per_token * error
+                risk = None if facts is None else self._at_risk(facts.moved * error)
+                types[type] = Rounding(roundings.nbytes(type, weight.shape), kl, text, risk)
+            by_domain = _by_domain(facts.kl, domains) if facts is not None else {}
+            place = (weight.stack, module_in_block(name), by_domain)
+            found.append(TensorSensitivity(name, weight.shape, weight.group, weight.layer, types, *place))
         return tuple(found)
 
-    def _per_error(self, name: str, divergences: Mapping[str, float | None]) -> float | None:
-        """KL per squared error of a weight, the mean over what was tried; None where nothing was.
+    def per_error(self, name: str, tried: Sequence[str]) -> PerError | None:
+        """What facts bear per squared error of a weight; None where there are no facts.
 
         What one rounding happens to change of some facts is a matter of luck: types are told apart by their errors,
         weights by what all types do.
         """
+        if (name, tried[0]) not in self.facts:
+            return None
+        own = [type for type in tried if self.errors[name, type] > 0] or tried[:1]
+        errors = torch.tensor([self.errors[name, type] or 1.0 for type in own], dtype=torch.float64)
+        changes = torch.stack([self.facts[name, type] for type in own], 1).double()
+        objects, others, _ = self.margins
+        return PerError(
+            (divergence(self.scores, changes, self.owners) / errors).mean(1),
+            ((changes[objects] - changes[others]).square() / errors).mean(1),
+        )
+
+    @cached_property
+    def margins(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each fact the number of its object and of the best other candidate, and how far apart their scores are."""
+        objects = torch.searchsorted(self.owners, torch.arange(int(self.owners[-1]) + 1))
+        others = self.scores.double().index_fill(0, objects, -torch.inf)
+        order = others.argsort(descending=True)
+        best = order[self.owners[order].argsort(stable=True)][objects]
+        return objects, best, self.scores.double()[objects] - others[best]
+
+    def _at_risk(self, squares: torch.Tensor) -> float:
+        """The mean probability that the margin of a fact changes its sign, where its change has this mean square."""
+        *_, margins = self.margins
+        return float(torch.special.ndtr(-margins / squares.sqrt().clamp_min(1e-12)).mean())
+
+    def _text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
+        """KL of text per squared error of a weight, the mean over what was tried; None where there is no text."""
+        divergences = {type: self.kl_of_text(name, type) for type in tried}
         found = [
             kl / self.errors[name, type]
             for type, kl in divergences.items()
@@ -110,18 +165,30 @@ class Measured:
         return float(rows[: max(1, round(len(rows) * (1 - TRIMMED)))].mean())
 
 
+def _by_domain(divergences: torch.Tensor, domains: Sequence[str]) -> dict[str, float]:
+    """How many times the mean the mean of each domain's facts is, where there are enough of it."""
+    counts, whole = Counter(domains), float(divergences.mean())
+    if not whole:
+        return {}
+    return {
+        domain: float(divergences[torch.tensor([each == domain for each in domains])].mean()) / whole
+        for domain, known in counts.items()
+        if known >= FEWEST_OF_A_DOMAIN
+    }
+
+
 def divergence(scores: torch.Tensor, changes: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
     """KL divergences by which changes of log-scores move each fact's distribution over its candidates, to second order:
-    float64 [facts]."""
+    float64 [facts], or [facts, types] where `changes` are [candidates, types]."""
     count = int(owners.max()) + 1
     scores, changes = scores.double(), changes.double()
 
     def summed(values: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.float64).index_add_(0, owners, values)
+        return torch.zeros(count, *values.shape[1:], dtype=torch.float64).index_add_(0, owners, values)
 
     top = torch.full((count,), -torch.inf, dtype=torch.float64).scatter_reduce(0, owners, scores, "amax")
     weights = (scores - top[owners]).exp()
-    p = weights / summed(weights)[owners]
+    p = (weights / summed(weights)[owners]).reshape(-1, *[1] * (changes.dim() - 1))
     return (summed(p * changes.square()) - summed(p * changes).square()) / 2
 
 
@@ -167,7 +234,7 @@ class _Measuring:
         self._questions, self._texts = questions, texts
         self._fact_batches = len(questions.batches) if questions else 0
         self._starts = [sum(len(text.positions) for text in texts[:number]) for number in range(len(texts) + 1)]
-        self._found: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}
+        self._found: dict[str, Weight] = {}
         self._facts: dict[tuple[str, str], torch.Tensor] = {}
         self._text: dict[tuple[str, str], torch.Tensor] = {}
         self._importance: dict[str, torch.Tensor] = {}
@@ -183,7 +250,7 @@ class _Measuring:
             weight = self._streamed.model.get_parameter(parameter).detach()
             if own[0].inputs.is_floating_point():
                 self._add_linear(self._linears[parameter], weight, own)
-            elif self._roundings.form == "gguf":
+            elif self._roundings.form == "gguf" and self._roundings.legal(weight.shape):
                 scale = getattr(self._streamed.model.get_submodule(module), "embed_scale", 1.0)
                 self._add_lookups(parameter, weight, own, float(scale))
         self._done += 1
@@ -195,8 +262,11 @@ class _Measuring:
             # To round a head that is the embedding too would untie it.
             return
         weight = weight.T.contiguous() if linear.transposed else weight
+        if not self._roundings.legal(weight.shape):
+            return
         name = self._name(linear.parameter)
-        self._found.setdefault(name, (linear.group or "other", linear.layer, tuple(weight.shape)))
+        place = linear.group or "other", linear.layer, linear.stack
+        self._found.setdefault(name, Weight(*place, tuple(weight.shape)))
         importance = self._importance_of(name, products)
         # Inputs count by the gradients at their tokens: those of attention sinks are large, and change nothing.
         squares = [each.gradients.float().square().sum(1).flatten(0, 1) for each in products]
@@ -236,7 +306,7 @@ class _Measuring:
 
     def _add_lookups(self, parameter: str, weight: torch.Tensor, products: Sequence[Product], scale: float) -> None:
         name = self._name(parameter)
-        self._found.setdefault(name, ("embedding", None, tuple(weight.shape)))
+        self._found.setdefault(name, Weight("embedding", None, None, tuple(weight.shape)))
         tokens, places = torch.unique(torch.cat([each.inputs.flatten() for each in products]), return_inverse=True)
         rows, importance = weight[tokens], self._importance.get(name)
         if importance is None:

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from compressknow import notebook
 from compressknow.errors import UsageError
 from compressknow.files import write_whole
+from compressknow.format import count, number
 from compressknow.reading import read_json
 
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
-SCHEMA = 1
+SCHEMA = 2
 _MOST_BYTES = 64 << 20
+# What weights are compared by: of each the first that its rows fit.
+FOUR_BITS = ("q4_0", "int4/64", "int4/32", "int4/128")
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,13 @@ class Rounding:
     facts : the KL that it adds to the distribution over a fact's best candidates, in nats per fact; None where no facts
         guided.
     text : the KL that it adds to the next token's distribution, in nats per token; None where no text guided.
+    at_risk : share of the facts that it is expected to make the model forget (0 to 1); None where no facts guided.
     """
 
     bytes: int
     facts: float | None = None
     text: float | None = None
+    at_risk: float | None = None
 
     def kl(self, guide: Guide = "both", weight: float = 1.0) -> float:
         """Return the predicted KL: of facts, of text, or of facts and `weight` times that of text.
@@ -61,6 +68,9 @@ class TensorSensitivity:
     group : ``attention``, ``feed-forward``, ``final``, ``embedding`` or ``other``.
     layer : number of its block; None outside the blocks.
     by_type : by the name of the type, in the order of `Guidance.types`; types that its rows do not fit are missing.
+    stack : ``encoder`` or ``decoder``; None in a model of one stack.
+    module : what it is inside its block, alike for all blocks: ``self_attn.q_proj``.
+    by_domain : how many times the mean over all facts the KL of a domain's facts is; empty where no facts guided.
     """
 
     name: str
@@ -68,6 +78,28 @@ class TensorSensitivity:
     group: str
     layer: int | None
     by_type: Mapping[str, Rounding]
+    stack: str | None = None
+    module: str = ""
+    by_domain: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def compared(self) -> str:
+        """The type that it is compared with others by: one of 4 bits, where there is one."""
+        return next((name for name in FOUR_BITS if name in self.by_type), [*self.by_type][-1])
+
+    @property
+    def saved(self) -> int:
+        """Bytes that this type saves, against 16 bits per weight."""
+        return 2 * prod(self.shape) - self.by_type[self.compared].bytes
+
+    def per_mb(self, guide: Guide = "both") -> float:
+        """Return the predicted KL for each MB (10^6 bytes) that this type saves."""
+        return self.by_type[self.compared].kl(guide) / self.saved * 1e6
+
+    @property
+    def place(self) -> str:
+        """Where it lies: ``layer 3``, ``encoder 3``, ``final``, ``embedding``."""
+        return self.group if self.layer is None else f"{self.stack or 'layer'} {self.layer}"
 
 
 @dataclass(frozen=True)
@@ -92,13 +124,43 @@ class Guidance:
     importance: str | None = None
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """That of a model: `sha256` is the model's, `guidance` what it was measured with."""
+@dataclass(frozen=True, repr=False)
+class Sensitivity(notebook.Shown):
+    """What rounding each weight of a model to each type does to facts that it knows, and to text.
+
+    Attributes
+    ----------
+    sha256 : of the model.
+    guidance : what it was measured with.
+    rows : a weight each.
+    domains : by name, how many of the facts are of it; those with fewer than 5 are left out.
+    others : how many weights the model has beside those of `rows`.
+    """
 
     sha256: str
     guidance: Guidance
     rows: tuple[TensorSensitivity, ...]
+    domains: Mapping[str, int] = field(default_factory=dict)
+    others: int = 0
+
+    @property
+    def guides(self) -> Guide:
+        """What was measured, of which predictions are made."""
+        facts, text = self.guidance.facts, self.guidance.tokens
+        return "both" if facts and text else "facts" if facts else "text"
+
+    def ranked(self, guide: Guide = "both") -> list[TensorSensitivity]:
+        """Return the weights by the KL for each MB that 4 bits save, the largest first."""
+        return sorted(self.rows, key=lambda row: -row.per_mb(guide))
+
+    def _summary(self) -> notebook.Summary:
+        ranked = self.ranked(self.guides)
+        return notebook.Summary(
+            f"Sensitivity: {count(len(ranked))} weights of {self.sha256[:12]}",
+            f"{count(self.guidance.facts)} facts and {count(self.guidance.tokens)} tokens of text guide.",
+            ("Most sensitive", "KL per MB saved"),
+            [(f"{row.place} {row.module}", number(row.per_mb(self.guides), 5)) for row in ranked],
+        )
 
     def kl(self, guide: Guide = "both", weight: float = 1.0) -> dict[str, dict[str, float]]:
         """Return the predicted KL of each weight and type, by name and type; see `Rounding.kl`."""
@@ -128,10 +190,13 @@ class Sensitivity:
                 row["group"],
                 row["layer"],
                 {name: Rounding(**rounding) for name, rounding in row["by_type"].items()},
+                row["stack"],
+                row["module"],
+                row["by_domain"],
             )
             for row in values["rows"]
         )
-        return cls(values["sha256"], Guidance(**guidance), tuple(rows))
+        return cls(values["sha256"], Guidance(**guidance), tuple(rows), values["domains"], values["others"])
 
 
 def check_guide(guide: str) -> None:

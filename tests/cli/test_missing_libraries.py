@@ -100,6 +100,8 @@ NEEDS = {
     "compare html": (["compare", "llama", "pruned", "-o", "new.html"], ["matplotlib"]),
     "sweep": (["sweep", "llama", "-p", FACTS, "-o", "new"], ["matplotlib", "pyarrow", "scipy"]),
     "sweep ray": (["sweep", "llama", "-p", FACTS, "-o", "new", "--ray", "local"], ["ray"]),
+    "sensitivity": (["sensitivity", "llama", "--facts", FACTS], ["llama_cpp_py_sync", "pyarrow"]),
+    "sensitivity html": (["sensitivity", "llama", "--facts", FACTS, "-o", "new.html"], ["matplotlib"]),
     "search": (
         ["search", "llama", "-p", FACTS, "-o", "new", "--keep", "0.9"],
         ["matplotlib", "optuna", "pyarrow", "scipy"],

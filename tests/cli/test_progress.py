@@ -7,9 +7,11 @@ import sys
 import time
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import pytest
 
+from compressknow import quiet
 from compressknow.cli import terminal
 from compressknow.cli.terminal import Lines, announcement
 from compressknow.quiet import Pace, Progress, Stage, begun, staged
@@ -133,6 +135,14 @@ def test_short_stages_one_after_the_other_have_a_line_a_minute_too(monkeypatch: 
             break
         assert time.monotonic() < end
     assert number > 1
+
+
+@pytest.mark.parametrize("work", quiet.Work.__args__)  # type: ignore[attr-defined]
+def test_all_work_has_a_line(work: Any) -> None:
+    stage = Stage(work, "llama")
+    state = terminal._State(stage)
+    state.update(Progress(stage, "advances", 1, 2))
+    assert " 1 of 2 " in state.text() or "bytes" in state.text()
 
 
 @pytest.mark.usefixtures("often")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers as hf
 from scipy.stats import spearmanr
 
 from compressknow.compress.calibrate.backward import Batch
@@ -29,6 +32,7 @@ from compressknow.study.sensitivity import (
     write_sensitivity,
 )
 from tests.knowing import facts_file, knowing
+from tests.long import long
 
 SCHEMES = SchemeRoundings(("int8-weights", "int4/32"))
 GGUF = GgufRoundings(("q8_0", "q5_0", "q4_0", "q3_k"))
@@ -39,6 +43,7 @@ class Known(NamedTuple):
     model: Any
     questions: Questions
     logp: torch.Tensor
+    domains: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,8 @@ def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Known]
             answers = {answer.fact_id: answer for batch in evaluate(prompts) for answer in batch}
             asked = [Asked(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
             logp = torch.tensor([value for each in asked for value in each.answer.top5_logp])
-            made[family] = Known(path, loaded.model, fact_questions(asked), logp)
+            domains = [each.query.fact.subject for each in asked]
+            made[family] = Known(path, loaded.model, fact_questions(asked), logp, domains)
         return made[family]
 
     return of
@@ -142,6 +148,52 @@ def exact_divergence(before: torch.Tensor, after: torch.Tensor, owners: torch.Te
     return torch.stack(values)
 
 
+def test_facts_at_risk_are_those_whose_answer_changes(known_by: Callable[[str], Known]) -> None:
+    known = known_by("llama")
+    measured = measure(*open_complete(known.folder), GGUF, known.questions)
+    # The model is sure of what it knows: with margins as small as these, rounding one weight changes answers.
+    objects, others, margins = measured.margins
+    assert margins.min() > 0
+    near = 0.03 * margins
+    scores = measured.scores.double()
+    close = replace(measured, scores=scores.index_put((objects,), scores[others] + near))
+    torch.testing.assert_close(close.margins, (objects, others, near))
+    rows = {row.name: row for row in close.rows(GGUF)}
+    predicted, real = [], []
+    for name, type in measured.facts:
+        change = rounded(known, measured, GGUF, name, type) - measured.scores
+        # The best other candidate alone, which margins are of.
+        real.append(float((near + change[objects] - change[others] < 0).double().mean()))
+        predicted.append(rows[name].by_type[type].at_risk or 0.0)
+    assert 0.02 < sum(real) / len(real) < 0.5
+    # Fewer by a third: what is so sure becomes less sure in the mean, which no first order tells.
+    assert 0.5 < sum(predicted) / sum(real) < 1.5, (sum(predicted), sum(real))
+    assert spearmanr(predicted, real).statistic > 0.85
+    # More bits risk less.
+    assert all(row.by_type["q8_0"].at_risk < row.by_type["q4_0"].at_risk for row in rows.values())  # type: ignore[operator]
+
+
+def test_domains_are_sensitive_as_their_facts_are(known_by: Callable[[str], Known]) -> None:
+    known = known_by("llama")
+    measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
+    rows = {row.name: row for row in measured.rows(SCHEMES, known.domains)}
+    first = torch.tensor([domain == known.domains[0] for domain in known.domains])
+    predicted, real = [], []
+    for name, row in rows.items():
+        kls = []
+        for type in SCHEMES.types:
+            after = rounded(known, measured, SCHEMES, name, type)
+            kls.append(exact_divergence(measured.scores, after, measured.owners) / measured.errors[name, type])
+        per_fact = torch.stack(kls).mean(0)
+        real.append(float(per_fact[first].mean() / per_fact.mean()))
+        predicted.append(row.by_domain[known.domains[0]])
+        # As many facts each.
+        assert sum(row.by_domain.values()) == pytest.approx(2)
+    assert spearmanr(predicted, real).statistic > 0.9
+    few = ["a"] * 4 + ["b"] * 60
+    assert set(measured.rows(SCHEMES, few)[0].by_domain) == {"b"}
+
+
 def test_a_divergence_to_second_order_is_the_exact_one_of_small_changes() -> None:
     torch.manual_seed(0)
     owners = torch.tensor([0, 0, 0, 1, 1])
@@ -176,10 +228,43 @@ def text_of(known: Known, family: str) -> list[Batch]:
     return text_batches(picked, kind, mask, seed=0)
 
 
+# Measures a model of some blocks on text, and says the most memory that the process had.
+PEAK = """
+import sys, torch
+from compressknow.model.loading import open_complete
+from compressknow.study.measuring import measure
+from compressknow.study.questions import text_batches
+from compressknow.study.roundings import SchemeRoundings
+from compressknow.system import peak_memory
+text = [{"input_ids": torch.arange(256).reshape(4, 64)}]
+texts = text_batches(text, "causal", None, 0)
+measured = measure(*open_complete(sys.argv[1]), SchemeRoundings(("int8-weights",)), None, texts)
+print(len(measured.weights), peak_memory())
+"""
+
+
+@long
+def test_four_times_the_blocks_need_no_more_memory(tmp_path: Path) -> None:
+    peaks = []
+    for blocks in (4, 16):
+        config = hf.LlamaConfig(
+            vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=blocks, num_attention_heads=8
+        )
+        folder = tmp_path / str(blocks)
+        hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        done = subprocess.run([sys.executable, "-c", PEAK, folder], capture_output=True, text=True, check=True)
+        weights, peak = map(int, done.stdout.split())
+        assert weights == 7 * blocks + 1
+        peaks.append(peak)
+    # Twelve blocks more are 500 MB in float32.
+    assert peaks[1] <= 1.1 * peaks[0], peaks
+
+
 def test_a_sensitivity_is_read_as_it_was_written_and_that_of_another_guidance_is_not(tmp_path: Path) -> None:
-    rows = (TensorSensitivity("a", (2, 32), "attention", 0, {"q8_0": Rounding(68, 0.1, None)}),)
+    types = {"q8_0": Rounding(68, 0.1, None, 0.02)}
+    rows = (TensorSensitivity("a", (2, 32), "attention", 0, types, "encoder", "q", {"science": 1.5}),)
     guidance = Guidance("gguf", ("q8_0",), 64, "facts")
-    written = Sensitivity("model", guidance, rows)
+    written = Sensitivity("model", guidance, rows, {"science": 9}, 128)
     write_sensitivity(written, tmp_path / "found.json")
     assert read_sensitivity(tmp_path / "found.json", "model", guidance) == written
     assert read_sensitivity(tmp_path / "found.json", "model", replace(guidance, facts=65)) is None

@@ -20,6 +20,7 @@ from compressknow.format import (
     share,
 )
 from compressknow.pages.diff.records import Behaviour, SideBySide
+from compressknow.pages.heat import Grid
 from compressknow.pages.parts import BLANK, fact_parts
 from compressknow.pages.parts import Part as PagePart
 from compressknow.pages.tables import Table
@@ -159,16 +160,6 @@ class Part:
     @property
     def sums(self) -> Sums:
         return sum((tensor.sums for tensor in self.tensors), Sums())
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Relative errors by block (rows) and by module inside a block (columns); None where a block has no such module,
-    or no figure of it."""
-
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    cells: tuple[tuple[float | None, ...], ...]
 
 
 def groups(difference: Difference) -> tuple[Part, ...]:

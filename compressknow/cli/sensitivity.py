@@ -1,0 +1,131 @@
+"""`compressknow sensitivity`: which weights matter most, as a table and as a map."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compressknow.cli.options import CALIBRATION, EVALUATE, HOW, REVISION, RUNS, TRUST, command, option
+from compressknow.cli.run import RESUMES, if_interrupted
+from compressknow.cli.terminal import Lines, show
+from compressknow.format import count, plain, share
+
+if TYPE_CHECKING:
+    from compressknow.study.sensitivity import Sensitivity, TensorSensitivity
+
+# Of the terminal; weights in each of the two lists.
+WIDTH, SHOWN = 80, 10
+# Bits per weight of the file that is proposed.
+_BITS = 5.0
+
+
+@command(short_help="Show which weights hold a model's knowledge.")
+@click.argument("model")
+@option(
+    "-o",
+    "--output",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="File, repeatable: .html, .md, .json or .csv.",
+)
+@option(
+    "--to",
+    group=HOW,
+    type=click.Choice(["gguf", "checkpoint"]),
+    help="Types of a GGUF file, or schemes of convert.  [default: gguf for causal models]",
+)
+@option(
+    "--guide",
+    group=HOW,
+    type=click.Choice(["facts", "text", "both"]),
+    default="both",
+    show_default=True,
+    help="What ranks weights: facts, text or both.",
+)
+@option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Facts; repeatable.  [default: atlas]")
+@option(
+    "--calibration",
+    group=CALIBRATION,
+    metavar="TEXT",
+    default="self",
+    help="Text: self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
+)
+@option(
+    "--calibration-tokens",
+    group=CALIBRATION,
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many tokens of it.  [default: 8192]",
+)
+@option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
+@option("--revision", group=RUNS, help=REVISION)
+@option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
+@option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
+def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
+    """Show which weights of MODEL, a local folder or a Hub id, matter most to what it knows.
+
+    For each weight and each type it estimates what that rounding alone does to facts that the model knows, and to
+    text. That is stored: a second call, and `export --size`, take it from there.
+
+    \b
+    compressknow sensitivity MODEL
+    compressknow sensitivity MODEL -o map.html -o map.csv
+    compressknow sensitivity MODEL --facts facts:mine.jsonl --guide facts
+    """
+    from compressknow.commands.sensitivity import sensitivity as run
+
+    with if_interrupted(RESUMES):
+        found = run(model, output, on_progress=Lines(), **options)
+    show("\n".join(page(found, model, options["guide"])))
+    if output:
+        show(f"\nWritten: {', '.join(map(str, output))}")
+
+
+def page(found: Sensitivity, model: str, guide: Any) -> Iterator[str]:
+    """Lines that say which weights matter most and least, and what to do next."""
+    guidance, ranked = found.guidance, found.ranked(guide)
+    by = {"facts": "facts", "text": "text"}.get(guide, "facts and text")
+    yield f"{count(len(ranked))} weights by {by}: {count(guidance.facts)} known facts, {count(guidance.tokens)} tokens."
+    shown = min(SHOWN, -(-len(ranked) // 2))
+    for title, rows in (("Most sensitive", ranked[:shown]), ("Least sensitive", ranked[shown:][-shown:][::-1])):
+        if rows:
+            yield ""
+            yield f"{title:<16}{'':<34}{'KL per MB':>14}{'Facts at risk':>16}"
+            yield "-" * WIDTH
+            yield from (_row(row, guide) for row in rows)
+    kinds = " or ".join(sorted({row.compared for row in ranked}))
+    yield ""
+    yield from wrap(f"KL in thousandths of a nat, for each MB that {kinds} saves against 16 bits.", WIDTH)
+    yield from _next(found, model)
+
+
+def _row(row: TensorSensitivity, guide: Any) -> str:
+    from compressknow.study.map import millinats
+
+    risk = share(row.by_type[row.compared].at_risk)
+    return f"{row.place:<16}{plain(row.module, 33):<34}{millinats(row.per_mb(guide)):>14}{risk:>16}"
+
+
+def _next(found: Sensitivity, model: str) -> Iterator[str]:
+    where = shlex.quote(model)
+    if found.guidance.form == "gguf":
+        weights = found.others + sum(prod(row.shape) for row in found.rows)
+        yield f"\nNext: compressknow export {where} small.gguf --size {_written(weights * _BITS / 8)}"
+    else:
+        yield f"\nNext: compressknow search {where} -o found --keep 0.95"
+
+
+def _written(nbytes: float) -> str:
+    """A size to two or three digits, as ``--size`` takes it.
+
+    >>> [_written(number) for number in (900_000, 75_600_000, 4_120_000_000)]
+    ['900kB', '76MB', '4.1GB']
+    """
+    unit, factor = next((each for each in (("GB", 1e9), ("MB", 1e6)) if nbytes >= each[1]), ("kB", 1e3))
+    return f"{nbytes / factor:.{int(nbytes < 10 * factor)}f}{unit}"

@@ -1,0 +1,135 @@
+"""`compressknow sensitivity` on tiny models that know facts: what it prints, writes, stores, and refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import compressknow
+from compressknow.cli import main
+from tests.knowing import KNOWN_FACTS, facts_file, knowing
+
+pytest.importorskip("llama_cpp_py_sync")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    for family in ("llama", "bert"):
+        knowing(family, folder / family)
+    facts_file(folder / "facts.jsonl")
+    lines = (folder / "facts.jsonl").read_text().splitlines()
+    (folder / "few.jsonl").write_text("\n".join(lines[:20]) + "\n")
+    text = " ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS * 4)
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    shutil.copytree(folder / "llama", folder / "quantized")
+    config = json.loads((folder / "quantized" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "quantized" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def at_home(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the models, with a cache of its own, and a folder to write into."""
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+WORDS = ("--facts", "facts:facts.jsonl", "--calibration", "text.txt", "--calibration-tokens", "512")
+
+
+def test_the_command_prints_and_writes_the_map_and_measures_once(
+    at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [at_home / f"map.{suffix}" for suffix in ("html", "md", "json", "csv")]
+    assert main(["sensitivity", "llama", *WORDS, *(word for file in files for word in ("-o", str(file)))]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[0].startswith("16 weights by facts and text: 64 known facts, ")
+    assert max(map(len, lines[:-1])) <= 80
+    assert printed.count("layer 0 ") + printed.count("layer 1 ") == 14
+    assert "Next: compressknow export llama small.gguf --size " in printed
+    assert lines[-1] == f"Written: {', '.join(map(str, files))}"
+
+    found = json.loads(files[2].read_text())
+    assert found["domains"] == {"geography": 32, "science": 32}
+    assert {row["group"] for row in found["rows"]} == {"attention", "feed-forward", "final", "embedding"}
+    assert all(0 <= each["at_risk"] <= 1 for row in found["rows"] for each in row["by_type"].values())
+    assert all(sum(row["by_domain"].values()) == pytest.approx(2) for row in found["rows"])
+    with files[3].open(newline="") as file:
+        assert {row["type"] for row in csv.DictReader(file)} == {"q8_0", "q5_0", "iq4_nl", "q4_0"}
+    model = compressknow.load("llama")
+    assert found["others"] == sum(each.numel() for name, each in model.named_parameters() if "norm" in name)
+
+    stages: list[str] = []
+    again = compressknow.sensitivity(
+        "llama",
+        facts="facts:facts.jsonl",
+        calibration="text.txt",
+        calibration_tokens=512,
+        guide="facts",
+        on_progress=lambda progress: stages.append(progress.stage.work),
+    )
+    assert not {"evaluate", "sensitivity"} & set(stages)
+    assert json.loads(json.dumps(again.as_json()["rows"])) == found["rows"]
+    assert repr(again).startswith("<Sensitivity: 16 weights of ")
+    # What is there is not written over unasked.
+    assert main(["sensitivity", "llama", *WORDS, "-o", str(files[3])]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main(["sensitivity", "llama", *WORDS, "-o", str(files[3]), "--overwrite"]) == 0
+
+
+def test_a_masked_model_has_the_schemes_of_checkpoints(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sensitivity", "bert", *WORDS, "--guide", "facts", "-o", str(at_home / "map.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "Next: compressknow search bert -o found --keep 0.95" in printed
+    found = json.loads((at_home / "map.json").read_text())
+    assert found["guidance"]["form"] == "checkpoint"
+    assert next(iter(found["rows"][0]["by_type"])) == "int8-weights"
+
+
+def test_text_alone_guides_where_too_few_facts_are_known(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sensitivity", "llama", "--facts", "facts:few.jsonl", *WORDS[2:]]
+    assert main(words) == 2
+    assert "llama knows 20 of these facts, and 30 are needed to guide." in capsys.readouterr().err
+    assert main([*words, "--guide", "text", "-o", str(at_home / "map.md")]) == 0
+    assert "16 weights by text: 0 known facts, " in capsys.readouterr().out
+    assert "Facts at risk" not in (at_home / "map.md").read_text().partition("## The most")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("./nowhere", "no such folder"),
+        ("quantized", "is quantized already (gptq)"),
+        ("bert --to gguf", "there is no GGUF file of it"),
+        ("llama --to onnx", "'onnx' is not one of"),
+        ("llama --guide fact", "'fact' is not one of"),
+        ("llama --facts text:text.txt", "what guides are facts with candidates"),
+        ("llama --facts atlass", "Did you mean atlas?"),
+        ("llama --calibration nowhere.txt", "There is no calibration text"),
+        ("llama --calibration-tokens 0", "0 is not in the range"),
+        ("llama -o map.pdf", "ends in .html, .md, .json or .csv"),
+        ("llama -o nowhere/map.html", "no such folder"),
+        ("llama -o facts.jsonl", "ends in .html"),
+        ("llama -o text.csv --overwrite", "was not written by compressknow"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_message(
+    words: str, says: str, at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text.csv").write_text("a,b\n")
+    before = sorted(at_home.parent.rglob("*"))
+    assert main(["sensitivity", *words.split()]) in (1, 2)
+    said = capsys.readouterr()
+    assert says in said.err.replace("\n  ", " ")
+    assert "Traceback" not in said.err
+    assert said.out == ""
+    assert sorted(at_home.parent.rglob("*")) == before
