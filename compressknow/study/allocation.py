@@ -59,7 +59,7 @@ def allocate(table: Table, budget: int, *, overhead: int = 0, together: Iterable
     >>> allocate({"one": one, "two": two}, 13, overhead=1).types
     {'one': 'q8', 'two': 'q4'}
     """
-    units = _units(table, together)
+    units = units_of(table, together)
     floor = overhead + sum(min(option.nbytes for option in options.values()) for _, options in units)
     if budget < floor:
         raise UsageError(
@@ -81,8 +81,8 @@ def allocate(table: Table, budget: int, *, overhead: int = 0, together: Iterable
 _Unit = tuple[tuple[str, ...], dict[str, Option]]
 
 
-def _units(table: Table, together: Iterable[Sequence[str]]) -> list[_Unit]:
-    """What is chosen at once, and its options: those that all its tensors have."""
+def units_of(table: Table, together: Iterable[Sequence[str]] = ()) -> list[_Unit]:
+    """Return what is chosen at once, and its options: those that all its tensors have."""
     joined = {name: tuple(names) for names in together for name in names if name in table}
     units: list[_Unit] = []
     for names in dict.fromkeys(joined.get(name, (name,)) for name in table):

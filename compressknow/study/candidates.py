@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow._version import __version__
-from compressknow.compress.staging import discard
+from compressknow.compress.staging import clean, discard
 from compressknow.engine.identity import Located, describe
 from compressknow.engine.language_model import CPU
 from compressknow.evaluate.handle import ModelHandle
@@ -64,15 +64,18 @@ class Candidates:
             return
         placed.unlink(missing_ok=True)
         made = handle.make()
+        clean(target)
         remove(target)
-        if _record_of(made).exists():
+        if _record_of(made).exists():  # First: what has no record is made again.
             move(_record_of(made), _record_of(target))
         move(made, target)
         write_whole(placed, handle.sha256.encode("ascii"))
 
     def remove(self) -> None:
         """Remove all that are not at that place; how large they are stays known."""
-        for made in self.folder.glob(f"*/{self.form.place}"):
+        for record in self.folder.glob(f"*/{BYTES}"):
+            made = record.with_name(self.form.place)
+            clean(made)
             remove(made)
 
 
@@ -94,8 +97,9 @@ class CandidateHandle(ModelHandle):
 
     def make(self) -> Path:
         """Make it unless it is there."""
-        if not self.made.exists():
+        if not is_made(self.made):
             self.made.parent.mkdir(parents=True, exist_ok=True)
+            remove(self.made)
             self._candidates.form.make(self._found, self.made, self._candidates.begin)
         write_whole(self.made.parent / BYTES, str(describe(self.located)["bytes"]).encode("ascii"))
         return self.made

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
 from compressknow.compress.staging import scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
-from compressknow.errors import UsageError, did_you_mean
+from compressknow.errors import UnsupportedError, UsageError, did_you_mean
 from compressknow.format import share, size
 from compressknow.gguf.fit import Rounding
 from compressknow.libraries import require
 from compressknow.model.scopes import SCOPES, Pattern
 from compressknow.quiet import Begin
-from compressknow.study.allocation import Allocation, Option, Table, allocate
+from compressknow.study.allocation import Allocation, Option, Table, allocate, units_of
 from compressknow.study.sensitivity import Guide, check_guide
 
 if TYPE_CHECKING:
@@ -127,20 +127,32 @@ class Form(ABC):
         self._chosen: dict[int, Allocation] = {}
 
     @property
+    def tables(self) -> list[Table]:
+        """Those of which one is to be chosen, and then by it."""
+        return [self.table]
+
+    @property
     def floor(self) -> int:
         """Bytes of the smallest file."""
-        return self.overhead + sum(min(option.nbytes for option in own.values()) for own in self.table.values())
+        return self.overhead + min(sum(own[0] for own in sizes) for sizes in self._sizes)
 
     @property
     def ceiling(self) -> int:
         """Bytes of a file with 8 bits per weight: the next largest to each weight as it is."""
-        sizes = (sorted(option.nbytes for option in own.values()) for own in self.table.values())
-        return self.overhead + sum(own[-2:][0] for own in sizes)
+        return self.overhead + max(sum(own[-2:][0] for own in sizes) for sizes in self._sizes)
 
     @property
     def whole(self) -> int:
         """Bytes of a file with all weights as they are."""
-        return self.overhead + sum(max(option.nbytes for option in own.values()) for own in self.table.values())
+        return self.overhead + max(sum(own[-1] for own in sizes) for sizes in self._sizes)
+
+    @property
+    def _sizes(self) -> list[list[list[int]]]:
+        """By table, the bytes that each choice may have, the fewest first."""
+        return [
+            [sorted(option.nbytes for option in options.values()) for _, options in units_of(table, self.together)]
+            for table in self.tables
+        ]
 
     @property
     @abstractmethod
@@ -158,7 +170,14 @@ class Form(ABC):
     def choose(self, budget: int) -> Allocation:
         """Return the types that are predicted to lose least in so many bytes. Raises UsageError where none fit."""
         if budget not in self._chosen:
-            self._chosen[budget] = allocate(self.table, budget, overhead=self.overhead, together=self.together)
+            found: list[Allocation] = []
+            for table in self.tables:
+                try:
+                    found.append(allocate(table, budget, overhead=self.overhead, together=self.together))
+                except UsageError:
+                    if budget < self.floor:
+                        raise
+            self._chosen[budget] = min(found, key=lambda each: (each.loss, each.nbytes))
         return self._chosen[budget]
 
     def learn(self, guides: Guides) -> None:
@@ -270,7 +289,7 @@ class CheckpointForm(Form):
         from compressknow.study.roundings import SchemeRoundings
 
         self.roundings = SchemeRoundings()
-        self._model, self._guide = model, guide
+        self._model, self._guide, self._is_uniform = model, guide, False
         maker = model.maker
         structure = maker.structure()
         sources = Sources(maker.checkpoint, maker.tree, structure)
@@ -293,8 +312,35 @@ class CheckpointForm(Form):
             {module: prod(weight.shape) for module, weight in self._weights.items()},
             _joined(self._weights),
         )
+        self._is_uniform = not self._takes_several()
         # What cannot be converted is told before anything is measured.
         maker.plan(Recipe.from_dict(_steps(self.choose(self.floor).types)))
+
+    def _takes_several(self) -> bool:
+        """Whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""
+        units = [units for units, options in units_of(self.table, self.together) if len(options) > 2]
+        if len(units) < 2:
+            return True
+        first, last = (dict.fromkeys(names, kind) for names, kind in zip((units[0], units[-1]), (-1, 1), strict=True))
+        types = {name: list(self.table[name])[at] for name, at in (first | last).items()}
+        try:
+            self._model.maker.plan(Recipe.from_dict(_steps(types)))
+        except UnsupportedError:
+            return False
+        return True
+
+    @property
+    def tables(self) -> list[Table]:
+        if not self._is_uniform:
+            return [self.table]
+        kinds = [kind for kind in reversed(self.roundings.types) if any(kind in own for own in self.table.values())]
+        return [
+            {
+                name: own if len(own) == 1 else {each: own[each] for each in (NONE, kind) if each in own}
+                for name, own in self.table.items()
+            }
+            for kind in kinds
+        ]
 
     @property
     def label(self) -> str:
