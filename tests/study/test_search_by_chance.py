@@ -71,7 +71,7 @@ class Searched(SizeSearch):
 
 
 def _file(nbytes: int) -> Allocation:
-    """One of files that are predicted to lose so much less than the one before that each may be put to held-out facts."""
+    """One of files that lose so much less than the one before that each may be put to the held-out facts."""
     return Allocation({"weight": str(nbytes)}, nbytes, (APART - 0.01) ** nbytes)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 
 import pytest
 
@@ -69,7 +69,7 @@ def test_the_smallest_is_put_to_the_held_out_facts_first_and_others_far_from_it_
     enough = sorted(each.found.nbytes for each in search.tried if each.trial.kept.low >= 0.9)
     assert put[0].nbytes == enough[0]
     assert len(put) == CONFIRMED < len(enough)
-    assert all(after.loss <= APART * before.loss for before, after in itertools.pairwise(put))
+    assert all(after.loss <= APART * before.loss for before, after in pairwise(put))
     assert search.winner is search.confirmed[-1]
     assert search.winner.found == put[-1]
 
