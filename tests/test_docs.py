@@ -36,7 +36,7 @@ CHEAPER = {
     "probe": ["--limit", "8"],
     "report": ["--limit", "8"],
     "sweep": ["--limit", "8"],
-    "search": ["--limit", "24", "--trials", "1"],
+    "search": ["--limit", "24", "--guide", "text"],
 }
 # These take longest: they run on the page of their command alone.
 LONG = ("sweep", "search")

@@ -151,9 +151,9 @@ class _Lines:
         if not self._begun:
             self._begun = True
             show(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
-        kept = trial.kept and estimate(trial.kept.value, trial.kept.low, trial.kept.high)
+        kept = estimate(trial.kept.value, trial.kept.low, trial.kept.high)
         name = plain(trial.setup, WIDTH)
         if len(name) > 39:
             show(name)
             name = ""
-        show(f"{name:<40}{kept or '':<28}{size(trial.bytes):>12}")
+        show(f"{name:<40}{kept:<28}{size(trial.bytes):>12}")

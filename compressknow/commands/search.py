@@ -28,10 +28,9 @@ from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.quiet import Advance, OnProgress, Stage, Work, begun, listener
 from compressknow.stats.records import Estimate
-from compressknow.study.allocation import Allocation
+from compressknow.study.allocation import Allocation, parse_size
 from compressknow.study.candidates import Candidates, is_made, remove
 from compressknow.study.cells import StudyModel
-from compressknow.study.fitting import parse_size
 from compressknow.study.folder import ORIGINAL, SEARCH, claim, refuse_foreign
 from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Request, open_form
 from compressknow.study.guides import FIT_TOKENS, guides_of
@@ -182,7 +181,7 @@ def search(
             winner = chosen.winner
         else:
             chosen, found = None, form.choose(request.size or 0)
-            winner = Candidate(found, candidates.trial(found))
+            winner = Candidate(found, candidates.trial(found, Estimate(None)))
         result = search_of(request, form, chosen, guided, selection, grading, seed=seed, command=command)
         for name in WRITTEN:  # What an earlier search of this folder, for another share or size, has found.
             (folder / name).unlink(missing_ok=True)

@@ -38,15 +38,15 @@ class Trial:
     types : that of each weight that has one.
     bytes : of its weights.
     predicted_kl : the divergence of its answers that its types were chosen by, nats.
-    kept : on the facts of the search; None where a size was asked for. `held_out` on those held out to select by, where
-        it was evaluated on these; `graded` of the winner, on those that chose nothing.
+    kept : on the facts of the search, without a value where a size was asked for. `held_out` on those held out to
+        select by, where it was evaluated on these; `graded` of the winner, on those that chose nothing.
     """
 
     setup: str
     types: Mapping[str, str]
     bytes: int
     predicted_kl: float
-    kept: Estimate | None = None
+    kept: Estimate
     held_out: Estimate | None = None
     graded: Estimate | None = None
 
@@ -226,7 +226,7 @@ def _files(search: Search, trials: Sequence[Trial]) -> tuple[Table, ...]:
             + ((_kept(t.held_out),) if held_out else ())
             for t in rows
         ),
-        bars=() if held_out else tuple(t.kept or Estimate(None) for t in rows),
+        bars=() if held_out else tuple(t.kept for t in rows),
         bars_after=4,
         sortable=len(rows) > 1,
     )
@@ -287,10 +287,10 @@ def _tradeoff(search: Search) -> Tradeoff:
     marks = [
         Mark(each.bytes / 1e6, each.kept, _TRIED, _hovered(each))
         for each in search.tried
-        if each.kept and each.kept.value is not None
+        if each.kept.value is not None
     ]
     best = unbeaten(marks, lambda mark: (mark.cost, mark.share))
-    if (won := search.winner) and won.kept:
+    if (won := search.winner) and won.kept.value is not None:
         marks.append(Mark(won.bytes / 1e6, won.kept, _WINNER, f"{_WINNER}, {_hovered(won)}"))
     return Tradeoff(
         "Knowledge kept by size",
@@ -305,8 +305,7 @@ def _tradeoff(search: Search) -> Tradeoff:
 
 
 def _hovered(trial: Trial) -> str:
-    kept = trial.kept.value if trial.kept else None
-    return f"{size(trial.bytes)} {share(kept)}, {plain(trial.setup, 60)}"
+    return f"{size(trial.bytes)} {share(trial.kept.value)}, {plain(trial.setup, 60)}"
 
 
 SCHEMA = 2

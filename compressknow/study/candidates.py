@@ -49,7 +49,7 @@ class Candidates:
         """Return a file as a model to evaluate."""
         return CandidateHandle(self, found)
 
-    def trial(self, found: Allocation, kept: Estimate | None = None) -> Trial:
+    def trial(self, found: Allocation, kept: Estimate) -> Trial:
         """Return the record of a file, which is made unless it was before."""
         record = self.handle(found).made.parent / BYTES
         if not record.exists():

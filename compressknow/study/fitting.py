@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +15,6 @@ from compressknow.gguf.tensors import Tensors, chosen_types
 from compressknow.study.allocation import Allocation, Option, Table, allocate
 from compressknow.study.sensitivity import GUIDES, Guidance, Guide, Sensitivity
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
 _MOST_BITS = 16
 
 
@@ -61,18 +58,6 @@ class Target:
         told = [f"{which} {chosen}" for which, chosen in self.must]
         by = {"both": "facts and text"}.get(self.guide, self.guide)
         return f"{amount} by {', '.join([by, self.rounding, *told])}"
-
-
-def parse_size(text: str | int) -> int:
-    """Return the bytes that a size says. Raises UsageError for a text that is none.
-
-    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000")]
-    [90000000, 1500000000, 67108864, 1000]
-    """
-    found = _SIZE.fullmatch(str(text).strip().upper())
-    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
-        raise UsageError(f"--size {text}: that is no size.", hint="Write 90MB, 1.5GB or a number of bytes.")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: Target) -> Fitted:

@@ -19,7 +19,7 @@ from compressknow.compress.staging import scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.errors import UnsupportedError, UsageError, did_you_mean
 from compressknow.format import share, size
-from compressknow.gguf.fit import Rounding
+from compressknow.gguf.choice import check_types
 from compressknow.libraries import require
 from compressknow.model.scopes import SCOPES, Pattern
 from compressknow.quiet import Begin
@@ -28,6 +28,7 @@ from compressknow.study.sensitivity import Guide, check_guide
 
 if TYPE_CHECKING:
     from compressknow.gguf.export import Export
+    from compressknow.gguf.fit import Rounding
     from compressknow.gguf.tensors import Tensors
     from compressknow.model.structure import LinearWeight
     from compressknow.study.cells import StudyModel
@@ -89,7 +90,7 @@ class Request:
             raise UsageError(f"--rounding {self.rounding}: there is gptq, nearest.")
         self.check_form(self.to or GGUF)
         if self.to == GGUF:
-            _ = self.target
+            check_types(self.must)
 
     def check_form(self, form: str) -> None:
         """Raise UsageError for what a form cannot do."""

@@ -111,7 +111,7 @@ def promising(tried: Sequence[Candidate], keep: float) -> list[Candidate]:
     """Those to confirm on held-out facts, the smallest first: they keep enough of the facts of the search. Where none
     does, the one that keeps most, to be told.
     """
-    known = [each for each in tried if each.trial.kept and each.trial.kept.low is not None]
+    known = [each for each in tried if each.trial.kept.low is not None]
     chosen: list[Candidate] = []
     for each in sorted(known, key=lambda each: each.found.nbytes):
         apart = not chosen or each.found.loss <= APART * chosen[-1].found.loss
@@ -123,7 +123,7 @@ def promising(tried: Sequence[Candidate], keep: float) -> list[Candidate]:
 def _lowest(each: Candidate) -> float:
     """What a file keeps at least."""
     kept = each.trial.held_out or each.trial.kept
-    return (kept and kept.low) or 0.0
+    return kept.low or 0.0
 
 
 def meets(kept: Estimate | None, keep: float) -> bool:
