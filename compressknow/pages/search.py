@@ -123,7 +123,6 @@ def search_page(search: Search) -> Page:
         models=plain(search.original.name, 80),
         headline=headline(search),
         verdict=verdict(search),
-        first="Read this first",
         warnings=said(search),
         sections=tuple(section for section in _sections(search) if section.parts),
         unlisted=_ALL,
