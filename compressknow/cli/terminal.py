@@ -226,7 +226,7 @@ _LABELS = {
     **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},
     "fetch": "Fetching llama.cpp's converter",
     **{"unpack": "Unpacking", "gather": "Gathering what layers read", "export": "Converting", "quantize": "Quantizing"},
-    "round": "Rounding",
+    **{"round": "Rounding", "sensitivity": "Measuring the sensitivity"},
 }
 
 # The original, whose answers are known, run otherwise.

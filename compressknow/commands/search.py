@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from compressknow.study.cells import NoiseFloor
     from compressknow.study.sensitivity import Guide
 
-SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", "candidates"
+# Files that are made for a search lie where what a stopped run keeps for itself does.
+SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", ".parts"
 RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md", "report.json"), ("search.html", "search.json")
 WRITTEN = (*PAGES, RECIPE, *REPORTS)
 # Of the facts that grade: what running the original otherwise changes.

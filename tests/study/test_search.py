@@ -141,7 +141,7 @@ def test_smaller_files_fell_short_and_no_more_than_eight_were_made(place: Place)
     assert all(each["kept"]["low"] < KEEP or short for each in smaller)
     assert not short or found["winner"]["predicted_kl"] <= 0.7 * max(e["predicted_kl"] for e in found["confirmed"])
     # What was made for the search alone is gone.
-    assert not list((place.folder / "found" / "candidates").rglob("model*"))
+    assert not list((place.folder / "found" / ".parts").rglob("model*"))
 
 
 def test_the_recipe_gives_the_winner_again(place: Place, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_what_no_outcome_could_show_is_told_before_anything_is_measured(
     said = capsys.readouterr().err
     assert "No file can be certain to keep 99.9 %: the model knows 21 of the facts that select it." in said
     assert "only 70.9 % would be certain" in said
-    assert not (llama.folder / "much" / "candidates").exists()
+    assert not (llama.folder / "much" / ".parts").exists()
 
 
 def test_what_is_no_winner_of_a_search_is_left_alone_and_told_before_any_work(
@@ -408,7 +408,7 @@ def test_too_few_known_facts_are_told_and_a_text_guides_alone(
     assert llama.search("few", "--size", "120kB") == 2
     said = capsys.readouterr().err
     assert "llama knows 22 of these facts, and 30 are needed to guide." in said
-    assert not (llama.folder / "few" / "candidates").exists()
+    assert not (llama.folder / "few" / ".parts").exists()
     assert llama.search("few", "--size", "120kB", "--guide", "text") == 0
     assert llama.found("few")["by"] == "text, rounded to nearest"
 
