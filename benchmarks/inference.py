@@ -8,7 +8,7 @@ often this project's functions, and others that do the same, are wrong:
 
 1. tests that say that something changed where on the whole nothing did, at 5 %;
 2. intervals of the share kept that hold the true one, at 95 %;
-3. searches that select a recipe which keeps exactly what is asked for, and the share that a search tells;
+3. searches that select a file which keeps exactly what is asked for, and the share that a search tells;
 4. studies (a quarter as many) that say anything of modules and methods that are all alike;
 5. gates that decide early where the share kept is exactly the gate.
 
@@ -38,6 +38,7 @@ from compressknow.stats.clusters import paired_test, share_by_cluster
 from compressknow.stats.intervals import SIGNIFICANT, mcnemar, proportion
 from compressknow.stats.records import Counts, Estimate
 from compressknow.stats.sequential import LEVEL, capitals
+from compressknow.study.search import CONFIRMED, HALVINGS
 from tests.report.study.studies import Asked, gp, gq, study
 from tests.report.test_clusters import shares, without_net_change
 from tests.report.test_sequential import drawn as in_random_order
@@ -115,18 +116,18 @@ def coverage(draws: int) -> Iterator[tuple[str, ...]]:
 
 
 def selections(draws: int) -> Iterator[tuple[str, ...]]:
-    """Recipes of which the search's own facts said that they keep enough, and 40 of which they had to say so; then five
-    that keep 10 points more than is asked for, of which the first that is selected is graded.
+    """Files of which the search's own facts said that they keep enough, and eight of which they had to say so; then
+    eight that keep 10 points more than is asked for, of which the first that is selected is graded.
     """
-    yield "relations x facts", "kept", "ICC", "one", "five", "40 tried", "share told"
+    yield "relations x facts", "kept", "ICC", "one", "three", "eight tried", "share told"
     many, few = (63, 64), (20, 60)
     parts = {shape: split(*shape, seed=0) for shape in (many, few)}
     for (shape, kept), icc in product(((many, 0.9), (many, 0.95), (many, 0.98), (few, 0.95)), ICC):
         wrong = []
-        for recipes, found in ((1, True), (5, True), (40, False)):
-            made = searches(draws, parts[shape], icc, share=kept, keep=kept, recipes=recipes, found=found)
+        for files, found in ((1, True), (CONFIRMED, True), (HALVINGS + 1, False)):
+            made = searches(draws, parts[shape], icc, share=kept, keep=kept, files=files, found=found)
             wrong.append(percent(sum(search.winner is not None for search in made), draws))
-        better = searches(draws, parts[shape], icc, share=kept, keep=kept - 0.1, recipes=5, found=False)
+        better = searches(draws, parts[shape], icc, share=kept, keep=kept - 0.1, files=HALVINGS + 1, found=False)
         graded = [told for search in better if (told := search.graded())]
         told = percent(sum(holds(each, kept) for each in graded), len(graded)) if graded else "-"
         yield f"{shape[0]} x {shape[1]}", f"{kept}", f"{icc}", *wrong, told

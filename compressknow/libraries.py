@@ -18,7 +18,6 @@ OPTIONAL = {
     "llama_cpp_py_sync": "'compressknow[gguf]'",
     "lm_eval": "lm-eval",
     "matplotlib": "matplotlib",
-    "optuna": "'compressknow[search]'",
     "pyarrow": "pyarrow",
     "ray": "'compressknow[ray]'",
     "requests": "requests",

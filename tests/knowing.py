@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -291,19 +292,36 @@ def knowing(family: str, folder: Path) -> Path:
     return folder
 
 
+def knowing_as(folder: Path, config: hf.LlamaConfig) -> Path:
+    """Have a Llama of this config, in whose folder its tokenizer lies, know all of KNOWN_FACTS, and write it there."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder, pad_token="<unk>")
+    with one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        model = hf.LlamaForCausalLM(config)
+        _teach(model, _llama_lesson(tokenizer), 3e-3)
+    model.eval().save_pretrained(folder)
+    return folder
+
+
 @cache
 def _trained(family: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     tokenizer = _tokenizer(family)
+    with one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        model = _FAMILIES[family].build(tokenizer)
+        _teach(model, _FAMILIES[family].lesson(tokenizer), _FAMILIES[family].rate)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums over several threads differ from run to run."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums over several threads differ from run to run
+    torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(0)
-            model = _FAMILIES[family].build(tokenizer)
-            _teach(model, _FAMILIES[family].lesson(tokenizer), _FAMILIES[family].rate)
+        yield
     finally:
         torch.set_num_threads(threads)
-    return model.eval(), tokenizer
 
 
 def _teach(model: PreTrainedModel, lesson: _Lesson, rate: float) -> None:

@@ -36,14 +36,14 @@ CHEAPER = {
     "probe": ["--limit", "8"],
     "report": ["--limit", "8"],
     "sweep": ["--limit", "8"],
-    "search": ["--limit", "24", "--trials", "1"],
+    "search": ["--limit", "24", "--guide", "text", "--to", "checkpoint"],
     # The small model knows too few facts to be guided by.
     "sensitivity": ["--guide", "text", "--calibration-tokens", "512"],
 }
 # These take longest: they run on the page of their command alone.
 LONG = ("sweep", "search", "sensitivity")
-# Needs a network, a cluster, an accelerator, or half a minute of imports.
-ELSEWHERE = re.compile(r"https?:|hf:[A-Za-z]|lm-eval:|--ray|\.gguf|cuda|^[\w-]+/[\w.-]+$")
+# Needs a network, a cluster, an accelerator, half a minute of imports, or a model of some size.
+ELSEWHERE = re.compile(r"--size|https?:|hf:[A-Za-z]|lm-eval:|--ray|\.gguf|cuda|^[\w-]+/[\w.-]+$")
 LOCAL = ("build", "examples", "data", "answers", "study", "found")
 # Reads weights and no more than them: the same on every machine.
 FIXED = ("inspect", "convert", "verify", "compare")

@@ -145,14 +145,16 @@ class TestProbe:
         assert "almanac:language" in Path("compare.json").read_text(encoding="utf-8")
 
     @pytest.mark.usefixtures("models")
-    def test_sweep_and_search_run_on_it(self) -> None:
+    def test_sweep_and_search_run_on_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         Path("grid.toml").write_text("[axes]\nscope = ['overall']\nprune = [0.1, 0.7]\n", encoding="utf-8")
         given = ["-p", "almanac:capital", "-p", "almanac:language", "--data", "data"]
         assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml", *given]) == 0
         study = json.loads(Path("study", "study.json").read_text(encoding="utf-8"))
         assert list(study["probes"]) == ["almanac:capital", "almanac:language"]
-        pytest.importorskip("optuna")
-        assert main(["search", "model", "-o", "found", "--keep", "0.5", "--trials", "1", *given]) == 0
+        monkeypatch.setattr("compressknow.study.guides.FEWEST", 8)
+        text = ["--calibration", "text.txt", "--calibration-tokens", "128", "--to", "checkpoint"]
+        Path("text.txt").write_text("The capital of Avaland is New Alba. " * 40, encoding="utf-8")
+        assert main(["search", "model", "-o", "found", "--keep", "0.3", *text, *given]) == 0
         found = json.loads(Path("found", "search.json").read_text(encoding="utf-8"))
         assert (found["probes"], found["held_out"]) == (["almanac:capital", "almanac:language"], 10)
 
@@ -830,7 +832,7 @@ class TestScheme:
         assert compared == pytest.approx(errors, rel=1e-4)
 
     @pytest.mark.usefixtures("int6")
-    def test_a_grid_and_a_search_take_it(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_grid_takes_it(self, capsys: pytest.CaptureFixture[str]) -> None:
         axes = "[axes]\nquantize = ['int6', 'int8']\ngroup = [8, 64]\n"
         Path("grid.toml").write_text(axes, encoding="utf-8")
         assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml", "-p", "facts:facts.jsonl"]) == 0

@@ -72,7 +72,7 @@ def test_the_defaults_that_a_signature_shows_are_those_of_the_records() -> None:
         ("compare", {"outputs": ["a.html"]}, "output"),
         ("probe", {"probes": "atlas"}, "probe"),
         ("sweep", {"scheme": "int8"}, "quantize"),
-        ("search", {"prune_methods": ["wanda"], "keep": 0.9}, "prune_method"),
+        ("search", {"probes": "atlas", "keep": 0.9}, "probe"),
     ],
 )
 def test_an_old_name_works_and_warns(

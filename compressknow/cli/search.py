@@ -1,4 +1,4 @@
-"""`compressknow search`: the smallest checkpoint that keeps a share of the knowledge."""
+"""`compressknow search`: the smallest file that keeps a share of the knowledge."""
 
 from __future__ import annotations
 
@@ -8,40 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressknow.cli.export import TypeOf
 from compressknow.cli.options import (
-    COMPRESS,
-    HOW,
+    CALIBRATION,
+    EVALUATE,
+    FIT,
     REVISION,
     RUNS,
     OneOf,
     Share,
-    calibration_options,
     command,
     known_option,
     option,
     probe_options,
     probes_help,
-    ray_options,
     templates_option,
 )
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json_text
-from compressknow.compress.pruning import METHODS
-from compressknow.compress.schemes import SCHEMES
-from compressknow.compress.steps import ROUNDINGS
 from compressknow.errors import GateNotMet
-from compressknow.format import count, estimate, plain, size
+from compressknow.format import estimate, plain, size
 
 if TYPE_CHECKING:
     from compressknow.pages.search import Trial
 
 WIDTH = 80
-COLUMNS = f"{'Recipe':<40}{'Kept (95 % interval)':<28}"
-SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weights"}
+COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 
 
-@command(short_help="Find the smallest checkpoint that keeps a share of knowledge.", more=probes_help)
+@command(short_help="Find the smallest file that keeps a share of knowledge.", more=probes_help)
 @click.argument("model")
 @option(
     "-o",
@@ -50,47 +46,51 @@ SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weight
     required=True,
     help="Folder of the search; a stopped one resumes.",
 )
-@option("--keep", group=HOW, type=Share(), required=True, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
+@option("--keep", group=FIT, type=Share(), metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
+@option("--size", group=FIT, metavar="SIZE", help="Instead: the best file of so many bytes, such as 90MB.")
 @option(
-    "--minimize",
-    group=HOW,
-    type=OneOf(["bytes", "sparse-bytes", "nonzero"]),
-    default="bytes",
+    "--to",
+    group=FIT,
+    type=OneOf(["gguf", "checkpoint"]),
+    help="gguf or checkpoint.  [default: gguf for models that generate]",
+)
+@option(
+    "--guide",
+    group=FIT,
+    type=OneOf(["facts", "text", "both"]),
+    default="both",
     show_default=True,
-    help="bytes (on disk), sparse-bytes (in a sparse format) or nonzero (weights left).",
-)
-@option("--trials", group=HOW, type=click.IntRange(1), default=40, show_default=True, help="Recipes for Optuna to try.")
-@option(
-    "--quantize",
-    group=HOW,
-    multiple=True,
-    metavar="SCHEME",
-    type=OneOf(list(SCHEMES)),
-    help="Scheme to try, repeatable.  [default: int8, int8-weights]",
+    help="What decides: facts, text or both.",
 )
 @option(
-    "--prune-method",
-    group=HOW,
+    "--must",
+    group=FIT,
     multiple=True,
-    type=OneOf(list(METHODS)),
-    help="Method to try, repeatable.  [default: l1-unstructured]",
+    type=TypeOf(),
+    metavar="WHICH=TYPE",
+    help="Type that is not to be chosen, such as attention=q8_0; repeatable.",
 )
 @option(
     "--rounding",
-    group=HOW,
-    multiple=True,
-    type=OneOf(list(ROUNDINGS)),
-    help="Rounding to try, repeatable.  [default: nearest]",
+    group=FIT,
+    type=OneOf(["gptq", "nearest"]),
+    help="How weights of a GGUF file are rounded: gptq or nearest.  [default: gptq]",
 )
-@calibration_options
+@option("--minimize", group=FIT, default="bytes", metavar="BYTES", hidden=True)
 @option(
-    "--module-map",
-    group=COMPRESS,
-    type=OneOf(["structural", "paper"]),
-    default="structural",
-    help="structural (default) or paper, the authors' split.",
+    "--calibration",
+    group=CALIBRATION,
+    metavar="TEXT",
+    help="Text that decides: self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
 )
-@ray_options
+@option(
+    "--calibration-tokens",
+    group=CALIBRATION,
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many tokens of it.  [default: 8192]",
+)
+@option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="The same as --probe, as export has it.")
 @probe_options
 @templates_option
 @known_option
@@ -101,24 +101,21 @@ SIZE_COLUMNS = {"bytes": "On disk", "sparse-bytes": "Sparse", "nonzero": "Weight
 def search(
     ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...], as_json: bool, **given: Any
 ) -> None:
-    """Find the cheapest checkpoint of MODEL that keeps a share of its knowledge.
+    """Find the smallest file of MODEL that keeps a share of its knowledge, or the best of a size.
 
-    Half of the facts guide the search. The recipe that it finds must keep the share on the other half, by the lower
-    end of its interval. OUTPUT gets the page (search.html), the recipe (recipe.toml), the converted checkpoint
-    (winner/) and its report card (report.html). Exits with 3 if nothing keeps as much. Needs Optuna:
-    pip install 'compressknow[search]'.
+    A third of the facts guides the search. The file that it finds must keep the share of another third, by the lower
+    end of its interval; the last third grades it. OUTPUT gets the page (search.html), the file (model.gguf, or the
+    checkpoint model/), its recipe (recipe.toml) and its report card (report.html). Exits with 3 if nothing keeps as
+    much.
 
     \b
-    compressknow search MODEL -o found --keep 0.95 --limit 1000
-    compressknow search MODEL -o found --keep 0.98 --minimize sparse-bytes
-    compressknow convert MODEL CONVERTED --recipe found/recipe.toml
+    compressknow search MODEL -o found --keep 0.95
+    compressknow search MODEL -o found --size 90MB --facts facts:mine.jsonl
+    compressknow search MODEL -o found --keep 0.95 --to checkpoint
     """
     from compressknow.commands.search import search as run
     from compressknow.pages.search import said, verdict
 
-    for name in ("quantize", "prune_method", "rounding"):
-        if not given[name]:
-            del given[name]
     with if_interrupted(RESUMES):
         found = run(
             model,
@@ -126,7 +123,7 @@ def search(
             probe=probe or None,
             command=command_of(ctx),
             on_progress=Lines(),
-            on_result=None if as_json else _Lines(given["minimize"]),
+            on_result=None if as_json else _Lines(),
             **given,
         )
     if as_json:
@@ -135,30 +132,28 @@ def search(
         show()
         for text in (verdict(found), *said(found)):
             show("\n".join(textwrap.wrap(text, WIDTH)))
-        show(f"\nWritten: {output}/search.html" + (", recipe.toml, winner/, report.html" if found.winner else ""))
+        file = "model.gguf" if found.form == "gguf" else "model/"
+        show(f"\nWritten: {output}/search.html" + (f", recipe.toml, {file}, report.html" if found.winner else ""))
     if found.winner is None:
         raise GateNotMet(
-            f"No recipe tried is certain to keep {100 * found.keep:g} %.",
-            hint="Lower --keep, use more facts (--limit), or run more trials (--trials).",
+            f"No file tried is certain to keep {100 * (found.keep or 0):g} %.",
+            hint="Lower --keep, or use more facts (--limit).",
         )
 
 
 class _Lines:
-    """Prints a line a recipe, as it comes."""
+    """Prints a line per file, as it comes."""
 
-    def __init__(self, minimize: str) -> None:
-        self._begun, self._minimize = False, minimize
+    def __init__(self) -> None:
+        self._begun = False
 
     def __call__(self, trial: Trial) -> None:
         if not self._begun:
             self._begun = True
-            columns = f"{COLUMNS}{SIZE_COLUMNS[self._minimize]:>12}"
-            show(f"{columns}\n{'-' * len(columns)}")
+            show(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
         kept = estimate(trial.kept.value, trial.kept.low, trial.kept.high)
         name = plain(trial.setup, WIDTH)
         if len(name) > 39:
             show(name)
             name = ""
-        amount = trial.sizes[self._minimize]
-        written = count(amount) if self._minimize == "nonzero" else size(amount)
-        show(f"{name:<40}{kept:<28}{written:>12}")
+        show(f"{name:<40}{kept:<28}{size(trial.bytes):>12}")

@@ -129,10 +129,6 @@ def export(
     return write(job, place, overwrite=overwrite, importance_output=matrix_place, threads=threads, begin=begin)
 
 
-# Tokens of the text that decides, unless more are asked for.
-FIT_TOKENS = 8_192
-
-
 def _target(given: Mapping[str, Any]) -> Target | None:
     """How large the file is to be; None where types are given instead."""
     from compressknow.errors import UsageError
@@ -151,7 +147,8 @@ def _target(given: Mapping[str, Any]) -> Target | None:
             )
     if given["type"] != "q8_0":
         raise UsageError("--type and --size cannot be combined: --size chooses the types.")
-    from compressknow.study.fitting import Target, parse_size
+    from compressknow.study.allocation import parse_size
+    from compressknow.study.fitting import Target
 
     must = given["must"].items() if isinstance(given["must"], Mapping) else given["must"]
     return Target(
@@ -200,6 +197,7 @@ def _chosen(given: Mapping[str, Any]) -> Choice:
     from compressknow.compress.calibrate.text import check_text
     from compressknow.compress.options import refuse_beside_recipe
     from compressknow.gguf.choice import Choice, read_choice
+    from compressknow.study.guides import FIT_TOKENS
 
     if given["recipe"] is not None:
         refuse_beside_recipe(given, _RECIPE)

@@ -58,13 +58,12 @@ def sensitivity(
     compressknow.errors.CompressknowError : the checkpoint is missing, damaged or quantized already; it knows fewer than
         30 of the facts; an output that cannot be written.
     """
-    from compressknow.commands.export import FIT_TOKENS
     from compressknow.compress.calibrate.text import check_text
     from compressknow.compress.steps import Calibration
     from compressknow.errors import UsageError
     from compressknow.model.checkpoint import refuse_no_checkpoint
     from compressknow.pages.pages import check_outputs, require_for
-    from compressknow.study.guides import open_facts
+    from compressknow.study.guides import FIT_TOKENS, open_facts
     from compressknow.study.map import FORMATS
     from compressknow.study.sensitivity import check_guide
 

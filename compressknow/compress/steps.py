@@ -25,6 +25,8 @@ SHARED = ("per_layer", "norm", "dim", "seed")
 ROUNDINGS = ("nearest", "gptq")
 # The paper has one scheme, of 8 bits, and does not name it.
 PAPER_BITS = 8
+# Characters of patterns that a name says.
+_LONGEST = 80
 # The paper's words for a scope (sections 2.2-2.5, figure 8), and ours for the one that it does not have.
 PAPER_SCOPES = {
     "blocks": "Blocks",
@@ -63,9 +65,15 @@ class Where:
     def label(self) -> str:
         named = "+".join(PAPER_SCOPES.get(scope, scope) for scope in self.scope)
         narrowed = [f"layers {self.layers}"] if self.layers else []
-        narrowed += [f"include {pattern}" for pattern in self.include]
-        narrowed += [f"exclude {pattern}" for pattern in self.exclude]
+        narrowed += [*_patterns_label("include", self.include), *_patterns_label("exclude", self.exclude)]
         return named + (f"[{', '.join(narrowed)}]" if narrowed else "")
+
+
+def _patterns_label(word: str, patterns: tuple[str, ...]) -> list[str]:
+    """The patterns, or how many there are where they would make a name too long to read."""
+    if sum(map(len, patterns)) > _LONGEST:
+        return [f"{word} {len(patterns)} pattern{'s' if len(patterns) > 1 else ''}"]
+    return [f"{word} {pattern}" for pattern in patterns]
 
 
 # The scopes that narrow what is dropped: blocks and neurons are of a side of the model, not of a kind of layer.

@@ -73,6 +73,7 @@ class Export:
     ----------
     exact : the type of the GGUF file in between, which holds every matrix exactly: ``f32``, ``f16`` or ``bf16``.
     fit : how the file is brought to a size, instead of by the types of `choice`.
+    floats : the file in between, where it is made already: it stays.
     """
 
     checkpoint: Checkpoint
@@ -83,6 +84,7 @@ class Export:
     exact: str
     trust_remote_code: bool = False
     fit: Fit | None = None
+    floats: Path | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -291,13 +293,14 @@ class _Made(NamedTuple):
 
 
 def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False) -> _Made:
-    exact = folder / "exact.gguf"
+    exact = export.floats or folder / "exact.gguf"
     with ExitStack() as stack:
         source = stack.enter_context(_plain_folder(export, folder, begin))
         seen = None
         if (asked := export.choice.calibration) and not dry_run:
             seen = see(source, asked, folder, threads=threads, begin=begin, trust_remote_code=export.trust_remote_code)
-        _convert(export, source, exact, begin)
+        if export.floats is None:
+            _convert(export, source, exact, begin)
         if not _is_quantized(export):
             return _Made(exact, {}, {})
         if not export.is_compensated:
@@ -329,7 +332,8 @@ def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dr
                 trust_remote_code=export.trust_remote_code,
             )
             said["fit"]["compensated"] = len(rounded)
-    exact.unlink()
+    if export.floats is None:
+        exact.unlink()
     return _Made(output, {}, said)
 
 
@@ -338,14 +342,18 @@ def _types(export: Export, exact: Path, tensors: Tensors) -> tuple[str, dict[str
     if export.fit is None:
         return export.choice.type, chosen_types(tensors, export.choice.types), {}
     fitted = export.fit.choose(tensors, overhead_of(exact, tensors))
-    sizes = Counter[str]()
-    for name, kind in fitted.types.items():
-        sizes[kind] += tensors.tensors[name].numel
-    # What readers of the file take for the type of all of it; by one of floats llama.cpp would round nothing.
-    most = next(kind for kind, _ in sizes.most_common() if kind.upper() not in FLOATS)
-    kind = most if most in file_types() else f"{most}_s"
+    kind = type_of_most(fitted.types, tensors)
     rules = [[f"^{re.escape(name)}$", chosen] for name, chosen in fitted.types.items()]
     return kind, dict(fitted.types), {"type": kind, "types": rules, "fit": dict(fitted.record)}
+
+
+def type_of_most(types: Mapping[str, str], tensors: Tensors) -> str:
+    """What readers of a file take for the type of all of it; by one of floats llama.cpp would round nothing."""
+    sizes = Counter[str]()
+    for name, kind in types.items():
+        sizes[kind] += tensors.tensors[name].numel
+    most = next(kind for kind, _ in sizes.most_common() if kind.upper() not in FLOATS)
+    return most if most in file_types() else f"{most}_s"
 
 
 def _convert(export: Export, source: Path, exact: Path, begin: Begin) -> None:

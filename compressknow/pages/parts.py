@@ -265,7 +265,6 @@ class Page:
     ----------
     kind : what the page is: ``study``, ``search``.
     models : which models it is about.
-    first : the title of `warnings`.
     unlisted : so many sections stand before the table of contents, which does not list them.
     """
 
@@ -274,7 +273,6 @@ class Page:
     models: str
     headline: str
     verdict: str
-    first: str
     warnings: tuple[str, ...]
     sections: tuple[Shown, ...]
     unlisted: int

@@ -67,8 +67,6 @@ class Tradeoff:
     edge : by kind, whose marks can be on the edge.
     more_is_better : of a cost that is none, such as a speed.
     keep, rounding : a share of 1 to be kept (broken), and what rounding alone keeps (dotted), drawn across; or None.
-    bottom : where the axis of what is kept begins, in percent; None for a round figure below the least, so that the
-        axis spans `_SPAN` points at least.
     """
 
     title: str
@@ -80,7 +78,6 @@ class Tradeoff:
     more_is_better: bool = False
     keep: float | None = None
     rounding: float | None = None
-    bottom: float | None = None
 
 
 def unbeaten(
@@ -132,8 +129,6 @@ def _left(plot: Axes) -> float:
 
 
 def _bottom(chart: Tradeoff) -> float:
-    if chart.bottom is not None:
-        return chart.bottom
     # A line across alone would not widen the axis.
     ends = [percents(mark.kept)[1] for mark in chart.marks]
     ends += [] if chart.rounding is None else [100 * chart.rounding]

@@ -7,6 +7,7 @@ the smallest file, the least loss that the tensors so far can have.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -20,8 +21,22 @@ from compressknow.format import size
 
 # Numbers of bytes that are told apart. Sizes of real models have a large common divisor, and need fewer.
 STEPS = 1 << 15
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
 # Tensors that a message about the smallest file names.
 _NAMED = 3
+
+
+def parse_size(text: str | int) -> int:
+    """Return the bytes that a size says. Raises UsageError for a text that is none.
+
+    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000")]
+    [90000000, 1500000000, 67108864, 1000]
+    """
+    found = _SIZE.fullmatch(str(text).strip().upper())
+    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
+        raise UsageError(f"--size {text}: that is no size.", hint="Write 90MB, 1.5GB or a number of bytes.")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 class Option(NamedTuple):
@@ -59,7 +74,7 @@ def allocate(table: Table, budget: int, *, overhead: int = 0, together: Iterable
     >>> allocate({"one": one, "two": two}, 13, overhead=1).types
     {'one': 'q8', 'two': 'q4'}
     """
-    units = _units(table, together)
+    units = units_of(table, together)
     floor = overhead + sum(min(option.nbytes for option in options.values()) for _, options in units)
     if budget < floor:
         raise UsageError(
@@ -81,8 +96,8 @@ def allocate(table: Table, budget: int, *, overhead: int = 0, together: Iterable
 _Unit = tuple[tuple[str, ...], dict[str, Option]]
 
 
-def _units(table: Table, together: Iterable[Sequence[str]]) -> list[_Unit]:
-    """What is chosen at once, and its options: those that all its tensors have."""
+def units_of(table: Table, together: Iterable[Sequence[str]] = ()) -> list[_Unit]:
+    """Return what is chosen at once, and its options: those that all its tensors have."""
     joined = {name: tuple(names) for names in together for name in names if name in table}
     units: list[_Unit] = []
     for names in dict.fromkeys(joined.get(name, (name,)) for name in table):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from compressknow._version import __version__
 from compressknow.engine.identity import describe_variant, locate
@@ -24,6 +24,7 @@ from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import Beside, ModelHandle, Settings
 from compressknow.evaluate.noise import with_noise_floor
 from compressknow.evaluate.run import facts_of, is_answered, lacking, probe_model
+from compressknow.evaluate.runtime_noise import with_runtime_noise_floor
 from compressknow.evaluate.runtimes.transformers import LoadedInTransformers
 from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text.running import RunningText
@@ -34,9 +35,13 @@ from compressknow.study.grid import Cell
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from compressknow.compress.recipe import Recipe
     from compressknow.compress.variant import VariantMaker
     from compressknow.evaluate.scoring.scorer import Scorer
+
+
+# What else the original is run in, to see what that alone changes.
+NoiseFloor = Literal["precision", "runtime"]
+_PRECISION: tuple[NoiseFloor, ...] = ("precision",)
 
 
 class StudyModel:
@@ -91,10 +96,31 @@ class StudyModel:
             self.maker.__exit__(kind, error, trace)
 
     def evaluate_original(
-        self, probes: Sequence[Opened], folder: Path, on_progress: Listener | None = None, *, noise_floor: bool = True
+        self,
+        probes: Sequence[Opened],
+        folder: Path,
+        on_progress: Listener | None = None,
+        *,
+        noise_floors: Collection[NoiseFloor] = _PRECISION,
+        whole: bool = True,
     ) -> Answers:
-        """The original's answers, kept in `folder`, with their noise floor unless that is not wanted here."""
-        return _evaluate(self.original, probes, folder, None, self._whole, on_progress, noise_floor=noise_floor)
+        """The original's answers, kept in `folder`, with these noise floors; `whole`, with its distributions kept for
+        what is compared with it."""
+        of = self._whole if whole else None
+        return _evaluate(self.original, probes, folder, None, of, on_progress, noise_floors=noise_floors)
+
+    def evaluate(
+        self,
+        handle: ModelHandle,
+        probes: Sequence[Opened],
+        folder: Path,
+        reference: Answers,
+        on_progress: Listener | None = None,
+        *,
+        whole: bool = True,
+    ) -> Answers:
+        """The answers of a model that was made of the original, kept in `folder`."""
+        return _evaluate(handle, probes, folder, reference, self._whole if whole else None, on_progress)
 
     def evaluate_cell(
         self,
@@ -105,7 +131,7 @@ class StudyModel:
         on_progress: Listener | None = None,
     ) -> Answers:
         """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or evaluated."""
-        return _evaluate(self._handle(cell), probes, cells / self.folder_of(cell), reference, self._whole, on_progress)
+        return self.evaluate(self._handle(cell), probes, cells / self.folder_of(cell), reference, on_progress)
 
     def is_answered(self, cell: Cell, probe: Opened, cells: Path, reference: Answers) -> bool:
         """Whether `ask_cell` would find these answers there."""
@@ -120,6 +146,9 @@ class StudyModel:
         return CellHandle(self.original, cell, self.maker, self.tokenizer, self._written)
 
 
+_NOISE = {"precision": with_noise_floor, "runtime": with_runtime_noise_floor}
+
+
 def _evaluate(
     handle: ModelHandle,
     probes: Sequence[Opened],
@@ -128,7 +157,7 @@ def _evaluate(
     whole: Distributions | None,
     on_progress: Listener | None,
     *,
-    noise_floor: bool = False,
+    noise_floors: Collection[NoiseFloor] = (),
 ) -> Answers:
     watched, beside = staged(on_progress, facts=facts_of(probes)), Beside(reference, whole=whole)
     if whole and reference:
@@ -142,9 +171,9 @@ def _evaluate(
     try:
         places = {probe.name: folder / folder_of(probe.name) for probe in probes}
         parts = [probe_model(handle, [p], places[p.name], beside, on_progress=watched) for p in probes]
-        if noise_floor:
+        for name in noise_floors:
             asked = zip(probes, parts, strict=True)
-            parts = [with_noise_floor(handle, [p], a, places[p.name], watched, whole=whole) for p, a in asked]
+            parts = [_NOISE[name](handle, [p], a, places[p.name], watched, whole=whole) for p, a in asked]
         return merged(parts)
     finally:
         handle.release()
@@ -230,18 +259,13 @@ class CellHandle(ModelHandle):
 
 
 def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
-    """Write a cell's checkpoint below `models`, unless a run before has."""
-    folder = models / study_model.folder_of(cell)
-    if not folder.exists():
-        models.mkdir(exist_ok=True)
-        write_checkpoint(study_model, cell.recipe, folder)
-
-
-def write_checkpoint(study_model: StudyModel, recipe: Recipe, folder: Path, *, overwrite: bool = False) -> None:
-    """Write what a recipe makes of a study's model, calibrated on the study's own text."""
+    """Write a cell's checkpoint below `models`, calibrated on the study's own text, unless a run before has."""
     from compressknow.compress.convert import convert
     from compressknow.pages.model_card import model_card_for
 
-    maker = study_model.maker
-    text = maker.text(maker.plan(recipe)) if recipe.calibration else None
-    convert(maker.checkpoint.folder, folder, recipe, overwrite=overwrite, text=text, render_card=model_card_for)
+    folder = models / study_model.folder_of(cell)
+    if not folder.exists():
+        models.mkdir(exist_ok=True)
+        maker, recipe = study_model.maker, cell.recipe
+        text = maker.text(maker.plan(recipe)) if recipe.calibration else None
+        convert(maker.checkpoint.folder, folder, recipe, text=text, render_card=model_card_for)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +10,11 @@ from compressknow.errors import UsageError
 from compressknow.format import size
 from compressknow.gguf.choice import check_types
 from compressknow.gguf.fit import Fitted, Rounding, is_matrix, padded
-from compressknow.gguf.grids import legal_types, type_bytes
+from compressknow.gguf.grids import CANDIDATES, legal_types, type_bytes
 from compressknow.gguf.tensors import Tensors, chosen_types
-from compressknow.study.allocation import Option, Table, allocate
-from compressknow.study.sensitivity import GUIDES, Guide, Sensitivity
+from compressknow.study.allocation import Allocation, Option, Table, allocate
+from compressknow.study.sensitivity import GUIDES, Guidance, Guide, Sensitivity
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
 _MOST_BITS = 16
 
 
@@ -63,18 +60,6 @@ class Target:
         return f"{amount} by {', '.join([by, self.rounding, *told])}"
 
 
-def parse_size(text: str | int) -> int:
-    """Return the bytes that a size says. Raises UsageError for a text that is none.
-
-    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000")]
-    [90000000, 1500000000, 67108864, 1000]
-    """
-    found = _SIZE.fullmatch(str(text).strip().upper())
-    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
-        raise UsageError(f"--size {text}: that is no size.", hint="Write 90MB, 1.5GB or a number of bytes.")
-    return int(float(found[1]) * _UNITS[found[2]])
-
-
 def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> None:
     """Raise UsageError, before anything is measured, for a budget that no file of weights of these `shapes` keeps to,
     or that the model in full, of `whole` bytes, does not pass."""
@@ -108,8 +93,12 @@ def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target:
             f"{size(budget)} is no less than the model has in full, {size(whole)}.",
             hint=f"Give less, or export it with --type {tensors.tensors[next(iter(table))].type}.",
         )
-    found = allocate(_pinned(table, tensors, target.must), budget, overhead=overhead)
-    guidance = sensitivity.guidance
+    found = allocate(pinned(table, tensors, target.must), budget, overhead=overhead)
+    return fitted_of(found, budget, target, sensitivity.guidance)
+
+
+def fitted_of(found: Allocation, budget: int, target: Target, guidance: Guidance) -> Fitted:
+    """Return the types that were chosen, and what a record says of the choice."""
     record = {
         **{"budget": budget, "guide": target.guide, "rounding": target.rounding},
         **{"must": [list(rule) for rule in target.must], "predicted_kl": found.loss},
@@ -119,18 +108,20 @@ def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target:
     return Fitted(found.types, record)
 
 
-def table_of(sensitivity: Sensitivity, tensors: Tensors, guide: Guide) -> Table:
-    """What each matrix of a file takes and loses by type, its own included, which loses nothing.
+def table_of(sensitivity: Sensitivity | None, tensors: Tensors, guide: Guide) -> Table:
+    """What each matrix of a file takes and loses by type, its own included, which loses nothing; without a sensitivity
+    none does.
 
     Of a tensor that was made of several weights, what they lose adds up; one of which nothing was measured has 8 bits.
     """
-    rows = sensitivity.kl(guide)
+    rows = sensitivity.kl(guide) if sensitivity else {}
     table: dict[str, dict[str, Option]] = {}
     for name, tensor in tensors.tensors.items():
         if not is_matrix(tensors, name):
             continue
         own = [rows[key] for key in _parameters(sensitivity, tensors, name) if key in rows]
-        kinds = [kind for kind in own[0] if all(kind in each for each in own)] if own else ["q8_0"]
+        kinds: Sequence[str] = [kind for kind in own[0] if all(kind in each for each in own)] if own else ["q8_0"]
+        kinds = kinds if sensitivity else CANDIDATES
         shape = tensor.shape[::-1]
         table[name] = {
             kind: Option(padded(type_bytes(kind, shape)), sum(each[kind] for each in own))
@@ -140,16 +131,16 @@ def table_of(sensitivity: Sensitivity, tensors: Tensors, guide: Guide) -> Table:
     return table
 
 
-def _parameters(sensitivity: Sensitivity, tensors: Tensors, name: str) -> Iterable[str]:
+def _parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: str) -> Iterable[str]:
     """The weights that a tensor is made of, by the names of the sensitivity."""
     if name in tensors.weights:
         tied = tensors.side.structure.tied
         own = [weight.parameter for weight in tensors.weights[name]]
         return dict.fromkeys([*own, *(tied[parameter] for parameter in own if parameter in tied)])
-    return [row.name for row in sensitivity.rows if row.group == "embedding"]
+    return [row.name for row in (sensitivity.rows if sensitivity else ()) if row.group == "embedding"]
 
 
-def _pinned(table: Table, tensors: Tensors, must: Sequence[tuple[str, str]]) -> Table:
+def pinned(table: Table, tensors: Tensors, must: Sequence[tuple[str, str]]) -> Table:
     """The table with no choice for what rules name. Raises UsageError for a type that is not in it."""
     pins: Mapping[str, str] = chosen_types(tensors, must)
     for name, kind in pins.items():

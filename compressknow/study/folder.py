@@ -156,7 +156,9 @@ def _probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
 RECORD = "sweep.json"
 ORIGINAL, CELLS, MODELS, TEXTS = "original", "cells", "models", "calibration"
 SCHEMA_VERSION = 1
-RECORD_FORM = {"schema": int, "version": str, "model": str, "sha256": str, "known?": str}
+# How a search chooses: the first chose among recipes, the second chooses types by size.
+SEARCH = 2
+RECORD_FORM = {"schema": int, "version": str, "model": str, "sha256": str, "known?": str, "search?": int}
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -168,21 +170,22 @@ def refuse_foreign(folder: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path, original: ModelHandle, known: str | None = None) -> Iterator[None]:
+def claim(folder: Path, original: ModelHandle, known: str | None = None, search: int | None = None) -> Iterator[None]:
     """Take a folder for a study of this model: a new one, or one that holds such a study already.
 
     Parameters
     ----------
     known : of a search, what counts as known: that decides what it tries.
+    search : of a search, `SEARCH`.
 
-    Raises OutputError where it is a file, holds something else, a study of another model or version, a search by
-    another reading of known, or is in use.
+    Raises OutputError where it is a file, holds something else, a study of another model or version, an older search or
+    one by another reading of known, or is in use.
     """
     refuse_foreign(folder)
     record = folder / RECORD
     with own_folder(folder, wait=False, worthless=(RECORD,)):
         said = {"schema": SCHEMA_VERSION, "version": __version__, **_identity(original)}
-        said |= {"known": known} if known else {}
+        said |= {"known": known, "search": search} if search else {}
         if record.is_file():
             _refuse_other(record, said)
         else:
@@ -209,6 +212,15 @@ def _refuse_other(record: Path, said: Mapping[str, object]) -> None:
         raise OutputError(f"{record} cannot be read: {error}.", hint="Choose a new folder for the study.") from None
     if wrong := misfit(found, RECORD_FORM):
         raise OutputError(f"{record} is damaged: {wrong}.", hint="Choose a new folder for the study.")
+    if found.get("search") != said.get("search"):
+        what = (
+            "an older search"
+            if "known" in found and "search" in said
+            else "a search"
+            if "known" in found
+            else "a sweep"
+        )
+        raise OutputError(f"{record.parent} is of {what}: nothing was changed.", hint="Choose a new folder.")
     differs = next((key for key in ("sha256", "version", "schema") if found[key] != said[key]), None)
     if differs == "sha256":
         raise OutputError(

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 FACTS, FEWEST = 200, 30
 # Of four facts that are evaluated, a small model may know two: so many, that there are enough.
 ASKED = 400
-# Tokens of text that guide: more tell little more, and take as long as so many more facts.
+# Tokens of the text, unless more are asked for.
+FIT_TOKENS = 8_192
+# Of these, those that guide: more tell little more, and take as long as so many more facts.
 TOKENS = 2_048
 _MOST_BYTES = 64 << 20
 
@@ -60,6 +62,7 @@ def guides_of(
     guide: Guide,
     roundings: Roundings,
     on_progress: Listener | None,
+    answers: Answers | None = None,
 ) -> Guides:
     """Measure what guides the types of weights, as far as it was not before.
 
@@ -68,6 +71,7 @@ def guides_of(
     handle : of a checkpoint of floats.
     probes : of facts with candidates. They are measured, and GPTQ runs over them, even where text guides alone.
     calibration : the text; its first `TOKENS` guide.
+    answers : what the model answered to all of the probes; by default it is evaluated on some facts of each.
 
     Raises UsageError where facts are to guide and the model knows fewer than 30.
     """
@@ -77,11 +81,11 @@ def guides_of(
     from compressknow.model.loading import open_complete
 
     model, trusted = handle.located, handle.settings.trust_remote_code
-    probes = [probe.limited(max(1, ASKED // len(probes))) for probe in probes]
-    answers = probe_model(
-        handle, probes, default_answers_folder() / handle.sha256[:16], Beside(), on_progress=on_progress, wait=True
-    )
-    handle.release()
+    if answers is None:
+        probes = [probe.limited(max(1, ASKED // len(probes))) for probe in probes]
+        folder = default_answers_folder() / handle.sha256[:16]
+        answers = probe_model(handle, probes, folder, Beside(), on_progress=on_progress, wait=True)
+        handle.release()
     facts = known_facts(answers, probes)
     if (known := sum(map(len, facts.values()))) < FEWEST:
         if guide != "text":

@@ -86,7 +86,6 @@ def map_page(map: Map, *, charts: bool) -> Page:
         models=plain(map.model, 80),
         headline=headline(map),
         verdict=verdict(map),
-        first="",
         warnings=(),
         sections=tuple(section for section in shown if section.parts),
         unlisted=0,

@@ -68,18 +68,13 @@ def runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterator[Run
     if ray is None:
         yield lambda batch: (
             # The original has been evaluated before.
-            _here(batch, cell, _numbered(on_progress, number, len(batch.cells) + 1))
+            _here(batch, cell, staged(on_progress, number=number, of=len(batch.cells) + 1))
             for number, cell in enumerate(batch.cells, start=2)
         )
         return
 
     with connected(ray) as run:
         yield run
-
-
-def _numbered(on_progress: Listener | None, number: int, of: int) -> Listener | None:
-    """A cell that comes alone is one of a search, whose number nobody knows."""
-    return staged(on_progress, number=number, of=of) if of > 2 else on_progress
 
 
 def _here(batch: Batch, cell: Cell, on_progress: Listener | None) -> CellResult:

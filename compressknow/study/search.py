@@ -1,276 +1,187 @@
-"""The search for the cheapest recipe that keeps enough: explored on some facts, selected by others, graded by a third
+"""The search for the smallest file that keeps enough: steered by some facts, selected by others, graded by a third
 part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import sqrt
 
-from compressknow.compress.recipe import Recipe
-from compressknow.compress.schemes import SCHEMES
-from compressknow.compress.steps import Quantize
-from compressknow.errors import UsageError
-from compressknow.evaluate.answers import Answers
+from compressknow.errors import GateNotMet
+from compressknow.format import count, share
 from compressknow.pages.card.make import compare, model_facts
 from compressknow.pages.card.rounding import kept_by_rounding
-from compressknow.pages.search import SIZES, Search, Trial
+from compressknow.pages.search import Search, Trial
+from compressknow.stats.intervals import proportion
 from compressknow.stats.records import Estimate
-from compressknow.study.space import Optimizer, Space
-from compressknow.study.split import EvaluationSet, cell_of
+from compressknow.study.allocation import Allocation
+from compressknow.study.forms import Form, Request
+from compressknow.study.split import EvaluationSet
 
-# Trials that a cluster is given at once.
-TOGETHER = 8
-# Recipes, and of what kind their trials are (see `Trial`) -> each with its trial, as they come.
-Evaluate = Callable[[Sequence[Recipe], str], Iterable[tuple[Recipe, Trial]]]
-# A recipe, and the level of the interval -> what it keeps of the held-out facts.
-Confirm = Callable[[Recipe, float], Estimate]
-# How many recipes may be tried on the held-out facts: each makes the interval that they are judged by wider.
-CONFIRMED = 5
-# A recipe is evaluated no further where the first facts say at this level that it keeps less than is asked for.
-SURE = 0.99
+# Sizes that are evaluated: so many halvings of the predicted loss, and then an end that was not reached.
+HALVINGS = 7
+# Budgets so near each other, as a share, are one.
+CLOSE = 0.005
+# How many files may be put to the held-out facts: each makes the interval that they are judged by wider. One that is
+# put there after another is predicted to lose that much less, or would fall short too.
+CONFIRMED, APART = 3, 0.7
+# Of all intervals of a search (Bonferroni). Of one file it would be 99 %: the share kept is skewed where a few
+# relations lose much, so that an interval's lower end lies too high more often than its level says. So a file that
+# keeps exactly what is asked for is selected in 5 of 100 searches at most (`benchmarks/inference.py`).
+LEVEL = 1 - 0.01 / CONFIRMED
 
 
-class RecipeSearch:
-    """What a search has tried so far, and what comes of it. It reads and writes nothing: `evaluate` does the work.
+@dataclass(frozen=True)
+class Candidate:
+    """A file that was evaluated: its types, and its record."""
+
+    found: Allocation
+    trial: Trial
+
+
+class SizeSearch:
+    """What a search has tried so far, and what comes of it. It reads and writes nothing.
 
     Parameters
     ----------
-    space : the recipes to choose from.
-    evaluate : makes trials of recipes, on the facts of the search; no recipe is given to it twice.
-    sizes : of the original, as `Trial.sizes`.
-    together : how many recipes are chosen before the next result is known: more than one on a cluster.
+    keep : the share of knowledge to be kept.
+    choose : gives the types of a file of so many bytes.
+    evaluate : makes a file and its trial, on the facts of the search; none is made twice.
 
     Attributes
     ----------
-    confirmed : the trials that were put to the held-out facts, the cheapest first.
-    level : of the intervals that these were held to.
+    tried : in the order in which they were chosen.
+    confirmed : those that were put to the held-out facts, the smallest first.
     """
 
     def __init__(
-        self, space: Space, criterion: Criterion, evaluate: Evaluate, sizes: Mapping[str, int], *, together: int = 1
+        self, keep: float, choose: Callable[[int], Allocation], evaluate: Callable[[Allocation], Trial]
     ) -> None:
-        self.criterion, self.sizes = criterion, sizes
-        self.confirmed: tuple[Trial, ...] = ()
-        self.level = level(())
-        self._space, self._evaluate, self._together = space, evaluate, together
-        self._chosen: list[Recipe] = []
-        self._trials: dict[Recipe, Trial] = {}
+        self.keep = keep
+        self.tried: list[Candidate] = []
+        self.confirmed: list[Candidate] = []
+        self._choose, self._evaluate = choose, evaluate
 
     @property
-    def trials(self) -> tuple[Trial, ...]:
-        """In the order in which they were chosen: on a cluster they come in another each time."""
-        return tuple(self._trials[recipe] for recipe in dict.fromkeys(self._chosen))
+    def winner(self) -> Candidate | None:
+        """The smallest that keeps enough of the held-out facts too."""
+        return next((each for each in self.confirmed if meets(each.trial.held_out, self.keep)), None)
 
-    @property
-    def winner(self) -> Trial | None:
-        """The cheapest that keeps enough of the held-out facts too."""
-        return next((trial for trial in self.confirmed if meets(trial.held_out, self.criterion.keep)), None)
+    def explore(self, floor: int, ceiling: int) -> None:
+        """Halve the predicted losses between those of two sizes, towards the largest that keeps enough."""
+        worst, best = ends = self._choose(floor), self._choose(ceiling)
+        for _ in range(HALVINGS):
+            found = self._losing(sqrt(worst.loss * best.loss), worst.nbytes, best.nbytes)
+            if any(each.found.types == found.types for each in self.tried):
+                break
+            if self._try(found):
+                best = found
+            else:
+                worst = found
+        if best is ends[1]:
+            self._try(best)
+        elif worst is ends[0]:
+            self._try(worst)
 
-    def explore(self, trials: int, seed: int) -> None:
-        """The paper's setups, then the layers one band after the other, then so many trials of the optimizer."""
-        self._try(self._space.references(), "paper")
-        bands = self._space.one_band_each()
-        tried = self._try(list(bands), "layers")
-        self._space.learn({band: tried[recipe].harm or 0.0 for recipe, band in bands.items()})
-        optimizer = Optimizer(self._space, seed)
-        for start in range(0, trials, self._together):
-            self._optimize(optimizer, min(self._together, trials - start))
-
-    def confirm(self, confirm: Confirm) -> None:
-        """Put the promising trials to the held-out facts, the cheapest first, until one keeps enough there too."""
-        candidates = promising(self.trials, self.criterion)
-        self.level = level(candidates)
-        for trial in candidates:
-            kept = confirm(Recipe.from_dict(dict(trial.recipe)), self.level)
-            self.confirmed += (replace(trial, held_out=kept),)
+    def confirm(self, confirm: Callable[[Allocation], Estimate]) -> None:
+        """Put the promising files to the held-out facts, the smallest first, until one keeps enough there too."""
+        for each in promising(self.tried, self.keep):
+            self.confirmed.append(replace(each, trial=replace(each.trial, held_out=confirm(each.found))))
             if self.winner:
                 return
 
-    def _try(self, recipes: Sequence[Recipe], kind: str) -> dict[Recipe, Trial]:
-        self._chosen += recipes
-        new = [recipe for recipe in dict.fromkeys(recipes) if recipe not in self._trials]
-        if new:
-            self._trials.update(self._evaluate(new, kind))
-        return {recipe: self._trials[recipe] for recipe in recipes}
-
-    def _optimize(self, optimizer: Optimizer, number: int) -> None:
-        """Let the optimizer choose so many, and tell it what came of them."""
-        chosen = optimizer.choose(number)
-        tried = self._try([recipe for _, recipe in chosen if recipe is not None], "search")
-        keep, minimize = self.criterion.keep, self.criterion.minimize
-        for trial, recipe in chosen:
-            if recipe is None:
-                optimizer.tell(trial, self.sizes[minimize], keep - 1.0)
+    def _losing(self, loss: float, low: int, high: int) -> Allocation:
+        """The smallest file between two sizes that loses no more."""
+        while high - low > CLOSE * low:
+            middle = (low + high) // 2
+            if self._choose(middle).loss <= loss:
+                high = middle
             else:
-                kept = tried[recipe].kept
-                # Less than a byte or a weight: of two of one size the one that keeps more is the better.
-                lost = 1 - (kept.value or 0.0)
-                optimizer.tell(trial, tried[recipe].sizes[minimize] + lost, keep - (kept.low or 0.0))
+                low = middle
+        return self._choose(high)
+
+    def _try(self, found: Allocation) -> bool:
+        if not any(each.found.types == found.types for each in self.tried):
+            self.tried.append(Candidate(found, self._evaluate(found)))
+        trial = next(each.trial for each in self.tried if each.found.types == found.types)
+        return meets(trial.kept, self.keep)
 
 
-def evaluating(
-    searched: EvaluationSet, criterion: Criterion, on_result: Callable[[Trial], object] | None = None
-) -> Evaluate:
-    """What evaluates recipes on the facts of a search; those that fall short of the first facts on these alone."""
-
-    def evaluate(recipes: Sequence[Recipe], kind: str) -> Iterator[tuple[Recipe, Trial]]:
-        cells = [cell_of(recipe) for recipe in recipes]
-        for cell, answers in searched.evaluate(cells, lambda first: may_meet(searched.original, first, criterion.keep)):
-            trial = trial_of(searched.original, cell.recipe, answers, kind)
-            if on_result:
-                on_result(trial)
-            yield cell.recipe, trial
-
-    return evaluate
+def promising(tried: Sequence[Candidate], keep: float) -> list[Candidate]:
+    """Those to confirm on held-out facts, the smallest first: they keep enough of the facts of the search. Where none
+    does, the one that keeps most, to be told.
+    """
+    known = [each for each in tried if each.trial.kept.low is not None]
+    chosen: list[Candidate] = []
+    for each in sorted(known, key=lambda each: each.found.nbytes):
+        apart = not chosen or each.found.loss <= APART * chosen[-1].found.loss
+        if meets(each.trial.kept, keep) and apart and len(chosen) < CONFIRMED:
+            chosen.append(each)
+    return chosen or sorted(known, key=_lowest, reverse=True)[:1]
 
 
-def confirming(held_out: EvaluationSet) -> Confirm:
-    """What evaluates a recipe on the held-out facts."""
-
-    def confirm(recipe: Recipe, level: float) -> Estimate:
-        ((_, answers),) = held_out.evaluate([cell_of(recipe)])
-        return kept_of(held_out.original, answers, level)
-
-    return confirm
+def _lowest(each: Candidate) -> float:
+    """What a file keeps at least."""
+    kept = each.trial.held_out or each.trial.kept
+    return kept.low or 0.0
 
 
-def trial_of(original: Answers, recipe: Recipe, answers: Answers, kind: str) -> Trial:
-    """The record of a recipe that was evaluated."""
-    comparison = compare(original, answers, show_facts=False)
-    moved = [probe.movement for probe in comparison.probes if probe.movement]
-    total, model = sum(movement.n for movement in moved), answers.record.model
-    return Trial(
-        setup=_name(recipe),
-        kind=kind,
-        recipe=recipe.to_dict(),
-        kept=comparison.kept,
-        facts=len(answers.answers),
-        sizes={
-            "sparse-bytes": model.totals["sparse_bytes"],
-            "bytes": model.bytes or 0,
-            "nonzero": model.totals["nonzero"],
-        },
-        harm=sum(movement.n * movement.kl_mean for movement in moved) / total if total else None,
-        harm_is_lower_bound=any(movement.is_lower_bound for movement in moved),
-    )
+def meets(kept: Estimate | None, keep: float) -> bool:
+    """Whether as much is kept for sure."""
+    return kept is not None and kept.low is not None and kept.low >= keep
 
 
-def _name(recipe: Recipe) -> str:
-    """The setup, and the scheme where it is not the usual one: the paper has one scheme and does not name it."""
-    schemes = {step.scheme for step in recipe.steps if isinstance(step, Quantize) and not step.is_named} - {
-        SCHEMES.first
-    }
-    return f"{recipe.setup} ({', '.join(sorted(schemes))})" if schemes else recipe.setup
-
-
-def sizes_of_original(original: Answers) -> dict[str, int]:
-    """A dense model's sparse size is its size; what is zero in it already is not counted."""
-    model = original.record.model
-    return {"sparse-bytes": model.bytes or 0, "bytes": model.bytes or 0, "nonzero": model.parameters or 0}
+def refuse_too_few(selection: EvaluationSet, keep: float) -> None:
+    """Raise GateNotMet where no outcome at all could show that as much is kept."""
+    best = proportion(selection.known, selection.known, LEVEL).low or 0.0
+    if best < keep:
+        raise GateNotMet(
+            f"No file can be certain to keep {100 * keep:g} %: the model knows {count(selection.known)} of the facts "
+            "that select it.",
+            f"If it kept all of them, only {share(best)} would be certain.",
+            "Use more facts (a larger --limit), or lower --keep.",
+        )
 
 
 def search_of(
-    search: RecipeSearch,
-    searched: EvaluationSet,
-    selection: EvaluationSet,
+    request: Request,
+    form: Form,
+    search: SizeSearch | None,
+    guided: EvaluationSet,
+    selection: EvaluationSet | None,
     grading: EvaluationSet,
     *,
     seed: int,
     command: str | None,
 ) -> Search:
-    """Return the record of a search that has ended; what it found is evaluated on the facts that grade it."""
-    keep, winner = search.criterion.keep, search.winner
-    failed = [trial.recipe for trial in search.confirmed if not meets(trial.held_out, keep)]
-    naive = [t for t in search.trials if _is_naive(t) and meets(t.kept, keep) and t.recipe not in failed]
-    itself = compare(grading.original, grading.original, show_facts=False)
-    if winner:
-        ((_, answers),) = grading.evaluate([cell_of(Recipe.from_dict(dict(winner.recipe)))])
-        winner = replace(winner, graded=compare(grading.original, answers, show_facts=False).kept)
-    nearest = max(search.confirmed, key=lambda t: (t.held_out and t.held_out.low) or 0.0, default=None)
+    """Return the record of a search, but for its winner; without a search and facts that select, of a size."""
+    original, itself = guided.original, compare(grading.original, grading.original, show_facts=False)
+    confirmed = search.confirmed if search else []
+    nearest = max(confirmed, key=_lowest, default=None)
     return Search(
-        original=model_facts(searched.original.record.model),
-        keep=keep,
-        minimize=search.criterion.minimize,
-        probes=tuple(probe.name for probe in selection.probes),
-        searched=len(searched.original.answers),
-        first=sum(len(searched.original.of(probe.name)) for probe in searched.first),
-        held_out=len(selection.original.answers),
+        original=model_facts(original.record.model),
+        form=form.name,
+        keep=request.keep,
+        budget=request.size,
+        by=form.label,
+        probes=tuple(original.probes),
+        searched=len(original.answers),
+        held_out=len(selection.original.answers) if selection else 0,
         graded=len(grading.original.answers),
-        known_searched=searched.known,
-        known_held_out=selection.known,
+        known_searched=guided.known,
+        known_held_out=selection.known if selection else 0,
         known_graded=grading.known,
-        level=search.level,
-        sizes=search.sizes,
-        tried=search.trials,
-        confirmed=search.confirmed,
-        winner=winner,
-        closest=None if winner else nearest,
-        naive=min(naive, key=lambda t: cheapness(t, search.criterion), default=None),
+        level=LEVEL,
+        bytes=original.record.model.bytes or 0,
+        tried=tuple(each.trial for each in search.tried) if search else (),
+        confirmed=tuple(each.trial for each in confirmed),
+        winner=None,
+        closest=nearest.trial if nearest and search and not search.winner else None,
+        recipe=None,
         seed=seed,
-        versions=dict(searched.original.record.versions),
+        versions=dict(original.record.versions),
         command=command,
-        known=selection.known_as,
+        known=guided.known_as,
+        templates=max(entry.templates or 1 for entry in original.record.probes.values()),
         rounding=kept_by_rounding(itself.probes),
-        templates=max(probe.templates or 1 for probe in selection.probes),
     )
-
-
-def _is_naive(trial: Trial) -> bool:
-    """Everything pruned by one amount, quantized or not."""
-    return trial.kind == "paper" and all(step["scope"] == ["overall"] for step in trial.recipe["steps"])
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """What is asked for: the share of knowledge to keep, and what is to be small."""
-
-    keep: float
-    minimize: str = "bytes"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise UsageError(
-                f"The share of knowledge to keep must lie between 0 and 1: {self.keep:g}.",
-                hint="Write 95 % as 0.95 or 95%.",
-            )
-        if self.minimize not in SIZES:
-            raise UsageError(f"Unknown size {self.minimize!r}.", hint=f"There is {', '.join(SIZES)}.")
-
-
-def meets(kept: Estimate | None, keep: float) -> bool:
-    return kept is not None and kept.low is not None and kept.low >= keep
-
-
-def kept_of(original: Answers, answers: Answers, level: float) -> Estimate:
-    """The share of the original's knowledge that these answers keep, with its interval of that level."""
-    return compare(original, answers, show_facts=False).kept_at(level)
-
-
-def may_meet(original: Answers, answers: Answers, keep: float) -> bool:
-    """Whether the first facts leave it open that as much is kept."""
-    high = kept_of(original, answers, SURE).high
-    return high is None or high >= keep
-
-
-def cheapness(trial: Trial, criterion: Criterion) -> tuple[int, float, float]:
-    """What to sort by, the best first: the size; of one size what is kept, and then how far the answers moved."""
-    return trial.sizes[criterion.minimize], -(trial.kept.low or 0.0), trial.harm or 0.0
-
-
-def promising(trials: Sequence[Trial], criterion: Criterion) -> list[Trial]:
-    """Those to confirm on held-out facts, the cheapest first: they keep enough of the facts of the search. Where none
-    does, the one that keeps most, to be told.
-    """
-    candidates = sorted((t for t in trials if t.kept.value is not None), key=lambda t: cheapness(t, criterion))
-    enough = [t for t in candidates if meets(t.kept, criterion.keep)][:CONFIRMED]
-    return enough or sorted(candidates, key=lambda t: -(t.kept.low or 0.0))[:1]
-
-
-def level(candidates: Sequence[Trial]) -> float:
-    """Return the level of the intervals of the held-out facts, where so many may be tried on them (Bonferroni).
-
-    Of one it is 99 %: the share kept is skewed where a few relations lose much, so that an interval's lower end lies
-    too high more often than its level says. So a recipe that keeps exactly what is asked for is selected in 5 of 100
-    searches at most (`benchmarks/inference.py`).
-    """
-    return 1 - 0.01 / max(1, len(candidates))

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from compressknow.compress.recipe import Recipe
-from compressknow.errors import CompressknowError, UsageError
+from compressknow.errors import UsageError
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.facts import Fact, Probe, fact_of
-from compressknow.evaluate.grades import RECOGNIZED
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.sources import Opened, source_of, usable
-from compressknow.evaluate.text.running import RunningText
+from compressknow.pages.card.make import compare
 from compressknow.quiet import Listener
 from compressknow.stats.clusters import FEWEST_SIGNS
-from compressknow.study.cells import StudyModel
-from compressknow.study.folder import CELLS, ORIGINAL, CellResult, judged
-from compressknow.study.grid import Cell, key_of
-from compressknow.study.running import Batch, Run
-
-# Of the facts to search with, the share that is evaluated first; fewer than so many facts tell too little to stop at.
-FIRST, FEWEST_FIRST = 0.2, 50
+from compressknow.stats.records import Estimate
+from compressknow.study.cells import NoiseFloor, StudyModel
+from compressknow.study.folder import CELLS, ORIGINAL, judged
 
 
 class Parts(NamedTuple):
@@ -32,23 +26,26 @@ class Parts(NamedTuple):
 
     Attributes
     ----------
-    first : for every recipe, as a probe with a name of its own; None where there are few facts.
-    rest : for the recipes that may still keep enough after these.
-    selection : held out from the search, to choose the winner by.
+    search : guide the search.
+    selection : held out from it, to choose the winner by.
     grading : held out from that choice too: the share that the winner keeps of them is what it keeps of others.
     """
 
-    first: Probe | None
-    rest: Probe
+    search: Probe
     selection: Probe
     grading: Probe
+
+    @property
+    def held_out(self) -> Probe:
+        """What is held out, where nothing is to be chosen by it."""
+        return replace(self.grading, facts=(*self.selection.facts, *self.grading.facts))
 
 
 def parts_of(probe: Opened, seed: int) -> Parts:
     """Return a third of the facts to search with, a third to select by and a third to grade by, drawn by the seed.
 
     Whole relations, of each domain as many facts, where each third gets enough of them: facts of one relation are lost
-    together, so that a recipe that was lucky with a relation is lucky with all its facts. Else facts of each relation.
+    together, so that a file that was lucky with a relation is lucky with all its facts. Else facts of each relation.
     """
     source = source_of(probe.name)
     if not isinstance(probe, Probe) or (source and not source.held_out):
@@ -57,25 +54,18 @@ def parts_of(probe: Opened, seed: int) -> Parts:
             f"A search needs facts that it can hold out; {probe.name} has none.",
             hint=f"Search with {' or '.join(can)}, and evaluate the winner on {probe.name} afterwards.",
         )
-    whole = len({fact.relation for fact in probe.facts}) >= len(_THIRDS) * FEWEST_SIGNS
-    searched, *held_out = _deal(probe.facts, _THIRDS, seed, whole=whole)
-    if not searched or not all(held_out):
+    whole = len({fact.relation for fact in probe.facts}) >= _THIRDS * FEWEST_SIGNS
+    parts = _deal(probe.facts, _THIRDS, seed, whole=whole)
+    if not all(parts):
         raise UsageError(f"{probe.name} has too few facts to hold two thirds of them out.", hint="Raise --limit.")
-    selection, grading = (replace(probe, facts=facts) for facts in held_out)
-    first, rest = _deal(searched, (FIRST, 1 - FIRST), seed, whole=False)
-    if len(set(map(_named, first))) < FEWEST_FIRST:
-        return Parts(None, replace(probe, facts=searched), selection, grading)
-    # A second probe beside that of the rest: their answers are kept apart, and none is evaluated twice.
-    name = f"first of {probe.name}"
-    named = replace(probe, name=name, facts=tuple(replace(fact, probe=name) for fact in first))
-    return Parts(named, replace(probe, facts=rest), selection, grading)
+    return Parts(*(replace(probe, facts=facts) for facts in parts))
 
 
-_THIRDS = (1 / 3, 1 / 3, 1 / 3)
+_THIRDS = 3
 
 
-def _deal(facts: Sequence[Fact], shares: Sequence[float], seed: int, *, whole: bool) -> list[tuple[Fact, ...]]:
-    """Deal facts into parts of these shares, all wordings of each into one, in their order; `whole` relations, in the
+def _deal(facts: Sequence[Fact], number: int, seed: int, *, whole: bool) -> list[tuple[Fact, ...]]:
+    """Deal facts into so many equal parts, all wordings of each into one, in their order; `whole` relations, in the
     order of domains, or the facts of each relation one by one.
     """
     units: dict[tuple[str, str], set[str]] = {}
@@ -85,15 +75,12 @@ def _deal(facts: Sequence[Fact], shares: Sequence[float], seed: int, *, whole: b
     by_group: dict[str, list[set[str]]] = {}
     for (group, _), names in sorted(units.items()):
         by_group.setdefault(group, []).append(names)
-    parts: list[set[str]] = [set() for _ in shares]
-    dealt = 0
+    parts: list[set[str]] = [set() for _ in range(number)]
     for group, members in sorted(by_group.items()):
         random.Random(f"{seed}:{group}").shuffle(members)
         for names in members:
-            dealt += len(names)
-            # The part that has least of its share, the first of several: what comes next evens out.
-            behind = [share * dealt - len(part) for share, part in zip(shares, parts, strict=True)]
-            parts[behind.index(max(behind))] |= names
+            # The smallest part, the first of several: what comes next evens out.
+            min(parts, key=len).update(names)
     return [tuple(fact for fact in facts if _named(fact) in part) for part in parts]
 
 
@@ -108,95 +95,54 @@ class EvaluationSet:
 
     Attributes
     ----------
-    first : the probes to evaluate first.
+    probes : the facts, and running texts that are read beside them.
+    folder : keeps all answers.
     reference : the original's answers as they were given, to each wording; `original` the same as they count.
     known_as : what counts as known.
-    texts : running texts that are read beside the facts.
     """
 
     study_model: StudyModel
-    probes: tuple[Probe, ...]
-    first: tuple[Probe, ...]
+    probes: tuple[Opened, ...]
     folder: Path
     reference: Answers
     original: Answers
     known_as: str
-    run: Run
-    texts: tuple[RunningText, ...] = ()
 
     @classmethod
     def of(
         cls,
         study_model: StudyModel,
-        probes: Sequence[Probe],
+        probes: Sequence[Opened],
         folder: Path,
         on_progress: Listener | None,
-        run: Run,
-        first: Sequence[Probe | None] = (),
+        known: str,
         *,
-        known: str = RECOGNIZED,
-        noise_floor: bool = True,
+        noise_floors: Collection[NoiseFloor] = (),
     ) -> EvaluationSet:
-        begun = tuple(probe for probe in first if probe)
-        whole = (*begun, *probes)
-        reference = study_model.evaluate_original(whole, folder / ORIGINAL, on_progress, noise_floor=noise_floor)
-        return cls(study_model, whole, begun, folder, reference, judged(reference, known), known, run)
+        """Evaluate the original, with these noise floors if the facts grade; their distributions are kept then."""
+        reference = study_model.evaluate_original(
+            probes, folder / ORIGINAL, on_progress, noise_floors=noise_floors, whole=bool(noise_floors)
+        )
+        return cls(study_model, tuple(probes), folder, reference, judged(reference, known), known)
+
+    @property
+    def facts(self) -> list[Probe]:
+        """The probes of facts."""
+        return [probe for probe in self.probes if isinstance(probe, Probe)]
 
     @property
     def known(self) -> int:
+        """How many facts the original knows."""
         return sum(answer.correct for answer in self.original.answers)
 
-    def evaluate(
-        self, cells: Sequence[Cell], hopeful: Callable[[Answers], bool] | None = None
-    ) -> Iterator[tuple[Cell, Answers]]:
-        """Each cell's answers as they count, as they come; the first ones alone of those that are not `hopeful` after
-        these.
+    def answers(self, handle: ModelHandle, on_progress: Listener | None, *, whole: bool = False) -> Answers:
+        """A model's answers as they were given, and what it read, like `reference`.
 
-        Raises CompressknowError where a cell cannot be made or evaluated.
+        Raises CompressknowError where it cannot be evaluated.
         """
-        if hopeful and self.first:
-            going_on = []
-            for cell, answers in self._judged(cells, self.first):
-                if hopeful(answers):
-                    going_on.append(cell)
-                else:
-                    yield cell, answers
-            cells = going_on
-        yield from self._judged(cells, self.probes)
+        folder = self.folder / CELLS / handle.sha256[:16]
+        return self.study_model.evaluate(handle, self.probes, folder, self.reference, on_progress, whole=whole)
 
-    def beside(self, texts: Sequence[RunningText], on_progress: Listener | None) -> EvaluationSet:
-        """The same with running texts, which the original reads; they count for nothing in `original`."""
-        if not texts:
-            return self
-        probes: tuple[Opened, ...] = (*self.probes, *texts)
-        reference = self.study_model.evaluate_original(probes, self.folder / ORIGINAL, on_progress)
-        return replace(self, texts=tuple(texts), reference=reference)
-
-    def given(self, cell: Cell) -> Answers:
-        """A cell's answers as they were given, and what it read, like `reference`.
-
-        Raises CompressknowError as `evaluate` does.
-        """
-        ((_, answers),) = self._evaluate([cell], (*self.probes, *self.texts))
-        return answers
-
-    def _judged(self, cells: Sequence[Cell], probes: Sequence[Probe]) -> Iterator[tuple[Cell, Answers]]:
-        return ((cell, judged(answers, self.known_as)) for cell, answers in self._evaluate(cells, probes))
-
-    def _evaluate(self, cells: Sequence[Cell], probes: Sequence[Opened]) -> Iterator[tuple[Cell, Answers]]:
-        batch = Batch(self.study_model, cells, probes, self.folder / CELLS, self.reference)
-        with closing(self.run(batch)) as results:
-            for result in results:
-                yield _cell_and_answers(result)
-
-
-def cell_of(recipe: Recipe) -> Cell:
-    """The cell that a recipe makes, with a name of its steps."""
-    # A recipe of many steps has a long name; its folder's hash tells it apart.
-    return Cell(key_of(recipe)[:60].rstrip("-."), recipe)
-
-
-def _cell_and_answers(result: CellResult) -> tuple[Cell, Answers]:
-    if result.answers is None:
-        raise CompressknowError(f"{result.cell.recipe.setup} failed.", why=result.why)
-    return result.cell, result.answers
+    def kept(self, answers: Answers, level: float = 0.95) -> Estimate:
+        """The share of the original's knowledge that these answers keep, with its interval of that level."""
+        return compare(self.original, judged(answers, self.known_as), show_facts=False).kept_at(level)

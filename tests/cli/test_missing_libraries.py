@@ -104,9 +104,12 @@ NEEDS = {
     "sensitivity html": (["sensitivity", "llama", "--facts", FACTS, "-o", "new.html"], ["matplotlib"]),
     "search": (
         ["search", "llama", "-p", FACTS, "-o", "new", "--keep", "0.9"],
-        ["matplotlib", "optuna", "pyarrow", "scipy"],
+        ["matplotlib", "pyarrow", "scipy"],
     ),
-    "search ray": (["search", "llama", "-p", FACTS, "-o", "new", "--keep", "0.9", "--ray", "local"], ["ray"]),
+    "search gguf": (
+        ["search", "llama", "-p", FACTS, "-o", "new", "--keep", "0.9", "--to", "gguf"],
+        ["llama_cpp_py_sync", "gguf", "sentencepiece"],
+    ),
 }
 
 

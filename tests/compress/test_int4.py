@@ -32,16 +32,13 @@ from compressknow.compress.layout import lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import OutputFiles, Work
-from compressknow.compress.recipe import Recipe
 from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import SCHEMES
-from compressknow.compress.steps import Quantize, Where
 from compressknow.compress.targets import quantization_config
 from compressknow.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.model.groups import structure_of
 from compressknow.model.scopes import select
 from compressknow.model.tensors import OpenFiles, read_header
-from compressknow.study.space import Choice, Space
 from tests.compress.test_loading import load
 from tests.compress.test_quantize import DTYPES, ROWS, same_bits
 from tests.models import BUILDERS, QUANTIZABLE, logits, save_tiny, tiny, tiny_of_groups
@@ -372,14 +369,3 @@ def test_infinite_weights_are_refused(tmp_path: Path) -> None:
 def test_the_tiny_models_are_those_of_the_other_tests_but_for_their_width() -> None:
     assert tiny_of_groups("llama").config.intermediate_size == 64
     assert tiny("llama").config.intermediate_size == 48
-
-
-def test_a_search_takes_the_largest_group_size_that_all_layers_have() -> None:
-    space = Space(structure_of(tiny_of_groups("llama")), ["int4", "int8"], "structural")
-    quantized = [step for recipe in space.references() for step in recipe.steps if isinstance(step, Quantize)]
-    assert quantized
-    assert all((step.scheme, step.parameters) == ("int4", {"group_size": 32}) for step in quantized)
-    chosen = space.recipe(Choice((("attention", 0),), 0, "int4", "attention+feed-forward"))
-    assert chosen == Recipe((Quantize("int4", Where(("attention", "feed-forward")), {"group_size": 32}),))
-    with pytest.raises(UnsupportedError, match="LlamaForCausalLM has a layer that cannot be quantized to int4"):
-        Space(structure_of(tiny("llama")), ["int8", "int4"], "structural")

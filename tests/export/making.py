@@ -16,7 +16,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from compressknow.libraries import OPTIONAL  # noqa: F401  # the package is importable without the extra
-from tests.knowing import KNOWN_FACTS
+from tests.knowing import KNOWN_FACTS, knowing_as
 
 VOCABULARY = 400
 needs_converter = pytest.mark.usefixtures("converter")
@@ -80,6 +80,15 @@ def checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32, **op
     else:
         (folder / "tokenizer.model").write_bytes(_sentencepiece("bpe"))
     return folder
+
+
+def knowing_llama(folder: Path) -> Path:
+    """Write a tiny Llama that knows the facts of `tests.knowing`, and that llama.cpp's converter takes."""
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.model").write_bytes(_sentencepiece("bpe"))
+    config = hf.LlamaConfig(**_LLAMA, initializer_range=0.05, dtype=torch.float32)
+    config.save_pretrained(folder)
+    return knowing_as(folder, config)
 
 
 def values(path: Path) -> dict[str, np.ndarray]:

@@ -47,7 +47,7 @@ SCENES = {
     ),
     "compare": Scene("compare model small -o c.html -o c.md -o c.json", ("small",)),
     "sweep": Scene(f"sweep model -o study --grid grid.toml -p facts:{FACTS} --save"),
-    "search": Scene(f"search model -o found -p facts:{FACTS} --keep 0.3 --trials 2"),
+    "search": Scene(f"search model -o found -p facts:{FACTS} --keep 0.3 --to checkpoint --guide text"),
 }
 
 

@@ -34,7 +34,7 @@ SECONDS, LONGEST_WAIT = 20, 180.0
 BYTES = 2 << 30
 ROOT = Path(__file__).parents[2]
 _MORE = (
-    *("pyarrow.parquet", "matplotlib.pyplot", "optuna", "scipy.stats", "jinja2", "gguf", "tokenizers", "yaml"),
+    *("pyarrow.parquet", "matplotlib.pyplot", "scipy.stats", "jinja2", "gguf", "tokenizers", "yaml"),
     # Importing release 0.16 loads the compiler of torch, which asks where temporary files lie: that makes a file.
     "compressed_tensors.compressors",
 )

@@ -1,6 +1,6 @@
 """One search that is killed again and again, before some change on disk or at any moment, and resumed until it ends.
 
-Run as a program: WAY MODEL FACTS FOLDER SEED... It makes FOLDER/undisturbed, and FOLDER/killed-SEED for each seed. It
+Run as a program: FORM MODEL FACTS FOLDER SEED... It makes FOLDER/undisturbed, and FOLDER/killed-SEED for each seed. It
 has imported all that a search needs, and each life is a fork of it, so that a life costs no more than what it computes.
 """
 
@@ -19,17 +19,7 @@ from pathlib import Path
 from typing import Any
 
 CHANGES = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir")
-KEEP, TRIALS = 0.6, 16
-# What is searched among: by default, and what looks at activations too.
-SEARCHED: dict[str, dict[str, Any]] = {
-    "default": {},
-    "calibrated": {
-        "quantize": ["int8-paper", "int4", "int8"],
-        "prune_method": ["l1-unstructured", "wanda"],
-        "rounding": ["nearest", "gptq"],
-        "calibration_tokens": 256,
-    },
-}
+KEEP = 0.6
 # A search that never gets on would be killed forever.
 MOST_LIVES = 100
 # A process that has threads cannot be forked whole.
@@ -41,20 +31,19 @@ ALONE = {
     "HF_HUB_OFFLINE": "1",
 }
 IMPORTED = (
-    *("matplotlib.figure", "optuna", "pyarrow.parquet", "scipy.stats", "torch", "compressed_tensors"),
+    *("matplotlib.figure", "pyarrow.parquet", "scipy.stats", "torch", "compressed_tensors"),
     *("transformers.models.llama.modeling_llama", "transformers.masking_utils", "transformers.generation.utils"),
     *("compressknow.compress.convert", "compressknow.pages.card.pages", "compressknow.pages.search"),
     *("compressknow.commands.search", "compressknow.evaluate.scoring.families"),
 )
 
 
-def searched(way: str, model: Path, facts: Path, folder: Path) -> None:
+def searched(form: str, model: Path, facts: Path, folder: Path) -> None:
     import compressknow
 
-    among = SEARCHED[way]
-    if "calibration_tokens" in among:
-        among = among | {"calibration": str(facts.with_suffix(".txt"))}
-    compressknow.search(model, folder, keep=KEEP, trials=TRIALS, probe=[f"facts:{facts}"], **among)
+    text = str(facts.with_suffix(".txt"))
+    options: dict[str, Any] = {"probe": [f"facts:{facts}"], "calibration": text, "calibration_tokens": 256}
+    compressknow.search(model, folder, keep=KEEP, to=form, **options)
 
 
 def die_before_change(number: int) -> None:
@@ -105,18 +94,21 @@ def live_until_the_end(run: Callable[[], None], seed: int) -> int:
     raise AssertionError("it never ended")
 
 
-def main(way: str, model: str, facts: str, folder: str, *seeds: str) -> None:
+def main(form: str, model: str, facts: str, folder: str, *seeds: str) -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     import transformers
 
-    from compressknow.study import search, split
+    from compressknow.gguf import children
+    from compressknow.study import guides
+    from tests import forks
 
     assert transformers.AutoModelForCausalLM
     assert transformers.AutoTokenizer
-    # So that some recipes are ruled out early and some are not.
-    split.FEWEST_FIRST, split.FIRST, search.SURE = 8, 0.5, 0.5
-    searching = partial(searched, way, Path(model), Path(facts))
+    # A third of the facts that a small model knows.
+    guides.FEWEST = 16
+    children.Popen = forks.popen
+    searching = partial(searched, form, Path(model), Path(facts))
     _, status = os.waitpid(life(partial(searching, Path(folder) / "undisturbed"), None), 0)
     assert status == 0
     for seed in seeds:

@@ -17,7 +17,8 @@ from compressknow.gguf.grids import legal_types, type_bytes
 from compressknow.gguf.tensors import Tensors
 from compressknow.model.gguf_file import Tensor
 from compressknow.model.loading import open_complete
-from compressknow.study.fitting import Target, fit_types, parse_size
+from compressknow.study.allocation import parse_size
+from compressknow.study.fitting import Target, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 from tests.export.making import checkpoint, name_in_llama_cpp
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.export.making import knowing_llama
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.long import long
-from tests.study.killed_search import ALONE, SEARCHED
+from tests.study.killed_search import ALONE
 from tests.study.test_search import results
 
-pytest.importorskip("optuna")
+pytest.importorskip("llama_cpp_py_sync")
 # More of them: KILLED_SEARCHES=20 python -m pytest tests/study/test_killed_search.py
 SEARCHES = int(os.environ.get("KILLED_SEARCHES", "1"))
 SECONDS = 300
@@ -22,13 +23,16 @@ SECONDS = 300
 
 @long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forks of one")
-@pytest.mark.parametrize("way", SEARCHED)
-def test_a_search_that_is_killed_again_and_again_ends_as_the_undisturbed_one(way: str, tmp_path: Path) -> None:
-    model, facts = knowing("llama", tmp_path / "llama"), facts_file(tmp_path / "facts.jsonl")
+@pytest.mark.parametrize("form", ["checkpoint", "gguf"])
+def test_a_search_that_is_killed_again_and_again_ends_as_the_undisturbed_one(
+    form: str, tmp_path: Path, converter: Path
+) -> None:
+    model = knowing_llama(tmp_path / "llama") if form == "gguf" else knowing("llama", tmp_path / "llama")
+    facts = facts_file(tmp_path / "facts.jsonl")
     facts.with_suffix(".txt").write_text("\n".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS))
     seeds = [str(seed) for seed in range(SEARCHES)]
     places = [str(place) for place in (model, facts, tmp_path / "out")]
-    command = [sys.executable, "-m", "tests.study.killed_search", way, *places, *seeds]
+    command = [sys.executable, "-m", "tests.study.killed_search", form, *places, *seeds]
     environment = os.environ | ALONE | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with (tmp_path / "log").open("w") as log:
         # Its output goes to a file: a pipe would be held open by whatever it leaves.

@@ -1,4 +1,4 @@
-"""Searches of recipes that keep exactly what is asked for: their answers are drawn by relation, the rest is real."""
+"""Searches of files that keep exactly what is asked for: their answers are drawn by relation, the rest is real."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from compressknow.compress.recipe import Recipe
-from compressknow.compress.steps import Prune
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.pages.search import Trial
 from compressknow.stats.clusters import share_by_cluster
 from compressknow.stats.records import Estimate
-from compressknow.study.search import Criterion, RecipeSearch
+from compressknow.study.allocation import Allocation
+from compressknow.study.search import APART, CONFIRMED, LEVEL, Candidate, SizeSearch
 from compressknow.study.split import parts_of
 from tests.report.test_clusters import shares
 
@@ -34,35 +33,31 @@ def split(relations: int, facts: int, seed: int) -> Split:
         for fact in range(facts)
     )
     parts = parts_of(Probe("drawn", "drawn", tuple(made)), seed)
-    searched = (*(parts.first.facts if parts.first else ()), *parts.rest.facts)
-    return Split(*(_by_relation(each, relations) for each in (searched, parts.selection.facts, parts.grading.facts)))
+    return Split(*(_by_relation(each.facts, relations) for each in parts))
 
 
 def _by_relation(facts: Sequence[Fact], relations: int) -> np.ndarray:
     return np.bincount([int(fact.relation.split()[-1]) for fact in facts], minlength=relations)
 
 
-class Searched(RecipeSearch):
-    """A search that has tried recipes of which each relation's facts are kept by a chance of the relation.
+class Searched(SizeSearch):
+    """A search that has tried files of which each relation's facts are kept by a chance of the relation.
 
     Parameters
     ----------
-    chances : of each recipe and relation, [recipes, relations].
+    chances : of each file and relation, [files, relations].
     found : the search's own facts say that each keeps enough; else they are drawn too.
     """
 
     def __init__(
         self, drawn: np.random.Generator, parts: Split, chances: np.ndarray, keep: float, *, found: bool
     ) -> None:
-        super().__init__(None, Criterion(keep), lambda *_: (), {})  # type: ignore[arg-type]
+        super().__init__(keep, _file, lambda _: _trial(Estimate(None)))
         self._drawn, self._parts, self._chances = drawn, parts, chances
-        kept = [Estimate(1.0, 1.0, 1.0) if found else self.kept_of(parts.searched, each) for each in chances]
-        self._tried = tuple(_trial(place, each) for place, each in enumerate(kept))
-        self.confirm(lambda recipe, level: self.kept_of(parts.selection, chances[_place(recipe)], level))
-
-    @property
-    def trials(self) -> tuple[Trial, ...]:
-        return self._tried
+        for place, each in enumerate(chances):
+            kept = Estimate(1.0, 1.0, 1.0) if found else self.kept_of(parts.searched, each, LEVEL)
+            self.tried.append(Candidate(_file(place), _trial(kept)))
+        self.confirm(lambda file: self.kept_of(parts.selection, chances[file.nbytes], LEVEL))
 
     def kept_of(self, facts: np.ndarray, chances: np.ndarray, level: float = 0.95) -> Estimate:
         both = self._drawn.binomial(facts, chances)
@@ -72,28 +67,25 @@ class Searched(RecipeSearch):
         """Return what the winner keeps of the facts that grade; None without one."""
         if not self.winner:
             return None
-        recipe = Recipe.from_dict(dict(self.winner.recipe))
-        return self.kept_of(self._parts.grading, self._chances[_place(recipe)])
+        return self.kept_of(self._parts.grading, self._chances[self.winner.found.nbytes])
 
 
-def _trial(place: int, kept: Estimate) -> Trial:
-    return Trial("", "search", Recipe((Prune((place + 1) / 1000),)).to_dict(), kept, 1, {"bytes": place})
+def _file(nbytes: int) -> Allocation:
+    """One of files that lose so much less than the one before that each may be put to the held-out facts."""
+    return Allocation({"weight": str(nbytes)}, nbytes, (APART - 0.01) ** nbytes)
 
 
-def _place(recipe: Recipe) -> int:
-    """Return which recipe it is, by the amount that it prunes."""
-    (step,) = recipe.steps
-    assert isinstance(step, Prune)
-    return round(1000 * step.amount) - 1
+def _trial(kept: Estimate) -> Trial:
+    return Trial("", {}, 0, 0.0, kept)
 
 
 def searches(
-    number: int, parts: Split, icc: float, *, share: float, keep: float, recipes: int, found: bool = True
+    number: int, parts: Split, icc: float, *, share: float, keep: float, files: int, found: bool = True
 ) -> Iterator[Searched]:
-    """Make so many searches of recipes that keep this share of all facts that there could be."""
+    """Make so many searches of files that keep this share of all facts that there could be."""
     drawn = np.random.default_rng(23)
     for _ in range(number):
-        chances = np.stack([shares(drawn, share, icc, len(parts.searched)) for _ in range(recipes)])
+        chances = np.stack([shares(drawn, share, icc, len(parts.searched)) for _ in range(files)])
         yield Searched(drawn, parts, chances, keep, found=found)
 
 
@@ -106,20 +98,20 @@ def test_the_thirds_have_whole_relations_where_there_are_enough() -> None:
     assert all((part > 0).all() for part in split(20, 20, seed=0))
 
 
-@pytest.mark.parametrize(("share", "recipes"), [(0.95, 1), (0.9, 1), (0.9, 5)])
+@pytest.mark.parametrize(("share", "files"), [(0.95, 1), (0.9, 1), (0.9, CONFIRMED)])
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
-def test_a_recipe_that_keeps_exactly_what_is_asked_for_is_hardly_ever_selected(
-    icc: float, share: float, recipes: int
+def test_a_file_that_keeps_exactly_what_is_asked_for_is_hardly_ever_selected(
+    icc: float, share: float, files: int
 ) -> None:
-    made = searches(SIMULATED, PARTS, icc, share=share, keep=share, recipes=recipes)
-    # Of several recipes that keep more, of relations that differ as much, it is more often (docs/statistics.md).
+    made = searches(SIMULATED, PARTS, icc, share=share, keep=share, files=files)
+    # Of several files that keep more, of relations that differ as much, it is more often (docs/statistics.md).
     assert sum(search.winner is not None for search in made) / SIMULATED <= 0.06
 
 
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
 def test_the_share_that_a_search_tells_is_what_the_winner_keeps(icc: float) -> None:
-    """Of five recipes that keep more than is asked for, the one that was luckiest is told no better than it is."""
-    made = searches(SIMULATED, PARTS, icc, share=0.9, keep=0.8, recipes=5, found=False)
+    """Of eight files that keep more than is asked for, the one that was luckiest is told no better than it is."""
+    made = searches(SIMULATED, PARTS, icc, share=0.9, keep=0.8, files=8, found=False)
     graded = [kept for search in made if (kept := search.graded())]
     assert len(graded) > SIMULATED / 4
     assert sum(kept.low <= 0.9 <= kept.high for kept in graded) / len(graded) >= 0.9

@@ -121,7 +121,6 @@ def study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
         models=f"{plain(study.original.name, 80)} and {count(len(study.cells))} compressed forms of it",
         headline=headline,
         verdict=summary.verdict(study),
-        first="Read this first",
         warnings=_warnings(study),
         sections=tuple(section for section in _sections(study, found, charts) if section.parts),
         unlisted=1,

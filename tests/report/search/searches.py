@@ -13,43 +13,51 @@ def estimate(value: float) -> Estimate:
     return Estimate(value, max(0.0, value - 0.04), min(1.0, value + 0.04))
 
 
-def tried(setup: str, kind: str, size: int, kept: float, held_out: float | None = None) -> Trial:
-    recipe = {"module_map": "structural", "steps": [{"prune": size / 1e8, "scope": ["attention"]}]}
-    sizes = {"sparse-bytes": size, "bytes": 2 * size, "nonzero": size // 2}
+def tried(setup: str, size: int, kept: float, held_out: float | None = None) -> Trial:
     known = None if held_out is None else estimate(held_out)
-    return Trial(setup, kind, recipe, estimate(kept), 150 if kept > 0.5 else 30, sizes, known, harm=0.25)
+    return Trial(setup, {"blk.0.attn_q.weight": "q4_k"}, size, 1e6 / size, estimate(kept), known)
 
 
 def found(text: str = "a-model") -> Search:
     all_tried = (
-        tried("Overall_GP 20%", "paper", 80_000_000, 0.97),
-        tried(f"Att[layers 0-6]_GP 50% {text}", "layers", 90_000_000, 0.99),
-        tried("Att_GP 30% + FF_GP 25% + Att+FF_GQ", "search", 60_000_000, 0.96, 0.95),
-        tried("Att_GP 80% + FF_GP 80%", "search", 30_000_000, 0.1),
+        tried("100 % q8_0", 80_000_000, 0.97),
+        tried(f"60.0 % q5_k, 40.0 % q4_k {text}", 65_000_000, 0.965),
+        tried("60.0 % q4_k, 30.0 % q3_k, 10.0 % q6_k", 60_000_000, 0.96, 0.95),
+        tried("100 % q2_k", 30_000_000, 0.1),
     )
-    sizes = {"sparse-bytes": 100_000_000, "bytes": 100_000_000, "nonzero": 50_000_000}
     model = ModelFacts(text, None, "0" * 64, "LlamaForCausalLM", "causal", 50_000_000, 100_000_000, "BF16")
     return Search(
         original=model,
+        form="gguf",
         keep=0.9,
-        minimize="sparse-bytes",
+        budget=None,
+        by="facts and text, rounded by GPTQ",
         probes=("atlas", text),
         searched=150,
-        first=30,
         held_out=150,
         graded=150,
         known_searched=93,
         known_held_out=92,
         known_graded=94,
-        level=0.99,
-        sizes=sizes,
+        level=1 - 0.01 / 3,
+        bytes=100_000_000,
         tried=all_tried,
         confirmed=(all_tried[2],),
         winner=replace(all_tried[2], graded=estimate(0.94)),
         closest=None,
-        naive=all_tried[0],
+        recipe='[export]\ntype = "q4_k_s"',
         rounding=0.985,
         seed=0,
         versions={"compressknow": "0.1.0"},
         command=f"compressknow search {text}",
+    )
+
+
+def sized() -> Search:
+    """A search for a size, which has no trials."""
+    search = found()
+    assert search.winner is not None
+    winner = replace(search.winner, kept=Estimate(None), held_out=None)
+    return replace(
+        search, keep=None, budget=60_000_000, tried=(), confirmed=(), held_out=0, known_held_out=0, winner=winner
     )

@@ -11,7 +11,7 @@ import pytest
 from compressknow.pages.search import render_search_html
 from tests.report.hostile import TEXTS
 from tests.report.in_browser import cut, outside, overflow, overlapping, violations
-from tests.report.search.searches import found
+from tests.report.search.searches import found, sized
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 PAGES = {
     "found": found(),
-    "none": replace(found(), winner=None, naive=None, closest=found().tried[2]),
+    "none": replace(found(), winner=None, recipe=None, closest=found().tried[2]),
+    "sized": sized(),
     "hostile 6": found(TEXTS[6]),
     "hostile 7": found(TEXTS[7]),
 }
@@ -61,7 +62,7 @@ def test_the_page_says_what_was_found(page: Page, files: dict[str, Path]) -> Non
     page.goto(files["found"].as_uri())
     assert text(page, "h1") == "40.0 % smaller, and at least 90 % kept"
     verdict = text(page, "header .verdict")
-    assert "60.0 MB: 40.0 % less than the original (100.0 MB)" in verdict
-    assert "25.0 % less than the naive choice, one amount over everything (Overall_GP 20%, 80.0 MB)" in verdict
+    assert "The GGUF file of 60.0 MB keeps 94.0 %" in verdict
+    assert "The original has 100.0 MB" in verdict
     page.goto(files["none"].as_uri())
-    assert text(page, "h1") == "No recipe tried is certain to keep 90 %"
+    assert text(page, "h1") == "No file tried is certain to keep 90 %"

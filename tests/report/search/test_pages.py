@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from compressknow.format import plain
-from compressknow.pages.search import render_search_html, said
+from compressknow.pages.search import headline, render_search_html, said, verdict
 from tests.report.hostile import TEXTS
 from tests.report.pages import read
-from tests.report.search.searches import found
+from tests.report.search.searches import found, sized
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
@@ -20,14 +20,13 @@ def test_hostile_text_stays_text(text: str) -> None:
     assert plain(text, 60)[:30] in page.one("main").text
 
 
-def test_a_pointer_over_a_recipe_is_told_which_it_is_in_both_sizes_of_the_chart() -> None:
+def test_a_pointer_over_a_file_is_told_which_it_is_in_both_sizes_of_the_chart() -> None:
     search = found()
     page = read(render_search_html(search))
-    drawn = [trial for trial in search.tried if trial.kind != "layers"]
     for look in ("narrow", "broad"):
         (figure,) = [each for each in page.all("figure") if each.attributes.get("class") == look]
         told = [title.text for title in figure.all("title")]
-        assert all(any(plain(trial.setup, 60) in text for text in told) for trial in drawn), told
+        assert all(any(plain(trial.setup, 60) in text for text in told) for trial in search.tried), told
         assert any(text.startswith("the winner, ") for text in told)
 
 
@@ -46,25 +45,19 @@ def test_to_keep_more_than_rounding_keeps_is_told(keep: float, told: bool) -> No
     assert ("99 % is more than the same weights keep there" in warnings) == told
 
 
-@pytest.mark.parametrize(("recipes", "folded"), [(10, 0), (11, 1), (45, 35)])
-def test_ten_recipes_are_shown_and_the_others_folded(recipes: int, folded: int) -> None:
-    one = found().tried[0]
-    tried = tuple(
-        replace(one, setup=f"recipe {i:02}", sizes={name: size + i for name, size in one.sizes.items()})
-        for i in range(recipes)
-    )
-    html = render_search_html(replace(found(), tried=tried))
-    shown, _, rest = html.partition("larger ones</summary>")
-    assert bool(rest) == bool(folded)
-    assert (f"<summary>{folded} larger ones" in html) == bool(folded)
-    rows = [f">recipe {i:02}<" for i in range(recipes)]
-    assert [row in shown for row in rows] == [True] * min(10, recipes) + [False] * folded
-    assert all(row in rest for row in rows[10:])
+def test_the_best_file_of_a_size_has_no_chart_and_no_split_to_select_by() -> None:
+    page = read(render_search_html(sized()))
+    assert not page.all("figure")
+    text = page.one("main").text
+    assert "of what a-model knew of 150 facts that chose nothing" in verdict(sized())
+    assert "held out to select" not in text
+    assert headline(sized()) == "60.0 MB, and 94.0 % kept"
 
 
-@pytest.mark.parametrize("bound", [False, True])
-def test_a_divergence_over_a_part_of_the_vocabulary_is_said_to_be_at_least_that(bound: bool) -> None:
-    tried = tuple(replace(trial, harm_is_lower_bound=bound) for trial in found().tried)
-    page = read(render_search_html(replace(found(), tried=tried))).one("main").text
-    assert ("at least 0.2500" in page) == bound
-    assert "0.2500" in page
+def test_files_are_listed_the_smallest_first_with_what_they_were_predicted_to_lose() -> None:
+    text = read(render_search_html(found())).one("main").text
+    table = text[text.index("Evaluated files, smallest first") :]
+    places = [table.index(f"{size}.0 MB") for size in (30, 60, 65, 80)]
+    assert places == sorted(places)
+    assert "Predicted KL, nats" in table
+    assert "0.0167" in table

@@ -1,0 +1,481 @@
+"""What a search chooses from: at every size the types of weights that are predicted to lose least, in a file of one
+form."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from compressknow.compress.recipe import EXPORT, Recipe, to_toml
+from compressknow.compress.staging import scratch
+from compressknow.compress.steps import Calibration, Quantize, Where
+from compressknow.errors import UnsupportedError, UsageError, did_you_mean
+from compressknow.format import share, size
+from compressknow.gguf.choice import check_types
+from compressknow.libraries import require
+from compressknow.model.scopes import SCOPES, Pattern
+from compressknow.quiet import Begin
+from compressknow.study.allocation import Allocation, Option, Table, allocate, units_of
+from compressknow.study.sensitivity import Guide, check_guide
+
+if TYPE_CHECKING:
+    from compressknow.gguf.export import Export
+    from compressknow.gguf.fit import Rounding
+    from compressknow.gguf.tensors import Tensors
+    from compressknow.model.structure import LinearWeight
+    from compressknow.study.cells import StudyModel
+    from compressknow.study.fitting import Target
+    from compressknow.study.guides import Guides
+    from compressknow.study.roundings import Roundings
+
+GGUF, CHECKPOINT = FORMS = ("gguf", "checkpoint")
+# What files of llama.cpp's need.
+NEEDED = ("llama_cpp_py_sync", "gguf", "sentencepiece")
+# A weight that stays as it is.
+NONE = "none"
+# What vLLM computes with as one matrix, which has one scheme.
+JOINED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+# Of a tensor in a header of safetensors, beside its name; each that is quantized becomes three.
+_HEADER, _PARTS = 130, 3
+# Bytes of the tensor that says the shape of one that is packed.
+_SHAPE = 16
+# Types that a line names.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a search is asked for.
+
+    Attributes
+    ----------
+    keep : the share of knowledge to keep; or `size`, the bytes that the file may have.
+    to : ``gguf`` or ``checkpoint``; None for what suits the model.
+    guide, must, rounding, text : what decides the types, which are not to be chosen, and how weights are rounded.
+
+    Raises UsageError for what is none of these.
+    """
+
+    keep: float | None
+    size: int | None
+    to: str | None
+    guide: Guide
+    must: tuple[tuple[str, str], ...]
+    rounding: Rounding | None
+    text: Calibration
+
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.size is None):
+            raise UsageError(
+                "Give --keep or --size, not both.",
+                hint="--keep 0.95 keeps 95 %; --size 90MB is the best file of that size.",
+            )
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise UsageError(
+                f"The share of knowledge to keep must lie between 0 and 1: {self.keep:g}.",
+                hint="Write 95 % as 0.95 or 95%.",
+            )
+        check_guide(self.guide)
+        if self.to not in (None, *FORMS):
+            raise UsageError(f"--to {self.to}: there is no such form.", hint=f"There is {', '.join(FORMS)}.")
+        if self.rounding not in (None, "gptq", "nearest"):
+            raise UsageError(f"--rounding {self.rounding}: there is gptq, nearest.")
+        self.check_form(self.to or GGUF)
+        if self.to == GGUF:
+            check_types(self.must)
+
+    def check_form(self, form: str) -> None:
+        """Raise UsageError for what a form cannot do."""
+        if form == CHECKPOINT and self.rounding == "gptq":
+            raise UsageError("--rounding gptq goes with --to gguf: checkpoints are rounded to nearest.")
+
+    @property
+    def target(self) -> Target:
+        """The same for a GGUF file; of a share, its size is to be chosen."""
+        from compressknow.study.fitting import Target
+
+        return Target(self.size or 1, None, self.must, self.guide, self.rounding or "gptq")
+
+
+class Form(ABC):
+    """What files of one kind can be made of a model, and how.
+
+    Attributes
+    ----------
+    name, place : ``gguf``, and the name of its file.
+    table : by weight and type, bytes and loss; no loss is known before `learn`.
+    overhead : bytes of a file beside these.
+    together : weights that have one type.
+    numel : by weight, how many parameters it has.
+    """
+
+    name: ClassVar[str]
+    place: ClassVar[str]
+    roundings: Roundings
+
+    def __init__(
+        self, table: Table, overhead: int, numel: Mapping[str, int], together: Sequence[Sequence[str]] = ()
+    ) -> None:
+        self.table, self.overhead, self.numel, self.together = table, overhead, numel, together
+        self._chosen: dict[int, Allocation] = {}
+
+    @property
+    def tables(self) -> list[Table]:
+        """Those of which one is to be chosen, and then by it."""
+        return [self.table]
+
+    @property
+    def floor(self) -> int:
+        """Bytes of the smallest file."""
+        return self.overhead + min(sum(own[0] for own in sizes) for sizes in self._sizes)
+
+    @property
+    def ceiling(self) -> int:
+        """Bytes of a file with 8 bits per weight: the next largest to each weight as it is."""
+        return self.overhead + max(sum(own[-2:][0] for own in sizes) for sizes in self._sizes)
+
+    @property
+    def whole(self) -> int:
+        """Bytes of a file with all weights as they are."""
+        return self.overhead + max(sum(own[-1] for own in sizes) for sizes in self._sizes)
+
+    @property
+    def _sizes(self) -> list[list[list[int]]]:
+        """By table, the bytes that each choice may have, the fewest first."""
+        return [
+            [sorted(option.nbytes for option in options.values()) for _, options in units_of(table, self.together)]
+            for table in self.tables
+        ]
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What decided the types, and how weights are rounded."""
+
+    def check(self, budget: int) -> None:
+        """Raise UsageError where no file has so few bytes, or all is smaller as it is."""
+        if budget >= self.whole:
+            raise UsageError(
+                f"{size(budget)} is no less than the model has in full, {size(self.whole)}.", hint="Give less."
+            )
+        self.choose(budget)
+
+    def choose(self, budget: int) -> Allocation:
+        """Return the types that are predicted to lose least in so many bytes. Raises UsageError where none fit."""
+        if budget not in self._chosen:
+            found: list[Allocation] = []
+            for table in self.tables:
+                try:
+                    found.append(allocate(table, budget, overhead=self.overhead, together=self.together))
+                except UsageError:
+                    if budget < self.floor:
+                        raise
+            self._chosen[budget] = min(found, key=lambda each: (each.loss, each.nbytes))
+        return self._chosen[budget]
+
+    def learn(self, guides: Guides) -> None:
+        """Take what rounding loses for the table."""
+        self.table = self._table(guides)
+        self._chosen.clear()
+
+    def mix(self, types: Mapping[str, str]) -> str:
+        """Which types have how many of the weights: ``62.1 % q4_k, 20.0 % q3_k, 9.1 % q6_k, ...``."""
+        of = Counter[str]()
+        for name, kind in types.items():
+            of[kind] += self.numel[name]
+        parts = [f"{share(number / of.total())} {kind}" for kind, number in of.most_common(_NAMED)]
+        return ", ".join([*parts, *(["..."] if len(of) > _NAMED else [])])
+
+    @abstractmethod
+    def _table(self, guides: Guides) -> Table:
+        """What each weight takes and loses by type."""
+
+    @abstractmethod
+    def decides(self) -> list[Any]:
+        """Return what decides the bytes of a file beside its types."""
+
+    @abstractmethod
+    def make(self, found: Allocation, place: Path, begin: Begin) -> None:
+        """Write a file, or folder, whole or not at all."""
+
+    @abstractmethod
+    def recipe(self, found: Allocation) -> str:
+        """Return what makes it again, as TOML."""
+
+
+class GgufForm(Form):
+    """Files for llama.cpp.
+
+    Parameters
+    ----------
+    job : an export of the model that has neither types nor a size, but the file in between.
+    tensors, overhead : of that file.
+    target : what is asked for beside the size.
+    """
+
+    name, place = GGUF, "model.gguf"
+
+    def __init__(self, job: Export, tensors: Tensors, overhead: int, target: Target) -> None:
+        from compressknow.study.fitting import pinned, table_of
+        from compressknow.study.roundings import GgufRoundings
+
+        self.roundings = GgufRoundings()
+        self._job, self._tensors, self._target = job, tensors, target
+        self._guides: Guides | None = None
+        table = pinned(table_of(None, tensors, target.guide), tensors, target.must)
+        super().__init__(table, overhead, {name: tensors.tensors[name].numel for name in table})
+
+    @property
+    def label(self) -> str:
+        return _label(self._target.guide, "by GPTQ" if self._target.rounding == "gptq" else "by llama.cpp")
+
+    def _table(self, guides: Guides) -> Table:
+        from compressknow.study.fitting import pinned, table_of
+
+        self._guides = guides
+        return pinned(table_of(guides.sensitivity, self._tensors, self._target.guide), self._tensors, self._target.must)
+
+    def decides(self) -> list[Any]:
+        assert self._guides is not None
+        guidance = self._guides.sensitivity.guidance
+        return [self._target.rounding, guidance.fingerprint, guidance.text, self._job.converter.version]
+
+    def make(self, found: Allocation, place: Path, begin: Begin) -> None:
+        from compressknow.gguf.export import write
+        from compressknow.gguf.fit import Fit
+        from compressknow.study.fitting import fitted_of
+
+        assert self._guides is not None
+        # What it was asked to fit is no part of a file: two budgets may make one.
+        target = replace(self._target, size=found.nbytes, bits=None)
+        fitted = fitted_of(found, found.nbytes, target, self._guides.sensitivity.guidance)
+        fit = Fit(target.label, found.nbytes, lambda *_: fitted, target.rounding, self._guides.texts)
+        write(replace(self._job, fit=fit), place, begin=begin)
+
+    def recipe(self, found: Allocation) -> str:
+        from compressknow.gguf.export import type_of_most
+
+        rules = [[pattern, kind] for kind, patterns in rules_of(found.types).items() for pattern in patterns]
+        values: dict[str, Any] = {"type": type_of_most(found.types, self._tensors)}
+        if text := self._job.choice.calibration:
+            values["calibration"] = asdict(text)
+        lines = to_toml({**values, "steps": []})
+        table = "\n".join(f"{json.dumps(pattern)} = {json.dumps(kind)}" for pattern, kind in rules)
+        return f"[{EXPORT}]\n{lines}\n\n[{EXPORT}.types]\n{table}"
+
+
+class CheckpointForm(Form):
+    """Checkpoints whose blocks have weights of 8 or 4 bits, or as they are.
+
+    Parameters
+    ----------
+    must : rules, by scope or regular expression on modules, for what is not to be chosen.
+
+    Raises UsageError for a rule that names nothing, or a type that there is not; and what planning a conversion does.
+    """
+
+    name, place = CHECKPOINT, "model"
+
+    def __init__(self, model: StudyModel, guide: Guide, must: Sequence[tuple[str, str]]) -> None:
+        from compressknow.compress.sources import Sources
+        from compressknow.model.tensors import DTYPE_SIZES
+        from compressknow.study.roundings import SchemeRoundings
+
+        self.roundings = SchemeRoundings()
+        self._model, self._guide, self._is_uniform = model, guide, False
+        maker = model.maker
+        structure = maker.structure()
+        sources = Sources(maker.checkpoint, maker.tree, structure)
+        stored = list(sources.distinct())
+        self._weights = {
+            weight.module: weight
+            for weight in structure.linears
+            if SCOPES["blocks"](weight, "quantize") and weight.kind != "experts" and sources.of(weight)
+        }
+        exact = {
+            module: prod(weight.shape) * DTYPE_SIZES[sources.of(weight)[0].dtype]
+            for module, weight in self._weights.items()
+        }
+        header = _HEADER * (len(stored) + _PARTS * len(exact)) + sum(len(each.name) for each in stored)
+        header += sum((_PARTS + 1) * len(module) for module in exact)
+        table = {module: self._options(weight, exact[module]) for module, weight in self._weights.items()}
+        super().__init__(
+            _pinned(table, self._weights, must),
+            sum(each.nbytes for each in stored) - sum(exact.values()) + header,
+            {module: prod(weight.shape) for module, weight in self._weights.items()},
+            _joined(self._weights),
+        )
+        self._is_uniform = not self._takes_several()
+        # What cannot be converted is told before anything is measured.
+        maker.plan(Recipe.from_dict(_steps(self.choose(self.floor).types)))
+
+    def _takes_several(self) -> bool:
+        """Whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""
+        units = [units for units, options in units_of(self.table, self.together) if len(options) > 2]
+        if len(units) < 2:
+            return True
+        first, last = (dict.fromkeys(names, kind) for names, kind in zip((units[0], units[-1]), (-1, 1), strict=True))
+        types = {name: list(self.table[name])[at] for name, at in (first | last).items()}
+        try:
+            self._model.maker.plan(Recipe.from_dict(_steps(types)))
+        except UnsupportedError:
+            return False
+        return True
+
+    @property
+    def tables(self) -> list[Table]:
+        if not self._is_uniform:
+            return [self.table]
+        kinds = [kind for kind in reversed(self.roundings.types) if any(kind in own for own in self.table.values())]
+        return [
+            {
+                name: own if len(own) == 1 else {each: own[each] for each in (NONE, kind) if each in own}
+                for name, own in self.table.items()
+            }
+            for kind in kinds
+        ]
+
+    @property
+    def label(self) -> str:
+        return _label(self._guide, "to nearest")
+
+    def _options(self, weight: LinearWeight, exact: int) -> dict[str, Option]:
+        shape = weight.shape[::-1] if weight.transposed else weight.shape
+        own = {kind: self.roundings.nbytes(kind, shape) + _SHAPE for kind in self.roundings.legal(shape)}
+        return {NONE: Option(exact, 0.0), **{kind: Option(nbytes, 0.0) for kind, nbytes in own.items()}}
+
+    def _table(self, guides: Guides) -> Table:
+        rows = guides.sensitivity.kl(self._guide)
+        table = {}
+        for module, options in self.table.items():
+            # What nothing was measured of stays as it is.
+            losses = {NONE: 0.0, **rows.get(self._weights[module].parameter, {})}
+            known = {kind: Option(each.nbytes, losses[kind]) for kind, each in options.items() if kind in losses}
+            table[module] = known or options
+        return table
+
+    def decides(self) -> list[Any]:
+        return []
+
+    def make(self, found: Allocation, place: Path, begin: Begin) -> None:  # noqa: ARG002
+        from compressknow.compress.convert import convert
+        from compressknow.pages.model_card import model_card_for
+
+        recipe = Recipe.from_dict(_steps(found.types))
+        convert(self._model.maker.checkpoint.folder, place, recipe, render_card=model_card_for)
+
+    def recipe(self, found: Allocation) -> str:
+        return to_toml(_steps(found.types))
+
+
+def _label(guide: Guide, rounding: str) -> str:
+    return f"{'facts and text' if guide == 'both' else guide}, rounded {rounding}"
+
+
+def _steps(types: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe of a type for each module."""
+    from compressknow.study.roundings import scheme_of
+
+    steps = [
+        Quantize(scheme.name, Where(("blocks",), tuple(patterns)), scheme.values())
+        for kind, patterns in rules_of(types).items()
+        if kind != NONE
+        for scheme in [scheme_of(kind)]
+    ]
+    return Recipe(tuple(steps)).to_dict()
+
+
+def _joined(weights: Mapping[str, LinearWeight]) -> list[list[str]]:
+    """Modules that are parts of one matrix in vLLM."""
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for module in weights:
+        parent, _, leaf = module.rpartition(".")
+        for parts in JOINED:
+            if leaf in parts:
+                found.setdefault((parent, parts), []).append(module)
+    return [modules for modules in found.values() if len(modules) > 1]
+
+
+def _pinned(table: Table, weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]) -> Table:
+    pins: dict[str, str] = {}
+    for which, kind in must:
+        pattern = None if which in SCOPES else Pattern("--must", which)
+        own = [
+            module
+            for module, weight in weights.items()
+            if (pattern.search(module) if pattern else SCOPES[which](weight, "quantize"))
+        ]
+        if not own:
+            raise UsageError(
+                f"--must: {which!r} is no scope, and matches no module of the blocks.",
+                hint=did_you_mean(which, SCOPES) or None,
+            )
+        for module in own:
+            if kind not in table[module]:
+                raise UsageError(
+                    f"--must {kind}: {module} cannot be that.", hint=f"It can be {', '.join(table[module])}."
+                )
+            pins[module] = kind
+    return {name: {pins[name]: options[pins[name]]} if name in pins else options for name, options in table.items()}
+
+
+def rules_of(types: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return regular expressions by type: names that differ in the number of their block share one.
+
+    >>> rules_of({"a.0.x": "q4_k", "a.1.x": "q4_k", "a.0.y": "q4_k", "a.1.y": "q4_k", "z": "q6_k"})
+    {'q4_k': ['^a\\\\.(0|1)\\\\.(x|y)$'], 'q6_k': ['^z$']}
+    """
+    blocks: dict[tuple[str, str, str], list[str]] = {}
+    found: dict[str, list[str]] = {}
+    for name, kind in types.items():
+        at = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+        if at is None:
+            found.setdefault(kind, []).append(f"^{re.escape(name)}$")
+        else:
+            blocks.setdefault((kind, at[1], at[3]), []).append(at[2])
+    alike: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    for (kind, before, after), numbers in blocks.items():
+        alike.setdefault((kind, before, tuple(numbers)), []).append(after[1:])
+    for (kind, before, own), parts in alike.items():
+        ends = "|".join(map(re.escape, parts))
+        found.setdefault(kind, []).append(f"^{re.escape(before)}({'|'.join(own)})\\.({ends})$")
+    return found
+
+
+@contextmanager
+def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -> Iterator[Form]:
+    """What files of a model can be; the file in between of GGUF files lies in `folder` meanwhile.
+
+    Raises CompressknowError where there can be none.
+    """
+    from compressknow.engine.language_model import family_of
+
+    form = request.to or (GGUF if family_of(model.maker.tree) == "causal" else CHECKPOINT)
+    request.check_form(form)
+    if form == CHECKPOINT:
+        yield CheckpointForm(model, request.guide, request.must)
+        return
+    require(*NEEDED)
+    from compressknow.gguf.choice import Choice
+    from compressknow.gguf.converter import find_converter
+    from compressknow.gguf.export import prepare, write_floats
+    from compressknow.gguf.fit import overhead_of
+    from compressknow.gguf.tensors import read_tensors
+
+    target, original = request.target, model.original
+    # llama.cpp rounds with an importance matrix of the text, GPTQ without.
+    choice = Choice(calibration=request.text if target.rounding == "nearest" else None)
+    trusted = original.settings.trust_remote_code
+    job = prepare(original.located.path, choice, find_converter(None, fetch=True), trust_remote_code=trusted)
+    with scratch(folder / "floats") as place:
+        floats = write_floats(job, place, job.exact, begin=begin)
+        tensors = read_tensors(floats, job.side)
+        yield GgufForm(replace(job, floats=floats), tensors, overhead_of(floats, tensors), target)
