@@ -125,7 +125,7 @@ def test_text_alone_guides_where_too_few_facts_are_known(at_home: Path, capsys: 
 def test_what_cannot_be_is_one_clear_message(
     words: str, says: str, at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("text.csv").write_text("a,b\n")
+    Path("text.csv").write_text("a,b\n", encoding="utf-8")
     before = sorted(at_home.parent.rglob("*"))
     assert main(["sensitivity", *words.split()]) in (1, 2)
     said = capsys.readouterr()
