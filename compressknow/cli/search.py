@@ -76,7 +76,9 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
     type=OneOf(["gptq", "nearest"]),
     help="How weights of a GGUF file are rounded: gptq or nearest.  [default: gptq]",
 )
-@option("--minimize", group=FIT, default="bytes", metavar="BYTES", hidden=True)
+@option(
+    "--minimize", group=FIT, default="bytes", metavar="WHAT", hidden=True, help="What is made smallest: bytes, always."
+)
 @option(
     "--calibration",
     group=CALIBRATION,
