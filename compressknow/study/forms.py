@@ -431,7 +431,7 @@ def rules_of(types: Mapping[str, str]) -> dict[str, list[str]]:
     """Return regular expressions by type: names that differ in the number of their block share one.
 
     >>> rules_of({"a.0.x": "q4_k", "a.1.x": "q4_k", "a.0.y": "q4_k", "a.1.y": "q4_k", "z": "q6_k"})
-    {'q4_k': ['^a\\\\.(0|1)\\\\.(x|y)$'], 'q6_k': ['^z$']}
+    {'q6_k': ['^z$'], 'q4_k': ['^a\\\\.(0|1)\\\\.(x|y)$']}
     """
     blocks: dict[tuple[str, str, str], list[str]] = {}
     found: dict[str, list[str]] = {}
