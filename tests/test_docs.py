@@ -186,7 +186,7 @@ def test_other_commands_name_what_there_is(shown: Shown) -> None:
     assert all(extra in defined for named in extras for extra in named.split(","))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[long] * (p.stem == "api"), id=name_of(p)) for p in PAGES])
 def test_python_of_a_page_runs(page: Path, at_home: Path) -> None:
     code = "\n".join(blocks(page, "python"))
     names: dict[str, object] = {}

@@ -60,6 +60,7 @@ def masked_predictions(model: BertForMaskedLM) -> torch.Tensor:
         return model(input_ids=rows).logits[positions - 1, positions].argmax(-1)
 
 
+@long
 @pytest.mark.network
 def test_antiberty_keeps_its_knowledge_of_antibodies_in_int8(antiberty: Path, tmp_path: Path) -> None:
     manifest = compressknow.convert(antiberty, tmp_path / "out", quantize="int8")
