@@ -66,7 +66,7 @@ class TypeOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
     multiple=True,
     type=TypeOf(),
     metavar="WHICH=TYPE",
-    help="Type that is not to be chosen, such as attention=q8_0; repeatable.",
+    help="Give these weights this type in any case: attention=q8_0; repeatable.",
 )
 @option(
     "--rounding",

@@ -68,7 +68,7 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
     multiple=True,
     type=TypeOf(),
     metavar="WHICH=TYPE",
-    help="Type that is not to be chosen, such as attention=q8_0; repeatable.",
+    help="Give these weights this type in any case: attention=q8_0; repeatable.",
 )
 @option(
     "--rounding",

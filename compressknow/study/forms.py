@@ -75,7 +75,7 @@ class Request:
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.size is None):
             raise UsageError(
-                "Give --keep or --size, not both.",
+                "Give either --keep or --size.",
                 hint="--keep 0.95 keeps 95 %; --size 90MB is the best file of that size.",
             )
         if self.keep is not None and not 0 < self.keep <= 1:
@@ -277,7 +277,7 @@ class CheckpointForm(Form):
 
     Parameters
     ----------
-    must : rules, by scope or regular expression on modules, for what is not to be chosen.
+    must : rules, by scope or regular expression on modules, for weights that get this type in any case.
 
     Raises UsageError for a rule that names nothing, or a type that there is not; and what planning a conversion does.
     """
