@@ -75,7 +75,7 @@ class Request:
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.size is None):
             raise UsageError(
-                "Give either --keep or --size.",
+                "Give --keep or --size: one of the two.",
                 hint="--keep 0.95 keeps 95 %; --size 90MB is the best file of that size.",
             )
         if self.keep is not None and not 0 < self.keep <= 1:
