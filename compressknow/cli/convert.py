@@ -149,7 +149,7 @@ def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
 @option("--rounding", group=HOW, type=OneOf(list(ROUNDINGS)), default=ROUNDINGS[0], help="nearest, or gptq.")
 @option("--smooth", group=HOW, type=Share(), metavar="ALPHA", help="Move outliers of activations into weights: 0.5.")
 @_parameter_options
-@calibration_options
+@calibration_options()
 @option(
     "--recipe",
     group=HOW,

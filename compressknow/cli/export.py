@@ -9,7 +9,20 @@ from typing import Any
 
 import click
 
-from compressknow.cli.options import CALIBRATION, FIT, HOW, REVISION, RUNS, TRUST, command, option
+from compressknow.cli.options import (
+    CALIBRATION,
+    FIT,
+    HOW,
+    REVISION,
+    RUNS,
+    TRUST,
+    TypeOf,
+    calibration_options,
+    command,
+    fit_options,
+    guide_option,
+    option,
+)
 from compressknow.cli.push import push_options, upload_of
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
@@ -28,21 +41,6 @@ Types (--type), bits per weight with scales:
 """
 
 
-class TypeOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click alone
-    """SCOPE=TYPE or REGEX=TYPE."""
-
-    name = "type_of"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        """What is before the last equals sign, and what is behind it."""
-        if isinstance(value, tuple):
-            return value
-        which, sign, chosen = str(value).rpartition("=")
-        if not sign or not which or not chosen:
-            self.fail(f"{value!r} is no SCOPE=TYPE; write attention=q8_0.", param, ctx)
-        return which.strip(), chosen.strip()
-
-
 @command(short_help="Write a checkpoint as a GGUF file for llama.cpp.", epilog=EPILOG)
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
@@ -58,35 +56,13 @@ class TypeOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
 )
 @option("--size", group=FIT, metavar="SIZE", help="Bytes that the file may have, such as 90MB; types are chosen.")
 @option("--bits", group=FIT, type=float, metavar="B", help="The same, as bits per weight, the whole file counted.")
-@option("--guide", group=FIT, type=click.Choice(["facts", "text", "both"]), help="What decides.  [default: both]")
+@guide_option(group=FIT)
 @option("--facts", group=FIT, multiple=True, metavar="PROBE", help="Facts that decide; repeatable.  [default: atlas]")
-@option(
-    "--must",
-    group=FIT,
-    multiple=True,
-    type=TypeOf(),
-    metavar="WHICH=TYPE",
-    help="Give these weights this type in any case: attention=q8_0; repeatable.",
-)
-@option(
-    "--rounding",
-    group=FIT,
-    type=click.Choice(["gptq", "nearest"]),
-    help="How weights are rounded to their types.  [default: gptq]",
-)
-@option(
-    "--calibration",
-    group=CALIBRATION,
-    metavar="TEXT",
+@fit_options
+@calibration_options(
+    tokens="32768; of --size 8192",
     help="Text for an importance matrix, or for --size: self (the model's own samples; the default of --size), "
     "FILE.txt, FILE.jsonl or hf:DATASET.",
-)
-@option(
-    "--calibration-tokens",
-    group=CALIBRATION,
-    type=click.IntRange(1),
-    metavar="N",
-    help="How many tokens of it.  [default: 32768; of --size 8192]",
 )
 @option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
 @option(

@@ -210,22 +210,46 @@ def _all(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[
     return command
 
 
-def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The text for methods that look at activations."""
+def calibration_options(tokens: str = "32768", **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The text for methods that look at activations: how many tokens by default, and what else a command says of it."""
+    text = {"help": "self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.", **settings}
+    number = f"How many tokens of it.  [default: {tokens}]"
+    return lambda command: _all(
+        command,
+        option("--calibration", group=CALIBRATION, metavar="TEXT", **text),
+        option("--calibration-tokens", group=CALIBRATION, type=click.IntRange(1), metavar="N", help=number),
+    )
+
+
+def guide_option(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What decides how weights are rounded, or ranks them."""
+    return option(
+        "--guide",
+        **{
+            "type": OneOf(["facts", "text", "both"]),
+            "help": "What decides: facts, text or both.  [default: both]",
+            **settings,
+        },
+    )
+
+
+def fit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What is given, and not chosen, of a file of a size."""
     return _all(
         command,
         option(
-            "--calibration",
-            group=CALIBRATION,
-            metavar="TEXT",
-            help="self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
+            "--must",
+            group=FIT,
+            multiple=True,
+            type=TypeOf(),
+            metavar="WHICH=TYPE",
+            help="Give these weights this type in any case: attention=q8_0; repeatable.",
         ),
         option(
-            "--calibration-tokens",
-            group=CALIBRATION,
-            type=click.IntRange(1),
-            metavar="N",
-            help="How many tokens of it.  [default: 32768]",
+            "--rounding",
+            group=FIT,
+            type=OneOf(["gptq", "nearest"]),
+            help="How weights of a GGUF file are rounded: gptq or nearest.  [default: gptq]",
         ),
     )
 
@@ -269,6 +293,21 @@ class Blocks(click.ParamType):  # type: ignore[type-arg]
         """A number as one, all else as it stands: the recipe checks it."""
         text = str(value).strip()
         return int(text) if text.isdecimal() and text.isascii() else text
+
+
+class TypeOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click alone
+    """SCOPE=TYPE or REGEX=TYPE."""
+
+    name = "type_of"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """What is before the last equals sign, and what is behind it."""
+        if isinstance(value, tuple):
+            return value
+        which, sign, chosen = str(value).rpartition("=")
+        if not sign or not which or not chosen:
+            self.fail(f"{value!r} is no SCOPE=TYPE; write attention=q8_0.", param, ctx)
+        return which.strip(), chosen.strip()
 
 
 class OneOf(click.Choice[str]):

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.export import TypeOf
 from compressknow.cli.options import (
-    CALIBRATION,
     EVALUATE,
     FIT,
     REVISION,
     RUNS,
     OneOf,
     Share,
+    calibration_options,
     command,
+    fit_options,
+    guide_option,
     known_option,
     option,
     probe_options,
@@ -54,45 +55,15 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
     type=OneOf(["gguf", "checkpoint"]),
     help="gguf or checkpoint.  [default: gguf for models that generate]",
 )
-@option(
-    "--guide",
-    group=FIT,
-    type=OneOf(["facts", "text", "both"]),
-    default="both",
-    show_default=True,
-    help="What decides: facts, text or both.",
-)
-@option(
-    "--must",
-    group=FIT,
-    multiple=True,
-    type=TypeOf(),
-    metavar="WHICH=TYPE",
-    help="Give these weights this type in any case: attention=q8_0; repeatable.",
-)
-@option(
-    "--rounding",
-    group=FIT,
-    type=OneOf(["gptq", "nearest"]),
-    help="How weights of a GGUF file are rounded: gptq or nearest.  [default: gptq]",
-)
+@guide_option(group=FIT, default="both")
+@fit_options
 @option(
     "--minimize", group=FIT, default="bytes", metavar="WHAT", hidden=True, help="What is made smallest: bytes, always."
 )
+@calibration_options(tokens="8192")
 @option(
-    "--calibration",
-    group=CALIBRATION,
-    metavar="TEXT",
-    help="Text that decides: self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
+    "--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Another name of --probe, the one that export has."
 )
-@option(
-    "--calibration-tokens",
-    group=CALIBRATION,
-    type=click.IntRange(1),
-    metavar="N",
-    help="How many tokens of it.  [default: 8192]",
-)
-@option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="The same as --probe, as export has it.")
 @probe_options
 @templates_option
 @known_option

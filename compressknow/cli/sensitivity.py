@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.cli.options import CALIBRATION, EVALUATE, HOW, REVISION, RUNS, TRUST, command, option
+from compressknow.cli.options import (
+    CALIBRATION,
+    EVALUATE,
+    HOW,
+    REVISION,
+    RUNS,
+    TRUST,
+    calibration_options,
+    command,
+    guide_option,
+    option,
+)
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show
 from compressknow.format import count, plain, share
@@ -40,29 +51,9 @@ _BITS = 5.0
     type=click.Choice(["gguf", "checkpoint"]),
     help="Types of a GGUF file, or schemes of convert.  [default: gguf for causal models]",
 )
-@option(
-    "--guide",
-    group=HOW,
-    type=click.Choice(["facts", "text", "both"]),
-    default="both",
-    show_default=True,
-    help="What ranks weights: facts, text or both.",
-)
+@guide_option(group=HOW, default="both", help="What ranks weights: facts, text or both.  [default: both]")
 @option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Facts; repeatable.  [default: atlas]")
-@option(
-    "--calibration",
-    group=CALIBRATION,
-    metavar="TEXT",
-    default="self",
-    help="Text: self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
-)
-@option(
-    "--calibration-tokens",
-    group=CALIBRATION,
-    type=click.IntRange(1),
-    metavar="N",
-    help="How many tokens of it.  [default: 8192]",
-)
+@calibration_options(tokens="8192", default="self")
 @option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
 @option("--revision", group=RUNS, help=REVISION)
 @option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)

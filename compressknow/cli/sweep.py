@@ -89,7 +89,7 @@ single cells:
     type=OneOf(list(SCHEMES)),
     help="Scheme of the paper's grid.  [default: int8-paper]",
 )
-@calibration_options
+@calibration_options()
 @option("--no-facts", is_flag=True, expose_value=False, help="Accepted as in report; a study never shows facts.")
 @option("--save", is_flag=True, help="Write each checkpoint too, into OUTPUT/models.")
 @ray_options

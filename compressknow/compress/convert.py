@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -106,9 +106,7 @@ def text_for(
     return calibration_text(
         plan.checkpoint.folder,
         tree,
-        text=calibration.text,
-        tokens=calibration.tokens,
-        seed=calibration.seed,
+        **asdict(calibration),
         trust_remote_code=trust_remote_code,
         advance=advance,
     )

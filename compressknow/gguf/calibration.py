@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,9 +45,7 @@ def see(
         text = calibration_text(
             source,
             tree,
-            text=calibration.text,
-            tokens=calibration.tokens,
-            seed=calibration.seed,
+            **asdict(calibration),
             trust_remote_code=trust_remote_code,
             advance=advance,
         )

@@ -265,9 +265,7 @@ def _text(
         text = calibration_text(
             folder,
             tree,
-            text=calibration.text,
-            tokens=calibration.tokens,
-            seed=calibration.seed,
+            **asdict(calibration),
             trust_remote_code=trusted,
             advance=advance,
         )

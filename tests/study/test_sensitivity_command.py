@@ -111,7 +111,7 @@ def test_text_alone_guides_where_too_few_facts_are_known(at_home: Path, capsys: 
         ("quantized", "is quantized already (gptq)"),
         ("bert --to gguf", "there is no GGUF file of it"),
         ("llama --to onnx", "'onnx' is not one of"),
-        ("llama --guide fact", "'fact' is not one of"),
+        ("llama --guide fact", "'fact' is not known. Did you mean"),
         ("llama --facts text:text.txt", "what guides are facts with candidates"),
         ("llama --facts atlass", "Did you mean atlas?"),
         ("llama --calibration nowhere.txt", "There is no calibration text"),
