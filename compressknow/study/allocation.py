@@ -39,6 +39,12 @@ def parse_size(text: str | int) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def refuse_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
+    """Raise UsageError for a budget that a model does not pass with all weights as they are."""
+    if budget >= whole:
+        raise UsageError(f"{size(budget)} is no less than the model has in full, {size(whole)}.", hint=hint)
+
+
 class Option(NamedTuple):
     """What a type makes of a tensor: its bytes in the file, and the loss that is predicted of it (KL, nats)."""
 

@@ -12,7 +12,7 @@ from compressknow.gguf.choice import check_types
 from compressknow.gguf.fit import Fitted, Rounding, is_matrix, padded
 from compressknow.gguf.grids import CANDIDATES, legal_types, type_bytes
 from compressknow.gguf.tensors import Tensors, chosen_types
-from compressknow.study.allocation import Allocation, Option, Table, allocate
+from compressknow.study.allocation import Allocation, Option, Table, allocate, refuse_whole
 from compressknow.study.sensitivity import GUIDES, Guidance, Guide, Sensitivity
 
 _MOST_BITS = 16
@@ -71,8 +71,7 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> No
             f"{size(least)}.",
             hint="Give more.",
         )
-    if budget >= whole:
-        raise UsageError(f"{size(budget)} is no less than the model has in full, {size(whole)}.", hint="Give less.")
+    refuse_whole(budget, whole)
 
 
 def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: Target) -> Fitted:
@@ -88,11 +87,7 @@ def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target:
     table = table_of(sensitivity, tensors, target.guide)
     budget = target.budget(sum(each.numel for each in tensors.tensors.values()))
     whole = overhead + sum(options[tensors.tensors[name].type].nbytes for name, options in table.items())
-    if budget >= whole:
-        raise UsageError(
-            f"{size(budget)} is no less than the model has in full, {size(whole)}.",
-            hint=f"Give less, or export it with --type {tensors.tensors[next(iter(table))].type}.",
-        )
+    refuse_whole(budget, whole, f"Give less, or export it with --type {tensors.tensors[next(iter(table))].type}.")
     found = allocate(pinned(table, tensors, target.must), budget, overhead=overhead)
     return fitted_of(found, budget, target, sensitivity.guidance)
 

@@ -18,12 +18,12 @@ from compressknow.compress.recipe import EXPORT, Recipe, to_toml
 from compressknow.compress.staging import scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.errors import UnsupportedError, UsageError, did_you_mean
-from compressknow.format import share, size
+from compressknow.format import share
 from compressknow.gguf.choice import check_types
 from compressknow.libraries import require
 from compressknow.model.scopes import SCOPES, Pattern
 from compressknow.quiet import Begin
-from compressknow.study.allocation import Allocation, Option, Table, allocate, units_of
+from compressknow.study.allocation import Allocation, Option, Table, allocate, refuse_whole, units_of
 from compressknow.study.sensitivity import Guide, check_guide
 
 if TYPE_CHECKING:
@@ -162,10 +162,7 @@ class Form(ABC):
 
     def check(self, budget: int) -> None:
         """Raise UsageError where no file has so few bytes, or all is smaller as it is."""
-        if budget >= self.whole:
-            raise UsageError(
-                f"{size(budget)} is no less than the model has in full, {size(self.whole)}.", hint="Give less."
-            )
+        refuse_whole(budget, self.whole)
         self.choose(budget)
 
     def choose(self, budget: int) -> Allocation:
