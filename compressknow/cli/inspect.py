@@ -16,7 +16,8 @@ from compressknow.format import size
 
 LISTED = 8
 WIDTH = 80
-DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8", "I4": "int4"}
+DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "I4": "int4"}
+DTYPE_NAMES |= {"U8": "uint8", "F8_E4M3": "fp8", "F8_E5M2": "fp8 (e5m2)"}
 
 
 @command(short_help="Show a checkpoint's Linear layers by group and scope.")

@@ -45,7 +45,7 @@ single cells:
   method = ["l1-unstructured"]      # and wanda, sparsegpt, ln-structured, ...
   prune = [0, 0.5]                  # 0: none
   pattern = ["none", "2:4"]         # of methods that have patterns
-  quantize = ["none", "int8"]       # and int8-paper, int8-weights, int4
+  quantize = ["none", "int8"]       # and int8-paper, int8-weights, fp8, int4
   rounding = ["nearest", "gptq"]    # of every scheme but int8-paper
   smooth = [0, 0.5]                 # of int8; group_size of int4
   calibration = ["self"]            # or FILE.txt, ...; calibration_tokens

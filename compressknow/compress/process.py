@@ -282,11 +282,11 @@ class _Coder:
             absmax = torch.from_numpy(_largest(magnitude_keys(values), self.span)).view(values.dtype)
         with SCHEMES.answering(self._scheme.name):
             scales = self._scheme.scales(absmax) if self._whole is None else self._whole
-            integers = self._treatment.rounding(values, scales, self._scheme)
-            tally.quantize(block.values, integers, scales, self._scheme, factors)
-            rows = self._scheme.pack(integers)
+            codes = self._treatment.rounding(values, scales, self._scheme)
+            tally.quantize(block.values, codes, scales, self._scheme, factors)
+            rows = self._scheme.pack(codes)
         if self._treatment.see:
-            self._treatment.see(block.rows, self._scheme.dequantize(integers, scales))
+            self._treatment.see(block.rows, self._scheme.dequantize(codes, scales))
         self._scales.append(scales)
         return self._fit(rows, self._planned.stored[0], len(values))
 
@@ -356,24 +356,26 @@ class _Tally:
     def quantize(
         self,
         values: torch.Tensor,
-        integers: torch.Tensor,
+        codes: torch.Tensor,
         scales: torch.Tensor,
         scheme: Scheme,
         factors: torch.Tensor | None,
     ) -> None:
         """Count what was rounded, and how far it is from what it was. Values that were multiplied with `factors` first
         are compared without these, which something else makes up for."""
-        self.zeros += integers.numel() - int(np.count_nonzero(integers.numpy()))
+        # numpy has no floats of 8 bits.
+        numbers = codes if codes.dtype == torch.int8 else codes.to(torch.float32)
+        self.zeros += numbers.numel() - int(np.count_nonzero(numbers.numpy()))
         original = values if self._original is None else self._original
-        self._count_refilled(integers)
-        written = scheme.dequantize(integers, scales)
+        self._count_refilled(numbers)
+        written = scheme.dequantize(codes, scales)
         if factors is not None:
             written.div_(factors)
         error = _energy(written.sub_(original.to(torch.float32)))
         if math.isinf(error):
             # Of a weight near the largest float, the nearest step may lie beyond it.
-            spread = scheme.spread(scales, integers.shape[-1])
-            exact = integers.to(torch.float64) * spread.to(torch.float64) - original.to(torch.float64)
+            spread = scheme.spread(scales, codes.shape[-1])
+            exact = codes.to(torch.float64) * spread.to(torch.float64) - original.to(torch.float64)
             error = float(exact.square_().sum())
         self.error_energy += error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -16,15 +16,15 @@ from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.meta import meta_model
 from compressknow.model.naming import Naming, suppliers
-from compressknow.model.packed import INT4, packed_int4
+from compressknow.model.packed import NAMES, Packed, packed_weights
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 
 
 @dataclass(frozen=True)
 class Values:
-    """A parameter's values as a checkpoint stores them: a tensor and, of integers, its scale; `packed` is where those
-    of 4 bits lie. Along `axis` these `numbers` alone are compared, if any are named."""
+    """A parameter's values as a checkpoint stores them: a tensor and, of low bits, its scale; `packed` is where those
+    lie that are several in an integer. Along `axis` these `numbers` alone are compared, if any are named."""
 
     tensor: StoredTensor
     scale: StoredTensor | None = None
@@ -67,7 +67,7 @@ class Values:
         """As `Reader.blocks`, of what is compared: with as many rows in each as a tensor of so many columns has."""
         own = matrix_shape(self.tensor.shape)[1]
         for block in reader.blocks(self.stored, columns=columns, rows=self.rows):
-            values = block.values if self.packed is None else _unpacked(block.values, own)
+            values = block.values if self.packed is None else _unpacked(block.values, own, self.tensor.dtype)
             yield Block(block.first_row, values if self.columns is None else values[:, self.columns])
 
     def floats(self, reader: Reader) -> Iterator[tuple[Block, torch.Tensor]]:
@@ -88,7 +88,7 @@ def deviation(reader: Reader, a: Values, b: Values) -> tuple[Sums, bool]:
     """The sums of what is compared of two tensors, taken in float64, and whether it is stored alike to the bit."""
     scale_a, scale_b = _scale(reader, a), _scale(reader, b)
     columns = max(matrix_shape(values.tensor.shape)[1] for values in (a, b))
-    alike = a.tensor.dtype == b.tensor.dtype and _same(scale_a, scale_b)
+    alike = (a.tensor.dtype, a.stored.dtype) == (b.tensor.dtype, b.stored.dtype) and _same(scale_a, scale_b)
     sums, same = Sums(), alike
     # torch reads no tensor without elements.
     blocks = zip(a.blocks(reader, columns), b.blocks(reader, columns), strict=True) if a.tensor.numel else ()
@@ -100,11 +100,12 @@ def deviation(reader: Reader, a: Values, b: Values) -> tuple[Sums, bool]:
     return sums, same
 
 
-def _unpacked(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """int8 [rows, columns] of int32 [rows, columns / 8]."""
+def _unpacked(packed: torch.Tensor, columns: int, dtype: str) -> torch.Tensor:
+    """int8 [rows, columns] of int32 [rows, columns / 8] or [rows, columns / 4]."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    integers: torch.Tensor = unpack_from_int32(packed, 4, torch.Size((len(packed), columns)))
+    bits = next(bits for bits, name in NAMES.items() if name == dtype)
+    integers: torch.Tensor = unpack_from_int32(packed, bits, torch.Size((len(packed), columns)))
     return integers.contiguous()
 
 
@@ -163,7 +164,7 @@ class Side:
     supply : parameter -> the stored tensor that gives it its values, ties resolved; `own` included.
     loaded_to : of a tensor that is fused with others on loading, the parameter that it becomes a part of.
     parts : module -> stored tensors beside its parameters: scales, zero points, packed weights.
-    unpacked : values of 4 bits that lie packed, by the name of the tensor that stands for them in `own`.
+    unpacked : values of low bits that lie packed, by the name of the tensor that stands for them in `own`.
     modules : where modules are called by the numbers that their blocks had before others were dropped, the names that
         `parts` has them under.
     """
@@ -213,13 +214,13 @@ class Side:
         return (name for name in self.linears if name not in self.supply and self.packed(name))
 
     def _dequantizable(self, tensor: StoredTensor) -> Values | None:
-        """An int8 weight with a scale."""
+        """A weight of 8 bits with a scale."""
         scale = _scale_in(self.parts.get(tensor.name.removesuffix(".weight"), {}), tensor)
-        return Values(tensor, scale) if tensor.dtype == "I8" and scale else None
+        return Values(tensor, scale) if tensor.dtype in ("I8", "F8_E4M3") and scale else None
 
 
 def _scale_in(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> StoredTensor | None:
-    """The scale of an integer weight in the layout of compressed-tensors, symmetric, as `is_scale_of` says."""
+    """The scale of a low-bit weight in the layout of compressed-tensors, symmetric, as `is_scale_of` says."""
     scale = parts.get(f"{tensor.name}_scale")
     # A zero point, or groups of columns that are no neighbours.
     more = any(f"{tensor.name}_{part}" in parts for part in ("zero_point", "g_idx"))
@@ -227,14 +228,12 @@ def _scale_in(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> Stored
 
 
 def _unpackable(
-    packed: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor], structure: Structure
+    packed: Mapping[str, Packed], parts: Mapping[str, StoredTensor], structure: Structure
 ) -> Iterator[tuple[str, Values]]:
     """By parameter, the packed weights whose values can be told."""
     for weight in structure.linears:
-        if (stored := packed.get(weight.parameter)) is not None:
-            tensor = replace(stored, name=stored.name.removesuffix("_packed"), dtype=INT4, shape=weight.shape)
-            if scale := _scale_in(parts, tensor):
-                yield weight.parameter, Values(tensor, scale, stored)
+        if (found := packed.get(weight.parameter)) is not None and (scale := _scale_in(parts, found.values)):
+            yield weight.parameter, Values(found.values, scale, found.stored)
 
 
 def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
@@ -246,9 +245,9 @@ def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
         )
     model = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure, naming = structure_of(model), Naming(model)
-    bound, packed = naming.bind(checkpoint.tensors), packed_int4(checkpoint, naming, structure)
+    bound, packed = naming.bind(checkpoint.tensors), packed_weights(checkpoint, naming, structure)
     # By their names in the tree and, where the architecture was renamed since, by those in the files.
-    named = (*structure.parameters, *bound, *(tensor.name for tensor in packed.values()))
+    named = (*structure.parameters, *bound, *(each.stored.name for each in packed.values()))
     modules = {name.rpartition(".")[0] for name in named} - {""}
     quantized = "quantization_config" in checkpoint.config
     own: dict[str, StoredTensor] = {}
@@ -267,11 +266,11 @@ def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
             if binding:
                 loaded_to[name] = binding.parameter
     unpacked = dict(_unpackable(packed, checkpoint.tensors, structure)) if packed else {}
-    of_four_bits = {parameter: values.tensor for parameter, values in unpacked.items()}
-    own |= of_four_bits
+    of_low_bits = {parameter: values.tensor for parameter, values in unpacked.items()}
+    own |= of_low_bits
     stored = suppliers(checkpoint, whole, structure.tied)
     # A final layer that was tied and is packed has values of its own.
-    supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()} | of_four_bits
+    supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()} | of_low_bits
     by_name = {values.tensor.name: values for values in unpacked.values()}
     return Side(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts, by_name)
 

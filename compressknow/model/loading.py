@@ -70,6 +70,11 @@ def load_report(
             model, found = model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict=state, **options)
     except Exception as error:  # Wherever transformers or a quantizer stops, it stops for whoever loads it too.
         return LoadReport(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    # What is tied though both are stored is compared first, on other devices than this one.
+    for pair in model.all_tied_weights_keys.items():
+        dtypes = {state[name].dtype for name in pair if name in state}
+        if len(dtypes) > 1 and torch.float8_e4m3fn in dtypes:
+            return LoadReport(failure=f"it compares {pair[0]} with {pair[1]}, and torch compares no floats of 8 bits.")
     mismatched = {name: (tuple(stored), tuple(needed)) for name, stored, needed in sorted(found["mismatched_keys"])}
     loaded = model.state_dict()
     retyped = (name for name in state.keys() & loaded.keys() if _is_float(state[name]) != _is_float(loaded[name]))

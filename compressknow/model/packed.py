@@ -1,33 +1,45 @@
-"""Weights of 4 bits, eight in an integer of 32 (``pack-quantized`` of compressed-tensors), told by headers."""
+"""Weights of 4 and 8 bits, several in an integer of 32 (``pack-quantized`` of compressed-tensors), told by headers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.naming import Naming
 from compressknow.model.structure import Structure
 from compressknow.model.tensors import StoredTensor
 
-# What the values are called, as safetensors calls integers of 8 bits I8.
+# What values of so many bits are called: as safetensors calls integers of 8 bits.
 INT4 = "I4"
-_PACKED, _PER_INTEGER = "_packed", 8
+NAMES = {4: INT4, 8: "I8"}
+_PACKED, _WORD = "_packed", 32
 
 
-def packed_int4(checkpoint: Checkpoint, naming: Naming, structure: Structure) -> dict[str, StoredTensor]:
-    """Linear weights [rows, columns] that a checkpoint stores as int32 [rows, columns / 8], by parameter; none where
-    its config does not say that all that is quantized has 4 bits."""
-    groups = list(config_groups(checkpoint.config.get("quantization_config")))
-    if not groups or any(_bits(group) != 4 for group in groups):
+class Packed(NamedTuple):
+    """The tensor in which values lie packed, and one that stands for them: under the name that they would have, with
+    their shape and dtype, ``I4`` or ``I8``."""
+
+    stored: StoredTensor
+    values: StoredTensor
+
+
+def packed_weights(checkpoint: Checkpoint, naming: Naming, structure: Structure) -> dict[str, Packed]:
+    """Linear weights [rows, columns] that a checkpoint stores as int32 [rows, columns / 8] or [rows, columns / 4], by
+    parameter; none where its config has a group of other bits."""
+    bits = {_bits(group) for group in config_groups(checkpoint.config.get("quantization_config"))}
+    if not bits or not bits <= NAMES.keys():
         return {}
     stored = {name.removesuffix(_PACKED): t for name, t in checkpoint.tensors.items() if name.endswith(_PACKED)}
     shapes = {weight.parameter: weight.shape for weight in structure.linears if weight.kind == "linear"}
     found = {}
     for name, binding in naming.bind(stored).items():
-        rows, columns = shapes.get(binding.parameter, (0, 0))
-        if (stored[name].dtype, stored[name].shape) == ("I32", (rows, -(-columns // _PER_INTEGER))):
-            found[binding.parameter] = stored[name]
+        tensor, (rows, columns) = stored[name], shapes.get(binding.parameter, (0, 0))
+        widths = {-(-columns * number // _WORD): number for number in bits}
+        if tensor.dtype == "I32" and tensor.shape[0] == rows and (number := widths.get(tensor.shape[-1])):
+            values = replace(tensor, name=name, dtype=NAMES[number], shape=(rows, columns))
+            found[binding.parameter] = Packed(tensor, values)
     return found
 
 

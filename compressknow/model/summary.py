@@ -190,15 +190,15 @@ def _tied_by(config: dict[str, Any], structure: Structure) -> Structure:
 def _stored_dtypes(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> tuple[dict[str, str], Ties]:
     """Dtype of each parameter as stored, and the ties that the weight files bear out."""
     from compressknow.model.naming import Naming, suppliers
-    from compressknow.model.packed import INT4, packed_int4
+    from compressknow.model.packed import packed_weights
 
     naming = Naming(model)
     bindings = naming.bind(checkpoint.tensors)
     supply = suppliers(checkpoint, {stored: b.parameter for stored, b in bindings.items()}, structure.tied)
     supply |= {parameter: stored for stored, b in bindings.items() for parameter in b.parameters[1:]}
     dtypes = {parameter: checkpoint.tensors[stored].dtype for parameter, stored in supply.items()}
-    packed = packed_int4(checkpoint, naming, structure)
-    supply |= {parameter: tensor.name for parameter, tensor in packed.items()}
-    dtypes |= dict.fromkeys(packed, INT4)
+    packed = packed_weights(checkpoint, naming, structure)
+    supply |= {parameter: each.stored.name for parameter, each in packed.items()}
+    dtypes |= {parameter: each.values.dtype for parameter, each in packed.items()}
     ties = {name: source for name, source in structure.tied.items() if supply.get(name) == supply.get(source)}
     return dtypes, ties

@@ -237,6 +237,17 @@ class TestGPTQ:
         parts = [gptq(weight[rows], scales[rows], scheme, inputs) for rows in (slice(0, 7), slice(7, 20))]
         assert torch.equal(torch.cat(parts), whole)
 
+    def test_floats_of_8_bits_lose_less_than_to_nearest_and_zeros_stay(self) -> None:
+        weight, inputs, scheme = weights_of(24, 112), correlated(600, 112), SCHEMES["fp8"]
+        fixed = weights_of(24, 112, seed=4) > 0
+        weight = weight.masked_fill(fixed, 0)
+        scales = scales_of(weight, scheme)
+        codes = gptq(weight, scales, scheme, statistics_of(inputs), fixed)
+        assert codes.dtype == torch.float8_e4m3fn
+        found, plain = (scheme.dequantize(each, scales) for each in (codes, nearest(weight, scales, scheme)))
+        assert not bool(found[fixed].any())
+        assert error(inputs, weight, found) < 0.8 * error(inputs, weight, plain)
+
     def test_one_scale_for_all_of_a_tensor(self) -> None:
         weight, inputs, scheme = weights_of(8, 96), correlated(300, 96), SCHEMES["int8-paper"]
         scales = scheme.scales(weight.abs().max().view(1))

@@ -50,7 +50,6 @@ def test_encoders_and_encoder_decoders_do_not_run_in_vllm(name: str, options: An
         ({"scope": "attention", "exclude": [r"1\.self_attn\.v_proj"]}, "of model.layers.1.self_attn, so all or none"),
         ({"exclude": ["gate_proj"]}, "fuses gate_proj and up_proj of model.layers.0.mlp"),
         ({"scope": "overall"}, "the final layer (lm_head) is int8"),
-        ({"quantize": "int8-weights"}, "no kernel for int8-weights"),
         ({"quantize": "int8-paper"}, "no kernel for int8-paper"),
     ],
 )

@@ -26,7 +26,7 @@ from compressknow.model.groups import structure_of
 from compressknow.model.scopes import select
 from tests.models import QUANTIZABLE, VOCABULARY, logits, save_tiny, tiny
 
-SCHEMES = ("int8", "int8-paper", "int8-weights")
+SCHEMES = ("int8", "int8-paper", "int8-weights", "fp8")
 names = st.lists(
     st.lists(st.sampled_from(["model", "layers", "0", "1", "12", "q-proj", "up.down", "projector"]), min_size=1).map(
         ".".join

@@ -223,7 +223,7 @@ def test_a_loaded_model_can_be_saved_and_loaded_again(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8-paper", "int8-weights"])
+@pytest.mark.parametrize("scheme", ["int8", "int8-paper", "int8-weights", "fp8"])
 @pytest.mark.parametrize("in_int8", [True, False])
 def test_scales_are_no_parameters(scheme: Any, in_int8: bool, tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "in")

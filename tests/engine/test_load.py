@@ -94,14 +94,16 @@ def test_float_checkpoint_loads_as_it_was(kind: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8-paper", "int8-weights"])
+@pytest.mark.parametrize("scheme", ["int8", "int8-paper", "int8-weights", "fp8"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_int8_checkpoint_in_floats_is_that_of_plain_transformers(
     kind: str, scheme: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8, "runs_on", lambda _: False)
     model = saved(kind, tmp_path / "original")
-    convert(tmp_path / "original", tmp_path / "int8", Recipe((Quantize(scheme, Where(("overall",))),)))
+    # T5's class ties its final layer whatever its config says: see the refusal in tests/compress/test_loading.py.
+    scope = "blocks" if (kind, scheme) == ("t5", "fp8") else "overall"
+    convert(tmp_path / "original", tmp_path / "int8", Recipe((Quantize(scheme, Where((scope,))),)))
     capfd.readouterr()
     loaded = load(tmp_path / "int8")
     assert capfd.readouterr() == ("", "")

@@ -1,7 +1,7 @@
 """Quantization schemes: how a weight is stored in few bits, in the layout of compressed-tensors.
 
 The conversion asks a scheme for scales, has the weights rounded to its grid (`compressknow.compress.schemes.rounding`),
-and writes what `pack` makes of the integers. Everything else that is to be known of a scheme it says itself: what runs
+and writes what `pack` makes of the codes. Everything else that is to be known of a scheme it says itself: what runs
 it, what it is called, what readers are to be warned of.
 """
 
@@ -39,7 +39,7 @@ class Scheme(Parametric, abc.ABC):
     help : a line of `convert --help`.
     word : the shortest name of what it makes of weights, such as ``int8``; `noun` what they are then, in the plural.
     bits : of a stored weight.
-    lowest, highest : the grid: every whole number between them.
+    lowest, highest : the ends of the grid, which is every whole number between them, unless `round` makes it another.
     scale_per : what shares a scale: a ``row``, the whole ``tensor``, or so many neighbouring columns of a row.
     format : compressed-tensors' name of the layout.
     rounds : activations are rounded as they come, with a scale for each ``token``, or one for all of a ``batch``; None
@@ -98,11 +98,18 @@ class Scheme(Parametric, abc.ABC):
         # As a division in the dtype itself rounds. The passes that follow are exact, and faster in float32.
         return scaled if values.dtype == torch.float32 else scaled.to(values.dtype).to(torch.float32)
 
-    def dequantize(self, integers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def round(self, steps: torch.Tensor) -> torch.Tensor:
+        """Round what `steps` gives, in place if it likes, to codes: the grid's nearest values, ties to even, int8 here.
+        The code of zero is zero."""
+        import torch
+
+        return steps.clamp_(self.lowest, self.highest).round_().to(torch.int8)
+
+    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """float32 values of what was rounded."""
         from compressknow.compress.schemes.rounding import dequantize
 
-        return dequantize(integers, self.spread(scales, integers.shape[-1]))
+        return dequantize(codes, self.spread(scales, codes.shape[-1]))
 
     def spread(self, scales: torch.Tensor, columns: int) -> torch.Tensor:
         """Scales that broadcast over [rows, columns]."""
@@ -110,9 +117,9 @@ class Scheme(Parametric, abc.ABC):
 
         return per_column(scales, columns)
 
-    def pack(self, integers: torch.Tensor) -> torch.Tensor:
-        """The rows to store for rows of integers (int8 [rows, columns])."""
-        return integers
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """The rows to store for rows of codes [rows, columns]."""
+        return codes
 
     def constants(self, shape: tuple[int, ...]) -> Mapping[str, torch.Tensor]:  # noqa: ARG002
         """By suffix, what is stored beside values and scales and does not depend on them."""
@@ -136,6 +143,7 @@ SCHEMES: Registry[Scheme] = Registry(
         "int8": "compressknow.compress.schemes.int8:Int8",
         "int8-paper": "compressknow.compress.schemes.int8_paper:Int8Paper",
         "int8-weights": "compressknow.compress.schemes.int8_weights:Int8Weights",
+        "fp8": "compressknow.compress.schemes.fp8:Fp8",
         "int4": "compressknow.compress.schemes.int4:Int4",
     },
 )

@@ -23,7 +23,7 @@ def gptq(
     inputs: InputStatistics,
     fixed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weights [out, in] to whole numbers of a scheme's grid, int8 of the same shape.
+    """Weights [out, in] to codes of a scheme's grid, of the same shape.
 
     Rows do not depend on each other: a block of them gives what all would. The weights are left as they are.
 
@@ -39,20 +39,16 @@ def gptq(
     inverse = inverse_of(inputs, by_activation=True)
     assert inverse.order is not None
     columns = values.to(torch.float32).T[inverse.order]
-    integers = torch.empty(columns.shape, dtype=torch.int8)
+    codes: list[torch.Tensor] = []
     zero = None if fixed is None else fixed.T[inverse.order]
     of_groups = scales.to(torch.float32).reshape(-1, scales.shape[-1]).T.contiguous()
     groups = (inverse.order * len(of_groups) // len(columns)).tolist()
 
     def settle(column: int, found: torch.Tensor) -> torch.Tensor:
         scale = of_groups[groups[column]][:, None]
-        rounded = nearest(found[:, None], scale, scheme)
-        if zero is not None:
-            rounded.masked_fill_(zero[column][:, None], 0)
-        integers[column] = rounded[:, 0]
-        return scheme.dequantize(rounded, scale)[:, 0]
+        kept = found if zero is None else found.masked_fill(zero[column], 0)
+        codes.append(nearest(kept[:, None], scale, scheme)[:, 0])
+        return scheme.dequantize(codes[-1][:, None], scale)[:, 0]
 
     compensate(columns, inverse.factor, [Level(BLOCK), Level(FINE)], settle)
-    in_place = torch.empty_like(integers)
-    in_place[inverse.order] = integers
-    return in_place.T.contiguous()
+    return torch.stack([codes[place] for place in inverse.order.argsort().tolist()], 1)

@@ -21,9 +21,9 @@ HALF_RANGE = 7.5
 GROUP_SIZES = (32, 64, 128)
 # Integers in one of 32 bits, and what is added to each so that it is not negative.
 PACKED, OFFSET = 8, 8
-# Of vLLM's kernels: what outputs must be a multiple of in all, and inputs and outputs in those that take bfloat16 too
-# (MarlinLinearKernel, ExllamaLinearKernel: `can_implement`).
-VLLM_OUTPUTS, MARLIN_INPUTS, MARLIN_OUTPUTS = 8, 128, 64
+# What inputs and outputs must be a multiple of in vLLM's kernel for CPUs (0.32, `CPUWNA16LinearKernel.can_implement`);
+# that for GPUs (`MarlinLinearKernel`) pads what is odd.
+VLLM_CPU = 32
 
 
 class Int4(Scheme):
@@ -75,12 +75,12 @@ class Int4(Scheme):
         scales = absmax / HALF_RANGE
         return torch.where(scales == 0, torch.finfo(absmax.dtype).eps, scales)
 
-    def pack(self, integers: torch.Tensor) -> torch.Tensor:
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """int32 [rows, columns / 8]."""
         import torch
 
         # Two bytes are one integer here, the first in its lower half, and then share a byte.
-        pairs = (integers + OFFSET).view(torch.int16)
+        pairs = (codes + OFFSET).view(torch.int16)
         return (pairs | pairs >> 4).to(torch.uint8).view(torch.int32)
 
     def constants(self, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -89,14 +89,11 @@ class Int4(Scheme):
 
         return {"_shape": torch.tensor(shape, dtype=torch.int64)}
 
-    def vllm_obstacle(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
-        """Its kernels take outputs by eights."""
-        odd = next((rows for rows, _ in shapes if rows % VLLM_OUTPUTS), None)
-        told = f"its int4 kernels take multiples of {VLLM_OUTPUTS} output channels, and a layer has {odd}"
-        return told if odd else None
+    def vllm_obstacle(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
+        """It has kernels."""
+        return None
 
     def vllm_limit(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
-        """Marlin takes float16 and bfloat16; what has other sizes goes to kernels that take float16."""
-        if any(rows % MARLIN_OUTPUTS or columns % MARLIN_INPUTS for rows, columns in shapes):
-            return "there with --dtype float16: the sizes of its layers do not fit the Marlin kernels"
-        return None
+        """Odd sizes are for GPUs."""
+        fits = all(size % VLLM_CPU == 0 for shape in shapes for size in shape)
+        return None if fits else f"on GPUs: its kernel for CPUs takes layers by multiples of {VLLM_CPU}"

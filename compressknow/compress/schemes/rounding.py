@@ -1,4 +1,4 @@
-"""From weights to whole numbers of a scheme's grid, and back."""
+"""From weights to the codes of a scheme's grid, and back."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 from compressknow.compress.schemes import Scheme
 
-# Takes the weights of a block [rows, columns], their scales, and the scheme whose grid they are to lie on; gives int8
-# of the same shape, between the grid's ends. The block is left as it is.
+# Takes the weights of a block [rows, columns], their scales, and the scheme whose grid they are to lie on; gives its
+# codes, of the same shape. The block is left as it is.
 Rounding = Callable[[torch.Tensor, torch.Tensor, Scheme], torch.Tensor]
 
 
 def nearest(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Each weight to the whole number nearest to it in units of its scale, ties to even."""
-    return scheme.steps(values, scales).clamp_(scheme.lowest, scheme.highest).round_().to(torch.int8)
+    """Each weight to the value of the grid that is nearest to it in units of its scale, ties to even."""
+    return scheme.round(scheme.steps(values, scales))
 
 
 def per_column(scales: torch.Tensor, columns: int) -> torch.Tensor:
@@ -24,6 +24,6 @@ def per_column(scales: torch.Tensor, columns: int) -> torch.Tensor:
     return scales if groups == 1 else scales.repeat_interleave(columns // groups, dim=-1)
 
 
-def dequantize(integers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """float32 values of integers and scales that broadcast over them."""
-    return integers.to(torch.float32).mul_(scales.to(torch.float32))
+def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 values of codes and scales that broadcast over them."""
+    return codes.to(torch.float32).mul_(scales.to(torch.float32))

@@ -111,7 +111,7 @@ def test_the_same_bytes_with_one_thread_and_several(steps: tuple[Step, ...], tmp
 def test_gptq_keeps_the_zeros_of_the_prune_step(method: str, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     compressed(folder, tmp_path / "pruned", Prune(0.5, method, BLOCKS))
-    compressed(folder, tmp_path / "out", Prune(0.5, method, BLOCKS), Quantize("int8-weights", BLOCKS, rounding="gptq"))
+    compressed(folder, tmp_path / "out", Prune(0.5, method, BLOCKS), Quantize("int8", BLOCKS, rounding="gptq"))
     pruned, both = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
     rounded = [name for name, tensor in both.items() if tensor.dtype == torch.int8]
     assert len(rounded) == 14
