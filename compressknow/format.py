@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from compressknow.errors import UsageError
+
 MINUS = "\N{MINUS SIGN}"
 NONE = "-"  # what stands where there is nothing to measure
 
@@ -45,6 +47,22 @@ def percent(part: int, whole: int) -> str:
     if share < 0.1:
         return "< 0.1 %"
     return "> 99.9 %" if share > 99.9 else f"{share:.1f} %"
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
+
+
+def parse_size(text: str | int, option: str = "--size") -> int:
+    """Return the bytes that a size says. Raises UsageError for a text that is none.
+
+    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000")]
+    [90000000, 1500000000, 67108864, 1000]
+    """
+    found = _SIZE.fullmatch(str(text).strip().upper())
+    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
+        raise UsageError(f"{option} {text}: that is no size.", hint="Write 90MB, 1.5GB or a number of bytes.")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def size(number: int | None) -> str:

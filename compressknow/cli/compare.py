@@ -12,7 +12,6 @@ import click
 from compressknow.cli.options import (
     EVALUATE,
     RUNS,
-    Share,
     command,
     known_option,
     option,
@@ -60,8 +59,8 @@ if TYPE_CHECKING:
 @known_option
 @option(
     "--fail-under",
-    type=Share(),
-    metavar="SHARE",
+    multiple=True,
+    metavar="[NAME=]SHARE",
     help="Exit with 3 if B keeps less of A's knowledge: 0.95. Needs -p.",
 )
 @option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")

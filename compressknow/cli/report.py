@@ -13,7 +13,6 @@ import click
 from compressknow.cli.options import (
     EVALUATE,
     RUNS,
-    Share,
     command,
     known_option,
     option,
@@ -40,16 +39,17 @@ from compressknow.stats.records import Estimate
     "--output",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Report file, repeatable: .html, .md or .json.",
+    help="Report file, repeatable: .html, .md, .json, .xml (JUnit).",
 )
 @probe_options
 @runtime_option
 @templates_option
 @server_options
 @known_option
-@option("--fail-under", type=Share(), metavar="SHARE", help="Exit with 3 if less is kept: 0.95, or 95%.")
+@option("--fail-under", multiple=True, metavar="[NAME=]SHARE", help="Exit with 3 if less is kept: 0.95, science=85%.")
 @option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")
 @option("--early", is_flag=True, help="Evaluate only as many facts as --fail-under needs.", group=EVALUATE)
+@option("--within", metavar="SIZE", help="Recommend, of several models, none larger: 110MB.")
 @option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
 @option("--time", group=EVALUATE, is_flag=True, help="Measure each model's speed and memory too.")
 @option("--into-model-card", is_flag=True, help="Add the verdict to each COMPRESSED README.md.")
@@ -138,6 +138,9 @@ def report_page(card: Card) -> Iterator[str]:
         yield from _probes(card.comparisons[0])
         yield from _texts(card.comparisons[0])
     else:
+        if card.decision:
+            yield from textwrap.wrap(card.decision.reason, WIDTH, break_on_hyphens=False, break_long_words=False)
+            yield ""
         yield from _models(card)
     for warning in _warnings(card):
         yield ""
@@ -215,10 +218,14 @@ def _wrapped(text: str) -> list[str]:
 def _models(card: Card) -> Iterator[str]:
     yield MODELS
     yield "-" * len(MODELS)
-    for comparison in card.comparisons:
+    standings = card.decision.standings if card.decision else ()
+    for place, comparison in enumerate(card.comparisons):
         model = comparison.model
         name = f"{model.name} ({model.setup})" if model.setup else model.name
-        yield f"{plain(name, 39):<40}{size(model.bytes):>10}  {_written(comparison.kept):<28}".rstrip()
+        mark = "*" if standings and standings[place].beaten_by is None else ""
+        yield f"{plain(name, 39):<40}{size(model.bytes):>10}  {_written(comparison.kept):<27}{mark}".rstrip()
+    if standings:
+        yield "* no model of these keeps more in as many bytes"
 
 
 def _written(figure: Estimate) -> str:

@@ -25,7 +25,7 @@ def compare(
     options: Options | None = None,
     settings: Settings | None = None,
     known: str = "recognized",
-    fail_under: float | None = None,
+    fail_under: float | str | Sequence[float | str] | None = None,
     strict: bool = False,
     no_facts: bool = False,
     answers: str | Path | None = None,
@@ -73,16 +73,17 @@ def compare(
     from compressknow.errors import UsageError
     from compressknow.evaluate.gather import Named, default_answers_folder, evaluate_both, find_both, open_named
     from compressknow.evaluate.grades import check_known
-    from compressknow.pages.card.make import check_gate, hold_to_gate
+    from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
     from compressknow.pages.diff.make import behaviour_of, checkpoint_of, make_comparison
     from compressknow.pages.diff.pages import write_comparisons
     from compressknow.pages.pages import check_outputs, require_for
     from compressknow.quiet import listener
 
     check_known(known)
-    if fail_under is not None and not probe:
+    if fail_under and not probe:
         raise UsageError("--fail-under needs a probe.", hint="Choose one with -p PROBE.")
-    check_gate(fail_under, strict=strict)
+    gates = parse_gates(fail_under)
+    check_gates(gates, strict=strict)
     files = files_of(output)
     require_for(files, *(("pyarrow", "scipy") if probe else ()))
     check_outputs(files, overwrite=overwrite)
@@ -116,5 +117,6 @@ def compare(
     )
     write_comparisons(comparison, files, overwrite=overwrite)
     if comparison.behaviour:
-        hold_to_gate(comparison, comparison.behaviour.b_against_a, fail_under, strict=strict)
+        check_names(comparison.behaviour.b_against_a, gates)
+        hold_to_gates(comparison, comparison.behaviour.b_against_a, gates, strict=strict)
     return comparison

@@ -147,7 +147,7 @@ def _target(given: Mapping[str, Any]) -> Target | None:
             )
     if given["type"] != "q8_0":
         raise UsageError("--type and --size cannot be combined: --size chooses the types.")
-    from compressknow.study.allocation import parse_size
+    from compressknow.format import parse_size
     from compressknow.study.fitting import Target
 
     must = given["must"].items() if isinstance(given["must"], Mapping) else given["must"]

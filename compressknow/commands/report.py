@@ -26,9 +26,10 @@ def report(
     options: Options | None = None,
     settings: Settings | None = None,
     known: str = "recognized",
-    fail_under: float | None = None,
+    fail_under: float | str | Sequence[float | str] | None = None,
     strict: bool = False,
     early: bool | float = False,
+    within: str | int | None = None,
     no_facts: bool = False,
     time: bool = False,
     into_model_card: bool = False,
@@ -46,12 +47,15 @@ def report(
     original, compressed : local folders, ``FOLDER/FILE.gguf``, hub ids, addresses of servers, or answers folders that
         `probe` wrote.
     probe : names; see `compressknow.probe`.
-    output : files to write: ``.html``, ``.md``, ``.json``.
+    output : files to write: ``.html``, ``.md``, ``.json``; ``.xml`` is JUnit's form, and a file called ``summary.md``
+        is a summary of some 20 lines, both for CI.
     options, settings, words : see `compressknow.probe`.
     known : what counts as known: ``recognized`` (picked among the candidates, or better) or only ``produced`` (said).
-    fail_under : a least share of knowledge to be kept, 0 to 1; once all is written, an error says where less is.
+    fail_under : a least share of knowledge to be kept, 0 to 1, or ``"science=0.85"`` of a domain or relation, or
+        several of these; once all is written, an error says where less is.
     strict : hold the intervals to it: too few facts to tell are an error too.
     early : evaluate facts in random order, only until it is known whether `fail_under` is met, of one compressed model.
+    within : the most bytes of the model that is recommended of several, such as ``"110MB"``.
     no_facts : leave the text of every fact out.
     time : measure each model's speed and memory on this machine.
     into_model_card : write the verdict into the README.md of each compressed folder.
@@ -72,27 +76,33 @@ def report(
     compressknow.errors.CompressknowError : a model cannot be found, loaded or evaluated; two that cannot be compared;
         an output that cannot be written.
     """
+    from compressknow.errors import UsageError
     from compressknow.evaluate.gather import Evaluation, default_answers_folder, gather, names_of
     from compressknow.evaluate.grades import check_known
+    from compressknow.format import parse_size
     from compressknow.model.checkpoint import can_be_converted
-    from compressknow.pages.card.make import check_early, check_gate, hold_to_gate, make_card
+    from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
+    from compressknow.pages.card.make import make_card
     from compressknow.pages.card.pages import write_reports
     from compressknow.pages.model_card import check_model_cards, write_into_model_cards
-    from compressknow.pages.pages import check_outputs, require_for
+    from compressknow.pages.pages import FORMATS, check_outputs, require_for
     from compressknow.quiet import listener
 
-    gate = fail_under
+    raises = True
     if not isinstance(early, bool) and early is not None:
         warnings.warn("Write fail_under=SHARE, early=True in place of early=SHARE.", DeprecationWarning, stacklevel=3)
         # It raised nothing.
-        fail_under, early, gate = early, True, None
+        fail_under, early, raises = early, True, False
     check_known(known)
-    check_gate(fail_under, strict=strict, early=bool(early))
+    gates = parse_gates(fail_under)
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
     files = files_of(output)
-    check_early(fail_under if early else None, len(models), strict=strict)
+    check_gates(gates, strict=strict, early=bool(early), models=len(models))
+    most = None if within is None else parse_size(within, "--within")
     require_for(files, "pyarrow", "scipy")
-    check_outputs(files, overwrite=overwrite)
+    check_outputs(files, overwrite=overwrite, formats=(*FORMATS, ".xml"))
+    if not gates and (of_gates := next((file for file in files if file.suffix.lower() == ".xml"), None)):
+        raise UsageError(f"{of_gates}: its test cases are gates.", hint="Add --fail-under SHARE, or leave out this -o.")
     if into_model_card:
         check_model_cards(models)
     evaluation = Evaluation(
@@ -103,7 +113,7 @@ def report(
         known=known,
     )
     listening = listener(on_progress)
-    if not early or fail_under is None:
+    if not early:
         before, after = gather(original, models, evaluation, revision=revision, on_progress=listening)
         stop = None
     else:
@@ -111,13 +121,25 @@ def report(
         from compressknow.stats.sequential import decider
 
         before, only, stop = gather_early(
-            original, models[0], evaluation, decider(fail_under), revision=revision, on_progress=listening
+            original, models[0], evaluation, decider(gates[0].least), revision=revision, on_progress=listening
         )
         after = [only]
     path = str(original) if can_be_converted(original) else None
-    card = make_card(before, after, show_facts=not no_facts, known=known, command=command, early=stop, path=path)
-    write_reports(card, files, overwrite=overwrite)
+    card = make_card(
+        before,
+        after,
+        show_facts=not no_facts,
+        known=known,
+        command=command,
+        early=stop,
+        path=path,
+        gates=gates,
+        strict=strict,
+        within=most,
+    )
+    check_names(card, gates)
+    write_reports(card, files, overwrite=overwrite, gates=gates, strict=strict)
     if into_model_card:
         write_into_model_cards(card, models)
-    hold_to_gate(card, card, gate, strict=strict)
+    hold_to_gates(card, card, gates if raises else (), strict=strict)
     return card

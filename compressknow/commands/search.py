@@ -22,13 +22,14 @@ from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.handle import ModelHandle, Settings
 from compressknow.evaluate.text.running import RunningText
 from compressknow.files import write_whole
+from compressknow.format import parse_size
 from compressknow.libraries import require
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.quiet import Advance, OnProgress, Stage, Work, begun, listener
 from compressknow.stats.records import Estimate
-from compressknow.study.allocation import Allocation, parse_size
+from compressknow.study.allocation import Allocation
 from compressknow.study.candidates import Candidates, is_made, remove
 from compressknow.study.cells import StudyModel
 from compressknow.study.folder import ORIGINAL, SEARCH, claim, refuse_foreign

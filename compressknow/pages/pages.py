@@ -186,6 +186,7 @@ _MARKS = {
     ".md": re.compile(rb"^- Versions: compressknow ", re.MULTILINE),
     ".json": re.compile(rb'\A\{\s*"schema": ?\d+,\s*"verdict": ?"'),
     ".csv": re.compile(rb"\Aname,group,stack,layer,module,"),
+    ".xml": re.compile(rb'<testsuites name="compressknow"'),
 }
 _MARKED_WITHIN = 1 << 16
 
@@ -243,10 +244,10 @@ def _is_page(path: Path) -> bool:
         return bool(_MARKS[path.suffix.lower()].search(file.read(_MARKED_WITHIN)))
 
 
-def write_formats(rendered: Callable[[str], str], paths: Sequence[Path], *, overwrite: bool) -> None:
+def write_formats(rendered: Callable[[Path], str], paths: Sequence[Path], *, overwrite: bool) -> None:
     """Write a page in the formats that the names ask for: all files appear, each of them whole, or none.
 
-    `rendered` gives the text of a format, by its suffix.
+    `rendered` gives the text of a file, by its name.
     """
-    contents = {path: rendered(path.suffix.lower()).encode("utf-8") for path in paths}
+    contents = {path: rendered(path).encode("utf-8") for path in paths}
     write_together(contents, overwrite=overwrite)

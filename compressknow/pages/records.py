@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressknow.evaluate.records import FactsInText, Speed
 from compressknow.format import count, estimate, plain, size
@@ -21,6 +21,10 @@ from compressknow.stats.records import (
     ProbeFigures,
     TextFigures,
 )
+
+if TYPE_CHECKING:
+    # Whoever only writes a model card need not import numpy.
+    from compressknow.stats.decision import Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,24 @@ class Comparison(Shown):
         return Summary(title, self.verdict, grades, tuple(map(_grade_row, self.grades)))
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Which of several models to take.
+
+    Attributes
+    ----------
+    place : of the recommended model among the compressed ones; None where none is.
+    reason : why, and what no test tells from it, in sentences.
+    standings : of each model among the others.
+    within : the most bytes that it could have, if that was asked.
+    """
+
+    place: int | None
+    reason: str
+    standings: tuple[Standing, ...]
+    within: int | None = None
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Card(Shown):
     """A whole report card: one original against one or several compressed models."""
@@ -163,6 +185,7 @@ class Card(Shown):
     command: str | None
     method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
     known: str = "recognized"  # what counts as known: that or better, or only "produced"
+    decision: Decision | None = None  # of several compressed models
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``report.json``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,7 @@ from compressknow.stats.clusters import (
     design_of_change,
     difference_by_cluster,
     kept_by_cluster,
-    number_clusters,
     paired_test,
-    tally,
 )
 from compressknow.stats.confidence import confidence, confidence_of, has_confidence
 from compressknow.stats.distributions import (
@@ -36,7 +33,7 @@ from compressknow.stats.distributions import (
     precision_at,
     rest_of,
 )
-from compressknow.stats.intervals import SIGNIFICANT, above_chance, holm, macro, paired_difference, proportion
+from compressknow.stats.intervals import above_chance, holm, macro, paired_difference, proportion
 from compressknow.stats.knowing import knowing_of
 from compressknow.stats.power import facts_for, smallest_loss
 from compressknow.stats.records import Certainty, ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
@@ -125,26 +122,6 @@ def certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
         smallest_loss=smallest_loss(total, change),
         facts_for_two=facts_for(total, design=change),
     )
-
-
-def best_of(original: Sequence[Answer], models: Sequence[Sequence[Answer]]) -> tuple[int, list[int]]:
-    """Return the place of the model that keeps most of what the original knows, and those of the others that no test
-    tells from it: paired by fact, by relation, Holm over all pairs of models, since the best is none beforehand.
-
-    Parameters
-    ----------
-    original, models : answers to the same facts.
-    """
-    facts = [answer for answer in original if answer.correct]
-    right = [{(answer.probe, answer.fact_id) for answer in answers if answer.correct} for answers in models]
-    keeps = [np.array([(fact.probe, fact.fact_id) in each for fact in facts], dtype=bool) for each in right]
-    cluster = number_clusters([(fact.probe, fact.relation) for fact in facts])
-    pairs = list(combinations(range(len(models)), 2))
-    adjusted = holm([paired_test(tally(keeps[one], keeps[other], cluster)).p for one, other in pairs])
-    order = sorted(range(len(models)), key=lambda place: -int(keeps[place].sum()))
-    best = order[0]
-    apart = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < SIGNIFICANT}
-    return best, [place for place in order[1:] if (min(best, place), max(best, place)) not in apart]
 
 
 def _given(entry: ProbeEntry) -> dict[str, Any]:

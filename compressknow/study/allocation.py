@@ -7,7 +7,6 @@ the smallest file, the least loss that the tensors so far can have.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -21,22 +20,8 @@ from compressknow.format import size
 
 # Numbers of bytes that are told apart. Sizes of real models have a large common divisor, and need fewer.
 STEPS = 1 << 15
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
 # Tensors that a message about the smallest file names.
 _NAMED = 3
-
-
-def parse_size(text: str | int) -> int:
-    """Return the bytes that a size says. Raises UsageError for a text that is none.
-
-    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000")]
-    [90000000, 1500000000, 67108864, 1000]
-    """
-    found = _SIZE.fullmatch(str(text).strip().upper())
-    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
-        raise UsageError(f"--size {text}: that is no size.", hint="Write 90MB, 1.5GB or a number of bytes.")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def refuse_whole(budget: int, whole: int, hint: str = "Give less.") -> None:

@@ -179,7 +179,7 @@ def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
         **{".html": render_map_html, ".md": render_map_markdown},
         **{".csv": _csv, ".json": _json},
     }
-    write_formats(lambda suffix: written[suffix](map), files, overwrite=overwrite)
+    write_formats(lambda path: written[path.suffix.lower()](map), files, overwrite=overwrite)
 
 
 def _json(map: Map) -> str:

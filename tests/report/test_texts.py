@@ -15,7 +15,8 @@ from compressknow.errors import CompressknowError, UsageError
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.records import ModelRecord, ProbeEntry, Record
 from compressknow.evaluate.text.records import ALONE, MEASURED, OTHER_TOKENS, Chunk
-from compressknow.pages.card.make import gate, make_card
+from compressknow.pages.card.gate import hold_to_gates, parse_gates
+from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown, to_json
 from compressknow.pages.texts import in_short
 from compressknow.stats.records import Measured
@@ -211,5 +212,6 @@ def test_a_broken_model_is_told_and_the_report_is_written() -> None:
 def test_other_texts_and_gates_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CompressknowError, match="other texts, or other chunks"):
         make_card(answers(chunks(1), "a"), [answers(chunks(2), "b", fingerprint="g")])
+    card = make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")])
     with pytest.raises(UsageError, match="holds models to facts"):
-        gate(make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")]), 0.9)
+        hold_to_gates(card, card, parse_gates(0.9))

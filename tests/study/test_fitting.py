@@ -12,12 +12,12 @@ pytest.importorskip("llama_cpp_py_sync")
 import compressknow
 from compressknow.diff.parameters import side_of
 from compressknow.errors import UsageError
+from compressknow.format import parse_size
 from compressknow.gguf.fit import padded
 from compressknow.gguf.grids import legal_types, type_bytes
 from compressknow.gguf.tensors import Tensors
 from compressknow.model.gguf_file import Tensor
 from compressknow.model.loading import open_complete
-from compressknow.study.allocation import parse_size
 from compressknow.study.fitting import Target, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 from tests.export.making import checkpoint, name_in_llama_cpp

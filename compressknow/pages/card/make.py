@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
+from compressknow.errors import CompressknowError, UsageError
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.grades import RECOGNIZED, known_as
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, on_server
 from compressknow.evaluate.wordings import by_majority
-from compressknow.format import count
 from compressknow.pages.card import assembly
 from compressknow.pages.card import warnings as warnings
-from compressknow.pages.card.advice import advice, facts_needed
+from compressknow.pages.card.advice import advice
+from compressknow.pages.card.decision import decide
+from compressknow.pages.card.gate import Gate
 from compressknow.pages.card.method import method
 from compressknow.pages.card.rounding import beside_rounding
 from compressknow.pages.card.section import ProbeAnswers
@@ -23,15 +24,14 @@ from compressknow.pages.card.verdict import (
     grades,
     in_words,
     labels_of,
-    rounded_up,
     verdict,
     verdict_of_several,
 )
-from compressknow.pages.records import Card, Comparison, ModelFacts
+from compressknow.pages.records import Card, Comparison, Decision, ModelFacts
 from compressknow.pages.texts import METHOD as TEXT_METHOD
 from compressknow.pages.texts import sentence, sentence_of_several
 from compressknow.stats.intervals import proportion
-from compressknow.stats.paired import Pair, best_of, certainty, changed_facts, compare_probe, paired
+from compressknow.stats.paired import Pair, certainty, changed_facts, compare_probe, paired
 from compressknow.stats.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.stats.text import text_figures
 from compressknow.stats.wordings import wordings_of
@@ -52,6 +52,9 @@ def make_card(
     command: str | None = None,
     early: EarlyStop | None = None,
     path: str | None = None,
+    gates: Sequence[Gate] = (),
+    strict: bool = False,
+    within: int | None = None,
 ) -> Card:
     """Compare each compressed model with the original, over the probes that both were evaluated on.
 
@@ -62,6 +65,7 @@ def make_card(
     command : the command line to show.
     early : how a gate was decided before all facts were evaluated, if it was; of one compressed model.
     path : the original as the user gave it, where that can be converted.
+    gates, strict, within : what is decided by, of several models: see `compressknow.pages.card.decision.decide`.
 
     Raises
     ------
@@ -85,8 +89,11 @@ def make_card(
         for comparison, answers in zip(compared, compressed, strict=True)
     ]
     common = _common_warnings(comparisons)
+    broken = [place for place, comparison in enumerate(comparisons) if comparison.next == _REPAIR]
+    asked: Any = {"gates": gates, "strict": strict, "within": within, "broken": broken}
+    decision = decide(original, compressed, comparisons, **asked) if len(comparisons) > 1 else None
     return Card(
-        verdict=comparisons[0].verdict if len(comparisons) == 1 else _of_several(original, compressed, comparisons),
+        verdict=comparisons[0].verdict if len(comparisons) == 1 else _of_several(original, comparisons, decision),
         original=model,
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
         warnings=(*warnings.of_known(known), *common, *assembly.failures(comparisons)),
@@ -95,17 +102,16 @@ def make_card(
         command=command,
         method=method_of(original, comparisons, assembly.sentences(comparisons)),
         known=known,
+        decision=decision,
     )
 
 
-def _of_several(original: Answers, compressed: Sequence[Answers], comparisons: Sequence[Comparison]) -> str:
+def _of_several(original: Answers, comparisons: Sequence[Comparison], decision: Decision | None) -> str:
     name = original.record.model.name
     said = []
     if any(c.probes for c in comparisons):
-        probes = [{probe.probe for probe in c.probes} for c in comparisons]
         # Over the same facts alone can one be called the best.
-        same = all(each == probes[0] for each in probes) and any(c.counts.known_before for c in comparisons)
-        alike = _alike_to_best(original, compressed, probes[0]) if same else None
+        alike = max(decision.standings, key=lambda each: each.keeps).alike if decision else None
         said.append(verdict_of_several(name, comparisons, alike))
     labels = labels_of([comparison.model for comparison in comparisons])
     texts = {figures.text: figures.original for c in comparisons for figures in c.texts}
@@ -118,11 +124,6 @@ def _of_several(original: Answers, compressed: Sequence[Answers], comparisons: S
         ]
         said.append(sentence_of_several(text, before, found))
     return " ".join(said)
-
-
-def _alike_to_best(original: Answers, compressed: Sequence[Answers], probes: Collection[str]) -> list[int]:
-    of = [[answer for answer in each.answers if answer.probe in probes] for each in (original, *compressed)]
-    return best_of(of[0], of[1:])[1]
 
 
 def _with_wordings(comparison: Comparison, original: Answers, compressed: Answers) -> Comparison:
@@ -156,110 +157,6 @@ def model_facts(record: ModelRecord) -> ModelFacts:
         )
     known: dict[str, Any] = {key: getattr(record, key) for key in ModelFacts.__dataclass_fields__}
     return ModelFacts(**known | {"groups": dict(record.groups or {}), "dtype": record.dtype or UNKNOWN})
-
-
-def check_gate(fail_under: float | None, *, strict: bool = False, early: bool = False) -> None:
-    """Raise UsageError where `fail_under` is no share, or where `strict` or `early` have no gate to decide."""
-    if fail_under is None and (strict or early):
-        option = "--strict" if strict else "--early"
-        raise UsageError(f"{option} needs a gate.", hint=f"Add --fail-under SHARE, or leave out {option}.")
-    if fail_under is not None and not 0 <= fail_under <= 1:
-        raise UsageError(
-            f"--fail-under must be between 0 and 1: {fail_under:g}.",
-            hint="Write 95 % as 0.95 or 95%.",
-        )
-
-
-def check_early(early: float | None, models: int, *, strict: bool = False) -> None:
-    """Raise UsageError where a gate cannot be decided early: it is no share, or there are several compressed models."""
-    if early is None:
-        return
-    check_gate(early)
-    if models > 1:
-        raise UsageError(
-            f"--early decides for one compressed model, not for {models}.",
-            hint="Give one, or leave out --early: each of several would need facts of its own.",
-        )
-    if strict:
-        raise UsageError(
-            "--early and --strict exclude each other: --early goes on until it can tell.", hint="Leave one of them out."
-        )
-
-
-def gate(card: Card, fail_under: float, *, strict: bool = False) -> None:
-    """Hold every compressed model to a least share of knowledge kept, over all its facts.
-
-    Parameters
-    ----------
-    strict : hold its interval to it: a model whose interval reaches to both sides of the gate has neither met nor
-        missed it.
-
-    Raises GateNotMet where one keeps less than `fail_under`, or where the original knew nothing that could be kept;
-    GateUndecided where that cannot be told of one and all others meet it; UsageError where `fail_under` is no share.
-    """
-    check_gate(fail_under)
-    labels = labels_of([comparison.model for comparison in card.comparisons])
-    if any(comparison.only_texts for comparison in card.comparisons):
-        raise UsageError(
-            "--fail-under holds models to facts, and none were evaluated.", hint="Add a probe of facts: -p atlas."
-        )
-    judged = [(label, c, _met(c, fail_under, strict)) for label, c in zip(labels, card.comparisons, strict=True)]
-    if failed := [_shortfall(label, c.counts) for label, c, met in judged if met is False]:
-        raise GateNotMet(
-            f"Less than {100 * fail_under:g} % of the knowledge is kept: {'; '.join(failed)}.",
-            hint="The report says which facts and domains were lost; compress less, or lower --fail-under.",
-        )
-    if unsure := [(label, c) for label, c, met in judged if met is None]:
-        said = "; ".join(f"{_shortfall(label, c.counts)}, interval {_ends(c)}" for label, c in unsure)
-        raise GateUndecided(
-            f"It cannot be told yet whether {100 * fail_under:g} % of the knowledge is kept: {said}.",
-            hint=_more_facts([c for _, c in unsure], fail_under),
-        )
-
-
-def hold_to_gate(result: object, card: Card, fail_under: float | None, *, strict: bool) -> None:
-    """Call `gate`, if there is one; its errors bear the `result` that the caller has made."""
-    if fail_under is None:
-        return
-    try:
-        gate(card, fail_under, strict=strict)
-    except (GateNotMet, GateUndecided) as unmet:
-        unmet.result = result
-        raise
-
-
-def _met(comparison: Comparison, fail_under: float, strict: bool) -> bool | None:
-    """Whether the gate is met; None where a strict one is neither met nor missed."""
-    kept = comparison.counts.kept
-    if comparison.early is not None:
-        return comparison.early.met
-    if kept is None or not strict:
-        return kept is not None and kept >= fail_under
-    low, high = comparison.kept.low or 0.0, comparison.kept.high or 0.0
-    if low < fail_under <= high:
-        return None
-    return low >= fail_under
-
-
-def _ends(comparison: Comparison) -> str:
-    return f"{100 * (comparison.kept.low or 0.0):.1f} to {100 * (comparison.kept.high or 0.0):.1f} %"
-
-
-def _more_facts(unsure: Sequence[Comparison], fail_under: float) -> str:
-    """How many known facts would tell of all, were the shares kept as they are."""
-    needed = [facts_needed(comparison, fail_under) for comparison in unsure]
-    known = [number for number in needed if number is not None]
-    if len(known) < len(needed):
-        return "Evaluate more facts (--limit, more probes), or leave out --strict to go by the share alone."
-    about = rounded_up(max(*known, *(c.counts.known_before + 1 for c in unsure)))
-    return f"Evaluate more facts (--limit, more probes): about {about} that the original knows would tell."
-
-
-def _shortfall(label: str, counts: Counts) -> str:
-    if counts.kept is None:
-        return f"{label}, where the original knew none of {count(counts.n)} facts"
-    # More digits than elsewhere: 94.99 % must not read as the 95 % that it misses.
-    return f"{label} keeps {count(counts.both)} of {count(counts.known_before)} ({100 * counts.kept:.6g} %)"
 
 
 def compare(

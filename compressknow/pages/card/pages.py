@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from compressknow.format import json_text
-from compressknow.pages.card import assembly, view
+from compressknow.pages.card import assembly, ci, decision, view
 from compressknow.pages.card.costs import costs
+from compressknow.pages.card.gate import Gate
 from compressknow.pages.card.method import LEGEND, SHORT_LEGEND
 from compressknow.pages.card.section import Limits
-from compressknow.pages.card.view import setups
+from compressknow.pages.card.view import section_names, setups
 from compressknow.pages.pages import html_page, markdown_page, write_formats
 from compressknow.pages.records import (
     Card,
@@ -41,18 +41,21 @@ _WORDS: Any = {"legend": LEGEND, "short_legend": SHORT_LEGEND}
 SCHEMA = 1
 
 
-def write_reports(card: Card, paths: Sequence[Path], *, overwrite: bool) -> None:
+def write_reports(
+    card: Card, paths: Sequence[Path], *, overwrite: bool, gates: Sequence[Gate] = (), strict: bool = False
+) -> None:
     """Write the card in the formats that the names ask for: all files appear, each of them whole, or none."""
-    write_formats(partial(rendered, card), paths, overwrite=overwrite)
 
+    def rendered(path: Path) -> str:
+        if path.name == ci.SUMMARY:
+            return ci.job_summary(card, gates, strict=strict)
+        if path.suffix.lower() == ".xml":
+            return ci.junit(card, gates, strict=strict)
+        if path.suffix.lower() == ".html":
+            return render_html(card)
+        return render_markdown(card) if path.suffix.lower() == ".md" else json_text(to_json(card))
 
-def rendered(card: Card, suffix: str) -> str:
-    """The card as text: ``.html``, ``.md`` or ``.json``."""
-    if suffix == ".html":
-        return render_html(card)
-    if suffix == ".md":
-        return render_markdown(card)
-    return json_text(to_json(card))
+    write_formats(rendered, paths, overwrite=overwrite)
 
 
 def render_html(card: Card) -> str:
@@ -96,6 +99,7 @@ def to_json(card: Card) -> dict[str, Any]:
         "schema": SCHEMA,
         "verdict": card.verdict,
         "known": card.known,
+        "recommended": decision.to_json(card.decision, section_names(card)) if card.decision else None,
         "original": _model(card.original),
         "compressed": [comparison_json(comparison, card.show_facts) for comparison in card.comparisons],
         "warnings": list(card.warnings),

@@ -171,13 +171,21 @@ def verdict_of_several(original: str, comparisons: Sequence[Comparison], alike: 
 def _alike(labels: Sequence[str]) -> str:
     if not labels:
         return "No other keeps as much: that is more than chance."
-    shown = [*labels[:_ALIKE], *([f"{len(labels) - _ALIKE} more"] if len(labels) > _ALIKE else [])]
-    named = " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
-    return f"{count(len(labels))} cannot be told apart from the best: {named}."
+    return f"{count(len(labels))} cannot be told apart from the best: {listed(labels)}."
 
 
-# So many that keep as much as the best are named.
-_ALIKE = 4
+# So many of several are named.
+_NAMED = 4
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names in a row, of many the first ones.
+
+    >>> listed(["a"]), listed(["a", "b"]), listed(list("abcdef"))
+    ('a', 'a and b', 'a, b, c, d and 2 more')
+    """
+    shown = [*names[:_NAMED], *([f"{len(names) - _NAMED} more"] if len(names) > _NAMED else [])]
+    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
 
 
 def _kept(known: tuple[Counts, str]) -> float:

@@ -15,6 +15,7 @@ from compressknow.format import NONE, count, estimate, plain, plain_lines, share
 from compressknow.pages import drawing
 from compressknow.pages.card import assembly, rounding
 from compressknow.pages.card.costs import deployed_in, runtime_of
+from compressknow.pages.card.decision import marks
 from compressknow.pages.card.section import Limits
 from compressknow.pages.card.verdict import labels_of
 from compressknow.pages.drawing import Line
@@ -91,6 +92,7 @@ class Page:
     title: str
     headline: str
     verdict: str
+    decision: str
     models: str
     warnings: tuple[str, ...]
     identity: tuple[Entry, ...]
@@ -126,6 +128,7 @@ def page(card: Card, limits: Limits) -> Page:
         title=f"{headline}: {plain(card.original.name, 60)}",
         headline=headline,
         verdict=plain(card.verdict, 1000),
+        decision=plain(card.decision.reason, 1000) if card.decision else "",
         models=_models(card),
         warnings=tuple(dict.fromkeys(plain(warning, 1000) for warning in warnings)),
         identity=identity(card.original),
@@ -248,9 +251,10 @@ def _overview(card: Card, names: tuple[str, ...]) -> Table:
     subjects = list(dict.fromkeys(grade.subject for c in card.comparisons for grade in c.grades))
     texts = list(dict.fromkeys(figures.text for c in card.comparisons for figures in c.texts))
     run = _how_run([card.original, *(c.model for c in card.comparisons)])
+    standing = marks(card.decision, names) if card.decision else [NONE] * len(names)
     rows = [
-        _overview_row(c, name, own, probes, subjects, texts)
-        for c, name, own in zip(card.comparisons, names, run.cells[1:], strict=True)
+        _overview_row(c, name, (mark, *own), probes, subjects, texts)
+        for c, name, mark, own in zip(card.comparisons, names, standing, run.cells[1:], strict=True)
     ]
     return Table(
         caption="Every compressed model at a glance",
@@ -258,12 +262,13 @@ def _overview(card: Card, names: tuple[str, ...]) -> Table:
             "Model",
             "Size",
             "Kept",
+            "Among these",
             *run.columns,
             *(f"Accuracy, {plain(p, 40)}" for p in probes),
             *(plain(s, 40) for s in subjects),
             *(f"Perplexity, {plain(t, 40)}" for t in texts),
         ),
-        rows=(_original_row(card, run.cells[0], probes, subjects, texts), *rows),
+        rows=(_original_row(card, ("", *run.cells[0]), probes, subjects, texts), *rows),
         bars=(None, *(c.kept for c in card.comparisons)),
         bars_after=2,
         links=("", *(f"m{i}-top" for i in range(1, len(names) + 1))),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def render_comparison_markdown(comparison: CheckpointComparison) -> str:
 
 def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path], *, overwrite: bool) -> None:
     """Write the comparison in the formats that the names ask for: all files appear, each of them whole, or none."""
-    write_formats(partial(rendered, comparison), paths, overwrite=overwrite)
+    write_formats(lambda path: rendered(comparison, path.suffix.lower()), paths, overwrite=overwrite)
 
 
 def rendered(comparison: CheckpointComparison, suffix: str) -> str:

@@ -1,0 +1,194 @@
+"""Gates for CI: a least share of knowledge to be kept, of all facts, or of those of a domain or a relation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from compressknow.errors import GateNotMet, GateUndecided, UsageError, did_you_mean
+from compressknow.format import count
+from compressknow.pages.card.advice import facts_needed
+from compressknow.pages.card.verdict import labels_of, rounded_up
+from compressknow.pages.records import Card, Comparison
+from compressknow.stats.clusters import kept_by_cluster
+from compressknow.stats.intervals import proportion
+from compressknow.stats.records import Counts, Estimate
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A least share of knowledge to be kept (0 to 1), of all facts or of those of a domain or relation, `of`.
+
+    >>> Gate(0.9).in_words, Gate(0.85, "science").in_words
+    ('at least 90 %', 'at least 85 % of science')
+    """
+
+    least: float
+    of: str | None = None
+
+    @property
+    def in_words(self) -> str:
+        """``at least 85 % of science``."""
+        return f"at least {100 * self.least:g} %{f' of {self.of}' if self.of else ''}"
+
+
+def parse_gates(given: float | str | Sequence[float | str] | None) -> tuple[Gate, ...]:
+    """Return the gates of ``--fail-under``: shares, ``90%``, ``NAME=SHARE``. Raises UsageError for what is none.
+
+    >>> parse_gates([0.9, "science=85%"])
+    (Gate(least=0.9, of=None), Gate(least=0.85, of='science'))
+    """
+    values = [] if given is None else [given] if isinstance(given, float | int | str) else list(given)
+    gates = [_parse(value) for value in values]
+    if twice := next((gate for place, gate in enumerate(gates) if gate.of in [g.of for g in gates[:place]]), None):
+        raise UsageError(f"--fail-under is given twice for {twice.of or 'all facts'}.", hint="Leave one of them out.")
+    return tuple(gates)
+
+
+def _parse(value: float | str) -> Gate:
+    name, _, text = value.rpartition("=") if isinstance(value, str) else ("", "", str(value))
+    number = text.strip().removesuffix("%")
+    try:
+        least = float(number) / 100 if number != text.strip() else float(number)
+    except ValueError:
+        least = -1.0
+    if not 0 <= least <= 1:
+        raise UsageError(
+            f"--fail-under must be between 0 and 1: {text.strip() or value}.",
+            hint="Write 95 % as 0.95 or 95%, and of a domain science=0.85.",
+        )
+    return Gate(least, name.strip() or None)
+
+
+def check_gates(gates: Sequence[Gate], *, strict: bool = False, early: bool = False, models: int = 1) -> None:
+    """Raise UsageError where `strict` or `early` have no gate to decide, or one that cannot be decided early."""
+    if not gates and (strict or early):
+        option = "--strict" if strict else "--early"
+        raise UsageError(f"{option} needs a gate.", hint=f"Add --fail-under SHARE, or leave out {option}.")
+    if not early:
+        return
+    if [gate.of for gate in gates] != [None]:
+        raise UsageError("--early decides one gate, of all facts.", hint="Give one --fail-under SHARE.")
+    if models > 1:
+        raise UsageError(
+            f"--early decides for one compressed model, not for {models}.",
+            hint="Give one, or leave out --early: each of several would need facts of its own.",
+        )
+    if strict:
+        raise UsageError(
+            "--early and --strict exclude each other: --early goes on until it can tell.", hint="Leave one of them out."
+        )
+
+
+def check_names(card: Card, gates: Iterable[Gate]) -> None:
+    """Raise UsageError where a gate is of no domain and no relation that was evaluated."""
+    for gate in gates:
+        for comparison in card.comparisons:
+            names = [*dict.fromkeys(each.subject for each in comparison.grades), *_relations(comparison)]
+            if gate.of is not None and gate.of not in names:
+                raise UsageError(
+                    f"--fail-under {gate.of}=...: no facts of a domain or relation {gate.of} were evaluated.",
+                    hint=did_you_mean(gate.of, names) or f"There is {', '.join(names[:8])}.",
+                )
+
+
+def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: bool = False) -> None:
+    """Hold every compressed model to each gate.
+
+    Parameters
+    ----------
+    result : what the caller has made: the errors bear it.
+    strict : hold intervals to them: a model whose interval reaches to both sides of a gate has neither met nor missed
+        it.
+
+    Raises GateNotMet where a model keeps less, or where the original knew nothing that could be kept; GateUndecided
+    where that cannot be told of one and all others meet it; UsageError where no facts were evaluated.
+    """
+    if not gates:
+        return
+    if any(comparison.only_texts for comparison in card.comparisons):
+        raise UsageError(
+            "--fail-under holds models to facts, and none were evaluated.", hint="Add a probe of facts: -p atlas."
+        )
+    labels = labels_of([comparison.model for comparison in card.comparisons])
+    judged = [
+        (label, comparison, gate, is_met(comparison, gate, strict=strict))
+        for label, comparison in zip(labels, card.comparisons, strict=True)
+        for gate in gates
+    ]
+    if failed := [(label, c, gate) for label, c, gate, met in judged if met is False]:
+        unmet = GateNotMet(
+            f"Less than {_share_of(gate for *_, gate in failed)} is kept: "
+            f"{'; '.join(_shortfall(label, c, gate) for label, c, gate in failed)}.",
+            hint="The report says which facts and domains were lost; compress less, or lower --fail-under.",
+        )
+        unmet.result = result
+        raise unmet
+    if unsure := [(label, c, gate) for label, c, gate, met in judged if met is None]:
+        said = (f"{_shortfall(*each)}, interval {_ends(kept_of(*each[1:])[1])}" for each in unsure)
+        undecided = GateUndecided(
+            f"It cannot be told yet whether {_share_of(gate for *_, gate in unsure)} is kept: {'; '.join(said)}.",
+            hint=_more_facts([(c, gate) for _, c, gate in unsure]),
+        )
+        undecided.result = result
+        raise undecided
+
+
+def kept_of(comparison: Comparison, gate: Gate) -> tuple[Counts, Estimate]:
+    """The counts of the facts that a gate is of, and knowledge kept of them with its interval."""
+    if gate.of is None:
+        return comparison.counts, comparison.kept
+    for grade in comparison.grades:
+        if grade.subject == gate.of:
+            return grade.counts, grade.kept
+    clusters = [group.counts for probe in comparison.probes for group in probe.by_relation if group.name == gate.of]
+    total = sum(clusters, Counts())
+    return total, proportion(total.both, total.known_before).or_wider(kept_by_cluster(clusters))
+
+
+def is_met(comparison: Comparison, gate: Gate, *, strict: bool = False) -> bool | None:
+    """Whether a gate is met; None where a strict one is neither met nor missed."""
+    if comparison.early is not None:
+        return comparison.early.met
+    counts, interval = kept_of(comparison, gate)
+    if counts.kept is None or not strict:
+        return counts.kept is not None and counts.kept >= gate.least
+    low, high = interval.low or 0.0, interval.high or 0.0
+    if low < gate.least <= high:
+        return None
+    return low >= gate.least
+
+
+def _relations(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys(group.name for probe in comparison.probes for group in probe.by_relation))
+
+
+def _ends(kept: Estimate) -> str:
+    return f"{100 * (kept.low or 0.0):.1f} to {100 * (kept.high or 0.0):.1f} %"
+
+
+def _share_of(gates: Iterable[Gate]) -> str:
+    """``95 % of the knowledge``, of one gate; of several, no number."""
+    several = list(dict.fromkeys(gates))
+    if len(several) > 1:
+        return "what --fail-under asks"
+    return f"{100 * several[0].least:g} % of {several[0].of or 'the knowledge'}"
+
+
+def _more_facts(unsure: Sequence[tuple[Comparison, Gate]]) -> str:
+    """How many known facts would tell of all, were the shares kept as they are."""
+    needed = [None if gate.of else facts_needed(comparison, gate.least) for comparison, gate in unsure]
+    known = [number for number in needed if number is not None]
+    if len(known) < len(needed):
+        return "Evaluate more facts (--limit, more probes), or leave out --strict to go by the share alone."
+    about = rounded_up(max(*known, *(c.counts.known_before + 1 for c, _ in unsure)))
+    return f"Evaluate more facts (--limit, more probes): about {about} that the original knows would tell."
+
+
+def _shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
+    counts, _ = kept_of(comparison, gate)
+    of = f" of {gate.of}" if gate.of else ""
+    if counts.kept is None:
+        return f"{label}, where the original knew none of {count(counts.n)} facts{of}"
+    # More digits than elsewhere: 94.99 % must not read as the 95 % that it misses.
+    return f"{label} keeps {count(counts.both)} of {count(counts.known_before)}{of} ({100 * counts.kept:.6g} %)"
