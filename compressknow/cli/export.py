@@ -26,7 +26,7 @@ from compressknow.cli.options import (
 from compressknow.cli.push import push_options, upload_of
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
-from compressknow.format import count, size
+from compressknow.format import count, plain, size
 
 WIDTH = 80
 EPILOG = """\b
@@ -79,6 +79,10 @@ Types (--type), bits per weight with scales:
 @option("--threads", group=RUNS, type=click.IntRange(1), help="Of quantization.  [default: one per core]")
 @option("--revision", group=RUNS, help=REVISION)
 @option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
+@option("--modelfile", type=click.Path(path_type=Path), help="Write a Modelfile for Ollama there too.")
+@option(
+    "--smoke/--no-smoke", group=RUNS, default=True, help="Have the file answer a prompt in llama.cpp.  [default: on]"
+)
 @option("--overwrite", is_flag=True, help="Replace OUTPUT, if export wrote it.")
 @push_options
 @option("--dry-run", is_flag=True, help="Show sizes and types by group; keep nothing.")
@@ -102,13 +106,23 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     if as_json:
         show_json(record)
     else:
-        show("\n".join(page(record, model, output, dry_run=dry_run) if record.is_new else _already(model, output)))
+        chat = options["modelfile"]
+        new = page(record, model, output, dry_run=dry_run, modelfile=chat, answer=record.answer)
+        show("\n".join(new if record.is_new else _already(model, output, chat)))
     if uploads:
         planned = {output.name: record["totals"]["bytes"], f"{output.name}.json": None, "README.md": None}
         uploads(output, planned, err=as_json)
 
 
-def page(record: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:
+def page(
+    record: Mapping[str, Any],
+    model: str,
+    output: Path,
+    *,
+    dry_run: bool,
+    modelfile: Path | None = None,
+    answer: tuple[str, str] | None = None,
+) -> Iterator[str]:
     """Lines that say which types the groups have, and how large they are."""
     yield f"{record['setup']}: {model} -> {output}"
     yield ""
@@ -125,18 +139,23 @@ def page(record: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) 
         yield "\nDry run: nothing was written."
     else:
         yield f"\n{output}: {size(record['bytes'])}, with vocabulary and metadata."
-        yield from _next(model, output)
+        if answer:
+            yield f"In llama.cpp: {plain(' -> '.join(answer), 64)}"
+        yield from _next(model, output, modelfile)
 
 
-def _already(model: str, output: Path) -> Iterator[str]:
+def _already(model: str, output: Path, modelfile: Path | None) -> Iterator[str]:
     yield f"{output} is there already, whole, made by the same export: nothing was done."
-    yield from _next(model, output)
+    yield from _next(model, output, modelfile)
 
 
-def _next(model: str, output: Path) -> Iterator[str]:
+def _next(model: str, output: Path, modelfile: Path | None) -> Iterator[str]:
     file = shlex.quote(str(output))
     yield f"\nWhat it forgot: compressknow report {shlex.quote(model)} {file}"
-    yield f"Serve it:       llama-server -m {file}"
+    if modelfile is None:
+        yield f"Serve it:       llama-server -m {file}"
+    else:
+        yield f"Serve it:       ollama create {shlex.quote(output.stem.lower())} -f {shlex.quote(str(modelfile))}"
 
 
 def layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:

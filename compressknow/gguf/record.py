@@ -37,9 +37,11 @@ class ExportRecord(Shown, dict[str, Any]):
     """What an export was made of and did: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
 
     A dict, which its properties read by name. `is_new` is False where the same export had made the file before.
+    `answer` is a prompt and what the file answered in llama.cpp, where it was asked.
     """
 
     is_new = True
+    answer: tuple[str, str] | None = None
 
     @property
     def setup(self) -> str:

@@ -57,7 +57,12 @@ def decide(
         words = (f"whose interval reaches {floor}", f"whose intervals reach {floor}")
     if not enough and gates:
         most = f"{labels[best]} keeps most, {_kept(comparisons[best])}"
-        return Decision(None, f"No model{at_most} {words[0].removeprefix('that ')}: none is recommended. {most}.", tuple(standing), within)
+        return Decision(
+            None,
+            f"No model{at_most} {words[0].removeprefix('that ')}: none is recommended. {most}.",
+            tuple(standing),
+            within,
+        )
     before = ""
     if not enough:
         enough = [best, *(place for place in standing[best].alike if place in fitting)]
@@ -66,7 +71,11 @@ def decide(
     taken = smallest(enough, sizes, standing)
     assert taken is not None  # All that fit have a size.
     number = count(len(enough))
-    which = f"the only model{at_most} {words[0]}" if len(enough) == 1 else f"the smallest of {number} models{at_most} {words[1]}"
+    which = (
+        f"the only model{at_most} {words[0]}"
+        if len(enough) == 1
+        else f"the smallest of {number} models{at_most} {words[1]}"
+    )
     said = f"Take {labels[taken]} ({size(sizes[taken])}): {before}it is {which}. It keeps {_kept(comparisons[taken])}."
     return Decision(taken, f"{said} {_others(taken, standing, labels, sizes)}", tuple(standing), within)
 

@@ -1,0 +1,115 @@
+"""A Modelfile for Ollama, beside a GGUF file: where the weights lie, how a chat is written, and where an answer ends.
+
+Ollama's templates are those of Go, a tokenizer's are Jinja's. What the tokenizer writes around a system message, a
+question and an answer is read off what it makes of such a chat.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from compressknow.errors import OutputError, UsageError
+from compressknow.files import refuse_broken_links
+from compressknow.quiet import quiet
+
+# What stands for the three in a chat: no template has a character of the private use area.
+_SYSTEM, _USER, _ASSISTANT = "\ue000", "\ue001", "\ue002"
+_FROM = "FROM "
+_SAMPLING = ("temperature", "top_p", "top_k", "repeat_penalty")
+
+
+def check_modelfile(path: Path, output: Path, *, overwrite: bool) -> None:
+    """Raise UsageError or OutputError, before any work, where a Modelfile cannot be written there."""
+    if path.resolve() in (output.resolve(), output.with_name(f"{output.name}.json").resolve()):
+        raise UsageError("--modelfile and OUTPUT have one name.", hint="Give each a name of its own.")
+    refuse_broken_links(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise OutputError(f"{path} exists already.", hint="Choose another --modelfile, or pass --overwrite.")
+    if path.exists() and not path.read_text("utf-8", "replace").startswith(_FROM):
+        raise OutputError(
+            f"{path} is no Modelfile: not overwritten.", hint="Remove it yourself, or choose another --modelfile."
+        )
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
+
+
+def modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_code: bool = False) -> str:
+    """Return the text of a Modelfile.
+
+    Parameters
+    ----------
+    checkpoint : the folder with tokenizer and generation config.
+    file : the GGUF file, and `place` where the Modelfile is to lie.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet():
+        tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    weights = os.path.relpath(file.absolute(), place.absolute().parent).replace(os.sep, "/")
+    lines = [f"{_FROM}{weights if weights.startswith('.') else f'./{weights}'}"]
+    if template := go_template(tokenizer):
+        lines.append(f'TEMPLATE """{template}"""')
+    settings = _generation_config(checkpoint)
+    ends = tokenizer.convert_ids_to_tokens([each for each in _ids(settings.get("eos_token_id")) if each is not None])
+    stops = dict.fromkeys([*ends, *([tokenizer.eos_token] if tokenizer.eos_token else [])])
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    said = {**settings, "repeat_penalty": settings.get("repetition_penalty")}
+    lines += [f"PARAMETER {name} {said[name]:g}" for name in _SAMPLING if isinstance(said.get(name), int | float)]
+    return "\n".join([*lines, ""])
+
+
+def go_template(tokenizer: Any) -> str | None:
+    """Return the chat template of a tokenizer as one of Go; None where it has none, or none that Go could have."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    user, system = {"role": "user", "content": _USER}, {"role": "system", "content": _SYSTEM}
+    alone = _written(tokenizer, [user], ask=True)
+    answered = _written(tokenizer, [user, {"role": "assistant", "content": _ASSISTANT}], ask=False)
+    whole = _written(tokenizer, [system, user], ask=True)
+    if alone is None or alone.count(_USER) != 1:
+        return None
+    before, after = alone.split(_USER)
+    start = before
+    if whole is not None and whole.count(_SYSTEM) == 1 and whole.count(_USER) == 1:
+        opening, rest = whole.split(_SYSTEM)
+        between = rest.split(_USER)[0]
+        # What precedes the question in both: the rest is of the system message, or of a default one.
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(before), reversed(between), strict=False))
+        shared = "".join(one for one, _ in alike)[::-1]
+        default, closing = before.removesuffix(shared), between.removesuffix(shared)
+        otherwise = f"{{{{ else }}}}{default}" if default else ""
+        start = f"{{{{ if .System }}}}{opening}{{{{ .System }}}}{closing}{otherwise}{{{{ end }}}}{shared}"
+    end = answered.split(_ASSISTANT)[1] if answered and answered.count(_ASSISTANT) == 1 else ""
+    template = f"{start}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"
+    texts = (alone, whole or "", answered or "")
+    return None if any("{{" in text or '"""' in text for text in texts) else template
+
+
+def _written(tokenizer: Any, chat: list[dict[str, str]], *, ask: bool) -> str | None:
+    """What a tokenizer makes of a chat, without the token that begins a text, which llama.cpp adds; None where its
+    template refuses such a chat."""
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask))
+    except Exception:  # A template is a program of whoever wrote the model.
+        return None
+    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and _adds_bos(tokenizer) else text
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("").input_ids
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def _generation_config(checkpoint: Path) -> dict[str, Any]:
+    from compressknow.model.checkpoint import read_json
+
+    path = checkpoint / "generation_config.json"
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _ids(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [value] if isinstance(value, int) else []
