@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -212,3 +213,27 @@ def test_the_install_page_names_every_extra_and_what_only_some_commands_need() -
     assert f"There are {('no', 'one', 'two', 'three', 'four', 'five', 'six')[len(extras)]} optional extras" in page
     needed = page.partition("| command | also needs |")[2].partition("\n\n")[0]
     assert [module for module in OPTIONAL if module.replace("_", "-") not in needed] == []
+
+
+@pytest.mark.long
+@pytest.mark.network
+def test_the_image_is_what_its_steps_make(tmp_path: Path) -> None:
+    """With Docker, by Docker; without, each RUN of the Dockerfile by hand, with its folders here."""
+    if shutil.which("docker"):
+        subprocess.run(["docker", "build", "-q", "-t", "compressknow-test", ROOT], check=True)
+        run = ["docker", "run", "--rm", "compressknow-test"]
+    else:
+        lines = (ROOT / "Dockerfile").read_text().splitlines()
+        steps = [line.removeprefix("RUN ") for line in lines if line.startswith("RUN ")]
+        assert len(steps) == 3
+        assert lines[-2:] == ['ENTRYPOINT ["compressknow"]', 'CMD ["--help"]']
+        folder = tmp_path / "opt"
+        for step in steps:
+            # From wherever this machine has packages, torch for CPUs too.
+            here = (
+                step.replace("/opt/compressknow", str(folder)).replace("/src", str(ROOT)).partition(" --index-url ")[0]
+            )
+            subprocess.run(["bash", "-euc", here], check=True)
+        run = [str(folder / "bin" / "compressknow")]
+    said = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "Compress a language model, and know what it forgot." in said

@@ -109,7 +109,7 @@ def command_of(ctx: click.Context) -> str:
     words = ["compressknow", str(ctx.command.name)]
     for parameter in ctx.command.params:
         name = str(parameter.name)
-        if ctx.get_parameter_source(name) != click.core.ParameterSource.COMMANDLINE:
+        if ctx.get_parameter_source(name) not in _GIVEN:
             continue
         value = ctx.params[name]
         values = value if isinstance(value, tuple) else (value,)
@@ -122,6 +122,8 @@ def command_of(ctx: click.Context) -> str:
     return shlex.join(map(as_text, words))
 
 
+# By the user, or by the project's file.
+_GIVEN = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.DEFAULT_MAP)
 WIDTH = 80
 GRADES = f"{'Domain':<22}{'Known before':>14}{'Kept':>8}   {'Share kept (95 % interval)':<27}{'Grade':>6}"
 MODELS = f"{'Model':<40}{'Size':>10}  {'Kept (95 % interval)':<28}"

@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from compressknow.cli.defaults import project_defaults
 from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams, show
 from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, did_you_mean, is_panic, lacks_memory
 from compressknow.libraries import not_installed
@@ -56,11 +57,14 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does, but an unknown command lists those that there are."""
+        """As click does, but an unknown command lists those that there are, and a project's file has defaults."""
         if not ctx.resilient_parsing and args[0] not in self.commands_at and not args[0].startswith("-"):
             near = did_you_mean(args[0], self.commands_at)
             ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(self.commands_at)}.")
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None and command is not None and not ctx.resilient_parsing:
+            ctx.default_map = {name: project_defaults(name, command, self.commands_at)}
+        return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; with `--debug`, print the traceback of what goes wrong before it is reported."""

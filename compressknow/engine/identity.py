@@ -128,13 +128,13 @@ def fingerprint_of(hashes: Iterable[tuple[str, str]]) -> str:
 
 def source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The name, revision and fingerprint of what a checkpoint was made of: that of its files as the manifest has them,
-    weights in the order of their names."""
+    weights in the order of their names; no fingerprint where it was made in memory, without any."""
     source = manifest["source"]
     hashes: Mapping[str, str] = source["files"]
     # Weights that were copied are those of modules that sentence-transformers runs behind the model.
     weights = [n for n in hashes if n.endswith((".safetensors", ".bin")) and n not in manifest["files"]]
     decisive = [*sorted(weights), *DECISIVE, *sorted(n for n in hashes if n.endswith(".py") and "/" not in n)]
-    sha256 = fingerprint_of((name, hashes[name]) for name in decisive if name in hashes)
+    sha256 = fingerprint_of((name, hashes[name]) for name in decisive if name in hashes) if hashes else None
     return {"name": source.get("name"), "revision": source.get("revision"), "sha256": sha256}
 
 

@@ -335,8 +335,8 @@ def test_it_runs_in_vllm_where_its_kernels_take_the_layers(tmp_path: Path) -> No
     manifest = planned(tmp_path)
     assert manifest["runtimes"] == ["transformers", "compressknow", "vLLM"]
     assert "on GPUs" in str(vllm_limit(manifest))
-    assert of_groups(32).vllm_limit([(64, 128), (192, 256)]) is None
-    assert of_groups(32).vllm_limit([(64, 128), (80, 192)]) is not None
+    assert of_groups(32).vllm_limit([(64, 128), (192, 256)]) == "on CPUs with --dtype float16"
+    assert "on GPUs: its kernel" in str(of_groups(32).vllm_limit([(64, 128), (80, 192)]))
     assert "the final layer" in str(vllm_obstacle(planned(tmp_path, scope="overall")))
     assert "all or none of these must be int4" in str(vllm_obstacle(planned(tmp_path, exclude=["q_proj"])))
 

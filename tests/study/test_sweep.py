@@ -116,6 +116,8 @@ def test_the_table_counts_what_the_answers_say(swept: Place) -> None:
         assert int(row["both"]) == sum(original[id] and right[id] for id in right)
         assert int(row["gained"]) == sum(right[id] and not original[id] for id in right)
         assert int(row["pruned"]) == answers.record.model.totals["pruned"]
+    # Made in memory, a cell has no files of a source that could be another than the original.
+    assert "was not made from" not in (swept.folder / "study" / "study.md").read_text()
 
 
 def test_knowledge_falls_as_more_is_pruned(swept: Place) -> None:

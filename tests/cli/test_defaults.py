@@ -1,0 +1,83 @@
+"""A project's defaults: which file counts, which value does, and what a file may not say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from compressknow.cli import main
+from compressknow.cli.defaults import project_defaults
+from compressknow.cli.report import command_of
+from compressknow.errors import UsageError
+
+
+@click.command()
+@click.argument("model")
+@click.option("-p", "--probe", multiple=True)
+@click.option("--limit", type=int)
+@click.option("--answers", type=click.Path(path_type=Path))
+@click.option("--trust-remote-code", is_flag=True)
+@click.pass_context
+def ask(ctx: click.Context, **given: Any) -> tuple[dict[str, Any], str]:
+    return given, command_of(ctx)
+
+
+def called(*words: str) -> tuple[dict[str, Any], str]:
+    found: tuple[dict[str, Any], str] = ask.main(
+        ["M", *words], prog_name="ask", standalone_mode=False, default_map=project_defaults("ask", ask, ["ask", "tell"])
+    )
+    return found
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    return tmp_path
+
+
+def test_the_nearest_file_the_commands_own_table_and_the_command_line_win(project: Path) -> None:
+    assert called()[0] == {"model": "M", "probe": (), "limit": None, "answers": None, "trust_remote_code": False}
+    (project / "pyproject.toml").write_text("[tool.compressknow]\nlimit = 1\n[tool.other]\nx = 1\n")
+    assert called()[0]["limit"] == 1
+    (project / "inner" / "pyproject.toml").write_text("[project]\nname = 'mine'\n")
+    assert called()[0]["limit"] == 1
+    file = project / "compressknow.toml"
+    file.write_text(
+        'limit = 2\nanswers = "kept"\nseed = 3\n[ask]\nlimit = 4\nprobe = ["a", "b"]\n[tell]\nprobe = "c"\n'
+    )
+    given, command = called()
+    assert given["limit"] == 4
+    assert given["probe"] == ("a", "b")
+    assert given["answers"] == project / "kept"
+    # What is printed to be repeated holds elsewhere too.
+    assert command.startswith("compressknow ask M -p a -p b --limit 4 --answers ")
+    assert called("--limit", "5", "-p", "z")[0] | {"answers": 0} == {**given, "limit": 5, "probe": ("z",), "answers": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("limit = ", "is no TOML"),
+        ("[asks]\nlimit = 1", "there is no command asks.*Did you mean ask"),
+        ("[ask]\nlimits = 1", "ask has no option limits.*Did you mean limit"),
+        ("trust-remote-code = true", "trust_remote_code is for the command line alone"),
+        ("[ask]\ntrust_remote_code = true", "trust_remote_code is for the command line alone"),
+    ],
+)
+def test_what_a_file_may_not_say(project: Path, text: str, message: str) -> None:
+    (project / "compressknow.toml").write_text(text)
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        called()
+
+
+def test_a_value_of_the_wrong_kind_is_one_message(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "compressknow.toml").write_text('[report]\nlimit = "many"\n')
+    assert main(["report", "a", "b"]) == 2
+    assert "limit" in capsys.readouterr().err
+    (project / "compressknow.toml").write_text("[report]\nfail-under = 95\n")
+    assert main(["report", "a", "b"]) == 2
+    assert "--fail-under must be between 0 and 1: 95" in capsys.readouterr().err
