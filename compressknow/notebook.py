@@ -5,9 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from compressknow.format import plain
+from compressknow.libraries import require
 
 WIDTH = 80
 # What is longer is cut.
@@ -71,6 +72,22 @@ class Shown:
             return as_html(self._summary())
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return None
+
+
+class Tabular(Shown):
+    """A result that has rows, too: `_rows` gives them, each a dict of the same columns."""
+
+    __slots__ = ()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def to_frame(self) -> Any:
+        """Return the rows as a pandas DataFrame. Raises CompressknowError where pandas is not installed."""
+        require("pandas")
+        import pandas as pd
+
+        return pd.DataFrame(self._rows())
 
 
 def as_line(summary: Summary) -> str:

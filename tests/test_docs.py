@@ -23,9 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import compressknow
 from compressknow.cli import COMMANDS, cli, main
 from compressknow.compress.recipe import Recipe
+from compressknow.pages.card.make import make_card
 from compressknow.study.grid import read_grid
 from tests.long import long
 from tests.probe.layouts import WORDS, bear_folder, lama_folder
+from tests.report.answering import run, sides
 from tests.shown import PAGES, ROOT, Shown, blocks, commands, name_of
 
 REPOSITORY = "https://github.com/compressknow/compressknow"
@@ -188,9 +190,31 @@ def test_other_commands_name_what_there_is(shown: Shown) -> None:
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[long] * (p.stem == "api"), id=name_of(p)) for p in PAGES])
 def test_python_of_a_page_runs(page: Path, at_home: Path) -> None:
-    code = "\n".join(blocks(page, "python"))
+    # Trackers of experiments are asked below, where they are.
+    code = "\n".join(block for block in blocks(page, "python") if not any(tracker in block for tracker in TRACKERS))
     names: dict[str, object] = {}
     exec(compile(code, name_of(page), "exec"), names)
+
+
+TRACKERS = ("import mlflow", "import wandb")
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_card_goes_to_a_tracker_as_the_page_says(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pytest.importorskip(tracker.removeprefix("import "))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "report.html").write_text("<p>")
+    if module.__name__ == "mlflow":
+        module.set_tracking_uri(f"sqlite:///{tmp_path / 'store.db'}")
+    original, compressed = run(sides(95, 5))
+    (code,) = (block for block in blocks(ROOT / "docs" / "api.md", "python") if tracker in block)
+    exec(compile(code, tracker, "exec"), {"card": make_card(original, [compressed])})
+    if module.__name__ == "mlflow":
+        (found,) = module.search_runs(output_format="list")
+        assert found.data.metrics == {"kept": 0.95, "bytes": 1_100_000}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

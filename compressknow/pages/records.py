@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.evaluate.records import FactsInText, Speed
 from compressknow.format import count, estimate, plain, size
-from compressknow.libraries import require
-from compressknow.notebook import Shown, Summary
+from compressknow.notebook import Shown, Summary, Tabular
 from compressknow.stats.records import (
     NOT_MEASURED,
     Certainty,
@@ -173,8 +172,11 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Card(Shown):
-    """A whole report card: one original against one or several compressed models."""
+class Card(Tabular):
+    """A whole report card: one original against one or several compressed models.
+
+    Its rows are those of each compressed model and probe: counts, shares and their intervals.
+    """
 
     verdict: str
     original: ModelFacts
@@ -193,15 +195,8 @@ class Card(Shown):
 
         return to_json(self)
 
-    def to_frame(self) -> Any:
-        """Return a pandas DataFrame with a row per compressed model and probe: counts, shares and their intervals.
-
-        Raises CompressknowError where pandas is not installed.
-        """
-        require("pandas")
-        import pandas as pd
-
-        return pd.DataFrame([_frame_row(each.model, probe) for each in self.comparisons for probe in each.probes])
+    def _rows(self) -> list[dict[str, Any]]:
+        return [_frame_row(each.model, probe) for each in self.comparisons for probe in each.probes]
 
     def _summary(self) -> Summary:
         """By subject of one model, a line per model of several."""

@@ -52,8 +52,8 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Search(notebook.Shown):
-    """A whole search.
+class Search(notebook.Tabular):
+    """A whole search. Its rows are the files that were evaluated.
 
     Attributes
     ----------
@@ -97,6 +97,20 @@ class Search(notebook.Shown):
     known: str = RECOGNIZED
     templates: int = 1
     rounding: float | None = None
+
+    def _rows(self) -> list[dict[str, Any]]:
+        # A file that was confirmed is told with what held-out facts say of it.
+        found = {each.bytes: each for each in (*self.tried, *self.confirmed)}
+        return [
+            {
+                **{"setup": each.setup, "bytes": each.bytes, "predicted_kl": each.predicted_kl},
+                **{"kept": each.kept.value, "kept_low": each.kept.low, "kept_high": each.kept.high},
+                "held_out": each.held_out.value if each.held_out else None,
+                "graded": each.graded.value if each.graded else None,
+                "is_winner": self.winner is not None and each.bytes == self.winner.bytes,
+            }
+            for each in found.values()
+        ]
 
     def _summary(self) -> notebook.Summary:
         name = plain(self.original.name, 60)

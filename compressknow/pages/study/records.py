@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from compressknow.compress.pruning import METHODS
 from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.format import count, estimate, plain, size
-from compressknow.notebook import Shown, Summary
+from compressknow.notebook import Summary, Tabular
 from compressknow.pages.records import Comparison, ModelFacts
 
 Setting = str | int | float | bool | None
@@ -94,8 +95,8 @@ class FailedCell:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Study(Shown):
-    """A whole study, in the order of its grid."""
+class Study(Tabular):
+    """A whole study, in the order of its grid. Its rows are those of ``cells.csv``."""
 
     original: ModelFacts
     probes: tuple[StudyProbe, ...]
@@ -106,6 +107,11 @@ class Study(Shown):
     method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
     refused: tuple[FailedCell, ...] = ()  # that the model cannot have: trying again changes nothing
     known: str = RECOGNIZED  # what counts as known: that or better, or only "produced"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        from compressknow.pages.study.pages import tidy_rows
+
+        return tidy_rows(self)
 
     def _summary(self) -> Summary:
         failed = f", {count(len(self.failed))} failed" if self.failed else ""
