@@ -16,7 +16,7 @@ import pytest
 from compressknow.evaluate.answers import SEAL
 from compressknow.files import LOCK
 from tests.knowing import facts_file, knowing
-from tests.long import one_in
+from tests.long import long
 from tests.test_files import DEADLINE, names, strays
 from tests.windows import ROOT, python_of
 
@@ -108,7 +108,8 @@ def _untimed(value: Any) -> Any:
 
 
 @linux
-@pytest.mark.parametrize("kind", one_in(2, ELSEWHERE))
+@long
+@pytest.mark.parametrize("kind", ELSEWHERE)
 def test_every_command_writes_the_same_bytes(kind: str, here: Path, models: Path, tmp_path: Path) -> None:
     there = content(run(kind, models, tmp_path))
     assert sorted(there) == sorted(content(here))

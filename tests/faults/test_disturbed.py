@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from tests.faults.disturb import WAYS, changes_of, distinct, disturb
+from tests.faults.disturb import SIGNALS, WAYS, changes_of, distinct, disturb
 from tests.faults.scenes import SCENES, Stage
 from tests.faults.watching import why_not
 from tests.long import long
@@ -21,7 +21,10 @@ SAMPLES = {"convert": 4, "overwrite": 4, "sweep": 1, "search": 1}
 
 # Where a random moment falls depends on the machine.
 CASES = [(scene, way) for scene in SCENES for way in WAYS if way != "moment"]
-LONG = [("search", way) for way in WAYS if way != "kill"]
+LONG = [
+    *(("search", way) for way in WAYS if way != "kill"),
+    *((scene, way) for scene in SCENES if scene != "convert" for way in tuple(SIGNALS)[1:]),
+]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from compressknow.evaluate.scoring.ranking import TAIL
 from compressknow.evaluate.sources import Options, open_probe
 from compressknow.quiet import Progress
 from tests.knowing import facts_file, knowing
+from tests.long import long
 from tests.probe.references import answers_to, as_probe, known_facts
 from tests.probe.serving.model_server import NAME, ModelServer, serving
 
@@ -277,6 +278,7 @@ def test_what_does_not_pass_is_one_message(
     assert not (tmp_path / "out").exists()
 
 
+@long
 @pytest.mark.skipif(os.name == "nt", reason="signals of another kind")
 def test_who_interrupts_a_run_does_not_wait_for_a_server_that_hangs(
     served: Callable[[str], ModelServer], tmp_path: Path
