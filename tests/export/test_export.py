@@ -118,7 +118,7 @@ def test_pruned_zeros_survive(kind: str, tmp_path: Path) -> None:
 
 
 @needs_converter
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8-weights", "fp8"])
 def test_a_quantized_checkpoint_is_unpacked(scheme: str, tmp_path: Path) -> None:
     """In float32 the file has the values that the engine unpacks."""
     source = checkpoint("llama", tmp_path / "model", torch.bfloat16)
@@ -146,8 +146,9 @@ def _unpacked(folder: Path) -> dict[str, np.ndarray]:
             continue
         integers = tensor
         if name.endswith("_packed"):
-            nibbles = torch.stack([(tensor >> (4 * place)) & 15 for place in range(8)], dim=-1)
-            integers = nibbles.reshape(tensor.shape[0], -1) - 8
+            bits = 32 * tensor.shape[1] // int(stored[f"{plain}_shape"][1])
+            parts = [(tensor >> (bits * place)) & (2**bits - 1) for place in range(32 // bits)]
+            integers = torch.stack(parts, dim=-1).reshape(tensor.shape[0], -1) - 2 ** (bits - 1)
         width = integers.shape[1] // scale.shape[1] if scale.shape[1] > 1 else integers.shape[1]
         found[plain] = (integers.to(torch.float32) * scale.to(torch.float32).repeat_interleave(width, 1)).numpy()
     return found
