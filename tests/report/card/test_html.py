@@ -97,7 +97,7 @@ def test_overview_has_the_accuracy_that_each_probe_reports() -> None:
     page = read(render_html(card_of_several((20,))))
     original = page.all("table")[0].all("tbody")[0].all("td")
     # Over facts for atlas; the mean over relations for ConceptNet.
-    assert [cell.text for cell in original][6:8] == ["65.5 %", "58.7 %"]
+    assert [cell.text for cell in original][7:9] == ["65.5 %", "58.7 %"]
 
 
 def test_several_models_are_told_by_their_range_and_a_table_that_leads_to_each() -> None:

@@ -100,7 +100,7 @@ def test_untied_head_is_named_with_its_cost() -> None:
         ("LlamaForCausalLM", "llama", "int8", True),
         ("LlamaForCausalLM", "llama", None, True),
         ("LlamaForCausalLM", "llama", "int8-paper", False),
-        ("LlamaForCausalLM", "llama", "int8-weights", False),
+        ("LlamaForCausalLM", "llama", "int8-weights", True),
         ("BertForMaskedLM", "bert", "int8", False),
         ("BertLMHeadModel", "bert", "int8", False),
         ("T5ForConditionalGeneration", "t5", "int8", False),
