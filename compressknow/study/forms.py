@@ -440,7 +440,7 @@ def rules_of(types: Mapping[str, str]) -> dict[str, list[str]]:
             blocks.setdefault((kind, at[1], at[3]), []).append(at[2])
     alike: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for (kind, before, after), numbers in blocks.items():
-        alike.setdefault((kind, before, tuple(numbers)), []).append(after[1:])
+        alike.setdefault((kind, before, tuple(sorted(numbers, key=int))), []).append(after[1:])
     for (kind, before, own), parts in alike.items():
         ends = "|".join(map(re.escape, parts))
         found.setdefault(kind, []).append(f"^{re.escape(before)}({'|'.join(own)})\\.({ends})$")
