@@ -131,6 +131,29 @@ def test_commands_of_a_page_run_one_after_the_other(
             assert code in ((0, 3) if gated else (0,)), f"{shown.line}\n{said.err}"
 
 
+def test_the_workflow_to_copy_gates_a_conversion(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own steps by hand, in a shell with its own environment: packages and what only GitHub has are left out."""
+    workflow = yaml.safe_load((ROOT / "examples" / "ci" / "knowledge-gate.yml").read_text(encoding="utf-8"))
+    recipe = at_home / "compression" / "recipe.toml"
+    recipe.parent.mkdir()
+    shutil.copy(ROOT / "examples" / "recipes" / "att-prune20-int8.toml", recipe)
+    given = {**workflow["env"], "MODEL": "build/smollm2", "KEEP": "0.2"}
+    steps = [step["run"] for step in workflow["jobs"]["gate"]["steps"] if "run" in step]
+    for step in steps:
+        for line in step.splitlines():
+            assert not line.startswith("compressknow") or shlex.split(line)[1] in COMMANDS
+        if not step.startswith("compressknow"):
+            continue
+        words = shlex.split(re.sub(r"\$(\w+)", lambda found: given[found[1]], step))
+        code = main(words[1:])
+        assert code in ((0, 3) if words[1] == "report" else (0,)), capsys.readouterr().err
+    assert {"summary.md", "junit.xml", "report.html", "report.json", "answers", "converted"} <= {
+        path.name for path in at_home.iterdir()
+    }
+    assert "| at least 20 % |" in (at_home / "summary.md").read_text(encoding="utf-8")
+    assert [step.split()[0] for step in steps] == ["pip", "pip", *["compressknow"] * 3, "cat", "gh"]
+
+
 def parse(shown: Shown) -> None:
     """Have click read the options of a command that is not run."""
     context = click.Context(cli, info_name="compressknow")
