@@ -205,7 +205,7 @@ def test_other_commands_name_what_there_is(shown: Shown) -> None:
     elif words[0] in ("python", "bash"):
         assert (ROOT / words[1]).is_file() or words[1] in ("-m", "-c")
     else:
-        assert words[0] in ("pip", "git", "cd", "export", "ray"), shown.line
+        assert words[0] in ("pip", "git", "cd", "export", "ray", "eval", "ollama", "llama-server"), shown.line
     extras = re.findall(r"compressknow\[([\w,]+)\]", shown.line)
     defined = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert all(extra in defined for named in extras for extra in named.split(","))
