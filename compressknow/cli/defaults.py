@@ -7,7 +7,7 @@ comes before the file; in the file, the table of a command before what stands ab
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,21 @@ from compressknow.errors import UsageError, did_you_mean
 FILE, PROJECT = "compressknow.toml", "pyproject.toml"
 # A file that came with someone's repository is not asked to run its code, to replace files or to upload any.
 _COMMAND_LINE_ALONE = frozenset(
-    ("trust_remote_code", "overwrite", "push", "private", "output", "into_model_card", "debug", "help", "version")
+    (
+        *("trust_remote_code", "converter", "tasks", "ray", "overwrite", "output", "into_model_card"),
+        *("push", "private", "debug", "help", "version"),
+    )
 )
 
 
-def project_defaults(name: str, command: click.Command, commands: Iterable[str]) -> dict[str, Any]:
+def project_defaults(
+    name: str, command: click.Command, commands: Iterable[str], open_command: Callable[[str], click.Command | None]
+) -> dict[str, Any]:
     """Return the values that the project's file has for the options of a command, as click takes them.
 
     Parameters
     ----------
-    commands : the names of all of them.
+    commands : the names of all of them; `open_command` imports one.
 
     Raises UsageError for a file that is no TOML, and for a key that is no option.
     """
@@ -35,7 +40,7 @@ def project_defaults(name: str, command: click.Command, commands: Iterable[str])
     if found is None:
         return {}
     file, values = found
-    options = {str(each.name): each for each in command.params if isinstance(each, click.Option)}
+    options = _options_of(command)
     tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
     for key in tables:
         if key not in commands:
@@ -51,8 +56,16 @@ def project_defaults(name: str, command: click.Command, commands: Iterable[str])
         raise UsageError(
             f"{file}: {name} has no option {unknown}.", hint=f"{did_you_mean(unknown, options)}See {name} --help."
         )
+    for key in shared.keys() - options.keys():
+        # Of another command: only what none has is a mistake.
+        if not any(key in _options_of(other) for other in map(open_command, commands) if other is not None):
+            raise UsageError(f"{file}: no command has an option {key}.", hint="Mend the name, or take it out.")
     given = {key: value for key, value in {**shared, **own}.items() if key in options}
     return {key: _placed(value, options[key], file.parent) for key, value in given.items()}
+
+
+def _options_of(command: click.Command) -> dict[str, click.Option]:
+    return {str(each.name): each for each in command.params if isinstance(each, click.Option)}
 
 
 def _nearest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

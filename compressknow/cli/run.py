@@ -63,7 +63,8 @@ class LazyGroup(click.Group):
             ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(self.commands_at)}.")
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None and not ctx.resilient_parsing:
-            ctx.default_map = {name: project_defaults(name, command, self.commands_at)}
+            given = project_defaults(name, command, self.commands_at, lambda other: self.get_command(ctx, other))
+            ctx.default_map = {name: given}
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:

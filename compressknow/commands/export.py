@@ -102,10 +102,6 @@ def export(
     if target is not None:
         text, choice = choice.calibration, _without_text(choice, target)
     is_there = _refuse_before_work(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
-    if chat_place is not None:
-        from compressknow.gguf.modelfile import check_modelfile
-
-        check_modelfile(chat_place, place, overwrite=overwrite or is_there)
     if matrix_place is not None:
         _refuse_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
     from compressknow.gguf.converter import find_converter
@@ -120,6 +116,13 @@ def export(
     from compressknow.gguf.place import refuse_file
 
     job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
+    chat = None
+    if chat_place is not None:
+        from compressknow.gguf.modelfile import check_modelfile
+        from compressknow.gguf.modelfile import modelfile as modelfile_of
+
+        chat = modelfile_of(job.checkpoint.folder, place, chat_place, trust_remote_code=trust_remote_code)
+        check_modelfile(chat_place, place, chat, overwrite=overwrite)
 
     def begin(work):  # type: ignore[no-untyped-def]
         return begun(listening, Stage(work, str(model)))
@@ -128,7 +131,7 @@ def export(
         made = find_made(job, place)
         if made is not None and (matrix_place is None or matrix_place.is_file()):
             made.is_new = False
-            _write_modelfile(job, place, chat_place)
+            _write_modelfile(chat_place, chat)
             return made
         refuse_file(place, overwrite=False, source=Path(model))
     if target is not None:
@@ -139,16 +142,14 @@ def export(
     record = write(
         job, place, overwrite=overwrite, importance_output=matrix_place, smoke=smoke, threads=threads, begin=begin
     )
-    _write_modelfile(job, place, chat_place)
+    _write_modelfile(chat_place, chat)
     return record
 
 
-def _write_modelfile(job: Export, file: Path, place: Path | None) -> None:
-    if place is not None:
+def _write_modelfile(place: Path | None, text: str | None) -> None:
+    if place is not None and text is not None:
         from compressknow.files import write_whole
-        from compressknow.gguf.modelfile import modelfile
 
-        text = modelfile(job.checkpoint.folder, file, place, trust_remote_code=job.trust_remote_code)
         write_whole(place, text.encode())
 
 

@@ -12,9 +12,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from compressknow.engine.load import load_tokenizer
 from compressknow.errors import OutputError, UsageError
 from compressknow.files import refuse_broken_links
-from compressknow.quiet import quiet
 
 # What stands for the three in a chat: no template has a character of the private use area.
 _SYSTEM, _USER, _ASSISTANT = "\ue000", "\ue001", "\ue002"
@@ -22,14 +22,16 @@ _FROM = "FROM "
 _SAMPLING = ("temperature", "top_p", "top_k", "repeat_penalty")
 
 
-def check_modelfile(path: Path, output: Path, *, overwrite: bool) -> None:
-    """Raise UsageError or OutputError, before any work, where a Modelfile cannot be written there."""
+def check_modelfile(path: Path, output: Path, text: str, *, overwrite: bool) -> None:
+    """Raise UsageError or OutputError, before any work, where a Modelfile of this text cannot be written there. One
+    that has it already may stay."""
     if path.resolve() in (output.resolve(), output.with_name(f"{output.name}.json").resolve()):
         raise UsageError("--modelfile and OUTPUT have one name.", hint="Give each a name of its own.")
     refuse_broken_links(path)
-    if path.is_dir() or (path.exists() and not overwrite):
+    there = path.read_text("utf-8", "replace") if path.is_file() else None
+    if path.is_dir() or (there not in (None, text) and not overwrite):
         raise OutputError(f"{path} exists already.", hint="Choose another --modelfile, or pass --overwrite.")
-    if path.exists() and not path.read_text("utf-8", "replace").startswith(_FROM):
+    if there is not None and not there.startswith(_FROM):
         raise OutputError(
             f"{path} is no Modelfile: not overwritten.", hint="Remove it yourself, or choose another --modelfile."
         )
@@ -44,11 +46,10 @@ def modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_code: b
     ----------
     checkpoint : the folder with tokenizer and generation config.
     file : the GGUF file, and `place` where the Modelfile is to lie.
-    """
-    from transformers import AutoTokenizer
 
-    with quiet():
-        tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    Raises CheckpointError where the checkpoint has no tokenizer.
+    """
+    tokenizer: Any = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     weights = os.path.relpath(file.absolute(), place.absolute().parent).replace(os.sep, "/")
     lines = [f"{_FROM}{weights if weights.startswith('.') else f'./{weights}'}"]
     if template := go_template(tokenizer):

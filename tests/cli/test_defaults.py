@@ -25,9 +25,18 @@ def ask(ctx: click.Context, **given: Any) -> tuple[dict[str, Any], str]:
     return given, command_of(ctx)
 
 
+@click.command()
+@click.option("--seed", type=int)
+@click.option("-p", "--probe")
+def tell(seed: int | None, probe: str | None) -> None: ...
+
+
 def called(*words: str) -> tuple[dict[str, Any], str]:
     found: tuple[dict[str, Any], str] = ask.main(
-        ["M", *words], prog_name="ask", standalone_mode=False, default_map=project_defaults("ask", ask, ["ask", "tell"])
+        ["M", *words],
+        prog_name="ask",
+        standalone_mode=False,
+        default_map=project_defaults("ask", ask, ["ask", "tell"], {"ask": ask, "tell": tell}.get),
     )
     return found
 
@@ -64,6 +73,8 @@ def test_the_nearest_file_the_commands_own_table_and_the_command_line_win(projec
         ("limit = ", "is no TOML"),
         ("[asks]\nlimit = 1", "there is no command asks.*Did you mean ask"),
         ("[ask]\nlimits = 1", "ask has no option limits.*Did you mean limit"),
+        ("limits = 1", "no command has an option limits"),
+        ('converter = "theirs.py"', "converter is for the command line alone"),
         ("trust-remote-code = true", "trust_remote_code is for the command line alone"),
         ("[ask]\ntrust_remote_code = true", "trust_remote_code is for the command line alone"),
     ],

@@ -92,7 +92,13 @@ def test_export_writes_it_and_says_the_next_commands(tmp_path: Path, capsys: pyt
     lines = (tmp_path / "chat" / "Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ../Out.gguf"
     assert any(line.startswith("PARAMETER stop ") for line in lines)
-    # Again: nothing is to be done, and what is there of the user's stays.
+    # Again, nothing is to be done. What the user has added stays.
+    assert main(words) == 0
+    with (tmp_path / "chat" / "Modelfile").open("a") as file:
+        file.write("SYSTEM Be brief.\n")
+    assert main(words) == 1
+    assert "Modelfile exists already" in capsys.readouterr().err
+    assert "Be brief" in (tmp_path / "chat" / "Modelfile").read_text()
     assert main([*words, "--overwrite"]) == 0
     (tmp_path / "chat" / "Modelfile").write_text("mine")
     with pytest.raises(OutputError, match="is no Modelfile: not overwritten"):
