@@ -86,9 +86,13 @@ class Scheme(Parametric, abc.ABC):
         """Its `weights` and `input_activations` in a group of `quantization_config`, as compressed-tensors names them;
         None for what stays as it is."""
 
-    @abc.abstractmethod
     def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Scales for largest magnitudes [rows, 1], [1] or [rows, groups], of their dtype and shape: finite, not 0."""
+        """Scales for largest magnitudes [rows, 1], [1] or [rows, groups], of their dtype and shape: these / half the
+        range of the grid, as compressed-tensors has it. What is all zero gets the dtype's epsilon: finite, not 0."""
+        import torch
+
+        scales = absmax / ((self.highest - self.lowest) / 2)
+        return torch.where(scales == 0, torch.finfo(absmax.dtype).eps, scales)
 
     def steps(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Weights in units of their scales, float32 [rows, columns], not yet rounded; a tensor of its own."""

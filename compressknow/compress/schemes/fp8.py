@@ -41,13 +41,6 @@ class Fp8(Scheme):
             "input_activations": {**_FLOAT, "dynamic": True, "strategy": "token"},
         }
 
-    def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """absmax / 448. An all-zero channel gets the dtype's epsilon: finite, not 0."""
-        import torch
-
-        scales = absmax / LARGEST
-        return torch.where(scales == 0, torch.finfo(absmax.dtype).eps, scales)
-
     def round(self, steps: torch.Tensor) -> torch.Tensor:
         """float8_e4m3fn."""
         import torch

@@ -16,8 +16,6 @@ from compressknow.compress.schemes import SCALE, Scheme, Stored
 if TYPE_CHECKING:
     import torch
 
-# Half the range of 16 levels.
-HALF_RANGE = 7.5
 GROUP_SIZES = (32, 64, 128)
 # Integers in one of 32 bits, and what is added to each so that it is not negative.
 PACKED, OFFSET = 8, 8
@@ -67,13 +65,6 @@ class Int4(Scheme):
             "weights": {**weights, "strategy": "group", "group_size": self.scale_per},
             "input_activations": None,
         }
-
-    def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """absmax / 7.5. An all-zero group gets the dtype's epsilon: finite, not 0."""
-        import torch
-
-        scales = absmax / HALF_RANGE
-        return torch.where(scales == 0, torch.finfo(absmax.dtype).eps, scales)
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """int32 [rows, columns / 8]."""

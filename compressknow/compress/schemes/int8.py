@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compressknow.compress.schemes import Activations, Scheme
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
-# Half the range of 256 levels: what compressed-tensors and torch.ao's observers both divide by.
-HALF_RANGE = 127.5
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "group_size": None}
 DYNAMIC = {"type": "int", "dynamic": True, "group_size": None}
 
@@ -35,13 +33,6 @@ class Int8(Scheme):
             "weights": {**WEIGHTS, "strategy": "channel"},
             "input_activations": {**DYNAMIC, "num_bits": 8, "strategy": "token", "symmetric": True},
         }
-
-    def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """absmax / 127.5. An all-zero channel gets the dtype's epsilon: finite, not 0."""
-        import torch
-
-        scales = absmax / HALF_RANGE
-        return torch.where(scales == 0, torch.finfo(absmax.dtype).eps, scales)
 
     def vllm_obstacle(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
         """It has a kernel."""

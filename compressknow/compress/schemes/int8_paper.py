@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow.compress.schemes import Scheme
-from compressknow.compress.schemes.int8 import DYNAMIC, HALF_RANGE, WEIGHTS
+from compressknow.compress.schemes.int8 import DYNAMIC, WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class Int8Paper(Scheme):
         """absmax / 127.5, of float32's epsilon at least."""
         import torch
 
-        return (absmax / HALF_RANGE).clamp(min=torch.finfo(torch.float32).eps)
+        return (absmax / ((self.highest - self.lowest) / 2)).clamp(min=torch.finfo(torch.float32).eps)
 
     def steps(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """By the inverse of the scale, in float32."""
