@@ -31,15 +31,15 @@ import gguf
 import numpy as np
 
 import compressknow
-from compressknow.errors import CompressknowError
+from compressknow.base.errors import CompressknowError
+from compressknow.base.format import p_value
+from compressknow.comparison.clusters import number_clusters, paired_test, tally
+from compressknow.comparison.records import Counts
+from compressknow.comparison.text import perplexity
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.sources.atlas import atlas
-from compressknow.format import p_value
 from compressknow.gguf.grids import legal_types, roundtrip, type_bytes
 from compressknow.gguf.importance import read_importance
-from compressknow.stats.clusters import number_clusters, paired_test, tally
-from compressknow.stats.records import Counts
-from compressknow.stats.text import perplexity
 from compressknow.study.allocation import Option, allocate
 
 

@@ -324,7 +324,7 @@ def perplexity(model: Path, tokenizer_of: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from compressknow.quiet import quiet
+    from compressknow.base.progress import quiet
 
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)

@@ -30,14 +30,14 @@ from scipy.stats import bootstrap, norm, ttest_1samp, wilcoxon
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from compressknow.comparison.clusters import paired_test, share_by_cluster
+from compressknow.comparison.intervals import SIGNIFICANT, mcnemar, proportion
+from compressknow.comparison.power import LEVEL, capitals
+from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.study.findings import by_method, findings
 from compressknow.pages.study.records import Study
 from compressknow.pages.study.summary import method_that_hurts_least, module_that_hurts_least
 from compressknow.pages.study.tests import CANNOT_TELL
-from compressknow.stats.clusters import paired_test, share_by_cluster
-from compressknow.stats.intervals import SIGNIFICANT, mcnemar, proportion
-from compressknow.stats.records import Counts, Estimate
-from compressknow.stats.sequential import LEVEL, capitals
 from compressknow.study.search import CONFIRMED, HALVINGS
 from tests.report.study.studies import Asked, gp, gq, study
 from tests.report.test_clusters import shares, without_net_change

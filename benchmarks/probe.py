@@ -42,7 +42,7 @@ from typing import Any
 
 from convert import resident_mb
 
-from compressknow.errors import CompressknowError
+from compressknow.base.errors import CompressknowError
 from compressknow.evaluate.evaluate import BATCH_SIZE
 
 # Ratios of facts a second that compressknow is held to.
@@ -88,14 +88,14 @@ def bert_base(options: Namespace) -> tuple[Any, Any]:
 
 def language_of(part: str, side: str, options: Namespace) -> tuple[Any, Any, str]:
     """Model, tokenizer and family that a side of a part asks."""
-    from compressknow.engine import int8
+    from compressknow.engine import layers
     from compressknow.engine.language_model import load_language_model
 
     if part == "paper":
         return *bert_base(options), "masked"
     if part == "int8":
         if side == UNPACKED:
-            int8.runs_on = lambda _: False
+            layers.int8_runs_on = lambda _: False
         language = load_language_model(options.checkpoints / (ORIGINAL if side == ORIGINAL else ENGINE))
     else:
         causal = part in ("bear", "grades")
@@ -300,7 +300,7 @@ def report_int8(options: Namespace) -> None:
 
 def report_int4(options: Namespace) -> None:
     from compressknow import convert, load
-    from compressknow.engine.int4 import Int4Linear
+    from compressknow.engine.layers import Int4Linear
 
     print(f"\nDecoding one token at a time, {options.model.name}, quantized whole by the scheme int4, groups of 64")
     with tempfile.TemporaryDirectory() as folder:
@@ -351,7 +351,7 @@ def same_ranking(predicted: str, rank: int, top: float, labels: list[str], gold:
 
 def missing(part: str, options: Namespace) -> str | None:
     """Why a part cannot be measured here, or None."""
-    from compressknow.engine.int4 import runs_on
+    from compressknow.engine.layers import int4_runs_on
 
     if part in options.skip.split(","):
         return "skipped by --skip"
@@ -361,7 +361,7 @@ def missing(part: str, options: Namespace) -> str | None:
     if not (folder / "tokenizer.json").is_file():
         return f"there is no model in {folder}"
     if part == "int4":
-        return None if runs_on("cpu") else "this CPU has no fast kernel for int4"
+        return None if int4_runs_on("cpu") else "this CPU has no fast kernel for int4"
     try:
         probe_of("bear" if part in ("bear", "masked") else part if part == "grades" else "paper", options)
     except CompressknowError as error:

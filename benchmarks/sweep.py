@@ -38,9 +38,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compressknow.base.errors import CompressknowError
 from compressknow.compress.recipe import to_toml
 from compressknow.compress.steps import Prune, Quantize
-from compressknow.errors import CompressknowError
 from compressknow.evaluate.answers import Answer, read_answers
 from compressknow.study.cells import folder_of
 from compressknow.study.grid import Cell, paper_grid

@@ -17,23 +17,19 @@ from typing import TYPE_CHECKING
 from compressknow._version import __version__
 
 if TYPE_CHECKING:
-    from compressknow.commands.compare import compare
-    from compressknow.commands.convert import convert
-    from compressknow.commands.export import export
-    from compressknow.commands.inspect import inspect
-    from compressknow.commands.load import load
-    from compressknow.commands.probe import probe
-    from compressknow.commands.push import push
-    from compressknow.commands.report import report
-    from compressknow.commands.search import search
-    from compressknow.commands.sensitivity import sensitivity
-    from compressknow.commands.sweep import sweep
-    from compressknow.commands.verify import verify
-    from compressknow.compress.manifest import Manifest
-    from compressknow.compress.recipe import Recipe
-    from compressknow.compress.steps import Prune, Quantize, Where
-    from compressknow.compress.verify import Verification
-    from compressknow.errors import (
+    from compressknow.api.compare import compare
+    from compressknow.api.convert import convert
+    from compressknow.api.export import export
+    from compressknow.api.inspect import inspect
+    from compressknow.api.load import load
+    from compressknow.api.probe import probe
+    from compressknow.api.push import push
+    from compressknow.api.report import report
+    from compressknow.api.search import search
+    from compressknow.api.sensitivity import sensitivity
+    from compressknow.api.sweep import sweep
+    from compressknow.api.verify import verify
+    from compressknow.base.errors import (
         CheckpointError,
         CompressknowError,
         GateNotMet,
@@ -43,17 +39,21 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from compressknow.base.hub import Upload
+    from compressknow.base.progress import Progress, Stage
+    from compressknow.compress.manifest import Manifest
+    from compressknow.compress.recipe import Recipe
+    from compressknow.compress.steps import Prune, Quantize, Where
+    from compressknow.compress.verify import Verification
     from compressknow.evaluate.answers import Answers
     from compressknow.evaluate.handle import Settings
     from compressknow.evaluate.sources import Options
     from compressknow.gguf.record import ExportRecord
-    from compressknow.hub import Upload
     from compressknow.model.summary import Inspection
     from compressknow.pages.diff.records import CheckpointComparison
     from compressknow.pages.records import Card
     from compressknow.pages.search import Search, Trial
     from compressknow.pages.study.records import Study
-    from compressknow.quiet import Progress, Stage
     from compressknow.study.folder import CellResult
     from compressknow.study.running import RayOptions
     from compressknow.study.sensitivity import Sensitivity
@@ -67,17 +67,17 @@ else:
         "compress.recipe": ("Recipe",),
         "compress.steps": ("Prune", "Quantize", "Where"),
         "compress.verify": ("Verification",),
-        "errors": (
+        "base.errors": (
             *("CheckpointError", "CompressknowError", "GateNotMet", "GateUndecided", "OutputError", "UnsupportedError"),
             *("UsageError", "VerificationError"),
         ),
         "gguf.record": ("ExportRecord",),
-        "hub": ("Upload",),
+        "base.hub": ("Upload",),
         "model.summary": ("Inspection",),
         "evaluate.answers": ("Answers",),
         "evaluate.handle": ("Settings",),
         "evaluate.sources": ("Options",),
-        "quiet": ("Progress", "Stage"),
+        "base.progress": ("Progress", "Stage"),
         "pages.diff.records": ("CheckpointComparison",),
         "pages.records": ("Card",),
         "pages.search": ("Search", "Trial"),
@@ -87,7 +87,7 @@ else:
         "study.sensitivity": ("Sensitivity",),
     }
     _ADDRESSES = {
-        **{verb: f"commands.{verb}" for verb in _VERBS},
+        **{verb: f"api.{verb}" for verb in _VERBS},
         **{record: module for module, records in _RECORDS.items() for record in records},
     }
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import compressknow
+from compressknow.base.errors import CompressknowError
 from compressknow.cli import main as cli
-from compressknow.errors import CompressknowError
 
 TOKENS = 8192
 HALF: dict[str, Any] = {"prune": 0.5, "prune_method": "sparsegpt", "calibration_tokens": TOKENS}

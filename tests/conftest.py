@@ -31,7 +31,7 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def converter() -> Iterator[Path]:
     """llama.cpp's converter, fetched as `export` does; where it cannot be, the test is skipped and says why."""
-    from compressknow.errors import NotInstalled
+    from compressknow.base.errors import NotInstalled
     from compressknow.gguf.converter import VARIABLE, find_converter
 
     try:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from compressknow.base.files import LOCK
 from compressknow.evaluate.answers import SEAL
-from compressknow.files import LOCK
 from tests.knowing import facts_file, knowing
 from tests.long import long
 from tests.test_files import DEADLINE, names, strays
@@ -130,7 +130,7 @@ def test_files_appear_whole_and_locks_hold_as_on_windows(tmp_path: Path) -> None
 OWNER = """
 import sys, time
 from pathlib import Path
-from compressknow.files import own_folder, write_whole, written
+from compressknow.base.files import own_folder, write_whole, written
 with own_folder(Path(sys.argv[1]), wait=len(sys.argv) > 2), written(Path(sys.argv[1]) / "a") as file:
     file.write(b"half")
     file.flush()
@@ -167,7 +167,7 @@ def test_as_on_windows_a_folder_is_one_runs_until_it_is_killed(tmp_path: Path) -
 FORBIDDEN = """
 import errno, os, sys
 from pathlib import Path
-import compressknow.files as files
+import compressknow.base.files as files
 here = Path(sys.argv[1])
 (here / "full").mkdir()
 (here / "full" / "a").touch()
@@ -200,8 +200,8 @@ def test_the_stand_in_for_windows_forbids_what_windows_forbids(tmp_path: Path) -
 PATIENT = """
 import sys, threading
 from pathlib import Path
-from compressknow.errors import OutputError
-from compressknow.files import write_whole
+from compressknow.base.errors import OutputError
+from compressknow.base.files import write_whole
 path = Path(sys.argv[1])
 file = path.open("rb")
 threading.Timer(float(sys.argv[2]), file.close).start()

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import compressknow
+from compressknow.base.format import plain
+from compressknow.base.registry import Registry
 from compressknow.cli import main
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe, read_recipe, to_toml
@@ -30,11 +32,9 @@ from compressknow.compress.steps import Prune
 from compressknow.engine.layers import LAYERS
 from compressknow.evaluate.answers import TABLE, write_record, write_table
 from compressknow.evaluate.sources import PROBES, Options, open_probe
-from compressknow.format import plain
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.sections import SECTIONS
 from compressknow.pages.model_card import with_report
-from compressknow.registry import Registry
 from tests.extending import package
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.report.answering import WORDS, answer, entry, run
@@ -200,7 +200,7 @@ class TestProbe:
             (("return Probe(", "return (lambda *_, source: None)("), "no Probe, Task or RunningText"),
             (("def open(", "def opened("), "abstract"),
             (("class Almanac(ProbeSource)", "class Almanac"), "not ProbeSource"),
-            (("from compressknow.reading import sha256_of", "import nothing_like_it"), "ModuleNotFoundError"),
+            (("from compressknow.base.reading import sha256_of", "import nothing_like_it"), "ModuleNotFoundError"),
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )
@@ -307,7 +307,7 @@ class TestSection:
     @pytest.mark.parametrize("says", [True, False], ids=["shows_facts", "forgets to say so"])
     def test_no_facts_leaves_out_what_shows_them(self, says: bool, install) -> None:
         code = """
-            from compressknow.pages.card.section import Section
+            from compressknow.pages.card.sections import Section
             from compressknow.pages.parts import Text
 
             class Prompts(Section):
@@ -333,7 +333,7 @@ class TestSection:
     def test_no_text_of_it_breaks_out(self, text: str, install) -> None:
         code = """
             from markupsafe import Markup
-            from compressknow.pages.card.section import Section
+            from compressknow.pages.card.sections import Section
             from compressknow.pages.parts import *
 
             class Said(Section):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.errors import OutputError
-from compressknow.files import (
+from compressknow.base.errors import OutputError
+from compressknow.base.files import (
     LOCK,
     interrupted,
     is_no_folder,
@@ -27,7 +27,7 @@ from compressknow.files import (
     write_whole,
     written,
 )
-from compressknow.system import available_cores, is_full, new_file, open_to_read, peak_memory, read_at, write_at
+from compressknow.base.system import available_cores, is_full, new_file, open_to_read, peak_memory, read_at, write_at
 
 DEADLINE = 20
 FULL = "No space left|File too large"
@@ -44,7 +44,7 @@ def child(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
 WRITER = """
 import sys, time
 from pathlib import Path
-from compressknow.files import written
+from compressknow.base.files import written
 with written(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
@@ -146,7 +146,7 @@ def test_of_files_that_belong_together_none_appears_where_one_is_there(tmp_path:
 KILLED = """
 import os, sys
 from pathlib import Path
-from compressknow.files import write_together
+from compressknow.base.files import write_together
 left = int(sys.argv[2])
 def counted(method):
     def call(*arguments, **options):

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import compressknow
+from compressknow.base.notebook import Shown
 from compressknow.compress.manifest import Manifest
-from compressknow.notebook import Shown
 from tests.models import save_tiny
 from tests.report.answering import run, sides
 from tests.report.card.cards import card_of_nothing, card_of_one, card_of_several

@@ -11,8 +11,8 @@ import pytest
 
 import compressknow
 from compressknow import Progress, Stage
+from compressknow.base.progress import Bars, begun, counted, listener, staged
 from compressknow.cli.terminal import _State
-from compressknow.quiet import Bars, begun, counted, listener, staged
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import compressknow
-from compressknow.libraries import GGUF_TRANSFORMERS, OPTIONAL
+from compressknow.base.libraries import GGUF_TRANSFORMERS, OPTIONAL
 
 ROOT = Path(__file__).parent.parent
 RENDER = """

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import compressknow
+from compressknow.api.report import report
+from compressknow.api.words import ServingWords, records_of
+from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.cli import COMMANDS, main
-from compressknow.commands.report import report
-from compressknow.commands.words import ServingWords, records_of
 from compressknow.compress.recipe import Recipe
-from compressknow.errors import CheckpointError, UsageError
 from compressknow.model.scopes import DEFAULT_SCOPES
 from tests.models import save_tiny
 
@@ -30,7 +30,7 @@ def test_verbs_are_documented_and_typed(name: str) -> None:
     # No package has the name of a verb: importing one would take the verb's place.
     assert not (Path(compressknow.__file__).parent / name).exists(), name
     assert inspect.isfunction(getattr(compressknow, name))
-    function = getattr(importlib.import_module(f"compressknow.commands.{name}"), name)
+    function = getattr(importlib.import_module(f"compressknow.api.{name}"), name)
     assert inspect.isfunction(function)
     assert len(inspect.getdoc(function) or "") > 80
     signature = inspect.signature(function)
@@ -50,7 +50,7 @@ def test_a_verb_takes_the_words_of_its_command(name: str) -> None:
     for each in command.params:
         option = next((option for option in each.opts if option.startswith("--")), each.name)
         words.add(option.removeprefix("--").replace("-", "_"))
-    verb = getattr(importlib.import_module(f"compressknow.commands.{name}"), name)
+    verb = getattr(importlib.import_module(f"compressknow.api.{name}"), name)
     parameters = set(inspect.signature(verb).parameters)
     assert {word for word in words - parameters if {word, f"{word} of {name}"}.isdisjoint(OF_THE_TERMINAL)} == set()
     assert parameters - words - OF_PYTHON == set()
@@ -79,7 +79,7 @@ def test_an_old_name_works_and_warns(
     verb: str, old: dict[str, Any], new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    call = getattr(importlib.import_module(f"compressknow.commands.{verb}"), verb)
+    call = getattr(importlib.import_module(f"compressknow.api.{verb}"), verb)
     with pytest.warns(DeprecationWarning, match=f"{new}="), pytest.raises(CheckpointError, match="no such folder"):
         call(tmp_path / "a", tmp_path / "b", **old)
 

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from compressknow.repeating import Repeating
+from compressknow.base.progress import Repeating
 
 # Raises where a signal would leave a lock taken.
 IN_LOCKS = """
@@ -32,7 +32,7 @@ USES = {
         """
 import sys
 from pathlib import Path
-from compressknow.compress.layout import Layout
+from compressknow.compress.staging import Layout
 from compressknow.compress.process import OutputFiles
 from compressknow.compress.pool import Pool
 """,
@@ -55,7 +55,7 @@ with Line(lambda: "far", 0.0):
 INTERRUPTED_OFTEN = """
 import signal, sys, time
 from itertools import repeat
-from compressknow.repeating import Repeating
+from compressknow.base.progress import Repeating
 
 class Alarm(Exception):
     pass

@@ -67,7 +67,7 @@ def pretend() -> None:
     sys.addaudithook(_refuse)
     # Other libraries would take the module for Windows itself.
     sys.modules["msvcrt"] = lock
-    import compressknow.system  # noqa: F401
+    import compressknow.base.system  # noqa: F401
 
     del sys.modules["msvcrt"]
 

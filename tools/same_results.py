@@ -114,7 +114,7 @@ def run(models: Path, real: list[Path], facts: int) -> dict[str, Any]:
 def converted(model: Path, output: Path, step: Mapping[str, Any]) -> dict[str, Any]:
     """Manifest, config and hashes of a conversion; or that it was refused."""
     import compressknow
-    from compressknow.errors import CompressknowError
+    from compressknow.base.errors import CompressknowError
 
     try:
         manifest = compressknow.convert(model, output, recipe={"steps": [dict(step)]})
@@ -132,7 +132,7 @@ def converted(model: Path, output: Path, step: Mapping[str, Any]) -> dict[str, A
 def reported(model: Path, output: Path, probes: list[str], facts: int, answers: Path) -> dict[str, Any]:
     """report.json, and every answer."""
     import compressknow
-    from compressknow.errors import CompressknowError
+    from compressknow.base.errors import CompressknowError
     from compressknow.evaluate.answers import read_answers
 
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressknow.base.format import plain, size, smaller
 from compressknow.cli.options import (
     EVALUATE,
     RUNS,
@@ -23,8 +24,7 @@ from compressknow.cli.options import (
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted, shown_first
 from compressknow.cli.terminal import Lines, show, show_json
-from compressknow.format import plain, size, smaller
-from compressknow.pages.diff.records import Behaviour, Checkpoint, CheckpointComparison, names_of
+from compressknow.pages.diff.records import Behaviour, CheckpointComparison, names_of
 from compressknow.pages.diff.tables import (
     Part,
     figures_table,
@@ -36,11 +36,12 @@ from compressknow.pages.diff.tables import (
     structure_table,
     worst,
 )
+from compressknow.pages.records import Checkpoint
 from compressknow.pages.texts import in_short
 
 if TYPE_CHECKING:
-    from compressknow.diff.records import Difference
-    from compressknow.pages.tables import Table
+    from compressknow.comparison.differences import Difference
+    from compressknow.pages.parts import Table
 
 
 @command(short_help="Show how two checkpoints differ.", more=probes_help)
@@ -99,7 +100,7 @@ def compare(
     compressknow compare MODEL CONVERTED -p atlas --limit 300 -o compare.html
     compressknow compare MODEL CONVERTED -p atlas --fail-under 0.95
     """
-    from compressknow.commands.compare import compare as comparison_of
+    from compressknow.api.compare import compare as comparison_of
 
     with (
         if_interrupted(RESUMES if probe else NOTHING_WRITTEN),

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from compressknow.base.errors import UsageError
+from compressknow.base.format import count, percent, size
 from compressknow.cli.options import (
     COMPRESS,
     HOW,
@@ -25,16 +27,12 @@ from compressknow.cli.options import (
 from compressknow.cli.push import push_options, upload_of
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, duration, show, show_json
-from compressknow.compress.calibrate.words import calibrated_in_words
 from compressknow.compress.options import RECIPE_OPTIONS
 from compressknow.compress.parameters import Parameter, Parametric
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.removal.words import removed_in_words
 from compressknow.compress.schemes import SCHEMES, known, word_of
 from compressknow.compress.steps import ROUNDINGS, SHARED
-from compressknow.errors import UsageError
-from compressknow.format import count, percent, size
-from compressknow.model.manifest import calibration_of
+from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words
 from compressknow.model.scopes import DEFAULT_SCOPES
 from compressknow.pages.model_card import warnings_of, where_it_runs
 
@@ -177,7 +175,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     compressknow convert MODEL OUT --recipe recipe.toml
     compressknow convert MODEL OUT --quantize int8 --push me/my-model
     """
-    from compressknow.commands.convert import convert as run
+    from compressknow.api.convert import convert as run
 
     uploads = upload_of(options.pop("push"), options.pop("private"), dry_run=dry_run)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from compressknow.errors import UsageError, did_you_mean
+from compressknow.base.errors import UsageError, did_you_mean
 
 FILE, PROJECT = "compressknow.toml", "pyproject.toml"
 # A file that came with someone's repository is not asked to run its code, to replace files or to upload any.

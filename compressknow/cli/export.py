@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from compressknow.base.format import count, plain, size
 from compressknow.cli.options import (
     CALIBRATION,
     FIT,
@@ -26,7 +27,6 @@ from compressknow.cli.options import (
 from compressknow.cli.push import push_options, upload_of
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
-from compressknow.format import count, plain, size
 
 WIDTH = 80
 EPILOG = """\b
@@ -98,7 +98,7 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     compressknow export MODEL OUT.gguf --type q4_k_m --type-of attention=q8_0
     compressknow export MODEL OUT.gguf --size 90MB
     """
-    from compressknow.commands.export import export as run
+    from compressknow.api.export import export as run
 
     uploads = upload_of(options.pop("push"), options.pop("private"), dry_run=dry_run)
     with if_interrupted(NOTHING_WRITTEN):

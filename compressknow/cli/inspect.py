@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
+from compressknow.base.format import size
 from compressknow.cli.export import types_table
 from compressknow.cli.options import COMPRESS, REVISION, RUNS, TRUST, OneOf, command, option
 from compressknow.cli.terminal import show, show_json
-from compressknow.format import size
 
 LISTED = 8
 WIDTH = 80
@@ -38,7 +38,7 @@ def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code
     MODEL is a local folder or a Hub id. A folder with only a config.json is enough. Of a GGUF file it shows
     the types of its tensors by group.
     """
-    from compressknow.commands.inspect import inspect as run
+    from compressknow.api.inspect import inspect as run
 
     summary = run(model, module_map=module_map, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:

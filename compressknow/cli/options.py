@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from compressknow.errors import did_you_mean
+from compressknow.base.errors import did_you_mean
 
 # The groups, in the order in which one decides.
 COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressknow.base.format import count, percent, plain, share
 from compressknow.cli.options import (
     EVALUATE,
     REVISION,
@@ -25,14 +26,12 @@ from compressknow.cli.options import (
 from compressknow.cli.report import grades_line
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
-from compressknow.format import count, percent, plain, share
+from compressknow.comparison.text import perplexity
 from compressknow.pages.texts import perplexity_to_json, within
-from compressknow.stats.text import perplexity
 
 if TYPE_CHECKING:
     from compressknow.evaluate.answers import Answers
-    from compressknow.evaluate.records import ProbeEntry
-    from compressknow.evaluate.text.records import Chunk
+    from compressknow.evaluate.records import Chunk, ProbeEntry
 
 WIDTH = 80
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
@@ -70,7 +69,7 @@ def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **giv
     compressknow probe MODEL -p lama:trex --data DIR -o answers/original
     compressknow probe CONVERTED -o answers/converted --reference answers/original
     """
-    from compressknow.commands.probe import probe as ask
+    from compressknow.api.probe import probe as ask
 
     with if_interrupted(RESUMES):
         answers = ask(model, output, probe or None, on_progress=Lines(), **given)
@@ -82,7 +81,7 @@ def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **giv
 
 def _page(answers: Answers, output: Path) -> Iterator[str]:
     from compressknow.evaluate.answers import GRADES
-    from compressknow.evaluate.wordings import by_majority
+    from compressknow.evaluate.grades import by_majority
     from compressknow.pages.card.warnings import of_changes
 
     answers = by_majority(answers)

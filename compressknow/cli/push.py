@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import click
 
+from compressknow.base.format import count
 from compressknow.cli.options import option
 from compressknow.cli.terminal import show
-from compressknow.format import count
 
 WIDTH = 80
 
@@ -35,8 +35,8 @@ def upload_of(repo: str | None, private: bool, *, dry_run: bool) -> Uploads | No
         if private:
             raise click.UsageError("--private goes with --push REPO.")
         return None
-    from compressknow.commands.push import check_push, push
-    from compressknow.hub import planned
+    from compressknow.api.push import check_push, push
+    from compressknow.base.hub import planned
 
     check_push(repo, dry_run=dry_run)
 

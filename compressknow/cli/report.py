@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from compressknow.base.files import as_text
+from compressknow.base.format import at_least, count, estimate, p_value, plain, share, size
 from compressknow.cli.options import (
     EVALUATE,
     RUNS,
@@ -24,11 +26,9 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.run import RESUMES, if_interrupted, shown_first
 from compressknow.cli.terminal import Lines, show, show_json
-from compressknow.files import as_text
-from compressknow.format import at_least, count, estimate, p_value, plain, share, size
+from compressknow.comparison.records import Estimate
 from compressknow.pages.records import Card, Comparison
 from compressknow.pages.texts import in_short
-from compressknow.stats.records import Estimate
 
 
 @command(short_help="Show which knowledge compressed models kept and lost.", more=probes_help)
@@ -83,7 +83,7 @@ def report(
     compressknow report MODEL CONVERTED -p lama:trex --data DIR -o report.html
     compressknow report MODEL CONVERTED --fail-under 0.95 --early
     """
-    from compressknow.commands.report import report as compare
+    from compressknow.api.report import report as compare
 
     with if_interrupted(RESUMES), shown_first(lambda card: _show(card, output, as_json=as_json)):
         given |= {"command": command_of(ctx), "on_progress": Lines()}

@@ -19,10 +19,10 @@ from typing import Any
 
 import click
 
+from compressknow.base.errors import CompressknowError, GateNotMet, GateUndecided, did_you_mean, is_panic, lacks_memory
+from compressknow.base.libraries import not_installed
 from compressknow.cli.defaults import project_defaults
 from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams, show
-from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, did_you_mean, is_panic, lacks_memory
-from compressknow.libraries import not_installed
 
 
 class LazyGroup(click.Group):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressknow.base.errors import GateNotMet
+from compressknow.base.format import estimate, plain, size
 from compressknow.cli.options import (
     EVALUATE,
     FIT,
@@ -28,8 +30,6 @@ from compressknow.cli.options import (
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json_text
-from compressknow.errors import GateNotMet
-from compressknow.format import estimate, plain, size
 
 if TYPE_CHECKING:
     from compressknow.pages.search import Trial
@@ -86,7 +86,7 @@ def search(
     compressknow search MODEL -o found --size 90MB --facts facts:mine.jsonl
     compressknow search MODEL -o found --keep 0.95 --to checkpoint
     """
-    from compressknow.commands.search import search as run
+    from compressknow.api.search import search as run
     from compressknow.pages.search import said, verdict
 
     with if_interrupted(RESUMES):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressknow.base.format import count, plain, share
 from compressknow.cli.options import (
     CALIBRATION,
     EVALUATE,
@@ -25,7 +26,6 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show
-from compressknow.format import count, plain, share
 
 if TYPE_CHECKING:
     from compressknow.study.sensitivity import Sensitivity, TensorSensitivity
@@ -69,7 +69,7 @@ def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
     compressknow sensitivity MODEL -o map.html -o map.csv
     compressknow sensitivity MODEL --facts facts:mine.jsonl --guide facts
     """
-    from compressknow.commands.sensitivity import sensitivity as run
+    from compressknow.api.sensitivity import sensitivity as run
 
     with if_interrupted(RESUMES):
         found = run(model, output, on_progress=Lines(), **options)

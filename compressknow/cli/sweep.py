@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressknow.base.format import count, estimate, percent, plain, size
 from compressknow.cli.options import (
     COMPRESS,
     HOW,
@@ -28,7 +29,6 @@ from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json_text
 from compressknow.compress.schemes import SCHEMES
-from compressknow.format import count, estimate, percent, plain, size
 
 if TYPE_CHECKING:
     from compressknow.pages.study.records import Study
@@ -113,7 +113,7 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...
     compressknow sweep MODEL -o study --grid methods --calibration-tokens 8192
     compressknow sweep MODEL -o study --grid mine.toml
     """
-    from compressknow.commands.sweep import sweep as run
+    from compressknow.api.sweep import sweep as run
 
     lines = _Lines(given["known"], silent=as_json)
     with if_interrupted(RESUMES):
@@ -167,7 +167,7 @@ def _line(result: CellResult) -> Iterator[str]:
 
 def _end(study: Study, output: Path) -> Iterator[str]:
     from compressknow.pages.study.findings import findings
-    from compressknow.pages.study.found import what_was_found
+    from compressknow.pages.study.summary import what_was_found
 
     yield ""
     for each in what_was_found(study, findings(study)):

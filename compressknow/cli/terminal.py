@@ -19,9 +19,8 @@ from typing import Any
 
 import click
 
-from compressknow.format import count, is_seen, json_text, plain, plain_lines, size
-from compressknow.quiet import Progress, Stage
-from compressknow.repeating import Repeating
+from compressknow.base.format import count, is_seen, json_text, plain, plain_lines, size
+from compressknow.base.progress import Progress, Repeating, Stage
 
 # Work that ends sooner shows no line.
 DELAY_SECONDS = 1.0

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
+from compressknow.base.errors import CompressknowError
+from compressknow.base.format import count, size
 from compressknow.cli.options import RUNS, command, option
 from compressknow.cli.terminal import Lines, show, show_json
-from compressknow.errors import CompressknowError
-from compressknow.format import count, size
 
 WIDTH = 80
 
@@ -29,7 +29,7 @@ def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool)
     Files that are not in the manifest are named, and so is an edited manifest. The exit code is 1 where anything
     differs. The model card, README.md, may be edited and is not compared.
     """
-    from compressknow.commands.verify import verify as run
+    from compressknow.api.verify import verify as run
 
     result = run(folder, threads=threads, on_progress=Lines(), check=not as_json)
     if as_json:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressknow.base.errors import CheckpointError
 from compressknow.compress.pool import Pool
-from compressknow.errors import CheckpointError
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, StoredTensor, byte_view, torch_dtype
 
 BLOCK_ELEMENTS = 1 << 18

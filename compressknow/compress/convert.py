@@ -12,6 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
+from compressknow.base.libraries import require
+from compressknow.base.progress import Advance, Begin, counted, untold
+from compressknow.base.reading import sha256_of
 from compressknow.compress.blocks import Reader
 from compressknow.compress.layout import Layout, lay_out
 from compressknow.compress.manifest import Manifest, build_manifest, serialize
@@ -22,19 +26,21 @@ from compressknow.compress.proof import planned_headers, prove, prove_written
 from compressknow.compress.pruning import Mask, choose, pruned_count
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.smaller import Removal, remove
+from compressknow.compress.sources import quantization_config
 from compressknow.compress.staging import Staging, clean, refuse_output
 from compressknow.compress.steps import Prune, Quantize
-from compressknow.compress.targets import quantization_config
-from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
-from compressknow.libraries import require
-from compressknow.model.checkpoint import SAFETENSORS_INDEX, TORCH_INDEX, Checkpoint, refuse_leading_out
+from compressknow.model.checkpoint import (
+    SAFETENSORS_INDEX,
+    TORCH_INDEX,
+    Checkpoint,
+    loading_floats,
+    module_folders,
+    refuse_leading_out,
+)
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, sealed
-from compressknow.model.sentence_transformers import loading_floats, module_folders
 from compressknow.model.tensors import OpenFiles
-from compressknow.quiet import Advance, Begin, counted, untold
-from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,4 +1,10 @@
-"""The options of `convert` that say a recipe: recipes of them, and them of a recipe."""
+"""Options that say a recipe, and the parameters that methods and schemes declare for options, recipes and grids alike.
+
+A field of the class is a parameter::
+
+    class FirstColumns(PruningMethod):
+        width: int = parameter(default=1, help="Columns that go together.", must="be at least 1", fits=lambda n: n > 0)
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from compressknow.base.errors import UsageError, did_you_mean
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import (
@@ -20,7 +27,6 @@ from compressknow.compress.steps import (
     Step,
     Where,
 )
-from compressknow.errors import UsageError, did_you_mean
 from compressknow.model.scopes import DEFAULT_SCOPES
 from compressknow.model.structure import ModuleMap
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self, dataclass_transform
 
-from compressknow.errors import UsageError, did_you_mean
+from compressknow.base.errors import UsageError, did_you_mean
 
 # What a step of a recipe, a cell of a grid and `convert` call other things.
 TAKEN = frozenset(
@@ -24,6 +24,8 @@ TAKEN = frozenset(
         *("revision", "trust_remote_code", "dry_run", "overwrite", "json", "as_json", "help", "debug"),
     )
 )
+
+
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 

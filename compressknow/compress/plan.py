@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.pruning import METHODS, Weights, pruned_count
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES, Scheme, Stored
 from compressknow.compress.sources import Sources
 from compressknow.compress.steps import Prune, Quantize, Step
-from compressknow.errors import UnsupportedError, UsageError
 from compressknow.model.checkpoint import Checkpoint, some_of
 from compressknow.model.loading import headers_of, load_report
 from compressknow.model.scopes import Action, select

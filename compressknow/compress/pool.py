@@ -13,7 +13,7 @@ from weakref import finalize
 
 import torch
 
-from compressknow.system import available_cores
+from compressknow.base.system import available_cores
 
 # More than any machine has cores.
 MOST_THREADS = 1024

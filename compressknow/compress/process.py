@@ -17,6 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressknow.base.errors import CompressknowError
+from compressknow.base.progress import Repeating
+from compressknow.base.reading import open_regular
+from compressknow.base.system import new_file, write_at
 from compressknow.compress.blocks import (
     FLOATS,
     Block,
@@ -33,11 +37,7 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import Mask, Pruned
 from compressknow.compress.schemes import SCALE, SCHEMES, Scheme, Stored
 from compressknow.compress.schemes.rounding import Rounding, nearest
-from compressknow.errors import CompressknowError
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
-from compressknow.reading import open_regular
-from compressknow.repeating import Repeating
-from compressknow.system import new_file, write_at
 
 COPY_BYTES = 1 << 20
 FLUSH_SECONDS = 0.1

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressknow.base.errors import UnsupportedError
 from compressknow.compress.plan import PlannedTensor
-from compressknow.errors import UnsupportedError
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
 from compressknow.model.loading import Header, LoadReport, headers_of, load_report
 from compressknow.model.meta import config_from_dict

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from compressknow.base.errors import UsageError, did_you_mean
+from compressknow.base.reading import MANIFEST, read_json, read_toml
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.steps import SHARED, Calibration, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
-from compressknow.errors import UsageError, did_you_mean
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.model.structure import ModuleMap
-from compressknow.reading import MANIFEST, read_json, read_toml
 
 
 def to_toml(recipe: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""An output folder that appears whole or not at all: written beside its final place, renamed at the end.
+"""An output folder that appears whole or not at all: its weight files laid out first, renamed at the end.
 
 A run that dies leaves its staging folder behind, and beside it a lock that nobody holds any more; the next run for the
 same output removes both, and puts back what an interrupted `--overwrite` had moved aside.
@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from compressknow.errors import OutputError
-from compressknow.files import cannot_write, dead, new_locked_file, refuse_broken_links
+from compressknow.base.errors import OutputError
+from compressknow.base.files import cannot_write, dead, new_locked_file, refuse_broken_links
+from compressknow.base.reading import open_regular
+from compressknow.base.system import is_full, move, remove_lock, sync_folder, uninterrupted
 from compressknow.model.manifest import MANIFEST_NAME
-from compressknow.reading import open_regular
-from compressknow.system import is_full, move, remove_lock, sync_folder, uninterrupted
 
 COPY_BYTES = 1 << 20
 

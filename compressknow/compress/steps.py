@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal
 
+from compressknow.base.errors import UsageError, did_you_mean
 from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS, PruningMethod
 from compressknow.compress.schemes import SCHEMES, Scheme
-from compressknow.errors import UsageError, did_you_mean
 from compressknow.model.scopes import (
     DEFAULT_SCOPES,
     MOST_BLOCKS,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from compressknow.compress.blocks import Reader
-from compressknow.compress.calibrate.kept import kept_text
+from compressknow.compress.calibrate.text import kept_text
 from compressknow.compress.convert import (
     Conversion,
     calibration_record,
@@ -31,6 +30,7 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, TensorWriter, Work
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration
+from compressknow.engine.load import Variant
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.structure import ModuleMap, Structure
@@ -38,25 +38,6 @@ from compressknow.model.tensors import OpenFiles, byte_view, torch_dtype
 
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.text import CalibrationText
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A converted checkpoint in memory.
-
-    Attributes
-    ----------
-    tensors : by name, what the weight files would hold, in the dtypes that they would; those that the recipe leaves
-        alone are shared with the other variants of the checkpoint.
-    config : what config.json would hold.
-    manifest : as `convert` returns it, without the hashes of files.
-    bytes : size of the weight files.
-    """
-
-    tensors: dict[str, torch.Tensor] = field(repr=False)
-    config: dict[str, Any] = field(repr=False)
-    manifest: dict[str, Any] = field(repr=False)
-    bytes: int
 
 
 class VariantMaker:
@@ -144,7 +125,8 @@ class VariantMaker:
             self._keep(plan, output, measured)
         sizes = lay_out(plan.tensors, plan.checkpoint.shards).sizes
         manifest = build_manifest(plan, measured, {}, {}, calibration_record(text, calibrated, plan.removal))
-        return Variant(output.kept | output.made, output_config(plan), manifest, sum(sizes.values()))
+        tensors, bytes = output.kept | output.made, sum(sizes.values())
+        return Variant(tensors, output_config(plan), manifest, bytes, self.checkpoint.folder, self.tree)
 
     def text(self, plan: Plan) -> CalibrationText | None:
         """What a plan is calibrated on, if it is: made once for all recipes that say the same of it. Raises what

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from compressknow.base.errors import CheckpointError, VerificationError
+from compressknow.base.format import count, size
+from compressknow.base.notebook import Shown, Summary
+from compressknow.base.progress import Advance, counted
+from compressknow.base.reading import INDEX
 from compressknow.compress.blocks import raw_keys
 from compressknow.compress.layout import METADATA
 from compressknow.compress.manifest import counts_of
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import COPY_BYTES, hash_file
-from compressknow.errors import CheckpointError, VerificationError
-from compressknow.format import count, size
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, SEAL, expected_tensors, read_manifest, seal_of
 from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_metadata
-from compressknow.notebook import Shown, Summary
-from compressknow.quiet import Advance, counted
-from compressknow.reading import INDEX
 
 SHOWN = 20
 UNSEALED = (

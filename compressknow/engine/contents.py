@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compressknow.base.errors import CheckpointError, CompressknowError
+from compressknow.base.reading import FileState, NotReadable, open_regular, refuse_changed
 from compressknow.engine.identity import DECISIVE, MANIFEST, Located, fingerprint_of, record_beside
-from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.model.checkpoint import open_checkpoint
-from compressknow.model.gguf_header import plain_tensors
+from compressknow.model.gguf_file import plain_tensors
 from compressknow.model.manifest import SEAL, expected_tensors, read_manifest, seal_of
 from compressknow.model.tensors import StoredTensor, not_finite, read_header
 from compressknow.model.torch_bin import read_torch_file
-from compressknow.reading import FileState, NotReadable, open_regular, refuse_changed
 
 READ_BYTES = 1 << 20
 

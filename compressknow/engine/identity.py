@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from compressknow.engine.llama_cpp.parts import gguf_parts
-from compressknow.errors import CheckpointError, UsageError
-from compressknow.files import name_of
-from compressknow.libraries import is_installed
+from compressknow.base.errors import CheckpointError, UsageError
+from compressknow.base.files import name_of
+from compressknow.base.libraries import is_installed
+from compressknow.base.reading import MANIFEST as MANIFEST_BYTES
+from compressknow.base.reading import NotReadable, check_regular, misfit, read_json
 from compressknow.model.checkpoint import did_you_mean_beside, is_address, open_checkpoint, weight_files
-from compressknow.model.gguf_header import refuse_cut_short
+from compressknow.model.gguf_file import gguf_parts, refuse_cut_short
 from compressknow.model.grid import grid_of
 from compressknow.model.tensors import DTYPE_SIZES
-from compressknow.reading import MANIFEST as MANIFEST_BYTES
-from compressknow.reading import NotReadable, check_regular, misfit, read_json
 
 if TYPE_CHECKING:
-    from compressknow.compress.variant import Variant
+    from compressknow.engine.load import Variant
 
 MANIFEST = "compressknow.json"
 _EXPORTED = {

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
 from compressknow.engine.load import family_of_class, load, load_tokenizer, load_variant
-from compressknow.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
 from compressknow.model.checkpoint import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from compressknow.compress.variant import Variant, VariantMaker
+    from compressknow.engine.load import Variant
 
 
 AUTO, CPU = "auto", "cpu"
@@ -164,10 +164,10 @@ def load_whole_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def language_model_of(
-    variant: Variant, maker: VariantMaker, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: str
+    variant: Variant, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: str
 ) -> LanguageModel:
     """A conversion in memory, ready to be evaluated; `tokenizer` is that of its source."""
-    model = load_variant(variant, maker, device=device, dtype=None if dtype == "auto" else dtype)
+    model = load_variant(variant, device=device, dtype=None if dtype == "auto" else dtype)
     _steady(model)
     return LanguageModel(model, tokenizer, family_of(model) or "")
 
@@ -175,8 +175,7 @@ def language_model_of(
 def _steady(model: PreTrainedModel) -> None:
     """Beside layers that round what comes in, float layers must give a row the same bits in any batch. It takes longer
     for few rows, so that a model that is loaded for other ends goes without."""
-    from compressknow.engine.int8 import rounds_activations
-    from compressknow.engine.layers import EngineLinear
+    from compressknow.engine.layers import EngineLinear, rounds_activations
     from compressknow.engine.steady import steady
 
     if rounds_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):

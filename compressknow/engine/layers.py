@@ -6,12 +6,15 @@ What no layer here is for is unpacked to floats when it is loaded: a scheme need
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from compressknow.registry import Registry
+from compressknow.base.registry import Registry
 
 
 class EngineLinear(nn.Module):
@@ -50,7 +53,7 @@ LAYERS: Registry[LayerKind] = Registry(
     "compressknow.layers",
     "engine layer",
     LayerKind,  # type: ignore[type-abstract]
-    {"int8": "compressknow.engine.int8:Int8Kind", "int4": "compressknow.engine.int4:Int4Kind"},
+    {"int8": "compressknow.engine.layers:Int8Kind", "int4": "compressknow.engine.layers:Int4Kind"},
 )
 
 
@@ -62,3 +65,277 @@ def kinds_on(device: str | torch.device) -> list[LayerKind]:
 def layer_of(module: nn.Module, kinds: list[LayerKind]) -> EngineLinear | None:
     """The layer of the first kind that has one for a module."""
     return next((layer for kind in kinds if (layer := kind.layer_of(module))), None)
+
+
+class Int8Linear(EngineLinear):
+    """A Linear with int8 weights whose activations are quantized as they come: the schemes ``int8``, ``int8-paper``.
+
+    Parameters
+    ----------
+    weight : int8 [out, in].
+    weight_scale : float [out, 1], or [1] for the whole of it.
+    bias : float [out] or None.
+    bits : of an activation, 2 to 8.
+    per_token : each token has a scale of its own and zero stays zero; else there is one scale and one zero point for
+        all tokens that come together.
+
+    Takes [..., in] and gives [..., out] of the same float dtype. Scales and integers are what compressed-tensors
+    computes in that dtype (`compute_dynamic_scales_and_zp`, `quantize`), except that it gives one scale to all tokens
+    of an input [tokens, in].
+    """
+
+    word = "int8"
+    weight_sums: torch.Tensor | None
+
+    def __init__(
+        self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, *, bits: int, per_token: bool
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.per_token = per_token
+        self.rounds = True
+        self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        # A zero point of 1 adds these to a token's sums.
+        sums = None if per_token else weight.sum(1, dtype=torch.int32)
+        self.register_buffer("weight_sums", sums, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.rounds:
+            return functional.linear(x, self.weight.to(x.dtype) * self.weight_scale.to(x.dtype), self.bias)
+        tokens = x.reshape(-1, self.in_features)
+        scale, zero = self._scale_of_each(tokens) if self.per_token else self._scale_of_all(tokens)
+        integers = torch.div(tokens, scale)
+        if zero is not None:
+            integers = integers.add_(zero)
+        integers = integers.clamp_(self.lowest, self.highest).round_().to(torch.int8)
+        sums = torch._int_mm(integers, self.weight.t())
+        if self.weight_sums is not None and zero is not None:
+            sums = sums.sub_(self.weight_sums * zero.to(torch.int32))
+        # Converted first: torch multiplies int32 by float32 many times more slowly than float32 by float32.
+        values = sums.float().mul_(scale.float())
+        scales = self.weight_scale.float().flatten()
+        values = values.mul_(scales) if self.bias is None else torch.addcmul(self.bias.float(), values, scales)
+        return values.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _scale_of_each(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Scales [tokens, 1]."""
+        # Two passes: `aminmax` over a dimension is many times slower.
+        largest = torch.maximum(tokens.amax(-1, keepdim=True), -tokens.amin(-1, keepdim=True))
+        return self._not_zero(largest / ((self.highest - self.lowest) / 2)), None
+
+    def _scale_of_all(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A scale [] and a zero point [], both of the tokens' dtype; the point is a whole number."""
+        lowest, highest = tokens.aminmax()
+        lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
+        scale = (highest - lowest) / (self.highest - self.lowest)
+        # Where all are zero 0/0 is no number, and any point will do.
+        zero = (self.lowest - lowest / scale).nan_to_num().clamp(self.lowest, self.highest).round()
+        return self._not_zero(scale), zero
+
+    def _not_zero(self, scale: torch.Tensor) -> torch.Tensor:
+        return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+
+
+def rounds_activations(model: nn.Module) -> bool:
+    """Whether some layer rounds what comes in to integers: here, or in compressed-tensors' floats."""
+    return any(map(_rounds, model.modules()))
+
+
+def _rounds(module: nn.Module) -> bool:
+    scheme: Any = getattr(module, "quantization_scheme", None)
+    if isinstance(module, EngineLinear):
+        return module.rounds is not None
+    return scheme is not None and scheme.input_activations is not None
+
+
+@contextlib.contextmanager
+def unrounded(model: nn.Module) -> Iterator[None]:
+    """Activations stay floats: what differs then does so for another reason than that a value was rounded otherwise."""
+    switched: list[tuple[Any, str, bool]] = []
+    for module in filter(_rounds, model.modules()):
+        # The second is compressed-tensors' own name, for modules that it has prepared.
+        name = "rounds" if isinstance(module, EngineLinear) else "quantization_enabled"
+        switched.append((module, name, getattr(module, name, True)))
+        setattr(module, name, False)
+    try:
+        yield
+    finally:
+        for layer, name, before in switched:
+            setattr(layer, name, before)
+
+
+def int8_runs_on(device: str | torch.device) -> bool:
+    """Whether int8 products are fast and exact there. CPUs without VNNI clip sums of two products, or go one by one."""
+    has_kernels: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_kernels and torch.cpu._is_vnni_supported() and torch.device(device).type == "cpu"
+
+
+def int8_layer_of(module: nn.Module) -> Int8Linear | None:
+    """The int8 layer for a module that compressed-tensors has prepared and that still holds int8 weights; None where
+    its scheme is another one.
+    """
+    scheme: Any = getattr(module, "quantization_scheme", None)
+    per_token = _dynamic_kind(scheme) if scheme else None
+    parts = dict(module.named_parameters(recurse=False))
+    if per_token is None or type(module) is not nn.Linear or not {"weight", "weight_scale"} <= set(parts):
+        return None
+    if parts["weight"].dtype != torch.int8 or "weight_zero_point" in parts:
+        return None
+    bits = scheme.input_activations.num_bits
+    weight, scale = parts["weight"].data, parts["weight_scale"].data
+    return Int8Linear(weight, scale, parts.get("bias"), bits=bits, per_token=per_token)
+
+
+class Int8Kind(LayerKind):
+    """Weights and activations of 8 bits or less."""
+
+    def runs_on(self, device: str | torch.device) -> bool:
+        """See the function."""
+        return int8_runs_on(device)
+
+    def layer_of(self, module: nn.Module) -> Int8Linear | None:
+        """See the function."""
+        return int8_layer_of(module)
+
+
+def _dynamic_kind(scheme: Any) -> bool | None:
+    """Whether activations have a scale a token (True) or one for all (False); None for any other scheme."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    if inputs is None or scheme.output_activations is not None or weights is None:
+        return None
+    if weights.strategy not in ("channel", "tensor") or not weights.symmetric or inputs.dynamic is not True:
+        return None
+    if (weights.type, inputs.type) != ("int", "int") or inputs.num_bits > 8 or inputs.scale_dtype is not None:
+        return None
+    return {("token", True): True, ("tensor", False): False}.get((inputs.strategy, inputs.symmetric))
+
+
+# What torch's kernel takes: these groups, and outputs by so many.
+GROUP_SIZES, OUTPUTS = (32, 64, 128, 256), 16
+# Instructions with which it beats a product in float32: 24 us against 46 for 576 -> 1536 on one core. With AVX2 it
+# takes 87, and with others it goes one by one.
+FAST = "AVX512"
+# Subtracted from what is stored in 4 bits.
+OFFSET = 8
+
+
+class Int4Linear(EngineLinear):
+    """A Linear with int4 weights in groups of input channels: the scheme ``int4``.
+
+    What comes in, scales and what goes out are rounded to bfloat16, which is what torch's kernel takes; it multiplies
+    and adds in float32 (`aten::_weight_int4pack_mm_for_cpu`). A row has the same bits in any company.
+
+    Parameters
+    ----------
+    integers : int8 [out, in], from -8 to 7.
+    weight_scale : float [out, groups].
+    bias : float [out] or None.
+
+    Takes [..., in] and gives [..., out] of the same float dtype.
+    """
+
+    word = "int4"
+    packed: torch.Tensor
+    scales_and_zeros: torch.Tensor
+
+    def __init__(self, integers: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = integers.shape
+        self.group_size = self.in_features // weight_scale.shape[1]
+        self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.rounds = True
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32).add_(OFFSET), 1)
+        # In an order of the kernel's own: no parameter that anyone could read.
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scales_and_zeros", _beside(weight_scale.t()), persistent=False)
+
+    @property
+    def unlisted(self) -> int:
+        """All of its weights."""
+        return self.out_features * self.in_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.rounds:
+            weight = self.integers().to(x.dtype) * self._per_column().to(x.dtype)
+            return functional.linear(x, weight, self.bias)
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
+        values = self._product(rows, self.scales_and_zeros.to(torch.bfloat16)).to(x.dtype)
+        if self.bias is not None:
+            values += self.bias
+        return values.reshape(*x.shape[:-1], self.out_features)
+
+    def integers(self) -> torch.Tensor:
+        """int8 [out, in], from -8 to 7: what the kernel makes of unit vectors, in bfloat16 exactly."""
+        ones = torch.ones(self.in_features // self.group_size, self.out_features)
+        units = torch.eye(self.in_features, dtype=torch.bfloat16)
+        return self._product(units, _beside(ones)).t().to(torch.int8)
+
+    def _product(self, rows: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self.packed, self.group_size, scales_and_zeros
+        )
+        return product
+
+    def _per_column(self) -> torch.Tensor:
+        return self.weight_scale.repeat_interleave(self.group_size, dim=1)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As a checkpoint stores it, so that what is saved can be loaded."""
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight_packed"] = pack_to_int32(self.integers(), 4)
+        destination[f"{prefix}weight_shape"] = torch.tensor([self.out_features, self.in_features])
+
+
+def _beside(scales: torch.Tensor) -> torch.Tensor:
+    """bfloat16 [groups, out, 2] of scales [groups, out]: each with a zero, for the kernel adds another number."""
+    return torch.stack([scales, torch.zeros_like(scales)], dim=-1).to(torch.bfloat16)
+
+
+def int4_runs_on(device: str | torch.device) -> bool:
+    """Whether torch's kernel is fast there."""
+    return torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() == FAST
+
+
+def int4_layer_of(module: nn.Module) -> Int4Linear | None:
+    """The int4 layer for a module that compressed-tensors has prepared and that still holds packed weights; None where
+    its scheme is another one, or the kernel does not take its shape.
+    """
+    scheme: Any = getattr(module, "quantization_scheme", None)
+    parts = dict(module.named_parameters(recurse=False))
+    named = {"weight_packed", "weight_scale", "weight_shape"}
+    if type(module) is not nn.Linear or not scheme or set(parts) - {"bias"} != named or not _is_int4(scheme):
+        return None
+    rows, columns = parts["weight_shape"].tolist()
+    size = scheme.weights.group_size
+    if rows % OUTPUTS or columns % size or parts["weight_scale"].shape != (rows, columns // size):
+        return None
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    integers = unpack_from_int32(parts["weight_packed"].data, 4, torch.Size((rows, columns)))
+    return Int4Linear(integers, parts["weight_scale"].data, parts.get("bias"))
+
+
+def _is_int4(scheme: Any) -> bool:
+    weights = scheme.weights
+    if weights is None or scheme.input_activations is not None or scheme.output_activations is not None:
+        return False
+    kind = (weights.num_bits, weights.type, weights.strategy, weights.symmetric)
+    return kind == (4, "int", "group", True) and weights.group_size in GROUP_SIZES
+
+
+class Int4Kind(LayerKind):
+    """Weights of 4 bits; what comes in stays a float."""
+
+    def runs_on(self, device: str | torch.device) -> bool:
+        """See the function."""
+        return int4_runs_on(device)
+
+    def layer_of(self, module: nn.Module) -> Int4Linear | None:
+        """See the function."""
+        return int4_layer_of(module)

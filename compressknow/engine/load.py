@@ -6,23 +6,45 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
-from compressknow.files import as_text
-from compressknow.libraries import GGUF_TRANSFORMERS, reads_gguf
-from compressknow.model.gguf_header import check_gguf
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
+from compressknow.base.files import as_text
+from compressknow.base.libraries import GGUF_TRANSFORMERS, reads_gguf
+from compressknow.base.progress import no_panics, quiet
+from compressknow.base.reading import NotReadable
+from compressknow.model.gguf_file import check_gguf
 from compressknow.model.scopes import refuse_slow_targets
-from compressknow.quiet import no_panics, quiet
-from compressknow.reading import NotReadable
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from compressknow.compress.variant import Variant, VariantMaker
+
+@dataclass(frozen=True)
+class Variant:
+    """A converted checkpoint in memory.
+
+    Attributes
+    ----------
+    tensors : by name, what the weight files would hold, in the dtypes that they would; those that the recipe leaves
+        alone are shared with the other variants of the checkpoint.
+    config : what config.json would hold.
+    manifest : as `convert` returns it, without the hashes of files.
+    bytes : size of the weight files.
+    folder : that of the checkpoint it was made of.
+    tree : the model of that checkpoint, on the meta device.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+    manifest: dict[str, Any] = field(repr=False)
+    bytes: int
+    folder: Path
+    tree: PreTrainedModel = field(repr=False)
 
 
 def load(
@@ -36,7 +58,7 @@ def load(
     """The model of a checkpoint folder, in eval mode; its class is the one that the config names.
 
     An int8 checkpoint whose activations are quantized runs in int8 on CPUs that have the instructions for it (see
-    `compressknow.engine.int8`), and int4 weights stay packed on CPUs with AVX-512 (`compressknow.engine.int4`).
+    `compressknow.engine.layers`), and int4 weights stay packed on CPUs with AVX-512 (`compressknow.engine.layers`).
     Other quantized weights keep their values, but are unpacked to floats here: transformers itself does so only at the
     first forward of the whole model, so that `generate` fails where an encoder is called by itself (T5, BART).
 
@@ -70,17 +92,17 @@ def load(
 
 
 def load_variant(
-    variant: Variant, maker: VariantMaker, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+    variant: Variant, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The model that `load` gives of a converted folder, of a conversion in memory that `maker` made."""
-    path = maker.checkpoint.folder
+    """Return the model that `load` gives of a converted folder, of one in memory."""
+    path, tree = variant.folder, variant.tree
     with quiet(), _as_checkpoint_error(path):
-        _, named = _classes(maker.tree.config, False, True)
+        _, named = _classes(tree.config, False, True)
         # An Auto class is a way to code that lies in the folder: the tree is already built of that.
-        model_class = named if hasattr(named, "config_class") else type(maker.tree)
+        model_class = named if hasattr(named, "config_class") else type(tree)
         model, report = model_class.from_pretrained(
             None,
-            config=type(maker.tree.config).from_dict(variant.config),
+            config=type(tree.config).from_dict(variant.config),
             state_dict=dict(variant.tensors),
             dtype=dtype or "auto",
             output_loading_info=True,

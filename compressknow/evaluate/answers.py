@@ -11,18 +11,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.errors import DamagedAnswers, OutputError
-from compressknow.evaluate.records import Record
-from compressknow.evaluate.text.records import FILES as TEXTS
-from compressknow.evaluate.text.records import FORM as TEXT_FORM
-from compressknow.evaluate.text.records import Chunk, read_texts
-from compressknow.files import LOCK, is_no_folder, own_folder, write_whole, written
-from compressknow.format import count, percent, plain
+from compressknow.base.errors import DamagedAnswers, OutputError
+from compressknow.base.files import LOCK, is_no_folder, own_folder, write_whole, written
+from compressknow.base.format import count, percent, plain
+from compressknow.base.notebook import Shown, Summary
+from compressknow.base.reading import RECORD as RECORD_BYTES
+from compressknow.base.reading import check_parquet, misfit, read_json, sha256_of
+from compressknow.evaluate.records import FILES as TEXTS
+from compressknow.evaluate.records import FORM as TEXT_FORM
+from compressknow.evaluate.records import Chunk, Record, read_texts
 from compressknow.model.manifest import CALIBRATION, REMOVED, SEAL, seal_of, sealed
-from compressknow.notebook import Shown, Summary
-from compressknow.reading import RECORD as RECORD_BYTES
-from compressknow.reading import misfit, read_json, sha256_of
-from compressknow.tables import check_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa

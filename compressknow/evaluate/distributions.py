@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressknow.base.progress import Listener, Stage, begun
 from compressknow.evaluate.answers import LOGP_FLOOR, Answers
 from compressknow.evaluate.evaluate import evaluate
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.sources import Opened
-from compressknow.evaluate.text.evaluate import chunks_of, context_of, keys_of, read_again
-from compressknow.evaluate.text.running import RunningText
-from compressknow.quiet import Listener, Stage, begun
+from compressknow.evaluate.text import RunningText, chunks_of, context_of, keys_of, read_again
 
 if TYPE_CHECKING:
     import torch

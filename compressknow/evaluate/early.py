@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from compressknow.base.errors import UsageError
+from compressknow.base.progress import Listener, staged
 from compressknow.engine.identity import locate
-from compressknow.errors import UsageError
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.distributions import Distributions
 from compressknow.evaluate.facts import Probe
@@ -29,9 +30,8 @@ from compressknow.evaluate.gather import (
 )
 from compressknow.evaluate.grades import known_as
 from compressknow.evaluate.handle import Beside, ModelHandle
+from compressknow.evaluate.noise import unmeasured
 from compressknow.evaluate.run import facts_entry, held_answers, probe_model
-from compressknow.evaluate.runtime_noise import unmeasured
-from compressknow.quiet import Listener, staged
 
 if TYPE_CHECKING:
     from compressknow.evaluate.sources import Opened

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.base.progress import Advance, Pace
 from compressknow.engine.language_model import embedding_rows
-from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.sources import Opened, Task
-from compressknow.quiet import Advance, Pace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from compressknow.evaluate.runtimes.runtime import Answering, Loaded
+    from compressknow.evaluate.runtimes import Answering, Loaded
     from compressknow.evaluate.scoring.scorer import Query, Scorer, Whole
 
 

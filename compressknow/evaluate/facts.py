@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
-from compressknow.errors import UsageError
+from compressknow.base.errors import UsageError
 
 # Where the object goes in a prompt, as LAMA writes it; each model's own mask or sentinel takes its place.
 BLANK = "[MASK]"

@@ -1,4 +1,4 @@
-"""The answers that a report or a comparison needs: read from answers folders, or given by models and kept.
+"""TODO
 
 A comparison evaluates two models side by side: each on the facts, and each for the probabilities of the other's likely
 tokens.
@@ -7,23 +7,60 @@ tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from compressknow.errors import CompressknowError, UsageError
+from compressknow.base.errors import CompressknowError, UsageError
+from compressknow.base.files import cache_folder
 from compressknow.evaluate.answers import Answers, is_answers_folder, read_answers
-from compressknow.evaluate.overlap import with_calibration
-from compressknow.files import cache_folder
+from compressknow.evaluate.records import FactsInText
 
 if TYPE_CHECKING:
+    from compressknow.base.progress import Listener
     from compressknow.engine.identity import Located
     from compressknow.evaluate.distributions import Distributions
     from compressknow.evaluate.handle import Beside, ModelHandle, Settings
     from compressknow.evaluate.sources import Opened, Options
-    from compressknow.quiet import Listener
+
+
+def with_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:
+    """A model's answers, with what its folder says of calibration in their record, and the facts that stand in the text
+    if that is at hand. (Kept answers may be those of another folder with the same weights.)
+
+    Parameters
+    ----------
+    known_by : what the model that it is compared with answered to the same facts; None for the original.
+    """
+    calibration = model.described().get("calibration")
+    found = _found(calibration, model, known_by) if calibration and known_by else None
+    said = replace(answers.record.model, calibration=calibration, in_calibration=found)
+    return replace(answers, record=replace(answers.record, model=said))
+
+
+def _found(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
+    from compressknow.compress.calibrate.text import texts_again
+
+    trusted = model.settings.trust_remote_code
+    texts = texts_again(model.located.folder, calibration, trust_remote_code=trusted)
+    return facts_in_text(texts, known_by) if texts else None
+
+
+def facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
+    """Counted over the facts that have a subject and an object; None where none has."""
+    from compressknow.compress.calibrate.text import facts_in
+
+    pairs: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+    for answer in known_by.answers:
+        if answer.sub_label.strip() and answer.gold.strip():
+            pairs[answer.correct].append((answer.sub_label, answer.gold))
+    known, others = pairs[True], pairs[False]
+    if not known and not others:
+        return None
+    found = facts_in(texts, known)
+    return FactsInText(len(known) + len(others), found + facts_in(texts, others), len(known), found)
 
 
 def default_answers_folder() -> Path:
@@ -47,7 +84,7 @@ def open_named(probes: str | Sequence[str] | None, options: Options | None, know
 
 def refuse_texts_alone(opened: Sequence[Opened], what: str) -> None:
     """Raise UsageError where there is nothing but running texts: `what`, such as "A sweep", counts facts."""
-    from compressknow.evaluate.text.running import RunningText
+    from compressknow.evaluate.text import RunningText
 
     if all(isinstance(probe, RunningText) for probe in opened):
         raise UsageError(
@@ -160,9 +197,9 @@ class _Gathering:
 
     def run(self, on_progress: Listener | None) -> list[Answers]:
         """The answers of all, in their order."""
+        from compressknow.base.progress import staged
         from compressknow.evaluate.distributions import Distributions
         from compressknow.evaluate.handle import Beside
-        from compressknow.quiet import staged
 
         first, *others = self._handles
         # What is kept of the original's distributions serves models alone that are evaluated beside it.
@@ -182,9 +219,8 @@ class _Gathering:
         return gathered
 
     def _evaluate(self, handle: ModelHandle, beside: Beside, on_progress: Listener | None) -> Answers:
-        from compressknow.evaluate.noise import with_noise_floor
+        from compressknow.evaluate.noise import is_wanted, with_noise_floor, with_runtime_noise_floor
         from compressknow.evaluate.run import probe_model
-        from compressknow.evaluate.runtime_noise import is_wanted, with_runtime_noise_floor
 
         folder = folder_of(self._evaluation.keep_in, handle, beside)
         answers = probe_model(handle, self._probes, folder, beside, on_progress=on_progress, wait=True)
@@ -219,8 +255,8 @@ def finished(
     """The answers of a model that has given them all, with what is found once: facts of its calibration text that they
     are to and, if `timed`, its speed. Stored answers, which have no model beside them, are given back as they are.
     """
+    from compressknow.base.progress import Stage, begun
     from compressknow.evaluate.speed import measure
-    from compressknow.quiet import Stage, begun
 
     if handle is None:
         return answers
@@ -298,11 +334,11 @@ def find_both(
 
     Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
     """
+    from compressknow.base.progress import Stage, begun, counted
     from compressknow.engine.contents import read_contents
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import handles_of
     from compressknow.model.checkpoint import is_address, no_files
-    from compressknow.quiet import Stage, begun, counted
 
     for named in (a, b):
         if is_address(named.model):
@@ -347,12 +383,11 @@ def evaluate_both(
 
     Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
     """
+    from compressknow.base.progress import staged
     from compressknow.evaluate.distributions import Distributions
     from compressknow.evaluate.handle import Beside
-    from compressknow.evaluate.noise import with_noise_floor
+    from compressknow.evaluate.noise import is_wanted, with_noise_floor, with_runtime_noise_floor
     from compressknow.evaluate.run import probe_model
-    from compressknow.evaluate.runtime_noise import is_wanted, with_runtime_noise_floor
-    from compressknow.quiet import staged
 
     def evaluate(
         model: ModelHandle, reference: Answers | None, whole: Distributions | None, known: Answers | None = None

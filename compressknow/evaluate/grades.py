@@ -1,4 +1,4 @@
-"""Grades of knowing: whether a model says a fact, picks it, has it near, or has lost it.
+"""What several answers to one fact come to: grades of knowing, a majority of wordings, an answer after one example.
 
 Picking the right candidate and saying it are two things: a compressed model often still picks what it no longer says.
 
@@ -14,14 +14,24 @@ Right is what the probe's rules say: most often, first among the candidates. So 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
+from statistics import median_high
+from typing import TYPE_CHECKING
 
-from compressknow.errors import CompressknowError, UsageError, did_you_mean
+from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.evaluate.answers import GRADES, Answer, Answers
-from compressknow.evaluate.facts import Fact
+from compressknow.evaluate.evaluate import BATCH_SIZE, batched
+from compressknow.evaluate.facts import BLANK, Fact, Probe, fact_of
 from compressknow.evaluate.records import ProbeEntry
+
+if TYPE_CHECKING:
+    from compressknow.evaluate.runtimes import Answering
+
 
 PRODUCED, RECOGNIZED, DEMOTED, GONE = GRADES
 # What may count as known: all that is right by the probe's rules, or only what is said.
@@ -170,3 +180,121 @@ def _as_produced(answer: Answer) -> Answer:
     # One that says the object though another candidate is likelier is not right: that candidate is its answer.
     predicted = answer.predicted if answer.grade == DEMOTED and answer.produced == answer.gold else answer.produced
     return replace(answer, correct=answer.grade == PRODUCED, predicted=predicted, choices=None)
+
+
+def by_majority(answers: Answers) -> Answers:
+    """One answer per fact where facts were put in several wordings: known if more than half of them are.
+
+    The rank is the middle one, log-probability and divergence are means, and what is answered is what most wordings
+    give, of equally many the first.
+    """
+    split = {name: entry for name, entry in answers.record.probes.items() if entry.templates}
+    if not split:
+        return answers
+    kept = [answer for answer in answers.answers if answer.probe not in split]
+    entries: dict[str, ProbeEntry] = {}
+    for name, entry in split.items():
+        merged = [_merged(wordings) for wordings in by_fact(answers.of(name)).values()]
+        entries[name] = _entry(entry, len(merged))
+        kept += merged
+    probes = {name: entries.get(name, entry) for name, entry in answers.record.probes.items()}
+    return replace(answers, record=replace(answers.record, probes=probes), answers=tuple(kept))
+
+
+def by_fact(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
+    """The answers to the wordings of each fact, by its id."""
+    found: dict[str, list[Answer]] = {}
+    for answer in answers:
+        found.setdefault(fact_of(answer.fact_id), []).append(answer)
+    return found
+
+
+def _merged(wordings: Sequence[Answer]) -> Answer:
+    first = wordings[0]
+    predicted = Counter(answer.predicted for answer in wordings).most_common(1)[0][0]
+    shown = next(answer for answer in wordings if answer.predicted == predicted)
+    rank = median_high(math.inf if answer.rank is None else answer.rank for answer in wordings)
+    tried = [answer.with_example for answer in wordings if answer.with_example is not None]
+    return replace(
+        first,
+        fact_id=fact_of(first.fact_id),
+        template=None,
+        correct=2 * sum(answer.correct for answer in wordings) > len(wordings),
+        predicted=predicted,
+        produced=shown.produced,
+        top5=shown.top5,
+        top5_logp=shown.top5_logp,
+        total_logp=shown.total_logp,
+        rank=int(rank) if math.isfinite(rank) else None,
+        logp_gold=_mean(answer.logp_gold for answer in wordings),
+        first_kl=_mean(answer.first_kl for answer in wordings),
+        with_example=_said_by_most(tried, first.gold),
+        grade=_middle(wordings),
+    )
+
+
+def _middle(wordings: Sequence[Answer]) -> str | None:
+    """The middle grade, the worse of two."""
+    grades = [GRADES.index(answer.grade) for answer in wordings if answer.grade is not None]
+    return GRADES[median_high(grades)] if len(grades) == len(wordings) else None
+
+
+def _said_by_most(said: Sequence[str], gold: str) -> str | None:
+    if not said:
+        return None
+    return gold if 2 * said.count(gold) > len(said) else next((text for text in said if text != gold), gold)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    given = list(values)
+    known = [value for value in given if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(given) else None
+
+
+def _entry(entry: ProbeEntry, facts: int) -> ProbeEntry:
+    """The entry as if facts, not wordings, had been evaluated."""
+    number = entry.templates or 1
+    dropped = {f"{reason} (counted by wording)": prompts for reason, prompts in entry.dropped.items()}
+    return replace(entry, facts=entry.facts // number, asked=facts, dropped=dropped)
+
+
+_ENDED = re.compile(r"""[.!?…]["'”’)\]]*$""")
+
+
+def with_examples(scorer: Answering, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
+    """A model's answers to the facts of the scorer's probe, with what it says after an example where `original`, the
+    original's answers, knew the fact and this model does not; their grades follow.
+    """
+    known = {answer.fact_id for answer in original if answer.correct}
+    lost = {answer.fact_id for answer in answers if answer.fact_id in known and not answer.correct}
+    texts = dict(_said(scorer, [fact for fact in scorer.probe.facts if fact.id in lost]))
+    return [_with(answer, texts.get(answer.fact_id)) for answer in answers]
+
+
+def _with(answer: Answer, text: str | None) -> Answer:
+    answer = replace(answer, with_example=text)
+    return answer if answer.grade is None else replace(answer, grade=grade_of(answer))
+
+
+def _said(scorer: Answering, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]:
+    """Fact id -> what is said; of facts that an example makes too long, and of relations of one object, nothing is."""
+    shown = [shown for fact in facts if (shown := after_example(fact, scorer.probe)) is not None]
+    queries = [query for query in map(scorer.query, shown) if not isinstance(query, str)]
+    batches = chain.from_iterable(scorer.parts(batch) for batch in batched(queries, BATCH_SIZE))
+    for batch, texts in scorer.each(scorer.say, batches):
+        for query, text in zip(batch, texts, strict=True):
+            if text is not None:
+                yield query.fact.id, text
+
+
+def after_example(fact: Fact, probe: Probe) -> Fact | None:
+    """The fact's prompt after another fact of its relation, solved; None where the relation has no other object.
+
+    The example is the first of another subject and object, so that it does not give the answer away.
+    """
+    example = probe.example(fact)
+    if example is None:
+        return None
+    solved = example.prompt.replace(BLANK, example.obj_label).rstrip()
+    stop = "" if _ENDED.search(solved) else "."
+    return replace(fact, prompt=f"{solved}{stop} {fact.prompt}")

@@ -7,37 +7,36 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
+from compressknow.base.progress import PanicError, no_panics
 from compressknow.engine.identity import Located, describe
 from compressknow.engine.language_model import AUTO, CPU, check_device, device_of
 from compressknow.engine.load import reason_of
-from compressknow.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.evaluate import BATCH_SIZE, Prompts, prompts_of
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import ModelRecord
 from compressknow.evaluate.runtimes import RUNTIMES, Loaded, Runtime, runtime_for
 from compressknow.evaluate.sources import Opened, Task
-from compressknow.evaluate.text.evaluate import refuse_other_families
-from compressknow.evaluate.text.running import RunningText
-from compressknow.quiet import PanicError, no_panics
+from compressknow.evaluate.text import RunningText, refuse_other_families
 
 if TYPE_CHECKING:
     from compressknow.engine.contents import Contents
     from compressknow.evaluate.distributions import Distributions
+    from compressknow.evaluate.scoring.reading import TextReader
     from compressknow.evaluate.scoring.scorer import Whole
-    from compressknow.evaluate.text.reading import TextReader
 
 
 @dataclass(frozen=True)
 class Settings:
     """How a model is run. Float32 on the CPU by default, where the batch size shows in the last digits
-    alone, if at all; with ``int8-paper`` in more than these (see `compressknow.engine.int8`).
+    alone, if at all; with ``int8-paper`` in more than these (see `compressknow.engine.layers`).
 
     `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
     those of another: logits differ in their last digits. `runtime` is the name of what runs the model; by default
     what is meant for it (see `compressknow.evaluate.runtimes`). `noise_floor` has an original answer some facts in
     another precision too, or in another runtime (see `compressknow.evaluate.noise` and
-    `compressknow.evaluate.runtime_noise`).
+    `compressknow.evaluate.noise`).
 
     `model`, `parallel` and `timeout` are for servers: the model's name there, requests at a time, seconds to wait.
     """

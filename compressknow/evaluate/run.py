@@ -9,10 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from compressknow._version import __version__
-from compressknow.errors import DamagedAnswers, OutputError, UsageError
+from compressknow.base.errors import DamagedAnswers, OutputError, UsageError
+from compressknow.base.progress import Advance, Listener, Stage, Work, begun
+from compressknow.base.reading import sha256_of
 from compressknow.evaluate.answers import (
     RECORD,
     SCHEMA_VERSION,
@@ -33,29 +35,25 @@ from compressknow.evaluate.answers import (
     write_table,
 )
 from compressknow.evaluate.evaluate import evaluate, first_ids, refuse_other_facts, refuse_other_model, tokens_alike
-from compressknow.evaluate.examples import with_examples
 from compressknow.evaluate.facts import Probe, chance, majority
+from compressknow.evaluate.grades import with_examples
 from compressknow.evaluate.handle import Beside, ModelHandle
-from compressknow.evaluate.records import ModelRecord, ProbeEntry, Record
-from compressknow.evaluate.runtimes import RUNTIMES
-from compressknow.evaluate.sources import Opened, Task
-from compressknow.evaluate.text.evaluate import chunks_of, context_of, entry_of, outcome, read_text
-from compressknow.evaluate.text.records import (
+from compressknow.evaluate.records import (
     ALONE,
     NO_ROOM,
     Chunk,
+    ModelRecord,
+    ProbeEntry,
+    Record,
     entry_with_file,
     file_of,
     read_chunks,
     read_texts,
     write_chunks,
 )
-from compressknow.evaluate.text.running import RunningText
-from compressknow.quiet import Advance, Listener, Stage, Work, begun
-from compressknow.reading import sha256_of
-
-if TYPE_CHECKING:
-    pass
+from compressknow.evaluate.runtimes import RUNTIMES
+from compressknow.evaluate.sources import Opened, Task
+from compressknow.evaluate.text import RunningText, chunks_of, context_of, entry_of, outcome, read_text
 
 # What parts are made of.
 _Part = TypeVar("_Part")
@@ -81,7 +79,7 @@ def probe_model(
     ----------
     folder : an answers folder of this model, or a new one.
     beside : the original's answers, and what else is known; by default this model is the original.
-    on_progress : called with each `compressknow.quiet.Progress`.
+    on_progress : called with each `compressknow.base.progress.Progress`.
     wait : wait for another run that uses the folder, rather than raise OutputError.
 
     Raises

@@ -20,13 +20,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.system import peak_memory
 from compressknow.engine.identity import Located
 from compressknow.engine.language_model import AUTO
-from compressknow.errors import CompressknowError, UnsupportedError
 from compressknow.evaluate.handle import ModelHandle, Settings
 from compressknow.evaluate.records import Speed
 from compressknow.model.checkpoint import read_json
-from compressknow.system import peak_memory
 
 FACTS, TOKENS, ROUNDS = 96, 64, 3
 # Seconds, after which no further round begins.

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
-from compressknow.errors import CompressknowError, OutputError
+from compressknow.base.errors import CompressknowError, OutputError
 
 _POLL_SECONDS = 0.1
 _TAIL_BYTES = 1 << 14

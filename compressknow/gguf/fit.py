@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from compressknow.compress.calibrate.observe import Batches
-from compressknow.errors import CompressknowError
-from compressknow.format import size
+from compressknow.base.errors import CompressknowError
+from compressknow.base.format import size
+from compressknow.compress.calibrate.walk import Batches
 from compressknow.gguf.tensors import Tensors
 
-Rounding = Literal["nearest", "gptq"]
 # Of a file, beside what the one in between has: what llama.cpp adds of its own, and our keys.
 _METADATA, _RULE = 4096, 48
+
+Rounding = Literal["nearest", "gptq"]
+
+
 ALIGNMENT = 32
 
 

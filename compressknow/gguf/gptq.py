@@ -1,4 +1,9 @@
-"""The tensors of a quantized GGUF file rounded anew by GPTQ, in place: block by block, while the model runs over texts.
+"""GPTQ onto the grids of llama.cpp, in place in a GGUF file: block by block, while the model runs over a text.
+
+A block of weights in a GGUF file has scales (and minima), and a code of a few bits for each weight. The scales are
+those that llama.cpp's own search gives for the block as it is when its turn comes, all errors before it made up for;
+then the codes are chosen on that grid (Frantar et al. 2022, arXiv 2210.17323, algorithm 1). llama.cpp reads such a file
+like any other.
 
 The file has its types and sizes already, from llama.cpp; only codes and scales change.
 """
@@ -8,21 +13,181 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from compressknow.base.progress import Begin
+from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, inverse_factor
 from compressknow.compress.calibrate.gathering import Key
-from compressknow.compress.calibrate.observe import Batches, observe
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.calibrate.text import BATCH_TOKENS
+from compressknow.compress.calibrate.walk import Batches, observe
 from compressknow.compress.pool import Pool
 from compressknow.gguf.calibration import LEAST_TOKENS
-from compressknow.gguf.rounding import LAYOUTS, round_gptq
+from compressknow.gguf.grids import Bytes, dequantize, quantize
 from compressknow.gguf.tensors import Tensors
 from compressknow.model.loading import open_complete
-from compressknow.quiet import Begin
+
+# Weights that are rounded at a time.
+_MOST = 1 << 25
+
+
+class Field(NamedTuple):
+    """Where some bits of each code stand in a block: `bits` of them, from bit `low` of the code on, in the bytes from
+    `offset` on. A byte has the bits of codes that are `width` apart, the first code's lowest (ggml-quants.c)."""
+
+    offset: int
+    low: int
+    bits: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a type stores its codes.
+
+    Attributes
+    ----------
+    width : weights in a block.
+    codes : the smallest code and the largest. A weight is its block's offset and so many steps.
+    levels : what the codes stand for instead, in steps; no offset.
+    """
+
+    width: int
+    codes: tuple[int, int]
+    fields: tuple[Field, ...]
+    levels: tuple[int, ...] | None = None
+
+
+# What the four bits of iq4_nl and iq4_xs stand for.
+_NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+LAYOUTS = {
+    "q4_0": Layout(32, (0, 15), (Field(2, 0, 4, 16),)),
+    "q4_1": Layout(32, (0, 15), (Field(4, 0, 4, 16),)),
+    "q5_0": Layout(32, (0, 31), (Field(6, 0, 4, 16), Field(2, 4, 1, 1))),
+    "q5_1": Layout(32, (0, 31), (Field(8, 0, 4, 16), Field(4, 4, 1, 1))),
+    "q8_0": Layout(32, (-127, 127), (Field(2, 0, 8, 32),)),
+    "iq4_nl": Layout(32, (0, 15), (Field(2, 0, 4, 16),), _NONLINEAR),
+    "iq4_xs": Layout(256, (0, 15), (Field(8, 0, 4, 16),), _NONLINEAR),
+    "q2_k": Layout(256, (0, 3), (Field(16, 0, 2, 32),)),
+    "q3_k": Layout(256, (0, 7), (Field(32, 0, 2, 32), Field(0, 2, 1, 32))),
+    "q4_k": Layout(256, (0, 15), (Field(16, 0, 4, 32),)),
+    "q5_k": Layout(256, (0, 31), (Field(48, 0, 4, 32), Field(16, 4, 1, 32))),
+    "q6_k": Layout(256, (0, 63), (Field(0, 0, 4, 64), Field(128, 4, 2, 32))),
+}
+
+
+def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Bytes:
+    """Return weights [out, in] as the bytes of a tensor of a type of `LAYOUTS`, uint8 [out, bytes per row].
+
+    Parameters
+    ----------
+    weight : float32; left as it is.
+    inputs : with products.
+
+    Raises CompressknowError naming the layer where X^T X cannot be inverted.
+    """
+    layout = LAYOUTS[kind]
+    order = _order(inputs.squares, layout.width)
+    factor = inverse_factor(inputs, order)
+    importance = (inputs.squares / max(inputs.tokens, 1)).to(torch.float32)
+    step = max(_MOST // weight.shape[1], 1)
+    rounding = (_Rows(kind, layout, rows, order, importance) for rows in torch.split(weight, step))
+    return np.concatenate([rows.round(factor) for rows in rounding])
+
+
+def _order(squares: torch.Tensor, width: int) -> torch.Tensor:
+    """The order of columns, int64 [in]: blocks whose inputs are largest first, and so the columns of each."""
+    blocks = squares.reshape(-1, width)
+    first = torch.argsort(blocks.sum(dim=1), descending=True, stable=True)
+    within = torch.argsort(blocks, dim=1, descending=True, stable=True)
+    return (first[:, None] * width + within[first]).reshape(-1)
+
+
+class _Rows:
+    """Some rows of a weight, which do not depend on others."""
+
+    def __init__(
+        self, kind: str, layout: Layout, weight: torch.Tensor, order: torch.Tensor, importance: torch.Tensor
+    ) -> None:
+        self._kind, self._layout, self._order, self._importance = kind, layout, order, importance
+        self._columns = weight.to(torch.float32).T[order].contiguous()
+        self._codes = torch.empty(weight.shape[::-1], dtype=torch.int16)
+        self._blocks: dict[int, Bytes] = {}
+        self._levels = None if layout.levels is None else torch.tensor(layout.levels, dtype=torch.float32)
+        self._offset = self._step = torch.empty(0)
+        self._first = 0
+
+    def round(self, factor: torch.Tensor) -> Bytes:
+        """Bytes, uint8 [rows, bytes per row]."""
+        width = self._layout.width
+        outer = [Level(BLOCK)] if width < BLOCK else []
+        compensate(self._columns, factor, [*outer, Level(width, self._begin), Level(FINE)], self._settle)
+        blocks = np.stack([self._blocks[number] for number in range(len(self._order) // width)], axis=1)
+        rows = blocks.shape[0]
+        codes = self._codes.T.contiguous().numpy().reshape(-1, width)
+        return pack(blocks.reshape(len(codes), -1), codes, self._layout).reshape(rows, -1)
+
+    def _begin(self, first: int, values: torch.Tensor) -> None:
+        """Fix the grid of a block, of its values [columns, rows]."""
+        width = self._layout.width
+        order = self._order[first : first + width]
+        start = int(order.min())
+        natural = torch.empty_like(values)
+        natural[order - start] = values
+        importance = self._importance[start : start + width]
+        blocks = quantize(natural.T.numpy(), self._kind, importance.numpy())
+        self._blocks[start // width] = blocks
+        # The type's own reading of code 0 and code 1 tells the grid, whatever its scales look like.
+        zero, one = (self._read(blocks, code)[order - start] for code in self._probes())
+        if self._levels is None:
+            self._offset, self._step = zero, one - zero
+        else:
+            self._step = one
+        self._first = first
+
+    def _probes(self) -> tuple[int, int]:
+        """Two codes that tell the grid: those of 0 and 1, or twice the one whose level is 1."""
+        levels = self._layout.levels
+        return (0, 1) if levels is None else (levels.index(1), levels.index(1))
+
+    def _read(self, blocks: Bytes, code: int) -> torch.Tensor:
+        """What a code means for each weight, float32 [width, rows]."""
+        codes = np.full((len(blocks), self._layout.width), code, np.int16)
+        packed = pack(blocks, codes, self._layout)
+        return torch.from_numpy(dequantize(packed, self._kind, codes.shape)).T
+
+    def _settle(self, column: int, found: torch.Tensor) -> torch.Tensor:
+        place = column - self._first
+        step = self._step[place]
+        inverse = torch.where(step == 0, 0, 1 / step)
+        if self._levels is None:
+            offset = self._offset[place]
+            code = ((found - offset) * inverse).round_().clamp_(*self._layout.codes)
+            made = offset + step * code
+        else:
+            code = torch.bucketize(found * inverse, (self._levels[1:] + self._levels[:-1]) / 2)
+            made = step * self._levels[code]
+        self._codes[self._order[column]] = code.to(torch.int16)
+        return made
+
+
+def pack(blocks: Bytes, codes: npt.NDArray[np.int16], layout: Layout) -> Bytes:
+    """Return blocks, uint8 [blocks, bytes], with these codes [blocks, width] in place of theirs; scales stay."""
+    packed = blocks.copy()
+    for field in layout.fields:
+        parts = 8 // field.bits
+        mask = (1 << field.bits) - 1
+        bits = ((codes >> field.low) & mask).astype(np.uint8).reshape(len(codes), -1, parts, field.width)
+        stored = np.zeros((len(codes), bits.shape[1], field.width), np.uint8)
+        for part in range(parts):
+            stored |= bits[:, :, part] << np.uint8(part * field.bits)
+        flat = stored.reshape(len(codes), -1)
+        packed[:, field.offset : field.offset + flat.shape[1]] = flat
+    return packed
 
 
 def batches_of(sequences: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compressknow.engine.llama_cpp.native import native
-from compressknow.gguf.types import NEED_IMPORTANCE, tensor_types
+from compressknow.gguf.choice import NEED_IMPORTANCE, tensor_types
+from compressknow.gguf.llama_cpp.native import native
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]

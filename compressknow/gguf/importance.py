@@ -2,6 +2,9 @@
 
 It is the mean of the squares of what the channel is multiplied with, the diagonal of X^T X over the tokens: the same
 sums that Wanda goes by. llama.cpp's tools keep it in a GGUF file of their own (llama.cpp, tools/imatrix/imatrix.cpp).
+
+The converter may turn rows round (Llama's queries and keys), transpose, merge and stack. The energy of each input
+channel, the sum of squares over all rows, survives that; it does not survive another order of channels.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from compressknow.errors import CheckpointError, UsageError
-from compressknow.model.gguf_header import check_gguf
-from compressknow.reading import open_regular
+from compressknow.base.errors import CheckpointError, UsageError
+from compressknow.base.reading import open_regular
+from compressknow.model.gguf_file import check_gguf
 
 if TYPE_CHECKING:
     from compressknow.model.gguf_file import Tensor
+
 
 Floats = npt.NDArray[np.float32]
 SUMS, COUNTS = ".in_sum2", ".counts"

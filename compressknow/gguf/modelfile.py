@@ -12,9 +12,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from compressknow.base.errors import OutputError, UsageError
+from compressknow.base.files import refuse_broken_links
 from compressknow.engine.load import load_tokenizer
-from compressknow.errors import OutputError, UsageError
-from compressknow.files import refuse_broken_links
 
 # What stands for the three in a chat: no template has a character of the private use area.
 _SYSTEM, _USER, _ASSISTANT = "\ue000", "\ue001", "\ue002"

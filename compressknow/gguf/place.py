@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from compressknow.base.errors import CheckpointError, OutputError, UsageError
+from compressknow.base.files import write_whole, written
+from compressknow.base.format import size
+from compressknow.base.system import move, sync_folder, uninterrupted
 from compressknow.compress.staging import Staging, refuse_overlap
-from compressknow.errors import CheckpointError, OutputError, UsageError
-from compressknow.files import write_whole, written
-from compressknow.format import size
-from compressknow.system import move, sync_folder, uninterrupted
 
-SUFFIX = ".gguf"
 # Names in the folder to work in: the importance matrix, and the record of the file that is overwritten.
 IMPORTANCE, OLD_RECORD = "importance", "old"
+
+
+SUFFIX = ".gguf"
+
+
 # The record of a file is called as the file, with this behind.
 RECORD = ".json"
 

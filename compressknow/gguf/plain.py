@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 import torch
 
+from compressknow.base.errors import UnsupportedError
 from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import carried_files
 from compressknow.compress.layout import lay_out_file
-from compressknow.diff.parameters import Side, Values
-from compressknow.errors import UnsupportedError
+from compressknow.compress.weights import Side, Values
 from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
 from compressknow.model.manifest import CARD_NAME
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, byte_view

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import compressknow
+from compressknow.base.progress import Advance
 from compressknow.gguf.children import refuse_failure, run_python, tail
-from compressknow.quiet import Advance
 
 _COUNTED = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
 _PLANNED = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-.*?type =\s*(\w+)(?:.*\((\w+)\))?\s*$", re.MULTILINE)
@@ -26,7 +26,7 @@ class Request:
     Attributes
     ----------
     source, output : GGUF files.
-    file_type : a name of `compressknow.gguf.types.file_types`.
+    file_type : a name of `compressknow.gguf.choice.file_types`.
     types : the type of single tensors, by name.
     importance : a GGUF file with the importance matrix.
     """
@@ -70,7 +70,7 @@ def planned_types(scratch: Path) -> dict[str, str]:
 
 def _quantize(request: Request) -> int:
     """Call llama.cpp; its exit code."""
-    from compressknow.gguf.types import bindings, file_types, tensor_types
+    from compressknow.gguf.choice import bindings, file_types, tensor_types
 
     ffi, library = bindings().get_ffi(), bindings().get_lib()
     # What is handed over lives as long as it is named here.

@@ -1,24 +1,29 @@
-"""What a GGUF file was made of and how: in its own metadata, and in a JSON file beside it."""
+"""A GGUF file and its record beside it: whole or not at all, what it was made of, and whether it still is that."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressknow.base.errors import CheckpointError
+from compressknow.base.format import count, plain, size
+from compressknow.base.notebook import Shown, Summary
+from compressknow.base.progress import Advance, counted, quiet
+from compressknow.base.reading import MANIFEST, misfit
 from compressknow.compress.manifest import versions
-from compressknow.errors import CheckpointError
-from compressknow.format import count, plain, size
+from compressknow.compress.pool import Pool
+from compressknow.compress.process import hash_file
+from compressknow.compress.verify import Difference, Verification
 from compressknow.gguf.place import record_of, refuse_no_record
 from compressknow.model.checkpoint import read_json
-from compressknow.notebook import Shown, Summary
-from compressknow.quiet import quiet
-from compressknow.reading import MANIFEST, misfit
+from compressknow.model.gguf_file import check_gguf
 
 if TYPE_CHECKING:
     from compressknow.gguf.choice import Choice
+
 
 SCHEMA = 1
 # What its keys in the metadata of a GGUF file begin with.
@@ -139,3 +144,33 @@ def read_record(output: Path) -> dict[str, Any]:
     if wrong := misfit(record, FORM):
         raise CheckpointError(f"{path} is damaged: {wrong}.", hint="Export it again.")
     return record
+
+
+def compare_to_record(path: str | Path, *, advance: Advance | None = None) -> Verification:
+    """Rehash a GGUF file that export wrote, and compare what it says of itself with its record.
+
+    Raises CheckpointError where it has no record, or one that this version cannot read.
+    """
+    path = Path(path)
+    record = read_record(path)
+    nbytes = path.stat().st_size
+    with Pool(1) as pool:
+        sha256 = hash_file(pool, path, counted(advance, nbytes))
+    different = sha256 != record.get("sha256")
+    found = [Difference(path.name, None, "its bytes differ (sha256)")] if different else list(_edited(path, record))
+    return Verification(record["totals"]["tensors"], 1, nbytes, tuple(found))
+
+
+def _edited(path: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
+    """What the record says otherwise than the file, whose bytes are as they were."""
+    import gguf
+
+    try:
+        check_gguf(path)
+        reader = gguf.GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}.", hint="Export it again.") from None
+    for key, value in metadata_of(record).items():
+        field = reader.get_field(key)
+        if field is None or field.contents() != value:
+            yield Difference(record_of(path).name, None, f"it was edited: {key} is another in the file")

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compressknow.diff.parameters import Side
-from compressknow.errors import UsageError, did_you_mean
+from compressknow.base.errors import UsageError, did_you_mean
+from compressknow.compress.weights import Side
 from compressknow.model.gguf_file import EMBEDDING, NOT_LINEAR, ORDER, UNPLACED, Tensor, tensors_of
 from compressknow.model.scopes import SCOPES, Pattern, scope_names, select
 from compressknow.model.structure import LinearWeight

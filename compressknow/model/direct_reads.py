@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressknow.quiet import quiet
+from compressknow.base.progress import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compressknow.errors import CheckpointError
-from compressknow.libraries import require
+from compressknow.base.errors import CheckpointError
+from compressknow.base.libraries import require
+from compressknow.base.progress import quiet
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
 from compressknow.model.meta import meta_model
 from compressknow.model.naming import Naming
 from compressknow.model.tensors import torch_dtype
-from compressknow.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

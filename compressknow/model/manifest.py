@@ -1,17 +1,19 @@
-"""Reading a manifest: its form, and the hash by which it covers itself."""
+"""A manifest, read: its form, the hash by which it covers itself, and what it says of removal and calibration."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from compressknow.errors import CheckpointError, UsageError
+from compressknow.base.errors import CheckpointError, UsageError
+from compressknow.base.format import count, size
+from compressknow.base.reading import MANIFEST, misfit
 from compressknow.model.checkpoint import SHOWN, is_outside, read_json
 from compressknow.model.scopes import MOST_BLOCKS, layer_ranges
-from compressknow.reading import MANIFEST, misfit
 
 SCHEMA = 1
 # The entry that holds the SHA-256 of all others.
@@ -192,3 +194,68 @@ def refuse_unconverted(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} has no {MANIFEST_NAME}.", hint="verify takes a folder that `compressknow convert` wrote."
         )
+
+
+def removed_in_words(removed: Mapping[str, Any] | None) -> Iterator[str]:
+    """Sentences on the entry ``removed`` of a manifest; none where it has none.
+
+    >>> blocks = {"stack": "model.layers", "key": "num_hidden_layers", "before": 8, "after": 5, "dropped": [2, 3, 6]}
+    >>> *_, last = removed_in_words({"blocks": [blocks], "neurons": [], "parameters": 1200, "bytes": 2400})
+    >>> next(removed_in_words({"blocks": [blocks], "neurons": [], "parameters": 1200, "bytes": 2400}))
+    '3 of the 8 blocks of model.layers were dropped: 2-3, 6.'
+    >>> last
+    'The model has 1,200 parameters fewer (2.4 kB).'
+    """
+    if not removed:
+        return
+    for one in removed["blocks"]:
+        number, why = (
+            one["before"] - one["after"],
+            ", which change their input least" if one.get("similarities") else "",
+        )
+        which = ranges(one["dropped"]) + why if one["dropped"] else "those that change their input least"
+        were = "was" if number == 1 else "were"
+        yield f"{number} of the {one['before']} blocks of {one['stack']} {were} dropped: {which}."
+    for one in removed["neurons"]:
+        networks = len(one["modules"])
+        where = "The feed-forward block has" if networks == 1 else f"Each of the {networks} feed-forward blocks has"
+        yield f"{where} {count(one['after'])} neurons instead of {count(one['before'])} ({one['key']})."
+    yield f"The model has {count(removed['parameters'])} parameters fewer ({size(removed['bytes'])})."
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers, as `--drop-blocks` and `--layers` take them.
+
+    >>> ranges([0, 2, 3, 4, 7])
+    '0, 2-4, 7'
+    """
+    runs = [list(run) for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
+
+
+def calibrated_in_words(calibration: Mapping[str, Any] | None) -> Iterator[str]:
+    """Sentences on what `calibration_of` gives: on which text, and how that went. None where nothing was calibrated.
+
+    >>> said = {"kind": "file", "source": "wiki.txt", "tokens": 8192, "seed": 0, "blocks_apart": True, "smoothed": 0}
+    >>> list(calibrated_in_words({**said, "unseen": 4, "examples": ["a", "b", "c"]}))[1]
+    '4 weights were compressed without knowledge of the inputs, for too few tokens reach them: a, b, c and 1 more.'
+    """
+    if not calibration:
+        return
+    yield f"Calibrated on {text_in_words(calibration)}, with seed {calibration['seed']}."
+    if smoothed := calibration["smoothed"]:
+        norms = "A norm gave" if smoothed == 1 else f"{count(smoothed)} norms gave"
+        yield f"{norms} outliers of the activations to the weights behind (SmoothQuant)."
+    if not calibration["blocks_apart"]:
+        yield "Its blocks cannot be run one by one, so each layer was fitted to what the original model gives it."
+    if unseen := calibration["unseen"]:
+        weights = "A weight was" if unseen == 1 else f"{count(unseen)} weights were"
+        more = unseen - len(calibration["examples"])
+        named = ", ".join(calibration["examples"]) + (f" and {count(more)} more" if more > 0 else "")
+        yield f"{weights} compressed without knowledge of the inputs, for too few tokens reach them: {named}."
+
+
+def text_in_words(calibration: Mapping[str, Any]) -> str:
+    """Which text, and how much of it."""
+    source = "the model's own text" if calibration["kind"] == "self" else calibration["source"]
+    return f"{count(calibration['tokens'])} tokens of {source}"

@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from compressknow.errors import CheckpointError
+from compressknow.base.errors import CheckpointError
 from compressknow.model.checkpoint import read_json
 from compressknow.model.scopes import MOST_BLOCKS
 

@@ -10,7 +10,7 @@ from re import _constants as ops  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any, Literal
 
-from compressknow.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
+from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
 from compressknow.model.structure import LinearWeight, Structure
 
 # The deepest transformer that was trained has 1,000 (DeepNet).

@@ -8,10 +8,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.format import count, plain
+from compressknow.base.format import count, plain
+from compressknow.base.notebook import Shown, Summary
 from compressknow.model.scopes import scope_parameters
 from compressknow.model.structure import GROUPS, LinearWeight, ModuleMap, Structure
-from compressknow.notebook import Shown, Summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

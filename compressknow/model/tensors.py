@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from compressknow.errors import CheckpointError
-from compressknow.reading import open_regular, parse_json
-from compressknow.system import open_to_read, read_at
+from compressknow.base.errors import CheckpointError
+from compressknow.base.reading import open_regular, parse_json
+from compressknow.base.system import open_to_read, read_at
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from compressknow.errors import CheckpointError
+from compressknow.base.errors import CheckpointError
 from compressknow.model.tensors import TORCH_NAMES, StoredTensor, byte_view
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compressknow.format import number, plain, share
+from compressknow.base.format import number, plain, share
+from compressknow.comparison.records import Estimate
 from compressknow.pages.svg import COLOURS, inline
-from compressknow.stats.records import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

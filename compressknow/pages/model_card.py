@@ -1,6 +1,4 @@
-"""The Hub's model card (README.md) of a converted checkpoint: what was done to it, what it cost, where it runs, how to
-load, verify and repeat it; and the verdict and the figures that a report adds, with the Hub's evaluation metadata.
-"""
+"""TODO"""
 
 from __future__ import annotations
 
@@ -13,23 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from compressknow.compress.calibrate.words import calibrated_in_words
+from compressknow.base.errors import OutputError
+from compressknow.base.files import write_whole
+from compressknow.base.format import count, estimate, number, percent, size
+from compressknow.base.reading import CARD as CARD_BYTES
+from compressknow.base.reading import NotReadable, read_text
+from compressknow.comparison.records import Estimate
 from compressknow.compress.recipe import to_toml
-from compressknow.compress.removal.words import removed_in_words
 from compressknow.compress.runtimes import VLLM_ARCHITECTURES, runtimes, vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import known, word_of
-from compressknow.errors import OutputError
-from compressknow.files import write_whole
-from compressknow.format import count, estimate, number, percent, size
 from compressknow.model.checkpoint import some_of
-from compressknow.model.manifest import calibration_of
+from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words
 from compressknow.pages.pages import code_span, render, yaml_text
-from compressknow.reading import CARD as CARD_BYTES
-from compressknow.reading import NotReadable, read_text
-from compressknow.stats.records import Estimate
 
 if TYPE_CHECKING:
     from compressknow.pages.records import Card, Comparison, ModelFacts
+
 
 # What stays true of a model when it is compressed.
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
@@ -463,3 +460,39 @@ def _read(path: Path) -> str:
         raise OutputError("the model card is no UTF-8 text.", why=str(error), hint="Save it as UTF-8.") from error
     except NotReadable as error:
         raise OutputError(f"the model card cannot be read: {error}.") from error
+
+
+def render_gguf_card(record: Mapping[str, Any], file: str) -> str:
+    """The card as Markdown with front matter for the Hub.
+
+    Parameters
+    ----------
+    record : the content of ``FILE.gguf.json``.
+    file : the GGUF file's name.
+    """
+    source = record["source"]
+    return render(
+        "gguf_card.md.j2",
+        metadata=_gguf_metadata(source),
+        name=source["name"],
+        revision=source.get("revision"),
+        architecture=str(source.get("architecture", "")),
+        setup=record["setup"],
+        version=record["versions"].get("compressknow", ""),
+        llama_cpp=record["versions"].get("llama.cpp", ""),
+        rows=[
+            {
+                **{"group": group, "type": kind, "tensors": count(counts["tensors"])},
+                **{"parameters": count(counts["parameters"]), "size": size(counts["bytes"])},
+            }
+            for group, types in record["groups"].items()
+            for kind, counts in types.items()
+        ],
+        file=shlex.quote(file),
+        record=f"{file}.json",
+    )
+
+
+def _gguf_metadata(source: Mapping[str, Any]) -> dict[str, Any]:
+    base = {"base_model": str(source["name"]), "base_model_relation": "quantized"} if source.get("revision") else {}
+    return {**base, "tags": ["compressknow", "gguf"]}

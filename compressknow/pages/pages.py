@@ -14,11 +14,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from compressknow.errors import OutputError, UsageError
-from compressknow.files import interrupted, refuse_broken_links, write_together
-from compressknow.format import RIGHT_TO_LEFT, count, plain_lines
-from compressknow.libraries import require
-from compressknow.reading import open_regular
+from compressknow.base.errors import OutputError, UsageError
+from compressknow.base.files import interrupted, refuse_broken_links, write_together
+from compressknow.base.format import RIGHT_TO_LEFT, count, plain_lines
+from compressknow.base.libraries import require
+from compressknow.base.reading import open_regular
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Installed, the templates lie inside the package; in a checkout, at the top of the repository.

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from compressknow.evaluate.records import FactsInText, Speed
-from compressknow.format import count, estimate, plain, size
-from compressknow.notebook import Shown, Summary, Tabular
-from compressknow.stats.records import (
+from compressknow.base.format import count, estimate, plain, size
+from compressknow.base.notebook import Shown, Summary, Tabular
+from compressknow.comparison.records import (
     NOT_MEASURED,
     Certainty,
     ChangedFact,
@@ -20,10 +19,26 @@ from compressknow.stats.records import (
     ProbeFigures,
     TextFigures,
 )
+from compressknow.evaluate.records import FactsInText, Speed
 
 if TYPE_CHECKING:
     # Whoever only writes a model card need not import numpy.
-    from compressknow.stats.decision import Standing
+    from compressknow.comparison.clusters import Standing
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Which checkpoint one side is; `bytes` are those of its weight files, `calibration` is as in `ModelFacts`."""
+
+    name: str
+    revision: str | None
+    sha256: str
+    bytes: int
+    dtype: str
+    quantization: str | None = None
+    setup: str | None = None
+    source: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +144,14 @@ class Comparison(Shown):
     def clusters(self) -> list[Counts]:
         """What the facts are drawn in, over all probes."""
         # Whoever only writes a model card need not import numpy.
-        from compressknow.stats.clusters import clusters_of
+        from compressknow.comparison.clusters import clusters_of
 
         return [each for probe in self.probes for each in clusters_of([group.counts for group in probe.by_relation])]
 
     def kept_at(self, level: float) -> Estimate:
         """Return knowledge kept with its interval of another level."""
-        from compressknow.stats.clusters import kept_by_cluster
-        from compressknow.stats.intervals import proportion
+        from compressknow.comparison.clusters import kept_by_cluster
+        from compressknow.comparison.intervals import proportion
 
         simple = proportion(self.counts.both, self.counts.known_before, level)
         return simple.or_wider(kept_by_cluster(self.clusters, level))
@@ -248,7 +263,7 @@ def interval_to_json(estimate: Estimate) -> list[float] | None:
 
 def kept_to_json(counts: Counts) -> dict[str, Any]:
     """Knowledge kept with its simple interval, and the exact McNemar test: of facts taken one by one."""
-    from compressknow.stats.intervals import mcnemar, proportion
+    from compressknow.comparison.intervals import mcnemar, proportion
 
     return {**estimate_to_json("kept", proportion(counts.both, counts.known_before)), "mcnemar_p": mcnemar(counts)}
 
@@ -282,8 +297,8 @@ def pair_to_json(name: str, pair: tuple[float, float] | None) -> dict[str, float
 
 def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
     """By name of the group."""
-    from compressknow.stats.clusters import kept_by_cluster
-    from compressknow.stats.intervals import holm, mcnemar
+    from compressknow.comparison.clusters import kept_by_cluster
+    from compressknow.comparison.intervals import holm, mcnemar
 
     exact = holm([mcnemar(group.counts) for group in groups])
     return {

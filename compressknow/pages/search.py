@@ -9,19 +9,18 @@ from typing import Any
 
 from markupsafe import Markup
 
-from compressknow import notebook
+from compressknow.base import notebook
+from compressknow.base.files import write_whole
+from compressknow.base.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
+from compressknow.comparison.clusters import FEWEST_SIGNS
+from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
-from compressknow.files import write_whole
-from compressknow.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
 from compressknow.pages.card.warnings import of_known
 from compressknow.pages.drawing import INK, SERIES
 from compressknow.pages.pages import html_page
-from compressknow.pages.parts import BAR, Code, Drawn, Entries, Note, Page, Sentences, Shown
+from compressknow.pages.parts import BAR, Code, Drawn, Entries, Entry, Note, Page, Sentences, Shown, Table, identity
 from compressknow.pages.records import ModelFacts
-from compressknow.pages.tables import Entry, Table, identity
 from compressknow.pages.tradeoff import Look, Mark, Tradeoff, tradeoff, unbeaten
-from compressknow.stats.clusters import FEWEST_SIGNS
-from compressknow.stats.records import Estimate
 
 # A search's page is short enough to have no table of contents.
 _ALL = 99

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from xml.etree import ElementTree
 
-from compressknow.format import plain
+from compressknow.base.format import plain
 
 # What charts are drawn in: colours that matplotlib takes, each the name of a class of the page's style sheet.
 COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c2 c3 c4 c5 c6".split(), start=1)}

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from compressknow.evaluate.text.records import ALONE, NO_ROOM, OTHER_SIZE, OTHER_TOKENS
-from compressknow.format import NONE, count, number, percent, plain, points, share
+from compressknow.base.format import NONE, count, number, percent, plain, points, share
+from compressknow.comparison.records import Divergent, Measured, Moved, Perplexity, TextFigures
+from compressknow.evaluate.records import ALONE, NO_ROOM, OTHER_SIZE, OTHER_TOKENS
 from compressknow.pages import drawing
 from compressknow.pages.drawing import Chart
-from compressknow.pages.parts import Beside, Note, Part
-from compressknow.pages.tables import Table
-from compressknow.stats.records import Divergent, Measured, Moved, Perplexity, TextFigures
+from compressknow.pages.parts import Beside, Note, Part, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from compressknow.errors import UsageError
-from compressknow.format import size
+from compressknow.base.errors import UsageError
+from compressknow.base.format import size
 
 # Numbers of bytes that are told apart. Sizes of real models have a large common divisor, and need fewer.
 STEPS = 1 << 15
@@ -37,7 +37,7 @@ class Option(NamedTuple):
     loss: float
 
 
-Table = Mapping[str, Mapping[str, Option]]
+OptionTable = Mapping[str, Mapping[str, Option]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Allocation:
     loss: float
 
 
-def allocate(table: Table, budget: int, *, overhead: int = 0, together: Iterable[Sequence[str]] = ()) -> Allocation:
+def allocate(
+    table: OptionTable, budget: int, *, overhead: int = 0, together: Iterable[Sequence[str]] = ()
+) -> Allocation:
     """Choose a type for each tensor, so that the predicted loss is the least within `budget` bytes.
 
     Parameters
@@ -87,7 +89,7 @@ def allocate(table: Table, budget: int, *, overhead: int = 0, together: Iterable
 _Unit = tuple[tuple[str, ...], dict[str, Option]]
 
 
-def units_of(table: Table, together: Iterable[Sequence[str]] = ()) -> list[_Unit]:
+def units_of(table: OptionTable, together: Iterable[Sequence[str]] = ()) -> list[_Unit]:
     """Return what is chosen at once, and its options: those that all its tensors have."""
     joined = {name: tuple(names) for names in together for name in names if name in table}
     units: list[_Unit] = []

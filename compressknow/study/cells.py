@@ -13,23 +13,22 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from compressknow._version import __version__
+from compressknow.base.errors import CompressknowError
+from compressknow.base.progress import Listener, staged
 from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import language_model_of
 from compressknow.engine.load import load_tokenizer
-from compressknow.errors import CompressknowError
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.distributions import Distributions
 from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import Beside, ModelHandle, Settings
-from compressknow.evaluate.noise import with_noise_floor
+from compressknow.evaluate.noise import with_noise_floor, with_runtime_noise_floor
 from compressknow.evaluate.run import facts_of, is_answered, lacking, probe_model
-from compressknow.evaluate.runtime_noise import with_runtime_noise_floor
 from compressknow.evaluate.runtimes.transformers import LoadedInTransformers
 from compressknow.evaluate.sources import Opened
-from compressknow.evaluate.text.running import RunningText
+from compressknow.evaluate.text import RunningText
 from compressknow.model.checkpoint import no_files
-from compressknow.quiet import Listener, staged
 from compressknow.study.grid import Cell
 
 if TYPE_CHECKING:
@@ -234,9 +233,7 @@ class CellHandle(ModelHandle):
         self._described = describe_variant(self._cell.key, variant)
         settings = self.settings
         return LoadedInTransformers(
-            language_model_of(
-                variant, self._maker, self._tokenizer(), device=settings.device, dtype=settings.computed_in
-            )
+            language_model_of(variant, self._tokenizer(), device=settings.device, dtype=settings.computed_in)
         )
 
     def prompts(self, probe: Probe) -> Prompts:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from compressknow.errors import UsageError
-from compressknow.format import size
+from compressknow.base.errors import UsageError
+from compressknow.base.format import size
 from compressknow.gguf.choice import check_types
 from compressknow.gguf.fit import Fitted, Rounding, is_matrix, padded
 from compressknow.gguf.grids import CANDIDATES, legal_types, type_bytes
 from compressknow.gguf.tensors import Tensors, chosen_types
-from compressknow.study.allocation import Allocation, Option, Table, allocate, refuse_whole
+from compressknow.study.allocation import Allocation, Option, OptionTable, allocate, refuse_whole
 from compressknow.study.sensitivity import GUIDES, Guidance, Guide, Sensitivity
 
 _MOST_BITS = 16
@@ -103,7 +103,7 @@ def fitted_of(found: Allocation, budget: int, target: Target, guidance: Guidance
     return Fitted(found.types, record)
 
 
-def table_of(sensitivity: Sensitivity | None, tensors: Tensors, guide: Guide) -> Table:
+def table_of(sensitivity: Sensitivity | None, tensors: Tensors, guide: Guide) -> OptionTable:
     """What each matrix of a file takes and loses by type, its own included, which loses nothing; without a sensitivity
     none does.
 
@@ -135,7 +135,7 @@ def _parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: str) ->
     return [row.name for row in (sensitivity.rows if sensitivity else ()) if row.group == "embedding"]
 
 
-def pinned(table: Table, tensors: Tensors, must: Sequence[tuple[str, str]]) -> Table:
+def pinned(table: OptionTable, tensors: Tensors, must: Sequence[tuple[str, str]]) -> OptionTable:
     """The table with no choice for what rules name. Raises UsageError for a type that is not in it."""
     pins: Mapping[str, str] = chosen_types(tensors, must)
     for name, kind in pins.items():

@@ -8,22 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from compressknow import reading
 from compressknow._version import __version__
+from compressknow.base import reading
+from compressknow.base.errors import OutputError
+from compressknow.base.files import LOCK, is_no_folder, own_folder, write_whole
+from compressknow.base.format import count
+from compressknow.base.reading import misfit
+from compressknow.comparison.intervals import proportion
+from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.compress.steps import Calibration, Prune, Quantize
-from compressknow.errors import OutputError
 from compressknow.evaluate.answers import Answer, Answers
-from compressknow.evaluate.grades import RECOGNIZED, known_as
+from compressknow.evaluate.grades import RECOGNIZED, by_majority, known_as
 from compressknow.evaluate.handle import ModelHandle
-from compressknow.evaluate.wordings import by_majority
-from compressknow.files import LOCK, is_no_folder, own_folder, write_whole
-from compressknow.format import count
 from compressknow.pages.card.make import compare, method_of, model_facts
 from compressknow.pages.records import Comparison
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
-from compressknow.reading import misfit
-from compressknow.stats.intervals import proportion
-from compressknow.stats.records import Estimate, ProbeFigures
 from compressknow.study.grid import Cell
 
 

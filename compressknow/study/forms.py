@@ -1,8 +1,8 @@
-"""What a search chooses from: at every size the types of weights that are predicted to lose least, in a file of one
-form."""
+"""What a search chooses from: at every size the types predicted to lose least, in a file made when it is needed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -10,23 +10,34 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from compressknow._version import __version__
+from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
+from compressknow.base.files import write_whole
+from compressknow.base.format import share
+from compressknow.base.libraries import require
+from compressknow.base.progress import Begin
+from compressknow.base.system import move
+from compressknow.comparison.records import Estimate
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
-from compressknow.compress.staging import scratch
+from compressknow.compress.staging import clean, discard, scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
-from compressknow.errors import UnsupportedError, UsageError, did_you_mean
-from compressknow.format import share
+from compressknow.engine.identity import Located, describe
+from compressknow.engine.language_model import CPU
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.gguf.choice import check_types
-from compressknow.libraries import require
+from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.model.scopes import SCOPES, Pattern
-from compressknow.quiet import Begin
-from compressknow.study.allocation import Allocation, Option, Table, allocate, refuse_whole, units_of
+from compressknow.pages.search import Trial
+from compressknow.study.allocation import Allocation, Option, OptionTable, allocate, refuse_whole, units_of
 from compressknow.study.sensitivity import Guide, check_guide
 
 if TYPE_CHECKING:
+    from compressknow.evaluate.runtimes import Loaded
     from compressknow.gguf.export import Export
     from compressknow.gguf.fit import Rounding
     from compressknow.gguf.tensors import Tensors
@@ -35,6 +46,7 @@ if TYPE_CHECKING:
     from compressknow.study.fitting import Target
     from compressknow.study.guides import Guides
     from compressknow.study.roundings import Roundings
+
 
 GGUF, CHECKPOINT = FORMS = ("gguf", "checkpoint")
 # What files of llama.cpp's need.
@@ -122,13 +134,13 @@ class Form(ABC):
     roundings: Roundings
 
     def __init__(
-        self, table: Table, overhead: int, numel: Mapping[str, int], together: Sequence[Sequence[str]] = ()
+        self, table: OptionTable, overhead: int, numel: Mapping[str, int], together: Sequence[Sequence[str]] = ()
     ) -> None:
         self.table, self.overhead, self.numel, self.together = table, overhead, numel, together
         self._chosen: dict[int, Allocation] = {}
 
     @property
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[OptionTable]:
         """Those of which one is to be chosen, and then by it."""
         return [self.table]
 
@@ -192,7 +204,7 @@ class Form(ABC):
         return ", ".join([*parts, *(["..."] if len(of) > _NAMED else [])])
 
     @abstractmethod
-    def _table(self, guides: Guides) -> Table:
+    def _table(self, guides: Guides) -> OptionTable:
         """What each weight takes and loses by type."""
 
     @abstractmethod
@@ -234,7 +246,7 @@ class GgufForm(Form):
     def label(self) -> str:
         return _label(self._target.guide, "by GPTQ" if self._target.rounding == "gptq" else "by llama.cpp")
 
-    def _table(self, guides: Guides) -> Table:
+    def _table(self, guides: Guides) -> OptionTable:
         from compressknow.study.fitting import pinned, table_of
 
         self._guides = guides
@@ -328,7 +340,7 @@ class CheckpointForm(Form):
         return True
 
     @property
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[OptionTable]:
         if not self._is_uniform:
             return [self.table]
         kinds = [kind for kind in reversed(self.roundings.types) if any(kind in own for own in self.table.values())]
@@ -349,7 +361,7 @@ class CheckpointForm(Form):
         own = {kind: self.roundings.nbytes(kind, shape) + _SHAPE for kind in self.roundings.legal(shape)}
         return {NONE: Option(exact, 0.0), **{kind: Option(nbytes, 0.0) for kind, nbytes in own.items()}}
 
-    def _table(self, guides: Guides) -> Table:
+    def _table(self, guides: Guides) -> OptionTable:
         rows = guides.sensitivity.kl(self._guide)
         table = {}
         for module, options in self.table.items():
@@ -401,7 +413,7 @@ def _joined(weights: Mapping[str, LinearWeight]) -> list[list[str]]:
     return [modules for modules in found.values() if len(modules) > 1]
 
 
-def _pinned(table: Table, weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]) -> Table:
+def _pinned(table: OptionTable, weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]) -> OptionTable:
     pins: dict[str, str] = {}
     for which, kind in must:
         pattern = None if which in SCOPES else Pattern("--must", which)
@@ -476,3 +488,114 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
         floats = write_floats(job, place, job.exact, begin=begin)
         tensors = read_tensors(floats, job.side)
         yield GgufForm(replace(job, floats=floats), tensors, overhead_of(floats, tensors), target)
+
+
+# In the folder of a file, how large it is; beside these folders, which of them has become the winner.
+BYTES, PLACED = "bytes", "placed"
+
+
+class Candidates:
+    """The files of a search, in a folder of its own.
+
+    Parameters
+    ----------
+    original : the model that they are made of.
+    begin : begins the stages of making one.
+    """
+
+    def __init__(self, original: ModelHandle, form: Form, folder: Path, begin: Begin) -> None:
+        self.original, self.form, self.folder, self.begin = original, form, folder, begin
+        # llama.cpp computes on the processor, as its files say.
+        settings = original.settings
+        self.settings = replace(settings, device=CPU, dtype=None) if form.name == GGUF else settings
+
+    def handle(self, found: Allocation) -> CandidateHandle:
+        """Return a file as a model to evaluate."""
+        return CandidateHandle(self, found)
+
+    def trial(self, found: Allocation, kept: Estimate) -> Trial:
+        """Return the record of a file, which is made unless it was before."""
+        record = self.handle(found).made.parent / BYTES
+        if not record.exists():
+            self.handle(found).make()
+        nbytes = int(record.read_text(encoding="ascii"))
+        return Trial(self.form.mix(found.types), dict(found.types), nbytes, found.loss, kept)
+
+    def place(self, found: Allocation, target: Path) -> None:
+        """Put a file at its place, instead of an earlier one."""
+        handle, placed = self.handle(found), self.folder / PLACED
+        if placed.exists() and placed.read_text(encoding="ascii") == handle.sha256 and target.exists():
+            return
+        placed.unlink(missing_ok=True)
+        made = handle.make()
+        clean(target)
+        remove(target)
+        if _record_of(made).exists():  # First: what has no record is made again.
+            move(_record_of(made), _record_of(target))
+        move(made, target)
+        write_whole(placed, handle.sha256.encode("ascii"))
+
+    def remove(self) -> None:
+        """Remove all that are not at that place; how large they are stays known."""
+        for record in self.folder.glob(f"*/{BYTES}"):
+            made = record.with_name(self.form.place)
+            clean(made)
+            remove(made)
+
+
+class CandidateHandle(ModelHandle):
+    """A file that is made when it is first needed: answers are found by what it would be made of."""
+
+    def __init__(self, candidates: Candidates, found: Allocation) -> None:
+        self._candidates, self._found = candidates, found
+        form, original = candidates.form, candidates.original
+        made_of: list[Any] = [__version__, original.sha256, form.name, *form.decides(), sorted(found.types.items())]
+        self._key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+        self.made = candidates.folder / self._key[:16] / form.place
+        super().__init__(Located(form.name, self.made), candidates.settings)
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of what it is made of."""
+        return self._key
+
+    def make(self) -> Path:
+        """Make it unless it is there."""
+        if not is_made(self.made):
+            self.made.parent.mkdir(parents=True, exist_ok=True)
+            remove(self.made)
+            self._candidates.form.make(self._found, self.made, self._candidates.begin)
+        write_whole(self.made.parent / BYTES, str(describe(self.located)["bytes"]).encode("ascii"))
+        return self.made
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """It, made and in memory."""
+        self.make()
+        return super().loaded
+
+    def check_sound(self) -> None:
+        """Do nothing: it was made of what is sound."""
+
+    def described(self) -> dict[str, Any]:
+        """What its files tell, while they are there."""
+        return describe(self.located) if self.made.exists() else {}
+
+
+def is_made(place: Path) -> bool:
+    """Whether a file, or folder, is one that was made here."""
+    return _record_of(place).is_file() if place.suffix else (place / MANIFEST_NAME).is_file()
+
+
+def remove(place: Path) -> None:
+    """Remove a file or folder that was made here, if it is there."""
+    if place.is_dir():
+        discard(place)
+    else:
+        place.unlink(missing_ok=True)
+    _record_of(place).unlink(missing_ok=True)
+
+
+def _record_of(place: Path) -> Path:
+    """What an export writes beside its file; a folder has none."""
+    return place.with_name(f"{place.name}.json")

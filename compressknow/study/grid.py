@@ -10,16 +10,16 @@ from math import inf
 from pathlib import Path
 from typing import Any, Protocol
 
+from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
+from compressknow.base.reading import read_toml
 from compressknow.compress.calibrate.text import TOKENS, check_text
 from compressknow.compress.options import recipe_of
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import ROUNDINGS, Calibration, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
-from compressknow.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
 from compressknow.model.structure import ModuleMap, Structure
-from compressknow.reading import read_toml
 
 # Sections 2.3 to 2.6 of the paper and its figure 8.
 MODULES = ("attention", "feed-forward", "overall")

@@ -14,24 +14,24 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.errors import UnsupportedError, UsageError
-from compressknow.files import cache_folder, write_whole
-from compressknow.quiet import Stage, begun
-from compressknow.reading import read_json
+from compressknow.base.errors import UnsupportedError, UsageError
+from compressknow.base.files import cache_folder, write_whole
+from compressknow.base.progress import Stage, begun
+from compressknow.base.reading import read_json
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, read_sensitivity, write_sensitivity
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from compressknow.compress.calibrate.observe import Batches
+    from compressknow.base.progress import Listener
     from compressknow.compress.calibrate.text import CalibrationText
+    from compressknow.compress.calibrate.walk import Batches
     from compressknow.compress.steps import Calibration
     from compressknow.evaluate.answers import Answers
     from compressknow.evaluate.facts import Fact, Probe
     from compressknow.evaluate.handle import ModelHandle
     from compressknow.model.checkpoint import Checkpoint
-    from compressknow.quiet import Listener
     from compressknow.study.questions import Asked
     from compressknow.study.roundings import Roundings
 

@@ -1,4 +1,4 @@
-"""A sensitivity as a map: what each layer and module bears, and what the next MB buys."""
+"""A sensitivity as a map: what each layer and module bears, what the next MB buys, and the page that shows it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,42 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
+
+from markupsafe import Markup
 
 from compressknow._version import __version__
-from compressknow.format import plain
+from compressknow.base.format import count, number, plain, share, size
 from compressknow.pages.diff.tables import short_names
-from compressknow.pages.heat import Grid
-from compressknow.pages.pages import write_formats
-from compressknow.study.allocation import Allocation, Option, Table, allocate
+from compressknow.pages.drawing import INK, MUTED, SERIES, Chart
+from compressknow.pages.pages import html_page, markdown_page, write_formats
+from compressknow.pages.parts import (
+    Beside,
+    Charts,
+    Drawn,
+    Entries,
+    Entry,
+    Folded,
+    Note,
+    Page,
+    Part,
+    Sentences,
+    Shown,
+    Table,
+    Text,
+    drawn,
+)
+from compressknow.pages.tradeoff import NARROW, Grid, bounds_of, draw_labels, heat_map
+from compressknow.study.allocation import Allocation, Option, OptionTable, allocate
 from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 FORMATS = (".html", ".md", ".json", ".csv")
 COLUMNS = (
@@ -86,7 +111,7 @@ class Map:
         return 2 * self.sensitivity.others
 
     @cached_property
-    def table(self) -> Table:
+    def table(self) -> OptionTable:
         """What each weight takes and loses by type."""
         return {
             row.name: {name: Option(each.bytes, each.kl(self.guide)) for name, each in row.by_type.items()}
@@ -173,7 +198,6 @@ def _grouped(rows: Iterable[TensorSensitivity], key: Callable[[TensorSensitivity
 
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
     """Write it in the formats that the names of the files ask for."""
-    from compressknow.study.map_page import render_map_html, render_map_markdown
 
     written: Mapping[str, Callable[[Map], str]] = {
         **{".html": render_map_html, ".md": render_map_markdown},
@@ -183,7 +207,6 @@ def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
 
 
 def _json(map: Map) -> str:
-    from compressknow.study.map_page import verdict
 
     sensitivity = map.sensitivity.as_json()
     values = {
@@ -209,3 +232,295 @@ def _rows(sensitivity: Sensitivity) -> Iterator[tuple[object, ...]]:
         place = row.name, row.group, row.stack, row.layer, row.module, *row.shape
         for name, rounding in row.by_type.items():
             yield *place, name, rounding.bytes, rounding.facts, rounding.text, rounding.at_risk
+
+
+# Weights in each of the two tables.
+SHOWN = 10
+_BY = {"facts": "facts", "text": "text", "both": "facts and text"}
+_UNIT = "thousandths of a nat per MB"
+_MAP_NOTE = (
+    "The KL divergence that rounding a weight to 4 bits adds, for each MB that it saves, in thousandths of a nat: from "
+    "faint to full colour in equal ratios, on one scale in all maps. The figures under a map are those at which the "
+    "shades change."
+)
+_RISK_NOTE = (
+    "The share of the known facts that the model is expected to answer wrong after this weight alone is rounded."
+)
+_CURVE_NOTE = (
+    "The line is the least predicted loss at each size, with a type chosen for each weight; a mark is all weights of "
+    "one type. Sizes are those of the weights: a file has its vocabulary and metadata beside them."
+)
+
+
+def render_map_html(map: Map) -> str:
+    """The page: the same sensitivity gives the same bytes."""
+    return html_page("sections.html.j2", page=map_page(map, charts=True))
+
+
+def render_map_markdown(map: Map) -> str:
+    """The same as GitHub-flavoured Markdown, without its charts and the tables of domains."""
+    return markdown_page("sections.md.j2", page=map_page(map, charts=False))
+
+
+def map_page(map: Map, *, charts: bool) -> Page:
+    """The map as text, with its charts."""
+    parts: Mapping[tuple[str, str], Iterator[Part]] = {
+        ("maps", "Where the knowledge sits"): _maps(map),
+        ("risk", "Facts at risk"): _risk(map),
+        ("weights", "The most and the least sensitive"): _extremes(map),
+        ("layers", "Layers and modules"): _sums(map),
+        ("sizes", "What the next MB buys"): _sizes(map),
+        ("method", "Method and limits"): iter([Sentences(_method(map))]),
+        ("run", "The run"): iter([Entries(_run(map))]),
+    }
+    shown = (
+        Shown(id, title, tuple(drawn(found, id, charts)), look="text" if id in ("method", "run") else "wide")
+        for (id, title), found in parts.items()
+    )
+    return Page(
+        kind="map",
+        title=f"{headline(map)}: {plain(map.model, 60)}",
+        models=plain(map.model, 80),
+        headline=headline(map),
+        verdict=verdict(map),
+        warnings=(),
+        sections=tuple(section for section in shown if section.parts),
+        unlisted=0,
+    )
+
+
+def headline(map: Map) -> str:
+    """What stands above everything."""
+    first = name_of(map.ranked[0])
+    return f"{first[0].upper()}{first[1:]} matters most for its size"
+
+
+def verdict(map: Map) -> str:
+    """Which weights and layers matter most, in figures."""
+    first, figures = map.ranked[0], [row.per_mb(map.guide) for row in map.ranked]
+    middle = median(figures)
+    times = f", {number(figures[0] / middle, 0)} times the median weight" if middle else ""
+    layers = {name: kl_per_mb(rows, map.guide) for name, rows in map.by_layer().items()}
+    return (
+        f"Rounding it to {first.compared} costs a KL of {millinats(figures[0])} {_UNIT} saved{times}. The tenth of the "
+        f"bytes that matters most makes {share(_share_of_a_tenth(map))} of the loss. For its size, "
+        f"{max(layers, key=layers.__getitem__)} matters most of all layers, and {min(layers, key=layers.__getitem__)} "
+        "least."
+    )
+
+
+def _share_of_a_tenth(map: Map) -> float:
+    """The share of the loss at 4 bits that the most sensitive tenth of the bytes makes, of a weight in part."""
+    losses = [row.by_type[row.compared].kl(map.guide) for row in map.ranked]
+    left, found = sum(row.saved for row in map.ranked) / 10, 0.0
+    for row, loss in zip(map.ranked, losses, strict=True):
+        part = min(1.0, left / row.saved)
+        found, left = found + part * loss, left - part * row.saved
+    return found / sum(losses) if sum(losses) else 0.0
+
+
+def name_of(row: TensorSensitivity) -> str:
+    """Layer and module."""
+    return f"{row.place} {plain(row.module, 60)}"
+
+
+def _maps(map: Map) -> Iterator[Part]:
+    grids = dict(_grids(map))
+    figures = [figure for grid in grids.values() for figure in grid.figures]
+    if not figures:
+        return
+    bounds = bounds_of(figures)
+    svgs = {
+        name: heat_map(grid, f"map-{i}", f"KL per MB saved: {name}", bounds=bounds, write=millinats, form=NARROW)
+        for i, (name, grid) in enumerate(grids.items())
+    }
+    yield Charts(tuple(Drawn(Markup(svg), title=name) for name, svg in svgs.items() if svg))
+    yield Note("", drawn=_MAP_NOTE)
+    tables = tuple(
+        _grid_table(f"KL of {name[0].lower()}{name[1:]} by layer and module, {_UNIT} saved", grid, millinats)
+        for name, grid in grids.items()
+    )
+    yield Folded("The first map as a table", tables[:1])
+    if tables[1:]:
+        yield Folded("The other maps as tables", tables[1:], in_text=False)
+
+
+def _grids(map: Map) -> Iterator[tuple[str, Grid]]:
+    """Of all facts, of text, and of each domain's facts, the largest first."""
+    guidance = map.sensitivity.guidance
+    if guidance.facts:
+        yield f"All {count(guidance.facts)} facts", map.grid(partial(kl_per_mb, guide="facts"))
+    if guidance.tokens:
+        yield "Text", map.grid(partial(kl_per_mb, guide="text"))
+    for domain, known in sorted(map.sensitivity.domains.items(), key=lambda each: (-each[1], each[0])):
+        name = plain(domain, 40)
+        yield (
+            f"{name[:1].upper()}{name[1:]}: {count(known)} facts",
+            map.grid(partial(kl_per_mb, guide="facts", domain=domain)),
+        )
+
+
+def _risk(map: Map) -> Iterator[Part]:
+    if not map.sensitivity.guidance.facts:
+        return
+    grid = map.grid(at_risk)
+    if svg := heat_map(grid, "risk-map", "Facts at risk by layer and module", write=share, form=NARROW):
+        yield Charts((Drawn(Markup(svg)),))
+        yield Note("", drawn=_RISK_NOTE)
+    if not grid.figures:
+        yield Text("None: the model is so sure of what it knows that no single weight at 4 bits changes an answer.")
+        return
+    table = _grid_table("Facts at risk by layer and module, each rounded to 4 bits alone", grid, share)
+    yield Folded("The map as a table", (table,))
+
+
+def _grid_table(caption: str, grid: Grid, write: Callable[[float], str]) -> Table:
+    """The map as figures; those of rows of one figure have a column of their own."""
+    alone = any(len(cells) != len(grid.columns) for cells in grid.cells)
+    columns = (*grid.columns, *(["outside"] if alone else []))
+    rows = []
+    for name, cells in zip(grid.rows, grid.cells, strict=True):
+        told = ["" if cell is None else write(cell) for cell in cells]
+        room = [""] * (len(columns) - len(told))
+        rows.append((name, *told, *room) if len(cells) == len(grid.columns) else (name, *room, *told))
+    return Table(caption, ("Layer", *columns), tuple(rows))
+
+
+WEIGHT_COLUMNS = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Mostly of")
+
+
+def _extremes(map: Map) -> Iterator[Part]:
+    shown = min(SHOWN, -(-len(map.ranked) // 2))
+    yield _weights_table(
+        f"The {count(shown)} most sensitive weights, by {_BY[map.guide]}", map.ranked[:shown], map.guide
+    )
+    if least := map.ranked[shown:][-shown:][::-1]:
+        yield _weights_table(f"The {count(len(least))} least sensitive weights", least, map.guide)
+    yield Note(f"KL in {_UNIT} that rounding to 4 bits saves, against 16.")
+
+
+def _weights_table(caption: str, rows: Weights, guide: Guide) -> Table:
+    return Table(caption, WEIGHT_COLUMNS, tuple(_weight_row(row, guide) for row in rows))
+
+
+def _weight_row(row: TensorSensitivity, guide: Guide) -> tuple[str, ...]:
+    kind = row.by_type[row.compared]
+    domain = max(row.by_domain, key=row.by_domain.__getitem__, default=None)
+    mostly = f"{plain(domain, 40)} (x {row.by_domain[domain]:.1f})" if domain else "-"
+    return name_of(row), millinats(row.per_mb(guide)), share(kind.at_risk), f"{size(kind.bytes)} {row.compared}", mostly
+
+
+def _sums(map: Map) -> Iterator[Part]:
+    saved = sum(row.saved for row in map.sensitivity.rows)
+    for caption, kind, groups in (
+        ("Modules, over all layers", "Module", map.by_module()),
+        ("Layers, over all their modules", "Layer", map.by_layer()),
+    ):
+        rows = tuple(
+            (
+                plain(name, 60),
+                millinats(kl_per_mb(own, map.guide)),
+                share(at_risk(own)),
+                share(sum(row.saved for row in own) / saved),
+            )
+            for name, own in groups.items()
+        )
+        table = Table(
+            caption, (kind, "KL per MB saved", "Facts at risk", "Share of the bytes"), rows, sortable=len(rows) > 1
+        )
+        yield table if kind == "Module" else Folded("By layer", (table,))
+
+
+def _sizes(map: Map) -> Iterator[Part]:
+    sizes = tuple(
+        (each.type, size(each.nbytes), number(each.kl), number(map.at(each.nbytes).kl)) for each in map.uniform
+    )
+    columns = ("All weights of one type", "Size of the weights", "Predicted KL", "A type for each")
+    curve = Chart("Predicted KL by size", _told(map), partial(_draw_curve, map=map), height=260)
+    yield Beside(curve, Table("What one type for all loses, and what a choice at the same size does", columns, sizes))
+    yield Note("", drawn=_CURVE_NOTE)
+    steps = [
+        (size(here.nbytes), number(here.kl), millinats((here.kl - there.kl) / (there.nbytes - here.nbytes) * 1e6))
+        for here, there in pairwise(map.frontier)
+    ]
+    last = [(size(each.nbytes), number(each.kl), "-") for each in map.frontier[-1:]]
+    buys = f"The next MB saves, {_UNIT.removesuffix(' per MB')}"
+    line = Table("The least predicted loss by size", ("Size of the weights", "Predicted KL", buys), (*steps, *last))
+    yield Folded("The line as a table", (line,))
+
+
+def _told(map: Map) -> str:
+    ends = " to ".join(f"{number(each.kl)} at {size(each.nbytes)}" for each in (map.frontier[0], map.frontier[-1]))
+    return f"From {ends}. The table beside the chart has the sizes of single types."
+
+
+def _draw_curve(plot: Axes, *, map: Map) -> None:
+    line = [(each.nbytes / 1e6, each.kl) for each in map.frontier if each.kl > 0]
+    marks = [(each.nbytes / 1e6, each.kl, each.type) for each in map.uniform if each.kl > 0]
+    plot.plot(*zip(*line, strict=True), color=SERIES[0], linewidth=1.8)
+    for x, y, _ in marks:
+        plot.plot([x], [y], "o", color=INK, markersize=5)
+    plot.set_yscale("log")
+    plot.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    plot.minorticks_off()
+    plot.grid(axis="y")
+    plot.set_axisbelow(True)
+    plot.set_xlabel("size of the weights, MB", fontsize=11, loc="left", color=MUTED)
+    plot.set_title("predicted KL, nats", fontsize=11, loc="left", color=MUTED)
+    draw_labels(plot, marks)
+
+
+def _method(map: Map) -> tuple[str, ...]:
+    guidance = map.sensitivity.guidance
+    facts = (
+        f"{count(guidance.facts)} facts that the model knows, evenly over relations, and the five best candidates of "
+        "each: KL is that of the distribution over them, in the mean over facts, to second order in the changes of "
+        "their log-probabilities.",
+        "A fact is at risk by the probability that its object falls below the best other candidate, where the change "
+        "of their margin is normal with the mean square that was measured. A domain has a map where 5 of its facts are "
+        "known or more.",
+    )
+    text = (
+        f"{count(guidance.tokens)} tokens of text: KL is that of the next token's distribution, in the mean over "
+        "tokens; the tenth of the pieces of text that a weight changes most is left out.",
+    )
+    return (
+        "Estimates to first order in the weights, from one pass forward and one back: what changes is the gradient of "
+        "each score times the error of rounding. Figures of single weights add up to those of many. Rounding that "
+        "changes much is underestimated.",
+        *(facts if guidance.facts else ()),
+        *(text if guidance.tokens else ()),
+        f"A weight is compared by {_compared(map)}, and what that saves against 16 bits. One type predicts for another "
+        "by their squared errors.",
+        *_of_llama_cpp(map),
+    )
+
+
+def _compared(map: Map) -> str:
+    return " or ".join(sorted({row.compared for row in map.sensitivity.rows}))
+
+
+def _of_llama_cpp(map: Map) -> Iterator[str]:
+    if map.sensitivity.guidance.form == "gguf":
+        yield (
+            "All weights of one type are what llama-quantize --pure writes, a fallback of llama.cpp's where a row does "
+            "not fit the type (q5_0 for q4_k, q8_0 for q6_k, iq4_nl for q3_k and q2_k): mixtures such as q4_k_m are "
+            "others."
+        )
+
+
+def _run(map: Map) -> tuple[Entry, ...]:
+    sensitivity, guidance = map.sensitivity, map.sensitivity.guidance
+    entries = [
+        Entry("Model", plain(map.model, 120), code=True),
+        _hash("SHA-256", sensitivity.sha256),
+        _hash("Facts", guidance.fingerprint),
+        _hash("Text", guidance.text),
+        Entry("Ranked by", _BY[map.guide]),
+        Entry("Versions", f"compressknow {__version__}"),
+    ]
+    return tuple(entry for entry in entries if entry)
+
+
+def _hash(label: str, sha256: str | None) -> Entry | None:
+    return Entry(label, sha256[:12], code=True, full=sha256) if sha256 else None

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from compressknow.comparison.checkpoints import module_in_block
 from compressknow.compress.calibrate.backward import Product, gradients
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.sources import Sources
-from compressknow.diff.checkpoints import module_in_block
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import OpenFiles
@@ -36,9 +36,9 @@ from compressknow.study.sensitivity import Rounding, TensorSensitivity
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from compressknow.base.progress import Advance
     from compressknow.compress.calibrate.backward import Batch
     from compressknow.model.checkpoint import Checkpoint
-    from compressknow.quiet import Advance
 
 # Rows of a weight that are rounded and multiplied at a time: of a head there are as many as tokens.
 BAND = 2048

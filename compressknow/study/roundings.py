@@ -11,11 +11,12 @@ from typing import ClassVar, Literal
 import torch
 
 from compressknow.compress.schemes import SCHEMES, Scheme
-from compressknow.compress.schemes.int4 import GROUP_SIZES
+from compressknow.compress.schemes.builtin import GROUP_SIZES
 from compressknow.compress.schemes.rounding import nearest
 from compressknow.gguf import grids
 
 SIZE_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+
 
 # Types that ggml rounds to at once: coarse and fine ones.
 _AT_ONCE = ("q8_0", "q6_k", "q5_0", "q4_0", "q3_k")

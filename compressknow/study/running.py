@@ -13,12 +13,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.errors import CompressknowError, OutputError, UnsupportedError
+from compressknow.base.errors import CompressknowError, OutputError, UnsupportedError
+from compressknow.base.files import write_whole
+from compressknow.base.progress import Listener, staged
 from compressknow.evaluate.answers import RECORD, Answers
 from compressknow.evaluate.handle import Settings
 from compressknow.evaluate.sources import Opened
-from compressknow.files import write_whole
-from compressknow.quiet import Listener, staged
 from compressknow.study.cells import StudyModel, folder_of
 from compressknow.study.folder import CellResult
 from compressknow.study.grid import Cell

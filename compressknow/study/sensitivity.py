@@ -12,11 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from compressknow import notebook
-from compressknow.errors import UsageError
-from compressknow.files import write_whole
-from compressknow.format import count, number
-from compressknow.reading import read_json
+from compressknow.base import notebook
+from compressknow.base.errors import UsageError
+from compressknow.base.files import write_whole
+from compressknow.base.format import count, number
+from compressknow.base.reading import read_json
 
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")

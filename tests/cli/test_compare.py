@@ -18,9 +18,9 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 import compressknow
+from compressknow.base.progress import Progress
 from compressknow.cli import main
 from compressknow.evaluate.answers import Answers, read_answers
-from compressknow.quiet import Progress
 from tests.engine.gguf_files import F32, Q8_0, needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.long import one_in

@@ -8,10 +8,10 @@ from typing import Any
 import click
 import pytest
 
+from compressknow.base.errors import UsageError
 from compressknow.cli import main
 from compressknow.cli.defaults import project_defaults
 from compressknow.cli.report import command_of
-from compressknow.errors import UsageError
 
 
 @click.command()

@@ -16,10 +16,10 @@ import click
 import pytest
 
 from compressknow import __version__
+from compressknow.base.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
 from compressknow.cli import COMMANDS, cli, main
 from compressknow.cli.options import GROUPS
 from compressknow.cli.run import LazyGroup, if_interrupted, run
-from compressknow.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from compressknow.api.verify import verify
 from compressknow.cli import main
-from compressknow.commands.verify import verify
 from tests.knowing import facts_file, knowing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode on this system")

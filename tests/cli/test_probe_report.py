@@ -18,10 +18,10 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import compressknow
+from compressknow.base.errors import GateNotMet, GateUndecided
 from compressknow.cli import main
-from compressknow.errors import GateNotMet, GateUndecided
 from compressknow.evaluate.answers import RECORD
-from compressknow.evaluate.sources.own_facts import own_facts
+from compressknow.evaluate.sources.custom import own_facts
 from tests.knowing import facts_file, knowing
 
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]

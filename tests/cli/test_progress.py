@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from compressknow import quiet
+from compressknow.base import progress
+from compressknow.base.progress import Pace, Progress, Stage, begun, staged
 from compressknow.cli import terminal
 from compressknow.cli.terminal import Lines, announcement
-from compressknow.quiet import Pace, Progress, Stage, begun, staged
 
 STAGE = Stage("evaluate", "smollm2-att-int8", "atlas", facts=4021, number=2, of=3)
 CONVERTING = Stage("convert", "smollm2")
@@ -137,7 +137,7 @@ def test_short_stages_one_after_the_other_have_a_line_a_minute_too(monkeypatch: 
     assert number > 1
 
 
-@pytest.mark.parametrize("work", quiet.Work.__args__)  # type: ignore[attr-defined]
+@pytest.mark.parametrize("work", progress.Work.__args__)  # type: ignore[attr-defined]
 def test_all_work_has_a_line(work: Any) -> None:
     stage = Stage(work, "llama")
     state = terminal._State(stage)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.commands.verify import verify
+from compressknow.api.verify import verify
 from tests.knowing import facts_file, knowing
 from tests.models import save_tiny
 

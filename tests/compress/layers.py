@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressknow.compress.calibrate.statistics import InputStatistics
-from compressknow.compress.schemes.int8_weights import Int8Weights
+from compressknow.compress.schemes.builtin import Int8Weights
 
 
 class Groups4(Int8Weights):

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils import prune
 
-from compressknow.compress.calibrate.inverse import inverse_factor, inverse_of
+from compressknow.base.errors import CompressknowError
+from compressknow.compress.calibrate.compensation import inverse_factor, inverse_of
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import METHODS, Calibrated, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.compress.schemes.gptq import gptq
 from compressknow.compress.schemes.rounding import nearest
-from compressknow.errors import CompressknowError
 from compressknow.model.tensors import StoredTensor
 from tests.compress.layers import (
     Groups4,

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compressknow
+from compressknow.base.errors import CheckpointError, CompressknowError
+from compressknow.comparison.checkpoints import difference
+from compressknow.comparison.differences import Difference, Sums, TensorDifference, summed
 from compressknow.compress import blocks
-from compressknow.diff.checkpoints import difference
-from compressknow.diff.records import Difference, Sums, TensorDifference, summed
 from compressknow.engine.identity import describe, locate
-from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.model.checkpoint import open_checkpoint
 from tests.compress.deep import save_deep
 from tests.models import save_tiny, tiny_of_groups

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5ForConditionalGeneration
 
 import compressknow
+from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.compress import blocks
 from compressknow.compress.layout import lay_out
 from compressknow.compress.plan import PlannedTensor
@@ -34,8 +35,7 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import OutputFiles, Work
 from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import SCHEMES
-from compressknow.compress.targets import quantization_config
-from compressknow.errors import CompressknowError, UnsupportedError, UsageError
+from compressknow.compress.sources import quantization_config
 from compressknow.model.groups import structure_of
 from compressknow.model.scopes import select
 from compressknow.model.tensors import OpenFiles, read_header

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import compressknow
+from compressknow.comparison.clusters import tally
+from compressknow.comparison.intervals import mcnemar
 from compressknow.evaluate.sources import Options
-from compressknow.stats.clusters import tally
-from compressknow.stats.intervals import mcnemar
 from tests.knowing import facts_file, knowing
 from tests.long import long
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import compressknow
-from compressknow.engine import int8
-from compressknow.errors import UnsupportedError
+from compressknow.base.errors import UnsupportedError
+from compressknow.engine import layers
 from compressknow.model.groups import structure_of
 from compressknow.model.scopes import scope_names, select
 from tests.long import one_in
@@ -180,7 +180,9 @@ def test_int8_without_a_form_that_runs_right_is_refused(
 def test_generate_and_the_encoder_alone_are_right_after_load(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, scheme: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "runs_on", lambda _: False)  # tests/engine/test_int8.py judges the engine's own layers
+    monkeypatch.setattr(
+        layers, "int8_runs_on", lambda _: False
+    )  # tests/engine/test_int8.py judges the engine's own layers
     scope = "blocks" if scheme == "fp8" else "overall"
     compressknow.convert(checkpoints[name], tmp_path / "out", scope=scope, prune=AMOUNT, quantize=scheme)
     model, expected = compressknow.load(tmp_path / "out"), compressed_in_memory(name, scope, scheme, pruned=True)

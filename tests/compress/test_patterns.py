@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
+from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.cli import main
 from compressknow.compress import blocks
 from compressknow.compress.blocks import Reader
@@ -27,7 +28,6 @@ from compressknow.compress.pruning.masks import smallest_of_rows
 from compressknow.compress.recipe import Recipe, read_recipe
 from compressknow.compress.steps import Prune, Where
 from compressknow.engine.load import load
-from compressknow.errors import UnsupportedError, UsageError
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.compress.test_pruning import GPT_OSS, feed_forward
 from tests.models import save_tiny

@@ -13,6 +13,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Block
 from compressknow.compress.convert import convert
 from compressknow.compress.layout import lay_out
@@ -23,7 +24,6 @@ from compressknow.compress.pruning import EachBlock, Pruned
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Prune, Quantize, Step, Where
-from compressknow.errors import CompressknowError
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.long import one_in
 from tests.models import save_tiny

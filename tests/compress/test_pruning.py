@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import prune
 
+from compressknow.base.errors import CheckpointError
 from compressknow.compress import blocks
 from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import convert
@@ -23,7 +24,6 @@ from compressknow.compress.pruning.masks import tensor_seed
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Where
 from compressknow.engine.load import load
-from compressknow.errors import CheckpointError
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.models import save_tiny
 

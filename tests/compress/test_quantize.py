@@ -32,8 +32,8 @@ from compressknow.compress.process import OutputFiles, Work
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.schemes.rounding import nearest
+from compressknow.compress.sources import quantization_config
 from compressknow.compress.steps import Prune, Quantize, Where
-from compressknow.compress.targets import quantization_config
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.models import logits, save_tiny, tiny
 

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import compressknow
+from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.cli import main
 from compressknow.compress.options import recipe_of
 from compressknow.compress.recipe import Recipe, read_recipe
@@ -21,11 +22,10 @@ from compressknow.compress.steps import DropBlocks, DropNeurons, Prune, Where
 from compressknow.compress.variant import VariantMaker
 from compressknow.compress.verify import compare_to_manifest
 from compressknow.engine.identity import describe, locate
-from compressknow.errors import UnsupportedError, UsageError
 from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.card.make import model_facts
-from compressknow.pages.card.section import Context
-from compressknow.pages.card.sections.models import Layers
+from compressknow.pages.card.sections import Context
+from compressknow.pages.card.sections.figures import Layers
 from compressknow.pages.card.warnings import of_recipe
 from compressknow.pages.parts import Note
 from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep, save_deep, without_blocks

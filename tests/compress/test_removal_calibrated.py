@@ -17,19 +17,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.comparison.checkpoints import difference
+from compressknow.comparison.differences import Difference
 from compressknow.compress import blocks
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import prepare, write
 from compressknow.compress.manifest import Manifest, dry_run
 from compressknow.compress.options import recipe_of
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.choice import blocks_to_drop, fit, neurons_to_keep
+from compressknow.compress.removal.calibrated import blocks_to_drop, fit, neurons_to_keep
 from compressknow.compress.steps import DropBlocks, DropNeurons, Where
 from compressknow.compress.variant import VariantMaker
 from compressknow.compress.verify import compare_to_manifest
-from compressknow.diff.checkpoints import difference
-from compressknow.diff.records import Difference
-from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.manifest import read_manifest
 from tests.compress.deep import BUILDERS, deep, save_deep, without_blocks

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import save_file
 
 import compressknow
-from compressknow.quiet import quiet
+from compressknow.base.progress import quiet
 from tests.models import save_tiny
 
 

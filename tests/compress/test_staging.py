@@ -17,11 +17,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import compressknow
+from compressknow.base.errors import CompressknowError, OutputError
 from compressknow.cli import main
 from compressknow.compress.convert import convert
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune
-from compressknow.errors import CompressknowError, OutputError
 from compressknow.model.tensors import StoredTensor
 from tests.long import one_in
 from tests.models import save_tiny

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig, Zamba2ForCausalLM
 
 import compressknow
-from compressknow.errors import UnsupportedError
+from compressknow.base.errors import UnsupportedError
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.direct_reads import direct_reads
 from compressknow.model.loading import LoadReport, headers_of, load_report

@@ -19,8 +19,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import compressknow
-from compressknow.compress.targets import target_count, target_patterns
-from compressknow.diff.checkpoints import difference
+from compressknow.comparison.checkpoints import difference
+from compressknow.compress.sources import target_count, target_patterns
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.scopes import select

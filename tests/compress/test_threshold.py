@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressknow.base.errors import CheckpointError
 from compressknow.compress import blocks
 from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import convert
@@ -20,7 +21,6 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import Weights, choose
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Quantize, Step
-from compressknow.errors import CheckpointError
 from compressknow.model.tensors import OpenFiles, StoredTensor, byte_view
 from tests.models import save_tiny
 

@@ -47,7 +47,7 @@ def test_a_variant_is_what_convert_writes_and_computes_the_same(architecture: st
                 assert tensor.dtype == variant.tensors[name].dtype
                 assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
             expected = logits(load(written, dtype="float32", language_model=True))
-            assert torch.equal(logits(load_variant(variant, maker, dtype="float32")), expected)
+            assert torch.equal(logits(load_variant(variant, dtype="float32")), expected)
 
 
 @pytest.mark.parametrize("architecture", ["t5", "llama"])
@@ -74,5 +74,5 @@ def test_tensors_that_a_recipe_leaves_alone_are_shared_and_stay_as_they_were(tmp
         second = maker.make(maker.plan(RECIPES["feed-forward int8 weights"]))
         name = "model.embed_tokens.weight"
         assert first.tensors[name].data_ptr() == second.tensors[name].data_ptr()
-        load_variant(first, maker, dtype="float32")
+        load_variant(first, dtype="float32")
         assert torch.equal(second.tensors[name], load_file(source / "model.safetensors")[name])

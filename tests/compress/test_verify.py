@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import compressknow
+from compressknow.base.errors import CheckpointError, CompressknowError, VerificationError
 from compressknow.cli import main
-from compressknow.errors import CheckpointError, CompressknowError, VerificationError
 from compressknow.model.tensors import read_header
 from tests.models import save_tiny
 

@@ -15,10 +15,10 @@ import torch
 import transformers
 
 import compressknow
-from compressknow.engine import int8
+from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
+from compressknow.base.progress import quiet
+from compressknow.engine import layers
 from compressknow.engine.load import load
-from compressknow.errors import CompressknowError, UnsupportedError, UsageError
-from compressknow.quiet import quiet
 from tests.long import one_in
 from tests.model.test_zoo import BEFORE_5_20, SETTINGS
 from tests.zoo import ZOO, inputs_of, tiny_model
@@ -82,7 +82,7 @@ def check(name: str, folder: Path) -> str:
     plain = logits_of(loaded_whole(name, folder / "out"))
     changed = (plain - original).abs().mean()
     assert changed > 0, name
-    if outcome == "int8" and int8.runs_on("cpu") and name not in ONE_SCALE:
+    if outcome == "int8" and layers.int8_runs_on("cpu") and name not in ONE_SCALE:
         with quiet():
             engine = logits_of(load(folder / "out"))
         # A value beside a rounding step may go to its other side: that is little beside what int8 itself does.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compressknow.base.errors import UsageError
 from compressknow.engine.language_model import check_device, device_of
-from compressknow.errors import UsageError
 from compressknow.evaluate.handle import Settings
 
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import compressknow
 from compressknow import Settings
+from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.engine.identity import quantization_in_words
 from compressknow.engine.load import load, load_tokenizer
-from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.pages.records import Comparison
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing

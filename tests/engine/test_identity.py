@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import compressknow
+from compressknow.base.errors import CheckpointError
 from compressknow.engine.contents import read_contents
 from compressknow.engine.identity import MANIFEST, describe, locate
-from compressknow.errors import CheckpointError
 from tests.knowing import knowing
 
 

@@ -12,17 +12,16 @@ from torch import nn
 from torch.nn import functional
 
 import compressknow
-from compressknow.engine import int4
-from compressknow.engine.int4 import Int4Linear
-from compressknow.engine.int8 import rounds_activations, unrounded
+from compressknow.engine import layers
 from compressknow.engine.language_model import LanguageModel
+from compressknow.engine.layers import Int4Linear, rounds_activations, unrounded
 from compressknow.engine.load import load
 from compressknow.evaluate.handle import Settings
 from tests.knowing import facts_file, knowing
 from tests.models import logits, tiny_of_groups
 
 pytestmark = pytest.mark.skipif(
-    not int4.runs_on("cpu"), reason="this CPU has no fast kernel: int4 layers run as floats"
+    not layers.int4_runs_on("cpu"), reason="this CPU has no fast kernel: int4 layers run as floats"
 )
 SIZES = (32, 64, 128)
 FAMILIES = ("llama", "bert", "opt", "gpt-neox", "bart")
@@ -110,11 +109,11 @@ def converted(name: str, folder: Path, **options: Any) -> Path:
 
 def in_floats(folder: Path) -> Any:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(int4, "runs_on", lambda _: False)
+        patched.setattr(layers, "int4_runs_on", lambda _: False)
         return load(folder)
 
 
-def layers(model: nn.Module) -> dict[str, Int4Linear]:
+def int4_layers(model: nn.Module) -> dict[str, Int4Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Int4Linear)}
 
 
@@ -124,9 +123,9 @@ def test_layers_stay_packed_and_give_nearly_what_plain_transformers_does(name: s
     ours, plain = load(folder), in_floats(folder)
     stored = load_file(folder / "model.safetensors")
     packed = {key.removesuffix(".weight_packed") for key in stored if key.endswith("_packed")}
-    assert set(layers(ours)) == packed
-    assert not layers(plain)
-    for path, module in layers(ours).items():
+    assert set(int4_layers(ours)) == packed
+    assert not int4_layers(plain)
+    for path, module in int4_layers(ours).items():
         weight = module.integers() * module.weight_scale.repeat_interleave(32, dim=1)
         assert torch.equal(weight, plain.get_submodule(path).weight)
     error = (logits(ours) - logits(plain)).norm() / logits(plain).norm()
@@ -136,7 +135,7 @@ def test_layers_stay_packed_and_give_nearly_what_plain_transformers_does(name: s
 
 
 def test_weights_take_a_fifth_of_float32_at_most_with_all_that_is_beside_them(tmp_path: Path) -> None:
-    for module in layers(load(converted("llama", tmp_path))).values():
+    for module in int4_layers(load(converted("llama", tmp_path))).values():
         held = [*module.buffers(), module.weight_scale]
         assert sum(tensor.nbytes for tensor in held) <= 0.2 * 4 * module.out_features * module.in_features
 
@@ -153,7 +152,7 @@ def test_what_the_kernel_does_not_take_runs_in_floats(tmp_path: Path) -> None:
     """99 outputs are no multiple of 16."""
     folder = converted("llama", tmp_path, scope="overall")
     model = load(folder)
-    assert len(layers(model)) == 14
+    assert len(int4_layers(model)) == 14
     assert type(model.lm_head) is not Int4Linear
     assert model.lm_head.weight.dtype == torch.float32
 
@@ -169,7 +168,7 @@ def test_a_recipe_that_mixes_schemes_runs_each_in_its_own_layers(tmp_path: Path)
     compressknow.convert(tmp_path / "in", tmp_path / "out", recipe=compressknow.Recipe.from_dict(recipe))
     model = LanguageModel(load(tmp_path / "out"), None, "causal")  # type: ignore[arg-type]
     assert "int4" in model.dtype
-    assert len(layers(model.model)) == 8
+    assert len(int4_layers(model.model)) == 8
 
 
 def test_a_loaded_model_can_be_saved_and_loaded_again(tmp_path: Path) -> None:
@@ -200,7 +199,7 @@ def test_facts_are_answered_as_in_floats(family: str, tmp_path: Path) -> None:
     compressknow.convert(knowing(family, tmp_path / "model"), folder, quantize="int4", parameters={"group_size": 32})
     ours = compressknow.probe(folder, tmp_path / "ours", [facts])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(int4, "runs_on", lambda _: False)
+        patched.setattr(layers, "int4_runs_on", lambda _: False)
         plain = compressknow.probe(folder, tmp_path / "plain", [facts])
     assert plain.record.model.computed_in == "float32"
     assert [answer.predicted for answer in ours.answers] == [answer.predicted for answer in plain.answers]

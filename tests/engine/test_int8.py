@@ -15,9 +15,9 @@ from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
 import compressknow
-from compressknow.engine import int8
-from compressknow.engine.int8 import Int8Linear
+from compressknow.engine import layers
 from compressknow.engine.language_model import LanguageModel
+from compressknow.engine.layers import Int8Linear
 from compressknow.engine.load import load
 from compressknow.engine.steady import SteadyLinear, steady, unsteady
 from compressknow.evaluate.handle import Settings
@@ -25,7 +25,7 @@ from tests.knowing import facts_file, knowing
 from tests.long import one_in
 from tests.models import QUANTIZABLE, logits, save_tiny
 
-pytestmark = pytest.mark.skipif(not int8.runs_on("cpu"), reason="this CPU lacks VNNI: int8 layers run as floats")
+pytestmark = pytest.mark.skipif(not layers.int8_runs_on("cpu"), reason="this CPU lacks VNNI: int8 layers run as floats")
 SCHEMES = ("int8", "int8-paper")
 
 
@@ -42,7 +42,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def without_vnni() -> Iterator[None]:
     """As on another CPU: int8 layers are floats, as in plain transformers."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(int8, "runs_on", lambda _: False)
+        patched.setattr(layers, "int8_runs_on", lambda _: False)
         yield
 
 
@@ -51,7 +51,7 @@ def load_in_floats(folder: Path) -> Any:
         return load(folder)
 
 
-def layers(model: nn.Module) -> dict[str, Int8Linear]:
+def int8_layers(model: nn.Module) -> dict[str, Int8Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
 
 
@@ -64,7 +64,7 @@ def layer(rows: int, columns: int, *, bits: int = 8, per_token: bool = True) -> 
 
 
 def test_each_layer_gives_what_it_gives_in_plain_transformers(checkpoint: Path) -> None:
-    plain, ours = load_in_floats(checkpoint), layers(load(checkpoint))
+    plain, ours = load_in_floats(checkpoint), int8_layers(load(checkpoint))
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     names = {plain.get_submodule(name): name for name in ours}
 
@@ -206,7 +206,7 @@ def test_the_largest_activation_does_not_wrap_around() -> None:
 def test_weights_stay_int8_in_memory(tmp_path: Path) -> None:
     compressknow.convert(save_tiny("bert", tmp_path / "in"), tmp_path / "out", scope="overall", quantize="int8")
     model = load(tmp_path / "out")
-    assert {linear.weight.dtype for linear in layers(model).values()} == {torch.int8}
+    assert {linear.weight.dtype for linear in int8_layers(model).values()} == {torch.int8}
 
 
 def test_a_model_that_casts_to_the_dtype_of_its_head_has_it_in_floats(tmp_path: Path) -> None:

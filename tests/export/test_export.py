@@ -20,10 +20,7 @@ import pytest
 import torch
 
 import compressknow
-from compressknow.cli import main
-from compressknow.engine.contents import read_contents
-from compressknow.engine.identity import locate
-from compressknow.errors import (
+from compressknow.base.errors import (
     CheckpointError,
     CompressknowError,
     NotInstalled,
@@ -32,10 +29,13 @@ from compressknow.errors import (
     UsageError,
     VerificationError,
 )
-from compressknow.format import size
+from compressknow.base.format import size
+from compressknow.base.progress import Progress
+from compressknow.cli import main
+from compressknow.engine.contents import read_contents
+from compressknow.engine.identity import locate
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.record import read_record
-from compressknow.quiet import Progress
 from tests.export.making import (
     as_llama_cpp,
     checkpoint,

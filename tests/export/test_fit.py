@@ -19,8 +19,8 @@ import transformers as hf
 pytest.importorskip("llama_cpp_py_sync")
 
 import compressknow
+from compressknow.base.files import cache_folder
 from compressknow.cli import main
-from compressknow.files import cache_folder
 from compressknow.gguf.choice import Choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.export import prepare, write

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compressknow
+from compressknow.base.errors import CheckpointError, OutputError, UsageError
 from compressknow.cli import main
 from compressknow.compress.calibrate.text import calibration_text
-from compressknow.errors import CheckpointError, OutputError, UsageError
 from compressknow.gguf.importance import read_importance, write_importance
 from compressknow.model.loading import open_complete
 from tests.export.making import (
@@ -174,9 +174,9 @@ def test_types_that_need_one(world: Path, tmp_path: Path) -> None:
 @needs_converter
 def test_every_type_that_needs_one_is_known_and_no_other(world: Path, tmp_path: Path) -> None:
     """llama.cpp itself is asked, of each type that it has."""
-    from compressknow.errors import CompressknowError
+    from compressknow.base.errors import CompressknowError
+    from compressknow.gguf.choice import NEED_IMPORTANCE, file_types
     from compressknow.gguf.quantizing import Request, quantize
-    from compressknow.gguf.types import NEED_IMPORTANCE, file_types
 
     compressknow.export(world / "model", tmp_path / "exact.gguf", type="f32")
     for number, kind in enumerate(file_types()):
@@ -247,8 +247,8 @@ def test_the_models_own_text(world: Path, tmp_path: Path) -> None:
 @needs_converter
 def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
     """A tensor whose input channels the converter has put into another order is no match."""
-    from compressknow.diff.parameters import side_of
-    from compressknow.gguf.channels import same_channels
+    from compressknow.compress.weights import side_of
+    from compressknow.gguf.calibration import same_channels
     from compressknow.gguf.plain import plain_tensors
     from compressknow.gguf.tensors import read_tensors
 

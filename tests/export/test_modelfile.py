@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import compressknow
+from compressknow.base.errors import CompressknowError, OutputError, UsageError
 from compressknow.cli import main
-from compressknow.errors import CompressknowError, OutputError, UsageError
 from compressknow.gguf.modelfile import go_template
 from tests.export.making import checkpoint, needs_converter
 

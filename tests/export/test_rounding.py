@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("llama_cpp_py_sync")
 
 from compressknow.compress.calibrate.statistics import InputStatistics
+from compressknow.gguf.gptq import LAYOUTS, pack, round_gptq
 from compressknow.gguf.grids import block_size, dequantize, quantize, type_bytes
-from compressknow.gguf.rounding import LAYOUTS, pack, round_gptq
 
 ROWS, COLUMNS = 24, 512
 

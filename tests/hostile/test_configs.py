@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import transformers as hf
 
-from compressknow.errors import CheckpointError
+from compressknow.base.errors import CheckpointError
 from compressknow.model.meta import check_numbers, meta_model
 from tests.hostile.bounded import bounded, refused
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressknow.errors import CompressknowError
+from compressknow.base.errors import CompressknowError
+from compressknow.base.reading import MOST_VALUES, NotReadable, parse_json, read_lines
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.tensors import read_header
-from compressknow.reading import MOST_VALUES, NotReadable, parse_json, read_lines
 from tests.hostile.bounded import bounded, refused
 from tests.models import save_tiny
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from compressknow.model.gguf_header import check_gguf
-from compressknow.reading import NotReadable
+from compressknow.base.reading import NotReadable
+from compressknow.model.gguf_file import check_gguf
 from tests.engine.gguf_bytes import LIST, TEXT, Parts, taken_apart
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.hostile.bounded import refused

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compressknow.errors import CompressknowError, UsageError
+from compressknow.base.errors import CompressknowError, UsageError
+from compressknow.base.reading import check_parquet
 from compressknow.evaluate.answers import read_table, schema
-from compressknow.evaluate.sources.hub import hub_facts
-from compressknow.tables import check_parquet
+from compressknow.evaluate.sources.custom import hub_facts
 from tests.hostile.bounded import bounded
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import compressknow
-from compressknow.errors import CheckpointError, UsageError
+from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.model.scopes import Pattern, refuse_slow_targets
 from tests.hostile.bounded import bounded, refused
 from tests.models import save_tiny

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compressknow
-from compressknow.errors import CheckpointError, CompressknowError
+from compressknow.base.errors import CheckpointError, CompressknowError
 from compressknow.evaluate.answers import TABLE
 from tests.knowing import facts_file, knowing
 from tests.models import save_tiny

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import compressknow
+from compressknow.base.errors import CheckpointError, CompressknowError
+from compressknow.base.reading import misfit, sha256_of
 from compressknow.cli import main
-from compressknow.errors import CheckpointError, CompressknowError
 from compressknow.evaluate.answers import HASH, RECORD, TABLE, read_answers, write_record
 from compressknow.evaluate.records import Record
-from compressknow.reading import misfit, sha256_of
 from tests.hostile.bounded import bounded, refused
 from tests.knowing import facts_file, knowing
 from tests.models import save_tiny

@@ -17,9 +17,9 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
 import compressknow
-from compressknow import hub as uploads
+from compressknow.base import hub as uploads
+from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.cli import main
-from compressknow.errors import CompressknowError, UsageError
 from tests.export.making import checkpoint
 from tests.hub.hub_server import TOKEN, Hub, serving
 from tests.models import save_tiny

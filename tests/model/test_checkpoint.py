@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from compressknow.base.errors import CheckpointError
 from compressknow.engine.identity import locate
-from compressknow.errors import CheckpointError
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.tensors import OpenFiles, StoredTensor, read_header
 from compressknow.model.torch_bin import read_torch_file

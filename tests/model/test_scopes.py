@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressknow.errors import UnsupportedError, UsageError
+from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.model.scopes import SCOPES, scope_names, scope_parameters, select
 from compressknow.model.structure import LinearWeight, Structure
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from compressknow.errors import CheckpointError
+from compressknow.base.errors import CheckpointError
 from compressknow.model.groups import structure_of
 from compressknow.model.meta import meta_model
 from compressknow.model.structure import GROUPS, LinearWeight

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressknow.errors import CompressknowError
+from compressknow.base.errors import CompressknowError
 from compressknow.evaluate.answers import (
     RECORD,
     TABLE,

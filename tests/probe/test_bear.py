@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.errors import UsageError
+from compressknow.base.errors import UsageError
 from compressknow.evaluate.sources.bear import bear
 from tests.probe.layouts import DATA, bear_folder, real_data, write_jsonl
 

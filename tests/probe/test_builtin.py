@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compressknow.errors import UsageError
+from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.sources.atlas import atlas
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers as hf
 
+from compressknow.base.errors import CheckpointError
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.errors import CheckpointError
 from compressknow.evaluate.evaluate import prompts_of, scorer_for
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.scoring.decoding import DecodingScorer

@@ -16,13 +16,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import compressknow
+from compressknow.base.progress import Progress
+from compressknow.comparison.records import Movement
 from compressknow.evaluate import distributions, run
 from compressknow.evaluate.answers import TABLE, read_table
 from compressknow.evaluate.distributions import Distributions, Rows, divergence_of
 from compressknow.evaluate.handle import Settings
 from compressknow.pages.records import Card
-from compressknow.quiet import Progress
-from compressknow.stats.records import Movement
 from tests.knowing import facts_file, knowing
 from tests.probe.test_run import telling
 

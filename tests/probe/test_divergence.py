@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from compressknow.comparison.paired import compare_probe
+from compressknow.comparison.records import Movement
 from compressknow.evaluate.records import ProbeEntry
-from compressknow.stats.paired import compare_probe
-from compressknow.stats.records import Movement
 from tests.models import tiny
 from tests.probe.references import answers_to, as_probe, word_facts, word_tokenizer
 

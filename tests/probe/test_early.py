@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import compressknow
-from compressknow.errors import UsageError
+from compressknow.base.errors import UsageError
 from compressknow.evaluate.early import FIRST, Early, gather_early
 from compressknow.evaluate.gather import Evaluation, gather
 from compressknow.evaluate.handle import Settings

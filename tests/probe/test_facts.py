@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressknow.errors import UsageError
+from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import Fact, Probe, chance, majority, most_frequent
 from compressknow.evaluate.sources import Options, open_probe
 from tests.knowing import facts_file

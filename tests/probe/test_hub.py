@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compressknow.errors import CompressknowError, UsageError
+from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.evaluate.sources import Options, open_probe
 from compressknow.evaluate.sources.columns import KEYS, choose_columns, parse_columns
-from compressknow.evaluate.sources.hub import hub_facts
+from compressknow.evaluate.sources.custom import hub_facts
 from tests.probe.layouts import write_jsonl
 
 MINE = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.errors import UsageError
+from compressknow.base.errors import UsageError
 from compressknow.evaluate.sources.lama import lama
 from tests.probe.layouts import DATA, lama_folder, real_data, write_jsonl
 

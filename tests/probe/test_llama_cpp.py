@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import compressknow
 from compressknow import Settings
-from compressknow.errors import CheckpointError, CompressknowError, OutputError, UnsupportedError, UsageError
+from compressknow.base.errors import CheckpointError, CompressknowError, OutputError, UnsupportedError, UsageError
 from compressknow.evaluate.answers import Answer, read_answers
 from compressknow.evaluate.sources import Options, open_probe
 from tests.engine.gguf_files import F16, F32, Q8_0, needs_gguf, write_gguf
@@ -29,10 +29,9 @@ from tests.long import long, one_in
 
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
 
-from compressknow.engine.llama_cpp import native
-from compressknow.engine.llama_cpp.context import Context, Span
-from compressknow.engine.llama_cpp.model import GgufModel
-from compressknow.engine.llama_cpp.tokenizer import GgufTokenizer
+from compressknow.gguf.llama_cpp import native
+from compressknow.gguf.llama_cpp.context import Context, GgufTokenizer, Span
+from compressknow.gguf.llama_cpp.model import GgufModel
 
 UNPACKED = Settings(device="cpu", runtime="transformers")
 # Keys and values are kept as float16.
@@ -258,7 +257,7 @@ def test_answers_of_one_runtime_are_not_taken_for_those_of_another(place: Path, 
 
 @needs_gguf
 def test_without_the_extra_a_file_is_unpacked(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressknow.engine.llama_cpp.native.is_installed", lambda _: False)
+    monkeypatch.setattr("compressknow.gguf.llama_cpp.native.is_installed", lambda _: False)
     ask(place / "F16.gguf", tmp_path / "answers", place / "facts.jsonl")
     model = read_answers(tmp_path / "answers").record.model
     assert model.runtime is None

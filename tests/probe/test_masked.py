@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers as hf
 
+from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.evaluate.evaluate import prompts_of, scorer_for
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.scoring.families import MaskedScorer

@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 
 from compressknow import Options, Settings, probe, report
-from compressknow.errors import CompressknowError
+from compressknow.base.errors import CompressknowError
+from compressknow.comparison.distributions import kl_divergence
+from compressknow.comparison.paired import compare_probe
 from compressknow.evaluate import noise
 from compressknow.evaluate.answers import Answers, read_answers
 from compressknow.evaluate.facts import fact_of
-from compressknow.evaluate.grades import known_as
+from compressknow.evaluate.grades import by_majority, known_as
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.evaluate.sources import open_all
-from compressknow.evaluate.wordings import by_majority
-from compressknow.pages.card.rounding import beside_rounding
-from compressknow.stats.distributions import kl_divergence
-from compressknow.stats.paired import compare_probe
+from compressknow.pages.card.method import beside_rounding
 from tests.knowing import facts_file, in_wordings, knowing
 from tests.report.answering import entry, sides
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.errors import UsageError
+from compressknow.base.errors import UsageError
 from compressknow.evaluate.sources import Options, name_in_answers, open_all, open_probe, usable
 from tests.probe.layouts import DATA, bear_folder, lama_folder, real_data, write_jsonl
 from tests.shown import ROOT

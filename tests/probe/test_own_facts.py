@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressknow.errors import UsageError
+from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import BLANK, Fact
-from compressknow.evaluate.sources.own_facts import SCHEMA, own_facts
+from compressknow.evaluate.sources.custom import SCHEMA, own_facts
 from tests.knowing import KNOWN_FACTS, facts_file
 from tests.probe.layouts import write_jsonl
 

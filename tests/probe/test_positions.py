@@ -9,7 +9,7 @@ import pytest
 from compressknow.engine.language_model import load_language_model, most_tokens
 from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
 from compressknow.evaluate.scoring.scorer import TOO_LONG
-from compressknow.evaluate.sources.own_facts import own_facts
+from compressknow.evaluate.sources.custom import own_facts
 from tests.knowing import facts_file, knowing
 from tests.models import tiny
 

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 import compressknow
+from compressknow.base.errors import CheckpointError, CompressknowError, DamagedAnswers, OutputError, UsageError
+from compressknow.base.files import LOCK
+from compressknow.base.progress import Listener
 from compressknow.engine.identity import locate
-from compressknow.errors import CheckpointError, CompressknowError, DamagedAnswers, OutputError, UsageError
 from compressknow.evaluate import run
 from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
 from compressknow.evaluate.handle import Beside, ModelHandle, Settings
 from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.runtimes import transformers
 from compressknow.evaluate.sources import Options, open_all
-from compressknow.files import LOCK
-from compressknow.quiet import Listener
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 FEW = Settings(batch_size=8, noise_floor=False)

@@ -14,14 +14,14 @@ from compressknow import Progress, Settings, report
 from compressknow.evaluate.answers import SEAL, Answers, read_answers
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.gguf import export as exporting
-from compressknow.pages.tables import identity
+from compressknow.pages.parts import identity
 from tests.engine.gguf_files import Q8_0, write_gguf
 from tests.export.making import checkpoint, needs_converter
 from tests.knowing import facts_file, knowing
 
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
 
-from compressknow.engine.llama_cpp.native import native
+from compressknow.gguf.llama_cpp.native import native
 
 RAN_IN = f"llama.cpp {native().build}"
 

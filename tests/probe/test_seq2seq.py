@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.errors import UnsupportedError
 from compressknow.evaluate.evaluate import prompts_of, scorer_for
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST

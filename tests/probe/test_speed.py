@@ -10,12 +10,12 @@ import torch
 import transformers
 
 import compressknow
+from compressknow.base.errors import CompressknowError
+from compressknow.base.progress import Stage
 from compressknow.engine.identity import locate
 from compressknow.engine.steady import SteadyLinear
-from compressknow.errors import CompressknowError
 from compressknow.evaluate.handle import ModelHandle, Settings
 from compressknow.evaluate.speed import _tokens_per_second, measure
-from compressknow.quiet import Stage
 from tests.knowing import facts_file, knowing
 
 

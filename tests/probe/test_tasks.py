@@ -20,8 +20,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.evaluate.answers import Answer, read_table, write_table
 from compressknow.evaluate.facts import GENERAL
 from compressknow.evaluate.records import ProbeEntry

@@ -11,14 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compressknow
-from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.evaluate import text
 from compressknow.evaluate.answers import RECORD, read_answers
 from compressknow.evaluate.distributions import Rows
+from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, Chunk
 from compressknow.evaluate.sources import Options, open_all
-from compressknow.evaluate.text import evaluate
-from compressknow.evaluate.text.evaluate import GREEDY_TOKENS, chunks_of
-from compressknow.evaluate.text.records import ALONE, MEASURED, NO_ROOM, Chunk
-from compressknow.evaluate.text.running import RunningText
+from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, chunks_of
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 CONTEXT = 24
@@ -100,7 +99,7 @@ def test_continuations_are_those_of_generate(place: Path, tmp_path: Path) -> Non
     tokenizer = AutoTokenizer.from_pretrained(place / "llama")
     model = AutoModelForCausalLM.from_pretrained(place / "llama").eval()
     ids = tokenizer(text.read_text(encoding="utf-8").removesuffix("\n"))["input_ids"]
-    for chunk in found[: evaluate.CONTINUED]:
+    for chunk in found[: text.CONTINUED]:
         start = chunk.number * CONTEXT
         prompt = [tokenizer.bos_token_id, *ids[start + 1 : start + CONTEXT // 2]]
         written = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=GREEDY_TOKENS, eos_token_id=-1)
@@ -134,7 +133,7 @@ def test_a_stopped_run_resumes_at_the_chunk_where_it_was(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressknow.evaluate.run.SECONDS_BETWEEN_PARTS", -1.0)
-    read, numbers = evaluate._read, []
+    read, numbers = text._read, []
 
     def failing(reader: object, cut: object, number: int, whole: object) -> Chunk:
         numbers.append(number)
@@ -142,7 +141,7 @@ def test_a_stopped_run_resumes_at_the_chunk_where_it_was(
             raise KeyboardInterrupt
         return read(reader, cut, number, whole)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluate, "_read", failing)
+    monkeypatch.setattr(text, "_read", failing)
     with pytest.raises(KeyboardInterrupt):
         chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
     found = chunks(place / "llama", tmp_path / "answers", place / "facts.txt")

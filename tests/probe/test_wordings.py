@@ -11,13 +11,12 @@ import pytest
 
 import compressknow
 from compressknow import Options
+from compressknow.base.errors import UsageError
 from compressknow.cli import main
-from compressknow.errors import UsageError
-from compressknow.evaluate.examples import after_example
+from compressknow.comparison.distributions import consistency, wordings_of
 from compressknow.evaluate.facts import Probe, fact_of
+from compressknow.evaluate.grades import after_example, by_majority
 from compressknow.evaluate.sources import open_all, open_probe
-from compressknow.evaluate.wordings import by_majority
-from compressknow.stats.wordings import consistency, wordings_of
 from tests.knowing import in_wordings, knowing
 from tests.report.answering import answer, answers, entry
 

@@ -15,8 +15,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import family_of
-from compressknow.errors import UnsupportedError
 from compressknow.evaluate.facts import BLANK, Fact
 from tests.long import one_in
 from tests.model.test_zoo import BEFORE_5_20, BUILT_SINCE_5_20, NOT_BUILT, ZOO

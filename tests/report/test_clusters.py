@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
-from compressknow.stats.clusters import (
+from compressknow.comparison.clusters import (
     FEWEST,
     FEWEST_SIGNS,
     clusters_of,
@@ -21,9 +21,9 @@ from compressknow.stats.clusters import (
     share_by_cluster,
     tally,
 )
-from compressknow.stats.intervals import mcnemar, proportion
-from compressknow.stats.paired import certainty
-from compressknow.stats.records import Counts, Estimate, PairedTest
+from compressknow.comparison.intervals import mcnemar, proportion
+from compressknow.comparison.paired import certainty
+from compressknow.comparison.records import Counts, Estimate, PairedTest
 
 SIMULATED = 500
 relations = st.lists(st.builds(Counts, *[st.integers(0, 30)] * 4), max_size=12)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressknow.errors import CompressknowError
-from compressknow.stats.paired import changed_facts, compare_probe
-from compressknow.stats.records import Counts, Estimate, ProbeFigures
+from compressknow.base.errors import CompressknowError
+from compressknow.comparison.paired import changed_facts, compare_probe
+from compressknow.comparison.records import Counts, Estimate, ProbeFigures
 from tests.report.answering import answer, entry, sides
 
 

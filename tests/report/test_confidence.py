@@ -7,10 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from compressknow.stats.confidence import FEWEST, THIRDS, confidence, confidence_of, thirds
-from compressknow.stats.distributions import ece
-from compressknow.stats.intervals import proportion
-from compressknow.stats.paired import compare_probe
+from compressknow.comparison.distributions import FEWEST, THIRDS, confidence, confidence_of, ece, thirds
+from compressknow.comparison.intervals import proportion
+from compressknow.comparison.paired import compare_probe
 from tests.report.answering import answer, entry, sides
 
 

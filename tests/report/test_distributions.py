@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from compressknow.stats.distributions import (
+from compressknow.comparison.distributions import (
     LOGP_FLOOR,
     brier,
     ece,

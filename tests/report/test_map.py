@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from compressknow.pages.pages import check_outputs
-from compressknow.study.map import FORMATS, Map, Size, at_risk, kl_per_mb, write_map
-from compressknow.study.map_page import render_map_html, render_map_markdown, verdict
+from compressknow.study.map import (
+    FORMATS,
+    Map,
+    Size,
+    at_risk,
+    kl_per_mb,
+    render_map_html,
+    render_map_markdown,
+    verdict,
+    write_map,
+)
 from compressknow.study.sensitivity import Sensitivity
 from tests.report.hostile import TEXTS
 from tests.report.in_browser import cut, overflow, overlapping, unfold, violations

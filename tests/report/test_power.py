@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from compressknow.stats.clusters import design_of_change, paired_test
-from compressknow.stats.intervals import mcnemar, proportion
-from compressknow.stats.power import POWER, facts_for, facts_to_decide, power, smallest_loss
-from compressknow.stats.records import Counts
+from compressknow.comparison.clusters import design_of_change, paired_test
+from compressknow.comparison.intervals import mcnemar, proportion
+from compressknow.comparison.power import POWER, facts_for, facts_to_decide, power, smallest_loss
+from compressknow.comparison.records import Counts
 
 SIMULATED = 4000
 COUNTS = [Counts(169, 16, 19, 96), Counts(185), Counts(2311, 89, 41, 1580), Counts(60, 9, 3, 20)]

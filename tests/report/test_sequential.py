@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressknow.stats.sequential import FRACTIONS, LEVEL, capitals, decide
+from compressknow.comparison.power import FRACTIONS, LEVEL, capitals, decide
 
 RUNS = 2000
 WON = math.log(2 / LEVEL)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressknow.stats.intervals import above_chance, holm, macro, mcnemar, paired_difference, proportion
-from compressknow.stats.records import Counts, Estimate
+from compressknow.comparison.intervals import above_chance, holm, macro, mcnemar, paired_difference, proportion
+from compressknow.comparison.records import Counts, Estimate
 
 cells = st.builds(Counts, *[st.integers(0, 200)] * 4)
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from compressknow.base.format import json_text
 from compressknow.compress.manifest import serialize
-from compressknow.format import json_text
 
 
 @pytest.mark.parametrize("written", [lambda values: json_text(values).encode(), serialize])

@@ -11,16 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compressknow.errors import CompressknowError, UsageError
+from compressknow.base.errors import CompressknowError, UsageError
+from compressknow.comparison.records import Measured
+from compressknow.comparison.text import moved, perplexity, text_figures
 from compressknow.evaluate.answers import Answers
-from compressknow.evaluate.records import ModelRecord, ProbeEntry, Record
-from compressknow.evaluate.text.records import ALONE, MEASURED, OTHER_TOKENS, Chunk
+from compressknow.evaluate.records import ALONE, MEASURED, OTHER_TOKENS, Chunk, ModelRecord, ProbeEntry, Record
 from compressknow.pages.card.gate import hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown, to_json
 from compressknow.pages.texts import in_short
-from compressknow.stats.records import Measured
-from compressknow.stats.text import moved, perplexity, text_figures
 
 SCORED, CHUNKS = 15, 20
 

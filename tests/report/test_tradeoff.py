@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from compressknow.comparison.records import Estimate
 from compressknow.pages.drawing import SERIES
 from compressknow.pages.tradeoff import Look, Mark, Tradeoff, tradeoff, unbeaten
-from compressknow.stats.records import Estimate
 
 POINTS = [("a", 3, 0.9), ("b", 1, 0.5), ("c", 2, 0.4), ("d", 4, 0.9), ("e", 5, 1.0)]
 

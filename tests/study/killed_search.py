@@ -34,7 +34,7 @@ IMPORTED = (
     *("matplotlib.figure", "pyarrow.parquet", "scipy.stats", "torch", "compressed_tensors"),
     *("transformers.models.llama.modeling_llama", "transformers.masking_utils", "transformers.generation.utils"),
     *("compressknow.compress.convert", "compressknow.pages.card.pages", "compressknow.pages.search"),
-    *("compressknow.commands.search", "compressknow.evaluate.scoring.families"),
+    *("compressknow.api.search", "compressknow.evaluate.scoring.families"),
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressknow.errors import UsageError
+from compressknow.base.errors import UsageError
 from compressknow.study.allocation import Option, allocate
 
 KINDS = ("q2", "q3", "q4", "q8")

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("llama_cpp_py_sync")
 
 import compressknow
-from compressknow.diff.parameters import side_of
-from compressknow.errors import UsageError
-from compressknow.format import parse_size
+from compressknow.base.errors import UsageError
+from compressknow.base.format import parse_size
+from compressknow.compress.weights import side_of
 from compressknow.gguf.fit import padded
 from compressknow.gguf.grids import legal_types, type_bytes
 from compressknow.gguf.tensors import Tensors

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.options import recipe_of
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, Where
-from compressknow.errors import UnsupportedError, UsageError
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.study.cells import folder_of

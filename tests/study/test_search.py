@@ -12,20 +12,20 @@ from pathlib import Path
 import pytest
 
 import compressknow
+from compressknow.base.errors import OutputError, UsageError
+from compressknow.base.files import LOCK
+from compressknow.base.format import number
 from compressknow.cli import main
+from compressknow.comparison.clusters import FEWEST_SIGNS
 from compressknow.compress.recipe import read_recipe
-from compressknow.errors import OutputError, UsageError
 from compressknow.evaluate.answers import read_answers
 from compressknow.evaluate.facts import fact_of
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.sources import Options, open_probe
-from compressknow.files import LOCK
-from compressknow.format import number
 from compressknow.pages.search import Trial
-from compressknow.stats.clusters import FEWEST_SIGNS
 from compressknow.study.folder import RECORD
 from compressknow.study.guides import fingerprint_of_facts, known_facts
-from compressknow.study.split import parts_of
+from compressknow.study.search import parts_of
 from tests.export.making import knowing_llama, needs_converter, text_file, types
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 from tests.long import one_in

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from compressknow.comparison.clusters import share_by_cluster
+from compressknow.comparison.records import Estimate
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.pages.search import Trial
-from compressknow.stats.clusters import share_by_cluster
-from compressknow.stats.records import Estimate
 from compressknow.study.allocation import Allocation
-from compressknow.study.search import APART, CONFIRMED, LEVEL, Candidate, SizeSearch
-from compressknow.study.split import parts_of
+from compressknow.study.search import APART, CONFIRMED, LEVEL, Candidate, SizeSearch, parts_of
 from tests.report.test_clusters import shares
 
 

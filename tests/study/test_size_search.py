@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
+from compressknow.comparison.records import Estimate
 from compressknow.pages.search import Trial
-from compressknow.stats.records import Estimate
 from compressknow.study.allocation import Allocation
 from compressknow.study.search import APART, CONFIRMED, HALVINGS, SizeSearch, promising
 

@@ -13,18 +13,17 @@ import pytest
 import torch
 
 import compressknow
+from compressknow.base.errors import OutputError, UsageError
+from compressknow.base.files import LOCK
 from compressknow.cli import main
 from compressknow.compress.calibrate import text
-from compressknow.compress.calibrate.kept import kept_text
-from compressknow.compress.calibrate.text import CalibrationText, calibration_text
+from compressknow.compress.calibrate.text import CalibrationText, calibration_text, kept_text
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
-from compressknow.errors import OutputError, UsageError
 from compressknow.evaluate.answers import Answer, read_answers
 from compressknow.evaluate.facts import fact_of
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.handle import ModelHandle, Settings
-from compressknow.files import LOCK
 from compressknow.study.folder import RECORD, CellResult, claim
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 

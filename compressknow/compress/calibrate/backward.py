@@ -1,6 +1,6 @@
 """Gradients of scores, block by block: every block is read once on the way forward and once on the way back.
 
-Many batches go through a model side by side (`compressknow.compress.calibrate.forward`). A pass keeps what each block
+Many batches go through a model side by side (`compressknow.compress.calibrate.walk`). A pass keeps what each block
 was called with; on the way back a block runs again with gradients, and they go on to the block before. Of each weight
 there are the inputs x and the gradients g at its outputs, never a gradient of the weight's own size: to first order a
 change D of it moves a score by the sum of g . D x over the tokens.

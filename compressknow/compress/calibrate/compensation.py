@@ -1,4 +1,4 @@
-"""Weights settled column by column, each column's error made up for by those that follow.
+"""TODO
 
 What GPTQ (arXiv 2210.17323, algorithm 1) and SparseGPT (arXiv 2301.00774, algorithm 1) share: with U the upper factor
 of the inverse of X^T X, what column i loses, over U_ii, times row i of U is taken off the columns after it. That brings
@@ -7,10 +7,102 @@ of the inverse of X^T X, what column i loses, over U_ii, times row i of U is tak
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from compressknow.base.errors import CompressknowError
+from compressknow.compress.calibrate.statistics import InputStatistics
+
+# Shares of the mean of H's diagonal that are added to it, until it can be inverted (GPTQ, section 3.3: 1 %).
+DAMPINGS = (0.01, 0.1)
+# Smaller triangles are inverted at once.
+TRIANGLE = 256
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """`factor`: U, upper triangular, float32 [in, in], (H + damping)^-1 = U^T U. `order`: int64 [in], the input
+    channels that its rows and columns are of; None where they are in their own order."""
+
+    factor: torch.Tensor
+    order: torch.Tensor | None = None
+
+
+def inverse_factor(inputs: InputStatistics, order: torch.Tensor | None = None) -> torch.Tensor:
+    """U, upper triangular, float32 [in, in], with (H + damping)^-1 = U^T U for the products H of the inputs, its rows
+    and columns in the `order` given (int64 [in]).
+
+    Row i of U is that of the inverse which is left when channels 0 to i - 1 are settled, over the root of its own
+    diagonal (GPTQ, arXiv 2210.17323, section 3.3, step 3). The damping is 1 % of the mean diagonal of H, ten times that
+    where it does not suffice.
+
+    Raises CompressknowError naming the layer where H cannot be inverted then.
+    """
+    for share in DAMPINGS:
+        lower, failed = torch.linalg.cholesky_ex(_reversed(inputs, share, order))
+        if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
+            _invert(lower)
+            upper: torch.Tensor = lower.flip(0, 1)
+            return upper
+    raise CompressknowError(
+        f"The statistics of the inputs of {inputs.name} cannot be inverted.",
+        why=f"On {inputs.tokens:,} tokens of the calibration text, its inputs are all zero, or too large for float32.",
+        hint="Take another or a longer calibration text, or leave the layer out with --exclude.",
+    )
+
+
+def inverse_of(inputs: InputStatistics, *, by_activation: bool = False) -> Inverse:
+    """As `inverse_factor`, computed once for all that share these products and kept as long as they are.
+
+    `by_activation` puts the channels first whose squares are largest (GPTQ's "activation order"), ties in their order.
+    """
+    with _GUARD:
+        kept: _Kept = _KEPT.setdefault(inputs.products, _Kept())  # type: ignore[no-untyped-call]
+    # Products may be added to after that.
+    key = by_activation, inputs.tokens
+    with kept.lock:
+        if key not in kept.inverses:
+            order = torch.argsort(inputs.squares, descending=True, stable=True) if by_activation else None
+            kept.inverses[key] = Inverse(inverse_factor(inputs, order), order)
+        return kept.inverses[key]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    inverses: dict[tuple[bool, int], Inverse] = field(default_factory=dict)
+
+
+_GUARD = threading.Lock()
+_KEPT = WeakTensorKeyDictionary()
+
+
+def _reversed(inputs: InputStatistics, share: float, order: torch.Tensor | None) -> torch.Tensor:
+    """H and its damping, last channel first: with J H J = L L^T, J L^-1 J is the upper factor of H's inverse. That
+    takes one decomposition; by way of the inverse it takes two, and squares the condition number."""
+    assert inputs.products is not None
+    places = torch.arange(len(inputs.products)) if order is None else order
+    damped = inputs.products[places.flip(0)[:, None], places.flip(0)]
+    damped.diagonal().add_(share * damped.diagonal().mean())
+    return damped
+
+
+def _invert(lower: torch.Tensor) -> None:
+    """Invert a lower triangle in place, by halves: products are faster than one solution for all columns."""
+    if len(lower) <= TRIANGLE:
+        lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False))
+        return
+    half = len(lower) // 2
+    above, below, left = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert(above)
+    _invert(below)
+    left.copy_(below @ (left @ above)).neg_()
+
 
 # Both papers' blocks; and finer ones, in which a column's error reaches the rest of its block.
 BLOCK, FINE = 128, 16
@@ -32,7 +124,7 @@ def compensate(columns: torch.Tensor, factor: torch.Tensor, levels: Sequence[Lev
     Parameters
     ----------
     columns : the weights, transposed: float32 [in, out], contiguous. They are overwritten by errors over U_ii.
-    factor : U, float32 [in, in] (`compressknow.compress.calibrate.inverse`).
+    factor : U, float32 [in, in] (`compressknow.compress.calibrate.compensation`).
     levels : blocks, the widest first, each of which holds whole blocks of the next.
     settle : is called for each column in order.
     """

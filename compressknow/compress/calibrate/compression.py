@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from compressknow.base.format import size
 from compressknow.compress.calibrate.estimate import estimate
 from compressknow.compress.calibrate.forward import Call, NotApart
 from compressknow.compress.calibrate.gathering import Key, Sums, Watch
 from compressknow.compress.calibrate.model import StreamedModel, read_tensor
-from compressknow.compress.calibrate.smooth import Norm, factors_of, norms_before, smoothed, stored_division
-from compressknow.compress.calibrate.smoothing import (
+from compressknow.compress.calibrate.smooth import (
     SHARING,
     TOGETHER,
+    Norm,
+    factors_of,
+    norms_before,
     nothing_to_smooth,
     refuse_smoothing,
+    smoothed,
+    stored_division,
     to_smooth,
 )
 from compressknow.compress.calibrate.statistics import InputStatistics
@@ -31,7 +36,6 @@ from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import BlockMask, Mask, Pruned, pruned_matrix
 from compressknow.compress.schemes import Scheme
 from compressknow.compress.schemes.rounding import nearest
-from compressknow.format import size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

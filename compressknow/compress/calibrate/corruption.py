@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compressknow.compress.calibrate.packing import HIDDEN, SPAN, Form
+from compressknow.compress.calibrate.passages import HIDDEN, SPAN, Form
 from compressknow.engine.language_model import decoder_start
 
 if TYPE_CHECKING:

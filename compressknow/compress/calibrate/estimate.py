@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from compressknow.base.system import available_cores
 from compressknow.compress.plan import Plan
 from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.steps import Prune, Quantize, Step
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
-from compressknow.system import available_cores
 
 TRIAL, TRIALS = 512, 8
 FLOAT_BYTES = 4

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from compressknow.errors import lacks_memory
+from compressknow.base.errors import lacks_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

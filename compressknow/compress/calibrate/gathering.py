@@ -1,10 +1,10 @@
-"""What the Linear weights of a block are multiplied with, seen where it happens, and the sums kept of it."""
+"""TODO"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -12,6 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from compressknow.compress.calibrate.forward import NotApart
 from compressknow.compress.calibrate.statistics import InputStatistics
+
+if TYPE_CHECKING:
+    pass
+
 
 # Which arguments are the inputs and the weight, of all functions by which layers multiply.
 OPERANDS: dict[Any, tuple[int, int]] = {

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from compressknow.base.progress import quiet
 from compressknow.compress.sources import Sources
 from compressknow.model.groups import block_names
 from compressknow.model.tensors import OpenFiles, StoredTensor, byte_view, torch_dtype
-from compressknow.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

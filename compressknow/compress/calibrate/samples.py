@@ -1,4 +1,4 @@
-"""A model's own texts, to calibrate it on: what it writes when it draws each token from its own distribution.
+"""TODO
 
 They lie in the model's domain whatever that is (a language, code, proteins) and need no download (Liu et al. 2023,
 "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models", 2.1).
@@ -6,18 +6,288 @@ They lie in the model's domain whatever that is (a language, code, proteins) and
 
 from __future__ import annotations
 
+import abc
 import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compressknow.compress.calibrate.packing import Form
-from compressknow.compress.calibrate.writers import WRITERS, Pieces
+from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.progress import Advance, counted
+from compressknow.compress.calibrate.corruption import Span, with_blanks
+from compressknow.compress.calibrate.passages import Form
 from compressknow.compress.pool import Pool, Stopped
-from compressknow.engine.language_model import LanguageModel
+from compressknow.engine.language_model import LanguageModel, decoder_start
 from compressknow.engine.load import reason_of
-from compressknow.errors import CompressknowError, UnsupportedError
-from compressknow.quiet import Advance, counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+Pieces = list[list[int]]
+
+
+@dataclass
+class Writer(abc.ABC):
+    """Writes texts in batches, each from one random generator.
+
+    Attributes
+    ----------
+    check : raises where the work is to stop.
+    wanted : tokens that are wanted in all: a batch has no more.
+    done : is called with the tokens that were written since the last call.
+    """
+
+    model: PreTrainedModel
+    form: Form
+    wanted: int
+    check: Callable[[], None]
+    done: Callable[[int], None]
+
+    def write(self, generator: torch.Generator) -> Pieces:
+        """The token ids of a batch of texts."""
+        with torch.inference_mode():
+            return self._write(generator)
+
+    @abc.abstractmethod
+    def _write(self, generator: torch.Generator) -> Pieces:
+        """The same, in torch's mode for inference."""
+
+    @property
+    @abc.abstractmethod
+    def batch_tokens(self) -> int:
+        """About how many tokens a batch has."""
+
+    @cached_property
+    def barred(self) -> torch.Tensor:
+        """bool [rows of the embedding]: tokens that are never drawn, since they stand for no text."""
+        form = self.form
+        barred = torch.ones(form.rows, dtype=torch.bool)
+        sentinels = form.marks if form.has_sentinels else ()
+        barred[[*form.known, *(form.suffix + form.separator + sentinels if form.family != "masked" else ())]] = False
+        return barred
+
+    def random_tokens(self, rows: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
+        """Ordinary tokens, each as likely: int64 [rows, tokens]."""
+        places = torch.randint(len(self.form.known), (rows, tokens), generator=generator)
+        return torch.tensor(self.form.known)[places]
+
+    def draw(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """A token for each row of logits [rows, vocabulary], by its probability: int64 [rows, 1]."""
+        self.check()
+        width = min(logits.shape[-1], len(self.barred))
+        logits = logits[:, :width].float().masked_fill(self.barred[:width], -torch.inf)
+        sums = logits.softmax(-1).cumsum(-1)
+        if not sums[:, -1].isfinite().all():
+            raise CompressknowError(
+                f"{type(self.model).__name__} gives NaN while it writes a text to be calibrated on.",
+                hint="Its weights may be damaged: look at what it generates.",
+            )
+        # A little below the last sum, above which there is no token.
+        points = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:] * (1 - 2**-20)
+        return torch.searchsorted(sums, points, right=True)
+
+    def generated(
+        self, inputs: Mapping[str, torch.Tensor], config: Any, generator: torch.Generator, passes: int = 1
+    ) -> torch.Tensor:
+        """What `generate` gives where `draw` chooses each token: its cache is whatever the architecture keeps.
+
+        `passes` is how many a text takes.
+        """
+        from transformers import LogitsProcessorList
+
+        # The model's own settings (beams, forced or forbidden tokens) are for answers; `generate` would mix them in.
+        self.model.generation_config = config
+        drawing = _Drawing(self, generator, max(1, self.batch_tokens // config.max_new_tokens // passes))
+        written: torch.Tensor = self.model.generate(**inputs, logits_processor=LogitsProcessorList([drawing]))
+        return written
+
+
+@dataclass
+class _Drawing:
+    """Leaves one token of each row, so that a greedy search takes it."""
+
+    writer: Writer
+    generator: torch.Generator
+    tokens: int
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        drawn = self.writer.draw(scores, self.generator)
+        self.writer.done(self.tokens)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+class CausalWriter(Writer):
+    """Goes on from a random token."""
+
+    # Longer texts take longer: each token reads the keys and values of all before it.
+    TOKENS = 256
+    # Texts that are written together: each weight that is read is multiplied by as many.
+    TOGETHER = 64
+    # Keys and values that they may take.
+    CACHE_BYTES = 512 << 20
+
+    @cached_property
+    def tokens(self) -> int:
+        return min(self.TOKENS, self.form.body)
+
+    @cached_property
+    def rows(self) -> int:
+        config = self.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_attention_heads", None) or 1
+        share = (getattr(config, "num_key_value_heads", None) or heads) / heads
+        token = 2 * config.num_hidden_layers * config.hidden_size * share * self.model.dtype.itemsize
+        return max(1, min(self.TOGETHER, self._needed, int(self.CACHE_BYTES / (token * self.tokens))))
+
+    @property
+    def _needed(self) -> int:
+        return -(-self.wanted // self.tokens)
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.rows * self.tokens
+
+    def _write(self, generator: torch.Generator) -> Pieces:
+        from transformers import GenerationConfig
+
+        begin = torch.tensor(self.form.prefix, dtype=torch.int64).expand(self.rows, -1)
+        ids = torch.cat([begin, self.random_tokens(self.rows, 1, generator)], dim=1)
+        config = GenerationConfig(do_sample=False, max_new_tokens=max(1, self.tokens - 1), pad_token_id=0)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        written = self.generated(inputs, config, generator)[:, begin.shape[1] :][:, : self.tokens]
+        return [[*row, *self.form.separator] for row in written.tolist()]
+
+
+class MaskedWriter(Writer):
+    """Fills masks: each stretch of a text goes on from a random token, left to right, all stretches at the same time.
+
+    After Wang and Cho 2019 ("BERT has a mouth, and it must speak"), with several tokens a pass. These are far apart:
+    neighbours that are drawn without seeing each other are often the same word twice.
+    """
+
+    STRETCHES, STRETCH, TOGETHER = 16, 6, 8
+
+    @cached_property
+    def tokens(self) -> int:
+        return min(self.STRETCHES * self.STRETCH, self.form.body)
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.TOGETHER * self.tokens
+
+    def _write(self, generator: torch.Generator) -> Pieces:
+        body = torch.full((self.TOGETHER, self.tokens), self.form.marks[0])
+        first = range(0, self.tokens, self.STRETCH)
+        body[:, first] = self.random_tokens(len(body), len(first), generator)
+        start = len(self.form.prefix)
+        for step in range(1, min(self.STRETCH, self.tokens)):
+            places = torch.arange(step, self.tokens, self.STRETCH)
+            ids = torch.tensor([self.form.framed(row) for row in body.tolist()])
+            logits = self.model(input_ids=ids).logits[:, start + places].flatten(0, 1)
+            body[:, places] = self.draw(logits, generator).reshape(len(body), -1)
+            self.done(self.batch_tokens // (self.STRETCH - 1))
+        return [[*row, *self.form.separator] for row in body.tolist()]
+
+
+class FillingWriter(Writer):
+    """Encoder-decoder models fill blanks: after random tokens at first, then a few times between those of the text.
+
+    T5 writes what stands in the blanks, each after its sentinel; BART the whole text.
+    """
+
+    BLANKS, PER_BLANK, PASSES = 16, 5, 3
+    # Blanks that are filled together: texts of few sentinels are many.
+    TOGETHER = 256
+
+    @cached_property
+    def blanks(self) -> int:
+        return min(self.BLANKS, len(self.form.marks) - 1) if self.form.has_sentinels else self.BLANKS
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.rows * self.blanks * self.PASSES
+
+    @cached_property
+    def rows(self) -> int:
+        return min(self.TOGETHER // self.blanks, -(-self.wanted // (self.blanks * self.PASSES)))
+
+    def _write(self, generator: torch.Generator) -> Pieces:
+        texts = self.random_tokens(self.rows, self.blanks, generator).tolist()
+        for _ in range(self.PASSES):
+            texts = self._filled(texts, [self._gaps(len(ids), generator) for ids in texts], generator)
+        return [[*ids, *self.form.separator] for ids in texts if ids]
+
+    def _gaps(self, length: int, generator: torch.Generator) -> list[Span]:
+        """Places after tokens, as empty spans; no more than there are marks."""
+        places = torch.randperm(length, generator=generator)[: self.blanks].sort().values + 1
+        return [(at, at) for at in places.tolist()]
+
+    def _filled(self, texts: Pieces, gaps: list[list[Span]], generator: torch.Generator) -> Pieces:
+        """The texts with what the model writes into the gaps, no longer than a sequence."""
+        form = self.form
+        room = form.body - self.blanks
+        blanked = [form.framed(with_blanks(row[:room], gap, form.marks)) for row, gap in zip(texts, gaps, strict=True)]
+        width = max(map(len, blanked))
+        inputs = {
+            # What pads is not seen: any token will do.
+            "input_ids": torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in blanked]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in blanked]),
+        }
+        written = self.generated(inputs, self._config(width), generator, self.PASSES)[:, 1:].tolist()
+        if form.has_sentinels:
+            rows = [self._with_fills(*row) for row in zip(texts, gaps, written, strict=True)]
+        else:
+            rows = [self._until_end(row) for row in written]
+        return [row[: form.body] for row in rows]
+
+    def _config(self, width: int) -> Any:
+        from transformers import GenerationConfig
+
+        kept = self.blanks if self.form.has_sentinels else width
+        return GenerationConfig(
+            do_sample=False,
+            max_new_tokens=min(self.form.length - 1, kept + self.blanks * self.PER_BLANK),
+            decoder_start_token_id=decoder_start(self.model),
+            eos_token_id=self.form.suffix[-1] if self.form.suffix else None,
+            pad_token_id=0,
+        )
+
+    def _with_fills(self, ids: list[int], spans: list[Span], written: list[int]) -> list[int]:
+        """What is left of a text, with what was written after each sentinel in its place."""
+        fills: list[list[int]] = [[] for _ in self.form.marks]
+        places = {mark: place for place, mark in enumerate(self.form.marks)}
+        at = 0
+        for token in self._until_end(written, keep=self.form.marks):
+            at = places.get(token, at)
+            if token not in places:
+                fills[at].append(token)
+        text, end = [], 0
+        for fill, (first, after) in zip(fills, spans, strict=False):
+            text += [*ids[end:first], *fill]
+            end = after
+        return [*text, *ids[end:]]
+
+    def _until_end(self, written: list[int], keep: Sequence[int] = ()) -> list[int]:
+        """The ordinary tokens, and those of `keep`, before the first end of text that follows one."""
+        text: list[int] = []
+        for token in written:
+            if token in self._ordinary or token in keep:
+                text.append(token)
+            elif text and token in self.form.suffix:
+                break
+        return text
+
+    @cached_property
+    def _ordinary(self) -> frozenset[int]:
+        return frozenset(self.form.known)
+
+
+WRITERS: dict[str, type[Writer]] = {"causal": CausalWriter, "masked": MaskedWriter, "seq2seq": FillingWriter}
+
 
 HINT = "Give a text to calibrate it on: FILE.txt, FILE.jsonl or hf:DATASET."
 

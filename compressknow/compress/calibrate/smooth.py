@@ -1,4 +1,4 @@
-"""SmoothQuant: what is large in activations moves into the weights that read them, by way of the norm before them.
+"""TODO
 
 Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", section 4,
 equation 4: channel j of the activations is divided by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), and column j of the
@@ -7,18 +7,24 @@ weights multiplied with it. The norm that gives the activations takes the divisi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from compressknow.base.errors import UnsupportedError
 from compressknow.compress.calibrate.gathering import OPERANDS
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.calibrate.walk import tensors_in
+from compressknow.compress.plan import Plan, PlannedTensor
+
+if TYPE_CHECKING:
+    pass
+
 
 SMALLEST = 1e-5
 
@@ -194,3 +200,30 @@ def smoothed(statistics: InputStatistics, factors: torch.Tensor) -> InputStatist
         peaks=None if statistics.peaks is None else statistics.peaks / factors,
         products=None if products is None else products / factors[:, None] / factors[None, :],
     )
+
+
+SHARING = "Its blocks share their weights, and each use wants other factors."
+TOGETHER = "Its blocks cannot be run one by one."
+
+
+def to_smooth(plan: Plan, tensors: Iterable[PlannedTensor]) -> dict[str, float]:
+    """Alpha by parameter."""
+    steps = {tensor.parameter: plan.quantize_step(tensor) for tensor in tensors}
+    return {name: step.smooth for name, step in steps.items() if step and step.smooth}
+
+
+def nothing_to_smooth(module: str) -> UnsupportedError:
+    """The error for a block without a norm that can take it."""
+    return UnsupportedError(
+        f"Nothing in {module} can be smoothed.",
+        why="Only a norm that feeds quantized layers and nothing else can take what leaves its outputs.",
+        hint="Leave --smooth out, or widen --scope to all layers that read a norm.",
+    )
+
+
+def refuse_smoothing(plan: Plan, why: str) -> None:
+    """Raise UnsupportedError where the recipe smooths."""
+    if plan.recipe.smooths:
+        raise UnsupportedError(
+            f"{plan.structure.architecture} cannot be smoothed.", why=why, hint="Leave --smooth out."
+        )

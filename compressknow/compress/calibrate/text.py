@@ -1,24 +1,29 @@
-"""The text that a checkpoint is calibrated on: the model's own, a file's or a data set's, as batches of token ids."""
+"""TODO"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.base.files import write_whole
+from compressknow.base.reading import RECORD, misfit, read_json
 from compressknow.compress.calibrate.passages import HUB, SELF, Kind, check_file, kind_of, passages
-from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from compressknow.compress.calibrate.packing import Form
-    from compressknow.quiet import Advance
+    from compressknow.base.progress import Advance
+    from compressknow.compress.calibrate.passages import Form
+    from compressknow.compress.steps import Calibration
+
 
 TOKENS = 32_768
 # Of one batch, about.
@@ -64,7 +69,7 @@ def check_text(text: str, tokens: int) -> None:
 
     >>> check_text("self", 0)
     Traceback (most recent call last):
-    compressknow.errors.UsageError: 0 tokens to calibrate on.
+    compressknow.base.errors.UsageError: 0 tokens to calibrate on.
     Give 1 or more; 32,768 is usual.
     """
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
@@ -107,10 +112,10 @@ def calibration_text(
     check_text(text, tokens)
     import torch
 
+    from compressknow.base.progress import quiet
     from compressknow.compress.calibrate.corruption import inputs_of
-    from compressknow.compress.calibrate.packing import form_of
+    from compressknow.compress.calibrate.passages import form_of
     from compressknow.engine.language_model import load_whole_tokenizer
-    from compressknow.quiet import quiet
 
     tokenizer = load_whole_tokenizer(folder, trust_remote_code=trust_remote_code)
     with quiet():
@@ -218,7 +223,7 @@ def _packed(
     pieces: Iterable[Sequence[int]], form: Form, rows: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
     """Bodies of sequences, int64 [sequences, form.body]: `rows` of them, or as many as the text fills."""
-    from compressknow.compress.calibrate.packing import check_ids, pack
+    from compressknow.compress.calibrate.passages import check_ids, pack
 
     bodies, found = pack(pieces, form, rows)
     fewest = min(-(-FEWEST_TOKENS // form.length), rows)
@@ -280,3 +285,59 @@ def _words(text: str) -> str:
     """Words with a space before and after each."""
     plain = "".join(mark for mark in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(mark))
     return f" {' '.join(_WORD.findall(plain))} "
+
+
+_FORM = {
+    **{"kind": str, "source": str, "sha256": str, "seed": int, "tokens": int, "asked": int},
+    **{"batches": [{str: [[int]]}], "texts": [str]},
+}
+
+
+def kept_text(folder: Path, calibration: Calibration, make: Callable[[], CalibrationText]) -> CalibrationText:
+    """The text of a calibration as `folder` has it, or as `make` gives it, which is kept there then.
+
+    What is damaged is made anew. Raises what `make` does, and OutputError where it cannot be written.
+    """
+    path = folder / f"{name_of(calibration)}.json"
+    text = _read_stored(path)
+    if text is None:
+        text = make()
+        folder.mkdir(parents=True, exist_ok=True)
+        said = asdict(text) | {"batches": [{n: ids.tolist() for n, ids in batch.items()} for batch in text.batches]}
+        write_whole(path, json.dumps(said).encode())
+    return text
+
+
+def name_of(calibration: Calibration) -> str:
+    """A file's name, of that calibration alone.
+
+    >>> from compressknow.compress.recipe import Calibration
+    >>> name_of(Calibration())
+    'self-32768-0-b6ef'
+    """
+    import hashlib
+    import re
+
+    said = f"{calibration.text} {calibration.tokens} {calibration.seed}"
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", Path(calibration.text).name).strip("-.")[:100]
+    digest = hashlib.sha256(said.encode()).hexdigest()[:4]
+    return f"{readable}-{calibration.tokens}-{calibration.seed}-{digest}"
+
+
+def _read_stored(path: Path) -> CalibrationText | None:
+    """None where there is none, or not the one that was written."""
+    import torch
+
+    try:
+        said = read_json(path, RECORD)
+    except (OSError, ValueError):
+        return None
+    if not isinstance(said, dict) or misfit(said, _FORM):
+        return None
+    try:
+        batches = tuple({name: torch.tensor(ids) for name, ids in batch.items()} for batch in said["batches"])
+    except ValueError:
+        return None
+    if sha256_of_batches(batches) != said["sha256"]:
+        return None
+    return CalibrationText(**{**said, "batches": batches, "texts": tuple(said["texts"])})

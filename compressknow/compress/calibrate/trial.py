@@ -11,14 +11,6 @@ from compressknow.compress.calibrate.compression import Targets
 from compressknow.compress.calibrate.forward import Call, NotApart
 from compressknow.compress.calibrate.gathering import Sums
 from compressknow.compress.calibrate.model import StreamedModel
-from compressknow.compress.calibrate.smooth import norms_before
-from compressknow.compress.calibrate.smoothing import (
-    SHARING,
-    TOGETHER,
-    nothing_to_smooth,
-    refuse_smoothing,
-    to_smooth,
-)
 from compressknow.compress.calibrate.walk import walk
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
@@ -28,7 +20,14 @@ from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
+from compressknow.compress.calibrate.smooth import (
+    SHARING,
+    TOGETHER,
+    norms_before,
+    nothing_to_smooth,
+    refuse_smoothing,
+    to_smooth,
+)
 
 # So many tokens show what a block's layers read.
 TRIED_TOKENS = 8

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.removal.settings import BLOCK, Settings, Shapes, Stack, block_of, shapes_of, stacks_of
 from compressknow.compress.steps import DropBlocks
-from compressknow.errors import UnsupportedError, UsageError
 from compressknow.model.checkpoint import Checkpoint, some_of
 from compressknow.model.loading import missing_weights
 from compressknow.model.meta import rebuilt

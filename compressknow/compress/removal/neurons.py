@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
 from compressknow.compress.removal.settings import Settings, Width, block_of, shapes_of, widths_of
 from compressknow.compress.steps import DropNeurons
-from compressknow.errors import CheckpointError, UnsupportedError, UsageError
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.meta import rebuilt
 from compressknow.model.naming import Naming

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.errors import CheckpointError
+from compressknow.base.errors import CheckpointError
 from compressknow.model.meta import rebuilt, whole_config
 
 if TYPE_CHECKING:

@@ -1,26 +1,31 @@
-"""A checkpoint from which the removal steps of a recipe have taken blocks and neurons, from headers alone."""
+"""TODO"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+import torch
+
+from compressknow.base.errors import UnsupportedError, UsageError
+from compressknow.compress.blocks import Block, Reader
 from compressknow.compress.plan import NOT_LINEAR
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.blocks import DroppedBlocks, named_blocks, refuse_all, stacks_in, without_blocks
 from compressknow.compress.removal.neurons import Cut, DroppedNeurons, neurons_in, with_fewer_neurons
 from compressknow.compress.removal.settings import Settings, Stack
 from compressknow.compress.steps import DropBlocks, DropNeurons
-from compressknow.errors import UnsupportedError, UsageError
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.naming import Naming
 from compressknow.model.structure import Structure
-from compressknow.model.tensors import StoredTensor
+from compressknow.model.tensors import StoredTensor, byte_view, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 # How much the blocks of a stack of a checkpoint (and its module tree) are like their inputs.
 Similarities = Callable[[Checkpoint, Any, Stack], tuple[float, ...]]
@@ -140,7 +145,7 @@ def _dropped(left: Removal, step: DropBlocks, stack: Stack, similarities: Simila
         )
     if similarities is None:
         return replace(_without(stack, range(stack.count - step.blocks, stack.count)), known=False)
-    from compressknow.compress.removal.choice import blocks_to_drop
+    from compressknow.compress.removal.calibrated import blocks_to_drop
 
     found = similarities(left.checkpoint, left.tree, stack)
     return replace(_without(stack, blocks_to_drop(found, step.blocks)), similarities=found)
@@ -167,3 +172,69 @@ def _narrower(left: Removal, step: DropNeurons, settings: Settings, structure: S
 def _refuse_twice(keys: tuple[str, ...], before: set[tuple[str, ...]], what: str) -> None:
     if keys in before:
         raise UsageError(f"Two steps would drop {what}.", hint="Say it in one step.")
+
+
+@dataclass(frozen=True)
+class KeptNeurons:
+    """The neurons of a feed-forward network that stay (`numbers`, int64, ascending), and new weights [out, kept] of the
+    projection that reads them; None leaves it as it was."""
+
+    numbers: torch.Tensor
+    down: torch.Tensor | None = None
+
+
+def cut_tensors(
+    reader: Reader, removal: Removal, kept: Mapping[str, KeptNeurons], folder: Path
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """Write the cut tensors of a removal into `folder`, in files named as the weight files that they come from.
+
+    Parameters
+    ----------
+    kept : of each feed-forward network, by the parameter name of its down projection.
+
+    Returns
+    -------
+    The tensors in their new places, by stored name; and, of those with new weights, what they would be without.
+    """
+    made: dict[str, StoredTensor] = {}
+    unfitted: dict[str, StoredTensor] = {}
+    files: dict[Path, BinaryIO] = {}
+    try:
+        for name, cut in removal.cuts.items():
+            path = folder / cut.source.file.relative_to(removal.checkpoint.folder)
+            if path not in files:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files[path] = path.open("xb")
+            stored, neurons = removal.checkpoint.tensors[name], kept[cut.network.down.parameter]
+            versions = [(made, neurons)]
+            if neurons.down is not None and cut.parameter == cut.network.down.parameter:
+                versions.append((unfitted, replace(neurons, down=None)))
+            for tensors, version in versions:
+                tensors[name] = replace(stored, file=path, offset=files[path].tell(), loaded=None)
+                for rows in _rows(reader, cut, version):
+                    files[path].write(byte_view(rows.contiguous()))
+    finally:
+        for file in files.values():
+            file.close()
+    return made, unfitted
+
+
+def _rows(reader: Reader, cut: Cut, kept: KeptNeurons) -> Iterator[torch.Tensor]:
+    """A cut tensor in pieces, in its own dtype."""
+    down = cut.network.down
+    if kept.down is not None and cut.parameter == down.parameter:
+        values = kept.down.T if down.transposed else kept.down
+        yield values.to(torch_dtype(cut.source.dtype))
+        return
+    numbers = torch.cat([kept.numbers + cut.network.width * part for part in range(cut.each)])
+    for block in reader.blocks(cut.source):
+        yield _part(block, cut, numbers)
+
+
+def _part(block: Block, cut: Cut, numbers: torch.Tensor) -> torch.Tensor:
+    """What stays of some rows of a tensor; its last axis are the columns of a block."""
+    if cut.axis == len(cut.source.shape) - 1:
+        return block.values[:, numbers]
+    rows = block.rows
+    inside = numbers[(numbers >= rows.start) & (numbers < rows.stop)]
+    return block.values[inside - rows.start]

@@ -11,8 +11,8 @@ import abc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from compressknow.base.registry import Registry
 from compressknow.compress.parameters import Parametric
-from compressknow.registry import Registry
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class Stored(NamedTuple):
 
 
 class Scheme(Parametric, abc.ABC):
-    """A way to store weights [rows, columns]; its parameters are its fields (`compressknow.compress.parameters`).
+    """A way to store weights [rows, columns]; its parameters are its fields (`compressknow.compress.options`).
 
     Attributes
     ----------
@@ -144,11 +144,11 @@ SCHEMES: Registry[Scheme] = Registry(
     "scheme",
     Scheme,  # type: ignore[type-abstract]
     {
-        "int8": "compressknow.compress.schemes.int8:Int8",
-        "int8-paper": "compressknow.compress.schemes.int8_paper:Int8Paper",
-        "int8-weights": "compressknow.compress.schemes.int8_weights:Int8Weights",
-        "fp8": "compressknow.compress.schemes.fp8:Fp8",
-        "int4": "compressknow.compress.schemes.int4:Int4",
+        "int8": "compressknow.compress.schemes.builtin:Int8",
+        "int8-paper": "compressknow.compress.schemes.builtin:Int8Paper",
+        "int8-weights": "compressknow.compress.schemes.builtin:Int8Weights",
+        "fp8": "compressknow.compress.schemes.builtin:Fp8",
+        "int4": "compressknow.compress.schemes.builtin:Int4",
     },
 )
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate
-from compressknow.compress.calibrate.inverse import inverse_of
+from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, inverse_of
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.schemes import Scheme
 from compressknow.compress.schemes.rounding import nearest

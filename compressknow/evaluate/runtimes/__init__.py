@@ -1,17 +1,160 @@
-"""Runtimes: a registry of what answers for a model, each in a file of its own."""
+"""Runtimes: a registry of what answers for a model, each in a file of its own, and what a runtime is."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import abc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from compressknow.errors import UsageError
-from compressknow.evaluate.runtimes.runtime import Answering, Loaded, Runtime
-from compressknow.registry import Registry
+from compressknow.base.errors import UnsupportedError, UsageError
+from compressknow.base.registry import Registry
 
 if TYPE_CHECKING:
+    from compressknow.engine.contents import Contents
     from compressknow.engine.identity import Located
+    from compressknow.engine.language_model import LanguageModel
+    from compressknow.evaluate.answers import Answer
+    from compressknow.evaluate.facts import Fact, Probe
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.scoring.prompts import Ids
+    from compressknow.evaluate.scoring.reading import TextReader
+    from compressknow.evaluate.scoring.scorer import Query, Whole
 
-__all__ = ["RUNTIMES", "Answering", "Loaded", "Runtime", "runtime_for"]
+
+T = TypeVar("T")
+
+
+class Answering(Protocol):
+    """Answers the facts of one probe; `compressknow.evaluate.scoring.scorer.Scorer` says what each method does."""
+
+    probe: Probe
+    says: bool
+
+    @property
+    def family(self) -> str: ...
+
+    def query(self, fact: Fact) -> Query | str: ...
+
+    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]: ...
+
+    def each(
+        self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
+    ) -> Iterator[tuple[Sequence[Query], T]]: ...
+
+    def answer(
+        self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None
+    ) -> list[Answer]: ...
+
+    def answer_anew(
+        self,
+        batch: Sequence[Query],
+        answers: Sequence[Answer],
+        reference: Sequence[Ids] | None,
+        whole: Whole | None = None,
+    ) -> list[Answer]: ...
+
+    def say(self, batch: Sequence[Query]) -> list[str | None]: ...
+
+    def release(self) -> None: ...
+
+
+class Loaded(abc.ABC):
+    """A model that a runtime has opened.
+
+    Attributes
+    ----------
+    family : ``masked``, ``causal`` or ``seq2seq``.
+    architecture : its name for it: a class of transformers, say.
+    computed_in : what it is run in, such as ``float32``.
+    vocabulary : a short hash of its tokens and their ids; None where they are not known.
+    parameters : how many it has; None where that is not known.
+    language_model : the model as transformers has it, for what only that can run; None where another runtime runs it.
+    """
+
+    family: str
+    architecture: str
+    computed_in: str
+    vocabulary: str | None = None
+    parameters: int | None = None
+    language_model: LanguageModel | None = None
+    # Whether it chooses among candidates by log-probabilities; else answers are what it writes.
+    gives_scores: bool = True
+
+    @abc.abstractmethod
+    def scorer(self, probe: Probe) -> Answering:
+        """What answers a probe's facts. Raises CompressknowError where nothing can."""
+
+    def reader(self) -> TextReader:
+        """The model, which is causal, as it reads running text. Raises UnsupportedError where the runtime does not give
+        the probabilities of all tokens.
+        """
+        raise UnsupportedError(
+            f"text: cannot be evaluated on {self.architecture}: what runs it does not give all tokens' probabilities.",
+            hint="Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",
+        )
+
+    def record(self) -> Mapping[str, Any] | None:
+        """The "runtime" entry of ``probe.json``: "name", "build" and, where it stores types of its own, "types": {group
+        of layers: {type: parameters}}. None for transformers.
+        """
+        return None
+
+    def described(self) -> Mapping[str, Any]:
+        """What it tells of itself, for the "model" entry, beside what the model's files tell."""
+        return {}
+
+    def release(self) -> None:  # noqa: B027
+        """Let go of what garbage collection alone does not free."""
+
+
+class Runtime(abc.ABC):
+    """Something that runs models.
+
+    Attributes
+    ----------
+    name : as the user names it with ``--runtime``.
+    help : what it is, for ``--help``.
+    whole_vocabulary : whether it tells the distribution over all tokens.
+    runs_tasks : whether lm-eval's tasks can be run on what it opens.
+    has_precisions : whether it computes in the dtype that it is told.
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    whole_vocabulary: ClassVar[bool] = True
+    runs_tasks: ClassVar[bool] = False
+    has_precisions: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def reads(self, located: Located) -> bool:
+        """Whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
+
+    def is_default(self, located: Located) -> bool:
+        """Whether it runs a model that it reads where the user names no runtime."""
+        return self.reads(located)
+
+    def settled(self, settings: Settings) -> Settings:
+        """The settings with what they mean on this machine. Raises UsageError for one that it cannot keep."""
+        return settings.here()
+
+    def where(self, located: Located, settings: Settings) -> str:  # noqa: ARG002
+        """Where it computes, for people; `settings` are those of `settled`."""
+        return str(settings.device)
+
+    def contents(self, located: Located, settings: Settings) -> Contents:  # noqa: ARG002
+        """What decides the model's answers, by whose hash it is known again: of its files."""
+        from compressknow.engine.contents import read_contents
+
+        return read_contents(located)
+
+    def key(self) -> tuple[str, ...]:
+        """What beside model and settings decides the answers: name and build; empty for transformers."""
+        return ()
+
+    @abc.abstractmethod
+    def open(self, located: Located, settings: Settings) -> Loaded:
+        """Load a model; `settings` are those of `settled`. Raises CompressknowError where it cannot be run."""
+
 
 # The last one that reads a model, and is meant for it, runs it.
 RUNTIMES = Registry(

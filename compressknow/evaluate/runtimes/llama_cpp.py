@@ -7,16 +7,16 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from compressknow.base.errors import UsageError
 from compressknow.engine.language_model import AUTO, CPU
-from compressknow.errors import UsageError
-from compressknow.evaluate.runtimes.runtime import Loaded, Runtime
+from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.runtimes import Loaded, Runtime
+from compressknow.gguf.llama_cpp.model import GgufModel
 
 if TYPE_CHECKING:
     from compressknow.engine.identity import Located
-    from compressknow.evaluate.facts import Probe
     from compressknow.evaluate.handle import Settings
-    from compressknow.evaluate.scoring.llama_cpp import LlamaCppScorer
-    from compressknow.evaluate.text.llama_cpp import GgufReader
+    from compressknow.evaluate.scoring.llama_cpp import GgufReader, LlamaCppScorer
 
 
 class LlamaCpp(Runtime):
@@ -31,7 +31,7 @@ class LlamaCpp(Runtime):
 
     def is_default(self, located: Located) -> bool:
         """Where the extra is installed; else transformers unpacks them."""
-        from compressknow.engine.llama_cpp.native import is_there
+        from compressknow.gguf.llama_cpp.native import is_there
 
         return self.reads(located) and is_there()
 
@@ -46,12 +46,12 @@ class LlamaCpp(Runtime):
 
     def key(self) -> tuple[str, ...]:
         """Another build may compute otherwise."""
-        from compressknow.engine.llama_cpp.native import native
+        from compressknow.gguf.llama_cpp.native import native
 
         return self.name, native().build
 
     def open(self, located: Located, settings: Settings) -> LoadedInLlamaCpp:  # noqa: ARG002
-        """See `compressknow.engine.llama_cpp.model.GgufModel`."""
+        """See `compressknow.gguf.llama_cpp.model.GgufModel`."""
         return LoadedInLlamaCpp(located)
 
 
@@ -61,7 +61,6 @@ class LoadedInLlamaCpp(Loaded):
     family = "causal"
 
     def __init__(self, located: Located) -> None:
-        from compressknow.engine.llama_cpp.model import GgufModel
 
         self._model = GgufModel(located.path)
         self._readers: list[LlamaCppScorer | GgufReader] = []
@@ -88,7 +87,7 @@ class LoadedInLlamaCpp(Loaded):
         """On as many threads as torch uses."""
         import torch
 
-        from compressknow.evaluate.text.llama_cpp import GgufReader
+        from compressknow.evaluate.scoring.llama_cpp import GgufReader
 
         reader = GgufReader(self._model, torch.get_num_threads())
         self._readers.append(reader)
@@ -108,7 +107,7 @@ class LoadedInLlamaCpp(Loaded):
 
     @cached_property
     def _record(self) -> Mapping[str, Any]:
-        from compressknow.engine.llama_cpp.types import types_of
+        from compressknow.gguf.llama_cpp.model import types_of
 
         types = types_of(self._model.path)
         return {"name": LlamaCpp.name, "build": self._model.native.build, "types": types}

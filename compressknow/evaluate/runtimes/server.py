@@ -8,20 +8,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from compressknow.errors import CompressknowError, UsageError, did_you_mean
-from compressknow.evaluate.runtimes.runtime import Loaded, Runtime
-from compressknow.format import plain
-from compressknow.libraries import require
-from compressknow.reading import misfit
+from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
+from compressknow.base.format import plain
+from compressknow.base.libraries import require
+from compressknow.base.reading import misfit
+from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.runtimes import Loaded, Runtime
 
 if TYPE_CHECKING:
     from compressknow.engine.contents import Contents
     from compressknow.engine.identity import Located
-    from compressknow.evaluate.facts import Probe
     from compressknow.evaluate.handle import Settings
-    from compressknow.evaluate.runtimes.serving.client import Client
-    from compressknow.evaluate.runtimes.serving.kinds import Served
-    from compressknow.evaluate.runtimes.serving.scoring import ServedScorer
+    from compressknow.evaluate.runtimes.client import Client
+    from compressknow.evaluate.runtimes.kinds import Served
+    from compressknow.evaluate.scoring.server import ServedScorer
+
 
 # Part of the key of stored answers, and nothing else: facts are answered one by one.
 BATCH_SIZE = 32
@@ -64,8 +65,8 @@ class Server(Runtime):
         Raises CompressknowError where there is no server, it wants a key, or has no such model.
         """
         require("requests", "urllib3")
-        from compressknow.evaluate.runtimes.serving.client import Client
-        from compressknow.evaluate.runtimes.serving.kinds import find_out
+        from compressknow.evaluate.runtimes.client import Client
+        from compressknow.evaluate.runtimes.kinds import find_out
 
         assert located.url is not None
         client = Client(located.url, timeout=settings.timeout, parallel=settings.parallel)
@@ -87,7 +88,7 @@ class LoadedFromServer(Loaded):
 
     def scorer(self, probe: Probe) -> ServedScorer:
         """See `ServedScorer`."""
-        from compressknow.evaluate.runtimes.serving.scoring import ServedScorer
+        from compressknow.evaluate.scoring.server import ServedScorer
 
         return ServedScorer(self._served, probe, self._parallel)
 
@@ -140,7 +141,7 @@ def chosen_model(client: Client, named: str | None) -> tuple[str, Mapping[str, A
 
     Raises UsageError where the server has several and none is named, or has none of that name.
     """
-    from compressknow.evaluate.runtimes.serving.client import Refused
+    from compressknow.evaluate.runtimes.client import Refused
 
     try:
         rows = client.get("/v1/models", MODELS)["data"]

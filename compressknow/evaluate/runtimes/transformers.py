@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.evaluate import scorer_for
-from compressknow.evaluate.runtimes.runtime import Loaded, Runtime
+from compressknow.evaluate.runtimes import Loaded, Runtime
 
 if TYPE_CHECKING:
     from compressknow.engine.identity import Located
     from compressknow.evaluate.facts import Probe
     from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.scoring.reading import TransformersReader
     from compressknow.evaluate.scoring.scorer import Scorer
-    from compressknow.evaluate.text.reading import TransformersReader
 
 
 class Transformers(Runtime):
@@ -67,7 +67,7 @@ class LoadedInTransformers(Loaded):
         return scorer_for(self.language_model.model, self.language_model.tokenizer, self.family, probe)
 
     def reader(self) -> TransformersReader:
-        """See `compressknow.evaluate.text.reading`."""
-        from compressknow.evaluate.text.reading import TransformersReader
+        """See `compressknow.evaluate.scoring.reading`."""
+        from compressknow.evaluate.scoring.reading import TransformersReader
 
         return TransformersReader(self.language_model)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from compressknow.engine.int8 import rounds_activations, unrounded
+from compressknow.engine.layers import rounds_activations, unrounded
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.grades import cut, end_of, opening_of
 from compressknow.evaluate.scoring.prompts import Ids

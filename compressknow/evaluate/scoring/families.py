@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.engine.language_model import decoder_start
-from compressknow.errors import CheckpointError, UnsupportedError
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded
 from compressknow.evaluate.scoring.prompts import Ids

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from compressknow.engine.llama_cpp.context import Context, Span
-from compressknow.engine.llama_cpp.model import GgufModel
-from compressknow.engine.llama_cpp.tokenizer import GgufTokenizer
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.scoring.families import CausalScorer
 from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.scoring.ranking import Scores
 from compressknow.evaluate.scoring.scorer import SLACK_TOKENS, Query
+from compressknow.gguf.llama_cpp.context import Context, GgufTokenizer, Span
+from compressknow.gguf.llama_cpp.model import GgufModel
+
+# Prompts that are read at a time, and their tokens: attention looks at every token that the memory holds.
+PROMPTS, PROMPT_TOKENS = 64, 512
+
 
 # llama.cpp takes no more (LLAMA_MAX_SEQ of llama-cparams.h).
 SEQUENCES = 256
-# Prompts that are read at a time, and their tokens: attention looks at every token that the memory holds.
-PROMPTS, PROMPT_TOKENS = 64, 512
+
+
 # Tokens of candidates that are held beside them.
 CANDIDATE_TOKENS = 1536
+
+
 # Tokens of candidates that one pass reads without a look at who has fallen behind.
 WIDE = 64
 
@@ -146,4 +152,66 @@ class LlamaCppScorer(CausalScorer):
                 self._held.close()
             cells = -(-max(needed, PROMPT_TOKENS + CANDIDATE_TOKENS) // 256) * 256
             self._held = Context(self._gguf, cells=cells, sequences=SEQUENCES, threads=self._threads)
+        return self._held
+
+
+class GgufReader:
+    """See `compressknow.evaluate.scoring.reading.TextReader`."""
+
+    def __init__(self, model: GgufModel, threads: int) -> None:
+        self._model, self._threads, self._tokenizer = model, threads, GgufTokenizer(model)
+        self.rows = model.rows
+        self.most: int | None = model.most_tokens
+        self._held: Context | None = None
+
+    def release(self) -> None:
+        """Let go of what was read."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    @cached_property
+    def bos(self) -> int | None:
+        """By what the file says."""
+        return self._tokenizer.bos_token_id if self._tokenizer.begins_texts else None
+
+    def encode(self, text: str) -> tuple[list[int], list[int] | None]:
+        """Names of special tokens are text like any other. None for bytes where the pieces do not spell the text, as
+        where the tokenizer puts a space before it.
+        """
+        ids = self._tokenizer.ids(text, special=False, parse_special=False)
+        pieces = [self._tokenizer.piece(number) for number in ids]
+        return ids, list(accumulate(map(len, pieces))) if b"".join(pieces) == text.encode() else None
+
+    def log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
+        """See `TextReader`."""
+        context = self._memory(len(ids))
+        context.clear()
+        logits = torch.from_numpy(context.read([Span(0, 0, ids, len(ids) - first)]))
+        return logits[:-1].log_softmax(-1)
+
+    def continued(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        """A prompt at a time."""
+        return [self._continued(prompt, tokens) for prompt in prompts]
+
+    def ends(self, token: int) -> bool:
+        """See `TextReader`."""
+        return self._tokenizer.ends(token)
+
+    def _continued(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        context = self._memory(len(prompt) + tokens)
+        context.clear()
+        written: list[int] = []
+        fed, place = list(prompt), 0
+        while len(written) < tokens:
+            written.append(int(context.read([Span(0, place, fed, 1)])[0].argmax()))
+            if self._tokenizer.ends(written[-1]):
+                return written + written[-1:] * (tokens - len(written))
+            fed, place = written[-1:], place + len(fed)
+        return written
+
+    def _memory(self, tokens: int) -> Context:
+        if self._held is None or self._held.cells < tokens:
+            self.release()
+            self._held = Context(self._model, cells=-(-tokens // 256) * 256, sequences=1, threads=self._threads)
         return self._held

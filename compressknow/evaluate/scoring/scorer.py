@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.engine.language_model import embedding_rows, most_tokens
 from compressknow.engine.load import reason_of
-from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.grades import choices_of, graded, said

@@ -13,10 +13,10 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from compressknow.errors import CompressknowError
+from compressknow.base.errors import CompressknowError
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.scoring.prompts import OBJECT, capitalized, fill, pick
-from compressknow.evaluate.sources.source import Options, ProbeSource
+from compressknow.evaluate.sources import Options, ProbeSource
 
 PROTOCOL = "atlas/1"
 

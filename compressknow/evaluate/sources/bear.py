@@ -12,12 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressknow.errors import UsageError
+from compressknow.base.errors import UsageError
+from compressknow.base.reading import INDEX, read_json
 from compressknow.evaluate.facts import WIKIDATA, Fact, Probe, domain_of
 from compressknow.evaluate.scoring.prompts import OBJECT, capitalized, fill, pick
+from compressknow.evaluate.sources import Options, ProbeSource
 from compressknow.evaluate.sources.columns import file_hashes, read_rows
-from compressknow.evaluate.sources.source import Options, ProbeSource
-from compressknow.reading import INDEX, read_json
 
 PROTOCOL = "bear/1"
 METADATA = "metadata_relations.json"

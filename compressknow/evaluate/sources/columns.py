@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compressknow.errors import UsageError, did_you_mean
-from compressknow.evaluate.facts import ARTS, GEOGRAPHY, PEOPLE, by_relation
-from compressknow.evaluate.scoring.prompts import OBJECT
-from compressknow.reading import (
+from compressknow.base.errors import UsageError, did_you_mean
+from compressknow.base.reading import (
     MOST_VALUES,
     NotReadable,
     half_character,
@@ -21,6 +19,8 @@ from compressknow.reading import (
     sha256_of,
     values_in,
 )
+from compressknow.evaluate.facts import ARTS, GEOGRAPHY, PEOPLE, by_relation
+from compressknow.evaluate.scoring.prompts import OBJECT
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:

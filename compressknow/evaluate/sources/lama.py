@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from compressknow.errors import UsageError
+from compressknow.base.errors import UsageError
+from compressknow.base.reading import TOKENIZER, read_text
 from compressknow.evaluate.facts import COMMON_SENSE, GENERAL, PEOPLE, WIKIDATA, Fact, Probe, by_relation, domain_of
 from compressknow.evaluate.scoring.prompts import UniqueIds, fill, wrong_blanks
+from compressknow.evaluate.sources import Options, ProbeSource
 from compressknow.evaluate.sources.columns import file_hashes, read_rows
-from compressknow.evaluate.sources.source import Options, ProbeSource
-from compressknow.reading import TOKENIZER, read_text
 
 WHERE_FROM = "https://dl.fbaipublicfiles.com/LAMA/data.zip"
 SETS = ("trex", "google-re", "squad", "conceptnet")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from compressknow.errors import UnsupportedError
+from compressknow.base.errors import UnsupportedError
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.facts import BLANK, DOMAINS, GENERAL
 from compressknow.evaluate.scoring.ranking import log_sum, rank_of

@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.errors import CompressknowError, UnsupportedError
-from compressknow.files import as_text
-from compressknow.quiet import quiet
+from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.files import as_text
+from compressknow.base.progress import quiet
 
 if TYPE_CHECKING:
     from compressknow.evaluate.sources.tasks import LmEvalTask

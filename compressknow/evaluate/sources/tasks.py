@@ -19,10 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.errors import CompressknowError, UnsupportedError, UsageError
+from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
+from compressknow.base.libraries import require
+from compressknow.base.reading import sha256_of
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.records import ProbeEntry
-from compressknow.evaluate.sources.source import Options, ProbeSource, Task
+from compressknow.evaluate.sources import Options, ProbeSource, Task
 from compressknow.evaluate.sources.task_index import (
     COLUMNS,
     SHIPPED,
@@ -35,8 +37,6 @@ from compressknow.evaluate.sources.task_index import (
     own_tasks,
     silent,
 )
-from compressknow.libraries import require
-from compressknow.reading import sha256_of
 
 if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel

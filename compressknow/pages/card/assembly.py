@@ -11,26 +11,53 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compressknow.format import plain
-from compressknow.pages.card.section import Context, Limits, ProbeAnswers, Section
+from compressknow.base.format import plain
+from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.pages.card.sections import SECTIONS
 from compressknow.pages.drawing import Chart
 from compressknow.pages.pages import macro
-from compressknow.pages.parts import NO_FACTS, Beside, Facts, Folded, LeftOut, Note, Part, Remarks, Shown, Text, drawn
+from compressknow.pages.parts import (
+    NO_FACTS,
+    Beside,
+    Facts,
+    Folded,
+    LeftOut,
+    Note,
+    Part,
+    Remarks,
+    Shown,
+    Table,
+    Text,
+    drawn,
+)
 from compressknow.pages.records import Comparison, ModelFacts
-from compressknow.pages.tables import Table
-from compressknow.stats.records import Estimate, ProbeFigures
+
+if TYPE_CHECKING:
+    pass
+from compressknow.pages.card.sections import Context, Limits, ProbeAnswers, Section
 
 _TRIAL = Limits(lost=5, gained=5, charts=True)
+
+
 Answering = Callable[[], Sequence[ProbeAnswers]]
+
+
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
+
+
 # Ids of what else a page holds of a model.
 _TAKEN = ("card", "size", "from", "top")
+
+
 _LONGEST = 2000  # characters of a text
+
+
 # The shortest piece of a prompt by which it is told from other text.
 _TELLING = 12
+
+
 # `Drawn` is not among these: it is the one kind that is not escaped.
 _KINDS = (Table, Text, Note, Remarks, Facts, LeftOut, Chart, Beside, Folded)
 

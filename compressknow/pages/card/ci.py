@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from compressknow.format import estimate, percent, size
+from compressknow.base.format import estimate, percent, size
 from compressknow.pages.card.gate import Gate, is_met, kept_of
 from compressknow.pages.card.view import section_names
 from compressknow.pages.pages import escape_markdown
 from compressknow.pages.records import Card, Comparison
 
-SUMMARY = "summary.md"
 # Lost facts that a summary shows, and domains.
 _FACTS, _DOMAINS = 5, 6
+
+SUMMARY = "summary.md"
+
+
 _RESULTS = {True: "met", False: "not met", None: "undecided"}
 
 

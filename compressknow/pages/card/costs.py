@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from compressknow.format import estimate, size
-from compressknow.pages.card.rounding import kept_by_rounding, probes_of
+from compressknow.base.format import estimate, size
+from compressknow.comparison.records import Estimate
+from compressknow.pages.card.method import kept_by_rounding, probes_of
 from compressknow.pages.drawing import INK, SERIES
 from compressknow.pages.records import Card, ModelFacts
 from compressknow.pages.tradeoff import Look, Mark, Tradeoff, unbeaten
-from compressknow.stats.records import Estimate
+
+_ORIGINAL, _TRANSFORMERS = "the original", "transformers"
 
 # Fewer models are told apart at a glance at the table.
 _FEWEST = 3
-_ORIGINAL, _TRANSFORMERS = "the original", "transformers"
+
+
 _SHAPES = (("o", SERIES[0]), ("s", SERIES[1]), ("^", SERIES[2]), ("v", SERIES[3]))
 
 

@@ -1,17 +1,17 @@
-"""The decision that a card of several models ends in: which one to take, why, and what cannot be told from it."""
+"""Several compressed models: which one to take and why, and charts of what each keeps against what it costs."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from compressknow.base.format import count, estimate, share, size
+from compressknow.comparison.clusters import Standing, smallest, standings
 from compressknow.evaluate.answers import Answers
-from compressknow.format import count, estimate, share, size
 from compressknow.pages.card.gate import Gate, is_met
-from compressknow.pages.card.rounding import kept_by_rounding, probes_of
+from compressknow.pages.card.method import kept_by_rounding, probes_of
 from compressknow.pages.card.verdict import labels_of, listed
 from compressknow.pages.records import Comparison, Decision
-from compressknow.stats.decision import Standing, smallest, standings
 
 
 def decide(

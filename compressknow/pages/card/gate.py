@@ -1,18 +1,17 @@
-"""Gates for CI: a least share of knowledge to be kept, of all facts, or of those of a domain or a relation."""
+"""Gates for CI: a least share of knowledge to be kept, and what a machine that builds reads of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from compressknow.errors import GateNotMet, GateUndecided, UsageError, did_you_mean
-from compressknow.format import count
-from compressknow.pages.card.advice import facts_needed
-from compressknow.pages.card.verdict import labels_of, rounded_up
+from compressknow.base.errors import GateNotMet, GateUndecided, UsageError, did_you_mean
+from compressknow.base.format import count
+from compressknow.comparison.clusters import kept_by_cluster
+from compressknow.comparison.intervals import proportion
+from compressknow.comparison.records import Counts, Estimate
+from compressknow.pages.card.verdict import facts_needed, labels_of, rounded_up
 from compressknow.pages.records import Card, Comparison
-from compressknow.stats.clusters import kept_by_cluster
-from compressknow.stats.intervals import proportion
-from compressknow.stats.records import Counts, Estimate
 
 
 @dataclass(frozen=True)

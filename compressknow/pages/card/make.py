@@ -7,20 +7,22 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from compressknow.errors import CompressknowError, UsageError
+from compressknow.base.errors import CompressknowError, UsageError
+from compressknow.comparison.distributions import wordings_of
+from compressknow.comparison.intervals import proportion
+from compressknow.comparison.paired import Pair, certainty, changed_facts, compare_probe, paired
+from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures, TextFigures
+from compressknow.comparison.text import text_figures
 from compressknow.evaluate.answers import Answers
-from compressknow.evaluate.grades import RECOGNIZED, known_as
+from compressknow.evaluate.grades import RECOGNIZED, by_majority, known_as
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, on_server
-from compressknow.evaluate.wordings import by_majority
-from compressknow.pages.card import assembly
-from compressknow.pages.card import warnings as warnings
-from compressknow.pages.card.advice import advice
+from compressknow.pages.card import assembly, warnings
 from compressknow.pages.card.decision import decide
 from compressknow.pages.card.gate import Gate
-from compressknow.pages.card.method import method
-from compressknow.pages.card.rounding import beside_rounding
-from compressknow.pages.card.section import ProbeAnswers
+from compressknow.pages.card.method import beside_rounding, method
+from compressknow.pages.card.sections import ProbeAnswers
 from compressknow.pages.card.verdict import (
+    advice,
     grades,
     in_words,
     labels_of,
@@ -30,11 +32,6 @@ from compressknow.pages.card.verdict import (
 from compressknow.pages.records import Card, Comparison, Decision, ModelFacts
 from compressknow.pages.texts import METHOD as TEXT_METHOD
 from compressknow.pages.texts import sentence, sentence_of_several
-from compressknow.stats.intervals import proportion
-from compressknow.stats.paired import Pair, certainty, changed_facts, compare_probe, paired
-from compressknow.stats.records import Counts, EarlyStop, ProbeFigures, TextFigures
-from compressknow.stats.text import text_figures
-from compressknow.stats.wordings import wordings_of
 
 _REQUIRED = ("name", "sha256", "architecture", "family")
 # What a server may not tell of its model.

@@ -9,12 +9,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from compressknow.format import json_text
+from compressknow.base.format import json_text
+from compressknow.comparison.clusters import kept_by_cluster
 from compressknow.pages.card import assembly, ci, decision, view
 from compressknow.pages.card.costs import costs
 from compressknow.pages.card.gate import Gate
 from compressknow.pages.card.method import LEGEND, SHORT_LEGEND
-from compressknow.pages.card.section import Limits
+from compressknow.pages.card.sections import Limits
 from compressknow.pages.card.view import section_names, setups
 from compressknow.pages.pages import html_page, markdown_page, write_formats
 from compressknow.pages.records import (
@@ -29,7 +30,6 @@ from compressknow.pages.records import (
     kept_to_json,
 )
 from compressknow.pages.tradeoff import tradeoff
-from compressknow.stats.clusters import kept_by_cluster
 
 # What the page holds of one comparison, and of several together: a page of 20 models and one probe stays below
 # 400 KB.

@@ -10,20 +10,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from compressknow.base.format import NONE, count, estimate, plain, plain_lines, share, size, smaller
+from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
-from compressknow.format import NONE, count, estimate, plain, plain_lines, share, size, smaller
 from compressknow.pages import drawing
-from compressknow.pages.card import assembly, rounding
+from compressknow.pages.card import assembly, method
 from compressknow.pages.card.costs import deployed_in, runtime_of
 from compressknow.pages.card.decision import marks
-from compressknow.pages.card.section import Limits
+from compressknow.pages.card.sections import Limits
 from compressknow.pages.card.verdict import labels_of
 from compressknow.pages.drawing import Line
-from compressknow.pages.parts import Shown
+from compressknow.pages.parts import Entry, Shown, Table, hashes, headline_accuracy, identity, run_entries
 from compressknow.pages.records import Card, Comparison, Grade, ModelFacts
-from compressknow.pages.tables import Entry, Table, hashes, headline_accuracy, identity, run_entries
 from compressknow.pages.texts import text_headline, written_perplexity
-from compressknow.stats.records import Counts, Estimate
 
 _MOST_BARS = 15
 _AMOUNT = re.compile(r"(?P<scope>.*\S)\s+(?P<amount>\d+(?:\.\d+)?)\s*%")
@@ -111,7 +110,7 @@ class Page:
         ends = (("method", "Method and limits"), ("run", "The run"))
         if len(self.compared) > 1:
             return ("models", "Each compressed model"), *ends
-        return (*((section.id, section.title) for section in self.compared[0].sections), *ends)
+        return (*((sections.id, sections.title) for sections in self.compared[0].sections), *ends)
 
 
 def page(card: Card, limits: Limits) -> Page:
@@ -133,7 +132,7 @@ def page(card: Card, limits: Limits) -> Page:
         warnings=tuple(dict.fromkeys(plain(warning, 1000) for warning in warnings)),
         identity=identity(card.original),
         overview=None if single else _overview(card, names),
-        marked=rounding.mark_in_words(rounding.probes_of(card.comparisons), "The line across the charts"),
+        marked=method.mark_in_words(method.probes_of(card.comparisons), "The line across the charts"),
         compared=compared,
         method=tuple(plain(sentence, 2000) for sentence in card.method),
         glossary=assembly.glossary(card.comparisons),
@@ -199,7 +198,7 @@ def _compared(card: Card, comparison: Comparison, id: str, name: str, limits: Li
         warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
         grades=tuple(_grade_row(grade) for grade in comparison.grades),
         total=_total_row(comparison),
-        marked=rounding.mark_in_words(comparison.probes, "The long line on the bar of all domains"),
+        marked=method.mark_in_words(comparison.probes, "The long line on the bar of all domains"),
         counts=counts,
         graded=not comparison.only_texts,
         size=Size(size(before), size(after), smaller(before, after), *_shares(after, before)),
@@ -222,7 +221,7 @@ def _grade_row(grade: Grade) -> GradeRow:
 
 def _total_row(comparison: Comparison) -> GradeRow:
     of, kept = _of(comparison.counts), comparison.kept
-    marked = rounding.kept_by_rounding(comparison.probes)
+    marked = method.kept_by_rounding(comparison.probes)
     return GradeRow("All domains", of, *_kept_and_interval(kept), "", "", kept, marked)
 
 
@@ -344,7 +343,7 @@ def setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> 
     """Charts of what several compressed models kept: lines where setups are amounts by scope, bars for the others."""
     lines, others = split(comparisons)
     title = "Knowledge kept by how much was pruned"
-    levels = rounding.mark(rounding.kept_by_rounding(rounding.probes_of(comparisons)))
+    levels = method.mark(method.kept_by_rounding(method.probes_of(comparisons)))
     charts = [drawing.lines(lines, f"{id}-lines", title, start=1, levels=levels)] if lines else []
     # Many bars would repeat the overview's, one below the other.
     bars = (

@@ -7,17 +7,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from compressknow.base.format import count, percent, plain, share
+from compressknow.comparison.clusters import FEWEST
+from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import schemes_of
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, on_server
-from compressknow.format import count, percent, plain, share
 from compressknow.pages.records import Grade, ModelFacts
-from compressknow.stats.clusters import FEWEST
-from compressknow.stats.records import Counts, EarlyStop, ProbeFigures
 
 if TYPE_CHECKING:
-    from compressknow.pages.diff.records import Checkpoint
+    from compressknow.pages.records import Checkpoint
 
 # Fewer known facts than this leave an interval of several points.
 FEW_FACTS = 100

@@ -7,19 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compressknow._version import __version__
-from compressknow.diff.records import Difference, Sums, summed
+from compressknow.base.format import count, number, percent, plain
+from compressknow.comparison.differences import Difference, Sums, summed
+from compressknow.comparison.paired import Pair, domain_order, paired
+from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.gather import BothWays
-from compressknow.evaluate.grades import RECOGNIZED, known_as
-from compressknow.evaluate.wordings import by_majority
-from compressknow.format import count, number, percent, plain
+from compressknow.evaluate.grades import RECOGNIZED, by_majority, known_as
 from compressknow.pages.card import warnings
 from compressknow.pages.card.make import make_card
-from compressknow.pages.diff.records import Behaviour, Checkpoint, CheckpointComparison, KnownBy, SideBySide, names_of
-from compressknow.pages.records import Card
+from compressknow.pages.diff.records import Behaviour, CheckpointComparison, KnownBy, SideBySide, names_of
+from compressknow.pages.records import Card, Checkpoint
 from compressknow.pages.texts import sentence, warnings_of
-from compressknow.stats.paired import Pair, domain_order, paired
-from compressknow.stats.records import Counts
 
 TOP = 3
 _LONG = 120

@@ -1,19 +1,239 @@
-"""A comparison of two checkpoints as a file: HTML that requests nothing from any server, Markdown, JSON."""
+"""The page of a comparison of two checkpoints: HTML that requests nothing from any server, Markdown, JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compressknow.diff.records import Difference, Sums, TensorDifference, summed
-from compressknow.format import json_text
+from markupsafe import Markup
+
+from compressknow.base.format import NONE, count, json_text, number, plain, share, size, smaller
+from compressknow.comparison.differences import Difference, Sums, TensorDifference, summed
+from compressknow.comparison.records import Counts, TextFigures
+from compressknow.model.manifest import text_in_words
 from compressknow.pages.card.pages import comparison_json
-from compressknow.pages.diff.records import Behaviour, CheckpointComparison
+from compressknow.pages.card.sections.facts import table_of
+from compressknow.pages.card.view import Size
+from compressknow.pages.diff import tables as weights
+from compressknow.pages.diff.records import Behaviour, CheckpointComparison, names_of
 from compressknow.pages.diff.tables import groups
-from compressknow.pages.diff.view import Limits, comparison_page
 from compressknow.pages.pages import html_page, markdown_page, write_formats
+from compressknow.pages.parts import NO_FACTS, Drawn, Entry, Folded, LeftOut, Part, Shown, Table, drawn
+from compressknow.pages.records import Checkpoint
+from compressknow.pages.texts import text_headline, text_parts, within
+from compressknow.pages.tradeoff import heat_map
+
+_SHORT = 12
+_WEIGHTS = "groups"
+_MAP_NOTE = (
+    "Relative error of each Linear weight, from faint to full colour in equal ratios; grey did not change. The marks "
+    "under the map are the errors at which the shades change."
+)
+METHOD = (
+    "Weights are compared as numbers, tensor by tensor, in float64; int8 weights by the values they represent "
+    "(stored integer times scale). The relative error is ‖B − A‖ / ‖A‖ by the Frobenius norm, signal to noise is 20 "
+    "log10 ‖A‖ / ‖B − A‖ in decibels, the cosine is of the angle between A and B. Figures of a group or a layer are "
+    "those of all its weights taken as one tensor, so that large weights count for more than small ones.",
+    "Layers and modules are those of Linear weights; biases, norms and embeddings are under not-linear. A weight that "
+    "one side shares with another (a final layer tied to the embedding) is compared with what it shares.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many tensors and facts a format shows; the JSON has them all."""
+
+    tensors: int
+    facts: int
+    open: int
+    charts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A whole comparison.
+
+    Attributes
+    ----------
+    counts : of facts, A as the original, over all probes; None where no facts were evaluated.
+    weights : of `sections` the one that HTML shows beside the sizes, before all others.
+    """
+
+    id: str
+    models: str
+    title: str
+    headline: str
+    verdict: str
+    warnings: tuple[str, ...]
+    size: Size
+    a: tuple[Entry, ...]
+    b: tuple[Entry, ...]
+    counts: Counts | None
+    weights: Shown | None
+    sections: tuple[Shown, ...]
+    method: tuple[str, ...]
+    run: tuple[Entry, ...]
+    command: str | None
+
+    @property
+    def contents(self) -> tuple[tuple[str, str], ...]:
+        """The parts of the page: id and name."""
+        return (*((section.id, section.title) for section in self.below), ("compare-method", "Method"))
+
+    @property
+    def below(self) -> tuple[Shown, ...]:
+        """The sections but the weights."""
+        return tuple(section for section in self.sections if section is not self.weights)
+
+
+def comparison_page(comparison: CheckpointComparison, limits: Limits) -> Page:
+    """The comparison as text."""
+    a, b = names_of(comparison.a, comparison.b)
+    headline = _headline(comparison)
+    there = comparison.behaviour.b_against_a if comparison.behaviour else None
+    sections = tuple(section for section in _sections(comparison, limits) if section.parts)
+    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in comparison.versions.items())
+    return Page(
+        id="compare",
+        models=f"{a} and {b}",
+        title=f"{headline}: {a} and {b}",
+        headline=headline,
+        verdict=plain(comparison.verdict, 1000),
+        warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
+        size=_size(comparison.a.bytes, comparison.b.bytes),
+        a=_identity(comparison.a),
+        b=_identity(comparison.b),
+        counts=there.comparisons[0].counts if there else None,
+        weights=next((section for section in sections if section.id == _WEIGHTS), None),
+        sections=sections,
+        method=(*METHOD, *(plain(sentence, 2000) for sentence in (there.method if there else ()))),
+        run=(Entry("Versions", versions or NONE),),
+        command=plain(comparison.command, 2000) if comparison.command else None,
+    )
+
+
+def _headline(comparison: CheckpointComparison) -> str:
+    if comparison.identical:
+        return "Identical"
+    texts = comparison.behaviour.b_against_a.comparisons[0].texts if comparison.behaviour else ()
+    if comparison.behaviour and texts and not comparison.behaviour.b_against_a.comparisons[0].probes:
+        return text_headline(texts[0])
+    if comparison.behaviour and (kept := comparison.behaviour.b_against_a.comparisons[0].kept.value) is not None:
+        return f"B knows {share(kept)} of what A knows"
+    if comparison.difference is None or not comparison.difference.tensors:
+        return "Weights that cannot be compared"
+    total = comparison.difference.total
+    if not total.energy_change and total.finite:
+        return "The same weights" if comparison.difference.same_weights else "The same values"
+    return f"Relative error {number(total.relative_error, 4)}"
+
+
+def _size(a: int, b: int) -> Size:
+    largest = max(a, b, 1)
+    return Size(size(a), size(b), smaller(a, b), b / largest, a / largest)
+
+
+def _identity(side: Checkpoint) -> tuple[Entry, ...]:
+    name = plain(side.name, 120) + (f"@{plain(side.revision, 60)}" if side.revision else "")
+    source = plain((side.source or {}).get("name") or "", 120)
+    entries = (
+        Entry("Name", name, code=True),
+        Entry("SHA-256", plain(side.sha256, 80)[:_SHORT], code=True, full=plain(side.sha256, 80)),
+        Entry("Made from", source, code=True) if source else None,
+        Entry("Setup", plain(side.setup, 80)) if side.setup else None,
+        Entry("Calibrated on", plain(text_in_words(side.calibration), 200)) if side.calibration else None,
+        Entry("Quantization", plain(side.quantization, 200)) if side.quantization else None,
+        Entry("Type", plain(side.dtype, 60)),
+        Entry("Size", size(side.bytes)),
+    )
+    return tuple(entry for entry in entries if entry)
+
+
+def _sections(comparison: CheckpointComparison, limits: Limits) -> Iterator[Shown]:
+    if comparison.behaviour:
+        yield Shown("compare-knowledge", "Knowledge", tuple(_knowledge(comparison.behaviour)))
+        yield Shown("compare-text", "Running text", _drawn(_texts(comparison.behaviour), limits))
+    if comparison.behaviour and weights.probes_of(comparison.behaviour):
+        yield Shown(
+            "compare-answers", "Answers side by side", tuple(_answers(comparison, comparison.behaviour, limits))
+        )
+    if difference := comparison.difference:
+        yield Shown(_WEIGHTS, "Weights", tuple(_groups(difference)))
+        yield Shown("compare-map", "By layer and module", tuple(_map(difference, limits)))
+        yield Shown("compare-layers", "By layer", tuple(_layers(difference)))
+        yield Shown("compare-tensors", "By tensor", tuple(_tensors(difference, limits)))
+        stored = weights.settings_table(difference, comparison.files), weights.structure_table(difference)
+        yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
+
+
+def _texts(behaviour: Behaviour) -> Iterator[Part]:
+    yield from text_parts(behaviour.b_against_a.comparisons[0].texts, ("A", "B"))
+    back = behaviour.a_against_b.comparisons[0].texts
+    rows = tuple((plain(f.text, 60), within(f.moved.kl if f.moved else None, 4), _p99(f)) for f in back)
+    if rows:
+        yield Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), rows)
+
+
+def _p99(figures: TextFigures) -> str:
+    found = figures.moved.kl_percentiles if figures.moved else None
+    return number(found["p99"], 4) if found else NONE
+
+
+def _knowledge(behaviour: Behaviour) -> Iterator[Part]:
+    probes = weights.probes_of(behaviour)
+    if probes:
+        yield weights.figures_table(probes)
+    for there, _ in probes:
+        if there.knowing:
+            yield table_of(there.knowing, f"{plain(there.probe, 60)}: grades of knowing of A (rows) and of B", "A")
+    if groups := weights.group_tables(probes):
+        yield Folded("By domain and by relation", groups)
+
+
+def _drawn(parts: Iterator[Part], limits: Limits) -> tuple[Part, ...]:
+    return tuple(drawn(parts, "compare-text", limits.charts))
+
+
+def _answers(comparison: CheckpointComparison, behaviour: Behaviour, limits: Limits) -> Iterator[Part]:
+    if comparison.show_facts:
+        yield from weights.answer_parts(behaviour.answers, limits.facts, limits.open)
+    else:
+        yield NO_FACTS
+
+
+def _groups(difference: Difference) -> Iterator[Part]:
+    if difference.tensors:
+        total = weights.Part("all", difference.tensors)
+        yield weights.parts_table("What differs by group of layers", "Group", weights.groups(difference), total)
+
+
+def _map(difference: Difference, limits: Limits) -> Iterator[Part]:
+    grid = weights.grid(difference)
+    if grid is None or not _changed(difference):
+        return
+    if limits.charts and (drawn := heat_map(grid, "heat", "Relative error by layer and module")):
+        yield Drawn(Markup(drawn), note=_MAP_NOTE, look="map")
+    yield Folded("The map as a table", (weights.grid_table(grid),))
+
+
+def _layers(difference: Difference) -> Iterator[Part]:
+    layers = weights.layers(difference)
+    if layers and _changed(difference):
+        yield weights.parts_table("Linear weights by layer", "Layer", layers)
+
+
+def _tensors(difference: Difference, limits: Limits) -> Iterator[Part]:
+    table, left_out = weights.tensors_table(difference, limits.tensors)
+    if table:
+        title = f"{count(len(table.rows))} tensors that differ, those first that differ most"
+        yield Folded(title, (table, LeftOut(left_out, *weights.OF_COMPARISON)))
+
+
+def _changed(difference: Difference) -> bool:
+    return bool(difference.total.energy_change) or not difference.total.finite
+
 
 _HTML, _MARKDOWN = Limits(tensors=500, facts=500, open=20, charts=True), Limits(tensors=30, facts=50, open=50)
 SCHEMA = 1

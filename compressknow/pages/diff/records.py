@@ -4,29 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from compressknow.diff.records import Difference, Sums, TensorDifference, summed
-from compressknow.format import count, number, plain, size
-from compressknow.notebook import Shown, Summary
-from compressknow.pages.records import Card
+from compressknow.base.format import count, number, plain, size
+from compressknow.base.notebook import Shown, Summary
+from compressknow.comparison.differences import Difference, Sums, TensorDifference, summed
+from compressknow.pages.records import Card, Checkpoint
 
 KnownBy = Literal["only A", "only B", "neither"]
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Which checkpoint one side is; `bytes` are those of its weight files, `calibration` is as in `ModelFacts`."""
-
-    name: str
-    revision: str | None
-    sha256: str
-    bytes: int
-    dtype: str
-    quantization: str | None = None
-    setup: str | None = None
-    source: Mapping[str, Any] | None = None
-    calibration: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

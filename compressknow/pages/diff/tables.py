@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from compressknow.diff.records import Difference, StructureChange, Sums, TensorDifference, summed
-from compressknow.format import (
+from compressknow.base.format import (
     NONE,
     answer,
     at_least,
@@ -19,12 +18,12 @@ from compressknow.format import (
     plain,
     share,
 )
+from compressknow.comparison.differences import Difference, StructureChange, Sums, TensorDifference, summed
+from compressknow.comparison.records import Estimate, Group, Movement, ProbeFigures
 from compressknow.pages.diff.records import Behaviour, SideBySide
-from compressknow.pages.heat import Grid
-from compressknow.pages.parts import BLANK, fact_parts
+from compressknow.pages.parts import BLANK, Table, fact_parts
 from compressknow.pages.parts import Part as PagePart
-from compressknow.pages.tables import Table
-from compressknow.stats.records import Estimate, Group, Movement, ProbeFigures
+from compressknow.pages.tradeoff import Grid
 
 _COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Relation")
 _GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")

@@ -8,20 +8,24 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from compressknow.format import plain
+from compressknow.base.format import plain
+from compressknow.comparison.intervals import mean
+from compressknow.comparison.records import Estimate
 from compressknow.pages import drawing
-from compressknow.pages.card.rounding import kept_by_rounding, mark
+from compressknow.pages.card.method import kept_by_rounding, mark
 from compressknow.pages.drawing import Bar, Level, Line
 from compressknow.pages.records import Comparison
-from compressknow.pages.study.axes import AMOUNT, Axis, axes
 from compressknow.pages.study.records import (
+    AMOUNT,
     ATTENTION_KINDS,
     IN_WORDS,
     MODULES,
     STRUCTURED,
     UNSTRUCTURED,
+    Axis,
     Study,
     StudyProbe,
+    axes,
     called,
     methods,
     percent,
@@ -30,8 +34,6 @@ from compressknow.pages.study.records import (
     quantized,
     schemes,
 )
-from compressknow.stats.intervals import mean
-from compressknow.stats.records import Estimate
 
 _GPQ_AMOUNTS = (20, 40)
 _METHODS = (UNSTRUCTURED, STRUCTURED)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from compressknow.format import count, estimate, number, p_value, share
-from compressknow.format import percent as percent_of
+from compressknow.base.format import count, estimate, number, p_value, share
+from compressknow.base.format import percent as percent_of
 from compressknow.pages.study.records import (
     MODULES,
     STRUCTURED,

@@ -9,25 +9,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compressknow.files import write_whole
-from compressknow.format import json_text, plain
+from compressknow.base.files import write_whole
+from compressknow.base.format import json_text, plain
+from compressknow.comparison.intervals import mcnemar
+from compressknow.comparison.records import ProbeFigures, TextFigures
 from compressknow.pages.pages import html_page, markdown_page, source
+from compressknow.pages.parts import headline_accuracy
 from compressknow.pages.records import Comparison, interval_to_json, kept_to_json
 from compressknow.pages.study import summary
-from compressknow.pages.study.axes import TOLD
 from compressknow.pages.study.charts import Chart, is_chart, study_charts
 from compressknow.pages.study.findings import Finding, MethodFindings, by_method, findings
-from compressknow.pages.study.found import what_was_found
-from compressknow.pages.study.methods import changes
-from compressknow.pages.study.records import FailedCell, Setting, Study, StudyCell, StudyProbe
-from compressknow.pages.study.summary import cliffs, module_that_hurts_least
+from compressknow.pages.study.records import TOLD, FailedCell, Setting, Study, StudyCell, StudyProbe
+from compressknow.pages.study.summary import changes, cliffs, module_that_hurts_least, what_was_found
 from compressknow.pages.study.tests import Bound, CheckpointComparison
 from compressknow.pages.study.view import study_page
 from compressknow.pages.svg import standalone
-from compressknow.pages.tables import headline_accuracy
 from compressknow.pages.texts import finite
-from compressknow.stats.intervals import mcnemar
-from compressknow.stats.records import ProbeFigures, TextFigures
 
 SCHEMA = 1
 

@@ -8,11 +8,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from compressknow.comparison.clusters import (
+    difference_by_cluster,
+    number_clusters,
+    rate_difference,
+    share_by_cluster,
+    tally,
+)
+from compressknow.comparison.clusters import paired_test as clusters_test
+from compressknow.comparison.intervals import SIGNIFICANT, holm, paired_difference, proportion
+from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.study.records import Study, StudyCell, StudyProbe, floor
-from compressknow.stats.clusters import difference_by_cluster, number_clusters, rate_difference, share_by_cluster, tally
-from compressknow.stats.clusters import paired_test as clusters_test
-from compressknow.stats.intervals import SIGNIFICANT, holm, paired_difference, proportion
-from compressknow.stats.records import Counts, Estimate
 
 HOLDS, DOES_NOT_HOLD, CANNOT_TELL = "holds", "does not hold", "cannot tell"
 

@@ -10,7 +10,8 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from compressknow.format import NONE, count, estimate, number, p_value, plain, share, size
+from compressknow.base.format import NONE, count, estimate, number, p_value, plain, share, size
+from compressknow.comparison.records import Estimate, Measured
 from compressknow.pages.card.warnings import of_known
 from compressknow.pages.parts import (
     BAR,
@@ -20,6 +21,7 @@ from compressknow.pages.parts import (
     Code,
     Drawn,
     Entries,
+    Entry,
     Findings,
     Folded,
     Note,
@@ -27,12 +29,14 @@ from compressknow.pages.parts import (
     Part,
     Sentences,
     Shown,
+    Table,
     Terms,
     Text,
+    headline_accuracy,
+    identity,
 )
 from compressknow.pages.parts import Finding as Line
 from compressknow.pages.study import summary
-from compressknow.pages.study.axes import setting, varying
 from compressknow.pages.study.charts import Chart
 from compressknow.pages.study.findings import (
     FAMILIES,
@@ -46,8 +50,6 @@ from compressknow.pages.study.findings import (
     by_method,
     findings,
 )
-from compressknow.pages.study.found import Found, what_was_found
-from compressknow.pages.study.methods import changes, ids
 from compressknow.pages.study.records import (
     MODULES,
     FailedCell,
@@ -58,11 +60,11 @@ from compressknow.pages.study.records import (
     pruned_and_quantized,
     quantized,
     schemes,
+    setting,
+    varying,
 )
-from compressknow.pages.study.summary import CLIFF, listed
-from compressknow.pages.tables import Entry, Table, headline_accuracy, identity
+from compressknow.pages.study.summary import CLIFF, Found, changes, ids, listed, what_was_found
 from compressknow.pages.texts import within
-from compressknow.stats.records import Estimate, Measured
 
 _DEFINITIONS = (
     "Two cells are compared fact by fact, over all probes together, by the two-sided test of how a relation's net "

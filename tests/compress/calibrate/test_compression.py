@@ -19,16 +19,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
 
+from compressknow.base.errors import UnsupportedError
+from compressknow.base.progress import quiet
 from compressknow.compress.calibrate.text import CalibrationText
-from compressknow.compress.calibrate.words import calibrated_in_words as calibrated_in_words
 from compressknow.compress.convert import prepare, write
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import DropNeurons, Prune, Quantize, Step, Where
-from compressknow.errors import UnsupportedError
-from compressknow.model.manifest import calibration_of, dropped_neurons
+from compressknow.model.manifest import calibrated_in_words, calibration_of, dropped_neurons
 from compressknow.pages.model_card import warnings_of
-from compressknow.quiet import quiet
 from tests.compress.calibrate.test_walk import batches_of
 from tests.models import save_tiny, tiny
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.compress.calibrate.corruption import hidden_of, spans_of
 from compressknow.compress.calibrate.text import CalibrationText, calibration_text, facts_in
 from compressknow.engine.language_model import load_language_model
-from compressknow.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.model.meta import meta_model
 from tests.knowing import KNOWN_FACTS, knowing
 from tests.long import long

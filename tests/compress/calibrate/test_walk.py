@@ -14,13 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from compressknow.base.errors import CompressknowError
 from compressknow.compress.calibrate.forward import Call
 from compressknow.compress.calibrate.gathering import Key, Seen, Sums
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.walk import walk
 from compressknow.compress.pool import Pool
 from compressknow.compress.sources import Sources
-from compressknow.errors import CompressknowError
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles

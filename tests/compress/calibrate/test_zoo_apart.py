@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.progress import quiet
 from compressknow.compress.calibrate.compression import calibrate
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.plan import make_plan
@@ -16,11 +18,9 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import TensorWriter, Work
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Where
-from compressknow.errors import CompressknowError, UnsupportedError
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles
-from compressknow.quiet import quiet
 from tests.compress.test_zoo_converts import CLASSES, built
 from tests.long import one_in
 from tests.zoo import inputs_of

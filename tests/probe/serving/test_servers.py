@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 
 import compressknow
+from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
+from compressknow.base.progress import Progress
 from compressknow.cli import main
 from compressknow.engine.identity import locate, served_at
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.evaluate.answers import PARTS, Answer, read_answers, stored_parts
 from compressknow.evaluate.evaluate import evaluate, prompts_of
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle, Settings
-from compressknow.evaluate.runtimes.serving import client as clients
+from compressknow.evaluate.runtimes import client as clients
 from compressknow.evaluate.scoring.ranking import TAIL
 from compressknow.evaluate.sources import Options, open_probe
-from compressknow.quiet import Progress
 from tests.knowing import facts_file, knowing
 from tests.long import long
 from tests.probe.references import answers_to, as_probe, known_facts

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from compressknow.evaluate.answers import GRADES as KNOWING
-from compressknow.evaluate.records import NoiseFloor
-from compressknow.pages.records import Card, Comparison, Grade, ModelFacts, Speed
-from compressknow.stats.records import (
+from compressknow.comparison.records import (
     Certainty,
     ChangedFact,
     Confidence,
@@ -22,6 +19,9 @@ from compressknow.stats.records import (
     ReliabilityBin,
     Third,
 )
+from compressknow.evaluate.answers import GRADES as KNOWING
+from compressknow.evaluate.records import NoiseFloor
+from compressknow.pages.records import Card, Comparison, Grade, ModelFacts, Speed
 
 # Relation, school subject, and its facts by what both models knew.
 ATLAS = (

@@ -9,15 +9,15 @@ import click
 import pytest
 
 from compressknow.cli.convert import convert
+from compressknow.comparison.power import facts_to_decide
+from compressknow.comparison.records import EarlyStop, Estimate
 from compressknow.compress.options import convert_options, recipe_of
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Prune, Quantize, Where
 from compressknow.evaluate.answers import Answer, Answers
-from compressknow.pages.card.advice import ENOUGH, advice, milder
 from compressknow.pages.card.make import make_card
+from compressknow.pages.card.verdict import ENOUGH, advice, milder
 from compressknow.pages.records import Comparison
-from compressknow.stats.power import facts_to_decide
-from compressknow.stats.records import EarlyStop, Estimate
 from tests.report.answering import answer, answers, entry, model, run, sides
 
 ATTENTION, BOTH = Where(("attention",)), Where(("attention", "feed-forward"))

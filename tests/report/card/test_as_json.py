@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from compressknow.errors import CompressknowError
+from compressknow.base.errors import CompressknowError
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import to_json
 from tests.report.answering import answers, entry, model, run, sides
@@ -121,6 +121,6 @@ def test_a_card_gives_its_json_and_a_frame(monkeypatch: pytest.MonkeyPatch) -> N
         for each in card.comparisons
         for probe in each.probes
     ]
-    monkeypatch.setattr("compressknow.libraries.is_installed", lambda _: False)
+    monkeypatch.setattr("compressknow.base.libraries.is_installed", lambda _: False)
     with pytest.raises(CompressknowError, match="pip install pandas"):
         card.to_frame()

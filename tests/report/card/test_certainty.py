@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from compressknow.comparison.clusters import design_of_change, kept_by_cluster, paired_test
+from compressknow.comparison.intervals import mcnemar, proportion
+from compressknow.comparison.power import facts_for, smallest_loss
+from compressknow.comparison.records import Counts, EarlyStop, Estimate, PairedTest
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_markdown, to_json
 from compressknow.pages.records import Card
-from compressknow.stats.clusters import design_of_change, kept_by_cluster, paired_test
-from compressknow.stats.intervals import mcnemar, proportion
-from compressknow.stats.power import facts_for, smallest_loss
-from compressknow.stats.records import Counts, EarlyStop, Estimate, PairedTest
 from tests.report.answering import answer, run
 
 

@@ -10,16 +10,16 @@ from xml.etree import ElementTree
 
 import pytest
 
+from compressknow.base.format import plain, share
+from compressknow.comparison.records import Counts, Estimate, Group
 from compressknow.evaluate.records import NoiseFloor
-from compressknow.format import plain, share
 from compressknow.pages.card import view
 from compressknow.pages.card.costs import costs
+from compressknow.pages.card.method import kept_by_rounding
 from compressknow.pages.card.pages import render_html
-from compressknow.pages.card.rounding import kept_by_rounding
-from compressknow.pages.card.sections.groups import popularity_chart
+from compressknow.pages.card.sections.facts import popularity_chart
 from compressknow.pages.card.view import section_names
 from compressknow.pages.records import Comparison
-from compressknow.stats.records import Counts, Estimate, Group
 from tests.report.card.cards import POPULARITY, card_of_several, group
 from tests.report.hostile import TEXTS
 

@@ -10,13 +10,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compressknow.errors import GateNotMet, GateUndecided, UsageError
+from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
+from compressknow.comparison.intervals import proportion
 from compressknow.pages.card.ci import job_summary, junit
 from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import to_json
 from compressknow.pages.records import Card
-from compressknow.stats.intervals import proportion
 from tests.report.answering import answers, entry, model, run, sides
 from tests.report.card.test_make import card_of
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressknow.comparison.paired import compare_probe
+from compressknow.comparison.records import Counts
 from compressknow.pages.card.verdict import grade_of, grades
-from compressknow.stats.paired import compare_probe
-from compressknow.stats.records import Counts
 from tests.report.answering import answer, entry, sides
 
 

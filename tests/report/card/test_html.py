@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.format import plain
+from compressknow.base.format import plain
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html
 from compressknow.pages.pages import isolated

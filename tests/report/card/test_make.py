@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressknow.errors import CompressknowError, UsageError
+from compressknow.base.errors import CompressknowError, UsageError
+from compressknow.comparison.clusters import standings
+from compressknow.comparison.records import Counts
 from compressknow.pages.card.make import make_card, model_facts
 from compressknow.pages.records import Card, Speed
-from compressknow.stats.decision import standings
-from compressknow.stats.records import Counts
 from tests.report.answering import COMPRESSED_HASH, ORIGINAL_HASH, answer, answers, entry, model, run, sides
 
 

@@ -11,7 +11,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from compressknow.format import plain
+from compressknow.base.format import plain
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.records import Card
 from tests.report.card.cards import card_of_nothing, card_of_one, card_of_several

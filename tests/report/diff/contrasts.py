@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compressknow.diff.records import (
-    ConfigChange,
-    Difference,
-    StructureChange,
-    Sums,
-    TensorDifference,
-)
+from compressknow.comparison.differences import ConfigChange, Difference, StructureChange, Sums, TensorDifference
 from compressknow.evaluate.gather import BothWays
 from compressknow.pages.diff.make import behaviour_of, comparison_verdict
-from compressknow.pages.diff.records import Checkpoint, CheckpointComparison
+from compressknow.pages.diff.records import CheckpointComparison
+from compressknow.pages.records import Checkpoint
 from tests.report.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
 
 MODULES = ("SelfAttention.q", "SelfAttention.v", "DenseReluDense.wi")

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from compressknow.diff.records import Difference
-from compressknow.format import plain
+from compressknow.base.format import plain
+from compressknow.comparison.differences import Difference
 from compressknow.pages.diff.make import comparison_verdict, comparison_warnings
 from compressknow.pages.diff.pages import diff_json, render_comparison_html, render_comparison_markdown
-from compressknow.pages.diff.records import Checkpoint, CheckpointComparison
+from compressknow.pages.diff.records import CheckpointComparison
 from compressknow.pages.diff.tables import grid
-from compressknow.pages.heat import Grid, heat_map
+from compressknow.pages.records import Checkpoint
+from compressknow.pages.tradeoff import Grid, heat_map
 from tests.report.diff.contrasts import comparison_of, difference_of, identical
 from tests.report.hostile import TEXTS
 from tests.report.pages import Element, read

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 from markdown_it import MarkdownIt
 
+from compressknow.base.errors import OutputError
 from compressknow.cli import main
-from compressknow.errors import OutputError
 from compressknow.pages.card.make import make_card
 from compressknow.pages.model_card import BEGIN, END, check_model_cards, write_into_model_cards
 from compressknow.pages.pages import escape_markdown

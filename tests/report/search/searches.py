@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from compressknow.comparison.records import Estimate
 from compressknow.pages.records import ModelFacts
 from compressknow.pages.search import Search, Trial
-from compressknow.stats.records import Estimate
 
 
 def estimate(value: float) -> Estimate:

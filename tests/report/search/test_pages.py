@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from compressknow.format import plain
+from compressknow.base.format import plain
 from compressknow.pages.search import headline, render_search_html, said, verdict
 from tests.report.hostile import TEXTS
 from tests.report.pages import read

@@ -11,10 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from compressknow.pages.study.axes import axes
 from compressknow.pages.study.charts import study_charts
 from compressknow.pages.study.findings import findings
-from compressknow.pages.study.found import what_was_found
 from compressknow.pages.study.pages import (
     render_study_html,
     render_study_markdown,
@@ -24,7 +22,8 @@ from compressknow.pages.study.pages import (
     to_parquet,
     write_study,
 )
-from compressknow.pages.study.records import Study
+from compressknow.pages.study.records import Study, axes
+from compressknow.pages.study.summary import what_was_found
 from compressknow.pages.study.view import cells_table
 from tests.report.pages import read
 from tests.report.study.studies import own_grid, study, two_methods, whole_grid

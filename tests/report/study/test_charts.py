@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compressknow.format import plain
+from compressknow.base.format import plain
+from compressknow.comparison.records import Estimate
 from compressknow.pages.drawing import Bar, Level, Line, bars, lines
 from compressknow.pages.pages import source
 from compressknow.pages.study.charts import (
@@ -25,7 +26,6 @@ from compressknow.pages.study.charts import (
 )
 from compressknow.pages.study.records import Study
 from compressknow.pages.svg import COLOURS, standalone
-from compressknow.stats.records import Estimate
 from tests.report.hostile import TEXTS
 from tests.report.study.studies import ENTRY, ROUNDING, TASKS, Asked, gp, gq, study, whole_grid
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
+from compressknow.comparison.clusters import rate_difference
+from compressknow.comparison.intervals import mean
 from compressknow.pages.study.findings import Finding, findings
 from compressknow.pages.study.records import floor
 from compressknow.pages.study.summary import cliffs, module_that_hurts_least, verdict
 from compressknow.pages.study.tests import decide, decline, left, paired_test
-from compressknow.stats.clusters import rate_difference
-from compressknow.stats.intervals import mean
 from tests.report.study.studies import Asked, Cell, gp, gpq, gq, study, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"

@@ -6,9 +6,9 @@ import pytest
 
 from compressknow.pages.study.charts import study_charts
 from compressknow.pages.study.findings import findings
-from compressknow.pages.study.found import Found, what_was_found
 from compressknow.pages.study.pages import render_study_html, render_study_markdown
 from compressknow.pages.study.records import Study
+from compressknow.pages.study.summary import Found, what_was_found
 from tests.report.pages import read
 from tests.report.study.studies import STUDIES, TASKS, Asked, gp, gq, study, whole_grid
 

@@ -6,11 +6,9 @@ import json
 
 from compressknow.pages.study.charts import study_charts
 from compressknow.pages.study.findings import by_method, findings
-from compressknow.pages.study.found import what_was_found
-from compressknow.pages.study.methods import changes, ids
 from compressknow.pages.study.pages import render_study_html, render_study_markdown, study_to_json, tidy_rows
 from compressknow.pages.study.records import FailedCell
-from compressknow.pages.study.summary import method_that_hurts_least, verdict
+from compressknow.pages.study.summary import changes, ids, method_that_hurts_least, verdict, what_was_found
 from tests.report.study.studies import Cell, gp, gq, study, two_methods, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from compressknow.format import plain
+from compressknow.base.format import plain
 from compressknow.pages.study.charts import is_chart
 from compressknow.pages.study.findings import findings
 from compressknow.pages.study.pages import render_study_html, render_study_markdown, study_to_json, write_study

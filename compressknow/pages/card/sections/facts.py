@@ -1,17 +1,25 @@
-"""The facts themselves: those lost and gained, with what both models answered, and those not evaluated, by reason."""
+"""The facts themselves and groups of them: lost and gained, by relation, by grade, by wording; running text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-from compressknow.format import NONE, answer, count, ordinal, percent, plain
-from compressknow.pages.card.section import Context, Section
-from compressknow.pages.parts import BLANK, Part, fact_parts
-from compressknow.pages.records import Comparison
-from compressknow.pages.tables import Table
-from compressknow.stats.records import ChangedFact, ProbeFigures
+from compressknow.base.format import NONE, answer, count, estimate, ordinal, percent, plain, share
+from compressknow.comparison.records import ChangedFact, Counts, Estimate, Group, Knowing, ProbeFigures, Wordings
+from compressknow.evaluate.answers import GRADES
+from compressknow.evaluate.grades import PRODUCED
+from compressknow.pages import drawing
+from compressknow.pages.card.sections import Context, Section
+from compressknow.pages.drawing import Chart, percents
+from compressknow.pages.parts import BLANK, Beside, Note, Part, Table, fact_parts, groups_table
+from compressknow.pages.records import Comparison, counts_to_json, estimate_to_json, groups_to_json
+from compressknow.pages.texts import text_parts, texts_to_json, warnings_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 _COLUMNS = ("Prompt", "Right answer", "Original", "Compressed", "Rank of the right answer", "Relation")
 _GRADED = (*_COLUMNS[:-1], "Grade now", "Relation")
@@ -100,3 +108,217 @@ def _dropped(probe: ProbeFigures) -> Iterator[tuple[str, ...]]:
     for reason, number in probe.dropped.items():
         if number:
             yield plain(reason, 120), plain(probe.probe, 60), count(number), percent(number, read)
+
+
+class Relations(Section):
+    """A table a probe, a row a relation."""
+
+    title = "By relation"
+    order = 30
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        tables = [
+            _most_lost(probe, context.limits.relations) for probe in context.comparison.probes if probe.by_relation
+        ]
+        yield from tables
+        if tables:
+            yield Note(
+                "p is of the exact McNemar test, adjusted over the relations of a table (Holm): below 0.05, chance "
+                "hardly explains that a relation lost more than it gained, or less."
+            )
+
+    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
+        return {"by_relation": groups_to_json(probe.by_relation)}
+
+
+def _most_lost(probe: ProbeFigures, limit: int | None) -> Table:
+    """All relations, or the `limit` that lost most."""
+    caption, groups = f"{plain(probe.probe, 60)} by relation", probe.by_relation
+    if limit is None or len(groups) <= limit:
+        return groups_table(groups, "Relation", caption)
+    most = sorted(groups, key=lambda group: -group.counts.lost)[:limit]
+    others = count(len(groups) - limit)
+    return groups_table(tuple(most), "Relation", f"{caption}, largest losses first; {others} more are in the JSON")
+
+
+class Popularity(Section):
+    """A table a probe, a row a popularity bin, and its chart."""
+
+    title = "By popularity"
+    order = 40
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        for probe in context.comparison.probes:
+            if bins := probe.by_popularity:
+                name = plain(probe.probe, 60)
+                table = groups_table(bins, "Popularity", f"{name} by popularity", bars=False)
+                yield Beside(popularity_chart(bins, name), replace(table, sortable=False))
+
+    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
+        return {"by_popularity": groups_to_json(probe.by_popularity)}
+
+
+def popularity_chart(groups: Sequence[Group], name: str) -> Chart | None:
+    """Knowledge kept by popularity bin, as dots with intervals; None where fewer than two bins have any."""
+    bins = [(plain(group.name, 16), group.kept) for group in groups if group.kept.value is not None]
+    if len(bins) < 2:
+        return None
+    told = ", ".join(f"{label} {share(kept.value)}" for label, kept in bins)
+    title = f"Knowledge kept by popularity, {plain(name, 60)}"
+    return Chart(title, f"From left to right: {told}.", lambda plot: _draw(plot, bins))
+
+
+def _tick(bin: str) -> str:
+    """Short, or the fifth touches the fourth."""
+    return bin.removesuffix(" %").replace(" to ", "\N{EN DASH}") if " to " in bin else bin
+
+
+def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
+    for x, (_, kept) in enumerate(bins):
+        value, low, high = percents(kept)
+        plot.plot([x, x], [low, high], color=drawing.SERIES[0], linewidth=2, solid_capstyle="round")
+        plot.plot([x], [value], "o", color=drawing.SERIES[0], markersize=8, markeredgecolor=drawing.PAPER)
+        plot.annotate(share(kept.value), (x, value), (8, 0), textcoords="offset points", va="center", fontsize=11)
+    plot.set_xlim(-0.4, len(bins) - 0.3)
+    plot.set_xticks(range(len(bins)), [_tick(label) for label, _ in bins], fontsize=10)
+    # The axis begins at the tens below the lowest interval.
+    drawing.percent_axis(plot, max(0, int(min(percents(kept)[1] for _, kept in bins) // 10) * 10))
+
+
+class Grades(Section):
+    """A table a probe, the original's grades by the compressed model's."""
+
+    title = "Grades of knowing"
+    order = 25
+    glossary = (
+        ("Produced", "the right answer is the model's first choice, and what it writes by itself begins with it."),
+        ("Recognized", "the right answer is the model's first choice, but not what it writes."),
+        (
+            "Demoted",
+            "not its first choice, but among its best five, or what it writes, by itself or after one solved example.",
+        ),
+        ("Gone", "none of these."),
+    )
+    method = (
+        "What a model produces is decoded greedily after the prompt, or at the mask among its whole vocabulary (an "
+        "object of several tokens at as many masks, from left to right). Facts that the original knew and the "
+        "compressed model does not are evaluated once more, after one solved example of the same relation with another "
+        "answer. Among five candidates or fewer, being among the best five does not count.",
+    )
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        graded = [(probe, probe.knowing) for probe in context.comparison.probes if probe.knowing]
+        # A page of many models has no room for it; the JSON has it all.
+        if not graded or context.limits.relations is not None:
+            return
+        for probe, knowing in graded:
+            yield table_of(knowing, f"{plain(probe.probe, 60)}: the original's grades (rows), and what they became")
+            if told := " ".join(_describe_grades(knowing)):
+                yield Note(told)
+        yield Note("The glossary says what each grade means.")
+
+    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
+        return {"knowing": knowing_to_json(probe.knowing)}
+
+
+def table_of(knowing: Knowing, caption: str, who: str = "Original") -> Table:
+    """Facts by the grades of one model, `who`, in rows, and of the other in columns."""
+    rows = [
+        (grade, *(count(knowing.moved[grade, after]) for after in GRADES), count(knowing.original[grade]))
+        for grade in GRADES
+    ]
+    total = ("all", *(count(knowing.compressed[grade]) for grade in GRADES), count(sum(knowing.original.values())))
+    return Table(caption, (who, *GRADES, "all"), (*rows, total))
+
+
+def _describe_grades(knowing: Knowing) -> Iterator[str]:
+    if knowing.shown:
+        back = f"{count(knowing.back)} ({percent(knowing.back, knowing.shown)})"
+        yield f"One solved example brings back {back} of {count(knowing.shown)} lost facts that were put after it."
+    for who, written in zip(("original", "compressed model"), knowing.written, strict=True):
+        if not written:
+            yield f"The {who} cannot write: {PRODUCED} is left out."
+
+
+def knowing_to_json(knowing: Knowing | None) -> dict[str, Any] | None:
+    """Under the names that others rely on: {"original", "compressed", "moved": {"GRADE>GRADE": facts}, ...}."""
+    if knowing is None:
+        return None
+    return {
+        "original": dict(knowing.original),
+        "compressed": dict(knowing.compressed),
+        "moved": {f"{before}>{after}": facts for (before, after), facts in knowing.moved.items()},
+        "with_example": {"n": knowing.shown, "produced": knowing.back},
+    }
+
+
+class Text(Section):
+    """Two tables and a chart a text; left out where there is none."""
+
+    title = "Running text"
+    order = 55
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        return text_parts(context.comparison.texts, ("original", "compressed"))
+
+    def warnings(self, context: Context) -> Iterator[str]:
+        return warnings_of(context.comparison.texts)
+
+    def to_json(self, comparison: Comparison) -> Mapping[str, Any]:
+        return {"texts": texts_to_json(comparison.texts)} if comparison.texts else {}
+
+
+_WORDING_COLUMNS = ("Wording", "Facts", "Right before", "Right after", "Lost", "Gained", "Kept")
+
+
+class ByWording(Section):
+    """A table a probe, a row a wording and one of the majority."""
+
+    title = "By wording"
+    order = 45
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        for probe in context.comparison.probes:
+            # On a page of many models the JSON alone has them.
+            if (wordings := probe.wordings) and context.limits.relations is None:
+                rows = [_wording_row(str(each.number), each.counts, each.kept) for each in wordings.by_template]
+                rows.append(_wording_row("majority", probe.counts, probe.kept))
+                yield Table(f"{plain(probe.probe, 60)} by wording", _WORDING_COLUMNS, tuple(rows))
+                yield Note(_describe_agreement(wordings))
+
+    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
+        return wordings_to_json(probe.wordings)
+
+
+def _wording_row(name: str, counts: Counts, kept: Estimate) -> tuple[str, ...]:
+    return (
+        name,
+        count(counts.n),
+        percent(counts.known_before, counts.n),
+        percent(counts.known_after, counts.n),
+        count(counts.lost),
+        count(counts.gained),
+        estimate(kept.value, kept.low, kept.high),
+    )
+
+
+def _describe_agreement(wordings: Wordings) -> str:
+    before, after = wordings.consistency
+    return (
+        "A fact is known if more than half of its wordings are answered right. Consistency, the share of pairs of "
+        "wordings of a fact that are answered alike (Elazar et al. 2021): "
+        f"{share(before)} before, {share(after)} after."
+    )
+
+
+def wordings_to_json(wordings: Wordings | None) -> dict[str, Any]:
+    """By number of the wording, as text; empty where there is one wording."""
+    before, after = wordings.consistency if wordings else (None, None)
+    return {
+        "by_template": {
+            str(each.number): {**counts_to_json(each.counts), **estimate_to_json("kept", each.kept)}
+            for each in (wordings.by_template if wordings else ())
+        },
+        "consistency_original": before,
+        "consistency_compressed": after,
+    }

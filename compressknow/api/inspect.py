@@ -1,0 +1,41 @@
+"""inspect: the Linear layers of a checkpoint, counted; no weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressknow.api.words import speaks_python
+
+if TYPE_CHECKING:
+    from compressknow.model.structure import ModuleMap
+    from compressknow.model.summary import Inspection
+
+
+@speaks_python()
+def inspect(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    module_map: ModuleMap = "structural",
+    trust_remote_code: bool = False,
+) -> Inspection:
+    """Count a checkpoint's Linear layers by group and by scope, from its configuration; no weights are read.
+
+    Parameters
+    ----------
+    model : a local folder, a GGUF file or a hub id.
+    module_map : ``structural``, or ``paper`` for the split that the paper's authors use in BERT and RoBERTa.
+
+    Returns
+    -------
+    What ``compressknow inspect --json`` prints: groups, scopes, parameters stored and used, tied and unplaced weights;
+    of a GGUF file its types by group, and its bytes.
+    """
+    if Path(model).suffix == ".gguf":
+        from compressknow.model.gguf_file import gguf_parts, inspect_gguf
+
+        return inspect_gguf(gguf_parts(Path(model)))
+    from compressknow.model.summary import inspect_checkpoint
+
+    return inspect_checkpoint(model, module_map=module_map, revision=revision, trust_remote_code=trust_remote_code)

@@ -1,0 +1,70 @@
+"""probe: a model evaluated on facts, its answers kept in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from compressknow.api.words import ServingWords, records_of, speaks_python
+
+if TYPE_CHECKING:
+    from compressknow.base.progress import OnProgress
+    from compressknow.evaluate.answers import Answers
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.sources import Options
+
+
+@speaks_python(folder="output", probes="probe")
+def probe(
+    model: str | Path,
+    output: str | Path,
+    probe: str | Sequence[str] | None = None,
+    *,
+    reference: str | Path | None = None,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    revision: str | None = None,
+    on_progress: OnProgress | None = None,
+    **words: Unpack[ServingWords],
+) -> Answers:
+    """Evaluate a model on facts, and keep its answers in a folder.
+
+    Parameters
+    ----------
+    model : a local folder, ``FOLDER/FILE.gguf``, a hub id, or the address of a server, ``http://HOST:PORT``.
+    output : the folder where the answers are kept; what it holds of this model already is not evaluated again.
+    probe : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
+    reference : answers folder of the original model: its most likely tokens are scored, so that the distance of the
+        two distributions can be told.
+    words : where data lies, protocol, sample (``limit=300``), device, dtype, batch size: as on the command line. See
+        `compressknow.Options` and `compressknow.Settings`, whose `columns` is ``map`` here, and `model` ``model_name``.
+    options, settings : records of several of these; single words come before them.
+    on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
+
+    Returns
+    -------
+    The answers and their record (the content of ``answers.parquet`` and ``probe.json``).
+
+    Raises
+    ------
+    compressknow.CompressknowError : the model has no head or no tokenizer, a probe is unknown or leaves no
+        facts, the folder holds something else.
+    """
+    from compressknow.base.libraries import require
+
+    require("pyarrow")
+    from compressknow.base.progress import listener
+    from compressknow.engine.identity import locate
+    from compressknow.evaluate.gather import open_named, read_reference
+    from compressknow.evaluate.handle import Beside, ModelHandle
+    from compressknow.evaluate.noise import with_noise_floor
+    from compressknow.evaluate.run import probe_model
+
+    options, settings = records_of(words, options, settings)
+    opened = open_named(probe, options)
+    original = read_reference(reference) if reference is not None else None
+    handle = ModelHandle(locate(model, revision), settings)
+    listening = listener(on_progress)
+    answers = probe_model(handle, opened, Path(output), Beside(original), on_progress=listening)
+    return answers if original else with_noise_floor(handle, opened, answers, Path(output), listening)

@@ -1,0 +1,61 @@
+"""push: what convert or export wrote, to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressknow.api.words import speaks_python
+
+if TYPE_CHECKING:
+    from compressknow.base.hub import Upload
+
+
+@speaks_python()
+def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bool = False) -> Upload:
+    """Upload a folder that `convert` wrote, or a GGUF file that `export` wrote, to the Hugging Face Hub.
+
+    Of a folder go weights, tokenizer, manifest, and its model card as it is now, with what `report` has written into
+    it; of a file, its record and, where the repository has none, a model card.
+
+    Parameters
+    ----------
+    output : what `convert` or `export` wrote.
+    repo : ``OWNER/NAME``, or ``NAME`` of one of your own; it is made where there is none.
+    private : of a repository that is made; by default public, unless its organization says else.
+    bars : show huggingface_hub's progress bars, on a terminal.
+
+    Returns
+    -------
+    The repository's address, and the weight files there that are not of this folder.
+
+    Raises
+    ------
+    compressknow.CompressknowError : the name cannot be one, there is no token, or the upload failed; `output`
+        stays as it is. The token is taken from where huggingface_hub keeps it: `HF_TOKEN`, or `hf auth login`.
+    """
+    from compressknow.base.hub import upload
+
+    check_push(repo)
+    place, card = Path(output), None
+    if place.suffix == ".gguf":
+        from compressknow.gguf.record import read_record
+        from compressknow.pages.model_card import render_gguf_card
+
+        record = read_record(place)
+        card = render_gguf_card(record, place.name)
+    else:
+        from compressknow.model.manifest import read_manifest
+
+        record = read_manifest(place)
+    message = f"{record['setup']} of {record['source']['name']}, by compressknow"
+    return upload(place, repo, private=private, message=message, card=card, bars=bars)
+
+
+def check_push(repo: str, *, dry_run: bool = False) -> None:
+    """Raise CompressknowError where an upload to `repo` cannot succeed, as far as is known without asking the Hub."""
+    from compressknow.base.hub import check_login, check_repo
+
+    check_repo(repo)
+    if not dry_run:
+        check_login()

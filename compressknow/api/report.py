@@ -1,0 +1,145 @@
+"""report: what compressed models kept and lost of the original's knowledge, as a report card."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from compressknow.api.words import ServingWords, files_of, records_of, speaks_python
+
+if TYPE_CHECKING:
+    from compressknow.base.progress import OnProgress
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.sources import Options
+    from compressknow.pages.records import Card
+
+
+@speaks_python(probes="probe", outputs="output", timed="time", keep_in="answers")
+def report(
+    original: str | Path,
+    compressed: str | Path | Sequence[str | Path],
+    probe: str | Sequence[str] | None = None,
+    *,
+    output: str | Path | Sequence[str | Path] = (),
+    options: Options | None = None,
+    settings: Settings | None = None,
+    known: str = "recognized",
+    fail_under: float | str | Sequence[float | str] | None = None,
+    strict: bool = False,
+    early: bool | float = False,
+    within: str | int | None = None,
+    no_facts: bool = False,
+    time: bool = False,
+    into_model_card: bool = False,
+    answers: str | Path | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    command: str | None = None,
+    on_progress: OnProgress | None = None,
+    **words: Unpack[ServingWords],
+) -> Card:
+    """Evaluate the original and each compressed model on the same facts, and compare them.
+
+    Parameters
+    ----------
+    original, compressed : local folders, ``FOLDER/FILE.gguf``, hub ids, addresses of servers, or answers folders that
+        `probe` wrote.
+    probe : names; see `compressknow.probe`.
+    output : files to write: ``.html``, ``.md``, ``.json``; ``.xml`` is JUnit's form, and a file called ``summary.md``
+        is a summary of some 20 lines, both for CI.
+    options, settings, words : see `compressknow.probe`.
+    known : what counts as known: ``recognized`` (picked among the candidates, or better) or only ``produced`` (said).
+    fail_under : a least share of knowledge to be kept, 0 to 1, or ``"science=0.85"`` of a domain or relation, or
+        several of these; once all is written, an error says where less is.
+    strict : hold the intervals to it: too few facts to tell are an error too.
+    early : evaluate facts in random order, only until it is known whether `fail_under` is met, of one compressed model.
+    within : the most bytes of the model that is recommended of several, such as ``"110MB"``.
+    no_facts : leave the text of every fact out.
+    time : measure each model's speed and memory on this machine.
+    into_model_card : write the verdict into the README.md of each compressed folder.
+    answers : folder of the answers; by default ``~/.cache/compressknow/answers``.
+    overwrite : replace files of `output` that are there already, if they are pages of compressknow outside a
+        checkpoint.
+    command : the command line to show on the card.
+    on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
+
+    Returns
+    -------
+    The card, with all figures.
+
+    Raises
+    ------
+    compressknow.GateNotMet, compressknow.GateUndecided : `fail_under` is not met, or, with `strict`, too
+        few facts tell; the error's `result` is the card.
+    compressknow.CompressknowError : a model cannot be found, loaded or evaluated; two that cannot be compared;
+        an output that cannot be written.
+    """
+    from compressknow.base.errors import UsageError
+    from compressknow.base.format import parse_size
+    from compressknow.base.progress import listener
+    from compressknow.evaluate.gather import Evaluation, default_answers_folder, gather, names_of
+    from compressknow.evaluate.grades import check_known
+    from compressknow.model.checkpoint import can_be_converted
+    from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
+    from compressknow.pages.card.make import make_card
+    from compressknow.pages.card.pages import write_reports
+    from compressknow.pages.model_card import check_model_cards, write_into_model_cards
+    from compressknow.pages.pages import FORMATS, check_outputs, require_for
+
+    raises = True
+    if not isinstance(early, bool) and early is not None:
+        warnings.warn("Write fail_under=SHARE, early=True in place of early=SHARE.", DeprecationWarning, stacklevel=3)
+        # It raised nothing.
+        fail_under, early, raises = early, True, False
+    check_known(known)
+    gates = parse_gates(fail_under)
+    models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
+    files = files_of(output)
+    check_gates(gates, strict=strict, early=bool(early), models=len(models))
+    most = None if within is None else parse_size(within, "--within")
+    require_for(files, "pyarrow", "scipy")
+    check_outputs(files, overwrite=overwrite, formats=(*FORMATS, ".xml"))
+    if not gates and (of_gates := next((file for file in files if file.suffix.lower() == ".xml"), None)):
+        raise UsageError(f"{of_gates}: its test cases are gates.", hint="Add --fail-under SHARE, or leave out this -o.")
+    if into_model_card:
+        check_model_cards(models)
+    evaluation = Evaluation(
+        names_of(probe),
+        *records_of(words, options, settings),
+        keep_in=Path(answers) if answers else default_answers_folder(),
+        timed=time,
+        known=known,
+    )
+    listening = listener(on_progress)
+    if not early:
+        before, after = gather(original, models, evaluation, revision=revision, on_progress=listening)
+        stop = None
+    else:
+        from compressknow.comparison.power import decider
+        from compressknow.evaluate.early import gather_early
+
+        before, only, stop = gather_early(
+            original, models[0], evaluation, decider(gates[0].least), revision=revision, on_progress=listening
+        )
+        after = [only]
+    path = str(original) if can_be_converted(original) else None
+    card = make_card(
+        before,
+        after,
+        show_facts=not no_facts,
+        known=known,
+        command=command,
+        early=stop,
+        path=path,
+        gates=gates,
+        strict=strict,
+        within=most,
+    )
+    check_names(card, gates)
+    write_reports(card, files, overwrite=overwrite, gates=gates, strict=strict)
+    if into_model_card:
+        write_into_model_cards(card, models)
+    hold_to_gates(card, card, gates if raises else (), strict=strict)
+    return card

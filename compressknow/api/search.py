@@ -1,0 +1,226 @@
+"""search: the smallest file that keeps a share of the knowledge, judged on facts that the search did not see.
+
+It leaves in its folder the page, and of a winner its file, its recipe and its report card.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from compressknow.api.words import Words, records_of, speaks_python
+from compressknow.base.errors import OutputError, UsageError
+from compressknow.base.files import write_whole
+from compressknow.base.format import parse_size
+from compressknow.base.libraries import require
+from compressknow.base.progress import Advance, OnProgress, Stage, Work, begun, listener
+from compressknow.comparison.records import Estimate
+from compressknow.compress.calibrate.text import check_text
+from compressknow.compress.steps import Calibration
+from compressknow.engine.identity import locate
+from compressknow.evaluate.gather import names_of, open_named, refuse_texts_alone
+from compressknow.evaluate.grades import RECOGNIZED, check_known
+from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.text import RunningText
+from compressknow.pages.card.make import make_card
+from compressknow.pages.card.pages import write_reports
+from compressknow.pages.search import Search, Trial, write_search
+from compressknow.study.allocation import Allocation
+from compressknow.study.cells import StudyModel
+from compressknow.study.folder import ORIGINAL, SEARCH, claim, refuse_foreign
+from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Candidates, Request, is_made, open_form, remove
+from compressknow.study.guides import FIT_TOKENS, guides_of
+from compressknow.study.search import LEVEL, Candidate, EvaluationSet, SizeSearch, parts_of, refuse_too_few, search_of
+
+if TYPE_CHECKING:
+    from compressknow.evaluate.sources import Options
+    from compressknow.gguf.fit import Rounding
+    from compressknow.study.cells import NoiseFloor
+    from compressknow.study.sensitivity import Guide
+
+
+# Files that are made for a search lie where what a stopped run keeps for itself does.
+SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", ".parts"
+RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md", "report.json"), ("search.html", "search.json")
+WRITTEN = (*PAGES, RECIPE, *REPORTS)
+# Of the facts that grade: what running the original otherwise changes.
+NOISE: dict[str, tuple[NoiseFloor, ...]] = {GGUF: ("precision", "runtime"), CHECKPOINT: ("precision",)}
+
+
+@speaks_python(probes="probe")
+def search(
+    model: str | Path,
+    output: str | Path,
+    *,
+    keep: float | None = None,
+    size: str | int | None = None,
+    to: str | None = None,
+    guide: Guide = "both",
+    must: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    rounding: Rounding | None = None,
+    minimize: str = "bytes",
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
+    probe: str | Sequence[str] | None = None,
+    facts: str | Sequence[str] | None = None,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    known: str = RECOGNIZED,
+    seed: int = 0,
+    no_facts: bool = False,
+    revision: str | None = None,
+    command: str | None = None,
+    on_progress: OnProgress | None = None,
+    on_result: Callable[[Trial], object] | None = None,
+    **words: Unpack[Words],
+) -> Search:
+    """Find the smallest file of a model that keeps a share of its knowledge, or the best one of a size.
+
+    Each weight gets the type by which all of them are predicted to lose least. A third of the facts guides that, and
+    the sizes that are tried; the winner is selected by another, by the lower end of its interval, and graded by the
+    last: the share that is told is of facts that chose nothing. A search that was stopped resumes, and ends as it would
+    have.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    output : folder of the search; one of this model and version is resumed.
+    keep : share of knowledge, between 0 and 1; or `size`, the bytes that the file may have, as a number or a text
+        (``"90MB"``).
+    to : ``gguf`` (for llama.cpp; by default for models that generate) or ``checkpoint``.
+    guide, must, rounding, calibration, calibration_tokens : as of `compressknow.export` with a size. Of a checkpoint
+        `must` names types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules; its
+        weights are rounded to nearest.
+    minimize : ``bytes``.
+    probe, facts, options, settings, words : see `compressknow.probe`; `facts` are more probes. lm-eval's tasks cannot
+        be held out. A running text beside the facts guides nothing: the winner reads it, and its report card says how.
+    known : what counts as known, in all that is kept; see `compressknow.report`.
+    seed : of the split, of the text and of the sample.
+    no_facts : leave the text of every fact out of the winner's report card.
+    on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
+    on_result : called with the trial of each file as it comes.
+
+    Returns
+    -------
+    The search, as ``search.html`` and ``search.json`` in `output` show it; `winner` is None where nothing keeps as
+    much. With a winner there are ``model.gguf`` or ``model/``, ``recipe.toml`` and ``report.html`` too.
+
+    Raises
+    ------
+    compressknow.GateNotMet : the model knows too few facts to show that any file keeps as much.
+    compressknow.CompressknowError : the model or a probe cannot be found or evaluated, no file is that small, or
+        `output` holds something else.
+    """
+    seeded = {**words, "seed": seed} if options is None else words
+    options, settings = records_of(seeded, options, settings)
+    request = Request(
+        keep,
+        None if size is None else parse_size(size),
+        to,
+        guide,
+        tuple(must.items() if isinstance(must, Mapping) else must),
+        rounding,
+        _text(calibration, calibration_tokens, seed),
+    )
+    _check_minimize(minimize)
+    require("matplotlib", "pyarrow", "scipy", *(NEEDED if to == GGUF else []))
+    check_known(known)
+    check_text(request.text.text, request.text.tokens)
+    folder, listening = Path(output), listener(on_progress)
+    refuse_foreign(folder)
+    opened = open_named([*names_of(probe), *names_of(facts)], options, known)
+    refuse_texts_alone(opened, "A search")
+    texts = [each for each in opened if isinstance(each, RunningText)]
+    parts = [parts_of(each, seed) for each in opened if not isinstance(each, RunningText)]
+
+    def begin(work: Work) -> AbstractContextManager[Advance | None]:
+        return begun(listening, Stage(work, str(model)))
+
+    with (
+        StudyModel(model, settings, revision=revision, keep_in=folder) as study_model,
+        claim(folder, study_model.original, known, search=SEARCH),
+        open_form(study_model, request, folder, begin) as form,
+    ):
+        _refuse_other(folder / form.place)
+        if request.size is not None:
+            form.check(request.size)
+        if texts:  # A model that cannot read one is refused before it is evaluated on all else.
+            study_model.evaluate_original(texts, folder / GRADING / ORIGINAL, listening)
+        guided = EvaluationSet.of(study_model, [part.search for part in parts], folder / SEARCHED, listening, known)
+        selection = None
+        if keep is not None:
+            selected_by = [part.selection for part in parts]
+            selection = EvaluationSet.of(study_model, selected_by, folder / HELD_OUT, listening, known)
+            refuse_too_few(selection, keep)
+        graded_by = [part.grading if selection else part.held_out for part in parts]
+        grading = EvaluationSet.of(
+            study_model, [*graded_by, *texts], folder / GRADING, listening, known, noise_floors=NOISE[form.name]
+        )
+        answers = guided.reference
+        form.learn(
+            guides_of(study_model.original, guided.facts, request.text, guide, form.roundings, listening, answers)
+        )
+        candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
+
+        def kept(found: Allocation, by: EvaluationSet) -> Estimate:
+            return by.kept(by.answers(candidates.handle(found), listening), LEVEL)
+
+        def evaluate(found: Allocation) -> Trial:
+            trial = candidates.trial(found, kept(found, guided))
+            if on_result:
+                on_result(trial)
+            return trial
+
+        if keep is not None and selection is not None:
+            chosen = SizeSearch(keep, form.choose, evaluate)
+            chosen.explore(form.floor, form.ceiling)
+            chosen.confirm(lambda found: kept(found, selection))
+            winner = chosen.winner
+        else:
+            chosen, found = None, form.choose(request.size or 0)
+            winner = Candidate(found, candidates.trial(found, Estimate(None)))
+        result = search_of(request, form, chosen, guided, selection, grading, seed=seed, command=command)
+        for name in WRITTEN:  # What an earlier search of this folder, for another share or size, has found.
+            (folder / name).unlink(missing_ok=True)
+        if winner is None:
+            remove(folder / form.place)
+        else:
+            candidates.place(winner.found, folder / form.place)
+            handle = ModelHandle(locate(folder / form.place), candidates.settings)
+            after = grading.answers(handle, listening, whole=True)
+            trial = replace(winner.trial, graded=grading.kept(after))
+            result = replace(result, winner=trial, recipe=form.recipe(winner.found))
+            card = make_card(grading.reference, [after], show_facts=not no_facts, known=known, command=command)
+            write_reports(card, [folder / name for name in REPORTS], overwrite=True)
+            write_whole(folder / RECIPE, f"{result.recipe}\n".encode())
+        write_search(result, folder)
+        candidates.remove()
+    return result
+
+
+def _text(calibration: str | None, tokens: int | None, seed: int) -> Calibration:
+    """The text that guides."""
+    return Calibration(calibration or "self", FIT_TOKENS if tokens is None else tokens, seed)
+
+
+def _check_minimize(minimize: str) -> None:
+    """Raise UsageError for what is no longer made small."""
+    if minimize != "bytes":
+        raise UsageError(
+            f"--minimize {minimize}: a search makes files small, in bytes.",
+            hint="Leave --minimize out. `compressknow sweep` studies pruning.",
+        )
+
+
+def _refuse_other(place: Path) -> None:
+    """Raise OutputError where something stands in the winner's place that no search has put there: else it would be
+    found when all is evaluated."""
+    if os.path.lexists(place) and not is_made(place):
+        raise OutputError(
+            f"{place} exists already, and is no winner of a search.",
+            hint="Move it away, or choose a new folder for the search.",
+        )

@@ -1,0 +1,112 @@
+"""sensitivity: where in a model its knowledge sits, as a map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from compressknow.api.words import files_of, speaks_python
+
+if TYPE_CHECKING:
+    from compressknow.base.progress import OnProgress
+    from compressknow.engine.identity import Located
+    from compressknow.study.roundings import Roundings
+    from compressknow.study.sensitivity import Guide, Sensitivity
+
+
+Form = Literal["gguf", "checkpoint"]
+
+
+@speaks_python()
+def sensitivity(
+    model: str | Path,
+    output: str | Path | Sequence[str | Path] = (),
+    *,
+    to: Form | None = None,
+    guide: Guide = "both",
+    facts: str | Sequence[str] | None = None,
+    calibration: str = "self",
+    calibration_tokens: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Sensitivity:
+    """Estimate what rounding each weight of a checkpoint, to each type, does to facts that the model knows and to text.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id of a checkpoint of floats.
+    output : files to write: a page (``.html``, ``.md``), all figures (``.json``), a row per weight and type (``.csv``).
+    to : the types: of a ``gguf`` file, the default for causal models, or the schemes of a ``checkpoint``.
+    guide : what weights are ranked by: ``facts``, ``text`` or ``both``.
+    facts : probes, ``atlas`` by default; of these about 200 facts count that the model knows.
+    calibration : the text: ``self`` (the model's own samples), the path of a ``.txt`` or ``.jsonl`` file, or
+        ``hf:DATASET``; `calibration_tokens` of it, 8,192 by default, drawn by `seed`.
+    revision : branch, tag or commit of a hub id.
+    trust_remote_code : run the Python code that the checkpoint contains.
+    overwrite : replace files of `output` that are there already, if compressknow wrote them.
+    on_progress : called with each `compressknow.Progress`, or ``"bar"``.
+
+    Returns
+    -------
+    A row per weight, each with its KL and its facts at risk by type. It is stored: asked again, it costs nothing.
+
+    Raises
+    ------
+    compressknow.CompressknowError : the checkpoint is missing, damaged or quantized already; it knows fewer than
+        30 of the facts; an output that cannot be written.
+    """
+    from compressknow.base.errors import UsageError
+    from compressknow.compress.calibrate.text import check_text
+    from compressknow.compress.steps import Calibration
+    from compressknow.model.checkpoint import refuse_no_checkpoint
+    from compressknow.pages.pages import check_outputs, require_for
+    from compressknow.study.guides import FIT_TOKENS, open_facts
+    from compressknow.study.map import FORMATS
+    from compressknow.study.sensitivity import check_guide
+
+    if to not in ("gguf", "checkpoint", None):
+        raise UsageError(f"--to {to}: there is gguf and checkpoint.")
+    check_guide(guide)
+    text = Calibration(calibration, FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed)
+    check_text(text.text, text.tokens)
+    files = files_of(output)
+    require_for(files, *(["llama_cpp_py_sync"] if to != "checkpoint" else []), "pyarrow")
+    check_outputs(files, overwrite=overwrite, formats=FORMATS)
+    probes = open_facts(facts or None)
+    refuse_no_checkpoint(model)
+    from compressknow.base.progress import listener
+    from compressknow.engine.identity import locate
+    from compressknow.evaluate.handle import ModelHandle, Settings
+    from compressknow.study.guides import guides_of
+    from compressknow.study.map import Map, write_map
+
+    handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
+    roundings = _roundings(handle.located, to, trusted=trust_remote_code)
+    found = guides_of(handle, probes, text, guide, roundings, listener(on_progress)).sensitivity
+    if files:
+        write_map(Map(handle.located.name, found, guide), files, overwrite=overwrite)
+    return found
+
+
+def _roundings(model: Located, to: Form | None, *, trusted: bool) -> Roundings:
+    """The candidate types. Raises CompressknowError for a model that has none, or is quantized already."""
+    from compressknow.base.errors import UnsupportedError
+    from compressknow.compress.sources import Sources
+    from compressknow.engine.language_model import family_of
+    from compressknow.model.groups import structure_of
+    from compressknow.model.loading import open_complete
+    from compressknow.study.roundings import GgufRoundings, SchemeRoundings
+
+    checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
+    # It refuses what is quantized.
+    Sources(checkpoint, tree, structure_of(tree))
+    family = family_of(tree)
+    if to == "gguf" and family != "causal":
+        raise UnsupportedError(
+            f"{model.name} is no causal language model: there is no GGUF file of it.", hint="Give --to checkpoint."
+        )
+    return GgufRoundings() if family == "causal" and to != "checkpoint" else SchemeRoundings()

@@ -1,0 +1,124 @@
+"""sweep: one model, every cell of a grid, all evaluated on the same facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from compressknow.api.words import SeededWords, cluster_of, records_of, speaks_python
+from compressknow.base.libraries import require
+from compressknow.base.progress import OnProgress, listener, staged
+from compressknow.evaluate.gather import open_named, refuse_texts_alone
+from compressknow.evaluate.grades import RECOGNIZED, check_known
+from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.text import RunningText
+from compressknow.study.cells import StudyModel, save_cell
+from compressknow.study.folder import (
+    CELLS,
+    MODELS,
+    ORIGINAL,
+    TEXTS,
+    CellResult,
+    claim,
+    judged,
+    refuse_foreign,
+    study_of,
+)
+from compressknow.study.grid import PAPER, GridOptions, grid_cells
+from compressknow.study.running import Batch, RayOptions, runner
+
+if TYPE_CHECKING:
+    from compressknow.evaluate.sources import Options
+    from compressknow.model.structure import ModuleMap
+    from compressknow.pages.study.records import Study
+
+
+@speaks_python(probes="probe", scheme="quantize")
+def sweep(
+    model: str | Path,
+    output: str | Path,
+    *,
+    grid: str | Path = PAPER,
+    probe: str | Sequence[str] | None = None,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    known: str = RECOGNIZED,
+    module_map: ModuleMap | None = None,
+    quantize: str | None = None,
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
+    save: bool = False,
+    ray: RayOptions | str | None = None,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+    revision: str | None = None,
+    command: str | None = None,
+    on_progress: OnProgress | None = None,
+    on_result: Callable[[CellResult], object] | None = None,
+    **words: Unpack[SeededWords],
+) -> Study:
+    """Convert a model by every recipe of a grid, evaluate each like the original, and write the study.
+
+    Variants are made in memory, each the very one that `convert` would write. A study that was stopped resumes; a
+    cell that fails is recorded, and the rest goes on.
+
+    Parameters
+    ----------
+    model : a local folder or a hub id.
+    output : folder of the study; one of this model and version is resumed.
+    grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant beside the paper's), or a TOML file.
+    probe : names; see `compressknow.probe`. One of facts at least: a running text beside them gives perplexities.
+    options, settings, words : see `compressknow.probe`.
+    known : what counts as known; see `compressknow.report`. A study can be written anew by the other reading: the
+        answers are the same.
+    module_map, quantize : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``);
+        `module_map` of that of methods too.
+    calibration, calibration_tokens : of the grid of methods; see `compressknow.convert`.
+    save : write each converted checkpoint too, under ``models/``.
+    ray, num_cpus, num_gpus : run the cells on a Ray cluster: its address, or a `compressknow.RayOptions`.
+    command : the command line to show.
+    on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
+    on_result : called with the result of each cell as it comes.
+
+    Returns
+    -------
+    The study, as ``study.html``, ``study.json``, ``cells.parquet`` and ``cells.csv`` in `output` show it.
+
+    Raises
+    ------
+    compressknow.CompressknowError : the model or a probe cannot be found or evaluated, the grid makes no sense,
+        the cluster does not answer, or `output` holds something else.
+    """
+    from compressknow.pages.study.pages import write_study
+
+    options, settings = records_of(words, options, settings)
+    cluster = cluster_of(ray, num_cpus, num_gpus)
+    require("matplotlib", "pyarrow", "scipy", *(["ray"] if cluster else []))
+    check_known(known)
+    folder, listening = Path(output), listener(on_progress)
+    refuse_foreign(folder)
+    # Texts first: a model that cannot read one is refused before it is evaluated on all else.
+    opened = sorted(open_named(probe, options, known), key=lambda each: not isinstance(each, RunningText))
+    refuse_texts_alone(opened, "A sweep")
+    # On a cluster the workers keep what they need.
+    kept, texts = None if cluster else folder, folder / TEXTS
+    with StudyModel(model, settings, revision=revision, keep_in=kept, texts=texts) as study_model:
+        # The model is opened for built-in grids alone: what is wrong with a file is said before.
+        cells = grid_cells(
+            grid, lambda: study_model.maker, GridOptions(module_map, quantize, calibration, calibration_tokens)
+        )
+        with claim(folder, study_model.original), runner(cluster, listening) as run:
+            original = study_model.evaluate_original(opened, folder / ORIGINAL, staged(listening, of=len(cells) + 1))
+            before, found = judged(original, known), {}
+            with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:
+                for result in (given.judged(before, known) for given in results):
+                    found[result.cell] = result
+                    if save and result.answers is not None:
+                        save_cell(study_model, result.cell, folder / MODELS)
+                    if on_result:
+                        on_result(result)
+            study = study_of(before, [found[cell] for cell in cells], known=known, command=command)
+            write_study(study, folder)
+    return study

@@ -1,0 +1,76 @@
+"""verify: a converted checkpoint against its manifest, or a GGUF file against its record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressknow.api.words import speaks_python
+
+if TYPE_CHECKING:
+    from compressknow.base.progress import OnProgress
+    from compressknow.compress.verify import Verification
+
+
+@speaks_python()
+def verify(
+    folder: str | Path, *, threads: int | None = None, on_progress: OnProgress | None = None, check: bool = True
+) -> Verification:
+    """Recount and rehash a converted checkpoint against its manifest, or a GGUF file against the record beside it.
+
+    Parameters
+    ----------
+    folder : what `convert` wrote, or the file that `export` wrote.
+    threads : tensors worked on at a time, by default one a core.
+    on_progress : called with each `compressknow.Progress`, in bytes; ``"bar"`` shows a bar.
+    check : False returns the differences in the result instead of raising an error.
+
+    Returns
+    -------
+    What was compared: numbers of tensors, files and bytes.
+
+    Raises
+    ------
+    compressknow.CheckpointError : the folder has no manifest, or one that this version cannot read.
+    compressknow.VerificationError : the weights differ from what the manifest says.
+    """
+    if Path(folder).suffix == ".gguf":
+        return _verify_gguf(Path(folder), on_progress, check)
+    from compressknow.model.manifest import refuse_unconverted
+
+    # Said before torch is imported, which takes a second.
+    refuse_unconverted(Path(folder))
+    from compressknow.base.progress import Stage, begun, listener
+    from compressknow.compress.verify import compare_to_manifest, raise_if_different
+
+    with begun(listener(on_progress), Stage("verify", str(folder))) as advance:
+        result = compare_to_manifest(folder, threads=threads, advance=advance)
+    if check:
+        raise_if_different(folder, result)
+    return result
+
+
+def _verify_gguf(path: Path, on_progress: OnProgress | None, check: bool) -> Verification:
+    from compressknow.base.errors import CheckpointError, VerificationError
+    from compressknow.base.libraries import require
+
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file.", hint="Give a file that `compressknow export` wrote.")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no regular file.", hint="Give a file that `compressknow export` wrote.")
+    require("gguf")
+    from compressknow.gguf.place import refuse_no_record
+
+    refuse_no_record(path)
+    from compressknow.base.progress import Stage, begun, listener
+    from compressknow.gguf.record import compare_to_record
+
+    with begun(listener(on_progress), Stage("verify", str(path))) as advance:
+        result = compare_to_record(path, advance=advance)
+    if check and result.differences:
+        raise VerificationError(
+            f"{path} differs from its record.",
+            why="\n".join(map(str, result.differences)),
+            hint="Export it again: its record holds the types (--recipe).",
+        )
+    return result

@@ -1,0 +1,150 @@
+"""The words of the command line, as the verbs take them in Python: an option is a parameter of the same name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypedDict, TypeVar
+
+from compressknow.base.errors import CompressknowError, did_you_mean
+
+if TYPE_CHECKING:
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.sources import Options
+    from compressknow.study.running import RayOptions
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Words(TypedDict, total=False):
+    """What is evaluated, and how a model is run: `compressknow.Options` and `compressknow.Settings` say what each is.
+
+    `map` says which columns of a table are which, by key or as ``KEY=COLUMN``; `no_noise_floor` leaves that out.
+    """
+
+    data: str | Path | None
+    protocol: str
+    template: int
+    templates: int
+    limit: int | None
+    context: int | None
+    map: Mapping[str, str] | str | Sequence[str]
+    split: str | None
+    tasks: str | Path | None
+    device: str
+    dtype: str | None
+    batch_size: int
+    trust_remote_code: bool
+    no_noise_floor: bool
+
+
+class SeededWords(Words, total=False):
+    """The same, and the seed of the sample."""
+
+    seed: int
+
+
+class ServingWords(SeededWords, total=False):
+    """The same, and what runs a model; `model_name` is its name on a server."""
+
+    runtime: str | None
+    model_name: str | None
+    parallel: int
+    timeout: float
+
+
+# What a signature shows; the records have the defaults of the rest, which are None.
+_DEFAULTS: dict[str, Any] = {
+    **{"protocol": "lama", "template": 1, "templates": 1, "map": {}, "seed": 0, "device": "auto", "batch_size": 128},
+    **{"trust_remote_code": False, "parallel": 4, "timeout": 120.0, "no_noise_floor": False},
+}
+_OF_SETTINGS = ("device", "dtype", "batch_size", "trust_remote_code", "runtime", "parallel", "timeout")
+# Words that the records have other names for.
+_RENAMED = {"map": "columns", "model_name": "model"}
+
+
+def records_of(
+    words: Mapping[str, Any], options: Options | None = None, settings: Settings | None = None
+) -> tuple[Options, Settings]:
+    """Return the records of some words, which come before what `options` and `settings` say."""
+    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.sources import Options
+    from compressknow.evaluate.sources.columns import parse_columns
+
+    facts: dict[str, Any] = {}
+    running: dict[str, Any] = {}
+    for name, value in words.items():
+        if name == "no_noise_floor":
+            running["noise_floor"] = not value
+        else:
+            record = running if name in (*_OF_SETTINGS, "model_name") else facts
+            record[_RENAMED.get(name, name)] = value
+    for name in ("data", "tasks"):
+        if facts.get(name) is not None:
+            facts[name] = Path(facts[name])
+    if not isinstance(facts.get("columns", {}), Mapping):
+        given = facts["columns"]
+        facts["columns"] = parse_columns([given] if isinstance(given, str) else given)
+    if "protocol" in facts:
+        facts["protocol"] = facts["protocol"].lower()
+    return replace(options or Options(), **facts), replace(settings or Settings(), **running)
+
+
+def speaks_python(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have a verb take parameters by their old names too, with a DeprecationWarning, and its errors name no options."""
+
+    def decorate(verb: Callable[P, R]) -> Callable[P, R]:
+        signature = _spelt_out(inspect.signature(verb))
+
+        @functools.wraps(verb)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old in renamed.keys() & kwargs.keys():
+                warnings.warn(f"{old}= of {verb.__name__} is now {renamed[old]}=.", DeprecationWarning, stacklevel=2)
+                kwargs.setdefault(renamed[old], kwargs.pop(old))
+            if unknown := next((name for name in kwargs if name not in signature.parameters), None):
+                near = did_you_mean(unknown, signature.parameters)
+                raise TypeError(f"{verb.__name__}() got an unexpected keyword argument {unknown!r}. {near}".rstrip())
+            try:
+                return verb(*args, **kwargs)
+            except CompressknowError as error:
+                error.name_parameters({n: each.default is False for n, each in signature.parameters.items()})
+                raise
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _spelt_out(signature: inspect.Signature) -> inspect.Signature:
+    """The signature with each of the words as a parameter, as `help` and editors show it."""
+    parameters = []
+    for each in signature.parameters.values():
+        if each.kind is not inspect.Parameter.VAR_KEYWORD:
+            parameters.append(each)
+            continue
+        words = next(kind for kind in (ServingWords, SeededWords, Words) if kind.__name__ in str(each.annotation))
+        for name, kind in words.__annotations__.items():
+            said = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=said)
+            )
+    return signature.replace(parameters=parameters)
+
+
+def files_of(output: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the files that an output names: one by itself, or several."""
+    return [Path(path) for path in ([output] if isinstance(output, str | Path) else output)]
+
+
+def cluster_of(ray: RayOptions | str | None, num_cpus: float, num_gpus: float) -> RayOptions | None:
+    """Return the Ray cluster that an address names, with what a task takes of it; None where none is named."""
+    from compressknow.study.running import RayOptions
+
+    return RayOptions(ray, num_cpus, num_gpus) if isinstance(ray, str) else ray

@@ -1,0 +1,342 @@
+"""Files that appear whole or not at all, and locks that end with the process that holds them.
+
+A lock is the operating system's: a process that is killed holds none, whatever becomes of its number. A file is written
+under a temporary name beside its place, locked, and renamed when it is whole. So a temporary file that nobody has
+locked is a dead run's, and the next run removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import secrets
+import stat
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from compressknow.base.errors import OutputError
+from compressknow.base.system import (
+    OPEN_FILES_MOVE,
+    create,
+    is_full,
+    lock,
+    lock_opened,
+    move,
+    remove_lock,
+    uninterrupted,
+)
+
+LOCK = ".lock"
+_SUFFIX = ".compressknow-"
+# Of a folder that other runs make and remove at the same time.
+_ATTEMPTS = 100
+
+
+def cache_folder() -> Path:
+    """Where is kept what can be made or fetched again: ``$XDG_CACHE_HOME/compressknow``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
+
+
+@contextlib.contextmanager
+def dead(path: Path) -> Iterator[bool]:
+    """Whether the run that made a locked file has ended; if so, the context has its lock, and its end removes it."""
+    try:
+        descriptor = lock(path, wait=False, make=False)
+    except OSError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):
+            remove_lock(path, descriptor)
+
+
+def new_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
+    """A new file of this run's own: its name begins with `prefix`, and closing the descriptor lets its lock go."""
+    while True:
+        path = folder / f"{prefix}{secrets.token_hex(4)}"
+        descriptor = create(path)
+        # A file system without locks: there its like is never taken for a dead run's.
+        with contextlib.suppress(OSError):
+            lock_opened(descriptor, wait=True)
+        # Another run may have taken it for a dead one's before it was locked, and removed it.
+        if os.fstat(descriptor).st_nlink:
+            return path, descriptor
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -> Iterator[None]:
+    """A folder for this run alone, made where it is missing; what dead runs left half written in it is removed.
+
+    If it then holds nothing but files named in `worthless`, these are removed, and so are the folders that were made.
+
+    Raises OutputError where it cannot be made or locked, or where another run has it and `wait` is False.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    descriptor = None
+    try:
+        # Waiting for another run's lock can be interrupted; making the folder and its lock cannot.
+        with contextlib.nullcontext() if wait else uninterrupted():
+            descriptor = _lock_folder(folder, wait)
+        remove_strays(folder)
+        yield
+    finally:
+        with uninterrupted():
+            if descriptor is not None:
+                _leave(folder, descriptor, made, worthless)
+
+
+def _leave(folder: Path, descriptor: int, made: Iterable[Path], worthless: Collection[str]) -> None:
+    if not _holds_only(folder, {LOCK, *worthless}):
+        os.close(descriptor)
+        return
+    with contextlib.suppress(OSError):
+        for name in worthless:
+            (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        remove_lock(folder / LOCK, descriptor)
+        for path in made:
+            path.rmdir()
+
+
+def _holds_only(folder: Path, names: Collection[str]) -> bool:
+    try:
+        return all(path.name in names for path in folder.iterdir())
+    except OSError:
+        return False
+
+
+def _lock_folder(folder: Path, wait: bool) -> int:
+    for _ in range(_ATTEMPTS):
+        refuse_broken_links(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = lock(folder / LOCK, wait=wait)
+        except BlockingIOError:
+            raise OutputError(
+                f"{folder} is in use by another run.", hint="Wait for it, or choose another folder."
+            ) from None
+        except (FileNotFoundError, FileExistsError) as error:
+            if is_no_folder(folder):
+                raise cannot_write(folder, error) from None
+            # The run that made the folder has just removed it.
+            time.sleep(0.01)
+            continue
+        except OSError as error:
+            _refuse_no_file(folder / LOCK)
+            raise cannot_write(folder, error) from None
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+                return descriptor
+        # The run that held it has removed it, for nothing came of that run.
+        os.close(descriptor)
+    raise OutputError(f"{folder} vanishes as soon as it is made.", hint="Choose another folder.")
+
+
+def is_no_folder(path: Path) -> bool:
+    """Whether a file, or whatever is no folder, is there; by one look, for another run may be removing its folder."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Raise OutputError where a folder or a link stands in the place of a lock."""
+    if path.is_dir() or path.is_symlink():
+        kind = "link" if path.is_symlink() else "folder"
+        raise OutputError(f"{path} is a {kind}, where a run keeps its lock.", hint="Remove it.")
+
+
+def refuse_broken_links(path: Path) -> None:
+    """Raise OutputError where the path, or a folder above it, is a link that leads nowhere."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise OutputError(
+                f"{place} is a link that leads nowhere.", hint="Remove it, make what it points to, or write elsewhere."
+            )
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write. It takes the place of `path` once the context ends without an error, and else never.
+
+    Raises OutputError, which names `path`, where it cannot be written: no space, no permission.
+    """
+    _remove_dead(_temporaries(path))
+    with _named(path), _temporary(path) as (temporary, file):
+        yield file
+        _finish(file)
+        move(temporary, path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears under its name only when it is whole. Raises OutputError where it cannot be written."""
+    with written(path) as file:
+        file.write(content)
+
+
+def write_together(contents: Mapping[Path, bytes], *, overwrite: bool) -> None:
+    """Write several files of which either all appear or none.
+
+    Each is linked to its name while its temporary name stays, until all have theirs: if a run is killed in between,
+    `interrupted` recognises what it left, and this replaces it.
+
+    Raises OutputError where one cannot be written, or is there already and `overwrite` is False.
+    """
+    unfinished = interrupted(contents)
+    placed: list[Path] = []
+    with contextlib.ExitStack() as stack:
+        temporaries = {path: stack.enter_context(_whole(path, content)) for path, content in contents.items()}
+        with uninterrupted():
+            try:
+                for path in unfinished:
+                    path.unlink(missing_ok=True)
+                for path, temporary in temporaries.items():
+                    with _named(path):
+                        _place(temporary, path, overwrite)
+                    placed.append(path)
+            except BaseException:
+                for path in () if overwrite else placed:
+                    path.unlink(missing_ok=True)
+                raise
+    for path in contents:
+        _remove_dead(_temporaries(path))
+
+
+@contextlib.contextmanager
+def _whole(path: Path, content: bytes) -> Iterator[Path]:
+    with _named(path), _temporary(path) as (temporary, file):
+        file.write(content)
+        _finish(file)
+        yield temporary
+
+
+def _place(temporary: Path, path: Path, overwrite: bool) -> None:
+    if overwrite:
+        move(temporary, path)
+        return
+    try:
+        if os.path.lexists(path):
+            raise FileExistsError
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.") from None
+    except (OSError, NotImplementedError):
+        # A file system, or a system, without hard links.
+        move(temporary, path)
+
+
+def interrupted(paths: Collection[Path]) -> list[Path]:
+    """Of files that appear together, those that a run put there and was killed before the last.
+
+    If all are there, it was killed after that: they are whole, and their temporary names are removed.
+    """
+    if all(path.is_file() for path in paths):
+        for path in paths:
+            _remove_dead(_temporaries(path))
+    return [path for path in paths if any(_is_left(path, t) for t in _temporaries(path))]
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove the temporary files that dead runs have left in a folder."""
+    _remove_dead(folder.glob(f".*{_SUFFIX}????????"))
+
+
+def name_of(path: Path) -> str:
+    """The name of a file or folder as a text that any file can hold: bytes that are no UTF-8 become escapes."""
+    return as_text(path.name)
+
+
+def as_text(words: str) -> str:
+    r"""What the system gave as a name or an argument, with an escape for what is no character.
+
+    >>> as_text("model\udcff")
+    'model\\udcff'
+    """
+    with contextlib.suppress(UnicodeEncodeError):
+        # In a locale of ASCII the bytes of every other character are escaped, although they are UTF-8.
+        words = words.encode("ascii", "surrogateescape").decode("utf-8", "surrogateescape")
+    return words.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The error of a file or folder that the system does not let us write, in our form."""
+    full = is_full(error)
+    why = "no space left" if full else error.strerror or str(error)
+    hint = (
+        "Free some space, or choose another place. Files that were complete before are unchanged."
+        if full
+        else "Choose another place, or change its permissions."
+    )
+    return OutputError(f"{path} cannot be written: {why}.", hint=hint)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file beside `path`, locked while it is written, and removed at the end unless it was renamed.
+
+    Where a file that is open cannot be renamed, the lock is a file of its own, held until the other has its name.
+    """
+    locked = None
+    try:
+        with uninterrupted():
+            locked, descriptor = new_locked_file(path.parent, _prefix(path))
+        with os.fdopen(descriptor, "wb") if OPEN_FILES_MOVE else _content_of(locked).open("xb") as file:
+            yield _content_of(locked), file
+    finally:
+        if locked:
+            _content_of(locked).unlink(missing_ok=True)
+            if not OPEN_FILES_MOVE:
+                remove_lock(locked, descriptor)
+
+
+def _content_of(locked: Path) -> Path:
+    """The file whose writer holds the lock of the file `locked`: itself where the system can rename what is open."""
+    return locked if OPEN_FILES_MOVE else locked.with_name(f"{locked.name}.new")
+
+
+def _finish(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    if not OPEN_FILES_MOVE:
+        file.close()
+
+
+def _prefix(path: Path) -> str:
+    """What the names of temporary files of a file begin with. A name has at most 255 bytes, and they are longer."""
+    beginning = path.name.encode("utf-8", "surrogateescape")
+    return f".{path.name if len(beginning) <= 200 else beginning[:200].decode('utf-8', 'ignore')}{_SUFFIX}"
+
+
+def _temporaries(path: Path) -> list[Path]:
+    return list(path.parent.glob(f"{glob.escape(_prefix(path))}????????"))
+
+
+def _is_left(path: Path, temporary: Path) -> bool:
+    """Whether a run that is dead has linked a temporary file to its name, and the name is still of that file."""
+    try:
+        os.close(lock(temporary, wait=False, make=False))
+        return path.samefile(_content_of(temporary))
+    except OSError:
+        return False
+
+
+def _remove_dead(temporaries: Iterable[Path]) -> None:
+    for temporary in temporaries:
+        with dead(temporary) as ended, contextlib.suppress(OSError):
+            if ended and not OPEN_FILES_MOVE:
+                _content_of(temporary).unlink(missing_ok=True)

@@ -1,0 +1,237 @@
+"""Numbers and foreign text, made fit to be read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from compressknow.base.errors import UsageError
+
+MINUS = "\N{MINUS SIGN}"
+NONE = "-"  # what stands where there is nothing to measure
+
+
+def count(number: int) -> str:
+    """A count with thousands apart: ``134,515,008``."""
+    return f"{number:,}"
+
+
+def millions(number: int | None) -> str:
+    """A count of parameters, short: ``134.5 M``; a dash where it is not known.
+
+    >>> millions(134_515_008), millions(6_607_000_000), millions(950), millions(None)
+    ('134.5 M', '6.61 B', '950', '-')
+    """
+    if number is None:
+        return NONE
+    if number < 100_000:
+        return count(number)
+    if number < 1_000_000_000:
+        return f"{number / 1e6:,.1f} M"
+    return f"{number / 1e9:,.2f} B"
+
+
+def percent(part: int, whole: int) -> str:
+    """A share; 0 % and 100 % appear only where they are exact.
+
+    >>> percent(1, 3), percent(1, 10**6), percent(10**6 - 1, 10**6), percent(0, 5), percent(5, 5), percent(0, 0)
+    ('33.3 %', '< 0.1 %', '> 99.9 %', '0 %', '100 %', '-')
+    """
+    if not whole:
+        return "-"
+    if part in (0, whole):
+        return "100 %" if part else "0 %"
+    share = 100 * part / whole
+    if share < 0.1:
+        return "< 0.1 %"
+    return "> 99.9 %" if share > 99.9 else f"{share:.1f} %"
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
+
+
+def parse_size(text: str | int, option: str = "--size") -> int:
+    """Return the bytes that a size says. Raises UsageError for a text that is none.
+
+    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000")]
+    [90000000, 1500000000, 67108864, 1000]
+    """
+    found = _SIZE.fullmatch(str(text).strip().upper())
+    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
+        raise UsageError(f"{option} {text}: that is no size.", hint="Write 90MB, 1.5GB or a number of bytes.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def size(number: int | None) -> str:
+    """Bytes in decimal units, as disks and the Hub count them: 1 MB is 10^6 bytes (MiB would be 2^20). A dash where it
+    is not known.
+
+    >>> size(269_060_552), size(1_500_000_000), size(999), size(None)
+    ('269.1 MB', '1.50 GB', '999 bytes', '-')
+    """
+    if number is None:
+        return NONE
+    for unit, factor, digits in (("GB", 10**9, 2), ("MB", 10**6, 1), ("kB", 10**3, 1)):
+        if number >= factor:
+            return f"{number / factor:,.{digits}f} {unit}"
+    return f"{number} bytes"
+
+
+def at_least(figure: str, bound: bool) -> str:
+    """A figure that is written already, as a lower bound if `bound`.
+
+    >>> at_least("0.2870", True), at_least("0.2870", False)
+    ('at least 0.2870', '0.2870')
+    """
+    return f"at least {figure}" if bound else figure
+
+
+def share(value: float | None) -> str:
+    """A share of 1 as `percent` writes it; `-` where there is none.
+
+    >>> share(0.9512), share(1.0), share(0.99999), share(0.0), share(-0.031), share(None)
+    ('95.1 %', '100 %', '> 99.9 %', '0 %', '−3.1 %', '-')
+    """
+    if value is None:
+        return NONE
+    if value in (0, 1, -1):
+        return f"{_signed(100 * value, '.0f')} %"
+    size = 100 * abs(value)
+    if size < 0.1:
+        return "< 0.1 %" if value > 0 else f"> {MINUS}0.1 %"
+    return "> 99.9 %" if 99.9 < 100 * value < 100 else f"{_signed(100 * value, '.1f')} %"
+
+
+def points(value: float | None) -> str:
+    """A difference of two shares, in percentage points with its sign.
+
+    >>> points(-0.0234), points(0.5), points(-0.0004), points(0.0), points(None)
+    ('−2.3 points', '+50.0 points', '−0.04 points', '0 points', '-')
+    """
+    if value is None:
+        return NONE
+    if not value:
+        return "0 points"
+    digits = "+.1f" if abs(value) >= 0.001 else "+.1g"
+    return f"{_signed(100 * value, digits)} points"
+
+
+def estimate(value: float | None, low: float | None, high: float | None, write: Callable[[float], str] = share) -> str:
+    """A figure with its interval, its unit said once where that reads well.
+
+    >>> estimate(0.951, 0.94, 0.961), estimate(1.0, 0.93, 1.0), estimate(0.5, None, None), estimate(None, None, None)
+    ('95.1 % (94.0 to 96.1 %)', '100 % (93.0 to 100 %)', '50.0 %', '-')
+    >>> estimate(-0.02, -0.03, 0.0, points)
+    '−2.0 points (−3.0 to 0)'
+    """
+    if value is None:
+        return NONE
+    if low is None or high is None:
+        return write(value)
+    bounds = f"{write(low).removesuffix(' %')} to {write(high)}".replace(" points", "")
+    return f"{write(value)} ({bounds})"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value: two digits, never rounded to 0 or 1.
+
+    >>> p_value(0.0004), p_value(0.03), p_value(0.0472), p_value(0.999), p_value(1.0), p_value(None)
+    ('p < 0.001', 'p = 0.03', 'p = 0.047', 'p > 0.99', 'p = 1', '-')
+    """
+    if p is None:
+        return NONE
+    if p < 0.001:
+        return "p < 0.001"
+    return "p > 0.99" if 0.99 < p < 1 else f"p = {p:.2g}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number without unit, to so many decimals; what would round to zero keeps one digit.
+
+    >>> number(0.12345), number(-1.5), number(0.0), number(0.00002), number(None)
+    ('0.123', '−1.500', '0', '0.00002', '-')
+    """
+    if value is None:
+        return NONE
+    if not value:
+        return "0"
+    text = f"{value:.{digits}f}"
+    return (text if float(text) else f"{value:.7f}".rstrip("0").rstrip(".")).replace("-", MINUS)
+
+
+def smaller(before: int | None, after: int | None) -> str:
+    """How a size changed, in words; a dash where one is not known.
+
+    >>> smaller(200, 150), smaller(100, 103), smaller(7, 7), smaller(0, 7), smaller(7, None)
+    ('25.0 % smaller', '3.0 % larger', 'the same size', '-', '-')
+    """
+    if not before or after is None:
+        return NONE
+    if before == after:
+        return "the same size"
+    return f"{share(abs(before - after) / before)} {'smaller' if after < before else 'larger'}"
+
+
+def ordinal(rank: int | None) -> str:
+    """A rank in words.
+
+    >>> ordinal(1), ordinal(2), ordinal(13), ordinal(1023), ordinal(None)
+    ('1st', '2nd', '13th', '1,023rd', '-')
+    """
+    if rank is None:
+        return NONE
+    ending = "th" if rank % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th")
+    return f"{count(rank)}{ending}"
+
+
+def _signed(value: float, digits: str) -> str:
+    return format(value, digits).replace("-", MINUS)
+
+
+# Joiners that are part of how Persian, Indic scripts and emoji are written.
+_SEEMLY = {"\u200c", "\u200d"}
+# Letters of scripts that run from right to left, with the spaces between them.
+_RTL = "\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff"
+RIGHT_TO_LEFT = re.compile(rf"[{_RTL}]+(?:\s+[{_RTL}]+)*")
+
+
+def plain(text: object, limit: int = 200) -> str:
+    r"""`text` on one line; characters without a form of their own are named, and what is beyond `limit` is cut.
+
+    Controls of the direction of writing are among those: unseen, they could turn a sentence round.
+
+    >>> plain("a\n b\u202ec"), plain("x" * 9, limit=4), plain(" \n")
+    ('a b⟨U+202E⟩c', 'xxx…', '')
+    """
+    line = " ".join(str(text).split())
+    if len(line) > limit:
+        line = line[: limit - 1].rstrip() + "…"
+    return _seen(line)
+
+
+def plain_lines(text: str) -> str:
+    """`text` with its lines kept, for blocks of code; nothing in it is unseen."""
+    return "\n".join(map(_seen, text.split("\n")))
+
+
+def json_text(values: Any) -> str:
+    """`values` as a JSON file: NaN is an error; half a surrogate pair, which a folder's name may hold, an escape."""
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def answer(text: object) -> str:
+    """What a model said; that it said nothing is said."""
+    return plain(text) or "(nothing)"
+
+
+def _seen(line: str) -> str:
+    return "".join(c if is_seen(c) else f"⟨U+{ord(c):04X}⟩" for c in line)
+
+
+def is_seen(character: str) -> bool:
+    """Whether a character has a form of its own, or belongs to how its script is written."""
+    return character.isprintable() or character in _SEEMLY

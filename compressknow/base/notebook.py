@@ -1,0 +1,163 @@
+"""How a result looks at a prompt and in a notebook: a heading, a sentence, and a small table; no more."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from compressknow.base.format import plain
+from compressknow.base.libraries import require
+
+WIDTH = 80
+# What is longer is cut.
+TITLE_CHARACTERS, VERDICT_CHARACTERS, CELL_CHARACTERS, LINE_CHARACTERS = 200, 800, 60, 160
+# Rows beyond these are counted.
+SHOWN_AT_A_PROMPT, SHOWN_IN_A_NOTEBOOK = 8, 20
+# In colours of the page around it, be it light or dark.
+TABLE = "border-collapse:collapse;font-variant-numeric:tabular-nums;color:inherit"
+CELL = "padding:2px 10px;border-bottom:1px solid rgba(128,128,128,0.35);background:transparent;color:inherit"
+
+
+class Summary(NamedTuple):
+    """What is worth seeing of a result.
+
+    Attributes
+    ----------
+    title : what it is, and of what.
+    verdict : a sentence, or nothing.
+    columns, rows : a table whose first column names, and whose others are figures; maybe empty.
+    """
+
+    title: str
+    verdict: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
+def _fit(summary: Summary) -> Summary:
+    """On one line each, short, and without characters that nobody sees: the texts may come from a model or a file."""
+    return Summary(
+        plain(summary.title, TITLE_CHARACTERS),
+        plain(summary.verdict, VERDICT_CHARACTERS),
+        summary.columns,
+        [[plain(cell, CELL_CHARACTERS) for cell in row] for row in summary.rows[:SHOWN_IN_A_NOTEBOOK]],
+    )
+
+
+class Shown:
+    """Something that says `_summary`, and is shown by it: on a line, printed with a table, or as HTML in a notebook."""
+
+    __slots__ = ()
+
+    def _summary(self) -> Summary:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        # One that lacks what its class promises, such as a dict that was emptied, is shown as it is.
+        try:
+            return as_line(self._summary())
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return super().__repr__()
+
+    def __str__(self) -> str:
+        try:
+            return as_text(self._summary())
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return super().__repr__()
+
+    def _repr_html_(self) -> str | None:
+        try:
+            return as_html(self._summary())
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return None
+
+
+class Tabular(Shown):
+    """A result that has rows, too: `_rows` gives them, each a dict of the same columns."""
+
+    __slots__ = ()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def to_frame(self) -> Any:
+        """Return the rows as a pandas DataFrame. Raises CompressknowError where pandas is not installed."""
+        require("pandas")
+        import pandas as pd
+
+        return pd.DataFrame(self._rows())
+
+
+def as_line(summary: Summary) -> str:
+    """Return one line in angle brackets, as an object without a literal form is shown.
+
+    >>> as_line(Summary("Card: what a knew", "95 % kept."))
+    '<Card: what a knew; 95 % kept.>'
+    """
+    fit = _fit(summary)
+    told = f"{fit.title}; {fit.verdict}" if fit.verdict else fit.title
+    return f"<{textwrap.shorten(told, LINE_CHARACTERS, placeholder=' ...')}>"
+
+
+def as_text(summary: Summary) -> str:
+    """Return lines in angle brackets: the whole summary.
+
+    >>> print(as_text(Summary("Card: a against b", "95 % kept.", ("Group", "n"), [("x", "12"), ("longer", "3")])))
+    <Card: a against b
+      95 % kept.
+      Group    n
+      x       12
+      longer   3>
+    """
+    more, summary = _more(summary, SHOWN_AT_A_PROMPT), _fit(summary)
+    rows = [summary.columns, *summary.rows[:SHOWN_AT_A_PROMPT]] if summary.rows else []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [summary.title, *textwrap.wrap(summary.verdict, WIDTH, initial_indent="  ", subsequent_indent="  ")]
+    lines += [f"  {_aligned(row, widths)}" for row in rows]
+    if more:
+        lines.append(f"  {more}")
+    return f"<{chr(10).join(lines)}>"
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    name, *figures = row
+    padded = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True)]
+    return "  ".join([f"{name:<{widths[0]}}", *padded])
+
+
+def as_html(summary: Summary) -> str:
+    """The same as a fragment of HTML, every text escaped.
+
+    >>> as_html(Summary("<b>"))
+    '<div><p><strong>&lt;b&gt;</strong></p></div>'
+    """
+    more, summary = _more(summary, SHOWN_IN_A_NOTEBOOK), _fit(summary)
+    verdict = f"<br>{escape(summary.verdict)}" if summary.verdict else ""
+    table = _table(summary) if summary.rows else ""
+    more = _more(summary, SHOWN_IN_A_NOTEBOOK)
+    return (
+        f"<div><p><strong>{escape(summary.title)}</strong>{verdict}</p>{table}{f'<p>{more}</p>' if more else ''}</div>"
+    )
+
+
+def _table(summary: Summary) -> str:
+    head = _row(summary.columns, "th")
+    rows = "".join(_row(row, "td") for row in summary.rows[:SHOWN_IN_A_NOTEBOOK])
+    return f'<table style="{TABLE}"><thead>{head}</thead><tbody>{rows}</tbody></table>'
+
+
+def _row(cells: Sequence[str], tag: str) -> str:
+    sides = ("left", *("right" for _ in cells[1:]))
+    return f"<tr>{''.join(_cell(cell, tag, side) for cell, side in zip(cells, sides, strict=True))}</tr>"
+
+
+def _cell(text: str, tag: str, side: str) -> str:
+    scope = ' scope="col"' if tag == "th" else ""
+    return f'<{tag}{scope} style="{CELL};text-align:{side}">{escape(text)}</{tag}>'
+
+
+def _more(summary: Summary, shown: int) -> str:
+    more = len(summary.rows) - shown
+    return f"and {more:,} more" if more > 0 else ""

@@ -1,0 +1,343 @@
+"""Progress of long work in one form, and other libraries' noise kept away from the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import threading
+import time
+import warnings
+from _thread import start_new_thread
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, Protocol
+
+from compressknow.base.errors import UsageError, is_panic
+from compressknow.base.format import plain
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, no load report, nothing printed, be it by Rust: what matters in it is checked and raised."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with _no_bars(), _silent(1), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+class PanicError(Exception):
+    """Rust code has panicked, with the panic's message."""
+
+
+@contextlib.contextmanager
+def no_panics() -> Iterator[None]:
+    """A panic of tokenizers, which is no Exception, as PanicError; the pages that Rust prints of it are not seen."""
+    try:
+        with _silent(2):
+            yield
+    except BaseException as error:
+        if is_panic(error):
+            raise PanicError(str(error)) from error
+        raise
+
+
+@contextlib.contextmanager
+def _silent(descriptor: int) -> Iterator[None]:
+    """What is written to standard output (1) or standard error (2) itself, not by way of Python, goes nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    try:
+        kept = os.dup(descriptor)
+    except OSError:
+        yield
+        return
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, descriptor)
+    os.close(sink)
+    try:
+        yield
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Bars of compressed-tensors have no switch of their own, and tqdm has none for a stretch of code."""
+    from tqdm import tqdm
+
+    init = tqdm.__init__
+
+    def disabled(bar: tqdm, *args: Any, **kwargs: Any) -> None:
+        init(bar, *args, **kwargs | {"disable": True})
+
+    tqdm.__init__ = disabled
+    try:
+        yield
+    finally:
+        tqdm.__init__ = init
+
+
+_Export = Literal["fetch", "unpack", "gather", "export", "quantize", "round"]
+_Measure = Literal["evaluate", "noise", "runtime", "read", "time", "sensitivity"]
+Work = Literal["convert", "sample", "text", "choose", "calibrate", "verify", "hash", "compare", _Measure, _Export]
+UNITS = {
+    **{
+        "evaluate": "facts",
+        "noise": "facts",
+        "runtime": "facts",
+        "read": "chunks",
+        "sample": "tokens",
+        "text": "tokens",
+    },
+    **{"choose": "blocks", "calibrate": "blocks"},
+    **{"gather": "blocks", "sensitivity": "blocks", "quantize": "tensors", "round": "blocks"},
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run: one kind of work on one model.
+
+    Attributes
+    ----------
+    work : ``evaluate`` (a model on the facts of a probe), ``noise`` (the same in another precision), ``runtime`` (the
+        same in another runtime), ``read`` (a running text), ``time`` (how fast it is), ``sensitivity`` (to the rounding
+        of each weight), ``convert``, ``sample`` (the model writes the text to calibrate on) or ``text`` (which is
+        read), ``choose`` (the blocks and neurons to drop), ``calibrate`` (convert block by block), ``verify``,
+        ``hash``, ``compare``; of an export ``fetch`` (llama.cpp's converter), ``unpack`` (to floats), ``gather`` (what
+        layers read), ``export`` (to GGUF),
+        ``quantize`` and ``round`` (by GPTQ).
+    model : what the model is called; of ``fetch`` the folder to fetch into.
+    probe : what it is evaluated on; nothing for other work.
+    facts : of all probes that this model is evaluated on; each of the others is evaluated on the same.
+    device : where it computes.
+    number, of : which model it is of how many that are evaluated, from 1.
+    again : the original, whose answers are known, once more for its distributions alone.
+    """
+
+    work: Work
+    model: str
+    probe: str = ""
+    facts: int = 0
+    device: str = "cpu"
+    number: int = 1
+    of: int = 1
+    again: bool = False
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return UNITS.get(self.work, "bytes")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: what `on_progress` is called with.
+
+    Of each stage one comes with ``begins``, some with ``advances``, and one with ``ends``, also where it fails.
+
+    Attributes
+    ----------
+    stage : the part of the run.
+    done, total : facts, bytes, tokens or blocks, as `Stage.unit` says; both 0 until the total is known.
+    left : seconds until the stage ends, as far as they can be told already.
+
+    Examples
+    --------
+    >>> print(Progress(Stage("evaluate", "smollm2", "atlas"), "advances", 2000, 4002, 50.0))
+    evaluate smollm2 on atlas: 2,000 of 4,002 facts, 50 s left
+    """
+
+    stage: Stage
+    state: Literal["begins", "advances", "ends"]
+    done: int = 0
+    total: int = 0
+    left: float | None = None
+
+    def __str__(self) -> str:
+        far = f"{self.done:,} of {self.total:,} {self.stage.unit}" if self.total else self.state
+        left = f", {self.left:.0f} s left" if self.left else ""
+        return f"{self.stage.work} {name_of(self.stage)}: {far}{left}"
+
+
+def name_of(stage: Stage) -> str:
+    """Which model, and what it is evaluated on, fit to be shown."""
+    return plain(stage.model, 40) + (f" on {plain(stage.probe, 40)}" if stage.probe else "")
+
+
+Listener = Callable[[Progress], None]
+# What the verbs take: a function, or the bars of tqdm, at a terminal and in a notebook.
+OnProgress = Listener | Literal["bar"]
+
+
+def listener(on_progress: OnProgress | None) -> Listener | None:
+    """What is called with each `Progress`. Raises UsageError where it is neither a function nor ``"bar"``."""
+    if isinstance(on_progress, str) and on_progress == "bar":
+        return Bars()
+    if on_progress is None or callable(on_progress):
+        return on_progress
+    raise UsageError(f"on_progress cannot be {on_progress!r}.", hint='Give a function of one argument, or "bar".')
+
+
+class Bars:
+    """A bar of tqdm for each stage: a widget in a notebook, a line at a terminal."""
+
+    def __init__(self) -> None:
+        self._bars: dict[Stage, Any] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        stage = progress.stage
+        if progress.state == "begins":
+            self._bars[stage] = _bar(stage)
+        bar = self._bars[stage]
+        if progress.total and bar.total != progress.total:
+            bar.reset(progress.total)
+            # What an earlier run has done says nothing of the pace.
+            bar.n = bar.initial = progress.done
+        bar.update(progress.done - bar.n)
+        if progress.state == "ends":
+            self._bars.pop(stage).close()
+
+
+def _bar(stage: Stage) -> Any:
+    with warnings.catch_warnings():
+        # In a notebook without ipywidgets it is a line of text, which is what there is.
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+    name = f"{stage.work} {name_of(stage)}"
+    if stage.unit == "bytes":
+        return tqdm(desc=name, unit="B", unit_scale=True)
+    return tqdm(desc=name, unit=f" {stage.unit}")
+
+
+class Advance(Protocol):
+    """Told how much of how much is done, and the seconds left, as far as that can be told already."""
+
+    def __call__(self, done: int, total: int, left: float | None = None) -> None: ...
+
+
+@contextlib.contextmanager
+def begun(listening: Listener | None, stage: Stage) -> Iterator[Advance | None]:
+    """Tell that a stage begins and, whatever becomes of it, ends; gives what to tell how far it is, or None."""
+    if listening is None:
+        yield None
+        return
+    last = Progress(stage, "begins")
+    listening(last)
+
+    def advance(done: int, total: int, left: float | None = None) -> None:
+        nonlocal last
+        last = Progress(stage, "advances", done, total, left)
+        listening(last)
+
+    try:
+        yield advance
+    finally:
+        listening(replace(last, state="ends"))
+
+
+# Begins a stage of a kind of work on what the caller works on: see `begun`.
+Begin = Callable[[Work], contextlib.AbstractContextManager[Advance | None]]
+
+
+def untold(_: Work) -> contextlib.AbstractContextManager[Advance | None]:
+    """Begins a stage that nobody hears of."""
+    return contextlib.nullcontext()
+
+
+def staged(listening: Listener | None, **changes: Any) -> Listener | None:
+    """The same, for stages that know nothing of the run around them: `changes` are fields of `Stage`."""
+    if listening is None:
+        return None
+    return lambda progress: listening(replace(progress, stage=replace(progress.stage, **changes)))
+
+
+def counted(advance: Advance | None, total: int) -> Callable[[int], None]:
+    """A function to tell each piece that is done, from any thread; `advance` is told the sum of them, and the total."""
+    done, lock = 0, threading.Lock()
+
+    def add(count: int) -> None:
+        nonlocal done
+        if advance:
+            with lock:
+                done = min(done + count, total)
+                advance(done, total)
+
+    return add
+
+
+class Pace:
+    """The time left, from the work that is done: seconds a token.
+
+    Parameters
+    ----------
+    work : tokens to read in all.
+    sample, seconds : tokens of a few facts that were asked before, and the time that they took: all that is known until
+        the first batch is done, and counted with it after that. Without them the first batch tells nothing: it prepares
+        much that later ones find done.
+    """
+
+    def __init__(self, work: int, sample: int = 0, seconds: float = 0) -> None:
+        self._left, self._measured = work, sample
+        self._prepared = sample > 0
+        self._start = time.monotonic() - seconds
+
+    def add(self, work: int) -> None:
+        """So much of it is done."""
+        self._left -= work
+        if self._prepared:
+            self._measured += work
+        else:
+            self._prepared, self._start = True, time.monotonic()
+
+    @property
+    def left(self) -> float | None:
+        """Seconds; None while nothing is measured."""
+        return (time.monotonic() - self._start) / self._measured * self._left if self._measured else None
+
+
+class Repeating:
+    """Calls `task` after each of the `waits` (seconds) until it is told to end.
+
+    A signal may raise between any two steps of the main thread, and a lock that is written in Python (that of an Event,
+    or of a thread that starts) would stay taken: who needs it next would wait for ever. So there is none, only queues
+    that are written in C.
+    """
+
+    def __init__(self, task: Callable[[], object], waits: Iterable[float]) -> None:
+        self._task, self._waits = task, waits
+        self._told: SimpleQueue[None] = SimpleQueue()
+        self._gone: SimpleQueue[None] = SimpleQueue()
+        self._over = False
+        start_new_thread(self._run, ())
+
+    def end(self) -> None:
+        """Let it end; the task is not called again after one that is under way."""
+        self._told.put(None)
+
+    def wait(self) -> None:
+        """Until it has ended, told to by `end`."""
+        # A signal may come after the message was taken and before it was seen: the attribute says it too.
+        while not self._over:
+            self._gone.get()
+
+    def _run(self) -> None:
+        try:
+            for seconds in self._waits:
+                try:
+                    return self._told.get(timeout=seconds)
+                except Empty:
+                    self._task()
+        finally:
+            self._over = True
+            self._gone.put(None)

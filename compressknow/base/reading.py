@@ -1,0 +1,394 @@
+"""Files and tables that others wrote: read within bounds, and records checked for their form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from compressknow.base.errors import CheckpointError, CompressknowError, UsageError
+from compressknow.base.libraries import require
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+
+MIB = 1 << 20
+# The most bytes of a file, by its kind. The index of a model of 100,000 tensors takes 15 MB, its manifest 70 MB; the
+# largest tokenizers have 35 MB.
+CONFIG, CARD, TABLE_OF_OPTIONS = 16 * MIB, MIB, MIB // 4
+INDEX, MANIFEST, TOKENIZER = 64 * MIB, 256 * MIB, 256 * MIB
+RECORD = 64 * MIB
+FACTS, LINE = 1024 * MIB, MIB
+# Values in one JSON file, or in all lines of a facts file: each takes up to 100 bytes of memory beside its text.
+MOST_VALUES = 8_000_000
+# Of whole numbers in records: whoever divides or multiplies these gets floats, which larger ones would not fit.
+LARGEST = 1 << 256
+_PIECE = MIB
+_KINDS = {
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+class NotReadable(ValueError):
+    """A file that is no regular one, larger than its kind can be, or no JSON or TOML. The text says which."""
+
+
+def open_regular(path: Path, most: int | None = None) -> BufferedReader:
+    """Open a file for reading. Never waits, as opening a pipe would.
+
+    Raises NotReadable where it is no regular file, or has more than `most` bytes; OSError where it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check(os.fstat(descriptor), most)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: Path, most: int | None = None) -> os.stat_result:
+    """What the system says of a file. Raises NotReadable where another library could not read it safely; see
+    `open_regular`."""
+    status = path.stat()
+    _check(status, most)
+    return status
+
+
+def _check(status: os.stat_result, most: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise NotReadable(f"it is {kind}, not a regular file")
+    if most is not None and status.st_size > most:
+        raise NotReadable(f"it has {status.st_size:,} bytes, and such a file has at most {most:,}")
+
+
+class FileState(NamedTuple):
+    """By what a file is told from another one in its place, and from itself with other bytes."""
+
+    device: int
+    inode: int
+    bytes: int
+    written_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        """Of what the system says of a file."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def refuse_changed(states: Mapping[Path, FileState]) -> None:
+    """Raise CheckpointError where files, by path, are not in the state in which they were opened."""
+    for path, state in states.items():
+        try:
+            is_same = FileState.of(path.stat()) == state
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise CheckpointError(
+                f"{path} was replaced or changed while the model was read: nothing is kept.",
+                hint="Repeat the command once nothing writes to the folder.",
+            )
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises NotReadable or OSError."""
+    with open_regular(path, most) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise NotReadable(f"it has more than {most:,} bytes")
+    return content
+
+
+def read_text(path: Path, most: int) -> str:
+    """A text in UTF-8. Raises NotReadable, UnicodeDecodeError (a ValueError as well) or OSError."""
+    return read_bytes(path, most).decode("utf-8")
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a facts file, without their ends. Raises NotReadable or OSError; a line has at most `LINE` bytes."""
+    with open_regular(path, FACTS) as file:
+        number = 0
+        while line := file.readline(LINE + 2):
+            number += 1
+            if len(line) > LINE + 1 or (len(line) == LINE + 1 and not line.endswith(b"\n")):
+                raise NotReadable(f"line {number} is longer than {LINE:,} bytes")
+            yield line.removesuffix(b"\n")
+
+
+def read_json(path: Path, most: int) -> Any:
+    """What a JSON file holds. Raises NotReadable, json.JSONDecodeError (a ValueError as well) or OSError."""
+    return parse_json(read_bytes(path, most))
+
+
+def parse_json(
+    content: bytes, *, most_values: int = MOST_VALUES, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """The value of a JSON text in UTF-8; `pairs` makes an object of its keys and values.
+
+    Raises NotReadable where it holds more than `most_values` values or is nested too deeply, ValueError where it is no
+    JSON.
+    """
+    if values_in(content) > most_values:
+        raise NotReadable(f"it holds more than {most_values:,} values")
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=pairs)
+    except RecursionError:
+        raise NotReadable("it is nested too deeply") from None
+
+
+def half_character(text: str) -> str | None:
+    r"""The escape of the first half of a surrogate pair that stands alone in a text, as a JSON escape can make it: no
+    file could hold that.
+
+    >>> half_character("a\ud83e"), half_character("a\U0001f999")
+    ('\\ud83e', None)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
+    return None
+
+
+def values_in(content: bytes) -> int:
+    """At least the number of values in a JSON text: each but the first follows a comma, a colon or a bracket."""
+    return sum(content.count(mark) for mark in (b",", b":", b"[", b"{"))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file of options holds. Raises NotReadable, tomllib.TOMLDecodeError (a ValueError too) or OSError."""
+    try:
+        return tomllib.loads(read_text(path, TABLE_OF_OPTIONS))
+    except RecursionError:
+        raise NotReadable("it is nested too deeply") from None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a regular file, in hexadecimal, read in pieces. Raises NotReadable or OSError."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", list: "list", dict: "object"}
+
+
+def misfit(value: Any, form: Any, where: str = "it") -> str | None:
+    """What in a value does not fit a form, and where; None where all does.
+
+    >>> misfit({"n": [1, 2.5]}, {"n": [int], "name?": str})
+    'n[1] is no whole number'
+    """
+    if isinstance(form, tuple):
+        wrong = [misfit(value, each, where) for each in form]
+        return None if None in wrong else _nearest(value, form, wrong)
+    if form is None or isinstance(form, type):
+        return None if _is(value, form) else f"{where} is {_no(form)}"
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return f"{where} is no list"
+        found = (misfit(entry, form[0], f"{where}[{i}]") for i, entry in enumerate(value))
+        return next((wrong for wrong in found if wrong), None)
+    if not isinstance(value, Mapping):
+        return f"{where} is no object"
+    return _misfit_object(value, form, "" if where == "it" else f"{where}.")
+
+
+def _misfit_object(value: Mapping[str, Any], form: Mapping[Any, Any], prefix: str) -> str | None:
+    if str in form:
+        pairs = [(key, form[str]) for key in value]
+    else:
+        if missing := next((key for key in form if not key.endswith("?") and key not in value), None):
+            return f"{prefix}{missing} is missing"
+        pairs = [(name, form[key]) for key in form if (name := key.removesuffix("?")) in value]
+    found = (misfit(value[key], each, f"{prefix}{key}") for key, each in pairs)
+    return next((wrong for wrong in found if wrong), None)
+
+
+def _is(value: Any, form: type | None) -> bool:
+    if form is None or value is None:
+        return value is form
+    if isinstance(value, bool) or form is bool:
+        return isinstance(value, bool) and form is bool
+    if form in (int, float) and isinstance(value, int):
+        return abs(value) <= LARGEST
+    return math.isfinite(value) if form is float and isinstance(value, float) else isinstance(value, form)
+
+
+def _no(form: type | None) -> str:
+    return "not null" if form is None else f"no {_NAMES[form]}"
+
+
+def _nearest(value: Any, forms: tuple[Any, ...], wrong: list[str | None]) -> str | None:
+    """The complaint of the form that was probably meant: the first one of the value's kind."""
+    kinds = [isinstance(value, (dict, list)) == isinstance(form, (dict, list)) for form in forms]
+    return wrong[kinds.index(True) if True in kinds else 0]
+
+
+# Files of rows, and what `datasets` calls their kind.
+SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def load_tables(dataset: str) -> dict[str, Any]:
+    """The tables of a data set, by the name of their split: a folder (of data files, or written by `save_to_disk`), one
+    file of rows, ``NAME`` or ``NAME:CONFIG`` on the hub.
+
+    Raises UsageError where there is no such set, CompressknowError where the hub is not reached or the data cannot be
+    read.
+    """
+    require("datasets", "pyarrow")
+    path = Path(dataset).expanduser()
+    if not path.exists() and _names_a_path(dataset):
+        raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the hub.")
+    if path.exists() and not path.is_dir():
+        try:
+            check_regular(path)
+        except NotReadable as error:
+            raise UsageError(f"{path} cannot be read: {error}.", hint="Give a file of rows, or a folder.") from None
+    _check_tables(path)
+    import datasets
+
+    with _quiet():
+        try:
+            if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+                loaded = datasets.load_from_disk(str(path))
+            elif path.is_file():
+                loaded = datasets.load_dataset(_builder(path), data_files=str(path))
+            elif path.is_dir():
+                loaded = datasets.load_dataset(str(path))
+            else:
+                name, _, config = dataset.partition(":")
+                loaded = datasets.load_dataset(name, config or None)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise _explained(dataset, error) from error
+    return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+
+def _check_tables(path: Path) -> None:
+    """Raise UsageError where a local file or folder has a Parquet file that would fill the memory."""
+    for table in [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else ():
+        if table.suffix.lower() == ".parquet":
+            try:
+                check_parquet(table)
+            except NotReadable as error:
+                raise UsageError(f"{table} cannot be read: {error}.", hint="Get the data set again.") from None
+            except (OSError, ValueError):  # No Parquet file at all: `datasets` says what is wrong.
+                continue
+
+
+def _names_a_path(dataset: str) -> bool:
+    """Whether this cannot be a name on the hub: those are NAME or OWNER/NAME, with a colon and a configuration."""
+    name = dataset.partition(":")[0]
+    return dataset.startswith((".", "/", "~")) or name.count("/") > 1 or Path(dataset).suffix.lower() in SUFFIXES
+
+
+def _builder(path: Path) -> str:
+    builder = SUFFIXES.get(path.suffix.lower())
+    if builder is None:
+        raise UsageError(f"{path}: no table of a known kind.", hint=f"Known are {', '.join(SUFFIXES)}.")
+    return builder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars where stderr is no terminal, and no log lines of `datasets` beside the error that is raised."""
+    import datasets
+
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _explained(dataset: str, error: Exception) -> CompressknowError:
+    """The library's error in words that say what to do."""
+    what, reason = f"hf:{dataset} cannot be read.", str(error.__cause__ or error).split("\n")[0]
+    if isinstance(error, ConnectionError):
+        page = f"huggingface.co/datasets/{dataset.partition(':')[0]}"
+        hint = f"Download {page} where there is a network, and name the folder: hf:FOLDER."
+        return CompressknowError(f"hf:{dataset} is not on this machine, and the Hub cannot be reached.", reason, hint)
+    if isinstance(error, RuntimeError) and "scripts are no longer supported" in reason:
+        return UsageError(
+            what,
+            "It is loaded by a script of its own, which the datasets library has not run since version 4.",
+            "Look for a copy in Parquet (a branch refs/convert/parquet often has one), download it, and say hf:FOLDER.",
+        )
+    if isinstance(error, ValueError) and "BuilderConfig" in reason:
+        return UsageError(what, reason, "The configuration follows the name: hf:NAME:CONFIG.")
+    if isinstance(error, ValueError) and "Config name is missing" in reason:
+        return UsageError(what, str(error).replace("\n", " "), "The configuration follows the name: hf:NAME:CONFIG.")
+    if isinstance(error, FileNotFoundError):
+        return UsageError(what, reason, "hf: is followed by a name on the hub, a folder or a file.")
+    return CompressknowError(what, reason)
+
+
+# Beyond these, a file may hold so many values, and bytes of text and numbers, for each of its own bytes.
+TABLE_VALUES, MOST_BYTES, EXPANSION = 64_000_000, 512 << 20, 8
+_ROWS, _ROWS_OF_LISTS = 65_536, 64
+
+
+def check_parquet(path: Path) -> None:
+    """Raise NotReadable where a Parquet file would take far more memory than it has bytes; pyarrow's errors where it is
+    none."""
+    import pyarrow.parquet as pq
+
+    check_regular(path)
+    size = path.stat().st_size
+    with pq.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        texts = sorted({chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"})
+    if sum(chunk.num_values for chunk in chunks) > TABLE_VALUES + size:
+        raise NotReadable(f"it holds more than {TABLE_VALUES:,} values in {size:,} bytes")
+    if sum(chunk.total_uncompressed_size for chunk in chunks) > MOST_BYTES + EXPANSION * size:
+        raise NotReadable(f"it would unpack from {size:,} bytes to more than {MOST_BYTES:,}")
+    # As dictionaries, in which a text that is repeated is held once; pyarrow reads those in lists plainly alone.
+    with pq.ParquetFile(path, read_dictionary=[text for text in texts if "." not in text]) as file:
+        if _text_bytes(file, texts, most := MOST_BYTES + EXPANSION * size) > most:
+            raise NotReadable(f"its texts would unpack from {size:,} bytes to more than {MOST_BYTES:,}")
+
+
+def _text_bytes(file: pq.ParquetFile, texts: list[str], most: int) -> int:
+    """Bytes of all texts, each counted as often as it stands; no more is counted once there are too many."""
+    found = 0
+    for text in texts:
+        for batch in file.iter_batches(batch_size=_ROWS_OF_LISTS if "." in text else _ROWS, columns=[text]):
+            found += _bytes_of(batch.column(0))
+            if found > most:
+                return found
+    return found
+
+
+def _bytes_of(column: Any) -> int:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = column.flatten()
+    if not pa.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    lengths = pc.binary_length(column.dictionary).cast(pa.int64())
+    return int(pc.sum(lengths.take(column.indices)).as_py() or 0)

@@ -1,1 +1,0 @@
-"""One function per verb, each its own description: what is checked first, the steps, what comes back."""

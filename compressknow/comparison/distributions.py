@@ -1,0 +1,311 @@
+"""What answers tell beyond right and wrong: divergence, ranks, confidence, grades of knowing, wordings."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from compressknow.comparison.intervals import proportion
+from compressknow.comparison.records import Confidence, Counts, Knowing, ReliabilityBin, Third, Wording, Wordings
+from compressknow.evaluate.answers import GRADES, LOGP_FLOOR, Answer
+from compressknow.evaluate.grades import by_fact
+
+# What float32 log-probabilities of 256 tokens leave undecided of the rest's probability: their rounding errors add up
+# to about the entropy times 2^-24. A rest below this is indistinguishable from none.
+REST_FLOOR = 2.0**-21
+CALIBRATION_BINS = 15
+CALIBRATION_FACTS = 20
+POPULARITY_BINS = 5
+POPULARITY_FACTS = 20
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+
+
+def kl_divergence(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
+    """KL(original || compressed) in nats, on the partition into the given tokens and all the rest.
+
+    By the inequality for sums of logarithms this never exceeds the divergence over the whole vocabulary, and falls
+    short of it only by what moved within the rest (Cover and Thomas 2006, theorem 2.7.1). Each term is taken as
+    p log(p/q) - p + q, which is the same sum where both add up to 1, but has no negative terms: so rounding cannot
+    make the result negative, and equal inputs give exactly 0.
+
+    Parameters
+    ----------
+    original, compressed : log-probabilities (natural logarithm) of the same tokens, shape (..., tokens).
+
+    Returns
+    -------
+    float64, shape (...); NaN where an input holds NaN.
+
+    >>> import math
+    >>> round(float(kl_divergence([math.log(0.5)], [math.log(0.25)])), 6)  # 0.5 ln 2 + 0.5 ln (2/3)
+    0.143841
+    """
+    logp, logq = (_with_rest(np.asarray(side, dtype=np.float64)) for side in (original, compressed))
+    p = np.exp(logp)
+    # q - p as p (e^(log q - log p) - 1): close distributions do not cancel. Below 1e-43 p counts for nothing.
+    change = logq - logp
+    terms = p * (np.expm1(change) - change)
+    return np.asarray(np.maximum(terms, 0.0).sum(axis=-1))
+
+
+def rest_of(logp: ArrayLike) -> np.ndarray:
+    """The probability that log-probabilities of shape (..., tokens) leave to all other tokens, 0 to 1, shape (...).
+
+    >>> import math
+    >>> float(rest_of([math.log(0.5), math.log(0.25)]))
+    0.25
+    """
+    return np.asarray(np.clip(1.0 - np.exp(np.asarray(logp, dtype=np.float64)).sum(axis=-1), 0.0, 1.0))
+
+
+def _with_rest(logp: np.ndarray) -> np.ndarray:
+    """Log-probabilities with that of the rest, 1 - sum, appended."""
+    logp = np.maximum(logp, LOGP_FLOOR)
+    total = np.exp(logp).sum(axis=-1, keepdims=True)
+    rest = np.log(np.maximum(1.0 - total, REST_FLOOR))
+    return np.concatenate([logp, rest], axis=-1)
+
+
+def ece(confidence: ArrayLike, correct: ArrayLike) -> float | None:
+    """Expected calibration error: |share right - mean confidence| of 15 bins of equal width, weighted by their facts
+    (Guo et al. 2017, "On calibration of modern neural networks", equation 3). None below 20 facts.
+    """
+    sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if len(sure) < CALIBRATION_FACTS:
+        return None
+    # Bin m holds ((m - 1) / M, m / M], as in the paper; 0 itself goes to the first.
+    bins = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=right - sure, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(sure))
+
+
+def brier(confidence: ArrayLike, correct: ArrayLike) -> float | None:
+    """Mean squared difference of the confidence in the given answer from 1 where it is right, from 0 where it is wrong
+    (Brier 1950). None below 20 facts, as for the calibration error beside it.
+    """
+    sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    return float(np.mean((sure - right) ** 2)) if len(sure) >= CALIBRATION_FACTS else None
+
+
+def mean_reciprocal_rank(ranks: Sequence[int | None]) -> float | None:
+    """Mean of 1 / rank of the gold. A gold that is no possible answer (None) has no rank however far one looks, and
+    counts as 0; where no fact has a rank, ranks do not apply to the probe and there is no mean.
+
+    >>> mean_reciprocal_rank([1, 2, None, 4]), mean_reciprocal_rank([None, None])
+    (0.4375, None)
+    """
+    reciprocal = [1 / rank for rank in ranks if rank is not None]
+    return sum(sorted(reciprocal)) / len(ranks) if reciprocal else None
+
+
+def precision_at(k: int, ranks: Sequence[int | None]) -> float | None:
+    """Share of facts whose gold is among the k most likely answers; None as for `mean_reciprocal_rank`.
+
+    >>> precision_at(5, [1, 5, 6, None])
+    0.5
+    """
+    known = [rank for rank in ranks if rank is not None]
+    return sum(rank <= k for rank in known) / len(ranks) if known else None
+
+
+def percentiles(values: ArrayLike) -> Mapping[str, float] | None:
+    """Percentiles 1 to 99 by linear interpolation, {"p1": ..., "p50": ...}; None where there are no values.
+
+    >>> percentiles([0, 10])["p25"]
+    2.5
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if not len(numbers):
+        return None
+    return {f"p{p}": float(value) for p, value in zip(PERCENTILES, np.percentile(numbers, PERCENTILES), strict=True)}
+
+
+def popularity_bins(popularity: Sequence[float | None]) -> list[str | None]:
+    """The bin of each fact, most popular first: "top 20 %", "20 to 40 %", ... "bottom 20 %"; None where it has none.
+
+    Bins are of about equal size, five or as many as leave 20 facts in each; facts as popular as each other stay
+    together. With fewer than two such bins no fact has one.
+    """
+    values = np.array([np.nan if value is None else value for value in popularity], dtype=np.float64)
+    known = np.isfinite(values)
+    distinct, position, sizes = np.unique(-values[known], return_inverse=True, return_counts=True)
+    middle = (np.cumsum(sizes) - sizes / 2) / max(known.sum(), 1)
+    for bins in range(min(POPULARITY_BINS, int(known.sum()) // POPULARITY_FACTS, len(distinct)), 1, -1):
+        chosen = np.minimum((middle * bins).astype(int), bins - 1)[position]
+        if np.bincount(chosen, minlength=bins).min() >= POPULARITY_FACTS:
+            names = np.full(len(values), None, dtype=object)
+            names[known] = np.array(bin_names(bins), dtype=object)[chosen]
+            return list(names)
+    return [None] * len(values)
+
+
+def bin_names(bins: int) -> list[str]:
+    """Names of popularity bins, most popular first.
+
+    >>> bin_names(3)
+    ['top 33 %', '33 to 67 %', 'bottom 33 %']
+    """
+    edges = [round(100 * index / bins) for index in range(bins + 1)]
+    between = [f"{low} to {high} %" for low, high in itertools.pairwise(edges[1:-1])]
+    return [f"top {edges[1]} %", *between, f"bottom {100 - edges[-2]} %"]
+
+
+THIRDS = ("most confident third", "middle third", "least confident third")
+# Known facts of a third, at least.
+FEWEST = 10
+
+
+def has_confidence(answer: Answer) -> bool:
+    """Whether the answer has a probability among all that the model could have given. Where any text may be given there
+    is none. A model that broke computes NaN: a warning says so, and no mean may be made of it.
+    """
+    logp = answer.top5_logp
+    return bool(logp) and math.isfinite(logp[0]) and math.isfinite(_total_of(answer))
+
+
+def confidence_of(answer: Answer) -> float:
+    """The probability that the model gives to its answer among all possible ones, 0 to 1: the softmax of their scores.
+    As text, a long answer has a tiny probability even where the model has no doubt.
+    """
+    return math.exp(min(answer.top5_logp[0] - _total_of(answer), 0.0))
+
+
+def _total_of(answer: Answer) -> float:
+    """The logarithm of the sum over all possible answers; NaN where it is not known. Five are all there are in answers
+    of older versions, which do not tell it.
+    """
+    logp = answer.top5_logp
+    if answer.choices is None or not logp:
+        return math.nan
+    if answer.total_logp is None and answer.choices <= len(logp):
+        return logp[0] + math.log(math.fsum(math.exp(other - logp[0]) for other in logp))
+    return math.nan if answer.total_logp is None else answer.total_logp
+
+
+def confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:
+    """What the confidence of both models tells, over the facts for which both have one; None below 20 of these."""
+    usable = [pair for pair in pairs if all(map(has_confidence, pair))]
+    if len(usable) < CALIBRATION_FACTS:
+        return None
+    before, after = (np.array([confidence_of(answer) for answer in side]) for side in zip(*usable, strict=True))
+    knew, keeps = (np.array([answer.correct for answer in side]) for side in zip(*usable, strict=True))
+    median = float(np.median(before))
+    return Confidence(
+        thirds=thirds(before[knew], keeps[knew]),
+        median=median,
+        wrong_original=int((~knew).sum()),
+        wrong_compressed=int((~keeps).sum()),
+        confidently_wrong_original=int((before[~knew] > median).sum()),
+        confidently_wrong_compressed=int((after[~keeps] > median).sum()),
+        reliability_original=reliability(before, knew),
+        reliability_compressed=reliability(after, keeps),
+    )
+
+
+def thirds(sure: np.ndarray, kept: np.ndarray) -> tuple[Third, ...]:
+    """Knowledge kept by thirds of the original's confidence, the most confident first; facts of one confidence stay
+    together. Nothing where that leaves a third with too few facts.
+
+    Parameters
+    ----------
+    sure, kept : of each fact that the original knew, its confidence, and whether the compressed model knows it too.
+    """
+    distinct, position, sizes = np.unique(-sure, return_inverse=True, return_counts=True)
+    if len(distinct) < len(THIRDS):
+        return ()
+    middle = (np.cumsum(sizes) - sizes / 2) / len(sure)
+    chosen = np.minimum((middle * len(THIRDS)).astype(int), len(THIRDS) - 1)[position]
+    if np.bincount(chosen, minlength=len(THIRDS)).min() < FEWEST:
+        return ()
+    return tuple(_third(name, sure[chosen == place], kept[chosen == place]) for place, name in enumerate(THIRDS))
+
+
+def _third(name: str, sure: np.ndarray, kept: np.ndarray) -> Third:
+    both = int(kept.sum())
+    counts = Counts(both=both, lost=len(kept) - both)
+    return Third(name, float(sure.min()), float(sure.max()), counts, proportion(both, len(kept)))
+
+
+def reliability(sure: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
+    """Share of right answers by confidence, in the bins of the calibration error (Guo et al. 2017, section 2): of equal
+    width, from 0 to 1.
+    """
+    bins = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    facts, hits = (np.bincount(bins, weights=w, minlength=CALIBRATION_BINS) for w in (None, right.astype(float)))
+    total = np.bincount(bins, weights=sure, minlength=CALIBRATION_BINS)
+    return tuple(
+        ReliabilityBin(int(n), int(hit), float(sum_ / n) if n else None)
+        for n, hit, sum_ in zip(facts, hits, total, strict=True)
+    )
+
+
+def knowing_of(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
+    """The grades of facts, paired; None where some answer has none (lm-eval's tasks, answers of older versions)."""
+    if not pairs or any(answer.grade is None for pair in pairs for answer in pair):
+        return None
+    before, after = zip(*pairs, strict=True)
+    moved = Counter((str(one.grade), str(other.grade)) for one, other in pairs)
+    lost = [other for one, other in pairs if one.correct and not other.correct]
+    shown = [answer for answer in lost if answer.with_example is not None]
+    return Knowing(
+        original=_counted(before),
+        compressed=_counted(after),
+        moved={(one, other): moved[one, other] for one in GRADES for other in GRADES},
+        written=(_written(before), _written(after)),
+        shown=len(shown),
+        back=sum(answer.with_example == answer.gold for answer in shown),
+    )
+
+
+def _counted(answers: Iterable[Answer]) -> dict[str, int]:
+    found = Counter(answer.grade for answer in answers)
+    return {grade: found[grade] for grade in GRADES}
+
+
+def _written(answers: Iterable[Answer]) -> bool:
+    return any(answer.produced is not None for answer in answers)
+
+
+# Of each wording, by whether the original and the compressed model are right.
+Judged = tuple[bool, bool]
+
+
+def wordings_of(original: Sequence[Answer], compressed: Sequence[Answer]) -> Wordings | None:
+    """The figures of each wording of a probe, before they are put together; None where there is one."""
+    after = {answer.fact_id: answer for answer in compressed}
+    pairs = [(answer, after[answer.fact_id]) for answer in original if answer.fact_id in after]
+    templates = sorted({answer.template for answer, _ in pairs if answer.template is not None})
+    if len(templates) < 2:
+        return None
+    judged = {
+        number: [(one.correct, other.correct) for one, other in pairs if one.template == number] for number in templates
+    }
+    sides = zip(*pairs, strict=True)
+    one, other = (consistency(side) for side in sides)
+    return Wordings(tuple(_wording(number, judged[number]) for number in templates), (one, other))
+
+
+def consistency(answers: Iterable[Answer]) -> float | None:
+    """Share of pairs of wordings of one fact that are answered alike, over the facts that were put in two or more
+    (Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models", section 3). None where
+    there is none.
+    """
+    shares = []
+    for wordings in by_fact(answers).values():
+        alike = [one.predicted == other.predicted for one, other in combinations(wordings, 2)]
+        if alike:
+            shares.append(sum(alike) / len(alike))
+    return math.fsum(shares) / len(shares) if shares else None
+
+
+def _wording(number: int, judged: Sequence[Judged]) -> Wording:
+    found: Mapping[Judged, int] = Counter(judged)
+    both, lost, gained, neither = (found[cell] for cell in ((True, True), (True, False), (False, True), (False, False)))
+    counts = Counts(both, lost, gained, neither)
+    return Wording(number, counts, proportion(counts.both, counts.known_before))

@@ -1,0 +1,398 @@
+"""Two models' answers paired by fact: counts, figures and tests of each probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from compressknow.base.errors import CompressknowError
+from compressknow.comparison.clusters import (
+    clusters_of,
+    design_of_change,
+    difference_by_cluster,
+    kept_by_cluster,
+    paired_test,
+)
+from compressknow.comparison.distributions import (
+    POPULARITY_BINS,
+    bin_names,
+    brier,
+    confidence,
+    confidence_of,
+    ece,
+    has_confidence,
+    kl_divergence,
+    knowing_of,
+    mean_reciprocal_rank,
+    percentiles,
+    popularity_bins,
+    precision_at,
+    rest_of,
+)
+from compressknow.comparison.intervals import above_chance, holm, macro, paired_difference, proportion
+from compressknow.comparison.power import facts_for, smallest_loss
+from compressknow.comparison.records import Certainty, ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
+from compressknow.evaluate.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer
+from compressknow.evaluate.facts import DOMAINS
+from compressknow.evaluate.records import ProbeEntry
+
+# Facts whose distributions are held as float64 at a time: 4,096 x 257 numbers are 8 MB.
+_BLOCK = 4096
+
+
+def compare_probe(
+    original: Sequence[Answer],
+    compressed: Sequence[Answer],
+    entry_original: ProbeEntry,
+    entry_compressed: ProbeEntry,
+    *,
+    probe: str | None = None,
+    ran_in: str = "",
+) -> ProbeFigures:
+    """All figures of one probe.
+
+    Parameters
+    ----------
+    original, compressed : both models' answers to the probe, in any order.
+    entry_original, entry_compressed : the probe's entries in each ``probe.json``.
+    probe : its name, where there may be no answer to take it from.
+    ran_in : runtime and build of the compressed model, for the noise floor of these.
+
+    Raises
+    ------
+    CompressknowError : the two sides were evaluated on different prompts.
+    """
+    name = probe or (original[0].probe if original else "the probe")
+    pairs = paired(name, original, compressed, entry_original, entry_compressed)
+    by_subject = _groups(pairs, lambda answer: answer.subject)
+    return ProbeFigures(
+        probe=name,
+        **_share_figures(pairs, entry_original.average),
+        answer_changed=_answer_changed(pairs),
+        movement=_movement(pairs) if _same_reference(entry_original, entry_compressed) else None,
+        logp_change=percentiles([change for pair in pairs if (change := _logp_change(pair)) is not None]),
+        **_rank_figures(pairs),
+        **_confidence_figures(pairs),
+        confidence=confidence(pairs),
+        by_subject=tuple(sorted(by_subject, key=lambda group: domain_order(group.name))),
+        by_popularity=_by_popularity(pairs),
+        **_given(entry_original),
+        runtime_noise_floor=entry_original.runtime_noise_floors.get(ran_in),
+        knowing=knowing_of(pairs),
+    )
+
+
+def _share_figures(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
+    """What is counted of right and wrong: shares with their intervals, over facts and over relations."""
+    total, by_relation = counts(pairs), _groups(pairs, lambda answer: answer.relation)
+    before, after, difference = macro([group.counts for group in by_relation])
+    sure = certainty([[group.counts for group in by_relation]])
+    kept = proportion(total.both, total.known_before).or_wider(sure.kept)
+    drop_absolute, drop_relative = _drop(total, (before, after) if average == "macro" else None)
+    return {
+        "counts": total,
+        "accuracy_original": proportion(total.known_before, total.n),
+        "accuracy_compressed": proportion(total.known_after, total.n),
+        "difference": paired_difference(total),
+        "kept": kept,
+        "kept_above_chance": above_chance(kept, _chance([pair for pair in pairs if pair[0].correct])),
+        "macro_original": before,
+        "macro_compressed": after,
+        "macro_difference": difference,
+        "drop_absolute": drop_absolute,
+        "drop_relative": drop_relative,
+        "by_relation": by_relation,
+        "certainty": sure,
+    }
+
+
+def certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
+    """Return how sure figures are over all facts of these probes, each given by its relations, and what so many facts
+    could have shown. A relation is a cluster; in a probe of one relation, a fact is.
+    """
+    clusters = [cluster for relations in probes for cluster in clusters_of(relations)]
+    total, change = sum(clusters, Counts()), design_of_change(clusters)
+    return Certainty(
+        test=paired_test(clusters),
+        relations=sum(bool(relation.known_before) for relations in probes for relation in relations),
+        kept=kept_by_cluster(clusters),
+        difference=difference_by_cluster(clusters),
+        smallest_loss=smallest_loss(total, change),
+        facts_for_two=facts_for(total, design=change),
+    )
+
+
+def _given(entry: ProbeEntry) -> dict[str, Any]:
+    """What the original's run says of the probe."""
+    return {
+        "protocol": entry.protocol,
+        "average": entry.average,
+        "chance": entry.chance,
+        "majority": entry.majority,
+        "facts_read": entry.facts,
+        "dropped": dict(sorted(entry.dropped.items())),
+        "limit": entry.limit,
+        "seed": entry.seed or 0,
+        "noise_floor": entry.noise_floor,
+    }
+
+
+def changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
+    """The facts lost and gained, of one probe or of several: by school subject, by relation, then those first whose
+    gold fell farthest (of the lost) or rose farthest (of the gained) in log-probability.
+    """
+    pairs = list(pairs)
+    lost = sorted((pair for pair in pairs if pair[0].correct and not pair[1].correct), key=lambda p: _place(p, 1))
+    gained = sorted((pair for pair in pairs if pair[1].correct and not pair[0].correct), key=lambda p: _place(p, -1))
+    return tuple(map(_changed, lost)), tuple(map(_changed, gained))
+
+
+def _place(pair: Pair, sign: int) -> tuple[Any, ...]:
+    fact, change = pair[0], _logp_change(pair)
+    # Facts whose change is not known come last of their relation.
+    return domain_order(fact.subject), fact.relation, change is None, sign * (change or 0.0), fact.probe, fact.fact_id
+
+
+def _changed(pair: Pair) -> ChangedFact:
+    before, after = pair
+    return ChangedFact(
+        probe=before.probe,
+        relation=before.relation,
+        subject=before.subject,
+        prompt=before.prompt,
+        gold=before.gold,
+        before=before.predicted,
+        after=after.predicted,
+        rank_before=before.rank,
+        rank_after=after.rank,
+        fact_id=before.fact_id,
+        grade_before=before.grade,
+        grade_after=after.grade,
+        with_example=None if after.with_example is None else after.with_example == after.gold,
+    )
+
+
+def domain_order(subject: str) -> tuple[int, str]:
+    """Sort key: domains as on a report card, then all others by name."""
+    place = DOMAINS.index(subject) if subject in DOMAINS else len(DOMAINS)
+    return place, subject
+
+
+def _groups(pairs: Iterable[Pair], name_of: Callable[[Answer], str | None]) -> tuple[Group, ...]:
+    """The figures of each group of facts, by name; facts without a group are left out."""
+    members: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if (name := name_of(pair[0])) is not None:
+            members.setdefault(name, []).append(pair)
+    groups = [_group(name, members[name]) for name in sorted(members)]
+    adjusted = holm([group.p for group in groups])
+    return tuple(replace(group, p_holm=p) for group, p in zip(groups, adjusted, strict=True))
+
+
+def _group(name: str, pairs: Sequence[Pair]) -> Group:
+    relations: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        relations.setdefault(pair[0].relation, []).append(pair)
+    clusters, total = tuple(map(counts, relations.values())), counts(pairs)
+    return Group(
+        name=name,
+        counts=total,
+        relations=clusters,
+        kept=proportion(total.both, total.known_before).or_wider(kept_by_cluster(clusters)),
+        p=paired_test(clusters).p,
+        p_holm=None,
+        answer_changed=_answer_changed(pairs),
+        chance=_chance(pairs),
+    )
+
+
+def _by_popularity(pairs: Sequence[Pair]) -> tuple[Group, ...]:
+    bins = popularity_bins([before.popularity for before, _ in pairs])
+    of_fact = {before.fact_id: name for (before, _), name in zip(pairs, bins, strict=True)}
+    order = {name: place for size in range(2, POPULARITY_BINS + 1) for place, name in enumerate(bin_names(size))}
+    groups = _groups(pairs, lambda answer: of_fact[answer.fact_id])
+    return tuple(sorted(groups, key=lambda group: order[group.name]))
+
+
+def _chance(pairs: Sequence[Pair]) -> float | None:
+    """Mean of 1 / number of choices; None where some fact may be answered with any text."""
+    choices = [before.choices for before, _ in pairs]
+    if not choices or not all(choices):
+        return None
+    return math.fsum(1 / number for number in choices if number) / len(choices)
+
+
+def _answer_changed(pairs: Sequence[Pair]) -> float | None:
+    return sum(a.predicted != b.predicted for a, b in pairs) / len(pairs) if pairs else None
+
+
+def _drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tuple[float | None, float | None]:
+    """The paper's figures: the drop of the probe's headline accuracy in points of 1, and relative to what it was."""
+    if not total.n:
+        return None, None
+    if macros is None:
+        lost = total.lost - total.gained
+        return lost / total.n, lost / total.known_before if total.known_before else None
+    before, after = macros[0].value or 0.0, macros[1].value or 0.0
+    return before - after, (before - after) / before if before else None
+
+
+def _same_reference(original: ProbeEntry, compressed: ProbeEntry) -> bool:
+    """Whether both models gave the probabilities of the same model's most likely tokens."""
+    return original.reference is not None and original.reference == compressed.reference
+
+
+def _movement(pairs: Sequence[Pair]) -> Movement | None:
+    """KL over the whole vocabulary where each fact has it; else over the tokens that both sides hold, for the facts for
+    which these are the same. Those with NaN (a model that broke) are left out.
+    """
+    exact = [after.first_kl for _, after in pairs if after.first_kl is not None]
+    if len(exact) == len(pairs):
+        return _moved(np.array([value for value in exact if math.isfinite(value)]), None)
+    by_size: dict[int, list[Pair]] = {}
+    for pair in pairs:
+        size = len(pair[0].first_ids)
+        if size and size == len(pair[1].first_ids):
+            by_size.setdefault(size, []).append(pair)
+    blocks = [group[start : start + _BLOCK] for group in by_size.values() for start in range(0, len(group), _BLOCK)]
+    found = np.concatenate([_divergences(block) for block in blocks]) if blocks else np.empty((0, 3))
+    found = found[np.isfinite(found[:, 0])]
+    if not len(found):
+        return None
+    before, after = (math.fsum(column) / len(found) for column in found[:, 1:].T)
+    # A smaller vocabulary is compared token by token: all but one, whose probability follows.
+    partly = max(by_size) >= REFERENCE_TOKENS or max(by_size) <= SERVER_TOKENS
+    return _moved(found[:, 0], (before, after) if partly else None)
+
+
+def _moved(values: np.ndarray, rest: tuple[float, float] | None) -> Movement | None:
+    if not len(values):
+        return None
+    median, p99 = np.percentile(values, [50, 99])
+    mean = math.fsum(values) / len(values)
+    return Movement(len(values), mean, float(median), float(p99), float(values.max()), rest)
+
+
+def _divergences(pairs: Sequence[Pair]) -> np.ndarray:
+    """KL divergence, and the probability of the rest before and after, [facts, 3]."""
+    ids = [np.array([side.first_ids for side in sides]) for sides in zip(*pairs, strict=True)]
+    logps = [np.array([side.first_logp for side in sides]) for sides in zip(*pairs, strict=True)]
+    same = (ids[0] == ids[1]).all(axis=1)
+    before, after = logps[0][same], logps[1][same]
+    return np.stack([kl_divergence(before, after), rest_of(before), rest_of(after)], axis=1)
+
+
+def _logp_change(pair: Pair) -> float | None:
+    """Change of the gold's log-probability; None where one of the models could not have answered it."""
+    before, after = pair[0].logp_gold, pair[1].logp_gold
+    if before is None or after is None or not math.isfinite(after - before):
+        return None
+    return after - before
+
+
+def _rank_figures(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """MRR, P@5, and the lost facts whose gold is still among the five most likely answers.
+
+    The latter two say nothing where there are five answers to choose from at most: they are None there.
+    """
+    before, after = ([side.rank for side in sides] for sides in (zip(*pairs, strict=True) if pairs else ((), ())))
+    few = all(pair[0].choices is not None and pair[0].choices <= 5 for pair in pairs)
+    still = [b.rank for a, b in pairs if a.correct and not b.correct and b.rank is not None and b.rank <= 5]
+    top5 = None if few else _both(precision_at(5, before), precision_at(5, after))
+    return {
+        "mrr": _both(mean_reciprocal_rank(before), mean_reciprocal_rank(after)),
+        "p_at_5": top5,
+        "lost_still_in_top5": None if top5 is None else len(still),
+    }
+
+
+def _confidence_figures(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """ECE and Brier score of both models, over the facts for which both hold a probability of their answer.
+
+    Where any text may be given, the probabilities are those of its first token, not of the answer: there are none.
+    """
+    usable = [pair for pair in pairs if all(map(has_confidence, pair))]
+    sides = list(zip(*usable, strict=True)) or [(), ()]
+    sure = [[confidence_of(answer) for answer in side] for side in sides]
+    right = [[answer.correct for answer in side] for side in sides]
+    return {
+        "ece": _both(*(ece(s, r) for s, r in zip(sure, right, strict=True))),
+        "brier": _both(*(brier(s, r) for s, r in zip(sure, right, strict=True))),
+    }
+
+
+def _both(before: float | None, after: float | None) -> tuple[float, float] | None:
+    return (before, after) if before is not None and after is not None else None
+
+
+# The original's and the compressed model's answer to one fact.
+Pair = tuple[Answer, Answer]
+
+# What may make two runs of one probe differ, and how a user calls it.
+_SETTINGS = {"protocol": "protocol", "limit": "--limit", "seed": "--seed", "facts": "facts read"}
+
+
+def paired(
+    probe: str,
+    original: Sequence[Answer],
+    compressed: Sequence[Answer],
+    entry_original: ProbeEntry,
+    entry_compressed: ProbeEntry,
+) -> list[Pair]:
+    """Answers to the same facts, in the order of the facts' ids.
+
+    Raises CompressknowError where the two sides were not evaluated alike: other protocol, fingerprint or facts.
+    """
+    _same_prompts(probe, entry_original, entry_compressed)
+    before, after = _by_id(probe, original), _by_id(probe, compressed)
+    _same_facts(probe, before, after)
+    return [(before[fact], after[fact]) for fact in sorted(before)]
+
+
+def counts(pairs: Sequence[Pair]) -> Counts:
+    """How many facts both know, were lost, were gained, and neither knows."""
+    both = sum(a.correct and b.correct for a, b in pairs)
+    before, after = sum(a.correct for a, _ in pairs), sum(b.correct for _, b in pairs)
+    return Counts(both, before - both, after - both, len(pairs) - before - after + both)
+
+
+def _same_prompts(probe: str, original: ProbeEntry, compressed: ProbeEntry) -> None:
+    if (original.protocol, original.fingerprint) == (compressed.protocol, compressed.fingerprint):
+        return
+    differing = [
+        f"{label} {getattr(original, key)} and {getattr(compressed, key)}"
+        for key, label in _SETTINGS.items()
+        if getattr(original, key) != getattr(compressed, key)
+    ]
+    raise CompressknowError(
+        f"The two models were not evaluated on {probe} in the same way, so their answers cannot be compared.",
+        why=f"They differ in: {', '.join(differing) or 'the facts, prompts or candidates themselves'}.",
+        hint="Probe both models again with the same data and the same options.",
+    )
+
+
+def _by_id(probe: str, answers: Sequence[Answer]) -> dict[str, Answer]:
+    by_id = {answer.fact_id: answer for answer in answers}
+    if len(by_id) != len(answers):
+        raise CompressknowError(
+            f"The answers to {probe} hold {len(answers) - len(by_id)} facts more than once.",
+            hint="Probe the model again; each fact of a probe needs an id of its own.",
+        )
+    return by_id
+
+
+def _same_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping[str, Answer]) -> None:
+    only_original, only_compressed = sorted(set(original) - set(compressed)), sorted(set(compressed) - set(original))
+    if not only_original and not only_compressed:
+        return
+    example = (only_original or only_compressed)[0]
+    raise CompressknowError(
+        f"The two models did not answer the same facts of {probe}: {len(only_original)} only the original, "
+        f"{len(only_compressed)} only the compressed model ({example!r}, for one).",
+        why="Most often their tokenizers differ, so that different facts were left out, or one run was cut short.",
+        hint="Compare models of one vocabulary, and probe both again with the same options.",
+    )

@@ -1,0 +1,242 @@
+"""One checkpoint's parameters, whoever stores them, and their values as floats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from compressknow.base.errors import CheckpointError
+from compressknow.compress.blocks import READABLE, Block, Reader, matrix_shape
+from compressknow.compress.schemes.rounding import dequantize, per_column
+from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.groups import structure_of
+from compressknow.model.meta import meta_model
+from compressknow.model.naming import Naming, suppliers
+from compressknow.model.packed import NAMES, Packed, packed_weights
+from compressknow.model.structure import LinearWeight, Structure
+from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
+
+
+@dataclass(frozen=True)
+class Values:
+    """A parameter's values as a checkpoint stores them: a tensor and, of low bits, its scale; `packed` is where those
+    lie that are several in an integer. Along `axis` these `numbers` alone are compared, if any are named."""
+
+    tensor: StoredTensor
+    scale: StoredTensor | None = None
+    packed: StoredTensor | None = None
+    axis: int = 0
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def stored(self) -> StoredTensor:
+        """What is read."""
+        return self.packed or self.tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.nbytes + (self.scale.nbytes if self.scale else 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is compared."""
+        whole = self.tensor.shape
+        return (*whole[: self.axis], len(self.numbers), *whole[self.axis + 1 :]) if self.numbers else whole
+
+    @property
+    def rows(self) -> tuple[int, ...] | None:
+        """The rows that are compared; None for all."""
+        return self.numbers if self.numbers and self.axis < len(self.tensor.shape) - 1 else None
+
+    @property
+    def columns(self) -> list[int] | None:
+        """The columns that are compared; None for all."""
+        return list(self.numbers) if self.numbers and self.rows is None else None
+
+    @property
+    def bytes_read(self) -> int:
+        """Scales not included."""
+        rows = matrix_shape(self.shape)[0]
+        return self.stored.nbytes // max(matrix_shape(self.tensor.shape)[0], 1) * rows
+
+    def blocks(self, reader: Reader, columns: int) -> Iterator[Block]:
+        """As `Reader.blocks`, of what is compared: with as many rows in each as a tensor of so many columns has."""
+        own = matrix_shape(self.tensor.shape)[1]
+        for block in reader.blocks(self.stored, columns=columns, rows=self.rows):
+            values = block.values if self.packed is None else _unpacked(block.values, own, self.tensor.dtype)
+            yield Block(block.first_row, values if self.columns is None else values[:, self.columns])
+
+    def floats(self, reader: Reader) -> Iterator[tuple[Block, torch.Tensor]]:
+        """Each block, and its values dequantized, float64, which the next block does not overwrite."""
+        scale = read_scales(reader, self)
+        for block in self.blocks(reader, matrix_shape(self.tensor.shape)[1]):
+            yield block, dequantize_block(self, block, scale)
+
+
+def is_scale_of(scale: StoredTensor, tensor: StoredTensor) -> bool:
+    """Whether a scale is one number for the tensor, one for each of its rows, or one for each group of columns."""
+    rows, columns = matrix_shape(tensor.shape)
+    per_group = len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not columns % scale.shape[1]
+    return scale.dtype in FLOAT_DTYPES and (scale.numel in (1, rows) or bool(per_group))
+
+
+def _unpacked(packed: torch.Tensor, columns: int, dtype: str) -> torch.Tensor:
+    """int8 [rows, columns] of int32 [rows, columns / 8] or [rows, columns / 4]."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    bits = next(bits for bits, name in NAMES.items() if name == dtype)
+    integers: torch.Tensor = unpack_from_int32(packed, bits, torch.Size((len(packed), columns)))
+    return integers.contiguous()
+
+
+def read_scales(reader: Reader, values: Values) -> torch.Tensor | None:
+    """float32 scales, [rows, groups], [rows, 1] or [1, 1], of the rows that are compared."""
+    if values.scale is None:
+        return None
+    rows = matrix_shape(values.tensor.shape)[0] if values.scale.numel > 1 else 1
+    buffer = torch.empty(rows, values.scale.numel // rows, dtype=torch_dtype(values.scale.dtype))
+    reader.files.read_into(values.scale, byte_view(buffer), 0)
+    scale = buffer.to(torch.float32)
+    return scale if rows == 1 or values.rows is None else scale[list(values.rows)]
+
+
+def dequantize_block(values: Values, block: Block, scale: torch.Tensor | None) -> torch.Tensor:
+    if scale is None:
+        return block.values.to(torch.float64)
+    of_rows = scale if len(scale) == 1 else scale[block.rows]
+    spread = per_column(of_rows, values.tensor.shape[-1])
+    picked = spread if spread.shape[-1] == 1 or values.columns is None else spread[:, values.columns]
+    return dequantize(block.values, picked).to(torch.float64)
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a checkpoint stores, by parameter; a tensor that is loaded to none, or fused with others, by its own name.
+
+    Attributes
+    ----------
+    config : the settings that hold, defaults included.
+    own : parameter -> the stored tensor of its name.
+    supply : parameter -> the stored tensor that gives it its values, ties resolved; `own` included.
+    loaded_to : of a tensor that is fused with others on loading, the parameter that it becomes a part of.
+    parts : module -> stored tensors beside its parameters: scales, zero points, packed weights.
+    unpacked : values of low bits that lie packed, by the name of the tensor that stands for them in `own`.
+    modules : where modules are called by the numbers that their blocks had before others were dropped, the names that
+        `parts` has them under.
+    """
+
+    name: str
+    config: dict[str, object]
+    structure: Structure
+    own: dict[str, StoredTensor]
+    supply: dict[str, StoredTensor]
+    loaded_to: dict[str, str]
+    parts: dict[str, dict[str, StoredTensor]]
+    unpacked: dict[str, Values] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def linears(self) -> dict[str, LinearWeight]:
+        return {weight.parameter: weight for weight in self.structure.linears}
+
+    def linear(self, key: str) -> LinearWeight | None:
+        """The Linear weight that a tensor is, or is a part of."""
+        return self.linears.get(self.loaded_to.get(key, key))
+
+    def values(self, key: str) -> Values | None:
+        """A parameter's values; None where it has none, or none that can be read."""
+        tensor = self.supply.get(key)
+        if tensor and tensor.name in self.unpacked:
+            return self.unpacked[tensor.name]
+        if tensor is None or tensor.dtype not in READABLE:
+            return None
+        if self.linear(key) is None or tensor.dtype in (*FLOAT_DTYPES, "F64"):
+            return Values(tensor)
+        return self._dequantizable(tensor)
+
+    def packed(self, key: str) -> str | None:
+        """How a tensor is stored whose values cannot be read; None where they can, or where it is not stored."""
+        if self.values(key) is not None:
+            return None
+        tensor, module = self.supply.get(key), key.removesuffix(".weight")
+        # One that is called as a module of the files is, but by another number, is not there.
+        module = self.modules.get(module, "") if self.modules else module
+        stored = ([tensor] if tensor else []) + list(self.parts.get(module, {}).values())
+        names = (f"{part.name.removeprefix(module + '.')} {part.dtype}" for part in stored)
+        return " + ".join(names) if stored else None
+
+    def packed_weights(self) -> Iterator[str]:
+        """Linear weights that have packed values in place of a tensor of their own name."""
+        return (name for name in self.linears if name not in self.supply and self.packed(name))
+
+    def _dequantizable(self, tensor: StoredTensor) -> Values | None:
+        """A weight of 8 bits with a scale."""
+        scale = _scale_in(self.parts.get(tensor.name.removesuffix(".weight"), {}), tensor)
+        return Values(tensor, scale) if tensor.dtype in ("I8", "F8_E4M3") and scale else None
+
+
+def _scale_in(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> StoredTensor | None:
+    """The scale of a low-bit weight in the layout of compressed-tensors, symmetric, as `is_scale_of` says."""
+    scale = parts.get(f"{tensor.name}_scale")
+    # A zero point, or groups of columns that are no neighbours.
+    more = any(f"{tensor.name}_{part}" in parts for part in ("zero_point", "g_idx"))
+    return scale if scale and not more and is_scale_of(scale, tensor) else None
+
+
+def _unpackable(
+    packed: Mapping[str, Packed], parts: Mapping[str, StoredTensor], structure: Structure
+) -> Iterator[tuple[str, Values]]:
+    """By parameter, the packed weights whose values can be told."""
+    for weight in structure.linears:
+        if (found := packed.get(weight.parameter)) is not None and (scale := _scale_in(parts, found.values)):
+            yield weight.parameter, Values(found.values, scale, found.stored)
+
+
+def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
+    """Read a checkpoint's headers. Raises CheckpointError where it has no weights, or its config builds no model."""
+    if not checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
+            hint="Give the folder of a whole checkpoint.",
+        )
+    model = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
+    structure, naming = structure_of(model), Naming(model)
+    bound, packed = naming.bind(checkpoint.tensors), packed_weights(checkpoint, naming, structure)
+    # By their names in the tree and, where the architecture was renamed since, by those in the files.
+    named = (*structure.parameters, *bound, *(each.stored.name for each in packed.values()))
+    modules = {name.rpartition(".")[0] for name in named} - {""}
+    quantized = "quantization_config" in checkpoint.config
+    own: dict[str, StoredTensor] = {}
+    whole: dict[str, str] = {}
+    loaded_to: dict[str, str] = {}
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        binding = bound.get(name)
+        if binding and not binding.reshaped and binding.parameter not in own:
+            own[binding.parameter] = tensor
+            whole[name] = binding.parameter
+        elif binding is None and quantized and (module := _module_of(name, modules)):
+            parts.setdefault(module, {})[name] = tensor
+        else:
+            own[name] = tensor
+            if binding:
+                loaded_to[name] = binding.parameter
+    unpacked = dict(_unpackable(packed, checkpoint.tensors, structure)) if packed else {}
+    of_low_bits = {parameter: values.tensor for parameter, values in unpacked.items()}
+    own |= of_low_bits
+    stored = suppliers(checkpoint, whole, structure.tied)
+    # A final layer that was tied and is packed has values of its own.
+    supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()} | of_low_bits
+    by_name = {values.tensor.name: values for values in unpacked.values()}
+    return Side(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts, by_name)
+
+
+def _module_of(name: str, modules: set[str]) -> str | None:
+    """The innermost module that a name lies in."""
+    while name := name.rpartition(".")[0]:
+        if name in modules:
+            return name
+    return None

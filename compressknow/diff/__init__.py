@@ -1,1 +1,0 @@
-"""The weights of two checkpoints, set side by side."""

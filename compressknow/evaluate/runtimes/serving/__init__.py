@@ -1,1 +1,0 @@
-"""A model behind an address: requests that are tried again, what each kind of server tells, and its answers."""

@@ -1,0 +1,407 @@
+"""What a user brings: facts in a file or in a table, and running text.
+
+``hf:NAME`` or ``hf:NAME:CONFIG`` names a set on the hub; ``hf:PATH`` a folder (of data files, or written by
+`save_to_disk`) or one .parquet, .json, .jsonl or .csv file. Which column holds what is said by the user or known:
+PopQA (``akariasai/PopQA``), LAMA's copies in Parquet, and tables with the columns of a facts file (`facts:`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compressknow.base.errors import UsageError
+from compressknow.base.files import as_text, name_of
+from compressknow.base.reading import SUFFIXES, NotReadable, check_regular, load_tables, parse_json, sha256_of
+from compressknow.evaluate.facts import BLANK, GENERAL, Fact, Probe, domain_of
+from compressknow.evaluate.scoring.prompts import OBJECT, SUBJECT, UniqueIds, ends_open, fill, with_blank, wrong_blanks
+from compressknow.evaluate.sources import Options, ProbeSource
+from compressknow.evaluate.sources.columns import POPQA, Columns, choose_columns, csv_lines, json_lines
+from compressknow.evaluate.sources.lama import CONCEPTNET
+from compressknow.evaluate.sources.lama import DOMAINS as LAMA
+from compressknow.evaluate.text import CONTEXT, RunningText
+
+FACTS_PROTOCOL = "facts/1"
+SCHEMA = f"""\
+One JSON object per line, in UTF-8; blank lines are skipped. Each needs
+
+  prompt      a sentence with the object's place as one {BLANK}: "The capital of France is {BLANK}."; for causal
+              models its beginning is enough, "The capital of France is": the object comes next
+  obj_label   the object: "Paris"
+
+or, in place of the prompt,
+
+  template    a sentence with {SUBJECT} for the subject and {OBJECT} for the object: "{SUBJECT} was born in {OBJECT}."
+  sub_label   the subject: "Ada Lovelace"
+
+and may have
+
+  candidates  list of at least 2 answers to choose from, the object among them; without it, the model may give any
+              answer
+  relation    what the fact is about, for tables by relation (default: the file's name)
+  subject     domain, for the grades: geography, language, science, history and people, arts and literature,
+              common sense, or a text of your own (default: {GENERAL})
+  sub_label   the subject's name, also beside a prompt
+  popularity  a number above 0, greater for a better known subject, for figures by popularity
+  id          unique name of the fact (default: relation/number of the line)
+
+Other keys are ignored.
+
+A file .csv has the same keys as columns, named in its first line; candidates are parted by |.
+"""
+
+_HINT = (
+    f'A line needs at least {{"prompt": "The capital of France is {BLANK}.", "obj_label": "Paris"}}; '
+    "compressknow probe --help shows all keys."
+)
+_TEXTS = ("prompt", "template", "obj_label", "sub_label", "relation", "subject")
+_KEYS = (*_TEXTS, "id", "candidates", "popularity")
+_SHOWN = 5
+# Of a line's other keys, those that are looked at for a misspelling.
+_COMPARED = 100
+
+
+class OwnFacts(ProbeSource):
+    """``facts:FILE.jsonl``."""
+
+    help = "your own facts"
+    form = "FILE.jsonl"
+    details = """\
+A line of facts:FILE.jsonl, for example:
+  {"relation": "capital", "subject": "geography", "sub_label": "France",
+   "obj_label": "Paris", "prompt": "The capital of France is [MASK].",
+   "candidates": ["Paris", "Rome", "Madrid"], "popularity": 68000000}
+`prompt` and `obj_label` are required, the rest is optional. Instead of
+`prompt` it may have `template` ("The capital of [X] is [Y].") with
+`sub_label`. Without `candidates` the answer may be any text (for masked
+models, any single token). facts:FILE.csv has these as columns, and
+candidates as Paris|Rome|Madrid."""
+
+    def named(self, part: str) -> str:
+        """The file's own name: a fact is the same wherever the file lies."""
+        return name_of(Path(part))
+
+    def meant(self, text: str) -> bool:
+        """By the file's suffix."""
+        return Path(text).suffix.lower() in (".jsonl", ".csv")
+
+    def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
+        """See `own_facts`."""
+        path = Path(part).expanduser()
+        if not path.exists():
+            raise UsageError(
+                f"There is no file {path}.", hint="facts: is followed by the path of a file of JSON lines, or of CSV."
+            )
+        return own_facts(path)
+
+
+def own_facts(path: Path) -> Probe:
+    """The facts of a file that follows `SCHEMA`.
+
+    Raises UsageError that names file, line and key (or column, where a line is no JSON) of the first errors.
+    """
+    name = f"facts:{name_of(path)}"
+    facts: dict[str, Fact] = {}
+    lines: dict[str, int] = {}
+    problems: list[str] = []
+    # One tuple for all facts with the same candidates: files repeat a relation's list in each line.
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for number, row in (csv_lines if path.suffix.lower() == ".csv" else json_lines)(path):
+        found = [row] if isinstance(row, str) else _problems(row)
+        if not found and isinstance(row, dict):
+            fact = _fact(row, number, name, as_text(path.stem), shared)
+            if fact.id in facts:
+                found = [f"id: {fact.id!r} is the id of line {lines[fact.id]} too"]
+            facts[fact.id], lines[fact.id] = fact, number
+        problems += [f"line {number}, {problem}" for problem in found]
+    if problems:
+        raise _error(path, problems)
+    if not facts:
+        raise UsageError(f"{path} holds no facts.", hint=_HINT)
+    closed = all(fact.candidates for fact in facts.values())
+    sha256 = sha256_of(path)
+    return Probe(
+        name=name,
+        protocol=FACTS_PROTOCOL,
+        facts=tuple(facts.values()),
+        vocabulary="closed" if closed else "open",
+        source={"files": {name_of(path): sha256}},
+    )
+
+
+def _error(path: Path, problems: list[str]) -> UsageError:
+    shown = problems[:_SHOWN]
+    rest = len(problems) - len(shown)
+    more = [f"and {rest} more"] if rest else []
+    return UsageError(f"{path} cannot be read as facts:", "\n".join(f"  {line}" for line in shown + more), _HINT)
+
+
+def _problems(row: dict[str, Any]) -> list[str]:
+    """What is wrong with one line, each as ``KEY: what``; types first, since the other rules need them right."""
+    wrong = [f"{key}: must be a non-empty string" for key in _TEXTS if key in row and not _is_text(row[key])]
+    wrong += _wrong_types(row)
+    return wrong or [*_misspelt(row), *_missing(row), *_wrong_prompt(row), *_wrong_candidates(row)]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _wrong_types(row: dict[str, Any]) -> list[str]:
+    wrong = []
+    if "id" in row and not _is_text(row["id"]) and type(row["id"]) is not int:
+        wrong.append("id: must be a non-empty string")
+    candidates = row.get("candidates")
+    if candidates is not None and not (isinstance(candidates, list) and all(map(_is_text, candidates))):
+        wrong.append("candidates: must be a list of texts, none empty")
+    popularity = row.get("popularity")
+    if popularity is not None and not (type(popularity) in (int, float) and 0 < popularity < math.inf):
+        wrong.append("popularity: must be a number above 0")
+    return wrong
+
+
+def _misspelt(row: dict[str, Any]) -> list[str]:
+    """Other keys are ignored, but one that nearly is a known one would go unnoticed."""
+    others = itertools.islice((key for key in row if key not in _KEYS), _COMPARED)
+    near = {key: difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85) for key in others}
+    return [f"{key}: unknown; did you mean {match[0]}?" for key, match in near.items() if match]
+
+
+def _missing(row: dict[str, Any]) -> list[str]:
+    missing = [] if "obj_label" in row else ["obj_label: missing"]
+    if "prompt" not in row and "template" not in row:
+        missing.append("prompt: missing, and no template either")
+    elif "prompt" not in row and "sub_label" not in row:
+        missing.append("sub_label: missing; the template needs it")
+    return missing
+
+
+def _wrong_prompt(row: dict[str, Any]) -> list[str]:
+    if "prompt" in row:
+        count = row["prompt"].count(BLANK)
+        if count == 1 or (count == 0 and ends_open(row["prompt"])):
+            return []
+        return [f"prompt: holds {BLANK} {count} times, not once"]
+    if "template" not in row:
+        return []
+    if SUBJECT not in row["template"] or row["template"].count(OBJECT) != 1 or BLANK in row["template"]:
+        return [f"template: must hold {SUBJECT}, and {OBJECT} once"]
+    return [f"sub_label: holds {BLANK}"] if BLANK in row.get("sub_label", "") else []
+
+
+def _wrong_candidates(row: dict[str, Any]) -> list[str]:
+    candidates = row.get("candidates")
+    if candidates is None:
+        return []
+    if len(candidates) < 2:
+        return ["candidates: must be at least 2"]
+    if len(set(candidates)) < len(candidates):
+        return ["candidates: hold one answer twice"]
+    if "obj_label" in row and row["obj_label"] not in candidates:
+        return [f"candidates: the object {row['obj_label']!r} is not among them"]
+    return []
+
+
+def _prompt(prompt: str) -> str:
+    return prompt if BLANK in prompt else with_blank(prompt)
+
+
+def _fact(
+    row: dict[str, Any], number: int, probe: str, stem: str, shared: dict[tuple[str, ...], tuple[str, ...]]
+) -> Fact:
+    relation, subject = row.get("relation", stem), row.get("sub_label", "")
+    candidates = tuple(row["candidates"]) if row.get("candidates") is not None else None
+    return Fact(
+        id=str(row.get("id", f"{relation}/{number}")),
+        probe=probe,
+        relation=relation,
+        subject=row.get("subject", GENERAL),
+        sub_label=subject,
+        obj_label=row["obj_label"],
+        prompt=_prompt(row["prompt"]) if "prompt" in row else fill(row["template"], subject),
+        candidates=shared.setdefault(candidates, candidates) if candidates else None,
+        popularity=row.get("popularity"),
+    )
+
+
+HUB_PROTOCOL = "hf/1"
+# Where the user names no split: sets for evaluation have their facts in the first of these that there is.
+_SPLITS = ("test", "validation", "train")
+_ROWS_AT_ONCE = 10_000
+# Of the sets whose tables are known.
+DOMAINS = LAMA | CONCEPTNET | POPQA
+
+
+class Hub(ProbeSource):
+    """``hf:DATASET``."""
+
+    help = "a Hub data set, or a local Parquet, JSON or CSV file"
+    form = "DATASET"
+    takes = frozenset({"columns", "split"})
+
+    def meant(self, text: str) -> bool:
+        """By a file's suffix, or as a name on the hub has an owner."""
+        tables = set(SUFFIXES) - {".jsonl"}
+        return Path(text).suffix.lower() in tables or re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+
+    def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
+        """See `hub_facts`."""
+        return hub_facts(part, options.columns, options.split)
+
+
+def hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> Probe:
+    """All facts of one split of a data set; rows that make no fact are counted in `dropped`.
+
+    `columns` is {one of `compressknow.evaluate.sources.columns.KEYS`: name of a column}; "template" may also be a
+    template itself.
+    Raises UsageError where the set, the split or a column is not there, CompressknowError where the hub is not reached
+    or the data cannot be read.
+    """
+    splits = load_tables(dataset)
+    chosen = _choose_split(list(splits), split, dataset)
+    table = splits[chosen]
+    named = choose_columns(table.column_names, columns or {}, f"hf:{dataset}")
+    facts, dropped = _select(f"hf:{dataset}", _rows(table, named), named)
+    return Probe(
+        name=f"hf:{dataset}",
+        protocol=HUB_PROTOCOL,
+        facts=facts,
+        dropped=dropped,
+        vocabulary="closed" if all(fact.candidates for fact in facts) else "open",
+        source={"dataset": dataset, "split": chosen, "columns": dict(named.of), "known as": named.known_as},
+    )
+
+
+def _choose_split(there: list[str], wanted: str | None, dataset: str) -> str:
+    if wanted is not None and wanted not in there:
+        raise UsageError(f"hf:{dataset} has no split {wanted!r}.", hint=f"There is {', '.join(there)}.")
+    chosen = wanted or (there[0] if len(there) == 1 else next((name for name in _SPLITS if name in there), None))
+    if chosen is None:
+        raise UsageError(f"hf:{dataset} has several splits.", hint=f"Say --split with one of {', '.join(there)}.")
+    return chosen
+
+
+def _rows(table: Any, columns: Columns) -> Iterator[dict[str, Any]]:
+    """The rows with the keys of `columns` in place of the table's names."""
+    pairs = [(key, name) for key, name in columns.of.items() if name in columns.names]
+    for batch in table.select_columns(columns.names).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        for row in batch.to_pylist():
+            yield {key: row[name] for key, name in pairs}
+
+
+def _select(probe: str, rows: Iterator[dict[str, Any]], columns: Columns) -> tuple[tuple[Fact, ...], dict[str, int]]:
+    facts, dropped, unique = [], Counter[str](), UniqueIds()
+    asked: set[tuple[str, str]] = set()
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for number, row in enumerate(rows):
+        fact = _hub_fact(probe, number, row, columns)
+        if isinstance(fact, Fact) and (fact.prompt, fact.obj_label) in asked:
+            fact = "same sentence and object"
+        if isinstance(fact, str):
+            dropped[fact] += 1
+            continue
+        asked.add((fact.prompt, fact.obj_label))
+        candidates = shared.setdefault(fact.candidates, fact.candidates) if fact.candidates else None
+        facts.append(replace(fact, id=unique(fact.id), candidates=candidates))
+    return tuple(facts), dict(dropped)
+
+
+def _hub_fact(probe: str, number: int, row: dict[str, Any], columns: Columns) -> Fact | str:
+    """The row's fact, or the reason to drop it."""
+    obj_label, subject = _text(row.get("object")), _text(row.get("subject")) or ""
+    relation = _text(row.get("relation")) or probe.removeprefix("hf:")
+    if obj_label is None:
+        return "no object"
+    prompt = _hub_prompt(row, subject, relation, columns)
+    if prompt is None:
+        return "no subject, or no template for its relation"
+    if reason := wrong_blanks(prompt):
+        return reason
+    candidates = _texts(row.get("candidates"))
+    if candidates is not None and (obj_label not in candidates or len(candidates) < 2):
+        return "object not among two candidates or more"
+    return Fact(
+        id=f"{relation}/{_text(row.get('id')) or number}",
+        probe=probe,
+        relation=relation,
+        subject=_text(row.get("school-subject")) or domain_of(relation, DOMAINS),
+        sub_label=subject,
+        obj_label=obj_label,
+        prompt=prompt,
+        candidates=candidates,
+        popularity=_popularity(row.get("popularity")),
+    )
+
+
+def _hub_prompt(row: dict[str, Any], subject: str, relation: str, columns: Columns) -> str | None:
+    if "prompt" in columns.of:
+        return _text(row["prompt"]) or ""
+    template = columns.fixed_template or _text(row.get("template")) or columns.templates.get(relation)
+    return fill(template, subject) if template and subject else None
+
+
+def _text(value: object) -> str | None:
+    """A text, a number as one, the first of a list; None for what is empty or nothing of these."""
+    if isinstance(value, list):
+        return _text(value[0]) if value else None
+    return (str(value).strip() or None) if isinstance(value, str | int | float) and value == value else None
+
+
+def _texts(value: object) -> tuple[str, ...] | None:
+    """A list of texts, also as a text of JSON, each once; None for an empty one. Another text is a list of itself."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value.encode())
+        except ValueError:
+            value = [value]
+    return tuple(dict.fromkeys(filter(None, map(_text, value)))) or None if isinstance(value, list) else None
+
+
+def _popularity(value: object) -> float | None:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    return number if 0 < number < math.inf else None
+
+
+# A shorter chunk has hardly a second half.
+LEAST_CONTEXT = 8
+
+
+class Text(ProbeSource):
+    """``text:FILE``."""
+
+    help = "perplexity of a text, and KL by token, as llama.cpp has them (causal models)"
+    form = "FILE.txt"
+    takes = frozenset({"context"})
+    held_out = False
+
+    def named(self, part: str) -> str:
+        """The file's own name: a text is the same wherever the file lies."""
+        return name_of(Path(part))
+
+    def meant(self, text: str) -> bool:
+        """By the file's suffix."""
+        return Path(text).suffix.lower() in (".txt", ".raw")
+
+    def open(self, name: str, part: str, options: Options) -> RunningText:
+        """The text of a file. Raises UsageError where there is none, where it is empty, or no text in UTF-8."""
+        path = Path(part).expanduser()
+        hint = "text: is followed by the path of a text in UTF-8."
+        try:
+            check_regular(path)
+        except FileNotFoundError:
+            raise UsageError(f"There is no file {path}.", hint=hint) from None
+        except (OSError, NotReadable) as error:
+            raise UsageError(f"{path} cannot be read: {error}.", hint=hint) from None
+        if options.context is not None and options.context < LEAST_CONTEXT:
+            raise UsageError(f"--context must be at least {LEAST_CONTEXT}: {options.context}.")
+        text = RunningText(name, path, sha256_of(path), path.stat().st_size, options.context, options.limit)
+        if not text.read(options.context or CONTEXT).strip():
+            raise UsageError(f"{path} is empty.", hint="Give a text of a few thousand words.")
+        return text

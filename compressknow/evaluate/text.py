@@ -1,0 +1,304 @@
+"""Running text: cut into chunks of tokens, of which each second half is scored.
+
+As llama.cpp's perplexity tool does it (tools/perplexity/perplexity.cpp, functions `perplexity` and `kl_divergence`):
+the text's tokens in chunks of n_ctx, the last one dropped where it is not whole; each chunk read from its beginning,
+with the BOS token in the place of its first one where the vocabulary wants it; and of its second half all tokens but
+the first scored, n_ctx - 1 - n_ctx // 2, so that each has half a chunk before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
+from compressknow.base.format import count
+from compressknow.base.reading import NotReadable, open_regular
+from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, OTHER_SIZE, OTHER_TOKENS, Chunk, ProbeEntry
+
+if TYPE_CHECKING:
+    from compressknow.base.progress import Advance
+    from compressknow.evaluate.distributions import Rows
+    from compressknow.evaluate.scoring.reading import TextReader
+    from compressknow.evaluate.scoring.scorer import Whole
+
+
+PROTOCOL = "text/1"
+# Tokens of a chunk, as llama.cpp has them, and chunks of a text where no --limit says how many.
+CONTEXT, CHUNKS = 512, 64
+# No more of a file is read than these bytes per token, which no text has.
+_BYTES_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class RunningText:
+    """A text to be read by a model chunk by chunk.
+
+    Attributes
+    ----------
+    name : ``text:`` and the file's own name.
+    sha256 : of the whole file.
+    size : of the file, in bytes.
+    context : tokens per chunk; None for 512, or as many as the model has positions for.
+    limit : at most so many chunks, the first ones; None for 64.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    size: int
+    context: int | None = None
+    limit: int | None = None
+
+    @property
+    def chunks(self) -> int:
+        """The most chunks that are read."""
+        return self.limit or CHUNKS
+
+    @property
+    def most_scored(self) -> int:
+        """The most tokens that can be scored: half of each chunk, and no more than the file has bytes."""
+        return min(self.chunks * (self.context or CONTEXT), self.size) // 2
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
+        return hashlib.sha256(
+            json.dumps([PROTOCOL, self.name, self.sha256, self.context, self.chunks]).encode()
+        ).hexdigest()
+
+    def read(self, context: int) -> str:
+        """As much of the text as the chunks can take, without the line end of its last line, as llama.cpp reads it.
+
+        Raises UsageError where the file is not UTF-8, or cannot be read any more.
+        """
+        most = min(self.chunks * context * _BYTES_PER_TOKEN, self.size + 1)
+        try:
+            with open_regular(self.path) as file:
+                content = file.read(most)
+            text = _decoded(content, whole=len(content) < most)
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{self.path} is not UTF-8: byte {error.start:,}.", hint="Save it as UTF-8, and try again."
+            ) from None
+        except (OSError, NotReadable) as error:
+            raise UsageError(f"{self.path} cannot be read: {error}.") from None
+        return text.removesuffix("\n")
+
+
+def _decoded(content: bytes, *, whole: bool) -> str:
+    """The text; where it is cut, a character that is cut with it is left out."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if whole or error.start < len(content) - 3:
+            raise
+        return content[: error.start].decode("utf-8")
+
+
+_WHY = {
+    "masked": "It fills blanks from both sides: what it gives to a text (a pseudo-perplexity, Salazar et al. 2020) is "
+    "another thing than perplexity, takes a pass per token, and compares with no published figure.",
+    "seq2seq": "Its decoder writes what an encoder was given, here nothing: the figure would say little of the model.",
+}
+# The first so many chunks are continued from their middle, by so many tokens.
+CONTINUED, GREEDY_TOKENS = 16, 32
+
+
+def refuse_other_families(name: str, family: str) -> None:
+    """Raise UnsupportedError for a model that is not causal."""
+    if family != "causal":
+        raise UnsupportedError(
+            f"text: takes causal models; {name} is {family}.",
+            _WHY.get(family),
+            "Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",
+        )
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A text as one model's tokens.
+
+    Attributes
+    ----------
+    ids : int32 [chunks, context], BOS in its place.
+    bytes : of the text that the scored tokens of each chunk stand for; None where the tokenizer does not tell.
+    tokens : of the text, as far as it was read.
+    """
+
+    ids: np.ndarray
+    bytes: tuple[int, ...] | None
+    tokens: int
+
+    @property
+    def context(self) -> int:
+        return int(self.ids.shape[1])
+
+
+def first_scored(context: int) -> int:
+    """The place of the token after which the first one is scored.
+
+    >>> first_scored(512), 512 - 1 - first_scored(512)
+    (256, 255)
+    """
+    return context // 2
+
+
+def chunks_of(reader: TextReader, text: RunningText, context: int) -> Chunks:
+    """The text in chunks of `context` tokens.
+
+    Raises UsageError where it is too short for one, CheckpointError where a token is none of the model's.
+    """
+    ids, ends = reader.encode(text.read(context))
+    if reader.bos is not None:
+        # It stands before the text too, and is counted.
+        ids, ends = [reader.bos, *ids], [0, *ends] if ends is not None else None
+    number = min(text.chunks, len(ids) // context)
+    if not number:
+        raise UsageError(
+            f"{text.path} is too short: {count(len(ids))} tokens, and a chunk takes {count(context)}.",
+            hint="Give a longer text, or a smaller --context.",
+        )
+    cut = np.array(ids[: number * context], dtype=np.int32).reshape(number, context)
+    if reader.bos is not None:
+        cut[:, 0] = reader.bos
+    if int(cut.max()) >= reader.rows:
+        raise CheckpointError(
+            f"The tokenizer gives token {int(cut.max()):,}, the model's embedding has {reader.rows:,} rows: no pair.",
+            f"It stands in {text.name}.",
+            "Put the tokenizer that the model was trained with beside its weights.",
+        )
+    return Chunks(cut, _bytes_of(ends, number, context), len(ids))
+
+
+def context_of(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:
+    """Tokens per chunk: those that were asked for, else the original's, else 512 or as many as the model has room for.
+
+    Raises UsageError where the model has room for fewer.
+    """
+    wanted = text.context or (int((reference.text or {})["context"]) if reference else None)
+    if wanted is None:
+        return min(CONTEXT, reader.most or CONTEXT)
+    if reader.most is not None and wanted > reader.most:
+        raise UsageError(
+            f"The model reads {count(reader.most)} tokens at once: no chunk of {count(wanted)} fits.",
+            hint=f"Pass --context {reader.most} or less.",
+        )
+    return wanted
+
+
+def read_text(
+    reader: TextReader,
+    chunks: Chunks,
+    *,
+    done: Mapping[int, Chunk] | None = None,
+    known: Mapping[int, Chunk] | None = None,
+    whole: Whole | None = None,
+    advance: Advance | None = None,
+) -> Iterator[Chunk]:
+    """What the model gives to each chunk that is not `done`, one after the other.
+
+    Parameters
+    ----------
+    known : chunks that this model has read already, without the divergences that are wanted now: what it writes after
+        them is taken from there.
+    whole : is told the distributions after each scored token, and gives their divergences; see
+        `compressknow.evaluate.distributions`.
+    """
+    left = [number for number in range(len(chunks.ids)) if number not in (done or {})]
+    if advance:
+        advance(len(chunks.ids) - len(left), len(chunks.ids))
+    written = _continued(reader, chunks, [number for number in left if number < CONTINUED], known or {})
+    for number in left:
+        yield replace(_read(reader, chunks, number, whole), greedy=np.array(written.get(number, []), dtype=np.int32))
+        if advance:
+            advance(len(chunks.ids) - len(left) + left.index(number) + 1, len(chunks.ids))
+
+
+def read_again(reader: TextReader, chunks: Chunks, rows: Rows, advance: Advance | None) -> None:
+    """Have the original's distributions of all chunks kept, as far as there is room."""
+    for number in range(len(chunks.ids)):
+        if rows.gave_up:
+            return
+        if not rows.holds(keys_of(number, chunks.context)):
+            _read(reader, chunks, number, rows.keep)
+        if advance:
+            advance(number + 1, len(chunks.ids))
+
+
+def keys_of(number: int, context: int) -> list[str]:
+    """What the distributions of a chunk are kept under."""
+    return [f"{number}:{place}" for place in range(context - 1 - first_scored(context))]
+
+
+def entry_of(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], compared: str) -> ProbeEntry:
+    """The entry of ``probe.json``; `compared` says whether there are divergences, and if not, why."""
+    lengths = [chunk.bytes for chunk in read if chunk.bytes is not None]
+    return ProbeEntry(
+        protocol=PROTOCOL,
+        fingerprint=text.fingerprint(),
+        facts=0,
+        asked=0,
+        limit=text.limit,
+        source={"files": {text.path.name: text.sha256}},
+        text={
+            "context": chunks.context,
+            "chunks": len(read),
+            "tokens": sum(len(chunk.ids) for chunk in read),
+            "bytes": sum(lengths) if len(lengths) == len(read) else None,
+            "divergence": compared,
+        },
+    )
+
+
+def outcome(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave_up: bool | None) -> str:
+    """Whether a text has divergences, or why not; `gave_up` is None where no distributions were kept at all."""
+    if not reference or gave_up is None:
+        return ALONE
+    if all(chunk.kl is not None for chunk in read):
+        return MEASURED
+    if not same_tokens:
+        return OTHER_TOKENS
+    return NO_ROOM if gave_up else OTHER_SIZE
+
+
+def _read(reader: TextReader, chunks: Chunks, number: int, whole: Whole | None) -> Chunk:
+    import torch
+
+    first = first_scored(chunks.context)
+    ids = chunks.ids[number]
+    log_probs, scored = reader.log_probs(ids.tolist(), first), ids[first + 1 :]
+    places = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
+    divergences = whole(keys_of(number, chunks.context), log_probs) if whole else [None]
+    return Chunk(
+        number=number,
+        ids=scored,
+        logp=log_probs.gather(1, places).squeeze(1).float().cpu().numpy(),
+        top=log_probs.argmax(-1).cpu().numpy().astype(np.int32),
+        kl=None if None in divergences else np.array(divergences, dtype=np.float64),
+        bytes=chunks.bytes[number] if chunks.bytes is not None else None,
+        greedy=np.array([], dtype=np.int32),
+    )
+
+
+def _continued(
+    reader: TextReader, chunks: Chunks, numbers: list[int], known: Mapping[int, Chunk]
+) -> dict[int, list[int]]:
+    written = {number: known[number].greedy.tolist() for number in numbers if number in known}
+    new = [number for number in numbers if number not in written]
+    prompts = [chunks.ids[number, : first_scored(chunks.context)].tolist() for number in new]
+    room = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - first_scored(chunks.context))
+    return written | dict(zip(new, reader.continued(prompts, room) if new else [], strict=True))
+
+
+def _bytes_of(ends: list[int] | None, number: int, context: int) -> tuple[int, ...] | None:
+    if ends is None:
+        return None
+    return tuple(
+        ends[start + context - 1] - ends[start + first_scored(context)] for start in range(0, number * context, context)
+    )

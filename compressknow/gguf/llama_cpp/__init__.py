@@ -1,0 +1,3 @@
+"""llama.cpp in this process: GGUF files run in its own kernels, read by its own tokenizer."""
+
+from __future__ import annotations

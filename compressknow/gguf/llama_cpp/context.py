@@ -1,0 +1,232 @@
+"""Texts that llama.cpp reads side by side, its tokenizer, and one answer of a file to show that it works."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressknow.base.errors import CompressknowError
+from compressknow.gguf.llama_cpp.model import GgufModel
+from compressknow.gguf.llama_cpp.native import errors_logged, interruptible
+
+# enum llama_flash_attn_type of llama.h.
+_NO_FLASH_ATTENTION = 0
+
+
+class Span(NamedTuple):
+    """Tokens that a sequence reads next.
+
+    Attributes
+    ----------
+    start : the position of the first one.
+    wanted : so many of the last ones are to be given logits.
+    """
+
+    sequence: int
+    start: int
+    tokens: Sequence[int]
+    wanted: int
+
+
+class Context:
+    """Sequences of one model.
+
+    Parameters
+    ----------
+    cells : tokens that all sequences hold together; a beginning that several share counts once.
+    sequences : numbered from 0.
+    """
+
+    def __init__(self, model: GgufModel, *, cells: int, sequences: int, threads: int) -> None:
+        self._ffi, self._lib, _ = model.native
+        self.cells, self._rows = cells, model.rows
+        parameters = self._lib.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = cells
+        parameters.n_seq_max, parameters.kv_unified = sequences, True
+        # It adds in half precision, and in another order for few rows: with it, log-probabilities of a small Llama in
+        # float32 depend on the batch by up to 0.011, without it by 0.000002.
+        parameters.flash_attn_type = _NO_FLASH_ATTENTION
+        parameters.n_threads = parameters.n_threads_batch = threads
+        with errors_logged() as errors:
+            self._handle: Any = self._lib.llama_init_from_model(model.handle, parameters)
+        if self._handle == self._ffi.NULL:
+            self._handle = None
+            raise CompressknowError(
+                f"llama.cpp cannot run {model.path}.", why=(errors or [""])[0].strip() or None, hint="Free some memory."
+            )
+        self._memory = self._lib.llama_get_memory(self._handle)
+        # Called between the steps of a pass.
+        self._stops, self._raised = interruptible("bool(void *)", go_on=False)
+        self._lib.llama_set_abort_callback(self._handle, self._stops, self._ffi.NULL)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        if self._handle is not None:
+            self._lib.llama_free(self._handle)
+            self._handle = None
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self._lib.llama_memory_clear(self._memory, False)
+
+    def fork(self, sequence: int, into: int) -> None:
+        """Let another sequence begin with all that this one has read; nothing is copied."""
+        self._lib.llama_memory_seq_cp(self._memory, sequence, into, -1, -1)
+
+    def forget(self, sequence: int) -> None:
+        """Free what this sequence alone has read."""
+        self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def read(self, spans: Sequence[Span]) -> NDArray[np.float32]:
+        """Logits where they are wanted, in the order of the spans, [wanted, vocabulary]; valid until the next call.
+
+        Raises CompressknowError where the memory has no room, or a kernel fails; KeyboardInterrupt without waiting for
+        the end of the pass.
+        """
+        ffi = self._ffi
+        tokens = np.concatenate([np.asarray(span.tokens, dtype=np.int32) for span in spans])
+        positions = np.concatenate([np.arange(span.start, span.start + len(span.tokens)) for span in spans])
+        positions = positions.astype(np.int32)
+        sequences = np.repeat([span.sequence for span in spans], [len(span.tokens) for span in spans]).astype(np.int32)
+        wanted = np.concatenate([np.arange(len(span.tokens), 0, -1) <= span.wanted for span in spans]).astype(np.int8)
+        counts, addresses = np.ones_like(tokens), sequences.ctypes.data + 4 * np.arange(len(tokens), dtype=np.uintp)
+        batch = ffi.new("struct llama_batch *")
+        batch.n_tokens = len(tokens)
+        batch.token = ffi.cast("llama_token *", tokens.ctypes.data)
+        batch.pos = ffi.cast("llama_pos *", positions.ctypes.data)
+        batch.n_seq_id = ffi.cast("int32_t *", counts.ctypes.data)
+        batch.seq_id = ffi.cast("llama_seq_id **", addresses.ctypes.data)
+        batch.logits = ffi.cast("int8_t *", wanted.ctypes.data)
+        with errors_logged() as errors:
+            failed = self._lib.llama_decode(self._handle, batch[0])
+        if self._raised:
+            raise self._raised.pop()
+        if failed:
+            reason = "Its memory of keys and values is full." if failed == 1 else (errors or [""])[0].strip()
+            raise CompressknowError("llama.cpp failed on a batch of prompts.", why=reason or f"It returned {failed}.")
+        count = int(wanted.sum())
+        values = ffi.buffer(self._lib.llama_get_logits(self._handle), 4 * count * self._rows)
+        return np.frombuffer(values, dtype=np.float32).reshape(count, self._rows)
+
+
+# llama.h: no token.
+_NONE = -1
+
+
+class GgufTokenizer:
+    """Splits texts as llama.cpp does where the file is deployed."""
+
+    def __init__(self, model: GgufModel) -> None:
+        self._model, self._vocab = model, model.vocab
+        self._ffi, self._lib, _ = model.native
+
+    def __len__(self) -> int:
+        return self._model.rows
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> dict[str, list[int]]:  # noqa: ARG002
+        """Ids of a text, with what the file says that every text begins or ends with, if `add_special_tokens`."""
+        # Special tokens that a text spells are read as such, as tokenizers of transformers do.
+        return {"input_ids": self.ids(text, special=add_special_tokens, parse_special=True)}
+
+    def ids(self, text: str, *, special: bool, parse_special: bool) -> list[int]:
+        """Ids of a text, with what every text begins or ends with if `special`; names of special tokens in it are these
+        tokens if `parse_special`.
+        """
+        encoded = text.encode("utf-8", "replace")
+        size = len(encoded) + 8
+        while True:
+            ids = self._ffi.new("llama_token[]", size)
+            count = self._lib.llama_tokenize(self._vocab, encoded, len(encoded), ids, size, special, parse_special)
+            if count >= 0:
+                return list(self._ffi.unpack(ids, count)) if count else []
+            size = -count
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ids; bytes that make no letter are replaced."""
+        given = [int(number) for number in ids]
+        size = 16 * len(given) + 16
+        while True:
+            text = self._ffi.new("char[]", size)
+            count = self._lib.llama_detokenize(
+                self._vocab, given, len(given), text, size, False, not skip_special_tokens
+            )
+            if count >= 0:
+                return bytes(self._ffi.buffer(text, count)).decode("utf-8", "replace")
+            size = -count
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for."""
+        size = 256
+        while True:
+            text = self._ffi.new("char[]", size)
+            count = self._lib.llama_token_to_piece(self._vocab, token, text, size, 0, True)
+            if count >= 0:
+                return bytes(self._ffi.buffer(text, count))
+            size = -count
+
+    @property
+    def begins_texts(self) -> bool:
+        """Whether `bos_token_id` is put before every text."""
+        return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
+
+    def ends(self, token: int) -> bool:
+        """Whether llama.cpp stops at this token: an end of text, of a turn, of a message."""
+        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+
+    @cached_property
+    def bos_token_id(self) -> int | None:
+        """What a text begins with, where anything."""
+        return _token(self._lib.llama_vocab_bos(self._vocab))
+
+    @cached_property
+    def eos_token_id(self) -> int | None:
+        """What a text ends with."""
+        return _token(self._lib.llama_vocab_eos(self._vocab))
+
+    @cached_property
+    def unk_token_id(self) -> int | None:
+        """What stands for a text that the vocabulary cannot spell."""
+        found = self._model.meta("tokenizer.ggml.unknown_token_id")
+        return int(found) if found is not None else None
+
+
+def _token(number: int) -> int | None:
+    return None if number == _NONE else int(number)
+
+
+def answer(path: Path, prompt: str, tokens: int = 8) -> str:
+    """Return what llama.cpp writes after a prompt, the likeliest token each time; it may end early.
+
+    The file is taken as sound: one that llama.cpp has just written.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedError : see `GgufModel`.
+    CompressknowError : it computes no numbers, or fails.
+    """
+    model = GgufModel(path, trial=True)
+    context = None
+    try:
+        tokenizer = GgufTokenizer(model)
+        read: list[int] = tokenizer(prompt)["input_ids"] or [0]
+        context = Context(model, cells=len(read) + tokens, sequences=1, threads=1)
+        written: list[int] = []
+        start, given = 0, read
+        while len(written) < tokens:
+            logits = context.read([Span(0, start, given, 1)])[0]
+            if not np.isfinite(logits).all():
+                raise CompressknowError(f"{path.name} computes no numbers in llama.cpp (NaN).")
+            start, given = start + len(given), [int(logits.argmax())]
+            if tokenizer.ends(given[0]):
+                break
+            written += given
+        return tokenizer.decode(written)
+    finally:
+        if context is not None:
+            context.close()
+        model.close()
