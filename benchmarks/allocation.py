@@ -18,12 +18,11 @@ the squared error of the weights, their columns weighted by the importance matri
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import runpy
 import statistics
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from compressknow.comparison.clusters import number_clusters, paired_test, tally
 from compressknow.comparison.records import Counts
 from compressknow.comparison.text import perplexity
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.sources.atlas import atlas
 from compressknow.gguf.grids import legal_types, roundtrip, type_bytes
 from compressknow.gguf.importance import read_importance
 from compressknow.study.allocation import Option, allocate
@@ -57,7 +55,8 @@ def main() -> None:
     parser.add_argument("--converter", default=None)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    files = _parts(given.work)
+    frontier = runpy.run_path(str(Path(__file__).resolve().parent.parent / "examples/frontier.py"))
+    files = frontier["divide_facts"](given.work)
     how: dict[str, Any] = {
         "calibration": given.text,
         "calibration_tokens": given.tokens,
@@ -144,19 +143,6 @@ def _perplexity(file: Path, work: Path, text: Path | None) -> float:
     folder = work / "answers" / "text" / file.stem
     found = compressknow.probe(file, folder, f"text:{text.resolve()}", runtime="llama.cpp", no_noise_floor=True)
     return perplexity(next(iter(found.texts.values()))).value.value
-
-
-def _parts(folder: Path) -> dict[str, Path]:
-    """The facts that choose, one in five, and those that judge, by a hash of their ids."""
-    files = {name: folder / f"{name}.jsonl" for name in ("choose", "judge")}
-    lines: dict[str, list[str]] = {name: [] for name in files}
-    for fact in atlas().facts:
-        name = "judge" if hashlib.sha256(fact.id.encode()).digest()[0] % 5 else "choose"
-        values = {key: value for key, value in asdict(fact).items() if value is not None}
-        lines[name].append(json.dumps(values))
-    for name, file in files.items():
-        file.write_text("\n".join(lines[name]) + "\n", "utf-8")
-    return files
 
 
 def _made(model: Path, output: Path, how: dict[str, Any]) -> Path:

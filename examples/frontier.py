@@ -1,27 +1,34 @@
 """Make SmolLM2 small in every way that people deploy, and report what each file keeps against its size and its speed.
 
-GGUF files of llama.cpp's types, plain, with an importance matrix and with types of their own by module; checkpoints in
-8 and 4 bits; pruned ones; and one with fewer neurons. Each is a real file, run in the runtime that reads it: GGUF files
-in llama.cpp, checkpoints in transformers with compressknow's layers. All other options go to `compressknow report`.
+GGUF files of llama.cpp's types, plain, with an importance matrix, with types of their own by module, and with a type
+for each tensor in the same bytes; checkpoints in 8 and 4 bits; pruned ones; and one with fewer neurons. Each is a real
+file, run in the runtime that reads it: GGUF files in llama.cpp, checkpoints in transformers with compressknow's layers.
+All other options go to `compressknow report`.
 
-    python examples/frontier.py build/smollm2 build/frontier -p atlas --limit 300 \\
+    python examples/smollm2.py --off-grid build/smollm2-off
+    python examples/frontier.py build/smollm2-off build/frontier --limit 300 --time \\
         -o examples/reports/smollm2-frontier.html -o examples/reports/smollm2-frontier.md
 
-Files that are there are taken as they are, so that a run that was stopped goes on. Speeds are of this machine: leave it
-alone meanwhile. It needs `pip install 'compressknow[gguf]'`.
+A fifth of the facts of atlas choose the types of tensors, and the others judge all files. Files that are there are
+taken as they are, so that a run that was stopped goes on. Speeds are of this machine: leave it alone meanwhile. It
+needs `pip install 'compressknow[gguf]'`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import compressknow
 from compressknow.base.errors import CompressknowError
 from compressknow.cli import main as cli
+from compressknow.evaluate.sources.atlas import atlas
 
 TOKENS = 8192
 HALF: dict[str, Any] = {"prune": 0.5, "prune_method": "sparsegpt", "calibration_tokens": TOKENS}
@@ -46,6 +53,8 @@ EXPORTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     "mixed": (None, {"type": "q4_k_m", "type_of": {"attention": "q8_0", "feed-forward": "q5_k"}}),
     "fewer-neurons-q8_0": ("fewer-neurons", {"type": "q8_0"}),
 }
+# A type for each tensor, in the bytes of these files.
+SIZED = ("q4_k_m", "q3_k_m", "q2_k")
 
 
 def main() -> int:
@@ -56,12 +65,31 @@ def main() -> int:
     checkpoints = {name: given.work / name for name in CONVERTED}
     for name, recipe in CONVERTED.items():
         made(checkpoints[name], compressknow.convert, given.model, recipe)
+    facts = divide_facts(given.work)
     files = []
     for name, (source, chosen) in EXPORTED.items():
         files.append(given.work / f"{name}.gguf")
         made(files[-1], compressknow.export, checkpoints[source] if source else given.model, chosen)
+    for name in SIZED:
+        size = (given.work / f"{name}.gguf").stat().st_size
+        files.append(given.work / f"size-of-{name}.gguf")
+        made(files[-1], compressknow.export, given.model, {"size": size, "facts": f"facts:{facts['choose']}", **MATRIX})
     models = [given.model, *map(str, files), *map(str, checkpoints.values())]
-    return cli(["report", *models, "--time", "--answers", str(given.work / "answers"), *options])
+    judged = ["-p", f"facts:{facts['judge']}", "--answers", str(given.work / "answers")]
+    return cli(["report", *models, *judged, *options])
+
+
+def divide_facts(folder: Path) -> dict[str, Path]:
+    """Write the facts of atlas into two files: one in five chooses, the others judge, by a hash of their ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: dict[str, list[str]] = {"choose": [], "judge": []}
+    for fact in atlas().facts:
+        values = {key: value for key, value in asdict(fact).items() if value is not None}
+        lines["judge" if hashlib.sha256(fact.id.encode()).digest()[0] % 5 else "choose"].append(json.dumps(values))
+    files = {name: folder / f"{name}.jsonl" for name in lines}
+    for name, file in files.items():
+        file.write_text("\n".join(lines[name]) + "\n", "utf-8")
+    return files
 
 
 def made(path: Path, make: Callable[..., Any], source: str | Path, how: dict[str, Any]) -> None:
