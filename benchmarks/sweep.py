@@ -97,10 +97,9 @@ def make_model(folder: Path, tokenizer_of: Path) -> Path:
 
 
 def grid_of(model: Path) -> tuple[Cell, ...]:
-    from compressknow.compress.variant import VariantMaker
+    from compressknow.compress.convert import VariantMaker
 
-    with VariantMaker(model) as maker:
-        return paper_grid(maker.structure("paper"))
+    return paper_grid(VariantMaker(model).structure("paper"))
 
 
 def kind_of(cell: Cell) -> tuple[bool, ...]:

@@ -32,8 +32,8 @@ USES = {
         """
 import sys
 from pathlib import Path
-from compressknow.compress.staging import Layout
-from compressknow.compress.process import OutputFiles
+from compressknow.compress.output import Layout
+from compressknow.compress.output import OutputFiles
 from compressknow.compress.pool import Pool
 """,
         """

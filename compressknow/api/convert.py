@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,22 +95,25 @@ def convert(
     _refuse_no_text(chosen)
     from compressknow.base.progress import Stage, begun, listener
     from compressknow.compress.calibrate.trial import refuse_unsmoothable
-    from compressknow.compress.convert import planned_files, prepare, text_for, write
+    from compressknow.compress.convert import carry_out, make_text, prepare
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
+    from compressknow.compress.output import NewFolder, list_files
     from compressknow.pages.model_card import model_card_for
 
-    listening, wanted = listener(on_progress), chosen.calibration
-    how: dict[str, Any] = {"overwrite": overwrite, "threads": threads, "render_card": model_card_for}
-    with begun(listening, Stage(wanted.work if wanted else "convert", str(model))) as advance:
-        conversion = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
+    on_stage, wanted = listener(on_progress), chosen.calibration
+    with begun(on_stage, Stage(wanted.work if wanted else "convert", str(model))) as advance:
+        plan = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
-            refuse_unsmoothable(*conversion)
-            return Manifest({**preview(conversion.plan), "planned_files": planned_files(conversion.plan)})
+            refuse_unsmoothable(plan, plan.tree)
+            return Manifest({**preview(plan), "planned_files": list_files(plan)})
+        new_folder = partial(NewFolder, output, plan.checkpoint, overwrite=overwrite, render_card=model_card_for)
         if not wanted:
-            return write(conversion, output, begin=lambda _: nullcontext(advance), **how)
-        text = text_for(conversion, trust_remote_code=trust_remote_code, advance=advance)
-    return write(conversion, output, text=text, begin=lambda work: begun(listening, Stage(work, str(model))), **how)
+            return carry_out(plan, new_folder(), threads=threads, begin=lambda _: nullcontext(advance))
+        text = make_text(plan, trust_remote_code=trust_remote_code, advance=advance)
+    return carry_out(
+        plan, new_folder(), text, threads=threads, begin=lambda work: begun(on_stage, Stage(work, str(model)))
+    )
 
 
 # Those of built-in methods and schemes.

@@ -1,45 +1,33 @@
-"""convert: a checkpoint in, a compressed checkpoint and its manifest out."""
+"""Conversion of a checkpoint into a compressed one: a new folder with a manifest, or tensors in memory."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
-from compressknow.base.libraries import require
+from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Advance, Begin, counted, untold
-from compressknow.base.reading import sha256_of
 from compressknow.compress.blocks import Reader
-from compressknow.compress.layout import Layout, lay_out
-from compressknow.compress.manifest import Manifest, build_manifest, serialize
+from compressknow.compress.manifest import Manifest, build_manifest
+from compressknow.compress.output import Known, Memory, NewFolder, Output, RenderCard
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
-from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
-from compressknow.compress.proof import planned_headers, prove, prove_written
-from compressknow.compress.pruning import Mask, choose, pruned_count
+from compressknow.compress.process import Measured, Work, hash_file
+from compressknow.compress.proof import build_config, prove
+from compressknow.compress.pruning import Mask
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.smaller import Removal, remove
-from compressknow.compress.sources import quantization_config
-from compressknow.compress.staging import Staging, clean, refuse_output
-from compressknow.compress.steps import Prune, Quantize
-from compressknow.model.checkpoint import (
-    SAFETENSORS_INDEX,
-    TORCH_INDEX,
-    Checkpoint,
-    loading_floats,
-    module_folders,
-    refuse_leading_out,
-)
+from compressknow.compress.staging import clean, refuse_output
+from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
+from compressknow.engine.load import Variant
+from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
-from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, sealed
+from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
@@ -47,110 +35,6 @@ if TYPE_CHECKING:
 
     from compressknow.compress.calibrate.compression import Calibrated
     from compressknow.compress.calibrate.text import CalibrationText
-
-# Weights in any form, and what only training needs: not carried along.
-WEIGHT_SUFFIXES = {
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data"),
-    *(".tflite", ".mlmodel", ".npz", ".pkl", ".pickle"),
-}
-# What depends on the weights that were converted: written anew.
-REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, SAFETENSORS_INDEX, TORCH_INDEX}
-
-
-class Conversion(NamedTuple):
-    """What is to be done: a plan whose output is proved to load, and the checkpoint's module tree."""
-
-    plan: Plan
-    tree: PreTrainedModel
-
-
-def prepare(
-    model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Conversion:
-    """Open a checkpoint and plan a recipe on it, from its headers alone. Raises what `remove`, `make_plan` and `prove`
-    do."""
-    plan, tree = planned(*open_complete(model, revision, trust_remote_code=trust_remote_code), recipe)
-    return Conversion(proved(plan, tree), tree)
-
-
-def proved(plan: Plan, tree: PreTrainedModel) -> Plan:
-    """The plan of an output that transformers loads.
-
-    Some families (T5) initialize layers by their weight, which packed layers do not have. Transformers unpacks these
-    while it loads them, if their config says so: by the scheme of all weights, and without rounding activations.
-
-    Raises UnsupportedError where it loads neither form.
-    """
-    headers = planned_headers(plan.tensors)
-    try:
-        prove(plan.checkpoint, tree, output_config(plan), headers)
-    except UnsupportedError:
-        if len(plan.targets) != 1 or any(scheme.rounds for scheme in plan.targets):
-            raise
-        plan = replace(plan, unpacked=True)
-        prove(plan.checkpoint, tree, output_config(plan), headers)
-    return plan
-
-
-def text_for(
-    conversion: Conversion, *, trust_remote_code: bool = False, advance: Advance | None = None
-) -> CalibrationText | None:
-    """What a recipe is calibrated on; None where no step looks at activations. Raises what `calibration_text` does, and
-    UnsupportedError where nothing can be smoothed that is to be.
-
-    `advance` is told the tokens that the model has written, and in all, where it writes the text itself.
-    """
-    plan = conversion.plan
-    if (calibration := plan.recipe.calibration) is None:
-        return None
-    # What is smaller writes worse, and its text would depend on what is to be chosen by it.
-    tree = plan.removal.given[1] if plan.removal else conversion.tree
-    from compressknow.compress.calibrate.text import calibration_text
-    from compressknow.compress.calibrate.trial import refuse_unsmoothable
-
-    refuse_unsmoothable(plan, conversion.tree)
-    return calibration_text(
-        plan.checkpoint.folder,
-        tree,
-        **asdict(calibration),
-        trust_remote_code=trust_remote_code,
-        advance=advance,
-    )
-
-
-def planned(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Conversion:
-    """What a recipe does to a checkpoint, of whose smaller form the plan is if the recipe drops anything."""
-    return planned_on(remove(checkpoint, tree, recipe), recipe)
-
-
-def planned_on(removal: Removal, recipe: Recipe) -> Conversion:
-    """The rest of a recipe, on what its removal steps have left."""
-    structure = structure_of(removal.tree, recipe.module_map)
-    plan = make_plan(removal.checkpoint, removal.tree, structure, recipe)
-    return Conversion(replace(plan, removal=removal) if removal else plan, removal.tree)
-
-
-def decided(
-    conversion: Conversion, text: CalibrationText | None, reader: Reader, folder: Path, begin: Begin = untold
-) -> Conversion:
-    """The conversion once the text has said which blocks and neurons go, of what it did not say before.
-
-    Parameters
-    ----------
-    folder : where tensors that were cut lie, until the conversion is written.
-
-    Raises what `decide` does.
-    """
-    plan = conversion.plan
-    if plan.removal is None or plan.removal.decided:
-        return conversion
-    from compressknow.compress.removal.calibrated import decide
-
-    assert text is not None
-    with begin("choose") as advance:
-        removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, told=advance or max)
-    smaller, tree = planned_on(removal, plan.recipe)
-    return Conversion(proved(smaller, tree), tree)
 
 
 def convert(
@@ -161,13 +45,14 @@ def convert(
     overwrite: bool = False,
     text: CalibrationText | None = None,
     threads: int | None = None,
-    render_card: Callable[[Mapping[str, Any], Path], str] | None = None,
+    render_card: RenderCard | None = None,
 ) -> Manifest:
-    """Prune and quantize a checkpoint into a new folder: `refuse_output`, `prepare`, `write`.
+    """Prune and quantize a checkpoint into a new folder, from opening it to renaming the folder.
 
     Parameters
     ----------
     text : what a recipe that looks at activations is calibrated on; by default that which it says.
+    render_card : see `NewFolder`.
 
     Raises
     ------
@@ -176,225 +61,146 @@ def convert(
     """
     clean(Path(output))
     refuse_output(Path(output), overwrite=overwrite, source=Path(model))
-    conversion = prepare(model, recipe)
-    text = text or text_for(conversion)
-    return write(conversion, output, text=text, overwrite=overwrite, threads=threads, render_card=render_card)
+    plan = prepare(model, recipe)
+    text = text or make_text(plan)
+    folder = NewFolder(output, plan.checkpoint, overwrite=overwrite, render_card=render_card)
+    return carry_out(plan, folder, text, threads=threads)
 
 
-def write(
-    conversion: Conversion,
-    output: str | Path,
-    *,
-    overwrite: bool = False,
+def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False) -> Plan:
+    """Open a checkpoint and plan a recipe on it, from its headers alone. Raises what `plan_recipe` does."""
+    return plan_recipe(*open_complete(model, revision, trust_remote_code=trust_remote_code), recipe)
+
+
+def plan_recipe(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Plan:
+    """Plan what a recipe does to a checkpoint (or to what it leaves of it), and prove that the output loads.
+
+    Raises what `remove`, `make_plan` and `prove` do.
+    """
+    return _plan_rest(remove(checkpoint, tree, recipe), recipe)
+
+
+def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
+    structure = structure_of(removal.tree, recipe.module_map)
+    plan = make_plan(removal.checkpoint, removal.tree, structure, recipe)
+    return prove(replace(plan, removal=removal) if removal else plan)
+
+
+def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance | None = None) -> CalibrationText | None:
+    """Return what a recipe is calibrated on; None where no step looks at activations.
+
+    `advance` is called with the tokens that the model has written, and in all, where it writes the text itself.
+
+    Raises what `calibration_text` does, and UnsupportedError where nothing can be smoothed that is to be.
+    """
+    if (calibration := plan.recipe.calibration) is None:
+        return None
+    from compressknow.compress.calibrate.text import calibration_text
+    from compressknow.compress.calibrate.trial import refuse_unsmoothable
+
+    refuse_unsmoothable(plan, plan.tree)
+    # What is smaller writes worse, and its text would depend on what is to be chosen by it.
+    tree = plan.removal.given[1] if plan.removal else plan.tree
+    folder, options = plan.checkpoint.folder, asdict(calibration)
+    return calibration_text(folder, tree, **options, trust_remote_code=trust_remote_code, advance=advance)
+
+
+def carry_out(
+    plan: Plan,
+    output: Output,
     text: CalibrationText | None = None,
+    *,
     threads: int | None = None,
     begin: Begin = untold,
-    render_card: Callable[[Mapping[str, Any], Path], str] | None = None,
 ) -> Manifest:
-    """Carry a conversion out.
+    """Carry a plan out.
 
     Tensors stream through blocks of a fixed size: memory depends neither on the model nor on its largest tensor.
-    The output appears whole, by one rename at the end, or not at all.
 
     Parameters
     ----------
-    output : a folder that does not exist, or one that convert wrote, with `overwrite`.
-    text : what the model runs over; wanted where a step of the recipe looks at activations.
-    threads : tensors worked on at a time, by default one a core. The output's bytes do not depend on it.
+    text : what the model runs over; needed where a step of the recipe looks at activations.
+    threads : tensors worked on at a time, by default one per core. The output's bytes do not depend on it.
     begin : begins the stages: ``choose``, where the text says what is dropped, then ``calibrate``, where a step that
         prunes or quantizes looks at activations, or else ``convert``.
-    render_card : the model card's text for a manifest and the source folder; no card is written without it.
 
     Returns
     -------
-    The manifest, as `compressknow.json` in the output holds it.
+    The manifest, as `compressknow.json` in an output folder holds it.
 
     Raises
     ------
     CheckpointError : a weight in scope is NaN or infinite; a file of the checkpoint changed since it was opened.
     OutputError : the output cannot be written.
     """
-    checkpoint = conversion.plan.checkpoint
-    source = checkpoint.folder
-    carried = list(carried_files(source))
-    with Staging(Path(output), overwrite=overwrite, source=source) as staging:
-        with _scratch(conversion.plan, staging) as scratch, OpenFiles() as opened:
-            with Pool(threads) as pool:
-                conversion = decided(conversion, text, Reader(pool, opened, lambda _: None), scratch, begin)
-            plan, tree = conversion
-            layout = lay_out(plan.tensors, plan.checkpoint.shards)
-            with begin("calibrate" if _is_calibrated(plan) else "convert") as advance:
-                weights = _write_weights(conversion, layout, staging, text, threads, advance)
-        files = _written_files(plan, layout)
-        written = {name: staging.write(name, content) for name, content in files.items()}
-        prove_written(plan.checkpoint, tree, staging.folder)
-        copied = {name: staging.copy(source / name, name) for name in carried if name not in written}
-        manifest = _manifest(plan, weights, written, copied, text)
-        staging.write(MANIFEST_NAME, serialize(manifest))
-        if render_card:
-            staging.write(CARD_NAME, render_card(manifest, source).encode("utf-8", "backslashreplace"))
-        checkpoint.check_unchanged()
-        staging.commit()
+    with output:
+        with TemporaryDirectory(dir=output.folder, prefix=".cut-") as cut_tensors:
+            plan = _decide_removal(plan, text, Path(cut_tensors), threads, begin)
+            output.open(plan)
+            blockwise = any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize))
+            with (
+                begin("calibrate" if blockwise else "convert") as advance,
+                Pool(threads) as pool,
+                OpenFiles() as files,
+            ):
+                progress = counted(None if blockwise else advance, _bytes_to_read(plan))
+                work = Work(pool, files, progress, output, plan.unfitted)
+                masks = _choose_masks(work, plan)
+                calibrated = _calibrate(plan, work, masks, text, output, advance) if blockwise else None
+                done = {**output.known, **(calibrated.measured if calibrated else {})}
+                shards = plan.checkpoint.shards if output.is_stored else ()
+                hashes, measured = _write_tensors(work, plan, masks, done, shards)
+                _check_pruned_counts(plan, measured)
+                output.complete(measured, pool)
+        read, written = output.write_beside(plan)
+        manifest = build_manifest(plan, measured, hashes | read, written, text, calibrated)
+        output.publish(manifest)
     return manifest
 
 
-@contextmanager
-def _scratch(plan: Plan, staging: Staging) -> Iterator[Path]:
-    """A folder for tensors that are cut, in that of the output: a run that dies leaves none behind."""
+def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, threads: int | None, begin: Begin) -> Plan:
+    """Let the text say which blocks and neurons go, where it has not yet; plan what is left. Cut tensors lie in
+    `folder`, which must stay until they are read. Raises what `decide` does."""
     if plan.removal is None or plan.removal.decided:
-        yield staging.folder
-        return
-    with TemporaryDirectory(dir=staging.folder, prefix=".cut-") as folder:
-        yield Path(folder)
-
-
-class Weights(NamedTuple):
-    """What is known once the weights are written: SHA-256 of the files read, by name; what was measured, by tensor."""
-
-    hashes: dict[str, str]
-    measured: dict[str, Measured]
-    calibrated: Calibrated | None
-
-
-def _write_weights(
-    conversion: Conversion,
-    layout: Layout,
-    staging: Staging,
-    text: CalibrationText | None,
-    threads: int | None,
-    advance: Advance | None,
-) -> Weights:
-    """The weight files: what to prune is chosen, then all tensors are pruned, quantized and written."""
-    plan = conversion.plan
-    with Pool(threads) as pool, OpenFiles() as files:
-        outputs = OutputFiles(staging.folder, layout)
-        staging.expect(layout.sizes)
-        try:
-            told = None if _is_calibrated(plan) else advance
-            work = Work(pool, files, counted(told, _bytes_to_read(plan)), outputs, plan.unfitted)
-            masks = choose_masks(work, plan)
-            calibrated = compress_blocks(conversion, work, masks, text, staging.folder, advance)
-            hashes, measured = _write_tensors(work, plan, masks, calibrated.measured if calibrated else {})
-            refuse_miscounts(plan, measured)
-            outputs.sync(pool)
-        finally:
-            outputs.close()
-    return Weights(hashes, measured, calibrated)
-
-
-def compress_blocks(
-    conversion: Conversion,
-    work: Work,
-    masks: Mapping[str, Mask],
-    text: CalibrationText | None,
-    folder: Path | None = None,
-    advance: Advance | None = None,
-) -> Calibrated | None:
-    """All in scope, block by block, where a step looks at activations: see `calibrate`. Nothing is done elsewhere."""
-    if not _is_calibrated(conversion.plan):
-        return None
-    from compressknow.compress.calibrate.compression import calibrate
+        return plan
+    from compressknow.compress.removal.calibrated import decide
 
     assert text is not None
-    return calibrate(conversion.plan, conversion.tree, work, masks, text, folder=folder, told=advance or max)
+    with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
+        reader = Reader(pool, files, lambda _: None)
+        removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, told=advance or max)
+    return _plan_rest(removal, plan.recipe)
 
 
-def _is_calibrated(plan: Plan) -> bool:
-    """Whether a step that prunes or quantizes looks at activations."""
-    return any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize))
-
-
-def _written_files(plan: Plan, layout: Layout) -> dict[str, bytes]:
-    """config.json and what else depends on how the weights are stored, by name: the index of several weight files, and
-    how sentence-transformers loads quantized ones."""
-    config = output_config(plan)
-    quantization = config.get("quantization_config")
-    loading = loading_floats(plan.checkpoint.folder, quantization) if quantization else {}
-    index = {SAFETENSORS_INDEX: layout.index} if layout.index else {}
-    return {name: _json(content) for name, content in {"config.json": config, **index, **loading}.items()}
-
-
-def _manifest(
-    plan: Plan,
-    weights: Weights,
-    written: Mapping[str, str],
-    copied: Mapping[str, str],
-    text: CalibrationText | None,
-) -> Manifest:
-    """`written` and `copied` : SHA-256 of the files beside the weights, by name."""
-    source = plan.checkpoint.folder
-    replaced = {name for name in (*written, plan.checkpoint.index) if name and (source / name).is_file()}
-    read = {**weights.hashes, **copied, **{name: sha256_of(source / name) for name in replaced}}
-    calibration = calibration_record(text, weights.calibrated, plan.removal)
-    return Manifest(sealed(build_manifest(plan, weights.measured, read, {**written, **copied}, calibration)))
-
-
-def calibration_record(
-    text: CalibrationText | None, done: Calibrated | None, removal: Removal | None = None
-) -> dict[str, Any] | None:
-    """What a manifest says of calibration; None where there was none."""
-    if text is None:
-        return None
-    apart = (done is None or done.apart) and (removal is None or removal.apart)
-    said = {"kind": text.kind, "source": text.source, "sha256": text.sha256, "tokens": text.tokens, "seed": text.seed}
-    smoothed = {"smoothed": done.smoothed} if done and done.smoothed else {}
-    return {**said, "blocks_apart": apart, "unseen": done.unseen if done else [], **smoothed}
-
-
-def planned_files(plan: Plan) -> dict[str, int | None]:
-    """The files that an output will hold, with their bytes; None where the weights decide it."""
-    layout, source = lay_out(plan.tensors, plan.checkpoint.shards), plan.checkpoint.folder
-    carried = {name: (source / name).stat().st_size for name in carried_files(source)}
-    written = {name: len(content) for name, content in _written_files(plan, layout).items()}
-    return {**layout.sizes, **carried, **written, **dict.fromkeys((CARD_NAME, MANIFEST_NAME))}
-
-
-def carried_files(folder: Path) -> Iterator[str]:
-    """The files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and the modules
-    that sentence-transformers runs behind the model, with their weights.
-
-    Raises CheckpointError where one of them is a link that leads nowhere, or out of the checkpoint.
-    """
-    modules = module_folders(folder)
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
-        weights = path.suffix in WEIGHT_SUFFIXES and not any(name.is_relative_to(module) for module in modules)
-        if hidden or weights or str(name) in REPLACED:
-            continue
-        if path.is_symlink() and not path.exists():
-            raise CheckpointError(f"{path} is a link that leads nowhere.", hint="Fetch the checkpoint again.")
-        if path.is_file():
-            refuse_leading_out(folder, path)
-            yield name.as_posix()
-
-
-def choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
-    """What the plan prunes by looking at weights alone, by tensor name."""
+def _choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
+    """Return what the plan prunes by looking at weights alone, by tensor name."""
     masks: dict[str, Mask] = {}
-    for index, step in enumerate(plan.recipe.steps):
-        if isinstance(step, Prune) and not step.calibrated:
-            tensors = plan.pruned_by(index)
-            chosen = choose(work, step, [tensor.to_prune for tensor in tensors])
+    for step, tensors in plan.prune_steps():
+        if not step.calibrated:
+            chosen = choose_masks(work, step, [tensor.to_prune for tensor in tensors])
             masks |= {tensor.name: mask for tensor, mask in zip(tensors, chosen, strict=True)}
     return masks
 
 
-def refuse_miscounts(plan: Plan, measured: Mapping[str, Measured]) -> None:
-    """Raise CompressknowError where a step did not prune as many weights as it said it would."""
-    for index, step in enumerate(plan.recipe.steps):
-        if isinstance(step, Prune):
-            tensors = plan.pruned_by(index)
-            _, said = pruned_count(step, [tensor.to_prune for tensor in tensors])
-            if (found := sum(measured[tensor.name].pruned for tensor in tensors)) != said:
-                raise CompressknowError(f"{step.method} prunes {found:,} weights where it said {said:,}.")
+def _calibrate(
+    plan: Plan,
+    work: Work,
+    masks: Mapping[str, Mask],
+    text: CalibrationText | None,
+    output: Output,
+    advance: Advance | None,
+) -> Calibrated:
+    from compressknow.compress.calibrate.compression import calibrate
+
+    assert text is not None
+    return calibrate(plan, plan.tree, work, masks, text, folder=output.folder, told=advance or max)
 
 
 def _write_tensors(
-    work: Work, plan: Plan, masks: Mapping[str, Mask], done: Mapping[str, Measured]
+    work: Work, plan: Plan, masks: Mapping[str, Mask], done: Mapping[str, Measured], shards: tuple[str, ...]
 ) -> tuple[dict[str, str], dict[str, Measured]]:
-    """Write all tensors but those that are `done`, and hash the source files beside that: both keep every core busy,
-    largest task first."""
+    """Write all tensors but those that are `done`, and hash the source's `shards` beside that: both keep every core
+    busy, largest task first."""
     hashes: dict[str, str] = {}
     measured = dict(done)
 
@@ -404,29 +210,19 @@ def _write_tensors(
     def write(tensor: PlannedTensor) -> None:
         measured[tensor.name] = work.write(tensor, masks.get(tensor.name))
 
-    hashing = [
-        ((plan.checkpoint.folder / name).stat().st_size, partial(hash_shard, name)) for name in plan.checkpoint.shards
-    ]
+    hashing = [((plan.checkpoint.folder / name).stat().st_size, partial(hash_shard, name)) for name in shards]
     writing = [(tensor.source.nbytes, partial(write, tensor)) for tensor in plan.tensors if tensor.name not in done]
     tasks = sorted([*hashing, *writing], key=lambda task: -task[0])
     work.pool.map(lambda task: task[1](), tasks)
     return hashes, measured
 
 
-def output_config(plan: Plan) -> dict[str, Any]:
-    """The output's config.json."""
-    if not plan.targets:
-        return plan.config
-    require("compressed_tensors")
-    version = importlib.metadata.version("compressed-tensors")
-    settings = quantization_config(plan.targets, plan.ignore, version, plan.structure.prefix)
-    if plan.unpacked:
-        settings["dequantize"] = True
-    return plan.config | {"quantization_config": settings}
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+def _check_pruned_counts(plan: Plan, measured: Mapping[str, Measured]) -> None:
+    """Raise CompressknowError where a step did not prune as many weights as it said it would."""
+    for step, tensors in plan.prune_steps():
+        _, expected = count_pruned(step, [tensor.to_prune for tensor in tensors])
+        if (pruned := sum(measured[tensor.name].pruned for tensor in tensors)) != expected:
+            raise CompressknowError(f"{step.method} prunes {pruned:,} weights where it said {expected:,}.")
 
 
 def _bytes_to_read(plan: Plan) -> int:
@@ -434,3 +230,73 @@ def _bytes_to_read(plan: Plan) -> int:
     # A threshold takes one pass over 16-bit weights and two over 32-bit ones.
     thresholds = sum(t.source.nbytes * (t.source.itemsize // 2) for t in plan.tensors if t.prune is not None)
     return hashed + thresholds + sum(tensor.source.nbytes for tensor in plan.tensors)
+
+
+class VariantMaker:
+    """Checkpoint that is opened once and converted in memory, by any number of recipes. Its tensors that a recipe
+    leaves alone are read once.
+
+    Parameters
+    ----------
+    texts : a folder that keeps calibration texts: those that are there are taken as they are.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        threads: int | None = None,
+        texts: Path | None = None,
+    ) -> None:
+        self.checkpoint, self.tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
+        self._threads, self._trust_remote_code, self._folder_of_texts = threads, trust_remote_code, texts
+        self._texts: dict[Calibration, CalibrationText] = {}
+        self._structures: dict[ModuleMap, Structure] = {}
+        self._shared: dict[str, Known] = {}
+
+    def structure(self, module_map: ModuleMap = "structural") -> Structure:
+        if module_map not in self._structures:
+            self._structures[module_map] = structure_of(self.tree, module_map)
+        return self._structures[module_map]
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """Plan what a recipe does, from headers alone. Raises what `plan_recipe` does."""
+        if recipe.removals:
+            return plan_recipe(self.checkpoint, self.tree, recipe)
+        plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
+        # Only where weights are not stored under their own names may a form not load.
+        return prove(plan) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
+
+    def make(self, plan: Plan) -> Variant:
+        """Return the converted checkpoint of a plan of this maker: the very tensors that `convert` would write.
+
+        Raises CheckpointError where a weight in scope is NaN or infinite, and what `make_text`, `decide` and
+        `calibrate` do.
+        """
+        memory = Memory(self._shared)
+        manifest = carry_out(plan, memory, self.text(plan), threads=self._threads)
+        config = build_config(memory.plan)
+        return Variant(memory.tensors, config, manifest, memory.weight_bytes, self.checkpoint.folder, self.tree)
+
+    def text(self, plan: Plan) -> CalibrationText | None:
+        """Return what a plan is calibrated on, if it is: made once for all recipes that say the same of it. Raises what
+        `make_text` does."""
+        if (calibration := plan.recipe.calibration) is None:
+            return None
+        from compressknow.compress.calibrate.text import kept_text
+
+        def make() -> CalibrationText:
+            text = make_text(plan, trust_remote_code=self._trust_remote_code)
+            assert text is not None
+            return text
+
+        if calibration not in self._texts:
+            folder = self._folder_of_texts
+            self._texts[calibration] = kept_text(folder, calibration, make) if folder else make()
+        return self._texts[calibration]
+
+    def take(self, calibration: Calibration, text: CalibrationText) -> None:
+        """Use this text, made elsewhere from the same checkpoint, for all recipes that say so."""
+        self._texts[calibration] = text

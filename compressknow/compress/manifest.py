@@ -1,4 +1,4 @@
-"""compressknow.json: what a conversion was made of and what it did, tensor by tensor."""
+"""Manifest of a conversion, compressknow.json: what it was made of and what it did, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import NONE, count, percent, plain, size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.compress.plan import NOT_LINEAR, Plan, PlannedTensor
+from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.runtimes import runtimes
 from compressknow.compress.schemes import SCALE, Stored
-from compressknow.model.manifest import COUNTS, MANIFEST_NAME, SCHEMA, ranges
-from compressknow.model.structure import GROUPS
+from compressknow.model.manifest import COUNTS, SCHEMA, ranges, sealed
+from compressknow.model.structure import GROUPS, NOT_LINEAR
 
 if TYPE_CHECKING:
+    from compressknow.compress.calibrate.compression import Calibrated
+    from compressknow.compress.calibrate.text import CalibrationText
     from compressknow.compress.removal.neurons import DroppedNeurons
     from compressknow.compress.removal.smaller import Removal
 
@@ -27,7 +29,7 @@ LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "nump
 
 
 class Manifest(Shown, dict[str, Any]):
-    """What a conversion was made of and did: the content of ``compressknow.json``, or of a dry run.
+    """Record of what a conversion was made of and did: the content of ``compressknow.json``, or of a dry run.
 
     A dict, which its properties read by name. A dry run has no zeros, errors and hashes, and `pruned` only where the
     headers tell it.
@@ -35,52 +37,52 @@ class Manifest(Shown, dict[str, Any]):
 
     @property
     def setup(self) -> str:
-        """The paper's name of what was done, such as ``Att_GPQ 20%``."""
+        """Name what was done as the paper does, such as ``Att_GPQ 20%``."""
         return str(self["setup"])
 
     @property
     def recipe(self) -> Recipe:
-        """The steps; `convert` takes them back and gives the same bytes."""
+        """Return the steps; `convert` takes them back and gives the same bytes."""
         return Recipe.from_dict(self["recipe"])
 
     @property
     def source(self) -> dict[str, Any]:
-        """The checkpoint that was converted: name, revision, architecture, hashes of its files."""
+        """Describe the checkpoint that was converted: name, revision, architecture, hashes of its files."""
         return dict(self["source"])
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Counts of weights (``parameters``, ``in_scope``, ``pruned``, ``zeros_before``, ``zeros_after``,
+        """Return counts of weights (``parameters``, ``in_scope``, ``pruned``, ``zeros_before``, ``zeros_after``,
         ``quantized``), sizes (``bytes_before``, ``bytes_after``) and ``relative_error``.
         """
         return dict(self["totals"])
 
     @property
     def groups(self) -> dict[str, dict[str, Any]]:
-        """The same by group of layers."""
+        """Return the totals by group of layers."""
         return dict(self["groups"])
 
     @property
     def tensors(self) -> list[dict[str, Any]]:
-        """An entry per tensor: name, group, shape, dtypes, what was done to it, its error and its hash."""
+        """Return an entry per tensor: name, group, shape, dtypes, what was done to it, its error and its hash."""
         return list(self["tensors"])
 
     @property
     def runtimes(self) -> list[str]:
-        """What runs the output."""
+        """List what runs the output."""
         return list(self["runtimes"])
 
     def _summary(self) -> Summary:
         totals = self.totals
         return Summary(
             f"Manifest: {plain(self.setup, 60)} of {plain(self.source['name'], 60)}",
-            f"{size(totals['bytes_before'])} before, {size(totals['bytes_after'])} after; {_done(totals)}.",
+            f"{size(totals['bytes_before'])} before, {size(totals['bytes_after'])} after; {_summarize(totals)}.",
             ("Group", "Parameters", "Pruned", "Quantized", "Before", "After"),
             tuple(
                 (
                     name,
                     count(counts["parameters"]),
-                    _known(counts["pruned"]),
+                    NONE if counts["pruned"] is None else count(counts["pruned"]),
                     count(counts["quantized"]),
                     size(counts["bytes_before"]),
                     size(counts["bytes_after"]),
@@ -90,30 +92,26 @@ class Manifest(Shown, dict[str, Any]):
         )
 
 
-def _done(totals: Mapping[str, Any]) -> str:
+def _summarize(totals: Mapping[str, Any]) -> str:
     of = totals["parameters"]
     pruned = "an unknown number" if totals["pruned"] is None else percent(totals["pruned"], of)
     return f"of {count(of)} weights {pruned} pruned, {percent(totals['quantized'], of)} quantized"
 
 
-def _known(number: int | None) -> str:
-    return NONE if number is None else count(number)
-
-
 def versions() -> dict[str, str]:
-    """Versions of the tool and of the libraries whose arithmetic and formats it relies on."""
+    """Return the versions of the tool and of the libraries whose arithmetic and formats it relies on."""
     from compressknow._version import __version__
 
     return {"compressknow": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def dry_run(plan: Plan) -> Manifest:
-    """What the manifest of a plan will hold, as far as headers tell it: no zeros, errors or hashes, and `pruned` by
-    tensor only where no threshold over several tensors decides it. Of what is calibrated, `estimate` says how many
+    """Return what the manifest of a plan will hold, as far as headers tell it: no zeros, errors or hashes, and `pruned`
+    by tensor only where no threshold over several tensors decides it. Of what is calibrated, `estimate` says how many
     blocks, bytes and seconds it takes."""
-    known, total = plan.pruned_counts()
-    rows = [{**_planned_row(tensor, plan.removal), "pruned": known.get(tensor.name, 0)} for tensor in plan.tensors]
-    summary = _summary(plan, rows)
+    known, total = plan.count_pruned()
+    rows = [{**_describe_planned(tensor, plan.removal), "pruned": known.get(tensor.name, 0)} for tensor in plan.tensors]
+    summary = _summarize_plan(plan, rows, {})
     groups_known = len(known) == sum(tensor.prune is not None for tensor in plan.tensors)
     for counts in (summary["totals"], *summary["groups"].values()):
         del counts["zeros_before"], counts["zeros_after"]
@@ -132,52 +130,61 @@ def build_manifest(
     measured: Mapping[str, Measured],
     source_files: Mapping[str, str],
     files: Mapping[str, str],
-    calibration: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The manifest as plain values.
+    text: CalibrationText | None = None,
+    calibrated: Calibrated | None = None,
+) -> Manifest:
+    """Return the manifest of a conversion.
 
     Parameters
     ----------
     measured : by name, every tensor of the plan.
     source_files, files : SHA-256 of the files that were read, and of those written beside the weights.
-    calibration : on what text, and how it went, where a step looked at activations.
+    text : what it was calibrated on, where a step looks at activations, and `calibrated` what was done by it.
     """
-    rows = [_row(tensor, measured[tensor.name], plan.removal) for tensor in plan.tensors]
-    summary = _summary(plan, rows, source_files)
+    rows = [_describe(tensor, measured[tensor.name], plan.removal) for tensor in plan.tensors]
+    summary = _summarize_plan(plan, rows, source_files)
     summary["totals"]["relative_error"] = pooled_error(rows)
     for group, counts in summary["groups"].items():
         counts["relative_error"] = pooled_error(row for row in rows if row["group"] == group)
-    said = {} if calibration is None else {"calibration": dict(calibration)}
-    return {**summary, **said, "files": dict(sorted(files.items())), "tensors": rows}
+    if text:
+        summary["calibration"] = _describe_calibration(text, calibrated, plan.removal)
+    return Manifest(sealed({**summary, "files": dict(sorted(files.items())), "tensors": rows}))
+
+
+def _describe_calibration(text: CalibrationText, done: Calibrated | None, removal: Removal | None) -> dict[str, Any]:
+    return {
+        **{"kind": text.kind, "source": text.source, "sha256": text.sha256, "tokens": text.tokens, "seed": text.seed},
+        "blocks_apart": (done is None or done.apart) and (removal is None or removal.apart),
+        "unseen": done.unseen if done else [],
+        **({"smoothed": done.smoothed} if done and done.smoothed else {}),
+    }
 
 
 def serialize(manifest: Mapping[str, Any]) -> bytes:
-    """JSON of a manifest, the same bytes for the same content."""
+    """Return the JSON of a manifest, the same bytes for the same content."""
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     # Half a surrogate pair, which a folder's name may hold, as an escape.
     return text.encode("utf-8", "backslashreplace")
 
 
-def _summary(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, str] | None = None) -> dict[str, Any]:
-    checkpoint = plan.checkpoint
-    removed = _removed(plan.removal, rows) if plan.removal else None
+def _summarize_plan(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, str]) -> dict[str, Any]:
+    removed = _describe_removal(plan.removal, rows) if plan.removal else None
     left_out = removed["tensors"] if removed else []
-    source = {
-        "name": checkpoint.name,
-        "revision": checkpoint.revision,
-        "architecture": plan.structure.architecture,
-        "model_type": plan.structure.model_type,
-        "files": dict(sorted((source_files or {}).items())),
-    }
     summary = {
         "schema": SCHEMA,
         "versions": versions(),
-        "source": source,
+        "source": {
+            "name": plan.checkpoint.name,
+            "revision": plan.checkpoint.revision,
+            "architecture": plan.structure.architecture,
+            "model_type": plan.structure.model_type,
+            "files": dict(sorted(source_files.items())),
+        },
         "recipe": plan.recipe.to_dict(),
         "setup": plan.recipe.setup,
-        "totals": counts_of(rows, left_out),
+        "totals": count_weights(rows, left_out),
         "groups": {
-            group: counts_of(
+            group: count_weights(
                 (row for row in rows if row["group"] == group), (row for row in left_out if row["group"] == group)
             )
             for group in (*GROUPS, NOT_LINEAR)
@@ -190,9 +197,9 @@ def _summary(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, 
     return summary | {"runtimes": list(runtimes(summary | {"tensors": rows}))}
 
 
-def _removed(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a recipe left out: blocks and neurons by setting of the config, parameters and bytes in all, and the tensors
-    of dropped blocks."""
+def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a recipe left out: blocks and neurons by setting of the config, parameters and bytes in all, and the
+    tensors of dropped blocks."""
     left_out: list[dict[str, Any]] = [
         {
             **{"name": tensor.name, "group": group, "shape": list(tensor.shape), "dtype": tensor.dtype},
@@ -217,7 +224,8 @@ def _removed(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
             {
                 **{"key": ".".join(drop.width.keys), "before": drop.width.value, "after": drop.after},
                 "modules": [network.down.module for network in drop.networks],
-                **_dropped_neurons(drop, removal),
+                # Nothing before the text has said which.
+                **({"dropped": _dropped_neurons(drop, removal)} if removal.kept else {}),
             }
             for drop in removal.neurons
         ],
@@ -225,16 +233,14 @@ def _removed(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _dropped_neurons(drop: DroppedNeurons, removal: Removal) -> dict[str, list[str]]:
-    """Which neurons went, by network; nothing before the text has said which."""
-    if not removal.kept:
-        return {}
-    kept = [set(removal.kept[network.down.parameter]) for network in drop.networks]
-    return {"dropped": [ranges(n for n in range(drop.width.value) if n not in stay) for stay in kept]}
+def _dropped_neurons(drop: DroppedNeurons, removal: Removal) -> list[str]:
+    """Return the neurons that went, of each network."""
+    remaining = [set(removal.kept[network.down.parameter]) for network in drop.networks]
+    return [ranges(n for n in range(drop.width.value) if n not in numbers) for numbers in remaining]
 
 
-def counts_of(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, Any]] = ()) -> dict[str, int]:
-    """Totals of manifest rows; of tensors that were left out only the bytes count that they took."""
+def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, Any]] = ()) -> dict[str, int]:
+    """Add up manifest rows; of tensors that were left out only the bytes count that they took."""
     total = dict.fromkeys(COUNTS, 0)
     for row in rows:
         total["parameters"] += row["numel"]
@@ -250,7 +256,8 @@ def counts_of(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, Any]]
 
 
 def pooled_error(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """||written - original|| / ||original|| of the weights of all rows together; None where a row lacks its norm.
+    """Return ||written - original|| / ||original|| of the weights of all rows together; None where a row lacks its
+    norm.
 
     >>> pooled_error([{"norm": 3.0, "relative_error": 0.5}, {"norm": 4.0, "relative_error": 0.0}])
     0.3
@@ -265,22 +272,22 @@ def pooled_error(rows: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def _nine_digits(value: float) -> float:
-    """All that float32 sums hold; more would look like knowledge."""
+    # All that float32 sums hold; more would look like knowledge.
     return float(f"{value:.9g}")
 
 
-def _name_before(tensor: PlannedTensor, removal: Removal | None) -> str | None:
-    """The name that a tensor had before its block was numbered anew; None where it has it still, or where the text has
-    not yet said which blocks go."""
+def _find_name_before(tensor: PlannedTensor, removal: Removal | None) -> str | None:
+    """Return the name that a tensor had before its block was numbered anew; None where it has it still, or where the
+    text has not yet said which blocks go."""
     if removal is None or tensor.name != tensor.source.name or not all(drop.known for drop in removal.blocks):
         return None
     before = removal.names.get(tensor.name, tensor.name)
     return before if before != tensor.name else None
 
 
-def _planned_row(tensor: PlannedTensor, removal: Removal | None) -> dict[str, Any]:
+def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[str, Any]:
     before = removal.before(tensor.source.name) if removal else None
-    name_before = _name_before(tensor, removal)
+    name_before = _find_name_before(tensor, removal)
     return {
         "name": tensor.name,
         **({"name_before": name_before} if name_before else {}),
@@ -298,8 +305,8 @@ def _planned_row(tensor: PlannedTensor, removal: Removal | None) -> dict[str, An
     }
 
 
-def _row(tensor: PlannedTensor, measured: Measured, removal: Removal | None) -> dict[str, Any]:
-    row = _planned_row(tensor, removal) | {
+def _describe(tensor: PlannedTensor, measured: Measured, removal: Removal | None) -> dict[str, Any]:
+    row = _describe_planned(tensor, removal) | {
         "pruned": measured.pruned,
         # A weight that got values of its own was not there before.
         "zeros_before": 0 if tensor.created else measured.zeros_before,
@@ -313,19 +320,16 @@ def _row(tensor: PlannedTensor, measured: Measured, removal: Removal | None) -> 
         scale = tensor.stored[1]
         name, *also = tensor.names(scale)
         row["scale"] = {
-            **_part(name, scale, measured.beside[SCALE]),
+            **_describe_part(name, scale, measured.beside[SCALE]),
             # Of modules that share the weight, each is given the same scale.
             **({"also": also} if also else {}),
         }
     elif tensor.scheme:
         hashes = {tensor.stored[0].suffix: measured.sha256, **measured.beside}
         row["bits"] = tensor.scheme.bits
-        row["stored"] = [_part(name, part, hashes[part.suffix]) for name, part in tensor.written]
+        row["stored"] = [_describe_part(name, part, hashes[part.suffix]) for name, part in tensor.written]
     return row
 
 
-def _part(name: str, part: Stored, sha256: str) -> dict[str, Any]:
+def _describe_part(name: str, part: Stored, sha256: str) -> dict[str, Any]:
     return {"name": name, "shape": list(part.shape), "dtype": part.dtype, "sha256": sha256}
-
-
-__all__ = ["MANIFEST_NAME", "Manifest", "build_manifest", "dry_run", "serialize", "versions"]

@@ -1,5 +1,5 @@
-"""What a recipe does to a checkpoint, decided from headers alone: every tensor of the output, its dtype and bytes,
-and which ties end.
+"""Plan of a conversion, made from headers alone: every tensor of the output, its dtype and bytes, and which ties
+end.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UnsupportedError, UsageError
-from compressknow.compress.pruning import METHODS, Weights, pruned_count
+from compressknow.compress.pruning import METHODS, Weights
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES, Scheme, Stored
 from compressknow.compress.sources import Sources
-from compressknow.compress.steps import Prune, Quantize, Step
+from compressknow.compress.steps import Prune, Quantize, Step, count_pruned
 from compressknow.model.checkpoint import Checkpoint, some_of
 from compressknow.model.loading import headers_of, load_report
 from compressknow.model.scopes import Action, select
-from compressknow.model.structure import LinearWeight, Structure
+from compressknow.model.structure import NOT_LINEAR, LinearWeight, Structure
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 
 if TYPE_CHECKING:
@@ -30,13 +30,9 @@ if TYPE_CHECKING:
     from compressknow.compress.removal.smaller import Removal
 
 
-# The group of every tensor that is not a Linear weight: embeddings, norms, biases.
-NOT_LINEAR = "not-linear"
-
-
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the output.
+    """Tensor of the output.
 
     `transposed` says that the last axis of a weight is its output.
     `module` is the Linear that it is the weight of, and `parameter` its name in the module tree, where it is changed;
@@ -65,8 +61,8 @@ class PlannedTensor:
 
     @cached_property
     def stored(self) -> tuple[Stored, ...]:
-        """What the output holds for it, by suffix of its name: its values first; scales and what else its scheme needs
-        behind them."""
+        """List what the output holds for it, by suffix of its name: its values first; scales and what else its scheme
+        needs behind them."""
         if self.scheme is None:
             return (Stored("", self.source.dtype, self.source.shape),)
         with SCHEMES.answering(self.scheme.name):
@@ -74,18 +70,18 @@ class PlannedTensor:
 
     @property
     def dtype(self) -> str:
-        """Of what holds its values."""
+        """Name the dtype of what holds its values."""
         return self.stored[0].dtype
 
     def names(self, part: Stored) -> tuple[str, ...]:
-        """The names under which a part is written: its own, and those of modules that share the weight. A loader ties
-        their values; scales and the like it wants of each."""
+        """Return the names under which a part is written: its own, and those of modules that share the weight. A loader
+        ties their values; scales and the like it wants of each."""
         own = self.name + part.suffix
         return own, *(f"{module}.weight{part.suffix}" for module in self.sharing if part is not self.stored[0])
 
     @property
     def written(self) -> Iterator[tuple[str, Stored]]:
-        """Every tensor of the output by its name."""
+        """Yield every tensor of the output by its name."""
         return ((name, part) for part in self.stored for name in self.names(part))
 
     @property
@@ -103,13 +99,20 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a conversion will do. `targets` names the modules that each scheme quantizes, `ignore` the Linear
-    modules that stay as they are, `config` is the output's config.json without its quantization. `unpacked` has
-    transformers turn its weights into floats while it loads them, and not before it first computes. `unused` are the
-    stored tensors that the model has no place for, which are written as they are. `removal` is what made the checkpoint
-    of the one that was given, where the recipe makes it smaller."""
+    """All that a conversion will do.
+
+    Attributes
+    ----------
+    checkpoint, tree : what is converted, and its module tree on the meta device.
+    targets : the modules that each scheme quantizes; `ignore` are the Linear modules that stay as they are.
+    config : the output's config.json without its quantization.
+    unpacked : transformers turns packed weights into floats while it loads them, and not before it first computes.
+    unused : stored tensors that the model has no place for, which are written as they are.
+    removal : what made the checkpoint of the original, where the recipe makes it smaller.
+    """
 
     checkpoint: Checkpoint
+    tree: PreTrainedModel = field(repr=False, compare=False)
     structure: Structure
     recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
@@ -124,39 +127,37 @@ class Plan:
 
     @property
     def unfitted(self) -> dict[str, StoredTensor]:
-        """What sources that were fitted anew were before, by name."""
+        """Return what sources that were fitted anew were before, by name."""
         return self.removal.unfitted if self.removal else {}
 
     def prune_step(self, tensor: PlannedTensor) -> Prune | None:
-        """What prunes a tensor."""
+        """Return what prunes a tensor."""
         step = None if tensor.prune is None else self.recipe.steps[tensor.prune]
         return step if isinstance(step, Prune) else None
 
     def quantize_step(self, tensor: PlannedTensor) -> Quantize | None:
-        """What quantizes a tensor."""
+        """Return what quantizes a tensor."""
         step = None if tensor.quantize is None else self.recipe.steps[tensor.quantize]
         return step if isinstance(step, Quantize) else None
 
     def is_calibrated(self, tensor: PlannedTensor) -> bool:
-        """Whether what is done to a tensor depends on its inputs on the calibration text."""
-        return any(
-            step is not None and step.calibrated for step in (self.prune_step(tensor), self.quantize_step(tensor))
-        )
+        """Tell whether what is done to a tensor depends on its inputs on the calibration text."""
+        return any(step and step.calibrated for step in (self.prune_step(tensor), self.quantize_step(tensor)))
 
-    def pruned_by(self, step: int) -> list[PlannedTensor]:
-        """The tensors that a prune step acts on, in the order in which it breaks ties."""
-        return [tensor for tensor in self.tensors if tensor.prune == step]
-
-    def pruned_counts(self) -> tuple[dict[str, int], int]:
-        """Weights that will be pruned: by tensor name, where shapes alone tell it, and in all."""
-        known: dict[str, int] = {}
-        total = 0
+    def prune_steps(self) -> Iterator[tuple[Prune, list[PlannedTensor]]]:
+        """Yield each prune step with the tensors that it acts on, in the order in which it breaks ties."""
         for index, step in enumerate(self.recipe.steps):
             if isinstance(step, Prune):
-                tensors = self.pruned_by(index)
-                counts, in_all = pruned_count(step, [tensor.to_prune for tensor in tensors])
-                total += in_all
-                known |= {} if counts is None else dict(zip((t.name for t in tensors), counts, strict=True))
+                yield step, [tensor for tensor in self.tensors if tensor.prune == index]
+
+    def count_pruned(self) -> tuple[dict[str, int], int]:
+        """Return how many weights will be pruned: by tensor name, where shapes alone tell it, and in all."""
+        known: dict[str, int] = {}
+        total = 0
+        for step, tensors in self.prune_steps():
+            counts, in_all = count_pruned(step, [tensor.to_prune for tensor in tensors])
+            total += in_all
+            known |= {} if counts is None else dict(zip((t.name for t in tensors), counts, strict=True))
         return known, total
 
 
@@ -178,8 +179,9 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     UnsupportedError : the input is quantized already, or a weight has no quantized form that loads and runs
         right.
     """
-    sources, recipe = Sources(checkpoint, model, structure), settled(structure, recipe)
-    actions = _actions(structure, recipe)
+    sources = Sources(checkpoint, model, structure)
+    recipe = replace(recipe, steps=tuple(_fit_parameters(structure, step) for step in recipe.steps))
+    actions = _collect_actions(structure, recipe)
     _separate(actions, sources)
     shapes: dict[Scheme | None, set[tuple[int, ...]]] = {}
     for action in actions.values():
@@ -187,47 +189,40 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     for action in actions.values():
         sources.check(action.weight, action.scheme, shapes[action.scheme])
     # What is stored in one tensor is changed as one.
-    changed = list({t.name: t for action in actions.values() for t in _changed(action, sources)}.values())
-    _refuse_misfits(changed, recipe)
+    changed = list({t.name: t for action in actions.values() for t in _plan_changed(action, sources)}.values())
+    _check_methods_fit(changed, recipe)
     shared = {action.weight.parameter: sources.tied_embedding(action.weight) for action in actions.values()}
     shared_with = {parameter: embedding for parameter, embedding in shared.items() if embedding}
-    config = untied_config(checkpoint.config, model) if shared_with else dict(checkpoint.config)
-    extra = missing_when_untied(model, config, set(sources.supply)) if shared_with else {}
-    _refuse_parted(changed, extra, structure)
-    kept = _kept(sources, structure, {t.name for t in changed}, [*extra.items(), *_pairs(shared_with)])
-    tensors = tuple(sorted([*changed, *kept], key=lambda t: sources.order(t.source, t.created, t.name)))
-    targets = _targets(changed)
+    config = untie_config(checkpoint.config, model) if shared_with else dict(checkpoint.config)
+    extra = _find_untied(model, config, set(sources.supply)) if shared_with else {}
+    _check_sharing(changed, extra, structure)
+    # An embedding takes the stored values of the weight that was tied to it, where it has none of its own.
+    needed = [*extra.items(), *((embedding, parameter) for parameter, embedding in shared_with.items())]
+    unchanged = _plan_unchanged(sources, structure, {t.name for t in changed}, needed)
+    tensors = tuple(sorted([*changed, *unchanged], key=lambda t: sources.order(t.source, t.created, t.name)))
+    _check_reachable(tensors, recipe)
+    targets = _collect_targets(changed)
     quantized = {module for modules in targets.values() for module in modules}
-    plan = Plan(
-        checkpoint,
-        structure,
-        recipe,
-        tensors,
-        targets,
-        tuple(m for w in structure.linears if w.kind == "linear" for m in w.modules if m not in quantized),
-        tuple(_untied(changed, shared_with)),
-        config,
-        sources,
-        unused=_unused(checkpoint, model, sources),
+    ignore = tuple(m for w in structure.linears if w.kind == "linear" for m in w.modules if m not in quantized)
+    untied = tuple(
+        Untied(tensor.name, shared_with[f"{tensor.module}.weight"], tensor.bytes_after)
+        for tensor in changed
+        if f"{tensor.module}.weight" in shared_with
     )
-    _refuse_unreachable(plan)
-    return plan
+    unused = _find_unused(checkpoint, model, sources)
+    return Plan(checkpoint, model, structure, recipe, tensors, targets, ignore, untied, config, sources, unused=unused)
 
 
-def _unused(checkpoint: Checkpoint, model: PreTrainedModel, sources: Sources) -> tuple[str, ...]:
-    """As transformers would tell it of the source: what it knows to be left over from older releases is left out."""
+def _find_unused(checkpoint: Checkpoint, model: PreTrainedModel, sources: Sources) -> tuple[str, ...]:
+    """Return what transformers would call unexpected: without what it knows to be left over from older releases."""
     if all(tensor.name in sources.bound for tensor in sources.distinct()):
         return ()
     return load_report(type(model), model.config, headers_of(checkpoint)).unexpected
 
 
-def settled(structure: Structure, recipe: Recipe) -> Recipe:
-    """The recipe with what its schemes leave to the shapes of the weights in scope, such as the group size of int4;
-    what fits none stays open. Raises UsageError where a scope, pattern or layer range matches nothing."""
-    return replace(recipe, steps=tuple(_settled(structure, step) for step in recipe.steps))
-
-
-def _settled(structure: Structure, step: Step) -> Step:
+def _fit_parameters(structure: Structure, step: Step) -> Step:
+    """Fill in what a scheme leaves to the shapes of the weights in scope, such as the group size of int4; what fits
+    none stays open. Raises UsageError where a scope, pattern or layer range matches nothing."""
     if not isinstance(step, Quantize) or None not in step.parameters.values():
         return step
     where = step.where
@@ -236,7 +231,8 @@ def _settled(structure: Structure, step: Step) -> Step:
         return replace(step, parameters={**step.parameters, **(step.chosen.fit(w.shape for w in weights) or {})})
 
 
-def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
+def _collect_actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
+    """Return what the steps do to each weight, by parameter."""
     actions: dict[str, _Action] = {}
     for index, step in enumerate(recipe.steps):
         if not isinstance(step, Prune | Quantize):
@@ -245,20 +241,20 @@ def _actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
         where = step.where
         for weight in select(structure, where.scope, kind, where.include, where.exclude, where.layers):
             before = actions.get(weight.parameter, _Action(weight))
-            if (before.scheme if isinstance(step, Quantize) else before.prune) is not None:
+            if (before.prune if isinstance(step, Prune) else before.scheme) is not None:
                 raise UsageError(
                     f"Two steps would {kind} {weight.module}.",
                     hint="Narrow the steps with exclude or layers, so that their scopes do not overlap.",
                 )
-            actions[weight.parameter] = (
-                _Action(weight, before.prune, step.chosen, index)
-                if isinstance(step, Quantize)
-                else _Action(weight, index)
-            )
+            if isinstance(step, Prune):
+                actions[weight.parameter] = _Action(weight, index)
+            else:
+                actions[weight.parameter] = _Action(weight, before.prune, step.chosen, index)
     return actions
 
 
-def _refuse_misfits(changed: Iterable[PlannedTensor], recipe: Recipe) -> None:
+def _check_methods_fit(changed: Iterable[PlannedTensor], recipe: Recipe) -> None:
+    """Raise UnsupportedError where a tensor has not the shape that its pruning method needs."""
     misfits: dict[str, tuple[Prune, str]] = {}
     for tensor in changed:
         step = recipe.steps[tensor.prune] if tensor.prune is not None else None
@@ -291,34 +287,29 @@ def _separate(actions: Mapping[str, _Action], sources: Sources) -> None:
             )
 
 
-def _changed(action: _Action, sources: Sources) -> Iterator[PlannedTensor]:
+def _plan_changed(action: _Action, sources: Sources) -> Iterator[PlannedTensor]:
     weight = action.weight
     for stored in sources.of(weight):
-        name = stored.name if sources.is_stored(weight.parameter) else weight.parameter
-        created = sources.is_borrowed(weight, stored)
-        group = weight.group or "other"
-        transposed = weight.transposed != sources.is_transposed_on_loading(stored)
         yield PlannedTensor(
-            name,
+            stored.name if sources.is_stored(weight.parameter) else weight.parameter,
             stored,
-            group,
+            weight.group or "other",
             weight.module,
             action.prune,
             action.scheme,
-            created,
-            True,
-            transposed,
-            weight.sharing,
-            weight.parameter,
-            action.quantize,
+            created=sources.is_borrowed(weight, stored),
+            transposed=weight.transposed != sources.is_transposed_on_loading(stored),
+            sharing=weight.sharing,
+            parameter=weight.parameter,
+            quantize=action.quantize,
         )
 
 
-def _kept(
+def _plan_unchanged(
     sources: Sources, structure: Structure, changed: set[str], needed: list[tuple[str, str]]
 ) -> Iterator[PlannedTensor]:
-    """What is written as it is: all that is stored and not changed, and the `needed` parameters that the source
-    holds only under the name of one tied to them, given with it."""
+    """Yield what is written as it is: all that is stored and not changed, and the `needed` parameters that the source
+    holds only under the name of one tied to them, which comes with each."""
     groups = {weight.parameter: weight.group or "other" for weight in structure.linears}
     for stored in sources.distinct():
         binding = sources.bound.get(stored.name)
@@ -331,7 +322,7 @@ def _kept(
             yield PlannedTensor(parameter, sources.tensor(source), NOT_LINEAR, created=True)
 
 
-def _refuse_parted(changed: Iterable[PlannedTensor], extra: Mapping[str, str], structure: Structure) -> None:
+def _check_sharing(changed: Iterable[PlannedTensor], extra: Mapping[str, str], structure: Structure) -> None:
     """Raise UnsupportedError where a weight that is changed would no longer be that of all modules that share it."""
     parted = [
         tensor.module or "" for tensor in changed if any(f"{module}.weight" in extra for module in tensor.sharing)
@@ -345,29 +336,18 @@ def _refuse_parted(changed: Iterable[PlannedTensor], extra: Mapping[str, str], s
         )
 
 
-def _pairs(shared_with: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """An embedding, and the weight whose stored values are its own where the checkpoint has no other."""
-    return ((embedding, parameter) for parameter, embedding in shared_with.items())
-
-
-def _refuse_unreachable(plan: Plan) -> None:
+def _check_reachable(tensors: Iterable[PlannedTensor], recipe: Recipe) -> None:
     """Raise UnsupportedError where a step needs to see what no text reaches: the towers of multimodal models."""
-    for tensor in plan.tensors:
-        if tensor.group == "vision" and plan.is_calibrated(tensor):
+    for tensor in tensors:
+        steps = [recipe.steps[index] for index in (tensor.prune, tensor.quantize) if index is not None]
+        if tensor.group == "vision" and any(step.calibrated for step in steps):
             raise UnsupportedError(
                 f"{tensor.module} cannot be calibrated: it reads no text.",
                 hint="Leave --scope vision to methods that look at weights alone.",
             )
 
 
-def _untied(changed: list[PlannedTensor], shared_with: Mapping[str, str]) -> Iterator[Untied]:
-    for tensor in changed:
-        embedding = shared_with.get(f"{tensor.module}.weight")
-        if embedding:
-            yield Untied(tensor.name, embedding, tensor.bytes_after)
-
-
-def _targets(changed: list[PlannedTensor]) -> dict[Scheme, tuple[str, ...]]:
+def _collect_targets(changed: Iterable[PlannedTensor]) -> dict[Scheme, tuple[str, ...]]:
     targets: dict[Scheme, list[str]] = {}
     for tensor in changed:
         if tensor.scheme and tensor.module:
@@ -377,15 +357,15 @@ def _targets(changed: list[PlannedTensor]) -> dict[Scheme, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Untied:
-    """A weight that got values of its own: its `name`, what it was `tied_to`, and the `bytes` that this costs."""
+    """Weight that got values of its own: its `name`, what it was `tied_to`, and the `bytes` that this costs."""
 
     name: str
     tied_to: str
     bytes: int
 
 
-def untied_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """config.json of the same model with its final layer untied.
+def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Return config.json of the same model with its final layer untied.
 
     Raises
     ------
@@ -408,8 +388,9 @@ def untied_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, A
     return changed
 
 
-def missing_when_untied(model: PreTrainedModel, config: dict[str, Any], supplied: set[str]) -> dict[str, str]:
-    """Parameters that the untied model no longer takes from the one that they were tied to, with that one's name.
+def _find_untied(model: PreTrainedModel, config: dict[str, Any], supplied: set[str]) -> dict[str, str]:
+    """Return the parameters that the untied model no longer takes from the one that they were tied to, with that one's
+    name.
 
     BERT is such a model: with its decoder's weight, its decoder's bias is no longer tied either.
     """

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Protocol
-from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.progress import Repeating
 from compressknow.base.reading import open_regular
-from compressknow.base.system import new_file, write_at
 from compressknow.compress.blocks import (
     FLOATS,
     Block,
@@ -31,7 +25,6 @@ from compressknow.compress.blocks import (
     magnitude_keys,
     raw_keys,
 )
-from compressknow.compress.layout import Layout
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import Mask, Pruned
@@ -40,7 +33,6 @@ from compressknow.compress.schemes.rounding import Rounding, nearest
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 
 COPY_BYTES = 1 << 20
-FLUSH_SECONDS = 0.1
 # Below it float32 loses digits of the squares it is a sum of.
 SMALLEST_ENERGY = 1e-24
 
@@ -64,69 +56,6 @@ class Measured:
     refilled: int = 0
 
 
-class OutputFiles:
-    """The weight files of an output, made at their full size before any work: a full disk shows at once."""
-
-    def __init__(self, folder: Path, layout: Layout) -> None:
-        self._layout = layout
-        self._descriptors: dict[str, int] = {}
-        try:
-            for name in layout.sizes:
-                self._create(folder, name)
-            self._flushed = _Flushed(self._descriptors)
-            self._flushing = Repeating(self._flushed.flush, repeat(FLUSH_SECONDS))
-        except BaseException:
-            self._close_files()
-            raise
-        # For a signal that comes before anybody has these files.
-        finalize(self, self._flushing.end)
-
-    def _create(self, folder: Path, name: str) -> None:
-        descriptor = self._descriptors[name] = new_file(folder / name, self._layout.sizes[name])
-        write_at(descriptor, memoryview(self._layout.headers[name]), 0)
-
-    def writer(self, tensor_name: str) -> TensorWriter:
-        place = self._layout.places[tensor_name]
-        return TensorWriter(partial(write_at, self._descriptors[place.file]), place.offset)
-
-    def sync(self, pool: Pool) -> None:
-        """Wait until all that was written would survive a power cut."""
-        self._end_flushing()
-        if self._flushed.error is not None:
-            raise self._flushed.error
-        pool.map(os.fsync, self._descriptors.values())
-
-    def close(self) -> None:
-        """Close the files, complete or not."""
-        self._end_flushing()
-        self._close_files()
-
-    def _end_flushing(self) -> None:
-        self._flushing.end()
-        self._flushing.wait()
-
-    def _close_files(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-
-class _Flushed:
-    """Sends to the disk what is written while the rest is computed, instead of waiting for it all at the end."""
-
-    def __init__(self, descriptors: Mapping[str, int]) -> None:
-        self._descriptors = descriptors
-        self.error: OSError | None = None
-
-    def flush(self) -> None:
-        """Unless it has failed before: Linux tells a descriptor of a failed write once, and a later fsync would
-        succeed."""
-        try:
-            for descriptor in () if self.error else self._descriptors.values():
-                os.fsync(descriptor)
-        except OSError as error:
-            self.error = error
-
-
 class TensorWriter:
     """Puts a tensor's bytes, in order, from `offset` on, hashing them."""
 
@@ -147,8 +76,8 @@ class TensorWriter:
         return self._digest.hexdigest()
 
 
-class Output(Protocol):
-    """Where the tensors of a conversion go."""
+class Writers(Protocol):
+    """Place that the tensors of a conversion go to."""
 
     def writer(self, tensor_name: str) -> TensorWriter: ...
 
@@ -162,7 +91,7 @@ class Work(Reader):
     unfitted : by the name of a source that was fitted anew, what it was before: its error is measured from there.
     """
 
-    output: Output
+    output: Writers
     unfitted: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def write(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment | None = None) -> Measured:

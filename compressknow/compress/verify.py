@@ -16,8 +16,8 @@ from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, counted
 from compressknow.base.reading import INDEX
 from compressknow.compress.blocks import raw_keys
-from compressknow.compress.layout import METADATA
-from compressknow.compress.manifest import counts_of
+from compressknow.compress.manifest import count_weights
+from compressknow.compress.output import METADATA
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
@@ -190,10 +190,10 @@ def _compare_file(pool: Pool, folder: Path, name: str, sha256: str) -> list[Diff
 
 def _compare_counts(manifest: dict[str, Any]) -> list[Difference]:
     rows, left_out = manifest["tensors"], manifest.get("removed", {}).get("tensors", [])
-    sums = {"totals": (manifest["totals"], counts_of(rows, left_out))}
+    sums = {"totals": (manifest["totals"], count_weights(rows, left_out))}
     for group, counts in manifest["groups"].items():
         of_group = ([row for row in those if row["group"] == group] for those in (rows, left_out))
-        sums[f"groups.{group}"] = (counts, counts_of(*of_group))
+        sums[f"groups.{group}"] = (counts, count_weights(*of_group))
     return [
         Difference(MANIFEST_NAME, None, f"{where}.{key} is {said.get(key)}, its tensors add up to {count}")
         for where, (said, counted) in sums.items()

@@ -19,7 +19,7 @@ from compressknow.base.progress import Begin, counted, untold
 from compressknow.base.reading import sha256_of
 from compressknow.base.system import move
 from compressknow.compress.blocks import Reader
-from compressknow.compress.convert import carried_files
+from compressknow.compress.output import carried_files
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.staging import scratch

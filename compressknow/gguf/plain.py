@@ -13,8 +13,7 @@ import torch
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.compress.blocks import Reader
-from compressknow.compress.convert import carried_files
-from compressknow.compress.layout import lay_out_file
+from compressknow.compress.output import carried_files, lay_out_file
 from compressknow.compress.weights import Side, Values
 from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
 from compressknow.model.manifest import CARD_NAME

@@ -34,7 +34,7 @@ from compressknow.study.grid import Cell
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from compressknow.compress.variant import VariantMaker
+    from compressknow.compress.convert import VariantMaker
     from compressknow.evaluate.scoring.scorer import Scorer
 
 
@@ -79,7 +79,7 @@ class StudyModel:
     @cached_property
     def maker(self) -> VariantMaker:
         """Makes the cells; it is opened when it is first needed, for it needs torch."""
-        from compressknow.compress.variant import VariantMaker
+        from compressknow.compress.convert import VariantMaker
 
         return VariantMaker(self.original.located.path, trust_remote_code=self._trusted, texts=self._texts)
 
@@ -91,8 +91,6 @@ class StudyModel:
     ) -> None:
         if self._whole:
             self._whole.close()
-        if "maker" in self.__dict__:
-            self.maker.__exit__(kind, error, trace)
 
     def evaluate_original(
         self,

@@ -111,7 +111,7 @@ def _settings_of(step: Step) -> Iterator[tuple[str, Any]]:
 
 
 class Opened(Protocol):
-    """What a grid may need to know of a model: see `compressknow.compress.variant.VariantMaker`."""
+    """What a grid may need to know of a model: see `compressknow.compress.convert.VariantMaker`."""
 
     def structure(self, module_map: ModuleMap = ...) -> Structure:
         """Its Linear weights."""

@@ -29,10 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5ForCo
 import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.compress import blocks
-from compressknow.compress.layout import lay_out
+from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
-from compressknow.compress.process import OutputFiles, Work
+from compressknow.compress.process import Work
 from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.sources import quantization_config

@@ -16,10 +16,10 @@ from torch import Tensor
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Block
 from compressknow.compress.convert import convert
-from compressknow.compress.layout import lay_out
+from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
-from compressknow.compress.process import Measured, OutputFiles, Work
+from compressknow.compress.process import Measured, Work
 from compressknow.compress.pruning import EachBlock, Pruned
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 
 from compressknow.compress import blocks
 from compressknow.compress.convert import convert
-from compressknow.compress.layout import lay_out
+from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
-from compressknow.compress.process import OutputFiles, Work
+from compressknow.compress.process import Work
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.schemes.rounding import nearest

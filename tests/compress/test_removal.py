@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import compressknow
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.cli import main
+from compressknow.compress.convert import VariantMaker
 from compressknow.compress.options import recipe_of
 from compressknow.compress.recipe import Recipe, read_recipe
 from compressknow.compress.steps import DropBlocks, DropNeurons, Prune, Where
-from compressknow.compress.variant import VariantMaker
 from compressknow.compress.verify import compare_to_manifest
 from compressknow.engine.identity import describe, locate
 from compressknow.evaluate.records import ModelRecord
@@ -145,11 +145,11 @@ def test_a_recipe_repeats_it_with_the_same_bytes(checkpoints: dict[str, Path], t
 def test_a_variant_in_memory_is_what_is_written(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_of(Where(), drop_blocks="1", quantize="int8")
     compressknow.convert(checkpoints["llama"], tmp_path / "out", recipe=recipe)
-    with VariantMaker(checkpoints["llama"]) as maker:
-        # A variant before and after, which must not be given tensors of other blocks under the same names.
-        plain = [maker.make(maker.plan(recipe_of(Where(), prune=0.2))) for _ in range(2)]
-        variant = maker.make(maker.plan(recipe))
-        again = maker.make(maker.plan(recipe_of(Where(), prune=0.2)))
+    maker = VariantMaker(checkpoints["llama"])
+    # A variant before and after, which must not be given tensors of other blocks under the same names.
+    plain = [maker.make(maker.plan(recipe_of(Where(), prune=0.2))) for _ in range(2)]
+    variant = maker.make(maker.plan(recipe))
+    again = maker.make(maker.plan(recipe_of(Where(), prune=0.2)))
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == variant.tensors.keys()
     assert all(torch.equal(tensor, variant.tensors[name]) for name, tensor in written.items())

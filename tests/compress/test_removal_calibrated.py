@@ -22,13 +22,13 @@ from compressknow.comparison.checkpoints import difference
 from compressknow.comparison.differences import Difference
 from compressknow.compress import blocks
 from compressknow.compress.calibrate.text import CalibrationText
-from compressknow.compress.convert import prepare, write
+from compressknow.compress.convert import VariantMaker, carry_out, prepare
 from compressknow.compress.manifest import Manifest, dry_run
 from compressknow.compress.options import recipe_of
+from compressknow.compress.output import NewFolder
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.calibrated import blocks_to_drop, fit, neurons_to_keep
 from compressknow.compress.steps import DropBlocks, DropNeurons, Where
-from compressknow.compress.variant import VariantMaker
 from compressknow.compress.verify import compare_to_manifest
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.manifest import read_manifest
@@ -130,9 +130,9 @@ def text_for(model: PreTrainedModel) -> CalibrationText:
 
 
 def convert(source: Path, output: Path, recipe: Recipe, **options: Any) -> Manifest:
-    conversion = prepare(source, recipe)
-    assert conversion.plan.removal is not None
-    return write(conversion, output, text=text_for(conversion.plan.removal.given[1]), **options)
+    plan = prepare(source, recipe)
+    assert plan.removal is not None
+    return carry_out(plan, NewFolder(output, plan.checkpoint), text_for(plan.removal.given[1]), **options)
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -291,11 +291,11 @@ def test_a_variant_in_memory_is_what_is_written(tmp_path: Path, monkeypatch: pyt
         recipe_of(Where(), drop_blocks=1, drop_neurons=0.25, prune=0.2),
     )
     manifest = convert(source, tmp_path / "out", recipe)
-    with VariantMaker(source) as maker:
-        assert recipe.calibration is not None
-        # The text would need a tokenizer.
-        maker._texts[recipe.calibration] = text_for(deep("llama"))
-        variant = maker.make(maker.plan(recipe))
+    maker = VariantMaker(source)
+    assert recipe.calibration is not None
+    # The text would need a tokenizer.
+    maker.take(recipe.calibration, text_for(deep("llama")))
+    variant = maker.make(maker.plan(recipe))
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == variant.tensors.keys()
     assert all(torch.equal(tensor, variant.tensors[name]) for name, tensor in written.items())
@@ -305,7 +305,7 @@ def test_a_variant_in_memory_is_what_is_written(tmp_path: Path, monkeypatch: pyt
 
 def test_a_dry_run_says_what_will_go_but_not_which(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "in")
-    planned = dry_run(prepare(source, recipe_of(Where(), drop_blocks=1, drop_neurons=0.25)).plan)
+    planned = dry_run(prepare(source, recipe_of(Where(), drop_blocks=1, drop_neurons=0.25)))
     done = convert(source, tmp_path / "out", recipe_of(Where(), drop_blocks=1, drop_neurons=0.25))
     for key in ("bytes_before", "bytes_after", "parameters"):
         assert planned.totals[key] == done.totals[key]
@@ -491,7 +491,7 @@ def test_counts_are_rounded_as_documented(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "in")
     # 48 is 12 steps of 4, at least eight: 0.3 would keep 33.6.
     for step, kept in ((DropNeurons(0.3), 32), (DropNeurons(0.3, multiple=1), 34), (DropNeurons(0.3, multiple=16), 32)):
-        plan = prepare(source, Recipe((step,))).plan
+        plan = prepare(source, Recipe((step,)))
         assert plan.config["intermediate_size"] == kept
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from compressknow import convert
+from compressknow.compress.convert import VariantMaker
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, Where
-from compressknow.compress.variant import VariantMaker
 from compressknow.engine.load import load, load_variant
 from tests.knowing import knowing
 from tests.models import logits, save_tiny
@@ -31,23 +31,23 @@ RECIPES = {
 @pytest.mark.parametrize("architecture", ["bert", "albert", "t5-gated", "bart", "llama", "qwen3"])
 def test_a_variant_is_what_convert_writes_and_computes_the_same(architecture: str, tmp_path: Path) -> None:
     source = save_tiny(architecture, tmp_path / "model")
-    with VariantMaker(source) as maker:
-        # One after the other of one maker, so that nothing of one may be left in the next.
-        for number, recipe in enumerate(RECIPES.values()):
-            written = tmp_path / str(number)
-            manifest = convert(source, written, recipe=recipe)
-            variant = maker.make(maker.plan(recipe))
-            assert variant.manifest["tensors"] == manifest["tensors"]
-            assert variant.manifest["totals"] == manifest["totals"]
-            assert variant.config == json.loads((written / "config.json").read_text())
-            assert variant.bytes == (written / "model.safetensors").stat().st_size
-            stored = load_file(written / "model.safetensors")
-            assert variant.tensors.keys() == stored.keys()
-            for name, tensor in stored.items():
-                assert tensor.dtype == variant.tensors[name].dtype
-                assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
-            expected = logits(load(written, dtype="float32", language_model=True))
-            assert torch.equal(logits(load_variant(variant, dtype="float32")), expected)
+    maker = VariantMaker(source)
+    # One after the other of one maker, so that nothing of one may be left in the next.
+    for number, recipe in enumerate(RECIPES.values()):
+        written = tmp_path / str(number)
+        manifest = convert(source, written, recipe=recipe)
+        variant = maker.make(maker.plan(recipe))
+        assert variant.manifest["tensors"] == manifest["tensors"]
+        assert variant.manifest["totals"] == manifest["totals"]
+        assert variant.config == json.loads((written / "config.json").read_text())
+        assert variant.bytes == (written / "model.safetensors").stat().st_size
+        stored = load_file(written / "model.safetensors")
+        assert variant.tensors.keys() == stored.keys()
+        for name, tensor in stored.items():
+            assert tensor.dtype == variant.tensors[name].dtype
+            assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
+        expected = logits(load(written, dtype="float32", language_model=True))
+        assert torch.equal(logits(load_variant(variant, dtype="float32")), expected)
 
 
 @pytest.mark.parametrize("architecture", ["t5", "llama"])
@@ -56,23 +56,23 @@ def test_norms_that_were_smoothed_are_nobody_elses(architecture: str, tmp_path: 
     blocks = Where(("attention", "feed-forward"))
     plain = Recipe((Quantize("int8", blocks),))
     smooth = Recipe((Quantize("int8", blocks, smooth=0.5),), calibration=Calibration(tokens=256))
-    with VariantMaker(source) as maker:
-        # Before the smoothed one, and after.
-        for number, recipe in enumerate((plain, smooth, plain)):
-            convert(source, tmp_path / str(number), recipe=recipe)
-            stored = load_file(tmp_path / str(number) / "model.safetensors")
-            variant = maker.make(maker.plan(recipe))
-            assert variant.tensors.keys() == stored.keys()
-            for name, tensor in stored.items():
-                assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
+    maker = VariantMaker(source)
+    # Before the smoothed one, and after.
+    for number, recipe in enumerate((plain, smooth, plain)):
+        convert(source, tmp_path / str(number), recipe=recipe)
+        stored = load_file(tmp_path / str(number) / "model.safetensors")
+        variant = maker.make(maker.plan(recipe))
+        assert variant.tensors.keys() == stored.keys()
+        for name, tensor in stored.items():
+            assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
 
 
 def test_tensors_that_a_recipe_leaves_alone_are_shared_and_stay_as_they_were(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "model")
-    with VariantMaker(source) as maker:
-        first = maker.make(maker.plan(RECIPES["attention pruned"]))
-        second = maker.make(maker.plan(RECIPES["feed-forward int8 weights"]))
-        name = "model.embed_tokens.weight"
-        assert first.tensors[name].data_ptr() == second.tensors[name].data_ptr()
-        load_variant(first, dtype="float32")
-        assert torch.equal(second.tensors[name], load_file(source / "model.safetensors")[name])
+    maker = VariantMaker(source)
+    first = maker.make(maker.plan(RECIPES["attention pruned"]))
+    second = maker.make(maker.plan(RECIPES["feed-forward int8 weights"]))
+    name = "model.embed_tokens.weight"
+    assert first.tensors[name].data_ptr() == second.tensors[name].data_ptr()
+    load_variant(first, dtype="float32")
+    assert torch.equal(second.tensors[name], load_file(source / "model.safetensors")[name])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from compressknow.base.errors import CheckpointError
 from compressknow.cli import main
-from compressknow.compress.variant import VariantMaker
+from compressknow.compress.convert import VariantMaker
 from compressknow.model.loading import open_complete
 from tests.models import BUILDERS, save_tiny
 

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.progress import quiet
 from compressknow.compress.calibrate.text import CalibrationText
-from compressknow.compress.convert import prepare, write
+from compressknow.compress.convert import carry_out, convert, prepare
+from compressknow.compress.output import NewFolder
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import DropNeurons, Prune, Quantize, Step, Where
@@ -41,8 +42,8 @@ def text_of(model: PreTrainedModel, count: int = 5) -> CalibrationText:
 
 
 def compressed(folder: Path, output: Path, *steps: Step, count: int = 5, threads: int = 2) -> dict[str, Any]:
-    conversion = prepare(folder, Recipe(steps))
-    return write(conversion, output, text=text_of(conversion.tree, count), threads=threads)
+    plan = prepare(folder, Recipe(steps))
+    return carry_out(plan, NewFolder(output, plan.checkpoint), text_of(plan.tree, count), threads=threads)
 
 
 def loaded(folder: Path) -> PreTrainedModel:
@@ -181,7 +182,7 @@ def test_smoothing_moves_outliers_into_weights_and_brings_logits_nearer(tmp_path
     for name, smooth in (("plain", None), ("smooth", 0.5)):
         manifest = compressed(folder, tmp_path / name, Quantize("int8", BLOCKS, smooth=smooth)) if smooth else None
         if manifest is None:
-            write(prepare(folder, Recipe((Quantize("int8", BLOCKS),))), tmp_path / name)
+            convert(folder, tmp_path / name, Recipe((Quantize("int8", BLOCKS),)))
         else:
             assert sorted(manifest["calibration"]["smoothed"]) == [
                 f"model.layers.{layer}.{norm}_layernorm" for layer in (0, 1) for norm in ("input", "post_attention")
@@ -240,12 +241,12 @@ def test_a_killed_calibrated_conversion_leaves_nothing_that_the_next_does_not_cl
 
 def test_progress_tells_blocks(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
-    conversion = prepare(folder, Recipe((Prune(0.5, "wanda", BLOCKS),)))
+    plan = prepare(folder, Recipe((Prune(0.5, "wanda", BLOCKS),)))
     told: list[tuple[str, int, int]] = []
-    write(
-        conversion,
-        tmp_path / "out",
-        text=text_of(conversion.tree),
+    carry_out(
+        plan,
+        NewFolder(tmp_path / "out", plan.checkpoint),
+        text_of(plan.tree),
         begin=lambda work: nullcontext(lambda *far: told.append((work, *far))),
     )
     assert told == [("calibrate", 1, 2), ("calibrate", 2, 2)]

@@ -1,0 +1,411 @@
+"""Outputs of a conversion: a folder of safetensors files that appears whole or not at all, or tensors in memory.
+
+Weight files are laid out before any is written: each tensor's file and offset, each file's header.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from pathlib import Path, PurePath
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self
+from weakref import finalize
+
+import torch
+
+from compressknow.base.errors import CheckpointError
+from compressknow.base.progress import Repeating
+from compressknow.base.reading import sha256_of
+from compressknow.base.system import new_file, write_at
+from compressknow.compress.manifest import Manifest, serialize
+from compressknow.compress.plan import Plan, PlannedTensor
+from compressknow.compress.pool import Pool
+from compressknow.compress.process import Measured, TensorWriter
+from compressknow.compress.proof import build_config, prove_written
+from compressknow.compress.staging import Staging
+from compressknow.model.checkpoint import (
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    TORCH_INDEX,
+    Checkpoint,
+    loading_floats,
+    module_folders,
+    refuse_leading_out,
+)
+from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME
+from compressknow.model.tensors import DTYPE_SIZES, StoredTensor, byte_view, torch_dtype
+
+# transformers refuses a file without it.
+METADATA = {"format": "pt"}
+FLUSH_SECONDS = 0.1
+# Weights in any form, and what only training needs: not carried along.
+WEIGHT_SUFFIXES = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data"),
+    *(".tflite", ".mlmodel", ".npz", ".pkl", ".pickle"),
+}
+# What depends on the weights that were converted: written anew.
+REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, SAFETENSORS_INDEX, TORCH_INDEX}
+
+RenderCard = Callable[[Mapping[str, Any], Path], str]
+
+
+class Output(Protocol):
+    """Place that a conversion writes to.
+
+    Attributes
+    ----------
+    folder : of files that are of use only meanwhile; None for that of the system.
+    is_stored : the manifest holds hashes of the files that were read and written.
+    known : tensors that are there already, with what was measured of them, by name.
+    """
+
+    @property
+    def folder(self) -> Path | None: ...
+
+    @property
+    def is_stored(self) -> bool: ...
+
+    @property
+    def known(self) -> Mapping[str, Measured]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def open(self, plan: Plan) -> None:
+        """Make room for all tensors of a plan."""
+
+    def writer(self, tensor_name: str) -> TensorWriter: ...
+
+    def complete(self, measured: Mapping[str, Measured], pool: Pool) -> None:
+        """Finish the tensors, now that all are written."""
+
+    def write_beside(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
+        """Write what goes beside the weights; return the SHA-256 of the files that were read and written, by name."""
+
+    def publish(self, manifest: Manifest) -> None:
+        """Put the whole output into its place."""
+
+
+class NewFolder(Staging):
+    """Output folder that appears whole, by one rename, or not at all.
+
+    Parameters
+    ----------
+    output : a folder that does not exist, or one that convert wrote, with `overwrite`.
+    source : the checkpoint that is converted.
+    render_card : the model card's text for a manifest and the source folder; no card is written without it.
+
+    Raises
+    ------
+    CheckpointError : see `carried_files`.
+    OutputError : see `Staging`.
+    """
+
+    is_stored = True
+
+    def __init__(
+        self, output: str | Path, source: Checkpoint, *, overwrite: bool = False, render_card: RenderCard | None = None
+    ) -> None:
+        self._source, self._render_card = source, render_card
+        self.known: dict[str, Measured] = {}
+        self._carried = list(carried_files(source.folder))
+        self._weights: OutputFiles | None = None
+        super().__init__(Path(output), overwrite=overwrite, source=source.folder)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._weights:
+                self._weights.close()
+        finally:
+            super().__exit__(kind, error, trace)
+
+    def open(self, plan: Plan) -> None:
+        """Make the weight files at their full size."""
+        layout = lay_out(plan.tensors, plan.checkpoint.shards)
+        self._weights = OutputFiles(self.folder, layout)
+        self.expect(layout.sizes)
+
+    def writer(self, tensor_name: str) -> TensorWriter:
+        assert self._weights
+        return self._weights.writer(tensor_name)
+
+    def complete(self, measured: Mapping[str, Measured], pool: Pool) -> None:  # noqa: ARG002
+        """Wait until the weights would survive a power cut."""
+        assert self._weights
+        self._weights.sync(pool)
+        self._weights.close()
+
+    def write_beside(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
+        """Write config.json and copy what is carried along; the output is proved to load before anything is copied."""
+        source = self._source.folder
+        written = {name: self.write(name, content) for name, content in _config_files(plan).items()}
+        prove_written(plan, self.folder)
+        copied = {name: self.copy(source / name, name) for name in self._carried if name not in written}
+        replaced = {name for name in (*written, plan.checkpoint.index) if name and (source / name).is_file()}
+        return {**copied, **{name: sha256_of(source / name) for name in replaced}}, {**written, **copied}
+
+    def publish(self, manifest: Manifest) -> None:
+        """Write the manifest and the card, and rename the folder.
+
+        Raises CheckpointError where a file of the checkpoint changed since it was opened.
+        """
+        self.write(MANIFEST_NAME, serialize(manifest))
+        if self._render_card:
+            card = self._render_card(manifest, self._source.folder)
+            self.write(CARD_NAME, card.encode("utf-8", "backslashreplace"))
+        self._source.check_unchanged()
+        self.commit()
+
+
+class Known(NamedTuple):
+    """Tensor that a recipe left alone, with what was measured of it."""
+
+    tensor: torch.Tensor
+    measured: Measured
+
+
+class Memory:
+    """Output in memory.
+
+    Parameters
+    ----------
+    shared : tensors that plans of one checkpoint leave alone, by name: taken from there, and put there.
+    """
+
+    folder: Path | None = None
+    is_stored = False
+
+    def __init__(self, shared: dict[str, Known]) -> None:
+        self._shared = shared
+        self.known: dict[str, Measured] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave all as it is."""
+
+    def open(self, plan: Plan) -> None:
+        """Take what is known already, and make room for the rest."""
+        # Names of a smaller model are those of other tensors; smoothing divides norms that no scope has.
+        if plan.removal is not None or plan.recipe.smooths:
+            self._shared = {}
+        self.plan = plan
+        for tensor in plan.tensors:
+            if not tensor.in_scope and tensor.name in self._shared:
+                self.tensors[tensor.name], self.known[tensor.name] = self._shared[tensor.name]
+                continue
+            for name, part in tensor.written:
+                self.tensors[name] = torch.empty(part.shape, dtype=torch_dtype(part.dtype))
+
+    def writer(self, tensor_name: str) -> TensorWriter:
+        memory = byte_view(self.tensors[tensor_name])
+
+        def put(data: memoryview, position: int) -> None:
+            memory[position : position + len(data)] = data
+
+        return TensorWriter(put, 0)
+
+    def complete(self, measured: Mapping[str, Measured], pool: Pool) -> None:  # noqa: ARG002
+        """Share what the plan leaves alone."""
+        for tensor in self.plan.tensors:
+            if not tensor.in_scope:
+                self._shared[tensor.name] = Known(self.tensors[tensor.name], measured[tensor.name])
+
+    def write_beside(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:  # noqa: ARG002
+        """Return no files."""
+        return {}, {}
+
+    def publish(self, manifest: Manifest) -> None:
+        """Leave all as it is."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Return the size of the weight files that would hold the tensors."""
+        return sum(lay_out(self.plan.tensors, self.plan.checkpoint.shards).sizes.values())
+
+
+class Place(NamedTuple):
+    """File and offset that a tensor's bytes go to."""
+
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Weight files: `headers` gives each file's first bytes, `sizes` its whole size, `places` the place of each tensor
+    by name."""
+
+    headers: dict[str, bytes]
+    sizes: dict[str, int]
+    places: dict[str, Place]
+    index: dict[str, Any] | None
+
+
+def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
+    """Lay out one safetensors file for each of the source's weight files of which tensors are left, with an index where
+    there are several.
+
+    Within a file tensors are sorted by the width of their dtype, widest first, as the safetensors library does: so
+    each lies aligned without holes, which the format forbids.
+    """
+    shard_of = {tensor.name: _find_shard(tensor.source, shards) for tensor in tensors}
+    used = [shard for shard in shards if shard in shard_of.values()]
+    names = {shard: f"model-{i + 1:05d}-of-{len(used):05d}.safetensors" for i, shard in enumerate(used)}
+    if len(used) == 1:
+        names = {used[0]: SAFETENSORS}
+    by_file: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {name: [] for name in names.values()}
+    for tensor in tensors:
+        by_file[names[shard_of[tensor.name]]] += [(name, part.dtype, part.shape) for name, part in tensor.written]
+    headers: dict[str, bytes] = {}
+    sizes: dict[str, int] = {}
+    places: dict[str, Place] = {}
+    for file, entries in by_file.items():
+        entries.sort(key=lambda entry: -DTYPE_SIZES[entry[1]])
+        headers[file], sizes[file], offsets = lay_out_file(entries)
+        places |= {name: Place(file, offset) for name, offset in offsets.items()}
+    index = None
+    if len(headers) > 1:
+        total = sum(sizes.values()) - sum(map(len, headers.values()))
+        weight_map = {name: place.file for name, place in sorted(places.items())}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return Layout(headers, sizes, places, index)
+
+
+def _find_shard(source: StoredTensor, shards: Sequence[str]) -> str:
+    # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
+    parts, names = source.file.parts, {PurePath(shard).as_posix(): shard for shard in shards}
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next(names[end] for end in ends if end in names)
+
+
+def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:
+    """Return a file's first bytes, its whole size, and the offset of each tensor (name, dtype, shape), in this order:
+    the widest dtypes first, so that each lies aligned."""
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    position = 0
+    for name, dtype, shape in entries:
+        end = position + DTYPE_SIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets = {name: start + header[name]["data_offsets"][0] for name, _, _ in entries}
+    return len(text).to_bytes(8, "little") + text, start + position, offsets
+
+
+class OutputFiles:
+    """Weight files of an output, made at their full size before any work: a full disk shows at once."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self._layout = layout
+        self._descriptors: dict[str, int] = {}
+        try:
+            for name, size in layout.sizes.items():
+                descriptor = self._descriptors[name] = new_file(folder / name, size)
+                write_at(descriptor, memoryview(layout.headers[name]), 0)
+            self._flushed = _Flushed(self._descriptors)
+            self._flushing = Repeating(self._flushed.flush, repeat(FLUSH_SECONDS))
+        except BaseException:
+            self._close_files()
+            raise
+        # For a signal that comes before anybody has these files.
+        finalize(self, self._flushing.end)
+
+    def writer(self, tensor_name: str) -> TensorWriter:
+        place = self._layout.places[tensor_name]
+        return TensorWriter(partial(write_at, self._descriptors[place.file]), place.offset)
+
+    def sync(self, pool: Pool) -> None:
+        """Wait until all that was written would survive a power cut."""
+        self._end_flushing()
+        if self._flushed.error is not None:
+            raise self._flushed.error
+        pool.map(os.fsync, self._descriptors.values())
+
+    def close(self) -> None:
+        """Close the files, complete or not."""
+        self._end_flushing()
+        self._close_files()
+
+    def _end_flushing(self) -> None:
+        self._flushing.end()
+        self._flushing.wait()
+
+    def _close_files(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+class _Flushed:
+    """Open files that are sent to the disk while the rest is computed, instead of all at the end."""
+
+    def __init__(self, descriptors: Mapping[str, int]) -> None:
+        self._descriptors = descriptors
+        self.error: OSError | None = None
+
+    def flush(self) -> None:
+        """Send what was written to the disk."""
+        # Not once it has failed: Linux tells a descriptor of a failed write once, and a later fsync would succeed.
+        try:
+            for descriptor in () if self.error else self._descriptors.values():
+                os.fsync(descriptor)
+        except OSError as error:
+            self.error = error
+
+
+def list_files(plan: Plan) -> dict[str, int | None]:
+    """Return the files that an output will hold, with their bytes; None where the weights decide it."""
+    source = plan.checkpoint.folder
+    return {
+        **lay_out(plan.tensors, plan.checkpoint.shards).sizes,
+        **{name: (source / name).stat().st_size for name in carried_files(source)},
+        **{name: len(content) for name, content in _config_files(plan).items()},
+        **dict.fromkeys((CARD_NAME, MANIFEST_NAME)),
+    }
+
+
+def _config_files(plan: Plan) -> dict[str, bytes]:
+    """Return config.json and what else depends on how the weights are stored, by name: the index of several weight
+    files, and how sentence-transformers loads quantized ones."""
+    config = build_config(plan)
+    quantization = config.get("quantization_config")
+    loading = loading_floats(plan.checkpoint.folder, quantization) if quantization else {}
+    layout = lay_out(plan.tensors, plan.checkpoint.shards)
+    contents = {"config.json": config, **({SAFETENSORS_INDEX: layout.index} if layout.index else {}), **loading}
+    texts = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in contents.items()}
+    return {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
+
+
+def carried_files(folder: Path) -> Iterator[str]:
+    """Yield the files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and the
+    modules that sentence-transformers runs behind the model, with their weights.
+
+    Raises CheckpointError where one of them is a link that leads nowhere, or out of the checkpoint.
+    """
+    modules = module_folders(folder)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
+        weights = path.suffix in WEIGHT_SUFFIXES and not any(name.is_relative_to(module) for module in modules)
+        if hidden or weights or str(name) in REPLACED:
+            continue
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path} is a link that leads nowhere.", hint="Fetch the checkpoint again.")
+        if path.is_file():
+            refuse_leading_out(folder, path)
+            yield name.as_posix()
