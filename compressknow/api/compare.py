@@ -10,7 +10,7 @@ from compressknow.api.words import SeededWords, files_of, records_of, speaks_pyt
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
     from compressknow.pages.diff.records import CheckpointComparison
 

@@ -11,7 +11,7 @@ from compressknow.api.words import ServingWords, files_of, records_of, speaks_py
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
     from compressknow.pages.records import Card
 

@@ -24,7 +24,8 @@ from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
 from compressknow.evaluate.gather import names_of, open_named, refuse_texts_alone
 from compressknow.evaluate.grades import RECOGNIZED, check_known
-from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.text import RunningText
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports

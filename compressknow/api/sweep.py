@@ -12,7 +12,7 @@ from compressknow.base.libraries import require
 from compressknow.base.progress import OnProgress, listener, staged
 from compressknow.evaluate.gather import open_named, refuse_texts_alone
 from compressknow.evaluate.grades import RECOGNIZED, check_known
-from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.text import RunningText
 from compressknow.study.cells import StudyModel, save_cell
 from compressknow.study.folder import (

@@ -11,6 +11,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,13 @@ from compressknow.evaluate.answers import LOGP_FLOOR, Answers
 from compressknow.evaluate.evaluate import evaluate
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.sources import Opened
-from compressknow.evaluate.text import RunningText, chunks_of, context_of, keys_of, read_again
+from compressknow.evaluate.text import RunningText, chunks_of, context_of, keys_of, read_chunk
 
 if TYPE_CHECKING:
     import torch
 
     from compressknow.evaluate.handle import ModelHandle
+    from compressknow.evaluate.scoring.scorer import Whole
 
 # What must stay free on the disk: the answers are to find room.
 RESERVE = 256 << 20
@@ -85,7 +87,14 @@ class Distributions:
         with begun(on_progress, stage) as advance:
             reader = original.reader()
             context = context_of(reader, text, answers.record.probes.get(text.name))
-            read_again(reader, chunks_of(reader, text, context), self.of(text), advance)
+            rows, chunks = self.of(text), chunks_of(reader, text, context)
+            for number in range(len(chunks.ids)):
+                if rows.gave_up:
+                    return
+                if not rows.holds(keys_of(number, context)):
+                    read_chunk(reader, chunks, number, rows.keep)
+                if advance:
+                    advance(number + 1, len(chunks.ids))
 
     def _evaluate(self, probe: Probe, answers: Answers, on_progress: Listener | None) -> None:
         original, rows = self._original, self.of(probe)
@@ -109,6 +118,41 @@ class Distributions:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the answers of a model stand context.
+
+    Attributes
+    ----------
+    reference : answers of the original: the same tokens are evaluated at the answer's first position.
+    known : answers of this very model to these probes, with another reference: what it answers is taken from there.
+    whole : the original's distributions over the whole vocabulary: those of `reference` are compared with this model's;
+        without a reference this model is the original, and they are kept.
+    """
+
+    reference: Answers | None = None
+    known: Answers | None = None
+    whole: Distributions | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the original; None where this model is the original."""
+        return self.reference.record.model.sha256 if self.reference else None
+
+    @property
+    def runtime(self) -> str | None:
+        """What ran the original where that was not transformers."""
+        ran = self.reference.record.model.runtime if self.reference else None
+        return str(ran["name"]) if ran else None
+
+    def of_batches(self, probe: Probe | RunningText) -> Whole | None:
+        """What is done with each batch's distributions: the original's are kept, those of others compared with them."""
+        if self.whole is None:
+            return None
+        rows = self.whole.of(probe)
+        return rows.divergence if self.reference else rows.keep
 
 
 def _keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:

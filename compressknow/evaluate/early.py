@@ -17,7 +17,7 @@ from compressknow.base.errors import UsageError
 from compressknow.base.progress import Listener, staged
 from compressknow.engine.identity import locate
 from compressknow.evaluate.answers import Answers
-from compressknow.evaluate.distributions import Distributions
+from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.gather import (
     Evaluation,
@@ -29,7 +29,7 @@ from compressknow.evaluate.gather import (
     stored_answers,
 )
 from compressknow.evaluate.grades import known_as
-from compressknow.evaluate.handle import Beside, ModelHandle
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.noise import unmeasured
 from compressknow.evaluate.run import facts_entry, held_answers, probe_model
 
@@ -121,8 +121,8 @@ def _until(
     with Distributions(of, keep_in) if of else nullcontext() as whole:
         for chunk in drawing.chunks():
             folder = keep_in / f"early-{drawing.digest}" / f"{drawing.drawn:05}"
-            before = first.answer(chunk, folder, Beside(whole=whole), listen[0])
-            after = second.answer(chunk, folder, Beside(before, whole=whole), listen[1])
+            before = first.answer(chunk, folder, Context(whole=whole), listen[0])
+            after = second.answer(chunk, folder, Context(before, whole=whole), listen[1])
             known += _right(known_as(before, evaluation.known), chunk)
             kept += _right(known_as(after, evaluation.known), chunk)
             found = decide(np.array(known), np.array(kept), len(drawing.order))
@@ -193,7 +193,7 @@ class _Side:
         the user names are to other facts.
         """
         if self.handle is not None:
-            folder = folder_of(keep_in, self.handle, Beside(reference))
+            folder = folder_of(keep_in, self.handle, Context(reference))
             self.stored = held_answers(self.handle, probes, folder, reference)
         elif self.stored is not None:
             self.stored = of_probes(self.stored, [probe.name for probe in probes])
@@ -216,14 +216,14 @@ class _Side:
             ids, dropped = {query.fact.id for batch in prompts.batches for query in batch}, prompts.dropped
         return replace(probe, facts=tuple(fact for fact in probe.facts if fact.id in ids), dropped=dropped)
 
-    def answer(self, chunk: _Chunk, folder: Path, beside: Beside, on_progress: Listener | None) -> Answers:
+    def answer(self, chunk: _Chunk, folder: Path, context: Context, on_progress: Listener | None) -> Answers:
         """The answers to a chunk, which are stored in `folder`."""
         if self.stored is not None:
             answers = _restricted(self.stored, chunk)
         else:
             assert self.handle is not None
-            place = folder_of(folder, self.handle, beside)
-            answers = probe_model(self.handle, chunk.probes, place, beside, on_progress=on_progress, wait=True)
+            place = folder_of(folder, self.handle, context)
+            answers = probe_model(self.handle, chunk.probes, place, context, on_progress=on_progress, wait=True)
         self._chunks.append(answers)
         return answers
 

@@ -4,30 +4,29 @@ original.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.progress import Advance, Pace
-from compressknow.engine.language_model import embedding_rows
 from compressknow.evaluate.answers import Answer, Answers
-from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.grades import grade_of
+from compressknow.evaluate.runtimes import BATCH_SIZE
 from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.sources import Opened, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from compressknow.evaluate.runtimes import Answering, Loaded
-    from compressknow.evaluate.scoring.scorer import Query, Scorer, Whole
+    from compressknow.evaluate.scoring.scorer import Query, Whole
 
 
-END_OF_TEXT = "<|endoftext|>"
-BATCH_SIZE = 128
+_ENDED = re.compile(r"""[.!?…]["'”’)\]]*$""")
 # So many facts are timed before the first batch, where there are LEAST times as many.
 SAMPLE, LEAST = 12, 16
 # So many tokens of candidates are scored, about, however many there are.
@@ -47,34 +46,6 @@ class Prompts:
     @property
     def total(self) -> int:
         return sum(len(batch) for batch in self.batches)
-
-
-def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
-    """The scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
-
-    Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.
-    """
-    from compressknow.evaluate.scoring.families import CausalScorer, MaskedScorer, Seq2SeqScorer
-
-    rows, size = embedding_rows(model), len(tokenizer)
-    # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
-    unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens
-    if size > rows and not (unused and tokenizer.convert_ids_to_tokens(rows) == END_OF_TEXT):
-        raise CheckpointError(
-            f"The tokenizer has {size:,} tokens, the model's embedding {rows:,} rows: they do not match.",
-            hint="Put the tokenizer that the model was trained with in the same folder as the weights.",
-        )
-    if family == "masked" and tokenizer.mask_token is None:
-        raise UnsupportedError(
-            "The tokenizer has no mask token: a masked language model cannot be evaluated without one.",
-            hint="Set `mask_token` in its tokenizer_config.json.",
-        )
-    scorers: dict[str, type[MaskedScorer | CausalScorer | Seq2SeqScorer]] = {
-        "masked": MaskedScorer,
-        "causal": CausalScorer,
-        "seq2seq": Seq2SeqScorer,
-    }
-    return scorers[family](model, tokenizer, probe)
 
 
 def prompts_of(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
@@ -170,6 +141,45 @@ def batched(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]:
         alike = shapes[shape]
         for start in range(0, len(alike), size):
             yield tuple(alike[start : start + size])
+
+
+def with_examples(scorer: Answering, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
+    """A model's answers to the facts of the scorer's probe, with what it says after an example where `original`, the
+    original's answers, knew the fact and this model does not; their grades follow.
+    """
+    known = {answer.fact_id for answer in original if answer.correct}
+    lost = {answer.fact_id for answer in answers if answer.fact_id in known and not answer.correct}
+    texts = dict(_said(scorer, [fact for fact in scorer.probe.facts if fact.id in lost]))
+    return [_with(answer, texts.get(answer.fact_id)) for answer in answers]
+
+
+def _with(answer: Answer, text: str | None) -> Answer:
+    answer = replace(answer, with_example=text)
+    return answer if answer.grade is None else replace(answer, grade=grade_of(answer))
+
+
+def _said(scorer: Answering, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]:
+    """Fact id -> what is said; of facts that an example makes too long, and of relations of one object, nothing is."""
+    shown = [shown for fact in facts if (shown := after_example(fact, scorer.probe)) is not None]
+    queries = [query for query in map(scorer.query, shown) if not isinstance(query, str)]
+    batches = chain.from_iterable(scorer.parts(batch) for batch in batched(queries, BATCH_SIZE))
+    for batch, texts in scorer.each(scorer.say, batches):
+        for query, text in zip(batch, texts, strict=True):
+            if text is not None:
+                yield query.fact.id, text
+
+
+def after_example(fact: Fact, probe: Probe) -> Fact | None:
+    """The fact's prompt after another fact of its relation, solved; None where the relation has no other object.
+
+    The example is the first of another subject and object, so that it does not give the answer away.
+    """
+    example = probe.example(fact)
+    if example is None:
+        return None
+    solved = example.prompt.replace(BLANK, example.obj_label).rstrip()
+    stop = "" if _ENDED.search(solved) else "."
+    return replace(fact, prompt=f"{solved}{stop} {fact.prompt}")
 
 
 def refuse_other_facts(reference: Answers, probe: Opened) -> None:

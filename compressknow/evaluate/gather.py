@@ -21,8 +21,9 @@ from compressknow.evaluate.records import FactsInText
 if TYPE_CHECKING:
     from compressknow.base.progress import Listener
     from compressknow.engine.identity import Located
-    from compressknow.evaluate.distributions import Distributions
-    from compressknow.evaluate.handle import Beside, ModelHandle, Settings
+    from compressknow.evaluate.distributions import Context, Distributions
+    from compressknow.evaluate.handle import ModelHandle
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Opened, Options
 
 
@@ -198,8 +199,7 @@ class _Gathering:
     def run(self, on_progress: Listener | None) -> list[Answers]:
         """The answers of all, in their order."""
         from compressknow.base.progress import staged
-        from compressknow.evaluate.distributions import Distributions
-        from compressknow.evaluate.handle import Beside
+        from compressknow.evaluate.distributions import Context, Distributions
 
         first, *others = self._handles
         # What is kept of the original's distributions serves models alone that are evaluated beside it.
@@ -213,24 +213,24 @@ class _Gathering:
                 if handle is not None:
                     number += 1
                     watched = staged(on_progress, number=number, of=of)
-                    gathered.append(self._evaluate(handle, Beside(reference, whole=whole), watched))
+                    gathered.append(self._evaluate(handle, Context(reference, whole=whole), watched))
                 elif answers is not None:
                     gathered.append(of_probes(answers, names))
         return gathered
 
-    def _evaluate(self, handle: ModelHandle, beside: Beside, on_progress: Listener | None) -> Answers:
+    def _evaluate(self, handle: ModelHandle, context: Context, on_progress: Listener | None) -> Answers:
         from compressknow.evaluate.noise import is_wanted, with_noise_floor, with_runtime_noise_floor
         from compressknow.evaluate.run import probe_model
 
-        folder = folder_of(self._evaluation.keep_in, handle, beside)
-        answers = probe_model(handle, self._probes, folder, beside, on_progress=on_progress, wait=True)
-        if beside.reference is None:
-            answers = with_noise_floor(handle, self._probes, answers, folder, on_progress, whole=beside.whole)
+        folder = folder_of(self._evaluation.keep_in, handle, context)
+        answers = probe_model(handle, self._probes, folder, context, on_progress=on_progress, wait=True)
+        if context.reference is None:
+            answers = with_noise_floor(handle, self._probes, answers, folder, on_progress, whole=context.whole)
             if is_wanted(handle, [*self._stored[1:], *self._handles[1:]]):
                 answers = with_runtime_noise_floor(
-                    handle, self._probes, answers, folder, on_progress, whole=beside.whole
+                    handle, self._probes, answers, folder, on_progress, whole=context.whole
                 )
-        return finished(answers, handle, beside.reference, on_progress, timed=self._evaluation.timed)
+        return finished(answers, handle, context.reference, on_progress, timed=self._evaluation.timed)
 
 
 def sound_handles(located: Sequence[Located], evaluation: Evaluation, probes: Sequence[Opened]) -> list[ModelHandle]:
@@ -279,9 +279,9 @@ def open_like(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
     return opened
 
 
-def folder_of(keep_in: Path, model: ModelHandle, beside: Beside) -> Path:
+def folder_of(keep_in: Path, model: ModelHandle, context: Context) -> Path:
     """A folder for each model, and one more for each original whose tokens it was asked for; so for each runtime."""
-    of = f"-{(beside.sha256 or '')[:16]}{_suffix(beside.runtime)}" if beside.reference else ""
+    of = f"-{(context.sha256 or '')[:16]}{_suffix(context.runtime)}" if context.reference else ""
     return keep_in / f"{model.sha256[:16]}{_suffix(next(iter(model.runtime.key()), None))}{of}"
 
 
@@ -384,17 +384,16 @@ def evaluate_both(
     Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
     """
     from compressknow.base.progress import staged
-    from compressknow.evaluate.distributions import Distributions
-    from compressknow.evaluate.handle import Beside
+    from compressknow.evaluate.distributions import Context, Distributions
     from compressknow.evaluate.noise import is_wanted, with_noise_floor, with_runtime_noise_floor
     from compressknow.evaluate.run import probe_model
 
     def evaluate(
         model: ModelHandle, reference: Answers | None, whole: Distributions | None, known: Answers | None = None
     ) -> Answers:
-        beside = Beside(reference, known, whole)
+        context = Context(reference, known, whole)
         watched = staged(on_progress, number=1 if model is a else 2, of=2)
-        return probe_model(model, probes, folder_of(keep_in, model, beside), beside, on_progress=watched, wait=True)
+        return probe_model(model, probes, folder_of(keep_in, model, context), context, on_progress=watched, wait=True)
 
     if a.sha256 == b.sha256:
         alone = evaluate(a, None, None)
@@ -402,7 +401,7 @@ def evaluate_both(
         return BothWays(alone, alone, alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, None, whole_a)
-        folder = folder_of(keep_in, a, Beside())
+        folder = folder_of(keep_in, a, Context())
         of_a = with_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)
         if is_wanted(a, [b]):
             of_a = with_runtime_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)

@@ -1,73 +1,26 @@
-"""A model to evaluate: how it is run, what runs it, and what its answers stand beside."""
+"""A model to evaluate: how it is run, what runs it, and what its answers stand context."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
+from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
 from compressknow.base.progress import PanicError, no_panics
 from compressknow.engine.identity import Located, describe
-from compressknow.engine.language_model import AUTO, CPU, check_device, device_of
 from compressknow.engine.load import reason_of
-from compressknow.evaluate.answers import Answers
-from compressknow.evaluate.evaluate import BATCH_SIZE, Prompts, prompts_of
+from compressknow.evaluate.evaluate import Prompts, prompts_of
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import ModelRecord
-from compressknow.evaluate.runtimes import RUNTIMES, Loaded, Runtime, runtime_for
+from compressknow.evaluate.runtimes import RUNTIMES, Loaded, Runtime, Settings, runtime_for
 from compressknow.evaluate.sources import Opened, Task
-from compressknow.evaluate.text import RunningText, refuse_other_families
+from compressknow.evaluate.text import refuse_other_families
 
 if TYPE_CHECKING:
     from compressknow.engine.contents import Contents
-    from compressknow.evaluate.distributions import Distributions
     from compressknow.evaluate.scoring.reading import TextReader
-    from compressknow.evaluate.scoring.scorer import Whole
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model is run. Float32 on the CPU by default, where the batch size shows in the last digits
-    alone, if at all; with ``int8-paper`` in more than these (see `compressknow.engine.layers`).
-
-    `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
-    those of another: logits differ in their last digits. `runtime` is the name of what runs the model; by default
-    what is meant for it (see `compressknow.evaluate.runtimes`). `noise_floor` has an original answer some facts in
-    another precision too, or in another runtime (see `compressknow.evaluate.noise` and
-    `compressknow.evaluate.noise`).
-
-    `model`, `parallel` and `timeout` are for servers: the model's name there, requests at a time, seconds to wait.
-    """
-
-    device: str = AUTO
-    dtype: str | None = None
-    batch_size: int = BATCH_SIZE
-    trust_remote_code: bool = False
-    runtime: str | None = None
-    model: str | None = None
-    parallel: int = 4
-    timeout: float = 120.0
-    noise_floor: bool = True
-
-    def __post_init__(self) -> None:
-        check_device(self.device)
-        if self.parallel < 1 or not self.timeout > 0:
-            raise UsageError(f"--parallel and --timeout must be above 0: {self.parallel}, {self.timeout:g}.")
-        if self.runtime is not None and self.runtime not in RUNTIMES:
-            raise UsageError(
-                f"There is no runtime {self.runtime!r}.",
-                hint=f"{did_you_mean(self.runtime, RUNTIMES)}There is {', '.join(RUNTIMES)}.",
-            )
-
-    def here(self) -> Settings:
-        """These settings with the device that they mean on this machine; imports torch."""
-        return replace(self, device=device_of(self.device))
-
-    @property
-    def computed_in(self) -> str:
-        return self.dtype or ("float32" if self.device == CPU else "auto")
 
 
 class ModelHandle:
@@ -229,38 +182,3 @@ def _settings_of(located: Sequence[Located], settings: Settings) -> list[Setting
         runtime_for(located[-1], named)
     unnamed = replace(settings, runtime=None)
     return [settings if reads else unnamed for reads in read]
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What the answers of a model stand beside.
-
-    Attributes
-    ----------
-    reference : answers of the original: the same tokens are evaluated at the answer's first position.
-    known : answers of this very model to these probes, with another reference: what it answers is taken from there.
-    whole : the original's distributions over the whole vocabulary: those of `reference` are compared with this model's;
-        without a reference this model is the original, and they are kept.
-    """
-
-    reference: Answers | None = None
-    known: Answers | None = None
-    whole: Distributions | None = None
-
-    @property
-    def sha256(self) -> str | None:
-        """Of the original; None where this model is the original."""
-        return self.reference.record.model.sha256 if self.reference else None
-
-    @property
-    def runtime(self) -> str | None:
-        """What ran the original where that was not transformers."""
-        ran = self.reference.record.model.runtime if self.reference else None
-        return str(ran["name"]) if ran else None
-
-    def of_batches(self, probe: Probe | RunningText) -> Whole | None:
-        """What is done with each batch's distributions: the original's are kept, those of others compared with them."""
-        if self.whole is None:
-            return None
-        rows = self.whole.of(probe)
-        return rows.divergence if self.reference else rows.keep

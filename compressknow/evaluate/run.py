@@ -34,10 +34,17 @@ from compressknow.evaluate.answers import (
     write_record,
     write_table,
 )
-from compressknow.evaluate.evaluate import evaluate, first_ids, refuse_other_facts, refuse_other_model, tokens_alike
+from compressknow.evaluate.distributions import Context
+from compressknow.evaluate.evaluate import (
+    evaluate,
+    first_ids,
+    refuse_other_facts,
+    refuse_other_model,
+    tokens_alike,
+    with_examples,
+)
 from compressknow.evaluate.facts import Probe, chance, majority
-from compressknow.evaluate.grades import with_examples
-from compressknow.evaluate.handle import Beside, ModelHandle
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import (
     ALONE,
     NO_ROOM,
@@ -65,7 +72,7 @@ def probe_model(
     handle: ModelHandle,
     probes: Sequence[Opened],
     folder: Path,
-    beside: Beside | None = None,
+    context: Context | None = None,
     *,
     on_progress: Listener | None = None,
     wait: bool = False,
@@ -91,15 +98,15 @@ def probe_model(
     refuse_twins(probes)
     handle.refuse_tasks(probes)
     handle.check_sound()
-    beside = beside or Beside()
+    context = context or Context()
     if not handle.runtime.whole_vocabulary:
-        beside = replace(beside, whole=None)
+        context = replace(context, whole=None)
     with _kept_in(folder), locked(folder, wait):
-        run = _Run(handle, folder, beside, on_progress)
-        if beside.whole and beside.reference:
-            left = lacking(handle, probes, folder, beside)
-            beside.whole.complete(left, beside.reference, on_progress)
-        lacked = lacking(handle, probes, folder, beside)
+        run = _Run(handle, folder, context, on_progress)
+        if context.whole and context.reference:
+            left = lacking(handle, probes, folder, context)
+            context.whole.complete(left, context.reference, on_progress)
+        lacked = lacking(handle, probes, folder, context)
         if any(isinstance(probe, RunningText) for probe in lacked):
             # A model that cannot read it is refused before it is evaluated on all else.
             handle.reader()
@@ -111,30 +118,30 @@ def probe_model(
 
 def is_answered(handle: ModelHandle, probe: Opened, folder: Path, reference: Answers | None) -> bool:
     """Whether `folder` holds this model's answers to this probe, so that `probe_model` would evaluate nothing."""
-    return not lacking(handle, [probe], folder, Beside(reference))
+    return not lacking(handle, [probe], folder, Context(reference))
 
 
 def held_answers(
     handle: ModelHandle, probes: Sequence[Opened], folder: Path, reference: Answers | None
 ) -> Answers | None:
     """This model's answers to these probes, where `folder` holds them all."""
-    if lacking(handle, probes, folder, Beside(reference)):
+    if lacking(handle, probes, folder, Context(reference)):
         return None
     return _read(handle, folder, [probe.name for probe in probes])
 
 
-def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, beside: Beside) -> list[Opened]:
+def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context: Context) -> list[Opened]:
     """The probes to which `folder` holds no answers of this model; with the original's distributions, those too whose
     answers lack a divergence over the whole vocabulary that can be had.
     """
     with _kept_in(folder):
         entries = read_record(folder).probes if is_answers_folder(folder) else {}
     keys = {name: entry.key for name, entry in entries.items()}
-    missing = {probe.name for probe in probes if keys.get(probe.name) != _key(handle, probe, beside)}
-    whole = beside.whole
-    if whole and beside.reference and missing != {probe.name for probe in probes}:
+    missing = {probe.name for probe in probes if keys.get(probe.name) != _key(handle, probe, context)}
+    whole = context.whole
+    if whole and context.reference and missing != {probe.name for probe in probes}:
         # Not those of models whose tokens are others: they can have none.
-        alike = {name for name, entry in entries.items() if entry.reference == beside.sha256}
+        alike = {name for name, entry in entries.items() if entry.reference == context.sha256}
         with _kept_in(folder):
             bare = alike & {answer.probe for answer in stored(folder) if answer.first_kl is None}
         bare |= {name for name, entry in entries.items() if entry.text and entry.text["divergence"] in (ALONE, NO_ROOM)}
@@ -171,8 +178,8 @@ def refuse_twins(probes: Sequence[Opened]) -> None:
 class _Run:
     """A run of one model: each probe's answers and its entry go into the folder, the answers first."""
 
-    def __init__(self, handle: ModelHandle, folder: Path, beside: Beside, on_progress: Listener | None) -> None:
-        self._handle, self._folder, self._beside, self._on_progress = handle, folder, beside, on_progress
+    def __init__(self, handle: ModelHandle, folder: Path, context: Context, on_progress: Listener | None) -> None:
+        self._handle, self._folder, self._beside, self._on_progress = handle, folder, context, on_progress
         self._record = _record(folder, handle)
 
     def add(self, probe: Opened, facts: int) -> None:
@@ -192,8 +199,8 @@ class _Run:
         answers: list[Answer] = []
         with begun(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
-                beside = self._beside if alike else Beside()
-                answers, entry = self._evaluate(probe, parts_of(self._folder, key), known, beside, advance)
+                context = self._beside if alike else Context()
+                answers, entry = self._evaluate(probe, parts_of(self._folder, key), known, context, advance)
             elif isinstance(probe, RunningText):
                 chunks, entry = self._read(probe, parts_of(self._folder, key), known, advance)
             elif known:
@@ -216,11 +223,11 @@ class _Run:
     def _read(
         self, text: RunningText, parts: Path, known: Answers | None, advance: Advance | None
     ) -> tuple[tuple[Chunk, ...], ProbeEntry]:
-        reader, beside = self._handle.reader(), self._beside
-        original = beside.reference.record if beside.reference else None
+        reader, context = self._handle.reader(), self._beside
+        original = context.reference.record if context.reference else None
         chunks = chunks_of(reader, text, context_of(reader, text, original.probes[text.name] if original else None))
         same_tokens = original is None or original.model.vocabulary in (None, self._handle.loaded.vocabulary)
-        whole = beside.of_batches(text) if same_tokens else None
+        whole = context.of_batches(text) if same_tokens else None
         read = {chunk.number: chunk for path in sorted(parts.glob("*.parquet")) for chunk in read_chunks(path)}
         if original and whole:
             read = {number: chunk for number, chunk in read.items() if chunk.kl is not None}
@@ -238,23 +245,23 @@ class _Run:
             write_chunks(parts / f"{len(read):08}.parquet", part)
             read |= {chunk.number: chunk for chunk in part}
         all_read = tuple(read[number] for number in sorted(read))
-        gave_up = beside.whole.of(text).gave_up if beside.whole else None
+        gave_up = context.whole.of(text).gave_up if context.whole else None
         compared = outcome(all_read, reference=original is not None, same_tokens=same_tokens, gave_up=gave_up)
         return all_read, entry_of(text, chunks, all_read, compared)
 
     def _evaluate(
-        self, probe: Probe, parts: Path, known: Answers | None, beside: Beside, advance: Advance | None
+        self, probe: Probe, parts: Path, known: Answers | None, context: Context, advance: Advance | None
     ) -> tuple[list[Answer], ProbeEntry]:
         prompts = self._handle.prompts(probe)
         if not prompts.total:
             raise _nothing_left(probe, prompts.dropped)
-        answers, reference = stored_parts(parts), beside.reference
+        answers, reference = stored_parts(parts), context.reference
         batches = evaluate(
             prompts,
             reference=first_ids(reference, probe, prompts) if reference else None,
             done=frozenset(answer.fact_id for answer in answers),
             known={answer.fact_id: answer for answer in known.of(probe.name)} if known else None,
-            whole=beside.of_batches(probe),
+            whole=context.of_batches(probe),
             advance=advance,
         )
         for part in _in_parts(batches):
@@ -315,16 +322,16 @@ def _nothing_left(probe: Probe, dropped: Mapping[str, int]) -> UsageError:
     )
 
 
-def _key(handle: ModelHandle, probe: Opened, beside: Beside) -> str:
+def _key(handle: ModelHandle, probe: Opened, context: Context) -> str:
     """A hash of all that decides the answers: the model, the facts, whose tokens are asked for, and how it is run."""
     settings = handle.settings
     decides = [
         # Another version may prompt or score otherwise; this one finds answers in quotes, and the sum over all.
         *(SCHEMA_VERSION, __version__, "grades/2", handle.sha256, probe.fingerprint()),
-        beside.sha256,
+        context.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),
         *handle.runtime.key(),
-        *([beside.runtime] if beside.runtime else []),
+        *([context.runtime] if context.runtime else []),
     ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 

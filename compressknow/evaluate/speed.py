@@ -24,8 +24,9 @@ from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.system import peak_memory
 from compressknow.engine.identity import Located
 from compressknow.engine.language_model import AUTO
-from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import Speed
+from compressknow.evaluate.runtimes import Settings
 from compressknow.model.checkpoint import read_json
 
 FACTS, TOKENS, ROUNDS = 96, 64, 3

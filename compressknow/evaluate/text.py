@@ -24,7 +24,6 @@ from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, OTHER_SIZE, 
 
 if TYPE_CHECKING:
     from compressknow.base.progress import Advance
-    from compressknow.evaluate.distributions import Rows
     from compressknow.evaluate.scoring.reading import TextReader
     from compressknow.evaluate.scoring.scorer import Whole
 
@@ -215,20 +214,29 @@ def read_text(
         advance(len(chunks.ids) - len(left), len(chunks.ids))
     written = _continued(reader, chunks, [number for number in left if number < CONTINUED], known or {})
     for number in left:
-        yield replace(_read(reader, chunks, number, whole), greedy=np.array(written.get(number, []), dtype=np.int32))
+        chunk = read_chunk(reader, chunks, number, whole)
+        yield replace(chunk, greedy=np.array(written.get(number, []), dtype=np.int32))
         if advance:
             advance(len(chunks.ids) - len(left) + left.index(number) + 1, len(chunks.ids))
 
 
-def read_again(reader: TextReader, chunks: Chunks, rows: Rows, advance: Advance | None) -> None:
-    """Have the original's distributions of all chunks kept, as far as there is room."""
-    for number in range(len(chunks.ids)):
-        if rows.gave_up:
-            return
-        if not rows.holds(keys_of(number, chunks.context)):
-            _read(reader, chunks, number, rows.keep)
-        if advance:
-            advance(number + 1, len(chunks.ids))
+def read_chunk(reader: TextReader, chunks: Chunks, number: int, whole: Whole | None) -> Chunk:
+    import torch
+
+    first = first_scored(chunks.context)
+    ids = chunks.ids[number]
+    log_probs, scored = reader.log_probs(ids.tolist(), first), ids[first + 1 :]
+    places = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
+    divergences = whole(keys_of(number, chunks.context), log_probs) if whole else [None]
+    return Chunk(
+        number=number,
+        ids=scored,
+        logp=log_probs.gather(1, places).squeeze(1).float().cpu().numpy(),
+        top=log_probs.argmax(-1).cpu().numpy().astype(np.int32),
+        kl=None if None in divergences else np.array(divergences, dtype=np.float64),
+        bytes=chunks.bytes[number] if chunks.bytes is not None else None,
+        greedy=np.array([], dtype=np.int32),
+    )
 
 
 def keys_of(number: int, context: int) -> list[str]:
@@ -265,25 +273,6 @@ def outcome(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave
     if not same_tokens:
         return OTHER_TOKENS
     return NO_ROOM if gave_up else OTHER_SIZE
-
-
-def _read(reader: TextReader, chunks: Chunks, number: int, whole: Whole | None) -> Chunk:
-    import torch
-
-    first = first_scored(chunks.context)
-    ids = chunks.ids[number]
-    log_probs, scored = reader.log_probs(ids.tolist(), first), ids[first + 1 :]
-    places = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
-    divergences = whole(keys_of(number, chunks.context), log_probs) if whole else [None]
-    return Chunk(
-        number=number,
-        ids=scored,
-        logp=log_probs.gather(1, places).squeeze(1).float().cpu().numpy(),
-        top=log_probs.argmax(-1).cpu().numpy().astype(np.int32),
-        kl=None if None in divergences else np.array(divergences, dtype=np.float64),
-        bytes=chunks.bytes[number] if chunks.bytes is not None else None,
-        greedy=np.array([], dtype=np.int32),
-    )
 
 
 def _continued(

@@ -19,12 +19,13 @@ from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import language_model_of
 from compressknow.engine.load import load_tokenizer
 from compressknow.evaluate.answers import Answers
-from compressknow.evaluate.distributions import Distributions
+from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
-from compressknow.evaluate.handle import Beside, ModelHandle, Settings
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.noise import with_noise_floor, with_runtime_noise_floor
 from compressknow.evaluate.run import facts_of, is_answered, lacking, probe_model
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.runtimes.transformers import LoadedInTransformers
 from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText
@@ -158,18 +159,18 @@ def _evaluate(
     *,
     noise_floors: Collection[NoiseFloor] = (),
 ) -> Answers:
-    watched, beside = staged(on_progress, facts=facts_of(probes)), Beside(reference, whole=whole)
+    watched, context = staged(on_progress, facts=facts_of(probes)), Context(reference, whole=whole)
     if whole and reference:
         # Before the first is evaluated: then the original need not be in memory beside the cell.
         facts = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
         whole.complete(
-            [p for p in facts if lacking(handle, [p], folder / folder_of(p.name), beside)],
+            [p for p in facts if lacking(handle, [p], folder / folder_of(p.name), context)],
             reference,
             watched,
         )
     try:
         places = {probe.name: folder / folder_of(probe.name) for probe in probes}
-        parts = [probe_model(handle, [p], places[p.name], beside, on_progress=watched) for p in probes]
+        parts = [probe_model(handle, [p], places[p.name], context, on_progress=watched) for p in probes]
         for name in noise_floors:
             asked = zip(probes, parts, strict=True)
             parts = [_NOISE[name](handle, [p], a, places[p.name], watched, whole=whole) for p, a in asked]

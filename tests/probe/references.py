@@ -16,8 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
+from compressknow.evaluate.evaluate import evaluate, prompts_of
 from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.ranking import TAIL
 from tests.knowing import KNOWN_FACTS, candidates
 from tests.models import VOCABULARY

@@ -18,8 +18,8 @@ import transformers as hf
 from lm_pub_quiz import Dataset, Evaluator
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.evaluate.evaluate import scorer_for
 from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.scorer import Query
 from compressknow.evaluate.sources.bear import METADATA, bear
 from tests.models import tiny

@@ -13,9 +13,10 @@ import transformers as hf
 
 from compressknow.base.errors import CheckpointError
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.evaluate.evaluate import prompts_of, scorer_for
+from compressknow.evaluate.evaluate import prompts_of
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.scoring.decoding import DecodingScorer
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS, Query
 from tests.knowing import knowing
 from tests.models import tiny

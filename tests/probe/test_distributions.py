@@ -21,7 +21,7 @@ from compressknow.comparison.records import Movement
 from compressknow.evaluate import distributions, run
 from compressknow.evaluate.answers import TABLE, read_table
 from compressknow.evaluate.distributions import Distributions, Rows, divergence_of
-from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.runtimes import Settings
 from compressknow.pages.records import Card
 from tests.knowing import facts_file, knowing
 from tests.probe.test_run import telling

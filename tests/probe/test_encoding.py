@@ -10,8 +10,9 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from compressknow.evaluate.evaluate import prompts_of, scorer_for
+from compressknow.evaluate.evaluate import prompts_of
 from compressknow.evaluate.facts import BLANK, Fact
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.prompts import Encoder
 from compressknow.evaluate.scoring.scorer import NO_TOKENS
 from tests.probe.references import answers_to, around, as_probe, causal, check_choices, filled, masked, sentence

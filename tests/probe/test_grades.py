@@ -17,21 +17,11 @@ import compressknow
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
+from compressknow.evaluate.evaluate import after_example, evaluate, prompts_of, with_examples
 from compressknow.evaluate.facts import BLANK, Fact, Probe
-from compressknow.evaluate.grades import (
-    DEMOTED,
-    GONE,
-    PRODUCED,
-    RECOGNIZED,
-    after_example,
-    check_known,
-    grade_of,
-    known_as,
-    said,
-    with_examples,
-)
+from compressknow.evaluate.grades import DEMOTED, GONE, PRODUCED, RECOGNIZED, check_known, grade_of, known_as, said
 from compressknow.evaluate.scoring.decoding import DecodingScorer
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.prompts import Encoder
 from tests.knowing import knowing
 from tests.probe.references import as_probe, causal, filled, known_facts, masked

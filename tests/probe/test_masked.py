@@ -14,9 +14,9 @@ import transformers as hf
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.evaluate.evaluate import prompts_of, scorer_for
+from compressknow.evaluate.evaluate import prompts_of
 from compressknow.evaluate.facts import BLANK, Fact, Probe
-from compressknow.evaluate.scoring.families import MaskedScorer
+from compressknow.evaluate.scoring.families import MaskedScorer, scorer_for
 from compressknow.evaluate.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
 from tests.knowing import knowing
 from tests.models import tiny

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from compressknow.engine.language_model import load_language_model, most_tokens
-from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
+from compressknow.evaluate.evaluate import evaluate, prompts_of
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.scorer import TOO_LONG
 from compressknow.evaluate.sources.custom import own_facts
 from tests.knowing import facts_file, knowing

@@ -19,9 +19,10 @@ from compressknow.base.progress import Listener
 from compressknow.engine.identity import locate
 from compressknow.evaluate import run
 from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
-from compressknow.evaluate.handle import Beside, ModelHandle, Settings
+from compressknow.evaluate.distributions import Context
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
-from compressknow.evaluate.runtimes import transformers
+from compressknow.evaluate.runtimes import Settings, transformers
 from compressknow.evaluate.sources import Options, open_all
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
@@ -53,7 +54,7 @@ def ask(
     files = [facts] if isinstance(facts, Path) else facts
     probes = open_all([f"facts:{file}" for file in files], options or Options())
     handle = ModelHandle(locate(model), settings)
-    return probe_model(handle, probes, folder, Beside(reference, known), on_progress=on_progress)
+    return probe_model(handle, probes, folder, Context(reference, known), on_progress=on_progress)
 
 
 def telling(advance: Callable[[int], None]) -> Listener:

@@ -11,8 +11,9 @@ import torch
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.evaluate.evaluate import prompts_of, scorer_for
+from compressknow.evaluate.evaluate import prompts_of
 from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST
 from tests.knowing import knowing
 from tests.models import tiny

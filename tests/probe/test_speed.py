@@ -14,7 +14,8 @@ from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Stage
 from compressknow.engine.identity import locate
 from compressknow.engine.steady import SteadyLinear
-from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.speed import _tokens_per_second, measure
 from tests.knowing import facts_file, knowing
 

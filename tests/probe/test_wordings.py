@@ -14,8 +14,9 @@ from compressknow import Options
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
 from compressknow.comparison.distributions import consistency, wordings_of
+from compressknow.evaluate.evaluate import after_example
 from compressknow.evaluate.facts import Probe, fact_of
-from compressknow.evaluate.grades import after_example, by_majority
+from compressknow.evaluate.grades import by_majority
 from compressknow.evaluate.sources import open_all, open_probe
 from tests.knowing import in_wordings, knowing
 from tests.report.answering import answer, answers, entry

@@ -17,7 +17,8 @@ from scipy.stats import spearmanr
 
 from compressknow.compress.calibrate.backward import Batch
 from compressknow.engine.language_model import load_language_model
-from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
+from compressknow.evaluate.evaluate import evaluate, prompts_of
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.sources import open_probe
 from compressknow.model.loading import open_complete
 from compressknow.study.measuring import Measured, divergence, measure

@@ -23,7 +23,8 @@ from compressknow.engine.identity import locate
 from compressknow.evaluate.answers import Answer, read_answers
 from compressknow.evaluate.facts import fact_of
 from compressknow.evaluate.grades import PRODUCED
-from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
 from compressknow.study.folder import RECORD, CellResult, claim
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from compressknow.base.errors import UnsupportedError, UsageError
+from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
 from compressknow.base.registry import Registry
+from compressknow.engine.language_model import AUTO, CPU, check_device, device_of
 
 if TYPE_CHECKING:
     from compressknow.engine.contents import Contents
@@ -15,13 +17,13 @@ if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
     from compressknow.evaluate.answers import Answer
     from compressknow.evaluate.facts import Fact, Probe
-    from compressknow.evaluate.handle import Settings
     from compressknow.evaluate.scoring.prompts import Ids
     from compressknow.evaluate.scoring.reading import TextReader
     from compressknow.evaluate.scoring.scorer import Query, Whole
 
 
 T = TypeVar("T")
+BATCH_SIZE = 128
 
 
 class Answering(Protocol):
@@ -56,6 +58,49 @@ class Answering(Protocol):
     def say(self, batch: Sequence[Query]) -> list[str | None]: ...
 
     def release(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is run. Float32 on the CPU by default, where the batch size shows in the last digits
+    alone, if at all; with ``int8-paper`` in more than these (see `compressknow.engine.layers`).
+
+    `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
+    those of another: logits differ in their last digits. `runtime` is the name of what runs the model; by default
+    what is meant for it (see `compressknow.evaluate.runtimes`). `noise_floor` has an original answer some facts in
+    another precision too, or in another runtime (see `compressknow.evaluate.noise` and
+    `compressknow.evaluate.noise`).
+
+    `model`, `parallel` and `timeout` are for servers: the model's name there, requests at a time, seconds to wait.
+    """
+
+    device: str = AUTO
+    dtype: str | None = None
+    batch_size: int = BATCH_SIZE
+    trust_remote_code: bool = False
+    runtime: str | None = None
+    model: str | None = None
+    parallel: int = 4
+    timeout: float = 120.0
+    noise_floor: bool = True
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        if self.parallel < 1 or not self.timeout > 0:
+            raise UsageError(f"--parallel and --timeout must be above 0: {self.parallel}, {self.timeout:g}.")
+        if self.runtime is not None and self.runtime not in RUNTIMES:
+            raise UsageError(
+                f"There is no runtime {self.runtime!r}.",
+                hint=f"{did_you_mean(self.runtime, RUNTIMES)}There is {', '.join(RUNTIMES)}.",
+            )
+
+    def here(self) -> Settings:
+        """These settings with the device that they mean on this machine; imports torch."""
+        return replace(self, device=device_of(self.device))
+
+    @property
+    def computed_in(self) -> str:
+        return self.dtype or ("float32" if self.device == CPU else "auto")
 
 
 class Loaded(abc.ABC):

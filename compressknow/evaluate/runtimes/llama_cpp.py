@@ -15,7 +15,7 @@ from compressknow.gguf.llama_cpp.model import GgufModel
 
 if TYPE_CHECKING:
     from compressknow.engine.identity import Located
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.scoring.llama_cpp import GgufReader, LlamaCppScorer
 
 

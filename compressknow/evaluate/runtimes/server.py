@@ -18,7 +18,7 @@ from compressknow.evaluate.runtimes import Loaded, Runtime
 if TYPE_CHECKING:
     from compressknow.engine.contents import Contents
     from compressknow.engine.identity import Located
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.runtimes.client import Client
     from compressknow.evaluate.runtimes.kinds import Served
     from compressknow.evaluate.scoring.server import ServedScorer

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.evaluate.evaluate import scorer_for
 from compressknow.evaluate.runtimes import Loaded, Runtime
 
 if TYPE_CHECKING:
     from compressknow.engine.identity import Located
     from compressknow.evaluate.facts import Probe
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.scoring.reading import TransformersReader
     from compressknow.evaluate.scoring.scorer import Scorer
 
@@ -64,6 +63,8 @@ class LoadedInTransformers(Loaded):
 
     def scorer(self, probe: Probe) -> Scorer:
         """That of the model's family."""
+        from compressknow.evaluate.scoring.families import scorer_for
+
         return scorer_for(self.language_model.model, self.language_model.tokenizer, self.family, probe)
 
     def reader(self) -> TransformersReader:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
-from compressknow.engine.language_model import decoder_start
-from compressknow.evaluate.facts import BLANK, Fact
+from compressknow.engine.language_model import decoder_start, embedding_rows
+from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded
 from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.scoring.ranking import Scores
 from compressknow.evaluate.scoring.scorer import ROWS, Query, Scorer, group_by_length
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
 # Index of the query, the number of tokens of an option, and its beginning: what a pass predicts the next token from.
 Step = tuple[int, int, Ids]
+END_OF_TEXT = "<|endoftext|>"
 FIRST_SENTINEL, NEXT_SENTINEL = "<extra_id_0>", "<extra_id_1>"
 
 
@@ -327,3 +332,31 @@ class Seq2SeqScorer(DecodingScorer):
 
     def _id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))
+
+
+_SCORERS: dict[str, type[MaskedScorer | CausalScorer | Seq2SeqScorer]] = {
+    "masked": MaskedScorer,
+    "causal": CausalScorer,
+    "seq2seq": Seq2SeqScorer,
+}
+
+
+def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
+    """The scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
+
+    Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.
+    """
+    rows, size = embedding_rows(model), len(tokenizer)
+    # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
+    unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens
+    if size > rows and not (unused and tokenizer.convert_ids_to_tokens(rows) == END_OF_TEXT):
+        raise CheckpointError(
+            f"The tokenizer has {size:,} tokens, the model's embedding {rows:,} rows: they do not match.",
+            hint="Put the tokenizer that the model was trained with in the same folder as the weights.",
+        )
+    if family == "masked" and tokenizer.mask_token is None:
+        raise UnsupportedError(
+            "The tokenizer has no mask token: a masked language model cannot be evaluated without one.",
+            hint="Set `mask_token` in its tokenizer_config.json.",
+        )
+    return _SCORERS[family](model, tokenizer, probe)

@@ -10,16 +10,14 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.files import as_text
 from compressknow.base.progress import quiet
-
-if TYPE_CHECKING:
-    from compressknow.evaluate.sources.tasks import LmEvalTask
 
 # Task files for lm-eval that read local JSON lines, and what the rows of those hold.
 SHIPPED = Path(__file__).parent / "tasks_local"
@@ -32,6 +30,30 @@ _LOGGERS = ("lm_eval", "datasets", "evaluate", "accelerate", "huggingface_hub", 
 
 
 _DEFINED = re.compile(rb"""^(?:task|group|tag):[ \t]*["']?([\w.+-]+)""", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """Name of a task, and the files that it is made of.
+
+    Attributes
+    ----------
+    name : as the user names it: ``lm-eval:boolq``.
+    task : lm-eval's name for it.
+    include : the folder of the task's YAML, the shipped one or the user's; None for lm-eval's own tasks.
+    data : the folder of the local files that the YAML names; None where it names none.
+    """
+
+    name: str
+    task: str
+    include: Path | None = None
+    data: Path | None = None
+
+    def local_files(self) -> dict[str, Path]:
+        """Return {split: path} of the local data."""
+        if not (self.include and self.data):
+            return {}
+        return {split: self.data / file for split, file in data_files(entry_of(self.include, self.task)).items()}
 
 
 def names_without(task: str) -> list[str] | None:
@@ -86,14 +108,7 @@ def data_files(entry: Any) -> dict[str, str]:
     }
 
 
-def local_files(task: LmEvalTask) -> dict[str, Path]:
-    """{split: path} of the task's local data."""
-    if not (task.include and task.data):
-        return {}
-    return {split: task.data / file for split, file in data_files(entry_of(task.include, task.task)).items()}
-
-
-def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
+def build(task: TaskFiles, folder: Path) -> dict[str, Any]:
     """lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
 
     Raises CompressknowError where the data cannot be had or read, UnsupportedError for tasks that `run_task` cannot
@@ -112,7 +127,7 @@ def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
     return built
 
 
-def _index_for(task: LmEvalTask) -> Any:
+def _index_for(task: TaskFiles) -> Any:
     """An index that holds a task and all that it is made of."""
     if task.include is None:
         return own_tasks()
@@ -129,10 +144,10 @@ def _is_whole(index: Mapping[str, Any], name: str) -> bool:
     return all(isinstance(one, str) and _is_whole(index, one) for one in members)
 
 
-def _overridden(task: LmEvalTask, entry: Any, folder: Path) -> Path:
+def _overridden(task: TaskFiles, entry: Any, folder: Path) -> Path:
     """A YAML file that includes the task's own and says where its data lies; tables made of it go to `folder`."""
     config: dict[str, Any] = {"include": str(entry.yaml_path.resolve())}
-    if files := local_files(task):
+    if files := task.local_files():
         paths = {split: str(path.resolve()) for split, path in files.items()}
         kwargs = dict(entry.cfg["dataset_kwargs"])
         config["dataset_kwargs"] = kwargs | {"data_files": paths, "cache_dir": str(folder / "datasets")}
@@ -151,7 +166,7 @@ def _refuse(what: str, built: Any) -> None:
         raise UnsupportedError(f"{what} runs code that the model writes, which is not done here.")
 
 
-def _explained(task: LmEvalTask, error: Exception) -> CompressknowError:
+def _explained(task: TaskFiles, error: Exception) -> CompressknowError:
     """An error of loading in words that say what to do."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     columns = COLUMNS.get(task.task)

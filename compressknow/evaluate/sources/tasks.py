@@ -28,10 +28,10 @@ from compressknow.evaluate.sources import Options, ProbeSource, Task
 from compressknow.evaluate.sources.task_index import (
     COLUMNS,
     SHIPPED,
+    TaskFiles,
     build,
     data_files,
     entry_of,
-    local_files,
     names_in,
     names_without,
     own_tasks,
@@ -65,23 +65,15 @@ class LmEval(ProbeSource):
 
 
 @dataclass(frozen=True)
-class LmEvalTask(Task):
+class LmEvalTask(TaskFiles, Task):
     """A task of lm-eval, or a group of tasks.
 
     Attributes
     ----------
-    name : as the user names it: ``lm-eval:boolq``.
-    task : lm-eval's name for it.
-    include : the folder of the task's YAML, the shipped one or the user's; None for lm-eval's own tasks.
-    data : the folder of the local files that the YAML names; None where it names none.
     limit : only the first so many items of each task, as lm-eval takes them; None for all.
     seed : for the examples in prompts and for answers that are sampled.
     """
 
-    name: str
-    task: str
-    include: Path | None = None
-    data: Path | None = None
     limit: int | None = None
     seed: int = 0
 
@@ -102,7 +94,7 @@ class LmEvalTask(Task):
         for path in sorted(self.include.rglob("*")) if self.include else ():
             if path.is_file() and path.suffix in (".yaml", ".yml", ".py", ""):
                 yield path, path.relative_to(self.include or path).as_posix()
-        for split, path in local_files(self).items():
+        for split, path in self.local_files().items():
             yield path, split
 
 
@@ -276,7 +268,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 def _data_source(task: LmEvalTask, built: Mapping[str, Any]) -> Any:
     """{file: sha256} of local data; otherwise where on the hub the sets lie."""
-    if files := local_files(task):
+    if files := task.local_files():
         return {path.name: sha256_of(path) for path in files.values()}
     configs = [one.config for one in built["tasks"].values() if hasattr(one, "config")]
     paths = dict.fromkeys(str(getattr(config, "dataset_path", None)) for config in configs)

@@ -25,7 +25,8 @@ from compressknow.engine.language_model import LanguageModel, load_language_mode
 from compressknow.evaluate.answers import PARTS, Answer, read_answers, stored_parts
 from compressknow.evaluate.evaluate import evaluate, prompts_of
 from compressknow.evaluate.facts import Probe
-from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.runtimes import client as clients
 from compressknow.evaluate.scoring.ranking import TAIL
 from compressknow.evaluate.sources import Options, open_probe
