@@ -122,7 +122,7 @@ class Distributions:
 
 @dataclass(frozen=True)
 class Context:
-    """What the answers of a model stand context.
+    """Context of answers: what they are compared with.
 
     Attributes
     ----------

@@ -23,6 +23,7 @@ from compressknow.evaluate.distributions import Context
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.runtimes import Settings, transformers
+from compressknow.evaluate.scoring import families
 from compressknow.evaluate.sources import Options, open_all
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
@@ -107,7 +108,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
     handle = ModelHandle(locate(place / family), FEW)
     rows: list[int] = []
     (probe,) = open_all([f"facts:{place / 'facts.jsonl'}"], Options())
-    scorers = transformers.scorer_for
+    scorers = families.scorer_for
 
     def counting(*arguments: object) -> object:
         scorer = scorers(*arguments)  # type: ignore[arg-type]
@@ -116,7 +117,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
         return scorer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers, "scorer_for", counting)
+        patch.setattr(families, "scorer_for", counting)
         resumed = probe_model(handle, [probe], tmp_path / "killed")
 
     assert sum(rows) == len(KNOWN_FACTS) - len(kept)

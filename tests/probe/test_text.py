@@ -133,7 +133,7 @@ def test_a_stopped_run_resumes_at_the_chunk_where_it_was(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressknow.evaluate.run.SECONDS_BETWEEN_PARTS", -1.0)
-    read, numbers = text._read, []
+    read, numbers = text.read_chunk, []
 
     def failing(reader: object, cut: object, number: int, whole: object) -> Chunk:
         numbers.append(number)
@@ -141,7 +141,7 @@ def test_a_stopped_run_resumes_at_the_chunk_where_it_was(
             raise KeyboardInterrupt
         return read(reader, cut, number, whole)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(text, "_read", failing)
+    monkeypatch.setattr(text, "read_chunk", failing)
     with pytest.raises(KeyboardInterrupt):
         chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
     found = chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
