@@ -91,7 +91,7 @@ _LISTS = ("top5", "top5_logp", "first_ids", "first_logp")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model answered to one fact.
+    """Answer of a model to one fact.
 
     Attributes
     ----------
@@ -141,7 +141,7 @@ class Answer:
 
 @dataclass(frozen=True, repr=False)
 class Answers(Shown):
-    """All answers of one model, and the record of how they came about (the content of ``probe.json``).
+    """Answers of one model, and the record of how they came about (the content of ``probe.json``).
 
     Attributes
     ----------
@@ -157,11 +157,11 @@ class Answers(Shown):
         return tuple(self.record.probes)
 
     def of(self, probe: str) -> list[Answer]:
-        """The answers to one probe, in the order of its facts."""
+        """Return the answers to one probe, in the order of its facts."""
         return [answer for answer in self.answers if answer.probe == probe]
 
     def only(self, probes: Sequence[str]) -> Answers:
-        """The answers to these probes alone."""
+        """Return the answers to these probes alone."""
         texts = {name: chunks for name, chunks in self.texts.items() if name in probes}
         record = replace(self.record, probes={name: self.record.probes[name] for name in probes})
         return Answers(record, tuple(answer for answer in self.answers if answer.probe in probes), texts)
@@ -182,7 +182,7 @@ def _probe_row(probe: str, answers: Sequence[Answer]) -> tuple[str, ...]:
 
 
 def schema() -> pa.Schema:
-    """Columns of ``answers.parquet``: the fields of Answer, in their order."""
+    """Return the columns of ``answers.parquet``: the fields of Answer, in their order."""
     import pyarrow as pa
 
     text, number = pa.string(), pa.float64()
@@ -214,7 +214,7 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
 
 
 def read_table(path: Path) -> list[Answer]:
-    """The answers of a Parquet file. Raises DamagedAnswers where it is none, or its columns are others."""
+    """Read the answers of a Parquet file. Raise DamagedAnswers where it is none, or its columns are others."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -236,13 +236,13 @@ def read_table(path: Path) -> list[Answer]:
 
 
 def _with_grade_of_today(answer: Answer) -> Answer:
-    """In older versions, what a model said was produced though it was not right."""
+    """Demote what older versions called produced though it was not right."""
     produced, _, demoted, _ = GRADES
     return replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
 
 
 def _with_newer(table: pa.Table) -> pa.Table:
-    """The table with the columns that those of older versions lack, empty."""
+    """Add the columns that tables of older versions lack, empty."""
     import pyarrow as pa
 
     for name in NEWER:
@@ -279,7 +279,7 @@ def _column(table: pa.Table, name: str) -> Iterable[Any]:
 
 
 def read_answers(folder: Path) -> Answers:
-    """An answers folder that `compressknow probe` wrote. Raises DamagedAnswers where it is none or damaged."""
+    """Read an answers folder that `compressknow probe` wrote. Raise DamagedAnswers where it is none or damaged."""
     record = read_record(folder)
     check_table(folder, record)
     answers = Answers(record, tuple(read_table(folder / TABLE)), read_texts(folder, record))
@@ -311,7 +311,7 @@ def check_table(folder: Path, record: Record) -> None:
 
 
 def read_record(folder: Path) -> Record:
-    """``probe.json`` of an answers folder."""
+    """Read ``probe.json`` of an answers folder. Raise DamagedAnswers where it is missing or damaged."""
     try:
         record = read_json(folder / RECORD, RECORD_BYTES)
         version = record["schema"]
@@ -338,7 +338,7 @@ def read_record(folder: Path) -> Record:
 
 
 def _not_finite(record: Mapping[str, Any]) -> str | None:
-    """Whether a number of the record is beyond all numbers, as its free keys may hold: no report could be written."""
+    """Say that a number is infinite or NaN, as free keys of the record may hold: no report could be written."""
     try:
         json.dumps(record, allow_nan=False)
     except ValueError:
@@ -365,7 +365,7 @@ _UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool) -> Iterator[None]:
-    """The folder, made where it is missing, for this run alone; an error leaves none behind that holds nothing.
+    """Create the folder where it is missing, and lock it for this run; an error leaves no empty folder behind.
 
     Raises OutputError where it is a file, holds something else, or is in use and `wait` is False.
     """
@@ -385,12 +385,12 @@ def tidy(folder: Path) -> None:
 
 
 def stored(folder: Path) -> list[Answer]:
-    """All answers that the folder holds."""
+    """Read all answers that the folder holds."""
     return read_table(folder / TABLE) if (folder / TABLE).is_file() else []
 
 
 def parts_of(folder: Path, key: str) -> Path:
-    """Where the answers to one probe are kept until all of them are there."""
+    """Return the folder of the answers to one probe until all of them are there."""
     return folder / PARTS / key[:16]
 
 
@@ -404,7 +404,7 @@ def stored_parts(parts: Path) -> list[Answer]:
 
 
 def _foreign(folder: Path) -> bool:
-    """Whether a folder holds anything beside answers or what a run that was cut short leaves."""
+    """Return whether a folder holds anything besides answers or what an interrupted run leaves."""
     try:
         names = {path.name for path in folder.iterdir()}
     except FileNotFoundError:

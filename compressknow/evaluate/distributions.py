@@ -1,4 +1,4 @@
-"""The original's distributions over its whole vocabulary, kept for one run: with them KL divergences are exact.
+"""Distributions of the original over its whole vocabulary, kept for one run: with them KL divergences are exact.
 
 Answers hold 256 tokens a fact, on which a divergence is a lower bound. All tokens of all facts would fill gigabytes, so
 they are kept on disk as long as the run lasts, in files that have no name: whatever ends the run ends them.
@@ -38,7 +38,7 @@ AT_A_TIME = 1 << 21
 
 
 class Distributions:
-    """The original's log-probabilities of every token at the answer's first position, by probe.
+    """Log-probabilities of every token at the answer's first position, by the original, for each probe.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class Distributions:
         self._rows: dict[str, Rows] = {}
 
     def of(self, probe: Probe | RunningText) -> Rows:
-        """Those of a probe. By content: a search has two halves of one name."""
+        """Return the rows of a probe, by its content: a search has two splits of one name."""
         key = probe.fingerprint()
         if key not in self._rows:
             self._rows[key] = (
@@ -138,17 +138,17 @@ class Context:
 
     @property
     def sha256(self) -> str | None:
-        """Of the original; None where this model is the original."""
+        """Return the hash of the original; None where this model is the original."""
         return self.reference.record.model.sha256 if self.reference else None
 
     @property
     def runtime(self) -> str | None:
-        """What ran the original where that was not transformers."""
+        """Return the name of what ran the original, where that was not transformers."""
         ran = self.reference.record.model.runtime if self.reference else None
         return str(ran["name"]) if ran else None
 
     def of_batches(self, probe: Probe | RunningText) -> Whole | None:
-        """What is done with each batch's distributions: the original's are kept, those of others compared with them."""
+        """Return what each batch's distributions go to: the original's are kept, others are compared with them."""
         if self.whole is None:
             return None
         rows = self.whole.of(probe)
@@ -156,7 +156,7 @@ class Context:
 
 
 def _keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
-    """What the distributions of a probe's facts, or of a text's tokens, are kept under."""
+    """Yield the keys of the distributions of a probe's facts, or of a text's tokens."""
     if isinstance(probe, Probe):
         yield from (answer.fact_id for answer in answers.of(probe.name))
     elif entry := answers.record.probes.get(probe.name):
@@ -165,7 +165,7 @@ def _keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
 
 
 class Rows:
-    """The distributions of one probe's facts: a file of floats, [facts, vocabulary], in the order they came in.
+    """Distributions of one probe's facts: a file of floats, [facts, vocabulary], in the order they came in.
 
     Those of a text's tokens take 16 bits each: half the disk.
 
@@ -199,8 +199,8 @@ class Rows:
         return [None] * len(facts)
 
     def divergence(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
-        """KL(original || model) in nats, over the whole vocabulary in float64, of each fact; `log_probs` are the
-        model's, [facts, vocabulary]. None for all where one is not kept, or the vocabulary has another size.
+        """Compute KL(original || model) in nats, over the whole vocabulary in float64, of each fact; `log_probs` are
+        the model's, [facts, vocabulary]. None for all where one is not kept, or the vocabulary has another size.
         """
         if not self.holds(facts) or log_probs.shape[1] != self._width:
             return [None] * len(facts)
@@ -229,7 +229,7 @@ class Rows:
 
     @property
     def _row(self) -> int:
-        """Bytes of one."""
+        """Return the bytes of one row."""
         return self._width * (2 if self._short else 4)
 
     def _append(self, facts: Sequence[str], rows: np.ndarray) -> None:
@@ -260,15 +260,15 @@ _STEPS = 65534 / math.sqrt(-LOGP_FLOOR)
 
 
 def shortened(log_probs: np.ndarray) -> np.ndarray:
-    """Log-probabilities in 16 bits, uint16: their square roots in equal steps, so that those near 0 are told best. One
-    of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is no number.
+    """Store log-probabilities in 16 bits, uint16: their square roots in equal steps, so that those near 0 are the most
+    exact. One of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is no number.
     """
     roots = np.rint(np.sqrt(-np.clip(log_probs, LOGP_FLOOR, 0)) * np.float32(_STEPS))
     return np.where(np.isnan(roots), np.float32(65535), roots).astype(np.uint16)
 
 
 def lengthened(stored: np.ndarray) -> np.ndarray:
-    """What `shortened` gave, as float32.
+    """Return what `shorten` stored, as float32.
 
     >>> lengthened(shortened(np.array([0.0, -2.0, np.nan], dtype=np.float32))).round(3)
     array([-0., -2., nan], dtype=float32)
@@ -278,7 +278,8 @@ def lengthened(stored: np.ndarray) -> np.ndarray:
 
 
 def divergence_of(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
-    """KL(original || compressed) in nats of log-probabilities over all tokens, [facts, tokens]: float64, [facts].
+    """Compute KL(original || compressed) in nats of log-probabilities over all tokens, [facts, tokens]: float64,
+    [facts].
 
     As p (q/p - 1 - log q/p), which is the same sum where both add up to 1, but has no negative terms, and takes no harm
     from the last digits by which float32 does not add up to 1.

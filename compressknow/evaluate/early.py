@@ -140,7 +140,7 @@ class _Chunk:
 
 
 class _Drawing:
-    """The facts of all probes in random order, of which `drawn` are done."""
+    """Facts of all probes in random order, of which `drawn` are done."""
 
     def __init__(self, probes: Sequence[Probe], seed: int) -> None:
         self._probes, self._seed, self.drawn = probes, seed, 0
@@ -149,7 +149,7 @@ class _Drawing:
 
     @property
     def digest(self) -> str:
-        """Of all that decides which facts are in which chunk."""
+        """Hash all that decides which facts are in which chunk."""
         decides = [[probe.fingerprint() for probe in self._probes], self._seed, FIRST, FURTHER]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
@@ -161,7 +161,7 @@ class _Drawing:
             yield _Chunk(tuple(facts), self._samples(facts))
 
     def done(self) -> tuple[Probe, ...]:
-        """The probes with the facts that are done."""
+        """Return the probes with the facts that are done."""
         return self._samples(self.order[: self.drawn])
 
     def _samples(self, names: Sequence[tuple[str, str]]) -> tuple[Probe, ...]:
@@ -171,7 +171,7 @@ class _Drawing:
 
 
 def _only(probe: Probe, wanted: frozenset[tuple[str, str]], seed: int) -> Probe:
-    """A probe with some of its facts, as a sample."""
+    """Return a probe with some of its facts, as a sample."""
     facts = tuple(fact for fact in probe.facts if (probe.name, fact.id) in wanted)
     return replace(probe, facts=facts, limit=len(facts), seed=seed)
 
@@ -201,7 +201,7 @@ class _Side:
                 _refuse_other_facts(self.stored, probe)
 
     def answerable(self, probes: Sequence[Probe]) -> list[Probe]:
-        """The probes with the facts that the model can be evaluated on, and how many others were dropped."""
+        """Return the probes with the facts that the model can be evaluated on, and how many others were dropped."""
         return [self._answerable(probe) for probe in probes]
 
     def _answerable(self, probe: Probe) -> Probe:
@@ -217,7 +217,7 @@ class _Side:
         return replace(probe, facts=tuple(fact for fact in probe.facts if fact.id in ids), dropped=dropped)
 
     def answer(self, chunk: _Chunk, folder: Path, context: Context, on_progress: Listener | None) -> Answers:
-        """The answers to a chunk, which are stored in `folder`."""
+        """Answer a chunk; the answers are stored in `folder`."""
         if self.stored is not None:
             answers = _restricted(self.stored, chunk)
         else:
@@ -228,7 +228,7 @@ class _Side:
         return answers
 
     def answers(self, drawing: _Drawing) -> Answers:
-        """Those to all chunks, as if they had been one sample."""
+        """Return the answers to all chunks, as if they had been one sample."""
         rows = {(answer.probe, answer.fact_id): answer for chunk in self._chunks for answer in chunk.answers}
         entries, ordered = {}, []
         for probe in drawing.done():
@@ -242,7 +242,7 @@ class _Side:
 
 
 def _restricted(answers: Answers, chunk: _Chunk) -> Answers:
-    """Stored answers to the facts of a chunk, as if these alone had been evaluated."""
+    """Return stored answers to the facts of a chunk, as if these alone had been evaluated."""
     wanted = frozenset(chunk.facts)
     entries = {
         probe.name: replace(answers.record.probes[probe.name], fingerprint=probe.fingerprint())

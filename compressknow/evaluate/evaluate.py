@@ -35,7 +35,7 @@ MOST_FURTHER = 64
 
 @dataclass(frozen=True)
 class Prompts:
-    """The facts of a probe as one model reads them, in batches that it answers at a time; and those that it cannot, by
+    """Facts of a probe as one model reads them, in batches that it answers at a time; and how many it cannot read, by
     reason.
     """
 
@@ -49,7 +49,7 @@ class Prompts:
 
 
 def prompts_of(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
-    """The probe's facts as prompts: sorted by length, so that a batch needs no padding; the order is fixed."""
+    """Build the probe's prompts: sorted by length, so that a batch needs no padding; the order is fixed."""
     queries: list[Query] = []
     dropped: Counter[str] = Counter(scorer.probe.dropped)
     for fact in scorer.probe.facts:
@@ -71,7 +71,7 @@ def evaluate(
     whole: Whole | None = None,
     advance: Advance | None = None,
 ) -> Iterator[list[Answer]]:
-    """Answers, a batch at a time as they come, of all facts that are not `done`.
+    """Yield the answers to all facts that are not `done`, a batch at a time as they come.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def evaluate(
 
 
 def _pace(scorer: Answering, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
-    """The pace of the batches that are left; `measured` runs a few facts of some of them first, to take the time."""
+    """Return the pace of the remaining batches; `measured` runs a few facts of some of them first, to take the time."""
     work = sum(_work(scorer, batch) for batch in left)
     # Where facts are answered one by one, the first of them tell it as soon.
     if not measured or sum(map(len, left)) < LEAST * SAMPLE or max(map(len, left)) == 1:
@@ -120,7 +120,7 @@ def _pace(scorer: Answering, left: Sequence[Sequence[Query]], *, measured: bool)
 
 
 def _work(scorer: Answering, batch: Iterable[Query]) -> int:
-    """What a batch costs, about, in tokens. Masked models read the whole prompt again for each further token of a
+    """Estimate what a batch costs, in tokens. Masked models read the whole prompt again for each further token of a
     candidate; of many candidates most need not be finished.
     """
     again = scorer.family == "masked"
@@ -133,7 +133,7 @@ def _tokens(query: Query, again: bool) -> int:
 
 
 def batched(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]:
-    """Queries of one shape, at most `size` of them at a time, the shortest first."""
+    """Group queries of one shape, at most `size` of them at a time, the shortest first."""
     shapes: dict[tuple[int, ...], list[Query]] = {}
     for query in prompts:
         shapes.setdefault(query.shape, []).append(query)
@@ -144,8 +144,8 @@ def batched(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]:
 
 
 def with_examples(scorer: Answering, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
-    """A model's answers to the facts of the scorer's probe, with what it says after an example where `original`, the
-    original's answers, knew the fact and this model does not; their grades follow.
+    """Add what a model says after an example where `original`, the original's answers, knew the fact and this model
+    does not; their grades follow.
     """
     known = {answer.fact_id for answer in original if answer.correct}
     lost = {answer.fact_id for answer in answers if answer.fact_id in known and not answer.correct}
@@ -159,7 +159,9 @@ def _with(answer: Answer, text: str | None) -> Answer:
 
 
 def _said(scorer: Answering, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]:
-    """Fact id -> what is said; of facts that an example makes too long, and of relations of one object, nothing is."""
+    """Yield fact id and what the model says; nothing of facts that an example makes too long, and of relations of one
+    object.
+    """
     shown = [shown for fact in facts if (shown := after_example(fact, scorer.probe)) is not None]
     queries = [query for query in map(scorer.query, shown) if not isinstance(query, str)]
     batches = chain.from_iterable(scorer.parts(batch) for batch in batched(queries, BATCH_SIZE))
@@ -170,7 +172,7 @@ def _said(scorer: Answering, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]
 
 
 def after_example(fact: Fact, probe: Probe) -> Fact | None:
-    """The fact's prompt after another fact of its relation, solved; None where the relation has no other object.
+    """Put the fact's prompt after another fact of its relation, solved; None where the relation has no other object.
 
     The example is the first of another subject and object, so that it does not give the answer away.
     """
@@ -223,13 +225,13 @@ def refuse_other_model(reference: Answers, name: str, loaded: Loaded) -> None:
 
 
 def tokens_alike(reference: Answers, loaded: Loaded) -> bool:
-    """Whether a model can be asked for the original's most likely tokens: not where its own are others."""
+    """Return whether a model can be scored on the original's most likely tokens: not where its own are others."""
     known = reference.record.model.vocabulary
     return None in (known, loaded.vocabulary) or known == loaded.vocabulary
 
 
 def first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
-    """Fact id -> the tokens that the original held most likely at the answer's first position.
+    """Map each fact's id to the tokens that the original held most likely at the answer's first position.
 
     Raises CompressknowError where a fact to be evaluated is not among the original's answers.
     """

@@ -1,4 +1,4 @@
-"""A fact, the domain of its relation, and a probe: a set of facts with the protocol by which they are evaluated."""
+"""Facts, the domains of their relations, and probes: sets of facts with the protocol by which they are evaluated."""
 
 from __future__ import annotations
 
@@ -59,23 +59,22 @@ class Fact:
 
     @property
     def before(self) -> str:
-        """The prompt up to the blank, without the space before it."""
+        """Return the prompt up to the blank, without the space before it."""
         return self.prompt.partition(BLANK)[0].rstrip()
 
     @property
     def gap(self) -> str:
-        """The space before the blank; none where the blank follows a bracket or a quotation mark."""
+        """Return the space before the blank; nothing where the blank follows a bracket or a quotation mark."""
         return " " if self.prompt.partition(BLANK)[0][-1:].isspace() else ""
 
     @property
     def after(self) -> str:
-        """What follows the blank."""
         return self.prompt.partition(BLANK)[2]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A set of facts and how they are evaluated and counted.
+    """Set of facts, and how they are evaluated and counted.
 
     Attributes
     ----------
@@ -126,7 +125,7 @@ class Probe:
             object.__setattr__(self, "read", len(self.facts) + sum(self.dropped.values()))
 
     def fingerprint(self) -> str:
-        """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
+        """Hash all that decides what is evaluated: answers with the same hash can be compared."""
         digest = hashlib.sha256()
         settings = [self.name, self.protocol, self.vocabulary, self.words, self.fold_case, self.keep_unanswerable]
         settings.append(self.score_rest)
@@ -139,16 +138,15 @@ class Probe:
         return digest.hexdigest()
 
     def example(self, fact: Fact) -> Fact | None:
-        """Another fact of the relation in the same wording, the first of another subject and object; None where there
-        is none.
-        """
+        """Return another fact of the relation in the same wording, the first of another subject and object, or None."""
         alike = (each for each in self.examples.get(fact.relation, ()) if each.template == fact.template)
         others = (each for each in alike if each.sub_label != fact.sub_label)
         return next((each for each in others if each.obj_label.casefold() != fact.obj_label.casefold()), None)
 
     def limited(self, limit: int | None, seed: int = 0) -> Probe:
-        """At most `limit` facts, drawn by relation in proportion to its size (each relation keeps one at least, as
-        far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the proportions allow.
+        """Return a sample of at most `limit` facts, drawn by relation in proportion to its size (each relation keeps
+        one at least, as far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the
+        proportions allow.
         """
         if limit is None or limit >= len(self.facts):
             return self
@@ -160,7 +158,7 @@ class Probe:
 
 
 def fact_of(identifier: str) -> str:
-    """The id of a fact, of that of one of its wordings.
+    """Return the id of a fact, given that of one of its wordings.
 
     >>> fact_of("capital/france@2"), fact_of("capital/france")
     ('capital/france', 'capital/france')
@@ -169,7 +167,7 @@ def fact_of(identifier: str) -> str:
 
 
 def in_wordings(probes: Sequence[Probe]) -> Probe:
-    """One probe of the same facts in several wordings, each a probe: a fact in its first wording, then in its second.
+    """Merge probes of the same facts, one per wording: a fact in its first wording, then in its second.
 
     Dropped and read facts are counted by wording.
     """
@@ -212,7 +210,9 @@ def _examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
 
 
 def _stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
-    """Ids of a stratified sample: in a relation by a hash of seed and id, between relations by largest remainder."""
+    """Draw the ids of a stratified sample: in a relation by a hash of seed and id, between relations by largest
+    remainder.
+    """
     relations: dict[str, list[str]] = {}
     for fact in facts:
         relations.setdefault(fact.relation, []).append(fact.id)
@@ -225,7 +225,7 @@ def _stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
 
 
 def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
-    """How many of `limit` each group gets, in proportion to its size; none gets more than it has."""
+    """Share `limit` among the groups, in proportion to their sizes; none gets more than it has."""
     total = sum(sizes.values())
     exact = {name: Fraction(limit * size, total) for name, size in sizes.items()}
     shares = {name: max(int(share), 1) for name, share in exact.items()}
@@ -244,7 +244,8 @@ def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
 
 
 def chance(choices: Iterable[int | None]) -> float | None:
-    """Expected accuracy of guessing: the mean of 1 / number of possible answers; None where any text may be given.
+    """Return the expected accuracy of guessing: the mean of 1 / number of possible answers; None where any text may be
+    given.
 
     >>> chance([2, 4]), chance([2, None]), chance([])
     (0.375, None, None)
@@ -255,7 +256,7 @@ def chance(choices: Iterable[int | None]) -> float | None:
 
 
 def most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
-    """Each relation's most frequent object; of equally frequent ones the first."""
+    """Return each relation's most frequent object; of equally frequent ones the first."""
     objects: dict[str, Counter[str]] = {}
     for fact in facts:
         objects.setdefault(fact.relation, Counter())[fact.obj_label] += 1
@@ -263,7 +264,7 @@ def most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
 
 
 def majority(facts: Sequence[Fact], answers: Mapping[str, str]) -> float | None:
-    """Accuracy of answering each relation's most frequent object, given in `answers`, to all its facts.
+    """Return the accuracy of answering each relation's most frequent object, given in `answers`, to all its facts.
 
     Of a sample it is not the sample's own: of one fact a relation, that would always be right.
     """
@@ -271,7 +272,7 @@ def majority(facts: Sequence[Fact], answers: Mapping[str, str]) -> float | None:
 
 
 def by_relation(relations: Mapping[str, str]) -> dict[str, str]:
-    """Relation -> domain, of the names of each domain's relations with spaces between them.
+    """Map relations to domains; each domain's relations are named in one text, with spaces between them.
 
     >>> by_relation({"science": "P101 P105"})
     {'P101': 'science', 'P105': 'science'}
@@ -293,7 +294,7 @@ WIKIDATA = by_relation(
 
 
 def domain_of(relation: str, domains: Mapping[str, str]) -> str:
-    """The domain of a relation, `GENERAL` for one that is not in the table; of a path its last name counts.
+    """Return the domain of a relation, `GENERAL` for one that is not in the table; of a path its last name counts.
 
     >>> domain_of("P36", WIKIDATA), domain_of("/location/P36", WIKIDATA), domain_of("P361", WIKIDATA)
     ('geography', 'geography', 'general')

@@ -1,4 +1,4 @@
-"""TODO
+"""Gather the answers that a report or a comparison needs: read those that are stored, and evaluate the models.
 
 A comparison evaluates two models side by side: each on the facts, and each for the probabilities of the other's likely
 tokens.
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 def with_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:
-    """A model's answers, with what its folder says of calibration in their record, and the facts that stand in the text
-    if that is at hand. (Kept answers may be those of another folder with the same weights.)
+    """Add to a model's record what its folder says of calibration, and the facts that stand in the calibration text if
+    that is at hand. (Stored answers may be those of another folder with the same weights.)
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def _found(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers
 
 
 def facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
-    """Counted over the facts that have a subject and an object; None where none has."""
+    """Count the facts that stand in the texts, of those that have a subject and an object; None where none has."""
     from compressknow.compress.calibrate.text import facts_in
 
     pairs: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
@@ -65,12 +65,12 @@ def facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None
 
 
 def default_answers_folder() -> Path:
-    """Where answers are kept from one report to the next: ``$XDG_CACHE_HOME/compressknow/answers``."""
+    """Return where answers are kept from one report to the next: ``$XDG_CACHE_HOME/compressknow/answers``."""
     return cache_folder() / "answers"
 
 
 def open_named(probes: str | Sequence[str] | None, options: Options | None, known: str = "recognized") -> list[Opened]:
-    """The probes that a user names, atlas where none is named, to tell what is `known` in this reading.
+    """Open the probes that a user names, atlas where none is named, to tell what is `known` in this reading.
 
     Raises UsageError as `open_all` does, for twins, and where what is produced counts and a task does not tell that.
     """
@@ -108,12 +108,14 @@ def _refuse_silent(opened: Sequence[Opened], known: str) -> None:
 
 
 def names_of(probes: str | Sequence[str] | None) -> list[str]:
-    """One name, several or none, as a list."""
+    """Return one name, several or none, as a list."""
     return [probes] if isinstance(probes, str) else list(probes or ())
 
 
 def read_reference(folder: str | Path) -> Answers:
-    """The original's answers, to evaluate others by. Raises CompressknowError where they do not tell whose they are."""
+    """Read the original's answers, to evaluate others by. Raise CompressknowError where they do not say which model's
+    they are.
+    """
     original = read_answers(Path(folder))
     if original.record.model.sha256 is None:
         raise CompressknowError(
@@ -124,7 +126,7 @@ def read_reference(folder: str | Path) -> Answers:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What models are evaluated on, how, and where their answers are kept.
+    """Probes that models are evaluated on, how, and where their answers are kept.
 
     Attributes
     ----------
@@ -150,7 +152,7 @@ def gather(
     revision: str | None = None,
     on_progress: Listener | None = None,
 ) -> tuple[Answers, list[Answers]]:
-    """The original's answers and those of each compressed model, to the same probes.
+    """Return the original's answers and those of each compressed model, to the same probes.
 
     Models are evaluated on what is not kept yet, the original first: the others are asked for its most likely tokens,
     so that distributions can be compared. Answers folders are taken as they are.
@@ -171,7 +173,7 @@ def gather(
 
 
 def stored_answers(model: str | Path) -> Answers | None:
-    """The answers, where `model` is an answers folder."""
+    """Read the answers, where `model` is an answers folder."""
     return read_answers(Path(model)) if is_answers_folder(Path(model)) else None
 
 
@@ -197,7 +199,7 @@ class _Gathering:
         self._handles = [None if answers else next(handles) for answers in stored]
 
     def run(self, on_progress: Listener | None) -> list[Answers]:
-        """The answers of all, in their order."""
+        """Return the answers of all, in their order."""
         from compressknow.base.progress import staged
         from compressknow.evaluate.distributions import Context, Distributions
 
@@ -234,8 +236,9 @@ class _Gathering:
 
 
 def sound_handles(located: Sequence[Located], evaluation: Evaluation, probes: Sequence[Opened]) -> list[ModelHandle]:
-    """The models to evaluate, hashed. Raises what `handles_of` does, and CheckpointError where a weight of one is no
-    number: before the first is evaluated."""
+    """Return the models to evaluate, hashed. Raise what `handles_of` does, and CheckpointError where a weight of one is
+    no number: before the first is evaluated.
+    """
     from compressknow.evaluate.handle import handles_of
 
     handles = handles_of(located, evaluation.settings, probes, timed=evaluation.timed)
@@ -252,8 +255,8 @@ def finished(
     *,
     timed: bool,
 ) -> Answers:
-    """The answers of a model that has given them all, with what is found once: facts of its calibration text that they
-    are to and, if `timed`, its speed. Stored answers, which have no model beside them, are given back as they are.
+    """Add to a model's answers what is found once: the facts that stand in its calibration text and, if `timed`, its
+    speed. Stored answers, which have no model, are returned as they are.
     """
     from compressknow.base.progress import Stage, begun
     from compressknow.evaluate.speed import measure
@@ -270,7 +273,7 @@ def finished(
 
 
 def open_like(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
-    """The probes to evaluate: those named, else those of the answers that are at hand, else atlas."""
+    """Open the probes to evaluate: those named, else those of the answers at hand, else atlas."""
     from compressknow.evaluate.sources import DEFAULT, open_all
 
     names = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT))
@@ -280,7 +283,7 @@ def open_like(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
 
 
 def folder_of(keep_in: Path, model: ModelHandle, context: Context) -> Path:
-    """A folder for each model, and one more for each original whose tokens it was asked for; so for each runtime."""
+    """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime."""
     of = f"-{(context.sha256 or '')[:16]}{_suffix(context.runtime)}" if context.reference else ""
     return keep_in / f"{model.sha256[:16]}{_suffix(next(iter(model.runtime.key()), None))}{of}"
 
@@ -290,7 +293,7 @@ def _suffix(runtime: str | None) -> str:
 
 
 def _like(known: Answers | None, options: Options) -> Options:
-    """The options, with the sample that an answers folder was evaluated on where the user names none."""
+    """Return the options, with the sample that an answers folder was evaluated on where the user names none."""
     if known is None or options.limit is not None:
         return options
     entry = next(iter(known.record.probes.values()), None)
@@ -300,7 +303,7 @@ def _like(known: Answers | None, options: Options) -> Options:
 
 
 def of_probes(answers: Answers, probes: Sequence[str]) -> Answers:
-    """The answers to these probes alone, or to all if none is named."""
+    """Return the answers to these probes alone, or to all if none is named."""
     if not probes:
         return answers
     probes = [_name(probe, answers) for probe in probes]
@@ -314,14 +317,13 @@ def of_probes(answers: Answers, probes: Sequence[str]) -> Answers:
 
 
 def _name(probe: str, answers: Answers) -> str:
-    """A probe's name as an answers folder has it."""
     from compressknow.evaluate.sources import name_in_answers
 
     return probe if probe in answers.probes else name_in_answers(probe)
 
 
 class Named(NamedTuple):
-    """What a user names: a folder or a hub id, and of the latter a revision."""
+    """Folder or hub id that a user names, and of the latter a revision."""
 
     model: str | Path
     revision: str | None = None
@@ -330,7 +332,7 @@ class Named(NamedTuple):
 def find_both(
     a: Named, b: Named, settings: Settings, on_progress: Listener | None = None
 ) -> tuple[ModelHandle, ModelHandle]:
-    """Both checkpoints, found and hashed; a folder that is given twice is hashed once, and is one of them.
+    """Find and hash both checkpoints; a folder that is given twice is hashed once, and is one of them.
 
     Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
     """

@@ -1,4 +1,4 @@
-"""What several answers to one fact come to: grades of knowing, a majority of wordings, an answer after one example.
+"""Grades of knowing, the majority of several wordings, and what a text says.
 
 Picking the right candidate and saying it are two things: a compressed model often still picks what it no longer says.
 
@@ -45,8 +45,8 @@ _OPENING = re.compile(r"(?:[^\w\n+.$€£-]|_|(?:an?|the)(?=[\W_]))*", re.IGNORE
 
 
 def opening_of(text: str) -> str:
-    """What stands before a text's first word: articles, quotes and other punctuation, which SQuAD's normalization of
-    answers drops too (Rajpurkar et al. 2016).
+    """Return what stands before a text's first word: articles, quotes and other punctuation, which SQuAD's
+    normalization of answers drops too (Rajpurkar et al. 2016).
 
     >>> opening_of(' the "South America"'), opening_of("another")
     (' the "', '')
@@ -56,8 +56,8 @@ def opening_of(text: str) -> str:
 
 
 def end_of(text: str, label: str) -> int | None:
-    """Where a label ends with which the text begins, as whole words, whatever their case and what opens either; None
-    where it does not.
+    """Return where a label ends with which the text begins, as whole words, whatever their case and what opens either;
+    None where it does not.
 
     >>> end_of("Paris, the city", "paris"), end_of("Parisian food", "Paris"), end_of('"Gambia"', "the Gambia")
     (5, None, 7)
@@ -79,7 +79,7 @@ def _end(text: str, label: str) -> int | None:
 
 
 def cut(text: str, start: int = 0) -> str:
-    """The text up to the end of its first sentence or line, which is looked for from `start` on.
+    """Cut the text at the end of its first sentence or line, which is looked for from `start` on.
 
     >>> cut("the Nile. It flows")
     'the Nile'
@@ -89,8 +89,8 @@ def cut(text: str, start: int = 0) -> str:
 
 
 def said(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str) -> str:
-    """The choice that a greedy text says: the longest one with which it begins, of equal ones that to the letter. Its
-    first sentence where it says none.
+    """Return the choice that a greedy text says: the longest one with which it begins, of equal ones that to the
+    letter; its first sentence where it says none.
 
     Parameters
     ----------
@@ -106,13 +106,13 @@ def said(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str)
 
 
 def _furthest(text: str, labels: set[str]) -> tuple[int, bool]:
-    """Where the labels end with which the text begins, and whether one of them does so to the letter."""
+    """Return where the labels end with which the text begins, and whether one of them does so to the letter."""
     return max((end_of(text, label) or 0, _end(text, label) is not None) for label in labels)
 
 
 def grade_of(answer: Answer) -> str:
-    """The grade of an answer to a fact, by what it holds. Without a greedy text it is recognized at best; among five
-    candidates or fewer, being among the best five says nothing.
+    """Grade an answer by what it holds. Without a greedy text it is recognized at best; among five candidates or fewer,
+    being among the best five says nothing.
     """
     if answer.correct:
         return PRODUCED if answer.produced == answer.gold else RECOGNIZED
@@ -122,14 +122,14 @@ def grade_of(answer: Answer) -> str:
 
 
 def graded(answer: Answer, fact: Fact, text: str | None, spelled: Callable[[str], str] = str) -> Answer:
-    """The answer with what its model says greedily and the grade of that; `text` is None where it cannot write."""
+    """Add what the model says greedily and its grade; `text` is None where it cannot write."""
     produced = None if text is None else said(text, choices_of(fact), spelled)
     answer = replace(answer, produced=produced, with_example=None)
     return replace(answer, grade=grade_of(answer))
 
 
 def choices_of(fact: Fact) -> tuple[str, ...]:
-    """What a greedy text may say: the candidates, or the object where there are none."""
+    """Return what a greedy text may say: the candidates, or the object where there are none."""
     return fact.candidates or (fact.obj_label,)
 
 
@@ -143,8 +143,8 @@ def check_known(known: str) -> None:
 
 
 def known_as(answers: Answers, known: str) -> Answers:
-    """The answers, right where the fact is known in this reading: ``recognized`` as they are, ``produced`` where it is
-    said too. What is said is then the answer, and none is right by chance.
+    """Return the answers, right where the fact is known in this reading: ``recognized`` as they are, ``produced`` where
+    it is said too. What is said is then the answer, and none is right by chance.
 
     Raises UsageError for another reading, CompressknowError where the answers do not tell what is said.
     """
@@ -181,7 +181,7 @@ def _as_produced(answer: Answer) -> Answer:
 
 
 def by_majority(answers: Answers) -> Answers:
-    """One answer per fact where facts were put in several wordings: known if more than half of them are.
+    """Merge the wordings of each fact into one answer: known if more than half of them are.
 
     The rank is the middle one, log-probability and divergence are means, and what is answered is what most wordings
     give, of equally many the first.
@@ -200,7 +200,7 @@ def by_majority(answers: Answers) -> Answers:
 
 
 def by_fact(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
-    """The answers to the wordings of each fact, by its id."""
+    """Group the answers to the wordings of each fact, by its id."""
     found: dict[str, list[Answer]] = {}
     for answer in answers:
         found.setdefault(fact_of(answer.fact_id), []).append(answer)
@@ -232,7 +232,7 @@ def _merged(wordings: Sequence[Answer]) -> Answer:
 
 
 def _middle(wordings: Sequence[Answer]) -> str | None:
-    """The middle grade, the worse of two."""
+    """Return the middle grade, the worse of two."""
     grades = [GRADES.index(answer.grade) for answer in wordings if answer.grade is not None]
     return GRADES[median_high(grades)] if len(grades) == len(wordings) else None
 
@@ -250,7 +250,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _entry(entry: ProbeEntry, facts: int) -> ProbeEntry:
-    """The entry as if facts, not wordings, had been evaluated."""
+    """Return the entry as if facts, not wordings, had been evaluated."""
     number = entry.templates or 1
     dropped = {f"{reason} (counted by wording)": prompts for reason, prompts in entry.dropped.items()}
     return replace(entry, facts=entry.facts // number, asked=facts, dropped=dropped)

@@ -1,4 +1,4 @@
-"""A model to evaluate: how it is run, what runs it, and what its answers stand context."""
+"""Model handles: models that are located, hashed, and loaded on demand."""
 
 from __future__ import annotations
 
@@ -24,29 +24,28 @@ if TYPE_CHECKING:
 
 
 class ModelHandle:
-    """A model located and hashed at once, and loaded on demand."""
+    """Model that is located and hashed at once, and loaded on demand."""
 
     def __init__(self, located: Located, settings: Settings) -> None:
         self.located, self._settings = located, settings
 
     @cached_property
     def runtime(self) -> Runtime:
-        """What runs it. Raises UsageError where the settings name one that does not."""
+        """Return what runs it. Raise UsageError where the settings name a runtime that does not."""
         return runtime_for(self.located, self._settings.runtime)
 
     @cached_property
     def settings(self) -> Settings:
-        """With the device of this machine. Raises UsageError where it has no such device."""
+        """Return the settings on this machine. Raise UsageError where it has no such device."""
         return self.runtime.settled(self._settings)
 
     @property
     def where(self) -> str:
-        """Where it computes."""
         return self.runtime.where(self.located, self.settings)
 
     @cached_property
     def contents(self) -> Contents:
-        """What its files hold; they are read and hashed once."""
+        """Return what its files hold; they are read and hashed once."""
         return self.runtime.contents(self.located, self.settings)
 
     @cached_property
@@ -73,7 +72,7 @@ class ModelHandle:
             self.contents.check_unchanged()
 
     def prompts(self, probe: Probe) -> Prompts:
-        """The probe's facts as this model reads them."""
+        """Build the prompts of the probe as this model reads them."""
         loaded = self.loaded
         try:
             with no_panics():
@@ -86,7 +85,7 @@ class ModelHandle:
             ) from error
 
     def reader(self) -> TextReader:
-        """The model as it reads running text. Raises UnsupportedError where it does not continue text, or where its
+        """Return the model as a reader of text. Raise UnsupportedError where it does not continue text, or where its
         runtime does not give the probabilities of all tokens.
         """
         refuse_other_families(self.loaded.architecture, self.loaded.family)
@@ -121,8 +120,8 @@ class ModelHandle:
             _ = self.sha256
 
     def in_another_precision(self) -> ModelHandle | None:
-        """The same model in bfloat16 or, where it is run in less than float32, in that; None where what runs it has one
-        precision.
+        """Return the same model in bfloat16 or, where it is run in less than float32, in that; None where its runtime
+        has one precision.
         """
         if not self.runtime.has_precisions:
             return None
@@ -132,12 +131,12 @@ class ModelHandle:
         return other
 
     def described(self) -> dict[str, Any]:
-        """What the model's files tell of it."""
+        """Return what the model's files say of it."""
         changed = {"changed": True} if self.contents.changed else {}
         return describe(self.located) | changed
 
     def record(self) -> ModelRecord:
-        """The "model" entry of ``probe.json``."""
+        """Return the "model" entry of ``probe.json``."""
         loaded = self.loaded
         evaluated: dict[str, Any] = {
             "sha256": self.sha256,
@@ -157,8 +156,8 @@ class ModelHandle:
 def handles_of(
     located: Sequence[Located], settings: Settings, probes: Sequence[Opened] = (), *, timed: bool = False
 ) -> list[ModelHandle]:
-    """Several models that are set side by side, to be evaluated on `probes` and, if `timed`, to be measured: where the
-    settings name a runtime, it runs those that it reads, and the others run as if none was named.
+    """Return handles of models that are compared, to be evaluated on `probes` and, if `timed`, to be measured: where
+    the settings name a runtime, it runs those that it reads, and the others run as if none was named.
 
     Raises UsageError where it reads none of them, UnsupportedError or UsageError where a model cannot be evaluated so,
     then CompressknowError where a server does not answer: before any model is evaluated.

@@ -49,7 +49,7 @@ def with_noise_floor(
     *,
     whole: Distributions | None = None,
 ) -> Answers:
-    """The original's answers with the noise floor of each probe of facts: of a sample of its facts, seeded.
+    """Add the noise floor of each probe of facts to the original's answers: of a sample of its facts, seeded.
 
     A model that does not run in another precision has none. What runs elsewhere than in transformers has no other
     precision here.
@@ -84,7 +84,8 @@ def measured(
     *,
     whole: Distributions | None = None,
 ) -> dict[str, NoiseFloor]:
-    """The noise floor by probe: `other` is the same model, run otherwise, and answers a sample of each probe's facts.
+    """Measure the noise floor by probe: `other` is the same model, run otherwise, and answers a sample of each probe's
+    facts.
 
     Both are released. Parameters are those of `with_noise_floor`; the stages are of that `work`.
     """
@@ -108,7 +109,7 @@ class _Sample(NamedTuple):
 
 
 def _sample(probe: Probe, answers: Answers) -> _Sample:
-    """Of the facts that were answered, in the probe's order, each in all its wordings."""
+    """Draw from the facts that were answered, in the probe's order, each in all its wordings."""
     answered = {answer.fact_id: answer for answer in answers.of(probe.name)}
     # A user's own id may end like that of a wording.
     whole = fact_of if probe.templates else str
@@ -123,7 +124,9 @@ def _sample(probe: Probe, answers: Answers) -> _Sample:
 def _rows(
     probe: Probe, sample: _Sample, whole: Distributions | None, own: Distributions, on_progress: Listener | None
 ) -> Rows:
-    """The original's distributions of a sample: those that this run has kept of the whole probe, or found now."""
+    """Return the original's distributions of a sample: those that this run has kept of the whole probe, or computed
+    now.
+    """
     kept = whole.of(probe) if whole else None
     if kept is not None and kept.holds(answer.fact_id for answer in sample.answers.answers):
         return kept
@@ -158,8 +161,9 @@ def _answered(
 
 
 def noise_of(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
-    """Counts of one model's answers to the facts of a probe that it answered in both precisions or runtimes, in each
-    reading of knowing that they tell."""
+    """Compare one model's answers to the facts of a probe in both precisions or runtimes, in each reading of knowing
+    that they tell.
+    """
     floor = _counted(by_majority(before), by_majority(after), computed_in)
     if any(answer.produced is None for each in (before, after) for answer in each.answers):
         return floor
@@ -184,7 +188,7 @@ def _counted(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
 
 
 def kept(answers: Answers, folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Answers:
-    """The answers with what was found, in their folder's record too: by probe, fields of its entry."""
+    """Store what was found in the folder's record, and return the answers with it: by probe, fields of its entry."""
 
     def with_found(record: Record) -> Record:
         own = {name: replace(record.probes[name], **fields) for name, fields in found.items()}
@@ -199,7 +203,7 @@ _INSTEAD = "an f16 GGUF file as the original."
 
 
 def is_wanted(original: ModelHandle, others: Sequence[ModelHandle | Answers | None]) -> bool:
-    """Whether llama.cpp runs one of the others, or ran it, and transformers the original."""
+    """Return whether llama.cpp runs one of the others, or ran it, and transformers the original."""
     return original.runtime.name == Transformers.name and any(map(_is_in_llama_cpp, others))
 
 
@@ -218,8 +222,8 @@ def with_runtime_noise_floor(
     *,
     whole: Distributions | None = None,
 ) -> Answers:
-    """The original's answers with the noise floor of llama.cpp, of the sample of facts of `with_noise_floor`, whose
-    parameters these are; where it cannot be had, with why.
+    """Add the noise floor of llama.cpp to the original's answers, of the sample of facts of `with_noise_floor`, whose
+    parameters these are; where it cannot be measured, add why.
     """
     if not original.settings.noise_floor:
         return unmeasured(answers, "--no-noise-floor leaves it out.")
@@ -248,7 +252,7 @@ def with_runtime_noise_floor(
 
 
 def unmeasured(answers: Answers, why: str) -> Answers:
-    """The answers with `ModelRecord.runtime_unmeasured`."""
+    """Set `ModelRecord.runtime_unmeasured`."""
     return replace(answers, record=replace(answers.record, model=replace(answers.record.model, runtime_unmeasured=why)))
 
 
@@ -256,7 +260,7 @@ def unmeasured(answers: Answers, why: str) -> Answers:
 def _in_llama_cpp(
     original: ModelHandle, answers: Answers, folder: Path, on_progress: Listener | None
 ) -> Iterator[ModelHandle]:
-    """The original in llama.cpp, from a file that lies in `folder` meanwhile.
+    """Open the original in llama.cpp, from a file that lies in `folder` meanwhile.
 
     Raises CompressknowError where the converter is missing, or does not take it.
     """

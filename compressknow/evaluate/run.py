@@ -117,22 +117,22 @@ def probe_model(
 
 
 def is_answered(handle: ModelHandle, probe: Opened, folder: Path, reference: Answers | None) -> bool:
-    """Whether `folder` holds this model's answers to this probe, so that `probe_model` would evaluate nothing."""
+    """Return whether `folder` holds this model's answers to this probe: `probe_model` would evaluate nothing."""
     return not lacking(handle, [probe], folder, Context(reference))
 
 
 def held_answers(
     handle: ModelHandle, probes: Sequence[Opened], folder: Path, reference: Answers | None
 ) -> Answers | None:
-    """This model's answers to these probes, where `folder` holds them all."""
+    """Return this model's answers to these probes, where `folder` holds them all."""
     if lacking(handle, probes, folder, Context(reference)):
         return None
     return _read(handle, folder, [probe.name for probe in probes])
 
 
 def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context: Context) -> list[Opened]:
-    """The probes to which `folder` holds no answers of this model; with the original's distributions, those too whose
-    answers lack a divergence over the whole vocabulary that can be had.
+    """Return the probes to which `folder` holds no answers of this model; with the original's distributions, also those
+    whose answers lack a divergence over the whole vocabulary that can be had.
     """
     with _kept_in(folder):
         entries = read_record(folder).probes if is_answers_folder(folder) else {}
@@ -152,7 +152,7 @@ def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context
 
 @contextmanager
 def _kept_in(folder: Path) -> Iterator[None]:
-    """What a run has kept for itself it can make again."""
+    """Explain damage in a folder of the run's own: its answers can be computed again."""
     try:
         yield
     except DamagedAnswers as error:
@@ -161,8 +161,9 @@ def _kept_in(folder: Path) -> Iterator[None]:
 
 
 def facts_of(probes: Sequence[Opened]) -> int:
-    """How many facts the probes have; the items of lm-eval's tasks are not known before they are run, and texts
-    have none."""
+    """Count the facts of the probes; the items of lm-eval's tasks are not known before they are run, and texts have
+    none.
+    """
     return sum(len(probe.facts) for probe in probes if isinstance(probe, Probe))
 
 
@@ -176,7 +177,7 @@ def refuse_twins(probes: Sequence[Opened]) -> None:
 
 
 class _Run:
-    """A run of one model: each probe's answers and its entry go into the folder, the answers first."""
+    """Run of one model: each probe's answers and its entry go into the folder, the answers first."""
 
     def __init__(self, handle: ModelHandle, folder: Path, context: Context, on_progress: Listener | None) -> None:
         self._handle, self._folder, self._beside, self._on_progress = handle, folder, context, on_progress
@@ -214,7 +215,7 @@ class _Run:
         self._keep(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
 
     def _known(self, name: str, key: str) -> Answers | None:
-        """Answers of this model to the probe that lack a divergence alone: they are not evaluated whole again."""
+        """Return answers of this model to the probe that lack only a divergence: they are not evaluated whole again."""
         entry = self._record.probes.get(name)
         if entry is None or entry.key != key:
             return self._beside.known
@@ -296,7 +297,7 @@ class _Run:
 
 
 def facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> ProbeEntry:
-    """The entry in ``probe.json`` of a probe that was answered so."""
+    """Return the entry in ``probe.json`` of a probe of facts that was answered."""
     evaluated = {answer.fact_id for answer in answers}
     facts = [fact for fact in probe.facts if fact.id in evaluated]
     return ProbeEntry(
@@ -323,7 +324,7 @@ def _nothing_left(probe: Probe, dropped: Mapping[str, int]) -> UsageError:
 
 
 def _key(handle: ModelHandle, probe: Opened, context: Context) -> str:
-    """A hash of all that decides the answers: the model, the facts, whose tokens are asked for, and how it is run."""
+    """Hash all that decides the answers: the model, the facts, whose tokens are scored, and how it is run."""
     settings = handle.settings
     decides = [
         # Another version may prompt or score otherwise; this one finds answers in quotes, and the sum over all.
@@ -337,7 +338,7 @@ def _key(handle: ModelHandle, probe: Opened, context: Context) -> str:
 
 
 def _in_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
-    """Batches gathered to what is worth a file; also those before an error, or before the user interrupts."""
+    """Gather batches to what is worth a file; also those before an error, or before the user interrupts."""
     part: list[_Part] = []
     since = time.monotonic()
     try:
@@ -353,7 +354,7 @@ def _in_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
 
 
 def _read(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:
-    """The answers to these probes alone; the folder may hold those to others.
+    """Read the answers to these probes alone; the folder may hold those to others.
 
     They are kept by the content of the model, which may have another name by now, or another manifest.
     """
@@ -371,7 +372,7 @@ def _read(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:
 
 
 def _record(folder: Path, handle: ModelHandle) -> Record:
-    """The record of the folder so far; a new one where there is none."""
+    """Read the record of the folder so far; begin one where there is none."""
     if not (folder / RECORD).is_file():
         model = ModelRecord(name=handle.located.name)
         return Record(schema=SCHEMA_VERSION, model=model, probes={}, versions=_versions())

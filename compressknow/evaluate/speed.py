@@ -1,4 +1,4 @@
-"""How fast a model answers on this machine, and the memory that it takes: measured in a process of its own.
+"""Speed of a model on this machine, and the memory that it takes: measured in a process of its own.
 
     python -m compressknow.evaluate.speed PATH SETTINGS
 
@@ -36,7 +36,8 @@ _TEXT = "A long time ago, in a small town by the sea, there lived a young woman 
 
 
 def measure(located: Located, settings: Settings) -> Speed:
-    """Facts and tokens a second (medians of some rounds), and peak memory beyond what the libraries take, in bytes.
+    """Measure facts and tokens per second (medians of some rounds), and peak memory beyond what the libraries take, in
+    bytes.
 
     Raises CompressknowError where the measuring process fails.
     """
@@ -83,7 +84,7 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
 
 
 def _per_second(work: Callable[[], int]) -> float:
-    """The median, over some rounds, of how many the work says it did; one that takes long tells enough alone."""
+    """Return the median, over some rounds, of how many the work says it did; one that takes long tells enough alone."""
     work()
     rates: list[float] = []
     begun = time.perf_counter()
@@ -95,8 +96,8 @@ def _per_second(work: Callable[[], int]) -> float:
 
 
 def _tokens_per_second(handle: ModelHandle) -> float | None:
-    """Of one text, read and then gone on with, the likeliest token each time; None for a model that does not go on with
-    texts. It runs without what gives a fact the same bits in any batch.
+    """Measure on one text, read and then continued with the likeliest token each time; None for a model that does not
+    continue texts. It runs without what makes it batch-invariant.
     """
     if model := handle.loaded.language_model:
         from compressknow.engine.steady import unsteady
@@ -120,7 +121,7 @@ def _tokens_per_second(handle: ModelHandle) -> float | None:
 
 
 def _import_libraries(path: Path) -> None:
-    """What loading a model imports on its way: it is not the model that takes this memory."""
+    """Import what loading a model imports on its way: it is not the model that takes this memory."""
     import transformers
 
     names = ["AutoTokenizer", "AutoModelForCausalLM"]

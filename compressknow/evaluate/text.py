@@ -37,7 +37,7 @@ _BYTES_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class RunningText:
-    """A text to be read by a model chunk by chunk.
+    """Text to be read by a model chunk by chunk.
 
     Attributes
     ----------
@@ -57,22 +57,23 @@ class RunningText:
 
     @property
     def chunks(self) -> int:
-        """The most chunks that are read."""
+        """Return the most chunks that are read."""
         return self.limit or CHUNKS
 
     @property
     def most_scored(self) -> int:
-        """The most tokens that can be scored: half of each chunk, and no more than the file has bytes."""
+        """Return the most tokens that can be scored: half of each chunk, and no more than the file has bytes."""
         return min(self.chunks * (self.context or CONTEXT), self.size) // 2
 
     def fingerprint(self) -> str:
-        """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
+        """Hash all that decides what is evaluated: answers with the same hash can be compared."""
         return hashlib.sha256(
             json.dumps([PROTOCOL, self.name, self.sha256, self.context, self.chunks]).encode()
         ).hexdigest()
 
     def read(self, context: int) -> str:
-        """As much of the text as the chunks can take, without the line end of its last line, as llama.cpp reads it.
+        """Read as much of the text as the chunks can take, without the line end of its last line, as llama.cpp reads
+        it.
 
         Raises UsageError where the file is not UTF-8, or cannot be read any more.
         """
@@ -91,7 +92,7 @@ class RunningText:
 
 
 def _decoded(content: bytes, *, whole: bool) -> str:
-    """The text; where it is cut, a character that is cut with it is left out."""
+    """Decode the text; where it is cut, a character that is cut with it is left out."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -121,7 +122,7 @@ def refuse_other_families(name: str, family: str) -> None:
 
 @dataclass(frozen=True)
 class Chunks:
-    """A text as one model's tokens.
+    """Text as one model's tokens.
 
     Attributes
     ----------
@@ -140,7 +141,7 @@ class Chunks:
 
 
 def first_scored(context: int) -> int:
-    """The place of the token after which the first one is scored.
+    """Return the place of the token after which the first one is scored.
 
     >>> first_scored(512), 512 - 1 - first_scored(512)
     (256, 255)
@@ -149,7 +150,7 @@ def first_scored(context: int) -> int:
 
 
 def chunks_of(reader: TextReader, text: RunningText, context: int) -> Chunks:
-    """The text in chunks of `context` tokens.
+    """Cut the text into chunks of `context` tokens.
 
     Raises UsageError where it is too short for one, CheckpointError where a token is none of the model's.
     """
@@ -176,7 +177,8 @@ def chunks_of(reader: TextReader, text: RunningText, context: int) -> Chunks:
 
 
 def context_of(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:
-    """Tokens per chunk: those that were asked for, else the original's, else 512 or as many as the model has room for.
+    """Choose the tokens per chunk: those that were asked for, else the original's, else 512 or as many as the model has
+    room for.
 
     Raises UsageError where the model has room for fewer.
     """
@@ -200,7 +202,7 @@ def read_text(
     whole: Whole | None = None,
     advance: Advance | None = None,
 ) -> Iterator[Chunk]:
-    """What the model gives to each chunk that is not `done`, one after the other.
+    """Yield what the model gives to each chunk that is not `done`, one after the other.
 
     Parameters
     ----------
@@ -240,12 +242,12 @@ def read_chunk(reader: TextReader, chunks: Chunks, number: int, whole: Whole | N
 
 
 def keys_of(number: int, context: int) -> list[str]:
-    """What the distributions of a chunk are kept under."""
+    """Return what the distributions of a chunk are kept under."""
     return [f"{number}:{place}" for place in range(context - 1 - first_scored(context))]
 
 
 def entry_of(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], compared: str) -> ProbeEntry:
-    """The entry of ``probe.json``; `compared` says whether there are divergences, and if not, why."""
+    """Return the entry of ``probe.json``; `compared` says whether there are divergences, and if not, why."""
     lengths = [chunk.bytes for chunk in read if chunk.bytes is not None]
     return ProbeEntry(
         protocol=PROTOCOL,
@@ -265,7 +267,7 @@ def entry_of(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], compare
 
 
 def outcome(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave_up: bool | None) -> str:
-    """Whether a text has divergences, or why not; `gave_up` is None where no distributions were kept at all."""
+    """Say whether a text has divergences, or why not; `gave_up` is None where no distributions were kept at all."""
     if not reference or gave_up is None:
         return ALONE
     if all(chunk.kl is not None for chunk in read):

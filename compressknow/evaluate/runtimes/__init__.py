@@ -62,7 +62,7 @@ class Answering(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is run. Float32 on the CPU by default, where the batch size shows in the last digits
+    """Settings of how a model is run. Float32 on the CPU by default, where the batch size shows in the last digits
     alone, if at all; with ``int8-paper`` in more than these (see `compressknow.engine.layers`).
 
     `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
@@ -95,7 +95,7 @@ class Settings:
             )
 
     def here(self) -> Settings:
-        """These settings with the device that they mean on this machine; imports torch."""
+        """Return these settings with the device that they mean on this machine; imports torch."""
         return replace(self, device=device_of(self.device))
 
     @property
@@ -104,7 +104,7 @@ class Settings:
 
 
 class Loaded(abc.ABC):
-    """A model that a runtime has opened.
+    """Model that a runtime has opened.
 
     Attributes
     ----------
@@ -127,11 +127,11 @@ class Loaded(abc.ABC):
 
     @abc.abstractmethod
     def scorer(self, probe: Probe) -> Answering:
-        """What answers a probe's facts. Raises CompressknowError where nothing can."""
+        """Return what answers a probe's facts. Raise CompressknowError where nothing can."""
 
     def reader(self) -> TextReader:
-        """The model, which is causal, as it reads running text. Raises UnsupportedError where the runtime does not give
-        the probabilities of all tokens.
+        """Return the model, which is causal, as a reader of text. Raise UnsupportedError where the runtime does not
+        give the probabilities of all tokens.
         """
         raise UnsupportedError(
             f"text: cannot be evaluated on {self.architecture}: what runs it does not give all tokens' probabilities.",
@@ -139,13 +139,13 @@ class Loaded(abc.ABC):
         )
 
     def record(self) -> Mapping[str, Any] | None:
-        """The "runtime" entry of ``probe.json``: "name", "build" and, where it stores types of its own, "types": {group
-        of layers: {type: parameters}}. None for transformers.
+        """Return the "runtime" entry of ``probe.json``: "name", "build" and, where it stores types of its own, "types":
+        {group of layers: {type: parameters}}. None for transformers.
         """
         return None
 
     def described(self) -> Mapping[str, Any]:
-        """What it tells of itself, for the "model" entry, beside what the model's files tell."""
+        """Return what it says of itself, for the "model" entry, in addition to what the model's files say."""
         return {}
 
     def release(self) -> None:  # noqa: B027
@@ -172,28 +172,28 @@ class Runtime(abc.ABC):
 
     @abc.abstractmethod
     def reads(self, located: Located) -> bool:
-        """Whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
+        """Return whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
 
     def is_default(self, located: Located) -> bool:
-        """Whether it runs a model that it reads where the user names no runtime."""
+        """Return whether it runs a model that it reads where the user names no runtime."""
         return self.reads(located)
 
     def settled(self, settings: Settings) -> Settings:
-        """The settings with what they mean on this machine. Raises UsageError for one that it cannot keep."""
+        """Return the settings with what they mean on this machine. Raise UsageError for one that it cannot keep."""
         return settings.here()
 
     def where(self, located: Located, settings: Settings) -> str:  # noqa: ARG002
-        """Where it computes, for people; `settings` are those of `settled`."""
+        """Return where it computes, for people; `settings` are those of `settled`."""
         return str(settings.device)
 
     def contents(self, located: Located, settings: Settings) -> Contents:  # noqa: ARG002
-        """What decides the model's answers, by whose hash it is known again: of its files."""
+        """Return what decides the model's answers, by whose hash it is known again: its files."""
         from compressknow.engine.contents import read_contents
 
         return read_contents(located)
 
     def key(self) -> tuple[str, ...]:
-        """What beside model and settings decides the answers: name and build; empty for transformers."""
+        """Return what besides model and settings decides the answers: name and build; nothing for transformers."""
         return ()
 
     @abc.abstractmethod
@@ -215,7 +215,7 @@ RUNTIMES = Registry(
 
 
 def runtime_for(located: Located, named: str | None = None) -> Runtime:
-    """The runtime of that name; where none is named, the one that is meant for such a model.
+    """Return the runtime of that name; where none is named, the one that is meant for such a model.
 
     Raises UsageError where there is none of that name, or it does not read such models.
     """

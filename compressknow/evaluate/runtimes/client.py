@@ -40,7 +40,7 @@ TRIES = 5
 
 
 class Refused(CompressknowError):
-    """The server answered, but not with what was asked for; `status` is HTTP's."""
+    """Error of a server that answered, but not with what it was asked for; `status` is HTTP's."""
 
     def __init__(self, status: int, what: str, why: str | None = None, hint: str | None = None) -> None:
         super().__init__(what, why, hint)
@@ -67,14 +67,14 @@ class Client:
         self._session.mount("https://", adapter)
 
     def get(self, path: str, form: Any) -> Any:
-        """The JSON that lies there, of a form of `compressknow.base.reading.misfit`.
+        """Return the JSON of a path, in a form of `compressknow.base.reading.misfit`.
 
         Raises CompressknowError: `Refused` where the server answers with an error or in another form.
         """
         return self._request("GET", path, None, form)
 
     def post(self, path: str, content: Mapping[str, Any], form: Any) -> Any:
-        """The JSON that it answers to this, of that form. Raises what `get` does."""
+        """Return the JSON that the server answers to `content`, in that form. Raises what `get` does."""
         return self._request("POST", path, content, form)
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class Client:
         return Refused(200, f"{self.url} answers {path} with {what}.", hint=hint)
 
     def _said(self, content: Any) -> str | None:
-        """The server's message, of the forms in use; without the key, should it be in there."""
+        """Return the server's message, of the forms in use; without the key, should it be in there."""
         for name in ("error", "message", "detail"):
             content = content.get(name, content) if isinstance(content, dict) else content
         if not isinstance(content, str):
@@ -149,7 +149,7 @@ class Client:
 
 
 class _Key(AuthBase):
-    """The key in the header, or nothing; never what a .netrc file holds for the host."""
+    """Header with the key, or none; never with what a .netrc file holds for the host."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key
@@ -171,8 +171,8 @@ class _Adapter(HTTPAdapter):
 
 @cache
 def _in_time(kind: type[HTTPConnection]) -> type[HTTPConnection]:
-    """Such connections, with one deadline for a whole answer: the timeouts of urllib3 are for each read, which a server
-    that drips headers, or "100 Continue" without end, never exceeds.
+    """Return connections with one deadline for a whole answer: the timeouts of urllib3 are for each read, which a
+    server that drips headers, or "100 Continue" without end, never exceeds.
     """
 
     class InTime(kind):  # type: ignore[misc,valid-type]
@@ -215,7 +215,7 @@ def _shut(connection: socket.socket) -> None:
 
 
 class _Patience(Retry):
-    """A server that asks for a pause of hours is given a minute."""
+    """Retries that give a server that asks for a pause of hours a minute."""
 
     def get_retry_after(self, response: Any) -> float | None:
         asked = None
@@ -225,7 +225,7 @@ class _Patience(Retry):
 
 
 def _retries() -> Retry:
-    """Evaluating changes nothing on a server: any request may be sent again."""
+    """Return how requests are repeated. Evaluating changes nothing on a server: any request may be sent again."""
     return _Patience(
         total=TRIES,
         connect=2,

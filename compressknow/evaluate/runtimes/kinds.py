@@ -1,4 +1,4 @@
-"""What the kinds of servers tell of a model, and how they are asked for it.
+"""Kinds of servers: what they tell of a model, and how they are asked for it.
 
 - llama-server (llama.cpp, tools/server/README.md): ``/completion`` gives the ``n_probs`` likeliest tokens, and the
   log-probability of the token that it writes. A ``logit_bias`` makes it write any token, and does not change what is
@@ -46,7 +46,7 @@ _MAYBE_ECHO = {f"{key}?": (form, None) for key, form in _ECHO.items()}
 
 @dataclass(frozen=True)
 class First:
-    """The distribution at the answer's first position, as far as the server tells it.
+    """Distribution at the answer's first position, as far as the server tells it.
 
     Attributes
     ----------
@@ -59,12 +59,12 @@ class First:
 
     @property
     def bound(self) -> float:
-        """What no other token exceeds."""
+        """Return what no other token exceeds."""
         return -math.inf if self.whole else min(self.logp.values(), default=0.0)
 
 
 class Served(abc.ABC):
-    """A model on a server.
+    """Model on a server.
 
     Attributes
     ----------
@@ -83,28 +83,28 @@ class Served(abc.ABC):
 
     @property
     def build(self) -> str | None:
-        """Which version of the server it is, where it says so."""
+        """Return the version of the server, where it says so."""
         return None
 
     @property
     def longest(self) -> int | None:
-        """Tokens that it reads at most, where it says so."""
+        """Return how many tokens it reads at most, where it says so."""
         return None
 
     @abc.abstractmethod
     def _encode(self, text: str, special: bool) -> Ids:
-        """Token ids, with those that begin every text if `special`."""
+        """Return token ids, with those that begin every text if `special`."""
 
     @abc.abstractmethod
     def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
-        """What may follow the prompt: the likeliest tokens, and the `wanted` ones where they can be had."""
+        """Return what may follow the prompt: the likeliest tokens, and the `wanted` ones where they can be had."""
 
     @abc.abstractmethod
     def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
-        """`score` and the log-probabilities of `ids` after the prompt; of fewer where that falls below `bar`."""
+        """Add the log-probabilities of `ids` after the prompt to `score`; of fewer where that falls below `bar`."""
 
     def write(self, prompt: Ids, tokens: int) -> str:
-        """What the model writes greedily, of at most so many tokens."""
+        """Return what the model writes greedily, of at most so many tokens."""
         asked = {"prompt": self._said(prompt), "max_tokens": tokens}
         text = _mended(self._completed(asked, _WRITTEN)["text"])
         if len(text) > LONGEST_TEXT:
@@ -112,7 +112,7 @@ class Served(abc.ABC):
         return text
 
     def _logprobs(self, prompt: Ids, form: Mapping[str, Any], how: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What is told beside one token that the model writes, or of the prompt, in that form."""
+        """Return what is told beside one token that the model writes, or of the prompt, in that form."""
         asked = {"prompt": self._said(prompt), "max_tokens": 1, **how}
         found = self._completed(asked, {"choices": [{"logprobs": form}], "model?": (str, None)})
         return dict(found["logprobs"])
@@ -127,23 +127,22 @@ class Served(abc.ABC):
         return dict(answer["choices"][0])
 
     def _said(self, prompt: Ids) -> Any:
-        """A prompt as the server reads it."""
         return list(prompt)
 
     def number(self, value: float | None) -> float:
-        """A log-probability. Raises CompressknowError where it is none: a server that lies is not believed."""
+        """Check a log-probability. Raise CompressknowError where it is none: a server that lies is not believed."""
         if value is None or not LEAST <= value <= ABOVE:
             raise self.wrong(f"holds {value}, which is no log-probability")
         return min(float(value), 0.0)
 
     def token(self, number: int) -> int:
-        """The id of a token. Raises CompressknowError where it can be none."""
+        """Check the id of a token. Raise CompressknowError where it can be none."""
         if not 0 <= number < 1 << 31:
             raise self.wrong(f"holds {number} for a token")
         return number
 
     def wrong(self, what: str) -> CompressknowError:
-        """The error for an answer that cannot be one."""
+        """Return the error for an answer that cannot be one."""
         return CompressknowError(
             f"{self.client.url} gives answers that make no sense: one {what}.",
             why=f"It was taken for {self.name}.",
@@ -183,7 +182,6 @@ class LlamaServer(Served):
         return score
 
     def _next(self, prompt: Ids, number: int) -> float:
-        """Log-probability of one token."""
         step = self._step(prompt, number, 1)
         if step is None:
             return self._likeliest(prompt, self._vocabulary).logp.get(number, -math.inf)
@@ -202,8 +200,9 @@ class LlamaServer(Served):
         return First(logp, texts, whole=len(logp) >= self._vocabulary)
 
     def _step(self, prompt: Ids, forced: int, count: int) -> Mapping[str, Any] | None:
-        """What is told of the next position, where the server writes the token `forced`: None where that token ends in
-        the middle of a letter, of which the server tells nothing."""
+        """Return what is told of the next position, where the server writes the token `forced`: None where that token
+        ends in the middle of a letter, of which the server tells nothing.
+        """
         how = {"n_predict": 1, "n_probs": count, "logit_bias": [[forced, FORCE]], "temperature": 0}
         how["response_fields"] = ["completion_probabilities", "content"]
         answer = self.client.post("/completion", {"prompt": list(prompt), "model": self.model, **how}, _STEPS)
@@ -250,7 +249,7 @@ class Vllm(Served):
         return First(dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))))
 
     def _named(self, name: str) -> int:
-        """The token that is called ``token_id:17``."""
+        """Return the token that is called ``token_id:17``."""
         digits = name.removeprefix("token_id:")
         if not re.fullmatch("[0-9]{1,10}", digits):
             raise self.wrong(f"holds {name[:40]!r} for a token")
@@ -281,7 +280,7 @@ class Echoing(Served):
         return "".join(map(chr, prompt))
 
     def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
-        """Nothing: its tokens have no ids."""
+        """Return nothing: its tokens have no ids."""
         return First()
 
     def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
@@ -299,7 +298,7 @@ class Echoing(Served):
 
 
 class Writing(Served):
-    """A server that gives no log-probabilities."""
+    """Server that gives no log-probabilities."""
 
     name = "a server without log-probabilities"
     scores = False
@@ -319,13 +318,13 @@ class Writing(Served):
 
 
 def _is_cut(text: Any) -> bool:
-    """Whether a text ends in the middle of a letter, or has not begun one."""
+    """Return whether a text ends in the middle of a letter, or has not begun one."""
     return isinstance(text, str) and (not text or text.endswith("\ufffd"))
 
 
 def _spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> list[tuple[int, int]]:
-    """Where in the text each token begins and ends. A token that begins every text, and is not in it, counts in the
-    offsets of some servers.
+    """Return where in the text each token begins and ends. A token that begins every text, and is not in it, counts in
+    the offsets of some servers.
 
     >>> _spans("a b", ["<s>", "a", " b"], [0, 3, 4])
     [(-3, 0), (0, 1), (1, 3)]
@@ -337,8 +336,9 @@ def _spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> list[tup
 
 
 def _mended(text: str) -> str:
-    """The same without halves of surrogate pairs, which no file could hold: a model that is cut off in the middle of a
-    letter may write one."""
+    """Replace halves of surrogate pairs, which no file could hold: a model that is cut off in the middle of a letter
+    may write one.
+    """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -347,7 +347,7 @@ def _known(build: str | None) -> str | None:
 
 
 def find_out(client: Client, model: str, listed: Mapping[str, Any]) -> Served:
-    """Which kind of server it is, by what it tells of itself and, of one that tells nothing, one completion.
+    """Find out the kind of server, by what it tells of itself and, of one that tells nothing, one completion.
 
     Parameters
     ----------
@@ -364,7 +364,7 @@ def find_out(client: Client, model: str, listed: Mapping[str, Any]) -> Served:
 
 
 def _tried(client: Client, model: str) -> Served:
-    """By a completion: it echoes log-probabilities, or it writes."""
+    """Find out by a completion: the server echoes log-probabilities, or it writes."""
     echoing, writing = Echoing(client, model, {}), Writing(client, model, {})
     asked = {"prompt": TRIAL, "max_tokens": 1, "logprobs": 1, "echo": True}
     form = {"choices": [{"logprobs?": (_MAYBE_ECHO, None)}], "model?": (str, None)}
@@ -380,7 +380,7 @@ def _tried(client: Client, model: str) -> Served:
 
 
 def _asked(client: Client, path: str, form: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a server tells of itself in that form; nothing where it does not."""
+    """Return what a server tells of itself in that form; nothing where it does not."""
     try:
         return dict(client.get(path, form))
     except Refused as refused:

@@ -1,4 +1,4 @@
-"""A server: it runs a model that it alone knows, behind an address; OpenAI's completions are its language."""
+"""Servers: each runs a model that it alone knows, behind an address; OpenAI's completions are its language."""
 
 from __future__ import annotations
 
@@ -42,19 +42,16 @@ class Server(Runtime):
     whole_vocabulary = False
 
     def reads(self, located: Located) -> bool:
-        """Addresses."""
         return located.url is not None
 
     def settled(self, settings: Settings) -> Settings:
-        """Device, dtype and batches are the server's own business."""
+        """Return the settings; device, dtype and batches are the server's own business."""
         return replace(settings, batch_size=BATCH_SIZE)
 
     def where(self, located: Located, settings: Settings) -> str:  # noqa: ARG002
-        """The address."""
         return located.url or ""
 
     def contents(self, located: Located, settings: Settings) -> Contents:
-        """See `LoadedFromServer.sha256`."""
         from compressknow.engine.contents import Contents
 
         return Contents(self.open(located, settings).sha256)
@@ -75,7 +72,7 @@ class Server(Runtime):
 
 
 class LoadedFromServer(Loaded):
-    """A model on a server."""
+    """Model on a server."""
 
     family = "causal"
 
@@ -87,19 +84,19 @@ class LoadedFromServer(Loaded):
         self.sha256 = self._sha256()
 
     def scorer(self, probe: Probe) -> ServedScorer:
-        """See `ServedScorer`."""
         from compressknow.evaluate.scoring.server import ServedScorer
 
         return ServedScorer(self._served, probe, self._parallel)
 
     @property
     def gives_scores(self) -> bool:  # type: ignore[override]
-        """Whether the server gives log-probabilities."""
+        """Return whether the server gives log-probabilities."""
         return self._served.scores
 
     def record(self) -> Mapping[str, Any]:
-        """With the address, the model's name there, and what the server tells of answers: ``scores`` (log-probabilities
-        of candidates) and ``distribution`` (of the first token)."""
+        """Return name and build, the address, the model's name there, and what the server tells of answers: ``scores``
+        (log-probabilities of candidates) and ``distribution`` (of the first token).
+        """
         served = self._served
         build = " ".join(filter(None, (served.name, served.build)))
         where = {"url": served.client.url, "model": served.model}
@@ -117,7 +114,9 @@ class LoadedFromServer(Loaded):
 
     @property
     def _type(self) -> str | None:
-        """Of most weights, as llama.cpp names it; where the file does not say so, it guesses and says that."""
+        """Return the type of most weights, as llama.cpp names it; where the file does not say so, it guesses and says
+        that.
+        """
         kind = self._about("ftype", str)
         return kind and str(kind).removeprefix("(guessed) ")
 
@@ -126,8 +125,8 @@ class LoadedFromServer(Loaded):
         return None if misfit(value, kind) else value
 
     def _sha256(self) -> str:
-        """In place of that of files, which a server does not show: a hash of its address, the model's name, the build,
-        the model's size there, and what it writes greedily to a few prompts.
+        """Hash, in place of files, which a server does not show: its address, the model's name, the build, the model's
+        size there, and what it writes greedily to a few prompts.
         """
         served = self._served
         told = [served.client.url, served.model, served.name, served.build]
@@ -137,7 +136,7 @@ class LoadedFromServer(Loaded):
 
 
 def chosen_model(client: Client, named: str | None) -> tuple[str, Mapping[str, Any]]:
-    """The model's name on the server, and what ``/v1/models`` says of it.
+    """Return the model's name on the server, and what ``/v1/models`` says of it.
 
     Raises UsageError where the server has several and none is named, or has none of that name.
     """

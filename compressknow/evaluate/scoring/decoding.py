@@ -1,5 +1,5 @@
-"""What causal models and decoders share: candidates go on from the key-value cache of what comes before them, where
-it can be trusted.
+"""Scoring by causal models and decoders: candidates go on from the key-value cache of what comes before them, where it
+can be trusted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch of texts that an encoder has read.
+    """Batch of texts that an encoder has read.
 
     Attributes
     ----------
@@ -45,15 +45,15 @@ class Encoded:
     output: Any
 
     def rows(self, rows: Any) -> Encoded:
-        """These rows alone; the output is of its own class, with no other field: decoders look for some that others
-        have not.
+        """Return these rows alone; the output is of its own class, with no other field: decoders look for some that
+        others have not.
         """
         return Encoded(self.ids[rows], type(self.output)(last_hidden_state=self.output.last_hidden_state[rows]))
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """A batch of texts that a decoder has read.
+    """Batch of texts that a decoder has read.
 
     Attributes
     ----------
@@ -76,11 +76,11 @@ class DecodingScorer(Scorer):
 
     @abstractmethod
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
-        """Logits of the last `keep` positions, [batch, keep, vocabulary], and the cache afterwards."""
+        """Return logits of the last `keep` positions, [batch, keep, vocabulary], and the cache afterwards."""
 
     @abstractmethod
     def ends(self, token: int) -> bool:
-        """Whether a free answer ends with this token."""
+        """Return whether a free answer ends with this token."""
 
     def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
         heads = [torch.tensor([ids[0] for ids in query.options], device=log_probs.device) for query in batch]
@@ -97,8 +97,8 @@ class DecodingScorer(Scorer):
     def _walk(
         self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], walking: list[int], scores: Scores, bars: Scores
     ) -> None:
-        """`finish` of the rows `walking`, a token a pass, so that a row stops where it falls below its bar; `scores`
-        are changed in place. A few rows go on to their ends in one pass: it reads all weights, whatever it scores. Not
+        """Finish the rows `walking`, a token per pass, so that a row stops where it falls below its bar; `scores` are
+        changed in place. A few rows go on to their ends in one pass: it reads all weights, whatever it scores. Not
         where activations are rounded: how many rows there are would show in the scores (see `_rounds`).
         """
         cache, places, known = prefix.cache, [rows[row][0] for row in walking], 1
@@ -138,7 +138,7 @@ class DecodingScorer(Scorer):
         return [self.encoder.decode(self._ended(ids)) for ids in self.generate(batch, log_probs, state)]
 
     def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:
-        """The likeliest tokens after each prompt, decoded greedily as far as each `goes_on`."""
+        """Return the likeliest tokens after each prompt, decoded greedily as far as each `goes_on`."""
         written = [[token] for token in log_probs.argmax(-1).tolist()]
         cache, rows = None, list(range(len(batch)))
         while going := [place for place, row in enumerate(rows) if self.goes_on(batch[row], written[row])]:
@@ -157,8 +157,8 @@ class DecodingScorer(Scorer):
         return written
 
     def goes_on(self, query: Query, written: Sequence[int]) -> bool:
-        """Whether a greedy text needs more tokens to tell what it says: up to as many as the longest candidate has, and
-        one more, which shows whether the last word ends there; and two where a quote or an article opens it.
+        """Return whether a greedy text needs more tokens to tell what it says: up to as many as the longest candidate
+        has, and one more, which shows whether the last word ends there; and two where a quote or an article opens it.
         """
         if len(written) >= self._room(query, written) or self.ends(written[-1]):
             return False
@@ -188,7 +188,7 @@ class DecodingScorer(Scorer):
         return logits[:, -1].float().log_softmax(-1), Prefix(ids, self._kept(cache), encoder)
 
     def cached(self, cache: Any) -> dict[str, Any]:
-        """Arguments of a forward pass that goes on from a cache, or begins one; or of one without."""
+        """Return the arguments of a forward pass that goes on from a cache, or begins one; or of one without."""
         return {self._cache_name: cache, "use_cache": True} if self._caches else {"use_cache": False}
 
     @property
@@ -197,13 +197,13 @@ class DecodingScorer(Scorer):
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether what the model gives at a token depends on what follows, so that each token needs a pass."""
+        """Return whether what the model gives at a token depends on what follows, so that each token needs a pass."""
         return self._reading is not None and not self._reading.spans
 
     @cached_property
     def _rounds(self) -> bool:
-        """Whether the model makes much of a last bit. Attention over several tokens of a text in one pass adds in
-        another order than over one, so each pass takes one.
+        """Return whether the model makes much of a last bit. Attention over several tokens of a text in one pass adds
+        in another order than over one, so each pass takes one.
         """
         return rounds_activations(self.model)
 
@@ -211,7 +211,7 @@ class DecodingScorer(Scorer):
         return splittable(cache) if self._caches else None
 
     def _try_reading(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> Reading:
-        """How this model may read, found out by two queries."""
+        """Find out by two queries how this model may read."""
         # No longer than the prompts, where these are long: they may end at the last position that there is.
         prefix = ids[:, :-TRIED] if ids.shape[1] > TRIED else ids
         more = torch.tensor([(asked.gold + asked.prompt * TRIED)[:TRIED] for asked in batch], device=ids.device)
@@ -239,8 +239,8 @@ class DecodingScorer(Scorer):
     def _more(
         self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], cache: Any, known: int, width: int
     ) -> tuple[Scores, Any]:
-        """Log-probabilities of the next `width` tokens after `known` ones, summed, [rows], and the cache afterwards.
-        Shorter options are filled up at their ends, which no token before sees.
+        """Sum the log-probabilities of the next `width` tokens after `known` ones, [rows], and return them with the
+        cache afterwards. Shorter options are filled up at their ends, which no token before sees.
         """
         device, end = prefix.ids.device, known + width
         ids = torch.tensor([option[:end] + option[-1:] * (end - len(option)) for _, option in rows], device=device)
@@ -257,13 +257,15 @@ class DecodingScorer(Scorer):
 
 
 def cache_name(model: PreTrainedModel) -> str:
-    """What a model's `forward` calls its cache; modelling code that comes with a checkpoint may use the older name."""
+    """Return what a model's `forward` calls its cache; modelling code that comes with a checkpoint may use the older
+    name.
+    """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def judged(text: str, gold: str) -> tuple[str, bool]:
-    """A free answer, cut at its end, and whether it is the object: it begins with it, as whole words, whatever their
-    case and the article or quotes before it.
+    """Cut a free answer at its end, and return whether it is the object: it begins with it, as whole words, whatever
+    their case and the article or quotes before it.
 
     >>> judged("Paris, the city of", "Paris"), judged("Parisian food", "Paris"), judged("the Nile. It", "Nile")
     (('Paris, the city of', True), ('Parisian food', False), ('the Nile', True))
@@ -282,7 +284,7 @@ Forward = Callable[[torch.Tensor, Any, int, bool], tuple[torch.Tensor, Any]]
 
 @dataclass(frozen=True)
 class Reading:
-    """How texts may be scored.
+    """Ways in which a model's texts may be scored.
 
     Attributes
     ----------
@@ -296,7 +298,7 @@ class Reading:
 
 
 def reading_of(forward: Forward, prefix: torch.Tensor, more: torch.Tensor) -> Reading:
-    """How a model may read: tried on prefixes [batch, tokens] and what follows them, [batch, TRIED]."""
+    """Find out how a model may read, on prefixes [batch, tokens] and what follows them, [batch, TRIED]."""
     whole, known = torch.cat([prefix, more], dim=1), prefix.shape[1]
     expected, _ = forward(whole, None, whole.shape[1], False)
     if not same_logits(forward(prefix, None, known, False)[0], expected[:, :known]):
@@ -310,7 +312,7 @@ def reading_of(forward: Forward, prefix: torch.Tensor, more: torch.Tensor) -> Re
 
 
 def _cache_holds(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether what follows gets from a cache, some rows of it taken twice, the logits that are expected."""
+    """Return whether what follows gets from a cache, some rows of it taken twice, the logits that are expected."""
     rows = torch.arange(len(prefix), device=prefix.device)
     cache = splittable(forward(prefix, None, 1, True)[1])
     if cache is None:
@@ -326,15 +328,15 @@ def _cache_holds(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, exp
 
 
 def same_logits(logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits are the same but for rounding, which grows with them and with the steps of their dtype; those of a
-    broken model, that are no numbers, pass.
+    """Return whether logits are the same but for rounding, which grows with them and with the steps of their dtype;
+    those of a broken model, that are no numbers, pass.
     """
     room = torch.finfo(logits.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max()))
     return not bool(((logits - expected).abs() > room).any())
 
 
 def splittable(cache: Any) -> Any:
-    """The cache, if its rows can be taken apart; None for states of another kind (Mamba's, for one)."""
+    """Return the cache, if its rows can be taken apart; None for states of another kind (Mamba's, for one)."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
     if isinstance(cache, EncoderDecoderCache):
@@ -347,7 +349,7 @@ def splittable(cache: Any) -> Any:
 
 
 def select_rows(cache: Any, rows: torch.Tensor) -> Any:
-    """A new cache of these rows; the old one keeps its own."""
+    """Return a new cache of these rows; the old one keeps its own."""
     from transformers.cache_utils import EncoderDecoderCache
 
     if cache is None:

@@ -1,4 +1,4 @@
-"""How each family of models answers: masked, causal, encoder-decoder."""
+"""Scorers by family of models: masked, causal, encoder-decoder."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ class MaskedScorer(Scorer):
         return scores
 
     def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:  # noqa: ARG002
-        """The first of the whole vocabulary at the mask; where the object has several tokens, at as many masks from
-        left to right: its length is told to the model, as candidates' lengths are where they are scored.
+        """Return the first of the whole vocabulary at the mask; where the object has several tokens, at as many masks
+        from left to right: its length is told to the model, as candidates' lengths are where they are scored.
         """
         found: list[Ids] = [(token,) for token in log_probs.argmax(-1).tolist()]
         for length in {len(query.gold) for query in batch} - {0, 1}:
@@ -102,7 +102,7 @@ class MaskedScorer(Scorer):
         return [self.encoder.decode(ids) for ids in found]
 
     def _filled(self, batch: Sequence[Query], length: int) -> list[Ids]:
-        """The likeliest token at each of `length` masks, those before it filled in."""
+        """Return the likeliest token at each of `length` masks, those before it filled in."""
         found: list[Ids] = [()] * len(batch)
         for _ in range(length):
             rows = [self.step(query, length, ids) for query, ids in zip(batch, found, strict=True)]
@@ -111,7 +111,7 @@ class MaskedScorer(Scorer):
         return found
 
     def _steps(self, batch: Sequence[Query], wanted: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
-        """Log-probabilities of the wanted tokens after each beginning of a candidate."""
+        """Return log-probabilities of the wanted tokens after each beginning of a candidate."""
         sizes: dict[int, list[Step]] = {}
         for step in wanted:
             sizes.setdefault(len(batch[step[0]].prompt) + step[1], []).append(step)
@@ -129,13 +129,16 @@ class MaskedScorer(Scorer):
         return self._log_probs([self.step(query, length, ()) for query in batch])
 
     def step(self, query: Query, length: int, beginning: Ids) -> tuple[Ids, int]:
-        """The prompt with `length` masks in place of one, the first ones filled; and where the next token stands."""
+        """Return the prompt with `length` masks in place of one, the first ones filled; and where the next token
+        stands.
+        """
         place = self._blank(query)
         masks = (self.tokenizer.mask_token_id,) * (length - len(beginning))
         return (*query.prompt[:place], *beginning, *masks, *query.prompt[place + 1 :]), place + len(beginning)
 
     def _without_space(self, prompt: Ids) -> Ids:
-        """The prompt without a token for the space before the mask: that space is part of the answer's first token.
+        """Return the prompt without a token for the space before the mask: that space is part of the answer's first
+        token.
 
         Tokenizers whose mask takes in the space before it, as RoBERTa's does, have none there.
         """
@@ -148,7 +151,7 @@ class MaskedScorer(Scorer):
         return query.prompt.index(self.tokenizer.mask_token_id)
 
     def _log_probs(self, rows: Sequence[tuple[Ids, int]]) -> torch.Tensor:
-        """Log-probabilities at one position of each row, [rows, vocabulary], float32; rows of one length."""
+        """Return log-probabilities at one position of each row, [rows, vocabulary], float32; rows of one length."""
         device = self.model.device
         ids = torch.tensor([row for row, _ in rows], device=device)
         places = torch.tensor([place for _, place in rows], device=device)
@@ -161,7 +164,7 @@ class MaskedScorer(Scorer):
         return logits.float().log_softmax(-1)
 
     def _logits_at(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Logits where they are wanted: the head sees the hidden states of these positions alone."""
+        """Return logits where they are wanted: the head sees the hidden states of these positions alone."""
 
         def keep(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
             output.last_hidden_state = output.last_hidden_state[
@@ -180,7 +183,9 @@ class MaskedScorer(Scorer):
         return logits
 
     def _head_is_pointwise(self, ids: torch.Tensor, places: torch.Tensor) -> bool:
-        """Whether the head gives the same where it sees the masked positions alone: most do, the rest run it whole."""
+        """Return whether the head gives the same where it sees the masked positions alone: most do, the rest run it
+        whole.
+        """
         if self.model.base_model is self.model:
             return False
         whole = self._forward(ids)[torch.arange(len(ids), device=ids.device), places]
@@ -246,7 +251,7 @@ class CausalScorer(DecodingScorer):
         return int(start)
 
     def _context(self, fact: Fact) -> str:
-        """A text before the answer that gives the same tokens as the prompt does: most often its last word."""
+        """Return a text before the answer that gives the same tokens as the prompt does: most often its last word."""
         context = fact.before.rpartition(" ")[2]
         return context if self._boundary_holds(fact, context) else fact.before
 
@@ -319,7 +324,7 @@ class Seq2SeqScorer(DecodingScorer):
         return False
 
     def beginning(self, fact: Fact) -> Ids:
-        """What the decoder has written before the answer."""
+        """Return what the decoder has written before the answer."""
         start = (self._start,)
         if self._has_sentinels:
             return (*start, self._id(FIRST_SENTINEL))
@@ -342,7 +347,7 @@ _SCORERS: dict[str, type[MaskedScorer | CausalScorer | Seq2SeqScorer]] = {
 
 
 def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
-    """The scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
+    """Return the scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
 
     Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.
     """

@@ -1,4 +1,4 @@
-"""The best candidates, found exactly without finishing most of them, and the answer that their scores make."""
+"""Ranking: the best candidates, found exactly without finishing most of them, and the answer that their scores make."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Finish = Callable[[list[tuple[int, int]], Scores], Scores]
 
 @dataclass
 class Ranking:
-    """The candidates of one fact.
+    """Candidates of one fact, and what is known of their scores.
 
     Attributes
     ----------
@@ -40,8 +40,8 @@ class Ranking:
     summed: bool = True
 
     def bar(self) -> float | None:
-        """What a candidate must reach to matter: the lowest of the object's score, that of the fifth best and, for the
-        sum, an even part of the tail of what is finished. None while they are not known. It only rises.
+        """Return what a candidate must reach to matter: the lowest of the object's score, that of the fifth best and,
+        for the sum, an even part of the tail of what is finished. None while they are not known. It only rises.
         """
         known = self.scores[self.finished]
         if not self.finished[self.gold] or len(known) < min(TOP, len(self.scores)):
@@ -50,14 +50,15 @@ class Ranking:
         return float(np.fmin(bar, log_sum(known) + math.log(TAIL / len(self.scores))) if self.summed else bar)
 
     def total(self) -> float | None:
-        """The logarithm of the sum of all candidates' probabilities, short of `TAIL` of it at most; None where that is
-        not known. Which candidates are finished depends on their scores alone, so that it is the same in any batch.
+        """Return the logarithm of the sum of all candidates' probabilities, short of `TAIL` of it at most; None where
+        that is not known. Which candidates are finished depends on their scores alone, so that it is the same in any
+        batch.
         """
         return log_sum(self.scores[self.finished]) if self.summed or self.finished.all() else None
 
     def wanted(self) -> NDArray[np.intp]:
-        """Candidates that must be scored further: the object and the leaders; then all that reach the bar. Empty when
-        all of this is certain.
+        """Return candidates that must be scored further: the object and the leaders; then all that reach the bar. Empty
+        when all of this is certain.
         """
         if (bar := self.bar()) is not None:
             return np.flatnonzero(~self.finished & (self.scores >= bar))
@@ -67,20 +68,20 @@ class Ranking:
         return np.flatnonzero(leaders & ~self.finished)
 
     def order(self) -> NDArray[np.intp]:
-        """Candidates from the most likely one down; equal ones in their own order."""
+        """Return candidates from the most likely one down; equal ones in their own order."""
         return np.argsort(-self.scores, kind="stable")
 
 
 def log_sum(scores: Scores) -> float:
-    """The logarithm of the sum of probabilities whose logarithms these are."""
+    """Return the logarithm of the sum of probabilities whose logarithms these are."""
     # Of a model that computes no numbers there is none.
     with np.errstate(invalid="ignore"):
         return float(np.logaddexp.reduce(scores))
 
 
 def rank_of(gold: int, scores: Scores) -> int | None:
-    """1 for the most likely answer; among equal ones the earlier comes first, whichever is the object. None where the
-    model computes no number for it (NaN): a broken model knows nothing.
+    """Return 1 for the most likely answer; among equal ones the earlier comes first, whichever is the object. None
+    where the model computes no number for it (NaN): a broken model knows nothing.
     """
     if np.isnan(scores[gold]):
         return None
@@ -102,7 +103,7 @@ def rank_candidates(rankings: Sequence[Ranking], finish: Finish) -> None:
 
 
 def best_of(scores: Scores) -> Any:
-    """Indices of the five best, equal ones in their own order, [5]."""
+    """Return indices of the five best, equal ones in their own order, [5]."""
     near = np.argpartition(-scores, TOP - 1)[:TOP] if len(scores) > TOP else np.arange(len(scores))
     if not np.isnan(scores[near]).any():
         # Equal scores at the edge: all of them are looked at, so that their order alone decides.

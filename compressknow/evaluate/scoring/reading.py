@@ -1,4 +1,4 @@
-"""A causal model as a reader of running text: its tokens, their log-probabilities, and what it writes after them."""
+"""Readers of running text: a causal model's tokens, their log-probabilities, and what it writes after them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TOGETHER = 8
 
 
 class TextReader(Protocol):
-    """What a runtime gives of a model for running text.
+    """Causal model as a runtime gives it for running text.
 
     Attributes
     ----------
@@ -40,26 +40,26 @@ class TextReader(Protocol):
     def bos(self) -> int | None: ...
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Ids of the text, without special tokens, and how many bytes of it (UTF-8) end with each; None where the
-        tokenizer does not tell.
+        """Return ids of the text, without special tokens, and how many bytes of it (UTF-8) end with each; None where
+        the tokenizer does not tell.
         """
 
     def log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
-        """Log-probabilities of what follows each token from `first` to the last but one: float32, [tokens - 1 - first,
-        vocabulary].
+        """Return log-probabilities of what follows each token from `first` to the last but one: float32, [tokens - 1 -
+        first, vocabulary].
         """
 
     def continued(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """What the model writes after each of the prompts, which are of one length, the likeliest token each time:
-        [prompts][tokens]; whatever follows the end of the text is the end again, and takes no time.
+        """Continue each of the prompts, which are of one length, with the likeliest token each time: [prompts][tokens];
+        whatever follows the end of the text is the end again, and takes no time.
         """
 
     def ends(self, token: int) -> bool:
-        """Whether a text ends with this token."""
+        """Return whether a text ends with this token."""
 
 
 class TransformersReader:
-    """A causal model of transformers as a `TextReader`."""
+    """Causal model of transformers as a `TextReader`."""
 
     def __init__(self, loaded: LanguageModel) -> None:
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
@@ -69,7 +69,7 @@ class TransformersReader:
 
     @cached_property
     def bos(self) -> int | None:
-        """By what the tokenizer puts before a text: llama.cpp's ``add_bos_token`` is made of the same."""
+        """Find it by what the tokenizer puts before a text: llama.cpp's ``add_bos_token`` is made of the same."""
         bos = self._tokenizer.bos_token_id
         first = self._tokenizer("a", verbose=False)["input_ids"][:1]
         return int(bos) if bos is not None and first == [bos] else None
@@ -116,7 +116,6 @@ class TransformersReader:
         return [self._ended(row, tokens) for row in torch.cat(written, dim=1).tolist()]
 
     def ends(self, token: int) -> bool:
-        """See `TextReader`."""
         return token == self._end
 
     @property
@@ -162,8 +161,8 @@ class TransformersReader:
 
 
 def _bytes_at(text: str, ends: Sequence[int]) -> list[int]:
-    """How many bytes of UTF-8 the first so many characters take, for each of `ends`. A token inside a character ends
-    where the character does.
+    """Return how many bytes of UTF-8 the first so many characters take, for each of `ends`. A token inside a character
+    ends where the character does.
     """
     points = np.fromiter(map(ord, text), dtype=np.uint32, count=len(text))
     widths = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)

@@ -1,4 +1,4 @@
-"""How a fact becomes an answer: what all model families share."""
+"""Scorer of facts: what all model families share."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ BLANK_NOT_LAST = "the blank is not at the end of the prompt"
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A fact in the ids of one model.
+    """Fact in the ids of one model.
 
     Attributes
     ----------
@@ -101,30 +101,30 @@ class Scorer(ABC):
 
     @abstractmethod
     def prompt(self, fact: Fact) -> Ids:
-        """What the model reads first; raises CompressknowError where a prompt cannot be used at all."""
+        """Return what the model reads first. Raise CompressknowError where a prompt cannot be used at all."""
 
     @abstractmethod
     def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
-        """Ids that are scored for each of these answers; with what follows the blank if `rest`."""
+        """Return the ids that are scored for each of these answers; with what follows the blank if `rest`."""
 
     @abstractmethod
     def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
-        """Log-probabilities at the answer's first position, [batch, vocabulary], and what `finish` goes on from."""
+        """Return log-probabilities at the answer's first position, [batch, vocabulary], and the state for `finish`."""
 
     @abstractmethod
     def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
-        """For each query the log-probabilities of its options' first tokens, [options]."""
+        """Return the log-probabilities of the first tokens of each query's options, [options]."""
 
     @abstractmethod
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
-        """Scores of whole options, [rows]: `scores` of the first tokens, and the log-probabilities of those after them.
+        """Score whole options, [rows]: `scores` of the first tokens, and the log-probabilities of those after them.
 
         A row is (query, ids of an option). One that falls below its bar on the way is left there.
         """
 
     @abstractmethod
     def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> Sequence[str | None]:
-        """What the model says to each query, decoded greedily; None where it cannot write."""
+        """Return what the model says to each query, decoded greedily; None where it cannot write."""
 
     def written(
         self,
@@ -133,13 +133,13 @@ class Scorer(ABC):
         state: Any,  # noqa: ARG002
         texts: Sequence[str | None],  # noqa: ARG002
     ) -> list[Answer]:
-        """Answers to the queries where any text may be answered, by what is `produced`; families that only choose have
+        """Answer the queries where any text may be answered, by what is `produced`; families that only choose have
         none.
         """
         return []
 
     def unaskable(self, fact: Fact) -> str | None:
-        """Why this family cannot be evaluated on such a fact, or None."""
+        """Return why this family cannot be evaluated on such a fact, or None."""
         last = fact.before and not re.search(r"\w", fact.after)
         return None if fact.candidates or last else BLANK_NOT_LAST
 
@@ -149,7 +149,7 @@ class Scorer(ABC):
     # What they share.
 
     def query(self, fact: Fact) -> Query | str:
-        """The query that a fact makes, or the reason why it is dropped."""
+        """Return the query that a fact makes, or the reason why it is dropped."""
         if reason := self.unaskable(fact):
             return reason
         prompt = self.prompt(fact)
@@ -172,19 +172,19 @@ class Scorer(ABC):
         return self._unfit(query) or query
 
     def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
-        """A batch, cut into what is answered at a time."""
+        """Cut a batch into what is answered at a time."""
         return [batch]
 
     def each(
         self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
     ) -> Iterator[tuple[Sequence[Query], T]]:
-        """Each batch with what `work` makes of it, as it comes."""
+        """Yield each batch with what `work` makes of it, as it comes."""
         return ((batch, work(batch)) for batch in batches)
 
     def answer(
         self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None
     ) -> list[Answer]:
-        """Answers to queries of one shape.
+        """Answer queries of one shape.
 
         Parameters
         ----------
@@ -205,8 +205,8 @@ class Scorer(ABC):
             return self._with_distributions(batch, found, log_probs, reference, whole)
 
     def say(self, batch: Sequence[Query]) -> list[str | None]:
-        """What the model says to queries of one shape, as `compressknow.evaluate.grades.said` has it; None where it
-        cannot write.
+        """Return what the model says to queries of one shape, as `compressknow.evaluate.grades.said` has it; None where
+        it cannot write.
         """
         with torch.inference_mode():
             texts = self.produced(batch, *self._begun(batch))
@@ -222,12 +222,14 @@ class Scorer(ABC):
         reference: Sequence[Ids] | None,
         whole: Whole | None = None,
     ) -> list[Answer]:
-        """The answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
+        """Return answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
         with torch.inference_mode():
             return self._with_distributions(batch, answers, self._begun(batch)[0], reference, whole)
 
     def _begun(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
-        """`first`, tried on two queries before any other: a model that cannot read them cannot be evaluated at all."""
+        """Return `first`, tried on two queries before any other: a model that cannot read them cannot be evaluated at
+        all.
+        """
         self._refuse_ids_beyond(batch)
         if not self._tried:
             try:
@@ -248,7 +250,9 @@ class Scorer(ABC):
         return [graded(answer, *by_id[answer.fact_id], self.encoder.spelled) for answer in answers]
 
     def _refuse_ids_beyond(self, batch: Sequence[Query]) -> None:
-        """A tokenizer may have few tokens, and yet a number for one that the embedding has no row for."""
+        """Raise CheckpointError for ids beyond the embedding: a tokenizer may have few tokens, and yet a number for one
+        that has no row.
+        """
         rows = self._rows
         for query in batch:
             largest = max(chain(query.prompt, query.gold, *query.options), default=0)
@@ -276,7 +280,7 @@ class Scorer(ABC):
         return [with_distribution(found[query.fact.id], *distribution) for query, *distribution in rows]
 
     def _unfit(self, query: Query) -> str | None:
-        """Why the ids of a query cannot be run, or None."""
+        """Return why the ids of a query cannot be run, or None."""
         free = not query.options and not self.one_token
         answers = query.options or (query.gold,)
         if (query.options or free) and not all(answers):
@@ -288,18 +292,18 @@ class Scorer(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where log-probabilities lie."""
+        """Return where log-probabilities lie."""
         device: torch.device = self.model.device
         return device
 
     @property
     def architecture(self) -> str:
-        """What messages call the model."""
+        """Return what messages call the model."""
         return type(self.model).__name__
 
     @cached_property
     def _rows(self) -> int:
-        """The number of tokens that the model reads."""
+        """Return the number of tokens that the model reads."""
         return embedding_rows(self.model)
 
     @cached_property
@@ -308,12 +312,12 @@ class Scorer(ABC):
 
     @cached_property
     def one_token(self) -> bool:
-        """Whether facts without candidates are answered by one token."""
+        """Return whether facts without candidates are answered by one token."""
         return self.probe.vocabulary in ("words", "full")
 
     @cached_property
     def allowed(self) -> torch.Tensor | None:
-        """Ids that may be answered, ascending, [allowed]; None where all may."""
+        """Return the ids that may be answered, ascending, [allowed]; None where all may."""
         if self.probe.vocabulary != "words":
             return None
         return torch.tensor(sorted(self.encoder.single(self.probe.words)), device=self.device)
@@ -324,7 +328,7 @@ class Scorer(ABC):
 
     @cached_property
     def _folded(self) -> dict[str, tuple[int, ...]]:
-        """Ids of the vocabulary by their text, case folded (the paper compares lower-cased text)."""
+        """Map texts, case folded, to ids of the vocabulary (the paper compares lower-cased text)."""
         folded: dict[str, list[int]] = {}
         for number in range(len(self.tokenizer)):
             folded.setdefault(self.encoder.decode([number]).lower(), []).append(number)
@@ -385,7 +389,7 @@ class Scorer(ABC):
 
 
 def _one_begins_another(options: Sequence[Ids]) -> bool:
-    """Whether an option's ids are the beginning of another's: it would never be the less likely one of both."""
+    """Return whether an option's ids are the beginning of another's: it would never be the less likely one of both."""
     return any(after[: len(ids)] == ids for ids, after in pairwise(sorted(set(options))))
 
 
@@ -395,7 +399,7 @@ def _gold_index(fact: Fact) -> int:
 
 
 def group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:
-    """Indices of the options by their number of tokens."""
+    """Group indices of the options by their number of tokens."""
     groups: dict[int, list[int]] = {}
     for index, ids in enumerate(options):
         groups.setdefault(len(ids), []).append(index)

@@ -1,4 +1,4 @@
-"""How a model on a server answers facts: as a causal model does, by requests, several facts at a time."""
+"""Scorer of models on servers: as a causal model does, by requests, several facts at a time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CHARACTERS = 2
 
 
 class Tokens:
-    """A server's tokenizer, as far as prompts need one."""
+    """Tokenizer of a server, as far as prompts need one."""
 
     eos_token_id = unk_token_id = None
 
@@ -52,7 +52,7 @@ class Tokens:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that begins every text, where there is one."""
+        """Return the token that begins every text, where there is one."""
         return next(iter(self._served.encode("", True)), None) if self._served.tokens else None
 
 
@@ -72,10 +72,10 @@ class ServedScorer(CausalScorer):
         self._served, self._parallel = served, parallel
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
     def query(self, fact: Fact) -> Query | str:
-        """As of any causal model; where the server only writes, candidates are not told to it."""
+        """Return the query of any causal model; where the server only writes, candidates are not told to it."""
         if self._served.scores or not fact.candidates:
             return super().query(fact)
         if reason := self.unaskable(_free(fact)):
@@ -85,7 +85,7 @@ class ServedScorer(CausalScorer):
         return Query(fact, prompt, (), gold, (), ())
 
     def shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
-        """One for all: nothing is padded."""
+        """Return one shape for all: nothing is padded."""
         return ()
 
     def _unfit(self, query: Query) -> str | None:
@@ -96,13 +96,13 @@ class ServedScorer(CausalScorer):
         return self._served.longest
 
     def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
-        """Each fact alone: it is counted and stored as soon as it is answered."""
+        """Take each fact alone: it is counted and stored as soon as it is answered."""
         return [(query,) for query in batch]
 
     def each(
         self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
     ) -> Iterator[tuple[Sequence[Query], T]]:
-        """See `Scorer.each`: one batch's requests follow one another; those of several go at the same time."""
+        """Send the requests of several batches at the same time; those of one batch follow one another."""
         jobs: SimpleQueue[Sequence[Query]] = SimpleQueue()
         results: SimpleQueue[tuple[Sequence[Query], T] | Exception] = SimpleQueue()
         for batch in batches:
@@ -125,7 +125,7 @@ class ServedScorer(CausalScorer):
         reference: Sequence[Ids] | None,
         whole: Whole | None = None,  # noqa: ARG002
     ) -> list[Answer]:
-        """See `Scorer.answer`. No server tells whole distributions in time: `whole` is told of none."""
+        """Answer queries; no server tells whole distributions in time: `whole` is not called."""
         return [self._answered(*pair) for pair in _paired(batch, reference)]
 
     def answer_anew(
@@ -135,7 +135,6 @@ class ServedScorer(CausalScorer):
         reference: Sequence[Ids] | None,
         whole: Whole | None = None,  # noqa: ARG002
     ) -> list[Answer]:
-        """See `Scorer.answer_anew`."""
         known = {answer.fact_id: answer for answer in answers}
         pairs = _paired(batch, reference)
         return [_distributed(known[query.fact.id], self._first(query, wanted), wanted) for query, wanted in pairs]
@@ -149,11 +148,10 @@ class ServedScorer(CausalScorer):
         return _distributed(graded(answer, query.fact, text), first, wanted)
 
     def say(self, batch: Sequence[Query]) -> list[str | None]:
-        """See `Scorer.say`."""
         return [said(self._text(query), choices_of(query.fact)) for query in batch]
 
     def _text(self, query: Query) -> str:
-        """What the model writes: as many tokens as tell what it says."""
+        """Return what the model writes: as many tokens as tell what it says."""
         tokens = max(map(len, query.options or (query.gold,)))
         slack = 1 + OPENING_TOKENS if query.options else SLACK_TOKENS
         count = tokens if self._served.tokens else math.ceil(tokens / CHARACTERS)
@@ -163,7 +161,7 @@ class ServedScorer(CausalScorer):
         return self._served.first(query.prompt, () if wanted is None else [int(number) for number in wanted])
 
     def _chosen(self, query: Query, first: First) -> Answer:
-        """The best candidates: those that begin with a token that the server told are bounded by it, all others by the
+        """Rank the candidates: those that begin with a token that the server told are bounded by it, all others by the
         least of them, until they matter. For their sum, each takes requests of its own: it is left out, but where the
         server told no token, so that each is read anyway.
         """
@@ -190,7 +188,7 @@ class ServedScorer(CausalScorer):
         return self._served.rest((*query.prompt, ids[0]), ids[1:], head, bar)
 
     def _written(self, query: Query, first: First, text: str) -> Answer:
-        """A free answer. Its rank is that of the object's first token, where the server told it."""
+        """Judge a free answer. Its rank is that of the object's first token, where the server told it."""
         correct = said(text, choices_of(query.fact)) == query.fact.obj_label
         text, _ = judged(text, query.fact.obj_label)
         best = list(first.logp)[:TOP]
@@ -232,8 +230,9 @@ def _shaped(query: Query) -> Query:
 
 
 def _distributed(answer: Answer, first: First, wanted: Ids | None) -> Answer:
-    """With the distribution at the first position: of the `wanted` tokens, or the likeliest ones; none where the server
-    told less than that."""
+    """Add the distribution at the first position: of the `wanted` tokens, or the likeliest ones; none where the server
+    told less than that.
+    """
     ids = list(first.logp)[:REFERENCE_TOKENS] if wanted is None else [int(number) for number in wanted]
     if not all(number in first.logp for number in ids):
         ids = []

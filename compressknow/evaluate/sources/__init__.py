@@ -1,4 +1,4 @@
-"""TODO
+"""Sources of facts, tasks and texts: a registry, and how a probe is opened by its name.
 
 A source says what users call it, which options it takes and where its data comes from, and gives a `Probe` of facts,
 a `Task` or a `RunningText`. It is registered by its name in `compressknow.evaluate.sources`, or by an entry point of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How probes are read; each applies to the probes that know it.
+    """Options of how probes are read; each applies to the probes that know it.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class Options:
     tasks: Path | None = None
 
     def given(self) -> list[str]:
-        """Names of the options that are not at their defaults."""
+        """Return the names of the options that are not at their defaults."""
         default = Options()
         return [each.name for each in fields(self) if getattr(self, each.name) != getattr(default, each.name)]
 
@@ -69,11 +69,13 @@ class Task(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
+        """Hash all that decides what is evaluated: answers with the same hash can be compared."""
 
     @abstractmethod
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
-        """The answers of a model, and the task's entry in ``probe.json``. Raises CompressknowError where it cannot."""
+        """Return the answers of a model, and the task's entry in ``probe.json``. Raise CompressknowError where it
+        cannot.
+        """
 
 
 class ProbeSource(ABC):
@@ -120,23 +122,23 @@ class ProbeSource(ABC):
         """
 
     def usage(self, name: str) -> str:
-        """How users write it: ``lama:SET``."""
+        """Return how users write it: ``lama:SET``."""
         return f"{name}:{self.form}" if self.form else name
 
     def named(self, part: str) -> str:
-        """What stands after the colon in the name of the probe and of its answers: the name of a file, not its path."""
+        """Return what follows the colon in the name of the probe and of its answers: the name of a file, not its path."""
         return part
 
     def meant(self, text: str) -> bool:
-        """Whether a name that nothing has is probably a part of this source, the name before the colon forgotten."""
+        """Return whether an unknown name is probably a part of this source, the name before the colon forgotten."""
         return text.lower().replace("_", "-") in self.parts
 
     def holds(self, folder: Path, part: str) -> bool:  # noqa: ARG002
-        """Whether a folder is that of the set."""
+        """Return whether a folder is that of the set."""
         return folder.is_dir()
 
     def find(self, name: str, part: str, data: Path | None) -> Path:
-        """The folder of the set: `data` itself, or one of the `folders` in it.
+        """Return the folder of the set: `data` itself, or one of the `folders` in it.
 
         Raises UsageError that says where to get it and where to put it.
         """
@@ -170,7 +172,7 @@ PROBES = Registry(
 
 
 def open_all(names: Sequence[str], options: Options) -> list[Opened]:
-    """The probes of these names, in their order; each reads the options that its source takes.
+    """Open the probes of these names, in their order; each reads the options that its source takes.
 
     Raises UsageError for one that is unknown, missing or empty, CompressknowError for one that cannot be used.
     """
@@ -181,7 +183,7 @@ def open_all(names: Sequence[str], options: Options) -> list[Opened]:
 
 
 def open_probe(name: str, options: Options | None = None) -> Probe:
-    """The probe of facts of that name; the case of letters does not matter, but in names of files.
+    """Open the probe of facts of that name; the case of letters does not matter, but in names of files.
 
     Raises UsageError where the name is unknown or that of a task, where the set is not there or damaged, where an
     option is given that its source does not take or know, and where no fact is left.
@@ -196,7 +198,7 @@ def open_probe(name: str, options: Options | None = None) -> Probe:
 
 
 def source_of(name: str) -> ProbeSource | None:
-    """The source of the probe of that name; None where there is none, or none that can be used here."""
+    """Return the source of the probe of that name; None where there is none, or none that can be used here."""
     kind, _ = _split(name)
     if kind not in PROBES:
         return None
@@ -207,19 +209,19 @@ def source_of(name: str) -> ProbeSource | None:
 
 
 def name_in_answers(name: str) -> str:
-    """A probe's name as its answers have it: case does not matter, and a facts file goes by its own name."""
+    """Return a probe's name as its answers have it: case does not matter, and a facts file goes by its own name."""
     kind, part = _split(name)
     source = source_of(kind)
     return _joined(kind, source.named(_part(source, part))) if source else name
 
 
 def known_names() -> list[str]:
-    """What can be named: each part of a source that has parts, and the form of what follows the names of others."""
+    """List what can be named: each part of a source that has parts, and the form of what follows the names of others."""
     return [_joined(kind, part) for kind, source in usable() for part in source.parts or (source.form,)]
 
 
 def usable() -> Iterator[tuple[str, ProbeSource]]:
-    """The names and sources of all kinds of probes, without those of other packages that cannot be used."""
+    """Yield the names and sources of all kinds of probes, without those of other packages that cannot be used."""
     for kind in PROBES:
         if source := source_of(kind):
             yield kind, source
@@ -241,7 +243,7 @@ def _opened(name: str, options: Options, *, only_taken: bool) -> Opened:
 
 
 def _in_wordings(full: str, name: str, source: ProbeSource, options: Options) -> Probe:
-    """The probe in the first wordings. Raises UsageError where its source has none, or too few."""
+    """Open the probe in the first wordings. Raise UsageError where its source has none, or too few."""
     if "template" not in source.takes:
         several = [name for name, each in usable() if "template" in each.takes]
         raise UsageError(
@@ -270,12 +272,12 @@ def _joined(kind: str, part: str) -> str:
 
 
 def _part(source: ProbeSource, part: str) -> str:
-    """As the source has it: one of a few parts whatever its case, else as it stands."""
+    """Return the part as the source has it: one of a few parts whatever its case, else as it stands."""
     return part.lower().replace("_", "-") if source.parts else part
 
 
 def _taken(name: str, source: ProbeSource, options: Options, only_taken: bool) -> Options:
-    """The options that a source takes; of others it gets the defaults, or they are refused."""
+    """Return the options that a source takes; of others it gets the defaults, or they are refused."""
     takes = source.takes | {"limit", "seed", "data"} | ({"protocol"} if source.protocols else set())
     given = [option for option in options.given() if option not in takes]
     if given and not only_taken:
@@ -316,7 +318,7 @@ def _open(kind: str, source: ProbeSource, name: str, part: str, options: Options
 
 
 def _checked(kind: str, name: str, opened: object) -> Opened:
-    """What a source gives, if it can be evaluated. Raises CompressknowError where it cannot."""
+    """Return what a source gives, if it can be evaluated. Raise CompressknowError where it cannot."""
     if isinstance(opened, Task | RunningText):
         return opened
     if not isinstance(opened, Probe):
@@ -330,7 +332,7 @@ def _checked(kind: str, name: str, opened: object) -> Opened:
 
 
 def _flaw(name: str, probe: Probe) -> str | None:
-    """What would go wrong with facts of another package after hours: the sources of this one see to it themselves."""
+    """Find what would go wrong with facts of another package after hours: this one's sources check it themselves."""
     if probe.name != name or any(fact.probe != name for fact in probe.facts):
         return f"The probe or a fact of it does not have the name {name!r}."
     if twins := [fact for fact, times in Counter(fact.id for fact in probe.facts).items() if times > 1]:
@@ -351,7 +353,7 @@ def _unknown(name: str) -> UsageError:
 
 
 def _suggestion(name: str) -> str:
-    """What a name may be meant for: one without its kind, or one that is nearly known."""
+    """Suggest what a name may be meant for: one without its kind, or one that is nearly known."""
     beginning, colon, part = name.partition(":")
     if colon and _split(name)[0] not in PROBES and (near := did_you_mean(beginning, PROBES, cutoff=0.7)):
         return near.replace("?", f":{part}?")

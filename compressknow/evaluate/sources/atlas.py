@@ -28,12 +28,11 @@ class Atlas(ProbeSource):
     takes = frozenset({"template"})
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
-        """See `atlas`."""
         return atlas(options.template)
 
 
 def atlas(template: int = 1) -> Probe:
-    """All facts of the package. A relation's candidates are its distinct objects in alphabetical order.
+    """Read all facts of the package. A relation's candidates are its distinct objects in alphabetical order.
 
     `template` chooses one of each relation's templates, counted from 1. Raises UsageError where there is none of that
     number, CompressknowError where the installation lacks the data.
@@ -57,7 +56,7 @@ def atlas(template: int = 1) -> Probe:
 
 
 def _contents() -> list[bytes]:
-    """The files, ordered by name."""
+    """Read the files, ordered by name."""
     folder = files("compressknow.evaluate") / "atlas"
     if not folder.is_dir():
         return []

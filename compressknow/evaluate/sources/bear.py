@@ -33,16 +33,14 @@ class Bear(ProbeSource):
     origin = f"{WHERE_FROM}: the folder with {METADATA}"
 
     def holds(self, folder: Path, part: str) -> bool:  # noqa: ARG002
-        """By its list of relations."""
         return (folder / METADATA).is_file()
 
     def open(self, name: str, part: str, options: Options) -> Probe:
-        """See `bear`."""
         return bear(self.find(name, part, options.data), options.template)
 
 
 def bear(folder: Path, template: int = 1) -> Probe:
-    """All facts of the folder; `template` chooses one of each relation's templates, counted from 1.
+    """Read all facts of the folder; `template` chooses one of each relation's templates, counted from 1.
 
     Raises UsageError where a file is missing or damaged, and where there is no template of that number.
     """

@@ -24,7 +24,7 @@ from compressknow.evaluate.scoring.prompts import OBJECT
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(number of the line, its object) or, where a line holds none, (number, what is wrong and in which column).
+    """Yield (number of the line, its object) or, where a line holds none, (number, what is wrong and in which column).
 
     Raises UsageError where the file cannot be read.
     """
@@ -107,7 +107,7 @@ def _half_character(line: bytes, value: dict[str, Any]) -> str | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All objects of the file. Raises UsageError, with line and column, at the first line that holds none."""
+    """Read all objects of the file. Raise UsageError, with line and column, at the first line that holds none."""
     rows = []
     for number, row in json_lines(path):
         if isinstance(row, str):
@@ -117,7 +117,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def file_hashes(paths: Iterable[Path], folder: Path) -> dict[str, str]:
-    """File name relative to `folder`, with forward slashes -> sha256 of the file, in hexadecimal."""
+    """Map file names relative to `folder`, with forward slashes, to the files' sha256 in hexadecimal."""
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
 
 
@@ -150,7 +150,7 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """The columns to read, each once."""
+        """Return the columns to read, each once."""
         return list(dict.fromkeys(name for name in self.of.values() if name != self.fixed_template))
 
 
@@ -199,7 +199,7 @@ _KNOWN: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
 
 
 def parse_columns(options: Iterable[str]) -> dict[str, str]:
-    """``KEY=COLUMN`` texts as a mapping. Raises UsageError for another form, an unknown key and one given twice.
+    """Parse ``KEY=COLUMN`` texts. Raise UsageError for another form, an unknown key and one given twice.
 
     >>> parse_columns(["object=obj_label", "template=[X] was born in [Y]."])
     {'object': 'obj_label', 'template': '[X] was born in [Y].'}
@@ -217,14 +217,15 @@ def parse_columns(options: Iterable[str]) -> dict[str, str]:
 
 
 def check_key(key: str) -> None:
-    """Raises UsageError for a key that is none of `KEYS`."""
+    """Raise UsageError for a key that is none of `KEYS`."""
     if key not in KEYS:
         near = did_you_mean(key, KEYS)
         raise UsageError(f"--map: unknown key {key!r}.", hint=f"{near}The keys are {', '.join(KEYS)}.")
 
 
 def choose_columns(there: Iterable[str], given: Mapping[str, str], where: str) -> Columns:
-    """The columns of a table that has those `there`: as for a table that is known, but what is `given` comes first.
+    """Choose the columns of a table that has those `there`: as for a table that is known, but what is `given` comes
+    first.
 
     Raises UsageError, which lists the columns there are, where one is not there or too few are named to make facts.
     """
@@ -256,7 +257,7 @@ def _recognised(present: set[str]) -> Columns:
 
 
 def _lacking(columns: Columns) -> str | None:
-    """The key without which no fact can be made."""
+    """Return the key without which no fact can be made."""
     if "object" not in columns.of:
         return "object"
     if "prompt" in columns.of:

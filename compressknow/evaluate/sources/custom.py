@@ -1,4 +1,4 @@
-"""What a user brings: facts in a file or in a table, and running text.
+"""Sources that users bring: facts in a file or in a table, and running text.
 
 ``hf:NAME`` or ``hf:NAME:CONFIG`` names a set on the hub; ``hf:PATH`` a folder (of data files, or written by
 `save_to_disk`) or one .parquet, .json, .jsonl or .csv file. Which column holds what is said by the user or known:
@@ -85,15 +85,13 @@ models, any single token). facts:FILE.csv has these as columns, and
 candidates as Paris|Rome|Madrid."""
 
     def named(self, part: str) -> str:
-        """The file's own name: a fact is the same wherever the file lies."""
+        """Return the file's own name: a fact is the same wherever the file lies."""
         return name_of(Path(part))
 
     def meant(self, text: str) -> bool:
-        """By the file's suffix."""
         return Path(text).suffix.lower() in (".jsonl", ".csv")
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
-        """See `own_facts`."""
         path = Path(part).expanduser()
         if not path.exists():
             raise UsageError(
@@ -103,7 +101,7 @@ candidates as Paris|Rome|Madrid."""
 
 
 def own_facts(path: Path) -> Probe:
-    """The facts of a file that follows `SCHEMA`.
+    """Read the facts of a file that follows `SCHEMA`.
 
     Raises UsageError that names file, line and key (or column, where a line is no JSON) of the first errors.
     """
@@ -144,7 +142,7 @@ def _error(path: Path, problems: list[str]) -> UsageError:
 
 
 def _problems(row: dict[str, Any]) -> list[str]:
-    """What is wrong with one line, each as ``KEY: what``; types first, since the other rules need them right."""
+    """List what is wrong with one line, each as ``KEY: what``; types first, since the other rules need them right."""
     wrong = [f"{key}: must be a non-empty string" for key in _TEXTS if key in row and not _is_text(row[key])]
     wrong += _wrong_types(row)
     return wrong or [*_misspelt(row), *_missing(row), *_wrong_prompt(row), *_wrong_candidates(row)]
@@ -168,7 +166,7 @@ def _wrong_types(row: dict[str, Any]) -> list[str]:
 
 
 def _misspelt(row: dict[str, Any]) -> list[str]:
-    """Other keys are ignored, but one that nearly is a known one would go unnoticed."""
+    """Find keys that nearly are known ones: other keys are ignored, and these would go unnoticed."""
     others = itertools.islice((key for key in row if key not in _KEYS), _COMPARED)
     near = {key: difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85) for key in others}
     return [f"{key}: unknown; did you mean {match[0]}?" for key, match in near.items() if match]
@@ -247,17 +245,16 @@ class Hub(ProbeSource):
     takes = frozenset({"columns", "split"})
 
     def meant(self, text: str) -> bool:
-        """By a file's suffix, or as a name on the hub has an owner."""
+        """Go by a file's suffix, or by an owner, as names on the hub have one."""
         tables = set(SUFFIXES) - {".jsonl"}
         return Path(text).suffix.lower() in tables or re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
-        """See `hub_facts`."""
         return hub_facts(part, options.columns, options.split)
 
 
 def hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> Probe:
-    """All facts of one split of a data set; rows that make no fact are counted in `dropped`.
+    """Read all facts of one split of a data set; rows that make no fact are counted in `dropped`.
 
     `columns` is {one of `compressknow.evaluate.sources.columns.KEYS`: name of a column}; "template" may also be a
     template itself.
@@ -289,7 +286,7 @@ def _choose_split(there: list[str], wanted: str | None, dataset: str) -> str:
 
 
 def _rows(table: Any, columns: Columns) -> Iterator[dict[str, Any]]:
-    """The rows with the keys of `columns` in place of the table's names."""
+    """Yield the rows with the keys of `columns` in place of the table's names."""
     pairs = [(key, name) for key, name in columns.of.items() if name in columns.names]
     for batch in table.select_columns(columns.names).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
         for row in batch.to_pylist():
@@ -314,7 +311,7 @@ def _select(probe: str, rows: Iterator[dict[str, Any]], columns: Columns) -> tup
 
 
 def _hub_fact(probe: str, number: int, row: dict[str, Any], columns: Columns) -> Fact | str:
-    """The row's fact, or the reason to drop it."""
+    """Return the row's fact, or the reason to drop it."""
     obj_label, subject = _text(row.get("object")), _text(row.get("subject")) or ""
     relation = _text(row.get("relation")) or probe.removeprefix("hf:")
     if obj_label is None:
@@ -348,14 +345,16 @@ def _hub_prompt(row: dict[str, Any], subject: str, relation: str, columns: Colum
 
 
 def _text(value: object) -> str | None:
-    """A text, a number as one, the first of a list; None for what is empty or nothing of these."""
+    """Return a text, a number as one, the first of a list; None for what is empty or nothing of these."""
     if isinstance(value, list):
         return _text(value[0]) if value else None
     return (str(value).strip() or None) if isinstance(value, str | int | float) and value == value else None
 
 
 def _texts(value: object) -> tuple[str, ...] | None:
-    """A list of texts, also as a text of JSON, each once; None for an empty one. Another text is a list of itself."""
+    """Return a list of texts, also as a text of JSON, each once; None for an empty one. Another text is a list of
+    itself.
+    """
     if isinstance(value, str):
         try:
             value = parse_json(value.encode())
@@ -382,15 +381,14 @@ class Text(ProbeSource):
     held_out = False
 
     def named(self, part: str) -> str:
-        """The file's own name: a text is the same wherever the file lies."""
+        """Return the file's own name: a text is the same wherever the file lies."""
         return name_of(Path(part))
 
     def meant(self, text: str) -> bool:
-        """By the file's suffix."""
         return Path(text).suffix.lower() in (".txt", ".raw")
 
     def open(self, name: str, part: str, options: Options) -> RunningText:
-        """The text of a file. Raises UsageError where there is none, where it is empty, or no text in UTF-8."""
+        """Open the text of a file. Raise UsageError where there is none, where it is empty, or no text in UTF-8."""
         path = Path(part).expanduser()
         hint = "text: is followed by the path of a text in UTF-8."
         try:

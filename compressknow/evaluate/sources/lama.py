@@ -67,7 +67,7 @@ class _Row:
 
     @property
     def sub_label(self) -> Any:
-        """The subject; SQuAD's rows have no other than the set's name, ConceptNet's call it `sub`."""
+        """Return the subject; SQuAD's rows have no other than the set's name, ConceptNet's call it `sub`."""
         label = self.values.get("sub_label", self.values.get("sub"))
         return "" if label == "Squad" else label
 
@@ -95,17 +95,15 @@ class Lama(ProbeSource):
     origin = f"{WHERE_FROM} (unpacked, it holds TREx/, Google_RE/, Squad/ and ConceptNet/)"
 
     def holds(self, folder: Path, part: str) -> bool:
-        """By the folder of the set itself."""
         return (folder / _FOLDERS[part]).is_dir()
 
     def open(self, name: str, part: str, options: Options) -> Probe:
-        """See `lama`."""
         folder = self.find(name, part, options.data)
         return lama(folder, part, cast(Literal["lama", "paper"], options.protocol))
 
 
 def lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -> Probe:
-    """One of `SETS`, as one of two protocols asks it.
+    """Read one of `SETS`, by one of two protocols.
 
     `lama` follows the official code (facebookresearch/LAMA: run_experiments.py, batch_eval_KB_completion.py):
     - Answers are words of the common vocabulary. Facts whose object has a word outside of it are dropped, and so are,
@@ -148,7 +146,7 @@ def lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -
 
 
 def _rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]]:
-    """The files of a set in the official order, and what they hold."""
+    """Return the files of a set in the official order, and what they hold."""
     files = folder / _FOLDERS[name]
     relations: dict[str, tuple[Path, str | None]]
     if name == "trex":
@@ -253,7 +251,7 @@ def _blanks(row: _Row) -> str | None:
 
 
 def _repeats(key: Callable[[_Row], tuple[str, ...] | None], reason: str) -> _Rule:
-    """The rule that keeps the first row of each key; None as a key is no repetition."""
+    """Return the rule that keeps the first row of each key; None as a key is no repetition."""
     seen: set[tuple[str, ...]] = set()
 
     def rule(row: _Row) -> str | None:

@@ -1,4 +1,4 @@
-"""What lm-eval logged of a task's items, as answers.
+"""Answers from lm-eval's log of a task's items.
 
 A sample of lm-eval's log is {"doc_id", "doc", "target", "arguments": [(context, continuation), ...], "filtered_resps",
 "filter", "metrics": [NAME, ...], NAME: value, ...}; for choices `filtered_resps` is [(log-likelihood, is greedy), ...].
@@ -30,7 +30,7 @@ _COMMON_SENSE = frozenset({"piqa", "winogrande"})
 
 @dataclass
 class Collected:
-    """The answers to one task or more, and what is counted over them.
+    """Answers to one task or more, and what is counted over them.
 
     `metrics` is {name of a task: its metric that says right or wrong, as lm-eval's results name it: ``acc,none``};
     `golds` counts the places of right choices.
@@ -43,14 +43,14 @@ class Collected:
 
     @property
     def chance(self) -> float | None:
-        """Expected accuracy of guessing; None where any item has no choices."""
+        """Return the expected accuracy of guessing; None where any item has no choices."""
         choices = [answer.choices for answer in self.answers]
         known = [1 / number for number in choices if number]
         return sum(known) / len(known) if known and len(known) == len(choices) else None
 
     @property
     def majority(self) -> float | None:
-        """Accuracy of always naming the place that is right most often."""
+        """Return the accuracy of always naming the place that is right most often."""
         total = sum(self.golds.values())
         return max(self.golds.values()) / total if total and total == len(self.answers) else None
 
@@ -111,7 +111,7 @@ class Collected:
 
 
 def _metric(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> str:
-    """The first of the task's metrics that says right or wrong of every item."""
+    """Return the first of the task's metrics that says right or wrong of every item."""
     better = task.higher_is_better()
     named = sorted(samples[0]["metrics"], key=lambda metric: metric not in _METRICS)
     for metric in named:
@@ -129,7 +129,7 @@ def _is_verdict(value: object) -> bool:
 
 
 def _parts(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list[str], str | None]:
-    """The choices as the task has them, the contexts, and what follows these where they are what is chosen from."""
+    """Return the choices as the task has them, the contexts, and what follows these where they are what is chosen from."""
     arguments = sample["arguments"]
     if hasattr(task, "doc_to_choice"):
         choices = [str(choice) for choice in task.doc_to_choice(sample["doc"])]
@@ -140,7 +140,7 @@ def _parts(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list[str], 
 
 
 def _golds(task: Any, sample: Mapping[str, Any], choices: Sequence[str]) -> list[int]:
-    """Indices of the right choices, read as lm-eval does; what is out of range is none."""
+    """Return indices of the right choices, read as lm-eval does; what is out of range is none."""
     several_contexts = getattr(task, "multiple_input", 0)
     gold = task.doc_to_text(sample["doc"]) if several_contexts else sample["target"]
     found = []
@@ -154,7 +154,7 @@ def _golds(task: Any, sample: Mapping[str, Any], choices: Sequence[str]) -> list
 
 
 def _shown(choices: Sequence[str], contexts: Sequence[str], continuation: str | None) -> tuple[list[str], str]:
-    """Texts of the choices and of the item. Contexts that are chosen from show without the words they all begin with.
+    """Return texts of the choices and of the item; contexts that are chosen from without the words they all begin with.
 
     >>> _shown([], ["She saw Ann, so Ann", "She saw Ann, so Bea"], " ran.")
     (['Ann', 'Bea'], 'She saw Ann, so … ran.')
@@ -171,7 +171,7 @@ def _shown(choices: Sequence[str], contexts: Sequence[str], continuation: str | 
 
 
 def _free(task: Any, sample: Mapping[str, Any], correct: bool) -> dict[str, Any]:
-    """Fields of an answer that was written freely, or of a continuation that was only scored."""
+    """Return fields of an answer that was written freely, or of a continuation that was only scored."""
     gold, response = sample["target"], sample["filtered_resps"][0]
     if isinstance(gold, int) and getattr(task.config, "doc_to_choice", None) is not None:
         gold = task.doc_to_choice(sample["doc"])[gold]
@@ -189,7 +189,7 @@ _UNRANKED: dict[str, Any] = {"rank": None, "top5": (), "top5_logp": ()}
 
 
 def tail(text: str) -> str:
-    """The last words of a text, `SHOWN` characters at most, with single spaces and without LAMA's blank.
+    """Return the last words of a text, `SHOWN` characters at most, with single spaces and without LAMA's blank.
 
     >>> tail("Question:  who?\\nAnswer:")
     'Question: who? Answer:'
@@ -205,7 +205,7 @@ def tail(text: str) -> str:
 
 
 def truncated(samples: Sequence[Mapping[str, Any]], lm: Any) -> int:
-    """How many items lose the beginning of their context, as the model takes no longer text.
+    """Count the items that lose the beginning of their context, as the model takes no longer text.
 
     A causal model reads all of the context and the continuation but its last token; an encoder the context alone; where
     an answer is written, the context leaves room for it.

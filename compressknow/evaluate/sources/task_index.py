@@ -57,7 +57,8 @@ class TaskFiles:
 
 
 def names_without(task: str) -> list[str] | None:
-    """Names of lm-eval's own tasks where none of their files holds the name `task`, so that none has it; else None.
+    """Return names of lm-eval's own tasks where none of their files holds the name `task`, so that none has it; else
+    None.
 
     It reads the files as they are: a second, where the index takes most of a minute.
     """
@@ -75,17 +76,17 @@ def names_without(task: str) -> list[str] | None:
 
 @cache
 def own_tasks() -> Any:
-    """lm-eval's index of its own tasks. They are thousands: it takes most of a minute to read."""
+    """Read lm-eval's index of its own tasks. They are thousands: it takes most of a minute."""
     return _read(None, own=True)
 
 
 def entry_of(folder: Path, task: str) -> Any:
-    """The entry of a task in lm-eval's index of a folder: `cfg`, `kind`, `yaml_path`. None where it has none."""
+    """Return the entry of a task in lm-eval's index of a folder: `cfg`, `kind`, `yaml_path`. None where it has none."""
     return _read(folder).task_index.get(task)
 
 
 def names_in(folder: Path) -> list[str]:
-    """The tasks of a task folder, groups and tags among them."""
+    """List the tasks of a task folder, groups and tags among them."""
     return list(_read(folder).all_tasks)
 
 
@@ -97,7 +98,7 @@ def _read(folder: Path | None, own: bool = False) -> Any:
 
 
 def data_files(entry: Any) -> dict[str, str]:
-    """{split: file} of the local files that a task's YAML names by a relative path."""
+    """Return {split: file} of the local files that a task's YAML names by a relative path."""
     config = (entry.cfg if entry else None) or {}
     files = (config.get("dataset_kwargs") or {}).get("data_files") or {}
     pairs = {"train": files} if isinstance(files, str) else files
@@ -109,7 +110,7 @@ def data_files(entry: Any) -> dict[str, str]:
 
 
 def build(task: TaskFiles, folder: Path) -> dict[str, Any]:
-    """lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
+    """Build lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
 
     Raises CompressknowError where the data cannot be had or read, UnsupportedError for tasks that `run_task` cannot
     ask.
@@ -128,7 +129,7 @@ def build(task: TaskFiles, folder: Path) -> dict[str, Any]:
 
 
 def _index_for(task: TaskFiles) -> Any:
-    """An index that holds a task and all that it is made of."""
+    """Return an index that holds a task and all that it is made of."""
     if task.include is None:
         return own_tasks()
     index = _read(task.include)
@@ -136,7 +137,7 @@ def _index_for(task: TaskFiles) -> Any:
 
 
 def _is_whole(index: Mapping[str, Any], name: str) -> bool:
-    """Whether an index holds a task, and all tasks of a group; those that a group changes are not looked into."""
+    """Return whether an index holds a task, and all tasks of a group; those that a group changes are not looked up."""
     if name not in index:
         return False
     members = (index[name].cfg or {}).get("task") if index[name].kind.name == "GROUP" else []
@@ -145,7 +146,7 @@ def _is_whole(index: Mapping[str, Any], name: str) -> bool:
 
 
 def _overridden(task: TaskFiles, entry: Any, folder: Path) -> Path:
-    """A YAML file that includes the task's own and says where its data lies; tables made of it go to `folder`."""
+    """Write a YAML file that includes the task's own and says where its data lies; tables made of it go to `folder`."""
     config: dict[str, Any] = {"include": str(entry.yaml_path.resolve())}
     if files := task.local_files():
         paths = {split: str(path.resolve()) for split, path in files.items()}
@@ -167,7 +168,7 @@ def _refuse(what: str, built: Any) -> None:
 
 
 def _explained(task: TaskFiles, error: Exception) -> CompressknowError:
-    """An error of loading in words that say what to do."""
+    """Return an error of loading in words that say what to do."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     columns = COLUMNS.get(task.task)
     if isinstance(error, ConnectionError):
@@ -193,7 +194,7 @@ def _explained(task: TaskFiles, error: Exception) -> CompressknowError:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Nothing printed, no bars, no log lines, no warnings: what matters in them is checked and raised."""
+    """Print nothing, no bars, no log lines, no warnings: what matters in them is checked and raised."""
     import datasets
 
     loggers = [logging.getLogger(name) for name in _LOGGERS]

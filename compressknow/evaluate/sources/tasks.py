@@ -56,17 +56,15 @@ class LmEval(ProbeSource):
     evaluated = "run by lm-eval, judged item by item as the task does"
 
     def meant(self, text: str) -> bool:
-        """By the names of the tasks that have local files."""
         return text.lower() in COLUMNS
 
     def open(self, name: str, part: str, options: Options) -> LmEvalTask:  # noqa: ARG002
-        """See `open_task`."""
         return open_task(name, data=options.data, include=options.tasks, limit=options.limit, seed=options.seed)
 
 
 @dataclass(frozen=True)
 class LmEvalTask(TaskFiles, Task):
-    """A task of lm-eval, or a group of tasks.
+    """Task of lm-eval, or group of tasks.
 
     Attributes
     ----------
@@ -78,7 +76,6 @@ class LmEvalTask(TaskFiles, Task):
     seed: int = 0
 
     def fingerprint(self) -> str:
-        """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
         digest = hashlib.sha256()
         digest.update(json.dumps([self.name, self.task, self.limit, self.seed, version("lm_eval")]).encode())
         for path, name in self._files():
@@ -86,11 +83,10 @@ class LmEvalTask(TaskFiles, Task):
         return digest.hexdigest()
 
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
-        """See `run_task`."""
         return run_task(loaded, self)
 
     def _files(self) -> Iterator[tuple[Path, str]]:
-        """The task folder's YAML and code, included files without a suffix too, and the local data."""
+        """Yield the task folder's YAML and code, included files without a suffix too, and the local data."""
         for path in sorted(self.include.rglob("*")) if self.include else ():
             if path.is_file() and path.suffix in (".yaml", ".yml", ".py", ""):
                 yield path, path.relative_to(self.include or path).as_posix()
@@ -101,7 +97,7 @@ class LmEvalTask(TaskFiles, Task):
 def open_task(
     name: str, *, data: Path | None = None, include: Path | None = None, limit: int | None = None, seed: int = 0
 ) -> LmEvalTask:
-    """The task ``lm-eval:TASK``, one of lm-eval's or of a task folder; nothing is downloaded yet.
+    """Open the task ``lm-eval:TASK``, one of lm-eval's or of a task folder; nothing is downloaded yet.
 
     Parameters
     ----------
@@ -142,7 +138,7 @@ def _places(data: Path | None) -> list[Path]:
 
 
 def _data_of(name: str, entry: Any, data: Path | None) -> Path | None:
-    """The folder that holds the files that the YAML of a task folder names; None where it names none."""
+    """Return the folder that holds the files that the YAML of a task folder names; None where it names none."""
     files = list(data_files(entry).values())
     if not files:
         return None
@@ -223,7 +219,7 @@ def _evaluate(
 
 
 def _results(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping[str, Any]:
-    """lm-eval's results, each item's among them. Raises CompressknowError where an item cannot be evaluated."""
+    """Return lm-eval's results, each item's among them. Raise CompressknowError where an item cannot be evaluated."""
     from lm_eval import evaluate
 
     # Not `simple_evaluate`: it starts git and other programs, whose complaints would be seen. Its settings are these.
@@ -243,7 +239,6 @@ def _results(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping[str
 
 
 def _wrapped(loaded: LanguageModel, built: Mapping[str, Any], batch_size: int) -> Any:
-    """The model as lm-eval takes it."""
     from lm_eval.models.huggingface import HFLM
 
     # lm-eval keeps the logits of a whole batch: 512 positions of 50,000 tokens are 0.1 GB a row in float32.
@@ -263,11 +258,11 @@ def _wrapped(loaded: LanguageModel, built: Mapping[str, Any], batch_size: int) -
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """In place of a method that is not to do anything."""
+    """Do nothing, in place of a method."""
 
 
 def _data_source(task: LmEvalTask, built: Mapping[str, Any]) -> Any:
-    """{file: sha256} of local data; otherwise where on the hub the sets lie."""
+    """Return {file: sha256} of local data; otherwise where on the hub the sets lie."""
     if files := task.local_files():
         return {path.name: sha256_of(path) for path in files.values()}
     configs = [one.config for one in built["tasks"].values() if hasattr(one, "config")]
@@ -276,7 +271,7 @@ def _data_source(task: LmEvalTask, built: Mapping[str, Any]) -> Any:
 
 
 def _version(task: LmEvalTask, versions: Mapping[str, Any]) -> str:
-    """The task's own version; of a group without one, those of its tasks."""
+    """Return the task's own version; of a group without one, those of its tasks."""
     if versions.get(task.task) is not None:
         return str(versions[task.task])
     return "+".join(sorted({str(one) for one in versions.values() if one is not None})) or "0"
@@ -284,7 +279,7 @@ def _version(task: LmEvalTask, versions: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _random(loaded: LanguageModel, seed: int) -> Iterator[None]:
-    """Seeded random states, which are put back in the end."""
+    """Seed the random states, and put them back in the end."""
     import numpy as np
     import torch
 
