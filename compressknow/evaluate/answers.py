@@ -172,13 +172,12 @@ class Answers(Shown):
             f"Answers of {plain(self.record.model.name, 60)}",
             f"{count(right)} of {count(of)} facts right ({percent(right, of)}).",
             ("Probe", "Facts", "Right", "Share"),
-            tuple(_probe_row(probe, self.of(probe)) for probe in self.probes),
+            tuple(map(self._row, self.probes)),
         )
 
-
-def _probe_row(probe: str, answers: Sequence[Answer]) -> tuple[str, ...]:
-    right = sum(answer.correct for answer in answers)
-    return probe, count(len(answers)), count(right), percent(right, len(answers))
+    def _row(self, probe: str) -> tuple[str, ...]:
+        correct = [answer.correct for answer in self.of(probe)]
+        return probe, count(len(correct)), count(sum(correct)), percent(sum(correct), len(correct))
 
 
 def schema() -> pa.Schema:

@@ -58,7 +58,7 @@ def prompts_of(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
             dropped[query] += 1
         else:
             queries.append(query)
-    parts = chain.from_iterable(scorer.parts(batch) for batch in batched(queries, batch_size))
+    parts = chain.from_iterable(map(scorer.parts, batched(queries, batch_size)))
     return Prompts(scorer, tuple(parts), dict(dropped))
 
 
@@ -132,7 +132,7 @@ def _tokens(query: Query, again: bool) -> int:
     return len(query.prompt) * (1 + further) if again else len(query.prompt) + further
 
 
-def batched(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]:
+def batched(prompts: Iterable[Query], size: int = BATCH_SIZE) -> Iterator[tuple[Query, ...]]:
     """Group queries of one shape, at most `size` of them at a time, the shortest first."""
     shapes: dict[tuple[int, ...], list[Query]] = {}
     for query in prompts:
@@ -150,12 +150,8 @@ def with_examples(scorer: Answering, answers: Sequence[Answer], original: Sequen
     known = {answer.fact_id for answer in original if answer.correct}
     lost = {answer.fact_id for answer in answers if answer.fact_id in known and not answer.correct}
     texts = dict(_said(scorer, [fact for fact in scorer.probe.facts if fact.id in lost]))
-    return [_with(answer, texts.get(answer.fact_id)) for answer in answers]
-
-
-def _with(answer: Answer, text: str | None) -> Answer:
-    answer = replace(answer, with_example=text)
-    return answer if answer.grade is None else replace(answer, grade=grade_of(answer))
+    answers = [replace(answer, with_example=texts.get(answer.fact_id)) for answer in answers]
+    return [answer if answer.grade is None else replace(answer, grade=grade_of(answer)) for answer in answers]
 
 
 def _said(scorer: Answering, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]:
@@ -164,7 +160,7 @@ def _said(scorer: Answering, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]
     """
     shown = [shown for fact in facts if (shown := after_example(fact, scorer.probe)) is not None]
     queries = [query for query in map(scorer.query, shown) if not isinstance(query, str)]
-    batches = chain.from_iterable(scorer.parts(batch) for batch in batched(queries, BATCH_SIZE))
+    batches = chain.from_iterable(map(scorer.parts, batched(queries)))
     for batch, texts in scorer.each(scorer.say, batches):
         for query, text in zip(batch, texts, strict=True):
             if text is not None:

@@ -284,12 +284,10 @@ def open_like(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
 
 def folder_of(keep_in: Path, model: ModelHandle, context: Context) -> Path:
     """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime."""
-    of = f"-{(context.sha256 or '')[:16]}{_suffix(context.runtime)}" if context.reference else ""
-    return keep_in / f"{model.sha256[:16]}{_suffix(next(iter(model.runtime.key()), None))}{of}"
-
-
-def _suffix(runtime: str | None) -> str:
-    return f"-{runtime}" if runtime else ""
+    names = [model.sha256[:16], next(iter(model.runtime.key()), None)]
+    if context.reference:
+        names += [(context.sha256 or "")[:16], context.runtime]
+    return keep_in / "-".join(name for name in names if name is not None)
 
 
 def _like(known: Answers | None, options: Options) -> Options:

@@ -100,14 +100,13 @@ def said(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str)
     ('New York City', 'a city')
     """
     text = text.strip()
-    ends = {choice: _furthest(text, {choice, spelled(choice)}) for choice in choices}
+    ends = {
+        # Where it ends in the text, and whether it stands there to the letter.
+        choice: max((end_of(text, label) or 0, _end(text, label) is not None) for label in {choice, spelled(choice)})
+        for choice in choices
+    }
     choice = max(ends, key=lambda each: ends[each], default="")
     return choice if ends.get(choice, NOWHERE) > NOWHERE else cut(text)
-
-
-def _furthest(text: str, labels: set[str]) -> tuple[int, bool]:
-    """Return where the labels end with which the text begins, and whether one of them does so to the letter."""
-    return max((end_of(text, label) or 0, _end(text, label) is not None) for label in labels)
 
 
 def grade_of(answer: Answer) -> str:

@@ -341,11 +341,6 @@ def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:
     return {name: _checked(folder, entry) for name, entry in record.probes.items() if entry.text}
 
 
-def entry_with_file(entry: ProbeEntry, path: Path) -> ProbeEntry:
-    """Return the entry with the name and the hash of its file."""
-    return replace(entry, text=dict(entry.text or {}) | {"file": path.name, "sha256": sha256_of(path)})
-
-
 def _checked(folder: Path, entry: ProbeEntry) -> tuple[Chunk, ...]:
     text: Mapping[str, Any] = entry.text or {}
     name = str(text.get("file", ""))

@@ -52,7 +52,6 @@ from compressknow.evaluate.records import (
     ModelRecord,
     ProbeEntry,
     Record,
-    entry_with_file,
     file_of,
     read_chunks,
     read_texts,
@@ -255,7 +254,12 @@ class _Run:
     ) -> tuple[list[Answer], ProbeEntry]:
         prompts = self._handle.prompts(probe)
         if not prompts.total:
-            raise _nothing_left(probe, prompts.dropped)
+            reasons = "\n".join(f"{count:,} dropped: {reason}" for reason, count in prompts.dropped.items())
+            raise UsageError(
+                f"{probe.name} has no fact that this model can be evaluated on.",
+                reasons,
+                "Choose another probe or protocol.",
+            )
         answers, reference = stored_parts(parts), context.reference
         batches = evaluate(
             prompts,
@@ -285,8 +289,9 @@ class _Run:
             # Neither the old entry nor the old hash must stand beside the new answers, should this run be killed here.
             write_record(folder, record.without_hash(probes))
         if chunks:
-            write_chunks(folder / file_of(name), chunks)
-            entry = entry_with_file(entry, folder / file_of(name))
+            path = folder / file_of(name)
+            write_chunks(path, chunks)
+            entry = replace(entry, text={**(entry.text or {}), "file": path.name, "sha256": sha256_of(path)})
         write_table(folder / TABLE, [*others, *answers])
         self._record = replace(
             record.without_hash(probes | {name: entry}),
@@ -313,13 +318,6 @@ def facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, i
         seed=probe.seed,
         templates=probe.templates,
         source=dict(probe.source),
-    )
-
-
-def _nothing_left(probe: Probe, dropped: Mapping[str, int]) -> UsageError:
-    reasons = "\n".join(f"{count:,} dropped: {reason}" for reason, count in dropped.items())
-    return UsageError(
-        f"{probe.name} has no fact that this model can be evaluated on.", reasons, "Choose another probe or protocol."
     )
 
 

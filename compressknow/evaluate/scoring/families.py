@@ -69,7 +69,9 @@ class MaskedScorer(Scorer):
         groups = [group_by_length(query.options) for query in batch]
         for length in sorted({length for group in groups for length in group}):
             chosen = [index for index, group in enumerate(groups) if length in group]
-            masked = log_probs[chosen] if length == 1 else self._first_of(length, [batch[i] for i in chosen])
+            masked = (
+                log_probs[chosen] if length == 1 else self._log_probs([self.step(batch[i], length, ()) for i in chosen])
+            )
             for row, index in zip(masked, chosen, strict=True):
                 options = groups[index][length]
                 heads = torch.tensor([batch[index].options[option][0] for option in options], device=row.device)
@@ -124,9 +126,6 @@ class MaskedScorer(Scorer):
                     values = row[torch.tensor(wanted[step], device=row.device)].double().tolist()
                     found[step] = dict(zip(wanted[step], values, strict=True))
         return found
-
-    def _first_of(self, length: int, batch: Sequence[Query]) -> torch.Tensor:
-        return self._log_probs([self.step(query, length, ()) for query in batch])
 
     def step(self, query: Query, length: int, beginning: Ids) -> tuple[Ids, int]:
         """Return the prompt with `length` masks in place of one, the first ones filled; and where the next token

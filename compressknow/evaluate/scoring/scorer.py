@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -201,7 +201,8 @@ class Scorer(ABC):
                 *self._single(batch, log_probs),
                 *self.written(batch, log_probs, state, texts),
             ]
-            found = self._graded(batch, found, texts)
+            said = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
+            found = [graded(answer, *said[answer.fact_id], self.encoder.spelled) for answer in found]
             return self._with_distributions(batch, found, log_probs, reference, whole)
 
     def say(self, batch: Sequence[Query]) -> list[str | None]:
@@ -244,10 +245,6 @@ class Scorer(ABC):
                 ) from error
             self._tried = True
         return self.first(batch)
-
-    def _graded(self, batch: Sequence[Query], answers: Sequence[Answer], texts: Sequence[str | None]) -> list[Answer]:
-        by_id = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
-        return [graded(answer, *by_id[answer.fact_id], self.encoder.spelled) for answer in answers]
 
     def _refuse_ids_beyond(self, batch: Sequence[Query]) -> None:
         """Raise CheckpointError for ids beyond the embedding: a tokenizer may have few tokens, and yet a number for one
@@ -320,11 +317,12 @@ class Scorer(ABC):
         """Return the ids that may be answered, ascending, [allowed]; None where all may."""
         if self.probe.vocabulary != "words":
             return None
-        return torch.tensor(sorted(self.encoder.single(self.probe.words)), device=self.device)
+        return torch.tensor(sorted(self.words), device=self.device)
 
     @cached_property
-    def _allowed_ids(self) -> frozenset[int]:
-        return frozenset(self.allowed.tolist() if self.allowed is not None else ())
+    def words(self) -> Mapping[int, str]:
+        """Map ids to the words of the probe's vocabulary that are one token of this model."""
+        return self.encoder.single(self.probe.words)
 
     @cached_property
     def _folded(self) -> dict[str, tuple[int, ...]]:
@@ -342,7 +340,7 @@ class Scorer(ABC):
             gap = fact.gap if self.allowed is None else " "
             ids = self.encoder.answer(fact.before, fact.obj_label, gap)
             ids = ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else ()
-        return ids if self.allowed is None else tuple(number for number in ids if number in self._allowed_ids)
+        return ids if self.allowed is None else tuple(number for number in ids if number in self.words)
 
     def _reference_ids(self, log_probs: torch.Tensor, reference: Sequence[Ids] | None) -> torch.Tensor:
         if reference is not None:

@@ -78,7 +78,7 @@ class ServedScorer(CausalScorer):
         """Return the query of any causal model; where the server only writes, candidates are not told to it."""
         if self._served.scores or not fact.candidates:
             return super().query(fact)
-        if reason := self.unaskable(_free(fact)):
+        if reason := self.unaskable(replace(fact, candidates=None)):
             return reason
         prompt = self.prompt(fact)
         (gold,) = self.options(fact, [fact.obj_label], rest=False)
@@ -89,7 +89,7 @@ class ServedScorer(CausalScorer):
         return ()
 
     def _unfit(self, query: Query) -> str | None:
-        return super()._unfit(query if query.shape else _shaped(query))
+        return super()._unfit(query if query.shape else replace(query, shape=(len(query.prompt),)))
 
     @cached_property
     def _most(self) -> int | None:
@@ -219,14 +219,6 @@ def _work(
 
 def _paired(batch: Sequence[Query], reference: Sequence[Ids] | None) -> Iterator[tuple[Query, Ids | None]]:
     return zip(batch, reference if reference is not None else [None] * len(batch), strict=True)
-
-
-def _free(fact: Fact) -> Fact:
-    return replace(fact, candidates=None)
-
-
-def _shaped(query: Query) -> Query:
-    return replace(query, shape=(len(query.prompt),))
 
 
 def _distributed(answer: Answer, first: First, wanted: Ids | None) -> Answer:

@@ -126,7 +126,7 @@ class ProbeSource(ABC):
         return f"{name}:{self.form}" if self.form else name
 
     def named(self, part: str) -> str:
-        """Return what follows the colon in the name of the probe and of its answers: the name of a file, not its path."""
+        """Return what follows the colon in the name of the probe: the name of a file, not its path."""
         return part
 
     def meant(self, text: str) -> bool:
@@ -216,7 +216,7 @@ def name_in_answers(name: str) -> str:
 
 
 def known_names() -> list[str]:
-    """List what can be named: each part of a source that has parts, and the form of what follows the names of others."""
+    """List what can be named: each part of a source that has parts, and what follows the names of others."""
     return [_joined(kind, part) for kind, source in usable() for part in source.parts or (source.form,)]
 
 
@@ -281,7 +281,11 @@ def _taken(name: str, source: ProbeSource, options: Options, only_taken: bool) -
     takes = source.takes | {"limit", "seed", "data"} | ({"protocol"} if source.protocols else set())
     given = [option for option in options.given() if option not in takes]
     if given and not only_taken:
-        raise UsageError(f"{name} has no {given[0]} {getattr(options, given[0])}.", hint=_taking(given[0]))
+        kinds = [kind for kind, source in usable() if given[0] in source.takes]
+        raise UsageError(
+            f"{name} has no {given[0]} {getattr(options, given[0])}.",
+            hint=f"Only {' and '.join(kinds)} can be given one.",
+        )
     default = Options()
     kept = replace(options, **{option: getattr(default, option) for option in given})
     if not source.protocols or options.protocol in source.protocols:
@@ -289,11 +293,6 @@ def _taken(name: str, source: ProbeSource, options: Options, only_taken: bool) -
     if not only_taken and "protocol" in options.given():
         raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"There is {' and '.join(source.protocols)}.")
     return replace(kept, protocol=source.protocols[0])
-
-
-def _taking(option: str) -> str:
-    kinds = [kind for kind, source in usable() if option in source.takes]
-    return f"Only {' and '.join(kinds)} can be given one."
 
 
 def _check_protocol(options: Options) -> None:
@@ -338,13 +337,10 @@ def _flaw(name: str, probe: Probe) -> str | None:
     if twins := [fact for fact, times in Counter(fact.id for fact in probe.facts).items() if times > 1]:
         return f"Two of its facts have the id {twins[0]!r}."
     for fact in probe.facts:
-        if fact.candidates is not None and not _are_candidates(fact.candidates, fact.obj_label):
+        choices = fact.candidates
+        if choices is not None and not (len(set(choices)) == len(choices) > 1 and fact.obj_label in choices):
             return f"The candidates of its fact {fact.id!r} are not two or more different ones, the object among them."
     return None
-
-
-def _are_candidates(candidates: Sequence[str], answer: str) -> bool:
-    return len(set(candidates)) == len(candidates) > 1 and answer in candidates
 
 
 def _unknown(name: str) -> UsageError:

@@ -22,6 +22,7 @@ from compressknow.evaluate.sources.columns import file_hashes, read_rows
 PROTOCOL = "bear/1"
 METADATA = "metadata_relations.json"
 WHERE_FROM = "github.com/lm-pub-quiz/BEAR (CC BY-SA)"
+_HINT = f"BEAR comes from {WHERE_FROM}; --data names its folder."
 
 
 class Bear(ProbeSource):
@@ -64,7 +65,7 @@ def _metadata(path: Path) -> dict[str, dict[str, Any]]:
             if not (metadata["templates"] and metadata["answer_space_labels"]):
                 raise ValueError("a relation without templates or labels")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be read as BEAR's list of relations: {error}.", hint=_hint()) from error
+        raise UsageError(f"{path} cannot be read as BEAR's list of relations: {error}.", hint=_HINT) from error
     return dict(relations)
 
 
@@ -79,7 +80,7 @@ def _facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> 
         if not isinstance(answer, int) or not 0 <= answer < len(candidates) or not isinstance(subject, str):
             raise UsageError(
                 f"{path}, fact {index + 1}: no sub_label, or an answer_idx outside 0 to {len(candidates) - 1}.",
-                hint=_hint(),
+                hint=_HINT,
             )
         facts.append(
             Fact(
@@ -94,7 +95,3 @@ def _facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> 
             )
         )
     return facts
-
-
-def _hint() -> str:
-    return f"BEAR comes from {WHERE_FROM}; --data names its folder."

@@ -207,15 +207,12 @@ def _wrong_candidates(row: dict[str, Any]) -> list[str]:
     return []
 
 
-def _prompt(prompt: str) -> str:
-    return prompt if BLANK in prompt else with_blank(prompt)
-
-
 def _fact(
     row: dict[str, Any], number: int, probe: str, stem: str, shared: dict[tuple[str, ...], tuple[str, ...]]
 ) -> Fact:
     relation, subject = row.get("relation", stem), row.get("sub_label", "")
     candidates = tuple(row["candidates"]) if row.get("candidates") is not None else None
+    prompt = row["prompt"] if "prompt" in row else fill(row["template"], subject)
     return Fact(
         id=str(row.get("id", f"{relation}/{number}")),
         probe=probe,
@@ -223,7 +220,7 @@ def _fact(
         subject=row.get("subject", GENERAL),
         sub_label=subject,
         obj_label=row["obj_label"],
-        prompt=_prompt(row["prompt"]) if "prompt" in row else fill(row["template"], subject),
+        prompt=prompt if BLANK in prompt else with_blank(prompt),
         candidates=shared.setdefault(candidates, candidates) if candidates else None,
         popularity=row.get("popularity"),
     )

@@ -124,7 +124,11 @@ def lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -
     paths, rows = _rows(folder, name)
     extra = [folder / VOCABULARY] if protocol == "lama" else []
     words = _vocabulary(folder / VOCABULARY) if protocol == "lama" else ()
-    rules = _official_rules(frozenset(words)) if protocol == "lama" else _paper_rules()
+    rules = (
+        _official_rules(frozenset(words))
+        if protocol == "lama"
+        else [_no_labels, _no_template, _blanks, _repeats(lambda row: (row.prompt,), "same sentence")]
+    )
     facts, dropped = _select(name, rows, rules)
     templates = [folder / RELATIONS] if name == "trex" else []
     return Probe(
@@ -221,10 +225,6 @@ def _official_rules(words: frozenset[str]) -> list[_Rule]:
         _repeats(known_pair, "same subject and object"),
         _blanks,
     ]
-
-
-def _paper_rules() -> list[_Rule]:
-    return [_no_labels, _no_template, _blanks, _repeats(lambda row: (row.prompt,), "same sentence")]
 
 
 def _no_labels(row: _Row) -> str | None:

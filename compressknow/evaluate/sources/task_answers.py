@@ -129,7 +129,7 @@ def _is_verdict(value: object) -> bool:
 
 
 def _parts(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list[str], str | None]:
-    """Return the choices as the task has them, the contexts, and what follows these where they are what is chosen from."""
+    """Return the choices as the task has them, the contexts, and what follows where these are chosen from."""
     arguments = sample["arguments"]
     if hasattr(task, "doc_to_choice"):
         choices = [str(choice) for choice in task.doc_to_choice(sample["doc"])]
