@@ -37,7 +37,7 @@ from compressknow.comparison.clusters import number_clusters, paired_test, tally
 from compressknow.comparison.records import Counts
 from compressknow.comparison.text import perplexity
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.sources.atlas import atlas
+from compressknow.evaluate.sources.atlas import read_atlas
 from compressknow.gguf.grids import legal_types, roundtrip, type_bytes
 from compressknow.gguf.importance import read_importance
 from compressknow.study.allocation import Option, allocate
@@ -150,7 +150,7 @@ def _parts(folder: Path) -> dict[str, Path]:
     """The facts that choose, one in five, and those that judge, by a hash of their ids."""
     files = {name: folder / f"{name}.jsonl" for name in ("choose", "judge")}
     lines: dict[str, list[str]] = {name: [] for name in files}
-    for fact in atlas().facts:
+    for fact in read_atlas().facts:
         name = "judge" if hashlib.sha256(fact.id.encode()).digest()[0] % 5 else "choose"
         values = {key: value for key, value in asdict(fact).items() if value is not None}
         lines[name].append(json.dumps(values))

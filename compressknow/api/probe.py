@@ -59,7 +59,7 @@ def probe(
     from compressknow.evaluate.distributions import Context
     from compressknow.evaluate.gather import open_named, read_reference
     from compressknow.evaluate.handle import ModelHandle
-    from compressknow.evaluate.noise import with_noise_floor
+    from compressknow.evaluate.noise import add_noise_floor
     from compressknow.evaluate.run import probe_model
 
     options, settings = records_of(words, options, settings)
@@ -68,4 +68,4 @@ def probe(
     handle = ModelHandle(locate(model, revision), settings)
     listening = listener(on_progress)
     answers = probe_model(handle, opened, Path(output), Context(original), on_progress=listening)
-    return answers if original else with_noise_floor(handle, opened, answers, Path(output), listening)
+    return answers if original else add_noise_floor(handle, opened, answers, Path(output), listening)

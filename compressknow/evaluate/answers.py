@@ -180,7 +180,7 @@ class Answers(Shown):
         return probe, count(len(correct)), count(sum(correct)), percent(sum(correct), len(correct))
 
 
-def schema() -> pa.Schema:
+def make_schema() -> pa.Schema:
     """Return the columns of ``answers.parquet``: the fields of Answer, in their order."""
     import pyarrow as pa
 
@@ -207,9 +207,9 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {name: [getattr(answer, name) for answer in answers] for name in schema().names}
+    columns = {name: [getattr(answer, name) for answer in answers] for name in make_schema().names}
     with written(path) as file:
-        pq.write_table(pa.table(columns, schema=schema()), file, compression="zstd")
+        pq.write_table(pa.table(columns, schema=make_schema()), file, compression="zstd")
 
 
 def read_table(path: Path) -> list[Answer]:
@@ -221,10 +221,10 @@ def read_table(path: Path) -> list[Answer]:
         check_parquet(path)
         # Not pq.read_table: it imports pandas, where that is installed.
         with pq.ParquetFile(path) as file:
-            table = _with_newer(file.read(columns=schema().names)).select(schema().names).cast(schema())
+            table = _add_newer(file.read(columns=make_schema().names)).select(make_schema().names).cast(make_schema())
         _check_columns(table)
-        columns = [_column(table, name) for name in schema().names]
-        answers = [_with_grade_of_today(Answer(*row)) for row in zip(*columns, strict=True)]
+        columns = [_read_column(table, name) for name in make_schema().names]
+        answers = [_update_grade(Answer(*row)) for row in zip(*columns, strict=True)]
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DamagedAnswers(
             f"{path} cannot be read as answers.",
@@ -234,19 +234,19 @@ def read_table(path: Path) -> list[Answer]:
     return answers
 
 
-def _with_grade_of_today(answer: Answer) -> Answer:
+def _update_grade(answer: Answer) -> Answer:
     """Demote what older versions called produced though it was not right."""
     produced, _, demoted, _ = GRADES
     return replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
 
 
-def _with_newer(table: pa.Table) -> pa.Table:
+def _add_newer(table: pa.Table) -> pa.Table:
     """Add the columns that tables of older versions lack, empty."""
     import pyarrow as pa
 
     for name in NEWER:
         if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), schema().field(name).type))
+            table = table.append_column(name, pa.nulls(len(table), make_schema().field(name).type))
     return table
 
 
@@ -264,7 +264,7 @@ def _check_columns(table: pa.Table) -> None:
         raise ValueError("first_ids and first_logp of a row are not of one length")
 
 
-def _column(table: pa.Table, name: str) -> Iterable[Any]:
+def _read_column(table: pa.Table, name: str) -> Iterable[Any]:
     column = table[name]
     if name in ("first_ids", "first_logp"):
         import numpy as np
@@ -324,7 +324,7 @@ def read_record(folder: Path) -> Record:
             f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
             hint="Probe the model again with this version.",
         )
-    if wrong := misfit(record, RECORD_FORM) or _not_finite(record):
+    if wrong := misfit(record, RECORD_FORM) or _find_infinite(record):
         raise DamagedAnswers(
             f"{folder / RECORD} is damaged: {wrong}.", hint="Probe the model again, into another folder."
         )
@@ -336,7 +336,7 @@ def read_record(folder: Path) -> Record:
     return Record.from_dict({key: value for key, value in record.items() if key != SEAL})
 
 
-def _not_finite(record: Mapping[str, Any]) -> str | None:
+def _find_infinite(record: Mapping[str, Any]) -> str | None:
     """Say that a number is infinite or NaN, as free keys of the record may hold: no report could be written."""
     try:
         json.dumps(record, allow_nan=False)
@@ -363,14 +363,14 @@ _UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool) -> Iterator[None]:
+def lock_folder(folder: Path, wait: bool) -> Iterator[None]:
     """Create the folder where it is missing, and lock it for this run; an error leaves no empty folder behind.
 
     Raises OutputError where it is a file, holds something else, or is in use and `wait` is False.
     """
     if is_no_folder(folder):
         raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
-    if _foreign(folder):
+    if _is_foreign(folder):
         raise OutputError(
             f"{folder} already exists and is not an answers folder.", hint="Choose a new folder for the answers."
         )
@@ -378,17 +378,17 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         yield
 
 
-def tidy(folder: Path) -> None:
+def remove_parts(folder: Path) -> None:
     """Remove what is of no use once all is answered: the parts."""
     shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
-def stored(folder: Path) -> list[Answer]:
+def read_stored(folder: Path) -> list[Answer]:
     """Read all answers that the folder holds."""
     return read_table(folder / TABLE) if (folder / TABLE).is_file() else []
 
 
-def parts_of(folder: Path, key: str) -> Path:
+def find_parts(folder: Path, key: str) -> Path:
     """Return the folder of the answers to one probe until all of them are there."""
     return folder / PARTS / key[:16]
 
@@ -398,11 +398,11 @@ def write_part(parts: Path, answers: Sequence[Answer]) -> None:
     write_table(parts / f"{len(list(parts.glob('*.parquet'))):05}.parquet", answers)
 
 
-def stored_parts(parts: Path) -> list[Answer]:
+def read_parts(parts: Path) -> list[Answer]:
     return [answer for path in sorted(parts.glob("*.parquet")) for answer in read_table(path)]
 
 
-def _foreign(folder: Path) -> bool:
+def _is_foreign(folder: Path) -> bool:
     """Return whether a folder holds anything besides answers or what an interrupted run leaves."""
     try:
         names = {path.name for path in folder.iterdir()}

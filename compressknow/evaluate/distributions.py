@@ -23,7 +23,7 @@ from compressknow.evaluate.answers import LOGP_FLOOR, Answers
 from compressknow.evaluate.evaluate import evaluate
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.sources import Opened
-from compressknow.evaluate.text import RunningText, chunks_of, context_of, keys_of, read_chunk
+from compressknow.evaluate.text import RunningText, choose_context, cut_chunks, list_keys, read_chunk
 
 if TYPE_CHECKING:
     import torch
@@ -68,35 +68,35 @@ class Distributions:
         The original is in memory no longer than that.
         """
         kept = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
-        lacking = [probe for probe in kept if not self.of(probe).holds(_keys(probe, answers))]
+        lacking = [probe for probe in kept if not self.of(probe).holds(_list_keys(probe, answers))]
         try:
             for probe in lacking:
                 if self.of(probe).gave_up:
                     continue
                 if isinstance(probe, RunningText):
-                    self._read(probe, answers, on_progress)
+                    self._read_text(probe, answers, on_progress)
                 else:
-                    self._evaluate(probe, answers, on_progress)
+                    self._evaluate_facts(probe, answers, on_progress)
         finally:
             if lacking:
                 self._original.release()
 
-    def _read(self, text: RunningText, answers: Answers, on_progress: Listener | None) -> None:
+    def _read_text(self, text: RunningText, answers: Answers, on_progress: Listener | None) -> None:
         original = self._original
         stage = Stage("read", original.located.name, text.name, device=original.settings.device, again=True)
         with begun(on_progress, stage) as advance:
             reader = original.reader()
-            context = context_of(reader, text, answers.record.probes.get(text.name))
-            rows, chunks = self.of(text), chunks_of(reader, text, context)
+            context = choose_context(reader, text, answers.record.probes.get(text.name))
+            rows, chunks = self.of(text), cut_chunks(reader, text, context)
             for number in range(len(chunks.ids)):
                 if rows.gave_up:
                     return
-                if not rows.holds(keys_of(number, context)):
+                if not rows.holds(list_keys(number, context)):
                     read_chunk(reader, chunks, number, rows.keep)
                 if advance:
                     advance(number + 1, len(chunks.ids))
 
-    def _evaluate(self, probe: Probe, answers: Answers, on_progress: Listener | None) -> None:
+    def _evaluate_facts(self, probe: Probe, answers: Answers, on_progress: Listener | None) -> None:
         original, rows = self._original, self.of(probe)
         name, device = original.located.name, original.settings.device
         stage = Stage("evaluate", name, probe.name, len(probe.facts), device, again=True)
@@ -155,13 +155,13 @@ class Context:
         return rows.divergence if self.reference else rows.keep
 
 
-def _keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
+def _list_keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
     """Yield the keys of the distributions of a probe's facts, or of a text's tokens."""
     if isinstance(probe, Probe):
         yield from (answer.fact_id for answer in answers.of(probe.name))
     elif entry := answers.record.probes.get(probe.name):
         for chunk in answers.texts.get(probe.name, ()):
-            yield from keys_of(chunk.number, int((entry.text or {})["context"]))
+            yield from list_keys(chunk.number, int((entry.text or {})["context"]))
 
 
 class Rows:
@@ -211,8 +211,8 @@ class Rows:
         try:
             for start in range(0, len(facts), step):
                 chosen = slice(start, start + step)
-                original = self._read(facts[chosen]).to(device)
-                found += divergence_of(original, log_probs[chosen].to(device)).tolist()
+                original = self._read_text(facts[chosen]).to(device)
+                found += compute_divergence(original, log_probs[chosen].to(device)).tolist()
         except OSError:
             self.give_up()
             return [None] * len(facts)
@@ -240,12 +240,12 @@ class Rows:
                 return
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
         self._file.seek(self._written * self._row)
-        self._file.write((shortened(rows) if self._short else rows).data)
+        self._file.write((shorten(rows) if self._short else rows).data)
         self._file.flush()
         self._places |= {fact: self._written + row for row, fact in enumerate(facts)}
         self._written += len(facts)
 
-    def _read(self, facts: Sequence[str]) -> torch.Tensor:
+    def _read_text(self, facts: Sequence[str]) -> torch.Tensor:
         import torch
 
         rows = np.empty((len(facts), self._width), dtype=np.uint16 if self._short else np.float32)
@@ -253,13 +253,13 @@ class Rows:
             self._file.seek(self._places[fact] * self._row)
             if self._file.readinto(row.data) != row.nbytes:
                 raise OSError("the file is cut short")
-        return torch.from_numpy(lengthened(rows) if self._short else rows)
+        return torch.from_numpy(lengthen(rows) if self._short else rows)
 
 
 _STEPS = 65534 / math.sqrt(-LOGP_FLOOR)
 
 
-def shortened(log_probs: np.ndarray) -> np.ndarray:
+def shorten(log_probs: np.ndarray) -> np.ndarray:
     """Store log-probabilities in 16 bits, uint16: their square roots in equal steps, so that those near 0 are the most
     exact. One of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is no number.
     """
@@ -267,7 +267,7 @@ def shortened(log_probs: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(roots), np.float32(65535), roots).astype(np.uint16)
 
 
-def lengthened(stored: np.ndarray) -> np.ndarray:
+def lengthen(stored: np.ndarray) -> np.ndarray:
     """Return what `shorten` stored, as float32.
 
     >>> lengthened(shortened(np.array([0.0, -2.0, np.nan], dtype=np.float32))).round(3)
@@ -277,7 +277,7 @@ def lengthened(stored: np.ndarray) -> np.ndarray:
     return np.where(stored == 65535, np.float32(np.nan), -(roots**2))
 
 
-def divergence_of(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+def compute_divergence(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
     """Compute KL(original || compressed) in nats of log-probabilities over all tokens, [facts, tokens]: float64,
     [facts].
 

@@ -16,7 +16,7 @@ from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.progress import Advance, Pace
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.facts import BLANK, Fact, Probe
-from compressknow.evaluate.grades import grade_of
+from compressknow.evaluate.grades import grade_answer
 from compressknow.evaluate.runtimes import BATCH_SIZE
 from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.sources import Opened, Task
@@ -48,7 +48,7 @@ class Prompts:
         return sum(len(batch) for batch in self.batches)
 
 
-def prompts_of(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
+def make_prompts(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
     """Build the probe's prompts: sorted by length, so that a batch needs no padding; the order is fixed."""
     queries: list[Query] = []
     dropped: Counter[str] = Counter(scorer.probe.dropped)
@@ -58,7 +58,7 @@ def prompts_of(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
             dropped[query] += 1
         else:
             queries.append(query)
-    parts = chain.from_iterable(map(scorer.parts, batched(queries, batch_size)))
+    parts = chain.from_iterable(map(scorer.parts, batch_by_shape(queries, batch_size)))
     return Prompts(scorer, tuple(parts), dict(dropped))
 
 
@@ -86,7 +86,7 @@ def evaluate(
     answered = total - sum(map(len, left))
     if advance:
         advance(answered, total)
-    pace = _pace(prompts.scorer, left, measured=advance is not None and known is None)
+    pace = _measure_pace(prompts.scorer, left, measured=advance is not None and known is None)
     if advance and pace.left is not None:
         advance(answered, total, pace.left)
 
@@ -99,14 +99,14 @@ def evaluate(
     for batch, answers in prompts.scorer.each(answer, left):
         yield answers
         answered += len(batch)
-        pace.add(_work(prompts.scorer, batch))
+        pace.add(_estimate_cost(prompts.scorer, batch))
         if advance:
             advance(answered, total, pace.left)
 
 
-def _pace(scorer: Answering, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
+def _measure_pace(scorer: Answering, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
     """Return the pace of the remaining batches; `measured` runs a few facts of some of them first, to take the time."""
-    work = sum(_work(scorer, batch) for batch in left)
+    work = sum(_estimate_cost(scorer, batch) for batch in left)
     # Where facts are answered one by one, the first of them tell it as soon.
     if not measured or sum(map(len, left)) < LEAST * SAMPLE or max(map(len, left)) == 1:
         return Pace(work)
@@ -116,23 +116,23 @@ def _pace(scorer: Answering, left: Sequence[Sequence[Query]], *, measured: bool)
     start = time.monotonic()
     for sample in samples:
         scorer.answer(sample, None)
-    return Pace(work, sum(_work(scorer, sample) for sample in samples), time.monotonic() - start)
+    return Pace(work, sum(_estimate_cost(scorer, sample) for sample in samples), time.monotonic() - start)
 
 
-def _work(scorer: Answering, batch: Iterable[Query]) -> int:
+def _estimate_cost(scorer: Answering, batch: Iterable[Query]) -> int:
     """Estimate what a batch costs, in tokens. Masked models read the whole prompt again for each further token of a
     candidate; of many candidates most need not be finished.
     """
     again = scorer.family == "masked"
-    return sum(_tokens(query, again) for query in batch)
+    return sum(_estimate_tokens(query, again) for query in batch)
 
 
-def _tokens(query: Query, again: bool) -> int:
+def _estimate_tokens(query: Query, again: bool) -> int:
     further = min(sum(len(option) - 1 for option in query.options), MOST_FURTHER)
     return len(query.prompt) * (1 + further) if again else len(query.prompt) + further
 
 
-def batched(prompts: Iterable[Query], size: int = BATCH_SIZE) -> Iterator[tuple[Query, ...]]:
+def batch_by_shape(prompts: Iterable[Query], size: int = BATCH_SIZE) -> Iterator[tuple[Query, ...]]:
     """Group queries of one shape, at most `size` of them at a time, the shortest first."""
     shapes: dict[tuple[int, ...], list[Query]] = {}
     for query in prompts:
@@ -143,31 +143,31 @@ def batched(prompts: Iterable[Query], size: int = BATCH_SIZE) -> Iterator[tuple[
             yield tuple(alike[start : start + size])
 
 
-def with_examples(scorer: Answering, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
+def add_examples(scorer: Answering, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
     """Add what a model says after an example where `original`, the original's answers, knew the fact and this model
     does not; their grades follow.
     """
     known = {answer.fact_id for answer in original if answer.correct}
     lost = {answer.fact_id for answer in answers if answer.fact_id in known and not answer.correct}
-    texts = dict(_said(scorer, [fact for fact in scorer.probe.facts if fact.id in lost]))
+    texts = dict(_say_after_examples(scorer, [fact for fact in scorer.probe.facts if fact.id in lost]))
     answers = [replace(answer, with_example=texts.get(answer.fact_id)) for answer in answers]
-    return [answer if answer.grade is None else replace(answer, grade=grade_of(answer)) for answer in answers]
+    return [answer if answer.grade is None else replace(answer, grade=grade_answer(answer)) for answer in answers]
 
 
-def _said(scorer: Answering, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]:
+def _say_after_examples(scorer: Answering, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]:
     """Yield fact id and what the model says; nothing of facts that an example makes too long, and of relations of one
     object.
     """
-    shown = [shown for fact in facts if (shown := after_example(fact, scorer.probe)) is not None]
+    shown = [shown for fact in facts if (shown := put_after_example(fact, scorer.probe)) is not None]
     queries = [query for query in map(scorer.query, shown) if not isinstance(query, str)]
-    batches = chain.from_iterable(map(scorer.parts, batched(queries)))
+    batches = chain.from_iterable(map(scorer.parts, batch_by_shape(queries)))
     for batch, texts in scorer.each(scorer.say, batches):
         for query, text in zip(batch, texts, strict=True):
             if text is not None:
                 yield query.fact.id, text
 
 
-def after_example(fact: Fact, probe: Probe) -> Fact | None:
+def put_after_example(fact: Fact, probe: Probe) -> Fact | None:
     """Put the fact's prompt after another fact of its relation, solved; None where the relation has no other object.
 
     The example is the first of another subject and object, so that it does not give the answer away.
@@ -180,7 +180,7 @@ def after_example(fact: Fact, probe: Probe) -> Fact | None:
     return replace(fact, prompt=f"{solved}{stop} {fact.prompt}")
 
 
-def refuse_other_facts(reference: Answers, probe: Opened) -> None:
+def check_facts(reference: Answers, probe: Opened) -> None:
     """Raise UsageError where the original was not evaluated on this probe, or on other prompts of it."""
     asked = reference.record.probes.get(probe.name)
     if asked is None and not isinstance(probe, Task):
@@ -196,7 +196,7 @@ def refuse_other_facts(reference: Answers, probe: Opened) -> None:
         )
 
 
-def refuse_other_model(reference: Answers, name: str, loaded: Loaded) -> None:
+def check_model(reference: Answers, name: str, loaded: Loaded) -> None:
     """Raise CompressknowError where a model cannot be a compressed form of the original: it is of another family; or,
     where both run in transformers, its tokens are others.
     """
@@ -220,13 +220,13 @@ def refuse_other_model(reference: Answers, name: str, loaded: Loaded) -> None:
         )
 
 
-def tokens_alike(reference: Answers, loaded: Loaded) -> bool:
+def has_same_tokens(reference: Answers, loaded: Loaded) -> bool:
     """Return whether a model can be scored on the original's most likely tokens: not where its own are others."""
     known = reference.record.model.vocabulary
     return None in (known, loaded.vocabulary) or known == loaded.vocabulary
 
 
-def first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
+def find_first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
     """Map each fact's id to the tokens that the original held most likely at the answer's first position.
 
     Raises CompressknowError where a fact to be evaluated is not among the original's answers.

@@ -118,9 +118,9 @@ class Probe:
 
     def __post_init__(self) -> None:
         if not self.most_frequent:
-            object.__setattr__(self, "most_frequent", most_frequent(self.facts))
+            object.__setattr__(self, "most_frequent", find_most_frequent(self.facts))
         if not self.examples:
-            object.__setattr__(self, "examples", _examples(self.facts))
+            object.__setattr__(self, "examples", _choose_examples(self.facts))
         if self.read < 0:
             object.__setattr__(self, "read", len(self.facts) + sum(self.dropped.values()))
 
@@ -152,12 +152,12 @@ class Probe:
             return self
         if limit < 1:
             raise UsageError(f"--limit must be at least 1: {limit}.")
-        chosen = _stratified(self.facts, limit, seed)
+        chosen = _draw_stratified(self.facts, limit, seed)
         facts = tuple(fact for fact in self.facts if fact.id in chosen)
         return replace(self, facts=facts, limit=limit, seed=seed)
 
 
-def fact_of(identifier: str) -> str:
+def strip_wording(identifier: str) -> str:
     """Return the id of a fact, given that of one of its wordings.
 
     >>> fact_of("capital/france@2"), fact_of("capital/france")
@@ -166,18 +166,16 @@ def fact_of(identifier: str) -> str:
     return re.sub(r"@[0-9]+$", "", identifier)
 
 
-def in_wordings(probes: Sequence[Probe]) -> Probe:
+def join_wordings(probes: Sequence[Probe]) -> Probe:
     """Merge probes of the same facts, one per wording: a fact in its first wording, then in its second.
 
     Dropped and read facts are counted by wording.
     """
     first = probes[0]
-    facts = zip(*(_numbered(probe.facts, number) for number, probe in enumerate(probes, 1)), strict=True)
+    facts = zip(*(_number(probe.facts, number) for number, probe in enumerate(probes, 1)), strict=True)
     examples = {
         relation: tuple(
-            fact
-            for number, probe in enumerate(probes, 1)
-            for fact in _numbered(probe.examples.get(relation, ()), number)
+            fact for number, probe in enumerate(probes, 1) for fact in _number(probe.examples.get(relation, ()), number)
         )
         for relation in first.examples
     }
@@ -192,7 +190,7 @@ def in_wordings(probes: Sequence[Probe]) -> Probe:
     )
 
 
-def _numbered(facts: Iterable[Fact], number: int) -> Iterator[Fact]:
+def _number(facts: Iterable[Fact], number: int) -> Iterator[Fact]:
     return (replace(fact, id=f"{fact.id}@{number}", template=number) for fact in facts)
 
 
@@ -200,7 +198,7 @@ def _numbered(facts: Iterable[Fact], number: int) -> Iterator[Fact]:
 _EXAMPLES = 3
 
 
-def _examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
+def _choose_examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
     found: dict[str, dict[str, Fact]] = {}
     for fact in facts:
         of_relation = found.setdefault(fact.relation, {})
@@ -209,14 +207,14 @@ def _examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
     return {relation: tuple(of_relation.values()) for relation, of_relation in found.items()}
 
 
-def _stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
+def _draw_stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
     """Draw the ids of a stratified sample: in a relation by a hash of seed and id, between relations by largest
     remainder.
     """
     relations: dict[str, list[str]] = {}
     for fact in facts:
         relations.setdefault(fact.relation, []).append(fact.id)
-    shares = _shares({relation: len(ids) for relation, ids in relations.items()}, limit)
+    shares = _share_out({relation: len(ids) for relation, ids in relations.items()}, limit)
     chosen: set[str] = set()
     for relation, ids in relations.items():
         ranked = sorted(ids, key=lambda identifier: hashlib.sha256(f"{seed}/{identifier}".encode()).digest())
@@ -224,7 +222,7 @@ def _stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
     return chosen
 
 
-def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+def _share_out(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     """Share `limit` among the groups, in proportion to their sizes; none gets more than it has."""
     total = sum(sizes.values())
     exact = {name: Fraction(limit * size, total) for name, size in sizes.items()}
@@ -243,7 +241,7 @@ def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     return shares
 
 
-def chance(choices: Iterable[int | None]) -> float | None:
+def compute_chance(choices: Iterable[int | None]) -> float | None:
     """Return the expected accuracy of guessing: the mean of 1 / number of possible answers; None where any text may be
     given.
 
@@ -255,7 +253,7 @@ def chance(choices: Iterable[int | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(numbers) else None
 
 
-def most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
+def find_most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
     """Return each relation's most frequent object; of equally frequent ones the first."""
     objects: dict[str, Counter[str]] = {}
     for fact in facts:
@@ -263,7 +261,7 @@ def most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
     return {relation: counts.most_common(1)[0][0] for relation, counts in objects.items()}
 
 
-def majority(facts: Sequence[Fact], answers: Mapping[str, str]) -> float | None:
+def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str]) -> float | None:
     """Return the accuracy of answering each relation's most frequent object, given in `answers`, to all its facts.
 
     Of a sample it is not the sample's own: of one fact a relation, that would always be right.
@@ -271,7 +269,7 @@ def majority(facts: Sequence[Fact], answers: Mapping[str, str]) -> float | None:
     return sum(fact.obj_label == answers.get(fact.relation) for fact in facts) / len(facts) if facts else None
 
 
-def by_relation(relations: Mapping[str, str]) -> dict[str, str]:
+def map_relations(relations: Mapping[str, str]) -> dict[str, str]:
     """Map relations to domains; each domain's relations are named in one text, with spaces between them.
 
     >>> by_relation({"science": "P101 P105"})
@@ -280,7 +278,7 @@ def by_relation(relations: Mapping[str, str]) -> dict[str, str]:
     return {relation: domain for domain, names in relations.items() for relation in names.split()}
 
 
-WIKIDATA = by_relation(
+WIKIDATA = map_relations(
     {
         GEOGRAPHY: "P17 P30 P36 P37 P47 P131 P159 P177 P190 P206 P276 P403 P530 P610 P740 P1001 P1376 P4552 P7959",
         LANGUAGE: "P103 P364 P407 P1412 P6886",
@@ -293,7 +291,7 @@ WIKIDATA = by_relation(
 )
 
 
-def domain_of(relation: str, domains: Mapping[str, str]) -> str:
+def find_domain(relation: str, domains: Mapping[str, str]) -> str:
     """Return the domain of a relation, `GENERAL` for one that is not in the table; of a path its last name counts.
 
     >>> domain_of("P36", WIKIDATA), domain_of("/location/P36", WIKIDATA), domain_of("P361", WIKIDATA)

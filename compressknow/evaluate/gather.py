@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.sources import Opened, Options
 
 
-def with_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:
+def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:
     """Add to a model's record what its folder says of calibration, and the facts that stand in the calibration text if
     that is at hand. (Stored answers may be those of another folder with the same weights.)
 
@@ -35,21 +35,21 @@ def with_calibration(answers: Answers, model: ModelHandle, known_by: Answers | N
     ----------
     known_by : what the model that it is compared with answered to the same facts; None for the original.
     """
-    calibration = model.described().get("calibration")
-    found = _found(calibration, model, known_by) if calibration and known_by else None
+    calibration = model.describe().get("calibration")
+    found = _find_in_calibration(calibration, model, known_by) if calibration and known_by else None
     said = replace(answers.record.model, calibration=calibration, in_calibration=found)
     return replace(answers, record=replace(answers.record, model=said))
 
 
-def _found(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
+def _find_in_calibration(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
     from compressknow.compress.calibrate.text import texts_again
 
     trusted = model.settings.trust_remote_code
     texts = texts_again(model.located.folder, calibration, trust_remote_code=trusted)
-    return facts_in_text(texts, known_by) if texts else None
+    return count_facts_in_text(texts, known_by) if texts else None
 
 
-def facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
+def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
     """Count the facts that stand in the texts, of those that have a subject and an object; None where none has."""
     from compressknow.compress.calibrate.text import facts_in
 
@@ -74,16 +74,16 @@ def open_named(probes: str | Sequence[str] | None, options: Options | None, know
 
     Raises UsageError as `open_all` does, for twins, and where what is produced counts and a task does not tell that.
     """
-    from compressknow.evaluate.run import refuse_twins
+    from compressknow.evaluate.run import check_unique
     from compressknow.evaluate.sources import DEFAULT, Options, open_all
 
-    opened = open_all(names_of(probes) or DEFAULT, options or Options())
-    refuse_twins(opened)
-    _refuse_silent(opened, known)
+    opened = open_all(list_names(probes) or DEFAULT, options or Options())
+    check_unique(opened)
+    _check_known(opened, known)
     return opened
 
 
-def refuse_texts_alone(opened: Sequence[Opened], what: str) -> None:
+def check_has_facts(opened: Sequence[Opened], what: str) -> None:
     """Raise UsageError where there is nothing but running texts: `what`, such as "A sweep", counts facts."""
     from compressknow.evaluate.text import RunningText
 
@@ -93,7 +93,7 @@ def refuse_texts_alone(opened: Sequence[Opened], what: str) -> None:
         )
 
 
-def _refuse_silent(opened: Sequence[Opened], known: str) -> None:
+def _check_known(opened: Sequence[Opened], known: str) -> None:
     """Raise UsageError where only what is ``produced`` counts, and one is a task: its answers do not tell what a model
     says."""
     from compressknow.evaluate.grades import PRODUCED
@@ -107,7 +107,7 @@ def _refuse_silent(opened: Sequence[Opened], known: str) -> None:
             )
 
 
-def names_of(probes: str | Sequence[str] | None) -> list[str]:
+def list_names(probes: str | Sequence[str] | None) -> list[str]:
     """Return one name, several or none, as a list."""
     return [probes] if isinstance(probes, str) else list(probes or ())
 
@@ -164,15 +164,15 @@ def gather(
     Raises CompressknowError where a model cannot be found, loaded or evaluated.
     """
     models = [original, *compressed]
-    stored = [stored_answers(model) for model in models]
+    stored = [read_if_stored(model) for model in models]
     if all(answers is not None for answers in stored):
-        first, *others = [of_probes(answers, evaluation.probes) for answers in stored if answers is not None]
+        first, *others = [select_probes(answers, evaluation.probes) for answers in stored if answers is not None]
     else:
         first, *others = _Gathering(models, stored, evaluation, revision).run(on_progress)
     return first, others
 
 
-def stored_answers(model: str | Path) -> Answers | None:
+def read_if_stored(model: str | Path) -> Answers | None:
     """Read the answers, where `model` is an answers folder."""
     return read_answers(Path(model)) if is_answers_folder(Path(model)) else None
 
@@ -190,12 +190,12 @@ class _Gathering:
         from compressknow.engine.identity import locate
 
         self._stored, self._evaluation = stored, evaluation
-        self._probes = open_like(next((answers for answers in stored if answers is not None), None), evaluation)
+        self._probes = open_matching(next((answers for answers in stored if answers is not None), None), evaluation)
         # All are found before the first is evaluated: a wrong name is told at once.
         revisions = [revision, *(None for _ in models[1:])]
         asked = [(model, of) for model, of, answers in zip(models, revisions, stored, strict=True) if not answers]
         located = [locate(model, of) for model, of in asked]
-        handles = iter(sound_handles(located, evaluation, self._probes))
+        handles = iter(make_sound_handles(located, evaluation, self._probes))
         self._handles = [None if answers else next(handles) for answers in stored]
 
     def run(self, on_progress: Listener | None) -> list[Answers]:
@@ -217,37 +217,39 @@ class _Gathering:
                     watched = staged(on_progress, number=number, of=of)
                     gathered.append(self._evaluate(handle, Context(reference, whole=whole), watched))
                 elif answers is not None:
-                    gathered.append(of_probes(answers, names))
+                    gathered.append(select_probes(answers, names))
         return gathered
 
     def _evaluate(self, handle: ModelHandle, context: Context, on_progress: Listener | None) -> Answers:
-        from compressknow.evaluate.noise import is_wanted, with_noise_floor, with_runtime_noise_floor
+        from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor, is_runtime_noise_wanted
         from compressknow.evaluate.run import probe_model
 
-        folder = folder_of(self._evaluation.keep_in, handle, context)
+        folder = choose_folder(self._evaluation.keep_in, handle, context)
         answers = probe_model(handle, self._probes, folder, context, on_progress=on_progress, wait=True)
         if context.reference is None:
-            answers = with_noise_floor(handle, self._probes, answers, folder, on_progress, whole=context.whole)
-            if is_wanted(handle, [*self._stored[1:], *self._handles[1:]]):
-                answers = with_runtime_noise_floor(
+            answers = add_noise_floor(handle, self._probes, answers, folder, on_progress, whole=context.whole)
+            if is_runtime_noise_wanted(handle, [*self._stored[1:], *self._handles[1:]]):
+                answers = add_runtime_noise_floor(
                     handle, self._probes, answers, folder, on_progress, whole=context.whole
                 )
-        return finished(answers, handle, context.reference, on_progress, timed=self._evaluation.timed)
+        return finish_answers(answers, handle, context.reference, on_progress, timed=self._evaluation.timed)
 
 
-def sound_handles(located: Sequence[Located], evaluation: Evaluation, probes: Sequence[Opened]) -> list[ModelHandle]:
+def make_sound_handles(
+    located: Sequence[Located], evaluation: Evaluation, probes: Sequence[Opened]
+) -> list[ModelHandle]:
     """Return the models to evaluate, hashed. Raise what `handles_of` does, and CheckpointError where a weight of one is
     no number: before the first is evaluated.
     """
-    from compressknow.evaluate.handle import handles_of
+    from compressknow.evaluate.handle import make_handles
 
-    handles = handles_of(located, evaluation.settings, probes, timed=evaluation.timed)
+    handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
     for handle in handles:
         handle.check_sound()
     return handles
 
 
-def finished(
+def finish_answers(
     answers: Answers,
     handle: ModelHandle | None,
     reference: Answers | None,
@@ -264,7 +266,7 @@ def finished(
     if handle is None:
         return answers
     handle.release()
-    answers = with_calibration(answers, handle, reference)
+    answers = add_calibration(answers, handle, reference)
     if not timed:
         return answers
     with begun(on_progress, Stage("time", handle.located.name)):
@@ -272,17 +274,17 @@ def finished(
     return replace(answers, record=replace(answers.record, model=model))
 
 
-def open_like(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
+def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
     """Open the probes to evaluate: those named, else those of the answers at hand, else atlas."""
     from compressknow.evaluate.sources import DEFAULT, open_all
 
     names = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT))
-    opened = open_all(names, _like(known, evaluation.options))
-    _refuse_silent(opened, evaluation.known)
+    opened = open_all(names, _match_sample(known, evaluation.options))
+    _check_known(opened, evaluation.known)
     return opened
 
 
-def folder_of(keep_in: Path, model: ModelHandle, context: Context) -> Path:
+def choose_folder(keep_in: Path, model: ModelHandle, context: Context) -> Path:
     """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime."""
     names = [model.sha256[:16], next(iter(model.runtime.key()), None)]
     if context.reference:
@@ -290,7 +292,7 @@ def folder_of(keep_in: Path, model: ModelHandle, context: Context) -> Path:
     return keep_in / "-".join(name for name in names if name is not None)
 
 
-def _like(known: Answers | None, options: Options) -> Options:
+def _match_sample(known: Answers | None, options: Options) -> Options:
     """Return the options, with the sample that an answers folder was evaluated on where the user names none."""
     if known is None or options.limit is not None:
         return options
@@ -300,11 +302,11 @@ def _like(known: Answers | None, options: Options) -> Options:
     return replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
 
 
-def of_probes(answers: Answers, probes: Sequence[str]) -> Answers:
+def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
     """Return the answers to these probes alone, or to all if none is named."""
     if not probes:
         return answers
-    probes = [_name(probe, answers) for probe in probes]
+    probes = [_match_name(probe, answers) for probe in probes]
     if missing := [name for name in probes if name not in answers.probes]:
         raise CompressknowError(
             f"{answers.record.model.name} was not evaluated on {missing[0]}.",
@@ -314,10 +316,10 @@ def of_probes(answers: Answers, probes: Sequence[str]) -> Answers:
     return answers.only(probes)
 
 
-def _name(probe: str, answers: Answers) -> str:
-    from compressknow.evaluate.sources import name_in_answers
+def _match_name(probe: str, answers: Answers) -> str:
+    from compressknow.evaluate.sources import normalize_name
 
-    return probe if probe in answers.probes else name_in_answers(probe)
+    return probe if probe in answers.probes else normalize_name(probe)
 
 
 class Named(NamedTuple):
@@ -337,14 +339,14 @@ def find_both(
     from compressknow.base.progress import Stage, begun, counted
     from compressknow.engine.contents import read_contents
     from compressknow.engine.identity import locate
-    from compressknow.evaluate.handle import handles_of
+    from compressknow.evaluate.handle import make_handles
     from compressknow.model.checkpoint import is_address, no_files
 
     for named in (a, b):
         if is_address(named.model):
             raise no_files(named.model)
-        _refuse_answers(Path(named.model))
-    first, second = handles_of([locate(*a), locate(*b)], settings)
+        _check_checkpoint(Path(named.model))
+    first, second = make_handles([locate(*a), locate(*b)], settings)
     if first.located.path.resolve() == second.located.path.resolve():
         return first, first
     total = sum(path.stat().st_size for side in (first, second) for path in side.located.files)
@@ -354,7 +356,7 @@ def find_both(
     return first, second
 
 
-def _refuse_answers(path: Path) -> None:
+def _check_checkpoint(path: Path) -> None:
     if is_answers_folder(path):
         raise UsageError(
             f"{path} holds answers, no checkpoint.",
@@ -362,7 +364,7 @@ def _refuse_answers(path: Path) -> None:
         )
 
 
-class BothWays(NamedTuple):
+class PairedAnswers(NamedTuple):
     """Answers of `a` and `b`, and of each with the probabilities of the other's most likely tokens."""
 
     a: Answers
@@ -377,7 +379,7 @@ def evaluate_both(
     probes: Sequence[Opened],
     keep_in: Path,
     on_progress: Listener | None = None,
-) -> BothWays:
+) -> PairedAnswers:
     """Evaluate both models, one in memory at a time: each once for its answers, and once more for what it gives the
     other's tokens. Answers that `keep_in` holds already are not asked for again.
 
@@ -385,7 +387,7 @@ def evaluate_both(
     """
     from compressknow.base.progress import staged
     from compressknow.evaluate.distributions import Context, Distributions
-    from compressknow.evaluate.noise import is_wanted, with_noise_floor, with_runtime_noise_floor
+    from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor, is_runtime_noise_wanted
     from compressknow.evaluate.run import probe_model
 
     def evaluate(
@@ -393,18 +395,20 @@ def evaluate_both(
     ) -> Answers:
         context = Context(reference, known, whole)
         watched = staged(on_progress, number=1 if model is a else 2, of=2)
-        return probe_model(model, probes, folder_of(keep_in, model, context), context, on_progress=watched, wait=True)
+        return probe_model(
+            model, probes, choose_folder(keep_in, model, context), context, on_progress=watched, wait=True
+        )
 
     if a.sha256 == b.sha256:
         alone = evaluate(a, None, None)
         a.release()
-        return BothWays(alone, alone, alone, alone)
+        return PairedAnswers(alone, alone, alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, None, whole_a)
-        folder = folder_of(keep_in, a, Context())
-        of_a = with_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)
-        if is_wanted(a, [b]):
-            of_a = with_runtime_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)
+        folder = choose_folder(keep_in, a, Context())
+        of_a = add_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)
+        if is_runtime_noise_wanted(a, [b]):
+            of_a = add_runtime_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)
         a.release()
         b_like_a = evaluate(b, of_a, whole_a)
         whole_a.close()
@@ -412,5 +416,5 @@ def evaluate_both(
         b.release()
         a_like_b = evaluate(a, of_b, whole_b, known=of_a)
         a.release()
-    of_b = with_calibration(of_b, b, of_a)
-    return BothWays(of_a, b_like_a, of_b, a_like_b)
+    of_b = add_calibration(of_b, b, of_a)
+    return PairedAnswers(of_a, b_like_a, of_b, a_like_b)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.evaluate.answers import GRADES, Answer, Answers
-from compressknow.evaluate.facts import Fact, fact_of
+from compressknow.evaluate.facts import Fact, strip_wording
 from compressknow.evaluate.records import ProbeEntry
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
 _OPENING = re.compile(r"(?:[^\w\n+.$€£-]|_|(?:an?|the)(?=[\W_]))*", re.IGNORECASE)
 
 
-def opening_of(text: str) -> str:
+def find_opening(text: str) -> str:
     """Return what stands before a text's first word: articles, quotes and other punctuation, which SQuAD's
     normalization of answers drops too (Rajpurkar et al. 2016).
 
@@ -55,21 +55,21 @@ def opening_of(text: str) -> str:
     return opening[0] if opening else ""
 
 
-def end_of(text: str, label: str) -> int | None:
+def find_end(text: str, label: str) -> int | None:
     """Return where a label ends with which the text begins, as whole words, whatever their case and what opens either;
     None where it does not.
 
     >>> end_of("Paris, the city", "paris"), end_of("Parisian food", "Paris"), end_of('"Gambia"', "the Gambia")
     (5, None, 7)
     """
-    if (end := _end(text, label)) is not None:
+    if (end := _match_label(text, label)) is not None:
         return end
-    start, bare = len(opening_of(text)), label[len(opening_of(label)) :]
-    end = _end(text[start:], bare)
+    start, bare = len(find_opening(text)), label[len(find_opening(label)) :]
+    end = _match_label(text[start:], bare)
     return None if end is None else start + end
 
 
-def _end(text: str, label: str) -> int | None:
+def _match_label(text: str, label: str) -> int | None:
     folded = label.casefold()
     if not folded or not text.casefold().startswith(folded):
         return None
@@ -88,7 +88,7 @@ def cut(text: str, start: int = 0) -> str:
     return (text[: end.start()] if end else text).strip()
 
 
-def said(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str) -> str:
+def find_choice(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str) -> str:
     """Return the choice that a greedy text says: the longest one with which it begins, of equal ones that to the
     letter; its first sentence where it says none.
 
@@ -102,14 +102,16 @@ def said(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str)
     text = text.strip()
     ends = {
         # Where it ends in the text, and whether it stands there to the letter.
-        choice: max((end_of(text, label) or 0, _end(text, label) is not None) for label in {choice, spelled(choice)})
+        choice: max(
+            (find_end(text, label) or 0, _match_label(text, label) is not None) for label in {choice, spelled(choice)}
+        )
         for choice in choices
     }
     choice = max(ends, key=lambda each: ends[each], default="")
     return choice if ends.get(choice, NOWHERE) > NOWHERE else cut(text)
 
 
-def grade_of(answer: Answer) -> str:
+def grade_answer(answer: Answer) -> str:
     """Grade an answer by what it holds. Without a greedy text it is recognized at best; among five candidates or fewer,
     being among the best five says nothing.
     """
@@ -120,14 +122,14 @@ def grade_of(answer: Answer) -> str:
     return DEMOTED if near or answer.gold in (answer.produced, answer.with_example) else GONE
 
 
-def graded(answer: Answer, fact: Fact, text: str | None, spelled: Callable[[str], str] = str) -> Answer:
+def add_grade(answer: Answer, fact: Fact, text: str | None, spelled: Callable[[str], str] = str) -> Answer:
     """Add what the model says greedily and its grade; `text` is None where it cannot write."""
-    produced = None if text is None else said(text, choices_of(fact), spelled)
+    produced = None if text is None else find_choice(text, list_choices(fact), spelled)
     answer = replace(answer, produced=produced, with_example=None)
-    return replace(answer, grade=grade_of(answer))
+    return replace(answer, grade=grade_answer(answer))
 
 
-def choices_of(fact: Fact) -> tuple[str, ...]:
+def list_choices(fact: Fact) -> tuple[str, ...]:
     """Return what a greedy text may say: the candidates, or the object where there are none."""
     return fact.candidates or (fact.obj_label,)
 
@@ -141,7 +143,7 @@ def check_known(known: str) -> None:
         )
 
 
-def known_as(answers: Answers, known: str) -> Answers:
+def apply_reading(answers: Answers, known: str) -> Answers:
     """Return the answers, right where the fact is known in this reading: ``recognized`` as they are, ``produced`` where
     it is said too. What is said is then the answer, and none is right by chance.
 
@@ -157,12 +159,12 @@ def known_as(answers: Answers, known: str) -> Answers:
                 why="Those of lm-eval's tasks, of older versions and of models that cannot write do not.",
                 hint="Evaluate it again, choose other probes, or leave out --known produced.",
             )
-    entries = {name: _entry_as_produced(entry) for name, entry in answers.record.probes.items()}
+    entries = {name: _restrict_entry(entry) for name, entry in answers.record.probes.items()}
     record = replace(answers.record, probes=entries)
-    return replace(answers, record=record, answers=tuple(map(_as_produced, answers.answers)))
+    return replace(answers, record=record, answers=tuple(map(_restrict_answer, answers.answers)))
 
 
-def _entry_as_produced(entry: ProbeEntry) -> ProbeEntry:
+def _restrict_entry(entry: ProbeEntry) -> ProbeEntry:
     floors = {runtime: floor.produced for runtime, floor in entry.runtime_noise_floors.items()}
     return replace(
         entry,
@@ -172,14 +174,14 @@ def _entry_as_produced(entry: ProbeEntry) -> ProbeEntry:
     )
 
 
-def _as_produced(answer: Answer) -> Answer:
+def _restrict_answer(answer: Answer) -> Answer:
     assert answer.produced is not None
     # One that says the object though another candidate is likelier is not right: that candidate is its answer.
     predicted = answer.predicted if answer.grade == DEMOTED and answer.produced == answer.gold else answer.produced
     return replace(answer, correct=answer.grade == PRODUCED, predicted=predicted, choices=None)
 
 
-def by_majority(answers: Answers) -> Answers:
+def merge_wordings(answers: Answers) -> Answers:
     """Merge the wordings of each fact into one answer: known if more than half of them are.
 
     The rank is the middle one, log-probability and divergence are means, and what is answered is what most wordings
@@ -191,22 +193,22 @@ def by_majority(answers: Answers) -> Answers:
     kept = [answer for answer in answers.answers if answer.probe not in split]
     entries: dict[str, ProbeEntry] = {}
     for name, entry in split.items():
-        merged = [_merged(wordings) for wordings in by_fact(answers.of(name)).values()]
-        entries[name] = _entry(entry, len(merged))
+        merged = [_merge(wordings) for wordings in group_by_fact(answers.of(name)).values()]
+        entries[name] = _count_by_fact(entry, len(merged))
         kept += merged
     probes = {name: entries.get(name, entry) for name, entry in answers.record.probes.items()}
     return replace(answers, record=replace(answers.record, probes=probes), answers=tuple(kept))
 
 
-def by_fact(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
+def group_by_fact(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
     """Group the answers to the wordings of each fact, by its id."""
     found: dict[str, list[Answer]] = {}
     for answer in answers:
-        found.setdefault(fact_of(answer.fact_id), []).append(answer)
+        found.setdefault(strip_wording(answer.fact_id), []).append(answer)
     return found
 
 
-def _merged(wordings: Sequence[Answer]) -> Answer:
+def _merge(wordings: Sequence[Answer]) -> Answer:
     first = wordings[0]
     predicted = Counter(answer.predicted for answer in wordings).most_common(1)[0][0]
     shown = next(answer for answer in wordings if answer.predicted == predicted)
@@ -214,7 +216,7 @@ def _merged(wordings: Sequence[Answer]) -> Answer:
     tried = [answer.with_example for answer in wordings if answer.with_example is not None]
     return replace(
         first,
-        fact_id=fact_of(first.fact_id),
+        fact_id=strip_wording(first.fact_id),
         template=None,
         correct=2 * sum(answer.correct for answer in wordings) > len(wordings),
         predicted=predicted,
@@ -223,32 +225,32 @@ def _merged(wordings: Sequence[Answer]) -> Answer:
         top5_logp=shown.top5_logp,
         total_logp=shown.total_logp,
         rank=int(rank) if math.isfinite(rank) else None,
-        logp_gold=_mean(answer.logp_gold for answer in wordings),
-        first_kl=_mean(answer.first_kl for answer in wordings),
-        with_example=_said_by_most(tried, first.gold),
-        grade=_middle(wordings),
+        logp_gold=_average(answer.logp_gold for answer in wordings),
+        first_kl=_average(answer.first_kl for answer in wordings),
+        with_example=_find_majority(tried, first.gold),
+        grade=_find_middle_grade(wordings),
     )
 
 
-def _middle(wordings: Sequence[Answer]) -> str | None:
+def _find_middle_grade(wordings: Sequence[Answer]) -> str | None:
     """Return the middle grade, the worse of two."""
     grades = [GRADES.index(answer.grade) for answer in wordings if answer.grade is not None]
     return GRADES[median_high(grades)] if len(grades) == len(wordings) else None
 
 
-def _said_by_most(said: Sequence[str], gold: str) -> str | None:
+def _find_majority(said: Sequence[str], gold: str) -> str | None:
     if not said:
         return None
     return gold if 2 * said.count(gold) > len(said) else next((text for text in said if text != gold), gold)
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _average(values: Iterable[float | None]) -> float | None:
     given = list(values)
     known = [value for value in given if value is not None]
     return math.fsum(known) / len(known) if known and len(known) == len(given) else None
 
 
-def _entry(entry: ProbeEntry, facts: int) -> ProbeEntry:
+def _count_by_fact(entry: ProbeEntry, facts: int) -> ProbeEntry:
     """Return the entry as if facts, not wordings, had been evaluated."""
     number = entry.templates or 1
     dropped = {f"{reason} (counted by wording)": prompts for reason, prompts in entry.dropped.items()}

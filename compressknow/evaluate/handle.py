@@ -11,12 +11,12 @@ from compressknow.base.errors import CheckpointError, UnsupportedError, UsageErr
 from compressknow.base.progress import PanicError, no_panics
 from compressknow.engine.identity import Located, describe
 from compressknow.engine.load import reason_of
-from compressknow.evaluate.evaluate import Prompts, prompts_of
+from compressknow.evaluate.evaluate import Prompts, make_prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import ModelRecord
 from compressknow.evaluate.runtimes import RUNTIMES, Loaded, Runtime, Settings, runtime_for
 from compressknow.evaluate.sources import Opened, Task
-from compressknow.evaluate.text import refuse_other_families
+from compressknow.evaluate.text import check_family
 
 if TYPE_CHECKING:
     from compressknow.engine.contents import Contents
@@ -37,7 +37,7 @@ class ModelHandle:
     @cached_property
     def settings(self) -> Settings:
         """Return the settings on this machine. Raise UsageError where it has no such device."""
-        return self.runtime.settled(self._settings)
+        return self.runtime.resolve_settings(self._settings)
 
     @property
     def where(self) -> str:
@@ -76,7 +76,7 @@ class ModelHandle:
         loaded = self.loaded
         try:
             with no_panics():
-                return prompts_of(loaded.scorer(probe), self.settings.batch_size)
+                return make_prompts(loaded.scorer(probe), self.settings.batch_size)
         except PanicError as error:
             raise CheckpointError(
                 f"The tokenizer of {self.located.name} fails on the facts of {probe.name}.",
@@ -88,7 +88,7 @@ class ModelHandle:
         """Return the model as a reader of text. Raise UnsupportedError where it does not continue text, or where its
         runtime does not give the probabilities of all tokens.
         """
-        refuse_other_families(self.loaded.architecture, self.loaded.family)
+        check_family(self.loaded.architecture, self.loaded.family)
         return self.loaded.reader()
 
     def release(self) -> None:
@@ -97,7 +97,7 @@ class ModelHandle:
         if loaded is not None:
             loaded.release()
 
-    def refuse_tasks(self, probes: Sequence[Opened]) -> None:
+    def check_tasks(self, probes: Sequence[Opened]) -> None:
         """Raise UnsupportedError where there is a task among the probes, and no runtime of tasks runs the model."""
         task = next((probe for probe in probes if isinstance(probe, Task)), None)
         if task is None or self.runtime.runs_tasks:
@@ -108,18 +108,18 @@ class ModelHandle:
             hint="Choose probes of facts; or, for a GGUF file, pass --runtime transformers.",
         )
 
-    def refuse_untimed(self) -> None:
+    def check_timed(self) -> None:
         """Raise UsageError where the speed of the model cannot be measured on this machine."""
         if (url := self.located.url) is not None:
             raise UsageError(f"--time measures models on this machine: {url} is a server.", hint="Leave --time out.")
 
-    def reach(self) -> None:
+    def check_reachable(self) -> None:
         """Find the model; raise CompressknowError where it is a server's that does not answer."""
         if self.located.url is not None:
             # Found by what it answers.
             _ = self.sha256
 
-    def in_another_precision(self) -> ModelHandle | None:
+    def copy_in_other_precision(self) -> ModelHandle | None:
         """Return the same model in bfloat16 or, where it is run in less than float32, in that; None where its runtime
         has one precision.
         """
@@ -130,7 +130,7 @@ class ModelHandle:
         other.contents = self.contents
         return other
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Return what the model's files say of it."""
         changed = {"changed": True} if self.contents.changed else {}
         return describe(self.located) | changed
@@ -150,10 +150,10 @@ class ModelHandle:
         if runtime := loaded.record():
             evaluated["runtime"] = runtime
         known = {key: value for key, value in evaluated.items() if value is not None}
-        return ModelRecord.from_dict(self.described() | dict(loaded.described()) | known)
+        return ModelRecord.from_dict(self.describe() | dict(loaded.describe()) | known)
 
 
-def handles_of(
+def make_handles(
     located: Sequence[Located], settings: Settings, probes: Sequence[Opened] = (), *, timed: bool = False
 ) -> list[ModelHandle]:
     """Return handles of models that are compared, to be evaluated on `probes` and, if `timed`, to be measured: where
@@ -162,17 +162,17 @@ def handles_of(
     Raises UsageError where it reads none of them, UnsupportedError or UsageError where a model cannot be evaluated so,
     then CompressknowError where a server does not answer: before any model is evaluated.
     """
-    handles = [ModelHandle(each, own) for each, own in zip(located, _settings_of(located, settings), strict=True)]
+    handles = [ModelHandle(each, own) for each, own in zip(located, _choose_settings(located, settings), strict=True)]
     for handle in handles:
-        handle.refuse_tasks(probes)
+        handle.check_tasks(probes)
         if timed:
-            handle.refuse_untimed()
+            handle.check_timed()
     for handle in handles:
-        handle.reach()
+        handle.check_reachable()
     return handles
 
 
-def _settings_of(located: Sequence[Located], settings: Settings) -> list[Settings]:
+def _choose_settings(located: Sequence[Located], settings: Settings) -> list[Settings]:
     named = settings.runtime
     if named is None:
         return [settings] * len(located)

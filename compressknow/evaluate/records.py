@@ -231,7 +231,7 @@ class ModelRecord(_Part):
 UNKNOWN = "unknown"
 
 
-def on_server(model: ModelRecord) -> bool:
+def is_on_server(model: ModelRecord) -> bool:
     """Return whether a server gave the answers."""
     return (model.runtime or {}).get("name") == "server"
 
@@ -297,7 +297,7 @@ class Chunk:
     greedy: np.ndarray
 
 
-def file_of(name: str) -> str:
+def text_file_name(name: str) -> str:
     """Return the name of the file for a probe's tokens: no two probes of an answers folder share one.
 
     >>> file_of("text:wiki.txt")
@@ -311,9 +311,9 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {field.name: [_stored(getattr(chunk, field.name)) for chunk in chunks] for field in _schema()}
+    columns = {field.name: [_to_list(getattr(chunk, field.name)) for chunk in chunks] for field in _chunk_schema()}
     with written(path) as file:
-        pq.write_table(pa.table(columns, schema=_schema()), file, compression="zstd")
+        pq.write_table(pa.table(columns, schema=_chunk_schema()), file, compression="zstd")
 
 
 def read_chunks(path: Path) -> tuple[Chunk, ...]:
@@ -324,8 +324,8 @@ def read_chunks(path: Path) -> tuple[Chunk, ...]:
     try:
         check_parquet(path)
         with pq.ParquetFile(path) as file:
-            rows = file.read(columns=_schema().names).cast(_schema()).to_pylist()
-        return tuple(sorted(map(_chunk, rows), key=lambda chunk: chunk.number))
+            rows = file.read(columns=_chunk_schema().names).cast(_chunk_schema()).to_pylist()
+        return tuple(sorted(map(_parse_chunk, rows), key=lambda chunk: chunk.number))
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise DamagedAnswers(
             f"{path} cannot be read as the tokens of a text.",
@@ -338,10 +338,10 @@ def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:
     """Read the chunks of each text of an answers folder, by probe. Raise DamagedAnswers where a file is missing or
     damaged, or is not the one of the record.
     """
-    return {name: _checked(folder, entry) for name, entry in record.probes.items() if entry.text}
+    return {name: _read_checked(folder, entry) for name, entry in record.probes.items() if entry.text}
 
 
-def _checked(folder: Path, entry: ProbeEntry) -> tuple[Chunk, ...]:
+def _read_checked(folder: Path, entry: ProbeEntry) -> tuple[Chunk, ...]:
     text: Mapping[str, Any] = entry.text or {}
     name = str(text.get("file", ""))
     # A name of a folder elsewhere is none of ours.
@@ -357,11 +357,11 @@ def _checked(folder: Path, entry: ProbeEntry) -> tuple[Chunk, ...]:
     return read_chunks(folder / name)
 
 
-def _stored(value: Any) -> Any:
+def _to_list(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _schema() -> pa.Schema:
+def _chunk_schema() -> pa.Schema:
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
@@ -378,7 +378,7 @@ def _schema() -> pa.Schema:
     )
 
 
-def _chunk(row: Mapping[str, Any]) -> Chunk:
+def _parse_chunk(row: Mapping[str, Any]) -> Chunk:
     lists: dict[str, np.ndarray] = {name: np.array(row[name], dtype=kind) for name, kind in _KINDS.items()}
     kl = None if row["kl"] is None else np.array(row["kl"], dtype=np.float64)
     scored = [len(lists["ids"]), len(lists["logp"]), len(lists["top"]), *([] if kl is None else [len(kl)])]

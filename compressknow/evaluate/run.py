@@ -23,27 +23,27 @@ from compressknow.evaluate.answers import (
     Answers,
     check_counts,
     check_table,
+    find_parts,
     is_answers_folder,
-    locked,
-    parts_of,
+    lock_folder,
+    read_parts,
     read_record,
-    stored,
-    stored_parts,
-    tidy,
+    read_stored,
+    remove_parts,
     write_part,
     write_record,
     write_table,
 )
 from compressknow.evaluate.distributions import Context
 from compressknow.evaluate.evaluate import (
+    add_examples,
+    check_facts,
+    check_model,
     evaluate,
-    first_ids,
-    refuse_other_facts,
-    refuse_other_model,
-    tokens_alike,
-    with_examples,
+    find_first_ids,
+    has_same_tokens,
 )
-from compressknow.evaluate.facts import Probe, chance, majority
+from compressknow.evaluate.facts import Probe, compute_chance, compute_majority
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import (
     ALONE,
@@ -52,14 +52,21 @@ from compressknow.evaluate.records import (
     ModelRecord,
     ProbeEntry,
     Record,
-    file_of,
     read_chunks,
     read_texts,
+    text_file_name,
     write_chunks,
 )
 from compressknow.evaluate.runtimes import RUNTIMES
 from compressknow.evaluate.sources import Opened, Task
-from compressknow.evaluate.text import RunningText, chunks_of, context_of, entry_of, outcome, read_text
+from compressknow.evaluate.text import (
+    RunningText,
+    choose_context,
+    cut_chunks,
+    describe_divergence,
+    make_text_entry,
+    read_text,
+)
 
 # What parts are made of.
 _Part = TypeVar("_Part")
@@ -94,55 +101,55 @@ def probe_model(
     CompressknowError : the model or a probe is not the one of the reference; a weight is no number; the model's files
         change meanwhile.
     """
-    refuse_twins(probes)
-    handle.refuse_tasks(probes)
+    check_unique(probes)
+    handle.check_tasks(probes)
     handle.check_sound()
     context = context or Context()
     if not handle.runtime.whole_vocabulary:
         context = replace(context, whole=None)
-    with _kept_in(folder), locked(folder, wait):
+    with _explain_damage(folder), lock_folder(folder, wait):
         run = _Run(handle, folder, context, on_progress)
         if context.whole and context.reference:
-            left = lacking(handle, probes, folder, context)
+            left = find_missing(handle, probes, folder, context)
             context.whole.complete(left, context.reference, on_progress)
-        lacked = lacking(handle, probes, folder, context)
+        lacked = find_missing(handle, probes, folder, context)
         if any(isinstance(probe, RunningText) for probe in lacked):
             # A model that cannot read it is refused before it is evaluated on all else.
             handle.reader()
         for probe in lacked:
-            run.add(probe, facts_of(probes))
-        tidy(folder)
-        return _read(handle, folder, [probe.name for probe in probes])
+            run.add(probe, count_facts(probes))
+        remove_parts(folder)
+        return _read_folder(handle, folder, [probe.name for probe in probes])
 
 
 def is_answered(handle: ModelHandle, probe: Opened, folder: Path, reference: Answers | None) -> bool:
     """Return whether `folder` holds this model's answers to this probe: `probe_model` would evaluate nothing."""
-    return not lacking(handle, [probe], folder, Context(reference))
+    return not find_missing(handle, [probe], folder, Context(reference))
 
 
-def held_answers(
+def find_answers(
     handle: ModelHandle, probes: Sequence[Opened], folder: Path, reference: Answers | None
 ) -> Answers | None:
     """Return this model's answers to these probes, where `folder` holds them all."""
-    if lacking(handle, probes, folder, Context(reference)):
+    if find_missing(handle, probes, folder, Context(reference)):
         return None
-    return _read(handle, folder, [probe.name for probe in probes])
+    return _read_folder(handle, folder, [probe.name for probe in probes])
 
 
-def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context: Context) -> list[Opened]:
+def find_missing(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context: Context) -> list[Opened]:
     """Return the probes to which `folder` holds no answers of this model; with the original's distributions, also those
     whose answers lack a divergence over the whole vocabulary that can be had.
     """
-    with _kept_in(folder):
+    with _explain_damage(folder):
         entries = read_record(folder).probes if is_answers_folder(folder) else {}
     keys = {name: entry.key for name, entry in entries.items()}
-    missing = {probe.name for probe in probes if keys.get(probe.name) != _key(handle, probe, context)}
+    missing = {probe.name for probe in probes if keys.get(probe.name) != _compute_key(handle, probe, context)}
     whole = context.whole
     if whole and context.reference and missing != {probe.name for probe in probes}:
         # Not those of models whose tokens are others: they can have none.
         alike = {name for name, entry in entries.items() if entry.reference == context.sha256}
-        with _kept_in(folder):
-            bare = alike & {answer.probe for answer in stored(folder) if answer.first_kl is None}
+        with _explain_damage(folder):
+            bare = alike & {answer.probe for answer in read_stored(folder) if answer.first_kl is None}
         bare |= {name for name, entry in entries.items() if entry.text and entry.text["divergence"] in (ALONE, NO_ROOM)}
         possible = (probe for probe in probes if not isinstance(probe, Task) and not whole.of(probe).gave_up)
         missing |= bare & {probe.name for probe in possible}
@@ -150,7 +157,7 @@ def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context
 
 
 @contextmanager
-def _kept_in(folder: Path) -> Iterator[None]:
+def _explain_damage(folder: Path) -> Iterator[None]:
     """Explain damage in a folder of the run's own: its answers can be computed again."""
     try:
         yield
@@ -159,14 +166,14 @@ def _kept_in(folder: Path) -> Iterator[None]:
         raise DamagedAnswers(error.what, error.why, again) from error
 
 
-def facts_of(probes: Sequence[Opened]) -> int:
+def count_facts(probes: Sequence[Opened]) -> int:
     """Count the facts of the probes; the items of lm-eval's tasks are not known before they are run, and texts have
     none.
     """
     return sum(len(probe.facts) for probe in probes if isinstance(probe, Probe))
 
 
-def refuse_twins(probes: Sequence[Opened]) -> None:
+def check_unique(probes: Sequence[Opened]) -> None:
     """Refuse two probes of one name, such as facts files of one name in different folders."""
     names = [probe.name for probe in probes]
     if twins := sorted({name for name in names if names.count(name) > 1}):
@@ -180,19 +187,19 @@ class _Run:
 
     def __init__(self, handle: ModelHandle, folder: Path, context: Context, on_progress: Listener | None) -> None:
         self._handle, self._folder, self._beside, self._on_progress = handle, folder, context, on_progress
-        self._record = _record(folder, handle)
+        self._record = _open_record(folder, handle)
 
     def add(self, probe: Opened, facts: int) -> None:
         """Evaluate the model on a probe; `facts` are those of all probes, for the time that is left."""
         start = time.monotonic()
         handle, reference = self._handle, self._beside.reference
         if reference:
-            refuse_other_facts(reference, probe)
+            check_facts(reference, probe)
             if not isinstance(probe, RunningText):
-                refuse_other_model(reference, handle.located.name, handle.loaded)
-        alike = reference is None or tokens_alike(reference, handle.loaded)
-        key = _key(handle, probe, self._beside)
-        known = self._known(probe.name, key)
+                check_model(reference, handle.located.name, handle.loaded)
+        alike = reference is None or has_same_tokens(reference, handle.loaded)
+        key = _compute_key(handle, probe, self._beside)
+        known = self._find_known(probe.name, key)
         work: Work = "read" if isinstance(probe, RunningText) else "evaluate"
         stage = Stage(work, handle.located.name, probe.name, facts, handle.where)
         chunks: tuple[Chunk, ...] = ()
@@ -200,9 +207,9 @@ class _Run:
         with begun(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
                 context = self._beside if alike else Context()
-                answers, entry = self._evaluate(probe, parts_of(self._folder, key), known, context, advance)
+                answers, entry = self._evaluate_facts(probe, find_parts(self._folder, key), known, context, advance)
             elif isinstance(probe, RunningText):
-                chunks, entry = self._read(probe, parts_of(self._folder, key), known, advance)
+                chunks, entry = self._read_text(probe, find_parts(self._folder, key), known, advance)
             elif known:
                 # A task gives no distribution: there is nothing to evaluate anew.
                 answers, entry = list(known.of(probe.name)), known.record.probes[probe.name]
@@ -211,21 +218,23 @@ class _Run:
                 answers, entry = probe.run(handle.loaded.language_model)
         seconds = round(time.monotonic() - start, 1)
         of = (self._beside.sha256 if alike or chunks else None) or handle.sha256
-        self._keep(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
+        self._store(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
 
-    def _known(self, name: str, key: str) -> Answers | None:
+    def _find_known(self, name: str, key: str) -> Answers | None:
         """Return answers of this model to the probe that lack only a divergence: they are not evaluated whole again."""
         entry = self._record.probes.get(name)
         if entry is None or entry.key != key:
             return self._beside.known
-        return Answers(self._record, tuple(stored(self._folder)), read_texts(self._folder, self._record))
+        return Answers(self._record, tuple(read_stored(self._folder)), read_texts(self._folder, self._record))
 
-    def _read(
+    def _read_text(
         self, text: RunningText, parts: Path, known: Answers | None, advance: Advance | None
     ) -> tuple[tuple[Chunk, ...], ProbeEntry]:
         reader, context = self._handle.reader(), self._beside
         original = context.reference.record if context.reference else None
-        chunks = chunks_of(reader, text, context_of(reader, text, original.probes[text.name] if original else None))
+        chunks = cut_chunks(
+            reader, text, choose_context(reader, text, original.probes[text.name] if original else None)
+        )
         same_tokens = original is None or original.model.vocabulary in (None, self._handle.loaded.vocabulary)
         whole = context.of_batches(text) if same_tokens else None
         read = {chunk.number: chunk for path in sorted(parts.glob("*.parquet")) for chunk in read_chunks(path)}
@@ -239,17 +248,19 @@ class _Run:
             whole=whole,
             advance=advance,
         )
-        for part in _in_parts([chunk] for chunk in fresh):
+        for part in _gather_parts([chunk] for chunk in fresh):
             self._handle.check_unchanged()
             parts.mkdir(parents=True, exist_ok=True)
             write_chunks(parts / f"{len(read):08}.parquet", part)
             read |= {chunk.number: chunk for chunk in part}
         all_read = tuple(read[number] for number in sorted(read))
         gave_up = context.whole.of(text).gave_up if context.whole else None
-        compared = outcome(all_read, reference=original is not None, same_tokens=same_tokens, gave_up=gave_up)
-        return all_read, entry_of(text, chunks, all_read, compared)
+        compared = describe_divergence(
+            all_read, reference=original is not None, same_tokens=same_tokens, gave_up=gave_up
+        )
+        return all_read, make_text_entry(text, chunks, all_read, compared)
 
-    def _evaluate(
+    def _evaluate_facts(
         self, probe: Probe, parts: Path, known: Answers | None, context: Context, advance: Advance | None
     ) -> tuple[list[Answer], ProbeEntry]:
         prompts = self._handle.prompts(probe)
@@ -260,36 +271,36 @@ class _Run:
                 reasons,
                 "Choose another probe or protocol.",
             )
-        answers, reference = stored_parts(parts), context.reference
+        answers, reference = read_parts(parts), context.reference
         batches = evaluate(
             prompts,
-            reference=first_ids(reference, probe, prompts) if reference else None,
+            reference=find_first_ids(reference, probe, prompts) if reference else None,
             done=frozenset(answer.fact_id for answer in answers),
             known={answer.fact_id: answer for answer in known.of(probe.name)} if known else None,
             whole=context.of_batches(probe),
             advance=advance,
         )
-        for part in _in_parts(batches):
+        for part in _gather_parts(batches):
             self._handle.check_unchanged()
             write_part(parts, part)
             answers += part
         order = {fact.id: number for number, fact in enumerate(probe.facts)}
         answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
-        answers = with_examples(prompts.scorer, answers, reference.of(probe.name) if reference else ())
-        return answers, facts_entry(probe, answers, prompts.dropped)
+        answers = add_examples(prompts.scorer, answers, reference.of(probe.name) if reference else ())
+        return answers, make_facts_entry(probe, answers, prompts.dropped)
 
-    def _keep(self, name: str, answers: Sequence[Answer], entry: ProbeEntry, chunks: Sequence[Chunk]) -> None:
+    def _store(self, name: str, answers: Sequence[Answer], entry: ProbeEntry, chunks: Sequence[Chunk]) -> None:
         record, folder = self._record, self._folder
         model = self._handle.record()
         # Nothing is kept of files that are not those that were hashed.
         self._handle.check_unchanged()
-        others = [a for a in stored(folder) if a.probe != name and a.probe in record.probes]
+        others = [a for a in read_stored(folder) if a.probe != name and a.probe in record.probes]
         probes = {other: kept for other, kept in record.probes.items() if other != name}
         if name in record.probes or record.answers_sha256 is not None:
             # Neither the old entry nor the old hash must stand beside the new answers, should this run be killed here.
             write_record(folder, record.without_hash(probes))
         if chunks:
-            path = folder / file_of(name)
+            path = folder / text_file_name(name)
             write_chunks(path, chunks)
             entry = replace(entry, text={**(entry.text or {}), "file": path.name, "sha256": sha256_of(path)})
         write_table(folder / TABLE, [*others, *answers])
@@ -301,7 +312,7 @@ class _Run:
         write_record(folder, self._record)
 
 
-def facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> ProbeEntry:
+def make_facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> ProbeEntry:
     """Return the entry in ``probe.json`` of a probe of facts that was answered."""
     evaluated = {answer.fact_id for answer in answers}
     facts = [fact for fact in probe.facts if fact.id in evaluated]
@@ -312,8 +323,8 @@ def facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, i
         asked=len(answers),
         dropped=dict(dropped),
         average=probe.average,
-        chance=chance(answer.choices for answer in answers),
-        majority=majority(facts, probe.most_frequent),
+        chance=compute_chance(answer.choices for answer in answers),
+        majority=compute_majority(facts, probe.most_frequent),
         limit=probe.limit,
         seed=probe.seed,
         templates=probe.templates,
@@ -321,7 +332,7 @@ def facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, i
     )
 
 
-def _key(handle: ModelHandle, probe: Opened, context: Context) -> str:
+def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
     """Hash all that decides the answers: the model, the facts, whose tokens are scored, and how it is run."""
     settings = handle.settings
     decides = [
@@ -335,7 +346,7 @@ def _key(handle: ModelHandle, probe: Opened, context: Context) -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
-def _in_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
+def _gather_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
     """Gather batches to what is worth a file; also those before an error, or before the user interrupts."""
     part: list[_Part] = []
     since = time.monotonic()
@@ -351,7 +362,7 @@ def _in_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
             yield part
 
 
-def _read(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:
+def _read_folder(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:
     """Read the answers to these probes alone; the folder may hold those to others.
 
     They are kept by the content of the model, which may have another name by now, or another manifest.
@@ -359,21 +370,21 @@ def _read(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:
     record, located = read_record(folder), handle.located
     model = record.model
     if located.url is None:
-        said = handle.described()
+        said = handle.describe()
         model = replace(model, name=located.name, revision=located.revision, changed=said.get("changed"))
         model = replace(model, source=said.get("source", model.source))
     record = replace(record, model=model, probes={name: record.probes[name] for name in names})
-    rows = tuple(answer for answer in stored(folder) if answer.probe in record.probes)
+    rows = tuple(answer for answer in read_stored(folder) if answer.probe in record.probes)
     answers = Answers(record, rows, read_texts(folder, record))
     check_counts(folder, answers)
     return answers
 
 
-def _record(folder: Path, handle: ModelHandle) -> Record:
+def _open_record(folder: Path, handle: ModelHandle) -> Record:
     """Read the record of the folder so far; begin one where there is none."""
     if not (folder / RECORD).is_file():
         model = ModelRecord(name=handle.located.name)
-        return Record(schema=SCHEMA_VERSION, model=model, probes={}, versions=_versions())
+        return Record(schema=SCHEMA_VERSION, model=model, probes={}, versions=_list_versions())
     record = read_record(folder)
     check_table(folder, record)
     if record.model.sha256 != handle.sha256:
@@ -388,10 +399,10 @@ def _record(folder: Path, handle: ModelHandle) -> Record:
             f"{folder} holds answers that {record.model.name} gave in {ran_in}, not in {handle.runtime.name}.",
             hint=f"Choose another folder for the answers, or pass --runtime {ran_in}.",
         )
-    return replace(record, versions=_versions())
+    return replace(record, versions=_list_versions())
 
 
-def _versions() -> dict[str, str]:
+def _list_versions() -> dict[str, str]:
     from importlib.metadata import version
 
     libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}

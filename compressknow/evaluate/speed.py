@@ -52,7 +52,7 @@ def measure(located: Located, settings: Settings) -> Speed:
     return Speed(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
+def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
     import torch
 
     from compressknow.evaluate.evaluate import evaluate
@@ -73,17 +73,17 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
             torch.cuda.synchronize()
         return prompts.total
 
-    facts_per_second = _per_second(answered)
+    facts_per_second = _measure_rate(answered)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{settings.device}, {torch.get_num_threads()} threads",
         "computed_in": computed_in,
         "facts_per_second": facts_per_second,
-        "tokens_per_second": _tokens_per_second(handle),
+        "tokens_per_second": _measure_tokens(handle),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else max(peak_memory() - libraries, 0),
     }
 
 
-def _per_second(work: Callable[[], int]) -> float:
+def _measure_rate(work: Callable[[], int]) -> float:
     """Return the median, over some rounds, of how many the work says it did; one that takes long tells enough alone."""
     work()
     rates: list[float] = []
@@ -95,7 +95,7 @@ def _per_second(work: Callable[[], int]) -> float:
     return round(statistics.median(rates), 1)
 
 
-def _tokens_per_second(handle: ModelHandle) -> float | None:
+def _measure_tokens(handle: ModelHandle) -> float | None:
     """Measure on one text, read and then continued with the likeliest token each time; None for a model that does not
     continue texts. It runs without what makes it batch-invariant.
     """
@@ -117,7 +117,7 @@ def _tokens_per_second(handle: ModelHandle) -> float | None:
         (row,) = reader.continued([prompt], tokens)
         return next((place for place, token in enumerate(row, start=1) if reader.ends(token)), tokens)
 
-    return _per_second(written)
+    return _measure_rate(written)
 
 
 def _import_libraries(path: Path) -> None:
@@ -134,12 +134,12 @@ def _import_libraries(path: Path) -> None:
         getattr(transformers, str(name), None)
 
 
-def _main(path: str, settings: str) -> None:
+def _print_speed(path: str, settings: str) -> None:
     try:
-        print(json.dumps(_measure_here(Path(path), Settings(**json.loads(settings)))))  # noqa: T201
+        print(json.dumps(_measure_in_process(Path(path), Settings(**json.loads(settings)))))  # noqa: T201
     except CompressknowError as error:
         sys.exit(" ".join(part for part in (error.what, error.why) if part))
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _print_speed(*sys.argv[1:])

@@ -81,7 +81,7 @@ class RunningText:
         try:
             with open_regular(self.path) as file:
                 content = file.read(most)
-            text = _decoded(content, whole=len(content) < most)
+            text = _decode(content, whole=len(content) < most)
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"{self.path} is not UTF-8: byte {error.start:,}.", hint="Save it as UTF-8, and try again."
@@ -91,7 +91,7 @@ class RunningText:
         return text.removesuffix("\n")
 
 
-def _decoded(content: bytes, *, whole: bool) -> str:
+def _decode(content: bytes, *, whole: bool) -> str:
     """Decode the text; where it is cut, a character that is cut with it is left out."""
     try:
         return content.decode("utf-8")
@@ -110,7 +110,7 @@ _WHY = {
 CONTINUED, GREEDY_TOKENS = 16, 32
 
 
-def refuse_other_families(name: str, family: str) -> None:
+def check_family(name: str, family: str) -> None:
     """Raise UnsupportedError for a model that is not causal."""
     if family != "causal":
         raise UnsupportedError(
@@ -140,7 +140,7 @@ class Chunks:
         return int(self.ids.shape[1])
 
 
-def first_scored(context: int) -> int:
+def find_first_scored(context: int) -> int:
     """Return the place of the token after which the first one is scored.
 
     >>> first_scored(512), 512 - 1 - first_scored(512)
@@ -149,7 +149,7 @@ def first_scored(context: int) -> int:
     return context // 2
 
 
-def chunks_of(reader: TextReader, text: RunningText, context: int) -> Chunks:
+def cut_chunks(reader: TextReader, text: RunningText, context: int) -> Chunks:
     """Cut the text into chunks of `context` tokens.
 
     Raises UsageError where it is too short for one, CheckpointError where a token is none of the model's.
@@ -173,10 +173,10 @@ def chunks_of(reader: TextReader, text: RunningText, context: int) -> Chunks:
             f"It stands in {text.name}.",
             "Put the tokenizer that the model was trained with beside its weights.",
         )
-    return Chunks(cut, _bytes_of(ends, number, context), len(ids))
+    return Chunks(cut, _count_bytes(ends, number, context), len(ids))
 
 
-def context_of(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:
+def choose_context(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:
     """Choose the tokens per chunk: those that were asked for, else the original's, else 512 or as many as the model has
     room for.
 
@@ -214,7 +214,7 @@ def read_text(
     left = [number for number in range(len(chunks.ids)) if number not in (done or {})]
     if advance:
         advance(len(chunks.ids) - len(left), len(chunks.ids))
-    written = _continued(reader, chunks, [number for number in left if number < CONTINUED], known or {})
+    written = _continue_first(reader, chunks, [number for number in left if number < CONTINUED], known or {})
     for number in left:
         chunk = read_chunk(reader, chunks, number, whole)
         yield replace(chunk, greedy=np.array(written.get(number, []), dtype=np.int32))
@@ -225,11 +225,11 @@ def read_text(
 def read_chunk(reader: TextReader, chunks: Chunks, number: int, whole: Whole | None) -> Chunk:
     import torch
 
-    first = first_scored(chunks.context)
+    first = find_first_scored(chunks.context)
     ids = chunks.ids[number]
     log_probs, scored = reader.log_probs(ids.tolist(), first), ids[first + 1 :]
     places = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
-    divergences = whole(keys_of(number, chunks.context), log_probs) if whole else [None]
+    divergences = whole(list_keys(number, chunks.context), log_probs) if whole else [None]
     return Chunk(
         number=number,
         ids=scored,
@@ -241,12 +241,12 @@ def read_chunk(reader: TextReader, chunks: Chunks, number: int, whole: Whole | N
     )
 
 
-def keys_of(number: int, context: int) -> list[str]:
+def list_keys(number: int, context: int) -> list[str]:
     """Return what the distributions of a chunk are kept under."""
-    return [f"{number}:{place}" for place in range(context - 1 - first_scored(context))]
+    return [f"{number}:{place}" for place in range(context - 1 - find_first_scored(context))]
 
 
-def entry_of(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], compared: str) -> ProbeEntry:
+def make_text_entry(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], compared: str) -> ProbeEntry:
     """Return the entry of ``probe.json``; `compared` says whether there are divergences, and if not, why."""
     lengths = [chunk.bytes for chunk in read if chunk.bytes is not None]
     return ProbeEntry(
@@ -266,7 +266,7 @@ def entry_of(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], compare
     )
 
 
-def outcome(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave_up: bool | None) -> str:
+def describe_divergence(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave_up: bool | None) -> str:
     """Say whether a text has divergences, or why not; `gave_up` is None where no distributions were kept at all."""
     if not reference or gave_up is None:
         return ALONE
@@ -277,19 +277,20 @@ def outcome(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave
     return NO_ROOM if gave_up else OTHER_SIZE
 
 
-def _continued(
+def _continue_first(
     reader: TextReader, chunks: Chunks, numbers: list[int], known: Mapping[int, Chunk]
 ) -> dict[int, list[int]]:
     written = {number: known[number].greedy.tolist() for number in numbers if number in known}
     new = [number for number in numbers if number not in written]
-    prompts = [chunks.ids[number, : first_scored(chunks.context)].tolist() for number in new]
-    room = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - first_scored(chunks.context))
+    prompts = [chunks.ids[number, : find_first_scored(chunks.context)].tolist() for number in new]
+    room = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - find_first_scored(chunks.context))
     return written | dict(zip(new, reader.continued(prompts, room) if new else [], strict=True))
 
 
-def _bytes_of(ends: list[int] | None, number: int, context: int) -> tuple[int, ...] | None:
+def _count_bytes(ends: list[int] | None, number: int, context: int) -> tuple[int, ...] | None:
     if ends is None:
         return None
     return tuple(
-        ends[start + context - 1] - ends[start + first_scored(context)] for start in range(0, number * context, context)
+        ends[start + context - 1] - ends[start + find_first_scored(context)]
+        for start in range(0, number * context, context)
     )

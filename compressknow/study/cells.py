@@ -23,8 +23,8 @@ from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle
-from compressknow.evaluate.noise import with_noise_floor, with_runtime_noise_floor
-from compressknow.evaluate.run import facts_of, is_answered, lacking, probe_model
+from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor
+from compressknow.evaluate.run import count_facts, find_missing, is_answered, probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.runtimes.transformers import LoadedInTransformers
 from compressknow.evaluate.sources import Opened
@@ -146,7 +146,7 @@ class StudyModel:
         return CellHandle(self.original, cell, self.maker, self.tokenizer, self._written)
 
 
-_NOISE = {"precision": with_noise_floor, "runtime": with_runtime_noise_floor}
+_NOISE = {"precision": add_noise_floor, "runtime": add_runtime_noise_floor}
 
 
 def _evaluate(
@@ -159,12 +159,12 @@ def _evaluate(
     *,
     noise_floors: Collection[NoiseFloor] = (),
 ) -> Answers:
-    watched, context = staged(on_progress, facts=facts_of(probes)), Context(reference, whole=whole)
+    watched, context = staged(on_progress, facts=count_facts(probes)), Context(reference, whole=whole)
     if whole and reference:
         # Before the first is evaluated: then the original need not be in memory beside the cell.
         facts = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
         whole.complete(
-            [p for p in facts if lacking(handle, [p], folder / folder_of(p.name), context)],
+            [p for p in facts if find_missing(handle, [p], folder / folder_of(p.name), context)],
             reference,
             watched,
         )

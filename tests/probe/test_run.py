@@ -18,7 +18,7 @@ from compressknow.base.files import LOCK
 from compressknow.base.progress import Listener
 from compressknow.engine.identity import locate
 from compressknow.evaluate import run
-from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
+from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, lock_folder, read_answers, read_table
 from compressknow.evaluate.distributions import Context
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
@@ -277,12 +277,12 @@ def test_who_waits_for_a_run_that_fails_gets_a_folder_of_its_own(tmp_path: Path)
 
     def wait_for_it() -> None:
         started.set()
-        with locked(tmp_path / "a", wait=True):
+        with lock_folder(tmp_path / "a", wait=True):
             seen.append((tmp_path / "a" / LOCK).is_file())
             (tmp_path / "a" / "answer").touch()
 
     waiting = threading.Thread(target=wait_for_it)
-    with contextlib.suppress(UsageError), locked(tmp_path / "a", wait=True):
+    with contextlib.suppress(UsageError), lock_folder(tmp_path / "a", wait=True):
         waiting.start()
         started.wait()
         raise UsageError("It failed.")

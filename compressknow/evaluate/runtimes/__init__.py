@@ -144,7 +144,7 @@ class Loaded(abc.ABC):
         """
         return None
 
-    def described(self) -> Mapping[str, Any]:
+    def describe(self) -> Mapping[str, Any]:
         """Return what it says of itself, for the "model" entry, in addition to what the model's files say."""
         return {}
 
@@ -178,12 +178,12 @@ class Runtime(abc.ABC):
         """Return whether it runs a model that it reads where the user names no runtime."""
         return self.reads(located)
 
-    def settled(self, settings: Settings) -> Settings:
+    def resolve_settings(self, settings: Settings) -> Settings:
         """Return the settings with what they mean on this machine. Raise UsageError for one that it cannot keep."""
         return settings.here()
 
     def where(self, located: Located, settings: Settings) -> str:  # noqa: ARG002
-        """Return where it computes, for people; `settings` are those of `settled`."""
+        """Return where it computes, for people; `settings` are those of `resolve_settings`."""
         return str(settings.device)
 
     def contents(self, located: Located, settings: Settings) -> Contents:  # noqa: ARG002
@@ -198,7 +198,7 @@ class Runtime(abc.ABC):
 
     @abc.abstractmethod
     def open(self, located: Located, settings: Settings) -> Loaded:
-        """Load a model; `settings` are those of `settled`. Raises CompressknowError where it cannot be run."""
+        """Load a model; `settings` are those of `resolve_settings`. Raises CompressknowError where it cannot be run."""
 
 
 # The last one that reads a model, and is meant for it, runs it.

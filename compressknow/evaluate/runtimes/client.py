@@ -62,7 +62,7 @@ class Client:
         self._key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), None)
         self._session = requests.Session()
         self._session.auth = _Key(self._key)
-        adapter = _Adapter(pool_maxsize=parallel, max_retries=_retries())
+        adapter = _Adapter(pool_maxsize=parallel, max_retries=_make_retries())
         self._session.mount("http://", adapter)
         self._session.mount("https://", adapter)
 
@@ -86,28 +86,28 @@ class Client:
         try:
             response = self._session.request(method, f"{self.url}{path}", **how)
         except (requests.RequestException, HTTPError) as error:
-            raise self._failed(error) from None
-        # Read already: see `_in_time`.
+            raise self._explain_failure(error) from None
+        # Read already: see `_add_deadline`.
         response.raw.release_conn()
         return self._read(path, response.status_code, response.raw.data, form)
 
     def _read(self, path: str, status: int, body: bytes, form: Any) -> Any:
         if len(body) > MOST_BYTES:
-            raise self._wrong(path, f"more than {MOST_BYTES >> 20} MB")
+            raise self._refuse_content(path, f"more than {MOST_BYTES >> 20} MB")
         try:
             content = parse_json(body)
         except ValueError:
             content = None
         if status != 200:
-            raise self._refused(status, content)
+            raise self._explain_refusal(status, content)
         if content is None:
-            raise self._wrong(path, "what is no JSON")
+            raise self._refuse_content(path, "what is no JSON")
         if wrong := misfit(content, form):
-            raise self._wrong(path, f"JSON of another form: {plain(wrong, 200)}")
+            raise self._refuse_content(path, f"JSON of another form: {plain(wrong, 200)}")
         return content
 
-    def _refused(self, status: int, content: Any) -> Refused:
-        said = self._said(content)
+    def _explain_refusal(self, status: int, content: Any) -> Refused:
+        said = self._find_message(content)
         if status in (401, 403):
             what = "does not take the key" if self._key else "wants a key"
             return Refused(status, f"{self.url} {what} (HTTP {status}).", said, f"Set {KEYS[0]} to the server's key.")
@@ -116,7 +116,7 @@ class Client:
         hint = "Wait, lower --parallel, or look at the server's log." if status in PASSING else None
         return Refused(status, f"{self.url} answers with an error (HTTP {status}).", said, hint)
 
-    def _failed(self, error: Exception) -> CompressknowError:
+    def _explain_failure(self, error: Exception) -> CompressknowError:
         # The text of these errors names addresses and objects, and says no more than their kind.
         if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
             return CompressknowError(
@@ -135,11 +135,11 @@ class Client:
             f"There is no server at {self.url}.", hint="Start it, and give the address that it prints: http://HOST:PORT"
         )
 
-    def _wrong(self, path: str, what: str) -> Refused:
+    def _refuse_content(self, path: str, what: str) -> Refused:
         hint = "Is it an OpenAI-compatible server of a language model?"
         return Refused(200, f"{self.url} answers {path} with {what}.", hint=hint)
 
-    def _said(self, content: Any) -> str | None:
+    def _find_message(self, content: Any) -> str | None:
         """Return the server's message, of the forms in use; without the key, should it be in there."""
         for name in ("error", "message", "detail"):
             content = content.get(name, content) if isinstance(content, dict) else content
@@ -165,12 +165,12 @@ class _Adapter(HTTPAdapter):
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> HTTPConnectionPool:
         pool = super().get_connection_with_tls_context(*args, **kwargs)
-        pool.ConnectionCls = _in_time(type(pool).ConnectionCls)
+        pool.ConnectionCls = _add_deadline(type(pool).ConnectionCls)
         return pool
 
 
 @cache
-def _in_time(kind: type[HTTPConnection]) -> type[HTTPConnection]:
+def _add_deadline(kind: type[HTTPConnection]) -> type[HTTPConnection]:
     """Return connections with one deadline for a whole answer: the timeouts of urllib3 are for each read, which a
     server that drips headers, or "100 Continue" without end, never exceeds.
     """
@@ -178,7 +178,7 @@ def _in_time(kind: type[HTTPConnection]) -> type[HTTPConnection]:
     class InTime(kind):  # type: ignore[misc,valid-type]
         def getresponse(self) -> HTTPResponse:
             end = time.monotonic() + self.timeout
-            watchdog = threading.Timer(self.timeout, _shut, [self.sock])
+            watchdog = threading.Timer(self.timeout, _shut_down, [self.sock])
             # Who interrupts the run does not wait for it.
             watchdog.daemon = True
             watchdog.start()
@@ -208,7 +208,7 @@ def _in_time(kind: type[HTTPConnection]) -> type[HTTPConnection]:
     return InTime
 
 
-def _shut(connection: socket.socket) -> None:
+def _shut_down(connection: socket.socket) -> None:
     """End what another thread reads from it."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
@@ -224,7 +224,7 @@ class _Patience(Retry):
         return None if asked is None else min(asked, LONGEST_PAUSE)
 
 
-def _retries() -> Retry:
+def _make_retries() -> Retry:
     """Return how requests are repeated. Evaluating changes nothing on a server: any request may be sent again."""
     return _Patience(
         total=TRIES,

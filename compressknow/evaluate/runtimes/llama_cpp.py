@@ -34,7 +34,7 @@ class LlamaCpp(Runtime):
 
         return self.reads(located) and is_there()
 
-    def settled(self, settings: Settings) -> Settings:
+    def resolve_settings(self, settings: Settings) -> Settings:
         """Choose the processor: other devices are refused. What it computes in is the file's own, not `dtype`."""
         if settings.device not in (AUTO, CPU):
             raise UsageError(
@@ -94,7 +94,7 @@ class LoadedInLlamaCpp(Loaded):
         """Name, build, and how each group of layers is stored."""
         return self._record
 
-    def described(self) -> Mapping[str, Any]:
+    def describe(self) -> Mapping[str, Any]:
         """Return how most weights are stored, and what an export of compressknow says that it was made from."""
         from compressknow.gguf.record import PREFIX, SOURCE
 

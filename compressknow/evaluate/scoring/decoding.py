@@ -17,9 +17,9 @@ import torch
 
 from compressknow.engine.layers import rounds_activations, unrounded
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.grades import cut, end_of, opening_of
+from compressknow.evaluate.grades import cut, find_end, find_opening
 from compressknow.evaluate.scoring.prompts import Ids
-from compressknow.evaluate.scoring.ranking import Scores, best_of, make_answer, rank_of
+from compressknow.evaluate.scoring.ranking import Scores, find_best, find_rank, make_answer
 from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, ROWS, SLACK_TOKENS, Query, Scorer
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Prefix:
 class DecodingScorer(Scorer):
     """Scores what follows a prefix, the cache of the prefix shared by all that may follow."""
 
-    by_weights = ("_rounds",)
+    by_weights = ("_is_rounding",)
     # How the architecture may read; None until it is tried.
     _reading: Reading | None = None
 
@@ -99,15 +99,15 @@ class DecodingScorer(Scorer):
     ) -> None:
         """Finish the rows `walking`, a token per pass, so that a row stops where it falls below its bar; `scores` are
         changed in place. A few rows go on to their ends in one pass: it reads all weights, whatever it scores. Not
-        where activations are rounded: how many rows there are would show in the scores (see `_rounds`).
+        where activations are rounded: how many rows there are would show in the scores (see `_is_rounding`).
         """
         cache, places, known = prefix.cache, [rows[row][0] for row in walking], 1
         while walking:
             left = max(len(rows[row][1]) for row in walking) - known
-            one_pass = not self.reads_ahead and not self._rounds and len(walking) * left <= FEW_TOKENS
+            one_pass = not self.reads_ahead and not self._is_rounding and len(walking) * left <= FEW_TOKENS
             width = left if one_pass else 1
             cache = select_rows(cache, torch.tensor(places, device=prefix.ids.device))
-            log_probs, cache = self._more(prefix, [rows[row] for row in walking], cache, known, width)
+            log_probs, cache = self._score_more(prefix, [rows[row] for row in walking], cache, known, width)
             scores[walking] += log_probs
             known += width
             places = [n for n, row in enumerate(walking) if known < len(rows[row][1]) and not scores[row] < bars[row]]
@@ -125,17 +125,17 @@ class DecodingScorer(Scorer):
         for index, more in zip(chosen, rest, strict=True):
             query, scores = batch[index], log_probs[index].double().cpu().numpy()
             first = query.gold[0]
-            rank = rank_of(first, scores)
-            text, correct = judged(texts[index] or "", query.fact.obj_label)
+            rank = find_rank(first, scores)
+            text, correct = judge(texts[index] or "", query.fact.obj_label)
             known = correct and rank is not None
-            best = best_of(scores)
+            best = find_best(scores)
             tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
             logp = float(scores[first] + more)
             answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, None, correct=known))
         return answers
 
     def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:
-        return [self.encoder.decode(self._ended(ids)) for ids in self.generate(batch, log_probs, state)]
+        return [self.encoder.decode(self._cut_end(ids)) for ids in self.generate(batch, log_probs, state)]
 
     def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:
         """Return the likeliest tokens after each prompt, decoded greedily as far as each `goes_on`."""
@@ -151,7 +151,7 @@ class DecodingScorer(Scorer):
             last = torch.tensor([written[row] for row in rows], device=state.ids.device)
             read = last[:, -1:] if cache is not None else torch.cat([state.ids[rows], last], dim=1)
             logits, cache = self.forward(read, cache, state.encoder and state.encoder.rows(rows), 1)
-            cache = self._kept(cache)
+            cache = self._keep_splittable(cache)
             for row, token in zip(rows, logits[:, -1].argmax(-1).tolist(), strict=True):
                 written[row].append(token)
         return written
@@ -160,16 +160,16 @@ class DecodingScorer(Scorer):
         """Return whether a greedy text needs more tokens to tell what it says: up to as many as the longest candidate
         has, and one more, which shows whether the last word ends there; and two where a quote or an article opens it.
         """
-        if len(written) >= self._room(query, written) or self.ends(written[-1]):
+        if len(written) >= self._count_room(query, written) or self.ends(written[-1]):
             return False
         return tuple(written[:-1]) not in query.options
 
-    def _room(self, query: Query, written: Sequence[int]) -> int:
+    def _count_room(self, query: Query, written: Sequence[int]) -> int:
         if query.options:
             room = max(map(len, query.options)) + 1
             if len(written) >= room:
                 first = self.encoder.decode(written[:1])
-                room += OPENING_TOKENS if opening_of(f"{first} ").strip() == first.strip() else 0
+                room += OPENING_TOKENS if find_opening(f"{first} ").strip() == first.strip() else 0
         elif self.one_token:
             (ids,) = self.options(query.fact, [query.fact.obj_label], rest=False)
             room = len(ids) + 1
@@ -185,7 +185,7 @@ class DecodingScorer(Scorer):
         if self._reading is None:
             self._reading = self._try_reading(batch[:2], ids[:2], encoder.rows(slice(2)) if encoder else None)
         logits, cache = self.forward(ids, None, encoder, 1)
-        return logits[:, -1].float().log_softmax(-1), Prefix(ids, self._kept(cache), encoder)
+        return logits[:, -1].float().log_softmax(-1), Prefix(ids, self._keep_splittable(cache), encoder)
 
     def cached(self, cache: Any) -> dict[str, Any]:
         """Return the arguments of a forward pass that goes on from a cache, or begins one; or of one without."""
@@ -201,14 +201,14 @@ class DecodingScorer(Scorer):
         return self._reading is not None and not self._reading.spans
 
     @cached_property
-    def _rounds(self) -> bool:
+    def _is_rounding(self) -> bool:
         """Return whether the model makes much of a last bit. Attention over several tokens of a text in one pass adds
         in another order than over one, so each pass takes one.
         """
         return rounds_activations(self.model)
 
-    def _kept(self, cache: Any) -> Any:
-        return splittable(cache) if self._caches else None
+    def _keep_splittable(self, cache: Any) -> Any:
+        return check_splittable(cache) if self._caches else None
 
     def _try_reading(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> Reading:
         """Find out by two queries how this model may read."""
@@ -223,20 +223,20 @@ class DecodingScorer(Scorer):
 
         # Activations that are rounded to 8 bits differ by more than what is looked for here.
         with unrounded(self.model):
-            return reading_of(forward, prefix, more)
+            return find_reading(forward, prefix, more)
 
     def cache_of(self, output: Any) -> Any:
         return getattr(output, self._cache_name, None)
 
     @cached_property
     def _cache_name(self) -> str:
-        return cache_name(self.model)
+        return find_cache_name(self.model)
 
-    def _ended(self, ids: list[int]) -> list[int]:
+    def _cut_end(self, ids: list[int]) -> list[int]:
         end = next((place for place, token in enumerate(ids) if self.ends(token)), len(ids))
         return ids[:end]
 
-    def _more(
+    def _score_more(
         self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], cache: Any, known: int, width: int
     ) -> tuple[Scores, Any]:
         """Sum the log-probabilities of the next `width` tokens after `known` ones, [rows], and return them with the
@@ -256,14 +256,14 @@ class DecodingScorer(Scorer):
         return scores, None if cache is None else after
 
 
-def cache_name(model: PreTrainedModel) -> str:
+def find_cache_name(model: PreTrainedModel) -> str:
     """Return what a model's `forward` calls its cache; modelling code that comes with a checkpoint may use the older
     name.
     """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def judged(text: str, gold: str) -> tuple[str, bool]:
+def judge(text: str, gold: str) -> tuple[str, bool]:
     """Cut a free answer at its end, and return whether it is the object: it begins with it, as whole words, whatever
     their case and the article or quotes before it.
 
@@ -271,7 +271,7 @@ def judged(text: str, gold: str) -> tuple[str, bool]:
     (('Paris, the city of', True), ('Parisian food', False), ('the Nile', True))
     """
     text = text.strip()
-    after = end_of(text, gold)
+    after = find_end(text, gold)
     return cut(text, after or 0), after is not None
 
 
@@ -297,24 +297,24 @@ class Reading:
     spans: bool
 
 
-def reading_of(forward: Forward, prefix: torch.Tensor, more: torch.Tensor) -> Reading:
+def find_reading(forward: Forward, prefix: torch.Tensor, more: torch.Tensor) -> Reading:
     """Find out how a model may read, on prefixes [batch, tokens] and what follows them, [batch, TRIED]."""
     whole, known = torch.cat([prefix, more], dim=1), prefix.shape[1]
     expected, _ = forward(whole, None, whole.shape[1], False)
-    if not same_logits(forward(prefix, None, known, False)[0], expected[:, :known]):
+    if not is_same(forward(prefix, None, known, False)[0], expected[:, :known]):
         return Reading(cached=False, spans=False)
     try:
-        cached = _cache_holds(forward, prefix, more, expected[:, known:])
+        cached = _is_cache_sound(forward, prefix, more, expected[:, known:])
     except Exception:
         # The architecture has none, or none that can be used like this.
         cached = False
     return Reading(cached=cached, spans=True)
 
 
-def _cache_holds(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, expected: torch.Tensor) -> bool:
+def _is_cache_sound(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, expected: torch.Tensor) -> bool:
     """Return whether what follows gets from a cache, some rows of it taken twice, the logits that are expected."""
     rows = torch.arange(len(prefix), device=prefix.device)
-    cache = splittable(forward(prefix, None, 1, True)[1])
+    cache = check_splittable(forward(prefix, None, 1, True)[1])
     if cache is None:
         return False
     # What another text does with the cache must leave no trace.
@@ -324,10 +324,10 @@ def _cache_holds(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, exp
     others, _ = forward(
         more[rows, 1:], select_rows(cache, torch.arange(len(rows), device=rows.device)), TRIED - 1, True
     )
-    return same_logits(torch.cat([one, others], dim=1), expected[rows])
+    return is_same(torch.cat([one, others], dim=1), expected[rows])
 
 
-def same_logits(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+def is_same(logits: torch.Tensor, expected: torch.Tensor) -> bool:
     """Return whether logits are the same but for rounding, which grows with them and with the steps of their dtype;
     those of a broken model, that are no numbers, pass.
     """
@@ -335,12 +335,12 @@ def same_logits(logits: torch.Tensor, expected: torch.Tensor) -> bool:
     return not bool(((logits - expected).abs() > room).any())
 
 
-def splittable(cache: Any) -> Any:
+def check_splittable(cache: Any) -> Any:
     """Return the cache, if its rows can be taken apart; None for states of another kind (Mamba's, for one)."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
     if isinstance(cache, EncoderDecoderCache):
-        halves = splittable(cache.self_attention_cache), splittable(cache.cross_attention_cache)
+        halves = check_splittable(cache.self_attention_cache), check_splittable(cache.cross_attention_cache)
         return cache if all(half is not None for half in halves) else None
     plain = isinstance(cache, DynamicCache) and all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers

@@ -30,7 +30,7 @@ def fill(template: str, subject: str) -> str:
     return re.sub(r"\[X\]|\[Y\]", lambda match: subject if match[0] == SUBJECT else BLANK, template)
 
 
-def capitalized(text: str) -> str:
+def capitalize(text: str) -> str:
     """Return the text with its first letter in upper case, the others as they are.
 
     >>> capitalized("the North Sea")
@@ -47,7 +47,7 @@ def pick(templates: Sequence[str], number: int, where: str) -> str:
     return templates[number - 1]
 
 
-def ends_open(prompt: str) -> bool:
+def is_open(prompt: str) -> bool:
     """Return whether a prompt without a blank is the beginning of a sentence, so that its object comes next: it ends in
     a word or a comma, and marks no other place.
 
@@ -58,7 +58,7 @@ def ends_open(prompt: str) -> bool:
     return marked is None and not prompt.rstrip().endswith((".", "!", "?", ";"))
 
 
-def with_blank(prompt: str) -> str:
+def add_blank(prompt: str) -> str:
     """Return the prompt with a blank at its end.
 
     >>> with_blank("The capital of France is"), with_blank('France calls its capital "')
@@ -69,7 +69,7 @@ def with_blank(prompt: str) -> str:
     return f"{prompt}{'' if follows else ' '}{BLANK}"
 
 
-def wrong_blanks(prompt: str) -> str | None:
+def check_blanks(prompt: str) -> str | None:
     """Return why the prompt cannot be used, as a reason to drop it; None where it holds one blank."""
     count = prompt.count(BLANK)
     return None if count == 1 else "no blank in the sentence" if count == 0 else "several blanks in the sentence"
@@ -100,15 +100,15 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.ids = cache(self._ids)
-        self.continuation = cache(self._continuation)
-        self.spelled = cache(self._spelled)
+        self.ids = cache(self._tokenize)
+        self.continuation = cache(self._tokenize_after)
+        self.spelled = cache(self._respell)
 
-    def _ids(self, text: str, special: bool = False) -> Ids:
+    def _tokenize(self, text: str, special: bool = False) -> Ids:
         """Return ids of `text`, with the tokenizer's special tokens around it if `special`."""
         return tuple(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    def _continuation(self, context: str, text: str) -> Ids:
+    def _tokenize_after(self, context: str, text: str) -> Ids:
         """Return ids of `text` where it follows `context`: those of both together without those of the context.
 
         Where the boundary is not kept (a token reaches over it), `text` is tokenized by itself.
@@ -128,7 +128,7 @@ class Encoder:
             return self.ids(text[:1].upper() + text[1:])
         return self.continuation(context.rpartition(" ")[2], gap + text)
 
-    def _spelled(self, text: str) -> str:
+    def _respell(self, text: str) -> str:
         """Return the text as the tokenizer gives it back; as it is, where the tokenizer lacks a part of it.
 
         An uncased one gives "são tomé" back as "sao tome", and word pieces "Guinea-Bissau" as "guinea - bissau".

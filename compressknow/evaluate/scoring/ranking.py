@@ -47,14 +47,14 @@ class Ranking:
         if not self.finished[self.gold] or len(known) < min(TOP, len(self.scores)):
             return None
         bar = np.fmin(self.scores[self.gold], np.sort(known)[-min(TOP, len(known))])
-        return float(np.fmin(bar, log_sum(known) + math.log(TAIL / len(self.scores))) if self.summed else bar)
+        return float(np.fmin(bar, sum_logs(known) + math.log(TAIL / len(self.scores))) if self.summed else bar)
 
     def total(self) -> float | None:
         """Return the logarithm of the sum of all candidates' probabilities, short of `TAIL` of it at most; None where
         that is not known. Which candidates are finished depends on their scores alone, so that it is the same in any
         batch.
         """
-        return log_sum(self.scores[self.finished]) if self.summed or self.finished.all() else None
+        return sum_logs(self.scores[self.finished]) if self.summed or self.finished.all() else None
 
     def wanted(self) -> NDArray[np.intp]:
         """Return candidates that must be scored further: the object and the leaders; then all that reach the bar. Empty
@@ -72,14 +72,14 @@ class Ranking:
         return np.argsort(-self.scores, kind="stable")
 
 
-def log_sum(scores: Scores) -> float:
+def sum_logs(scores: Scores) -> float:
     """Return the logarithm of the sum of probabilities whose logarithms these are."""
     # Of a model that computes no numbers there is none.
     with np.errstate(invalid="ignore"):
         return float(np.logaddexp.reduce(scores))
 
 
-def rank_of(gold: int, scores: Scores) -> int | None:
+def find_rank(gold: int, scores: Scores) -> int | None:
     """Return 1 for the most likely answer; among equal ones the earlier comes first, whichever is the object. None
     where the model computes no number for it (NaN): a broken model knows nothing.
     """
@@ -102,7 +102,7 @@ def rank_candidates(rankings: Sequence[Ranking], finish: Finish) -> None:
             rankings[index].finished[place] = whole
 
 
-def best_of(scores: Scores) -> Any:
+def find_best(scores: Scores) -> Any:
     """Return indices of the five best, equal ones in their own order, [5]."""
     near = np.argpartition(-scores, TOP - 1)[:TOP] if len(scores) > TOP else np.arange(len(scores))
     if not np.isnan(scores[near]).any():
@@ -111,12 +111,12 @@ def best_of(scores: Scores) -> Any:
     return near[np.argsort(-scores[near], kind="stable")][:TOP]
 
 
-def chosen_of(fact: Fact, ranking: Ranking) -> Answer:
+def make_choice(fact: Fact, ranking: Ranking) -> Answer:
     assert fact.candidates is not None
     best = ranking.order()[:TOP]
     words = tuple(fact.candidates[index] for index in best)
     logp = float(ranking.scores[ranking.gold])
-    rank = rank_of(ranking.gold, ranking.scores)
+    rank = find_rank(ranking.gold, ranking.scores)
     choices, total = len(fact.candidates), ranking.total()
     return make_answer(fact, words, ranking.scores[best], rank, logp, choices, total, correct=rank == 1)
 
@@ -153,5 +153,5 @@ def make_answer(
     )
 
 
-def with_distribution(answer: Answer, ids: Any, log_probs: Any, kl: float | None) -> Answer:
+def add_distribution(answer: Answer, ids: Any, log_probs: Any, kl: float | None) -> Answer:
     return replace(answer, first_ids=ids, first_logp=log_probs, first_kl=kl)

@@ -18,18 +18,18 @@ from compressknow.engine.language_model import embedding_rows, most_tokens
 from compressknow.engine.load import reason_of
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe
-from compressknow.evaluate.grades import choices_of, graded, said
+from compressknow.evaluate.grades import add_grade, find_choice, list_choices
 from compressknow.evaluate.scoring.prompts import Encoder, Ids
 from compressknow.evaluate.scoring.ranking import (
     Ranking,
     Scores,
-    best_of,
-    chosen_of,
-    log_sum,
+    add_distribution,
+    find_best,
+    find_rank,
     make_answer,
+    make_choice,
     rank_candidates,
-    rank_of,
-    with_distribution,
+    sum_logs,
 )
 
 if TYPE_CHECKING:
@@ -158,18 +158,18 @@ class Scorer(ABC):
         if fact.candidates:
             rest = self.probe.score_rest or bool(re.search(r"\w", fact.after))
             options = self.options(fact, fact.candidates, rest=rest)
-            if not rest and _one_begins_another(options):
+            if not rest and _is_prefix_of_another(options):
                 options = self.options(fact, fact.candidates, rest=True)
             gold = options[fact.candidates.index(fact.obj_label)]
         elif self.one_token:
-            aliases = self._aliases(fact)
+            aliases = self._find_aliases(fact)
             gold = aliases[:1]
             if not gold and not self.probe.keep_unanswerable:
                 return NOT_IN_VOCABULARY if self.probe.vocabulary == "words" else SEVERAL_TOKENS
         else:
             (gold,) = self.options(fact, [fact.obj_label], rest=False)
         query = Query(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
-        return self._unfit(query) or query
+        return self._find_misfit(query) or query
 
     def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
         """Cut a batch into what is answered at a time."""
@@ -193,27 +193,28 @@ class Scorer(ABC):
         whole : is told the whole distributions; gives their divergences from the original's.
         """
         with torch.inference_mode():
-            log_probs, state = self._begun(batch)
+            log_probs, state = self._begin(batch)
             free = not self.one_token and not all(query.options for query in batch)
             texts = self.produced(batch, log_probs, state) if self.says or free else [None] * len(batch)
             found = [
-                *self._closed(batch, log_probs, state),
-                *self._single(batch, log_probs),
+                *self._answer_closed(batch, log_probs, state),
+                *self._answer_by_word(batch, log_probs),
                 *self.written(batch, log_probs, state, texts),
             ]
             said = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
-            found = [graded(answer, *said[answer.fact_id], self.encoder.spelled) for answer in found]
-            return self._with_distributions(batch, found, log_probs, reference, whole)
+            found = [add_grade(answer, *said[answer.fact_id], self.encoder.spelled) for answer in found]
+            return self._add_distributions(batch, found, log_probs, reference, whole)
 
     def say(self, batch: Sequence[Query]) -> list[str | None]:
-        """Return what the model says to queries of one shape, as `compressknow.evaluate.grades.said` has it; None where
+        """Return what the model says to queries of one shape: the choice, or else the first sentence; None where
         it cannot write.
         """
         with torch.inference_mode():
-            texts = self.produced(batch, *self._begun(batch))
+            texts = self.produced(batch, *self._begin(batch))
         told = zip(batch, texts, strict=True)
         return [
-            text if text is None else said(text, choices_of(query.fact), self.encoder.spelled) for query, text in told
+            text if text is None else find_choice(text, list_choices(query.fact), self.encoder.spelled)
+            for query, text in told
         ]
 
     def answer_anew(
@@ -225,13 +226,13 @@ class Scorer(ABC):
     ) -> list[Answer]:
         """Return answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
         with torch.inference_mode():
-            return self._with_distributions(batch, answers, self._begun(batch)[0], reference, whole)
+            return self._add_distributions(batch, answers, self._begin(batch)[0], reference, whole)
 
-    def _begun(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+    def _begin(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         """Return `first`, tried on two queries before any other: a model that cannot read them cannot be evaluated at
         all.
         """
-        self._refuse_ids_beyond(batch)
+        self._check_ids(batch)
         if not self._tried:
             try:
                 self.first(batch[:2])
@@ -246,7 +247,7 @@ class Scorer(ABC):
             self._tried = True
         return self.first(batch)
 
-    def _refuse_ids_beyond(self, batch: Sequence[Query]) -> None:
+    def _check_ids(self, batch: Sequence[Query]) -> None:
         """Raise CheckpointError for ids beyond the embedding: a tokenizer may have few tokens, and yet a number for one
         that has no row.
         """
@@ -260,7 +261,7 @@ class Scorer(ABC):
                     "Put the tokenizer that the model was trained with beside its weights.",
                 )
 
-    def _with_distributions(
+    def _add_distributions(
         self,
         batch: Sequence[Query],
         answers: Sequence[Answer],
@@ -268,15 +269,15 @@ class Scorer(ABC):
         reference: Sequence[Ids] | None,
         whole: Whole | None,
     ) -> list[Answer]:
-        ids = self._reference_ids(log_probs, reference)
+        ids = self._choose_reference_ids(log_probs, reference)
         kept = log_probs.gather(1, ids).float().cpu().numpy()
         divergences = whole([query.fact.id for query in batch], log_probs) if whole else [None] * len(batch)
         found = {answer.fact_id: answer for answer in answers}
         # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
         rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
-        return [with_distribution(found[query.fact.id], *distribution) for query, *distribution in rows]
+        return [add_distribution(found[query.fact.id], *distribution) for query, *distribution in rows]
 
-    def _unfit(self, query: Query) -> str | None:
+    def _find_misfit(self, query: Query) -> str | None:
         """Return why the ids of a query cannot be run, or None."""
         free = not query.options and not self.one_token
         answers = query.options or (query.gold,)
@@ -332,7 +333,7 @@ class Scorer(ABC):
             folded.setdefault(self.encoder.decode([number]).lower(), []).append(number)
         return {text: tuple(ids) for text, ids in folded.items()}
 
-    def _aliases(self, fact: Fact) -> tuple[int, ...]:
+    def _find_aliases(self, fact: Fact) -> tuple[int, ...]:
         if self.probe.fold_case:
             ids = self._folded.get(fact.obj_label.lower(), ())
         else:
@@ -342,17 +343,17 @@ class Scorer(ABC):
             ids = ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else ()
         return ids if self.allowed is None else tuple(number for number in ids if number in self.words)
 
-    def _reference_ids(self, log_probs: torch.Tensor, reference: Sequence[Ids] | None) -> torch.Tensor:
+    def _choose_reference_ids(self, log_probs: torch.Tensor, reference: Sequence[Ids] | None) -> torch.Tensor:
         if reference is not None:
             return torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()
         return log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
 
-    def _closed(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:
+    def _answer_closed(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:
         chosen = [index for index, query in enumerate(batch) if query.options]
         if not chosen:
             return []
         rankings = [
-            Ranking(first, np.array([len(ids) == 1 for ids in batch[index].options]), _gold_index(batch[index].fact))
+            Ranking(first, np.array([len(ids) == 1 for ids in batch[index].options]), _find_gold(batch[index].fact))
             for index, first in zip(chosen, self.bounds([batch[i] for i in chosen], log_probs[chosen]), strict=True)
         ]
         firsts = [ranking.scores.copy() for ranking in rankings]
@@ -363,9 +364,9 @@ class Scorer(ABC):
             return self.finish(state, rows, first, bars)
 
         rank_candidates(rankings, finish)
-        return [chosen_of(batch[index].fact, ranking) for index, ranking in zip(chosen, rankings, strict=True)]
+        return [make_choice(batch[index].fact, ranking) for index, ranking in zip(chosen, rankings, strict=True)]
 
-    def _single(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Answer]:
+    def _answer_by_word(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Answer]:
         chosen = [index for index, query in enumerate(batch) if not query.options and self.one_token]
         if not chosen:
             return []
@@ -373,25 +374,25 @@ class Scorer(ABC):
         scores = scores if self.allowed is None else scores[:, self.allowed]
         ids = np.arange(scores.shape[1]) if self.allowed is None else self.allowed.cpu().numpy()
         values = scores.double().cpu().numpy()
-        return [self._word(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)]
+        return [self._make_word_answer(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)]
 
-    def _word(self, query: Query, scores: Scores, ids: Any) -> Answer:
-        best = best_of(scores)
+    def _make_word_answer(self, query: Query, scores: Scores, ids: Any) -> Answer:
+        best = find_best(scores)
         words = tuple(self.encoder.decode([ids[index]]) for index in best)
         places = [int(place) for place in np.searchsorted(ids, query.aliases)]
         gold = max(places, key=lambda place: (scores[place], -place), default=None)
-        rank = None if gold is None else rank_of(gold, scores)
+        rank = None if gold is None else find_rank(gold, scores)
         logp = None if gold is None else float(scores[gold])
-        total = log_sum(scores)
+        total = sum_logs(scores)
         return make_answer(query.fact, words, scores[best], rank, logp, len(ids), total, correct=rank == 1)
 
 
-def _one_begins_another(options: Sequence[Ids]) -> bool:
+def _is_prefix_of_another(options: Sequence[Ids]) -> bool:
     """Return whether an option's ids are the beginning of another's: it would never be the less likely one of both."""
     return any(after[: len(ids)] == ids for ids, after in pairwise(sorted(set(options))))
 
 
-def _gold_index(fact: Fact) -> int:
+def _find_gold(fact: Fact) -> int:
     assert fact.candidates is not None
     return fact.candidates.index(fact.obj_label)
 

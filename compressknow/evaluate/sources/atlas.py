@@ -1,4 +1,4 @@
-"""`atlas`: the facts that come with the package, so that a first report needs no download.
+"""`read_atlas`: the facts that come with the package, so that a first report needs no download.
 
 The data is ``compressknow/evaluate/atlas/*.json``, one file a relation: {"relation", "subject", "definition",
 "templates": [TEXT, ...], "source", "popularity": TEXT or null, "facts": [{"id", "sub_label", "obj_label",
@@ -15,36 +15,36 @@ from typing import Any
 
 from compressknow.base.errors import CompressknowError
 from compressknow.evaluate.facts import Fact, Probe
-from compressknow.evaluate.scoring.prompts import OBJECT, capitalized, fill, pick
+from compressknow.evaluate.scoring.prompts import OBJECT, capitalize, fill, pick
 from compressknow.evaluate.sources import Options, ProbeSource
 
 PROTOCOL = "atlas/1"
 
 
 class Atlas(ProbeSource):
-    """``atlas``, in one of several wordings."""
+    """``read_atlas``, in one of several wordings."""
 
     help = "built in: 4,002 facts of six domains; nothing to download"
     takes = frozenset({"template"})
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
-        return atlas(options.template)
+        return read_atlas(options.template)
 
 
-def atlas(template: int = 1) -> Probe:
+def read_atlas(template: int = 1) -> Probe:
     """Read all facts of the package. A relation's candidates are its distinct objects in alphabetical order.
 
     `template` chooses one of each relation's templates, counted from 1. Raises UsageError where there is none of that
     number, CompressknowError where the installation lacks the data.
     """
-    contents = _contents()
+    contents = _read_files()
     if not contents:
         raise CompressknowError("This installation lacks the facts of atlas.", hint="Install compressknow again.")
     relations = [json.loads(content) for content in contents]
     return Probe(
         name="atlas",
         protocol=PROTOCOL,
-        facts=tuple(fact for relation in relations for fact in _facts(relation, template)),
+        facts=tuple(fact for relation in relations for fact in _make_facts(relation, template)),
         source={
             "template": template,
             "files": len(contents),
@@ -55,7 +55,7 @@ def atlas(template: int = 1) -> Probe:
     )
 
 
-def _contents() -> list[bytes]:
+def _read_files() -> list[bytes]:
     """Read the files, ordered by name."""
     folder = files("compressknow.evaluate") / "atlas"
     if not folder.is_dir():
@@ -66,9 +66,9 @@ def _contents() -> list[bytes]:
     return [entry.read_bytes() for entry in entries]
 
 
-def _facts(relation: dict[str, Any], number: int) -> list[Fact]:
+def _make_facts(relation: dict[str, Any], number: int) -> list[Fact]:
     template = pick(relation["templates"], number, f"Relation {relation['relation']} of atlas")
-    spell = capitalized if template.startswith(OBJECT) else str
+    spell = capitalize if template.startswith(OBJECT) else str
     candidates = tuple(sorted({spell(fact["obj_label"]) for fact in relation["facts"]}))
     return [
         Fact(
@@ -78,7 +78,7 @@ def _facts(relation: dict[str, Any], number: int) -> list[Fact]:
             subject=relation["subject"],
             sub_label=fact["sub_label"],
             obj_label=spell(fact["obj_label"]),
-            prompt=capitalized(fill(template, fact["sub_label"])),
+            prompt=capitalize(fill(template, fact["sub_label"])),
             candidates=candidates,
             popularity=fact.get("popularity"),
         )

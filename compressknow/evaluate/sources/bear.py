@@ -1,4 +1,4 @@
-"""`bear`: the probe of Wiland, Ploner and Akbik, "BEAR: A Unified Framework for Evaluating Relational Knowledge in
+"""`read_bear`: the probe of Wiland, Ploner and Akbik, "BEAR: A Unified Framework for Evaluating Relational Knowledge in
 Causal and Masked Language Models" (2024), read as its library lm-pub-quiz reads it.
 
 A folder holds ``metadata_relations.json``, {RELATION: {"templates": [TEXT, ...], "answer_space_labels": [TEXT, ...]}},
@@ -14,10 +14,10 @@ from typing import Any
 
 from compressknow.base.errors import UsageError
 from compressknow.base.reading import INDEX, read_json
-from compressknow.evaluate.facts import WIKIDATA, Fact, Probe, domain_of
-from compressknow.evaluate.scoring.prompts import OBJECT, capitalized, fill, pick
+from compressknow.evaluate.facts import WIKIDATA, Fact, Probe, find_domain
+from compressknow.evaluate.scoring.prompts import OBJECT, capitalize, fill, pick
 from compressknow.evaluate.sources import Options, ProbeSource
-from compressknow.evaluate.sources.columns import file_hashes, read_rows
+from compressknow.evaluate.sources.columns import hash_files, read_rows
 
 PROTOCOL = "bear/1"
 METADATA = "metadata_relations.json"
@@ -26,7 +26,7 @@ _HINT = f"BEAR comes from {WHERE_FROM}; --data names its folder."
 
 
 class Bear(ProbeSource):
-    """``bear``, in one of several wordings."""
+    """``read_bear``, in one of several wordings."""
 
     help = "BEAR's 60 relations (--data DIR)"
     takes = frozenset({"data", "template"})
@@ -37,28 +37,28 @@ class Bear(ProbeSource):
         return (folder / METADATA).is_file()
 
     def open(self, name: str, part: str, options: Options) -> Probe:
-        return bear(self.find(name, part, options.data), options.template)
+        return read_bear(self.find(name, part, options.data), options.template)
 
 
-def bear(folder: Path, template: int = 1) -> Probe:
+def read_bear(folder: Path, template: int = 1) -> Probe:
     """Read all facts of the folder; `template` chooses one of each relation's templates, counted from 1.
 
     Raises UsageError where a file is missing or damaged, and where there is no template of that number.
     """
-    relations = _metadata(folder / METADATA)
+    relations = _read_metadata(folder / METADATA)
     paths = [folder / f"{relation}.jsonl" for relation in relations]
     facts = tuple(
         fact
         for path, (relation, metadata) in zip(paths, relations.items(), strict=True)
-        for fact in _facts(path, relation, metadata, template)
+        for fact in _read_facts(path, relation, metadata, template)
     )
-    files = file_hashes([folder / METADATA, *paths], folder)
+    files = hash_files([folder / METADATA, *paths], folder)
     return Probe(
         "bear", PROTOCOL, facts, score_rest=True, source={"from": WHERE_FROM, "template": template, "files": files}
     )
 
 
-def _metadata(path: Path) -> dict[str, dict[str, Any]]:
+def _read_metadata(path: Path) -> dict[str, dict[str, Any]]:
     try:
         relations = read_json(path, INDEX)
         for metadata in relations.values():
@@ -69,10 +69,10 @@ def _metadata(path: Path) -> dict[str, dict[str, Any]]:
     return dict(relations)
 
 
-def _facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> list[Fact]:
+def _read_facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> list[Fact]:
     template = pick(metadata["templates"], number, f"Relation {relation} of bear")
     # lm-pub-quiz writes the first letter of a whole sentence in upper case: the answer's, where that comes first.
-    spell = capitalized if template.startswith(OBJECT) else str
+    spell = capitalize if template.startswith(OBJECT) else str
     candidates = tuple(spell(label) for label in metadata["answer_space_labels"])
     facts = []
     for index, row in enumerate(read_rows(path)):
@@ -87,10 +87,10 @@ def _facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> 
                 id=f"{relation}/{index}",
                 probe="bear",
                 relation=relation,
-                subject=domain_of(relation, WIKIDATA),
+                subject=find_domain(relation, WIKIDATA),
                 sub_label=subject,
                 obj_label=candidates[answer],
-                prompt=capitalized(fill(template, subject)),
+                prompt=capitalize(fill(template, subject)),
                 candidates=candidates,
             )
         )

@@ -53,10 +53,10 @@ class TaskFiles:
         """Return {split: path} of the local data."""
         if not (self.include and self.data):
             return {}
-        return {split: self.data / file for split, file in data_files(entry_of(self.include, self.task)).items()}
+        return {split: self.data / file for split, file in list_data_files(find_entry(self.include, self.task)).items()}
 
 
-def names_without(task: str) -> list[str] | None:
+def list_names_without(task: str) -> list[str] | None:
     """Return names of lm-eval's own tasks where none of their files holds the name `task`, so that none has it; else
     None.
 
@@ -75,29 +75,29 @@ def names_without(task: str) -> list[str] | None:
 
 
 @cache
-def own_tasks() -> Any:
+def read_own_tasks() -> Any:
     """Read lm-eval's index of its own tasks. They are thousands: it takes most of a minute."""
-    return _read(None, own=True)
+    return _read_index(None, own=True)
 
 
-def entry_of(folder: Path, task: str) -> Any:
+def find_entry(folder: Path, task: str) -> Any:
     """Return the entry of a task in lm-eval's index of a folder: `cfg`, `kind`, `yaml_path`. None where it has none."""
-    return _read(folder).task_index.get(task)
+    return _read_index(folder).task_index.get(task)
 
 
-def names_in(folder: Path) -> list[str]:
+def list_names(folder: Path) -> list[str]:
     """List the tasks of a task folder, groups and tags among them."""
-    return list(_read(folder).all_tasks)
+    return list(_read_index(folder).all_tasks)
 
 
-def _read(folder: Path | None, own: bool = False) -> Any:
-    with silent():
+def _read_index(folder: Path | None, own: bool = False) -> Any:
+    with silence():
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_path=str(folder) if folder else None, include_defaults=own)
 
 
-def data_files(entry: Any) -> dict[str, str]:
+def list_data_files(entry: Any) -> dict[str, str]:
     """Return {split: file} of the local files that a task's YAML names by a relative path."""
     config = (entry.cfg if entry else None) or {}
     files = (config.get("dataset_kwargs") or {}).get("data_files") or {}
@@ -115,25 +115,25 @@ def build(task: TaskFiles, folder: Path) -> dict[str, Any]:
     Raises CompressknowError where the data cannot be had or read, UnsupportedError for tasks that `run_task` cannot
     ask.
     """
-    entry = entry_of(task.include, task.task) if task.include else None
+    entry = find_entry(task.include, task.task) if task.include else None
     try:
         if entry and entry.kind.name == "TASK":
-            built = dict(_read(task.include).load(str(_overridden(task, entry, folder))))
+            built = dict(_read_index(task.include).load(str(_write_override(task, entry, folder))))
         else:
-            built = dict(_index_for(task).load(task.task))
+            built = dict(_choose_index(task).load(task.task))
     except Exception as error:  # whatever a task's own YAML, code and data bring forth
-        raise _explained(task, error) from error
+        raise _explain(task, error) from error
     for name, one in built["tasks"].items():
-        _refuse(f"lm-eval's task {name}" + ("" if name == task.task else f", of {task.task},"), one)
+        _check_supported(f"lm-eval's task {name}" + ("" if name == task.task else f", of {task.task},"), one)
     return built
 
 
-def _index_for(task: TaskFiles) -> Any:
+def _choose_index(task: TaskFiles) -> Any:
     """Return an index that holds a task and all that it is made of."""
     if task.include is None:
-        return own_tasks()
-    index = _read(task.include)
-    return index if _is_whole(index.task_index, task.task) else _read(task.include, own=True)
+        return read_own_tasks()
+    index = _read_index(task.include)
+    return index if _is_whole(index.task_index, task.task) else _read_index(task.include, own=True)
 
 
 def _is_whole(index: Mapping[str, Any], name: str) -> bool:
@@ -145,7 +145,7 @@ def _is_whole(index: Mapping[str, Any], name: str) -> bool:
     return all(isinstance(one, str) and _is_whole(index, one) for one in members)
 
 
-def _overridden(task: TaskFiles, entry: Any, folder: Path) -> Path:
+def _write_override(task: TaskFiles, entry: Any, folder: Path) -> Path:
     """Write a YAML file that includes the task's own and says where its data lies; tables made of it go to `folder`."""
     config: dict[str, Any] = {"include": str(entry.yaml_path.resolve())}
     if files := task.local_files():
@@ -157,7 +157,7 @@ def _overridden(task: TaskFiles, entry: Any, folder: Path) -> Path:
     return path
 
 
-def _refuse(what: str, built: Any) -> None:
+def _check_supported(what: str, built: Any) -> None:
     """Refuse what would fail only after the model has answered."""
     if built.OUTPUT_TYPE == "loglikelihood_rolling":
         raise UnsupportedError(f"{what} measures perplexity: it has no answers that are right or wrong.")
@@ -167,7 +167,7 @@ def _refuse(what: str, built: Any) -> None:
         raise UnsupportedError(f"{what} runs code that the model writes, which is not done here.")
 
 
-def _explained(task: TaskFiles, error: Exception) -> CompressknowError:
+def _explain(task: TaskFiles, error: Exception) -> CompressknowError:
     """Return an error of loading in words that say what to do."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     columns = COLUMNS.get(task.task)
@@ -193,7 +193,7 @@ def _explained(task: TaskFiles, error: Exception) -> CompressknowError:
 
 
 @contextlib.contextmanager
-def silent() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Print nothing, no bars, no log lines, no warnings: what matters in them is checked and raised."""
     import datasets
 
