@@ -15,7 +15,6 @@ import numpy as np
 
 from compressknow.base.errors import UsageError
 from compressknow.base.progress import Listener, staged
-from compressknow.engine.identity import locate
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.facts import Probe
@@ -23,8 +22,8 @@ from compressknow.evaluate.gather import (
     Evaluation,
     choose_folder,
     finish_answers,
-    make_sound_handles,
     open_matching,
+    open_models,
     read_if_stored,
     select_probes,
 )
@@ -73,16 +72,14 @@ def gather_early(
 
     Raises UsageError for a task or a text, which are run as a whole, and CompressknowError as `gather` does.
     """
-    given = [read_if_stored(model) for model in (original, compressed)]
-    probes = _select_facts(open_matching(next(filter(None, given), None), evaluation))
-    named = zip((original, compressed), (revision, None), given, strict=True)
-    located = [locate(model, of) for model, of, answers in named if not answers]
-    handles = iter(make_sound_handles(located, evaluation, probes))
-    first, second = (_Side(answers, None if answers else next(handles)) for answers in given)
+    models = (original, compressed)
+    stored = [read_if_stored(model) for model in models]
+    probes = _select_facts(open_matching(next(filter(None, stored), None), evaluation))
+    first, second = map(_Side, stored, open_models(models, revision, stored, evaluation, probes))
     first.read_stored(evaluation.keep_in, probes, None)
     if first.stored:
         second.read_stored(evaluation.keep_in, probes, first.stored)
-    drawing = _Drawing(first.answerable(probes), evaluation.options.seed)
+    drawing = _Drawing(first.filter_answerable(probes), evaluation.options.seed)
     found = _evaluate_until(decide, first, second, drawing, evaluation, on_progress)
     timed = evaluation.timed
     before = finish_answers(first.merge_chunks(drawing), first.handle, None, on_progress, timed=timed)
@@ -200,21 +197,20 @@ class _Side:
             for probe in probes:
                 _check_facts(self.stored, probe)
 
-    def answerable(self, probes: Sequence[Probe]) -> list[Probe]:
+    def filter_answerable(self, probes: Sequence[Probe]) -> list[Probe]:
         """Return the probes with the facts that the model can be evaluated on, and how many others were dropped."""
-        return [self._answerable(probe) for probe in probes]
-
-    def _answerable(self, probe: Probe) -> Probe:
-        if self.stored is not None:
-            ids, dropped = (
-                {a.fact_id for a in self.stored.of(probe.name)},
-                self.stored.record.probes[probe.name].dropped,
-            )
-        else:
-            assert self.handle is not None
-            prompts = self.handle.prompts(probe)
-            ids, dropped = {query.fact.id for batch in prompts.batches for query in batch}, prompts.dropped
-        return replace(probe, facts=tuple(fact for fact in probe.facts if fact.id in ids), dropped=dropped)
+        found = []
+        for probe in probes:
+            if self.stored is not None:
+                ids = {answer.fact_id for answer in self.stored.of(probe.name)}
+                dropped = self.stored.record.probes[probe.name].dropped
+            else:
+                assert self.handle is not None
+                prompts = self.handle.prompts(probe)
+                ids, dropped = {query.fact.id for batch in prompts.batches for query in batch}, prompts.dropped
+            facts = tuple(fact for fact in probe.facts if fact.id in ids)
+            found.append(replace(probe, facts=facts, dropped=dropped))
+        return found
 
     def answer(self, chunk: _Chunk, folder: Path, context: Context, on_progress: Listener | None) -> Answers:
         """Answer a chunk; the answers are stored in `folder`."""

@@ -22,8 +22,8 @@ from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.sources import Opened, Task
 
 if TYPE_CHECKING:
-    from compressknow.evaluate.runtimes import Answering, Loaded
-    from compressknow.evaluate.scoring.scorer import Query, Whole
+    from compressknow.evaluate.runtimes import Loaded
+    from compressknow.evaluate.scoring.scorer import Query, Scorer, Whole
 
 
 _ENDED = re.compile(r"""[.!?…]["'”’)\]]*$""")
@@ -39,7 +39,7 @@ class Prompts:
     reason.
     """
 
-    scorer: Answering
+    scorer: Scorer
     batches: tuple[Sequence[Query], ...]
     dropped: Mapping[str, int]
 
@@ -48,7 +48,7 @@ class Prompts:
         return sum(len(batch) for batch in self.batches)
 
 
-def make_prompts(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
+def make_prompts(scorer: Scorer, batch_size: int = BATCH_SIZE) -> Prompts:
     """Build the probe's prompts: sorted by length, so that a batch needs no padding; the order is fixed."""
     queries: list[Query] = []
     dropped: Counter[str] = Counter(scorer.probe.dropped)
@@ -104,7 +104,7 @@ def evaluate(
             advance(answered, total, pace.left)
 
 
-def _measure_pace(scorer: Answering, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
+def _measure_pace(scorer: Scorer, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
     """Return the pace of the remaining batches; `measured` runs a few facts of some of them first, to take the time."""
     work = sum(_estimate_cost(scorer, batch) for batch in left)
     # Where facts are answered one by one, the first of them tell it as soon.
@@ -119,7 +119,7 @@ def _measure_pace(scorer: Answering, left: Sequence[Sequence[Query]], *, measure
     return Pace(work, sum(_estimate_cost(scorer, sample) for sample in samples), time.monotonic() - start)
 
 
-def _estimate_cost(scorer: Answering, batch: Iterable[Query]) -> int:
+def _estimate_cost(scorer: Scorer, batch: Iterable[Query]) -> int:
     """Estimate what a batch costs, in tokens. Masked models read the whole prompt again for each further token of a
     candidate; of many candidates most need not be finished.
     """
@@ -143,7 +143,7 @@ def batch_by_shape(prompts: Iterable[Query], size: int = BATCH_SIZE) -> Iterator
             yield tuple(alike[start : start + size])
 
 
-def add_examples(scorer: Answering, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
+def add_examples(scorer: Scorer, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
     """Add what a model says after an example where `original`, the original's answers, knew the fact and this model
     does not; their grades follow.
     """
@@ -154,7 +154,7 @@ def add_examples(scorer: Answering, answers: Sequence[Answer], original: Sequenc
     return [answer if answer.grade is None else replace(answer, grade=grade_answer(answer)) for answer in answers]
 
 
-def _say_after_examples(scorer: Answering, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]:
+def _say_after_examples(scorer: Scorer, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]:
     """Yield fact id and what the model says; nothing of facts that an example makes too long, and of relations of one
     object.
     """

@@ -17,14 +17,7 @@ from compressknow.base.errors import UsageError
 BLANK = "[MASK]"
 
 # The domains of the report card's grades.
-DOMAINS = (
-    "geography",
-    "language",
-    "science",
-    "history and people",
-    "arts and literature",
-    "common sense",
-)
+DOMAINS = ("geography", "language", "science", "history and people", "arts and literature", "common sense")
 # Of facts and relations that belong to none of these, or to several: "is part of", "is owned by", sports.
 GENERAL = "general"
 GEOGRAPHY, LANGUAGE, SCIENCE, PEOPLE, ARTS, COMMON_SENSE = DOMAINS

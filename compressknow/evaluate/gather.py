@@ -7,11 +7,11 @@ tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.files import cache_folder
@@ -20,7 +20,6 @@ from compressknow.evaluate.records import FactsInText
 
 if TYPE_CHECKING:
     from compressknow.base.progress import Listener
-    from compressknow.engine.identity import Located
     from compressknow.evaluate.distributions import Context, Distributions
     from compressknow.evaluate.handle import ModelHandle
     from compressknow.evaluate.runtimes import Settings
@@ -35,18 +34,15 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
     ----------
     known_by : what the model that it is compared with answered to the same facts; None for the original.
     """
-    calibration = model.describe().get("calibration")
-    found = _find_in_calibration(calibration, model, known_by) if calibration and known_by else None
-    said = replace(answers.record.model, calibration=calibration, in_calibration=found)
-    return replace(answers, record=replace(answers.record, model=said))
-
-
-def _find_in_calibration(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
     from compressknow.compress.calibrate.text import texts_again
 
-    trusted = model.settings.trust_remote_code
-    texts = texts_again(model.located.folder, calibration, trust_remote_code=trusted)
-    return count_facts_in_text(texts, known_by) if texts else None
+    calibration, found = model.describe().get("calibration"), None
+    if calibration and known_by:
+        trusted = model.settings.trust_remote_code
+        texts = texts_again(model.located.folder, calibration, trust_remote_code=trusted)
+        found = count_facts_in_text(texts, known_by) if texts else None
+    record = replace(answers.record.model, calibration=calibration, in_calibration=found)
+    return replace(answers, record=replace(answers.record, model=record))
 
 
 def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
@@ -163,13 +159,31 @@ def gather(
 
     Raises CompressknowError where a model cannot be found, loaded or evaluated.
     """
+    from compressknow.base.progress import staged
+    from compressknow.evaluate.distributions import Context, Distributions
+
     models = [original, *compressed]
     stored = [read_if_stored(model) for model in models]
     if all(answers is not None for answers in stored):
         first, *others = [select_probes(answers, evaluation.probes) for answers in stored if answers is not None]
-    else:
-        first, *others = _Gathering(models, stored, evaluation, revision).run(on_progress)
-    return first, others
+        return first, others
+    probes = open_matching(next((answers for answers in stored if answers is not None), None), evaluation)
+    handles = open_models(models, revision, stored, evaluation, probes)
+    # The original's distributions serve only models that are evaluated beside it.
+    kept_of = handles[0] if any(handles[1:]) and handles[0] and handles[0].runtime.whole_vocabulary else None
+    number, of = 0, sum(handle is not None for handle in handles)
+    gathered: list[Answers] = []
+    with Distributions(kept_of, evaluation.keep_in) if kept_of else contextlib.nullcontext() as whole:
+        for answers, handle in zip(stored, handles, strict=True):
+            if handle is not None:
+                number += 1
+                watched = staged(on_progress, number=number, of=of)
+                context = Context(gathered[0] if gathered else None, whole=whole)
+                others_too = [*stored[1:], *handles[1:]]
+                gathered.append(_evaluate(handle, probes, context, others_too, evaluation, watched))
+            elif answers is not None:
+                gathered.append(select_probes(answers, [probe.name for probe in probes]))
+    return gathered[0], gathered[1:]
 
 
 def read_if_stored(model: str | Path) -> Answers | None:
@@ -177,76 +191,47 @@ def read_if_stored(model: str | Path) -> Answers | None:
     return read_answers(Path(model)) if is_answers_folder(Path(model)) else None
 
 
-class _Gathering:
-    """Models, the original first, some of which are answers folders: `stored` holds the answers of these."""
+def open_models(
+    models: Sequence[str | Path],
+    revision: str | None,
+    stored: Sequence[Answers | None],
+    evaluation: Evaluation,
+    probes: Sequence[Opened],
+) -> list[ModelHandle | None]:
+    """Find, hash and check the models, of which `revision` is the first one's; None for those with stored answers.
 
-    def __init__(
-        self,
-        models: Sequence[str | Path],
-        stored: Sequence[Answers | None],
-        evaluation: Evaluation,
-        revision: str | None,
-    ) -> None:
-        from compressknow.engine.identity import locate
-
-        self._stored, self._evaluation = stored, evaluation
-        self._probes = open_matching(next((answers for answers in stored if answers is not None), None), evaluation)
-        # All are found before the first is evaluated: a wrong name is told at once.
-        revisions = [revision, *(None for _ in models[1:])]
-        asked = [(model, of) for model, of, answers in zip(models, revisions, stored, strict=True) if not answers]
-        located = [locate(model, of) for model, of in asked]
-        handles = iter(make_sound_handles(located, evaluation, self._probes))
-        self._handles = [None if answers else next(handles) for answers in stored]
-
-    def run(self, on_progress: Listener | None) -> list[Answers]:
-        """Return the answers of all, in their order."""
-        from compressknow.base.progress import staged
-        from compressknow.evaluate.distributions import Context, Distributions
-
-        first, *others = self._handles
-        # What is kept of the original's distributions serves models alone that are evaluated beside it.
-        kept_of = first if first and any(others) and first.runtime.whole_vocabulary else None
-        names = [probe.name for probe in self._probes]
-        gathered: list[Answers] = []
-        number, of = 0, sum(handle is not None for handle in self._handles)
-        with Distributions(kept_of, self._evaluation.keep_in) if kept_of else contextlib.nullcontext() as whole:
-            for answers, handle in zip(self._stored, self._handles, strict=True):
-                reference = gathered[0] if gathered else None
-                if handle is not None:
-                    number += 1
-                    watched = staged(on_progress, number=number, of=of)
-                    gathered.append(self._evaluate(handle, Context(reference, whole=whole), watched))
-                elif answers is not None:
-                    gathered.append(select_probes(answers, names))
-        return gathered
-
-    def _evaluate(self, handle: ModelHandle, context: Context, on_progress: Listener | None) -> Answers:
-        from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor, is_runtime_noise_wanted
-        from compressknow.evaluate.run import probe_model
-
-        folder = choose_folder(self._evaluation.keep_in, handle, context)
-        answers = probe_model(handle, self._probes, folder, context, on_progress=on_progress, wait=True)
-        if context.reference is None:
-            answers = add_noise_floor(handle, self._probes, answers, folder, on_progress, whole=context.whole)
-            if is_runtime_noise_wanted(handle, [*self._stored[1:], *self._handles[1:]]):
-                answers = add_runtime_noise_floor(
-                    handle, self._probes, answers, folder, on_progress, whole=context.whole
-                )
-        return finish_answers(answers, handle, context.reference, on_progress, timed=self._evaluation.timed)
-
-
-def make_sound_handles(
-    located: Sequence[Located], evaluation: Evaluation, probes: Sequence[Opened]
-) -> list[ModelHandle]:
-    """Return the models to evaluate, hashed. Raise what `handles_of` does, and CheckpointError where a weight of one is
-    no number: before the first is evaluated.
+    Before the first is evaluated: a wrong name is told at once. Raise what `make_handles` does, and CheckpointError
+    where a weight is no number.
     """
+    from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import make_handles
 
+    revisions = [revision, *(None for _ in models[1:])]
+    missing = [pair for pair, answers in zip(zip(models, revisions, strict=True), stored, strict=True) if not answers]
+    located = [locate(model, of) for model, of in missing]
     handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
     for handle in handles:
         handle.check_sound()
-    return handles
+    remaining = iter(handles)
+    return [None if answers else next(remaining) for answers in stored]
+
+
+def _evaluate(
+    handle: ModelHandle,
+    probes: Sequence[Opened],
+    context: Context,
+    others: Sequence[ModelHandle | Answers | None],
+    evaluation: Evaluation,
+    on_progress: Listener | None,
+) -> Answers:
+    from compressknow.evaluate.noise import add_noise_floors
+    from compressknow.evaluate.run import probe_model
+
+    folder = choose_folder(evaluation.keep_in, handle, context)
+    answers = probe_model(handle, probes, folder, context, on_progress=on_progress, wait=True)
+    if context.reference is None:
+        answers = add_noise_floors(handle, others, probes, answers, folder, on_progress, whole=context.whole)
+    return finish_answers(answers, handle, context.reference, on_progress, timed=evaluation.timed)
 
 
 def finish_answers(
@@ -322,17 +307,13 @@ def _match_name(probe: str, answers: Answers) -> str:
     return probe if probe in answers.probes else normalize_name(probe)
 
 
-class Named(NamedTuple):
-    """Folder or hub id that a user names, and of the latter a revision."""
-
-    model: str | Path
-    revision: str | None = None
-
-
 def find_both(
-    a: Named, b: Named, settings: Settings, on_progress: Listener | None = None
+    a: tuple[str | Path, str | None],
+    b: tuple[str | Path, str | None],
+    settings: Settings,
+    on_progress: Listener | None = None,
 ) -> tuple[ModelHandle, ModelHandle]:
-    """Find and hash both checkpoints; a folder that is given twice is hashed once, and is one of them.
+    """Find and hash both checkpoints, each a folder or hub id with its revision; one given twice is hashed once.
 
     Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
     """
@@ -342,26 +323,22 @@ def find_both(
     from compressknow.evaluate.handle import make_handles
     from compressknow.model.checkpoint import is_address, no_files
 
-    for named in (a, b):
-        if is_address(named.model):
-            raise no_files(named.model)
-        _check_checkpoint(Path(named.model))
+    for model, _ in (a, b):
+        if is_address(model):
+            raise no_files(model)
+        if is_answers_folder(Path(model)):
+            raise UsageError(
+                f"{model} holds answers, no checkpoint.",
+                hint="Use `compressknow report` to compare answers, or give the checkpoints that they come from.",
+            )
     first, second = make_handles([locate(*a), locate(*b)], settings)
     if first.located.path.resolve() == second.located.path.resolve():
         return first, first
     total = sum(path.stat().st_size for side in (first, second) for path in side.located.files)
-    with begun(on_progress, Stage("hash", f"{a.model} and {b.model}")) as advance, ThreadPoolExecutor(2) as pool:
+    with begun(on_progress, Stage("hash", f"{a[0]} and {b[0]}")) as advance, ThreadPoolExecutor(2) as pool:
         read = counted(advance, total)
         first.contents, second.contents = pool.map(lambda side: read_contents(side.located, read), (first, second))
     return first, second
-
-
-def _check_checkpoint(path: Path) -> None:
-    if is_answers_folder(path):
-        raise UsageError(
-            f"{path} holds answers, no checkpoint.",
-            hint="Use `compressknow report` to compare answers, or give the checkpoints that they come from.",
-        )
 
 
 class PairedAnswers(NamedTuple):
@@ -374,11 +351,7 @@ class PairedAnswers(NamedTuple):
 
 
 def evaluate_both(
-    a: ModelHandle,
-    b: ModelHandle,
-    probes: Sequence[Opened],
-    keep_in: Path,
-    on_progress: Listener | None = None,
+    a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None = None
 ) -> PairedAnswers:
     """Evaluate both models, one in memory at a time: each once for its answers, and once more for what it gives the
     other's tokens. Answers that `keep_in` holds already are not asked for again.
@@ -387,7 +360,7 @@ def evaluate_both(
     """
     from compressknow.base.progress import staged
     from compressknow.evaluate.distributions import Context, Distributions
-    from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor, is_runtime_noise_wanted
+    from compressknow.evaluate.noise import add_noise_floors
     from compressknow.evaluate.run import probe_model
 
     def evaluate(
@@ -406,9 +379,7 @@ def evaluate_both(
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, None, whole_a)
         folder = choose_folder(keep_in, a, Context())
-        of_a = add_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)
-        if is_runtime_noise_wanted(a, [b]):
-            of_a = add_runtime_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)
+        of_a = add_noise_floors(a, [b], probes, of_a, folder, on_progress, whole=whole_a)
         a.release()
         b_like_a = evaluate(b, of_a, whole_a)
         whole_a.close()

@@ -202,9 +202,23 @@ def store_found(answers: Answers, folder: Path, found: Mapping[str, Mapping[str,
 _INSTEAD = "an f16 GGUF file as the original."
 
 
-def is_runtime_noise_wanted(original: ModelHandle, others: Sequence[ModelHandle | Answers | None]) -> bool:
-    """Return whether llama.cpp runs one of the others, or ran it, and transformers the original."""
-    return original.runtime.name == Transformers.name and any(map(_is_in_llama_cpp, others))
+def add_noise_floors(
+    original: ModelHandle,
+    others: Sequence[ModelHandle | Answers | None],
+    probes: Sequence[Opened],
+    answers: Answers,
+    folder: Path,
+    on_progress: Listener | None = None,
+    *,
+    whole: Distributions | None = None,
+) -> Answers:
+    """Add the noise floor of another precision and, where llama.cpp runs one of the others, or ran it, and transformers
+    the original, that of llama.cpp. See `add_noise_floor`.
+    """
+    answers = add_noise_floor(original, probes, answers, folder, on_progress, whole=whole)
+    if original.runtime.name != Transformers.name or not any(map(_is_in_llama_cpp, others)):
+        return answers
+    return add_runtime_noise_floor(original, probes, answers, folder, on_progress, whole=whole)
 
 
 def _is_in_llama_cpp(other: ModelHandle | Answers | None) -> bool:
@@ -272,10 +286,7 @@ def _open_in_llama_cpp(
         raise UnsupportedError("only decoder-only models can be run in llama.cpp here")
     name = original.located.name
     export = prepare(
-        original.located.path,
-        Choice("f16"),
-        find_converter(),
-        trust_remote_code=original.settings.trust_remote_code,
+        original.located.path, Choice("f16"), find_converter(), trust_remote_code=original.settings.trust_remote_code
     )
     # The converter takes memory of its own.
     original.release()

@@ -305,9 +305,7 @@ class _Run:
             entry = replace(entry, text={**(entry.text or {}), "file": path.name, "sha256": sha256_of(path)})
         write_table(folder / TABLE, [*others, *answers])
         self._record = replace(
-            record.without_hash(probes | {name: entry}),
-            model=model,
-            answers_sha256=sha256_of(folder / TABLE),
+            record.without_hash(probes | {name: entry}), model=model, answers_sha256=sha256_of(folder / TABLE)
         )
         write_record(folder, self._record)
 

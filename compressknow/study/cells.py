@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow._version import __version__
 from compressknow.base.errors import CompressknowError
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from compressknow.compress.variant import VariantMaker
-    from compressknow.evaluate.scoring.scorer import Scorer
 
 
 # What else the original is run in, to see what that alone changes.
@@ -243,7 +242,7 @@ class CellHandle(ModelHandle):
         if name not in self._written:
             self._written[name] = super().prompts(probe)
         prompts = self._written[name]
-        cast("Scorer", prompts.scorer).model = self.loaded.language_model.model
+        prompts.scorer.model = self.loaded.language_model.model
         return prompts
 
     def release(self) -> None:

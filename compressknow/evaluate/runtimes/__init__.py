@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
 from compressknow.base.registry import Registry
@@ -15,49 +15,12 @@ if TYPE_CHECKING:
     from compressknow.engine.contents import Contents
     from compressknow.engine.identity import Located
     from compressknow.engine.language_model import LanguageModel
-    from compressknow.evaluate.answers import Answer
-    from compressknow.evaluate.facts import Fact, Probe
-    from compressknow.evaluate.scoring.prompts import Ids
+    from compressknow.evaluate.facts import Probe
     from compressknow.evaluate.scoring.reading import TextReader
-    from compressknow.evaluate.scoring.scorer import Query, Whole
+    from compressknow.evaluate.scoring.scorer import Scorer
 
 
-T = TypeVar("T")
 BATCH_SIZE = 128
-
-
-class Answering(Protocol):
-    """Answers the facts of one probe; `compressknow.evaluate.scoring.scorer.Scorer` says what each method does."""
-
-    probe: Probe
-    says: bool
-
-    @property
-    def family(self) -> str: ...
-
-    def query(self, fact: Fact) -> Query | str: ...
-
-    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]: ...
-
-    def each(
-        self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
-    ) -> Iterator[tuple[Sequence[Query], T]]: ...
-
-    def answer(
-        self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None
-    ) -> list[Answer]: ...
-
-    def answer_anew(
-        self,
-        batch: Sequence[Query],
-        answers: Sequence[Answer],
-        reference: Sequence[Ids] | None,
-        whole: Whole | None = None,
-    ) -> list[Answer]: ...
-
-    def say(self, batch: Sequence[Query]) -> list[str | None]: ...
-
-    def release(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -126,7 +89,7 @@ class Loaded(abc.ABC):
     gives_scores: bool = True
 
     @abc.abstractmethod
-    def scorer(self, probe: Probe) -> Answering:
+    def scorer(self, probe: Probe) -> Scorer:
         """Return what answers a probe's facts. Raise CompressknowError where nothing can."""
 
     def reader(self) -> TextReader:

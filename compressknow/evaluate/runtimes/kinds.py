@@ -264,41 +264,11 @@ class Vllm(Served):
         return score + sum(map(self.check_logp, read[len(prompt) : end]))
 
 
-class Echoing(Served):
-    """Any server that echoes prompts with log-probabilities: its tokens begin where it says (``text_offset``).
+class Writing(Served):
+    """Server that gives no log-probabilities.
 
     Prompts and options are texts, told apart by character.
     """
-
-    name = "a server that echoes"
-    tokens = False
-
-    def _encode(self, text: str, special: bool) -> Ids:  # noqa: ARG002
-        return tuple(map(ord, text))
-
-    def _make_prompt(self, prompt: Ids) -> Any:
-        return "".join(map(chr, prompt))
-
-    def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
-        """Return nothing: its tokens have no ids."""
-        return First()
-
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
-        found = self._request_logprobs((*prompt, *ids), _ECHO, {"logprobs": 1, "echo": True})
-        tokens, values, offsets = (found[key] for key in _ECHO)
-        if not len(tokens) == len(values) == len(offsets) > 0:
-            raise self.make_error("has a text_offset that fits no token")
-        pairs = zip(_find_spans(self._make_prompt((*prompt, *ids)), tokens, offsets), values, strict=True)
-        end = len(prompt) + len(ids)
-        # A token that reaches over the beginning of the answer is counted with it.
-        chosen = [value for (start, stop), value in pairs if len(prompt) < stop and start < end]
-        if not chosen:
-            raise self.make_error("has no token for the answer")
-        return score + sum(map(self.check_logp, chosen))
-
-
-class Writing(Served):
-    """Server that gives no log-probabilities."""
 
     name = "a server without log-probabilities"
     scores = False
@@ -315,6 +285,26 @@ class Writing(Served):
 
     def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
         raise NotImplementedError
+
+
+class Echoing(Writing):
+    """Any server that echoes prompts with log-probabilities: its tokens begin where it says (``text_offset``)."""
+
+    name = "a server that echoes"
+    scores = True
+
+    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
+        found = self._request_logprobs((*prompt, *ids), _ECHO, {"logprobs": 1, "echo": True})
+        tokens, values, offsets = (found[key] for key in _ECHO)
+        if not len(tokens) == len(values) == len(offsets) > 0:
+            raise self.make_error("has a text_offset that fits no token")
+        pairs = zip(_find_spans(self._make_prompt((*prompt, *ids)), tokens, offsets), values, strict=True)
+        end = len(prompt) + len(ids)
+        # A token that reaches over the beginning of the answer is counted with it.
+        chosen = [value for (start, stop), value in pairs if len(prompt) < stop and start < end]
+        if not chosen:
+            raise self.make_error("has no token for the answer")
+        return score + sum(map(self.check_logp, chosen))
 
 
 def _is_cut(text: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`read_atlas`: the facts that come with the package, so that a first report needs no download.
+"""`atlas`: the facts that come with the package, so that a first report needs no download.
 
 The data is ``compressknow/evaluate/atlas/*.json``, one file a relation: {"relation", "subject", "definition",
 "templates": [TEXT, ...], "source", "popularity": TEXT or null, "facts": [{"id", "sub_label", "obj_label",
@@ -22,7 +22,7 @@ PROTOCOL = "atlas/1"
 
 
 class Atlas(ProbeSource):
-    """``read_atlas``, in one of several wordings."""
+    """``atlas``, in one of several wordings."""
 
     help = "built in: 4,002 facts of six domains; nothing to download"
     takes = frozenset({"template"})

@@ -1,4 +1,4 @@
-"""`read_bear`: the probe of Wiland, Ploner and Akbik, "BEAR: A Unified Framework for Evaluating Relational Knowledge in
+"""`bear`: the probe of Wiland, Ploner and Akbik, "BEAR: A Unified Framework for Evaluating Relational Knowledge in
 Causal and Masked Language Models" (2024), read as its library lm-pub-quiz reads it.
 
 A folder holds ``metadata_relations.json``, {RELATION: {"templates": [TEXT, ...], "answer_space_labels": [TEXT, ...]}},
@@ -26,7 +26,7 @@ _HINT = f"BEAR comes from {WHERE_FROM}; --data names its folder."
 
 
 class Bear(ProbeSource):
-    """``read_bear``, in one of several wordings."""
+    """``bear``, in one of several wordings."""
 
     help = "BEAR's 60 relations (--data DIR)"
     takes = frozenset({"data", "template"})

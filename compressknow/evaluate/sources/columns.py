@@ -121,17 +121,7 @@ def hash_files(paths: Iterable[Path], folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
 
 
-KEYS = (
-    "subject",
-    "object",
-    "prompt",
-    "template",
-    "relation",
-    "id",
-    "popularity",
-    "candidates",
-    "school-subject",
-)
+KEYS = ("subject", "object", "prompt", "template", "relation", "id", "popularity", "candidates", "school-subject")
 
 
 @dataclass(frozen=True)

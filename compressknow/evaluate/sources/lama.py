@@ -2,7 +2,7 @@
 
 The folder is what https://dl.fbaipublicfiles.com/LAMA/data.zip holds: ``TREx/P*.jsonl``, ``Google_RE/*_test.jsonl``,
 ``Squad/test.jsonl``, ``ConceptNet/test.jsonl`` and ``relations.jsonl``, a template for each relation of T-REx.
-``common_vocab_cased.txt``, one word a line, lies beside them; the `read_lama` protocol needs it.
+``common_vocab_cased.txt``, one word a line, lies beside them; the `lama` protocol needs it.
 
 T-REx and Google-RE are asked by template, in both protocols, and SQuAD and ConceptNet by the first of their
 ``masked_sentences``. A prompt has one blank, so that sentences with several are dropped (3 of SQuAD's): the official
@@ -105,7 +105,7 @@ class Lama(ProbeSource):
 def read_lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -> Probe:
     """Read one of `SETS`, by one of two protocols.
 
-    `read_lama` follows the official code (facebookresearch/LAMA: run_experiments.py, batch_eval_KB_completion.py):
+    `lama` follows the official code (facebookresearch/LAMA: run_experiments.py, batch_eval_KB_completion.py):
     - Answers are words of the common vocabulary. Facts whose object has a word outside of it are dropped, and so are,
       by the scorers, those whose object is not one token of the model.
     - Facts of Google-RE that more raters rejected than accepted ("skip" counts as a rejection) are dropped.
