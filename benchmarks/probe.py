@@ -43,7 +43,7 @@ from typing import Any
 from convert import resident_mb
 
 from compressknow.base.errors import CompressknowError
-from compressknow.evaluate.evaluate import BATCH_SIZE
+from compressknow.evaluate.runtimes import BATCH_SIZE
 
 # Ratios of facts a second that compressknow is held to.
 BOUNDS = {"paper": 30, "int4": 1.5, "bear": 5}
@@ -132,7 +132,8 @@ def ours(
     part: str, language: tuple[Any, Any, str], options: Namespace, *, greedy: bool = True
 ) -> Callable[[int, int], Answers]:
     """Each fact's most likely token, and whether it is right; of BEAR the answer, the object's rank, the best score."""
-    from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
+    from compressknow.evaluate.evaluate import evaluate, make_prompts
+    from compressknow.evaluate.scoring.families import scorer_for
 
     probe = probe_of(part, options)
 
@@ -140,7 +141,7 @@ def ours(
         scorer: Any = scorer_for(*language, replace(probe, facts=tuple(some(probe.facts, count))))
         if not greedy:
             scorer.produced = lambda batch, *_: [None] * len(batch)
-        answers = (answer for batch in evaluate(prompts_of(scorer, batch_size)) for answer in batch)
+        answers = (answer for batch in evaluate(make_prompts(scorer, batch_size)) for answer in batch)
         if part in ("paper", "int8"):
             return {answer.fact_id: [int(answer.first_ids[0]), answer.correct] for answer in answers}
         return {answer.fact_id: [answer.predicted, answer.rank, answer.top5_logp[0]] for answer in answers}

@@ -32,7 +32,8 @@ def measured(model: str, facts: int, threads: int) -> dict[str, float]:
 
     from compressknow.engine.identity import locate
     from compressknow.evaluate.evaluate import evaluate
-    from compressknow.evaluate.handle import ModelHandle, Settings
+    from compressknow.evaluate.handle import ModelHandle
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options, open_probe
 
     torch.set_num_threads(threads)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from compressknow.compress.steps import Prune, Quantize, Where
     from compressknow.compress.verify import Verification
     from compressknow.evaluate.answers import Answers
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
     from compressknow.gguf.record import ExportRecord
     from compressknow.model.summary import Inspection
@@ -75,7 +75,7 @@ else:
         "base.hub": ("Upload",),
         "model.summary": ("Inspection",),
         "evaluate.answers": ("Answers",),
-        "evaluate.handle": ("Settings",),
+        "evaluate.runtimes": ("Settings",),
         "evaluate.sources": ("Options",),
         "base.progress": ("Progress", "Stage"),
         "pages.diff.records": ("CheckpointComparison",),

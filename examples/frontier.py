@@ -28,7 +28,7 @@ from typing import Any
 import compressknow
 from compressknow.base.errors import CompressknowError
 from compressknow.cli import main as cli
-from compressknow.evaluate.sources.atlas import atlas
+from compressknow.evaluate.sources.atlas import read_atlas
 
 TOKENS = 8192
 HALF: dict[str, Any] = {"prune": 0.5, "prune_method": "sparsegpt", "calibration_tokens": TOKENS}
@@ -83,7 +83,7 @@ def divide_facts(folder: Path) -> dict[str, Path]:
     """Write the facts of atlas into two files: one in five chooses, the others judge, by a hash of their ids."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {"choose": [], "judge": []}
-    for fact in atlas().facts:
+    for fact in read_atlas().facts:
         values = {key: value for key, value in asdict(fact).items() if value is not None}
         lines["judge" if hashlib.sha256(fact.id.encode()).digest()[0] % 5 else "choose"].append(json.dumps(values))
     files = {name: folder / f"{name}.jsonl" for name in lines}

@@ -96,9 +96,9 @@ def _small_llama(folder: Path) -> None:
 
 
 def _atlas() -> tuple[compressknow.evaluate.facts.Fact, ...]:
-    from compressknow.evaluate.sources.atlas import atlas
+    from compressknow.evaluate.sources.atlas import read_atlas
 
-    return atlas().facts
+    return read_atlas().facts
 
 
 @pytest.fixture

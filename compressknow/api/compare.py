@@ -10,7 +10,7 @@ from compressknow.api.words import SeededWords, files_of, records_of, speaks_pyt
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
     from compressknow.pages.diff.records import CheckpointComparison
 
@@ -72,7 +72,7 @@ def compare(
     from compressknow.base.errors import UsageError
     from compressknow.base.progress import listener
     from compressknow.engine.identity import describe
-    from compressknow.evaluate.gather import Named, default_answers_folder, evaluate_both, find_both, open_named
+    from compressknow.evaluate.gather import default_answers_folder, evaluate_both, find_both, open_named
     from compressknow.evaluate.grades import check_known
     from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
     from compressknow.pages.diff.make import behaviour_of, checkpoint_of, make_comparison
@@ -90,7 +90,7 @@ def compare(
     options, settings = records_of({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
     opened = open_named(probe, options, known) if probe else []
     listening = listener(on_progress)
-    first, second = find_both(Named(a, revision), Named(b, revision_b), settings, listening)
+    first, second = find_both((a, revision), (b, revision_b), settings, listening)
     # It imports torch, which takes seconds: what is missing is said before.
     from compressknow.comparison.checkpoints import difference_of, other_files
 

@@ -192,7 +192,8 @@ def _without_text(choice: Choice, target: Target) -> Choice:
 def _fit(job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listening: Listener | None) -> Fit:
     """How the file is brought to its size, by what its weights are sensitive to."""
     from compressknow.engine.identity import locate
-    from compressknow.evaluate.handle import ModelHandle, Settings
+    from compressknow.evaluate.handle import ModelHandle
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.gguf.fit import Fit
     from compressknow.study.fitting import check_budget, fit_types
     from compressknow.study.guides import guides_of

@@ -11,7 +11,7 @@ from compressknow.api.words import ServingWords, records_of, speaks_python
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
     from compressknow.evaluate.answers import Answers
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
 
 
@@ -56,9 +56,10 @@ def probe(
     require("pyarrow")
     from compressknow.base.progress import listener
     from compressknow.engine.identity import locate
+    from compressknow.evaluate.distributions import Context
     from compressknow.evaluate.gather import open_named, read_reference
-    from compressknow.evaluate.handle import Beside, ModelHandle
-    from compressknow.evaluate.noise import with_noise_floor
+    from compressknow.evaluate.handle import ModelHandle
+    from compressknow.evaluate.noise import add_noise_floor
     from compressknow.evaluate.run import probe_model
 
     options, settings = records_of(words, options, settings)
@@ -66,5 +67,5 @@ def probe(
     original = read_reference(reference) if reference is not None else None
     handle = ModelHandle(locate(model, revision), settings)
     listening = listener(on_progress)
-    answers = probe_model(handle, opened, Path(output), Beside(original), on_progress=listening)
-    return answers if original else with_noise_floor(handle, opened, answers, Path(output), listening)
+    answers = probe_model(handle, opened, Path(output), Context(original), on_progress=listening)
+    return answers if original else add_noise_floor(handle, opened, answers, Path(output), listening)

@@ -11,7 +11,7 @@ from compressknow.api.words import ServingWords, files_of, records_of, speaks_py
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
     from compressknow.pages.records import Card
 
@@ -79,7 +79,7 @@ def report(
     from compressknow.base.errors import UsageError
     from compressknow.base.format import parse_size
     from compressknow.base.progress import listener
-    from compressknow.evaluate.gather import Evaluation, default_answers_folder, gather, names_of
+    from compressknow.evaluate.gather import Evaluation, default_answers_folder, gather, list_names
     from compressknow.evaluate.grades import check_known
     from compressknow.model.checkpoint import can_be_converted
     from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
@@ -106,7 +106,7 @@ def report(
     if into_model_card:
         check_model_cards(models)
     evaluation = Evaluation(
-        names_of(probe),
+        list_names(probe),
         *records_of(words, options, settings),
         keep_in=Path(answers) if answers else default_answers_folder(),
         timed=time,

@@ -22,9 +22,10 @@ from compressknow.comparison.records import Estimate
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
-from compressknow.evaluate.gather import names_of, open_named, refuse_texts_alone
+from compressknow.evaluate.gather import check_has_facts, list_names, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
-from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.text import RunningText
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
@@ -132,8 +133,8 @@ def search(
     check_text(request.text.text, request.text.tokens)
     folder, listening = Path(output), listener(on_progress)
     refuse_foreign(folder)
-    opened = open_named([*names_of(probe), *names_of(facts)], options, known)
-    refuse_texts_alone(opened, "A search")
+    opened = open_named([*list_names(probe), *list_names(facts)], options, known)
+    check_has_facts(opened, "A search")
     texts = [each for each in opened if isinstance(each, RunningText)]
     parts = [parts_of(each, seed) for each in opened if not isinstance(each, RunningText)]
 

@@ -80,7 +80,8 @@ def sensitivity(
     refuse_no_checkpoint(model)
     from compressknow.base.progress import listener
     from compressknow.engine.identity import locate
-    from compressknow.evaluate.handle import ModelHandle, Settings
+    from compressknow.evaluate.handle import ModelHandle
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.study.guides import guides_of
     from compressknow.study.map import Map, write_map
 

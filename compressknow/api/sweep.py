@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Unpack
 from compressknow.api.words import SeededWords, cluster_of, records_of, speaks_python
 from compressknow.base.libraries import require
 from compressknow.base.progress import OnProgress, listener, staged
-from compressknow.evaluate.gather import open_named, refuse_texts_alone
+from compressknow.evaluate.gather import check_has_facts, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
-from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.text import RunningText
 from compressknow.study.cells import StudyModel, save_cell
 from compressknow.study.folder import (
@@ -101,7 +101,7 @@ def sweep(
     refuse_foreign(folder)
     # Texts first: a model that cannot read one is refused before it is evaluated on all else.
     opened = sorted(open_named(probe, options, known), key=lambda each: not isinstance(each, RunningText))
-    refuse_texts_alone(opened, "A sweep")
+    check_has_facts(opened, "A sweep")
     # On a cluster the workers keep what they need.
     kept, texts = None if cluster else folder, folder / TEXTS
     with StudyModel(model, settings, revision=revision, keep_in=kept, texts=texts) as study_model:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypedDict, TypeVar
 from compressknow.base.errors import CompressknowError, did_you_mean
 
 if TYPE_CHECKING:
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
     from compressknow.study.running import RayOptions
 
@@ -73,7 +73,7 @@ def records_of(
     words: Mapping[str, Any], options: Options | None = None, settings: Settings | None = None
 ) -> tuple[Options, Settings]:
     """Return the records of some words, which come before what `options` and `settings` say."""
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
     from compressknow.evaluate.sources.columns import parse_columns
 

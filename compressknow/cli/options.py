@@ -110,9 +110,9 @@ PROBE_NAMES, WIDTH = 20, 78
 
 def probes_help() -> str:
     """The list of probes for the end of a help page, in click's form; those of other packages are imported for it."""
-    from compressknow.evaluate.sources import usable
+    from compressknow.evaluate.sources import list_usable
 
-    sources = list(usable())
+    sources = list(list_usable())
     lines = [line for kind, source in sources for line in _listed(source.usage(kind), source.help)]
     details = [source.details for _, source in sources if source.details]
     return "\n\n".join(f"\b\n{text}" for text in ("\n".join(["Probes (-p, repeatable):", *lines]), *details))

@@ -81,10 +81,10 @@ def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **giv
 
 def _page(answers: Answers, output: Path) -> Iterator[str]:
     from compressknow.evaluate.answers import GRADES
-    from compressknow.evaluate.grades import by_majority
+    from compressknow.evaluate.grades import merge_wordings
     from compressknow.pages.card.warnings import of_changes
 
-    answers = by_majority(answers)
+    answers = merge_wordings(answers)
     model = answers.record.model
     yield f"{plain(model.name)}: answers in {output}"
     for warning in of_changes(model):

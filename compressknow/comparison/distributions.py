@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from compressknow.comparison.intervals import proportion
 from compressknow.comparison.records import Confidence, Counts, Knowing, ReliabilityBin, Third, Wording, Wordings
 from compressknow.evaluate.answers import GRADES, LOGP_FLOOR, Answer
-from compressknow.evaluate.grades import by_fact
+from compressknow.evaluate.grades import group_by_fact
 
 # What float32 log-probabilities of 256 tokens leave undecided of the rest's probability: their rounding errors add up
 # to about the entropy times 2^-24. A rest below this is indistinguishable from none.
@@ -297,7 +297,7 @@ def consistency(answers: Iterable[Answer]) -> float | None:
     there is none.
     """
     shares = []
-    for wordings in by_fact(answers).values():
+    for wordings in group_by_fact(answers).values():
         alike = [one.predicted == other.predicted for one, other in combinations(wordings, 2)]
         if alike:
             shares.append(sum(alike) / len(alike))

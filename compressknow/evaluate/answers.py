@@ -91,7 +91,7 @@ _LISTS = ("top5", "top5_logp", "first_ids", "first_logp")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model answered to one fact.
+    """Answer of a model to one fact.
 
     Attributes
     ----------
@@ -141,7 +141,7 @@ class Answer:
 
 @dataclass(frozen=True, repr=False)
 class Answers(Shown):
-    """All answers of one model, and the record of how they came about (the content of ``probe.json``).
+    """Answers of one model, and the record of how they came about (the content of ``probe.json``).
 
     Attributes
     ----------
@@ -157,11 +157,11 @@ class Answers(Shown):
         return tuple(self.record.probes)
 
     def of(self, probe: str) -> list[Answer]:
-        """The answers to one probe, in the order of its facts."""
+        """Return the answers to one probe, in the order of its facts."""
         return [answer for answer in self.answers if answer.probe == probe]
 
     def only(self, probes: Sequence[str]) -> Answers:
-        """The answers to these probes alone."""
+        """Return the answers to these probes alone."""
         texts = {name: chunks for name, chunks in self.texts.items() if name in probes}
         record = replace(self.record, probes={name: self.record.probes[name] for name in probes})
         return Answers(record, tuple(answer for answer in self.answers if answer.probe in probes), texts)
@@ -172,17 +172,16 @@ class Answers(Shown):
             f"Answers of {plain(self.record.model.name, 60)}",
             f"{count(right)} of {count(of)} facts right ({percent(right, of)}).",
             ("Probe", "Facts", "Right", "Share"),
-            tuple(_probe_row(probe, self.of(probe)) for probe in self.probes),
+            tuple(map(self._row, self.probes)),
         )
 
+    def _row(self, probe: str) -> tuple[str, ...]:
+        correct = [answer.correct for answer in self.of(probe)]
+        return probe, count(len(correct)), count(sum(correct)), percent(sum(correct), len(correct))
 
-def _probe_row(probe: str, answers: Sequence[Answer]) -> tuple[str, ...]:
-    right = sum(answer.correct for answer in answers)
-    return probe, count(len(answers)), count(right), percent(right, len(answers))
 
-
-def schema() -> pa.Schema:
-    """Columns of ``answers.parquet``: the fields of Answer, in their order."""
+def make_schema() -> pa.Schema:
+    """Return the columns of ``answers.parquet``: the fields of Answer, in their order."""
     import pyarrow as pa
 
     text, number = pa.string(), pa.float64()
@@ -208,13 +207,13 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {name: [getattr(answer, name) for answer in answers] for name in schema().names}
+    columns = {name: [getattr(answer, name) for answer in answers] for name in make_schema().names}
     with written(path) as file:
-        pq.write_table(pa.table(columns, schema=schema()), file, compression="zstd")
+        pq.write_table(pa.table(columns, schema=make_schema()), file, compression="zstd")
 
 
 def read_table(path: Path) -> list[Answer]:
-    """The answers of a Parquet file. Raises DamagedAnswers where it is none, or its columns are others."""
+    """Read the answers of a Parquet file. Raise DamagedAnswers where it is none, or its columns are others."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -222,10 +221,10 @@ def read_table(path: Path) -> list[Answer]:
         check_parquet(path)
         # Not pq.read_table: it imports pandas, where that is installed.
         with pq.ParquetFile(path) as file:
-            table = _with_newer(file.read(columns=schema().names)).select(schema().names).cast(schema())
+            table = _add_newer(file.read(columns=make_schema().names)).select(make_schema().names).cast(make_schema())
         _check_columns(table)
-        columns = [_column(table, name) for name in schema().names]
-        answers = [_with_grade_of_today(Answer(*row)) for row in zip(*columns, strict=True)]
+        columns = [_read_column(table, name) for name in make_schema().names]
+        answers = [_update_grade(Answer(*row)) for row in zip(*columns, strict=True)]
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DamagedAnswers(
             f"{path} cannot be read as answers.",
@@ -235,19 +234,19 @@ def read_table(path: Path) -> list[Answer]:
     return answers
 
 
-def _with_grade_of_today(answer: Answer) -> Answer:
-    """In older versions, what a model said was produced though it was not right."""
+def _update_grade(answer: Answer) -> Answer:
+    """Demote what older versions called produced though it was not right."""
     produced, _, demoted, _ = GRADES
     return replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
 
 
-def _with_newer(table: pa.Table) -> pa.Table:
-    """The table with the columns that those of older versions lack, empty."""
+def _add_newer(table: pa.Table) -> pa.Table:
+    """Add the columns that tables of older versions lack, empty."""
     import pyarrow as pa
 
     for name in NEWER:
         if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), schema().field(name).type))
+            table = table.append_column(name, pa.nulls(len(table), make_schema().field(name).type))
     return table
 
 
@@ -265,7 +264,7 @@ def _check_columns(table: pa.Table) -> None:
         raise ValueError("first_ids and first_logp of a row are not of one length")
 
 
-def _column(table: pa.Table, name: str) -> Iterable[Any]:
+def _read_column(table: pa.Table, name: str) -> Iterable[Any]:
     column = table[name]
     if name in ("first_ids", "first_logp"):
         import numpy as np
@@ -279,7 +278,7 @@ def _column(table: pa.Table, name: str) -> Iterable[Any]:
 
 
 def read_answers(folder: Path) -> Answers:
-    """An answers folder that `compressknow probe` wrote. Raises DamagedAnswers where it is none or damaged."""
+    """Read an answers folder that `compressknow probe` wrote. Raise DamagedAnswers where it is none or damaged."""
     record = read_record(folder)
     check_table(folder, record)
     answers = Answers(record, tuple(read_table(folder / TABLE)), read_texts(folder, record))
@@ -311,7 +310,7 @@ def check_table(folder: Path, record: Record) -> None:
 
 
 def read_record(folder: Path) -> Record:
-    """``probe.json`` of an answers folder."""
+    """Read ``probe.json`` of an answers folder. Raise DamagedAnswers where it is missing or damaged."""
     try:
         record = read_json(folder / RECORD, RECORD_BYTES)
         version = record["schema"]
@@ -325,7 +324,7 @@ def read_record(folder: Path) -> Record:
             f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
             hint="Probe the model again with this version.",
         )
-    if wrong := misfit(record, RECORD_FORM) or _not_finite(record):
+    if wrong := misfit(record, RECORD_FORM) or _find_infinite(record):
         raise DamagedAnswers(
             f"{folder / RECORD} is damaged: {wrong}.", hint="Probe the model again, into another folder."
         )
@@ -337,8 +336,8 @@ def read_record(folder: Path) -> Record:
     return Record.from_dict({key: value for key, value in record.items() if key != SEAL})
 
 
-def _not_finite(record: Mapping[str, Any]) -> str | None:
-    """Whether a number of the record is beyond all numbers, as its free keys may hold: no report could be written."""
+def _find_infinite(record: Mapping[str, Any]) -> str | None:
+    """Say that a number is infinite or NaN, as free keys of the record may hold: no report could be written."""
     try:
         json.dumps(record, allow_nan=False)
     except ValueError:
@@ -364,14 +363,14 @@ _UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool) -> Iterator[None]:
-    """The folder, made where it is missing, for this run alone; an error leaves none behind that holds nothing.
+def lock_folder(folder: Path, wait: bool) -> Iterator[None]:
+    """Create the folder where it is missing, and lock it for this run; an error leaves no empty folder behind.
 
     Raises OutputError where it is a file, holds something else, or is in use and `wait` is False.
     """
     if is_no_folder(folder):
         raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
-    if _foreign(folder):
+    if _is_foreign(folder):
         raise OutputError(
             f"{folder} already exists and is not an answers folder.", hint="Choose a new folder for the answers."
         )
@@ -379,18 +378,18 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         yield
 
 
-def tidy(folder: Path) -> None:
+def remove_parts(folder: Path) -> None:
     """Remove what is of no use once all is answered: the parts."""
     shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
-def stored(folder: Path) -> list[Answer]:
-    """All answers that the folder holds."""
+def read_stored(folder: Path) -> list[Answer]:
+    """Read all answers that the folder holds."""
     return read_table(folder / TABLE) if (folder / TABLE).is_file() else []
 
 
-def parts_of(folder: Path, key: str) -> Path:
-    """Where the answers to one probe are kept until all of them are there."""
+def find_parts(folder: Path, key: str) -> Path:
+    """Return the folder of the answers to one probe until all of them are there."""
     return folder / PARTS / key[:16]
 
 
@@ -399,12 +398,12 @@ def write_part(parts: Path, answers: Sequence[Answer]) -> None:
     write_table(parts / f"{len(list(parts.glob('*.parquet'))):05}.parquet", answers)
 
 
-def stored_parts(parts: Path) -> list[Answer]:
+def read_parts(parts: Path) -> list[Answer]:
     return [answer for path in sorted(parts.glob("*.parquet")) for answer in read_table(path)]
 
 
-def _foreign(folder: Path) -> bool:
-    """Whether a folder holds anything beside answers or what a run that was cut short leaves."""
+def _is_foreign(folder: Path) -> bool:
+    """Return whether a folder holds anything besides answers or what an interrupted run leaves."""
     try:
         names = {path.name for path in folder.iterdir()}
     except FileNotFoundError:

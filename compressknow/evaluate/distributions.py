@@ -1,4 +1,4 @@
-"""The original's distributions over its whole vocabulary, kept for one run: with them KL divergences are exact.
+"""Distributions of the original over its whole vocabulary, kept for one run: with them KL divergences are exact.
 
 Answers hold 256 tokens a fact, on which a divergence is a lower bound. All tokens of all facts would fill gigabytes, so
 they are kept on disk as long as the run lasts, in files that have no name: whatever ends the run ends them.
@@ -11,6 +11,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,13 @@ from compressknow.evaluate.answers import LOGP_FLOOR, Answers
 from compressknow.evaluate.evaluate import evaluate
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.sources import Opened
-from compressknow.evaluate.text import RunningText, chunks_of, context_of, keys_of, read_again
+from compressknow.evaluate.text import RunningText, choose_context, cut_chunks, list_keys, read_chunk
 
 if TYPE_CHECKING:
     import torch
 
     from compressknow.evaluate.handle import ModelHandle
+    from compressknow.evaluate.scoring.scorer import Whole
 
 # What must stay free on the disk: the answers are to find room.
 RESERVE = 256 << 20
@@ -36,7 +38,7 @@ AT_A_TIME = 1 << 21
 
 
 class Distributions:
-    """The original's log-probabilities of every token at the answer's first position, by probe.
+    """Log-probabilities of every token at the answer's first position, by the original, for each probe.
 
     Parameters
     ----------
@@ -49,7 +51,7 @@ class Distributions:
         self._rows: dict[str, Rows] = {}
 
     def of(self, probe: Probe | RunningText) -> Rows:
-        """Those of a probe. By content: a search has two halves of one name."""
+        """Return the rows of a probe, by its content: a search has two splits of one name."""
         key = probe.fingerprint()
         if key not in self._rows:
             self._rows[key] = (
@@ -66,28 +68,35 @@ class Distributions:
         The original is in memory no longer than that.
         """
         kept = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
-        lacking = [probe for probe in kept if not self.of(probe).holds(_keys(probe, answers))]
+        lacking = [probe for probe in kept if not self.of(probe).holds(_list_keys(probe, answers))]
         try:
             for probe in lacking:
                 if self.of(probe).gave_up:
                     continue
                 if isinstance(probe, RunningText):
-                    self._read(probe, answers, on_progress)
+                    self._read_text(probe, answers, on_progress)
                 else:
-                    self._evaluate(probe, answers, on_progress)
+                    self._evaluate_facts(probe, answers, on_progress)
         finally:
             if lacking:
                 self._original.release()
 
-    def _read(self, text: RunningText, answers: Answers, on_progress: Listener | None) -> None:
+    def _read_text(self, text: RunningText, answers: Answers, on_progress: Listener | None) -> None:
         original = self._original
         stage = Stage("read", original.located.name, text.name, device=original.settings.device, again=True)
         with begun(on_progress, stage) as advance:
             reader = original.reader()
-            context = context_of(reader, text, answers.record.probes.get(text.name))
-            read_again(reader, chunks_of(reader, text, context), self.of(text), advance)
+            context = choose_context(reader, text, answers.record.probes.get(text.name))
+            rows, chunks = self.of(text), cut_chunks(reader, text, context)
+            for number in range(len(chunks.ids)):
+                if rows.gave_up:
+                    return
+                if not rows.holds(list_keys(number, context)):
+                    read_chunk(reader, chunks, number, rows.keep)
+                if advance:
+                    advance(number + 1, len(chunks.ids))
 
-    def _evaluate(self, probe: Probe, answers: Answers, on_progress: Listener | None) -> None:
+    def _evaluate_facts(self, probe: Probe, answers: Answers, on_progress: Listener | None) -> None:
         original, rows = self._original, self.of(probe)
         name, device = original.located.name, original.settings.device
         stage = Stage("evaluate", name, probe.name, len(probe.facts), device, again=True)
@@ -111,17 +120,52 @@ class Distributions:
         self.close()
 
 
-def _keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
-    """What the distributions of a probe's facts, or of a text's tokens, are kept under."""
+@dataclass(frozen=True)
+class Context:
+    """Context of answers: what they are compared with.
+
+    Attributes
+    ----------
+    reference : answers of the original: the same tokens are evaluated at the answer's first position.
+    known : answers of this very model to these probes, with another reference: what it answers is taken from there.
+    whole : the original's distributions over the whole vocabulary: those of `reference` are compared with this model's;
+        without a reference this model is the original, and they are kept.
+    """
+
+    reference: Answers | None = None
+    known: Answers | None = None
+    whole: Distributions | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """Return the hash of the original; None where this model is the original."""
+        return self.reference.record.model.sha256 if self.reference else None
+
+    @property
+    def runtime(self) -> str | None:
+        """Return the name of what ran the original, where that was not transformers."""
+        ran = self.reference.record.model.runtime if self.reference else None
+        return str(ran["name"]) if ran else None
+
+    def of_batches(self, probe: Probe | RunningText) -> Whole | None:
+        """Return what each batch's distributions go to: the original's are kept, others are compared with them."""
+        if self.whole is None:
+            return None
+        rows = self.whole.of(probe)
+        return rows.divergence if self.reference else rows.keep
+
+
+def _list_keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
+    """Yield the keys of the distributions of a probe's facts, or of a text's tokens."""
     if isinstance(probe, Probe):
         yield from (answer.fact_id for answer in answers.of(probe.name))
     elif entry := answers.record.probes.get(probe.name):
         for chunk in answers.texts.get(probe.name, ()):
-            yield from keys_of(chunk.number, int((entry.text or {})["context"]))
+            yield from list_keys(chunk.number, int((entry.text or {})["context"]))
 
 
 class Rows:
-    """The distributions of one probe's facts: a file of floats, [facts, vocabulary], in the order they came in.
+    """Distributions of one probe's facts: a file of floats, [facts, vocabulary], in the order they came in.
 
     Those of a text's tokens take 16 bits each: half the disk.
 
@@ -155,8 +199,8 @@ class Rows:
         return [None] * len(facts)
 
     def divergence(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
-        """KL(original || model) in nats, over the whole vocabulary in float64, of each fact; `log_probs` are the
-        model's, [facts, vocabulary]. None for all where one is not kept, or the vocabulary has another size.
+        """Compute KL(original || model) in nats, over the whole vocabulary in float64, of each fact; `log_probs` are
+        the model's, [facts, vocabulary]. None for all where one is not kept, or the vocabulary has another size.
         """
         if not self.holds(facts) or log_probs.shape[1] != self._width:
             return [None] * len(facts)
@@ -167,8 +211,8 @@ class Rows:
         try:
             for start in range(0, len(facts), step):
                 chosen = slice(start, start + step)
-                original = self._read(facts[chosen]).to(device)
-                found += divergence_of(original, log_probs[chosen].to(device)).tolist()
+                original = self._read_text(facts[chosen]).to(device)
+                found += compute_divergence(original, log_probs[chosen].to(device)).tolist()
         except OSError:
             self.give_up()
             return [None] * len(facts)
@@ -185,7 +229,7 @@ class Rows:
 
     @property
     def _row(self) -> int:
-        """Bytes of one."""
+        """Return the bytes of one row."""
         return self._width * (2 if self._short else 4)
 
     def _append(self, facts: Sequence[str], rows: np.ndarray) -> None:
@@ -196,12 +240,12 @@ class Rows:
                 return
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
         self._file.seek(self._written * self._row)
-        self._file.write((shortened(rows) if self._short else rows).data)
+        self._file.write((shorten(rows) if self._short else rows).data)
         self._file.flush()
         self._places |= {fact: self._written + row for row, fact in enumerate(facts)}
         self._written += len(facts)
 
-    def _read(self, facts: Sequence[str]) -> torch.Tensor:
+    def _read_text(self, facts: Sequence[str]) -> torch.Tensor:
         import torch
 
         rows = np.empty((len(facts), self._width), dtype=np.uint16 if self._short else np.float32)
@@ -209,22 +253,22 @@ class Rows:
             self._file.seek(self._places[fact] * self._row)
             if self._file.readinto(row.data) != row.nbytes:
                 raise OSError("the file is cut short")
-        return torch.from_numpy(lengthened(rows) if self._short else rows)
+        return torch.from_numpy(lengthen(rows) if self._short else rows)
 
 
 _STEPS = 65534 / math.sqrt(-LOGP_FLOOR)
 
 
-def shortened(log_probs: np.ndarray) -> np.ndarray:
-    """Log-probabilities in 16 bits, uint16: their square roots in equal steps, so that those near 0 are told best. One
-    of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is no number.
+def shorten(log_probs: np.ndarray) -> np.ndarray:
+    """Store log-probabilities in 16 bits, uint16: their square roots in equal steps, so that those near 0 are the most
+    exact. One of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is no number.
     """
     roots = np.rint(np.sqrt(-np.clip(log_probs, LOGP_FLOOR, 0)) * np.float32(_STEPS))
     return np.where(np.isnan(roots), np.float32(65535), roots).astype(np.uint16)
 
 
-def lengthened(stored: np.ndarray) -> np.ndarray:
-    """What `shortened` gave, as float32.
+def lengthen(stored: np.ndarray) -> np.ndarray:
+    """Return what `shorten` stored, as float32.
 
     >>> lengthened(shortened(np.array([0.0, -2.0, np.nan], dtype=np.float32))).round(3)
     array([-0., -2., nan], dtype=float32)
@@ -233,8 +277,9 @@ def lengthened(stored: np.ndarray) -> np.ndarray:
     return np.where(stored == 65535, np.float32(np.nan), -(roots**2))
 
 
-def divergence_of(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
-    """KL(original || compressed) in nats of log-probabilities over all tokens, [facts, tokens]: float64, [facts].
+def compute_divergence(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+    """Compute KL(original || compressed) in nats of log-probabilities over all tokens, [facts, tokens]: float64,
+    [facts].
 
     As p (q/p - 1 - log q/p), which is the same sum where both add up to 1, but has no negative terms, and takes no harm
     from the last digits by which float32 does not add up to 1.

@@ -15,23 +15,22 @@ import numpy as np
 
 from compressknow.base.errors import UsageError
 from compressknow.base.progress import Listener, staged
-from compressknow.engine.identity import locate
 from compressknow.evaluate.answers import Answers
-from compressknow.evaluate.distributions import Distributions
+from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.gather import (
     Evaluation,
-    finished,
-    folder_of,
-    of_probes,
-    open_like,
-    sound_handles,
-    stored_answers,
+    choose_folder,
+    finish_answers,
+    open_matching,
+    open_models,
+    read_if_stored,
+    select_probes,
 )
-from compressknow.evaluate.grades import known_as
-from compressknow.evaluate.handle import Beside, ModelHandle
-from compressknow.evaluate.noise import unmeasured
-from compressknow.evaluate.run import facts_entry, held_answers, probe_model
+from compressknow.evaluate.grades import apply_reading
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.noise import mark_unmeasured
+from compressknow.evaluate.run import find_answers, make_facts_entry, probe_model
 
 if TYPE_CHECKING:
     from compressknow.evaluate.sources import Opened
@@ -73,25 +72,23 @@ def gather_early(
 
     Raises UsageError for a task or a text, which are run as a whole, and CompressknowError as `gather` does.
     """
-    given = [stored_answers(model) for model in (original, compressed)]
-    probes = _of_facts(open_like(next(filter(None, given), None), evaluation))
-    named = zip((original, compressed), (revision, None), given, strict=True)
-    located = [locate(model, of) for model, of, answers in named if not answers]
-    handles = iter(sound_handles(located, evaluation, probes))
-    first, second = (_Side(answers, None if answers else next(handles)) for answers in given)
-    first.look_in(evaluation.keep_in, probes, None)
+    models = (original, compressed)
+    stored = [read_if_stored(model) for model in models]
+    probes = _select_facts(open_matching(next(filter(None, stored), None), evaluation))
+    first, second = map(_Side, stored, open_models(models, revision, stored, evaluation, probes))
+    first.read_stored(evaluation.keep_in, probes, None)
     if first.stored:
-        second.look_in(evaluation.keep_in, probes, first.stored)
-    drawing = _Drawing(first.answerable(probes), evaluation.options.seed)
-    found = _until(decide, first, second, drawing, evaluation, on_progress)
+        second.read_stored(evaluation.keep_in, probes, first.stored)
+    drawing = _Drawing(first.filter_answerable(probes), evaluation.options.seed)
+    found = _evaluate_until(decide, first, second, drawing, evaluation, on_progress)
     timed = evaluation.timed
-    before = finished(first.answers(drawing), first.handle, None, on_progress, timed=timed)
-    before = unmeasured(before, "--early leaves it out.")
-    after = finished(second.answers(drawing), second.handle, before, on_progress, timed=timed)
+    before = finish_answers(first.merge_chunks(drawing), first.handle, None, on_progress, timed=timed)
+    before = mark_unmeasured(before, "--early leaves it out.")
+    after = finish_answers(second.merge_chunks(drawing), second.handle, before, on_progress, timed=timed)
     return Early(before, after, found)
 
 
-def _of_facts(opened: Sequence[Opened]) -> list[Probe]:
+def _select_facts(opened: Sequence[Opened]) -> list[Probe]:
     if others := [probe.name for probe in opened if not isinstance(probe, Probe)]:
         raise UsageError(
             f"--early cannot stop {others[0]}: it has no facts, and is run as a whole.",
@@ -103,7 +100,7 @@ def _of_facts(opened: Sequence[Opened]) -> list[Probe]:
     return facts
 
 
-def _until(
+def _evaluate_until(
     decide: Decide[T],
     first: _Side,
     second: _Side,
@@ -119,12 +116,12 @@ def _until(
     known: list[bool] = []
     kept: list[bool] = []
     with Distributions(of, keep_in) if of else nullcontext() as whole:
-        for chunk in drawing.chunks():
+        for chunk in drawing.draw():
             folder = keep_in / f"early-{drawing.digest}" / f"{drawing.drawn:05}"
-            before = first.answer(chunk, folder, Beside(whole=whole), listen[0])
-            after = second.answer(chunk, folder, Beside(before, whole=whole), listen[1])
-            known += _right(known_as(before, evaluation.known), chunk)
-            kept += _right(known_as(after, evaluation.known), chunk)
+            before = first.answer(chunk, folder, Context(whole=whole), listen[0])
+            after = second.answer(chunk, folder, Context(before, whole=whole), listen[1])
+            known += _list_correct(apply_reading(before, evaluation.known), chunk)
+            kept += _list_correct(apply_reading(after, evaluation.known), chunk)
             found = decide(np.array(known), np.array(kept), len(drawing.order))
             if found is not None:
                 return found
@@ -140,7 +137,7 @@ class _Chunk:
 
 
 class _Drawing:
-    """The facts of all probes in random order, of which `drawn` are done."""
+    """Facts of all probes in random order, of which `drawn` are done."""
 
     def __init__(self, probes: Sequence[Probe], seed: int) -> None:
         self._probes, self._seed, self.drawn = probes, seed, 0
@@ -149,34 +146,34 @@ class _Drawing:
 
     @property
     def digest(self) -> str:
-        """Of all that decides which facts are in which chunk."""
+        """Hash all that decides which facts are in which chunk."""
         decides = [[probe.fingerprint() for probe in self._probes], self._seed, FIRST, FURTHER]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
-    def chunks(self) -> Iterator[_Chunk]:
+    def draw(self) -> Iterator[_Chunk]:
         while self.drawn < len(self.order):
             start = self.drawn
             self.drawn = min(len(self.order), start + max(FIRST, math.ceil(FURTHER * start)))
             facts = self.order[start : self.drawn]
-            yield _Chunk(tuple(facts), self._samples(facts))
+            yield _Chunk(tuple(facts), self._sample(facts))
 
-    def done(self) -> tuple[Probe, ...]:
-        """The probes with the facts that are done."""
-        return self._samples(self.order[: self.drawn])
+    def list_done(self) -> tuple[Probe, ...]:
+        """Return the probes with the facts that are done."""
+        return self._sample(self.order[: self.drawn])
 
-    def _samples(self, names: Sequence[tuple[str, str]]) -> tuple[Probe, ...]:
+    def _sample(self, names: Sequence[tuple[str, str]]) -> tuple[Probe, ...]:
         wanted = frozenset(names)
-        samples = (_only(probe, wanted, self._seed) for probe in self._probes)
+        samples = (_restrict(probe, wanted, self._seed) for probe in self._probes)
         return tuple(sample for sample in samples if sample.facts)
 
 
-def _only(probe: Probe, wanted: frozenset[tuple[str, str]], seed: int) -> Probe:
-    """A probe with some of its facts, as a sample."""
+def _restrict(probe: Probe, wanted: frozenset[tuple[str, str]], seed: int) -> Probe:
+    """Return a probe with some of its facts, as a sample."""
     facts = tuple(fact for fact in probe.facts if (probe.name, fact.id) in wanted)
     return replace(probe, facts=facts, limit=len(facts), seed=seed)
 
 
-def _right(answers: Answers, chunk: _Chunk) -> list[bool]:
+def _list_correct(answers: Answers, chunk: _Chunk) -> list[bool]:
     right = {(answer.probe, answer.fact_id): answer.correct for answer in answers.answers}
     return [right.get(fact, False) for fact in chunk.facts]
 
@@ -188,61 +185,60 @@ class _Side:
         self.stored, self.handle = stored, handle
         self._chunks: list[Answers] = []
 
-    def look_in(self, keep_in: Path, probes: Sequence[Probe], reference: Answers | None) -> None:
+    def read_stored(self, keep_in: Path, probes: Sequence[Probe], reference: Answers | None) -> None:
         """Take what an earlier run has stored of all facts, if it has. Raises CompressknowError where the answers that
         the user names are to other facts.
         """
         if self.handle is not None:
-            folder = folder_of(keep_in, self.handle, Beside(reference))
-            self.stored = held_answers(self.handle, probes, folder, reference)
+            folder = choose_folder(keep_in, self.handle, Context(reference))
+            self.stored = find_answers(self.handle, probes, folder, reference)
         elif self.stored is not None:
-            self.stored = of_probes(self.stored, [probe.name for probe in probes])
+            self.stored = select_probes(self.stored, [probe.name for probe in probes])
             for probe in probes:
-                _refuse_other_facts(self.stored, probe)
+                _check_facts(self.stored, probe)
 
-    def answerable(self, probes: Sequence[Probe]) -> list[Probe]:
-        """The probes with the facts that the model can be evaluated on, and how many others were dropped."""
-        return [self._answerable(probe) for probe in probes]
+    def filter_answerable(self, probes: Sequence[Probe]) -> list[Probe]:
+        """Return the probes with the facts that the model can be evaluated on, and how many others were dropped."""
+        found = []
+        for probe in probes:
+            if self.stored is not None:
+                ids = {answer.fact_id for answer in self.stored.of(probe.name)}
+                dropped = self.stored.record.probes[probe.name].dropped
+            else:
+                assert self.handle is not None
+                prompts = self.handle.prompts(probe)
+                ids, dropped = {query.fact.id for batch in prompts.batches for query in batch}, prompts.dropped
+            facts = tuple(fact for fact in probe.facts if fact.id in ids)
+            found.append(replace(probe, facts=facts, dropped=dropped))
+        return found
 
-    def _answerable(self, probe: Probe) -> Probe:
+    def answer(self, chunk: _Chunk, folder: Path, context: Context, on_progress: Listener | None) -> Answers:
+        """Answer a chunk; the answers are stored in `folder`."""
         if self.stored is not None:
-            ids, dropped = (
-                {a.fact_id for a in self.stored.of(probe.name)},
-                self.stored.record.probes[probe.name].dropped,
-            )
+            answers = _restrict_answers(self.stored, chunk)
         else:
             assert self.handle is not None
-            prompts = self.handle.prompts(probe)
-            ids, dropped = {query.fact.id for batch in prompts.batches for query in batch}, prompts.dropped
-        return replace(probe, facts=tuple(fact for fact in probe.facts if fact.id in ids), dropped=dropped)
-
-    def answer(self, chunk: _Chunk, folder: Path, beside: Beside, on_progress: Listener | None) -> Answers:
-        """The answers to a chunk, which are stored in `folder`."""
-        if self.stored is not None:
-            answers = _restricted(self.stored, chunk)
-        else:
-            assert self.handle is not None
-            place = folder_of(folder, self.handle, beside)
-            answers = probe_model(self.handle, chunk.probes, place, beside, on_progress=on_progress, wait=True)
+            place = choose_folder(folder, self.handle, context)
+            answers = probe_model(self.handle, chunk.probes, place, context, on_progress=on_progress, wait=True)
         self._chunks.append(answers)
         return answers
 
-    def answers(self, drawing: _Drawing) -> Answers:
-        """Those to all chunks, as if they had been one sample."""
+    def merge_chunks(self, drawing: _Drawing) -> Answers:
+        """Return the answers to all chunks, as if they had been one sample."""
         rows = {(answer.probe, answer.fact_id): answer for chunk in self._chunks for answer in chunk.answers}
         entries, ordered = {}, []
-        for probe in drawing.done():
+        for probe in drawing.list_done():
             own = [rows[probe.name, fact.id] for fact in probe.facts if (probe.name, fact.id) in rows]
             parts = [chunk.record.probes[probe.name] for chunk in self._chunks if probe.name in chunk.record.probes]
             seconds = sum(part.seconds or 0.0 for part in parts)
-            entry = facts_entry(probe, own, probe.dropped)
+            entry = make_facts_entry(probe, own, probe.dropped)
             entries[probe.name] = replace(entry, reference=parts[0].reference, seconds=round(seconds, 1))
             ordered += own
         return Answers(replace(self._chunks[0].record, probes=entries), tuple(ordered))
 
 
-def _restricted(answers: Answers, chunk: _Chunk) -> Answers:
-    """Stored answers to the facts of a chunk, as if these alone had been evaluated."""
+def _restrict_answers(answers: Answers, chunk: _Chunk) -> Answers:
+    """Return stored answers to the facts of a chunk, as if these alone had been evaluated."""
     wanted = frozenset(chunk.facts)
     entries = {
         probe.name: replace(answers.record.probes[probe.name], fingerprint=probe.fingerprint())
@@ -252,7 +248,7 @@ def _restricted(answers: Answers, chunk: _Chunk) -> Answers:
     return Answers(replace(answers.record, probes=entries), own)
 
 
-def _refuse_other_facts(answers: Answers, probe: Probe) -> None:
+def _check_facts(answers: Answers, probe: Probe) -> None:
     if answers.record.probes[probe.name].fingerprint != probe.fingerprint():
         raise UsageError(
             f"{answers.record.model.name} was evaluated on other facts or prompts of {probe.name}.",

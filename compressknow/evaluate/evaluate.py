@@ -4,30 +4,29 @@ original.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.progress import Advance, Pace
-from compressknow.engine.language_model import embedding_rows
 from compressknow.evaluate.answers import Answer, Answers
-from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.grades import grade_answer
+from compressknow.evaluate.runtimes import BATCH_SIZE
 from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.sources import Opened, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from compressknow.evaluate.runtimes import Answering, Loaded
+    from compressknow.evaluate.runtimes import Loaded
     from compressknow.evaluate.scoring.scorer import Query, Scorer, Whole
 
 
-END_OF_TEXT = "<|endoftext|>"
-BATCH_SIZE = 128
+_ENDED = re.compile(r"""[.!?…]["'”’)\]]*$""")
 # So many facts are timed before the first batch, where there are LEAST times as many.
 SAMPLE, LEAST = 12, 16
 # So many tokens of candidates are scored, about, however many there are.
@@ -36,11 +35,11 @@ MOST_FURTHER = 64
 
 @dataclass(frozen=True)
 class Prompts:
-    """The facts of a probe as one model reads them, in batches that it answers at a time; and those that it cannot, by
+    """Facts of a probe as one model reads them, in batches that it answers at a time; and how many it cannot read, by
     reason.
     """
 
-    scorer: Answering
+    scorer: Scorer
     batches: tuple[Sequence[Query], ...]
     dropped: Mapping[str, int]
 
@@ -49,36 +48,8 @@ class Prompts:
         return sum(len(batch) for batch in self.batches)
 
 
-def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
-    """The scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
-
-    Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.
-    """
-    from compressknow.evaluate.scoring.families import CausalScorer, MaskedScorer, Seq2SeqScorer
-
-    rows, size = embedding_rows(model), len(tokenizer)
-    # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
-    unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens
-    if size > rows and not (unused and tokenizer.convert_ids_to_tokens(rows) == END_OF_TEXT):
-        raise CheckpointError(
-            f"The tokenizer has {size:,} tokens, the model's embedding {rows:,} rows: they do not match.",
-            hint="Put the tokenizer that the model was trained with in the same folder as the weights.",
-        )
-    if family == "masked" and tokenizer.mask_token is None:
-        raise UnsupportedError(
-            "The tokenizer has no mask token: a masked language model cannot be evaluated without one.",
-            hint="Set `mask_token` in its tokenizer_config.json.",
-        )
-    scorers: dict[str, type[MaskedScorer | CausalScorer | Seq2SeqScorer]] = {
-        "masked": MaskedScorer,
-        "causal": CausalScorer,
-        "seq2seq": Seq2SeqScorer,
-    }
-    return scorers[family](model, tokenizer, probe)
-
-
-def prompts_of(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
-    """The probe's facts as prompts: sorted by length, so that a batch needs no padding; the order is fixed."""
+def make_prompts(scorer: Scorer, batch_size: int = BATCH_SIZE) -> Prompts:
+    """Build the probe's prompts: sorted by length, so that a batch needs no padding; the order is fixed."""
     queries: list[Query] = []
     dropped: Counter[str] = Counter(scorer.probe.dropped)
     for fact in scorer.probe.facts:
@@ -87,7 +58,7 @@ def prompts_of(scorer: Answering, batch_size: int = BATCH_SIZE) -> Prompts:
             dropped[query] += 1
         else:
             queries.append(query)
-    parts = chain.from_iterable(scorer.parts(batch) for batch in batched(queries, batch_size))
+    parts = chain.from_iterable(map(scorer.parts, batch_by_shape(queries, batch_size)))
     return Prompts(scorer, tuple(parts), dict(dropped))
 
 
@@ -100,7 +71,7 @@ def evaluate(
     whole: Whole | None = None,
     advance: Advance | None = None,
 ) -> Iterator[list[Answer]]:
-    """Answers, a batch at a time as they come, of all facts that are not `done`.
+    """Yield the answers to all facts that are not `done`, a batch at a time as they come.
 
     Parameters
     ----------
@@ -115,7 +86,7 @@ def evaluate(
     answered = total - sum(map(len, left))
     if advance:
         advance(answered, total)
-    pace = _pace(prompts.scorer, left, measured=advance is not None and known is None)
+    pace = _measure_pace(prompts.scorer, left, measured=advance is not None and known is None)
     if advance and pace.left is not None:
         advance(answered, total, pace.left)
 
@@ -128,14 +99,14 @@ def evaluate(
     for batch, answers in prompts.scorer.each(answer, left):
         yield answers
         answered += len(batch)
-        pace.add(_work(prompts.scorer, batch))
+        pace.add(_estimate_cost(prompts.scorer, batch))
         if advance:
             advance(answered, total, pace.left)
 
 
-def _pace(scorer: Answering, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
-    """The pace of the batches that are left; `measured` runs a few facts of some of them first, to take the time."""
-    work = sum(_work(scorer, batch) for batch in left)
+def _measure_pace(scorer: Scorer, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
+    """Return the pace of the remaining batches; `measured` runs a few facts of some of them first, to take the time."""
+    work = sum(_estimate_cost(scorer, batch) for batch in left)
     # Where facts are answered one by one, the first of them tell it as soon.
     if not measured or sum(map(len, left)) < LEAST * SAMPLE or max(map(len, left)) == 1:
         return Pace(work)
@@ -145,24 +116,24 @@ def _pace(scorer: Answering, left: Sequence[Sequence[Query]], *, measured: bool)
     start = time.monotonic()
     for sample in samples:
         scorer.answer(sample, None)
-    return Pace(work, sum(_work(scorer, sample) for sample in samples), time.monotonic() - start)
+    return Pace(work, sum(_estimate_cost(scorer, sample) for sample in samples), time.monotonic() - start)
 
 
-def _work(scorer: Answering, batch: Iterable[Query]) -> int:
-    """What a batch costs, about, in tokens. Masked models read the whole prompt again for each further token of a
+def _estimate_cost(scorer: Scorer, batch: Iterable[Query]) -> int:
+    """Estimate what a batch costs, in tokens. Masked models read the whole prompt again for each further token of a
     candidate; of many candidates most need not be finished.
     """
     again = scorer.family == "masked"
-    return sum(_tokens(query, again) for query in batch)
+    return sum(_estimate_tokens(query, again) for query in batch)
 
 
-def _tokens(query: Query, again: bool) -> int:
+def _estimate_tokens(query: Query, again: bool) -> int:
     further = min(sum(len(option) - 1 for option in query.options), MOST_FURTHER)
     return len(query.prompt) * (1 + further) if again else len(query.prompt) + further
 
 
-def batched(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]:
-    """Queries of one shape, at most `size` of them at a time, the shortest first."""
+def batch_by_shape(prompts: Iterable[Query], size: int = BATCH_SIZE) -> Iterator[tuple[Query, ...]]:
+    """Group queries of one shape, at most `size` of them at a time, the shortest first."""
     shapes: dict[tuple[int, ...], list[Query]] = {}
     for query in prompts:
         shapes.setdefault(query.shape, []).append(query)
@@ -172,7 +143,44 @@ def batched(prompts: Iterable[Query], size: int) -> Iterator[tuple[Query, ...]]:
             yield tuple(alike[start : start + size])
 
 
-def refuse_other_facts(reference: Answers, probe: Opened) -> None:
+def add_examples(scorer: Scorer, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
+    """Add what a model says after an example where `original`, the original's answers, knew the fact and this model
+    does not; their grades follow.
+    """
+    known = {answer.fact_id for answer in original if answer.correct}
+    lost = {answer.fact_id for answer in answers if answer.fact_id in known and not answer.correct}
+    texts = dict(_say_after_examples(scorer, [fact for fact in scorer.probe.facts if fact.id in lost]))
+    answers = [replace(answer, with_example=texts.get(answer.fact_id)) for answer in answers]
+    return [answer if answer.grade is None else replace(answer, grade=grade_answer(answer)) for answer in answers]
+
+
+def _say_after_examples(scorer: Scorer, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]:
+    """Yield fact id and what the model says; nothing of facts that an example makes too long, and of relations of one
+    object.
+    """
+    shown = [shown for fact in facts if (shown := put_after_example(fact, scorer.probe)) is not None]
+    queries = [query for query in map(scorer.query, shown) if not isinstance(query, str)]
+    batches = chain.from_iterable(map(scorer.parts, batch_by_shape(queries)))
+    for batch, texts in scorer.each(scorer.say, batches):
+        for query, text in zip(batch, texts, strict=True):
+            if text is not None:
+                yield query.fact.id, text
+
+
+def put_after_example(fact: Fact, probe: Probe) -> Fact | None:
+    """Put the fact's prompt after another fact of its relation, solved; None where the relation has no other object.
+
+    The example is the first of another subject and object, so that it does not give the answer away.
+    """
+    example = probe.example(fact)
+    if example is None:
+        return None
+    solved = example.prompt.replace(BLANK, example.obj_label).rstrip()
+    stop = "" if _ENDED.search(solved) else "."
+    return replace(fact, prompt=f"{solved}{stop} {fact.prompt}")
+
+
+def check_facts(reference: Answers, probe: Opened) -> None:
     """Raise UsageError where the original was not evaluated on this probe, or on other prompts of it."""
     asked = reference.record.probes.get(probe.name)
     if asked is None and not isinstance(probe, Task):
@@ -188,7 +196,7 @@ def refuse_other_facts(reference: Answers, probe: Opened) -> None:
         )
 
 
-def refuse_other_model(reference: Answers, name: str, loaded: Loaded) -> None:
+def check_model(reference: Answers, name: str, loaded: Loaded) -> None:
     """Raise CompressknowError where a model cannot be a compressed form of the original: it is of another family; or,
     where both run in transformers, its tokens are others.
     """
@@ -212,14 +220,14 @@ def refuse_other_model(reference: Answers, name: str, loaded: Loaded) -> None:
         )
 
 
-def tokens_alike(reference: Answers, loaded: Loaded) -> bool:
-    """Whether a model can be asked for the original's most likely tokens: not where its own are others."""
+def has_same_tokens(reference: Answers, loaded: Loaded) -> bool:
+    """Return whether a model can be scored on the original's most likely tokens: not where its own are others."""
     known = reference.record.model.vocabulary
     return None in (known, loaded.vocabulary) or known == loaded.vocabulary
 
 
-def first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
-    """Fact id -> the tokens that the original held most likely at the answer's first position.
+def find_first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
+    """Map each fact's id to the tokens that the original held most likely at the answer's first position.
 
     Raises CompressknowError where a fact to be evaluated is not among the original's answers.
     """

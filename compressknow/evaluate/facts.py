@@ -1,4 +1,4 @@
-"""A fact, the domain of its relation, and a probe: a set of facts with the protocol by which they are evaluated."""
+"""Facts, the domains of their relations, and probes: sets of facts with the protocol by which they are evaluated."""
 
 from __future__ import annotations
 
@@ -17,14 +17,7 @@ from compressknow.base.errors import UsageError
 BLANK = "[MASK]"
 
 # The domains of the report card's grades.
-DOMAINS = (
-    "geography",
-    "language",
-    "science",
-    "history and people",
-    "arts and literature",
-    "common sense",
-)
+DOMAINS = ("geography", "language", "science", "history and people", "arts and literature", "common sense")
 # Of facts and relations that belong to none of these, or to several: "is part of", "is owned by", sports.
 GENERAL = "general"
 GEOGRAPHY, LANGUAGE, SCIENCE, PEOPLE, ARTS, COMMON_SENSE = DOMAINS
@@ -59,23 +52,22 @@ class Fact:
 
     @property
     def before(self) -> str:
-        """The prompt up to the blank, without the space before it."""
+        """Return the prompt up to the blank, without the space before it."""
         return self.prompt.partition(BLANK)[0].rstrip()
 
     @property
     def gap(self) -> str:
-        """The space before the blank; none where the blank follows a bracket or a quotation mark."""
+        """Return the space before the blank; nothing where the blank follows a bracket or a quotation mark."""
         return " " if self.prompt.partition(BLANK)[0][-1:].isspace() else ""
 
     @property
     def after(self) -> str:
-        """What follows the blank."""
         return self.prompt.partition(BLANK)[2]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A set of facts and how they are evaluated and counted.
+    """Set of facts, and how they are evaluated and counted.
 
     Attributes
     ----------
@@ -119,14 +111,14 @@ class Probe:
 
     def __post_init__(self) -> None:
         if not self.most_frequent:
-            object.__setattr__(self, "most_frequent", most_frequent(self.facts))
+            object.__setattr__(self, "most_frequent", find_most_frequent(self.facts))
         if not self.examples:
-            object.__setattr__(self, "examples", _examples(self.facts))
+            object.__setattr__(self, "examples", _choose_examples(self.facts))
         if self.read < 0:
             object.__setattr__(self, "read", len(self.facts) + sum(self.dropped.values()))
 
     def fingerprint(self) -> str:
-        """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
+        """Hash all that decides what is evaluated: answers with the same hash can be compared."""
         digest = hashlib.sha256()
         settings = [self.name, self.protocol, self.vocabulary, self.words, self.fold_case, self.keep_unanswerable]
         settings.append(self.score_rest)
@@ -139,28 +131,27 @@ class Probe:
         return digest.hexdigest()
 
     def example(self, fact: Fact) -> Fact | None:
-        """Another fact of the relation in the same wording, the first of another subject and object; None where there
-        is none.
-        """
+        """Return another fact of the relation in the same wording, the first of another subject and object, or None."""
         alike = (each for each in self.examples.get(fact.relation, ()) if each.template == fact.template)
         others = (each for each in alike if each.sub_label != fact.sub_label)
         return next((each for each in others if each.obj_label.casefold() != fact.obj_label.casefold()), None)
 
     def limited(self, limit: int | None, seed: int = 0) -> Probe:
-        """At most `limit` facts, drawn by relation in proportion to its size (each relation keeps one at least, as
-        far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the proportions allow.
+        """Return a sample of at most `limit` facts, drawn by relation in proportion to its size (each relation keeps
+        one at least, as far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the
+        proportions allow.
         """
         if limit is None or limit >= len(self.facts):
             return self
         if limit < 1:
             raise UsageError(f"--limit must be at least 1: {limit}.")
-        chosen = _stratified(self.facts, limit, seed)
+        chosen = _draw_stratified(self.facts, limit, seed)
         facts = tuple(fact for fact in self.facts if fact.id in chosen)
         return replace(self, facts=facts, limit=limit, seed=seed)
 
 
-def fact_of(identifier: str) -> str:
-    """The id of a fact, of that of one of its wordings.
+def strip_wording(identifier: str) -> str:
+    """Return the id of a fact, given that of one of its wordings.
 
     >>> fact_of("capital/france@2"), fact_of("capital/france")
     ('capital/france', 'capital/france')
@@ -168,18 +159,16 @@ def fact_of(identifier: str) -> str:
     return re.sub(r"@[0-9]+$", "", identifier)
 
 
-def in_wordings(probes: Sequence[Probe]) -> Probe:
-    """One probe of the same facts in several wordings, each a probe: a fact in its first wording, then in its second.
+def join_wordings(probes: Sequence[Probe]) -> Probe:
+    """Merge probes of the same facts, one per wording: a fact in its first wording, then in its second.
 
     Dropped and read facts are counted by wording.
     """
     first = probes[0]
-    facts = zip(*(_numbered(probe.facts, number) for number, probe in enumerate(probes, 1)), strict=True)
+    facts = zip(*(_number(probe.facts, number) for number, probe in enumerate(probes, 1)), strict=True)
     examples = {
         relation: tuple(
-            fact
-            for number, probe in enumerate(probes, 1)
-            for fact in _numbered(probe.examples.get(relation, ()), number)
+            fact for number, probe in enumerate(probes, 1) for fact in _number(probe.examples.get(relation, ()), number)
         )
         for relation in first.examples
     }
@@ -194,7 +183,7 @@ def in_wordings(probes: Sequence[Probe]) -> Probe:
     )
 
 
-def _numbered(facts: Iterable[Fact], number: int) -> Iterator[Fact]:
+def _number(facts: Iterable[Fact], number: int) -> Iterator[Fact]:
     return (replace(fact, id=f"{fact.id}@{number}", template=number) for fact in facts)
 
 
@@ -202,7 +191,7 @@ def _numbered(facts: Iterable[Fact], number: int) -> Iterator[Fact]:
 _EXAMPLES = 3
 
 
-def _examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
+def _choose_examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
     found: dict[str, dict[str, Fact]] = {}
     for fact in facts:
         of_relation = found.setdefault(fact.relation, {})
@@ -211,12 +200,14 @@ def _examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
     return {relation: tuple(of_relation.values()) for relation, of_relation in found.items()}
 
 
-def _stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
-    """Ids of a stratified sample: in a relation by a hash of seed and id, between relations by largest remainder."""
+def _draw_stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
+    """Draw the ids of a stratified sample: in a relation by a hash of seed and id, between relations by largest
+    remainder.
+    """
     relations: dict[str, list[str]] = {}
     for fact in facts:
         relations.setdefault(fact.relation, []).append(fact.id)
-    shares = _shares({relation: len(ids) for relation, ids in relations.items()}, limit)
+    shares = _share_out({relation: len(ids) for relation, ids in relations.items()}, limit)
     chosen: set[str] = set()
     for relation, ids in relations.items():
         ranked = sorted(ids, key=lambda identifier: hashlib.sha256(f"{seed}/{identifier}".encode()).digest())
@@ -224,8 +215,8 @@ def _stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
     return chosen
 
 
-def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
-    """How many of `limit` each group gets, in proportion to its size; none gets more than it has."""
+def _share_out(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+    """Share `limit` among the groups, in proportion to their sizes; none gets more than it has."""
     total = sum(sizes.values())
     exact = {name: Fraction(limit * size, total) for name, size in sizes.items()}
     shares = {name: max(int(share), 1) for name, share in exact.items()}
@@ -243,8 +234,9 @@ def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     return shares
 
 
-def chance(choices: Iterable[int | None]) -> float | None:
-    """Expected accuracy of guessing: the mean of 1 / number of possible answers; None where any text may be given.
+def compute_chance(choices: Iterable[int | None]) -> float | None:
+    """Return the expected accuracy of guessing: the mean of 1 / number of possible answers; None where any text may be
+    given.
 
     >>> chance([2, 4]), chance([2, None]), chance([])
     (0.375, None, None)
@@ -254,24 +246,24 @@ def chance(choices: Iterable[int | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(numbers) else None
 
 
-def most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
-    """Each relation's most frequent object; of equally frequent ones the first."""
+def find_most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
+    """Return each relation's most frequent object; of equally frequent ones the first."""
     objects: dict[str, Counter[str]] = {}
     for fact in facts:
         objects.setdefault(fact.relation, Counter())[fact.obj_label] += 1
     return {relation: counts.most_common(1)[0][0] for relation, counts in objects.items()}
 
 
-def majority(facts: Sequence[Fact], answers: Mapping[str, str]) -> float | None:
-    """Accuracy of answering each relation's most frequent object, given in `answers`, to all its facts.
+def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str]) -> float | None:
+    """Return the accuracy of answering each relation's most frequent object, given in `answers`, to all its facts.
 
     Of a sample it is not the sample's own: of one fact a relation, that would always be right.
     """
     return sum(fact.obj_label == answers.get(fact.relation) for fact in facts) / len(facts) if facts else None
 
 
-def by_relation(relations: Mapping[str, str]) -> dict[str, str]:
-    """Relation -> domain, of the names of each domain's relations with spaces between them.
+def map_relations(relations: Mapping[str, str]) -> dict[str, str]:
+    """Map relations to domains; each domain's relations are named in one text, with spaces between them.
 
     >>> by_relation({"science": "P101 P105"})
     {'P101': 'science', 'P105': 'science'}
@@ -279,7 +271,7 @@ def by_relation(relations: Mapping[str, str]) -> dict[str, str]:
     return {relation: domain for domain, names in relations.items() for relation in names.split()}
 
 
-WIKIDATA = by_relation(
+WIKIDATA = map_relations(
     {
         GEOGRAPHY: "P17 P30 P36 P37 P47 P131 P159 P177 P190 P206 P276 P403 P530 P610 P740 P1001 P1376 P4552 P7959",
         LANGUAGE: "P103 P364 P407 P1412 P6886",
@@ -292,8 +284,8 @@ WIKIDATA = by_relation(
 )
 
 
-def domain_of(relation: str, domains: Mapping[str, str]) -> str:
-    """The domain of a relation, `GENERAL` for one that is not in the table; of a path its last name counts.
+def find_domain(relation: str, domains: Mapping[str, str]) -> str:
+    """Return the domain of a relation, `GENERAL` for one that is not in the table; of a path its last name counts.
 
     >>> domain_of("P36", WIKIDATA), domain_of("/location/P36", WIKIDATA), domain_of("P361", WIKIDATA)
     ('geography', 'geography', 'general')

@@ -1,4 +1,4 @@
-"""TODO
+"""Gather the answers that a report or a comparison needs: read those that are stored, and evaluate the models.
 
 A comparison evaluates two models side by side: each on the facts, and each for the probabilities of the other's likely
 tokens.
@@ -7,11 +7,11 @@ tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.files import cache_folder
@@ -20,36 +20,33 @@ from compressknow.evaluate.records import FactsInText
 
 if TYPE_CHECKING:
     from compressknow.base.progress import Listener
-    from compressknow.engine.identity import Located
-    from compressknow.evaluate.distributions import Distributions
-    from compressknow.evaluate.handle import Beside, ModelHandle, Settings
+    from compressknow.evaluate.distributions import Context, Distributions
+    from compressknow.evaluate.handle import ModelHandle
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Opened, Options
 
 
-def with_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:
-    """A model's answers, with what its folder says of calibration in their record, and the facts that stand in the text
-    if that is at hand. (Kept answers may be those of another folder with the same weights.)
+def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:
+    """Add to a model's record what its folder says of calibration, and the facts that stand in the calibration text if
+    that is at hand. (Stored answers may be those of another folder with the same weights.)
 
     Parameters
     ----------
     known_by : what the model that it is compared with answered to the same facts; None for the original.
     """
-    calibration = model.described().get("calibration")
-    found = _found(calibration, model, known_by) if calibration and known_by else None
-    said = replace(answers.record.model, calibration=calibration, in_calibration=found)
-    return replace(answers, record=replace(answers.record, model=said))
-
-
-def _found(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
     from compressknow.compress.calibrate.text import texts_again
 
-    trusted = model.settings.trust_remote_code
-    texts = texts_again(model.located.folder, calibration, trust_remote_code=trusted)
-    return facts_in_text(texts, known_by) if texts else None
+    calibration, found = model.describe().get("calibration"), None
+    if calibration and known_by:
+        trusted = model.settings.trust_remote_code
+        texts = texts_again(model.located.folder, calibration, trust_remote_code=trusted)
+        found = count_facts_in_text(texts, known_by) if texts else None
+    record = replace(answers.record.model, calibration=calibration, in_calibration=found)
+    return replace(answers, record=replace(answers.record, model=record))
 
 
-def facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
-    """Counted over the facts that have a subject and an object; None where none has."""
+def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
+    """Count the facts that stand in the texts, of those that have a subject and an object; None where none has."""
     from compressknow.compress.calibrate.text import facts_in
 
     pairs: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
@@ -64,25 +61,25 @@ def facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None
 
 
 def default_answers_folder() -> Path:
-    """Where answers are kept from one report to the next: ``$XDG_CACHE_HOME/compressknow/answers``."""
+    """Return where answers are kept from one report to the next: ``$XDG_CACHE_HOME/compressknow/answers``."""
     return cache_folder() / "answers"
 
 
 def open_named(probes: str | Sequence[str] | None, options: Options | None, known: str = "recognized") -> list[Opened]:
-    """The probes that a user names, atlas where none is named, to tell what is `known` in this reading.
+    """Open the probes that a user names, atlas where none is named, to tell what is `known` in this reading.
 
     Raises UsageError as `open_all` does, for twins, and where what is produced counts and a task does not tell that.
     """
-    from compressknow.evaluate.run import refuse_twins
+    from compressknow.evaluate.run import check_unique
     from compressknow.evaluate.sources import DEFAULT, Options, open_all
 
-    opened = open_all(names_of(probes) or DEFAULT, options or Options())
-    refuse_twins(opened)
-    _refuse_silent(opened, known)
+    opened = open_all(list_names(probes) or DEFAULT, options or Options())
+    check_unique(opened)
+    _check_known(opened, known)
     return opened
 
 
-def refuse_texts_alone(opened: Sequence[Opened], what: str) -> None:
+def check_has_facts(opened: Sequence[Opened], what: str) -> None:
     """Raise UsageError where there is nothing but running texts: `what`, such as "A sweep", counts facts."""
     from compressknow.evaluate.text import RunningText
 
@@ -92,7 +89,7 @@ def refuse_texts_alone(opened: Sequence[Opened], what: str) -> None:
         )
 
 
-def _refuse_silent(opened: Sequence[Opened], known: str) -> None:
+def _check_known(opened: Sequence[Opened], known: str) -> None:
     """Raise UsageError where only what is ``produced`` counts, and one is a task: its answers do not tell what a model
     says."""
     from compressknow.evaluate.grades import PRODUCED
@@ -106,13 +103,15 @@ def _refuse_silent(opened: Sequence[Opened], known: str) -> None:
             )
 
 
-def names_of(probes: str | Sequence[str] | None) -> list[str]:
-    """One name, several or none, as a list."""
+def list_names(probes: str | Sequence[str] | None) -> list[str]:
+    """Return one name, several or none, as a list."""
     return [probes] if isinstance(probes, str) else list(probes or ())
 
 
 def read_reference(folder: str | Path) -> Answers:
-    """The original's answers, to evaluate others by. Raises CompressknowError where they do not tell whose they are."""
+    """Read the original's answers, to evaluate others by. Raise CompressknowError where they do not say which model's
+    they are.
+    """
     original = read_answers(Path(folder))
     if original.record.model.sha256 is None:
         raise CompressknowError(
@@ -123,7 +122,7 @@ def read_reference(folder: str | Path) -> Answers:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What models are evaluated on, how, and where their answers are kept.
+    """Probes that models are evaluated on, how, and where their answers are kept.
 
     Attributes
     ----------
@@ -149,7 +148,7 @@ def gather(
     revision: str | None = None,
     on_progress: Listener | None = None,
 ) -> tuple[Answers, list[Answers]]:
-    """The original's answers and those of each compressed model, to the same probes.
+    """Return the original's answers and those of each compressed model, to the same probes.
 
     Models are evaluated on what is not kept yet, the original first: the others are asked for its most likely tokens,
     so that distributions can be compared. Answers folders are taken as they are.
@@ -160,91 +159,82 @@ def gather(
 
     Raises CompressknowError where a model cannot be found, loaded or evaluated.
     """
+    from compressknow.base.progress import staged
+    from compressknow.evaluate.distributions import Context, Distributions
+
     models = [original, *compressed]
-    stored = [stored_answers(model) for model in models]
+    stored = [read_if_stored(model) for model in models]
     if all(answers is not None for answers in stored):
-        first, *others = [of_probes(answers, evaluation.probes) for answers in stored if answers is not None]
-    else:
-        first, *others = _Gathering(models, stored, evaluation, revision).run(on_progress)
-    return first, others
+        first, *others = [select_probes(answers, evaluation.probes) for answers in stored if answers is not None]
+        return first, others
+    probes = open_matching(next((answers for answers in stored if answers is not None), None), evaluation)
+    handles = open_models(models, revision, stored, evaluation, probes)
+    # The original's distributions serve only models that are evaluated beside it.
+    kept_of = handles[0] if any(handles[1:]) and handles[0] and handles[0].runtime.whole_vocabulary else None
+    number, of = 0, sum(handle is not None for handle in handles)
+    gathered: list[Answers] = []
+    with Distributions(kept_of, evaluation.keep_in) if kept_of else contextlib.nullcontext() as whole:
+        for answers, handle in zip(stored, handles, strict=True):
+            if handle is not None:
+                number += 1
+                watched = staged(on_progress, number=number, of=of)
+                context = Context(gathered[0] if gathered else None, whole=whole)
+                others_too = [*stored[1:], *handles[1:]]
+                gathered.append(_evaluate(handle, probes, context, others_too, evaluation, watched))
+            elif answers is not None:
+                gathered.append(select_probes(answers, [probe.name for probe in probes]))
+    return gathered[0], gathered[1:]
 
 
-def stored_answers(model: str | Path) -> Answers | None:
-    """The answers, where `model` is an answers folder."""
+def read_if_stored(model: str | Path) -> Answers | None:
+    """Read the answers, where `model` is an answers folder."""
     return read_answers(Path(model)) if is_answers_folder(Path(model)) else None
 
 
-class _Gathering:
-    """Models, the original first, some of which are answers folders: `stored` holds the answers of these."""
+def open_models(
+    models: Sequence[str | Path],
+    revision: str | None,
+    stored: Sequence[Answers | None],
+    evaluation: Evaluation,
+    probes: Sequence[Opened],
+) -> list[ModelHandle | None]:
+    """Find, hash and check the models, of which `revision` is the first one's; None for those with stored answers.
 
-    def __init__(
-        self,
-        models: Sequence[str | Path],
-        stored: Sequence[Answers | None],
-        evaluation: Evaluation,
-        revision: str | None,
-    ) -> None:
-        from compressknow.engine.identity import locate
+    Before the first is evaluated: a wrong name is told at once. Raise what `make_handles` does, and CheckpointError
+    where a weight is no number.
+    """
+    from compressknow.engine.identity import locate
+    from compressknow.evaluate.handle import make_handles
 
-        self._stored, self._evaluation = stored, evaluation
-        self._probes = open_like(next((answers for answers in stored if answers is not None), None), evaluation)
-        # All are found before the first is evaluated: a wrong name is told at once.
-        revisions = [revision, *(None for _ in models[1:])]
-        asked = [(model, of) for model, of, answers in zip(models, revisions, stored, strict=True) if not answers]
-        located = [locate(model, of) for model, of in asked]
-        handles = iter(sound_handles(located, evaluation, self._probes))
-        self._handles = [None if answers else next(handles) for answers in stored]
-
-    def run(self, on_progress: Listener | None) -> list[Answers]:
-        """The answers of all, in their order."""
-        from compressknow.base.progress import staged
-        from compressknow.evaluate.distributions import Distributions
-        from compressknow.evaluate.handle import Beside
-
-        first, *others = self._handles
-        # What is kept of the original's distributions serves models alone that are evaluated beside it.
-        kept_of = first if first and any(others) and first.runtime.whole_vocabulary else None
-        names = [probe.name for probe in self._probes]
-        gathered: list[Answers] = []
-        number, of = 0, sum(handle is not None for handle in self._handles)
-        with Distributions(kept_of, self._evaluation.keep_in) if kept_of else contextlib.nullcontext() as whole:
-            for answers, handle in zip(self._stored, self._handles, strict=True):
-                reference = gathered[0] if gathered else None
-                if handle is not None:
-                    number += 1
-                    watched = staged(on_progress, number=number, of=of)
-                    gathered.append(self._evaluate(handle, Beside(reference, whole=whole), watched))
-                elif answers is not None:
-                    gathered.append(of_probes(answers, names))
-        return gathered
-
-    def _evaluate(self, handle: ModelHandle, beside: Beside, on_progress: Listener | None) -> Answers:
-        from compressknow.evaluate.noise import is_wanted, with_noise_floor, with_runtime_noise_floor
-        from compressknow.evaluate.run import probe_model
-
-        folder = folder_of(self._evaluation.keep_in, handle, beside)
-        answers = probe_model(handle, self._probes, folder, beside, on_progress=on_progress, wait=True)
-        if beside.reference is None:
-            answers = with_noise_floor(handle, self._probes, answers, folder, on_progress, whole=beside.whole)
-            if is_wanted(handle, [*self._stored[1:], *self._handles[1:]]):
-                answers = with_runtime_noise_floor(
-                    handle, self._probes, answers, folder, on_progress, whole=beside.whole
-                )
-        return finished(answers, handle, beside.reference, on_progress, timed=self._evaluation.timed)
-
-
-def sound_handles(located: Sequence[Located], evaluation: Evaluation, probes: Sequence[Opened]) -> list[ModelHandle]:
-    """The models to evaluate, hashed. Raises what `handles_of` does, and CheckpointError where a weight of one is no
-    number: before the first is evaluated."""
-    from compressknow.evaluate.handle import handles_of
-
-    handles = handles_of(located, evaluation.settings, probes, timed=evaluation.timed)
+    revisions = [revision, *(None for _ in models[1:])]
+    missing = [pair for pair, answers in zip(zip(models, revisions, strict=True), stored, strict=True) if not answers]
+    located = [locate(model, of) for model, of in missing]
+    handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
     for handle in handles:
         handle.check_sound()
-    return handles
+    remaining = iter(handles)
+    return [None if answers else next(remaining) for answers in stored]
 
 
-def finished(
+def _evaluate(
+    handle: ModelHandle,
+    probes: Sequence[Opened],
+    context: Context,
+    others: Sequence[ModelHandle | Answers | None],
+    evaluation: Evaluation,
+    on_progress: Listener | None,
+) -> Answers:
+    from compressknow.evaluate.noise import add_noise_floors
+    from compressknow.evaluate.run import probe_model
+
+    folder = choose_folder(evaluation.keep_in, handle, context)
+    answers = probe_model(handle, probes, folder, context, on_progress=on_progress, wait=True)
+    if context.reference is None:
+        answers = add_noise_floors(handle, others, probes, answers, folder, on_progress, whole=context.whole)
+    return finish_answers(answers, handle, context.reference, on_progress, timed=evaluation.timed)
+
+
+def finish_answers(
     answers: Answers,
     handle: ModelHandle | None,
     reference: Answers | None,
@@ -252,8 +242,8 @@ def finished(
     *,
     timed: bool,
 ) -> Answers:
-    """The answers of a model that has given them all, with what is found once: facts of its calibration text that they
-    are to and, if `timed`, its speed. Stored answers, which have no model beside them, are given back as they are.
+    """Add to a model's answers what is found once: the facts that stand in its calibration text and, if `timed`, its
+    speed. Stored answers, which have no model, are returned as they are.
     """
     from compressknow.base.progress import Stage, begun
     from compressknow.evaluate.speed import measure
@@ -261,7 +251,7 @@ def finished(
     if handle is None:
         return answers
     handle.release()
-    answers = with_calibration(answers, handle, reference)
+    answers = add_calibration(answers, handle, reference)
     if not timed:
         return answers
     with begun(on_progress, Stage("time", handle.located.name)):
@@ -269,28 +259,26 @@ def finished(
     return replace(answers, record=replace(answers.record, model=model))
 
 
-def open_like(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
-    """The probes to evaluate: those named, else those of the answers that are at hand, else atlas."""
+def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
+    """Open the probes to evaluate: those named, else those of the answers at hand, else atlas."""
     from compressknow.evaluate.sources import DEFAULT, open_all
 
     names = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT))
-    opened = open_all(names, _like(known, evaluation.options))
-    _refuse_silent(opened, evaluation.known)
+    opened = open_all(names, _match_sample(known, evaluation.options))
+    _check_known(opened, evaluation.known)
     return opened
 
 
-def folder_of(keep_in: Path, model: ModelHandle, beside: Beside) -> Path:
-    """A folder for each model, and one more for each original whose tokens it was asked for; so for each runtime."""
-    of = f"-{(beside.sha256 or '')[:16]}{_suffix(beside.runtime)}" if beside.reference else ""
-    return keep_in / f"{model.sha256[:16]}{_suffix(next(iter(model.runtime.key()), None))}{of}"
+def choose_folder(keep_in: Path, model: ModelHandle, context: Context) -> Path:
+    """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime."""
+    names = [model.sha256[:16], next(iter(model.runtime.key()), None)]
+    if context.reference:
+        names += [(context.sha256 or "")[:16], context.runtime]
+    return keep_in / "-".join(name for name in names if name is not None)
 
 
-def _suffix(runtime: str | None) -> str:
-    return f"-{runtime}" if runtime else ""
-
-
-def _like(known: Answers | None, options: Options) -> Options:
-    """The options, with the sample that an answers folder was evaluated on where the user names none."""
+def _match_sample(known: Answers | None, options: Options) -> Options:
+    """Return the options, with the sample that an answers folder was evaluated on where the user names none."""
     if known is None or options.limit is not None:
         return options
     entry = next(iter(known.record.probes.values()), None)
@@ -299,11 +287,11 @@ def _like(known: Answers | None, options: Options) -> Options:
     return replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
 
 
-def of_probes(answers: Answers, probes: Sequence[str]) -> Answers:
-    """The answers to these probes alone, or to all if none is named."""
+def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
+    """Return the answers to these probes alone, or to all if none is named."""
     if not probes:
         return answers
-    probes = [_name(probe, answers) for probe in probes]
+    probes = [_match_name(probe, answers) for probe in probes]
     if missing := [name for name in probes if name not in answers.probes]:
         raise CompressknowError(
             f"{answers.record.model.name} was not evaluated on {missing[0]}.",
@@ -313,56 +301,47 @@ def of_probes(answers: Answers, probes: Sequence[str]) -> Answers:
     return answers.only(probes)
 
 
-def _name(probe: str, answers: Answers) -> str:
-    """A probe's name as an answers folder has it."""
-    from compressknow.evaluate.sources import name_in_answers
+def _match_name(probe: str, answers: Answers) -> str:
+    from compressknow.evaluate.sources import normalize_name
 
-    return probe if probe in answers.probes else name_in_answers(probe)
-
-
-class Named(NamedTuple):
-    """What a user names: a folder or a hub id, and of the latter a revision."""
-
-    model: str | Path
-    revision: str | None = None
+    return probe if probe in answers.probes else normalize_name(probe)
 
 
 def find_both(
-    a: Named, b: Named, settings: Settings, on_progress: Listener | None = None
+    a: tuple[str | Path, str | None],
+    b: tuple[str | Path, str | None],
+    settings: Settings,
+    on_progress: Listener | None = None,
 ) -> tuple[ModelHandle, ModelHandle]:
-    """Both checkpoints, found and hashed; a folder that is given twice is hashed once, and is one of them.
+    """Find and hash both checkpoints, each a folder or hub id with its revision; one given twice is hashed once.
 
     Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
     """
     from compressknow.base.progress import Stage, begun, counted
     from compressknow.engine.contents import read_contents
     from compressknow.engine.identity import locate
-    from compressknow.evaluate.handle import handles_of
+    from compressknow.evaluate.handle import make_handles
     from compressknow.model.checkpoint import is_address, no_files
 
-    for named in (a, b):
-        if is_address(named.model):
-            raise no_files(named.model)
-        _refuse_answers(Path(named.model))
-    first, second = handles_of([locate(*a), locate(*b)], settings)
+    for model, _ in (a, b):
+        if is_address(model):
+            raise no_files(model)
+        if is_answers_folder(Path(model)):
+            raise UsageError(
+                f"{model} holds answers, no checkpoint.",
+                hint="Use `compressknow report` to compare answers, or give the checkpoints that they come from.",
+            )
+    first, second = make_handles([locate(*a), locate(*b)], settings)
     if first.located.path.resolve() == second.located.path.resolve():
         return first, first
     total = sum(path.stat().st_size for side in (first, second) for path in side.located.files)
-    with begun(on_progress, Stage("hash", f"{a.model} and {b.model}")) as advance, ThreadPoolExecutor(2) as pool:
+    with begun(on_progress, Stage("hash", f"{a[0]} and {b[0]}")) as advance, ThreadPoolExecutor(2) as pool:
         read = counted(advance, total)
         first.contents, second.contents = pool.map(lambda side: read_contents(side.located, read), (first, second))
     return first, second
 
 
-def _refuse_answers(path: Path) -> None:
-    if is_answers_folder(path):
-        raise UsageError(
-            f"{path} holds answers, no checkpoint.",
-            hint="Use `compressknow report` to compare answers, or give the checkpoints that they come from.",
-        )
-
-
-class BothWays(NamedTuple):
+class PairedAnswers(NamedTuple):
     """Answers of `a` and `b`, and of each with the probabilities of the other's most likely tokens."""
 
     a: Answers
@@ -372,40 +351,35 @@ class BothWays(NamedTuple):
 
 
 def evaluate_both(
-    a: ModelHandle,
-    b: ModelHandle,
-    probes: Sequence[Opened],
-    keep_in: Path,
-    on_progress: Listener | None = None,
-) -> BothWays:
+    a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None = None
+) -> PairedAnswers:
     """Evaluate both models, one in memory at a time: each once for its answers, and once more for what it gives the
     other's tokens. Answers that `keep_in` holds already are not asked for again.
 
     Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
     """
     from compressknow.base.progress import staged
-    from compressknow.evaluate.distributions import Distributions
-    from compressknow.evaluate.handle import Beside
-    from compressknow.evaluate.noise import is_wanted, with_noise_floor, with_runtime_noise_floor
+    from compressknow.evaluate.distributions import Context, Distributions
+    from compressknow.evaluate.noise import add_noise_floors
     from compressknow.evaluate.run import probe_model
 
     def evaluate(
         model: ModelHandle, reference: Answers | None, whole: Distributions | None, known: Answers | None = None
     ) -> Answers:
-        beside = Beside(reference, known, whole)
+        context = Context(reference, known, whole)
         watched = staged(on_progress, number=1 if model is a else 2, of=2)
-        return probe_model(model, probes, folder_of(keep_in, model, beside), beside, on_progress=watched, wait=True)
+        return probe_model(
+            model, probes, choose_folder(keep_in, model, context), context, on_progress=watched, wait=True
+        )
 
     if a.sha256 == b.sha256:
         alone = evaluate(a, None, None)
         a.release()
-        return BothWays(alone, alone, alone, alone)
+        return PairedAnswers(alone, alone, alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, None, whole_a)
-        folder = folder_of(keep_in, a, Beside())
-        of_a = with_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)
-        if is_wanted(a, [b]):
-            of_a = with_runtime_noise_floor(a, probes, of_a, folder, on_progress, whole=whole_a)
+        folder = choose_folder(keep_in, a, Context())
+        of_a = add_noise_floors(a, [b], probes, of_a, folder, on_progress, whole=whole_a)
         a.release()
         b_like_a = evaluate(b, of_a, whole_a)
         whole_a.close()
@@ -413,5 +387,5 @@ def evaluate_both(
         b.release()
         a_like_b = evaluate(a, of_b, whole_b, known=of_a)
         a.release()
-    of_b = with_calibration(of_b, b, of_a)
-    return BothWays(of_a, b_like_a, of_b, a_like_b)
+    of_b = add_calibration(of_b, b, of_a)
+    return PairedAnswers(of_a, b_like_a, of_b, a_like_b)

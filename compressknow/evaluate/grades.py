@@ -1,4 +1,4 @@
-"""What several answers to one fact come to: grades of knowing, a majority of wordings, an answer after one example.
+"""Grades of knowing, the majority of several wordings, and what a text says.
 
 Picking the right candidate and saying it are two things: a compressed model often still picks what it no longer says.
 
@@ -17,20 +17,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
 from statistics import median_high
 from typing import TYPE_CHECKING
 
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.evaluate.answers import GRADES, Answer, Answers
-from compressknow.evaluate.evaluate import BATCH_SIZE, batched
-from compressknow.evaluate.facts import BLANK, Fact, Probe, fact_of
+from compressknow.evaluate.facts import Fact, strip_wording
 from compressknow.evaluate.records import ProbeEntry
 
 if TYPE_CHECKING:
-    from compressknow.evaluate.runtimes import Answering
+    pass
 
 
 PRODUCED, RECOGNIZED, DEMOTED, GONE = GRADES
@@ -46,9 +44,9 @@ _END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
 _OPENING = re.compile(r"(?:[^\w\n+.$€£-]|_|(?:an?|the)(?=[\W_]))*", re.IGNORECASE)
 
 
-def opening_of(text: str) -> str:
-    """What stands before a text's first word: articles, quotes and other punctuation, which SQuAD's normalization of
-    answers drops too (Rajpurkar et al. 2016).
+def find_opening(text: str) -> str:
+    """Return what stands before a text's first word: articles, quotes and other punctuation, which SQuAD's
+    normalization of answers drops too (Rajpurkar et al. 2016).
 
     >>> opening_of(' the "South America"'), opening_of("another")
     (' the "', '')
@@ -57,21 +55,21 @@ def opening_of(text: str) -> str:
     return opening[0] if opening else ""
 
 
-def end_of(text: str, label: str) -> int | None:
-    """Where a label ends with which the text begins, as whole words, whatever their case and what opens either; None
-    where it does not.
+def find_end(text: str, label: str) -> int | None:
+    """Return where a label ends with which the text begins, as whole words, whatever their case and what opens either;
+    None where it does not.
 
     >>> end_of("Paris, the city", "paris"), end_of("Parisian food", "Paris"), end_of('"Gambia"', "the Gambia")
     (5, None, 7)
     """
-    if (end := _end(text, label)) is not None:
+    if (end := _match_label(text, label)) is not None:
         return end
-    start, bare = len(opening_of(text)), label[len(opening_of(label)) :]
-    end = _end(text[start:], bare)
+    start, bare = len(find_opening(text)), label[len(find_opening(label)) :]
+    end = _match_label(text[start:], bare)
     return None if end is None else start + end
 
 
-def _end(text: str, label: str) -> int | None:
+def _match_label(text: str, label: str) -> int | None:
     folded = label.casefold()
     if not folded or not text.casefold().startswith(folded):
         return None
@@ -81,7 +79,7 @@ def _end(text: str, label: str) -> int | None:
 
 
 def cut(text: str, start: int = 0) -> str:
-    """The text up to the end of its first sentence or line, which is looked for from `start` on.
+    """Cut the text at the end of its first sentence or line, which is looked for from `start` on.
 
     >>> cut("the Nile. It flows")
     'the Nile'
@@ -90,9 +88,9 @@ def cut(text: str, start: int = 0) -> str:
     return (text[: end.start()] if end else text).strip()
 
 
-def said(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str) -> str:
-    """The choice that a greedy text says: the longest one with which it begins, of equal ones that to the letter. Its
-    first sentence where it says none.
+def find_choice(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str) -> str:
+    """Return the choice that a greedy text says: the longest one with which it begins, of equal ones that to the
+    letter; its first sentence where it says none.
 
     Parameters
     ----------
@@ -102,19 +100,20 @@ def said(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str)
     ('New York City', 'a city')
     """
     text = text.strip()
-    ends = {choice: _furthest(text, {choice, spelled(choice)}) for choice in choices}
+    ends = {
+        # Where it ends in the text, and whether it stands there to the letter.
+        choice: max(
+            (find_end(text, label) or 0, _match_label(text, label) is not None) for label in {choice, spelled(choice)}
+        )
+        for choice in choices
+    }
     choice = max(ends, key=lambda each: ends[each], default="")
     return choice if ends.get(choice, NOWHERE) > NOWHERE else cut(text)
 
 
-def _furthest(text: str, labels: set[str]) -> tuple[int, bool]:
-    """Where the labels end with which the text begins, and whether one of them does so to the letter."""
-    return max((end_of(text, label) or 0, _end(text, label) is not None) for label in labels)
-
-
-def grade_of(answer: Answer) -> str:
-    """The grade of an answer to a fact, by what it holds. Without a greedy text it is recognized at best; among five
-    candidates or fewer, being among the best five says nothing.
+def grade_answer(answer: Answer) -> str:
+    """Grade an answer by what it holds. Without a greedy text it is recognized at best; among five candidates or fewer,
+    being among the best five says nothing.
     """
     if answer.correct:
         return PRODUCED if answer.produced == answer.gold else RECOGNIZED
@@ -123,15 +122,15 @@ def grade_of(answer: Answer) -> str:
     return DEMOTED if near or answer.gold in (answer.produced, answer.with_example) else GONE
 
 
-def graded(answer: Answer, fact: Fact, text: str | None, spelled: Callable[[str], str] = str) -> Answer:
-    """The answer with what its model says greedily and the grade of that; `text` is None where it cannot write."""
-    produced = None if text is None else said(text, choices_of(fact), spelled)
+def add_grade(answer: Answer, fact: Fact, text: str | None, spelled: Callable[[str], str] = str) -> Answer:
+    """Add what the model says greedily and its grade; `text` is None where it cannot write."""
+    produced = None if text is None else find_choice(text, list_choices(fact), spelled)
     answer = replace(answer, produced=produced, with_example=None)
-    return replace(answer, grade=grade_of(answer))
+    return replace(answer, grade=grade_answer(answer))
 
 
-def choices_of(fact: Fact) -> tuple[str, ...]:
-    """What a greedy text may say: the candidates, or the object where there are none."""
+def list_choices(fact: Fact) -> tuple[str, ...]:
+    """Return what a greedy text may say: the candidates, or the object where there are none."""
     return fact.candidates or (fact.obj_label,)
 
 
@@ -144,9 +143,9 @@ def check_known(known: str) -> None:
         )
 
 
-def known_as(answers: Answers, known: str) -> Answers:
-    """The answers, right where the fact is known in this reading: ``recognized`` as they are, ``produced`` where it is
-    said too. What is said is then the answer, and none is right by chance.
+def apply_reading(answers: Answers, known: str) -> Answers:
+    """Return the answers, right where the fact is known in this reading: ``recognized`` as they are, ``produced`` where
+    it is said too. What is said is then the answer, and none is right by chance.
 
     Raises UsageError for another reading, CompressknowError where the answers do not tell what is said.
     """
@@ -160,12 +159,12 @@ def known_as(answers: Answers, known: str) -> Answers:
                 why="Those of lm-eval's tasks, of older versions and of models that cannot write do not.",
                 hint="Evaluate it again, choose other probes, or leave out --known produced.",
             )
-    entries = {name: _entry_as_produced(entry) for name, entry in answers.record.probes.items()}
+    entries = {name: _restrict_entry(entry) for name, entry in answers.record.probes.items()}
     record = replace(answers.record, probes=entries)
-    return replace(answers, record=record, answers=tuple(map(_as_produced, answers.answers)))
+    return replace(answers, record=record, answers=tuple(map(_restrict_answer, answers.answers)))
 
 
-def _entry_as_produced(entry: ProbeEntry) -> ProbeEntry:
+def _restrict_entry(entry: ProbeEntry) -> ProbeEntry:
     floors = {runtime: floor.produced for runtime, floor in entry.runtime_noise_floors.items()}
     return replace(
         entry,
@@ -175,15 +174,15 @@ def _entry_as_produced(entry: ProbeEntry) -> ProbeEntry:
     )
 
 
-def _as_produced(answer: Answer) -> Answer:
+def _restrict_answer(answer: Answer) -> Answer:
     assert answer.produced is not None
     # One that says the object though another candidate is likelier is not right: that candidate is its answer.
     predicted = answer.predicted if answer.grade == DEMOTED and answer.produced == answer.gold else answer.produced
     return replace(answer, correct=answer.grade == PRODUCED, predicted=predicted, choices=None)
 
 
-def by_majority(answers: Answers) -> Answers:
-    """One answer per fact where facts were put in several wordings: known if more than half of them are.
+def merge_wordings(answers: Answers) -> Answers:
+    """Merge the wordings of each fact into one answer: known if more than half of them are.
 
     The rank is the middle one, log-probability and divergence are means, and what is answered is what most wordings
     give, of equally many the first.
@@ -194,22 +193,22 @@ def by_majority(answers: Answers) -> Answers:
     kept = [answer for answer in answers.answers if answer.probe not in split]
     entries: dict[str, ProbeEntry] = {}
     for name, entry in split.items():
-        merged = [_merged(wordings) for wordings in by_fact(answers.of(name)).values()]
-        entries[name] = _entry(entry, len(merged))
+        merged = [_merge(wordings) for wordings in group_by_fact(answers.of(name)).values()]
+        entries[name] = _count_by_fact(entry, len(merged))
         kept += merged
     probes = {name: entries.get(name, entry) for name, entry in answers.record.probes.items()}
     return replace(answers, record=replace(answers.record, probes=probes), answers=tuple(kept))
 
 
-def by_fact(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
-    """The answers to the wordings of each fact, by its id."""
+def group_by_fact(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
+    """Group the answers to the wordings of each fact, by its id."""
     found: dict[str, list[Answer]] = {}
     for answer in answers:
-        found.setdefault(fact_of(answer.fact_id), []).append(answer)
+        found.setdefault(strip_wording(answer.fact_id), []).append(answer)
     return found
 
 
-def _merged(wordings: Sequence[Answer]) -> Answer:
+def _merge(wordings: Sequence[Answer]) -> Answer:
     first = wordings[0]
     predicted = Counter(answer.predicted for answer in wordings).most_common(1)[0][0]
     shown = next(answer for answer in wordings if answer.predicted == predicted)
@@ -217,7 +216,7 @@ def _merged(wordings: Sequence[Answer]) -> Answer:
     tried = [answer.with_example for answer in wordings if answer.with_example is not None]
     return replace(
         first,
-        fact_id=fact_of(first.fact_id),
+        fact_id=strip_wording(first.fact_id),
         template=None,
         correct=2 * sum(answer.correct for answer in wordings) > len(wordings),
         predicted=predicted,
@@ -226,75 +225,33 @@ def _merged(wordings: Sequence[Answer]) -> Answer:
         top5_logp=shown.top5_logp,
         total_logp=shown.total_logp,
         rank=int(rank) if math.isfinite(rank) else None,
-        logp_gold=_mean(answer.logp_gold for answer in wordings),
-        first_kl=_mean(answer.first_kl for answer in wordings),
-        with_example=_said_by_most(tried, first.gold),
-        grade=_middle(wordings),
+        logp_gold=_average(answer.logp_gold for answer in wordings),
+        first_kl=_average(answer.first_kl for answer in wordings),
+        with_example=_find_majority(tried, first.gold),
+        grade=_find_middle_grade(wordings),
     )
 
 
-def _middle(wordings: Sequence[Answer]) -> str | None:
-    """The middle grade, the worse of two."""
+def _find_middle_grade(wordings: Sequence[Answer]) -> str | None:
+    """Return the middle grade, the worse of two."""
     grades = [GRADES.index(answer.grade) for answer in wordings if answer.grade is not None]
     return GRADES[median_high(grades)] if len(grades) == len(wordings) else None
 
 
-def _said_by_most(said: Sequence[str], gold: str) -> str | None:
+def _find_majority(said: Sequence[str], gold: str) -> str | None:
     if not said:
         return None
     return gold if 2 * said.count(gold) > len(said) else next((text for text in said if text != gold), gold)
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _average(values: Iterable[float | None]) -> float | None:
     given = list(values)
     known = [value for value in given if value is not None]
     return math.fsum(known) / len(known) if known and len(known) == len(given) else None
 
 
-def _entry(entry: ProbeEntry, facts: int) -> ProbeEntry:
-    """The entry as if facts, not wordings, had been evaluated."""
+def _count_by_fact(entry: ProbeEntry, facts: int) -> ProbeEntry:
+    """Return the entry as if facts, not wordings, had been evaluated."""
     number = entry.templates or 1
     dropped = {f"{reason} (counted by wording)": prompts for reason, prompts in entry.dropped.items()}
     return replace(entry, facts=entry.facts // number, asked=facts, dropped=dropped)
-
-
-_ENDED = re.compile(r"""[.!?…]["'”’)\]]*$""")
-
-
-def with_examples(scorer: Answering, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
-    """A model's answers to the facts of the scorer's probe, with what it says after an example where `original`, the
-    original's answers, knew the fact and this model does not; their grades follow.
-    """
-    known = {answer.fact_id for answer in original if answer.correct}
-    lost = {answer.fact_id for answer in answers if answer.fact_id in known and not answer.correct}
-    texts = dict(_said(scorer, [fact for fact in scorer.probe.facts if fact.id in lost]))
-    return [_with(answer, texts.get(answer.fact_id)) for answer in answers]
-
-
-def _with(answer: Answer, text: str | None) -> Answer:
-    answer = replace(answer, with_example=text)
-    return answer if answer.grade is None else replace(answer, grade=grade_of(answer))
-
-
-def _said(scorer: Answering, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]:
-    """Fact id -> what is said; of facts that an example makes too long, and of relations of one object, nothing is."""
-    shown = [shown for fact in facts if (shown := after_example(fact, scorer.probe)) is not None]
-    queries = [query for query in map(scorer.query, shown) if not isinstance(query, str)]
-    batches = chain.from_iterable(scorer.parts(batch) for batch in batched(queries, BATCH_SIZE))
-    for batch, texts in scorer.each(scorer.say, batches):
-        for query, text in zip(batch, texts, strict=True):
-            if text is not None:
-                yield query.fact.id, text
-
-
-def after_example(fact: Fact, probe: Probe) -> Fact | None:
-    """The fact's prompt after another fact of its relation, solved; None where the relation has no other object.
-
-    The example is the first of another subject and object, so that it does not give the answer away.
-    """
-    example = probe.example(fact)
-    if example is None:
-        return None
-    solved = example.prompt.replace(BLANK, example.obj_label).rstrip()
-    stop = "" if _ENDED.search(solved) else "."
-    return replace(fact, prompt=f"{solved}{stop} {fact.prompt}")

@@ -20,10 +20,10 @@ from compressknow.base.errors import CheckpointError, CompressknowError, NotInst
 from compressknow.base.progress import Listener, Stage, begun
 from compressknow.compress.staging import scratch
 from compressknow.engine.language_model import CPU
-from compressknow.evaluate.answers import Answers, locked, read_record, write_record
-from compressknow.evaluate.evaluate import evaluate, first_ids, tokens_alike
-from compressknow.evaluate.facts import Probe, fact_of
-from compressknow.evaluate.grades import PRODUCED, by_majority, known_as
+from compressknow.evaluate.answers import Answers, lock_folder, read_record, write_record
+from compressknow.evaluate.evaluate import evaluate, find_first_ids, has_same_tokens
+from compressknow.evaluate.facts import Probe, strip_wording
+from compressknow.evaluate.grades import PRODUCED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import NoiseFloor, Record
 from compressknow.evaluate.runtimes.llama_cpp import LlamaCpp
@@ -40,7 +40,7 @@ PART, LEAST_FACTS, MOST_FACTS = 0.1, 100, 300
 _SEED = 20_231
 
 
-def with_noise_floor(
+def add_noise_floor(
     original: ModelHandle,
     probes: Sequence[Opened],
     answers: Answers,
@@ -49,7 +49,7 @@ def with_noise_floor(
     *,
     whole: Distributions | None = None,
 ) -> Answers:
-    """The original's answers with the noise floor of each probe of facts: of a sample of its facts, seeded.
+    """Add the noise floor of each probe of facts to the original's answers: of a sample of its facts, seeded.
 
     A model that does not run in another precision has none. What runs elsewhere than in transformers has no other
     precision here.
@@ -63,17 +63,17 @@ def with_noise_floor(
         return answers
     entries = answers.record.probes
     lacking = [probe for probe in probes if isinstance(probe, Probe) and entries[probe.name].noise_floor is None]
-    other = original.in_another_precision() if lacking else None
+    other = original.copy_in_other_precision() if lacking else None
     if other is None:
         return answers
     try:
-        found = measured(original, other, "noise", lacking, answers, folder, on_progress, whole=whole)
+        found = measure_noise(original, other, "noise", lacking, answers, folder, on_progress, whole=whole)
     except (CheckpointError, UnsupportedError):
         return answers
-    return kept(answers, folder, {name: {"noise_floor": floor} for name, floor in found.items()})
+    return store_found(answers, folder, {name: {"noise_floor": floor} for name, floor in found.items()})
 
 
-def measured(
+def measure_noise(
     original: ModelHandle,
     other: ModelHandle,
     work: Literal["noise", "runtime"],
@@ -84,18 +84,19 @@ def measured(
     *,
     whole: Distributions | None = None,
 ) -> dict[str, NoiseFloor]:
-    """The noise floor by probe: `other` is the same model, run otherwise, and answers a sample of each probe's facts.
+    """Measure the noise floor by probe: `other` is the same model, run otherwise, and answers a sample of each probe's
+    facts.
 
-    Both are released. Parameters are those of `with_noise_floor`; the stages are of that `work`.
+    Both are released. Parameters are those of `add_noise_floor`; the stages are of that `work`.
     """
     from compressknow.evaluate.distributions import Distributions
 
-    samples = {probe.name: _sample(probe, answers) for probe in probes}
+    samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
     try:
         with Distributions(original, folder) as own:
-            rows = {probe.name: _rows(probe, samples[probe.name], whole, own, on_progress) for probe in probes}
+            rows = {probe.name: _find_rows(probe, samples[probe.name], whole, own, on_progress) for probe in probes}
             original.release()
-            return _answered(other, work, samples, rows, on_progress)
+            return _answer_samples(other, work, samples, rows, on_progress)
     finally:
         other.release()
 
@@ -107,11 +108,11 @@ class _Sample(NamedTuple):
     answers: Answers
 
 
-def _sample(probe: Probe, answers: Answers) -> _Sample:
-    """Of the facts that were answered, in the probe's order, each in all its wordings."""
+def _draw_sample(probe: Probe, answers: Answers) -> _Sample:
+    """Draw from the facts that were answered, in the probe's order, each in all its wordings."""
     answered = {answer.fact_id: answer for answer in answers.of(probe.name)}
     # A user's own id may end like that of a wording.
-    whole = fact_of if probe.templates else str
+    whole = strip_wording if probe.templates else str
     asked = [fact for fact in probe.facts if fact.id in answered]
     facts = list(dict.fromkeys(whole(fact.id) for fact in asked))
     wanted = min(len(facts), MOST_FACTS, max(LEAST_FACTS, round(PART * len(facts))))
@@ -120,10 +121,12 @@ def _sample(probe: Probe, answers: Answers) -> _Sample:
     return _Sample(replace(probe, facts=sample), Answers(answers.record, tuple(answered[fact.id] for fact in sample)))
 
 
-def _rows(
+def _find_rows(
     probe: Probe, sample: _Sample, whole: Distributions | None, own: Distributions, on_progress: Listener | None
 ) -> Rows:
-    """The original's distributions of a sample: those that this run has kept of the whole probe, or found now."""
+    """Return the original's distributions of a sample: those that this run has kept of the whole probe, or computed
+    now.
+    """
     kept = whole.of(probe) if whole else None
     if kept is not None and kept.holds(answer.fact_id for answer in sample.answers.answers):
         return kept
@@ -131,7 +134,7 @@ def _rows(
     return own.of(sample.probe)
 
 
-def _answered(
+def _answer_samples(
     other: ModelHandle,
     work: Literal["noise", "runtime"],
     samples: Mapping[str, _Sample],
@@ -145,29 +148,30 @@ def _answered(
             prompts = other.prompts(sample)
             # What it would write is of no use where the original writes nothing.
             prompts.scorer.says = all(answer.produced is not None for answer in own.answers)
-            alike = tokens_alike(own, other.loaded)
+            alike = has_same_tokens(own, other.loaded)
             batches = evaluate(
                 prompts,
-                reference=first_ids(own, sample, prompts) if alike else None,
+                reference=find_first_ids(own, sample, prompts) if alike else None,
                 whole=rows[name].divergence if alike else None,
                 advance=advance,
             )
             again = replace(own, answers=tuple(answer for batch in batches for answer in batch))
-        found[name] = noise_of(own, again, other.loaded.computed_in)
+        found[name] = count_noise(own, again, other.loaded.computed_in)
     return found
 
 
-def noise_of(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
-    """Counts of one model's answers to the facts of a probe that it answered in both precisions or runtimes, in each
-    reading of knowing that they tell."""
-    floor = _counted(by_majority(before), by_majority(after), computed_in)
+def count_noise(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
+    """Compare one model's answers to the facts of a probe in both precisions or runtimes, in each reading of knowing
+    that they tell.
+    """
+    floor = _count(merge_wordings(before), merge_wordings(after), computed_in)
     if any(answer.produced is None for each in (before, after) for answer in each.answers):
         return floor
-    said, said_again = (by_majority(known_as(each, PRODUCED)) for each in (before, after))
-    return replace(floor, produced=_counted(said, said_again, computed_in))
+    said, said_again = (merge_wordings(apply_reading(each, PRODUCED)) for each in (before, after))
+    return replace(floor, produced=_count(said, said_again, computed_in))
 
 
-def _counted(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
+def _count(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
     by_id = {answer.fact_id: answer for answer in after.answers}
     pairs = [(one, by_id[one.fact_id]) for one in before.answers if one.fact_id in by_id]
     divergences = [other.first_kl for _, other in pairs]
@@ -183,14 +187,14 @@ def _counted(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
     )
 
 
-def kept(answers: Answers, folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Answers:
-    """The answers with what was found, in their folder's record too: by probe, fields of its entry."""
+def store_found(answers: Answers, folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Answers:
+    """Store what was found in the folder's record, and return the answers with it: by probe, fields of its entry."""
 
     def with_found(record: Record) -> Record:
         own = {name: replace(record.probes[name], **fields) for name, fields in found.items()}
         return replace(record, probes={**record.probes, **own})
 
-    with locked(folder, True):
+    with lock_folder(folder, True):
         write_record(folder, with_found(read_record(folder)))
     return replace(answers, record=with_found(answers.record))
 
@@ -198,9 +202,23 @@ def kept(answers: Answers, folder: Path, found: Mapping[str, Mapping[str, Any]])
 _INSTEAD = "an f16 GGUF file as the original."
 
 
-def is_wanted(original: ModelHandle, others: Sequence[ModelHandle | Answers | None]) -> bool:
-    """Whether llama.cpp runs one of the others, or ran it, and transformers the original."""
-    return original.runtime.name == Transformers.name and any(map(_is_in_llama_cpp, others))
+def add_noise_floors(
+    original: ModelHandle,
+    others: Sequence[ModelHandle | Answers | None],
+    probes: Sequence[Opened],
+    answers: Answers,
+    folder: Path,
+    on_progress: Listener | None = None,
+    *,
+    whole: Distributions | None = None,
+) -> Answers:
+    """Add the noise floor of another precision and, where llama.cpp runs one of the others, or ran it, and transformers
+    the original, that of llama.cpp. See `add_noise_floor`.
+    """
+    answers = add_noise_floor(original, probes, answers, folder, on_progress, whole=whole)
+    if original.runtime.name != Transformers.name or not any(map(_is_in_llama_cpp, others)):
+        return answers
+    return add_runtime_noise_floor(original, probes, answers, folder, on_progress, whole=whole)
 
 
 def _is_in_llama_cpp(other: ModelHandle | Answers | None) -> bool:
@@ -209,7 +227,7 @@ def _is_in_llama_cpp(other: ModelHandle | Answers | None) -> bool:
     return other is not None and other.runtime.name == LlamaCpp.name
 
 
-def with_runtime_noise_floor(
+def add_runtime_noise_floor(
     original: ModelHandle,
     probes: Sequence[Opened],
     answers: Answers,
@@ -218,14 +236,14 @@ def with_runtime_noise_floor(
     *,
     whole: Distributions | None = None,
 ) -> Answers:
-    """The original's answers with the noise floor of llama.cpp, of the sample of facts of `with_noise_floor`, whose
-    parameters these are; where it cannot be had, with why.
+    """Add the noise floor of llama.cpp to the original's answers, of the sample of facts of `add_noise_floor`, whose
+    parameters these are; where it cannot be measured, add why.
     """
     if not original.settings.noise_floor:
-        return unmeasured(answers, "--no-noise-floor leaves it out.")
+        return mark_unmeasured(answers, "--no-noise-floor leaves it out.")
     facts = [probe for probe in probes if isinstance(probe, Probe)]
     if not facts:
-        return unmeasured(answers, "it is measured on facts.")
+        return mark_unmeasured(answers, "it is measured on facts.")
     try:
         # Another build may compute otherwise.
         runtime = " ".join(LlamaCpp().key())
@@ -233,30 +251,30 @@ def with_runtime_noise_floor(
         lacking = [probe for probe in facts if runtime not in entries[probe.name].runtime_noise_floors]
         if not lacking:
             return answers
-        with _in_llama_cpp(original, answers, folder, on_progress) as other:
-            found = measured(original, other, "runtime", lacking, answers, folder, on_progress, whole=whole)
+        with _open_in_llama_cpp(original, answers, folder, on_progress) as other:
+            found = measure_noise(original, other, "runtime", lacking, answers, folder, on_progress, whole=whole)
     except NotInstalled as error:
-        return unmeasured(answers, f"{error.what} `compressknow export` fetches it; or give {_INSTEAD}")
+        return mark_unmeasured(answers, f"{error.what} `compressknow export` fetches it; or give {_INSTEAD}")
     except OutputError:
-        return unmeasured(
+        return mark_unmeasured(
             answers, f"the disk has no room for the original as a GGUF file. Free some, or give {_INSTEAD}"
         )
     except CompressknowError as error:
-        return unmeasured(answers, f"{error.what.rstrip('.')}. Give {_INSTEAD}")
+        return mark_unmeasured(answers, f"{error.what.rstrip('.')}. Give {_INSTEAD}")
     by_probe = {name: {**entries[name].runtime_noise_floors, runtime: floor} for name, floor in found.items()}
-    return kept(answers, folder, {name: {"runtime_noise_floors": floors} for name, floors in by_probe.items()})
+    return store_found(answers, folder, {name: {"runtime_noise_floors": floors} for name, floors in by_probe.items()})
 
 
-def unmeasured(answers: Answers, why: str) -> Answers:
-    """The answers with `ModelRecord.runtime_unmeasured`."""
+def mark_unmeasured(answers: Answers, why: str) -> Answers:
+    """Set `ModelRecord.runtime_unmeasured`."""
     return replace(answers, record=replace(answers.record, model=replace(answers.record.model, runtime_unmeasured=why)))
 
 
 @contextmanager
-def _in_llama_cpp(
+def _open_in_llama_cpp(
     original: ModelHandle, answers: Answers, folder: Path, on_progress: Listener | None
 ) -> Iterator[ModelHandle]:
-    """The original in llama.cpp, from a file that lies in `folder` meanwhile.
+    """Open the original in llama.cpp, from a file that lies in `folder` meanwhile.
 
     Raises CompressknowError where the converter is missing, or does not take it.
     """
@@ -268,10 +286,7 @@ def _in_llama_cpp(
         raise UnsupportedError("only decoder-only models can be run in llama.cpp here")
     name = original.located.name
     export = prepare(
-        original.located.path,
-        Choice("f16"),
-        find_converter(),
-        trust_remote_code=original.settings.trust_remote_code,
+        original.located.path, Choice("f16"), find_converter(), trust_remote_code=original.settings.trust_remote_code
     )
     # The converter takes memory of its own.
     original.release()

@@ -1,4 +1,4 @@
-"""What is on disk beside answers, as typed records: probe.json, and what a model gave to a running text."""
+"""Records on disk beside answers, typed: probe.json, and what a model gave to a running text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """A JSON object with fields of known names; `read` is the object that it was read from, if it was."""
+    """JSON object with fields of known names; `read` is the object that it was read from, if it was."""
 
     # Written even if null or empty in an object that is new; in one that was read, only if they stood there.
     always: ClassVar[frozenset[str]] = frozenset()
@@ -28,12 +28,12 @@ class _Part:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Of a JSON object whose form was checked; keys that are no fields are kept for `to_dict`."""
+        """Build the record from a JSON object whose form was checked; `to_dict` keeps keys that are no fields."""
         known = {each.name for each in fields(cls)} - {"read"}
         return cls(**{key: value for key, value in values.items() if key in known}, read=dict(values))
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object: what was read, in its order, with the fields as they are now."""
+        """Return the JSON object: what was read, in its order, with the fields as they are now."""
         own = {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.name != "read"}
         kept = {key: own.pop(key, value) for key, value in self.read.items()}
         always = frozenset() if self.read else self.always
@@ -52,7 +52,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class NoiseFloor:
-    """What of a model's answers to `n` facts another precision, or another runtime, changes.
+    """Changes of a model's answers to `n` facts by another precision, or another runtime.
 
     Facts in several wordings are answered by majority.
 
@@ -77,12 +77,12 @@ class NoiseFloor:
 
     @property
     def kept(self) -> float | None:
-        """The share of the known facts that are right then too (0 to 1); None where none is known."""
+        """Return the share of the known facts that are right then too (0 to 1); None where none is known."""
         return 1 - self.lost / self.known if self.known else None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Of a JSON object whose form was checked; other keys are left out."""
+        """Build it from a JSON object whose form was checked; other keys are left out."""
         produced = values.get("produced")
         given = {each.name: values[each.name] for each in fields(cls) if each.name != "produced"}
         return cls(**given, produced=cls.from_dict(produced) if produced else None)
@@ -90,7 +90,7 @@ class NoiseFloor:
 
 @dataclass(frozen=True)
 class ProbeEntry(_Part):
-    """How the answers to one probe came about: an entry of "probes".
+    """Entry of "probes": how the answers to one probe came about.
 
     Attributes
     ----------
@@ -135,7 +135,6 @@ class ProbeEntry(_Part):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Of an entry."""
         floor, by_runtime = values.get("noise_floor"), values.get("runtime_noise_floors") or {}
         entry = super().from_dict(values)
         return replace(
@@ -177,7 +176,7 @@ class FactsInText:
 
 @dataclass(frozen=True)
 class ModelRecord(_Part):
-    """The model that gave the answers: the object "model". Old records and other tools' lack some of it.
+    """Object "model": the model that gave the answers. Old records and other tools' lack some of it.
 
     Attributes
     ----------
@@ -223,7 +222,7 @@ class ModelRecord(_Part):
 
     @property
     def ran_in(self) -> str:
-        """The runtime and its build."""
+        """Return the runtime and its build."""
         runtime = self.runtime or {"name": "transformers"}
         return " ".join(filter(None, (runtime["name"], runtime.get("build"))))
 
@@ -232,14 +231,14 @@ class ModelRecord(_Part):
 UNKNOWN = "unknown"
 
 
-def on_server(model: ModelRecord) -> bool:
-    """Whether a server gave the answers."""
+def is_on_server(model: ModelRecord) -> bool:
+    """Return whether a server gave the answers."""
     return (model.runtime or {}).get("name") == "server"
 
 
 @dataclass(frozen=True)
 class Record(_Part):
-    """All of ``probe.json``; `answers_sha256` is the hash of the table, which old versions did not write."""
+    """Content of ``probe.json``; `answers_sha256` is the hash of the table, which old versions did not write."""
 
     always: ClassVar[frozenset[str]] = frozenset({"probes", "versions"})
 
@@ -251,7 +250,6 @@ class Record(_Part):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Of the whole object."""
         parts = {
             "model": ModelRecord.from_dict(values["model"]),
             "probes": {name: ProbeEntry.from_dict(entry) for name, entry in values["probes"].items()},
@@ -259,7 +257,7 @@ class Record(_Part):
         return super().from_dict({**values, **parts})
 
     def without_hash(self, probes: Mapping[str, ProbeEntry]) -> Record:
-        """The record with these probes, before the table is written that belongs to them."""
+        """Return the record with these probes, before the table is written that belongs to them."""
         read = {key: value for key, value in self.read.items() if key != "answers_sha256"}
         return replace(self, probes=probes, answers_sha256=None, read=read)
 
@@ -275,7 +273,7 @@ FORM |= {"file?": str, "sha256?": str}
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a model gave to one chunk of a text.
+    """Log-probabilities and greedy text that a model gave to one chunk of a text.
 
     Attributes
     ----------
@@ -299,8 +297,8 @@ class Chunk:
     greedy: np.ndarray
 
 
-def file_of(name: str) -> str:
-    """The file's name for a probe's: no two probes of an answers folder have one.
+def text_file_name(name: str) -> str:
+    """Return the name of the file for a probe's tokens: no two probes of an answers folder share one.
 
     >>> file_of("text:wiki.txt")
     'text-8d05bc96caa7.parquet'
@@ -313,21 +311,21 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {field.name: [_stored(getattr(chunk, field.name)) for chunk in chunks] for field in _schema()}
+    columns = {field.name: [_to_list(getattr(chunk, field.name)) for chunk in chunks] for field in _chunk_schema()}
     with written(path) as file:
-        pq.write_table(pa.table(columns, schema=_schema()), file, compression="zstd")
+        pq.write_table(pa.table(columns, schema=_chunk_schema()), file, compression="zstd")
 
 
 def read_chunks(path: Path) -> tuple[Chunk, ...]:
-    """The chunks of a file, in their order. Raises DamagedAnswers where it is none, or damaged."""
+    """Read the chunks of a file, in their order. Raise DamagedAnswers where it is none, or damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         check_parquet(path)
         with pq.ParquetFile(path) as file:
-            rows = file.read(columns=_schema().names).cast(_schema()).to_pylist()
-        return tuple(sorted(map(_chunk, rows), key=lambda chunk: chunk.number))
+            rows = file.read(columns=_chunk_schema().names).cast(_chunk_schema()).to_pylist()
+        return tuple(sorted(map(_parse_chunk, rows), key=lambda chunk: chunk.number))
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise DamagedAnswers(
             f"{path} cannot be read as the tokens of a text.",
@@ -337,18 +335,13 @@ def read_chunks(path: Path) -> tuple[Chunk, ...]:
 
 
 def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:
-    """Probe -> its chunks, of the texts of an answers folder. Raises DamagedAnswers where one is missing or damaged,
-    or is not the one of the record.
+    """Read the chunks of each text of an answers folder, by probe. Raise DamagedAnswers where a file is missing or
+    damaged, or is not the one of the record.
     """
-    return {name: _checked(folder, entry) for name, entry in record.probes.items() if entry.text}
+    return {name: _read_checked(folder, entry) for name, entry in record.probes.items() if entry.text}
 
 
-def entry_with_file(entry: ProbeEntry, path: Path) -> ProbeEntry:
-    """The entry with the name and the hash of its file."""
-    return replace(entry, text=dict(entry.text or {}) | {"file": path.name, "sha256": sha256_of(path)})
-
-
-def _checked(folder: Path, entry: ProbeEntry) -> tuple[Chunk, ...]:
+def _read_checked(folder: Path, entry: ProbeEntry) -> tuple[Chunk, ...]:
     text: Mapping[str, Any] = entry.text or {}
     name = str(text.get("file", ""))
     # A name of a folder elsewhere is none of ours.
@@ -364,11 +357,11 @@ def _checked(folder: Path, entry: ProbeEntry) -> tuple[Chunk, ...]:
     return read_chunks(folder / name)
 
 
-def _stored(value: Any) -> Any:
+def _to_list(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _schema() -> pa.Schema:
+def _chunk_schema() -> pa.Schema:
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
@@ -385,7 +378,7 @@ def _schema() -> pa.Schema:
     )
 
 
-def _chunk(row: Mapping[str, Any]) -> Chunk:
+def _parse_chunk(row: Mapping[str, Any]) -> Chunk:
     lists: dict[str, np.ndarray] = {name: np.array(row[name], dtype=kind) for name, kind in _KINDS.items()}
     kl = None if row["kl"] is None else np.array(row["kl"], dtype=np.float64)
     scored = [len(lists["ids"]), len(lists["logp"]), len(lists["top"]), *([] if kl is None else [len(kl)])]

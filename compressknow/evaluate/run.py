@@ -23,21 +23,28 @@ from compressknow.evaluate.answers import (
     Answers,
     check_counts,
     check_table,
+    find_parts,
     is_answers_folder,
-    locked,
-    parts_of,
+    lock_folder,
+    read_parts,
     read_record,
-    stored,
-    stored_parts,
-    tidy,
+    read_stored,
+    remove_parts,
     write_part,
     write_record,
     write_table,
 )
-from compressknow.evaluate.evaluate import evaluate, first_ids, refuse_other_facts, refuse_other_model, tokens_alike
-from compressknow.evaluate.facts import Probe, chance, majority
-from compressknow.evaluate.grades import with_examples
-from compressknow.evaluate.handle import Beside, ModelHandle
+from compressknow.evaluate.distributions import Context
+from compressknow.evaluate.evaluate import (
+    add_examples,
+    check_facts,
+    check_model,
+    evaluate,
+    find_first_ids,
+    has_same_tokens,
+)
+from compressknow.evaluate.facts import Probe, compute_chance, compute_majority
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import (
     ALONE,
     NO_ROOM,
@@ -45,15 +52,21 @@ from compressknow.evaluate.records import (
     ModelRecord,
     ProbeEntry,
     Record,
-    entry_with_file,
-    file_of,
     read_chunks,
     read_texts,
+    text_file_name,
     write_chunks,
 )
 from compressknow.evaluate.runtimes import RUNTIMES
 from compressknow.evaluate.sources import Opened, Task
-from compressknow.evaluate.text import RunningText, chunks_of, context_of, entry_of, outcome, read_text
+from compressknow.evaluate.text import (
+    RunningText,
+    choose_context,
+    cut_chunks,
+    describe_divergence,
+    make_text_entry,
+    read_text,
+)
 
 # What parts are made of.
 _Part = TypeVar("_Part")
@@ -65,7 +78,7 @@ def probe_model(
     handle: ModelHandle,
     probes: Sequence[Opened],
     folder: Path,
-    beside: Beside | None = None,
+    context: Context | None = None,
     *,
     on_progress: Listener | None = None,
     wait: bool = False,
@@ -88,55 +101,55 @@ def probe_model(
     CompressknowError : the model or a probe is not the one of the reference; a weight is no number; the model's files
         change meanwhile.
     """
-    refuse_twins(probes)
-    handle.refuse_tasks(probes)
+    check_unique(probes)
+    handle.check_tasks(probes)
     handle.check_sound()
-    beside = beside or Beside()
+    context = context or Context()
     if not handle.runtime.whole_vocabulary:
-        beside = replace(beside, whole=None)
-    with _kept_in(folder), locked(folder, wait):
-        run = _Run(handle, folder, beside, on_progress)
-        if beside.whole and beside.reference:
-            left = lacking(handle, probes, folder, beside)
-            beside.whole.complete(left, beside.reference, on_progress)
-        lacked = lacking(handle, probes, folder, beside)
+        context = replace(context, whole=None)
+    with _explain_damage(folder), lock_folder(folder, wait):
+        run = _Run(handle, folder, context, on_progress)
+        if context.whole and context.reference:
+            left = find_missing(handle, probes, folder, context)
+            context.whole.complete(left, context.reference, on_progress)
+        lacked = find_missing(handle, probes, folder, context)
         if any(isinstance(probe, RunningText) for probe in lacked):
             # A model that cannot read it is refused before it is evaluated on all else.
             handle.reader()
         for probe in lacked:
-            run.add(probe, facts_of(probes))
-        tidy(folder)
-        return _read(handle, folder, [probe.name for probe in probes])
+            run.add(probe, count_facts(probes))
+        remove_parts(folder)
+        return _read_folder(handle, folder, [probe.name for probe in probes])
 
 
 def is_answered(handle: ModelHandle, probe: Opened, folder: Path, reference: Answers | None) -> bool:
-    """Whether `folder` holds this model's answers to this probe, so that `probe_model` would evaluate nothing."""
-    return not lacking(handle, [probe], folder, Beside(reference))
+    """Return whether `folder` holds this model's answers to this probe: `probe_model` would evaluate nothing."""
+    return not find_missing(handle, [probe], folder, Context(reference))
 
 
-def held_answers(
+def find_answers(
     handle: ModelHandle, probes: Sequence[Opened], folder: Path, reference: Answers | None
 ) -> Answers | None:
-    """This model's answers to these probes, where `folder` holds them all."""
-    if lacking(handle, probes, folder, Beside(reference)):
+    """Return this model's answers to these probes, where `folder` holds them all."""
+    if find_missing(handle, probes, folder, Context(reference)):
         return None
-    return _read(handle, folder, [probe.name for probe in probes])
+    return _read_folder(handle, folder, [probe.name for probe in probes])
 
 
-def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, beside: Beside) -> list[Opened]:
-    """The probes to which `folder` holds no answers of this model; with the original's distributions, those too whose
-    answers lack a divergence over the whole vocabulary that can be had.
+def find_missing(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context: Context) -> list[Opened]:
+    """Return the probes to which `folder` holds no answers of this model; with the original's distributions, also those
+    whose answers lack a divergence over the whole vocabulary that can be had.
     """
-    with _kept_in(folder):
+    with _explain_damage(folder):
         entries = read_record(folder).probes if is_answers_folder(folder) else {}
     keys = {name: entry.key for name, entry in entries.items()}
-    missing = {probe.name for probe in probes if keys.get(probe.name) != _key(handle, probe, beside)}
-    whole = beside.whole
-    if whole and beside.reference and missing != {probe.name for probe in probes}:
+    missing = {probe.name for probe in probes if keys.get(probe.name) != _compute_key(handle, probe, context)}
+    whole = context.whole
+    if whole and context.reference and missing != {probe.name for probe in probes}:
         # Not those of models whose tokens are others: they can have none.
-        alike = {name for name, entry in entries.items() if entry.reference == beside.sha256}
-        with _kept_in(folder):
-            bare = alike & {answer.probe for answer in stored(folder) if answer.first_kl is None}
+        alike = {name for name, entry in entries.items() if entry.reference == context.sha256}
+        with _explain_damage(folder):
+            bare = alike & {answer.probe for answer in read_stored(folder) if answer.first_kl is None}
         bare |= {name for name, entry in entries.items() if entry.text and entry.text["divergence"] in (ALONE, NO_ROOM)}
         possible = (probe for probe in probes if not isinstance(probe, Task) and not whole.of(probe).gave_up)
         missing |= bare & {probe.name for probe in possible}
@@ -144,8 +157,8 @@ def lacking(handle: ModelHandle, probes: Sequence[Opened], folder: Path, beside:
 
 
 @contextmanager
-def _kept_in(folder: Path) -> Iterator[None]:
-    """What a run has kept for itself it can make again."""
+def _explain_damage(folder: Path) -> Iterator[None]:
+    """Explain damage in a folder of the run's own: its answers can be computed again."""
     try:
         yield
     except DamagedAnswers as error:
@@ -153,13 +166,14 @@ def _kept_in(folder: Path) -> Iterator[None]:
         raise DamagedAnswers(error.what, error.why, again) from error
 
 
-def facts_of(probes: Sequence[Opened]) -> int:
-    """How many facts the probes have; the items of lm-eval's tasks are not known before they are run, and texts
-    have none."""
+def count_facts(probes: Sequence[Opened]) -> int:
+    """Count the facts of the probes; the items of lm-eval's tasks are not known before they are run, and texts have
+    none.
+    """
     return sum(len(probe.facts) for probe in probes if isinstance(probe, Probe))
 
 
-def refuse_twins(probes: Sequence[Opened]) -> None:
+def check_unique(probes: Sequence[Opened]) -> None:
     """Refuse two probes of one name, such as facts files of one name in different folders."""
     names = [probe.name for probe in probes]
     if twins := sorted({name for name in names if names.count(name) > 1}):
@@ -169,33 +183,33 @@ def refuse_twins(probes: Sequence[Opened]) -> None:
 
 
 class _Run:
-    """A run of one model: each probe's answers and its entry go into the folder, the answers first."""
+    """Run of one model: each probe's answers and its entry go into the folder, the answers first."""
 
-    def __init__(self, handle: ModelHandle, folder: Path, beside: Beside, on_progress: Listener | None) -> None:
-        self._handle, self._folder, self._beside, self._on_progress = handle, folder, beside, on_progress
-        self._record = _record(folder, handle)
+    def __init__(self, handle: ModelHandle, folder: Path, context: Context, on_progress: Listener | None) -> None:
+        self._handle, self._folder, self._beside, self._on_progress = handle, folder, context, on_progress
+        self._record = _open_record(folder, handle)
 
     def add(self, probe: Opened, facts: int) -> None:
         """Evaluate the model on a probe; `facts` are those of all probes, for the time that is left."""
         start = time.monotonic()
         handle, reference = self._handle, self._beside.reference
         if reference:
-            refuse_other_facts(reference, probe)
+            check_facts(reference, probe)
             if not isinstance(probe, RunningText):
-                refuse_other_model(reference, handle.located.name, handle.loaded)
-        alike = reference is None or tokens_alike(reference, handle.loaded)
-        key = _key(handle, probe, self._beside)
-        known = self._known(probe.name, key)
+                check_model(reference, handle.located.name, handle.loaded)
+        alike = reference is None or has_same_tokens(reference, handle.loaded)
+        key = _compute_key(handle, probe, self._beside)
+        known = self._find_known(probe.name, key)
         work: Work = "read" if isinstance(probe, RunningText) else "evaluate"
         stage = Stage(work, handle.located.name, probe.name, facts, handle.where)
         chunks: tuple[Chunk, ...] = ()
         answers: list[Answer] = []
         with begun(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
-                beside = self._beside if alike else Beside()
-                answers, entry = self._evaluate(probe, parts_of(self._folder, key), known, beside, advance)
+                context = self._beside if alike else Context()
+                answers, entry = self._evaluate_facts(probe, find_parts(self._folder, key), known, context, advance)
             elif isinstance(probe, RunningText):
-                chunks, entry = self._read(probe, parts_of(self._folder, key), known, advance)
+                chunks, entry = self._read_text(probe, find_parts(self._folder, key), known, advance)
             elif known:
                 # A task gives no distribution: there is nothing to evaluate anew.
                 answers, entry = list(known.of(probe.name)), known.record.probes[probe.name]
@@ -204,23 +218,25 @@ class _Run:
                 answers, entry = probe.run(handle.loaded.language_model)
         seconds = round(time.monotonic() - start, 1)
         of = (self._beside.sha256 if alike or chunks else None) or handle.sha256
-        self._keep(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
+        self._store(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
 
-    def _known(self, name: str, key: str) -> Answers | None:
-        """Answers of this model to the probe that lack a divergence alone: they are not evaluated whole again."""
+    def _find_known(self, name: str, key: str) -> Answers | None:
+        """Return answers of this model to the probe that lack only a divergence: they are not evaluated whole again."""
         entry = self._record.probes.get(name)
         if entry is None or entry.key != key:
             return self._beside.known
-        return Answers(self._record, tuple(stored(self._folder)), read_texts(self._folder, self._record))
+        return Answers(self._record, tuple(read_stored(self._folder)), read_texts(self._folder, self._record))
 
-    def _read(
+    def _read_text(
         self, text: RunningText, parts: Path, known: Answers | None, advance: Advance | None
     ) -> tuple[tuple[Chunk, ...], ProbeEntry]:
-        reader, beside = self._handle.reader(), self._beside
-        original = beside.reference.record if beside.reference else None
-        chunks = chunks_of(reader, text, context_of(reader, text, original.probes[text.name] if original else None))
+        reader, context = self._handle.reader(), self._beside
+        original = context.reference.record if context.reference else None
+        chunks = cut_chunks(
+            reader, text, choose_context(reader, text, original.probes[text.name] if original else None)
+        )
         same_tokens = original is None or original.model.vocabulary in (None, self._handle.loaded.vocabulary)
-        whole = beside.of_batches(text) if same_tokens else None
+        whole = context.of_batches(text) if same_tokens else None
         read = {chunk.number: chunk for path in sorted(parts.glob("*.parquet")) for chunk in read_chunks(path)}
         if original and whole:
             read = {number: chunk for number, chunk in read.items() if chunk.kl is not None}
@@ -232,64 +248,70 @@ class _Run:
             whole=whole,
             advance=advance,
         )
-        for part in _in_parts([chunk] for chunk in fresh):
+        for part in _gather_parts([chunk] for chunk in fresh):
             self._handle.check_unchanged()
             parts.mkdir(parents=True, exist_ok=True)
             write_chunks(parts / f"{len(read):08}.parquet", part)
             read |= {chunk.number: chunk for chunk in part}
         all_read = tuple(read[number] for number in sorted(read))
-        gave_up = beside.whole.of(text).gave_up if beside.whole else None
-        compared = outcome(all_read, reference=original is not None, same_tokens=same_tokens, gave_up=gave_up)
-        return all_read, entry_of(text, chunks, all_read, compared)
+        gave_up = context.whole.of(text).gave_up if context.whole else None
+        compared = describe_divergence(
+            all_read, reference=original is not None, same_tokens=same_tokens, gave_up=gave_up
+        )
+        return all_read, make_text_entry(text, chunks, all_read, compared)
 
-    def _evaluate(
-        self, probe: Probe, parts: Path, known: Answers | None, beside: Beside, advance: Advance | None
+    def _evaluate_facts(
+        self, probe: Probe, parts: Path, known: Answers | None, context: Context, advance: Advance | None
     ) -> tuple[list[Answer], ProbeEntry]:
         prompts = self._handle.prompts(probe)
         if not prompts.total:
-            raise _nothing_left(probe, prompts.dropped)
-        answers, reference = stored_parts(parts), beside.reference
+            reasons = "\n".join(f"{count:,} dropped: {reason}" for reason, count in prompts.dropped.items())
+            raise UsageError(
+                f"{probe.name} has no fact that this model can be evaluated on.",
+                reasons,
+                "Choose another probe or protocol.",
+            )
+        answers, reference = read_parts(parts), context.reference
         batches = evaluate(
             prompts,
-            reference=first_ids(reference, probe, prompts) if reference else None,
+            reference=find_first_ids(reference, probe, prompts) if reference else None,
             done=frozenset(answer.fact_id for answer in answers),
             known={answer.fact_id: answer for answer in known.of(probe.name)} if known else None,
-            whole=beside.of_batches(probe),
+            whole=context.of_batches(probe),
             advance=advance,
         )
-        for part in _in_parts(batches):
+        for part in _gather_parts(batches):
             self._handle.check_unchanged()
             write_part(parts, part)
             answers += part
         order = {fact.id: number for number, fact in enumerate(probe.facts)}
         answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
-        answers = with_examples(prompts.scorer, answers, reference.of(probe.name) if reference else ())
-        return answers, facts_entry(probe, answers, prompts.dropped)
+        answers = add_examples(prompts.scorer, answers, reference.of(probe.name) if reference else ())
+        return answers, make_facts_entry(probe, answers, prompts.dropped)
 
-    def _keep(self, name: str, answers: Sequence[Answer], entry: ProbeEntry, chunks: Sequence[Chunk]) -> None:
+    def _store(self, name: str, answers: Sequence[Answer], entry: ProbeEntry, chunks: Sequence[Chunk]) -> None:
         record, folder = self._record, self._folder
         model = self._handle.record()
         # Nothing is kept of files that are not those that were hashed.
         self._handle.check_unchanged()
-        others = [a for a in stored(folder) if a.probe != name and a.probe in record.probes]
+        others = [a for a in read_stored(folder) if a.probe != name and a.probe in record.probes]
         probes = {other: kept for other, kept in record.probes.items() if other != name}
         if name in record.probes or record.answers_sha256 is not None:
             # Neither the old entry nor the old hash must stand beside the new answers, should this run be killed here.
             write_record(folder, record.without_hash(probes))
         if chunks:
-            write_chunks(folder / file_of(name), chunks)
-            entry = entry_with_file(entry, folder / file_of(name))
+            path = folder / text_file_name(name)
+            write_chunks(path, chunks)
+            entry = replace(entry, text={**(entry.text or {}), "file": path.name, "sha256": sha256_of(path)})
         write_table(folder / TABLE, [*others, *answers])
         self._record = replace(
-            record.without_hash(probes | {name: entry}),
-            model=model,
-            answers_sha256=sha256_of(folder / TABLE),
+            record.without_hash(probes | {name: entry}), model=model, answers_sha256=sha256_of(folder / TABLE)
         )
         write_record(folder, self._record)
 
 
-def facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> ProbeEntry:
-    """The entry in ``probe.json`` of a probe that was answered so."""
+def make_facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> ProbeEntry:
+    """Return the entry in ``probe.json`` of a probe of facts that was answered."""
     evaluated = {answer.fact_id for answer in answers}
     facts = [fact for fact in probe.facts if fact.id in evaluated]
     return ProbeEntry(
@@ -299,8 +321,8 @@ def facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, i
         asked=len(answers),
         dropped=dict(dropped),
         average=probe.average,
-        chance=chance(answer.choices for answer in answers),
-        majority=majority(facts, probe.most_frequent),
+        chance=compute_chance(answer.choices for answer in answers),
+        majority=compute_majority(facts, probe.most_frequent),
         limit=probe.limit,
         seed=probe.seed,
         templates=probe.templates,
@@ -308,29 +330,22 @@ def facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, i
     )
 
 
-def _nothing_left(probe: Probe, dropped: Mapping[str, int]) -> UsageError:
-    reasons = "\n".join(f"{count:,} dropped: {reason}" for reason, count in dropped.items())
-    return UsageError(
-        f"{probe.name} has no fact that this model can be evaluated on.", reasons, "Choose another probe or protocol."
-    )
-
-
-def _key(handle: ModelHandle, probe: Opened, beside: Beside) -> str:
-    """A hash of all that decides the answers: the model, the facts, whose tokens are asked for, and how it is run."""
+def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
+    """Hash all that decides the answers: the model, the facts, whose tokens are scored, and how it is run."""
     settings = handle.settings
     decides = [
         # Another version may prompt or score otherwise; this one finds answers in quotes, and the sum over all.
         *(SCHEMA_VERSION, __version__, "grades/2", handle.sha256, probe.fingerprint()),
-        beside.sha256,
+        context.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),
         *handle.runtime.key(),
-        *([beside.runtime] if beside.runtime else []),
+        *([context.runtime] if context.runtime else []),
     ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
-def _in_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
-    """Batches gathered to what is worth a file; also those before an error, or before the user interrupts."""
+def _gather_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
+    """Gather batches to what is worth a file; also those before an error, or before the user interrupts."""
     part: list[_Part] = []
     since = time.monotonic()
     try:
@@ -345,29 +360,29 @@ def _in_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
             yield part
 
 
-def _read(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:
-    """The answers to these probes alone; the folder may hold those to others.
+def _read_folder(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:
+    """Read the answers to these probes alone; the folder may hold those to others.
 
     They are kept by the content of the model, which may have another name by now, or another manifest.
     """
     record, located = read_record(folder), handle.located
     model = record.model
     if located.url is None:
-        said = handle.described()
+        said = handle.describe()
         model = replace(model, name=located.name, revision=located.revision, changed=said.get("changed"))
         model = replace(model, source=said.get("source", model.source))
     record = replace(record, model=model, probes={name: record.probes[name] for name in names})
-    rows = tuple(answer for answer in stored(folder) if answer.probe in record.probes)
+    rows = tuple(answer for answer in read_stored(folder) if answer.probe in record.probes)
     answers = Answers(record, rows, read_texts(folder, record))
     check_counts(folder, answers)
     return answers
 
 
-def _record(folder: Path, handle: ModelHandle) -> Record:
-    """The record of the folder so far; a new one where there is none."""
+def _open_record(folder: Path, handle: ModelHandle) -> Record:
+    """Read the record of the folder so far; begin one where there is none."""
     if not (folder / RECORD).is_file():
         model = ModelRecord(name=handle.located.name)
-        return Record(schema=SCHEMA_VERSION, model=model, probes={}, versions=_versions())
+        return Record(schema=SCHEMA_VERSION, model=model, probes={}, versions=_list_versions())
     record = read_record(folder)
     check_table(folder, record)
     if record.model.sha256 != handle.sha256:
@@ -382,10 +397,10 @@ def _record(folder: Path, handle: ModelHandle) -> Record:
             f"{folder} holds answers that {record.model.name} gave in {ran_in}, not in {handle.runtime.name}.",
             hint=f"Choose another folder for the answers, or pass --runtime {ran_in}.",
         )
-    return replace(record, versions=_versions())
+    return replace(record, versions=_list_versions())
 
 
-def _versions() -> dict[str, str]:
+def _list_versions() -> dict[str, str]:
     from importlib.metadata import version
 
     libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}

@@ -1,4 +1,4 @@
-"""How fast a model answers on this machine, and the memory that it takes: measured in a process of its own.
+"""Speed of a model on this machine, and the memory that it takes: measured in a process of its own.
 
     python -m compressknow.evaluate.speed PATH SETTINGS
 
@@ -24,8 +24,9 @@ from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.system import peak_memory
 from compressknow.engine.identity import Located
 from compressknow.engine.language_model import AUTO
-from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import Speed
+from compressknow.evaluate.runtimes import Settings
 from compressknow.model.checkpoint import read_json
 
 FACTS, TOKENS, ROUNDS = 96, 64, 3
@@ -35,7 +36,8 @@ _TEXT = "A long time ago, in a small town by the sea, there lived a young woman 
 
 
 def measure(located: Located, settings: Settings) -> Speed:
-    """Facts and tokens a second (medians of some rounds), and peak memory beyond what the libraries take, in bytes.
+    """Measure facts and tokens per second (medians of some rounds), and peak memory beyond what the libraries take, in
+    bytes.
 
     Raises CompressknowError where the measuring process fails.
     """
@@ -50,7 +52,7 @@ def measure(located: Located, settings: Settings) -> Speed:
     return Speed(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
+def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
     import torch
 
     from compressknow.evaluate.evaluate import evaluate
@@ -71,18 +73,18 @@ def _measure_here(path: Path, settings: Settings) -> dict[str, Any]:
             torch.cuda.synchronize()
         return prompts.total
 
-    facts_per_second = _per_second(answered)
+    facts_per_second = _measure_rate(answered)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{settings.device}, {torch.get_num_threads()} threads",
         "computed_in": computed_in,
         "facts_per_second": facts_per_second,
-        "tokens_per_second": _tokens_per_second(handle),
+        "tokens_per_second": _measure_tokens(handle),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else max(peak_memory() - libraries, 0),
     }
 
 
-def _per_second(work: Callable[[], int]) -> float:
-    """The median, over some rounds, of how many the work says it did; one that takes long tells enough alone."""
+def _measure_rate(work: Callable[[], int]) -> float:
+    """Return the median, over some rounds, of how many the work says it did; one that takes long tells enough alone."""
     work()
     rates: list[float] = []
     begun = time.perf_counter()
@@ -93,9 +95,9 @@ def _per_second(work: Callable[[], int]) -> float:
     return round(statistics.median(rates), 1)
 
 
-def _tokens_per_second(handle: ModelHandle) -> float | None:
-    """Of one text, read and then gone on with, the likeliest token each time; None for a model that does not go on with
-    texts. It runs without what gives a fact the same bits in any batch.
+def _measure_tokens(handle: ModelHandle) -> float | None:
+    """Measure on one text, read and then continued with the likeliest token each time; None for a model that does not
+    continue texts. It runs without what makes it batch-invariant.
     """
     if model := handle.loaded.language_model:
         from compressknow.engine.steady import unsteady
@@ -115,11 +117,11 @@ def _tokens_per_second(handle: ModelHandle) -> float | None:
         (row,) = reader.continued([prompt], tokens)
         return next((place for place, token in enumerate(row, start=1) if reader.ends(token)), tokens)
 
-    return _per_second(written)
+    return _measure_rate(written)
 
 
 def _import_libraries(path: Path) -> None:
-    """What loading a model imports on its way: it is not the model that takes this memory."""
+    """Import what loading a model imports on its way: it is not the model that takes this memory."""
     import transformers
 
     names = ["AutoTokenizer", "AutoModelForCausalLM"]
@@ -132,12 +134,12 @@ def _import_libraries(path: Path) -> None:
         getattr(transformers, str(name), None)
 
 
-def _main(path: str, settings: str) -> None:
+def _print_speed(path: str, settings: str) -> None:
     try:
-        print(json.dumps(_measure_here(Path(path), Settings(**json.loads(settings)))))  # noqa: T201
+        print(json.dumps(_measure_in_process(Path(path), Settings(**json.loads(settings)))))  # noqa: T201
     except CompressknowError as error:
         sys.exit(" ".join(part for part in (error.what, error.why) if part))
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _print_speed(*sys.argv[1:])

@@ -24,7 +24,6 @@ from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, OTHER_SIZE, 
 
 if TYPE_CHECKING:
     from compressknow.base.progress import Advance
-    from compressknow.evaluate.distributions import Rows
     from compressknow.evaluate.scoring.reading import TextReader
     from compressknow.evaluate.scoring.scorer import Whole
 
@@ -38,7 +37,7 @@ _BYTES_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class RunningText:
-    """A text to be read by a model chunk by chunk.
+    """Text to be read by a model chunk by chunk.
 
     Attributes
     ----------
@@ -58,22 +57,23 @@ class RunningText:
 
     @property
     def chunks(self) -> int:
-        """The most chunks that are read."""
+        """Return the most chunks that are read."""
         return self.limit or CHUNKS
 
     @property
     def most_scored(self) -> int:
-        """The most tokens that can be scored: half of each chunk, and no more than the file has bytes."""
+        """Return the most tokens that can be scored: half of each chunk, and no more than the file has bytes."""
         return min(self.chunks * (self.context or CONTEXT), self.size) // 2
 
     def fingerprint(self) -> str:
-        """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
+        """Hash all that decides what is evaluated: answers with the same hash can be compared."""
         return hashlib.sha256(
             json.dumps([PROTOCOL, self.name, self.sha256, self.context, self.chunks]).encode()
         ).hexdigest()
 
     def read(self, context: int) -> str:
-        """As much of the text as the chunks can take, without the line end of its last line, as llama.cpp reads it.
+        """Read as much of the text as the chunks can take, without the line end of its last line, as llama.cpp reads
+        it.
 
         Raises UsageError where the file is not UTF-8, or cannot be read any more.
         """
@@ -81,7 +81,7 @@ class RunningText:
         try:
             with open_regular(self.path) as file:
                 content = file.read(most)
-            text = _decoded(content, whole=len(content) < most)
+            text = _decode(content, whole=len(content) < most)
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"{self.path} is not UTF-8: byte {error.start:,}.", hint="Save it as UTF-8, and try again."
@@ -91,8 +91,8 @@ class RunningText:
         return text.removesuffix("\n")
 
 
-def _decoded(content: bytes, *, whole: bool) -> str:
-    """The text; where it is cut, a character that is cut with it is left out."""
+def _decode(content: bytes, *, whole: bool) -> str:
+    """Decode the text; where it is cut, a character that is cut with it is left out."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -110,7 +110,7 @@ _WHY = {
 CONTINUED, GREEDY_TOKENS = 16, 32
 
 
-def refuse_other_families(name: str, family: str) -> None:
+def check_family(name: str, family: str) -> None:
     """Raise UnsupportedError for a model that is not causal."""
     if family != "causal":
         raise UnsupportedError(
@@ -122,7 +122,7 @@ def refuse_other_families(name: str, family: str) -> None:
 
 @dataclass(frozen=True)
 class Chunks:
-    """A text as one model's tokens.
+    """Text as one model's tokens.
 
     Attributes
     ----------
@@ -140,8 +140,8 @@ class Chunks:
         return int(self.ids.shape[1])
 
 
-def first_scored(context: int) -> int:
-    """The place of the token after which the first one is scored.
+def find_first_scored(context: int) -> int:
+    """Return the place of the token after which the first one is scored.
 
     >>> first_scored(512), 512 - 1 - first_scored(512)
     (256, 255)
@@ -149,8 +149,8 @@ def first_scored(context: int) -> int:
     return context // 2
 
 
-def chunks_of(reader: TextReader, text: RunningText, context: int) -> Chunks:
-    """The text in chunks of `context` tokens.
+def cut_chunks(reader: TextReader, text: RunningText, context: int) -> Chunks:
+    """Cut the text into chunks of `context` tokens.
 
     Raises UsageError where it is too short for one, CheckpointError where a token is none of the model's.
     """
@@ -173,11 +173,12 @@ def chunks_of(reader: TextReader, text: RunningText, context: int) -> Chunks:
             f"It stands in {text.name}.",
             "Put the tokenizer that the model was trained with beside its weights.",
         )
-    return Chunks(cut, _bytes_of(ends, number, context), len(ids))
+    return Chunks(cut, _count_bytes(ends, number, context), len(ids))
 
 
-def context_of(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:
-    """Tokens per chunk: those that were asked for, else the original's, else 512 or as many as the model has room for.
+def choose_context(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:
+    """Choose the tokens per chunk: those that were asked for, else the original's, else 512 or as many as the model has
+    room for.
 
     Raises UsageError where the model has room for fewer.
     """
@@ -201,7 +202,7 @@ def read_text(
     whole: Whole | None = None,
     advance: Advance | None = None,
 ) -> Iterator[Chunk]:
-    """What the model gives to each chunk that is not `done`, one after the other.
+    """Yield what the model gives to each chunk that is not `done`, one after the other.
 
     Parameters
     ----------
@@ -213,31 +214,40 @@ def read_text(
     left = [number for number in range(len(chunks.ids)) if number not in (done or {})]
     if advance:
         advance(len(chunks.ids) - len(left), len(chunks.ids))
-    written = _continued(reader, chunks, [number for number in left if number < CONTINUED], known or {})
+    written = _continue_first(reader, chunks, [number for number in left if number < CONTINUED], known or {})
     for number in left:
-        yield replace(_read(reader, chunks, number, whole), greedy=np.array(written.get(number, []), dtype=np.int32))
+        chunk = read_chunk(reader, chunks, number, whole)
+        yield replace(chunk, greedy=np.array(written.get(number, []), dtype=np.int32))
         if advance:
             advance(len(chunks.ids) - len(left) + left.index(number) + 1, len(chunks.ids))
 
 
-def read_again(reader: TextReader, chunks: Chunks, rows: Rows, advance: Advance | None) -> None:
-    """Have the original's distributions of all chunks kept, as far as there is room."""
-    for number in range(len(chunks.ids)):
-        if rows.gave_up:
-            return
-        if not rows.holds(keys_of(number, chunks.context)):
-            _read(reader, chunks, number, rows.keep)
-        if advance:
-            advance(number + 1, len(chunks.ids))
+def read_chunk(reader: TextReader, chunks: Chunks, number: int, whole: Whole | None) -> Chunk:
+    import torch
+
+    first = find_first_scored(chunks.context)
+    ids = chunks.ids[number]
+    log_probs, scored = reader.log_probs(ids.tolist(), first), ids[first + 1 :]
+    places = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
+    divergences = whole(list_keys(number, chunks.context), log_probs) if whole else [None]
+    return Chunk(
+        number=number,
+        ids=scored,
+        logp=log_probs.gather(1, places).squeeze(1).float().cpu().numpy(),
+        top=log_probs.argmax(-1).cpu().numpy().astype(np.int32),
+        kl=None if None in divergences else np.array(divergences, dtype=np.float64),
+        bytes=chunks.bytes[number] if chunks.bytes is not None else None,
+        greedy=np.array([], dtype=np.int32),
+    )
 
 
-def keys_of(number: int, context: int) -> list[str]:
-    """What the distributions of a chunk are kept under."""
-    return [f"{number}:{place}" for place in range(context - 1 - first_scored(context))]
+def list_keys(number: int, context: int) -> list[str]:
+    """Return what the distributions of a chunk are kept under."""
+    return [f"{number}:{place}" for place in range(context - 1 - find_first_scored(context))]
 
 
-def entry_of(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], compared: str) -> ProbeEntry:
-    """The entry of ``probe.json``; `compared` says whether there are divergences, and if not, why."""
+def make_text_entry(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], compared: str) -> ProbeEntry:
+    """Return the entry of ``probe.json``; `compared` says whether there are divergences, and if not, why."""
     lengths = [chunk.bytes for chunk in read if chunk.bytes is not None]
     return ProbeEntry(
         protocol=PROTOCOL,
@@ -256,8 +266,8 @@ def entry_of(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], compare
     )
 
 
-def outcome(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave_up: bool | None) -> str:
-    """Whether a text has divergences, or why not; `gave_up` is None where no distributions were kept at all."""
+def describe_divergence(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave_up: bool | None) -> str:
+    """Say whether a text has divergences, or why not; `gave_up` is None where no distributions were kept at all."""
     if not reference or gave_up is None:
         return ALONE
     if all(chunk.kl is not None for chunk in read):
@@ -267,38 +277,20 @@ def outcome(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave
     return NO_ROOM if gave_up else OTHER_SIZE
 
 
-def _read(reader: TextReader, chunks: Chunks, number: int, whole: Whole | None) -> Chunk:
-    import torch
-
-    first = first_scored(chunks.context)
-    ids = chunks.ids[number]
-    log_probs, scored = reader.log_probs(ids.tolist(), first), ids[first + 1 :]
-    places = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
-    divergences = whole(keys_of(number, chunks.context), log_probs) if whole else [None]
-    return Chunk(
-        number=number,
-        ids=scored,
-        logp=log_probs.gather(1, places).squeeze(1).float().cpu().numpy(),
-        top=log_probs.argmax(-1).cpu().numpy().astype(np.int32),
-        kl=None if None in divergences else np.array(divergences, dtype=np.float64),
-        bytes=chunks.bytes[number] if chunks.bytes is not None else None,
-        greedy=np.array([], dtype=np.int32),
-    )
-
-
-def _continued(
+def _continue_first(
     reader: TextReader, chunks: Chunks, numbers: list[int], known: Mapping[int, Chunk]
 ) -> dict[int, list[int]]:
     written = {number: known[number].greedy.tolist() for number in numbers if number in known}
     new = [number for number in numbers if number not in written]
-    prompts = [chunks.ids[number, : first_scored(chunks.context)].tolist() for number in new]
-    room = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - first_scored(chunks.context))
+    prompts = [chunks.ids[number, : find_first_scored(chunks.context)].tolist() for number in new]
+    room = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - find_first_scored(chunks.context))
     return written | dict(zip(new, reader.continued(prompts, room) if new else [], strict=True))
 
 
-def _bytes_of(ends: list[int] | None, number: int, context: int) -> tuple[int, ...] | None:
+def _count_bytes(ends: list[int] | None, number: int, context: int) -> tuple[int, ...] | None:
     if ends is None:
         return None
     return tuple(
-        ends[start + context - 1] - ends[start + first_scored(context)] for start in range(0, number * context, context)
+        ends[start + context - 1] - ends[start + find_first_scored(context)]
+        for start in range(0, number * context, context)
     )

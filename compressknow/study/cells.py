@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow._version import __version__
 from compressknow.base.errors import CompressknowError
@@ -19,12 +19,13 @@ from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import language_model_of
 from compressknow.engine.load import load_tokenizer
 from compressknow.evaluate.answers import Answers
-from compressknow.evaluate.distributions import Distributions
+from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
-from compressknow.evaluate.handle import Beside, ModelHandle, Settings
-from compressknow.evaluate.noise import with_noise_floor, with_runtime_noise_floor
-from compressknow.evaluate.run import facts_of, is_answered, lacking, probe_model
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor
+from compressknow.evaluate.run import count_facts, find_missing, is_answered, probe_model
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.runtimes.transformers import LoadedInTransformers
 from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from compressknow.compress.convert import VariantMaker
-    from compressknow.evaluate.scoring.scorer import Scorer
 
 
 # What else the original is run in, to see what that alone changes.
@@ -143,7 +143,7 @@ class StudyModel:
         return CellHandle(self.original, cell, self.maker, self.tokenizer, self._written)
 
 
-_NOISE = {"precision": with_noise_floor, "runtime": with_runtime_noise_floor}
+_NOISE = {"precision": add_noise_floor, "runtime": add_runtime_noise_floor}
 
 
 def _evaluate(
@@ -156,18 +156,18 @@ def _evaluate(
     *,
     noise_floors: Collection[NoiseFloor] = (),
 ) -> Answers:
-    watched, beside = staged(on_progress, facts=facts_of(probes)), Beside(reference, whole=whole)
+    watched, context = staged(on_progress, facts=count_facts(probes)), Context(reference, whole=whole)
     if whole and reference:
         # Before the first is evaluated: then the original need not be in memory beside the cell.
         facts = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
         whole.complete(
-            [p for p in facts if lacking(handle, [p], folder / folder_of(p.name), beside)],
+            [p for p in facts if find_missing(handle, [p], folder / folder_of(p.name), context)],
             reference,
             watched,
         )
     try:
         places = {probe.name: folder / folder_of(probe.name) for probe in probes}
-        parts = [probe_model(handle, [p], places[p.name], beside, on_progress=watched) for p in probes]
+        parts = [probe_model(handle, [p], places[p.name], context, on_progress=watched) for p in probes]
         for name in noise_floors:
             asked = zip(probes, parts, strict=True)
             parts = [_NOISE[name](handle, [p], a, places[p.name], watched, whole=whole) for p, a in asked]
@@ -240,7 +240,7 @@ class CellHandle(ModelHandle):
         if name not in self._written:
             self._written[name] = super().prompts(probe)
         prompts = self._written[name]
-        cast("Scorer", prompts.scorer).model = self.loaded.language_model.model
+        prompts.scorer.model = self.loaded.language_model.model
         return prompts
 
     def release(self) -> None:

@@ -18,7 +18,7 @@ from compressknow.comparison.intervals import proportion
 from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.compress.steps import Calibration, Prune, Quantize
 from compressknow.evaluate.answers import Answer, Answers
-from compressknow.evaluate.grades import RECOGNIZED, by_majority, known_as
+from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.pages.card.make import compare, method_of, model_facts
 from compressknow.pages.records import Comparison
@@ -31,7 +31,7 @@ def judged(answers: Answers, known: str) -> Answers:
 
     Raises CompressknowError where the answers do not tell what is ``produced``.
     """
-    return by_majority(known_as(answers, known))
+    return merge_wordings(apply_reading(answers, known))
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def guides_of(
 
     Raises UsageError where facts are to guide and the model knows fewer than 30.
     """
+    from compressknow.evaluate.distributions import Context
     from compressknow.evaluate.gather import default_answers_folder
-    from compressknow.evaluate.handle import Beside
     from compressknow.evaluate.run import probe_model
     from compressknow.model.loading import open_complete
 
@@ -84,7 +84,7 @@ def guides_of(
     if answers is None:
         probes = [probe.limited(max(1, ASKED // len(probes))) for probe in probes]
         folder = default_answers_folder() / handle.sha256[:16]
-        answers = probe_model(handle, probes, folder, Beside(), on_progress=on_progress, wait=True)
+        answers = probe_model(handle, probes, folder, Context(), on_progress=on_progress, wait=True)
         handle.release()
     facts = known_facts(answers, probes)
     if (known := sum(map(len, facts.values()))) < FEWEST:
@@ -216,7 +216,7 @@ def _asked(
 ) -> list[Asked]:
     """The facts as the model reads them, and what it answered."""
     from compressknow.engine.language_model import family_of, load_whole_tokenizer
-    from compressknow.evaluate.evaluate import scorer_for
+    from compressknow.evaluate.scoring.families import scorer_for
     from compressknow.study.questions import Asked
 
     tokenizer = load_whole_tokenizer(folder, trust_remote_code=trusted)

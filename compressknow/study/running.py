@@ -17,7 +17,7 @@ from compressknow.base.errors import CompressknowError, OutputError, Unsupported
 from compressknow.base.files import write_whole
 from compressknow.base.progress import Listener, staged
 from compressknow.evaluate.answers import RECORD, Answers
-from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened
 from compressknow.study.cells import StudyModel, folder_of
 from compressknow.study.folder import CellResult

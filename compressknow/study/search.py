@@ -16,9 +16,9 @@ from compressknow.comparison.clusters import FEWEST_SIGNS
 from compressknow.comparison.intervals import proportion
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
-from compressknow.evaluate.facts import Fact, Probe, fact_of
+from compressknow.evaluate.facts import Fact, Probe, strip_wording
 from compressknow.evaluate.handle import ModelHandle
-from compressknow.evaluate.sources import Opened, source_of, usable
+from compressknow.evaluate.sources import Opened, find_source, list_usable
 from compressknow.pages.card.make import compare, model_facts
 from compressknow.pages.card.method import kept_by_rounding
 from compressknow.pages.search import Search, Trial
@@ -54,9 +54,9 @@ def parts_of(probe: Opened, seed: int) -> Parts:
     Whole relations, of each domain as many facts, where each third gets enough of them: facts of one relation are lost
     together, so that a file that was lucky with a relation is lucky with all its facts. Else facts of each relation.
     """
-    source = source_of(probe.name)
+    source = find_source(probe.name)
     if not isinstance(probe, Probe) or (source and not source.held_out):
-        can = [kind for kind, source in usable() if source.held_out]
+        can = [kind for kind, source in list_usable() if source.held_out]
         raise UsageError(
             f"A search needs facts that it can hold out; {probe.name} has none.",
             hint=f"Search with {' or '.join(can)}, and evaluate the winner on {probe.name} afterwards.",
@@ -93,7 +93,7 @@ def _deal(facts: Sequence[Fact], number: int, seed: int, *, whole: bool) -> list
 
 def _named(fact: Fact) -> str:
     """The id of the fact, whatever its wording."""
-    return fact.id if fact.template is None else fact_of(fact.id)
+    return fact.id if fact.template is None else strip_wording(fact.id)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import compressknow
 from compressknow.base.errors import GateNotMet, GateUndecided
 from compressknow.cli import main
 from compressknow.evaluate.answers import RECORD
-from compressknow.evaluate.sources.custom import own_facts
+from compressknow.evaluate.sources.custom import read_facts_file
 from tests.knowing import facts_file, knowing
 
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]
@@ -103,7 +103,7 @@ def test_the_line_of_facts_that_the_help_shows_is_read(run: Run, tmp_path: Path)
     example = re.search(r"\{\"relation.*?\}", run("probe", "--help").out, re.DOTALL)
     assert example is not None
     (tmp_path / "mine.jsonl").write_text(example.group().replace("\n", " "))
-    (fact,) = own_facts(tmp_path / "mine.jsonl").facts
+    (fact,) = read_facts_file(tmp_path / "mine.jsonl").facts
     assert (fact.obj_label, fact.popularity) == ("Paris", 68000000)
 
 

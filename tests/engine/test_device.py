@@ -7,7 +7,7 @@ import torch
 
 from compressknow.base.errors import UsageError
 from compressknow.engine.language_model import check_device, device_of
-from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.runtimes import Settings
 
 
 def best_device() -> str:

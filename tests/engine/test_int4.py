@@ -16,7 +16,7 @@ from compressknow.engine import layers
 from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.layers import Int4Linear, rounds_activations, unrounded
 from compressknow.engine.load import load
-from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.runtimes import Settings
 from tests.knowing import facts_file, knowing
 from tests.models import logits, tiny_of_groups
 

@@ -20,7 +20,7 @@ from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.layers import Int8Linear
 from compressknow.engine.load import load
 from compressknow.engine.steady import SteadyLinear, steady, unsteady
-from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.runtimes import Settings
 from tests.knowing import facts_file, knowing
 from tests.long import one_in
 from tests.models import QUANTIZABLE, logits, save_tiny

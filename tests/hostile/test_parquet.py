@@ -11,19 +11,19 @@ import pytest
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.reading import check_parquet
-from compressknow.evaluate.answers import read_table, schema
-from compressknow.evaluate.sources.custom import hub_facts
+from compressknow.evaluate.answers import make_schema, read_table
+from compressknow.evaluate.sources.custom import read_hub_facts
 from tests.hostile.bounded import bounded
 
 
 def answers_bomb(path: Path, **columns: Any) -> None:
     """A small file of many rows, all alike but for these columns."""
-    row: dict[str, Any] = {name: "" for name in schema().names if schema().field(name).type == pa.string()}
+    row: dict[str, Any] = {name: "" for name in make_schema().names if make_schema().field(name).type == pa.string()}
     row |= {"correct": True, "top5": [], "top5_logp": [], "first_ids": [], "first_logp": []}
     rows = [row | columns] * 20_000
-    with pq.ParquetWriter(path, schema(), compression="zstd") as writer:
+    with pq.ParquetWriter(path, make_schema(), compression="zstd") as writer:
         for _ in range(5):
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema()))
+            writer.write_table(pa.Table.from_pylist(rows, schema=make_schema()))
 
 
 def test_one_text_in_every_row(tmp_path: Path) -> None:
@@ -50,4 +50,4 @@ def test_a_data_set_on_disk(tmp_path: Path) -> None:
             writer.write_table(table)
     for name in (tmp_path, tmp_path / "t.parquet"):
         with bounded(), pytest.raises(UsageError, match=r"t.parquet cannot be read: its texts would unpack"):
-            hub_facts(str(name))
+            read_hub_facts(str(name))

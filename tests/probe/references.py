@@ -16,8 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
+from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.ranking import TAIL
 from tests.knowing import KNOWN_FACTS, candidates
 from tests.models import VOCABULARY
@@ -38,7 +39,7 @@ def answers_to(
     reference: Mapping[str, Any] | None = None,
 ) -> dict[str, Answer]:
     """Fact id -> answer, as the scorers give it."""
-    prompts = prompts_of(scorer_for(model, tokenizer, family, probe), batch_size)
+    prompts = make_prompts(scorer_for(model, tokenizer, family, probe), batch_size)
     return {answer.fact_id: answer for answers in evaluate(prompts, reference=reference) for answer in answers}
 
 

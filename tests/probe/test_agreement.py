@@ -18,10 +18,10 @@ import transformers as hf
 from lm_pub_quiz import Dataset, Evaluator
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.evaluate.evaluate import scorer_for
 from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.scorer import Query
-from compressknow.evaluate.sources.bear import METADATA, bear
+from compressknow.evaluate.sources.bear import METADATA, read_bear
 from tests.models import tiny
 from tests.probe.layouts import DATA, real_data, write_jsonl
 from tests.probe.references import answers_to
@@ -153,7 +153,7 @@ def ours(language: LanguageModel, probe: Probe, fact: Fact) -> np.ndarray:
 
 def check_agreement(language: LanguageModel, folder: Path, relation: str, template: int, facts: int = 9) -> int:
     """The number of facts compared."""
-    probe = bear(folder, template)
+    probe = read_bear(folder, template)
     probe = replace(probe, facts=tuple(fact for fact in probe.facts if fact.relation == relation)[:facts])
     answers = answers_to(language.model, language.tokenizer, language.family, probe)
     expected = theirs(language, folder, relation, template, facts)

@@ -22,10 +22,10 @@ from compressknow.evaluate.answers import (
     Answer,
     Answers,
     is_answers_folder,
+    make_schema,
     read_answers,
     read_record,
     read_table,
-    schema,
     write_record,
     write_table,
 )
@@ -122,13 +122,13 @@ def test_distributions_are_written_as_arrays_and_a_number_that_is_none_stays_so(
 
 def test_a_table_of_several_row_groups_is_read_whole(tmp_path: Path) -> None:
     answers = [answer(fact_id=str(number), first_ids=(number,), first_logp=(-1.0,)) for number in range(50)]
-    columns = {name: [getattr(one, name) for one in answers] for name in schema().names}
-    pq.write_table(pa.table(columns, schema=schema()), tmp_path / TABLE, row_group_size=7)
+    columns = {name: [getattr(one, name) for one in answers] for name in make_schema().names}
+    pq.write_table(pa.table(columns, schema=make_schema()), tmp_path / TABLE, row_group_size=7)
     assert same(read_table(tmp_path / TABLE), answers)
 
 
 def test_the_columns_are_the_fields_of_an_answer() -> None:
-    assert schema().names == [field.name for field in fields(Answer)]
+    assert make_schema().names == [field.name for field in fields(Answer)]
 
 
 def _without(column: str) -> Callable[[Path], None]:
@@ -141,7 +141,7 @@ def _without(column: str) -> Callable[[Path], None]:
 
 
 def _of_numbers(path: Path) -> None:
-    columns = {name: [1] for name in schema().names}
+    columns = {name: [1] for name in make_schema().names}
     pq.write_table(pa.table(columns), path)
 
 

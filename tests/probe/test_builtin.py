@@ -6,7 +6,7 @@ import pytest
 
 from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import BLANK, Fact
-from compressknow.evaluate.sources.atlas import atlas
+from compressknow.evaluate.sources.atlas import read_atlas
 
 
 def by_relation(facts: tuple[Fact, ...]) -> dict[str, list[Fact]]:
@@ -17,20 +17,20 @@ def by_relation(facts: tuple[Fact, ...]) -> dict[str, list[Fact]]:
 
 
 def test_candidates_are_the_distinct_objects_of_the_relation_in_order() -> None:
-    for relation, facts in by_relation(atlas().facts).items():
+    for relation, facts in by_relation(read_atlas().facts).items():
         assert facts[0].candidates == tuple(sorted({fact.obj_label for fact in facts})), relation
         assert len({id(fact.candidates) for fact in facts}) == 1, "one tuple in memory for a relation"
 
 
 def test_ids_are_unique_and_prompts_start_with_a_capital() -> None:
-    probe = atlas()
+    probe = read_atlas()
     assert len({fact.id for fact in probe.facts}) == len(probe.facts)
     assert not [fact.prompt for fact in probe.facts if fact.prompt[0].islower()]
     assert (probe.protocol, probe.vocabulary, probe.average) == ("atlas/1", "closed", "micro")
 
 
 def test_a_template_asks_the_same_facts_in_other_words() -> None:
-    first, second = atlas(), atlas(template=2)
+    first, second = read_atlas(), read_atlas(template=2)
     assert [fact.id for fact in first.facts] == [fact.id for fact in second.facts]
     assert not {fact.prompt for fact in first.facts} & {fact.prompt for fact in second.facts}
     assert first.fingerprint() != second.fingerprint()
@@ -39,7 +39,7 @@ def test_a_template_asks_the_same_facts_in_other_words() -> None:
 
 
 def test_a_capital_as_it_is_asked() -> None:
-    fact = next(fact for fact in atlas().facts if fact.id == "capital/france")
+    fact = next(fact for fact in read_atlas().facts if fact.id == "capital/france")
     assert fact.prompt == f"The capital of France is {BLANK}."
     assert (fact.obj_label, fact.subject) == ("Paris", "geography")
     assert fact.popularity is not None
@@ -49,4 +49,4 @@ def test_a_capital_as_it_is_asked() -> None:
 @pytest.mark.parametrize("number", [0, 4, -1])
 def test_a_template_that_is_not_there_is_an_error_that_says_how_many_are(number: int) -> None:
     with pytest.raises(UsageError, match=rf"no template {number}(.|\n)*There are 3 templates"):
-        atlas(template=number)
+        read_atlas(template=number)

@@ -20,8 +20,8 @@ from compressknow.base.progress import Progress
 from compressknow.comparison.records import Movement
 from compressknow.evaluate import distributions, run
 from compressknow.evaluate.answers import TABLE, read_table
-from compressknow.evaluate.distributions import Distributions, Rows, divergence_of
-from compressknow.evaluate.handle import Settings
+from compressknow.evaluate.distributions import Distributions, Rows, compute_divergence
+from compressknow.evaluate.runtimes import Settings
 from compressknow.pages.records import Card
 from tests.knowing import facts_file, knowing
 from tests.probe.test_run import telling
@@ -260,8 +260,8 @@ def test_a_table_of_an_older_version_is_read(place: Path, tmp_path: Path) -> Non
 def test_divergences_have_no_negative_terms_and_take_what_is_ruled_out() -> None:
     p = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]).log()
     q = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]).log()
-    same, other = divergence_of(p, q).tolist()
+    same, other = compute_divergence(p, q).tolist()
     assert same == 0.0
     assert np.isfinite(other)
     assert other > 10
-    assert torch.isnan(divergence_of(p, torch.full_like(q, torch.nan))).all()
+    assert torch.isnan(compute_divergence(p, torch.full_like(q, torch.nan))).all()

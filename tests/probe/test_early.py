@@ -13,8 +13,7 @@ import compressknow
 from compressknow.base.errors import UsageError
 from compressknow.evaluate.early import FIRST, Early, gather_early
 from compressknow.evaluate.gather import Evaluation, gather
-from compressknow.evaluate.handle import Settings
-from compressknow.evaluate.runtimes import transformers
+from compressknow.evaluate.runtimes import Settings, transformers
 from compressknow.evaluate.sources import Options
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 

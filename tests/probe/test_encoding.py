@@ -10,8 +10,9 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from compressknow.evaluate.evaluate import prompts_of, scorer_for
+from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import BLANK, Fact
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.prompts import Encoder
 from compressknow.evaluate.scoring.scorer import NO_TOKENS
 from tests.probe.references import answers_to, around, as_probe, causal, check_choices, filled, masked, sentence
@@ -213,5 +214,5 @@ def test_a_fact_with_a_candidate_that_has_no_tokens_is_not_asked(
 ) -> None:
     tokenizer = tokenizers["word pieces"]
     fact = replace(facts()[0], candidates=("Guinea", text))
-    prompts = prompts_of(scorer_for(_bert(len(tokenizer)), tokenizer, "masked", as_probe([fact])))
+    prompts = make_prompts(scorer_for(_bert(len(tokenizer)), tokenizer, "masked", as_probe([fact])))
     assert prompts.dropped == {NO_TOKENS: 1}

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.base.errors import UsageError
-from compressknow.evaluate.facts import Fact, Probe, chance, majority, most_frequent
+from compressknow.evaluate.facts import Fact, Probe, compute_chance, compute_majority, find_most_frequent
 from compressknow.evaluate.sources import Options, open_probe
 from tests.knowing import facts_file
 
@@ -158,17 +158,17 @@ def test_a_fact_is_split_at_its_blank() -> None:
 
 
 def test_chance_is_of_the_possible_answers_and_unknown_where_any_text_may_be_given() -> None:
-    assert chance([2, 4, 2]) == pytest.approx((1 / 2 + 1 / 4 + 1 / 2) / 3)
-    assert chance([2, None]) is None
-    assert chance([]) is None
+    assert compute_chance([2, 4, 2]) == pytest.approx((1 / 2 + 1 / 4 + 1 / 2) / 3)
+    assert compute_chance([2, None]) is None
+    assert compute_chance([]) is None
 
 
 def test_the_majority_is_of_each_relation() -> None:
     facts = [fact(0), fact(1, candidates=("Paris", "Rome", "Oslo", "Bern")), fact(2, "language", obj_label="Rome")]
-    assert majority(facts, most_frequent(facts)) == 1
+    assert compute_majority(facts, find_most_frequent(facts)) == 1
     more = [*facts, fact(3, obj_label="Rome")]
-    assert majority(more, most_frequent(more)) == 3 / 4
-    assert majority([], {}) is None
+    assert compute_majority(more, find_most_frequent(more)) == 3 / 4
+    assert compute_majority([], {}) is None
 
 
 def test_the_majority_of_a_sample_is_that_of_all_facts() -> None:
@@ -176,5 +176,5 @@ def test_the_majority_of_a_sample_is_that_of_all_facts() -> None:
     probe = Probe("p", "p", tuple(fact(i, obj_label=places[i % 4], candidates=places) for i in range(40)))
     for sample in (probe.limited(1, seed) for seed in range(8)):
         (only,) = sample.facts
-        assert majority(sample.facts, sample.most_frequent) == (only.obj_label == "Paris")
-    assert majority(probe.facts, probe.most_frequent) == 1 / 4
+        assert compute_majority(sample.facts, sample.most_frequent) == (only.obj_label == "Paris")
+    assert compute_majority(probe.facts, probe.most_frequent) == 1 / 4

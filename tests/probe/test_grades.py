@@ -17,21 +17,20 @@ import compressknow
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
+from compressknow.evaluate.evaluate import add_examples, evaluate, make_prompts, put_after_example
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.grades import (
     DEMOTED,
     GONE,
     PRODUCED,
     RECOGNIZED,
-    after_example,
+    apply_reading,
     check_known,
-    grade_of,
-    known_as,
-    said,
-    with_examples,
+    find_choice,
+    grade_answer,
 )
 from compressknow.evaluate.scoring.decoding import DecodingScorer
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.prompts import Encoder
 from tests.knowing import knowing
 from tests.probe.references import as_probe, causal, filled, known_facts, masked
@@ -102,8 +101,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def graded(language: LanguageModel, original: tuple[Answer, ...], probe: Probe | None = None) -> dict[str, Answer]:
     probe = probe or as_probe(known_facts())
     scorer = scorer_for(language.model, language.tokenizer, language.family, probe)
-    found = [answer for batch in evaluate(prompts_of(scorer, 24)) for answer in batch]
-    return {answer.fact_id: answer for answer in with_examples(scorer, found, original)}
+    found = [answer for batch in evaluate(make_prompts(scorer, 24)) for answer in batch]
+    return {answer.fact_id: answer for answer in add_examples(scorer, found, original)}
 
 
 def begins(text: str, label: str) -> bool:
@@ -162,7 +161,7 @@ def test_what_is_said_after_an_example_is_that_of_a_plain_reference(case: Case) 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_grades_do_not_depend_on_the_batch(case: Case, batch_size: int) -> None:
     scorer = scorer_for(case.pruned.model, case.pruned.tokenizer, case.pruned.family, as_probe(known_facts()))
-    for batch in evaluate(prompts_of(scorer, batch_size)):
+    for batch in evaluate(make_prompts(scorer, batch_size)):
         for found in batch:
             assert found.produced == case.after[found.fact_id].produced
 
@@ -179,12 +178,12 @@ def test_without_candidates_the_object_itself_is_what_is_said(case: Case) -> Non
 
 def test_a_text_says_the_longest_candidate_with_which_it_begins() -> None:
     choices = ["New York", "New York City", "Paris"]
-    assert said("new york city, of course", choices) == "New York City"
-    assert said("New York Cityscape", choices) == "New York"
-    assert said(" Paris.", choices) == "Paris"
-    assert said("Parisian. food", choices) == "Parisian"
-    assert said("", choices) == ""
-    assert said("sao tome", ["São Tomé"], lambda text: text.translate(str.maketrans("ãé", "ae"))) == "São Tomé"
+    assert find_choice("new york city, of course", choices) == "New York City"
+    assert find_choice("New York Cityscape", choices) == "New York"
+    assert find_choice(" Paris.", choices) == "Paris"
+    assert find_choice("Parisian. food", choices) == "Parisian"
+    assert find_choice("", choices) == ""
+    assert find_choice("sao tome", ["São Tomé"], lambda text: text.translate(str.maketrans("ãé", "ae"))) == "São Tomé"
 
 
 @pytest.mark.parametrize(
@@ -198,17 +197,17 @@ def test_a_text_says_the_longest_candidate_with_which_it_begins() -> None:
     ],
 )
 def test_quotes_articles_and_punctuation_before_an_answer_are_no_part_of_it(text: str, label: str) -> None:
-    assert said(text, ["Paris", label]) == label
+    assert find_choice(text, ["Paris", label]) == label
 
 
 def test_what_opens_an_answer_is_told_from_the_answer() -> None:
-    assert said("A. Then", ["B", "A"]) == "A"
-    assert said("-5 degrees", ["5", "-5"]) == "-5"
-    assert said("5 degrees", ["-5"]) == "5 degrees"
-    assert said("another day", ["other day", "day"]) == "another day"
+    assert find_choice("A. Then", ["B", "A"]) == "A"
+    assert find_choice("-5 degrees", ["5", "-5"]) == "-5"
+    assert find_choice("5 degrees", ["-5"]) == "5 degrees"
+    assert find_choice("another day", ["other day", "day"]) == "another day"
     # To the letter before one that only reads alike.
-    assert said("cat", ["a cat", "cat"]) == "cat"
-    assert said("a cat", ["cat", "a cat"]) == "a cat"
+    assert find_choice("cat", ["a cat", "cat"]) == "cat"
+    assert find_choice("a cat", ["cat", "a cat"]) == "a cat"
 
 
 def test_a_greedy_text_goes_on_past_what_opens_it(tmp_path: Path) -> None:
@@ -231,7 +230,7 @@ def test_a_tokenizer_that_changes_a_text_says_it_all_the_same() -> None:
     encoder = Encoder(word_piece(["São Tomé", "Guinea-Bissau"]))
     for label in ("São Tomé", "Guinea-Bissau"):
         text = encoder.decode(encoder.ids(label))
-        assert said(text, [label], encoder.spelled) == label
+        assert find_choice(text, [label], encoder.spelled) == label
 
 
 @pytest.mark.parametrize(
@@ -256,7 +255,7 @@ def test_a_tokenizer_that_changes_a_text_says_it_all_the_same() -> None:
     ],
 )
 def test_a_grade_follows_from_what_an_answer_holds(changes: dict[str, Any], grade: str) -> None:
-    assert grade_of(replace(answer(0, True), **changes)) == grade
+    assert grade_answer(replace(answer(0, True), **changes)) == grade
 
 
 def fact(
@@ -268,25 +267,25 @@ def fact(
 def test_an_example_is_another_fact_of_the_relation_with_another_answer() -> None:
     facts = [fact(0, "France", "Paris"), fact(1, "Gaul", "Paris"), fact(2, "Italy", "Rome")]
     probe = as_probe(facts)
-    shown = [after_example(each, probe) for each in facts]
+    shown = [put_after_example(each, probe) for each in facts]
     assert [each and each.prompt for each in shown] == [
         "The capital of Italy is Rome. The capital of France is [MASK].",
         "The capital of Italy is Rome. The capital of Gaul is [MASK].",
         "The capital of France is Paris. The capital of Italy is [MASK].",
     ]
-    assert after_example(facts[0], as_probe(facts[:2])) is None
+    assert put_after_example(facts[0], as_probe(facts[:2])) is None
 
 
 def test_an_example_is_of_all_facts_of_the_probe_not_of_its_sample() -> None:
     facts = [fact(n, f"Land {n}", ("Paris", "Rome")[n % 2], relation=f"r{n // 2}") for n in range(8)]
     sample = as_probe(facts).limited(4)
     assert len({each.relation for each in sample.facts}) == len(sample.facts) == 4
-    assert all(after_example(each, sample) for each in sample.facts)
+    assert all(put_after_example(each, sample) for each in sample.facts)
 
 
 def test_an_example_whose_sentence_is_open_is_closed() -> None:
     facts = [fact(0, "France", "Paris", "{}'s capital: [MASK]"), fact(1, "Italy", "Rome", "{}'s capital: [MASK]")]
-    shown = after_example(facts[0], as_probe(facts))
+    shown = put_after_example(facts[0], as_probe(facts))
     assert shown is not None
     assert shown.prompt == "Italy's capital: Rome. France's capital: [MASK]"
 
@@ -298,18 +297,18 @@ def test_known_as_produced_counts_what_is_said_alone() -> None:
         answer(2, False, produced="Paris", grade=DEMOTED),
         answer(3, False, produced="Rome", grade=DEMOTED),
     ]
-    told = known_as(answers(rows), "produced")
+    told = apply_reading(answers(rows), "produced")
     assert [each.correct for each in told.answers] == [True, False, False, False]
     assert [each.predicted for each in told.answers] == ["Paris", "a city", "Rome", "Rome"]
     # What is said freely is not right by chance.
     assert {each.choices for each in told.answers} == {None}
     assert all(each.chance is None for each in told.record.probes.values())
-    assert known_as(answers(rows), "recognized") == answers(rows)
+    assert apply_reading(answers(rows), "recognized") == answers(rows)
 
 
 def test_answers_that_do_not_tell_what_is_said_are_refused_in_one_message() -> None:
     with pytest.raises(CompressknowError, match="do not tell what it says") as caught:
-        known_as(answers([answer(0, True)]), "produced")
+        apply_reading(answers([answer(0, True)]), "produced")
     assert "--known produced" in str(caught.value.hint)
 
 
@@ -327,4 +326,4 @@ def test_the_greedy_text_of_a_prompt_at_the_model_s_last_position_is_no_longer_t
     room = len(tokenizer(facts[0].before).input_ids) + 2
     language.tokenizer.model_max_length = language.model.config.max_position_embeddings = room
     scorer = scorer_for(language.model, language.tokenizer, "causal", as_probe(facts))
-    assert {answer.grade for batch in evaluate(prompts_of(scorer)) for answer in batch} <= {PRODUCED, RECOGNIZED}
+    assert {answer.grade for batch in evaluate(make_prompts(scorer)) for answer in batch} <= {PRODUCED, RECOGNIZED}

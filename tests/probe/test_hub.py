@@ -15,7 +15,7 @@ import pytest
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.evaluate.sources import Options, open_probe
 from compressknow.evaluate.sources.columns import KEYS, choose_columns, parse_columns
-from compressknow.evaluate.sources.custom import hub_facts
+from compressknow.evaluate.sources.custom import read_hub_facts
 from tests.probe.layouts import write_jsonl
 
 MINE = [
@@ -53,7 +53,7 @@ def popqa(prop: str, obj: str, number: int, popularity: int | None = 10) -> dict
 def test_popqa_is_known_and_its_questions_become_sentences(tmp_path: Path) -> None:
     rows = [popqa("occupation", "politician", 1), popqa("place of birth", "Sydney", 2, None), popqa("spouse", "Ann", 3)]
     parquet(tmp_path / "set" / "test.parquet", rows)
-    probe = hub_facts(str(tmp_path / "set"))
+    probe = read_hub_facts(str(tmp_path / "set"))
     assert [(fact.id, fact.prompt, fact.obj_label, fact.popularity) for fact in probe.facts] == [
         ("occupation/1", "The occupation of George Rankin is [MASK].", "politician", 10),
         ("place of birth/2", "The place where George Rankin was born is [MASK].", "Sydney", None),
@@ -73,7 +73,7 @@ def test_lamas_copies_are_asked_by_template_once_a_fact(tmp_path: Path) -> None:
     }
     sentences = ["Ada came from [MASK].", "Ada saw the light of day in [MASK]."]
     path = parquet(tmp_path / "trex.parquet", [{**row, "masked_sentence": sentence} for sentence in sentences])
-    probe = hub_facts(str(path))
+    probe = read_hub_facts(str(path))
     assert [(fact.id, fact.prompt) for fact in probe.facts] == [("P19/u", "Ada was born in [MASK] .")]
     assert probe.dropped == {"same sentence and object": 1}
 
@@ -83,7 +83,7 @@ def test_lamas_copies_without_templates_are_asked_by_their_sentences(tmp_path: P
     path = parquet(
         tmp_path / "c.parquet", [{**row, "masked_sentence": s} for s in ("Birds can [MASK].", "Birds can fly.")]
     )
-    probe = hub_facts(str(path))
+    probe = read_hub_facts(str(path))
     assert [(fact.sub_label, fact.prompt, fact.subject) for fact in probe.facts] == [
         ("bird", "Birds can [MASK].", "common sense")
     ]
@@ -91,7 +91,7 @@ def test_lamas_copies_without_templates_are_asked_by_their_sentences(tmp_path: P
 
 
 def test_any_table_by_a_mapping_with_a_template_of_ones_own(tmp_path: Path) -> None:
-    probe = hub_facts(str(write_jsonl(tmp_path / "people.jsonl", MINE)), {**BORN, "relation": "about"})
+    probe = read_hub_facts(str(write_jsonl(tmp_path / "people.jsonl", MINE)), {**BORN, "relation": "about"})
     assert [(fact.id, fact.relation, fact.prompt, fact.obj_label) for fact in probe.facts] == [
         ("birthplace/0", "birthplace", "Ada Lovelace was born in [MASK].", "London"),
         ("birthplace/1", "birthplace", "Galileo was born in [MASK].", "Pisa"),
@@ -119,7 +119,7 @@ def test_the_columns_of_a_facts_file_are_known_in_every_format(tmp_path: Path) -
         tmp_path / "f.json",
     ]
     for path in paths:
-        probe = hub_facts(str(path))
+        probe = read_hub_facts(str(path))
         [fact] = probe.facts
         assert (fact.candidates, fact.popularity, fact.subject) == (("Rome", "Paris"), 67.0, "geography"), path
         assert probe.vocabulary == "closed"
@@ -135,7 +135,7 @@ def test_rows_that_cannot_be_asked_are_counted(tmp_path: Path) -> None:
         {**good, "prompt": "[MASK] [MASK]."},
         {**good, "prompt": None},
     ]
-    probe = hub_facts(str(parquet(tmp_path / "f.parquet", rows)))
+    probe = read_hub_facts(str(parquet(tmp_path / "f.parquet", rows)))
     assert [fact.prompt for fact in probe.facts] == ["A [MASK]."]
     assert probe.dropped == {
         "no object": 1,
@@ -148,7 +148,9 @@ def test_rows_that_cannot_be_asked_are_counted(tmp_path: Path) -> None:
 def test_the_object_may_be_a_number_or_the_first_of_a_list(tmp_path: Path) -> None:
     rows = [{"prompt": "A [MASK].", "year": 1941, "answers": ["b", "c"]}]
     path = str(parquet(tmp_path / "f.parquet", rows))
-    asked = [hub_facts(path, {"object": name, "prompt": "prompt"}).facts[0].obj_label for name in ("year", "answers")]
+    asked = [
+        read_hub_facts(path, {"object": name, "prompt": "prompt"}).facts[0].obj_label for name in ("year", "answers")
+    ]
     assert asked == ["1941", "b"]
 
 
@@ -157,17 +159,20 @@ def test_the_split_for_evaluation_is_taken_unless_another_is_named(tmp_path: Pat
         rows = [{"prompt": f"In {split}: [MASK].", "obj_label": "a"}]
         write_jsonl(tmp_path / "set" / f"{split}.jsonl", rows)
     folder = str(tmp_path / "set")
-    assert (hub_facts(folder).source["split"], hub_facts(folder).facts[0].prompt) == ("test", "In test: [MASK].")
-    assert hub_facts(folder, split="train").facts[0].prompt == "In train: [MASK]."
+    assert (read_hub_facts(folder).source["split"], read_hub_facts(folder).facts[0].prompt) == (
+        "test",
+        "In test: [MASK].",
+    )
+    assert read_hub_facts(folder, split="train").facts[0].prompt == "In train: [MASK]."
     with pytest.raises(UsageError, match=r"no split 'dev'(.|\n)*There is train, validation, test"):
-        hub_facts(folder, split="dev")
+        read_hub_facts(folder, split="dev")
 
 
 @pytest.mark.parametrize("splits", [True, False])
 def test_what_save_to_disk_wrote_is_read(tmp_path: Path, splits: bool) -> None:
     table = datasets.Dataset.from_list([{"prompt": "A [MASK].", "obj_label": "b"}])
     (datasets.DatasetDict({"only": table}) if splits else table).save_to_disk(str(tmp_path / "saved"))
-    assert hub_facts(str(tmp_path / "saved")).facts[0].obj_label == "b"
+    assert read_hub_facts(str(tmp_path / "saved")).facts[0].obj_label == "b"
 
 
 def test_open_probe_passes_columns_and_split(tmp_path: Path) -> None:
@@ -181,18 +186,18 @@ def test_a_table_that_is_not_known_lists_its_columns(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"which column is the object(.|\n)*about, city, person(.|\n)*--map object=COLUMN"
     ):
-        hub_facts(path)
+        read_hub_facts(path)
     with pytest.raises(UsageError, match="which column is the prompt"):
-        hub_facts(path, {"object": "city"})
+        read_hub_facts(path, {"object": "city"})
     with pytest.raises(UsageError, match="which column is the subject"):
-        hub_facts(path, {"object": "city", "template": "[X] was born in [Y]."})
+        read_hub_facts(path, {"object": "city", "template": "[X] was born in [Y]."})
     with pytest.raises(UsageError, match=r"no column 'town'(.|\n)*about, city, person"):
-        hub_facts(path, {**BORN, "object": "town"})
+        read_hub_facts(path, {**BORN, "object": "town"})
 
 
 def test_without_the_hub_the_error_says_what_to_download(tmp_path: Path) -> None:
     with pytest.raises(CompressknowError) as caught:
-        hub_facts("akariasai/PopQA")
+        read_hub_facts("akariasai/PopQA")
     assert "not on this machine, and the Hub cannot be reached" in str(caught.value)
     assert "huggingface.co/datasets/akariasai/PopQA" in str(caught.value)
     assert "hf:FOLDER" in str(caught.value)
@@ -201,34 +206,34 @@ def test_without_the_hub_the_error_says_what_to_download(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["./no/such", "/no/such", "no/such/folder", "facts.parquet", "~/no-such-folder"])
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name: str) -> None:
     with pytest.raises(UsageError, match=r"There is no folder or file .*(no|facts)"):
-        hub_facts(name)
+        read_hub_facts(name)
 
 
 def test_a_configuration_follows_the_name(tmp_path: Path) -> None:
     with pytest.raises(CompressknowError, match=r"huggingface\.co/datasets/some/set where"):
-        hub_facts("some/set:config")
+        read_hub_facts("some/set:config")
 
 
 def test_a_loading_script_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "lama").mkdir()
     (tmp_path / "lama" / "lama.py").write_text("raise SystemExit('never run')")
     with pytest.raises(UsageError, match=r"script of its own, which the datasets library has not run since version 4"):
-        hub_facts(str(tmp_path / "lama"))
+        read_hub_facts(str(tmp_path / "lama"))
 
 
 def test_a_folder_without_data_and_files_of_no_known_kind(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="doesn't contain any data files"):
-        hub_facts(str(tmp_path / "empty"))
+        read_hub_facts(str(tmp_path / "empty"))
     (tmp_path / "facts.xml").write_text("<a/>")
     with pytest.raises(UsageError, match=r"facts\.xml: no table of a known kind(.|\n)*\.parquet, \.json"):
-        hub_facts(str(tmp_path / "facts.xml"))
+        read_hub_facts(str(tmp_path / "facts.xml"))
 
 
 def test_damaged_files_are_an_error_with_the_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(CompressknowError, match=r"bad\.parquet cannot be read\.\n.*Parquet"):
-        hub_facts(str(tmp_path / "bad.parquet"))
+        read_hub_facts(str(tmp_path / "bad.parquet"))
     assert capfd.readouterr().err == "", "one message, without the library's own beside it"
 
 

@@ -16,8 +16,8 @@ from compressknow.comparison.distributions import kl_divergence
 from compressknow.comparison.paired import compare_probe
 from compressknow.evaluate import noise
 from compressknow.evaluate.answers import Answers, read_answers
-from compressknow.evaluate.facts import fact_of
-from compressknow.evaluate.grades import by_majority, known_as
+from compressknow.evaluate.facts import strip_wording
+from compressknow.evaluate.grades import apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.evaluate.sources import open_all
@@ -60,7 +60,7 @@ def test_where_known_means_produced_it_counts_what_is_said(family: str, tmp_path
     found = probe(model, tmp_path / "a", facts)
     other = probe(model, tmp_path / "b", facts, reference=tmp_path / "a", settings=BF16)
     before, after = ({a.fact_id: a for a in answers.answers} for answers in (found, other))
-    floor = floor_of(known_as(found, "produced"))
+    floor = floor_of(apply_reading(found, "produced"))
     assert floor.n == len(before)
     assert floor.changed == sum(before[fact].produced != after[fact].produced for fact in before)
     assert floor.known == sum(answer.grade == "produced" for answer in before.values()) > 0
@@ -74,8 +74,8 @@ def test_of_facts_in_several_wordings_it_counts_majorities(known: str, tmp_path:
     model, options = knowing("llama", tmp_path / "model"), Options(data=in_wordings(tmp_path / "data"), templates=3)
     found = probe(model, tmp_path / "a", "bear", options=options)
     other = probe(model, tmp_path / "b", "bear", options=options, reference=tmp_path / "a", settings=BF16)
-    before, after = (right_by_majority(known_as(answers, known)) for answers in (found, other))
-    floor = floor_of(by_majority(known_as(found, known)))
+    before, after = (right_by_majority(apply_reading(answers, known)) for answers in (found, other))
+    floor = floor_of(merge_wordings(apply_reading(found, known)))
     assert (floor.n, floor.known) == (32, sum(before.values()))
     assert 0 < floor.known < 32
     assert floor.lost == sum(before[fact] > after[fact] for fact in before)
@@ -85,8 +85,8 @@ def test_of_facts_in_several_wordings_it_counts_majorities(known: str, tmp_path:
 
 
 def right_by_majority(answers: Answers) -> dict[str, bool]:
-    right = Counter(fact_of(answer.fact_id) for answer in answers.answers if answer.correct)
-    return {fact_of(answer.fact_id): right[fact_of(answer.fact_id)] >= 2 for answer in answers.answers}
+    right = Counter(strip_wording(answer.fact_id) for answer in answers.answers if answer.correct)
+    return {strip_wording(answer.fact_id): right[strip_wording(answer.fact_id)] >= 2 for answer in answers.answers}
 
 
 def test_a_sample_has_all_wordings_of_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +95,8 @@ def test_a_sample_has_all_wordings_of_its_facts(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(noise, "PART", 0.0)
     found = probe(model, tmp_path / "a", "bear", options=options)
     (bear,) = open_all(["bear"], options)
-    sample = noise._sample(bear, found)
-    asked = Counter(fact_of(answer.fact_id) for answer in sample.answers.answers)
+    sample = noise._draw_sample(bear, found)
+    asked = Counter(strip_wording(answer.fact_id) for answer in sample.answers.answers)
     assert list(asked.values()) == [3, 3, 3]
     assert floor_of(found).n == 3
 
@@ -109,7 +109,7 @@ def test_it_is_kept_with_the_answers_and_not_found_again(tmp_path: Path, monkeyp
     model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
     first = floor_of(probe(model, tmp_path / "a", facts))
     assert floor_of(read_answers(tmp_path / "a")) == first
-    monkeypatch.setattr(ModelHandle, "in_another_precision", pytest.fail)
+    monkeypatch.setattr(ModelHandle, "copy_in_other_precision", pytest.fail)
     assert floor_of(probe(model, tmp_path / "a", facts)) == first
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import UsageError
-from compressknow.evaluate.sources import Options, name_in_answers, open_all, open_probe, usable
+from compressknow.evaluate.sources import Options, list_usable, normalize_name, open_all, open_probe
 from tests.probe.layouts import DATA, bear_folder, lama_folder, real_data, write_jsonl
 from tests.shown import ROOT
 
@@ -133,13 +133,13 @@ def test_the_manual_lists_every_probe_in_the_words_of_its_source() -> None:
     manual = (ROOT / "docs" / "probes.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\S+)`[^|]*\| ([^|]+) \|", manual.partition("\n\n## ")[0], re.MULTILINE)
     listed = [(usage, about.replace("`", "")) for usage, about in rows if usage != "-p"]
-    assert listed == [(source.usage(kind), source.help) for kind, source in usable()]
+    assert listed == [(source.usage(kind), source.help) for kind, source in list_usable()]
 
 
 def test_a_name_in_answers_is_found_however_it_is_written(tmp_path: Path) -> None:
     names = ["ATLAS", "Lama:Google_RE", f"FACTS:{tmp_path / 'Mine.jsonl'}", "hf:Some/Set", "LM_Eval:boolq", "other:X"]
     found = ["atlas", "lama:google-re", "facts:Mine.jsonl", "hf:Some/Set", "lm-eval:boolq", "other:X"]
-    assert [name_in_answers(name) for name in names] == found
+    assert [normalize_name(name) for name in names] == found
 
 
 def test_options_that_a_probe_does_not_take_are_for_the_others(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import BLANK, Fact
-from compressknow.evaluate.sources.custom import SCHEMA, own_facts
+from compressknow.evaluate.sources.custom import SCHEMA, read_facts_file
 from tests.knowing import KNOWN_FACTS, facts_file
 from tests.probe.layouts import write_jsonl
 
@@ -26,7 +26,7 @@ TEMPLATE = {"template": "[X] was born in [Y].", "sub_label": "Ada Lovelace", "ob
 
 def message(path: Path) -> str:
     with pytest.raises(UsageError) as caught:
-        own_facts(path)
+        read_facts_file(path)
     assert "--help" in (caught.value.hint or "")
     return "\n".join(part for part in (caught.value.what, caught.value.why) if part)
 
@@ -36,7 +36,7 @@ def written(folder: Path, *rows: dict[str, Any]) -> Path:
 
 
 def test_a_prompt_or_a_template_is_enough(tmp_path: Path) -> None:
-    probe = own_facts(written(tmp_path, PROMPT, TEMPLATE))
+    probe = read_facts_file(written(tmp_path, PROMPT, TEMPLATE))
     assert probe.facts == (
         Fact("mine/1", "facts:mine.jsonl", "mine", "general", "", "Paris", "The capital of France is [MASK]."),
         Fact(
@@ -64,7 +64,7 @@ def test_a_csv_holds_what_json_lines_hold(tmp_path: Path) -> None:
         table.writeheader()
         for row in rows:
             table.writerow({**row, "candidates": "|".join(row.get("candidates", []))})
-    found, same = own_facts(tmp_path / "mine.csv"), own_facts(written(tmp_path, *rows))
+    found, same = read_facts_file(tmp_path / "mine.csv"), read_facts_file(written(tmp_path, *rows))
     # The header is the first line.
     expected = [replace(each, probe="facts:mine.csv", id=one_on(each.id)) for each in same.facts]
     assert list(found.facts) == expected
@@ -94,7 +94,7 @@ def one_on(name: str) -> str:
 def test_what_is_wrong_with_a_csv_is_told_with_its_line(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_bytes(content)
     with pytest.raises(UsageError, match=re.escape(said)):
-        own_facts(tmp_path / "mine.csv")
+        read_facts_file(tmp_path / "mine.csv")
 
 
 def test_every_key(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_every_key(tmp_path: Path) -> None:
         "popularity": 67.5,
         "note": "ignored",
     }
-    probe = own_facts(written(tmp_path, row))
+    probe = read_facts_file(written(tmp_path, row))
     assert probe.facts[0] == Fact(
         "fr", probe.name, "capital", "geography", "France", "Paris", PROMPT["prompt"], ("Paris", "Rome"), 67.5
     )
@@ -117,14 +117,14 @@ def test_every_key(tmp_path: Path) -> None:
 
 def test_facts_with_and_without_candidates_mix(tmp_path: Path) -> None:
     closed = {**PROMPT, "candidates": ["Paris", "Rome"]}
-    probe = own_facts(written(tmp_path, closed, PROMPT, {**closed, "obj_label": "Rome"}))
+    probe = read_facts_file(written(tmp_path, closed, PROMPT, {**closed, "obj_label": "Rome"}))
     assert probe.vocabulary == "open"
     assert [fact.candidates is None for fact in probe.facts] == [False, True, False]
     assert probe.facts[0].candidates is probe.facts[2].candidates
 
 
 def test_the_facts_that_the_tiny_models_know(tmp_path: Path) -> None:
-    probe = own_facts(facts_file(tmp_path / "known.jsonl"))
+    probe = read_facts_file(facts_file(tmp_path / "known.jsonl"))
     expected = [(known.sentence(BLANK), known.obj_label) for known in KNOWN_FACTS]
     assert [(fact.prompt, fact.obj_label) for fact in probe.facts] == expected
     assert probe.vocabulary == "closed"
@@ -135,12 +135,12 @@ def test_a_byte_order_mark_windows_line_ends_and_blank_lines_are_no_matter(tmp_p
     path.write_bytes(
         b"\xef\xbb\xbf" + b"\r\n".join([json.dumps(PROMPT).encode(), b"  ", json.dumps(TEMPLATE).encode(), b""])
     )
-    assert [fact.id for fact in own_facts(path).facts] == ["mine/1", "mine/3"]
+    assert [fact.id for fact in read_facts_file(path).facts] == ["mine/1", "mine/3"]
 
 
 def test_a_line_may_hold_unicode_line_separators(tmp_path: Path) -> None:
     path = written(tmp_path, {**PROMPT, "sub_label": "a\u2028b\x85c"})
-    assert own_facts(path).facts[0].sub_label == "a\u2028b\x85c"
+    assert read_facts_file(path).facts[0].sub_label == "a\u2028b\x85c"
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_what_a_line_says_is_what_is_asked(drawn: list[tuple[dict[str, Any], lis
         candidates = {"candidates": [*extra, row["obj_label"]]} if extra else {}
         lines.append({**row, "id": f"f{number}", **candidates})
     with tempfile.TemporaryDirectory() as folder:
-        facts = own_facts(written(Path(folder), *lines)).facts
+        facts = read_facts_file(written(Path(folder), *lines)).facts
     for line, fact in zip(lines, facts, strict=True):
         assert (fact.id, fact.prompt, fact.obj_label) == (line["id"], line["prompt"], line["obj_label"])
         assert fact.relation == line.get("relation", "mine")
@@ -254,7 +254,7 @@ def test_a_prompt_that_is_the_beginning_of_a_sentence_gets_its_blank_at_the_end(
 ) -> None:
     file = tmp_path / "facts.jsonl"
     file.write_text(json.dumps({"prompt": prompt, "obj_label": "Paris"}) + "\n", encoding="utf-8")
-    assert own_facts(file).facts[0].prompt == asked
+    assert read_facts_file(file).facts[0].prompt == asked
 
 
 @pytest.mark.parametrize("prompt", ["It is [Y] in France", "It is <mask> here", "It is ___ of all", "It is {} of all"])
@@ -264,13 +264,13 @@ def test_a_blank_written_in_another_way_is_not_taken_for_the_beginning_of_a_sent
     file = tmp_path / "facts.jsonl"
     file.write_text(json.dumps({"prompt": prompt, "obj_label": "Paris"}) + "\n", encoding="utf-8")
     with pytest.raises(UsageError, match="0 times"):
-        own_facts(file)
+        read_facts_file(file)
 
 
 def test_half_of_a_character_is_an_error_that_says_where(tmp_path: Path) -> None:
     file = tmp_path / "facts.jsonl"
     file.write_text('{"prompt": "\\ud83d\\ude00 is [MASK].", "obj_label": "a \\uD83D"}\n', encoding="utf-8")
     with pytest.raises(UsageError, match=r"line 1, column \d+: .ud83d is half of a character"):
-        own_facts(file)
+        read_facts_file(file)
     file.write_text('{"prompt": "\\ud83d\\ude00 is [MASK].", "obj_label": "a \\u00e4"}\n', encoding="utf-8")
-    assert own_facts(file).facts[0].prompt == "😀 is [MASK]."
+    assert read_facts_file(file).facts[0].prompt == "😀 is [MASK]."

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from compressknow.engine.language_model import load_language_model, most_tokens
-from compressknow.evaluate.evaluate import evaluate, prompts_of, scorer_for
+from compressknow.evaluate.evaluate import evaluate, make_prompts
+from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.scoring.scorer import TOO_LONG
-from compressknow.evaluate.sources.custom import own_facts
+from compressknow.evaluate.sources.custom import read_facts_file
 from tests.knowing import facts_file, knowing
 from tests.models import tiny
 
@@ -38,12 +39,12 @@ def test_a_tokenizer_may_allow_less(name: str) -> None:
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_prompt_that_is_too_long_is_dropped_and_counted(family: str, tmp_path) -> None:
     loaded = load_language_model(knowing(family, tmp_path / "model"))
-    probe = own_facts(facts_file(tmp_path / "facts.jsonl"))
+    probe = read_facts_file(facts_file(tmp_path / "facts.jsonl"))
     long = replace(probe.facts[0], id="long", prompt="The capital " * 60 + probe.facts[0].prompt)
     fits = replace(probe.facts[0], id="fits", prompt="The capital " * 20 + probe.facts[0].prompt)
     scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, replace(probe, facts=(long, fits)))
 
-    prompts = prompts_of(scorer)
+    prompts = make_prompts(scorer)
 
     assert prompts.dropped == {TOO_LONG: 1}
     assert [answer.fact_id for batch in evaluate(prompts) for answer in batch] == ["fits"]

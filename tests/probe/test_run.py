@@ -18,10 +18,12 @@ from compressknow.base.files import LOCK
 from compressknow.base.progress import Listener
 from compressknow.engine.identity import locate
 from compressknow.evaluate import run
-from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, locked, read_answers, read_table
-from compressknow.evaluate.handle import Beside, ModelHandle, Settings
+from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, lock_folder, read_answers, read_table
+from compressknow.evaluate.distributions import Context
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
-from compressknow.evaluate.runtimes import transformers
+from compressknow.evaluate.runtimes import Settings, transformers
+from compressknow.evaluate.scoring import families
 from compressknow.evaluate.sources import Options, open_all
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
@@ -53,7 +55,7 @@ def ask(
     files = [facts] if isinstance(facts, Path) else facts
     probes = open_all([f"facts:{file}" for file in files], options or Options())
     handle = ModelHandle(locate(model), settings)
-    return probe_model(handle, probes, folder, Beside(reference, known), on_progress=on_progress)
+    return probe_model(handle, probes, folder, Context(reference, known), on_progress=on_progress)
 
 
 def telling(advance: Callable[[int], None]) -> Listener:
@@ -106,7 +108,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
     handle = ModelHandle(locate(place / family), FEW)
     rows: list[int] = []
     (probe,) = open_all([f"facts:{place / 'facts.jsonl'}"], Options())
-    scorers = transformers.scorer_for
+    scorers = families.scorer_for
 
     def counting(*arguments: object) -> object:
         scorer = scorers(*arguments)  # type: ignore[arg-type]
@@ -115,7 +117,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
         return scorer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers, "scorer_for", counting)
+        patch.setattr(families, "scorer_for", counting)
         resumed = probe_model(handle, [probe], tmp_path / "killed")
 
     assert sum(rows) == len(KNOWN_FACTS) - len(kept)
@@ -275,12 +277,12 @@ def test_who_waits_for_a_run_that_fails_gets_a_folder_of_its_own(tmp_path: Path)
 
     def wait_for_it() -> None:
         started.set()
-        with locked(tmp_path / "a", wait=True):
+        with lock_folder(tmp_path / "a", wait=True):
             seen.append((tmp_path / "a" / LOCK).is_file())
             (tmp_path / "a" / "answer").touch()
 
     waiting = threading.Thread(target=wait_for_it)
-    with contextlib.suppress(UsageError), locked(tmp_path / "a", wait=True):
+    with contextlib.suppress(UsageError), lock_folder(tmp_path / "a", wait=True):
         waiting.start()
         started.wait()
         raise UsageError("It failed.")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressknow.evaluate.scoring.ranking import TAIL, TOP, Ranking, log_sum, rank_candidates, rank_of
+from compressknow.evaluate.scoring.ranking import TAIL, TOP, Ranking, find_rank, rank_candidates, sum_logs
 
 # Few values, so that many scores are equal; exact in binary, so that sums are.
 LOG_PROBS = st.sampled_from([0.0, -0.25, -0.5, -1.0, -1.0, -2.0, -4.0, -8.0])
@@ -55,8 +55,8 @@ def test_the_best_five_the_rank_and_the_score_are_those_of_brute_force(data: st.
         assert list(ranking.order()[:TOP]) == list(best[:TOP])
         assert list(ranking.scores[best[:TOP]]) == list(whole[best[:TOP]])
         assert ranking.scores[ranking.gold] == whole[ranking.gold]
-        assert rank_of(ranking.gold, ranking.scores) == list(best).index(ranking.gold) + 1
-        assert log_sum(whole) - 1.01 * TAIL <= ranking.total() <= log_sum(whole) + 1e-12
+        assert find_rank(ranking.gold, ranking.scores) == list(best).index(ranking.gold) + 1
+        assert sum_logs(whole) - 1.01 * TAIL <= ranking.total() <= sum_logs(whole) + 1e-12
 
 
 def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_left_alone() -> None:
@@ -93,7 +93,7 @@ def test_an_unlikely_object_makes_those_finish_that_may_outrank_it() -> None:
 
     rank_candidates([ranking], finish)
     assert finished == set(range(50))
-    assert rank_of(49, ranking.scores) == 50
+    assert find_rank(49, ranking.scores) == 50
 
 
 def test_nothing_is_finished_where_all_candidates_are_one_token() -> None:
@@ -107,9 +107,9 @@ def test_nothing_is_finished_where_all_candidates_are_one_token() -> None:
 def test_numbers_that_are_none_end_and_give_no_rank(gold: int) -> None:
     ranking = Ranking(np.full(9, np.nan), np.zeros(9, dtype=bool), gold)
     rank_candidates([ranking], lambda _, bars: np.full(len(bars), np.nan))
-    assert rank_of(gold, ranking.scores) is None
+    assert find_rank(gold, ranking.scores) is None
 
 
 def test_among_equal_scores_the_earlier_candidate_comes_first_whichever_is_the_object() -> None:
     scores = np.array([-1.0, -1.0, -0.5, -1.0])
-    assert [rank_of(index, scores) for index in range(4)] == [2, 3, 1, 4]
+    assert [find_rank(index, scores) for index in range(4)] == [2, 3, 1, 4]

@@ -14,8 +14,9 @@ from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Stage
 from compressknow.engine.identity import locate
 from compressknow.engine.steady import SteadyLinear
-from compressknow.evaluate.handle import ModelHandle, Settings
-from compressknow.evaluate.speed import _tokens_per_second, measure
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
+from compressknow.evaluate.speed import _measure_tokens, measure
 from tests.knowing import facts_file, knowing
 
 
@@ -60,7 +61,7 @@ def test_tokens_are_written_without_what_makes_answers_steady(place: Path) -> No
     assert language_model is not None
     if not any(isinstance(module, SteadyLinear) for module in language_model.model.modules()):
         pytest.skip("this CPU multiplies no integers")
-    assert _tokens_per_second(handle)
+    assert _measure_tokens(handle)
     assert not any(isinstance(module, SteadyLinear) for module in language_model.model.modules())
 
 

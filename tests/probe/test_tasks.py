@@ -178,7 +178,7 @@ def test_accuracy_is_what_simple_evaluate_reports(t5: LanguageModel, tmp_path: P
 
 def test_shipped_tasks_are_lm_evals_own() -> None:
     for name, where in {"boolq": "super_glue/boolq", "piqa": "piqa", "winogrande": "winogrande"}.items():
-        own, shipped = task_index.entry_of(LM_EVALS / where, name).cfg, task_index.entry_of(SHIPPED, name).cfg
+        own, shipped = task_index.find_entry(LM_EVALS / where, name).cfg, task_index.find_entry(SHIPPED, name).cfg
         if name != "winogrande":
             assert shipped["doc_to_text"] == own["doc_to_text"]
             assert shipped["doc_to_choice"] == own["doc_to_choice"]
@@ -355,7 +355,7 @@ def test_data_is_looked_for_in_the_folder_of_data_first(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "own_tasks", lambda: SimpleNamespace(all_tasks=["hellaswag", "mmlu"]))
+    monkeypatch.setattr(tasks, "read_own_tasks", lambda: SimpleNamespace(all_tasks=["hellaswag", "mmlu"]))
     folder = task_folder(tmp_path, CLOZE)
     for name, why in {
         "lm-eval:helaswag": "no task 'helaswag'.\nDid you mean hellaswag",
@@ -377,7 +377,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_name_that_no_task_file_holds_is_refused_without_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes most of a minute to read."""
-    monkeypatch.setattr(tasks, "own_tasks", lambda: pytest.fail("the index was read"))
+    monkeypatch.setattr(tasks, "read_own_tasks", lambda: pytest.fail("the index was read"))
     with pytest.raises(UsageError, match=r"lm-eval has no task 'hellaswg'.\nDid you mean hellaswag"):
         open_task("lm-eval:hellaswg")
     with pytest.raises(UsageError, match="lm-eval has no task 'nosuch"):
@@ -389,7 +389,7 @@ def test_what_cannot_be_run_is_refused(llama: LanguageModel, tmp_path: Path, mon
         run_task(replace(llama, family="masked"), open_task("lm-eval:boolq"))
 
     own = TaskManager(include_path=str(LM_EVALS / "super_glue" / "boolq"), include_defaults=False)
-    monkeypatch.setattr(task_index, "own_tasks", lambda: own)
+    monkeypatch.setattr(task_index, "read_own_tasks", lambda: own)
     with pytest.raises(
         CompressknowError, match=r"the Hub cannot be reached[\s\S]*passage, .*boolq.jsonl and pass --data"
     ):

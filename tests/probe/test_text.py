@@ -17,7 +17,7 @@ from compressknow.evaluate.answers import RECORD, read_answers
 from compressknow.evaluate.distributions import Rows
 from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, Chunk
 from compressknow.evaluate.sources import Options, open_all
-from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, chunks_of
+from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, cut_chunks
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 CONTEXT = 24
@@ -94,11 +94,11 @@ def test_log_likelihoods_tops_and_divergences_are_those_of_a_plain_reference(pla
 
 
 def test_continuations_are_those_of_generate(place: Path, tmp_path: Path) -> None:
-    text = place / "facts.txt"
-    found = chunks(place / "llama", tmp_path / "answers", text)
+    file = place / "facts.txt"
+    found = chunks(place / "llama", tmp_path / "answers", file)
     tokenizer = AutoTokenizer.from_pretrained(place / "llama")
     model = AutoModelForCausalLM.from_pretrained(place / "llama").eval()
-    ids = tokenizer(text.read_text(encoding="utf-8").removesuffix("\n"))["input_ids"]
+    ids = tokenizer(file.read_text(encoding="utf-8").removesuffix("\n"))["input_ids"]
     for chunk in found[: text.CONTINUED]:
         start = chunk.number * CONTEXT
         prompt = [tokenizer.bos_token_id, *ids[start + 1 : start + CONTEXT // 2]]
@@ -133,7 +133,7 @@ def test_a_stopped_run_resumes_at_the_chunk_where_it_was(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressknow.evaluate.run.SECONDS_BETWEEN_PARTS", -1.0)
-    read, numbers = text._read, []
+    read, numbers = text.read_chunk, []
 
     def failing(reader: object, cut: object, number: int, whole: object) -> Chunk:
         numbers.append(number)
@@ -141,7 +141,7 @@ def test_a_stopped_run_resumes_at_the_chunk_where_it_was(
             raise KeyboardInterrupt
         return read(reader, cut, number, whole)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(text, "_read", failing)
+    monkeypatch.setattr(text, "read_chunk", failing)
     with pytest.raises(KeyboardInterrupt):
         chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
     found = chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
@@ -204,7 +204,7 @@ def test_a_token_beyond_the_embedding_is_refused(place: Path) -> None:
 
     text = RunningText("text:facts.txt", place / "facts.txt", "0", 1000)
     with pytest.raises(CheckpointError, match="the model's embedding has 10 rows"):
-        chunks_of(Reader(), text, CONTEXT)  # type: ignore[arg-type]
+        cut_chunks(Reader(), text, CONTEXT)  # type: ignore[arg-type]
 
 
 def test_models_of_other_tokens_have_bits_per_byte_and_no_divergence(place: Path, tmp_path: Path) -> None:

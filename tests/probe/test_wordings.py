@@ -14,8 +14,9 @@ from compressknow import Options
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
 from compressknow.comparison.distributions import consistency, wordings_of
-from compressknow.evaluate.facts import Probe, fact_of
-from compressknow.evaluate.grades import after_example, by_majority
+from compressknow.evaluate.evaluate import put_after_example
+from compressknow.evaluate.facts import Probe, strip_wording
+from compressknow.evaluate.grades import merge_wordings
 from compressknow.evaluate.sources import open_all, open_probe
 from tests.knowing import in_wordings, knowing
 from tests.report.answering import answer, answers, entry
@@ -49,7 +50,7 @@ def majority(study: Path, side: str) -> dict[str, bool]:
     """Counted anew: fact -> whether more than half of its wordings are right."""
     right: dict[str, int] = {}
     for row in rows(study, side):
-        right[fact_of(row["fact_id"])] = right.get(fact_of(row["fact_id"]), 0) + row["correct"]
+        right[strip_wording(row["fact_id"])] = right.get(strip_wording(row["fact_id"]), 0) + row["correct"]
     return {fact: 2 * number > N for fact, number in right.items()}
 
 
@@ -92,7 +93,7 @@ def test_consistency_is_the_share_of_pairs_of_wordings_answered_alike(study: Pat
     (probe,) = json.loads((study / "report.json").read_text())["compressed"][0]["probes"].values()
     said: dict[str, list[str]] = {}
     for row in rows(study, side):
-        said.setdefault(fact_of(row["fact_id"]), []).append(row["predicted"])
+        said.setdefault(strip_wording(row["fact_id"]), []).append(row["predicted"])
     shares = [sum(a == b for a, b in combinations(each, 2)) / 3 for each in said.values()]
     assert probe[f"consistency_{name}"] == pytest.approx(sum(shares) / len(shares))
 
@@ -120,7 +121,7 @@ def test_a_sample_has_all_wordings_of_its_facts() -> None:
 def test_an_example_is_in_the_fact_s_own_wording() -> None:
     probe = open_probe("atlas", Options(templates=2, limit=70))
     second = next(fact for fact in probe.facts if fact.relation == "capital" and fact.template == 2)
-    shown = after_example(second, probe)
+    shown = put_after_example(second, probe)
     assert shown is not None
     assert shown.prompt.startswith("The capital city of China is called Beijing. The capital city of ")
 
@@ -147,7 +148,7 @@ def test_one_wording_is_the_probe_itself() -> None:
     one = open_probe("atlas", Options(templates=1))
     assert isinstance(one, Probe)
     assert one.fingerprint() == open_probe("atlas").fingerprint()
-    assert by_majority(answers([answer(0, True)])) == answers([answer(0, True)])
+    assert merge_wordings(answers([answer(0, True)])) == answers([answer(0, True)])
     assert wordings_of([answer(0, True)], [answer(0, True)]) is None
 
 
@@ -170,7 +171,7 @@ def test_a_fact_is_known_by_most_of_its_wordings(
         for number, (each, place) in enumerate(zip(right, ranks, strict=True), 1)
     ]
     probes = {"atlas": entry(facts=len(own), asked=len(own), templates=len(own))}
-    (merged,) = by_majority(answers(own, probes=probes)).answers
+    (merged,) = merge_wordings(answers(own, probes=probes)).answers
     assert (merged.fact_id, merged.correct, merged.rank, merged.template) == ("fact", known, rank, None)
 
 

@@ -19,7 +19,7 @@ from compressknow.cli import main
 from compressknow.comparison.clusters import FEWEST_SIGNS
 from compressknow.compress.recipe import read_recipe
 from compressknow.evaluate.answers import read_answers
-from compressknow.evaluate.facts import fact_of
+from compressknow.evaluate.facts import strip_wording
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.sources import Options, open_probe
 from compressknow.pages.search import Trial
@@ -348,7 +348,7 @@ def test_a_search_in_several_wordings_holds_facts_out_and_judges_by_most_of_them
     (original,) = (read_answers(f).answers for f in (tmp_path / "found" / "held-out" / "original").iterdir())
     most: dict[str, int] = {}
     for answer in original:
-        most[fact_of(answer.fact_id)] = most.get(fact_of(answer.fact_id), 0) + (answer.grade == PRODUCED)
+        most[strip_wording(answer.fact_id)] = most.get(strip_wording(answer.fact_id), 0) + (answer.grade == PRODUCED)
     assert found.known_held_out == sum(2 * number > 3 for number in most.values())
     assert 0 < found.known_held_out < 11
     assert found.winner is not None
@@ -362,7 +362,7 @@ def test_a_search_in_several_wordings_holds_facts_out_and_judges_by_most_of_them
 def test_all_wordings_of_a_fact_are_in_one_part() -> None:
     single, several = (parts_of(open_probe("atlas", Options(templates=number)), 0) for number in (1, 3))
     for one, other in zip(single, several, strict=True):
-        wordings = [(fact_of(fact.id), fact.template) for fact in other.facts]
+        wordings = [(strip_wording(fact.id), fact.template) for fact in other.facts]
         assert sorted(wordings) == sorted((fact.id, number) for fact in one.facts for number in (1, 2, 3))
 
 

@@ -21,9 +21,10 @@ from compressknow.compress.calibrate.text import CalibrationText, calibration_te
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
 from compressknow.evaluate.answers import Answer, read_answers
-from compressknow.evaluate.facts import fact_of
+from compressknow.evaluate.facts import strip_wording
 from compressknow.evaluate.grades import PRODUCED
-from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
 from compressknow.study.folder import RECORD, CellResult, claim
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 
@@ -196,7 +197,7 @@ def test_facts_in_several_wordings_are_known_by_most_of_them(family: str, known:
     most: dict[str, int] = {}
     for answer in stored_in(tmp_path / "study", cell.key):
         right = answer.correct if known == "recognized" else answer.grade == PRODUCED
-        most[fact_of(answer.fact_id)] = most.get(fact_of(answer.fact_id), 0) + right
+        most[strip_wording(answer.fact_id)] = most.get(strip_wording(answer.fact_id), 0) + right
     assert sum(2 * right > 3 for right in most.values()) == cell.comparison.counts.known_after
     page = (tmp_path / "study" / "study.md").read_text(encoding="utf-8")
     assert "each in 3 wordings, and known if more than half are right" in page

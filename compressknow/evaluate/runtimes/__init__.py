@@ -3,63 +3,71 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from compressknow.base.errors import UnsupportedError, UsageError
+from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
 from compressknow.base.registry import Registry
+from compressknow.engine.language_model import AUTO, CPU, check_device, device_of
 
 if TYPE_CHECKING:
     from compressknow.engine.contents import Contents
     from compressknow.engine.identity import Located
     from compressknow.engine.language_model import LanguageModel
-    from compressknow.evaluate.answers import Answer
-    from compressknow.evaluate.facts import Fact, Probe
-    from compressknow.evaluate.handle import Settings
-    from compressknow.evaluate.scoring.prompts import Ids
+    from compressknow.evaluate.facts import Probe
     from compressknow.evaluate.scoring.reading import TextReader
-    from compressknow.evaluate.scoring.scorer import Query, Whole
+    from compressknow.evaluate.scoring.scorer import Scorer
 
 
-T = TypeVar("T")
+BATCH_SIZE = 128
 
 
-class Answering(Protocol):
-    """Answers the facts of one probe; `compressknow.evaluate.scoring.scorer.Scorer` says what each method does."""
+@dataclass(frozen=True)
+class Settings:
+    """Settings of how a model is run. Float32 on the CPU by default, where the batch size shows in the last digits
+    alone, if at all; with ``int8-paper`` in more than these (see `compressknow.engine.layers`).
 
-    probe: Probe
-    says: bool
+    `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
+    those of another: logits differ in their last digits. `runtime` is the name of what runs the model; by default
+    what is meant for it (see `compressknow.evaluate.runtimes`). `noise_floor` has an original answer some facts in
+    another precision too, or in another runtime (see `compressknow.evaluate.noise` and
+    `compressknow.evaluate.noise`).
+
+    `model`, `parallel` and `timeout` are for servers: the model's name there, requests at a time, seconds to wait.
+    """
+
+    device: str = AUTO
+    dtype: str | None = None
+    batch_size: int = BATCH_SIZE
+    trust_remote_code: bool = False
+    runtime: str | None = None
+    model: str | None = None
+    parallel: int = 4
+    timeout: float = 120.0
+    noise_floor: bool = True
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        if self.parallel < 1 or not self.timeout > 0:
+            raise UsageError(f"--parallel and --timeout must be above 0: {self.parallel}, {self.timeout:g}.")
+        if self.runtime is not None and self.runtime not in RUNTIMES:
+            raise UsageError(
+                f"There is no runtime {self.runtime!r}.",
+                hint=f"{did_you_mean(self.runtime, RUNTIMES)}There is {', '.join(RUNTIMES)}.",
+            )
+
+    def here(self) -> Settings:
+        """Return these settings with the device that they mean on this machine; imports torch."""
+        return replace(self, device=device_of(self.device))
 
     @property
-    def family(self) -> str: ...
-
-    def query(self, fact: Fact) -> Query | str: ...
-
-    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]: ...
-
-    def each(
-        self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
-    ) -> Iterator[tuple[Sequence[Query], T]]: ...
-
-    def answer(
-        self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None
-    ) -> list[Answer]: ...
-
-    def answer_anew(
-        self,
-        batch: Sequence[Query],
-        answers: Sequence[Answer],
-        reference: Sequence[Ids] | None,
-        whole: Whole | None = None,
-    ) -> list[Answer]: ...
-
-    def say(self, batch: Sequence[Query]) -> list[str | None]: ...
-
-    def release(self) -> None: ...
+    def computed_in(self) -> str:
+        return self.dtype or ("float32" if self.device == CPU else "auto")
 
 
 class Loaded(abc.ABC):
-    """A model that a runtime has opened.
+    """Model that a runtime has opened.
 
     Attributes
     ----------
@@ -81,12 +89,12 @@ class Loaded(abc.ABC):
     gives_scores: bool = True
 
     @abc.abstractmethod
-    def scorer(self, probe: Probe) -> Answering:
-        """What answers a probe's facts. Raises CompressknowError where nothing can."""
+    def scorer(self, probe: Probe) -> Scorer:
+        """Return what answers a probe's facts. Raise CompressknowError where nothing can."""
 
     def reader(self) -> TextReader:
-        """The model, which is causal, as it reads running text. Raises UnsupportedError where the runtime does not give
-        the probabilities of all tokens.
+        """Return the model, which is causal, as a reader of text. Raise UnsupportedError where the runtime does not
+        give the probabilities of all tokens.
         """
         raise UnsupportedError(
             f"text: cannot be evaluated on {self.architecture}: what runs it does not give all tokens' probabilities.",
@@ -94,13 +102,13 @@ class Loaded(abc.ABC):
         )
 
     def record(self) -> Mapping[str, Any] | None:
-        """The "runtime" entry of ``probe.json``: "name", "build" and, where it stores types of its own, "types": {group
-        of layers: {type: parameters}}. None for transformers.
+        """Return the "runtime" entry of ``probe.json``: "name", "build" and, where it stores types of its own, "types":
+        {group of layers: {type: parameters}}. None for transformers.
         """
         return None
 
-    def described(self) -> Mapping[str, Any]:
-        """What it tells of itself, for the "model" entry, beside what the model's files tell."""
+    def describe(self) -> Mapping[str, Any]:
+        """Return what it says of itself, for the "model" entry, in addition to what the model's files say."""
         return {}
 
     def release(self) -> None:  # noqa: B027
@@ -127,33 +135,33 @@ class Runtime(abc.ABC):
 
     @abc.abstractmethod
     def reads(self, located: Located) -> bool:
-        """Whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
+        """Return whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
 
     def is_default(self, located: Located) -> bool:
-        """Whether it runs a model that it reads where the user names no runtime."""
+        """Return whether it runs a model that it reads where the user names no runtime."""
         return self.reads(located)
 
-    def settled(self, settings: Settings) -> Settings:
-        """The settings with what they mean on this machine. Raises UsageError for one that it cannot keep."""
+    def resolve_settings(self, settings: Settings) -> Settings:
+        """Return the settings with what they mean on this machine. Raise UsageError for one that it cannot keep."""
         return settings.here()
 
     def where(self, located: Located, settings: Settings) -> str:  # noqa: ARG002
-        """Where it computes, for people; `settings` are those of `settled`."""
+        """Return where it computes, for people; `settings` are those of `resolve_settings`."""
         return str(settings.device)
 
     def contents(self, located: Located, settings: Settings) -> Contents:  # noqa: ARG002
-        """What decides the model's answers, by whose hash it is known again: of its files."""
+        """Return what decides the model's answers, by whose hash it is known again: its files."""
         from compressknow.engine.contents import read_contents
 
         return read_contents(located)
 
     def key(self) -> tuple[str, ...]:
-        """What beside model and settings decides the answers: name and build; empty for transformers."""
+        """Return what besides model and settings decides the answers: name and build; nothing for transformers."""
         return ()
 
     @abc.abstractmethod
     def open(self, located: Located, settings: Settings) -> Loaded:
-        """Load a model; `settings` are those of `settled`. Raises CompressknowError where it cannot be run."""
+        """Load a model; `settings` are those of `resolve_settings`. Raises CompressknowError where it cannot be run."""
 
 
 # The last one that reads a model, and is meant for it, runs it.
@@ -170,7 +178,7 @@ RUNTIMES = Registry(
 
 
 def runtime_for(located: Located, named: str | None = None) -> Runtime:
-    """The runtime of that name; where none is named, the one that is meant for such a model.
+    """Return the runtime of that name; where none is named, the one that is meant for such a model.
 
     Raises UsageError where there is none of that name, or it does not read such models.
     """

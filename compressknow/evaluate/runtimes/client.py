@@ -40,7 +40,7 @@ TRIES = 5
 
 
 class Refused(CompressknowError):
-    """The server answered, but not with what was asked for; `status` is HTTP's."""
+    """Error of a server that answered, but not with what it was asked for; `status` is HTTP's."""
 
     def __init__(self, status: int, what: str, why: str | None = None, hint: str | None = None) -> None:
         super().__init__(what, why, hint)
@@ -62,19 +62,19 @@ class Client:
         self._key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), None)
         self._session = requests.Session()
         self._session.auth = _Key(self._key)
-        adapter = _Adapter(pool_maxsize=parallel, max_retries=_retries())
+        adapter = _Adapter(pool_maxsize=parallel, max_retries=_make_retries())
         self._session.mount("http://", adapter)
         self._session.mount("https://", adapter)
 
     def get(self, path: str, form: Any) -> Any:
-        """The JSON that lies there, of a form of `compressknow.base.reading.misfit`.
+        """Return the JSON of a path, in a form of `compressknow.base.reading.misfit`.
 
         Raises CompressknowError: `Refused` where the server answers with an error or in another form.
         """
         return self._request("GET", path, None, form)
 
     def post(self, path: str, content: Mapping[str, Any], form: Any) -> Any:
-        """The JSON that it answers to this, of that form. Raises what `get` does."""
+        """Return the JSON that the server answers to `content`, in that form. Raises what `get` does."""
         return self._request("POST", path, content, form)
 
     def close(self) -> None:
@@ -86,28 +86,28 @@ class Client:
         try:
             response = self._session.request(method, f"{self.url}{path}", **how)
         except (requests.RequestException, HTTPError) as error:
-            raise self._failed(error) from None
-        # Read already: see `_in_time`.
+            raise self._explain_failure(error) from None
+        # Read already: see `_add_deadline`.
         response.raw.release_conn()
         return self._read(path, response.status_code, response.raw.data, form)
 
     def _read(self, path: str, status: int, body: bytes, form: Any) -> Any:
         if len(body) > MOST_BYTES:
-            raise self._wrong(path, f"more than {MOST_BYTES >> 20} MB")
+            raise self._refuse_content(path, f"more than {MOST_BYTES >> 20} MB")
         try:
             content = parse_json(body)
         except ValueError:
             content = None
         if status != 200:
-            raise self._refused(status, content)
+            raise self._explain_refusal(status, content)
         if content is None:
-            raise self._wrong(path, "what is no JSON")
+            raise self._refuse_content(path, "what is no JSON")
         if wrong := misfit(content, form):
-            raise self._wrong(path, f"JSON of another form: {plain(wrong, 200)}")
+            raise self._refuse_content(path, f"JSON of another form: {plain(wrong, 200)}")
         return content
 
-    def _refused(self, status: int, content: Any) -> Refused:
-        said = self._said(content)
+    def _explain_refusal(self, status: int, content: Any) -> Refused:
+        said = self._find_message(content)
         if status in (401, 403):
             what = "does not take the key" if self._key else "wants a key"
             return Refused(status, f"{self.url} {what} (HTTP {status}).", said, f"Set {KEYS[0]} to the server's key.")
@@ -116,7 +116,7 @@ class Client:
         hint = "Wait, lower --parallel, or look at the server's log." if status in PASSING else None
         return Refused(status, f"{self.url} answers with an error (HTTP {status}).", said, hint)
 
-    def _failed(self, error: Exception) -> CompressknowError:
+    def _explain_failure(self, error: Exception) -> CompressknowError:
         # The text of these errors names addresses and objects, and says no more than their kind.
         if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
             return CompressknowError(
@@ -135,12 +135,12 @@ class Client:
             f"There is no server at {self.url}.", hint="Start it, and give the address that it prints: http://HOST:PORT"
         )
 
-    def _wrong(self, path: str, what: str) -> Refused:
+    def _refuse_content(self, path: str, what: str) -> Refused:
         hint = "Is it an OpenAI-compatible server of a language model?"
         return Refused(200, f"{self.url} answers {path} with {what}.", hint=hint)
 
-    def _said(self, content: Any) -> str | None:
-        """The server's message, of the forms in use; without the key, should it be in there."""
+    def _find_message(self, content: Any) -> str | None:
+        """Return the server's message, of the forms in use; without the key, should it be in there."""
         for name in ("error", "message", "detail"):
             content = content.get(name, content) if isinstance(content, dict) else content
         if not isinstance(content, str):
@@ -149,7 +149,7 @@ class Client:
 
 
 class _Key(AuthBase):
-    """The key in the header, or nothing; never what a .netrc file holds for the host."""
+    """Header with the key, or none; never with what a .netrc file holds for the host."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key
@@ -165,20 +165,20 @@ class _Adapter(HTTPAdapter):
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> HTTPConnectionPool:
         pool = super().get_connection_with_tls_context(*args, **kwargs)
-        pool.ConnectionCls = _in_time(type(pool).ConnectionCls)
+        pool.ConnectionCls = _add_deadline(type(pool).ConnectionCls)
         return pool
 
 
 @cache
-def _in_time(kind: type[HTTPConnection]) -> type[HTTPConnection]:
-    """Such connections, with one deadline for a whole answer: the timeouts of urllib3 are for each read, which a server
-    that drips headers, or "100 Continue" without end, never exceeds.
+def _add_deadline(kind: type[HTTPConnection]) -> type[HTTPConnection]:
+    """Return connections with one deadline for a whole answer: the timeouts of urllib3 are for each read, which a
+    server that drips headers, or "100 Continue" without end, never exceeds.
     """
 
     class InTime(kind):  # type: ignore[misc,valid-type]
         def getresponse(self) -> HTTPResponse:
             end = time.monotonic() + self.timeout
-            watchdog = threading.Timer(self.timeout, _shut, [self.sock])
+            watchdog = threading.Timer(self.timeout, _shut_down, [self.sock])
             # Who interrupts the run does not wait for it.
             watchdog.daemon = True
             watchdog.start()
@@ -208,14 +208,14 @@ def _in_time(kind: type[HTTPConnection]) -> type[HTTPConnection]:
     return InTime
 
 
-def _shut(connection: socket.socket) -> None:
+def _shut_down(connection: socket.socket) -> None:
     """End what another thread reads from it."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Patience(Retry):
-    """A server that asks for a pause of hours is given a minute."""
+    """Retries that give a server that asks for a pause of hours a minute."""
 
     def get_retry_after(self, response: Any) -> float | None:
         asked = None
@@ -224,8 +224,8 @@ class _Patience(Retry):
         return None if asked is None else min(asked, LONGEST_PAUSE)
 
 
-def _retries() -> Retry:
-    """Evaluating changes nothing on a server: any request may be sent again."""
+def _make_retries() -> Retry:
+    """Return how requests are repeated. Evaluating changes nothing on a server: any request may be sent again."""
     return _Patience(
         total=TRIES,
         connect=2,

@@ -1,4 +1,4 @@
-"""What the kinds of servers tell of a model, and how they are asked for it.
+"""Kinds of servers: what they tell of a model, and how they are asked for it.
 
 - llama-server (llama.cpp, tools/server/README.md): ``/completion`` gives the ``n_probs`` likeliest tokens, and the
   log-probability of the token that it writes. A ``logit_bias`` makes it write any token, and does not change what is
@@ -46,7 +46,7 @@ _MAYBE_ECHO = {f"{key}?": (form, None) for key, form in _ECHO.items()}
 
 @dataclass(frozen=True)
 class First:
-    """The distribution at the answer's first position, as far as the server tells it.
+    """Distribution at the answer's first position, as far as the server tells it.
 
     Attributes
     ----------
@@ -59,12 +59,12 @@ class First:
 
     @property
     def bound(self) -> float:
-        """What no other token exceeds."""
+        """Return what no other token exceeds."""
         return -math.inf if self.whole else min(self.logp.values(), default=0.0)
 
 
 class Served(abc.ABC):
-    """A model on a server.
+    """Model on a server.
 
     Attributes
     ----------
@@ -83,67 +83,66 @@ class Served(abc.ABC):
 
     @property
     def build(self) -> str | None:
-        """Which version of the server it is, where it says so."""
+        """Return the version of the server, where it says so."""
         return None
 
     @property
     def longest(self) -> int | None:
-        """Tokens that it reads at most, where it says so."""
+        """Return how many tokens it reads at most, where it says so."""
         return None
 
     @abc.abstractmethod
     def _encode(self, text: str, special: bool) -> Ids:
-        """Token ids, with those that begin every text if `special`."""
+        """Return token ids, with those that begin every text if `special`."""
 
     @abc.abstractmethod
     def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
-        """What may follow the prompt: the likeliest tokens, and the `wanted` ones where they can be had."""
+        """Return what may follow the prompt: the likeliest tokens, and the `wanted` ones where they can be had."""
 
     @abc.abstractmethod
     def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
-        """`score` and the log-probabilities of `ids` after the prompt; of fewer where that falls below `bar`."""
+        """Add the log-probabilities of `ids` after the prompt to `score`; of fewer where that falls below `bar`."""
 
     def write(self, prompt: Ids, tokens: int) -> str:
-        """What the model writes greedily, of at most so many tokens."""
-        asked = {"prompt": self._said(prompt), "max_tokens": tokens}
-        text = _mended(self._completed(asked, _WRITTEN)["text"])
+        """Return what the model writes greedily, of at most so many tokens."""
+        asked = {"prompt": self._make_prompt(prompt), "max_tokens": tokens}
+        text = _mend(self._complete(asked, _WRITTEN)["text"])
         if len(text) > LONGEST_TEXT:
-            raise self.wrong(f"has a text of {len(text):,} characters for a few tokens")
+            raise self.make_error(f"has a text of {len(text):,} characters for a few tokens")
         return text
 
-    def _logprobs(self, prompt: Ids, form: Mapping[str, Any], how: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What is told beside one token that the model writes, or of the prompt, in that form."""
-        asked = {"prompt": self._said(prompt), "max_tokens": 1, **how}
-        found = self._completed(asked, {"choices": [{"logprobs": form}], "model?": (str, None)})
+    def _request_logprobs(self, prompt: Ids, form: Mapping[str, Any], how: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what is told beside one token that the model writes, or of the prompt, in that form."""
+        asked = {"prompt": self._make_prompt(prompt), "max_tokens": 1, **how}
+        found = self._complete(asked, {"choices": [{"logprobs": form}], "model?": (str, None)})
         return dict(found["logprobs"])
 
-    def _completed(self, asked: Mapping[str, Any], form: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _complete(self, asked: Mapping[str, Any], form: Mapping[str, Any]) -> Mapping[str, Any]:
         answer = self.client.post("/v1/completions", {"model": self.model, "temperature": 0, **asked}, form)
         if not answer["choices"]:
-            raise self.wrong("has no choices")
+            raise self.make_error("has no choices")
         # A date may follow the name.
         if not (model := answer.get("model") or self.model).startswith(self.model):
-            raise self.wrong(f"comes from another model, {model[:80]!r}")
+            raise self.make_error(f"comes from another model, {model[:80]!r}")
         return dict(answer["choices"][0])
 
-    def _said(self, prompt: Ids) -> Any:
-        """A prompt as the server reads it."""
+    def _make_prompt(self, prompt: Ids) -> Any:
         return list(prompt)
 
-    def number(self, value: float | None) -> float:
-        """A log-probability. Raises CompressknowError where it is none: a server that lies is not believed."""
+    def check_logp(self, value: float | None) -> float:
+        """Check a log-probability. Raise CompressknowError where it is none: a server that lies is not believed."""
         if value is None or not LEAST <= value <= ABOVE:
-            raise self.wrong(f"holds {value}, which is no log-probability")
+            raise self.make_error(f"holds {value}, which is no log-probability")
         return min(float(value), 0.0)
 
-    def token(self, number: int) -> int:
-        """The id of a token. Raises CompressknowError where it can be none."""
+    def check_token(self, number: int) -> int:
+        """Check the id of a token. Raise CompressknowError where it can be none."""
         if not 0 <= number < 1 << 31:
-            raise self.wrong(f"holds {number} for a token")
+            raise self.make_error(f"holds {number} for a token")
         return number
 
-    def wrong(self, what: str) -> CompressknowError:
-        """The error for an answer that cannot be one."""
+    def make_error(self, what: str) -> CompressknowError:
+        """Return the error for an answer that cannot be one."""
         return CompressknowError(
             f"{self.client.url} gives answers that make no sense: one {what}.",
             why=f"It was taken for {self.name}.",
@@ -158,7 +157,7 @@ class LlamaServer(Served):
 
     @property
     def build(self) -> str | None:
-        return _known(self.about.get("build_info"))
+        return _clean_build(self.about.get("build_info"))
 
     @property
     def longest(self) -> int | None:
@@ -166,44 +165,44 @@ class LlamaServer(Served):
 
     def _encode(self, text: str, special: bool) -> Ids:
         asked = {"content": text, "add_special": special, "model": self.model}
-        return tuple(map(self.token, self.client.post("/tokenize", asked, _TOKENS)["tokens"]))
+        return tuple(map(self.check_token, self.client.post("/tokenize", asked, _TOKENS)["tokens"]))
 
     def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
-        found = self._likeliest(prompt, LLAMA_TOKENS)
+        found = self._find_likeliest(prompt, LLAMA_TOKENS)
         if found.whole or all(number in found.logp for number in wanted):
             return found
         # A second request for all tokens: a second of work, and 5 MB, seldom needed.
-        return self._likeliest(prompt, self._vocabulary)
+        return self._find_likeliest(prompt, self._vocabulary)
 
     def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
         for place, number in enumerate(ids):
-            score += self._next((*prompt, *ids[:place]), number)
+            score += self._score_next((*prompt, *ids[:place]), number)
             if score < bar:
                 break
         return score
 
-    def _next(self, prompt: Ids, number: int) -> float:
-        """Log-probability of one token."""
-        step = self._step(prompt, number, 1)
+    def _score_next(self, prompt: Ids, number: int) -> float:
+        step = self._request_step(prompt, number, 1)
         if step is None:
-            return self._likeliest(prompt, self._vocabulary).logp.get(number, -math.inf)
+            return self._find_likeliest(prompt, self._vocabulary).logp.get(number, -math.inf)
         if step["id"] != number:
-            raise self.wrong(f"has token {step['id']} where {number} was forced")
-        return self.number(step["logprob"])
+            raise self.make_error(f"has token {step['id']} where {number} was forced")
+        return self.check_logp(step["logprob"])
 
-    def _likeliest(self, prompt: Ids, count: int) -> First:
+    def _find_likeliest(self, prompt: Ids, count: int) -> First:
         # Whatever is written, of a token that is a whole text the server tells all.
-        step = self._step(prompt, self._whole_text, count)
+        step = self._request_step(prompt, self._whole_text, count)
         top = step["top_logprobs"] if step else []
         if len(top) < min(count, self._vocabulary):
-            raise self.wrong(f"has {len(top):,} tokens where {count:,} were asked for")
-        logp = {self.token(each["id"]): self.number(each["logprob"]) for each in top}
-        texts = {each["id"]: _mended(each["token"][:LONGEST_TOKEN]) for each in top}
+            raise self.make_error(f"has {len(top):,} tokens where {count:,} were asked for")
+        logp = {self.check_token(each["id"]): self.check_logp(each["logprob"]) for each in top}
+        texts = {each["id"]: _mend(each["token"][:LONGEST_TOKEN]) for each in top}
         return First(logp, texts, whole=len(logp) >= self._vocabulary)
 
-    def _step(self, prompt: Ids, forced: int, count: int) -> Mapping[str, Any] | None:
-        """What is told of the next position, where the server writes the token `forced`: None where that token ends in
-        the middle of a letter, of which the server tells nothing."""
+    def _request_step(self, prompt: Ids, forced: int, count: int) -> Mapping[str, Any] | None:
+        """Return what is told of the next position, where the server writes the token `forced`: None where that token
+        ends in the middle of a letter, of which the server tells nothing.
+        """
         how = {"n_predict": 1, "n_probs": count, "logit_bias": [[forced, FORCE]], "temperature": 0}
         how["response_fields"] = ["completion_probabilities", "content"]
         answer = self.client.post("/completion", {"prompt": list(prompt), "model": self.model, **how}, _STEPS)
@@ -211,7 +210,7 @@ class LlamaServer(Served):
         if steps is None and _is_cut(answer.get("content")):
             return None
         if steps is None or len(steps) > 1:
-            raise self.wrong("has no completion_probabilities of one token")
+            raise self.make_error("has no completion_probabilities of one token")
         return dict(steps[0]) if steps else None
 
     @cached_property
@@ -231,7 +230,7 @@ class Vllm(Served):
 
     @property
     def build(self) -> str | None:
-        return _known(self.about.get("version"))
+        return _clean_build(self.about.get("version"))
 
     @property
     def longest(self) -> int | None:
@@ -239,67 +238,37 @@ class Vllm(Served):
 
     def _encode(self, text: str, special: bool) -> Ids:
         asked = {"prompt": text, "add_special_tokens": special, "model": self.model}
-        return tuple(map(self.token, self.client.post("/tokenize", asked, _TOKENS)["tokens"]))
+        return tuple(map(self.check_token, self.client.post("/tokenize", asked, _TOKENS)["tokens"]))
 
     def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
         how = {"logprobs": SERVER_TOKENS, "return_tokens_as_token_ids": True}
-        top = self._logprobs(prompt, {"top_logprobs": [{str: float}]}, how)["top_logprobs"]
+        top = self._request_logprobs(prompt, {"top_logprobs": [{str: float}]}, how)["top_logprobs"]
         if not top:
-            raise self.wrong("has no top_logprobs")
-        found = {self._named(name): self.number(value) for name, value in top[0].items()}
+            raise self.make_error("has no top_logprobs")
+        found = {self._parse_token(name): self.check_logp(value) for name, value in top[0].items()}
         return First(dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))))
 
-    def _named(self, name: str) -> int:
-        """The token that is called ``token_id:17``."""
+    def _parse_token(self, name: str) -> int:
+        """Return the token that is called ``token_id:17``."""
         digits = name.removeprefix("token_id:")
         if not re.fullmatch("[0-9]{1,10}", digits):
-            raise self.wrong(f"holds {name[:40]!r} for a token")
-        return self.token(int(digits))
+            raise self.make_error(f"holds {name[:40]!r} for a token")
+        return self.check_token(int(digits))
 
     def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
         form, how = {"token_logprobs": [(float, None)]}, {"logprobs": 1, "echo": True}
-        read = self._logprobs((*prompt, *ids), form, how)["token_logprobs"]
+        read = self._request_logprobs((*prompt, *ids), form, how)["token_logprobs"]
         end = len(prompt) + len(ids)
         if len(read) < end:
-            raise self.wrong("has too few token_logprobs")
-        return score + sum(map(self.number, read[len(prompt) : end]))
-
-
-class Echoing(Served):
-    """Any server that echoes prompts with log-probabilities: its tokens begin where it says (``text_offset``).
-
-    Prompts and options are texts, told apart by character.
-    """
-
-    name = "a server that echoes"
-    tokens = False
-
-    def _encode(self, text: str, special: bool) -> Ids:  # noqa: ARG002
-        return tuple(map(ord, text))
-
-    def _said(self, prompt: Ids) -> Any:
-        return "".join(map(chr, prompt))
-
-    def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
-        """Nothing: its tokens have no ids."""
-        return First()
-
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
-        found = self._logprobs((*prompt, *ids), _ECHO, {"logprobs": 1, "echo": True})
-        tokens, values, offsets = (found[key] for key in _ECHO)
-        if not len(tokens) == len(values) == len(offsets) > 0:
-            raise self.wrong("has a text_offset that fits no token")
-        pairs = zip(_spans(self._said((*prompt, *ids)), tokens, offsets), values, strict=True)
-        end = len(prompt) + len(ids)
-        # A token that reaches over the beginning of the answer is counted with it.
-        chosen = [value for (start, stop), value in pairs if len(prompt) < stop and start < end]
-        if not chosen:
-            raise self.wrong("has no token for the answer")
-        return score + sum(map(self.number, chosen))
+            raise self.make_error("has too few token_logprobs")
+        return score + sum(map(self.check_logp, read[len(prompt) : end]))
 
 
 class Writing(Served):
-    """A server that gives no log-probabilities."""
+    """Server that gives no log-probabilities.
+
+    Prompts and options are texts, told apart by character.
+    """
 
     name = "a server without log-probabilities"
     scores = False
@@ -308,7 +277,7 @@ class Writing(Served):
     def _encode(self, text: str, special: bool) -> Ids:  # noqa: ARG002
         return tuple(map(ord, text))
 
-    def _said(self, prompt: Ids) -> Any:
+    def _make_prompt(self, prompt: Ids) -> Any:
         return "".join(map(chr, prompt))
 
     def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
@@ -318,14 +287,34 @@ class Writing(Served):
         raise NotImplementedError
 
 
+class Echoing(Writing):
+    """Any server that echoes prompts with log-probabilities: its tokens begin where it says (``text_offset``)."""
+
+    name = "a server that echoes"
+    scores = True
+
+    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
+        found = self._request_logprobs((*prompt, *ids), _ECHO, {"logprobs": 1, "echo": True})
+        tokens, values, offsets = (found[key] for key in _ECHO)
+        if not len(tokens) == len(values) == len(offsets) > 0:
+            raise self.make_error("has a text_offset that fits no token")
+        pairs = zip(_find_spans(self._make_prompt((*prompt, *ids)), tokens, offsets), values, strict=True)
+        end = len(prompt) + len(ids)
+        # A token that reaches over the beginning of the answer is counted with it.
+        chosen = [value for (start, stop), value in pairs if len(prompt) < stop and start < end]
+        if not chosen:
+            raise self.make_error("has no token for the answer")
+        return score + sum(map(self.check_logp, chosen))
+
+
 def _is_cut(text: Any) -> bool:
-    """Whether a text ends in the middle of a letter, or has not begun one."""
+    """Return whether a text ends in the middle of a letter, or has not begun one."""
     return isinstance(text, str) and (not text or text.endswith("\ufffd"))
 
 
-def _spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> list[tuple[int, int]]:
-    """Where in the text each token begins and ends. A token that begins every text, and is not in it, counts in the
-    offsets of some servers.
+def _find_spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where in the text each token begins and ends. A token that begins every text, and is not in it, counts in
+    the offsets of some servers.
 
     >>> _spans("a b", ["<s>", "a", " b"], [0, 3, 4])
     [(-3, 0), (0, 1), (1, 3)]
@@ -336,18 +325,19 @@ def _spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> list[tup
     return [(start, start + len(token)) for start, token in zip(starts, tokens, strict=True)]
 
 
-def _mended(text: str) -> str:
-    """The same without halves of surrogate pairs, which no file could hold: a model that is cut off in the middle of a
-    letter may write one."""
+def _mend(text: str) -> str:
+    """Replace halves of surrogate pairs, which no file could hold: a model that is cut off in the middle of a letter
+    may write one.
+    """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _known(build: str | None) -> str | None:
-    return _mended(build[:80]) if build else None
+def _clean_build(build: str | None) -> str | None:
+    return _mend(build[:80]) if build else None
 
 
-def find_out(client: Client, model: str, listed: Mapping[str, Any]) -> Served:
-    """Which kind of server it is, by what it tells of itself and, of one that tells nothing, one completion.
+def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Served:
+    """Find out the kind of server, by what it tells of itself and, of one that tells nothing, one completion.
 
     Parameters
     ----------
@@ -355,21 +345,21 @@ def find_out(client: Client, model: str, listed: Mapping[str, Any]) -> Served:
 
     Raises CompressknowError where the server completes no text.
     """
-    if about := _asked(client, "/props", _PROPS):
+    if about := _request_about(client, "/props", _PROPS):
         return LlamaServer(client, model, {**about, **(listed.get("meta") or {})})
-    version = _asked(client, "/version", _VERSION)
+    version = _request_about(client, "/version", _VERSION)
     if version and listed.get("owned_by") == "vllm":
         return Vllm(client, model, {**listed, **version})
-    return _tried(client, model)
+    return _try_completion(client, model)
 
 
-def _tried(client: Client, model: str) -> Served:
-    """By a completion: it echoes log-probabilities, or it writes."""
+def _try_completion(client: Client, model: str) -> Served:
+    """Find out by a completion: the server echoes log-probabilities, or it writes."""
     echoing, writing = Echoing(client, model, {}), Writing(client, model, {})
     asked = {"prompt": TRIAL, "max_tokens": 1, "logprobs": 1, "echo": True}
     form = {"choices": [{"logprobs?": (_MAYBE_ECHO, None)}], "model?": (str, None)}
     try:
-        found = echoing._completed(asked, form).get("logprobs") or {}
+        found = echoing._complete(asked, form).get("logprobs") or {}
         if len(found.get("token_logprobs") or ()) > 2 and found.get("text_offset"):
             return echoing
     except Refused as refused:
@@ -379,8 +369,8 @@ def _tried(client: Client, model: str) -> Served:
     return writing
 
 
-def _asked(client: Client, path: str, form: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a server tells of itself in that form; nothing where it does not."""
+def _request_about(client: Client, path: str, form: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a server tells of itself in that form; nothing where it does not."""
     try:
         return dict(client.get(path, form))
     except Refused as refused:

@@ -15,7 +15,7 @@ from compressknow.gguf.llama_cpp.model import GgufModel
 
 if TYPE_CHECKING:
     from compressknow.engine.identity import Located
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.scoring.llama_cpp import GgufReader, LlamaCppScorer
 
 
@@ -26,17 +26,16 @@ class LlamaCpp(Runtime):
     help = "GGUF files, in llama.cpp's own kernels; the default for these where it is installed"
 
     def reads(self, located: Located) -> bool:
-        """GGUF files."""
         return located.url is None and located.path.suffix == ".gguf"
 
     def is_default(self, located: Located) -> bool:
-        """Where the extra is installed; else transformers unpacks them."""
+        """Return whether the extra is installed; else transformers unpacks the files."""
         from compressknow.gguf.llama_cpp.native import is_there
 
         return self.reads(located) and is_there()
 
-    def settled(self, settings: Settings) -> Settings:
-        """On the processor: others are refused. What it computes in is the file's own, not `dtype`."""
+    def resolve_settings(self, settings: Settings) -> Settings:
+        """Choose the processor: other devices are refused. What it computes in is the file's own, not `dtype`."""
         if settings.device not in (AUTO, CPU):
             raise UsageError(
                 f"--device {settings.device}: GGUF files run on the processor here.",
@@ -45,18 +44,17 @@ class LlamaCpp(Runtime):
         return replace(settings, device=CPU, dtype=None)
 
     def key(self) -> tuple[str, ...]:
-        """Another build may compute otherwise."""
+        """Return name and build: another build may compute otherwise."""
         from compressknow.gguf.llama_cpp.native import native
 
         return self.name, native().build
 
     def open(self, located: Located, settings: Settings) -> LoadedInLlamaCpp:  # noqa: ARG002
-        """See `compressknow.gguf.llama_cpp.model.GgufModel`."""
         return LoadedInLlamaCpp(located)
 
 
 class LoadedInLlamaCpp(Loaded):
-    """A GGUF file, memory-mapped."""
+    """GGUF file, memory-mapped."""
 
     family = "causal"
 
@@ -70,11 +68,10 @@ class LoadedInLlamaCpp(Loaded):
 
     @property
     def vocabulary(self) -> str:  # type: ignore[override]
-        """Found when it is asked for."""
         return self._model.vocabulary
 
     def scorer(self, probe: Probe) -> LlamaCppScorer:
-        """On as many threads as torch uses."""
+        """Return a scorer on as many threads as torch uses."""
         import torch
 
         from compressknow.evaluate.scoring.llama_cpp import LlamaCppScorer
@@ -84,7 +81,7 @@ class LoadedInLlamaCpp(Loaded):
         return scorer
 
     def reader(self) -> GgufReader:
-        """On as many threads as torch uses."""
+        """Return a reader on as many threads as torch uses."""
         import torch
 
         from compressknow.evaluate.scoring.llama_cpp import GgufReader
@@ -97,8 +94,8 @@ class LoadedInLlamaCpp(Loaded):
         """Name, build, and how each group of layers is stored."""
         return self._record
 
-    def described(self) -> Mapping[str, Any]:
-        """How most weights are stored, and what an export of compressknow says that it was made from."""
+    def describe(self) -> Mapping[str, Any]:
+        """Return how most weights are stored, and what an export of compressknow says that it was made from."""
         from compressknow.gguf.record import PREFIX, SOURCE
 
         said = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in SOURCE}
@@ -113,7 +110,7 @@ class LoadedInLlamaCpp(Loaded):
         return {"name": LlamaCpp.name, "build": self._model.native.build, "types": types}
 
     def release(self) -> None:
-        """The contexts first, which read the model."""
+        """Close the contexts first, which read the model."""
         for reader in self._readers:
             reader.release()
         self._model.close()

@@ -1,4 +1,4 @@
-"""A server: it runs a model that it alone knows, behind an address; OpenAI's completions are its language."""
+"""Servers: each runs a model that it alone knows, behind an address; OpenAI's completions are its language."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compressknow.evaluate.runtimes import Loaded, Runtime
 if TYPE_CHECKING:
     from compressknow.engine.contents import Contents
     from compressknow.engine.identity import Located
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.runtimes.client import Client
     from compressknow.evaluate.runtimes.kinds import Served
     from compressknow.evaluate.scoring.server import ServedScorer
@@ -42,19 +42,16 @@ class Server(Runtime):
     whole_vocabulary = False
 
     def reads(self, located: Located) -> bool:
-        """Addresses."""
         return located.url is not None
 
-    def settled(self, settings: Settings) -> Settings:
-        """Device, dtype and batches are the server's own business."""
+    def resolve_settings(self, settings: Settings) -> Settings:
+        """Return the settings; device, dtype and batches are the server's own business."""
         return replace(settings, batch_size=BATCH_SIZE)
 
     def where(self, located: Located, settings: Settings) -> str:  # noqa: ARG002
-        """The address."""
         return located.url or ""
 
     def contents(self, located: Located, settings: Settings) -> Contents:
-        """See `LoadedFromServer.sha256`."""
         from compressknow.engine.contents import Contents
 
         return Contents(self.open(located, settings).sha256)
@@ -66,16 +63,16 @@ class Server(Runtime):
         """
         require("requests", "urllib3")
         from compressknow.evaluate.runtimes.client import Client
-        from compressknow.evaluate.runtimes.kinds import find_out
+        from compressknow.evaluate.runtimes.kinds import detect_server
 
         assert located.url is not None
         client = Client(located.url, timeout=settings.timeout, parallel=settings.parallel)
-        model, listed = chosen_model(client, settings.model)
-        return LoadedFromServer(find_out(client, model, listed), settings.parallel)
+        model, listed = choose_model(client, settings.model)
+        return LoadedFromServer(detect_server(client, model, listed), settings.parallel)
 
 
 class LoadedFromServer(Loaded):
-    """A model on a server."""
+    """Model on a server."""
 
     family = "causal"
 
@@ -83,31 +80,31 @@ class LoadedFromServer(Loaded):
         self._served, self._parallel = served, parallel
         self.architecture = served.name
         self.computed_in = self._type or "its own precision"
-        self.parameters = self._about("n_params", int)
-        self.sha256 = self._sha256()
+        self.parameters = self._find_about("n_params", int)
+        self.sha256 = self._hash()
 
     def scorer(self, probe: Probe) -> ServedScorer:
-        """See `ServedScorer`."""
         from compressknow.evaluate.scoring.server import ServedScorer
 
         return ServedScorer(self._served, probe, self._parallel)
 
     @property
     def gives_scores(self) -> bool:  # type: ignore[override]
-        """Whether the server gives log-probabilities."""
+        """Return whether the server gives log-probabilities."""
         return self._served.scores
 
     def record(self) -> Mapping[str, Any]:
-        """With the address, the model's name there, and what the server tells of answers: ``scores`` (log-probabilities
-        of candidates) and ``distribution`` (of the first token)."""
+        """Return name and build, the address, the model's name there, and what the server tells of answers: ``scores``
+        (log-probabilities of candidates) and ``distribution`` (of the first token).
+        """
         served = self._served
         build = " ".join(filter(None, (served.name, served.build)))
         where = {"url": served.client.url, "model": served.model}
         return {"name": "server", "build": build, **where, "scores": served.scores, "distribution": served.tokens}
 
-    def described(self) -> Mapping[str, Any]:
+    def describe(self) -> Mapping[str, Any]:
         """Name, size and quantization, as far as the server tells them."""
-        told = {"bytes": self._about("size", int), "dtype": self._type, "quantization": self._type}
+        told = {"bytes": self._find_about("size", int), "dtype": self._type, "quantization": self._type}
         name = self._served.model.rpartition("/")[2] or self._served.model
         return {"name": plain(name, 80), **{key: value for key, value in told.items() if value is not None}}
 
@@ -117,27 +114,29 @@ class LoadedFromServer(Loaded):
 
     @property
     def _type(self) -> str | None:
-        """Of most weights, as llama.cpp names it; where the file does not say so, it guesses and says that."""
-        kind = self._about("ftype", str)
+        """Return the type of most weights, as llama.cpp names it; where the file does not say so, it guesses and says
+        that.
+        """
+        kind = self._find_about("ftype", str)
         return kind and str(kind).removeprefix("(guessed) ")
 
-    def _about(self, key: str, kind: type) -> Any:
+    def _find_about(self, key: str, kind: type) -> Any:
         value = self._served.about.get(key)
         return None if misfit(value, kind) else value
 
-    def _sha256(self) -> str:
-        """In place of that of files, which a server does not show: a hash of its address, the model's name, the build,
-        the model's size there, and what it writes greedily to a few prompts.
+    def _hash(self) -> str:
+        """Hash, in place of files, which a server does not show: its address, the model's name, the build, the model's
+        size there, and what it writes greedily to a few prompts.
         """
         served = self._served
         told = [served.client.url, served.model, served.name, served.build]
-        told += [self._about(key, int) for key in ("n_params", "size")] + [self._type]
+        told += [self._find_about(key, int) for key in ("n_params", "size")] + [self._type]
         told += [served.write(served.encode(prompt, True), WRITTEN_TOKENS) for prompt in PROMPTS]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def chosen_model(client: Client, named: str | None) -> tuple[str, Mapping[str, Any]]:
-    """The model's name on the server, and what ``/v1/models`` says of it.
+def choose_model(client: Client, named: str | None) -> tuple[str, Mapping[str, Any]]:
+    """Return the model's name on the server, and what ``/v1/models`` says of it.
 
     Raises UsageError where the server has several and none is named, or has none of that name.
     """
@@ -151,25 +150,25 @@ def chosen_model(client: Client, named: str | None) -> tuple[str, Mapping[str, A
         rows = []
     models = {row["id"]: row for row in rows if 0 < len(row["id"]) <= LONGEST_NAME}
     if named is None:
-        return _only(client, models)
+        return _choose_only(client, models)
     if named in models or not models:
         return named, models.get(named, {})
     near = did_you_mean(named, models)
     raise UsageError(
-        f"{client.url} has no model {named!r}.", hint=f"{near}It has {_names(models)}." if models else None
+        f"{client.url} has no model {named!r}.", hint=f"{near}It has {_list_names(models)}." if models else None
     )
 
 
-def _only(client: Client, models: Mapping[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
+def _choose_only(client: Client, models: Mapping[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
     if len(models) == 1:
         return next(iter(models.items()))
     if not models:
         raise CompressknowError(
             f"{client.url} does not say which models it has.", hint="Give the model's name there with --model NAME."
         )
-    raise UsageError(f"{client.url} has several models: {_names(models)}.", hint="Choose one with --model NAME.")
+    raise UsageError(f"{client.url} has several models: {_list_names(models)}.", hint="Choose one with --model NAME.")
 
 
-def _names(models: Mapping[str, Any]) -> str:
+def _list_names(models: Mapping[str, Any]) -> str:
     shown = ", ".join(plain(name, 60) for name in list(models)[:SHOWN])
     return f"{shown} and {len(models) - SHOWN} more" if len(models) > SHOWN else shown

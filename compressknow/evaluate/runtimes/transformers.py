@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.evaluate.evaluate import scorer_for
 from compressknow.evaluate.runtimes import Loaded, Runtime
 
 if TYPE_CHECKING:
     from compressknow.engine.identity import Located
     from compressknow.evaluate.facts import Probe
-    from compressknow.evaluate.handle import Settings
+    from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.scoring.reading import TransformersReader
     from compressknow.evaluate.scoring.scorer import Scorer
 
@@ -26,11 +25,9 @@ class Transformers(Runtime):
     runs_tasks = True
 
     def reads(self, located: Located) -> bool:
-        """All that lies on this machine."""
         return located.url is None
 
     def open(self, located: Located, settings: Settings) -> LoadedInTransformers:
-        """See `compressknow.engine.language_model.load_language_model`."""
         return LoadedInTransformers(
             load_language_model(
                 located.path,
@@ -42,7 +39,7 @@ class Transformers(Runtime):
 
 
 class LoadedInTransformers(Loaded):
-    """A model of transformers."""
+    """Model of transformers."""
 
     language_model: LanguageModel
 
@@ -54,20 +51,20 @@ class LoadedInTransformers(Loaded):
 
     @property
     def vocabulary(self) -> str:  # type: ignore[override]
-        """Found when it is asked for: reading all tokens takes a while."""
+        """Return the hash of all tokens, which takes a while to compute."""
         return self.language_model.vocabulary
 
     @property
     def parameters(self) -> int:  # type: ignore[override]
-        """How many it has."""
         return self.language_model.parameters
 
     def scorer(self, probe: Probe) -> Scorer:
-        """That of the model's family."""
+        """Return the scorer of the model's family."""
+        from compressknow.evaluate.scoring.families import scorer_for
+
         return scorer_for(self.language_model.model, self.language_model.tokenizer, self.family, probe)
 
     def reader(self) -> TransformersReader:
-        """See `compressknow.evaluate.scoring.reading`."""
         from compressknow.evaluate.scoring.reading import TransformersReader
 
         return TransformersReader(self.language_model)

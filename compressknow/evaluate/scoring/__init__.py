@@ -1,1 +1,1 @@
-"""How a fact is scored: one scorer per model family, and what they share."""
+"""Scoring of facts: one scorer per model family, and what they share."""

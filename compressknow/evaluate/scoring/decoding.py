@@ -1,5 +1,5 @@
-"""What causal models and decoders share: candidates go on from the key-value cache of what comes before them, where
-it can be trusted.
+"""Scoring by causal models and decoders: candidates go on from the key-value cache of what comes before them, where it
+can be trusted.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from compressknow.engine.layers import rounds_activations, unrounded
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.grades import cut, end_of, opening_of
+from compressknow.evaluate.grades import cut, find_end, find_opening
 from compressknow.evaluate.scoring.prompts import Ids
-from compressknow.evaluate.scoring.ranking import Scores, best_of, make_answer, rank_of
+from compressknow.evaluate.scoring.ranking import Scores, find_best, find_rank, make_answer
 from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, ROWS, SLACK_TOKENS, Query, Scorer
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ FEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch of texts that an encoder has read.
+    """Batch of texts that an encoder has read.
 
     Attributes
     ----------
@@ -45,15 +45,15 @@ class Encoded:
     output: Any
 
     def rows(self, rows: Any) -> Encoded:
-        """These rows alone; the output is of its own class, with no other field: decoders look for some that others
-        have not.
+        """Return these rows alone; the output is of its own class, with no other field: decoders look for some that
+        others have not.
         """
         return Encoded(self.ids[rows], type(self.output)(last_hidden_state=self.output.last_hidden_state[rows]))
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """A batch of texts that a decoder has read.
+    """Batch of texts that a decoder has read.
 
     Attributes
     ----------
@@ -70,17 +70,17 @@ class Prefix:
 class DecodingScorer(Scorer):
     """Scores what follows a prefix, the cache of the prefix shared by all that may follow."""
 
-    by_weights = ("_rounds",)
+    by_weights = ("_is_rounding",)
     # How the architecture may read; None until it is tried.
     _reading: Reading | None = None
 
     @abstractmethod
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
-        """Logits of the last `keep` positions, [batch, keep, vocabulary], and the cache afterwards."""
+        """Return logits of the last `keep` positions, [batch, keep, vocabulary], and the cache afterwards."""
 
     @abstractmethod
     def ends(self, token: int) -> bool:
-        """Whether a free answer ends with this token."""
+        """Return whether a free answer ends with this token."""
 
     def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
         heads = [torch.tensor([ids[0] for ids in query.options], device=log_probs.device) for query in batch]
@@ -97,17 +97,17 @@ class DecodingScorer(Scorer):
     def _walk(
         self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], walking: list[int], scores: Scores, bars: Scores
     ) -> None:
-        """`finish` of the rows `walking`, a token a pass, so that a row stops where it falls below its bar; `scores`
-        are changed in place. A few rows go on to their ends in one pass: it reads all weights, whatever it scores. Not
-        where activations are rounded: how many rows there are would show in the scores (see `_rounds`).
+        """Finish the rows `walking`, a token per pass, so that a row stops where it falls below its bar; `scores` are
+        changed in place. A few rows go on to their ends in one pass: it reads all weights, whatever it scores. Not
+        where activations are rounded: how many rows there are would show in the scores (see `_is_rounding`).
         """
         cache, places, known = prefix.cache, [rows[row][0] for row in walking], 1
         while walking:
             left = max(len(rows[row][1]) for row in walking) - known
-            one_pass = not self.reads_ahead and not self._rounds and len(walking) * left <= FEW_TOKENS
+            one_pass = not self.reads_ahead and not self._is_rounding and len(walking) * left <= FEW_TOKENS
             width = left if one_pass else 1
             cache = select_rows(cache, torch.tensor(places, device=prefix.ids.device))
-            log_probs, cache = self._more(prefix, [rows[row] for row in walking], cache, known, width)
+            log_probs, cache = self._score_more(prefix, [rows[row] for row in walking], cache, known, width)
             scores[walking] += log_probs
             known += width
             places = [n for n, row in enumerate(walking) if known < len(rows[row][1]) and not scores[row] < bars[row]]
@@ -125,20 +125,20 @@ class DecodingScorer(Scorer):
         for index, more in zip(chosen, rest, strict=True):
             query, scores = batch[index], log_probs[index].double().cpu().numpy()
             first = query.gold[0]
-            rank = rank_of(first, scores)
-            text, correct = judged(texts[index] or "", query.fact.obj_label)
+            rank = find_rank(first, scores)
+            text, correct = judge(texts[index] or "", query.fact.obj_label)
             known = correct and rank is not None
-            best = best_of(scores)
+            best = find_best(scores)
             tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
             logp = float(scores[first] + more)
             answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, None, correct=known))
         return answers
 
     def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:
-        return [self.encoder.decode(self._ended(ids)) for ids in self.generate(batch, log_probs, state)]
+        return [self.encoder.decode(self._cut_end(ids)) for ids in self.generate(batch, log_probs, state)]
 
     def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:
-        """The likeliest tokens after each prompt, decoded greedily as far as each `goes_on`."""
+        """Return the likeliest tokens after each prompt, decoded greedily as far as each `goes_on`."""
         written = [[token] for token in log_probs.argmax(-1).tolist()]
         cache, rows = None, list(range(len(batch)))
         while going := [place for place, row in enumerate(rows) if self.goes_on(batch[row], written[row])]:
@@ -151,25 +151,25 @@ class DecodingScorer(Scorer):
             last = torch.tensor([written[row] for row in rows], device=state.ids.device)
             read = last[:, -1:] if cache is not None else torch.cat([state.ids[rows], last], dim=1)
             logits, cache = self.forward(read, cache, state.encoder and state.encoder.rows(rows), 1)
-            cache = self._kept(cache)
+            cache = self._keep_splittable(cache)
             for row, token in zip(rows, logits[:, -1].argmax(-1).tolist(), strict=True):
                 written[row].append(token)
         return written
 
     def goes_on(self, query: Query, written: Sequence[int]) -> bool:
-        """Whether a greedy text needs more tokens to tell what it says: up to as many as the longest candidate has, and
-        one more, which shows whether the last word ends there; and two where a quote or an article opens it.
+        """Return whether a greedy text needs more tokens to tell what it says: up to as many as the longest candidate
+        has, and one more, which shows whether the last word ends there; and two where a quote or an article opens it.
         """
-        if len(written) >= self._room(query, written) or self.ends(written[-1]):
+        if len(written) >= self._count_room(query, written) or self.ends(written[-1]):
             return False
         return tuple(written[:-1]) not in query.options
 
-    def _room(self, query: Query, written: Sequence[int]) -> int:
+    def _count_room(self, query: Query, written: Sequence[int]) -> int:
         if query.options:
             room = max(map(len, query.options)) + 1
             if len(written) >= room:
                 first = self.encoder.decode(written[:1])
-                room += OPENING_TOKENS if opening_of(f"{first} ").strip() == first.strip() else 0
+                room += OPENING_TOKENS if find_opening(f"{first} ").strip() == first.strip() else 0
         elif self.one_token:
             (ids,) = self.options(query.fact, [query.fact.obj_label], rest=False)
             room = len(ids) + 1
@@ -185,10 +185,10 @@ class DecodingScorer(Scorer):
         if self._reading is None:
             self._reading = self._try_reading(batch[:2], ids[:2], encoder.rows(slice(2)) if encoder else None)
         logits, cache = self.forward(ids, None, encoder, 1)
-        return logits[:, -1].float().log_softmax(-1), Prefix(ids, self._kept(cache), encoder)
+        return logits[:, -1].float().log_softmax(-1), Prefix(ids, self._keep_splittable(cache), encoder)
 
     def cached(self, cache: Any) -> dict[str, Any]:
-        """Arguments of a forward pass that goes on from a cache, or begins one; or of one without."""
+        """Return the arguments of a forward pass that goes on from a cache, or begins one; or of one without."""
         return {self._cache_name: cache, "use_cache": True} if self._caches else {"use_cache": False}
 
     @property
@@ -197,21 +197,21 @@ class DecodingScorer(Scorer):
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether what the model gives at a token depends on what follows, so that each token needs a pass."""
+        """Return whether what the model gives at a token depends on what follows, so that each token needs a pass."""
         return self._reading is not None and not self._reading.spans
 
     @cached_property
-    def _rounds(self) -> bool:
-        """Whether the model makes much of a last bit. Attention over several tokens of a text in one pass adds in
-        another order than over one, so each pass takes one.
+    def _is_rounding(self) -> bool:
+        """Return whether the model makes much of a last bit. Attention over several tokens of a text in one pass adds
+        in another order than over one, so each pass takes one.
         """
         return rounds_activations(self.model)
 
-    def _kept(self, cache: Any) -> Any:
-        return splittable(cache) if self._caches else None
+    def _keep_splittable(self, cache: Any) -> Any:
+        return check_splittable(cache) if self._caches else None
 
     def _try_reading(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> Reading:
-        """How this model may read, found out by two queries."""
+        """Find out by two queries how this model may read."""
         # No longer than the prompts, where these are long: they may end at the last position that there is.
         prefix = ids[:, :-TRIED] if ids.shape[1] > TRIED else ids
         more = torch.tensor([(asked.gold + asked.prompt * TRIED)[:TRIED] for asked in batch], device=ids.device)
@@ -223,24 +223,24 @@ class DecodingScorer(Scorer):
 
         # Activations that are rounded to 8 bits differ by more than what is looked for here.
         with unrounded(self.model):
-            return reading_of(forward, prefix, more)
+            return find_reading(forward, prefix, more)
 
     def cache_of(self, output: Any) -> Any:
         return getattr(output, self._cache_name, None)
 
     @cached_property
     def _cache_name(self) -> str:
-        return cache_name(self.model)
+        return find_cache_name(self.model)
 
-    def _ended(self, ids: list[int]) -> list[int]:
+    def _cut_end(self, ids: list[int]) -> list[int]:
         end = next((place for place, token in enumerate(ids) if self.ends(token)), len(ids))
         return ids[:end]
 
-    def _more(
+    def _score_more(
         self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], cache: Any, known: int, width: int
     ) -> tuple[Scores, Any]:
-        """Log-probabilities of the next `width` tokens after `known` ones, summed, [rows], and the cache afterwards.
-        Shorter options are filled up at their ends, which no token before sees.
+        """Sum the log-probabilities of the next `width` tokens after `known` ones, [rows], and return them with the
+        cache afterwards. Shorter options are filled up at their ends, which no token before sees.
         """
         device, end = prefix.ids.device, known + width
         ids = torch.tensor([option[:end] + option[-1:] * (end - len(option)) for _, option in rows], device=device)
@@ -256,20 +256,22 @@ class DecodingScorer(Scorer):
         return scores, None if cache is None else after
 
 
-def cache_name(model: PreTrainedModel) -> str:
-    """What a model's `forward` calls its cache; modelling code that comes with a checkpoint may use the older name."""
+def find_cache_name(model: PreTrainedModel) -> str:
+    """Return what a model's `forward` calls its cache; modelling code that comes with a checkpoint may use the older
+    name.
+    """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def judged(text: str, gold: str) -> tuple[str, bool]:
-    """A free answer, cut at its end, and whether it is the object: it begins with it, as whole words, whatever their
-    case and the article or quotes before it.
+def judge(text: str, gold: str) -> tuple[str, bool]:
+    """Cut a free answer at its end, and return whether it is the object: it begins with it, as whole words, whatever
+    their case and the article or quotes before it.
 
     >>> judged("Paris, the city of", "Paris"), judged("Parisian food", "Paris"), judged("the Nile. It", "Nile")
     (('Paris, the city of', True), ('Parisian food', False), ('the Nile', True))
     """
     text = text.strip()
-    after = end_of(text, gold)
+    after = find_end(text, gold)
     return cut(text, after or 0), after is not None
 
 
@@ -282,7 +284,7 @@ Forward = Callable[[torch.Tensor, Any, int, bool], tuple[torch.Tensor, Any]]
 
 @dataclass(frozen=True)
 class Reading:
-    """How texts may be scored.
+    """Ways in which a model's texts may be scored.
 
     Attributes
     ----------
@@ -295,24 +297,24 @@ class Reading:
     spans: bool
 
 
-def reading_of(forward: Forward, prefix: torch.Tensor, more: torch.Tensor) -> Reading:
-    """How a model may read: tried on prefixes [batch, tokens] and what follows them, [batch, TRIED]."""
+def find_reading(forward: Forward, prefix: torch.Tensor, more: torch.Tensor) -> Reading:
+    """Find out how a model may read, on prefixes [batch, tokens] and what follows them, [batch, TRIED]."""
     whole, known = torch.cat([prefix, more], dim=1), prefix.shape[1]
     expected, _ = forward(whole, None, whole.shape[1], False)
-    if not same_logits(forward(prefix, None, known, False)[0], expected[:, :known]):
+    if not is_same(forward(prefix, None, known, False)[0], expected[:, :known]):
         return Reading(cached=False, spans=False)
     try:
-        cached = _cache_holds(forward, prefix, more, expected[:, known:])
+        cached = _is_cache_sound(forward, prefix, more, expected[:, known:])
     except Exception:
         # The architecture has none, or none that can be used like this.
         cached = False
     return Reading(cached=cached, spans=True)
 
 
-def _cache_holds(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether what follows gets from a cache, some rows of it taken twice, the logits that are expected."""
+def _is_cache_sound(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether what follows gets from a cache, some rows of it taken twice, the logits that are expected."""
     rows = torch.arange(len(prefix), device=prefix.device)
-    cache = splittable(forward(prefix, None, 1, True)[1])
+    cache = check_splittable(forward(prefix, None, 1, True)[1])
     if cache is None:
         return False
     # What another text does with the cache must leave no trace.
@@ -322,23 +324,23 @@ def _cache_holds(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, exp
     others, _ = forward(
         more[rows, 1:], select_rows(cache, torch.arange(len(rows), device=rows.device)), TRIED - 1, True
     )
-    return same_logits(torch.cat([one, others], dim=1), expected[rows])
+    return is_same(torch.cat([one, others], dim=1), expected[rows])
 
 
-def same_logits(logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits are the same but for rounding, which grows with them and with the steps of their dtype; those of a
-    broken model, that are no numbers, pass.
+def is_same(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether logits are the same but for rounding, which grows with them and with the steps of their dtype;
+    those of a broken model, that are no numbers, pass.
     """
     room = torch.finfo(logits.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max()))
     return not bool(((logits - expected).abs() > room).any())
 
 
-def splittable(cache: Any) -> Any:
-    """The cache, if its rows can be taken apart; None for states of another kind (Mamba's, for one)."""
+def check_splittable(cache: Any) -> Any:
+    """Return the cache, if its rows can be taken apart; None for states of another kind (Mamba's, for one)."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
     if isinstance(cache, EncoderDecoderCache):
-        halves = splittable(cache.self_attention_cache), splittable(cache.cross_attention_cache)
+        halves = check_splittable(cache.self_attention_cache), check_splittable(cache.cross_attention_cache)
         return cache if all(half is not None for half in halves) else None
     plain = isinstance(cache, DynamicCache) and all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
@@ -347,7 +349,7 @@ def splittable(cache: Any) -> Any:
 
 
 def select_rows(cache: Any, rows: torch.Tensor) -> Any:
-    """A new cache of these rows; the old one keeps its own."""
+    """Return a new cache of these rows; the old one keeps its own."""
     from transformers.cache_utils import EncoderDecoderCache
 
     if cache is None:

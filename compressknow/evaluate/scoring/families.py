@@ -1,25 +1,30 @@
-"""How each family of models answers: masked, causal, encoder-decoder."""
+"""Scorers by family of models: masked, causal, encoder-decoder."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
-from compressknow.engine.language_model import decoder_start
-from compressknow.evaluate.facts import BLANK, Fact
+from compressknow.engine.language_model import decoder_start, embedding_rows
+from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded
 from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.scoring.ranking import Scores
 from compressknow.evaluate.scoring.scorer import ROWS, Query, Scorer, group_by_length
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
 # Index of the query, the number of tokens of an option, and its beginning: what a pass predicts the next token from.
 Step = tuple[int, int, Ids]
+END_OF_TEXT = "<|endoftext|>"
 FIRST_SENTINEL, NEXT_SENTINEL = "<extra_id_0>", "<extra_id_1>"
 
 
@@ -43,7 +48,7 @@ class MaskedScorer(Scorer):
                 f"The tokenizer makes {ids.count(self.tokenizer.mask_token_id)} mask tokens of {fact.prompt!r}.",
                 hint="See that its mask token is one of its special tokens.",
             )
-        return self._without_space(ids) if fact.gap else ids
+        return self._drop_space(ids) if fact.gap else ids
 
     def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:  # noqa: ARG002
         # What follows is in sight anyway.
@@ -57,14 +62,18 @@ class MaskedScorer(Scorer):
         return True
 
     def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
-        return self._log_probs([(query.prompt, self._blank(query)) for query in batch]), batch
+        return self._compute_log_probs([(query.prompt, self._find_blank(query)) for query in batch]), batch
 
     def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
         scores = [np.empty(len(query.options)) for query in batch]
         groups = [group_by_length(query.options) for query in batch]
         for length in sorted({length for group in groups for length in group}):
             chosen = [index for index, group in enumerate(groups) if length in group]
-            masked = log_probs[chosen] if length == 1 else self._first_of(length, [batch[i] for i in chosen])
+            masked = (
+                log_probs[chosen]
+                if length == 1
+                else self._compute_log_probs([self.step(batch[i], length, ()) for i in chosen])
+            )
             for row, index in zip(masked, chosen, strict=True):
                 options = groups[index][length]
                 heads = torch.tensor([batch[index].options[option][0] for option in options], device=row.device)
@@ -80,33 +89,33 @@ class MaskedScorer(Scorer):
             steps = [(rows[row][0], len(rows[row][1]), rows[row][1][:place]) for row in alive]
             for step, row in zip(steps, alive, strict=True):
                 wanted.setdefault(step, []).append(rows[row][1][place])
-            logp = self._steps(batch, wanted)
+            logp = self._score_steps(batch, wanted)
             scores[alive] += [logp[step][rows[row][1][place]] for step, row in zip(steps, alive, strict=True)]
             place += 1
         return scores
 
     def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:  # noqa: ARG002
-        """The first of the whole vocabulary at the mask; where the object has several tokens, at as many masks from
-        left to right: its length is told to the model, as candidates' lengths are where they are scored.
+        """Return the first of the whole vocabulary at the mask; where the object has several tokens, at as many masks
+        from left to right: its length is told to the model, as candidates' lengths are where they are scored.
         """
         found: list[Ids] = [(token,) for token in log_probs.argmax(-1).tolist()]
         for length in {len(query.gold) for query in batch} - {0, 1}:
             chosen = [index for index, query in enumerate(batch) if len(query.gold) == length]
-            for index, ids in zip(chosen, self._filled([batch[index] for index in chosen], length), strict=True):
+            for index, ids in zip(chosen, self._fill_masks([batch[index] for index in chosen], length), strict=True):
                 found[index] = ids
         return [self.encoder.decode(ids) for ids in found]
 
-    def _filled(self, batch: Sequence[Query], length: int) -> list[Ids]:
-        """The likeliest token at each of `length` masks, those before it filled in."""
+    def _fill_masks(self, batch: Sequence[Query], length: int) -> list[Ids]:
+        """Return the likeliest token at each of `length` masks, those before it filled in."""
         found: list[Ids] = [()] * len(batch)
         for _ in range(length):
             rows = [self.step(query, length, ids) for query, ids in zip(batch, found, strict=True)]
-            tokens = self._log_probs(rows).argmax(-1).tolist()
+            tokens = self._compute_log_probs(rows).argmax(-1).tolist()
             found = [(*ids, token) for ids, token in zip(found, tokens, strict=True)]
         return found
 
-    def _steps(self, batch: Sequence[Query], wanted: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
-        """Log-probabilities of the wanted tokens after each beginning of a candidate."""
+    def _score_steps(self, batch: Sequence[Query], wanted: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
+        """Return log-probabilities of the wanted tokens after each beginning of a candidate."""
         sizes: dict[int, list[Step]] = {}
         for step in wanted:
             sizes.setdefault(len(batch[step[0]].prompt) + step[1], []).append(step)
@@ -115,22 +124,22 @@ class MaskedScorer(Scorer):
             for start in range(0, len(steps), ROWS):
                 chunk = steps[start : start + ROWS]
                 rows = [self.step(batch[index], length, beginning) for index, length, beginning in chunk]
-                for step, row in zip(chunk, self._log_probs(rows), strict=True):
+                for step, row in zip(chunk, self._compute_log_probs(rows), strict=True):
                     values = row[torch.tensor(wanted[step], device=row.device)].double().tolist()
                     found[step] = dict(zip(wanted[step], values, strict=True))
         return found
 
-    def _first_of(self, length: int, batch: Sequence[Query]) -> torch.Tensor:
-        return self._log_probs([self.step(query, length, ()) for query in batch])
-
     def step(self, query: Query, length: int, beginning: Ids) -> tuple[Ids, int]:
-        """The prompt with `length` masks in place of one, the first ones filled; and where the next token stands."""
-        place = self._blank(query)
+        """Return the prompt with `length` masks in place of one, the first ones filled; and where the next token
+        stands.
+        """
+        place = self._find_blank(query)
         masks = (self.tokenizer.mask_token_id,) * (length - len(beginning))
         return (*query.prompt[:place], *beginning, *masks, *query.prompt[place + 1 :]), place + len(beginning)
 
-    def _without_space(self, prompt: Ids) -> Ids:
-        """The prompt without a token for the space before the mask: that space is part of the answer's first token.
+    def _drop_space(self, prompt: Ids) -> Ids:
+        """Return the prompt without a token for the space before the mask: that space is part of the answer's first
+        token.
 
         Tokenizers whose mask takes in the space before it, as RoBERTa's does, have none there.
         """
@@ -139,24 +148,24 @@ class MaskedScorer(Scorer):
         space = before and before[0] not in self.tokenizer.all_special_ids and not self.encoder.decode(before)
         return prompt[: place - 1] + prompt[place:] if space else prompt
 
-    def _blank(self, query: Query) -> int:
+    def _find_blank(self, query: Query) -> int:
         return query.prompt.index(self.tokenizer.mask_token_id)
 
-    def _log_probs(self, rows: Sequence[tuple[Ids, int]]) -> torch.Tensor:
-        """Log-probabilities at one position of each row, [rows, vocabulary], float32; rows of one length."""
+    def _compute_log_probs(self, rows: Sequence[tuple[Ids, int]]) -> torch.Tensor:
+        """Return log-probabilities at one position of each row, [rows, vocabulary], float32; rows of one length."""
         device = self.model.device
         ids = torch.tensor([row for row, _ in rows], device=device)
         places = torch.tensor([place for _, place in rows], device=device)
         if self._head_alone is None:
-            self._head_alone = self._head_is_pointwise(ids[:2], places[:2])
+            self._head_alone = self._is_head_pointwise(ids[:2], places[:2])
         if self._head_alone:
-            logits = self._logits_at(ids, places)
+            logits = self._compute_logits_at(ids, places)
         else:
             logits = self._forward(ids)[torch.arange(len(rows), device=device), places]
         return logits.float().log_softmax(-1)
 
-    def _logits_at(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Logits where they are wanted: the head sees the hidden states of these positions alone."""
+    def _compute_logits_at(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Return logits where they are wanted: the head sees the hidden states of these positions alone."""
 
         def keep(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
             output.last_hidden_state = output.last_hidden_state[
@@ -174,13 +183,15 @@ class MaskedScorer(Scorer):
         logits: torch.Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return logits
 
-    def _head_is_pointwise(self, ids: torch.Tensor, places: torch.Tensor) -> bool:
-        """Whether the head gives the same where it sees the masked positions alone: most do, the rest run it whole."""
+    def _is_head_pointwise(self, ids: torch.Tensor, places: torch.Tensor) -> bool:
+        """Return whether the head gives the same where it sees the masked positions alone: most do, the rest run it
+        whole.
+        """
         if self.model.base_model is self.model:
             return False
         whole = self._forward(ids)[torch.arange(len(ids), device=ids.device), places]
         try:
-            alone = self._logits_at(ids, places)
+            alone = self._compute_logits_at(ids, places)
         except (AttributeError, RuntimeError, ValueError, IndexError, TypeError):
             return False
         return alone.shape == whole.shape and torch.allclose(alone, whole, rtol=1e-3, atol=1e-3)
@@ -204,7 +215,7 @@ class CausalScorer(DecodingScorer):
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
-        after, context = fact.after if rest else "", self._context(fact)
+        after, context = fact.after if rest else "", self._choose_context(fact)
         return tuple(self.encoder.answer(context, text + after, fact.gap) for text in texts)
 
     def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
@@ -240,12 +251,12 @@ class CausalScorer(DecodingScorer):
             )
         return int(start)
 
-    def _context(self, fact: Fact) -> str:
-        """A text before the answer that gives the same tokens as the prompt does: most often its last word."""
+    def _choose_context(self, fact: Fact) -> str:
+        """Return a text before the answer that gives the same tokens as the prompt does: most often its last word."""
         context = fact.before.rpartition(" ")[2]
-        return context if self._boundary_holds(fact, context) else fact.before
+        return context if self._is_boundary_kept(fact, context) else fact.before
 
-    def _boundary_holds(self, fact: Fact, context: str) -> bool:
+    def _is_boundary_kept(self, fact: Fact, context: str) -> bool:
         gold = self.encoder.answer(context, fact.obj_label, fact.gap)
         whole = fact.before + fact.gap + fact.obj_label
         ids = self.encoder.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
@@ -268,7 +279,7 @@ class Seq2SeqScorer(DecodingScorer):
 
     def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
         if self._has_sentinels:
-            close = (self._id(NEXT_SENTINEL),) if rest else ()
+            close = (self._find_id(NEXT_SENTINEL),) if rest else ()
             return tuple(self.encoder.answer(fact.before, text, fact.gap) + close for text in texts)
         after = fact.after if rest else ""
         return tuple(self.encoder.answer(fact.before, text + after, fact.gap) for text in texts)
@@ -299,7 +310,7 @@ class Seq2SeqScorer(DecodingScorer):
         return output.logits[:, -keep:], self.cache_of(output)
 
     def ends(self, token: int) -> bool:
-        return token == self.tokenizer.eos_token_id or (self._has_sentinels and token == self._id(NEXT_SENTINEL))
+        return token == self.tokenizer.eos_token_id or (self._has_sentinels and token == self._find_id(NEXT_SENTINEL))
 
     @cached_property
     def _has_sentinels(self) -> bool:
@@ -314,10 +325,10 @@ class Seq2SeqScorer(DecodingScorer):
         return False
 
     def beginning(self, fact: Fact) -> Ids:
-        """What the decoder has written before the answer."""
+        """Return what the decoder has written before the answer."""
         start = (self._start,)
         if self._has_sentinels:
-            return (*start, self._id(FIRST_SENTINEL))
+            return (*start, self._find_id(FIRST_SENTINEL))
         whole = self.encoder.ids(fact.before, True)
         return (*start, *(whole[:-1] if whole[-1:] == (self.tokenizer.eos_token_id,) else whole))
 
@@ -325,5 +336,33 @@ class Seq2SeqScorer(DecodingScorer):
     def _start(self) -> int:
         return decoder_start(self.model)
 
-    def _id(self, token: str) -> int:
+    def _find_id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))
+
+
+_SCORERS: dict[str, type[MaskedScorer | CausalScorer | Seq2SeqScorer]] = {
+    "masked": MaskedScorer,
+    "causal": CausalScorer,
+    "seq2seq": Seq2SeqScorer,
+}
+
+
+def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
+    """Return the scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
+
+    Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.
+    """
+    rows, size = embedding_rows(model), len(tokenizer)
+    # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
+    unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens
+    if size > rows and not (unused and tokenizer.convert_ids_to_tokens(rows) == END_OF_TEXT):
+        raise CheckpointError(
+            f"The tokenizer has {size:,} tokens, the model's embedding {rows:,} rows: they do not match.",
+            hint="Put the tokenizer that the model was trained with in the same folder as the weights.",
+        )
+    if family == "masked" and tokenizer.mask_token is None:
+        raise UnsupportedError(
+            "The tokenizer has no mask token: a masked language model cannot be evaluated without one.",
+            hint="Set `mask_token` in its tokenizer_config.json.",
+        )
+    return _SCORERS[family](model, tokenizer, probe)

@@ -1,4 +1,4 @@
-"""The scorer of GGUF files in llama.cpp: the causal one's rules, with llama.cpp's memory of what was read."""
+"""Scorer and reader of GGUF files in llama.cpp: the causal ones' rules, with llama.cpp's memory of what was read."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class LlamaCppScorer(CausalScorer):
         super().release()
 
     def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
-        """Few enough prompts that all find room; all of a batch are of one length."""
+        """Cut a batch, all of one length, into few enough prompts that all find room."""
         size = max(1, min(PROMPTS, PROMPT_TOKENS // len(batch[0].prompt)))
         return [batch[start : start + size] for start in range(0, len(batch), size)]
 
     def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
-        """See `compressknow.evaluate.scoring.scorer.Scorer.first`; what is gone on from is the batch itself."""
-        context = self._memory(batch)
+        """Read the prompts; the batch itself is the state from which scoring goes on."""
+        context = self._get_memory(batch)
         context.clear()
         logits = context.read([Span(number, 0, query.prompt, 1) for number, query in enumerate(batch)])
         return torch.from_numpy(logits).log_softmax(-1), batch
@@ -66,7 +66,7 @@ class LlamaCppScorer(CausalScorer):
         self, prefix: Any, rows: Sequence[tuple[int, Ids]], walking: list[int], scores: Scores, bars: Scores
     ) -> None:
         batch: Sequence[Query] = prefix
-        context, free = self._memory(batch), SEQUENCES - len(batch)
+        context, free = self._get_memory(batch), SEQUENCES - len(batch)
         room = context.cells - sum(len(query.prompt) for query in batch)
         while walking:
             together = max(1, min(free, room // (len(rows[walking[0]][1]) - 1)))
@@ -76,12 +76,12 @@ class LlamaCppScorer(CausalScorer):
                 context.fork(rows[row][0], sequence)
             known = 1
             while chosen:
-                known += self._step(batch, [(sequences[row], row, *rows[row]) for row in chosen], known, scores)
+                known += self._advance(batch, [(sequences[row], row, *rows[row]) for row in chosen], known, scores)
                 chosen = [row for row in chosen if known < len(rows[row][1]) and not scores[row] < bars[row]]
             for sequence in sequences.values():
                 context.forget(sequence)
 
-    def _step(
+    def _advance(
         self, batch: Sequence[Query], rows: Sequence[tuple[int, int, int, Ids]], known: int, scores: Scores
     ) -> int:
         """Add the log-probabilities of some tokens after `known` ones to `scores`; gives how many tokens these were.
@@ -95,7 +95,7 @@ class LlamaCppScorer(CausalScorer):
         for sequence, _, query, ids in rows:
             read = ids[known - 1 : known - 1 + width][: len(ids) - known]
             spans.append(Span(sequence, len(batch[query].prompt) + known - 1, read, len(read)))
-        logits = torch.from_numpy(self._memory(batch).read(spans))
+        logits = torch.from_numpy(self._get_memory(batch).read(spans))
         wanted = torch.tensor([token for *_, ids in rows for token in ids[known : known + width]])
         values = logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
         owners = torch.repeat_interleave(torch.tensor([len(span.tokens) for span in spans]))
@@ -104,8 +104,8 @@ class LlamaCppScorer(CausalScorer):
         return width
 
     def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:  # noqa: ARG002
-        """Each text goes on in a sequence of its own, so that candidates still find the prompts."""
-        context = self._memory(batch)
+        """Continue each text in a sequence of its own, so that candidates still find the prompts."""
+        context = self._get_memory(batch)
         written = [[int(token)] for token in log_probs.argmax(-1)]
         for number in range(len(batch)):
             context.fork(number, len(batch) + number)
@@ -121,17 +121,14 @@ class LlamaCppScorer(CausalScorer):
         return written
 
     def ends(self, token: int) -> bool:
-        """As llama.cpp decides it."""
         return bool(self.tokenizer.ends(token))
 
     @property
     def device(self) -> torch.device:
-        """Where log-probabilities lie."""
         return torch.device("cpu")
 
     @property
     def architecture(self) -> str:
-        """The file's."""
         return self._gguf.architecture
 
     @cached_property
@@ -142,8 +139,8 @@ class LlamaCppScorer(CausalScorer):
     def _most(self) -> int | None:
         return self._gguf.most_tokens
 
-    def _memory(self, batch: Sequence[Query]) -> Context:
-        """A context with room for a batch and what follows its prompts."""
+    def _get_memory(self, batch: Sequence[Query]) -> Context:
+        """Return a context with room for a batch and what follows its prompts."""
         longest = max(max(map(len, query.options), default=len(query.gold)) for query in batch) + SLACK_TOKENS
         prompts = sum(len(query.prompt) for query in batch)
         needed = prompts + max(CANDIDATE_TOKENS, longest * len(batch))
@@ -172,34 +169,30 @@ class GgufReader:
 
     @cached_property
     def bos(self) -> int | None:
-        """By what the file says."""
         return self._tokenizer.bos_token_id if self._tokenizer.begins_texts else None
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Names of special tokens are text like any other. None for bytes where the pieces do not spell the text, as
-        where the tokenizer puts a space before it.
+        """Tokenize; names of special tokens are text like any other. None for bytes where the pieces do not spell the
+        text, as where the tokenizer puts a space before it.
         """
         ids = self._tokenizer.ids(text, special=False, parse_special=False)
         pieces = [self._tokenizer.piece(number) for number in ids]
         return ids, list(accumulate(map(len, pieces))) if b"".join(pieces) == text.encode() else None
 
     def log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
-        """See `TextReader`."""
-        context = self._memory(len(ids))
+        context = self._get_memory(len(ids))
         context.clear()
         logits = torch.from_numpy(context.read([Span(0, 0, ids, len(ids) - first)]))
         return logits[:-1].log_softmax(-1)
 
     def continued(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """A prompt at a time."""
-        return [self._continued(prompt, tokens) for prompt in prompts]
+        return [self._continue(prompt, tokens) for prompt in prompts]
 
     def ends(self, token: int) -> bool:
-        """See `TextReader`."""
         return self._tokenizer.ends(token)
 
-    def _continued(self, prompt: Sequence[int], tokens: int) -> list[int]:
-        context = self._memory(len(prompt) + tokens)
+    def _continue(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        context = self._get_memory(len(prompt) + tokens)
         context.clear()
         written: list[int] = []
         fed, place = list(prompt), 0
@@ -210,7 +203,7 @@ class GgufReader:
             fed, place = written[-1:], place + len(fed)
         return written
 
-    def _memory(self, tokens: int) -> Context:
+    def _get_memory(self, tokens: int) -> Context:
         if self._held is None or self._held.cells < tokens:
             self.release()
             self._held = Context(self._model, cells=-(-tokens // 256) * 256, sequences=1, threads=self._threads)

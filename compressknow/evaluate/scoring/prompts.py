@@ -21,7 +21,7 @@ OPENING = ("(", "[", "{", "“", "‘", "«", "„", "¿", "¡")
 
 
 def fill(template: str, subject: str) -> str:
-    """The template with the subject in its place and the blank for the object.
+    """Put the subject and the blank for the object into the template.
 
     >>> fill("[X] was born in [Y] .", "Allan Peiper")
     'Allan Peiper was born in [MASK] .'
@@ -30,8 +30,8 @@ def fill(template: str, subject: str) -> str:
     return re.sub(r"\[X\]|\[Y\]", lambda match: subject if match[0] == SUBJECT else BLANK, template)
 
 
-def capitalized(text: str) -> str:
-    """The text with its first letter in upper case, the others as they are.
+def capitalize(text: str) -> str:
+    """Return the text with its first letter in upper case, the others as they are.
 
     >>> capitalized("the North Sea")
     'The North Sea'
@@ -40,16 +40,16 @@ def capitalized(text: str) -> str:
 
 
 def pick(templates: Sequence[str], number: int, where: str) -> str:
-    """The template of that number, counted from 1. Raises UsageError where there is none."""
+    """Return the template of that number, counted from 1. Raise UsageError where there is none."""
     if not 1 <= number <= len(templates):
         there = "There is 1 template" if len(templates) == 1 else f"There are {len(templates)} templates"
         raise UsageError(f"{where} has no template {number}.", hint=f"{there}, counted from 1.")
     return templates[number - 1]
 
 
-def ends_open(prompt: str) -> bool:
-    """Whether a prompt without a blank is the beginning of a sentence, so that its object comes next: it ends in a
-    word or a comma, and marks no other place.
+def is_open(prompt: str) -> bool:
+    """Return whether a prompt without a blank is the beginning of a sentence, so that its object comes next: it ends in
+    a word or a comma, and marks no other place.
 
     >>> [ends_open(prompt) for prompt in ("The capital of France is", "Paris is the capital of .", "___ is in France")]
     [True, False, False]
@@ -58,8 +58,8 @@ def ends_open(prompt: str) -> bool:
     return marked is None and not prompt.rstrip().endswith((".", "!", "?", ";"))
 
 
-def with_blank(prompt: str) -> str:
-    """The prompt with a blank at its end.
+def add_blank(prompt: str) -> str:
+    """Return the prompt with a blank at its end.
 
     >>> with_blank("The capital of France is"), with_blank('France calls its capital "')
     ('The capital of France is [MASK]', 'France calls its capital "[MASK]')
@@ -69,8 +69,8 @@ def with_blank(prompt: str) -> str:
     return f"{prompt}{'' if follows else ' '}{BLANK}"
 
 
-def wrong_blanks(prompt: str) -> str | None:
-    """Why the prompt cannot be used, as a reason to drop it; None where it holds one blank."""
+def check_blanks(prompt: str) -> str | None:
+    """Return why the prompt cannot be used, as a reason to drop it; None where it holds one blank."""
     count = prompt.count(BLANK)
     return None if count == 1 else "no blank in the sentence" if count == 0 else "several blanks in the sentence"
 
@@ -100,16 +100,16 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.ids = cache(self._ids)
-        self.continuation = cache(self._continuation)
-        self.spelled = cache(self._spelled)
+        self.ids = cache(self._tokenize)
+        self.continuation = cache(self._tokenize_after)
+        self.spelled = cache(self._respell)
 
-    def _ids(self, text: str, special: bool = False) -> Ids:
-        """Ids of `text`, with the tokenizer's special tokens around it if `special`."""
+    def _tokenize(self, text: str, special: bool = False) -> Ids:
+        """Return ids of `text`, with the tokenizer's special tokens around it if `special`."""
         return tuple(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    def _continuation(self, context: str, text: str) -> Ids:
-        """Ids of `text` where it follows `context`: those of both together without those of the context.
+    def _tokenize_after(self, context: str, text: str) -> Ids:
+        """Return ids of `text` where it follows `context`: those of both together without those of the context.
 
         Where the boundary is not kept (a token reaches over it), `text` is tokenized by itself.
         """
@@ -119,7 +119,8 @@ class Encoder:
         return self.ids(text)
 
     def answer(self, context: str, text: str, gap: str = " ") -> Ids:
-        """Ids of an answer in running text after `context`, or at the start of a sentence, where it is capitalized.
+        """Return ids of an answer in running text after `context`, or at the start of a sentence, where it is
+        capitalized.
 
         `gap` is what stands between both: a space, or nothing.
         """
@@ -127,8 +128,8 @@ class Encoder:
             return self.ids(text[:1].upper() + text[1:])
         return self.continuation(context.rpartition(" ")[2], gap + text)
 
-    def _spelled(self, text: str) -> str:
-        """The text as the tokenizer gives it back; as it is, where the tokenizer lacks a part of it.
+    def _respell(self, text: str) -> str:
+        """Return the text as the tokenizer gives it back; as it is, where the tokenizer lacks a part of it.
 
         An uncased one gives "são tomé" back as "sao tome", and word pieces "Guinea-Bissau" as "guinea - bissau".
         """
@@ -136,11 +137,11 @@ class Encoder:
         return text if self.tokenizer.unk_token_id in ids else self.decode(ids)
 
     def decode(self, ids: Ids | list[int] | Any) -> str:
-        """The text of `ids`, special tokens left out, spaces at its ends removed."""
+        """Return the text of `ids`, special tokens left out, spaces at its ends removed."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def single(self, words: tuple[str, ...]) -> dict[int, str]:
-        """Of these words, those that are one token in running text: id -> word (the first word of an id)."""
+        """Map ids to words, of those words that are one token in running text (the first word of an id)."""
         found: dict[int, str] = {}
         for word in words:
             ids = self.answer("is", word)

@@ -1,4 +1,4 @@
-"""The best candidates, found exactly without finishing most of them, and the answer that their scores make."""
+"""Ranking: the best candidates, found exactly without finishing most of them, and the answer that their scores make."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Finish = Callable[[list[tuple[int, int]], Scores], Scores]
 
 @dataclass
 class Ranking:
-    """The candidates of one fact.
+    """Candidates of one fact, and what is known of their scores.
 
     Attributes
     ----------
@@ -40,24 +40,25 @@ class Ranking:
     summed: bool = True
 
     def bar(self) -> float | None:
-        """What a candidate must reach to matter: the lowest of the object's score, that of the fifth best and, for the
-        sum, an even part of the tail of what is finished. None while they are not known. It only rises.
+        """Return what a candidate must reach to matter: the lowest of the object's score, that of the fifth best and,
+        for the sum, an even part of the tail of what is finished. None while they are not known. It only rises.
         """
         known = self.scores[self.finished]
         if not self.finished[self.gold] or len(known) < min(TOP, len(self.scores)):
             return None
         bar = np.fmin(self.scores[self.gold], np.sort(known)[-min(TOP, len(known))])
-        return float(np.fmin(bar, log_sum(known) + math.log(TAIL / len(self.scores))) if self.summed else bar)
+        return float(np.fmin(bar, sum_logs(known) + math.log(TAIL / len(self.scores))) if self.summed else bar)
 
     def total(self) -> float | None:
-        """The logarithm of the sum of all candidates' probabilities, short of `TAIL` of it at most; None where that is
-        not known. Which candidates are finished depends on their scores alone, so that it is the same in any batch.
+        """Return the logarithm of the sum of all candidates' probabilities, short of `TAIL` of it at most; None where
+        that is not known. Which candidates are finished depends on their scores alone, so that it is the same in any
+        batch.
         """
-        return log_sum(self.scores[self.finished]) if self.summed or self.finished.all() else None
+        return sum_logs(self.scores[self.finished]) if self.summed or self.finished.all() else None
 
     def wanted(self) -> NDArray[np.intp]:
-        """Candidates that must be scored further: the object and the leaders; then all that reach the bar. Empty when
-        all of this is certain.
+        """Return candidates that must be scored further: the object and the leaders; then all that reach the bar. Empty
+        when all of this is certain.
         """
         if (bar := self.bar()) is not None:
             return np.flatnonzero(~self.finished & (self.scores >= bar))
@@ -67,20 +68,20 @@ class Ranking:
         return np.flatnonzero(leaders & ~self.finished)
 
     def order(self) -> NDArray[np.intp]:
-        """Candidates from the most likely one down; equal ones in their own order."""
+        """Return candidates from the most likely one down; equal ones in their own order."""
         return np.argsort(-self.scores, kind="stable")
 
 
-def log_sum(scores: Scores) -> float:
-    """The logarithm of the sum of probabilities whose logarithms these are."""
+def sum_logs(scores: Scores) -> float:
+    """Return the logarithm of the sum of probabilities whose logarithms these are."""
     # Of a model that computes no numbers there is none.
     with np.errstate(invalid="ignore"):
         return float(np.logaddexp.reduce(scores))
 
 
-def rank_of(gold: int, scores: Scores) -> int | None:
-    """1 for the most likely answer; among equal ones the earlier comes first, whichever is the object. None where the
-    model computes no number for it (NaN): a broken model knows nothing.
+def find_rank(gold: int, scores: Scores) -> int | None:
+    """Return 1 for the most likely answer; among equal ones the earlier comes first, whichever is the object. None
+    where the model computes no number for it (NaN): a broken model knows nothing.
     """
     if np.isnan(scores[gold]):
         return None
@@ -101,8 +102,8 @@ def rank_candidates(rankings: Sequence[Ranking], finish: Finish) -> None:
             rankings[index].finished[place] = whole
 
 
-def best_of(scores: Scores) -> Any:
-    """Indices of the five best, equal ones in their own order, [5]."""
+def find_best(scores: Scores) -> Any:
+    """Return indices of the five best, equal ones in their own order, [5]."""
     near = np.argpartition(-scores, TOP - 1)[:TOP] if len(scores) > TOP else np.arange(len(scores))
     if not np.isnan(scores[near]).any():
         # Equal scores at the edge: all of them are looked at, so that their order alone decides.
@@ -110,12 +111,12 @@ def best_of(scores: Scores) -> Any:
     return near[np.argsort(-scores[near], kind="stable")][:TOP]
 
 
-def chosen_of(fact: Fact, ranking: Ranking) -> Answer:
+def make_choice(fact: Fact, ranking: Ranking) -> Answer:
     assert fact.candidates is not None
     best = ranking.order()[:TOP]
     words = tuple(fact.candidates[index] for index in best)
     logp = float(ranking.scores[ranking.gold])
-    rank = rank_of(ranking.gold, ranking.scores)
+    rank = find_rank(ranking.gold, ranking.scores)
     choices, total = len(fact.candidates), ranking.total()
     return make_answer(fact, words, ranking.scores[best], rank, logp, choices, total, correct=rank == 1)
 
@@ -152,5 +153,5 @@ def make_answer(
     )
 
 
-def with_distribution(answer: Answer, ids: Any, log_probs: Any, kl: float | None) -> Answer:
+def add_distribution(answer: Answer, ids: Any, log_probs: Any, kl: float | None) -> Answer:
     return replace(answer, first_ids=ids, first_logp=log_probs, first_kl=kl)

@@ -1,4 +1,4 @@
-"""A causal model as a reader of running text: its tokens, their log-probabilities, and what it writes after them."""
+"""Readers of running text: a causal model's tokens, their log-probabilities, and what it writes after them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import embedding_rows, most_tokens
 from compressknow.engine.layers import unrounded
-from compressknow.evaluate.scoring.decoding import cache_name, same_logits
+from compressknow.evaluate.scoring.decoding import find_cache_name, is_same
 
 if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
@@ -24,7 +24,7 @@ _TOGETHER = 8
 
 
 class TextReader(Protocol):
-    """What a runtime gives of a model for running text.
+    """Causal model as a runtime gives it for running text.
 
     Attributes
     ----------
@@ -40,26 +40,26 @@ class TextReader(Protocol):
     def bos(self) -> int | None: ...
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Ids of the text, without special tokens, and how many bytes of it (UTF-8) end with each; None where the
-        tokenizer does not tell.
+        """Return ids of the text, without special tokens, and how many bytes of it (UTF-8) end with each; None where
+        the tokenizer does not tell.
         """
 
     def log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
-        """Log-probabilities of what follows each token from `first` to the last but one: float32, [tokens - 1 - first,
-        vocabulary].
+        """Return log-probabilities of what follows each token from `first` to the last but one: float32, [tokens - 1 -
+        first, vocabulary].
         """
 
     def continued(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """What the model writes after each of the prompts, which are of one length, the likeliest token each time:
-        [prompts][tokens]; whatever follows the end of the text is the end again, and takes no time.
+        """Continue each of the prompts, which are of one length, with the likeliest token each time: [prompts][tokens];
+        whatever follows the end of the text is the end again, and takes no time.
         """
 
     def ends(self, token: int) -> bool:
-        """Whether a text ends with this token."""
+        """Return whether a text ends with this token."""
 
 
 class TransformersReader:
-    """A causal model of transformers as a `TextReader`."""
+    """Causal model of transformers as a `TextReader`."""
 
     def __init__(self, loaded: LanguageModel) -> None:
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
@@ -69,7 +69,7 @@ class TransformersReader:
 
     @cached_property
     def bos(self) -> int | None:
-        """By what the tokenizer puts before a text: llama.cpp's ``add_bos_token`` is made of the same."""
+        """Find it by what the tokenizer puts before a text: llama.cpp's ``add_bos_token`` is made of the same."""
         bos = self._tokenizer.bos_token_id
         first = self._tokenizer("a", verbose=False)["input_ids"][:1]
         return int(bos) if bos is not None and first == [bos] else None
@@ -85,27 +85,27 @@ class TransformersReader:
             verbose=False,
         )
         ids = list(map(int, encoded["input_ids"]))
-        return ids, _bytes_at(text, [end for _, end in encoded["offset_mapping"]]) if fast else None
+        return ids, _count_bytes(text, [end for _, end in encoded["offset_mapping"]]) if fast else None
 
     @torch.inference_mode()
     def log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
         if not self._checked:
-            self._refuse_reading_ahead(ids)
+            self._check_causal(ids)
             self._checked = True
-        return self._logits(self._row(ids), len(ids) - first)[0, :-1].float().log_softmax(-1)
+        return self._compute_logits(self._make_row(ids), len(ids) - first)[0, :-1].float().log_softmax(-1)
 
     @torch.inference_mode()
     def continued(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         together = _TOGETHER if self._cuts_logits else 1
         groups = (prompts[start : start + together] for start in range(0, len(prompts), together))
-        return [row for group in groups for row in self._continued(torch.tensor(group), tokens)]
+        return [row for group in groups for row in self._continue(torch.tensor(group), tokens)]
 
-    def _continued(self, ids: torch.Tensor, tokens: int) -> list[list[int]]:
+    def _continue(self, ids: torch.Tensor, tokens: int) -> list[list[int]]:
         ids = ids.to(self._model.device)
         fed, cache, written = ids, None, []
         ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for _ in range(tokens):
-            output = self._model(input_ids=fed, use_cache=True, **{self._cache: cache}, **self._keeping(1))
+            output = self._model(input_ids=fed, use_cache=True, **{self._cache: cache}, **self._list_arguments(1))
             written.append(output.logits[:, -1].argmax(-1, keepdim=True))
             ended |= written[-1] == (-1 if self._end is None else self._end)
             if ended.all():
@@ -113,10 +113,9 @@ class TransformersReader:
             cache = getattr(output, self._cache, None)
             # Without keys and values of what is read, all of it is read again.
             fed = written[-1] if cache is not None else torch.cat([ids, *written], dim=1)
-        return [self._ended(row, tokens) for row in torch.cat(written, dim=1).tolist()]
+        return [self._pad_end(row, tokens) for row in torch.cat(written, dim=1).tolist()]
 
     def ends(self, token: int) -> bool:
-        """See `TextReader`."""
         return token == self._end
 
     @property
@@ -124,46 +123,46 @@ class TransformersReader:
         end: int | None = self._tokenizer.eos_token_id
         return end
 
-    def _ended(self, row: list[int], tokens: int) -> list[int]:
+    def _pad_end(self, row: list[int], tokens: int) -> list[int]:
         if self._end is None or self._end not in row:
             return row
         written = row[: row.index(self._end)]
         return written + [self._end] * (tokens - len(written))
 
-    def _refuse_reading_ahead(self, ids: Sequence[int]) -> None:
+    def _check_causal(self, ids: Sequence[int]) -> None:
         """Raise UnsupportedError for a model that sees the token that it is to predict: its figures would lie."""
         known = max(2, len(ids) // 2)
         with unrounded(self._model):
-            whole, part = (self._logits(self._row(some), len(some)) for some in (ids, ids[:known]))
-        if not same_logits(part, whole[:, :known]):
+            whole, part = (self._compute_logits(self._make_row(some), len(some)) for some in (ids, ids[:known]))
+        if not is_same(part, whole[:, :known]):
             name = type(self._model).__name__
             raise UnsupportedError(
                 f"{name} sees the tokens after the one that it predicts: it has no perplexity.",
                 hint="Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",
             )
 
-    def _row(self, ids: Sequence[int]) -> torch.Tensor:
+    def _make_row(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([ids], device=self._model.device)
 
-    def _logits(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
-        logits: torch.Tensor = self._model(input_ids=ids, use_cache=False, **self._keeping(keep)).logits
+    def _compute_logits(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
+        logits: torch.Tensor = self._model(input_ids=ids, use_cache=False, **self._list_arguments(keep)).logits
         return logits[:, -keep:]
 
-    def _keeping(self, keep: int) -> dict[str, Any]:
+    def _list_arguments(self, keep: int) -> dict[str, Any]:
         return {"logits_to_keep": keep} if self._cuts_logits else {}
 
     @cached_property
     def _cache(self) -> str:
-        return cache_name(self._model)
+        return find_cache_name(self._model)
 
     @cached_property
     def _cuts_logits(self) -> bool:
         return "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
 
-def _bytes_at(text: str, ends: Sequence[int]) -> list[int]:
-    """How many bytes of UTF-8 the first so many characters take, for each of `ends`. A token inside a character ends
-    where the character does.
+def _count_bytes(text: str, ends: Sequence[int]) -> list[int]:
+    """Return how many bytes of UTF-8 the first so many characters take, for each of `ends`. A token inside a character
+    ends where the character does.
     """
     points = np.fromiter(map(ord, text), dtype=np.uint32, count=len(text))
     widths = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)

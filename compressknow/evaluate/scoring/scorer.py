@@ -1,10 +1,10 @@
-"""How a fact becomes an answer: what all model families share."""
+"""Scorer of facts: what all model families share."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -18,18 +18,18 @@ from compressknow.engine.language_model import embedding_rows, most_tokens
 from compressknow.engine.load import reason_of
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe
-from compressknow.evaluate.grades import choices_of, graded, said
+from compressknow.evaluate.grades import add_grade, find_choice, list_choices
 from compressknow.evaluate.scoring.prompts import Encoder, Ids
 from compressknow.evaluate.scoring.ranking import (
     Ranking,
     Scores,
-    best_of,
-    chosen_of,
-    log_sum,
+    add_distribution,
+    find_best,
+    find_rank,
     make_answer,
+    make_choice,
     rank_candidates,
-    rank_of,
-    with_distribution,
+    sum_logs,
 )
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ BLANK_NOT_LAST = "the blank is not at the end of the prompt"
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A fact in the ids of one model.
+    """Fact in the ids of one model.
 
     Attributes
     ----------
@@ -101,30 +101,30 @@ class Scorer(ABC):
 
     @abstractmethod
     def prompt(self, fact: Fact) -> Ids:
-        """What the model reads first; raises CompressknowError where a prompt cannot be used at all."""
+        """Return what the model reads first. Raise CompressknowError where a prompt cannot be used at all."""
 
     @abstractmethod
     def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
-        """Ids that are scored for each of these answers; with what follows the blank if `rest`."""
+        """Return the ids that are scored for each of these answers; with what follows the blank if `rest`."""
 
     @abstractmethod
     def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
-        """Log-probabilities at the answer's first position, [batch, vocabulary], and what `finish` goes on from."""
+        """Return log-probabilities at the answer's first position, [batch, vocabulary], and the state for `finish`."""
 
     @abstractmethod
     def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
-        """For each query the log-probabilities of its options' first tokens, [options]."""
+        """Return the log-probabilities of the first tokens of each query's options, [options]."""
 
     @abstractmethod
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
-        """Scores of whole options, [rows]: `scores` of the first tokens, and the log-probabilities of those after them.
+        """Score whole options, [rows]: `scores` of the first tokens, and the log-probabilities of those after them.
 
         A row is (query, ids of an option). One that falls below its bar on the way is left there.
         """
 
     @abstractmethod
     def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> Sequence[str | None]:
-        """What the model says to each query, decoded greedily; None where it cannot write."""
+        """Return what the model says to each query, decoded greedily; None where it cannot write."""
 
     def written(
         self,
@@ -133,13 +133,13 @@ class Scorer(ABC):
         state: Any,  # noqa: ARG002
         texts: Sequence[str | None],  # noqa: ARG002
     ) -> list[Answer]:
-        """Answers to the queries where any text may be answered, by what is `produced`; families that only choose have
+        """Answer the queries where any text may be answered, by what is `produced`; families that only choose have
         none.
         """
         return []
 
     def unaskable(self, fact: Fact) -> str | None:
-        """Why this family cannot be evaluated on such a fact, or None."""
+        """Return why this family cannot be evaluated on such a fact, or None."""
         last = fact.before and not re.search(r"\w", fact.after)
         return None if fact.candidates or last else BLANK_NOT_LAST
 
@@ -149,7 +149,7 @@ class Scorer(ABC):
     # What they share.
 
     def query(self, fact: Fact) -> Query | str:
-        """The query that a fact makes, or the reason why it is dropped."""
+        """Return the query that a fact makes, or the reason why it is dropped."""
         if reason := self.unaskable(fact):
             return reason
         prompt = self.prompt(fact)
@@ -158,33 +158,33 @@ class Scorer(ABC):
         if fact.candidates:
             rest = self.probe.score_rest or bool(re.search(r"\w", fact.after))
             options = self.options(fact, fact.candidates, rest=rest)
-            if not rest and _one_begins_another(options):
+            if not rest and _is_prefix_of_another(options):
                 options = self.options(fact, fact.candidates, rest=True)
             gold = options[fact.candidates.index(fact.obj_label)]
         elif self.one_token:
-            aliases = self._aliases(fact)
+            aliases = self._find_aliases(fact)
             gold = aliases[:1]
             if not gold and not self.probe.keep_unanswerable:
                 return NOT_IN_VOCABULARY if self.probe.vocabulary == "words" else SEVERAL_TOKENS
         else:
             (gold,) = self.options(fact, [fact.obj_label], rest=False)
         query = Query(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
-        return self._unfit(query) or query
+        return self._find_misfit(query) or query
 
     def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
-        """A batch, cut into what is answered at a time."""
+        """Cut a batch into what is answered at a time."""
         return [batch]
 
     def each(
         self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
     ) -> Iterator[tuple[Sequence[Query], T]]:
-        """Each batch with what `work` makes of it, as it comes."""
+        """Yield each batch with what `work` makes of it, as it comes."""
         return ((batch, work(batch)) for batch in batches)
 
     def answer(
         self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None
     ) -> list[Answer]:
-        """Answers to queries of one shape.
+        """Answer queries of one shape.
 
         Parameters
         ----------
@@ -193,26 +193,28 @@ class Scorer(ABC):
         whole : is told the whole distributions; gives their divergences from the original's.
         """
         with torch.inference_mode():
-            log_probs, state = self._begun(batch)
+            log_probs, state = self._begin(batch)
             free = not self.one_token and not all(query.options for query in batch)
             texts = self.produced(batch, log_probs, state) if self.says or free else [None] * len(batch)
             found = [
-                *self._closed(batch, log_probs, state),
-                *self._single(batch, log_probs),
+                *self._answer_closed(batch, log_probs, state),
+                *self._answer_by_word(batch, log_probs),
                 *self.written(batch, log_probs, state, texts),
             ]
-            found = self._graded(batch, found, texts)
-            return self._with_distributions(batch, found, log_probs, reference, whole)
+            said = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
+            found = [add_grade(answer, *said[answer.fact_id], self.encoder.spelled) for answer in found]
+            return self._add_distributions(batch, found, log_probs, reference, whole)
 
     def say(self, batch: Sequence[Query]) -> list[str | None]:
-        """What the model says to queries of one shape, as `compressknow.evaluate.grades.said` has it; None where it
-        cannot write.
+        """Return what the model says to queries of one shape: the choice, or else the first sentence; None where
+        it cannot write.
         """
         with torch.inference_mode():
-            texts = self.produced(batch, *self._begun(batch))
+            texts = self.produced(batch, *self._begin(batch))
         told = zip(batch, texts, strict=True)
         return [
-            text if text is None else said(text, choices_of(query.fact), self.encoder.spelled) for query, text in told
+            text if text is None else find_choice(text, list_choices(query.fact), self.encoder.spelled)
+            for query, text in told
         ]
 
     def answer_anew(
@@ -222,13 +224,15 @@ class Scorer(ABC):
         reference: Sequence[Ids] | None,
         whole: Whole | None = None,
     ) -> list[Answer]:
-        """The answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
+        """Return answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
         with torch.inference_mode():
-            return self._with_distributions(batch, answers, self._begun(batch)[0], reference, whole)
+            return self._add_distributions(batch, answers, self._begin(batch)[0], reference, whole)
 
-    def _begun(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
-        """`first`, tried on two queries before any other: a model that cannot read them cannot be evaluated at all."""
-        self._refuse_ids_beyond(batch)
+    def _begin(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+        """Return `first`, tried on two queries before any other: a model that cannot read them cannot be evaluated at
+        all.
+        """
+        self._check_ids(batch)
         if not self._tried:
             try:
                 self.first(batch[:2])
@@ -243,12 +247,10 @@ class Scorer(ABC):
             self._tried = True
         return self.first(batch)
 
-    def _graded(self, batch: Sequence[Query], answers: Sequence[Answer], texts: Sequence[str | None]) -> list[Answer]:
-        by_id = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
-        return [graded(answer, *by_id[answer.fact_id], self.encoder.spelled) for answer in answers]
-
-    def _refuse_ids_beyond(self, batch: Sequence[Query]) -> None:
-        """A tokenizer may have few tokens, and yet a number for one that the embedding has no row for."""
+    def _check_ids(self, batch: Sequence[Query]) -> None:
+        """Raise CheckpointError for ids beyond the embedding: a tokenizer may have few tokens, and yet a number for one
+        that has no row.
+        """
         rows = self._rows
         for query in batch:
             largest = max(chain(query.prompt, query.gold, *query.options), default=0)
@@ -259,7 +261,7 @@ class Scorer(ABC):
                     "Put the tokenizer that the model was trained with beside its weights.",
                 )
 
-    def _with_distributions(
+    def _add_distributions(
         self,
         batch: Sequence[Query],
         answers: Sequence[Answer],
@@ -267,16 +269,16 @@ class Scorer(ABC):
         reference: Sequence[Ids] | None,
         whole: Whole | None,
     ) -> list[Answer]:
-        ids = self._reference_ids(log_probs, reference)
+        ids = self._choose_reference_ids(log_probs, reference)
         kept = log_probs.gather(1, ids).float().cpu().numpy()
         divergences = whole([query.fact.id for query in batch], log_probs) if whole else [None] * len(batch)
         found = {answer.fact_id: answer for answer in answers}
         # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
         rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
-        return [with_distribution(found[query.fact.id], *distribution) for query, *distribution in rows]
+        return [add_distribution(found[query.fact.id], *distribution) for query, *distribution in rows]
 
-    def _unfit(self, query: Query) -> str | None:
-        """Why the ids of a query cannot be run, or None."""
+    def _find_misfit(self, query: Query) -> str | None:
+        """Return why the ids of a query cannot be run, or None."""
         free = not query.options and not self.one_token
         answers = query.options or (query.gold,)
         if (query.options or free) and not all(answers):
@@ -288,18 +290,18 @@ class Scorer(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where log-probabilities lie."""
+        """Return where log-probabilities lie."""
         device: torch.device = self.model.device
         return device
 
     @property
     def architecture(self) -> str:
-        """What messages call the model."""
+        """Return what messages call the model."""
         return type(self.model).__name__
 
     @cached_property
     def _rows(self) -> int:
-        """The number of tokens that the model reads."""
+        """Return the number of tokens that the model reads."""
         return embedding_rows(self.model)
 
     @cached_property
@@ -308,29 +310,30 @@ class Scorer(ABC):
 
     @cached_property
     def one_token(self) -> bool:
-        """Whether facts without candidates are answered by one token."""
+        """Return whether facts without candidates are answered by one token."""
         return self.probe.vocabulary in ("words", "full")
 
     @cached_property
     def allowed(self) -> torch.Tensor | None:
-        """Ids that may be answered, ascending, [allowed]; None where all may."""
+        """Return the ids that may be answered, ascending, [allowed]; None where all may."""
         if self.probe.vocabulary != "words":
             return None
-        return torch.tensor(sorted(self.encoder.single(self.probe.words)), device=self.device)
+        return torch.tensor(sorted(self.words), device=self.device)
 
     @cached_property
-    def _allowed_ids(self) -> frozenset[int]:
-        return frozenset(self.allowed.tolist() if self.allowed is not None else ())
+    def words(self) -> Mapping[int, str]:
+        """Map ids to the words of the probe's vocabulary that are one token of this model."""
+        return self.encoder.single(self.probe.words)
 
     @cached_property
     def _folded(self) -> dict[str, tuple[int, ...]]:
-        """Ids of the vocabulary by their text, case folded (the paper compares lower-cased text)."""
+        """Map texts, case folded, to ids of the vocabulary (the paper compares lower-cased text)."""
         folded: dict[str, list[int]] = {}
         for number in range(len(self.tokenizer)):
             folded.setdefault(self.encoder.decode([number]).lower(), []).append(number)
         return {text: tuple(ids) for text, ids in folded.items()}
 
-    def _aliases(self, fact: Fact) -> tuple[int, ...]:
+    def _find_aliases(self, fact: Fact) -> tuple[int, ...]:
         if self.probe.fold_case:
             ids = self._folded.get(fact.obj_label.lower(), ())
         else:
@@ -338,19 +341,19 @@ class Scorer(ABC):
             gap = fact.gap if self.allowed is None else " "
             ids = self.encoder.answer(fact.before, fact.obj_label, gap)
             ids = ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else ()
-        return ids if self.allowed is None else tuple(number for number in ids if number in self._allowed_ids)
+        return ids if self.allowed is None else tuple(number for number in ids if number in self.words)
 
-    def _reference_ids(self, log_probs: torch.Tensor, reference: Sequence[Ids] | None) -> torch.Tensor:
+    def _choose_reference_ids(self, log_probs: torch.Tensor, reference: Sequence[Ids] | None) -> torch.Tensor:
         if reference is not None:
             return torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()
         return log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
 
-    def _closed(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:
+    def _answer_closed(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:
         chosen = [index for index, query in enumerate(batch) if query.options]
         if not chosen:
             return []
         rankings = [
-            Ranking(first, np.array([len(ids) == 1 for ids in batch[index].options]), _gold_index(batch[index].fact))
+            Ranking(first, np.array([len(ids) == 1 for ids in batch[index].options]), _find_gold(batch[index].fact))
             for index, first in zip(chosen, self.bounds([batch[i] for i in chosen], log_probs[chosen]), strict=True)
         ]
         firsts = [ranking.scores.copy() for ranking in rankings]
@@ -361,9 +364,9 @@ class Scorer(ABC):
             return self.finish(state, rows, first, bars)
 
         rank_candidates(rankings, finish)
-        return [chosen_of(batch[index].fact, ranking) for index, ranking in zip(chosen, rankings, strict=True)]
+        return [make_choice(batch[index].fact, ranking) for index, ranking in zip(chosen, rankings, strict=True)]
 
-    def _single(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Answer]:
+    def _answer_by_word(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Answer]:
         chosen = [index for index, query in enumerate(batch) if not query.options and self.one_token]
         if not chosen:
             return []
@@ -371,31 +374,31 @@ class Scorer(ABC):
         scores = scores if self.allowed is None else scores[:, self.allowed]
         ids = np.arange(scores.shape[1]) if self.allowed is None else self.allowed.cpu().numpy()
         values = scores.double().cpu().numpy()
-        return [self._word(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)]
+        return [self._make_word_answer(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)]
 
-    def _word(self, query: Query, scores: Scores, ids: Any) -> Answer:
-        best = best_of(scores)
+    def _make_word_answer(self, query: Query, scores: Scores, ids: Any) -> Answer:
+        best = find_best(scores)
         words = tuple(self.encoder.decode([ids[index]]) for index in best)
         places = [int(place) for place in np.searchsorted(ids, query.aliases)]
         gold = max(places, key=lambda place: (scores[place], -place), default=None)
-        rank = None if gold is None else rank_of(gold, scores)
+        rank = None if gold is None else find_rank(gold, scores)
         logp = None if gold is None else float(scores[gold])
-        total = log_sum(scores)
+        total = sum_logs(scores)
         return make_answer(query.fact, words, scores[best], rank, logp, len(ids), total, correct=rank == 1)
 
 
-def _one_begins_another(options: Sequence[Ids]) -> bool:
-    """Whether an option's ids are the beginning of another's: it would never be the less likely one of both."""
+def _is_prefix_of_another(options: Sequence[Ids]) -> bool:
+    """Return whether an option's ids are the beginning of another's: it would never be the less likely one of both."""
     return any(after[: len(ids)] == ids for ids, after in pairwise(sorted(set(options))))
 
 
-def _gold_index(fact: Fact) -> int:
+def _find_gold(fact: Fact) -> int:
     assert fact.candidates is not None
     return fact.candidates.index(fact.obj_label)
 
 
 def group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:
-    """Indices of the options by their number of tokens."""
+    """Group indices of the options by their number of tokens."""
     groups: dict[int, list[int]] = {}
     for index, ids in enumerate(options):
         groups.setdefault(len(ids), []).append(index)

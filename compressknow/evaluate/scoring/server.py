@@ -1,4 +1,4 @@
-"""How a model on a server answers facts: as a causal model does, by requests, several facts at a time."""
+"""Scorer of models on servers: as a causal model does, by requests, several facts at a time."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import numpy as np
 from compressknow.base.errors import UnsupportedError
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe
-from compressknow.evaluate.grades import choices_of, graded, said
+from compressknow.evaluate.grades import add_grade, find_choice, list_choices
 from compressknow.evaluate.runtimes.kinds import First, Served
-from compressknow.evaluate.scoring.decoding import judged
+from compressknow.evaluate.scoring.decoding import judge
 from compressknow.evaluate.scoring.families import CausalScorer
 from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.scoring.ranking import (
     TOP,
     Ranking,
     Scores,
-    chosen_of,
+    add_distribution,
     make_answer,
+    make_choice,
     rank_candidates,
-    with_distribution,
 )
 from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Query, Whole
 
@@ -40,7 +40,7 @@ CHARACTERS = 2
 
 
 class Tokens:
-    """A server's tokenizer, as far as prompts need one."""
+    """Tokenizer of a server, as far as prompts need one."""
 
     eos_token_id = unk_token_id = None
 
@@ -52,7 +52,7 @@ class Tokens:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that begins every text, where there is one."""
+        """Return the token that begins every text, where there is one."""
         return next(iter(self._served.encode("", True)), None) if self._served.tokens else None
 
 
@@ -72,37 +72,37 @@ class ServedScorer(CausalScorer):
         self._served, self._parallel = served, parallel
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
     def query(self, fact: Fact) -> Query | str:
-        """As of any causal model; where the server only writes, candidates are not told to it."""
+        """Return the query of any causal model; where the server only writes, candidates are not told to it."""
         if self._served.scores or not fact.candidates:
             return super().query(fact)
-        if reason := self.unaskable(_free(fact)):
+        if reason := self.unaskable(replace(fact, candidates=None)):
             return reason
         prompt = self.prompt(fact)
         (gold,) = self.options(fact, [fact.obj_label], rest=False)
         return Query(fact, prompt, (), gold, (), ())
 
     def shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
-        """One for all: nothing is padded."""
+        """Return one shape for all: nothing is padded."""
         return ()
 
-    def _unfit(self, query: Query) -> str | None:
-        return super()._unfit(query if query.shape else _shaped(query))
+    def _find_misfit(self, query: Query) -> str | None:
+        return super()._find_misfit(query if query.shape else replace(query, shape=(len(query.prompt),)))
 
     @cached_property
     def _most(self) -> int | None:
         return self._served.longest
 
     def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
-        """Each fact alone: it is counted and stored as soon as it is answered."""
+        """Take each fact alone: it is counted and stored as soon as it is answered."""
         return [(query,) for query in batch]
 
     def each(
         self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
     ) -> Iterator[tuple[Sequence[Query], T]]:
-        """See `Scorer.each`: one batch's requests follow one another; those of several go at the same time."""
+        """Send the requests of several batches at the same time; those of one batch follow one another."""
         jobs: SimpleQueue[Sequence[Query]] = SimpleQueue()
         results: SimpleQueue[tuple[Sequence[Query], T] | Exception] = SimpleQueue()
         for batch in batches:
@@ -110,7 +110,7 @@ class ServedScorer(CausalScorer):
         count, stopped = jobs.qsize(), threading.Event()
         # Not of a pool that is waited for: who interrupts the run does not wait for a server that hangs.
         for _ in range(min(self._parallel, count)):
-            start_new_thread(_work, (work, jobs, results, stopped))
+            start_new_thread(_work_off, (work, jobs, results, stopped))
         try:
             for _ in range(count):
                 if isinstance(result := results.get(), Exception):
@@ -125,8 +125,8 @@ class ServedScorer(CausalScorer):
         reference: Sequence[Ids] | None,
         whole: Whole | None = None,  # noqa: ARG002
     ) -> list[Answer]:
-        """See `Scorer.answer`. No server tells whole distributions in time: `whole` is told of none."""
-        return [self._answered(*pair) for pair in _paired(batch, reference)]
+        """Answer queries; no server tells whole distributions in time: `whole` is not called."""
+        return [self._answer_one(*pair) for pair in _pair(batch, reference)]
 
     def answer_anew(
         self,
@@ -135,35 +135,33 @@ class ServedScorer(CausalScorer):
         reference: Sequence[Ids] | None,
         whole: Whole | None = None,  # noqa: ARG002
     ) -> list[Answer]:
-        """See `Scorer.answer_anew`."""
         known = {answer.fact_id: answer for answer in answers}
-        pairs = _paired(batch, reference)
-        return [_distributed(known[query.fact.id], self._first(query, wanted), wanted) for query, wanted in pairs]
+        pairs = _pair(batch, reference)
+        return [_add_first(known[query.fact.id], self._read_first(query, wanted), wanted) for query, wanted in pairs]
 
-    def _answered(self, query: Query, wanted: Ids | None) -> Answer:
-        text = self._text(query)
+    def _answer_one(self, query: Query, wanted: Ids | None) -> Answer:
+        text = self._write(query)
         if not self._served.scores:
-            return graded(self._written(query, First(), text), query.fact, text)
-        first = self._first(query, wanted)
-        answer = self._chosen(query, first) if query.options else self._written(query, first, text)
-        return _distributed(graded(answer, query.fact, text), first, wanted)
+            return add_grade(self._judge(query, First(), text), query.fact, text)
+        first = self._read_first(query, wanted)
+        answer = self._choose(query, first) if query.options else self._judge(query, first, text)
+        return _add_first(add_grade(answer, query.fact, text), first, wanted)
 
     def say(self, batch: Sequence[Query]) -> list[str | None]:
-        """See `Scorer.say`."""
-        return [said(self._text(query), choices_of(query.fact)) for query in batch]
+        return [find_choice(self._write(query), list_choices(query.fact)) for query in batch]
 
-    def _text(self, query: Query) -> str:
-        """What the model writes: as many tokens as tell what it says."""
+    def _write(self, query: Query) -> str:
+        """Return what the model writes: as many tokens as tell what it says."""
         tokens = max(map(len, query.options or (query.gold,)))
         slack = 1 + OPENING_TOKENS if query.options else SLACK_TOKENS
         count = tokens if self._served.tokens else math.ceil(tokens / CHARACTERS)
         return self._served.write(query.prompt, count + slack)
 
-    def _first(self, query: Query, wanted: Ids | None) -> First:
+    def _read_first(self, query: Query, wanted: Ids | None) -> First:
         return self._served.first(query.prompt, () if wanted is None else [int(number) for number in wanted])
 
-    def _chosen(self, query: Query, first: First) -> Answer:
-        """The best candidates: those that begin with a token that the server told are bounded by it, all others by the
+    def _choose(self, query: Query, first: First) -> Answer:
+        """Rank the candidates: those that begin with a token that the server told are bounded by it, all others by the
         least of them, until they matter. For their sum, each takes requests of its own: it is left out, but where the
         server told no token, so that each is read anyway.
         """
@@ -179,7 +177,7 @@ class ServedScorer(CausalScorer):
             return np.array([self._score(query, options[place], first, bar) for (_, place), bar in rows])
 
         rank_candidates([ranking], finish)
-        return chosen_of(query.fact, ranking)
+        return make_choice(query.fact, ranking)
 
     def _score(self, query: Query, ids: Ids, first: First, bar: float) -> float:
         head = first.logp.get(ids[0])
@@ -189,10 +187,10 @@ class ServedScorer(CausalScorer):
             return head
         return self._served.rest((*query.prompt, ids[0]), ids[1:], head, bar)
 
-    def _written(self, query: Query, first: First, text: str) -> Answer:
-        """A free answer. Its rank is that of the object's first token, where the server told it."""
-        correct = said(text, choices_of(query.fact)) == query.fact.obj_label
-        text, _ = judged(text, query.fact.obj_label)
+    def _judge(self, query: Query, first: First, text: str) -> Answer:
+        """Judge a free answer. Its rank is that of the object's first token, where the server told it."""
+        correct = find_choice(text, list_choices(query.fact)) == query.fact.obj_label
+        text, _ = judge(text, query.fact.obj_label)
         best = list(first.logp)[:TOP]
         rank = next((n for n, number in enumerate(first.logp, 1) if number == query.gold[0]), None)
         logp = self._score(query, query.gold, first, -math.inf) if self._served.scores else None
@@ -201,7 +199,7 @@ class ServedScorer(CausalScorer):
         return make_answer(query.fact, top, scores, rank, logp, None, None, correct=correct)
 
 
-def _work(
+def _work_off(
     work: Callable[[Sequence[Query]], T],
     jobs: SimpleQueue[Sequence[Query]],
     results: SimpleQueue[tuple[Sequence[Query], T] | Exception],
@@ -219,23 +217,16 @@ def _work(
             results.put(error)
 
 
-def _paired(batch: Sequence[Query], reference: Sequence[Ids] | None) -> Iterator[tuple[Query, Ids | None]]:
+def _pair(batch: Sequence[Query], reference: Sequence[Ids] | None) -> Iterator[tuple[Query, Ids | None]]:
     return zip(batch, reference if reference is not None else [None] * len(batch), strict=True)
 
 
-def _free(fact: Fact) -> Fact:
-    return replace(fact, candidates=None)
-
-
-def _shaped(query: Query) -> Query:
-    return replace(query, shape=(len(query.prompt),))
-
-
-def _distributed(answer: Answer, first: First, wanted: Ids | None) -> Answer:
-    """With the distribution at the first position: of the `wanted` tokens, or the likeliest ones; none where the server
-    told less than that."""
+def _add_first(answer: Answer, first: First, wanted: Ids | None) -> Answer:
+    """Add the distribution at the first position: of the `wanted` tokens, or the likeliest ones; none where the server
+    told less than that.
+    """
     ids = list(first.logp)[:REFERENCE_TOKENS] if wanted is None else [int(number) for number in wanted]
     if not all(number in first.logp for number in ids):
         ids = []
     values = np.array([first.logp[number] for number in ids], dtype=np.float32)
-    return with_distribution(answer, np.array(ids, dtype=np.int32), values, None)
+    return add_distribution(answer, np.array(ids, dtype=np.int32), values, None)

@@ -1,4 +1,4 @@
-"""TODO
+"""Sources of facts, tasks and texts: a registry, and how a probe is opened by its name.
 
 A source says what users call it, which options it takes and where its data comes from, and gives a `Probe` of facts,
 a `Task` or a `RunningText`. It is registered by its name in `compressknow.evaluate.sources`, or by an entry point of
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.base.registry import Registry
-from compressknow.evaluate.facts import Probe, in_wordings
+from compressknow.evaluate.facts import Probe, join_wordings
 from compressknow.evaluate.text import RunningText
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How probes are read; each applies to the probes that know it.
+    """Options of how probes are read; each applies to the probes that know it.
 
     Attributes
     ----------
@@ -53,8 +53,8 @@ class Options:
     split: str | None = None
     tasks: Path | None = None
 
-    def given(self) -> list[str]:
-        """Names of the options that are not at their defaults."""
+    def list_changed(self) -> list[str]:
+        """Return the names of the options that are not at their defaults."""
         default = Options()
         return [each.name for each in fields(self) if getattr(self, each.name) != getattr(default, each.name)]
 
@@ -69,11 +69,13 @@ class Task(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
+        """Hash all that decides what is evaluated: answers with the same hash can be compared."""
 
     @abstractmethod
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
-        """The answers of a model, and the task's entry in ``probe.json``. Raises CompressknowError where it cannot."""
+        """Return the answers of a model, and the task's entry in ``probe.json``. Raise CompressknowError where it
+        cannot.
+        """
 
 
 class ProbeSource(ABC):
@@ -120,23 +122,23 @@ class ProbeSource(ABC):
         """
 
     def usage(self, name: str) -> str:
-        """How users write it: ``lama:SET``."""
+        """Return how users write it: ``lama:SET``."""
         return f"{name}:{self.form}" if self.form else name
 
     def named(self, part: str) -> str:
-        """What stands after the colon in the name of the probe and of its answers: the name of a file, not its path."""
+        """Return what follows the colon in the name of the probe: the name of a file, not its path."""
         return part
 
     def meant(self, text: str) -> bool:
-        """Whether a name that nothing has is probably a part of this source, the name before the colon forgotten."""
+        """Return whether an unknown name is probably a part of this source, the name before the colon forgotten."""
         return text.lower().replace("_", "-") in self.parts
 
     def holds(self, folder: Path, part: str) -> bool:  # noqa: ARG002
-        """Whether a folder is that of the set."""
+        """Return whether a folder is that of the set."""
         return folder.is_dir()
 
     def find(self, name: str, part: str, data: Path | None) -> Path:
-        """The folder of the set: `data` itself, or one of the `folders` in it.
+        """Return the folder of the set: `data` itself, or one of the `folders` in it.
 
         Raises UsageError that says where to get it and where to put it.
         """
@@ -170,23 +172,23 @@ PROBES = Registry(
 
 
 def open_all(names: Sequence[str], options: Options) -> list[Opened]:
-    """The probes of these names, in their order; each reads the options that its source takes.
+    """Open the probes of these names, in their order; each reads the options that its source takes.
 
     Raises UsageError for one that is unknown, missing or empty, CompressknowError for one that cannot be used.
     """
     if options.limit is not None and options.limit < 1:
         raise UsageError(f"--limit must be at least 1: {options.limit}.")
     _check_protocol(options)
-    return [_opened(name, options, only_taken=True) for name in names]
+    return [_open_by_name(name, options, only_taken=True) for name in names]
 
 
 def open_probe(name: str, options: Options | None = None) -> Probe:
-    """The probe of facts of that name; the case of letters does not matter, but in names of files.
+    """Open the probe of facts of that name; the case of letters does not matter, but in names of files.
 
     Raises UsageError where the name is unknown or that of a task, where the set is not there or damaged, where an
     option is given that its source does not take or know, and where no fact is left.
     """
-    opened = _opened(name, options or Options(), only_taken=False)
+    opened = _open_by_name(name, options or Options(), only_taken=False)
     if not isinstance(opened, Probe):
         raise UsageError(
             f"{opened.name} is a {'task' if isinstance(opened, Task) else 'text'}.",
@@ -195,9 +197,9 @@ def open_probe(name: str, options: Options | None = None) -> Probe:
     return opened
 
 
-def source_of(name: str) -> ProbeSource | None:
-    """The source of the probe of that name; None where there is none, or none that can be used here."""
-    kind, _ = _split(name)
+def find_source(name: str) -> ProbeSource | None:
+    """Return the source of the probe of that name; None where there is none, or none that can be used here."""
+    kind, _ = _split_name(name)
     if kind not in PROBES:
         return None
     try:
@@ -206,44 +208,46 @@ def source_of(name: str) -> ProbeSource | None:
         return None
 
 
-def name_in_answers(name: str) -> str:
-    """A probe's name as its answers have it: case does not matter, and a facts file goes by its own name."""
-    kind, part = _split(name)
-    source = source_of(kind)
-    return _joined(kind, source.named(_part(source, part))) if source else name
+def normalize_name(name: str) -> str:
+    """Return a probe's name as its answers have it: case does not matter, and a facts file goes by its own name."""
+    kind, part = _split_name(name)
+    source = find_source(kind)
+    return _join_name(kind, source.named(_normalize_part(source, part))) if source else name
 
 
-def known_names() -> list[str]:
-    """What can be named: each part of a source that has parts, and the form of what follows the names of others."""
-    return [_joined(kind, part) for kind, source in usable() for part in source.parts or (source.form,)]
+def list_known() -> list[str]:
+    """List what can be named: each part of a source that has parts, and what follows the names of others."""
+    return [_join_name(kind, part) for kind, source in list_usable() for part in source.parts or (source.form,)]
 
 
-def usable() -> Iterator[tuple[str, ProbeSource]]:
-    """The names and sources of all kinds of probes, without those of other packages that cannot be used."""
+def list_usable() -> Iterator[tuple[str, ProbeSource]]:
+    """Yield the names and sources of all kinds of probes, without those of other packages that cannot be used."""
     for kind in PROBES:
-        if source := source_of(kind):
+        if source := find_source(kind):
             yield kind, source
 
 
-def _opened(name: str, options: Options, *, only_taken: bool) -> Opened:
-    kind, part = _split(name)
+def _open_by_name(name: str, options: Options, *, only_taken: bool) -> Opened:
+    kind, part = _split_name(name)
     if kind not in PROBES:
-        raise _unknown(name)
+        raise _make_unknown_error(name)
     source = PROBES[kind]
-    part = _part(source, part)
+    part = _normalize_part(source, part)
     if part not in source.parts if source.parts else bool(part) != bool(source.form):
-        raise _unknown(name)
-    full = _joined(kind, source.named(part))
+        raise _make_unknown_error(name)
+    full = _join_name(kind, source.named(part))
     if options.templates > 1:
-        return _in_wordings(full, name, source, options)
-    opened = _checked(kind, full, _open(kind, source, full, part, _taken(full, source, options, only_taken)))
+        return _open_in_wordings(full, name, source, options)
+    opened = _check_opened(
+        kind, full, _open_source(kind, source, full, part, _select_options(full, source, options, only_taken))
+    )
     return opened.limited(options.limit, options.seed) if isinstance(opened, Probe) else opened
 
 
-def _in_wordings(full: str, name: str, source: ProbeSource, options: Options) -> Probe:
-    """The probe in the first wordings. Raises UsageError where its source has none, or too few."""
+def _open_in_wordings(full: str, name: str, source: ProbeSource, options: Options) -> Probe:
+    """Open the probe in the first wordings. Raise UsageError where its source has none, or too few."""
     if "template" not in source.takes:
-        several = [name for name, each in usable() if "template" in each.takes]
+        several = [name for name, each in list_usable() if "template" in each.takes]
         raise UsageError(
             f"{full} has one wording per fact: --templates {options.templates} has nothing to choose from.",
             hint=f"Leave --templates out, or choose {' or '.join(several)}.",
@@ -255,55 +259,55 @@ def _in_wordings(full: str, name: str, source: ProbeSource, options: Options) ->
         )
     single = replace(options, templates=1)
     opened = [
-        _opened(name, replace(single, template=number), only_taken=True) for number in range(1, options.templates + 1)
+        _open_by_name(name, replace(single, template=number), only_taken=True)
+        for number in range(1, options.templates + 1)
     ]
-    return in_wordings([probe for probe in opened if isinstance(probe, Probe)])
+    return join_wordings([probe for probe in opened if isinstance(probe, Probe)])
 
 
-def _split(name: str) -> tuple[str, str]:
+def _split_name(name: str) -> tuple[str, str]:
     kind, _, part = name.partition(":")
     return kind.lower().replace("_", "-"), part
 
 
-def _joined(kind: str, part: str) -> str:
+def _join_name(kind: str, part: str) -> str:
     return f"{kind}:{part}" if part else kind
 
 
-def _part(source: ProbeSource, part: str) -> str:
-    """As the source has it: one of a few parts whatever its case, else as it stands."""
+def _normalize_part(source: ProbeSource, part: str) -> str:
+    """Return the part as the source has it: one of a few parts whatever its case, else as it stands."""
     return part.lower().replace("_", "-") if source.parts else part
 
 
-def _taken(name: str, source: ProbeSource, options: Options, only_taken: bool) -> Options:
-    """The options that a source takes; of others it gets the defaults, or they are refused."""
+def _select_options(name: str, source: ProbeSource, options: Options, only_taken: bool) -> Options:
+    """Return the options that a source takes; of others it gets the defaults, or they are refused."""
     takes = source.takes | {"limit", "seed", "data"} | ({"protocol"} if source.protocols else set())
-    given = [option for option in options.given() if option not in takes]
+    given = [option for option in options.list_changed() if option not in takes]
     if given and not only_taken:
-        raise UsageError(f"{name} has no {given[0]} {getattr(options, given[0])}.", hint=_taking(given[0]))
+        kinds = [kind for kind, source in list_usable() if given[0] in source.takes]
+        raise UsageError(
+            f"{name} has no {given[0]} {getattr(options, given[0])}.",
+            hint=f"Only {' and '.join(kinds)} can be given one.",
+        )
     default = Options()
     kept = replace(options, **{option: getattr(default, option) for option in given})
     if not source.protocols or options.protocol in source.protocols:
         return kept
-    if not only_taken and "protocol" in options.given():
+    if not only_taken and "protocol" in options.list_changed():
         raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"There is {' and '.join(source.protocols)}.")
     return replace(kept, protocol=source.protocols[0])
 
 
-def _taking(option: str) -> str:
-    kinds = [kind for kind, source in usable() if option in source.takes]
-    return f"Only {' and '.join(kinds)} can be given one."
-
-
 def _check_protocol(options: Options) -> None:
     """Raise UsageError for a protocol that no source knows, be it named or not."""
-    if "protocol" in options.given():
-        known = list(dict.fromkeys(protocol for _, source in usable() for protocol in source.protocols))
+    if "protocol" in options.list_changed():
+        known = list(dict.fromkeys(protocol for _, source in list_usable() for protocol in source.protocols))
         if options.protocol not in known:
             near = did_you_mean(options.protocol, known)
             raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}There is {' and '.join(known)}.")
 
 
-def _open(kind: str, source: ProbeSource, name: str, part: str, options: Options) -> Opened:
+def _open_source(kind: str, source: ProbeSource, name: str, part: str, options: Options) -> Opened:
     try:
         return source.open(name, part, options)
     except CompressknowError:
@@ -315,8 +319,8 @@ def _open(kind: str, source: ProbeSource, name: str, part: str, options: Options
         raise PROBES.unfit(kind, f"{type(error).__name__}: {error}") from error
 
 
-def _checked(kind: str, name: str, opened: object) -> Opened:
-    """What a source gives, if it can be evaluated. Raises CompressknowError where it cannot."""
+def _check_opened(kind: str, name: str, opened: object) -> Opened:
+    """Return what a source gives, if it can be evaluated. Raise CompressknowError where it cannot."""
     if isinstance(opened, Task | RunningText):
         return opened
     if not isinstance(opened, Probe):
@@ -324,39 +328,40 @@ def _checked(kind: str, name: str, opened: object) -> Opened:
     if not opened.facts:
         reasons = [f"  {count} dropped: {reason}" for reason, count in opened.dropped.items()]
         raise UsageError(f"{opened.name} has no facts to evaluate.", "\n".join(reasons) or "It is empty.")
-    if PROBES.is_added(kind) and (flaw := _flaw(name, opened)):
+    if PROBES.is_added(kind) and (flaw := _find_flaw(name, opened)):
         raise PROBES.unfit(kind, flaw)
     return opened
 
 
-def _flaw(name: str, probe: Probe) -> str | None:
-    """What would go wrong with facts of another package after hours: the sources of this one see to it themselves."""
+def _find_flaw(name: str, probe: Probe) -> str | None:
+    """Find what would go wrong with facts of another package after hours: this one's sources check it themselves."""
     if probe.name != name or any(fact.probe != name for fact in probe.facts):
         return f"The probe or a fact of it does not have the name {name!r}."
     if twins := [fact for fact, times in Counter(fact.id for fact in probe.facts).items() if times > 1]:
         return f"Two of its facts have the id {twins[0]!r}."
     for fact in probe.facts:
-        if fact.candidates is not None and not _are_candidates(fact.candidates, fact.obj_label):
+        choices = fact.candidates
+        if choices is not None and not (len(set(choices)) == len(choices) > 1 and fact.obj_label in choices):
             return f"The candidates of its fact {fact.id!r} are not two or more different ones, the object among them."
     return None
 
 
-def _are_candidates(candidates: Sequence[str], answer: str) -> bool:
-    return len(set(candidates)) == len(candidates) > 1 and answer in candidates
+def _make_unknown_error(name: str) -> UsageError:
+    names = list_known()
+    return UsageError(f"Unknown probe {name!r}.", hint=f"{_suggest(name)}There is {', '.join(names)}.")
 
 
-def _unknown(name: str) -> UsageError:
-    names = known_names()
-    return UsageError(f"Unknown probe {name!r}.", hint=f"{_suggestion(name)}There is {', '.join(names)}.")
-
-
-def _suggestion(name: str) -> str:
-    """What a name may be meant for: one without its kind, or one that is nearly known."""
+def _suggest(name: str) -> str:
+    """Suggest what a name may be meant for: one without its kind, or one that is nearly known."""
     beginning, colon, part = name.partition(":")
-    if colon and _split(name)[0] not in PROBES and (near := did_you_mean(beginning, PROBES, cutoff=0.7)):
+    if colon and _split_name(name)[0] not in PROBES and (near := did_you_mean(beginning, PROBES, cutoff=0.7)):
         return near.replace("?", f":{part}?")
-    for kind, source in usable():
+    for kind, source in list_usable():
         if source.meant(name):
-            return f"Did you mean {_joined(kind, _part(source, name))}? "
-    fixed = [_joined(kind, part) for kind, source in usable() for part in source.parts or ([] if source.form else [""])]
+            return f"Did you mean {_join_name(kind, _normalize_part(source, name))}? "
+    fixed = [
+        _join_name(kind, part)
+        for kind, source in list_usable()
+        for part in source.parts or ([] if source.form else [""])
+    ]
     return did_you_mean(name, fixed, cutoff=0.5)

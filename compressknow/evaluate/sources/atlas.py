@@ -15,7 +15,7 @@ from typing import Any
 
 from compressknow.base.errors import CompressknowError
 from compressknow.evaluate.facts import Fact, Probe
-from compressknow.evaluate.scoring.prompts import OBJECT, capitalized, fill, pick
+from compressknow.evaluate.scoring.prompts import OBJECT, capitalize, fill, pick
 from compressknow.evaluate.sources import Options, ProbeSource
 
 PROTOCOL = "atlas/1"
@@ -28,24 +28,23 @@ class Atlas(ProbeSource):
     takes = frozenset({"template"})
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
-        """See `atlas`."""
-        return atlas(options.template)
+        return read_atlas(options.template)
 
 
-def atlas(template: int = 1) -> Probe:
-    """All facts of the package. A relation's candidates are its distinct objects in alphabetical order.
+def read_atlas(template: int = 1) -> Probe:
+    """Read all facts of the package. A relation's candidates are its distinct objects in alphabetical order.
 
     `template` chooses one of each relation's templates, counted from 1. Raises UsageError where there is none of that
     number, CompressknowError where the installation lacks the data.
     """
-    contents = _contents()
+    contents = _read_files()
     if not contents:
         raise CompressknowError("This installation lacks the facts of atlas.", hint="Install compressknow again.")
     relations = [json.loads(content) for content in contents]
     return Probe(
         name="atlas",
         protocol=PROTOCOL,
-        facts=tuple(fact for relation in relations for fact in _facts(relation, template)),
+        facts=tuple(fact for relation in relations for fact in _make_facts(relation, template)),
         source={
             "template": template,
             "files": len(contents),
@@ -56,8 +55,8 @@ def atlas(template: int = 1) -> Probe:
     )
 
 
-def _contents() -> list[bytes]:
-    """The files, ordered by name."""
+def _read_files() -> list[bytes]:
+    """Read the files, ordered by name."""
     folder = files("compressknow.evaluate") / "atlas"
     if not folder.is_dir():
         return []
@@ -67,9 +66,9 @@ def _contents() -> list[bytes]:
     return [entry.read_bytes() for entry in entries]
 
 
-def _facts(relation: dict[str, Any], number: int) -> list[Fact]:
+def _make_facts(relation: dict[str, Any], number: int) -> list[Fact]:
     template = pick(relation["templates"], number, f"Relation {relation['relation']} of atlas")
-    spell = capitalized if template.startswith(OBJECT) else str
+    spell = capitalize if template.startswith(OBJECT) else str
     candidates = tuple(sorted({spell(fact["obj_label"]) for fact in relation["facts"]}))
     return [
         Fact(
@@ -79,7 +78,7 @@ def _facts(relation: dict[str, Any], number: int) -> list[Fact]:
             subject=relation["subject"],
             sub_label=fact["sub_label"],
             obj_label=spell(fact["obj_label"]),
-            prompt=capitalized(fill(template, fact["sub_label"])),
+            prompt=capitalize(fill(template, fact["sub_label"])),
             candidates=candidates,
             popularity=fact.get("popularity"),
         )

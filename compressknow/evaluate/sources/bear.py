@@ -14,14 +14,15 @@ from typing import Any
 
 from compressknow.base.errors import UsageError
 from compressknow.base.reading import INDEX, read_json
-from compressknow.evaluate.facts import WIKIDATA, Fact, Probe, domain_of
-from compressknow.evaluate.scoring.prompts import OBJECT, capitalized, fill, pick
+from compressknow.evaluate.facts import WIKIDATA, Fact, Probe, find_domain
+from compressknow.evaluate.scoring.prompts import OBJECT, capitalize, fill, pick
 from compressknow.evaluate.sources import Options, ProbeSource
-from compressknow.evaluate.sources.columns import file_hashes, read_rows
+from compressknow.evaluate.sources.columns import hash_files, read_rows
 
 PROTOCOL = "bear/1"
 METADATA = "metadata_relations.json"
 WHERE_FROM = "github.com/lm-pub-quiz/BEAR (CC BY-SA)"
+_HINT = f"BEAR comes from {WHERE_FROM}; --data names its folder."
 
 
 class Bear(ProbeSource):
@@ -33,47 +34,45 @@ class Bear(ProbeSource):
     origin = f"{WHERE_FROM}: the folder with {METADATA}"
 
     def holds(self, folder: Path, part: str) -> bool:  # noqa: ARG002
-        """By its list of relations."""
         return (folder / METADATA).is_file()
 
     def open(self, name: str, part: str, options: Options) -> Probe:
-        """See `bear`."""
-        return bear(self.find(name, part, options.data), options.template)
+        return read_bear(self.find(name, part, options.data), options.template)
 
 
-def bear(folder: Path, template: int = 1) -> Probe:
-    """All facts of the folder; `template` chooses one of each relation's templates, counted from 1.
+def read_bear(folder: Path, template: int = 1) -> Probe:
+    """Read all facts of the folder; `template` chooses one of each relation's templates, counted from 1.
 
     Raises UsageError where a file is missing or damaged, and where there is no template of that number.
     """
-    relations = _metadata(folder / METADATA)
+    relations = _read_metadata(folder / METADATA)
     paths = [folder / f"{relation}.jsonl" for relation in relations]
     facts = tuple(
         fact
         for path, (relation, metadata) in zip(paths, relations.items(), strict=True)
-        for fact in _facts(path, relation, metadata, template)
+        for fact in _read_facts(path, relation, metadata, template)
     )
-    files = file_hashes([folder / METADATA, *paths], folder)
+    files = hash_files([folder / METADATA, *paths], folder)
     return Probe(
         "bear", PROTOCOL, facts, score_rest=True, source={"from": WHERE_FROM, "template": template, "files": files}
     )
 
 
-def _metadata(path: Path) -> dict[str, dict[str, Any]]:
+def _read_metadata(path: Path) -> dict[str, dict[str, Any]]:
     try:
         relations = read_json(path, INDEX)
         for metadata in relations.values():
             if not (metadata["templates"] and metadata["answer_space_labels"]):
                 raise ValueError("a relation without templates or labels")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be read as BEAR's list of relations: {error}.", hint=_hint()) from error
+        raise UsageError(f"{path} cannot be read as BEAR's list of relations: {error}.", hint=_HINT) from error
     return dict(relations)
 
 
-def _facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> list[Fact]:
+def _read_facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> list[Fact]:
     template = pick(metadata["templates"], number, f"Relation {relation} of bear")
     # lm-pub-quiz writes the first letter of a whole sentence in upper case: the answer's, where that comes first.
-    spell = capitalized if template.startswith(OBJECT) else str
+    spell = capitalize if template.startswith(OBJECT) else str
     candidates = tuple(spell(label) for label in metadata["answer_space_labels"])
     facts = []
     for index, row in enumerate(read_rows(path)):
@@ -81,22 +80,18 @@ def _facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> 
         if not isinstance(answer, int) or not 0 <= answer < len(candidates) or not isinstance(subject, str):
             raise UsageError(
                 f"{path}, fact {index + 1}: no sub_label, or an answer_idx outside 0 to {len(candidates) - 1}.",
-                hint=_hint(),
+                hint=_HINT,
             )
         facts.append(
             Fact(
                 id=f"{relation}/{index}",
                 probe="bear",
                 relation=relation,
-                subject=domain_of(relation, WIKIDATA),
+                subject=find_domain(relation, WIKIDATA),
                 sub_label=subject,
                 obj_label=candidates[answer],
-                prompt=capitalized(fill(template, subject)),
+                prompt=capitalize(fill(template, subject)),
                 candidates=candidates,
             )
         )
     return facts
-
-
-def _hint() -> str:
-    return f"BEAR comes from {WHERE_FROM}; --data names its folder."

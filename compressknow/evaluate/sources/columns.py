@@ -19,12 +19,12 @@ from compressknow.base.reading import (
     sha256_of,
     values_in,
 )
-from compressknow.evaluate.facts import ARTS, GEOGRAPHY, PEOPLE, by_relation
+from compressknow.evaluate.facts import ARTS, GEOGRAPHY, PEOPLE, map_relations
 from compressknow.evaluate.scoring.prompts import OBJECT
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(number of the line, its object) or, where a line holds none, (number, what is wrong and in which column).
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield (number of the line, its object) or, where a line holds none, (number, what is wrong and in which column).
 
     Raises UsageError where the file cannot be read.
     """
@@ -37,13 +37,13 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             if values > MOST_VALUES:
                 raise NotReadable(f"its lines hold more than {MOST_VALUES:,} values")
             if content.strip():
-                yield number, _parsed(content)
+                yield number, _parse_line(content)
     except (OSError, NotReadable) as error:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
-def csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield (number of the line, its row) of a CSV file with a header, as `json_lines` would: empty cells are left out,
+def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield (line number, row) of a CSV file with a header, as `read_json_lines` does: empty cells are left out,
     `candidates` are parted by ``|``, `popularity` is a number.
 
     Raises UsageError where the file cannot be read.
@@ -63,7 +63,7 @@ def csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             if None in row:
                 yield number, "more cells than the header has columns"
             else:
-                yield number, {key: _cell(key, text) for key, text in row.items() if text and text.strip()}
+                yield number, {key: _parse_cell(key, text) for key, text in row.items() if text and text.strip()}
     except UnicodeDecodeError:
         raise UsageError(f"{path} cannot be read: it is not UTF-8.", hint="Save it as CSV UTF-8.") from None
     except csv.Error as error:
@@ -72,7 +72,7 @@ def csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
-def _cell(key: str, text: str) -> Any:
+def _parse_cell(key: str, text: str) -> Any:
     if key == "candidates":
         return [each.strip() for each in text.split("|")]
     if key != "popularity":
@@ -86,7 +86,7 @@ def _cell(key: str, text: str) -> Any:
             return text
 
 
-def _parsed(line: bytes) -> dict[str, Any] | str:
+def _parse_line(line: bytes) -> dict[str, Any] | str:
     try:
         value = parse_json(line)
     except UnicodeDecodeError as error:
@@ -97,41 +97,31 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
         return "column 1: not JSON that can be read: nested too deeply, or a number of too many digits"
     if not isinstance(value, dict):
         return "column 1: a JSON object {...} belongs here"
-    return _half_character(line, value) or value
+    return _find_half_character(line, value) or value
 
 
-def _half_character(line: bytes, value: dict[str, Any]) -> str | None:
+def _find_half_character(line: bytes, value: dict[str, Any]) -> str | None:
     if b"\\u" not in line or not (escape := half_character(json.dumps(value, ensure_ascii=False))):
         return None
     return f"column {line.lower().find(escape.encode()) + 1}: {escape} is half of a character"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All objects of the file. Raises UsageError, with line and column, at the first line that holds none."""
+    """Read all objects of the file. Raise UsageError, with line and column, at the first line that holds none."""
     rows = []
-    for number, row in json_lines(path):
+    for number, row in read_json_lines(path):
         if isinstance(row, str):
             raise UsageError(f"{path}, line {number}, {row}.", hint="The file is damaged: get it again.")
         rows.append(row)
     return rows
 
 
-def file_hashes(paths: Iterable[Path], folder: Path) -> dict[str, str]:
-    """File name relative to `folder`, with forward slashes -> sha256 of the file, in hexadecimal."""
+def hash_files(paths: Iterable[Path], folder: Path) -> dict[str, str]:
+    """Map file names relative to `folder`, with forward slashes, to the files' sha256 in hexadecimal."""
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
 
 
-KEYS = (
-    "subject",
-    "object",
-    "prompt",
-    "template",
-    "relation",
-    "id",
-    "popularity",
-    "candidates",
-    "school-subject",
-)
+KEYS = ("subject", "object", "prompt", "template", "relation", "id", "popularity", "candidates", "school-subject")
 
 
 @dataclass(frozen=True)
@@ -150,12 +140,12 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """The columns to read, each once."""
+        """Return the columns to read, each once."""
         return list(dict.fromkeys(name for name in self.of.values() if name != self.fixed_template))
 
 
 # Domains of PopQA's properties, with underscores for spaces.
-POPQA = by_relation(
+POPQA = map_relations(
     {
         GEOGRAPHY: "capital capital_of country",
         PEOPLE: "place_of_birth father mother occupation religion",
@@ -199,7 +189,7 @@ _KNOWN: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
 
 
 def parse_columns(options: Iterable[str]) -> dict[str, str]:
-    """``KEY=COLUMN`` texts as a mapping. Raises UsageError for another form, an unknown key and one given twice.
+    """Parse ``KEY=COLUMN`` texts. Raise UsageError for another form, an unknown key and one given twice.
 
     >>> parse_columns(["object=obj_label", "template=[X] was born in [Y]."])
     {'object': 'obj_label', 'template': '[X] was born in [Y].'}
@@ -217,21 +207,22 @@ def parse_columns(options: Iterable[str]) -> dict[str, str]:
 
 
 def check_key(key: str) -> None:
-    """Raises UsageError for a key that is none of `KEYS`."""
+    """Raise UsageError for a key that is none of `KEYS`."""
     if key not in KEYS:
         near = did_you_mean(key, KEYS)
         raise UsageError(f"--map: unknown key {key!r}.", hint=f"{near}The keys are {', '.join(KEYS)}.")
 
 
 def choose_columns(there: Iterable[str], given: Mapping[str, str], where: str) -> Columns:
-    """The columns of a table that has those `there`: as for a table that is known, but what is `given` comes first.
+    """Choose the columns of a table that has those `there`: as for a table that is known, but what is `given` comes
+    first.
 
     Raises UsageError, which lists the columns there are, where one is not there or too few are named to make facts.
     """
     present = set(there)
     for key in given:
         check_key(key)
-    chosen = _recognised(present)
+    chosen = _recognise(present)
     # Who names a prompt or a template does not want that of the known table.
     asked = {"prompt", "template"} & set(given)
     kept = {key: name for key, name in chosen.of.items() if not (asked and key in ("prompt", "template"))}
@@ -240,12 +231,12 @@ def choose_columns(there: Iterable[str], given: Mapping[str, str], where: str) -
     missing = [name for name in columns.names if name not in present]
     if missing:
         raise UsageError(f"{where} has no column {missing[0]!r}.", listing)
-    if lacking := _lacking(columns):
+    if lacking := _find_lacking(columns):
         raise UsageError(f"{where}: which column is the {lacking}?", listing, f"Say --map {lacking}=COLUMN.")
     return columns
 
 
-def _recognised(present: set[str]) -> Columns:
+def _recognise(present: set[str]) -> Columns:
     for kind, (known_by, keys, templates) in _KNOWN.items():
         if present.issuperset(known_by.split()):
             found = {
@@ -255,8 +246,8 @@ def _recognised(present: set[str]) -> Columns:
     return Columns({})
 
 
-def _lacking(columns: Columns) -> str | None:
-    """The key without which no fact can be made."""
+def _find_lacking(columns: Columns) -> str | None:
+    """Return the key without which no fact can be made."""
     if "object" not in columns.of:
         return "object"
     if "prompt" in columns.of:

@@ -1,4 +1,4 @@
-"""What a user brings: facts in a file or in a table, and running text.
+"""Sources that users bring: facts in a file or in a table, and running text.
 
 ``hf:NAME`` or ``hf:NAME:CONFIG`` names a set on the hub; ``hf:PATH`` a folder (of data files, or written by
 `save_to_disk`) or one .parquet, .json, .jsonl or .csv file. Which column holds what is said by the user or known:
@@ -20,10 +20,10 @@ from typing import Any
 from compressknow.base.errors import UsageError
 from compressknow.base.files import as_text, name_of
 from compressknow.base.reading import SUFFIXES, NotReadable, check_regular, load_tables, parse_json, sha256_of
-from compressknow.evaluate.facts import BLANK, GENERAL, Fact, Probe, domain_of
-from compressknow.evaluate.scoring.prompts import OBJECT, SUBJECT, UniqueIds, ends_open, fill, with_blank, wrong_blanks
+from compressknow.evaluate.facts import BLANK, GENERAL, Fact, Probe, find_domain
+from compressknow.evaluate.scoring.prompts import OBJECT, SUBJECT, UniqueIds, add_blank, check_blanks, fill, is_open
 from compressknow.evaluate.sources import Options, ProbeSource
-from compressknow.evaluate.sources.columns import POPQA, Columns, choose_columns, csv_lines, json_lines
+from compressknow.evaluate.sources.columns import POPQA, Columns, choose_columns, read_csv_lines, read_json_lines
 from compressknow.evaluate.sources.lama import CONCEPTNET
 from compressknow.evaluate.sources.lama import DOMAINS as LAMA
 from compressknow.evaluate.text import CONTEXT, RunningText
@@ -85,25 +85,23 @@ models, any single token). facts:FILE.csv has these as columns, and
 candidates as Paris|Rome|Madrid."""
 
     def named(self, part: str) -> str:
-        """The file's own name: a fact is the same wherever the file lies."""
+        """Return the file's own name: a fact is the same wherever the file lies."""
         return name_of(Path(part))
 
     def meant(self, text: str) -> bool:
-        """By the file's suffix."""
         return Path(text).suffix.lower() in (".jsonl", ".csv")
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
-        """See `own_facts`."""
         path = Path(part).expanduser()
         if not path.exists():
             raise UsageError(
                 f"There is no file {path}.", hint="facts: is followed by the path of a file of JSON lines, or of CSV."
             )
-        return own_facts(path)
+        return read_facts_file(path)
 
 
-def own_facts(path: Path) -> Probe:
-    """The facts of a file that follows `SCHEMA`.
+def read_facts_file(path: Path) -> Probe:
+    """Read the facts of a file that follows `SCHEMA`.
 
     Raises UsageError that names file, line and key (or column, where a line is no JSON) of the first errors.
     """
@@ -113,16 +111,16 @@ def own_facts(path: Path) -> Probe:
     problems: list[str] = []
     # One tuple for all facts with the same candidates: files repeat a relation's list in each line.
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for number, row in (csv_lines if path.suffix.lower() == ".csv" else json_lines)(path):
-        found = [row] if isinstance(row, str) else _problems(row)
+    for number, row in (read_csv_lines if path.suffix.lower() == ".csv" else read_json_lines)(path):
+        found = [row] if isinstance(row, str) else _find_problems(row)
         if not found and isinstance(row, dict):
-            fact = _fact(row, number, name, as_text(path.stem), shared)
+            fact = _make_fact(row, number, name, as_text(path.stem), shared)
             if fact.id in facts:
                 found = [f"id: {fact.id!r} is the id of line {lines[fact.id]} too"]
             facts[fact.id], lines[fact.id] = fact, number
         problems += [f"line {number}, {problem}" for problem in found]
     if problems:
-        raise _error(path, problems)
+        raise _make_error(path, problems)
     if not facts:
         raise UsageError(f"{path} holds no facts.", hint=_HINT)
     closed = all(fact.candidates for fact in facts.values())
@@ -136,25 +134,25 @@ def own_facts(path: Path) -> Probe:
     )
 
 
-def _error(path: Path, problems: list[str]) -> UsageError:
+def _make_error(path: Path, problems: list[str]) -> UsageError:
     shown = problems[:_SHOWN]
     rest = len(problems) - len(shown)
     more = [f"and {rest} more"] if rest else []
     return UsageError(f"{path} cannot be read as facts:", "\n".join(f"  {line}" for line in shown + more), _HINT)
 
 
-def _problems(row: dict[str, Any]) -> list[str]:
-    """What is wrong with one line, each as ``KEY: what``; types first, since the other rules need them right."""
+def _find_problems(row: dict[str, Any]) -> list[str]:
+    """List what is wrong with one line, each as ``KEY: what``; types first, since the other rules need them right."""
     wrong = [f"{key}: must be a non-empty string" for key in _TEXTS if key in row and not _is_text(row[key])]
-    wrong += _wrong_types(row)
-    return wrong or [*_misspelt(row), *_missing(row), *_wrong_prompt(row), *_wrong_candidates(row)]
+    wrong += _check_types(row)
+    return wrong or [*_find_misspelt(row), *_find_missing(row), *_check_prompt(row), *_check_candidates(row)]
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _wrong_types(row: dict[str, Any]) -> list[str]:
+def _check_types(row: dict[str, Any]) -> list[str]:
     wrong = []
     if "id" in row and not _is_text(row["id"]) and type(row["id"]) is not int:
         wrong.append("id: must be a non-empty string")
@@ -167,14 +165,14 @@ def _wrong_types(row: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def _misspelt(row: dict[str, Any]) -> list[str]:
-    """Other keys are ignored, but one that nearly is a known one would go unnoticed."""
+def _find_misspelt(row: dict[str, Any]) -> list[str]:
+    """Find keys that nearly are known ones: other keys are ignored, and these would go unnoticed."""
     others = itertools.islice((key for key in row if key not in _KEYS), _COMPARED)
     near = {key: difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85) for key in others}
     return [f"{key}: unknown; did you mean {match[0]}?" for key, match in near.items() if match]
 
 
-def _missing(row: dict[str, Any]) -> list[str]:
+def _find_missing(row: dict[str, Any]) -> list[str]:
     missing = [] if "obj_label" in row else ["obj_label: missing"]
     if "prompt" not in row and "template" not in row:
         missing.append("prompt: missing, and no template either")
@@ -183,10 +181,10 @@ def _missing(row: dict[str, Any]) -> list[str]:
     return missing
 
 
-def _wrong_prompt(row: dict[str, Any]) -> list[str]:
+def _check_prompt(row: dict[str, Any]) -> list[str]:
     if "prompt" in row:
         count = row["prompt"].count(BLANK)
-        if count == 1 or (count == 0 and ends_open(row["prompt"])):
+        if count == 1 or (count == 0 and is_open(row["prompt"])):
             return []
         return [f"prompt: holds {BLANK} {count} times, not once"]
     if "template" not in row:
@@ -196,7 +194,7 @@ def _wrong_prompt(row: dict[str, Any]) -> list[str]:
     return [f"sub_label: holds {BLANK}"] if BLANK in row.get("sub_label", "") else []
 
 
-def _wrong_candidates(row: dict[str, Any]) -> list[str]:
+def _check_candidates(row: dict[str, Any]) -> list[str]:
     candidates = row.get("candidates")
     if candidates is None:
         return []
@@ -209,15 +207,12 @@ def _wrong_candidates(row: dict[str, Any]) -> list[str]:
     return []
 
 
-def _prompt(prompt: str) -> str:
-    return prompt if BLANK in prompt else with_blank(prompt)
-
-
-def _fact(
+def _make_fact(
     row: dict[str, Any], number: int, probe: str, stem: str, shared: dict[tuple[str, ...], tuple[str, ...]]
 ) -> Fact:
     relation, subject = row.get("relation", stem), row.get("sub_label", "")
     candidates = tuple(row["candidates"]) if row.get("candidates") is not None else None
+    prompt = row["prompt"] if "prompt" in row else fill(row["template"], subject)
     return Fact(
         id=str(row.get("id", f"{relation}/{number}")),
         probe=probe,
@@ -225,7 +220,7 @@ def _fact(
         subject=row.get("subject", GENERAL),
         sub_label=subject,
         obj_label=row["obj_label"],
-        prompt=_prompt(row["prompt"]) if "prompt" in row else fill(row["template"], subject),
+        prompt=prompt if BLANK in prompt else add_blank(prompt),
         candidates=shared.setdefault(candidates, candidates) if candidates else None,
         popularity=row.get("popularity"),
     )
@@ -247,17 +242,16 @@ class Hub(ProbeSource):
     takes = frozenset({"columns", "split"})
 
     def meant(self, text: str) -> bool:
-        """By a file's suffix, or as a name on the hub has an owner."""
+        """Go by a file's suffix, or by an owner, as names on the hub have one."""
         tables = set(SUFFIXES) - {".jsonl"}
         return Path(text).suffix.lower() in tables or re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
-        """See `hub_facts`."""
-        return hub_facts(part, options.columns, options.split)
+        return read_hub_facts(part, options.columns, options.split)
 
 
-def hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> Probe:
-    """All facts of one split of a data set; rows that make no fact are counted in `dropped`.
+def read_hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> Probe:
+    """Read all facts of one split of a data set; rows that make no fact are counted in `dropped`.
 
     `columns` is {one of `compressknow.evaluate.sources.columns.KEYS`: name of a column}; "template" may also be a
     template itself.
@@ -268,7 +262,7 @@ def hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str
     chosen = _choose_split(list(splits), split, dataset)
     table = splits[chosen]
     named = choose_columns(table.column_names, columns or {}, f"hf:{dataset}")
-    facts, dropped = _select(f"hf:{dataset}", _rows(table, named), named)
+    facts, dropped = _select_facts(f"hf:{dataset}", _read_rows(table, named), named)
     return Probe(
         name=f"hf:{dataset}",
         protocol=HUB_PROTOCOL,
@@ -288,20 +282,22 @@ def _choose_split(there: list[str], wanted: str | None, dataset: str) -> str:
     return chosen
 
 
-def _rows(table: Any, columns: Columns) -> Iterator[dict[str, Any]]:
-    """The rows with the keys of `columns` in place of the table's names."""
+def _read_rows(table: Any, columns: Columns) -> Iterator[dict[str, Any]]:
+    """Yield the rows with the keys of `columns` in place of the table's names."""
     pairs = [(key, name) for key, name in columns.of.items() if name in columns.names]
     for batch in table.select_columns(columns.names).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
         for row in batch.to_pylist():
             yield {key: row[name] for key, name in pairs}
 
 
-def _select(probe: str, rows: Iterator[dict[str, Any]], columns: Columns) -> tuple[tuple[Fact, ...], dict[str, int]]:
+def _select_facts(
+    probe: str, rows: Iterator[dict[str, Any]], columns: Columns
+) -> tuple[tuple[Fact, ...], dict[str, int]]:
     facts, dropped, unique = [], Counter[str](), UniqueIds()
     asked: set[tuple[str, str]] = set()
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}
     for number, row in enumerate(rows):
-        fact = _hub_fact(probe, number, row, columns)
+        fact = _make_hub_fact(probe, number, row, columns)
         if isinstance(fact, Fact) and (fact.prompt, fact.obj_label) in asked:
             fact = "same sentence and object"
         if isinstance(fact, str):
@@ -313,58 +309,60 @@ def _select(probe: str, rows: Iterator[dict[str, Any]], columns: Columns) -> tup
     return tuple(facts), dict(dropped)
 
 
-def _hub_fact(probe: str, number: int, row: dict[str, Any], columns: Columns) -> Fact | str:
-    """The row's fact, or the reason to drop it."""
-    obj_label, subject = _text(row.get("object")), _text(row.get("subject")) or ""
-    relation = _text(row.get("relation")) or probe.removeprefix("hf:")
+def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Columns) -> Fact | str:
+    """Return the row's fact, or the reason to drop it."""
+    obj_label, subject = _to_text(row.get("object")), _to_text(row.get("subject")) or ""
+    relation = _to_text(row.get("relation")) or probe.removeprefix("hf:")
     if obj_label is None:
         return "no object"
-    prompt = _hub_prompt(row, subject, relation, columns)
+    prompt = _make_hub_prompt(row, subject, relation, columns)
     if prompt is None:
         return "no subject, or no template for its relation"
-    if reason := wrong_blanks(prompt):
+    if reason := check_blanks(prompt):
         return reason
-    candidates = _texts(row.get("candidates"))
+    candidates = _to_texts(row.get("candidates"))
     if candidates is not None and (obj_label not in candidates or len(candidates) < 2):
         return "object not among two candidates or more"
     return Fact(
-        id=f"{relation}/{_text(row.get('id')) or number}",
+        id=f"{relation}/{_to_text(row.get('id')) or number}",
         probe=probe,
         relation=relation,
-        subject=_text(row.get("school-subject")) or domain_of(relation, DOMAINS),
+        subject=_to_text(row.get("school-subject")) or find_domain(relation, DOMAINS),
         sub_label=subject,
         obj_label=obj_label,
         prompt=prompt,
         candidates=candidates,
-        popularity=_popularity(row.get("popularity")),
+        popularity=_to_popularity(row.get("popularity")),
     )
 
 
-def _hub_prompt(row: dict[str, Any], subject: str, relation: str, columns: Columns) -> str | None:
+def _make_hub_prompt(row: dict[str, Any], subject: str, relation: str, columns: Columns) -> str | None:
     if "prompt" in columns.of:
-        return _text(row["prompt"]) or ""
-    template = columns.fixed_template or _text(row.get("template")) or columns.templates.get(relation)
+        return _to_text(row["prompt"]) or ""
+    template = columns.fixed_template or _to_text(row.get("template")) or columns.templates.get(relation)
     return fill(template, subject) if template and subject else None
 
 
-def _text(value: object) -> str | None:
-    """A text, a number as one, the first of a list; None for what is empty or nothing of these."""
+def _to_text(value: object) -> str | None:
+    """Return a text, a number as one, the first of a list; None for what is empty or nothing of these."""
     if isinstance(value, list):
-        return _text(value[0]) if value else None
+        return _to_text(value[0]) if value else None
     return (str(value).strip() or None) if isinstance(value, str | int | float) and value == value else None
 
 
-def _texts(value: object) -> tuple[str, ...] | None:
-    """A list of texts, also as a text of JSON, each once; None for an empty one. Another text is a list of itself."""
+def _to_texts(value: object) -> tuple[str, ...] | None:
+    """Return a list of texts, also as a text of JSON, each once; None for an empty one. Another text is a list of
+    itself.
+    """
     if isinstance(value, str):
         try:
             value = parse_json(value.encode())
         except ValueError:
             value = [value]
-    return tuple(dict.fromkeys(filter(None, map(_text, value)))) or None if isinstance(value, list) else None
+    return tuple(dict.fromkeys(filter(None, map(_to_text, value)))) or None if isinstance(value, list) else None
 
 
-def _popularity(value: object) -> float | None:
+def _to_popularity(value: object) -> float | None:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     return number if 0 < number < math.inf else None
 
@@ -382,15 +380,14 @@ class Text(ProbeSource):
     held_out = False
 
     def named(self, part: str) -> str:
-        """The file's own name: a text is the same wherever the file lies."""
+        """Return the file's own name: a text is the same wherever the file lies."""
         return name_of(Path(part))
 
     def meant(self, text: str) -> bool:
-        """By the file's suffix."""
         return Path(text).suffix.lower() in (".txt", ".raw")
 
     def open(self, name: str, part: str, options: Options) -> RunningText:
-        """The text of a file. Raises UsageError where there is none, where it is empty, or no text in UTF-8."""
+        """Open the text of a file. Raise UsageError where there is none, where it is empty, or no text in UTF-8."""
         path = Path(part).expanduser()
         hint = "text: is followed by the path of a text in UTF-8."
         try:

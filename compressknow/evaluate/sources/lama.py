@@ -19,10 +19,10 @@ from typing import Any, Literal, cast
 
 from compressknow.base.errors import UsageError
 from compressknow.base.reading import TOKENIZER, read_text
-from compressknow.evaluate.facts import COMMON_SENSE, GENERAL, PEOPLE, WIKIDATA, Fact, Probe, by_relation, domain_of
-from compressknow.evaluate.scoring.prompts import UniqueIds, fill, wrong_blanks
+from compressknow.evaluate.facts import COMMON_SENSE, GENERAL, PEOPLE, WIKIDATA, Fact, Probe, find_domain, map_relations
+from compressknow.evaluate.scoring.prompts import UniqueIds, check_blanks, fill
 from compressknow.evaluate.sources import Options, ProbeSource
-from compressknow.evaluate.sources.columns import file_hashes, read_rows
+from compressknow.evaluate.sources.columns import hash_files, read_rows
 
 WHERE_FROM = "https://dl.fbaipublicfiles.com/LAMA/data.zip"
 SETS = ("trex", "google-re", "squad", "conceptnet")
@@ -36,8 +36,8 @@ _GOOGLE_RE = {
     "date_of_birth": "[X] (born [Y]).",
     "place_of_death": "[X] died in [Y] .",
 }
-GOOGLE_RE = by_relation({PEOPLE: "place_of_birth date_of_birth place_of_death"})
-CONCEPTNET = by_relation(
+GOOGLE_RE = map_relations({PEOPLE: "place_of_birth date_of_birth place_of_death"})
+CONCEPTNET = map_relations(
     {
         COMMON_SENSE: (
             "AtLocation CapableOf Causes CausesDesire Desires HasA HasPrerequisite HasProperty HasSubevent IsA MadeOf "
@@ -67,7 +67,7 @@ class _Row:
 
     @property
     def sub_label(self) -> Any:
-        """The subject; SQuAD's rows have no other than the set's name, ConceptNet's call it `sub`."""
+        """Return the subject; SQuAD's rows have no other than the set's name, ConceptNet's call it `sub`."""
         label = self.values.get("sub_label", self.values.get("sub"))
         return "" if label == "Squad" else label
 
@@ -95,17 +95,15 @@ class Lama(ProbeSource):
     origin = f"{WHERE_FROM} (unpacked, it holds TREx/, Google_RE/, Squad/ and ConceptNet/)"
 
     def holds(self, folder: Path, part: str) -> bool:
-        """By the folder of the set itself."""
         return (folder / _FOLDERS[part]).is_dir()
 
     def open(self, name: str, part: str, options: Options) -> Probe:
-        """See `lama`."""
         folder = self.find(name, part, options.data)
-        return lama(folder, part, cast(Literal["lama", "paper"], options.protocol))
+        return read_lama(folder, part, cast(Literal["lama", "paper"], options.protocol))
 
 
-def lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -> Probe:
-    """One of `SETS`, as one of two protocols asks it.
+def read_lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -> Probe:
+    """Read one of `SETS`, by one of two protocols.
 
     `lama` follows the official code (facebookresearch/LAMA: run_experiments.py, batch_eval_KB_completion.py):
     - Answers are words of the common vocabulary. Facts whose object has a word outside of it are dropped, and so are,
@@ -123,11 +121,20 @@ def lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -
 
     Raises UsageError where a file is missing or damaged.
     """
-    paths, rows = _rows(folder, name)
+    paths, rows = _read_rows(folder, name)
     extra = [folder / VOCABULARY] if protocol == "lama" else []
-    words = _vocabulary(folder / VOCABULARY) if protocol == "lama" else ()
-    rules = _official_rules(frozenset(words)) if protocol == "lama" else _paper_rules()
-    facts, dropped = _select(name, rows, rules)
+    words = _read_vocabulary(folder / VOCABULARY) if protocol == "lama" else ()
+    rules = (
+        _make_official_rules(frozenset(words))
+        if protocol == "lama"
+        else [
+            _check_labels,
+            _check_template,
+            _check_blanks,
+            _make_repeat_rule(lambda row: (row.prompt,), "same sentence"),
+        ]
+    )
+    facts, dropped = _select_facts(name, rows, rules)
     templates = [folder / RELATIONS] if name == "trex" else []
     return Probe(
         name=f"lama:{name}",
@@ -142,13 +149,13 @@ def lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -
         source={
             "from": f"{WHERE_FROM} (CC BY-NC 4.0)",
             "asked by": "template" if name in ("trex", "google-re") else "the first of masked_sentences",
-            "files": file_hashes([*extra, *templates, *paths], folder),
+            "files": hash_files([*extra, *templates, *paths], folder),
         },
     )
 
 
-def _rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]]:
-    """The files of a set in the official order, and what they hold."""
+def _read_rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]]:
+    """Return the files of a set in the official order, and what they hold."""
     files = folder / _FOLDERS[name]
     relations: dict[str, tuple[Path, str | None]]
     if name == "trex":
@@ -171,7 +178,7 @@ def _rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]]:
     return [path for path, _ in found.values()], rows
 
 
-def _vocabulary(path: Path) -> tuple[str, ...]:
+def _read_vocabulary(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise UsageError(
             f"There is no {path}.",
@@ -185,7 +192,7 @@ def _vocabulary(path: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for line in lines if (word := line.strip())))
 
 
-def _select(name: str, rows: Iterator[_Row], rules: list[_Rule]) -> tuple[tuple[Fact, ...], dict[str, int]]:
+def _select_facts(name: str, rows: Iterator[_Row], rules: list[_Rule]) -> tuple[tuple[Fact, ...], dict[str, int]]:
     facts, dropped, unique = [], Counter[str](), UniqueIds()
     for row in rows:
         if reason := next((reason for rule in rules if (reason := rule(row))), None):
@@ -197,7 +204,7 @@ def _select(name: str, rows: Iterator[_Row], rules: list[_Rule]) -> tuple[tuple[
                 id=unique(f"{row.relation}/{identifier}"),
                 probe=f"lama:{name}",
                 relation=row.relation,
-                subject=_DOMAINS_OF_SETS.get(name) or domain_of(row.relation, DOMAINS),
+                subject=_DOMAINS_OF_SETS.get(name) or find_domain(row.relation, DOMAINS),
                 sub_label=row.sub_label,
                 obj_label=row.obj_label,
                 prompt=row.prompt,
@@ -206,7 +213,7 @@ def _select(name: str, rows: Iterator[_Row], rules: list[_Rule]) -> tuple[tuple[
     return tuple(facts), dict(dropped)
 
 
-def _official_rules(words: frozenset[str]) -> list[_Rule]:
+def _make_official_rules(words: frozenset[str]) -> list[_Rule]:
     def outside_vocabulary(row: _Row) -> str | None:
         outside = not words.issuperset(row.obj_label.split(" "))
         return "object outside the common vocabulary" if outside else None
@@ -215,45 +222,41 @@ def _official_rules(words: frozenset[str]) -> list[_Rule]:
         return (row.relation, row.sub_label, row.obj_label) if row.template is not None else None
 
     return [
-        _no_labels,
-        _no_template,
-        _too_long,
+        _check_labels,
+        _check_template,
+        _check_length,
         outside_vocabulary,
-        _rejected,
-        _repeats(known_pair, "same subject and object"),
-        _blanks,
+        _check_raters,
+        _make_repeat_rule(known_pair, "same subject and object"),
+        _check_blanks,
     ]
 
 
-def _paper_rules() -> list[_Rule]:
-    return [_no_labels, _no_template, _blanks, _repeats(lambda row: (row.prompt,), "same sentence")]
-
-
-def _no_labels(row: _Row) -> str | None:
+def _check_labels(row: _Row) -> str | None:
     named = isinstance(row.obj_label, str) and isinstance(row.sub_label, str)
     return None if named else "no label of subject or object"
 
 
-def _no_template(row: _Row) -> str | None:
+def _check_template(row: _Row) -> str | None:
     return f"no template for its relation in {RELATIONS}" if row.template == "" else None
 
 
-def _too_long(row: _Row) -> str | None:
+def _check_length(row: _Row) -> str | None:
     long = row.template is None and len(row.prompt.split()) > _LONGEST_SENTENCE
     return f"sentence of more than {_LONGEST_SENTENCE} words" if long else None
 
 
-def _rejected(row: _Row) -> str | None:
+def _check_raters(row: _Row) -> str | None:
     judgments = [judgment.get("judgment") == "yes" for judgment in row.values.get("judgments", [])]
     return "rejected by its raters" if judgments.count(False) > judgments.count(True) else None
 
 
-def _blanks(row: _Row) -> str | None:
-    return wrong_blanks(row.prompt)
+def _check_blanks(row: _Row) -> str | None:
+    return check_blanks(row.prompt)
 
 
-def _repeats(key: Callable[[_Row], tuple[str, ...] | None], reason: str) -> _Rule:
-    """The rule that keeps the first row of each key; None as a key is no repetition."""
+def _make_repeat_rule(key: Callable[[_Row], tuple[str, ...] | None], reason: str) -> _Rule:
+    """Return the rule that keeps the first row of each key; None as a key is no repetition."""
     seen: set[tuple[str, ...]] = set()
 
     def rule(row: _Row) -> str | None:

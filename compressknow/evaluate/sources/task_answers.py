@@ -1,4 +1,4 @@
-"""What lm-eval logged of a task's items, as answers.
+"""Answers from lm-eval's log of a task's items.
 
 A sample of lm-eval's log is {"doc_id", "doc", "target", "arguments": [(context, continuation), ...], "filtered_resps",
 "filter", "metrics": [NAME, ...], NAME: value, ...}; for choices `filtered_resps` is [(log-likelihood, is greedy), ...].
@@ -17,7 +17,7 @@ import numpy as np
 from compressknow.base.errors import UnsupportedError
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.facts import BLANK, DOMAINS, GENERAL
-from compressknow.evaluate.scoring.ranking import log_sum, rank_of
+from compressknow.evaluate.scoring.ranking import find_rank, sum_logs
 
 # Of an item's context, so much of its end is shown.
 SHOWN = 300
@@ -30,7 +30,7 @@ _COMMON_SENSE = frozenset({"piqa", "winogrande"})
 
 @dataclass
 class Collected:
-    """The answers to one task or more, and what is counted over them.
+    """Answers to one task or more, and what is counted over them.
 
     `metrics` is {name of a task: its metric that says right or wrong, as lm-eval's results name it: ``acc,none``};
     `golds` counts the places of right choices.
@@ -43,14 +43,14 @@ class Collected:
 
     @property
     def chance(self) -> float | None:
-        """Expected accuracy of guessing; None where any item has no choices."""
+        """Return the expected accuracy of guessing; None where any item has no choices."""
         choices = [answer.choices for answer in self.answers]
         known = [1 / number for number in choices if number]
         return sum(known) / len(known) if known and len(known) == len(choices) else None
 
     @property
     def majority(self) -> float | None:
-        """Accuracy of always naming the place that is right most often."""
+        """Return the accuracy of always naming the place that is right most often."""
         total = sum(self.golds.values())
         return max(self.golds.values()) / total if total and total == len(self.answers) else None
 
@@ -62,7 +62,7 @@ class Collected:
         name = str(task.task_name)
         # The same items come once for each filter; results go by the first one as well.
         samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-        metric = _metric(name, task, samples)
+        metric = _choose_metric(name, task, samples)
         self.metrics[name] = f"{metric},{samples[0]['filter']}"
         for sample in samples:
             item = f"{name}/{sample['doc_id']}" if several else str(sample["doc_id"])
@@ -78,19 +78,19 @@ class Collected:
             if task.OUTPUT_TYPE == "multiple_choice":
                 self._add_choice(common, task, sample, correct)
             else:
-                self.answers.append(Answer(**common, **_free(task, sample, correct), choices=None))
+                self.answers.append(Answer(**common, **_read_free(task, sample, correct), choices=None))
 
     def _add_choice(self, common: Mapping[str, Any], task: Any, sample: Mapping[str, Any], correct: bool) -> None:
-        choices, contexts, continuation = _parts(task, sample)
-        golds = _golds(task, sample, choices)
+        choices, contexts, continuation = _read_choices(task, sample)
+        golds = _find_golds(task, sample, choices)
         if not golds:
             self.dropped[NO_GOLD] += 1
             return
         scores = np.array([score for score, _ in sample["filtered_resps"][: len(choices)]], dtype=np.float64)
         order = np.argsort(-scores, kind="stable")
         gold = min(golds, key=lambda index: (np.isnan(scores[index]), -scores[index]))
-        rank = rank_of(gold, scores)
-        texts, prompt = _shown(choices, contexts, continuation)
+        rank = find_rank(gold, scores)
+        texts, prompt = _shorten(choices, contexts, continuation)
         self.golds[golds[0]] += 1
         self.answers.append(
             Answer(
@@ -105,13 +105,13 @@ class Collected:
                 top5=tuple(texts[index] for index in order[:5]),
                 top5_logp=tuple(float(scores[index]) for index in order[:5]),
                 choices=len(choices),
-                total_logp=log_sum(scores),
+                total_logp=sum_logs(scores),
             )
         )
 
 
-def _metric(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> str:
-    """The first of the task's metrics that says right or wrong of every item."""
+def _choose_metric(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> str:
+    """Return the first of the task's metrics that says right or wrong of every item."""
     better = task.higher_is_better()
     named = sorted(samples[0]["metrics"], key=lambda metric: metric not in _METRICS)
     for metric in named:
@@ -128,8 +128,8 @@ def _is_verdict(value: object) -> bool:
     return isinstance(value, bool | int | float | np.number | np.bool_) and float(value) in (0, 1)
 
 
-def _parts(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list[str], str | None]:
-    """The choices as the task has them, the contexts, and what follows these where they are what is chosen from."""
+def _read_choices(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list[str], str | None]:
+    """Return the choices as the task has them, the contexts, and what follows where these are chosen from."""
     arguments = sample["arguments"]
     if hasattr(task, "doc_to_choice"):
         choices = [str(choice) for choice in task.doc_to_choice(sample["doc"])]
@@ -139,8 +139,8 @@ def _parts(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list[str], 
     return choices, contexts, arguments[0][1] if getattr(task, "multiple_input", 0) else None
 
 
-def _golds(task: Any, sample: Mapping[str, Any], choices: Sequence[str]) -> list[int]:
-    """Indices of the right choices, read as lm-eval does; what is out of range is none."""
+def _find_golds(task: Any, sample: Mapping[str, Any], choices: Sequence[str]) -> list[int]:
+    """Return indices of the right choices, read as lm-eval does; what is out of range is none."""
     several_contexts = getattr(task, "multiple_input", 0)
     gold = task.doc_to_text(sample["doc"]) if several_contexts else sample["target"]
     found = []
@@ -153,30 +153,30 @@ def _golds(task: Any, sample: Mapping[str, Any], choices: Sequence[str]) -> list
     return found
 
 
-def _shown(choices: Sequence[str], contexts: Sequence[str], continuation: str | None) -> tuple[list[str], str]:
-    """Texts of the choices and of the item. Contexts that are chosen from show without the words they all begin with.
+def _shorten(choices: Sequence[str], contexts: Sequence[str], continuation: str | None) -> tuple[list[str], str]:
+    """Return texts of the choices and of the item; contexts that are chosen from without the words they all begin with.
 
     >>> _shown([], ["She saw Ann, so Ann", "She saw Ann, so Bea"], " ran.")
     (['Ann', 'Bea'], 'She saw Ann, so … ran.')
     """
     if continuation is None:
-        return [choice.strip() for choice in choices], tail(contexts[0])
+        return [choice.strip() for choice in choices], cut_tail(contexts[0])
     words = [context.split() for context in contexts]
     same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
     begin = [column[0] for column in same]
     texts = [" ".join(of_one[len(begin) :]) for of_one in words]
     if not all(texts):
-        return [choice.strip() for choice in choices], tail(f"{_GAP} {continuation}")
-    return texts, tail(" ".join([*begin, _GAP, continuation]))
+        return [choice.strip() for choice in choices], cut_tail(f"{_GAP} {continuation}")
+    return texts, cut_tail(" ".join([*begin, _GAP, continuation]))
 
 
-def _free(task: Any, sample: Mapping[str, Any], correct: bool) -> dict[str, Any]:
-    """Fields of an answer that was written freely, or of a continuation that was only scored."""
+def _read_free(task: Any, sample: Mapping[str, Any], correct: bool) -> dict[str, Any]:
+    """Return fields of an answer that was written freely, or of a continuation that was only scored."""
     gold, response = sample["target"], sample["filtered_resps"][0]
     if isinstance(gold, int) and getattr(task.config, "doc_to_choice", None) is not None:
         gold = task.doc_to_choice(sample["doc"])[gold]
     gold = str(gold[0] if isinstance(gold, list | tuple) and gold else gold).strip()
-    fields = {"prompt": tail(str(sample["arguments"][0][0])), "gold": gold, "correct": correct}
+    fields = {"prompt": cut_tail(str(sample["arguments"][0][0])), "gold": gold, "correct": correct}
     if task.OUTPUT_TYPE == "loglikelihood":
         # The continuation is the greedy one or not; which one is, lm-eval does not say.
         return fields | {"predicted": gold if correct else "", "logp_gold": float(response[0])} | _UNRANKED
@@ -188,8 +188,8 @@ def _free(task: Any, sample: Mapping[str, Any], correct: bool) -> dict[str, Any]
 _UNRANKED: dict[str, Any] = {"rank": None, "top5": (), "top5_logp": ()}
 
 
-def tail(text: str) -> str:
-    """The last words of a text, `SHOWN` characters at most, with single spaces and without LAMA's blank.
+def cut_tail(text: str) -> str:
+    """Return the last words of a text, `SHOWN` characters at most, with single spaces and without LAMA's blank.
 
     >>> tail("Question:  who?\\nAnswer:")
     'Question: who? Answer:'
@@ -204,8 +204,8 @@ def tail(text: str) -> str:
     return f"{_GAP} {cut.partition(' ')[2] or cut}"
 
 
-def truncated(samples: Sequence[Mapping[str, Any]], lm: Any) -> int:
-    """How many items lose the beginning of their context, as the model takes no longer text.
+def count_truncated(samples: Sequence[Mapping[str, Any]], lm: Any) -> int:
+    """Count the items that lose the beginning of their context, as the model takes no longer text.
 
     A causal model reads all of the context and the continuation but its last token; an encoder the context alone; where
     an answer is written, the context leaves room for it.

@@ -10,16 +10,14 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.files import as_text
 from compressknow.base.progress import quiet
-
-if TYPE_CHECKING:
-    from compressknow.evaluate.sources.tasks import LmEvalTask
 
 # Task files for lm-eval that read local JSON lines, and what the rows of those hold.
 SHIPPED = Path(__file__).parent / "tasks_local"
@@ -34,8 +32,33 @@ _LOGGERS = ("lm_eval", "datasets", "evaluate", "accelerate", "huggingface_hub", 
 _DEFINED = re.compile(rb"""^(?:task|group|tag):[ \t]*["']?([\w.+-]+)""", re.MULTILINE)
 
 
-def names_without(task: str) -> list[str] | None:
-    """Names of lm-eval's own tasks where none of their files holds the name `task`, so that none has it; else None.
+@dataclass(frozen=True)
+class TaskFiles:
+    """Name of a task, and the files that it is made of.
+
+    Attributes
+    ----------
+    name : as the user names it: ``lm-eval:boolq``.
+    task : lm-eval's name for it.
+    include : the folder of the task's YAML, the shipped one or the user's; None for lm-eval's own tasks.
+    data : the folder of the local files that the YAML names; None where it names none.
+    """
+
+    name: str
+    task: str
+    include: Path | None = None
+    data: Path | None = None
+
+    def local_files(self) -> dict[str, Path]:
+        """Return {split: path} of the local data."""
+        if not (self.include and self.data):
+            return {}
+        return {split: self.data / file for split, file in list_data_files(find_entry(self.include, self.task)).items()}
+
+
+def list_names_without(task: str) -> list[str] | None:
+    """Return names of lm-eval's own tasks where none of their files holds the name `task`, so that none has it; else
+    None.
 
     It reads the files as they are: a second, where the index takes most of a minute.
     """
@@ -52,30 +75,30 @@ def names_without(task: str) -> list[str] | None:
 
 
 @cache
-def own_tasks() -> Any:
-    """lm-eval's index of its own tasks. They are thousands: it takes most of a minute to read."""
-    return _read(None, own=True)
+def read_own_tasks() -> Any:
+    """Read lm-eval's index of its own tasks. They are thousands: it takes most of a minute."""
+    return _read_index(None, own=True)
 
 
-def entry_of(folder: Path, task: str) -> Any:
-    """The entry of a task in lm-eval's index of a folder: `cfg`, `kind`, `yaml_path`. None where it has none."""
-    return _read(folder).task_index.get(task)
+def find_entry(folder: Path, task: str) -> Any:
+    """Return the entry of a task in lm-eval's index of a folder: `cfg`, `kind`, `yaml_path`. None where it has none."""
+    return _read_index(folder).task_index.get(task)
 
 
-def names_in(folder: Path) -> list[str]:
-    """The tasks of a task folder, groups and tags among them."""
-    return list(_read(folder).all_tasks)
+def list_names(folder: Path) -> list[str]:
+    """List the tasks of a task folder, groups and tags among them."""
+    return list(_read_index(folder).all_tasks)
 
 
-def _read(folder: Path | None, own: bool = False) -> Any:
-    with silent():
+def _read_index(folder: Path | None, own: bool = False) -> Any:
+    with silence():
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_path=str(folder) if folder else None, include_defaults=own)
 
 
-def data_files(entry: Any) -> dict[str, str]:
-    """{split: file} of the local files that a task's YAML names by a relative path."""
+def list_data_files(entry: Any) -> dict[str, str]:
+    """Return {split: file} of the local files that a task's YAML names by a relative path."""
     config = (entry.cfg if entry else None) or {}
     files = (config.get("dataset_kwargs") or {}).get("data_files") or {}
     pairs = {"train": files} if isinstance(files, str) else files
@@ -86,42 +109,35 @@ def data_files(entry: Any) -> dict[str, str]:
     }
 
 
-def local_files(task: LmEvalTask) -> dict[str, Path]:
-    """{split: path} of the task's local data."""
-    if not (task.include and task.data):
-        return {}
-    return {split: task.data / file for split, file in data_files(entry_of(task.include, task.task)).items()}
-
-
-def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
-    """lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
+def build(task: TaskFiles, folder: Path) -> dict[str, Any]:
+    """Build lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
 
     Raises CompressknowError where the data cannot be had or read, UnsupportedError for tasks that `run_task` cannot
     ask.
     """
-    entry = entry_of(task.include, task.task) if task.include else None
+    entry = find_entry(task.include, task.task) if task.include else None
     try:
         if entry and entry.kind.name == "TASK":
-            built = dict(_read(task.include).load(str(_overridden(task, entry, folder))))
+            built = dict(_read_index(task.include).load(str(_write_override(task, entry, folder))))
         else:
-            built = dict(_index_for(task).load(task.task))
+            built = dict(_choose_index(task).load(task.task))
     except Exception as error:  # whatever a task's own YAML, code and data bring forth
-        raise _explained(task, error) from error
+        raise _explain(task, error) from error
     for name, one in built["tasks"].items():
-        _refuse(f"lm-eval's task {name}" + ("" if name == task.task else f", of {task.task},"), one)
+        _check_supported(f"lm-eval's task {name}" + ("" if name == task.task else f", of {task.task},"), one)
     return built
 
 
-def _index_for(task: LmEvalTask) -> Any:
-    """An index that holds a task and all that it is made of."""
+def _choose_index(task: TaskFiles) -> Any:
+    """Return an index that holds a task and all that it is made of."""
     if task.include is None:
-        return own_tasks()
-    index = _read(task.include)
-    return index if _is_whole(index.task_index, task.task) else _read(task.include, own=True)
+        return read_own_tasks()
+    index = _read_index(task.include)
+    return index if _is_whole(index.task_index, task.task) else _read_index(task.include, own=True)
 
 
 def _is_whole(index: Mapping[str, Any], name: str) -> bool:
-    """Whether an index holds a task, and all tasks of a group; those that a group changes are not looked into."""
+    """Return whether an index holds a task, and all tasks of a group; those that a group changes are not looked up."""
     if name not in index:
         return False
     members = (index[name].cfg or {}).get("task") if index[name].kind.name == "GROUP" else []
@@ -129,10 +145,10 @@ def _is_whole(index: Mapping[str, Any], name: str) -> bool:
     return all(isinstance(one, str) and _is_whole(index, one) for one in members)
 
 
-def _overridden(task: LmEvalTask, entry: Any, folder: Path) -> Path:
-    """A YAML file that includes the task's own and says where its data lies; tables made of it go to `folder`."""
+def _write_override(task: TaskFiles, entry: Any, folder: Path) -> Path:
+    """Write a YAML file that includes the task's own and says where its data lies; tables made of it go to `folder`."""
     config: dict[str, Any] = {"include": str(entry.yaml_path.resolve())}
-    if files := local_files(task):
+    if files := task.local_files():
         paths = {split: str(path.resolve()) for split, path in files.items()}
         kwargs = dict(entry.cfg["dataset_kwargs"])
         config["dataset_kwargs"] = kwargs | {"data_files": paths, "cache_dir": str(folder / "datasets")}
@@ -141,7 +157,7 @@ def _overridden(task: LmEvalTask, entry: Any, folder: Path) -> Path:
     return path
 
 
-def _refuse(what: str, built: Any) -> None:
+def _check_supported(what: str, built: Any) -> None:
     """Refuse what would fail only after the model has answered."""
     if built.OUTPUT_TYPE == "loglikelihood_rolling":
         raise UnsupportedError(f"{what} measures perplexity: it has no answers that are right or wrong.")
@@ -151,8 +167,8 @@ def _refuse(what: str, built: Any) -> None:
         raise UnsupportedError(f"{what} runs code that the model writes, which is not done here.")
 
 
-def _explained(task: LmEvalTask, error: Exception) -> CompressknowError:
-    """An error of loading in words that say what to do."""
+def _explain(task: TaskFiles, error: Exception) -> CompressknowError:
+    """Return an error of loading in words that say what to do."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     columns = COLUMNS.get(task.task)
     if isinstance(error, ConnectionError):
@@ -177,8 +193,8 @@ def _explained(task: LmEvalTask, error: Exception) -> CompressknowError:
 
 
 @contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Nothing printed, no bars, no log lines, no warnings: what matters in them is checked and raised."""
+def silence() -> Iterator[None]:
+    """Print nothing, no bars, no log lines, no warnings: what matters in them is checked and raised."""
     import datasets
 
     loggers = [logging.getLogger(name) for name in _LOGGERS]

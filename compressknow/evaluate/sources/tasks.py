@@ -28,14 +28,14 @@ from compressknow.evaluate.sources import Options, ProbeSource, Task
 from compressknow.evaluate.sources.task_index import (
     COLUMNS,
     SHIPPED,
+    TaskFiles,
     build,
-    data_files,
-    entry_of,
-    local_files,
-    names_in,
-    names_without,
-    own_tasks,
-    silent,
+    find_entry,
+    list_data_files,
+    list_names,
+    list_names_without,
+    read_own_tasks,
+    silence,
 )
 
 if TYPE_CHECKING:
@@ -56,60 +56,48 @@ class LmEval(ProbeSource):
     evaluated = "run by lm-eval, judged item by item as the task does"
 
     def meant(self, text: str) -> bool:
-        """By the names of the tasks that have local files."""
         return text.lower() in COLUMNS
 
     def open(self, name: str, part: str, options: Options) -> LmEvalTask:  # noqa: ARG002
-        """See `open_task`."""
         return open_task(name, data=options.data, include=options.tasks, limit=options.limit, seed=options.seed)
 
 
 @dataclass(frozen=True)
-class LmEvalTask(Task):
-    """A task of lm-eval, or a group of tasks.
+class LmEvalTask(TaskFiles, Task):
+    """Task of lm-eval, or group of tasks.
 
     Attributes
     ----------
-    name : as the user names it: ``lm-eval:boolq``.
-    task : lm-eval's name for it.
-    include : the folder of the task's YAML, the shipped one or the user's; None for lm-eval's own tasks.
-    data : the folder of the local files that the YAML names; None where it names none.
     limit : only the first so many items of each task, as lm-eval takes them; None for all.
     seed : for the examples in prompts and for answers that are sampled.
     """
 
-    name: str
-    task: str
-    include: Path | None = None
-    data: Path | None = None
     limit: int | None = None
     seed: int = 0
 
     def fingerprint(self) -> str:
-        """A hash of all that decides what is evaluated: the same one means that answers can be set side by side."""
         digest = hashlib.sha256()
         digest.update(json.dumps([self.name, self.task, self.limit, self.seed, version("lm_eval")]).encode())
-        for path, name in self._files():
+        for path, name in self._list_files():
             digest.update(json.dumps([name, sha256_of(path)]).encode())
         return digest.hexdigest()
 
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
-        """See `run_task`."""
         return run_task(loaded, self)
 
-    def _files(self) -> Iterator[tuple[Path, str]]:
-        """The task folder's YAML and code, included files without a suffix too, and the local data."""
+    def _list_files(self) -> Iterator[tuple[Path, str]]:
+        """Yield the task folder's YAML and code, included files without a suffix too, and the local data."""
         for path in sorted(self.include.rglob("*")) if self.include else ():
             if path.is_file() and path.suffix in (".yaml", ".yml", ".py", ""):
                 yield path, path.relative_to(self.include or path).as_posix()
-        for split, path in local_files(self).items():
+        for split, path in self.local_files().items():
             yield path, split
 
 
 def open_task(
     name: str, *, data: Path | None = None, include: Path | None = None, limit: int | None = None, seed: int = 0
 ) -> LmEvalTask:
-    """The task ``lm-eval:TASK``, one of lm-eval's or of a task folder; nothing is downloaded yet.
+    """Open the task ``lm-eval:TASK``, one of lm-eval's or of a task folder; nothing is downloaded yet.
 
     Parameters
     ----------
@@ -130,31 +118,31 @@ def open_task(
             raise UsageError(f"There is no folder {folder}.", hint=f"It was given as {option}.")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1: {limit}.")
-    if include and (entry := entry_of(include, task)):
-        return LmEvalTask(name, task, include, _data_of(name, entry, data), limit, seed)
+    if include and (entry := find_entry(include, task)):
+        return LmEvalTask(name, task, include, _find_data(name, entry, data), limit, seed)
     if task in COLUMNS:
-        place = next((place for place in _places(data) if (place / f"{task}.jsonl").is_file()), None)
+        place = next((place for place in _list_places(data) if (place / f"{task}.jsonl").is_file()), None)
         return LmEvalTask(name, task, SHIPPED if place else None, place, limit, seed)
     if not task:
         raise UsageError(f"{name} names no task.", hint="lm-eval: is followed by a task of lm-eval: lm-eval:boolq.")
-    others = names_without(task)
-    if others is None and task not in own_tasks().all_tasks:
-        others = own_tasks().all_tasks
+    others = list_names_without(task)
+    if others is None and task not in read_own_tasks().all_tasks:
+        others = read_own_tasks().all_tasks
     if others is not None:
-        raise _unknown(task, [*(names_in(include) if include else []), *COLUMNS, *others])
+        raise _make_unknown_error(task, [*(list_names(include) if include else []), *COLUMNS, *others])
     return LmEvalTask(name, task, None, None, limit, seed)
 
 
-def _places(data: Path | None) -> list[Path]:
+def _list_places(data: Path | None) -> list[Path]:
     return [data, data / "tasks"] if data else []
 
 
-def _data_of(name: str, entry: Any, data: Path | None) -> Path | None:
-    """The folder that holds the files that the YAML of a task folder names; None where it names none."""
-    files = list(data_files(entry).values())
+def _find_data(name: str, entry: Any, data: Path | None) -> Path | None:
+    """Return the folder that holds the files that the YAML of a task folder names; None where it names none."""
+    files = list(list_data_files(entry).values())
     if not files:
         return None
-    for place in [*_places(data), entry.yaml_path.parent]:
+    for place in [*_list_places(data), entry.yaml_path.parent]:
         if all((place / file).is_file() for file in files):
             return Path(place)
     raise UsageError(
@@ -163,7 +151,7 @@ def _data_of(name: str, entry: Any, data: Path | None) -> Path | None:
     )
 
 
-def _unknown(task: str, names: list[str]) -> UsageError:
+def _make_unknown_error(task: str, names: list[str]) -> UsageError:
     near = list(dict.fromkeys(difflib.get_close_matches(task, names, n=3)))
     suggestion = f"Did you mean {' or '.join(near)}? " if near else ""
     return UsageError(f"lm-eval has no task {task!r}.", hint=f"{suggestion}`lm-eval ls tasks` lists all.")
@@ -190,26 +178,26 @@ def run_task(
             f"{task.name} cannot evaluate a {loaded.family} model: lm-eval does not support these.",
             hint="The probes atlas, lama:..., bear, facts:... and hf:... can.",
         )
-    with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silent(), _random(loaded, task.seed):
+    with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silence(), _seed_random(loaded, task.seed):
         return _evaluate(loaded, task, build(task, Path(folder)), batch_size)
 
 
 def _evaluate(
     loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any], batch_size: int
 ) -> tuple[list[Answer], ProbeEntry]:
-    from compressknow.evaluate.sources.task_answers import Collected, truncated
+    from compressknow.evaluate.sources.task_answers import Collected, count_truncated
 
-    lm = _wrapped(loaded, built, batch_size)
-    results = _results(lm, task, built)
+    lm = _wrap(loaded, built, batch_size)
+    results = _run_lm_eval(lm, task, built)
     collected, cut = Collected(), 0
     for name, one in built["tasks"].items():
         samples = results["samples"][name]
         collected.add(task.name, one, samples, several=len(built["tasks"]) > 1)
-        cut += truncated(samples, lm)
+        cut += count_truncated(samples, lm)
     if not collected.answers:
         raise CompressknowError(f"{task.name} marks no answers as right.", hint="Choose a split or file that has them.")
     entry = ProbeEntry(
-        protocol=f"{PROTOCOL}/{_version(task, results['versions'])}",
+        protocol=f"{PROTOCOL}/{_choose_version(task, results['versions'])}",
         fingerprint=task.fingerprint(),
         facts=sum(number["original"] for number in results["n-samples"].values()),
         asked=len(collected.answers),
@@ -222,7 +210,7 @@ def _evaluate(
         source={
             "lm_eval": version("lm_eval"),
             "task": task.task,
-            "data": _data_source(task, built),
+            "data": _describe_data(task, built),
             "metrics": collected.metrics,
             "limit takes": "the first items of each task",
         },
@@ -230,8 +218,8 @@ def _evaluate(
     return collected.answers, entry
 
 
-def _results(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping[str, Any]:
-    """lm-eval's results, each item's among them. Raises CompressknowError where an item cannot be evaluated."""
+def _run_lm_eval(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return lm-eval's results, each item's among them. Raise CompressknowError where an item cannot be evaluated."""
     from lm_eval import evaluate
 
     # Not `simple_evaluate`: it starts git and other programs, whose complaints would be seen. Its settings are these.
@@ -250,8 +238,7 @@ def _results(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping[str
     return dict(results)
 
 
-def _wrapped(loaded: LanguageModel, built: Mapping[str, Any], batch_size: int) -> Any:
-    """The model as lm-eval takes it."""
+def _wrap(loaded: LanguageModel, built: Mapping[str, Any], batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     # lm-eval keeps the logits of a whole batch: 512 positions of 50,000 tokens are 0.1 GB a row in float32.
@@ -261,7 +248,7 @@ def _wrapped(loaded: LanguageModel, built: Mapping[str, Any], batch_size: int) -
     cache = not any(getattr(one, "multiple_input", 0) for one in built["tasks"].values())
     model = loaded.model
     # HFLM ties the weights anew; what is loaded is to be asked as it is.
-    model.tie_weights = _nothing
+    model.tie_weights = _do_nothing
     try:
         # lm-eval gives a tokenizer without a padding token one: to a copy.
         tokenizer = copy.deepcopy(loaded.tokenizer)
@@ -270,29 +257,29 @@ def _wrapped(loaded: LanguageModel, built: Mapping[str, Any], batch_size: int) -
         del model.tie_weights
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """In place of a method that is not to do anything."""
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """Do nothing, in place of a method."""
 
 
-def _data_source(task: LmEvalTask, built: Mapping[str, Any]) -> Any:
-    """{file: sha256} of local data; otherwise where on the hub the sets lie."""
-    if files := local_files(task):
+def _describe_data(task: LmEvalTask, built: Mapping[str, Any]) -> Any:
+    """Return {file: sha256} of local data; otherwise where on the hub the sets lie."""
+    if files := task.local_files():
         return {path.name: sha256_of(path) for path in files.values()}
     configs = [one.config for one in built["tasks"].values() if hasattr(one, "config")]
     paths = dict.fromkeys(str(getattr(config, "dataset_path", None)) for config in configs)
     return ", ".join(paths)
 
 
-def _version(task: LmEvalTask, versions: Mapping[str, Any]) -> str:
-    """The task's own version; of a group without one, those of its tasks."""
+def _choose_version(task: LmEvalTask, versions: Mapping[str, Any]) -> str:
+    """Return the task's own version; of a group without one, those of its tasks."""
     if versions.get(task.task) is not None:
         return str(versions[task.task])
     return "+".join(sorted({str(one) for one in versions.values() if one is not None})) or "0"
 
 
 @contextlib.contextmanager
-def _random(loaded: LanguageModel, seed: int) -> Iterator[None]:
-    """Seeded random states, which are put back in the end."""
+def _seed_random(loaded: LanguageModel, seed: int) -> Iterator[None]:
+    """Seed the random states, and put them back in the end."""
     import numpy as np
     import torch
 

@@ -14,8 +14,8 @@ from compressknow.comparison.paired import Pair, certainty, changed_facts, compa
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.comparison.text import text_figures
 from compressknow.evaluate.answers import Answers
-from compressknow.evaluate.grades import RECOGNIZED, by_majority, known_as
-from compressknow.evaluate.records import UNKNOWN, ModelRecord, on_server
+from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
+from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
 from compressknow.pages.card import assembly, warnings
 from compressknow.pages.card.decision import decide
 from compressknow.pages.card.gate import Gate
@@ -71,9 +71,9 @@ def make_card(
     """
     if not compressed:
         raise UsageError("There is no compressed model to compare.", hint="Give at least one beside the original.")
-    original, *compressed = (known_as(answers, known) for answers in (original, *compressed))
+    original, *compressed = (apply_reading(answers, known) for answers in (original, *compressed))
     by_wording = [original, *compressed]
-    original, *compressed = map(by_majority, by_wording)
+    original, *compressed = map(merge_wordings, by_wording)
     model = model_facts(original.record.model)
     compared = [
         _with_wordings(
@@ -145,7 +145,7 @@ def _with_sections(
 
 def model_facts(record: ModelRecord) -> ModelFacts:
     """The "model" entry of a ``probe.json`` as a record. Raises CompressknowError where it says too little."""
-    required = _REQUIRED if on_server(record) else (*_REQUIRED, *_OF_FILES)
+    required = _REQUIRED if is_on_server(record) else (*_REQUIRED, *_OF_FILES)
     missing = [key for key in required if getattr(record, key) is None]
     if missing:
         raise CompressknowError(

@@ -11,7 +11,7 @@ from compressknow.comparison.intervals import RESAMPLES, SEED, proportion
 from compressknow.comparison.records import ProbeFigures
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.records import NoiseFloor, ProbeEntry
-from compressknow.evaluate.sources import source_of
+from compressknow.evaluate.sources import find_source
 from compressknow.pages.card.verdict import LOWEST, SCALE
 from compressknow.pages.drawing import Level
 from compressknow.pages.records import Comparison
@@ -66,7 +66,7 @@ def _probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) 
 
 def _evaluated(probe: str) -> str | None:
     """How its answers came about, where not by the scorers of this package: what its source says of that."""
-    source = source_of(probe)
+    source = find_source(probe)
     return source.evaluated if source else None
 
 

@@ -13,7 +13,7 @@ from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import schemes_of
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
-from compressknow.evaluate.records import UNKNOWN, ModelRecord, on_server
+from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
 from compressknow.pages.records import Grade, ModelFacts
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _runtimes_part(original: Answers, compressed: Answers) -> str:
 
 
 def _why_unmeasured(original: ModelRecord, model: ModelRecord) -> str:
-    if on_server(original) or on_server(model):
+    if is_on_server(original) or is_on_server(model):
         return "a server has the one model alone. Give an original that the same kind of server runs."
     if original.runtime is not None:
         return "it is where the original is a checkpoint that runs in transformers, the other a GGUF file in llama.cpp."
@@ -225,7 +225,7 @@ def _versions(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> Ite
 def of_server(who: str, answers: Answers) -> Iterator[str]:
     """Which figures are left out, or are bounds, for want of what a server tells."""
     runtime = answers.record.model.runtime or {}
-    if not on_server(answers.record.model):
+    if not is_on_server(answers.record.model):
         return
     if not runtime.get("scores", True):
         yield (

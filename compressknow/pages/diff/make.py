@@ -12,8 +12,8 @@ from compressknow.comparison.differences import Difference, Sums, summed
 from compressknow.comparison.paired import Pair, domain_order, paired
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answers
-from compressknow.evaluate.gather import BothWays
-from compressknow.evaluate.grades import RECOGNIZED, by_majority, known_as
+from compressknow.evaluate.gather import PairedAnswers
+from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.pages.card import warnings
 from compressknow.pages.card.make import make_card
 from compressknow.pages.diff.records import Behaviour, CheckpointComparison, KnownBy, SideBySide, names_of
@@ -190,23 +190,23 @@ def _tensors(number_of: int) -> str:
     return "1 tensor" if number_of == 1 else f"{count(number_of)} tensors"
 
 
-def behaviour_of(answers: BothWays, *, show_facts: bool, known: str = RECOGNIZED) -> Behaviour:
+def behaviour_of(answers: PairedAnswers, *, show_facts: bool, known: str = RECOGNIZED) -> Behaviour:
     """The statistics in both directions; `known` is as for `make_card`. Raises CompressknowError where the two did not
     answer the same facts.
     """
-    answers = BothWays(*(known_as(each, known) for each in answers))
+    answers = PairedAnswers(*(apply_reading(each, known) for each in answers))
     there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts)
     back = make_card(answers.b, [answers.a_like_b], show_facts=show_facts)
     return Behaviour(
         b_against_a=there,
         a_against_b=back,
-        answers=tuple(_side_by_side(by_majority(answers.a), by_majority(answers.b_like_a))) if show_facts else (),
+        answers=tuple(_side_by_side(merge_wordings(answers.a), merge_wordings(answers.b_like_a))) if show_facts else (),
         warnings=tuple(dict.fromkeys((*warnings.of_known(known), *_warnings(answers, there, back)))),
         known=known,
     )
 
 
-def _warnings(answers: BothWays, there: Card, back: Card) -> Iterator[str]:
+def _warnings(answers: PairedAnswers, there: Card, back: Card) -> Iterator[str]:
     """Those of a report in both directions, but for what concerns grades."""
     yield from warnings.of_models(there.original, back.original)
     yield from warnings.of_recipe(there.original)

@@ -12,7 +12,8 @@ import pytest
 from compressknow.cli import main
 from compressknow.engine.identity import locate
 from compressknow.engine.language_model import load_language_model
-from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.probe.references import answers_to, as_probe, known_facts

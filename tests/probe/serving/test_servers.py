@@ -22,10 +22,11 @@ from compressknow.base.progress import Progress
 from compressknow.cli import main
 from compressknow.engine.identity import locate, served_at
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.evaluate.answers import PARTS, Answer, read_answers, stored_parts
-from compressknow.evaluate.evaluate import evaluate, prompts_of
+from compressknow.evaluate.answers import PARTS, Answer, read_answers, read_parts
+from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.facts import Probe
-from compressknow.evaluate.handle import ModelHandle, Settings
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.runtimes import client as clients
 from compressknow.evaluate.scoring.ranking import TAIL
 from compressknow.evaluate.sources import Options, open_probe
@@ -64,7 +65,7 @@ def served(known: LanguageModel) -> Iterator[Callable[[str], ModelServer]]:
 
 
 def answers_from(url: str, probe: Probe, settings: Settings = FAST) -> dict[str, Answer]:
-    prompts = prompts_of(ModelHandle(locate(url), settings).loaded.scorer(probe), 32)
+    prompts = make_prompts(ModelHandle(locate(url), settings).loaded.scorer(probe), 32)
     assert prompts.total == len(probe.facts)
     return {answer.fact_id: answer for answers in evaluate(prompts) for answer in answers}
 
@@ -145,7 +146,7 @@ def test_what_passes_is_tried_again(served: Callable[[str], ModelServer], known:
     probe = as_probe(known_facts()[:4])
     loaded = ModelHandle(locate(server.url), FAST).loaded
     server.faults["/v1/completions"] = list(faults)
-    found = {answer.fact_id: answer for each in evaluate(prompts_of(loaded.scorer(probe))) for answer in each}
+    found = {answer.fact_id: answer for each in evaluate(make_prompts(loaded.scorer(probe))) for answer in each}
     assert server.faults["/v1/completions"] == []
     check_like(found, answers_to(known.model, known.tokenizer, "causal", probe))
 
@@ -218,7 +219,7 @@ def test_a_server_that_lies_is_not_believed(served: Callable[[str], ModelServer]
     loaded = ModelHandle(locate(server.url), FAST).loaded
     server.changed, said = LIES[name]
     with pytest.raises(CompressknowError, match=re.escape(said)) as raised:
-        list(evaluate(prompts_of(loaded.scorer(as_probe(known_facts()[:3])))))
+        list(evaluate(make_prompts(loaded.scorer(as_probe(known_facts()[:3])))))
     assert raised.value.hint is not None
 
 
@@ -301,7 +302,7 @@ def test_who_interrupts_a_run_does_not_wait_for_a_server_that_hangs(
     assert "Repeat the command to resume." in said
     # What it answered is stored, though it was answered to a part of a batch.
     (parts,) = (tmp_path / "out" / PARTS).iterdir()
-    assert 0 < len(stored_parts(parts)) < 32
+    assert 0 < len(read_parts(parts)) < 32
 
 
 @pytest.mark.parametrize("kind", ["vllm", "writes"])

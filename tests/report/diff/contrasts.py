@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from compressknow.comparison.differences import ConfigChange, Difference, StructureChange, Sums, TensorDifference
-from compressknow.evaluate.gather import BothWays
+from compressknow.evaluate.gather import PairedAnswers
 from compressknow.pages.diff.make import behaviour_of, comparison_verdict
 from compressknow.pages.diff.records import CheckpointComparison
 from compressknow.pages.records import Checkpoint
@@ -61,7 +61,7 @@ def comparison_of(*, facts: bool = True, show_facts: bool = True, layers: int = 
         "tiny-t5-int8", None, COMPRESSED_HASH, 1_100_000, "I8 + F32", "int8", "Overall_GQ", {"name": "tiny-t5"}
     )
     of_a, of_b = run(sides(140, 30, 2, 60))
-    behaviour = behaviour_of(BothWays(of_a, of_b, of_b, of_a), show_facts=show_facts) if facts else None
+    behaviour = behaviour_of(PairedAnswers(of_a, of_b, of_b, of_a), show_facts=show_facts) if facts else None
     difference = difference_of(layers)
     return CheckpointComparison(
         verdict=comparison_verdict((a.name, b.name), False, difference, behaviour),
