@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import compressknow
 from compressknow.base.progress import Advance
 from compressknow.gguf.children import refuse_failure, run_python, tail
 
@@ -47,7 +46,7 @@ def quantize(request: Request, scratch: Path, advance: Advance | None = None) ->
     """
     said, log = scratch / "quantize.json", scratch / "quantize.log"
     said.write_text(json.dumps(asdict(request)), "utf-8")
-    packages = [str(Path(compressknow.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    packages = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
 
     def look() -> None:
         if advance and (counted := _COUNTED.findall(tail(log))):

@@ -234,7 +234,7 @@ import sys, torch
 from compressknow.model.loading import open_complete
 from compressknow.study.measuring import measure
 from compressknow.study.questions import text_batches
-from compressknow.study.sensitivity import SchemeRoundings
+from compressknow.study.roundings import SchemeRoundings
 from compressknow.base.system import peak_memory
 text = [{"input_ids": torch.arange(256).reshape(4, 64)}]
 texts = text_batches(text, "causal", None, 0)

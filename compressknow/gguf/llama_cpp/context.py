@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,8 @@ from compressknow.gguf.llama_cpp.native import errors_logged, interruptible
 
 # enum llama_flash_attn_type of llama.h.
 _NO_FLASH_ATTENTION = 0
+# Of a context that reads one token, to see whether a file crashes llama.cpp.
+_TRIAL_CELLS = 8
 
 
 class Span(NamedTuple):
@@ -230,3 +234,17 @@ def answer(path: Path, prompt: str, tokens: int = 8) -> str:
         if context is not None:
             context.close()
         model.close()
+
+
+def _try_file(path: Path) -> None:
+    """Read a token, in a process that `compressknow.gguf.llama_cpp.model` starts, for it may crash."""
+    context = Context(GgufModel(path, trial=True), cells=_TRIAL_CELLS, sequences=1, threads=1)
+    context.read([Span(0, 0, [0], 1)])
+
+
+if __name__ == "__main__":
+    try:
+        _try_file(Path(sys.argv[1]))
+    finally:
+        # An error of Python's comes again where the file is loaded, and is raised there.
+        os._exit(0)

@@ -12,7 +12,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import compressknow
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.gguf.llama_cpp.native import Native, errors_logged, interruptible, native
 from compressknow.model.gguf_file import NAMED, PART, gguf_parts
@@ -83,7 +82,6 @@ def _reader() -> tuple[Any, Any]:
 
 # What llama.cpp prints before it ends: the file and the line of its source, and what did not hold.
 _ASSERTED = re.compile(r"GGML_ASSERT\(.*\) failed")
-_TOKENS = 8
 
 
 def refuse_crash(path: Path) -> None:
@@ -103,10 +101,10 @@ def refuse_crash(path: Path) -> None:
 @cache
 def _tried(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
     """How such a process ended, and what it printed; `size` and `changed` tell one state of a file from another."""
-    packages = [str(Path(compressknow.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    packages = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
     ended = subprocess.run(
-        [sys.executable, "-m", __name__, path],
+        [sys.executable, "-m", f"{__package__}.context", path],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -114,21 +112,6 @@ def _tried(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG
         check=False,
     )
     return ended.returncode, ended.stdout.decode("utf-8", "replace")
-
-
-def _try(path: Path) -> None:
-    from compressknow.gguf.llama_cpp.context import Context, Span
-
-    context = Context(GgufModel(path, trial=True), cells=_TOKENS, sequences=1, threads=1)
-    context.read([Span(0, 0, [0], 1)])
-
-
-if __name__ == "__main__":
-    try:
-        _try(Path(sys.argv[1]))
-    finally:
-        # What Python meets here it meets again where the file is loaded, and is told there.
-        os._exit(0)
 
 
 # A value of the metadata that is read is a name, a number or a flag.
