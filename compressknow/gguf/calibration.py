@@ -1,4 +1,4 @@
-"""An importance matrix made of a text: what each weight of a checkpoint reads of it, by the names of a GGUF file."""
+"""Importance matrix made of a text: what each weight of a checkpoint reads in it, by the names of a GGUF file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LEAST_TOKENS = 32
 
 
 class Seen(NamedTuple):
-    """What the layers of a checkpoint have read of a text."""
+    """Inputs that the layers of a checkpoint read in a text, and that text."""
 
     statistics: dict[Key, InputStatistics]
     text: CalibrationText
@@ -63,7 +63,7 @@ def see(
 
 
 def importance_of(tensors: Tensors, seen: Seen, same_channels: Iterable[str]) -> Importance:
-    """The matrix of a GGUF file.
+    """Return the importance matrix of a GGUF file.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ _BLOCK = 1 << 22
 
 
 def same_channels(exact: Path, tensors: Tensors, plain: Sequence[Plain]) -> list[str]:
-    """The names of those tensors.
+    """Return the names of tensors whose input channels are those of the checkpoint, in its order.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def same_channels(exact: Path, tensors: Tensors, plain: Sequence[Plain]) -> list
 
 
 def _alike(one: Energies, other: Mapping[str, Energies]) -> bool:
-    """The stored matrix may have its channels along either axis."""
+    """Return whether energies agree along either axis: the stored matrix may have its channels along both."""
     return any(
         one.shape == energies.shape and np.allclose(one, energies, rtol=_TOLERANCE, atol=0)
         for energies in other.values()
@@ -133,7 +133,7 @@ def _alike(one: Energies, other: Mapping[str, Energies]) -> bool:
 
 
 def _of_tensor(tensor: Any) -> Energies:
-    """float64 [matrices, in]."""
+    """Return the energy of each input channel, float64 [matrices, in]."""
     import gguf
 
     data, width = tensor.data, int(tensor.shape[0])
@@ -151,7 +151,8 @@ def _of_tensor(tensor: Any) -> Energies:
 
 
 def _of_parts(parts: Sequence[Plain], stacked: bool, reader: Reader) -> dict[str, Energies]:
-    """Of what a checkpoint stores for a tensor, with channels along the last axis and along the one before it."""
+    """Return energies of what a checkpoint stores for a tensor, with channels along the last axis and the one before
+    it."""
     made = [dict(_of_plain(each, reader)) for each in sorted(parts, key=_number)]
     join = np.concatenate if stacked else _summed
     return {axis: join([each[axis] for each in made]) for axis in ("last", "first") if all(axis in m for m in made)}

@@ -28,7 +28,7 @@ def run(
     environment: Mapping[str, str],
     look: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run a command to its end; its exit code.
+    """Run a command to its end, and return its exit code.
 
     Parameters
     ----------
@@ -59,20 +59,20 @@ def run_python(
     environment: Mapping[str, str],
     look: Callable[[], None] = lambda: None,
 ) -> int:
-    """As `run`, of a script, or ``-m`` and a module, with its arguments. It ends with this process, even where that is
-    killed; it imports what `environment` says before all else, and nothing from the working directory."""
+    """Run a script, or ``-m`` and a module, with its arguments, as `run` does. It ends with this process, even where
+    that is killed; it imports what `environment` names before all else, and nothing from the working directory."""
     return run([sys.executable, "-P", _WATCHED, *words], log, environment=environment, look=look)
 
 
 def tail(log: Path) -> str:
-    """The end of what a child has printed."""
+    """Return the end of what a child has printed."""
     with log.open("rb") as file:
         file.seek(max(log.stat().st_size - _TAIL_BYTES, 0))
         return file.read().decode("utf-8", "replace").replace("\r", "\n")
 
 
 def reason(log: Path, code: int) -> str:
-    """Why a child has failed, in its own last words."""
+    """Return why a child failed, in its own last words."""
     lines = [line.strip() for line in tail(log).splitlines() if line.strip()]
     telling = [line for line in lines if "rror" in line or "failed" in line or "not supported" in line]
     words = (telling or lines or ["It printed nothing."])[-1]

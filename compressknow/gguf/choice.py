@@ -1,4 +1,4 @@
-"""The types of an export: llama.cpp's own, those asked for, and what a size needs; checked before any work."""
+"""Types of an export: llama.cpp's own, those named, and those of a size; checked before any work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NO_TENSOR = {"i8", "i16", "i32", "i64", "f64", "q8_1", "q8_k", "count"}
 
 
 def bindings() -> Any:
-    """The module that binds llama.h. Raises CompressknowError where the extra is not installed."""
+    """Return the module that binds llama.h. Raises CompressknowError where the extra is not installed."""
     require("llama_cpp_py_sync", "gguf")
     from llama_cpp_py_sync import _cffi_bindings
 
@@ -39,13 +39,13 @@ def bindings() -> Any:
 
 @cache
 def file_types() -> dict[str, int]:
-    """The numbers of the types of a whole file, by the names that llama-quantize takes."""
+    """Return the numbers of the types of a whole file, by the names that llama-quantize takes."""
     return {name: number for name, number in _members("llama_ftype", _FILE) if name not in _NO_FILE}
 
 
 @cache
 def tensor_types() -> dict[str, int]:
-    """The types of a single tensor."""
+    """Return the numbers of the types of a single tensor, by name."""
     return {name: number for name, number in _members("ggml_type", (_TENSOR,)) if name not in _NO_TENSOR}
 
 
@@ -58,12 +58,12 @@ def _members(enum: str, prefixes: Collection[str]) -> Iterator[tuple[str, int]]:
 
 
 def check_file_type(name: str) -> str:
-    """The type's name in small letters. Raises UsageError where llama.cpp has none of that name."""
+    """Return the type's name in small letters. Raises UsageError where llama.cpp has none of that name."""
     return _checked(name, file_types(), "--type")
 
 
 def check_tensor_type(name: str) -> str:
-    """The type's name in small letters; the mixtures of files, such as q4_k_m, are none of a tensor."""
+    """Return the type's name in small letters. Mixtures of files, such as q4_k_m, are not types of a tensor."""
     return _checked(name, tensor_types(), "--type-of")
 
 
@@ -76,7 +76,7 @@ def _checked(name: str, known: Collection[str], option: str) -> str:
 
 
 def base_type(file_type: str) -> str:
-    """The tensor type that most of a file's weights get.
+    """Return the tensor type that most of a file's weights get.
 
     >>> [base_type(name) for name in ("q4_k_m", "q8_0", "f16")]
     ['q4_k', 'q8_0', 'f16']
@@ -85,7 +85,7 @@ def base_type(file_type: str) -> str:
 
 
 def bytes_of(tensor_type: str, numel: int) -> int:
-    """The bytes of so many weights, without what rows that do not fill a block add."""
+    """Return the bytes of so many weights, without what rows that do not fill a block add."""
     import gguf
 
     kind = getattr(gguf.GGMLQuantizationType, tensor_type.upper(), gguf.GGMLQuantizationType.F16)
@@ -95,8 +95,8 @@ def bytes_of(tensor_type: str, numel: int) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """The types of an export: `type` of the file, and `types` of some tensors of it, rules (scope or regular
-    expression, tensor type) of which the last that names a tensor holds.
+    """Types of an export: `type` of the file, and `types` of some tensors of it: rules (scope or regular expression,
+    tensor type) of which the last that names a tensor holds.
 
     An importance matrix is made of the text of `calibration`, or read from the file `importance`.
 
@@ -129,14 +129,14 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """``q4_k_m``, ``q4_k_m (attention q8_0, imatrix)``."""
+        """Return ``q4_k_m``, ``q4_k_m (attention q8_0, imatrix)``."""
         told = [f"{which} {chosen}" for which, chosen in self.types]
         told += ["imatrix"] if self.calibration or self.importance else []
         return f"{self.type} ({', '.join(told)})" if told else self.type
 
 
 def check_types(types: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Rules ``(scope or regular expression, tensor type)`` with the types in small letters.
+    """Return rules ``(scope or regular expression, tensor type)`` with the types in small letters.
 
     Raises UsageError for a type that is none of a tensor, for a pattern that is none, and for a word that is nearly a
     scope and part of no tensor's name.
@@ -167,7 +167,7 @@ _KEYS = ("type", "types", "calibration", "imatrix")
 
 
 def read_choice(path: Path) -> Choice:
-    """That of the table ``[export]`` of a TOML file, or of the record beside a GGUF file.
+    """Read the table ``[export]`` of a TOML file, or the record beside a GGUF file.
 
     Raises UsageError where there is none, or one of another form.
     """
@@ -201,7 +201,7 @@ def _is_rule(rule: Any) -> bool:
 
 
 def _of_record(record: Any) -> dict[str, Any] | None:
-    """What a record says, in the form of the table; a matrix that was read from a file is not in it."""
+    """Return what a record says, in the form of the table; it lacks a matrix that was read from a file."""
     if not isinstance(record, Mapping) or "type" not in record:
         return None
     seen = record.get("importance")

@@ -38,13 +38,13 @@ _NEWER = "A newer one may know it: clone llama.cpp, and pass --converter with it
 
 @dataclass(frozen=True)
 class Converter:
-    """Its script, which this environment's Python runs."""
+    """Script of llama.cpp's, which this environment's Python runs."""
 
     script: Path
 
     @property
     def environment(self) -> dict[str, str]:
-        """That of its process: its own packages before all others, and no downloads."""
+        """Return the variables of its process: its own packages come first, and nothing is downloaded."""
         # A checkout of llama.cpp has its gguf package beside it.
         own = [str(self.script.parent), str(self.script.parent / "gguf-py")]
         before = [path] if (path := os.environ.get("PYTHONPATH")) else []
@@ -53,7 +53,7 @@ class Converter:
 
     @property
     def version(self) -> str:
-        """The release of its package; of a checkout nothing is known."""
+        """Return the release of its package, ``unknown`` for a checkout."""
         found = distributions(path=[str(self.script.parent)])
         return next((each.version for each in found if each.metadata["Name"] == PACKAGE), "unknown")
 
@@ -116,7 +116,7 @@ def _install(folder: Path) -> None:
 
 
 def _installer() -> list[str]:
-    """The command that installs into this Python's environment."""
+    """Return the command that installs into this Python's environment."""
     if is_installed("pip"):
         return [sys.executable, "-m", "pip", "install", "--no-input"]
     if uv := shutil.which("uv"):
@@ -135,7 +135,7 @@ def _not_fetched(why: str) -> CompressknowError:
 
 @cache
 def known_architectures(converter: Converter) -> tuple[str, ...]:
-    """The language models that a converter knows, by the names of their classes.
+    """Return the language models that a converter knows, by the names of their classes.
 
     Raises CompressknowError where it does not run.
     """
@@ -148,7 +148,7 @@ def known_architectures(converter: Converter) -> tuple[str, ...]:
 
 
 def _another(converter: Converter) -> str:
-    """What helps against one that does not run."""
+    """Return what helps against one that does not run."""
     folder = converter.script.parent
     if folder == cache_folder() / FOLDER:
         return f"Remove {folder}, and `compressknow export` fetches it again."

@@ -1,4 +1,4 @@
-"""export: a checkpoint in, a GGUF file and its record out."""
+"""Export a checkpoint as a GGUF file and its record."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ PROMPT = "The capital of France is"
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be done, of which all that headers tell is sound.
+    """Export that headers show to be possible.
 
     Attributes
     ----------
@@ -88,18 +88,18 @@ class Export:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the converter reads the checkpoint as it is."""
+        """Return whether the converter reads the checkpoint as it is."""
         return is_plain(self.checkpoint)
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """The fingerprint of the checkpoint, and that of the original that it was made of, if it was."""
+        """Return the fingerprint of the checkpoint, and of the original that it was made of, if it was."""
         sha256, manifest = read_contents(locate(self.checkpoint.folder)).sha256, self.manifest
         return (sha256, source_of(manifest)["sha256"]) if manifest else (sha256,)
 
     @cached_property
     def manifest(self) -> dict[str, Any] | None:
-        """That of the conversion, if the checkpoint is one."""
+        """Return the manifest of the conversion, if the checkpoint is one."""
         folder = self.checkpoint.folder
         return read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
 
@@ -109,24 +109,24 @@ class Export:
 
     @property
     def exact_bytes(self) -> int:
-        """About the size of the file in between."""
+        """Estimate the size of the file in between."""
         return bytes_of(self.exact, self.numel)
 
     @property
     def plain_bytes(self) -> int:
-        """The size of the weights as floats, where the converter wants them unpacked first."""
+        """Return the size of the weights as floats, where the converter needs them unpacked first."""
         return 0 if self.is_plain else sum(each.nbytes for each in self.tensors)
 
     @property
     def needed_bytes(self) -> int:
-        """The most room that is taken at a time."""
+        """Return the most disk space that is taken at a time."""
         made = self.fit.budget if self.fit else bytes_of(base_type(self.choice.type), self.numel)
         plain = self.plain_bytes if self.is_compensated else 0
         return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + made, 2 * made))
 
     @property
     def is_compensated(self) -> bool:
-        """Whether tensors are rounded by GPTQ, after llama.cpp."""
+        """Return whether GPTQ rounds tensors, after llama.cpp."""
         return self.fit is not None and self.fit.rounding == "gptq"
 
 
@@ -278,20 +278,20 @@ def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = unto
 
 
 def preview(export: Export, output: Path, *, threads: int | None = None, begin: Begin = untold) -> ExportRecord:
-    """What `write` would record, but for the hash: llama.cpp chooses types by a file, which is made for that beside
-    `output` and removed again."""
+    """Return what `write` would record, but for the hash. llama.cpp chooses types by a file, which is made for that
+    beside `output` and removed again."""
     refuse_no_room(output, export.needed_bytes)
     with scratch(output) as folder:
         return _record(export, _made(export, folder, threads, begin, dry_run=True))
 
 
 def _is_quantized(export: Export) -> bool:
-    """Whether llama.cpp has anything to do with the file in between."""
+    """Return whether llama.cpp changes the file in between at all."""
     return export.fit is not None or bool(export.choice.types) or export.choice.type != export.exact
 
 
 class _Made(NamedTuple):
-    """The GGUF file without our metadata; of a dry run the one in between. What a record says of how it was made."""
+    """GGUF file without our metadata (of a dry run the one in between), its planned types, entries of its record."""
 
     file: Path
     types: Mapping[str, str]
@@ -344,7 +344,7 @@ def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dr
 
 
 def _types(export: Export, exact: Path, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """The type of the file and those of single tensors, and what a record says of them."""
+    """Return the type of the file, those of single tensors, and what a record says of them."""
     if export.fit is None:
         return export.choice.type, chosen_types(tensors, export.choice.types), {}
     fitted = export.fit.choose(tensors, overhead_of(exact, tensors))
@@ -354,7 +354,8 @@ def _types(export: Export, exact: Path, tensors: Tensors) -> tuple[str, dict[str
 
 
 def type_of_most(types: Mapping[str, str], tensors: Tensors) -> str:
-    """What readers of a file take for the type of all of it; by one of floats llama.cpp would round nothing."""
+    """Return the type that readers take for that of the whole file. It is none of floats: llama.cpp would round
+    nothing."""
     sizes = Counter[str]()
     for name, kind in types.items():
         sizes[kind] += tensors.tensors[name].numel
@@ -377,7 +378,7 @@ def _convert(export: Export, source: Path, exact: Path, begin: Begin) -> None:
 
 
 def _importance(export: Export, exact: Path, tensors: Tensors, seen: Seen | None) -> Importance | None:
-    """The importance matrix: that of a file, or that of a text; None without either."""
+    """Return the importance matrix of a file or a text; None without either."""
     if (given := export.choice.importance) is not None:
         importance = read_importance(given)
         refuse_other_model(importance, tensors.tensors, f"--imatrix {given}")
@@ -388,7 +389,7 @@ def _importance(export: Export, exact: Path, tensors: Tensors, seen: Seen | None
 def _importance_record(
     export: Export, importance: Importance, tensors: Tensors, seen: Seen | None
 ) -> dict[str, dict[str, Any]]:
-    """Which text or file it was, and which weights it does not know."""
+    """Return which text or file the matrix is of, and which weights it does not know."""
     if seen is not None:
         said = {key: getattr(seen.text, key) for key in ("kind", "source", "sha256", "tokens", "asked", "seed")}
     else:
@@ -406,7 +407,7 @@ def _importance_record(
 
 @contextmanager
 def _plain_folder(export: Export, folder: Path, begin: Begin) -> Iterator[Path]:
-    """The folder that the converter reads: that of the checkpoint, or one with its weights as floats meanwhile."""
+    """Yield the folder that the converter reads: the checkpoint's, or one with its weights as floats meanwhile."""
     if export.is_plain:
         yield export.checkpoint.folder
         return
@@ -429,7 +430,7 @@ def _sync(path: Path) -> None:
 
 
 def _known(export: Export) -> dict[str, Any]:
-    """What is recorded of an export and known before it is carried out."""
+    """Return what the record of an export says before it is carried out."""
     checkpoint, choice, manifest = export.checkpoint, export.choice, export.manifest
     source = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": export.sources[0]}
     if manifest:

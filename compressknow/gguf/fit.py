@@ -23,7 +23,7 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class Fitted:
-    """The type of each matrix of a file, and what a record says of the choice."""
+    """Type of each matrix of a file, and what a record says of the choice."""
 
     types: Mapping[str, str]
     record: Mapping[str, Any]
@@ -31,7 +31,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a file is brought to a size.
+    """Way to bring a file to a size.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class Fit:
 
 
 def padded(nbytes: int) -> int:
-    """The bytes that a tensor takes in a file.
+    """Return the bytes that a tensor takes in a file.
 
     >>> padded(18), padded(64)
     (32, 64)
@@ -68,13 +68,13 @@ def padded(nbytes: int) -> int:
 
 
 def is_matrix(tensors: Tensors, name: str) -> bool:
-    """Whether llama.cpp rounds a tensor: the Linear weights, and the embedding of tokens."""
+    """Return whether llama.cpp rounds a tensor: the Linear weights, and the embedding of tokens."""
     return name in tensors.weights or name == "token_embd.weight"
 
 
 def overhead_of(exact: Path, tensors: Tensors) -> int:
-    """Bytes of a file beside its matrices, no fewer than they will be: vocabulary, norms, and what the file says of
-    itself, the rules for its types included."""
+    """Return bytes of a file beside its matrices, no fewer than they will be: vocabulary, norms and metadata, which
+    includes the rules for its types."""
     import gguf
 
     names = [name for name in tensors.tensors if is_matrix(tensors, name)]

@@ -36,7 +36,7 @@ _MOST = 1 << 25
 
 
 class Field(NamedTuple):
-    """Where some bits of each code stand in a block: `bits` of them, from bit `low` of the code on, in the bytes from
+    """Place of some bits of each code in a block: `bits` of them, from bit `low` of the code on, in the bytes from
     `offset` on. A byte has the bits of codes that are `width` apart, the first code's lowest (ggml-quants.c)."""
 
     offset: int
@@ -47,7 +47,7 @@ class Field(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a type stores its codes.
+    """Layout of a type's codes.
 
     Attributes
     ----------
@@ -100,7 +100,7 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
 
 
 def _order(squares: torch.Tensor, width: int) -> torch.Tensor:
-    """The order of columns, int64 [in]: blocks whose inputs are largest first, and so the columns of each."""
+    """Return the order of columns, int64 [in]: blocks whose inputs are largest first, and so the columns of each."""
     blocks = squares.reshape(-1, width)
     first = torch.argsort(blocks.sum(dim=1), descending=True, stable=True)
     within = torch.argsort(blocks, dim=1, descending=True, stable=True)
@@ -108,7 +108,7 @@ def _order(squares: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class _Rows:
-    """Some rows of a weight, which do not depend on others."""
+    """Rows of a weight, which do not depend on others."""
 
     def __init__(
         self, kind: str, layout: Layout, weight: torch.Tensor, order: torch.Tensor, importance: torch.Tensor
@@ -122,7 +122,7 @@ class _Rows:
         self._first = 0
 
     def round(self, factor: torch.Tensor) -> Bytes:
-        """Bytes, uint8 [rows, bytes per row]."""
+        """Return the rows as bytes, uint8 [rows, bytes per row]."""
         width = self._layout.width
         outer = [Level(BLOCK)] if width < BLOCK else []
         compensate(self._columns, factor, [*outer, Level(width, self._begin), Level(FINE)], self._settle)
@@ -150,12 +150,12 @@ class _Rows:
         self._first = first
 
     def _probes(self) -> tuple[int, int]:
-        """Two codes that tell the grid: those of 0 and 1, or twice the one whose level is 1."""
+        """Return two codes that tell the grid: 0 and 1, or twice the one whose level is 1."""
         levels = self._layout.levels
         return (0, 1) if levels is None else (levels.index(1), levels.index(1))
 
     def _read(self, blocks: Bytes, code: int) -> torch.Tensor:
-        """What a code means for each weight, float32 [width, rows]."""
+        """Return what a code means for each weight, float32 [width, rows]."""
         codes = np.full((len(blocks), self._layout.width), code, np.int16)
         packed = pack(blocks, codes, self._layout)
         return torch.from_numpy(dequantize(packed, self._kind, codes.shape)).T
@@ -249,7 +249,7 @@ def round_file(
 
 @dataclass(frozen=True)
 class _Part:
-    """A matrix of a tensor: what is written over, its exact values, and what is known of its inputs."""
+    """Matrix of a tensor: what is written over, its exact values, and the statistics of its inputs."""
 
     kind: str
     stored: Any

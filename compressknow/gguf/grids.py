@@ -37,7 +37,7 @@ _PIECE = 1 << 18
 
 
 def legal_types(columns: int, types: Sequence[str] = CANDIDATES) -> tuple[str, ...]:
-    """Those of `types` whose blocks divide a row of so many weights.
+    """Return those of `types` whose blocks divide a row of so many weights.
 
     >>> legal_types(576)
     ('q8_0', 'q5_0', 'iq4_nl', 'q4_0')
@@ -47,12 +47,12 @@ def legal_types(columns: int, types: Sequence[str] = CANDIDATES) -> tuple[str, .
 
 @cache
 def block_size(type: str) -> int:
-    """Weights of a row that share a block: 32, or 256."""
+    """Return how many weights of a row share a block: 32, or 256."""
     return int(_library()[1].ggml_blck_size(tensor_types()[type]))
 
 
 def type_bytes(type: str, shape: Sequence[int]) -> int:
-    """Bytes of a weight [..., in] of this type. Raises ValueError where blocks do not divide its rows."""
+    """Return the bytes of a weight [..., in] of this type. Raises ValueError where blocks do not divide its rows."""
     *rows, columns = shape
     _check_fit(type, columns)
     return int(np.prod(rows, dtype=np.int64)) * int(_library()[1].ggml_row_size(tensor_types()[type], columns))
@@ -131,7 +131,7 @@ def _pieces(rows: int, step: int) -> Iterator[slice]:
 
 
 def _spelled(type: str) -> str:
-    """The name of a type in ggml's functions: ``q4_K`` for ``q4_k``."""
+    """Return the name of a type in ggml's functions: ``q4_K`` for ``q4_k``."""
     return f"{type[:-2]}_K" if type.endswith("_k") else type
 
 
@@ -147,5 +147,5 @@ def _library() -> tuple[Any, Any]:
 
 
 def _unpacked() -> list[str]:
-    """The types that ggml unpacks by a function of their own."""
+    """List the types that ggml unpacks by a function of their own."""
     return [name for name in tensor_types() if name not in ("f32", "f16", "bf16")]

@@ -1,4 +1,4 @@
-"""A Modelfile for Ollama, beside a GGUF file: where the weights lie, how a chat is written, and where an answer ends.
+"""Modelfile for Ollama, beside a GGUF file: where the weights lie, how a chat is written, and where an answer ends.
 
 Ollama's templates are those of Go, a tokenizer's are Jinja's. What the tokenizer writes around a system message, a
 question and an answer is read off what it makes of such a chat.
@@ -91,8 +91,8 @@ def go_template(tokenizer: Any) -> str | None:
 
 
 def _written(tokenizer: Any, chat: list[dict[str, str]], *, ask: bool) -> str | None:
-    """What a tokenizer makes of a chat, without the token that begins a text, which llama.cpp adds; None where its
-    template refuses such a chat."""
+    """Return a chat as a tokenizer writes it, without the token that begins a text, which llama.cpp adds; None where
+    its template refuses such a chat."""
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask))
     except Exception:  # A template is a program of whoever wrote the model.

@@ -1,4 +1,4 @@
-"""Where a GGUF file appears, whole or not at all, and its record beside it."""
+"""Place of a GGUF file, which appears whole or not at all, and of its record beside it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RECORD = ".json"
 
 
 def record_of(output: Path) -> Path:
-    """Where the record of a GGUF file lies."""
+    """Return where the record of a GGUF file lies."""
     return output.with_name(output.name + RECORD)
 
 
@@ -40,8 +40,8 @@ def refuse_no_record(output: Path) -> None:
 
 
 class Place(Staging):
-    """A folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, and its record, out of
-    it to their places.
+    """Folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, and its record, out of it
+    to their places.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Place(Staging):
 
     @property
     def file(self) -> Path:
-        """The GGUF file before it is moved."""
+        """Return the path of the GGUF file before it is moved."""
         return self.folder / self.output.name
 
     def commit(self) -> None:
@@ -85,14 +85,14 @@ class Place(Staging):
             raise
 
     def finish(self, folder: Path) -> None:
-        """See `finish`."""
+        """Finish what a dead run had begun: see `finish`."""
         finish(self.output, folder, self._importance)
 
 
 @contextmanager
 def _importance_at(place: Path | None, folder: Path) -> Iterator[None]:
-    """The importance matrix that lies in the folder, at its place once the context ends without an error: its bytes are
-    on the disk before."""
+    """Put the folder's importance matrix at its place once the context ends without an error: its bytes are on the disk
+    before."""
     if place is None:
         yield
         return

@@ -20,7 +20,7 @@ _PLANNED = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-.*?type =\s*(\w+)(?:.*\((\
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be done.
+    """Quantization of a file.
 
     Attributes
     ----------
@@ -62,13 +62,13 @@ def quantize(request: Request, scratch: Path, advance: Advance | None = None) ->
 
 
 def planned_types(scratch: Path) -> dict[str, str]:
-    """The type of each tensor, by name, as the log of a dry run tells it."""
+    """Return the type of each tensor, by name, from the log of a dry run."""
     log = (scratch / "quantize.log").read_text("utf-8", "replace")
     return {name: (chosen or kept).lower() for name, kept, chosen in _PLANNED.findall(log)}
 
 
 def _quantize(request: Request) -> int:
-    """Call llama.cpp; its exit code."""
+    """Call llama.cpp, and return its exit code."""
     from compressknow.gguf.choice import bindings, file_types, tensor_types
 
     ffi, library = bindings().get_ffi(), bindings().get_lib()
@@ -93,7 +93,7 @@ def _quantize(request: Request) -> int:
 
 
 def _importance(ffi: Any, path: str, kept: list[Any]) -> Any:
-    """The list of llama.cpp's struct, which an entry without a name ends."""
+    """Return llama.cpp's list of structs, which an entry without a name ends."""
     from compressknow.gguf.importance import read_importance
 
     matrices = read_importance(Path(path)).means()

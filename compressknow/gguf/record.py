@@ -1,4 +1,4 @@
-"""A GGUF file and its record beside it: whole or not at all, what it was made of, and whether it still is that."""
+"""Record beside a GGUF file: what the file was made of, and whether it still is that."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FORM = {
 
 
 class ExportRecord(Shown, dict[str, Any]):
-    """What an export was made of and did: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
+    """Record of an export: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
 
     A dict, which its properties read by name. `is_new` is False where the same export had made the file before.
     `answer` is a prompt and what the file answered in llama.cpp, where it was asked.
@@ -50,17 +50,17 @@ class ExportRecord(Shown, dict[str, Any]):
 
     @property
     def setup(self) -> str:
-        """What was done to the original, and the type: ``Att_GPQ 20% + q4_k_m``."""
+        """Return what was done to the original, and the type: ``Att_GPQ 20% + q4_k_m``."""
         return str(self["setup"])
 
     @property
     def groups(self) -> dict[str, dict[str, dict[str, int]]]:
-        """By group of layers and by type in it: ``tensors``, ``parameters`` and ``bytes``."""
+        """Return ``tensors``, ``parameters`` and ``bytes`` by group of layers and by type in it."""
         return dict(self["groups"])
 
     @property
     def totals(self) -> dict[str, int]:
-        """Tensors, parameters and bytes of all weights."""
+        """Return the tensors, parameters and bytes of all weights."""
         return dict(self["totals"])
 
     def _summary(self) -> Summary:
@@ -76,7 +76,7 @@ class ExportRecord(Shown, dict[str, Any]):
 
 
 def tool_versions(converter: str) -> dict[str, str]:
-    """Of all that has a share in an export."""
+    """Return the versions of all that has a share in an export."""
     from llama_cpp_py_sync._version import __llama_cpp_tag__
 
     return {
@@ -88,13 +88,13 @@ def tool_versions(converter: str) -> dict[str, str]:
 
 
 def totals_of(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, int]:
-    """The sums over all groups and types."""
+    """Sum the counts over all groups and types."""
     every = [counts for types in groups.values() for counts in types.values()]
     return {key: sum(counts[key] for counts in every) for key in _COUNTS}
 
 
 def metadata_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """What the GGUF file itself says, by key."""
+    """Return the metadata that an export adds to the GGUF file, by key."""
     source = record["source"]
     recipe = {key: record[key] for key in ("type", "types", "importance") if record.get(key)}
     said = {
@@ -122,7 +122,7 @@ def write_with(metadata: Mapping[str, str], source: Path, output: Path) -> None:
 
 
 def may_be_made(output: Path, choice: Choice) -> bool:
-    """Whether a file is there whose record says the types of a choice."""
+    """Return whether a file is there whose record has the types of a choice."""
     try:
         record = read_record(output)
     except CheckpointError:
@@ -132,7 +132,7 @@ def may_be_made(output: Path, choice: Choice) -> bool:
 
 
 def read_record(output: Path) -> dict[str, Any]:
-    """The record beside a GGUF file. Raises CheckpointError where there is none, or one of another form."""
+    """Read the record beside a GGUF file. Raises CheckpointError where there is none, or one of another form."""
     refuse_no_record(output)
     path = record_of(output)
     record = read_json(path, MANIFEST)
@@ -162,7 +162,7 @@ def compare_to_record(path: str | Path, *, advance: Advance | None = None) -> Ve
 
 
 def _edited(path: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
-    """What the record says otherwise than the file, whose bytes are as they were."""
+    """Yield how the record differs from the file, whose bytes are as they were."""
     import gguf
 
     try:

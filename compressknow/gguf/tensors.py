@@ -1,4 +1,4 @@
-"""Which tensor of a GGUF file holds which weight of a checkpoint: by the name map of llama.cpp's own gguf package."""
+"""Tensors of a GGUF file, and the weights of a checkpoint that they hold: by the name map of llama.cpp's gguf package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUFFIXES = (".weight", ".bias")
 
 @dataclass(frozen=True)
 class Tensors:
-    """What a GGUF file holds, and the weights of the checkpoint that it was made of.
+    """Content of a GGUF file, and the weights of the checkpoint that it was made of.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Tensors:
 
     @cached_property
     def groups(self) -> dict[str, str]:
-        """The group of each tensor: of the Linear weights theirs; a tied embedding is the final layer too."""
+        """Return the group of each tensor: Linear weights have theirs; a tied embedding is the final layer too."""
         return {name: self._group(tensor) for name, tensor in self.tensors.items()}
 
     def _group(self, tensor: Tensor) -> str:
@@ -48,12 +48,12 @@ class Tensors:
         return NOT_LINEAR if len(tensor.shape) < 2 else UNPLACED
 
     def of_scope(self, scope: str) -> list[str]:
-        """The tensors that a scope takes. Raises UsageError where it takes none."""
+        """Return the tensors that a scope takes. Raises UsageError where it takes none."""
         taken = {weight.parameter for weight in select(self.side.structure, (scope,), "quantize")}
         return [name for name, own in self.weights.items() if any(weight.parameter in taken for weight in own)]
 
     def of_pattern(self, text: str) -> list[str]:
-        """The tensors whose name a regular expression matches. Raises UsageError where it matches none."""
+        """Return the tensors whose name a regular expression matches. Raises UsageError where it matches none."""
         pattern = Pattern("--type-of", text)
         found = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
         if not found:
@@ -68,8 +68,8 @@ class Tensors:
 
 
 def chosen_types(tensors: Tensors, types: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The type of each tensor that a rule names; of several the last holds. Raises what `of_scope` and `of_pattern`
-    do."""
+    """Return the type of each tensor that a rule names; of several rules the last holds. Raises what `of_scope` and
+    `of_pattern` do."""
     return {
         name: chosen
         for which, chosen in types
@@ -78,7 +78,7 @@ def chosen_types(tensors: Tensors, types: Iterable[tuple[str, str]]) -> dict[str
 
 
 def read_tensors(path: Path, side: Side) -> Tensors:
-    """What a GGUF file holds; its weights are not read."""
+    """Read what a GGUF file holds, but for its weights."""
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -97,7 +97,7 @@ def read_tensors(path: Path, side: Side) -> Tensors:
 
 
 def _name_map(reader: Any) -> Any:
-    """That of the file's architecture; None where this gguf package does not know it."""
+    """Return the map of the file's architecture; None where this gguf package does not know it."""
     import gguf
 
     name = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
@@ -107,7 +107,7 @@ def _name_map(reader: Any) -> Any:
 
 
 def _mapped(name_map: Any, side: Side, tensors: Mapping[str, Tensor]) -> Iterator[tuple[LinearWeight, str, list[str]]]:
-    """Each Linear weight with a tensor that holds it, or a part of it, and the names under which that is stored."""
+    """Yield each Linear weight with a tensor that holds it or a part of it, and the names by which that is stored."""
     parts: dict[str, list[str]] = {}
     for stored, parameter in side.loaded_to.items():
         parts.setdefault(parameter, []).append(stored)
@@ -123,13 +123,13 @@ def _mapped(name_map: Any, side: Side, tensors: Mapping[str, Tensor]) -> Iterato
 
 
 def _there(name_map: Any, names: Iterable[str], tensors: Mapping[str, Tensor]) -> str | None:
-    """The first tensor of the file that one of these names is mapped to."""
+    """Return the first tensor of the file that one of these names is mapped to."""
     mapped = (name_map.get_name(_EXPERT.sub("experts.", name), try_suffixes=_SUFFIXES) for name in names)
     return next((name for name in mapped if name in tensors), None)
 
 
 def by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> dict[str, dict[str, dict[str, int]]]:
-    """Of each group and each type in it: tensors, parameters and bytes. `types` are those that a dry run has chosen."""
+    """Count tensors, parameters and bytes by group and type. `types` are those that a dry run has chosen."""
     import gguf
 
     summed: dict[str, dict[str, dict[str, int]]] = {}

@@ -1,4 +1,4 @@
-"""A type for each tensor of a file, so that all of them fit a number of bytes and lose the least.
+"""Choose a type for each tensor of a file, so that all of them fit a number of bytes and lose the least.
 
 What a tensor's rounding costs is known apart from all others (`compressknow.study.sensitivity`), and adds up. So this
 is the knapsack problem with one choice per tensor, which dynamic programming solves: for every number of bytes above
@@ -31,7 +31,7 @@ def refuse_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
 
 
 class Option(NamedTuple):
-    """What a type makes of a tensor: its bytes in the file, and the loss that is predicted of it (KL, nats)."""
+    """Bytes of a tensor in the file, stored as one type, and the loss that is predicted of it (KL, nats)."""
 
     nbytes: int
     loss: float
@@ -42,7 +42,7 @@ OptionTable = Mapping[str, Mapping[str, Option]]
 
 @dataclass(frozen=True)
 class Allocation:
-    """A type for each tensor, the bytes of the whole file, and the predicted loss (KL, nats)."""
+    """Type for each tensor, the bytes of the whole file, and the predicted loss (KL, nats)."""
 
     types: Mapping[str, str]
     nbytes: int
@@ -109,7 +109,7 @@ def units_of(table: OptionTable, together: Iterable[Sequence[str]] = ()) -> list
 
 
 def _what_makes(units: Sequence[_Unit], overhead: int) -> str:
-    """What the smallest file is made of, its largest parts by name."""
+    """Return what the smallest file is made of, its largest parts by name."""
     smallest = [(names, *min(((each.nbytes, kind) for kind, each in options.items()))) for names, options in units]
     smallest.sort(key=lambda each: -each[1])
     parts = [f"{', '.join(names)} ({kind}) {size(nbytes)}" for names, nbytes, kind in smallest[:_NAMED]]
@@ -119,7 +119,7 @@ def _what_makes(units: Sequence[_Unit], overhead: int) -> str:
 
 
 def _solve(units: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
-    """The best choice within `spare` bytes above the smallest; bytes are counted in steps, rounded up."""
+    """Return the best choice within `spare` bytes above the smallest; bytes are counted in steps, rounded up."""
     least = [min(option.nbytes for option in options.values()) for options in units]
     extra = [
         {kind: option.nbytes - low for kind, option in options.items() if option.nbytes - low <= spare}

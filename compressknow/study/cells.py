@@ -1,4 +1,4 @@
-"""The cells of a study, evaluated: each probe's answers in a folder of its own, so that a study resumes to the fact."""
+"""Evaluate the cells of a study: each probe's answers in a folder of its own, so that a study resumes to the fact."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _PRECISION: tuple[NoiseFloor, ...] = ("precision",)
 
 
 class StudyModel:
-    """The original of a study, found and opened once: it, and every cell, is evaluated from here.
+    """Original of a study, found and opened once: it, and every cell, is evaluated from here.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class StudyModel:
 
     @cached_property
     def maker(self) -> VariantMaker:
-        """Makes the cells; it is opened when it is first needed, for it needs torch."""
+        """Return the maker of cells; it is opened when it is first needed, for it needs torch."""
         from compressknow.compress.variant import VariantMaker
 
         return VariantMaker(self.original.located.path, trust_remote_code=self._trusted, texts=self._texts)
@@ -103,8 +103,8 @@ class StudyModel:
         noise_floors: Collection[NoiseFloor] = _PRECISION,
         whole: bool = True,
     ) -> Answers:
-        """The original's answers, kept in `folder`, with these noise floors; `whole`, with its distributions kept for
-        what is compared with it."""
+        """Return the original's answers, kept in `folder`, with these noise floors; `whole`, with its distributions
+        kept for what is compared with it."""
         of = self._whole if whole else None
         return _evaluate(self.original, probes, folder, None, of, on_progress, noise_floors=noise_floors)
 
@@ -118,7 +118,7 @@ class StudyModel:
         *,
         whole: bool = True,
     ) -> Answers:
-        """The answers of a model that was made of the original, kept in `folder`."""
+        """Return the answers of a model that was made of the original, kept in `folder`."""
         return _evaluate(handle, probes, folder, reference, self._whole if whole else None, on_progress)
 
     def evaluate_cell(
@@ -129,16 +129,16 @@ class StudyModel:
         reference: Answers,
         on_progress: Listener | None = None,
     ) -> Answers:
-        """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or evaluated."""
+        """Return a cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or run."""
         return self.evaluate(self._handle(cell), probes, cells / self.folder_of(cell), reference, on_progress)
 
     def is_answered(self, cell: Cell, probe: Opened, cells: Path, reference: Answers) -> bool:
-        """Whether `ask_cell` would find these answers there."""
+        """Return whether `evaluate_cell` would find these answers there."""
         folder = cells / self.folder_of(cell) / folder_of(probe.name)
         return is_answered(self._handle(cell), probe, folder, reference)
 
     def folder_of(self, cell: Cell) -> str:
-        """A name for a cell's folder. Another recipe may have had its key in an earlier grid of the same study."""
+        """Return a name for a cell's folder. Another recipe may have had its key in an earlier grid of a study."""
         return f"{cell.key}-{self._handle(cell).sha256[:8]}"
 
     def _handle(self, cell: Cell) -> CellHandle:
@@ -179,14 +179,14 @@ def _evaluate(
 
 
 def merged(parts: Sequence[Answers]) -> Answers:
-    """The answers of one model to several probes, evaluated apart."""
+    """Merge the answers of one model to several probes, evaluated one by one."""
     probes = {name: entry for part in parts for name, entry in part.record.probes.items()}
     texts = {name: chunks for part in parts for name, chunks in part.texts.items()}
     return Answers(replace(parts[0].record, probes=probes), tuple(a for part in parts for a in part.answers), texts)
 
 
 def folder_of(probe: str) -> str:
-    """The name of the folder that holds the answers to a probe: readable, and of that probe alone.
+    """Return the name of the folder that holds the answers to a probe: readable, and of that probe alone.
 
     >>> folder_of("lama:trex")
     'lama-trex-18e0'
@@ -197,7 +197,7 @@ def folder_of(probe: str) -> str:
 
 
 class CellHandle(ModelHandle):
-    """The original of a study, converted by a cell's recipe.
+    """Original of a study, converted by a cell's recipe.
 
     Parameters
     ----------
@@ -223,7 +223,7 @@ class CellHandle(ModelHandle):
 
     @cached_property
     def sha256(self) -> str:
-        """A hash of what the model is made of: no file holds it."""
+        """Return a hash of what the model is made of: no file holds it."""
         made_of = [__version__, self.contents.sha256, self._cell.recipe.to_dict()]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 

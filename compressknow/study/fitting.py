@@ -20,7 +20,7 @@ _MOST_BITS = 16
 
 @dataclass(frozen=True)
 class Target:
-    """How large a file is to be, and what decides which weights have more bits.
+    """Size of a file, and what decides which weights have more bits.
 
     Attributes
     ----------
@@ -48,12 +48,12 @@ class Target:
         object.__setattr__(self, "must", check_types(self.must))
 
     def budget(self, numel: int) -> int:
-        """The bytes of a file with so many weights."""
+        """Return the bytes of a file with so many weights."""
         return self.size if self.size is not None else math.floor(numel * (self.bits or 0) / 8)
 
     @property
     def label(self) -> str:
-        """``90.0 MB by facts and text, gptq``, ``4.5 bits by facts, nearest``."""
+        """Return ``90.0 MB by facts and text, gptq``, ``4.5 bits by facts, nearest``."""
         amount = size(self.size) if self.size is not None else f"{self.bits:g} bits"
         told = [f"{which} {chosen}" for which, chosen in self.must]
         by = {"both": "facts and text"}.get(self.guide, self.guide)
@@ -104,8 +104,8 @@ def fitted_of(found: Allocation, budget: int, target: Target, guidance: Guidance
 
 
 def table_of(sensitivity: Sensitivity | None, tensors: Tensors, guide: Guide) -> OptionTable:
-    """What each matrix of a file takes and loses by type, its own included, which loses nothing; without a sensitivity
-    none does.
+    """Return what each matrix of a file takes and loses by type, its own included, which loses nothing; without a
+    sensitivity none does.
 
     Of a tensor that was made of several weights, what they lose adds up; one of which nothing was measured has 8 bits.
     """
@@ -127,7 +127,7 @@ def table_of(sensitivity: Sensitivity | None, tensors: Tensors, guide: Guide) ->
 
 
 def _parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: str) -> Iterable[str]:
-    """The weights that a tensor is made of, by the names of the sensitivity."""
+    """Return the weights that a tensor is made of, by the names of the sensitivity."""
     if name in tensors.weights:
         tied = tensors.side.structure.tied
         own = [weight.parameter for weight in tensors.weights[name]]
@@ -136,7 +136,7 @@ def _parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: str) ->
 
 
 def pinned(table: OptionTable, tensors: Tensors, must: Sequence[tuple[str, str]]) -> OptionTable:
-    """The table with no choice for what rules name. Raises UsageError for a type that is not in it."""
+    """Return the table without a choice where rules name a type. Raises UsageError for a type that is not in it."""
     pins: Mapping[str, str] = chosen_types(tensors, must)
     for name, kind in pins.items():
         if name in table and kind not in table[name]:

@@ -1,4 +1,4 @@
-"""The folder of a study and what its cells came to: of one model and one version, in use by one run."""
+"""Folder of a study, of one model and one version, in use by one run; and what its cells came to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from compressknow.study.grid import Cell
 
 
 def judged(answers: Answers, known: str) -> Answers:
-    """One answer a fact, right where the fact is known in this reading; of several wordings by majority.
+    """Return one answer per fact, right where the fact is known in this reading; of several wordings by majority.
 
     Raises CompressknowError where the answers do not tell what is ``produced``.
     """
@@ -36,8 +36,8 @@ def judged(answers: Answers, known: str) -> Answers:
 
 @dataclass(frozen=True)
 class CellResult:
-    """What came of a cell: its answers beside the original's, or why there are none; `refused` where the model cannot
-    have it, and trying again changes nothing."""
+    """Result of a cell: its answers beside the original's, or why there are none; `refused` where the model cannot have
+    it, and trying again changes nothing."""
 
     cell: Cell
     original: Answers = field(repr=False)
@@ -47,16 +47,16 @@ class CellResult:
 
     @property
     def setup(self) -> str:
-        """The paper's name of what was done, such as ``Att_GPQ 20%``."""
+        """Return the paper's name of what was done, such as ``Att_GPQ 20%``."""
         return self.cell.recipe.setup
 
     def judged(self, original: Answers, known: str) -> CellResult:
-        """The same by fact, in this reading of known, beside the original's answers so judged."""
+        """Return the same by fact, in this reading of known, beside the original's answers so graded."""
         return replace(self, original=original, answers=None if self.answers is None else judged(self.answers, known))
 
     @property
     def kept(self) -> Estimate:
-        """The share of the original's knowledge that is kept; without a value where there are no answers."""
+        """Return the share of the original's knowledge that is kept; without a value where there are no answers."""
         if self.answers is None:
             return Estimate(None)
         knew = {(answer.probe, answer.fact_id) for answer in self.original.answers if answer.correct}
@@ -67,7 +67,7 @@ class CellResult:
 def study_of(
     original: Answers, results: Sequence[CellResult], *, known: str = RECOGNIZED, command: str | None = None
 ) -> Study:
-    """The records of a study, in the order of its grid, of answers that are `judged` so."""
+    """Return the records of a study, in the order of its grid, of answers that are graded so."""
     made = [result.cell for result in results if result.answers is not None]
     texts = {cell.recipe.calibration for cell in made} - {None}
     cells = tuple(
@@ -90,7 +90,7 @@ def study_of(
 
 
 def study_cell(original: Answers, cell: Cell, answers: Answers, *, several_texts: bool = False) -> StudyCell:
-    """A cell's record, all figures included; with the calibration text told wherever there are several."""
+    """Return a cell's record, all figures included; with the calibration text wherever there are several."""
     totals, steps = answers.record.model.totals, cell.recipe.steps
     prune = next((step for step in steps if isinstance(step, Prune)), None)
     quantize = next((step for step in steps if isinstance(step, Quantize)), None)
@@ -119,7 +119,7 @@ def study_cell(original: Answers, cell: Cell, answers: Answers, *, several_texts
 
 
 def _in_words(calibration: Calibration | None) -> str | None:
-    """Text, tokens and, where it is not the usual one, the seed."""
+    """Return text, tokens and, where it is not the usual one, the seed."""
     if calibration is None:
         return None
     seed = f", seed {calibration.seed}" if calibration.seed else ""
@@ -127,7 +127,7 @@ def _in_words(calibration: Calibration | None) -> str | None:
 
 
 def _correct(answers: Answers, probe: str, order: Sequence[Answer]) -> tuple[bool, ...]:
-    """By fact, in the order of the original's answers."""
+    """Return which facts are right, in the order of the original's answers."""
     right = {answer.fact_id: answer.correct for answer in answers.of(probe)}
     return tuple(right[answer.fact_id] for answer in order)
 
@@ -193,7 +193,7 @@ def claim(folder: Path, original: ModelHandle, known: str | None = None, search:
 
 
 def _foreign(folder: Path) -> bool:
-    """Whether a folder is neither a study nor what is left of a run that was killed before it wrote its record."""
+    """Return whether a folder is neither a study nor left by a run that was killed before it wrote its record."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}

@@ -1,4 +1,4 @@
-"""What a search chooses from: at every size the types predicted to lose least, in a file made when it is needed."""
+"""Files that a search chooses from: at every size the types predicted to lose least, made when it is needed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Request:
-    """What a search is asked for.
+    """Options of a search.
 
     Attributes
     ----------
@@ -111,14 +111,14 @@ class Request:
 
     @property
     def target(self) -> Target:
-        """The same for a GGUF file; of a share, its size is to be chosen."""
+        """Return the same for a GGUF file; of a share, its size is to be chosen."""
         from compressknow.study.fitting import Target
 
         return Target(self.size or 1, None, self.must, self.guide, self.rounding or "gptq")
 
 
 class Form(ABC):
-    """What files of one kind can be made of a model, and how.
+    """Kind of file that can be made of a model.
 
     Attributes
     ----------
@@ -141,27 +141,27 @@ class Form(ABC):
 
     @property
     def tables(self) -> list[OptionTable]:
-        """Those of which one is to be chosen, and then by it."""
+        """Return the tables of which one is to be chosen, and then types by it."""
         return [self.table]
 
     @property
     def floor(self) -> int:
-        """Bytes of the smallest file."""
+        """Return the bytes of the smallest file."""
         return self.overhead + min(sum(own[0] for own in sizes) for sizes in self._sizes)
 
     @property
     def ceiling(self) -> int:
-        """Bytes of a file with 8 bits per weight: the next largest to each weight as it is."""
+        """Return the bytes of a file with 8 bits per weight: the next largest to each weight as it is."""
         return self.overhead + max(sum(own[-2:][0] for own in sizes) for sizes in self._sizes)
 
     @property
     def whole(self) -> int:
-        """Bytes of a file with all weights as they are."""
+        """Return the bytes of a file with all weights as they are."""
         return self.overhead + max(sum(own[-1] for own in sizes) for sizes in self._sizes)
 
     @property
     def _sizes(self) -> list[list[list[int]]]:
-        """By table, the bytes that each choice may have, the fewest first."""
+        """Return by table the bytes that each choice may have, the fewest first."""
         return [
             [sorted(option.nbytes for option in options.values()) for _, options in units_of(table, self.together)]
             for table in self.tables
@@ -170,7 +170,7 @@ class Form(ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """What decided the types, and how weights are rounded."""
+        """Return what decided the types, and how weights are rounded."""
 
     def check(self, budget: int) -> None:
         """Raise UsageError where no file has so few bytes, or all is smaller as it is."""
@@ -196,7 +196,7 @@ class Form(ABC):
         self._chosen.clear()
 
     def mix(self, types: Mapping[str, str]) -> str:
-        """Which types have how many of the weights: ``62.1 % q4_k, 20.0 % q3_k, 9.1 % q6_k, ...``."""
+        """Return which types have how many of the weights: ``62.1 % q4_k, 20.0 % q3_k, 9.1 % q6_k, ...``."""
         of = Counter[str]()
         for name, kind in types.items():
             of[kind] += self.numel[name]
@@ -205,7 +205,7 @@ class Form(ABC):
 
     @abstractmethod
     def _table(self, guides: Guides) -> OptionTable:
-        """What each weight takes and loses by type."""
+        """Return what each weight takes and loses by type."""
 
     @abstractmethod
     def decides(self) -> list[Any]:
@@ -327,7 +327,7 @@ class CheckpointForm(Form):
         maker.plan(Recipe.from_dict(_steps(self.choose(self.floor).types)))
 
     def _takes_several(self) -> bool:
-        """Whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""
+        """Return whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""
         units = [units for units, options in units_of(self.table, self.together) if len(options) > 2]
         if len(units) < 2:
             return True
@@ -390,7 +390,7 @@ def _label(guide: Guide, rounding: str) -> str:
 
 
 def _steps(types: Mapping[str, str]) -> dict[str, Any]:
-    """The recipe of a type for each module."""
+    """Return the recipe of a type for each module."""
     from compressknow.study.roundings import scheme_of
 
     steps = [
@@ -403,7 +403,7 @@ def _steps(types: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _joined(weights: Mapping[str, LinearWeight]) -> list[list[str]]:
-    """Modules that are parts of one matrix in vLLM."""
+    """List modules that are parts of one matrix in vLLM."""
     found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for module in weights:
         parent, _, leaf = module.rpartition(".")
@@ -461,7 +461,7 @@ def rules_of(types: Mapping[str, str]) -> dict[str, list[str]]:
 
 @contextmanager
 def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -> Iterator[Form]:
-    """What files of a model can be; the file in between of GGUF files lies in `folder` meanwhile.
+    """Yield the form of a search; the file in between of GGUF files lies in `folder` meanwhile.
 
     Raises CompressknowError where there can be none.
     """
@@ -495,7 +495,7 @@ BYTES, PLACED = "bytes", "placed"
 
 
 class Candidates:
-    """The files of a search, in a folder of its own.
+    """Files of a search, in a folder of its own.
 
     Parameters
     ----------
@@ -544,7 +544,7 @@ class Candidates:
 
 
 class CandidateHandle(ModelHandle):
-    """A file that is made when it is first needed: answers are found by what it would be made of."""
+    """File that is made when it is first needed: answers are found by what it would be made of."""
 
     def __init__(self, candidates: Candidates, found: Allocation) -> None:
         self._candidates, self._found = candidates, found
@@ -556,7 +556,7 @@ class CandidateHandle(ModelHandle):
 
     @cached_property
     def sha256(self) -> str:
-        """A hash of what it is made of."""
+        """Return a hash of what it is made of."""
         return self._key
 
     def make(self) -> Path:
@@ -570,7 +570,7 @@ class CandidateHandle(ModelHandle):
 
     @cached_property
     def loaded(self) -> Loaded:
-        """It, made and in memory."""
+        """Return it, made and in memory."""
         self.make()
         return super().loaded
 
@@ -578,12 +578,12 @@ class CandidateHandle(ModelHandle):
         """Do nothing: it was made of what is sound."""
 
     def described(self) -> dict[str, Any]:
-        """What its files tell, while they are there."""
+        """Return what its files tell, while they are there."""
         return describe(self.located) if self.made.exists() else {}
 
 
 def is_made(place: Path) -> bool:
-    """Whether a file, or folder, is one that was made here."""
+    """Return whether a file, or folder, is one that was made here."""
     return _record_of(place).is_file() if place.suffix else (place / MANIFEST_NAME).is_file()
 
 
@@ -597,5 +597,5 @@ def remove(place: Path) -> None:
 
 
 def _record_of(place: Path) -> Path:
-    """What an export writes beside its file; a folder has none."""
+    """Return the path of the record that an export writes beside its file; a folder has none."""
     return place.with_name(f"{place.name}.json")

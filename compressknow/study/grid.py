@@ -1,4 +1,4 @@
-"""The cells of a study: the recipes that a grid stands for."""
+"""Cells of a study: the recipes that a grid stands for."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ prune = 0.5"""
 
 @dataclass(frozen=True)
 class Cell:
-    """A recipe of a study. `key` is unique in it and names its folder: letters, digits, dots and hyphens."""
+    """Recipe of a study. `key` is unique in it and names its folder: letters, digits, dots and hyphens."""
 
     key: str
     recipe: Recipe
 
     @property
     def plain(self) -> bool:
-        """Whether scope, `pruning`, amount and `quantization` say it all: the cells that figures draw."""
+        """Return whether scope, `pruning`, amount and `quantization` say it all: figures draw such cells."""
         wheres = {step.where for step in self.recipe.steps}
         narrowed = any(replace(where, scope=DEFAULT_SCOPES) != Where() for where in wheres)
         kinds = [type(step) for step in self.recipe.steps]
@@ -67,7 +67,7 @@ class Cell:
 
     @property
     def pruning(self) -> str | None:
-        """The pruning method with what is not as usual of it, but for the seed, such as ``wanda pattern 2:4``."""
+        """Return the pruning method with its unusual parameters, but for the seed, such as ``wanda pattern 2:4``."""
         step = next((step for step in self.recipe.steps if isinstance(step, Prune)), None)
         if step is None:
             return None
@@ -76,13 +76,13 @@ class Cell:
 
     @property
     def quantization(self) -> str | None:
-        """The scheme with what is not as usual of it, such as ``int4 group_size 64 gptq``."""
+        """Return the scheme with its unusual parameters, such as ``int4 group_size 64 gptq``."""
         step = next((step for step in self.recipe.steps if isinstance(step, Quantize)), None)
         return None if step is None else " ".join([step.scheme, *step.further])
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the recipe says, by the names of a grid's axes; of several steps that differ, what each says."""
+        """Return all that the recipe says, by the names of a grid's axes; of steps that differ, what each says."""
         values: dict[str, list[Any]] = {}
         for name, value in (pair for step in self.recipe.steps for pair in _settings_of(step)):
             values.setdefault(name, []).append(value)
@@ -111,21 +111,21 @@ def _settings_of(step: Step) -> Iterator[tuple[str, Any]]:
 
 
 class Opened(Protocol):
-    """What a grid may need to know of a model: see `compressknow.compress.variant.VariantMaker`."""
+    """Model as a grid needs it: see `compressknow.compress.variant.VariantMaker`."""
 
     def structure(self, module_map: ModuleMap = ...) -> Structure:
-        """Its Linear weights."""
+        """Return its Linear weights."""
         ...
 
     def plan(self, recipe: Recipe) -> object:
-        """Raises UnsupportedError where it cannot have what a recipe makes."""
+        """Raise UnsupportedError where it cannot have what a recipe makes."""
         ...
 
 
 @dataclass(frozen=True)
 class GridOptions:
-    """What the built-in grids leave open: `module_map` of both, `scheme` of the paper's, the rest of that of methods.
-    A grid file says all of it."""
+    """Options that the built-in grids leave open: `module_map` of both, `scheme` of the paper's, the rest of that of
+    methods. A grid file says all of it."""
 
     module_map: ModuleMap | None = None
     scheme: str | None = None
@@ -147,7 +147,7 @@ class GridOptions:
 
 
 def grid_cells(grid: str | Path, opened: Callable[[], Opened], options: GridOptions | None = None) -> tuple[Cell, ...]:
-    """The cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed.
+    """Return the cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed.
 
     Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `check_text`
     does of its calibration texts.
@@ -169,8 +169,9 @@ def grid_cells(grid: str | Path, opened: Callable[[], Opened], options: GridOpti
 def paper_grid(
     structure: Structure, *, module_map: ModuleMap = "paper", scheme: str = PAPER_SCHEME
 ) -> tuple[Cell, ...]:
-    """The paper's grid: GP 10-90 %, GQ, GPQ 20/40 % of attention, feed-forward and overall, the final layer pruned by
-    20/40 % (L1-structured and L1-unstructured), and of an encoder-decoder model each kind of attention (figure 8).
+    """Return the paper's grid: GP 10-90 %, GQ, GPQ 20/40 % of attention, feed-forward and overall, the final layer
+    pruned by 20/40 % (L1-structured and L1-unstructured), and of an encoder-decoder model each kind of attention
+    (figure 8).
 
     Parameters
     ----------
@@ -195,8 +196,8 @@ def paper_grid(
 
 
 def methods_grid(model: Opened, options: GridOptions) -> tuple[Cell, ...]:
-    """The paper's question, asked of other methods: attention, feed-forward and overall, each pruned by 20 to 60 % (L1,
-    Wanda, SparseGPT), quantized (int8, int8 smoothed, int4 to nearest and by GPTQ), and pruned by half and then
+    """Return the paper's question for other methods: attention, feed-forward and overall, each pruned by 20 to 60 %
+    (L1, Wanda, SparseGPT), quantized (int8, int8 smoothed, int4 to nearest and by GPTQ), and pruned by half and then
     quantized to int4 by GPTQ.
 
     int4 has the largest groups that divide all layers. What the model cannot have in this form is left out.
@@ -223,7 +224,7 @@ def methods_grid(model: Opened, options: GridOptions) -> tuple[Cell, ...]:
 
 
 def fitting(structure: Structure, scheme: str) -> dict[str, Any] | None:
-    """Parameters of a scheme by which all of a model's layers can be stored; None where there are none."""
+    """Return parameters of a scheme by which all of a model's layers can be stored; None where there are none."""
     shapes = {weight.shape for weight in structure.linears if weight.group not in (None, "vision")}
     with SCHEMES.answering(scheme):
         return SCHEMES[scheme].fit(shapes)
@@ -238,7 +239,7 @@ def _can_have(model: Opened, recipe: Recipe) -> bool:
 
 
 def read_grid(path: Path) -> tuple[Cell, ...]:
-    """The cells of a grid file (TOML): the product of its axes, and the cells that it names.
+    """Read the cells of a grid file (TOML): the product of its axes, and the cells that it names.
 
     Raises UsageError where it cannot be read, is empty, contradicts itself or says what no recipe knows.
     """
@@ -275,7 +276,7 @@ def _product(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Recipe
 
 
 def _refuse_contradiction(axes: Mapping[str, Any], path: Path) -> None:
-    """Axes that say how to prune, quantize or calibrate where no cell does."""
+    """Raise UsageError for axes that say how to prune, quantize or calibrate where no cell does."""
     prunes, quantizes = (any(map(_is_given, axes.get(name, ()))) for name in ("prune", "quantize"))
     methods = axes.get("method", (METHODS.first,)) if prunes else ()
     calibrated = any(map(_looks_at_activations, methods))
@@ -299,7 +300,7 @@ def _looks_at_activations(method: Any) -> bool:
 
 
 def _applying(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A point of the axes without what its scheme and its method do not have."""
+    """Return a point of the axes without what its scheme and its method do not have."""
     scheme = SCHEMES[point["quantize"]] if point.get("quantize") in SCHEMES else None
     idle = {"rounding"} if scheme and scheme.rounds == "batch" else set()
     idle |= {"smooth"} if scheme and scheme.rounds != "token" else set()
@@ -314,7 +315,7 @@ def _calibrates(point: Mapping[str, Any]) -> bool:
 
 
 def _parameters() -> list[str]:
-    """All parameters that a method or a scheme has, and that are no axes of every grid."""
+    """List all parameters that a method or a scheme has, and that are no axes of every grid."""
     things = (*METHODS.usable()[0].values(), *SCHEMES.usable()[0].values())
     return [
         name for name in dict.fromkeys(each.name for thing in things for each in thing.parameters()) if name not in AXES
@@ -322,7 +323,7 @@ def _parameters() -> list[str]:
 
 
 def _parameters_of(name: Any) -> set[str]:
-    """Of the method or scheme of that name; none of what is neither."""
+    """Return the parameters of the method or scheme of that name; none of what is neither."""
     things = [registry[name] for registry in (METHODS, SCHEMES) if name in registry]
     return {each.name for thing in things for each in thing.parameters()}
 
@@ -373,7 +374,7 @@ def _recipe(point: Mapping[str, Any], where: str) -> Recipe:
 
 
 def _calibration(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a recipe says of its calibration: the text, or a table of what `Calibration` has."""
+    """Return a recipe's entry of its calibration: the text, or a table of what `Calibration` has."""
     said = given.get("calibration", {})
     table = dict(said) if isinstance(said, Mapping) else {"text": said}
     for name, key in (("tokens", "calibration_tokens"), ("seed", "seed")):
@@ -392,12 +393,13 @@ def _does_something(point: Mapping[str, Any]) -> bool:
 
 
 def _is_given(value: Any) -> bool:
-    """Lists of TOML cannot hold nothing: 0 prunes none, and "none" quantizes none."""
+    """Return whether a value says anything. Lists of TOML cannot hold nothing: 0 prunes none, and "none" quantizes
+    none."""
     return value is not None and value != "none" and not (isinstance(value, (int, float)) and value == 0)
 
 
 def _cells(recipes: Iterator[tuple[str | None, Recipe]] | Sequence[tuple[str | None, Recipe]]) -> tuple[Cell, ...]:
-    """Cells of recipes, each recipe once, under keys that are unique."""
+    """Return cells of recipes, each recipe once, under keys that are unique."""
     cells: dict[Recipe, Cell] = {}
     taken: set[str] = set()
     for name, recipe in recipes:
@@ -415,7 +417,7 @@ def _numbered(key: str, number: int) -> str:
 
 
 def key_of(recipe: Recipe) -> str:
-    """A name for a recipe's folder.
+    """Return a name for a recipe's folder.
 
     >>> key_of(recipe_of(Where(("attention",)), prune=0.2, quantize="int8"))
     'att-gpq-20-int8'
@@ -425,7 +427,7 @@ def key_of(recipe: Recipe) -> str:
 
 
 def _said_of(calibration: Calibration | None) -> Iterator[str]:
-    """What is not as usual of a calibration, for a key."""
+    """Yield what is not as usual of a calibration, for a key."""
     usual = Calibration()
     if calibration is None or calibration == usual:
         return

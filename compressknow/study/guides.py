@@ -1,4 +1,4 @@
-"""What a size is fitted by: facts that a model knows, its own text, and how its weights are sensitive to both.
+"""Guides of a size: facts that a model knows, its own text, and how its weights are sensitive to both.
 
 Answers, text and sensitivity are kept: another size of the same model begins where types are chosen.
 """
@@ -48,8 +48,8 @@ _MOST_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Guides:
-    """The sensitivity of weights, and token ids as batches, which GPTQ runs over: those of facts with their objects, if
-    any are known to a causal model, and those of the text."""
+    """Sensitivity of weights, and token ids as batches, which GPTQ runs over: those of facts with their objects, if any
+    are known to a causal model, and those of the text."""
 
     sensitivity: Sensitivity
     texts: tuple[Batches, ...]
@@ -139,7 +139,7 @@ def known_facts(answers: Answers, probes: Iterable[Probe], most: int = FACTS) ->
 
 
 def fingerprint_of_facts(facts: Mapping[str, Sequence[Fact]]) -> str:
-    """A hash of their ids, prompts and candidates."""
+    """Return a hash of their ids, prompts and candidates."""
     told = [(name, fact.id, fact.prompt, fact.candidates) for name, own in facts.items() for fact in own]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
@@ -154,7 +154,7 @@ def _sensitivity(
     text: CalibrationText,
     on_progress: Listener | None,
 ) -> Sensitivity:
-    """That of a checkpoint, measured now, or as it was stored when it was measured."""
+    """Measure the sensitivity of a checkpoint, or read it as it was stored when it was measured."""
     from compressknow.compress.calibrate.forward import NotApart
     from compressknow.engine.language_model import family_of, load_whole_tokenizer
     from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, measure
@@ -193,7 +193,7 @@ def _sensitivity(
 
 
 def _numel(tree: PreTrainedModel) -> int:
-    """How many weights a model has, those that share their storage once."""
+    """Count the weights of a model, those that share their storage once."""
     from compressknow.model.groups import structure_of
 
     structure = structure_of(tree)
@@ -214,7 +214,7 @@ def _asked(
     facts: Mapping[str, Sequence[Fact]],
     trusted: bool,
 ) -> list[Asked]:
-    """The facts as the model reads them, and what it answered."""
+    """Return the facts as the model reads them, and what it answered."""
     from compressknow.engine.language_model import family_of, load_whole_tokenizer
     from compressknow.evaluate.evaluate import scorer_for
     from compressknow.study.questions import Asked
@@ -230,7 +230,7 @@ def _asked(
 
 
 def _batches(asked: Sequence[Asked]) -> list[Batches]:
-    """Token ids of facts with their objects, but for the last token, after which nothing is predicted."""
+    """Return token ids of facts with their objects, but for the last token, after which nothing is predicted."""
     from compressknow.gguf.gptq import batches_of
 
     sequences = [[*each.query.prompt, *each.query.gold[:-1]] for each in asked if each.scorer.family == "causal"]
@@ -238,7 +238,7 @@ def _batches(asked: Sequence[Asked]) -> list[Batches]:
 
 
 def _beginning(text: CalibrationText) -> list[dict[str, torch.Tensor]]:
-    """Batches of the first tokens of a text."""
+    """Return batches of the first tokens of a text."""
     found: list[dict[str, torch.Tensor]] = []
     left = TOKENS
     for batch in text.batches:
@@ -253,7 +253,7 @@ def _beginning(text: CalibrationText) -> list[dict[str, torch.Tensor]]:
 def _text(
     handle: ModelHandle, tree: PreTrainedModel, calibration: Calibration, on_progress: Listener | None
 ) -> CalibrationText:
-    """The text, which a model that writes its own writes once."""
+    """Return the text, which a model that writes its own writes once."""
     from compressknow.compress.calibrate.text import calibration_text
 
     key = hashlib.sha256(json.dumps([handle.sha256, asdict(calibration)]).encode()).hexdigest()

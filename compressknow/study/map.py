@@ -1,4 +1,4 @@
-"""A sensitivity as a map: what each layer and module bears, what the next MB buys, and the page that shows it."""
+"""Map of a sensitivity: what rounding each layer and module costs, what the next MB buys, and the page of both."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Map:
-    """The sensitivity of a model, by layer, module and domain.
+    """Sensitivity of a model, by layer, module and domain.
 
     Attributes
     ----------
@@ -81,21 +81,21 @@ class Map:
 
     @cached_property
     def ranked(self) -> list[TensorSensitivity]:
-        """The weights, those first that bear least for what 4 bits of them save."""
+        """Return the weights, the most sensitive for what 4 bits of them save first."""
         return self.sensitivity.ranked(self.guide)
 
     def by_layer(self) -> dict[str, Weights]:
-        """The weights of each layer, and of each group outside the layers."""
+        """Return the weights of each layer, and of each group outside the layers."""
         return _grouped(sorted(self.sensitivity.rows, key=_order), lambda row: row.place)
 
     def by_module(self) -> dict[str, Weights]:
-        """The weights of each kind of module."""
+        """Return the weights of each kind of module."""
         return _grouped(
             sorted(self.sensitivity.rows, key=_order), lambda row: row.module if _is_inside(row) else row.group
         )
 
     def grid(self, figure: Callable[[Weights], float | None]) -> Grid:
-        """A figure of the weights of each layer and module; of a weight outside the layers a row of its own."""
+        """Return a figure of the weights of each layer and module; a weight outside the layers has a row of its own."""
         modules = [*dict.fromkeys(row.module for row in sorted(self.sensitivity.rows, key=_order) if _is_inside(row))]
         cells = []
         for rows in self.by_layer().values():
@@ -107,12 +107,12 @@ class Map:
 
     @property
     def others(self) -> int:
-        """Bytes of what has 16 bits whatever is chosen: norms, biases, weights that were not measured."""
+        """Return the bytes of what has 16 bits whatever is chosen: norms, biases, weights that were not measured."""
         return 2 * self.sensitivity.others
 
     @cached_property
     def table(self) -> OptionTable:
-        """What each weight takes and loses by type."""
+        """Return what each weight takes and loses by type."""
         return {
             row.name: {name: Option(each.bytes, each.kl(self.guide)) for name, each in row.by_type.items()}
             for row in self.sensitivity.rows
@@ -120,7 +120,7 @@ class Map:
 
     @cached_property
     def frontier(self) -> tuple[Size, ...]:
-        """The least KL at sizes from the smallest to the largest, a type for each weight."""
+        """Return the least KL at sizes from the smallest to the largest, a type for each weight."""
         low, high = (
             self.others + sum(end(option.nbytes for option in options.values()) for options in self.table.values())
             for end in (min, max)
@@ -131,8 +131,8 @@ class Map:
 
     @cached_property
     def uniform(self) -> tuple[Size, ...]:
-        """All weights of one type each, the largest first: those types that all rows fit, or llama.cpp's fallback of
-        them does."""
+        """Return all weights of one type each, the largest first: those types that all rows fit, or llama.cpp's
+        fallback of them does."""
         found = []
         for type in self.sensitivity.guidance.types:
             kinds = (type, _FALLBACKS.get(type, type))
@@ -146,7 +146,7 @@ class Map:
         return tuple(found)
 
     def at(self, nbytes: int) -> Size:
-        """The least KL within so many bytes."""
+        """Return the least KL within so many bytes."""
         found = self._fitted(nbytes)
         return Size(found.nbytes, found.loss)
 
@@ -155,7 +155,8 @@ class Map:
 
 
 def kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
-    """The KL of some weights for each MB that they save, all of them rounded to 4 bits; that of a domain's facts."""
+    """Return the KL of some weights for each MB that they save, all of them rounded to 4 bits; that of a domain's
+    facts."""
     kl = sum(
         row.by_type[row.compared].kl(guide) * (1.0 if domain is None else row.by_domain.get(domain, 1.0))
         for row in rows
@@ -164,14 +165,14 @@ def kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
 
 
 def at_risk(rows: Weights) -> float | None:
-    """The share of facts that rounding some weights to 4 bits is expected to make the model forget: the sum, 1 at most.
-    None where no facts guided."""
+    """Return the share of facts that rounding some weights to 4 bits is expected to make the model forget: the sum, 1
+    at most. None where no facts guided."""
     shares = [row.by_type[row.compared].at_risk for row in rows]
     return None if None in shares else min(1.0, sum(share for share in shares if share is not None))
 
 
 def millinats(kl: float) -> str:
-    """A KL in thousandths of a nat, to two digits.
+    """Format a KL in thousandths of a nat, to two digits.
 
     >>> millinats(0.16433), millinats(0.05582), millinats(0.0000123), millinats(0.0)
     ('164', '56', '0.012', '0')
@@ -185,7 +186,7 @@ def _is_inside(row: TensorSensitivity) -> bool:
 
 
 def _order(row: TensorSensitivity) -> tuple[bool, str, int]:
-    """Encoder, decoder, then what lies outside; measured was from the last layer to the first."""
+    """Sort encoder, decoder, then what lies outside; weights were measured from the last layer to the first."""
     return row.layer is None, {"encoder": "", None: ""}.get(row.stack, "decoder"), row.layer or 0
 
 
@@ -197,7 +198,7 @@ def _grouped(rows: Iterable[TensorSensitivity], key: Callable[[TensorSensitivity
 
 
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
-    """Write it in the formats that the names of the files ask for."""
+    """Write the map in the formats that the names of the files ask for."""
 
     written: Mapping[str, Callable[[Map], str]] = {
         **{".html": render_map_html, ".md": render_map_markdown},
@@ -253,17 +254,17 @@ _CURVE_NOTE = (
 
 
 def render_map_html(map: Map) -> str:
-    """The page: the same sensitivity gives the same bytes."""
+    """Render the page: the same sensitivity gives the same bytes."""
     return html_page("sections.html.j2", page=map_page(map, charts=True))
 
 
 def render_map_markdown(map: Map) -> str:
-    """The same as GitHub-flavoured Markdown, without its charts and the tables of domains."""
+    """Render the same as GitHub-flavoured Markdown, without its charts and the tables of domains."""
     return markdown_page("sections.md.j2", page=map_page(map, charts=False))
 
 
 def map_page(map: Map, *, charts: bool) -> Page:
-    """The map as text, with its charts."""
+    """Return the map as text, with its charts."""
     parts: Mapping[tuple[str, str], Iterator[Part]] = {
         ("maps", "Where the knowledge sits"): _maps(map),
         ("risk", "Facts at risk"): _risk(map),
@@ -290,13 +291,13 @@ def map_page(map: Map, *, charts: bool) -> Page:
 
 
 def headline(map: Map) -> str:
-    """What stands above everything."""
+    """Return the line that stands above everything."""
     first = name_of(map.ranked[0])
     return f"{first[0].upper()}{first[1:]} matters most for its size"
 
 
 def verdict(map: Map) -> str:
-    """Which weights and layers matter most, in figures."""
+    """Return which weights and layers matter most, in figures."""
     first, figures = map.ranked[0], [row.per_mb(map.guide) for row in map.ranked]
     middle = median(figures)
     times = f", {number(figures[0] / middle, 0)} times the median weight" if middle else ""
@@ -310,7 +311,7 @@ def verdict(map: Map) -> str:
 
 
 def _share_of_a_tenth(map: Map) -> float:
-    """The share of the loss at 4 bits that the most sensitive tenth of the bytes makes, of a weight in part."""
+    """Return the share of the loss at 4 bits that the most sensitive tenth of the bytes makes, of a weight in part."""
     losses = [row.by_type[row.compared].kl(map.guide) for row in map.ranked]
     left, found = sum(row.saved for row in map.ranked) / 10, 0.0
     for row, loss in zip(map.ranked, losses, strict=True):
@@ -320,7 +321,7 @@ def _share_of_a_tenth(map: Map) -> float:
 
 
 def name_of(row: TensorSensitivity) -> str:
-    """Layer and module."""
+    """Return layer and module."""
     return f"{row.place} {plain(row.module, 60)}"
 
 
@@ -346,7 +347,7 @@ def _maps(map: Map) -> Iterator[Part]:
 
 
 def _grids(map: Map) -> Iterator[tuple[str, Grid]]:
-    """Of all facts, of text, and of each domain's facts, the largest first."""
+    """Yield the map of all facts, of text, and of each domain's facts, the largest first."""
     guidance = map.sensitivity.guidance
     if guidance.facts:
         yield f"All {count(guidance.facts)} facts", map.grid(partial(kl_per_mb, guide="facts"))
@@ -375,7 +376,7 @@ def _risk(map: Map) -> Iterator[Part]:
 
 
 def _grid_table(caption: str, grid: Grid, write: Callable[[float], str]) -> Table:
-    """The map as figures; those of rows of one figure have a column of their own."""
+    """Return the map as figures; those of rows of one figure have a column of their own."""
     alone = any(len(cells) != len(grid.columns) for cells in grid.cells)
     columns = (*grid.columns, *(["outside"] if alone else []))
     rows = []

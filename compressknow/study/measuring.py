@@ -1,4 +1,4 @@
-"""Measuring a sensitivity: to first order, what rounding each weight alone changes of scores, and what KL that makes.
+"""Measure a sensitivity: to first order, what rounding each weight alone changes of scores, and what KL that makes.
 
 Of every weight W and type, D is what rounding takes W to, less W. The change of a score is the sum of g . D x over the
 tokens, where x is what W is multiplied with and g the gradient of the score at the product: one backward pass for all
@@ -51,7 +51,7 @@ FEWEST_OF_A_DOMAIN = 5
 
 
 class Weight(NamedTuple):
-    """Where a weight lies, and its shape [out, in]."""
+    """Place of a weight, and its shape [out, in]."""
 
     group: str
     layer: int | None
@@ -60,8 +60,8 @@ class Weight(NamedTuple):
 
 
 class PerError(NamedTuple):
-    """What each fact bears per squared error of a weight, float64 [facts], the mean over the types that were tried: KL
-    in nats, and the square of the change of its margin."""
+    """Loss of each fact per squared error of a weight, float64 [facts], the mean over the types that were tried: KL in
+    nats, and the square of the change of its margin."""
 
     kl: torch.Tensor
     moved: torch.Tensor
@@ -109,7 +109,7 @@ class Measured:
         return tuple(found)
 
     def per_error(self, name: str, tried: Sequence[str]) -> PerError | None:
-        """What facts bear per squared error of a weight; None where there are no facts.
+        """Return the loss of facts per squared error of a weight; None where there are no facts.
 
         What one rounding happens to change of some facts is a matter of luck: types are told apart by their errors,
         weights by what all types do.
@@ -127,7 +127,7 @@ class Measured:
 
     @cached_property
     def margins(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each fact the number of its object and of the best other candidate, and how far apart their scores are."""
+        """Return of each fact the number of its object and of the best other candidate, and how far apart they score."""
         objects = torch.searchsorted(self.owners, torch.arange(int(self.owners[-1]) + 1))
         others = self.scores.double().index_fill(0, objects, -torch.inf)
         order = others.argsort(descending=True)
@@ -135,12 +135,14 @@ class Measured:
         return objects, best, self.scores.double()[objects] - others[best]
 
     def _at_risk(self, squares: torch.Tensor) -> float:
-        """The mean probability that the margin of a fact changes its sign, where its change has this mean square."""
+        """Return the mean probability that the margin of a fact changes its sign, where its change has this mean
+        square."""
         *_, margins = self.margins
         return float(torch.special.ndtr(-margins / squares.sqrt().clamp_min(1e-12)).mean())
 
     def _text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
-        """KL of text per squared error of a weight, the mean over what was tried; None where there is no text."""
+        """Return the KL of text per squared error of a weight, the mean over what was tried; None where there is no
+        text."""
         divergences = {type: self.kl_of_text(name, type) for type in tried}
         found = [
             kl / self.errors[name, type]
@@ -150,14 +152,14 @@ class Measured:
         return sum(found) / len(found) if found else None if None in divergences.values() else 0.0
 
     def kl_of_facts(self, name: str, type: str) -> float | None:
-        """The mean over facts, nats, of a type that was tried; None where there are no facts."""
+        """Return the mean over facts, nats, of a type that was tried; None where there are no facts."""
         changes = self.facts.get((name, type))
         if changes is None:
             return None
         return float(divergence(self.scores, changes, self.owners).mean())
 
     def kl_of_text(self, name: str, type: str) -> float | None:
-        """The robust mean over rows, nats per token; None where there is no text."""
+        """Return the robust mean over rows, nats per token; None where there is no text."""
         changes = self.text.get((name, type))
         if changes is None:
             return None
@@ -166,7 +168,7 @@ class Measured:
 
 
 def _by_domain(divergences: torch.Tensor, domains: Sequence[str]) -> dict[str, float]:
-    """How many times the mean the mean of each domain's facts is, where there are enough of it."""
+    """Return how many times the mean the mean of each domain's facts is, where there are enough of it."""
     counts, whole = Counter(domains), float(divergences.mean())
     if not whole:
         return {}
@@ -178,8 +180,8 @@ def _by_domain(divergences: torch.Tensor, domains: Sequence[str]) -> dict[str, f
 
 
 def divergence(scores: torch.Tensor, changes: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
-    """KL divergences by which changes of log-scores move each fact's distribution over its candidates, to second order:
-    float64 [facts], or [facts, types] where `changes` are [candidates, types]."""
+    """Return KL divergences by which changes of log-scores move each fact's distribution over its candidates, to second
+    order: float64 [facts], or [facts, types] where `changes` are [candidates, types]."""
     count = int(owners.max()) + 1
     scores, changes = scores.double(), changes.double()
 
@@ -217,7 +219,7 @@ def measure(
 
 
 class _Measuring:
-    """Visits blocks, and adds up what rounding their weights changes."""
+    """Visitor of blocks that adds up what rounding their weights changes."""
 
     def __init__(
         self,
@@ -243,7 +245,7 @@ class _Measuring:
         self._done = 0
 
     def visit(self, module: str, products: Mapping[str, Sequence[Product]]) -> None:
-        """See `compressknow.compress.calibrate.backward.Visit`."""
+        """Add what rounding the weights of a module changes: see `compressknow.compress.calibrate.backward.Visit`."""
         for parameter, own in products.items():
             if not own:
                 continue
@@ -295,8 +297,8 @@ class _Measuring:
         of_rows: torch.Tensor,
         of_columns: torch.Tensor,
     ) -> None:
-        """Squared errors of a weight [out, in] by type, weighted by row [out] and column [in]; of the rows that count
-        most and some of the others."""
+        """Add squared errors of a weight [out, in] by type, weighted by row [out] and column [in]; of the rows that
+        count most and some of the others."""
         order = of_rows.argsort(descending=True, stable=True)
         own = torch.cat([order[:FIRST_ROWS], order[FIRST_ROWS::STRIDE]])
         rows = weight[own]
@@ -325,13 +327,13 @@ class _Measuring:
         return self._structure.tied.get(parameter, parameter)
 
     def _importance_of(self, name: str, products: Sequence[Product]) -> torch.Tensor:
-        """Mean squares of the inputs, [in]."""
+        """Return mean squares of the inputs, [in]."""
         squares = [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
         self._importance[name] = self._halves(products, squares)
         return self._importance[name]
 
     def _halves(self, products: Sequence[Product], values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sum of a vector of each product, normalized; those of facts and of text count alike."""
+        """Return the sum of a vector of each product, normalized; those of facts and of text count alike."""
         halves = []
         for is_text in (False, True):
             own = [
@@ -345,7 +347,7 @@ class _Measuring:
         return torch.stack(halves).mean(0)
 
     def _add(self, name: str, types: Sequence[str], batch: int, changes: torch.Tensor) -> None:
-        """Changes of a batch's scores, [rows, directions, types]."""
+        """Add changes of a batch's scores, [rows, directions, types]."""
         for type, own in zip(types, changes.unbind(2), strict=True):
             if batch < self._fact_batches:
                 assert self._questions is not None
@@ -357,7 +359,7 @@ class _Measuring:
             known[self._starts[number] : self._starts[number + 1]] += own
 
     def measured(self, scores: Sequence[torch.Tensor]) -> Measured:
-        """What was found, where these are the scores of all batches."""
+        """Return what was found, where these are the scores of all batches."""
         facts = self._questions.facts if self._questions else torch.empty(0, dtype=torch.long)
         own = torch.zeros(len(facts))
         for batch, owners in zip(scores, self._questions.owners if self._questions else (), strict=False):
@@ -366,6 +368,6 @@ class _Measuring:
 
 
 def _contract(gradients: torch.Tensor, products: torch.Tensor, types: int) -> torch.Tensor:
-    """The sums of g . y over tokens: of [rows, directions, tokens, out] and [rows, tokens, out x types], float32 [rows,
+    """Sum g . y over tokens: of [rows, directions, tokens, out] and [rows, tokens, out x types], float32 [rows,
     directions, types]."""
     return torch.bmm(gradients.flatten(2), products.reshape(len(products), -1, types)).float()

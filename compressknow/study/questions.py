@@ -31,7 +31,7 @@ TEXT_LENGTH, TEXT_POSITIONS, TEXT_DRAWS = 64, 16, 4
 
 @dataclass(frozen=True)
 class Row:
-    """What a model reads once.
+    """Input that a model reads once.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Questions:
-    """Batches, and whose scores theirs are.
+    """Batches, and the candidates that their scores are of.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ class Questions:
 
 
 class Asked(NamedTuple):
-    """A fact with candidates, as a model reads it, and what it answered: its best candidates are scored."""
+    """Fact with candidates, as a model reads it, and what it answered: its best candidates are scored."""
 
     scorer: Scorer
     query: Query
@@ -107,7 +107,7 @@ def _rows_of(scorer: Scorer, query: Query, options: Mapping[int, Ids]) -> Iterat
 
 
 def _grouped(rows: Iterable[Row], *, fills: bool) -> list[list[Row]]:
-    """Rows that run together: of as many scores, and of one length, or nearly so where they can be filled up."""
+    """Group rows that run together: of as many scores, and of one length, or nearly so where they can be filled up."""
     groups: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
         step = SPREAD if fills else 1
@@ -143,7 +143,7 @@ def _filled(ids: Ids, length: int) -> Ids:
 
 
 def _log_probability(targets: torch.Tensor, real: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Of the tokens [rows, directions, positions], where they are real, summed over positions."""
+    """Return that of the tokens [rows, directions, positions], where they are real, summed over positions."""
     log_probs: torch.Tensor = logits.gather(3, targets[..., None]).squeeze(3) - logits.logsumexp(3)
     return log_probs.where(real, 0.0).sum(2)
 
@@ -175,16 +175,16 @@ def text_batches(
 
 
 def _drawn(allowed: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Positions of each row that are allowed, [rows, positions]: as many as every row has, at most those wanted."""
+    """Draw positions of each row that are allowed, [rows, positions]: as many as every row has, at most as wanted."""
     count = min(TEXT_POSITIONS, int(allowed.sum(1).min()))
     keys = torch.rand(allowed.shape, generator=generator).where(allowed, -1.0)
     return keys.topk(max(count, 1), 1).indices.sort(1).values
 
 
 def _sketched(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
-    """A random sum of log-probabilities, each centred and weighted by the root of its probability p, with a random
-    sign: the mean of the squares of its changes is dz' (diag p - p p') dz. Those of all positions are added, for their
-    signs are independent, and divided so that squares are means over positions."""
+    """Return a random sum of log-probabilities, each centred and weighted by the root of its probability p, with a
+    random sign: the mean of the squares of its changes is dz' (diag p - p p') dz. Those of all positions are added, for
+    their signs are independent, and divided so that squares are means over positions."""
     with torch.no_grad():
         p = logits.detach().softmax(3)
         signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8)

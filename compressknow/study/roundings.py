@@ -1,4 +1,4 @@
-"""What a weight may be rounded to: the types of a GGUF file, or the schemes of a checkpoint."""
+"""Roundings of a weight: to the types of a GGUF file, or to the schemes of a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Roundings(ABC):
 
     @abstractmethod
     def legal(self, shape: Sequence[int]) -> tuple[str, ...]:
-        """Those that a weight's rows fit."""
+        """Return the types that a weight's rows fit."""
 
     def tried(self, shape: Sequence[int]) -> tuple[str, ...]:
-        """Those by which a weight's sensitivity is measured."""
+        """Return the types by which a weight's sensitivity is measured."""
         return self.legal(shape)
 
     @abstractmethod
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
-        """What a weight takes, its scales included."""
+        """Return the bytes that a weight takes, its scales included."""
 
     @abstractmethod
     def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
@@ -95,6 +95,6 @@ class SchemeRoundings(Roundings):
 
 
 def scheme_of(name: str) -> Scheme:
-    """The scheme that a type of a checkpoint names."""
+    """Return the scheme that a type of a checkpoint names."""
     kind, _, size = name.partition("/")
     return SCHEMES[kind].with_values({"group_size": int(size)}) if size else SCHEMES[kind]

@@ -1,4 +1,4 @@
-"""Where the cells of a study run: in this process, or on a Ray cluster."""
+"""Run the cells of a study in this process, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RayOptions:
-    """A Ray cluster for a study's cells.
+    """Ray cluster for a study's cells.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ Run = Callable[[Batch], Generator[CellResult]]
 
 @contextmanager
 def runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterator[Run]:
-    """What runs batches: here, one cell after the other, or on the cluster for as long as the context lasts.
+    """Yield what runs batches: here, one cell after the other, or on the cluster for as long as the context lasts.
 
     Raises CompressknowError where the cluster does not answer.
     """
@@ -97,7 +97,7 @@ def _failed(batch: Batch, cell: Cell, error: BaseException) -> CellResult:
 
 
 def reason(error: BaseException) -> str:
-    """Why a cell failed, in one line."""
+    """Return why a cell failed, in one line."""
     if isinstance(error, CompressknowError):
         return str(error)
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
@@ -109,7 +109,7 @@ SECONDS_TO_ANSWER = 10.0
 
 @dataclass(frozen=True)
 class Job:
-    """A cell, as a worker gets it."""
+    """Cell, as a worker gets it."""
 
     model: str
     revision: str | None
@@ -124,7 +124,7 @@ Files = dict[str, bytes]
 
 @contextmanager
 def connected(where: RayOptions) -> Iterator[Run]:
-    """What runs batches on a cluster. Raises CompressknowError where no cluster answers."""
+    """Yield what runs batches on a cluster. Raises CompressknowError where no cluster answers."""
     ray = _connect(where)
     try:
         yield partial(_results, ray, where)
@@ -154,7 +154,8 @@ class _Texts:
         self._shared: dict[Calibration, Any] = {}
 
     def of(self, recipe: Recipe) -> Any:
-        """None where there is none; or where it cannot be made: the worker says why, and its cell alone fails."""
+        """Return the text of a recipe; None where it has none, or none that can be made: then the worker says why, and
+        its cell alone fails."""
         calibration = recipe.calibration
         if calibration is not None and calibration not in self._shared:
             try:
@@ -165,7 +166,7 @@ class _Texts:
 
 
 def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Generator[CellResult]:
-    """A cell's result once all of its probes are answered."""
+    """Yield a cell's result once all of its probes are answered."""
     failed: dict[Cell, BaseException] = {}
     left = Counter(cell for cell, _ in pending.values())
     done = [cell for cell in batch.cells if not left[cell]]
@@ -231,7 +232,7 @@ def _job(study_model: StudyModel, cell: Cell, where: RayOptions) -> Job:
 
 
 def _run(job: Job, probe: Opened, reference: Answers, text: CalibrationText | None) -> Files:
-    """In a worker: the files of the answers folder."""
+    """Return the files of the answers folder, in a worker."""
     import torch
 
     torch.set_num_threads(job.threads)
@@ -248,12 +249,12 @@ def _run(job: Job, probe: Opened, reference: Answers, text: CalibrationText | No
 
 @cache
 def _subject(model: str, settings: Settings, revision: str | None) -> StudyModel:
-    """Opened once a worker."""
+    """Open the original, once per worker."""
     return StudyModel(model, settings, revision=revision, keep_in=Path(tempfile.gettempdir()))
 
 
 def _store(folder: Path, files: Files) -> None:
-    """The answers first: without its record a folder counts as not there."""
+    """Write the answers first: without its record a folder counts as not there."""
     folder.mkdir(parents=True, exist_ok=True)
     # An old record would not be of the new answers.
     (folder / RECORD).unlink(missing_ok=True)

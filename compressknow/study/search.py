@@ -1,4 +1,4 @@
-"""The search for the smallest file that keeps enough: some facts steer it, others select, a third part grades."""
+"""Search for the smallest file that keeps enough: some facts steer it, others select, a third part grades."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from compressknow.study.forms import Form, Request
 
 
 class Parts(NamedTuple):
-    """The facts of a probe, each in one part.
+    """Facts of a probe, each in one part.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Parts(NamedTuple):
 
     @property
     def held_out(self) -> Probe:
-        """What is held out, where nothing is to be chosen by it."""
+        """Return what is held out, where nothing is to be chosen by it."""
         return replace(self.grading, facts=(*self.selection.facts, *self.grading.facts))
 
 
@@ -92,7 +92,7 @@ def _deal(facts: Sequence[Fact], number: int, seed: int, *, whole: bool) -> list
 
 
 def _named(fact: Fact) -> str:
-    """The id of the fact, whatever its wording."""
+    """Return the id of the fact, whatever its wording."""
     return fact.id if fact.template is None else fact_of(fact.id)
 
 
@@ -134,16 +134,16 @@ class EvaluationSet:
 
     @property
     def facts(self) -> list[Probe]:
-        """The probes of facts."""
+        """Return the probes of facts."""
         return [probe for probe in self.probes if isinstance(probe, Probe)]
 
     @property
     def known(self) -> int:
-        """How many facts the original knows."""
+        """Count the facts that the original knows."""
         return sum(answer.correct for answer in self.original.answers)
 
     def answers(self, handle: ModelHandle, on_progress: Listener | None, *, whole: bool = False) -> Answers:
-        """A model's answers as they were given, and what it read, like `reference`.
+        """Return a model's answers as they were given, and what it read, like `reference`.
 
         Raises CompressknowError where it cannot be evaluated.
         """
@@ -151,7 +151,7 @@ class EvaluationSet:
         return self.study_model.evaluate(handle, self.probes, folder, self.reference, on_progress, whole=whole)
 
     def kept(self, answers: Answers, level: float = 0.95) -> Estimate:
-        """The share of the original's knowledge that these answers keep, with its interval of that level."""
+        """Return the share of the original's knowledge that these answers keep, with its interval of that level."""
         return compare(self.original, judged(answers, self.known_as), show_facts=False).kept_at(level)
 
 
@@ -170,14 +170,14 @@ LEVEL = 1 - 0.01 / CONFIRMED
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file that was evaluated: its types, and its record."""
+    """File that was evaluated: its types, and its record."""
 
     found: Allocation
     trial: Trial
 
 
 class SizeSearch:
-    """What a search has tried so far, and what comes of it. It reads and writes nothing.
+    """Trials of a search, and what comes of them. It reads and writes nothing.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ class SizeSearch:
 
     @property
     def winner(self) -> Candidate | None:
-        """The smallest that keeps enough of the held-out facts too."""
+        """Return the smallest that keeps enough of the held-out facts too."""
         return next((each for each in self.confirmed if meets(each.trial.held_out, self.keep)), None)
 
     def explore(self, floor: int, ceiling: int) -> None:
@@ -228,7 +228,7 @@ class SizeSearch:
                 return
 
     def _losing(self, loss: float, low: int, high: int) -> Allocation:
-        """The smallest file between two sizes that loses no more."""
+        """Return the smallest file between two sizes that loses no more."""
         while high - low > CLOSE * low:
             middle = (low + high) // 2
             if self._choose(middle).loss <= loss:
@@ -245,9 +245,8 @@ class SizeSearch:
 
 
 def promising(tried: Sequence[Candidate], keep: float) -> list[Candidate]:
-    """Those to confirm on held-out facts, the smallest first: they keep enough of the facts of the search. Where none
-    does, the one that keeps most, to be told.
-    """
+    """Return the candidates to confirm on held-out facts, the smallest first: they keep enough of the facts of the
+    search. Where none does, the one that keeps most, to be told."""
     known = [each for each in tried if each.trial.kept.low is not None]
     chosen: list[Candidate] = []
     for each in sorted(known, key=lambda each: each.found.nbytes):
@@ -258,13 +257,13 @@ def promising(tried: Sequence[Candidate], keep: float) -> list[Candidate]:
 
 
 def _lowest(each: Candidate) -> float:
-    """What a file keeps at least."""
+    """Return the least that a file keeps."""
     kept = each.trial.held_out or each.trial.kept
     return kept.low or 0.0
 
 
 def meets(kept: Estimate | None, keep: float) -> bool:
-    """Whether as much is kept for sure."""
+    """Return whether as much is kept for sure."""
     return kept is not None and kept.low is not None and kept.low >= keep
 
 

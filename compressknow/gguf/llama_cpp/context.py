@@ -87,7 +87,8 @@ class Context:
         self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def read(self, spans: Sequence[Span]) -> NDArray[np.float32]:
-        """Logits where they are wanted, in the order of the spans, [wanted, vocabulary]; valid until the next call.
+        """Return logits where they are wanted, in the order of the spans, [wanted, vocabulary]; valid until the next
+        call.
 
         Raises CompressknowError where the memory has no room, or a kernel fails; KeyboardInterrupt without waiting for
         the end of the pass.
@@ -123,7 +124,7 @@ _NONE = -1
 
 
 class GgufTokenizer:
-    """Splits texts as llama.cpp does where the file is deployed."""
+    """Tokenizer that splits texts as llama.cpp does where the file is deployed."""
 
     def __init__(self, model: GgufModel) -> None:
         self._model, self._vocab = model, model.vocab
@@ -133,14 +134,13 @@ class GgufTokenizer:
         return self._model.rows
 
     def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> dict[str, list[int]]:  # noqa: ARG002
-        """Ids of a text, with what the file says that every text begins or ends with, if `add_special_tokens`."""
+        """Return ids of a text, with the tokens that begin and end every text if `add_special_tokens`."""
         # Special tokens that a text spells are read as such, as tokenizers of transformers do.
         return {"input_ids": self.ids(text, special=add_special_tokens, parse_special=True)}
 
     def ids(self, text: str, *, special: bool, parse_special: bool) -> list[int]:
-        """Ids of a text, with what every text begins or ends with if `special`; names of special tokens in it are these
-        tokens if `parse_special`.
-        """
+        """Return ids of a text, with the tokens that begin and end every text if `special`; names of special tokens in
+        it are these tokens if `parse_special`."""
         encoded = text.encode("utf-8", "replace")
         size = len(encoded) + 8
         while True:
@@ -151,7 +151,7 @@ class GgufTokenizer:
             size = -count
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of ids; bytes that make no letter are replaced."""
+        """Return the text of ids; bytes that make no letter are replaced."""
         given = [int(number) for number in ids]
         size = 16 * len(given) + 16
         while True:
@@ -164,7 +164,7 @@ class GgufTokenizer:
             size = -count
 
     def piece(self, token: int) -> bytes:
-        """The bytes that a token stands for."""
+        """Return the bytes that a token stands for."""
         size = 256
         while True:
             text = self._ffi.new("char[]", size)
@@ -175,26 +175,26 @@ class GgufTokenizer:
 
     @property
     def begins_texts(self) -> bool:
-        """Whether `bos_token_id` is put before every text."""
+        """Return whether `bos_token_id` is put before every text."""
         return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
 
     def ends(self, token: int) -> bool:
-        """Whether llama.cpp stops at this token: an end of text, of a turn, of a message."""
+        """Return whether llama.cpp stops at this token: an end of text, of a turn, of a message."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     @cached_property
     def bos_token_id(self) -> int | None:
-        """What a text begins with, where anything."""
+        """Return the token that begins a text, if any."""
         return _token(self._lib.llama_vocab_bos(self._vocab))
 
     @cached_property
     def eos_token_id(self) -> int | None:
-        """What a text ends with."""
+        """Return the token that ends a text, if any."""
         return _token(self._lib.llama_vocab_eos(self._vocab))
 
     @cached_property
     def unk_token_id(self) -> int | None:
-        """What stands for a text that the vocabulary cannot spell."""
+        """Return the token for a text that the vocabulary cannot spell, if any."""
         found = self._model.meta("tokenizer.ggml.unknown_token_id")
         return int(found) if found is not None else None
 

@@ -1,4 +1,4 @@
-"""A GGUF file that llama.cpp has opened, memory-mapped; what cannot be evaluated is refused with the reason."""
+"""Open a GGUF file in llama.cpp, memory-mapped; what cannot be evaluated is refused with the reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ size_t ggml_type_size(int type);
 
 
 def types_of(path: Path) -> dict[str, dict[str, int]]:
-    """Numbers of parameters by group of layers and by type: ``{"attention": {"Q4_K": 7077888}}``, most first.
+    """Count parameters by group of layers and by type: ``{"attention": {"Q4_K": 7077888}}``, most first.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def types_of(path: Path) -> dict[str, dict[str, int]]:
 
 
 def _tensors(path: Path) -> list[tuple[str, str, int]]:
-    """Name, type and number of parameters of each tensor."""
+    """List name, type and number of parameters of each tensor."""
     ffi, lib = _reader()
     parameters = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
     file = lib.gguf_init_from_file(str(path).encode("utf-8", "surrogateescape"), parameters[0])
@@ -100,7 +100,7 @@ def refuse_crash(path: Path) -> None:
 
 @cache
 def _tried(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
-    """How such a process ended, and what it printed; `size` and `changed` tell one state of a file from another."""
+    """Return the exit code and output of such a process; `size` and `changed` tell one state of a file from another."""
     packages = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
     ended = subprocess.run(
@@ -119,7 +119,7 @@ _META_BYTES = 1 << 10
 
 
 class GgufModel:
-    """A decoder of text with its vocabulary.
+    """Decoder of text with its vocabulary.
 
     Parameters
     ----------
@@ -153,17 +153,17 @@ class GgufModel:
 
     @property
     def handle(self) -> Any:
-        """llama.cpp's own, ``struct llama_model *``."""
+        """Return llama.cpp's ``struct llama_model *``."""
         return self._handle
 
     @cached_property
     def architecture(self) -> str:
-        """As the file names it: ``llama``, ``qwen2``."""
+        """Return the architecture as the file names it: ``llama``, ``qwen2``."""
         return self.meta("general.architecture") or "unknown"
 
     @cached_property
     def file_type(self) -> str:
-        """llama.cpp's name for how most weights are stored: ``Q4_K - Medium``."""
+        """Return llama.cpp's name for how most weights are stored: ``Q4_K - Medium``."""
         ffi, lib, _ = self.native
         name = ffi.string(lib.llama_ftype_name(lib.llama_model_ftype(self._handle))).decode("utf-8", "replace")
         # Said of a file whose metadata does not name its type: its tensors tell.
@@ -171,22 +171,22 @@ class GgufModel:
 
     @cached_property
     def parameters(self) -> int:
-        """How many it stores; a head that is tied to the embedding counts once."""
+        """Count the stored parameters; a head that is tied to the embedding counts once."""
         return int(self.native.lib.llama_model_n_params(self._handle))
 
     @cached_property
     def rows(self) -> int:
-        """The number of tokens that it reads."""
+        """Return the number of tokens that it reads."""
         return int(self.native.lib.llama_vocab_n_tokens(self.vocab))
 
     @cached_property
     def most_tokens(self) -> int:
-        """The length of text that it was trained for."""
+        """Return the length of text that it was trained for."""
         return int(self.native.lib.llama_model_n_ctx_train(self._handle))
 
     @cached_property
     def vocabulary(self) -> str:
-        """The hash that `compressknow.engine.language_model.LanguageModel.vocabulary` gives of the same tokens."""
+        """Return the hash that `engine.language_model.LanguageModel.vocabulary` gives of the same tokens."""
         ffi, lib, _ = self.native
         texts = (ffi.string(lib.llama_vocab_get_text(self.vocab, number)) for number in range(self.rows))
         named = ((text.decode("utf-8", "replace"), number) for number, text in enumerate(texts))
@@ -195,7 +195,7 @@ class GgufModel:
         return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
 
     def meta(self, key: str) -> str | None:
-        """A value of the file's metadata as text, or None."""
+        """Return a value of the file's metadata as text, or None."""
         buffer = self.native.ffi.new("char[]", _META_BYTES)
         length = self.native.lib.llama_model_meta_val_str(self._handle, key.encode(), buffer, _META_BYTES)
         return None if length < 0 else self.native.ffi.string(buffer).decode("utf-8", "replace")
@@ -269,7 +269,7 @@ def _unreadable(path: Path, errors: list[str]) -> CheckpointError | UnsupportedE
 
 
 def _first_reason(errors: list[str]) -> str | None:
-    """The first error, for those after it follow from it; without the names of llama.cpp's functions before it."""
+    """Return the first error, from which the others follow, without the names of llama.cpp's functions before it."""
     said = next((line.strip() for line in errors if line.strip()), None)
     return said and re.sub(r"^(?:\w+: |error loading model: )+", "", said)
 

@@ -1,4 +1,4 @@
-"""The library itself, bound by llama-cpp-py-sync (CFFI over ``llama.h``); what it logs is kept, not printed."""
+"""Library of llama.cpp, bound by llama-cpp-py-sync (CFFI over ``llama.h``); what it logs is kept, not printed."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ _kept: list[Any] = []
 
 
 def is_there() -> bool:
-    """Whether the extra is installed; imports nothing."""
+    """Return whether the extra is installed, without importing anything."""
     return is_installed(MODULE)
 
 
 @cache
 def native() -> Native:
-    """The library, loaded once. Raises CompressknowError where it is not installed, or does not load here."""
+    """Return the library, loaded once. Raises CompressknowError where it is not installed, or does not load here."""
     require(MODULE)
     # Where it ends the process, it would first have a debugger print where it was, if there is one.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
@@ -94,7 +94,7 @@ def interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseExcep
 
 @contextmanager
 def errors_logged() -> Iterator[list[str]]:
-    """What llama.cpp logs as errors meanwhile: the list is filled as it does, a message an entry."""
+    """Collect what llama.cpp logs as errors meanwhile: the list is filled as it does, one message per entry."""
     before, _log.lines = _log.lines, []
     try:
         yield _log.lines
