@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file, and the weights of a checkpoint that they hold: by the name map of llama.cpp's gguf package."""
+"""Tensors of a GGUF file, and the weights of a checkpoint in each, by the name map of llama.cpp's gguf package."""
 
 from __future__ import annotations
 

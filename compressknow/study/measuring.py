@@ -127,7 +127,7 @@ class Measured:
 
     @cached_property
     def margins(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return of each fact the number of its object and of the best other candidate, and how far apart they score."""
+        """Return the numbers of each fact's object and best other candidate, and how far apart their scores are."""
         objects = torch.searchsorted(self.owners, torch.arange(int(self.owners[-1]) + 1))
         others = self.scores.double().index_fill(0, objects, -torch.inf)
         order = others.argsort(descending=True)
