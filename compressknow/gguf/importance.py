@@ -146,7 +146,7 @@ def _read_dat(path: Path) -> Importance:
     return Importance(sums, counts)
 
 
-def refuse_other_source(importance: Importance, sources: Sequence[str], path: str) -> None:
+def check_source(importance: Importance, sources: Sequence[str], path: str) -> None:
     """Raise CheckpointError where a matrix says which model it was made of, and that is neither this one nor made of
     the same original."""
     if importance.models and not set(importance.models) & set(sources):
@@ -157,7 +157,7 @@ def refuse_other_source(importance: Importance, sources: Sequence[str], path: st
         )
 
 
-def refuse_other_model(importance: Importance, tensors: Mapping[str, Tensor], path: str) -> None:
+def check_model(importance: Importance, tensors: Mapping[str, Tensor], path: str) -> None:
     """Raise CheckpointError where a matrix was made of another model: of other layers, or of other widths."""
     fitting = [name for name in importance.sums if name in tensors]
     for name in fitting:

@@ -44,7 +44,7 @@ class Plain:
         return prod(self.shape) * 4 if self.values.scale else self.values.tensor.nbytes
 
 
-def plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
+def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
     """Return a checkpoint's tensors without quantization, by its stored names, in their order.
 
     Raises UnsupportedError where values cannot be read: another tool has packed them.
@@ -79,7 +79,7 @@ def is_plain(checkpoint: Checkpoint) -> bool:
     )
 
 
-def float_type(tensors: list[Plain]) -> str:
+def choose_float_type(tensors: list[Plain]) -> str:
     """Return the smallest of ``F16``, ``BF16`` and ``F32`` that holds every matrix exactly."""
     dtypes = {each.dtype for each in tensors if len(each.shape) > 1 and each.dtype in FLOAT_DTYPES}
     return dtypes.pop() if len(dtypes) == 1 else "F32"

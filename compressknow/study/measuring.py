@@ -5,7 +5,7 @@ tokens, where x is what W is multiplied with and g the gradient of the score at 
 weights and types. With the changes dz of the log-probabilities of a fact's best candidates, p their softmax, the KL
 divergence of their distribution is 1/2 dz' (diag p - p p') dz, to second order. A fact is at risk by the probability
 that its margin, the score of its object less that of the best other candidate, changes its sign, where the change is
-normal with the mean square that was measured. For text see `compressknow.study.questions`.
+normal with the mean square that was measured. For text see `compressknow.study.batches`.
 
 Means over text are robust: where a piece begins, models keep attention sinks with activations of hundreds of times the
 usual size. To first order rounding there changes everything, in truth little, for what reads a sink is normalized. So
@@ -29,7 +29,7 @@ from compressknow.compress.sources import Sources
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import OpenFiles
-from compressknow.study.questions import Questions
+from compressknow.study.batches import FactBatches
 from compressknow.study.roundings import Roundings
 from compressknow.study.sensitivity import Rounding, TensorSensitivity
 
@@ -94,21 +94,21 @@ class Measured:
         """Return the sensitivity of each weight; `domains` are those of the facts."""
         found = []
         for name, weight in self.weights.items():
-            tried = roundings.tried(weight.shape)
-            facts, per_token = self.per_error(name, tried), self._text_per_error(name, tried)
+            tried = roundings.list_measured(weight.shape)
+            facts, per_token = self.compute_per_error(name, tried), self._compute_text_per_error(name, tried)
             types = {}
-            for type in roundings.legal(weight.shape):
+            for type in roundings.list_legal(weight.shape):
                 error = self.errors[name, type]
                 kl = None if facts is None else float(facts.kl.mean()) * error
                 text = None if per_token is None else per_token * error
-                risk = None if facts is None else self._at_risk(facts.moved * error)
+                risk = None if facts is None else self._estimate_risk(facts.moved * error)
                 types[type] = Rounding(roundings.nbytes(type, weight.shape), kl, text, risk)
-            by_domain = _by_domain(facts.kl, domains) if facts is not None else {}
+            by_domain = _compare_domains(facts.kl, domains) if facts is not None else {}
             place = (weight.stack, module_in_block(name), by_domain)
             found.append(TensorSensitivity(name, weight.shape, weight.group, weight.layer, types, *place))
         return tuple(found)
 
-    def per_error(self, name: str, tried: Sequence[str]) -> PerError | None:
+    def compute_per_error(self, name: str, tried: Sequence[str]) -> PerError | None:
         """Return the loss of facts per squared error of a weight; None where there are no facts.
 
         What one rounding happens to change of some facts is a matter of luck: types are told apart by their errors,
@@ -121,7 +121,7 @@ class Measured:
         changes = torch.stack([self.facts[name, type] for type in own], 1).double()
         objects, others, _ = self.margins
         return PerError(
-            (divergence(self.scores, changes, self.owners) / errors).mean(1),
+            (compute_divergence(self.scores, changes, self.owners) / errors).mean(1),
             ((changes[objects] - changes[others]).square() / errors).mean(1),
         )
 
@@ -134,16 +134,16 @@ class Measured:
         best = order[self.owners[order].argsort(stable=True)][objects]
         return objects, best, self.scores.double()[objects] - others[best]
 
-    def _at_risk(self, squares: torch.Tensor) -> float:
+    def _estimate_risk(self, squares: torch.Tensor) -> float:
         """Return the mean probability that the margin of a fact changes its sign, where its change has this mean
         square."""
         *_, margins = self.margins
         return float(torch.special.ndtr(-margins / squares.sqrt().clamp_min(1e-12)).mean())
 
-    def _text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
+    def _compute_text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
         """Return the KL of text per squared error of a weight, the mean over what was tried; None where there is no
         text."""
-        divergences = {type: self.kl_of_text(name, type) for type in tried}
+        divergences = {type: self.compute_text_kl(name, type) for type in tried}
         found = [
             kl / self.errors[name, type]
             for type, kl in divergences.items()
@@ -151,14 +151,14 @@ class Measured:
         ]
         return sum(found) / len(found) if found else None if None in divergences.values() else 0.0
 
-    def kl_of_facts(self, name: str, type: str) -> float | None:
+    def compute_fact_kl(self, name: str, type: str) -> float | None:
         """Return the mean over facts, nats, of a type that was tried; None where there are no facts."""
         changes = self.facts.get((name, type))
         if changes is None:
             return None
-        return float(divergence(self.scores, changes, self.owners).mean())
+        return float(compute_divergence(self.scores, changes, self.owners).mean())
 
-    def kl_of_text(self, name: str, type: str) -> float | None:
+    def compute_text_kl(self, name: str, type: str) -> float | None:
         """Return the robust mean over rows, nats per token; None where there is no text."""
         changes = self.text.get((name, type))
         if changes is None:
@@ -167,7 +167,7 @@ class Measured:
         return float(rows[: max(1, round(len(rows) * (1 - TRIMMED)))].mean())
 
 
-def _by_domain(divergences: torch.Tensor, domains: Sequence[str]) -> dict[str, float]:
+def _compare_domains(divergences: torch.Tensor, domains: Sequence[str]) -> dict[str, float]:
     """Return how many times the mean the mean of each domain's facts is, where there are enough of it."""
     counts, whole = Counter(domains), float(divergences.mean())
     if not whole:
@@ -179,7 +179,7 @@ def _by_domain(divergences: torch.Tensor, domains: Sequence[str]) -> dict[str, f
     }
 
 
-def divergence(scores: torch.Tensor, changes: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+def compute_divergence(scores: torch.Tensor, changes: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
     """Return KL divergences by which changes of log-scores move each fact's distribution over its candidates, to second
     order: float64 [facts], or [facts, types] where `changes` are [candidates, types]."""
     count = int(owners.max()) + 1
@@ -198,7 +198,7 @@ def measure(
     checkpoint: Checkpoint,
     tree: PreTrainedModel,
     roundings: Roundings,
-    questions: Questions | None,
+    questions: FactBatches | None,
     texts: Sequence[Batch] = (),
     advance: Advance | None = None,
 ) -> Measured:
@@ -227,7 +227,7 @@ class _Measuring:
         structure: Structure,
         weights: Sequence[LinearWeight],
         roundings: Roundings,
-        questions: Questions | None,
+        questions: FactBatches | None,
         texts: Sequence[Batch],
         advance: Advance | None,
     ) -> None:
@@ -252,7 +252,7 @@ class _Measuring:
             weight = self._streamed.model.get_parameter(parameter).detach()
             if own[0].inputs.is_floating_point():
                 self._add_linear(self._linears[parameter], weight, own)
-            elif self._roundings.form == "gguf" and self._roundings.legal(weight.shape):
+            elif self._roundings.form == "gguf" and self._roundings.list_legal(weight.shape):
                 scale = getattr(self._streamed.model.get_submodule(module), "embed_scale", 1.0)
                 self._add_lookups(parameter, weight, own, float(scale))
         self._done += 1
@@ -264,21 +264,21 @@ class _Measuring:
             # To round a head that is the embedding too would untie it.
             return
         weight = weight.T.contiguous() if linear.transposed else weight
-        if not self._roundings.legal(weight.shape):
+        if not self._roundings.list_legal(weight.shape):
             return
-        name = self._name(linear.parameter)
+        name = self._get_name(linear.parameter)
         place = linear.group or "other", linear.layer, linear.stack
         self._found.setdefault(name, Weight(*place, tuple(weight.shape)))
-        importance = self._importance_of(name, products)
+        importance = self._add_importance(name, products)
         # Inputs count by the gradients at their tokens: those of attention sinks are large, and change nothing.
         squares = [each.gradients.float().square().sum(1).flatten(0, 1) for each in products]
-        of_rows = self._halves(products, [each.sum(0) for each in squares])
+        of_rows = self._sum_halves(products, [each.sum(0) for each in squares])
         columns = zip(products, squares, strict=True)
-        of_columns = self._halves(
+        of_columns = self._sum_halves(
             products, [own.sum(1) @ each.inputs.flatten(0, 1).float().square() for each, own in columns]
         )
         self._add_errors(name, weight, importance, of_rows, of_columns)
-        types = self._roundings.tried(weight.shape)
+        types = self._roundings.list_measured(weight.shape)
         inputs = [each.inputs.to(self._dtype) for each in products]
         for start in range(0, len(weight), BAND):
             band = weight[start : start + BAND]
@@ -287,7 +287,7 @@ class _Measuring:
             change = (rounded - band[:, None]).to(self._dtype).flatten(0, 1)
             for product, x in zip(products, inputs, strict=True):
                 seen = product.gradients[..., start : start + BAND].to(self._dtype)
-                self._add(name, types, product.batch, _contract(seen, x @ change.T, len(types)))
+                self._add_changes(name, types, product.batch, _contract(seen, x @ change.T, len(types)))
 
     def _add_errors(
         self,
@@ -302,18 +302,18 @@ class _Measuring:
         order = of_rows.argsort(descending=True, stable=True)
         own = torch.cat([order[:FIRST_ROWS], order[FIRST_ROWS::STRIDE]])
         rows = weight[own]
-        for type in self._roundings.legal(weight.shape):
+        for type in self._roundings.list_legal(weight.shape):
             squares = (self._roundings.roundtrip(rows, type, importance) - rows).square()
             self._errors[name, type] = float(of_rows[own] @ squares @ of_columns)
 
     def _add_lookups(self, parameter: str, weight: torch.Tensor, products: Sequence[Product], scale: float) -> None:
-        name = self._name(parameter)
+        name = self._get_name(parameter)
         self._found.setdefault(name, Weight("embedding", None, None, tuple(weight.shape)))
         tokens, places = torch.unique(torch.cat([each.inputs.flatten() for each in products]), return_inverse=True)
         rows, importance = weight[tokens], self._importance.get(name)
         if importance is None:
             self._add_errors(name, rows, None, torch.ones(len(rows)), torch.ones(rows.shape[1]))
-        types = self._roundings.tried(weight.shape)
+        types = self._roundings.list_measured(weight.shape)
         rounded = torch.stack([self._roundings.roundtrip(rows, type, importance) for type in types], 2)
         change = ((rounded - rows[:, :, None]) * scale).to(self._dtype)
         start = 0
@@ -321,18 +321,20 @@ class _Measuring:
             own = change[places[start : start + product.inputs.numel()]]
             start += product.inputs.numel()
             of_rows = own.reshape(*product.inputs.shape, -1)
-            self._add(name, types, product.batch, _contract(product.gradients.to(self._dtype), of_rows, len(types)))
+            self._add_changes(
+                name, types, product.batch, _contract(product.gradients.to(self._dtype), of_rows, len(types))
+            )
 
-    def _name(self, parameter: str) -> str:
+    def _get_name(self, parameter: str) -> str:
         return self._structure.tied.get(parameter, parameter)
 
-    def _importance_of(self, name: str, products: Sequence[Product]) -> torch.Tensor:
+    def _add_importance(self, name: str, products: Sequence[Product]) -> torch.Tensor:
         """Return mean squares of the inputs, [in]."""
         squares = [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
-        self._importance[name] = self._halves(products, squares)
+        self._importance[name] = self._sum_halves(products, squares)
         return self._importance[name]
 
-    def _halves(self, products: Sequence[Product], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _sum_halves(self, products: Sequence[Product], values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the sum of a vector of each product, normalized; those of facts and of text count alike."""
         halves = []
         for is_text in (False, True):
@@ -346,7 +348,7 @@ class _Measuring:
                 halves.append(total / total.mean())
         return torch.stack(halves).mean(0)
 
-    def _add(self, name: str, types: Sequence[str], batch: int, changes: torch.Tensor) -> None:
+    def _add_changes(self, name: str, types: Sequence[str], batch: int, changes: torch.Tensor) -> None:
         """Add changes of a batch's scores, [rows, directions, types]."""
         for type, own in zip(types, changes.unbind(2), strict=True):
             if batch < self._fact_batches:

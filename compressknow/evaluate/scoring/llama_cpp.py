@@ -122,7 +122,7 @@ class LlamaCppScorer(CausalScorer):
 
     def ends(self, token: int) -> bool:
         """As llama.cpp decides it."""
-        return bool(self.tokenizer.ends(token))
+        return bool(self.tokenizer.is_end(token))
 
     @property
     def device(self) -> torch.device:
@@ -173,14 +173,14 @@ class GgufReader:
     @cached_property
     def bos(self) -> int | None:
         """By what the file says."""
-        return self._tokenizer.bos_token_id if self._tokenizer.begins_texts else None
+        return self._tokenizer.bos_token_id if self._tokenizer.adds_bos else None
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
         """Names of special tokens are text like any other. None for bytes where the pieces do not spell the text, as
         where the tokenizer puts a space before it.
         """
-        ids = self._tokenizer.ids(text, special=False, parse_special=False)
-        pieces = [self._tokenizer.piece(number) for number in ids]
+        ids = self._tokenizer.encode(text, special=False, parse_special=False)
+        pieces = [self._tokenizer.decode_token(number) for number in ids]
         return ids, list(accumulate(map(len, pieces))) if b"".join(pieces) == text.encode() else None
 
     def log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
@@ -196,7 +196,7 @@ class GgufReader:
 
     def ends(self, token: int) -> bool:
         """See `TextReader`."""
-        return self._tokenizer.ends(token)
+        return self._tokenizer.is_end(token)
 
     def _continued(self, prompt: Sequence[int], tokens: int) -> list[int]:
         context = self._memory(len(prompt) + tokens)
@@ -205,7 +205,7 @@ class GgufReader:
         fed, place = list(prompt), 0
         while len(written) < tokens:
             written.append(int(context.read([Span(0, place, fed, 1)])[0].argmax()))
-            if self._tokenizer.ends(written[-1]):
+            if self._tokenizer.is_end(written[-1]):
                 return written + written[-1:] * (tokens - len(written))
             fed, place = written[-1:], place + len(fed)
         return written

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from compressknow.base.errors import CompressknowError
 from compressknow.gguf.llama_cpp.model import GgufModel
-from compressknow.gguf.llama_cpp.native import errors_logged, interruptible
+from compressknow.gguf.llama_cpp.native import collect_errors, make_interruptible
 
 # enum llama_flash_attn_type of llama.h.
 _NO_FLASH_ATTENTION = 0
@@ -56,7 +56,7 @@ class Context:
         # float32 depend on the batch by up to 0.011, without it by 0.000002.
         parameters.flash_attn_type = _NO_FLASH_ATTENTION
         parameters.n_threads = parameters.n_threads_batch = threads
-        with errors_logged() as errors:
+        with collect_errors() as errors:
             self._handle: Any = self._lib.llama_init_from_model(model.handle, parameters)
         if self._handle == self._ffi.NULL:
             self._handle = None
@@ -65,7 +65,7 @@ class Context:
             )
         self._memory = self._lib.llama_get_memory(self._handle)
         # Called between the steps of a pass.
-        self._stops, self._raised = interruptible("bool(void *)", go_on=False)
+        self._stops, self._raised = make_interruptible("bool(void *)", go_on=False)
         self._lib.llama_set_abort_callback(self._handle, self._stops, self._ffi.NULL)
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class Context:
         batch.n_seq_id = ffi.cast("int32_t *", counts.ctypes.data)
         batch.seq_id = ffi.cast("llama_seq_id **", addresses.ctypes.data)
         batch.logits = ffi.cast("int8_t *", wanted.ctypes.data)
-        with errors_logged() as errors:
+        with collect_errors() as errors:
             failed = self._lib.llama_decode(self._handle, batch[0])
         if self._raised:
             raise self._raised.pop()
@@ -136,9 +136,9 @@ class GgufTokenizer:
     def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> dict[str, list[int]]:  # noqa: ARG002
         """Return ids of a text, with the tokens that begin and end every text if `add_special_tokens`."""
         # Special tokens that a text spells are read as such, as tokenizers of transformers do.
-        return {"input_ids": self.ids(text, special=add_special_tokens, parse_special=True)}
+        return {"input_ids": self.encode(text, special=add_special_tokens, parse_special=True)}
 
-    def ids(self, text: str, *, special: bool, parse_special: bool) -> list[int]:
+    def encode(self, text: str, *, special: bool, parse_special: bool) -> list[int]:
         """Return ids of a text, with the tokens that begin and end every text if `special`; names of special tokens in
         it are these tokens if `parse_special`."""
         encoded = text.encode("utf-8", "replace")
@@ -163,7 +163,7 @@ class GgufTokenizer:
                 return bytes(self._ffi.buffer(text, count)).decode("utf-8", "replace")
             size = -count
 
-    def piece(self, token: int) -> bytes:
+    def decode_token(self, token: int) -> bytes:
         """Return the bytes that a token stands for."""
         size = 256
         while True:
@@ -174,23 +174,23 @@ class GgufTokenizer:
             size = -count
 
     @property
-    def begins_texts(self) -> bool:
+    def adds_bos(self) -> bool:
         """Return whether `bos_token_id` is put before every text."""
         return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
 
-    def ends(self, token: int) -> bool:
+    def is_end(self, token: int) -> bool:
         """Return whether llama.cpp stops at this token: an end of text, of a turn, of a message."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     @cached_property
     def bos_token_id(self) -> int | None:
         """Return the token that begins a text, if any."""
-        return _token(self._lib.llama_vocab_bos(self._vocab))
+        return _optional_token(self._lib.llama_vocab_bos(self._vocab))
 
     @cached_property
     def eos_token_id(self) -> int | None:
         """Return the token that ends a text, if any."""
-        return _token(self._lib.llama_vocab_eos(self._vocab))
+        return _optional_token(self._lib.llama_vocab_eos(self._vocab))
 
     @cached_property
     def unk_token_id(self) -> int | None:
@@ -199,11 +199,11 @@ class GgufTokenizer:
         return int(found) if found is not None else None
 
 
-def _token(number: int) -> int | None:
+def _optional_token(number: int) -> int | None:
     return None if number == _NONE else int(number)
 
 
-def answer(path: Path, prompt: str, tokens: int = 8) -> str:
+def complete_prompt(path: Path, prompt: str, tokens: int = 8) -> str:
     """Return what llama.cpp writes after a prompt, the likeliest token each time; it may end early.
 
     The file is taken as sound: one that llama.cpp has just written.
@@ -226,7 +226,7 @@ def answer(path: Path, prompt: str, tokens: int = 8) -> str:
             if not np.isfinite(logits).all():
                 raise CompressknowError(f"{path.name} computes no numbers in llama.cpp (NaN).")
             start, given = start + len(given), [int(logits.argmax())]
-            if tokenizer.ends(given[0]):
+            if tokenizer.is_end(given[0]):
                 break
             written += given
         return tokenizer.decode(written)

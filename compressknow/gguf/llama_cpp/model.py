@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
-from compressknow.gguf.llama_cpp.native import Native, errors_logged, interruptible, native
+from compressknow.gguf.children import join_packages
+from compressknow.gguf.llama_cpp.native import Native, collect_errors, load_native, make_interruptible
 from compressknow.model.gguf_file import NAMED, PART, gguf_parts
 
 # Of gguf.h and ggml.h, which llama-cpp-py-sync binds no part of.
@@ -32,7 +33,7 @@ size_t ggml_type_size(int type);
 """
 
 
-def types_of(path: Path) -> dict[str, dict[str, int]]:
+def count_types(path: Path) -> dict[str, dict[str, int]]:
     """Count parameters by group of layers and by type: ``{"attention": {"Q4_K": 7077888}}``, most first.
 
     Parameters
@@ -41,13 +42,13 @@ def types_of(path: Path) -> dict[str, dict[str, int]]:
     """
     found: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in NAMED), "other")}
     for part in gguf_parts(path):
-        for name, kind, parameters in _tensors(part):
+        for name, kind, parameters in _list_tensors(part):
             group = next((group for group, named in NAMED if named.match(name)), "other")
             found[group][kind] += parameters
     return {group: dict(types.most_common()) for group, types in found.items() if types}
 
 
-def _tensors(path: Path) -> list[tuple[str, str, int]]:
+def _list_tensors(path: Path) -> list[tuple[str, str, int]]:
     """List name, type and number of parameters of each tensor."""
     ffi, lib = _reader()
     parameters = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
@@ -55,12 +56,12 @@ def _tensors(path: Path) -> list[tuple[str, str, int]]:
     if file == ffi.NULL:
         return []
     try:
-        return [_tensor(ffi, lib, file, number) for number in range(lib.gguf_get_n_tensors(file))]
+        return [_describe_tensor(ffi, lib, file, number) for number in range(lib.gguf_get_n_tensors(file))]
     finally:
         lib.gguf_free(file)
 
 
-def _tensor(ffi: Any, lib: Any, file: Any, number: int) -> tuple[str, str, int]:
+def _describe_tensor(ffi: Any, lib: Any, file: Any, number: int) -> tuple[str, str, int]:
     kind = lib.gguf_get_tensor_type(file, number)
     blocks = lib.gguf_get_tensor_size(file, number) // lib.ggml_type_size(kind)
     name = ffi.string(lib.gguf_get_tensor_name(file, number)).decode("utf-8", "replace")
@@ -74,7 +75,7 @@ def _reader() -> tuple[Any, Any]:
     import llama_cpp_py_sync
 
     folder = Path(llama_cpp_py_sync.__file__).parent
-    ffi: Any = type(native().ffi)()
+    ffi: Any = type(load_native().ffi)()
     ffi.cdef(_HEADER)
     library = next(path for path in sorted(folder.iterdir()) if "ggml-base" in path.name)
     return ffi, ffi.dlopen(str(library))
@@ -84,13 +85,13 @@ def _reader() -> tuple[Any, Any]:
 _ASSERTED = re.compile(r"GGML_ASSERT\(.*\) failed")
 
 
-def refuse_crash(path: Path) -> None:
+def check_no_crash(path: Path) -> None:
     """Raise CheckpointError where a process in which llama.cpp loads the file and reads a token of it ends there.
 
     All else that is wrong with a file is no matter of this: llama.cpp says it where it is loaded.
     """
     status = path.stat()
-    code, said = _tried(path.absolute(), status.st_size, status.st_mtime_ns)
+    code, said = _run_trial(path.absolute(), status.st_size, status.st_mtime_ns)
     if code == 0:
         return
     found = _ASSERTED.search(said)
@@ -99,10 +100,9 @@ def refuse_crash(path: Path) -> None:
 
 
 @cache
-def _tried(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
+def _run_trial(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
     """Return the exit code and output of such a process; `size` and `changed` tell one state of a file from another."""
-    packages = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
+    environment = {**os.environ, "PYTHONPATH": join_packages(Path(__file__).parents[3])}
     ended = subprocess.run(
         [sys.executable, "-m", f"{__package__}.context", path],
         stdin=subprocess.DEVNULL,
@@ -133,14 +133,14 @@ class GgufModel:
 
     def __init__(self, path: Path, *, trial: bool = False) -> None:
         self.path = path
-        self.native: Native = native()
-        _refuse_later_part(path)
+        self.native: Native = load_native()
+        _check_parts(path)
         if not trial:
-            refuse_crash(path)
-        self._handle = _opened(path, self.native, copies=not trial)
+            check_no_crash(path)
+        self._handle = _open_model(path, self.native, copies=not trial)
         self.vocab = self.native.lib.llama_model_get_vocab(self._handle)
         try:
-            _refuse_others(self)
+            _check_decoder(self)
         except UnsupportedError:
             self.close()
             raise
@@ -201,7 +201,7 @@ class GgufModel:
         return None if length < 0 else self.native.ffi.string(buffer).decode("utf-8", "replace")
 
 
-def _refuse_later_part(path: Path) -> None:
+def _check_parts(path: Path) -> None:
     named = PART.fullmatch(path.name)
     if named is None:
         return
@@ -220,22 +220,22 @@ def _refuse_later_part(path: Path) -> None:
         )
 
 
-def _opened(path: Path, llama: Native, *, copies: bool) -> Any:
+def _open_model(path: Path, llama: Native, *, copies: bool) -> Any:
     parameters = llama.lib.llama_model_default_params()
     # What is measured is what runs on this processor.
     parameters.n_gpu_layers = 0
     # Of weights in the order that its fastest kernels want, which takes longer to make than one token to read.
     parameters.use_extra_bufts = copies
     # Called before each tensor.
-    goes_on, raised = interruptible("bool(float, void *)", go_on=True)
+    goes_on, raised = make_interruptible("bool(float, void *)", go_on=True)
     parameters.progress_callback = goes_on
-    with errors_logged() as errors:
+    with collect_errors() as errors:
         handle = llama.lib.llama_model_load_from_file(str(path).encode("utf-8", "surrogateescape"), parameters)
     if raised:
         raise raised.pop()
     if handle != llama.ffi.NULL:
         return handle
-    raise _unreadable(path, errors)
+    raise _explain_failure(path, errors)
 
 
 # Signs of what is wrong, in llama.cpp's words, and what is said then.
@@ -247,17 +247,17 @@ _CUT = re.compile(
 _NO_GGUF = re.compile(r"invalid magic")
 
 
-def _unreadable(path: Path, errors: list[str]) -> CheckpointError | UnsupportedError:
+def _explain_failure(path: Path, errors: list[str]) -> CheckpointError | UnsupportedError:
     text = "".join(errors)
-    why = _first_reason(errors)
+    why = _find_first_reason(errors)
     if found := _UNKNOWN_ARCHITECTURE.search(text):
         return UnsupportedError(
-            f"{path}: llama.cpp {native().build} does not know the architecture {found[1]!r}.",
+            f"{path}: llama.cpp {load_native().build} does not know the architecture {found[1]!r}.",
             hint="A newer one may: pip install --upgrade llama-cpp-py-sync; or pass --runtime transformers.",
         )
     if _NEWER.search(text):
         return CheckpointError(
-            f"{path} is a GGUF file of a version that llama.cpp {native().build} does not read.",
+            f"{path} is a GGUF file of a version that llama.cpp {load_native().build} does not read.",
             why=why,
             hint="Convert the model anew, or upgrade llama.cpp: pip install --upgrade llama-cpp-py-sync",
         )
@@ -268,13 +268,13 @@ def _unreadable(path: Path, errors: list[str]) -> CheckpointError | UnsupportedE
     return CheckpointError(f"llama.cpp cannot load {path}.", why=why)
 
 
-def _first_reason(errors: list[str]) -> str | None:
+def _find_first_reason(errors: list[str]) -> str | None:
     """Return the first error, from which the others follow, without the names of llama.cpp's functions before it."""
     said = next((line.strip() for line in errors if line.strip()), None)
     return said and re.sub(r"^(?:\w+: |error loading model: )+", "", said)
 
 
-def _refuse_others(model: GgufModel) -> None:
+def _check_decoder(model: GgufModel) -> None:
     lib, handle, name = model.native.lib, model.handle, model.architecture
     if lib.llama_model_has_encoder(handle) or not lib.llama_model_has_decoder(handle):
         kind = "has an encoder"

@@ -53,7 +53,7 @@ def is_there() -> bool:
 
 
 @cache
-def native() -> Native:
+def load_native() -> Native:
     """Return the library, loaded once. Raises CompressknowError where it is not installed, or does not load here."""
     require(MODULE)
     # Where it ends the process, it would first have a debugger print where it was, if there is one.
@@ -80,20 +80,20 @@ def native() -> Native:
     return Native(ffi, lib, str(getattr(_version, "__llama_cpp_tag__", "") or version("llama-cpp-py-sync")))
 
 
-def interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:
+def make_interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:
     """Return a callback in which llama.cpp asks whether to go on, and the list of what was raised in it: Python, which
     sees to signals there, raises KeyboardInterrupt, and llama.cpp is told to stop. `go_on` is the answer that means
     yes.
     """
     raised: list[BaseException] = []
-    callback = native().ffi.callback(
+    callback = load_native().ffi.callback(
         declaration, lambda *_: go_on, error=not go_on, onerror=lambda _, error, __: raised.append(error)
     )
     return callback, raised
 
 
 @contextmanager
-def errors_logged() -> Iterator[list[str]]:
+def collect_errors() -> Iterator[list[str]]:
     """Collect what llama.cpp logs as errors meanwhile: the list is filled as it does, one message per entry."""
     before, _log.lines = _log.lines, []
     try:
