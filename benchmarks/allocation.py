@@ -36,7 +36,7 @@ from compressknow.comparison.clusters import number_clusters, paired_test, tally
 from compressknow.comparison.records import Counts
 from compressknow.comparison.text import perplexity
 from compressknow.evaluate.answers import Answer
-from compressknow.gguf.grids import legal_types, roundtrip, type_bytes
+from compressknow.gguf.grids import get_nbytes, list_legal_types, roundtrip
 from compressknow.gguf.importance import read_importance
 from compressknow.study.allocation import Option, allocate
 
@@ -109,7 +109,7 @@ def _choice(guide: str, model: Path, exact: Path, size: int, facts: str, how: di
         matrix = _importance(model, exact.parent, how)
         losses = {name: _squared_errors(tensor, matrix.get(name)) for name, tensor in tensors.items()}
     table = {
-        name: {kind: Option(type_bytes(kind, tensors[name].shape.tolist()[::-1]), own[kind]) for kind in own}
+        name: {kind: Option(get_nbytes(kind, tensors[name].shape.tolist()[::-1]), own[kind]) for kind in own}
         for name, own in losses.items()
     }
     kinds: dict[str, list[str]] = {}
@@ -133,7 +133,7 @@ def _squared_errors(tensor: Any, importance: Any) -> dict[str, float]:
     columns = np.ones(weight.shape[1], np.float32) if importance is None else importance.reshape(-1)
     return {
         kind: float((np.square(weight - roundtrip(weight, kind, importance)) * columns).sum(dtype=np.float64))
-        for kind in legal_types(weight.shape[1])
+        for kind in list_legal_types(weight.shape[1])
     }
 
 

@@ -42,8 +42,8 @@ from compressknow.base.errors import CompressknowError
 from compressknow.compress.recipe import to_toml
 from compressknow.compress.steps import Prune, Quantize
 from compressknow.evaluate.answers import Answer, read_answers
-from compressknow.study.cells import folder_of
-from compressknow.study.grid import Cell, paper_grid
+from compressknow.study.cells import name_folder
+from compressknow.study.grid import Cell, build_paper_grid
 
 # Of the others' seconds to ours, and per cent of the sweep's wall time.
 RATIO_BOUND = 1.5
@@ -99,7 +99,7 @@ def make_model(folder: Path, tokenizer_of: Path) -> Path:
 def grid_of(model: Path) -> tuple[Cell, ...]:
     from compressknow.compress.convert import VariantMaker
 
-    return paper_grid(VariantMaker(model).structure("paper"))
+    return build_paper_grid(VariantMaker(model).structure("paper"))
 
 
 def kind_of(cell: Cell) -> tuple[bool, ...]:
@@ -263,7 +263,7 @@ def report_answers(cells: Sequence[Cell], study: Path, theirs: Theirs) -> None:
     right, pairs = 0, list[tuple[Answer, Answer]]()
     for cell in cells:
         [folder] = study.glob(f"cells/{cell.key}-{'[0-9a-f]' * 8}")
-        mine, others = read_answers(folder / folder_of(PROBE)).answers, theirs.answers(cell)
+        mine, others = read_answers(folder / name_folder(PROBE)).answers, theirs.answers(cell)
         right += sum(answer.correct for answer in mine) == sum(answer.correct for answer in others)
         pairs += zip(mine, others, strict=True)
     same = sum(mine.predicted == other.predicted and mine.rank == other.rank for mine, other in pairs)

@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from compressknow.base.progress import Listener, OnProgress
     from compressknow.compress.steps import Calibration
     from compressknow.evaluate.facts import Probe
-    from compressknow.gguf.choice import Choice
+    from compressknow.gguf.choice import Choice, Fit, Rounding
     from compressknow.gguf.export import Export
-    from compressknow.gguf.fit import Fit, Rounding
     from compressknow.gguf.record import ExportRecord
-    from compressknow.study.fitting import Target
+    from compressknow.study.allocation import Target
     from compressknow.study.sensitivity import Guide
 
 
@@ -113,15 +112,14 @@ def export(
     if choice.importance is not None:
         read_importance(choice.importance)
     from compressknow.gguf.export import find_made, prepare, preview, write
-    from compressknow.gguf.place import refuse_file
+    from compressknow.gguf.place import check_destination
 
     job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
     chat = None
     if chat_place is not None:
-        from compressknow.gguf.modelfile import check_modelfile
-        from compressknow.gguf.modelfile import modelfile as modelfile_of
+        from compressknow.gguf.modelfile import build_modelfile, check_modelfile
 
-        chat = modelfile_of(job.checkpoint.folder, place, chat_place, trust_remote_code=trust_remote_code)
+        chat = build_modelfile(job.checkpoint.folder, place, chat_place, trust_remote_code=trust_remote_code)
         check_modelfile(chat_place, place, chat, overwrite=overwrite)
 
     def begin(work):  # type: ignore[no-untyped-def]
@@ -133,7 +131,7 @@ def export(
             made.is_new = False
             _write_modelfile(chat_place, chat)
             return made
-        refuse_file(place, overwrite=False, source=Path(model))
+        check_destination(place, overwrite=False, source=Path(model))
     if target is not None:
         assert text is not None
         job = replace(job, fit=_fit(job, target, deciding, text, listening))
@@ -172,7 +170,7 @@ def _target(given: Mapping[str, Any]) -> Target | None:
     if given["type"] != "q8_0":
         raise UsageError("--type and --size cannot be combined: --size chooses the types.")
     from compressknow.base.format import parse_size
-    from compressknow.study.fitting import Target
+    from compressknow.study.allocation import Target
 
     must = given["must"].items() if isinstance(given["must"], Mapping) else given["must"]
     return Target(
@@ -194,14 +192,14 @@ def _fit(job: Export, target: Target, probes: Sequence[Probe], text: Calibration
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import ModelHandle
     from compressknow.evaluate.runtimes import Settings
-    from compressknow.gguf.fit import Fit
-    from compressknow.study.fitting import check_budget, fit_types
-    from compressknow.study.guides import guides_of
+    from compressknow.gguf.choice import Fit
+    from compressknow.study.allocation import check_budget, fit_types
+    from compressknow.study.guides import measure_guides
     from compressknow.study.roundings import GgufRoundings
 
     check_budget(target.budget(job.numel), [each.shape for each in job.tensors], job.exact_bytes)
     handle = ModelHandle(locate(job.checkpoint.folder), Settings(trust_remote_code=job.trust_remote_code))
-    guides = guides_of(handle, probes, text, target.guide, GgufRoundings(), listening)
+    guides = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listening)
     return Fit(
         target.label,
         target.budget(job.numel),
@@ -256,11 +254,11 @@ def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overw
     from compressknow.base.errors import CheckpointError, OutputError, UsageError
     from compressknow.base.files import refuse_broken_links
     from compressknow.gguf.importance import read_importance
-    from compressknow.gguf.place import record_of
+    from compressknow.gguf.place import get_record_path
 
     if choice.calibration is None:
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
-    if file.resolve() in (output.resolve(), record_of(output).resolve()):
+    if file.resolve() in (output.resolve(), get_record_path(output).resolve()):
         raise UsageError("--imatrix-out and OUTPUT have one name.", hint="Give each a name of its own.")
     refuse_broken_links(file)
     if file.is_dir() or (file.exists() and not overwrite):
@@ -286,17 +284,17 @@ def _refuse_before_work(
     """
     from compressknow.base.files import refuse_broken_links
     from compressknow.compress.staging import clean
-    from compressknow.gguf.place import finish, record_of, refuse_file
+    from compressknow.gguf.place import check_destination, finish, get_record_path
     from compressknow.model.checkpoint import refuse_no_checkpoint
 
     refuse_no_checkpoint(model)
     refuse_broken_links(output.parent)
     if writes:
         clean(output, lambda folder: finish(output, folder, importance))
-    is_there = writes and not overwrite and record_of(output).is_file()
+    is_there = writes and not overwrite and get_record_path(output).is_file()
     if is_there:
-        from compressknow.gguf.record import may_be_made
+        from compressknow.gguf.record import is_recorded
 
-        is_there = may_be_made(output, choice)
-    refuse_file(output, overwrite=overwrite or is_there, source=Path(model))
+        is_there = is_recorded(output, choice)
+    check_destination(output, overwrite=overwrite or is_there, source=Path(model))
     return is_there

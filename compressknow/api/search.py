@@ -32,14 +32,22 @@ from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
 from compressknow.study.cells import StudyModel
-from compressknow.study.folder import ORIGINAL, SEARCH, claim, refuse_foreign
+from compressknow.study.folder import ORIGINAL, SEARCH, check_study_folder, claim
 from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Candidates, Request, is_made, open_form, remove
-from compressknow.study.guides import FIT_TOKENS, guides_of
-from compressknow.study.search import LEVEL, Candidate, EvaluationSet, SizeSearch, parts_of, refuse_too_few, search_of
+from compressknow.study.guides import FIT_TOKENS, measure_guides
+from compressknow.study.search import (
+    LEVEL,
+    Candidate,
+    EvaluationSet,
+    SizeSearch,
+    build_search,
+    check_enough_known,
+    split_facts,
+)
 
 if TYPE_CHECKING:
     from compressknow.evaluate.sources import Options
-    from compressknow.gguf.fit import Rounding
+    from compressknow.gguf.choice import Rounding
     from compressknow.study.cells import NoiseFloor
     from compressknow.study.sensitivity import Guide
 
@@ -132,11 +140,11 @@ def search(
     check_known(known)
     check_text(request.text.text, request.text.tokens)
     folder, listening = Path(output), listener(on_progress)
-    refuse_foreign(folder)
+    check_study_folder(folder)
     opened = open_named([*list_names(probe), *list_names(facts)], options, known)
     check_has_facts(opened, "A search")
     texts = [each for each in opened if isinstance(each, RunningText)]
-    parts = [parts_of(each, seed) for each in opened if not isinstance(each, RunningText)]
+    parts = [split_facts(each, seed) for each in opened if not isinstance(each, RunningText)]
 
     def begin(work: Work) -> AbstractContextManager[Advance | None]:
         return begun(listening, Stage(work, str(model)))
@@ -156,14 +164,14 @@ def search(
         if keep is not None:
             selected_by = [part.selection for part in parts]
             selection = EvaluationSet.of(study_model, selected_by, folder / HELD_OUT, listening, known)
-            refuse_too_few(selection, keep)
+            check_enough_known(selection, keep)
         graded_by = [part.grading if selection else part.held_out for part in parts]
         grading = EvaluationSet.of(
             study_model, [*graded_by, *texts], folder / GRADING, listening, known, noise_floors=NOISE[form.name]
         )
         answers = guided.reference
         form.learn(
-            guides_of(study_model.original, guided.facts, request.text, guide, form.roundings, listening, answers)
+            measure_guides(study_model.original, guided.facts, request.text, guide, form.roundings, listening, answers)
         )
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
@@ -184,7 +192,7 @@ def search(
         else:
             chosen, found = None, form.choose(request.size or 0)
             winner = Candidate(found, candidates.trial(found, Estimate(None)))
-        result = search_of(request, form, chosen, guided, selection, grading, seed=seed, command=command)
+        result = build_search(request, form, chosen, guided, selection, grading, seed=seed, command=command)
         for name in WRITTEN:  # What an earlier search of this folder, for another share or size, has found.
             (folder / name).unlink(missing_ok=True)
         if winner is None:

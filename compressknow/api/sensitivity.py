@@ -82,12 +82,12 @@ def sensitivity(
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import ModelHandle
     from compressknow.evaluate.runtimes import Settings
-    from compressknow.study.guides import guides_of
+    from compressknow.study.guides import measure_guides
     from compressknow.study.map import Map, write_map
 
     handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
     roundings = _roundings(handle.located, to, trusted=trust_remote_code)
-    found = guides_of(handle, probes, text, guide, roundings, listener(on_progress)).sensitivity
+    found = measure_guides(handle, probes, text, guide, roundings, listener(on_progress)).sensitivity
     if files:
         write_map(Map(handle.located.name, found, guide), files, overwrite=overwrite)
     return found

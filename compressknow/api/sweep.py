@@ -21,13 +21,13 @@ from compressknow.study.folder import (
     ORIGINAL,
     TEXTS,
     CellResult,
+    build_study,
+    check_study_folder,
     claim,
-    judged,
-    refuse_foreign,
-    study_of,
+    grade,
 )
-from compressknow.study.grid import PAPER, GridOptions, grid_cells
-from compressknow.study.running import Batch, RayOptions, runner
+from compressknow.study.grid import PAPER, GridOptions, list_cells
+from compressknow.study.running import Batch, RayOptions, open_runner
 
 if TYPE_CHECKING:
     from compressknow.evaluate.sources import Options
@@ -98,7 +98,7 @@ def sweep(
     require("matplotlib", "pyarrow", "scipy", *(["ray"] if cluster else []))
     check_known(known)
     folder, listening = Path(output), listener(on_progress)
-    refuse_foreign(folder)
+    check_study_folder(folder)
     # Texts first: a model that cannot read one is refused before it is evaluated on all else.
     opened = sorted(open_named(probe, options, known), key=lambda each: not isinstance(each, RunningText))
     check_has_facts(opened, "A sweep")
@@ -106,19 +106,19 @@ def sweep(
     kept, texts = None if cluster else folder, folder / TEXTS
     with StudyModel(model, settings, revision=revision, keep_in=kept, texts=texts) as study_model:
         # The model is opened for built-in grids alone: what is wrong with a file is said before.
-        cells = grid_cells(
+        cells = list_cells(
             grid, lambda: study_model.maker, GridOptions(module_map, quantize, calibration, calibration_tokens)
         )
-        with claim(folder, study_model.original), runner(cluster, listening) as run:
+        with claim(folder, study_model.original), open_runner(cluster, listening) as run:
             original = study_model.evaluate_original(opened, folder / ORIGINAL, staged(listening, of=len(cells) + 1))
-            before, found = judged(original, known), {}
+            before, found = grade(original, known), {}
             with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:
-                for result in (given.judged(before, known) for given in results):
+                for result in (given.grade(before, known) for given in results):
                     found[result.cell] = result
                     if save and result.answers is not None:
                         save_cell(study_model, result.cell, folder / MODELS)
                     if on_result:
                         on_result(result)
-            study = study_of(before, [found[cell] for cell in cells], known=known, command=command)
+            study = build_study(before, [found[cell] for cell in cells], known=known, command=command)
             write_study(study, folder)
     return study

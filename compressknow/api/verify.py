@@ -59,9 +59,9 @@ def _verify_gguf(path: Path, on_progress: OnProgress | None, check: bool) -> Ver
     if not path.is_file():
         raise CheckpointError(f"{path} is no regular file.", hint="Give a file that `compressknow export` wrote.")
     require("gguf")
-    from compressknow.gguf.place import refuse_no_record
+    from compressknow.gguf.place import check_recorded
 
-    refuse_no_record(path)
+    check_recorded(path)
     from compressknow.base.progress import Stage, begun, listener
     from compressknow.gguf.record import compare_to_record
 

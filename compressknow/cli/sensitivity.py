@@ -97,10 +97,10 @@ def page(found: Sensitivity, model: str, guide: Any) -> Iterator[str]:
 
 
 def _row(row: TensorSensitivity, guide: Any) -> str:
-    from compressknow.study.map import millinats
+    from compressknow.study.map import format_millinats
 
     risk = share(row.by_type[row.compared].at_risk)
-    return f"{row.place:<16}{plain(row.module, 33):<34}{millinats(row.per_mb(guide)):>14}{risk:>16}"
+    return f"{row.place:<16}{plain(row.module, 33):<34}{format_millinats(row.per_mb(guide)):>14}{risk:>16}"
 
 
 def _next(found: Sensitivity, model: str) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""A checkpoint as a GGUF file for llama.cpp, Ollama and LM Studio: its converter and its quantization, put to use."""
+"""GGUF files of a checkpoint for llama.cpp, Ollama and LM Studio, by llama.cpp's converter and its quantization."""

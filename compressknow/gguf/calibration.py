@@ -1,9 +1,9 @@
-"""An importance matrix made of a text: what each weight of a checkpoint reads of it, by the names of a GGUF file."""
+"""Importance matrix made of a text: what each weight of a checkpoint reads in it, by the names of a GGUF file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,26 +19,32 @@ from compressknow.compress.calibrate.text import CalibrationText, calibration_te
 from compressknow.compress.calibrate.walk import input_statistics
 from compressknow.compress.pool import Pool
 from compressknow.compress.steps import Calibration
-from compressknow.gguf.importance import Floats, Importance
+from compressknow.gguf.importance import Importance
 from compressknow.gguf.plain import Plain
 from compressknow.gguf.tensors import Tensors
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles
 
+# Sums of squares over rows, float64 [matrices, in].
+Energies = npt.NDArray[np.float64]
 # An expert that read fewer tokens is taken to read all channels alike.
 LEAST_TOKENS = 32
+_TOLERANCE = 1e-6
+_EXPERT = re.compile(r"experts\.(\d+)\.")
+# Weights of a GGUF file that are unpacked at a time.
+_BLOCK = 1 << 22
 
 
-class Seen(NamedTuple):
-    """What the layers of a checkpoint have read of a text."""
+class LayerInputs(NamedTuple):
+    """Inputs that the layers of a checkpoint read in a text, and that text."""
 
     statistics: dict[Key, InputStatistics]
     text: CalibrationText
 
 
-def see(
+def gather_inputs(
     source: Path, calibration: Calibration, folder: Path, *, threads: int | None, begin: Begin, trust_remote_code: bool
-) -> Seen:
+) -> LayerInputs:
     """Run a checkpoint of floats over a text. Raises what `calibration_text` and `input_statistics` do.
 
     Parameters
@@ -59,11 +65,11 @@ def see(
         statistics = input_statistics(
             checkpoint, tree, text.batches, threads=threads, folder=folder, told=advance or max
         )
-    return Seen(statistics, text)
+    return LayerInputs(statistics, text)
 
 
-def importance_of(tensors: Tensors, seen: Seen, same_channels: Iterable[str]) -> Importance:
-    """The matrix of a GGUF file.
+def build_importance(tensors: Tensors, inputs: LayerInputs, same_channels: Iterable[str]) -> Importance:
+    """Return the importance matrix of a GGUF file.
 
     Parameters
     ----------
@@ -71,40 +77,25 @@ def importance_of(tensors: Tensors, seen: Seen, same_channels: Iterable[str]) ->
     """
     sums, counts = {}, {}
     for name in same_channels:
-        tensor, weight = tensors.tensors[name], tensors.weights[name][0]
+        tensor, parameter = tensors.tensors[name], tensors.weights[name][0].parameter
         matrices = tensor.shape[2] if len(tensor.shape) > 2 else 1
-        found = [seen.statistics.get(Key(weight.parameter, matrix)) for matrix in range(matrices)]
-        known = [each if _is_known(each, tensor.shape[0], matrices) else None for each in found]
+        read = [inputs.statistics.get(Key(parameter, matrix)) for matrix in range(matrices)]
+        known = [each if each and _is_known(each, tensor.shape[0], matrices) else None for each in read]
         if any(known):
-            sums[name] = np.stack([_squares(each, tensor.shape[0]) for each in known])
+            unknown = np.zeros(tensor.shape[0], np.float32)
+            sums[name] = np.stack([each.squares.numpy().astype(np.float32) if each else unknown for each in known])
             counts[name] = np.array([each.tokens if each else 0 for each in known], np.float32)
-    sequences = [sequence for batch in seen.text.batches for sequence in batch["input_ids"]]
-    return Importance(sums, counts, (seen.text.source,), len(sequences), len(sequences[0]))
+    sequences = [sequence for batch in inputs.text.batches for sequence in batch["input_ids"]]
+    return Importance(sums, counts, (inputs.text.source,), len(sequences), len(sequences[0]))
 
 
-def _is_known(seen: InputStatistics | None, width: int, matrices: int) -> bool:
+def _is_known(statistics: InputStatistics, width: int, matrices: int) -> bool:
     least = LEAST_TOKENS if matrices > 1 else 1
-    return seen is not None and seen.tokens >= least and len(seen.squares) == width
+    return statistics.tokens >= least and len(statistics.squares) == width
 
 
-def _squares(seen: InputStatistics | None, width: int) -> Floats:
-    return np.zeros(width, np.float32) if seen is None else seen.squares.numpy().astype(np.float32)
-
-
-Energies = npt.NDArray[np.float64]
-
-
-_TOLERANCE = 1e-6
-
-
-_EXPERT = re.compile(r"experts\.(\d+)\.")
-
-
-_BLOCK = 1 << 22
-
-
-def same_channels(exact: Path, tensors: Tensors, plain: Sequence[Plain]) -> list[str]:
-    """The names of those tensors.
+def find_same_channels(exact: Path, tensors: Tensors, plain: Sequence[Plain]) -> list[str]:
+    """Return the names of tensors whose input channels are those of the checkpoint, in its order.
 
     Parameters
     ----------
@@ -114,26 +105,38 @@ def same_channels(exact: Path, tensors: Tensors, plain: Sequence[Plain]) -> list
     import gguf
 
     by_name = {each.name: each for each in plain}
-    found = []
+    names = []
     with Pool(1) as pool, OpenFiles() as files:
         reader = Reader(pool, files, lambda _: None)
-        for each in gguf.GGUFReader(exact).tensors:
-            parts = [by_name[name] for name in tensors.stored.get(each.name, ()) if name in by_name]
-            if parts and _alike(_of_tensor(each), _of_parts(parts, len(each.shape) > 2, reader)):
-                found.append(each.name)
-    return found
+        for tensor in gguf.GGUFReader(exact).tensors:
+            parts = [by_name[name] for name in tensors.stored.get(tensor.name, ()) if name in by_name]
+            if parts and _has_channels_of(parts, tensor, reader):
+                names.append(tensor.name)
+    return names
 
 
-def _alike(one: Energies, other: Mapping[str, Energies]) -> bool:
-    """The stored matrix may have its channels along either axis."""
-    return any(
-        one.shape == energies.shape and np.allclose(one, energies, rtol=_TOLERANCE, atol=0)
-        for energies in other.values()
-    )
+def _has_channels_of(parts: Sequence[Plain], tensor: Any, reader: Reader) -> bool:
+    """Return whether a tensor has the energies of what a checkpoint stores for it, with channels along either axis."""
+    stored = _sum_tensor_squares(tensor)
+    by_part = [_sum_plain_squares(part, reader) for part in sorted(parts, key=_get_expert)]
+    for own in zip(*by_part, strict=True):
+        if len(tensor.shape) > 2:
+            energies = np.concatenate(own)
+        elif len({each.shape for each in own}) == 1:
+            energies = np.sum(own, axis=0)
+        else:
+            continue
+        if stored.shape == energies.shape and np.allclose(stored, energies, rtol=_TOLERANCE, atol=0):
+            return True
+    return False
 
 
-def _of_tensor(tensor: Any) -> Energies:
-    """float64 [matrices, in]."""
+def _get_expert(plain: Plain) -> int:
+    expert = _EXPERT.search(plain.name)
+    return int(expert[1]) if expert else 0
+
+
+def _sum_tensor_squares(tensor: Any) -> Energies:
     import gguf
 
     data, width = tensor.data, int(tensor.shape[0])
@@ -150,26 +153,9 @@ def _of_tensor(tensor: Any) -> Energies:
     return energies
 
 
-def _of_parts(parts: Sequence[Plain], stacked: bool, reader: Reader) -> dict[str, Energies]:
-    """Of what a checkpoint stores for a tensor, with channels along the last axis and along the one before it."""
-    made = [dict(_of_plain(each, reader)) for each in sorted(parts, key=_number)]
-    join = np.concatenate if stacked else _summed
-    return {axis: join([each[axis] for each in made]) for axis in ("last", "first") if all(axis in m for m in made)}
-
-
-def _summed(energies: Sequence[Energies]) -> Energies:
-    alike = len({each.shape for each in energies}) == 1
-    return np.sum(energies, axis=0) if alike else np.zeros((0, 0))
-
-
-def _number(plain: Plain) -> int:
-    found = _EXPERT.search(plain.name)
-    return int(found[1]) if found else 0
-
-
-def _of_plain(plain: Plain, reader: Reader) -> Iterator[tuple[str, Energies]]:
-    columns = plain.shape[-1]
-    height = plain.shape[-2]
+def _sum_plain_squares(plain: Plain, reader: Reader) -> tuple[Energies, Energies]:
+    """Return the energies with channels along the last axis, and along the one before it."""
+    *_, height, columns = plain.shape
     matrices = plain.shape[0] if len(plain.shape) > 2 else 1
     last, first = np.zeros((matrices, columns)), np.zeros(matrices * height)
     for block, floats in plain.values.floats(reader):
@@ -180,5 +166,4 @@ def _of_plain(plain: Plain, reader: Reader) -> Iterator[tuple[str, Energies]]:
             end = begin + height
             if begin < len(squares) and end > 0:
                 last[matrix] += squares[max(begin, 0) : end].sum(axis=0)
-    yield "last", last
-    yield "first", first.reshape(matrices, height)
+    return last, first.reshape(matrices, height)

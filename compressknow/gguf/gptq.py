@@ -36,7 +36,7 @@ _MOST = 1 << 25
 
 
 class Field(NamedTuple):
-    """Where some bits of each code stand in a block: `bits` of them, from bit `low` of the code on, in the bytes from
+    """Place of some bits of each code in a block: `bits` of them, from bit `low` of the code on, in the bytes from
     `offset` on. A byte has the bits of codes that are `width` apart, the first code's lowest (ggml-quants.c)."""
 
     offset: int
@@ -47,7 +47,7 @@ class Field(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a type stores its codes.
+    """Layout of a type's codes.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
     Raises CompressknowError naming the layer where X^T X cannot be inverted.
     """
     layout = LAYOUTS[kind]
-    order = _order(inputs.squares, layout.width)
+    order = _sort_columns(inputs.squares, layout.width)
     factor = inverse_factor(inputs, order)
     importance = (inputs.squares / max(inputs.tokens, 1)).to(torch.float32)
     step = max(_MOST // weight.shape[1], 1)
@@ -99,8 +99,8 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
     return np.concatenate([rows.round(factor) for rows in rounding])
 
 
-def _order(squares: torch.Tensor, width: int) -> torch.Tensor:
-    """The order of columns, int64 [in]: blocks whose inputs are largest first, and so the columns of each."""
+def _sort_columns(squares: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the order of columns, int64 [in]: blocks whose inputs are largest first, and so the columns of each."""
     blocks = squares.reshape(-1, width)
     first = torch.argsort(blocks.sum(dim=1), descending=True, stable=True)
     within = torch.argsort(blocks, dim=1, descending=True, stable=True)
@@ -108,7 +108,7 @@ def _order(squares: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class _Rows:
-    """Some rows of a weight, which do not depend on others."""
+    """Rows of a weight, which do not depend on others."""
 
     def __init__(
         self, kind: str, layout: Layout, weight: torch.Tensor, order: torch.Tensor, importance: torch.Tensor
@@ -122,16 +122,16 @@ class _Rows:
         self._first = 0
 
     def round(self, factor: torch.Tensor) -> Bytes:
-        """Bytes, uint8 [rows, bytes per row]."""
+        """Return the rows as bytes, uint8 [rows, bytes per row]."""
         width = self._layout.width
         outer = [Level(BLOCK)] if width < BLOCK else []
-        compensate(self._columns, factor, [*outer, Level(width, self._begin), Level(FINE)], self._settle)
+        compensate(self._columns, factor, [*outer, Level(width, self._fix_grid), Level(FINE)], self._round_column)
         blocks = np.stack([self._blocks[number] for number in range(len(self._order) // width)], axis=1)
         rows = blocks.shape[0]
         codes = self._codes.T.contiguous().numpy().reshape(-1, width)
         return pack(blocks.reshape(len(codes), -1), codes, self._layout).reshape(rows, -1)
 
-    def _begin(self, first: int, values: torch.Tensor) -> None:
+    def _fix_grid(self, first: int, values: torch.Tensor) -> None:
         """Fix the grid of a block, of its values [columns, rows]."""
         width = self._layout.width
         order = self._order[first : first + width]
@@ -142,25 +142,25 @@ class _Rows:
         blocks = quantize(natural.T.numpy(), self._kind, importance.numpy())
         self._blocks[start // width] = blocks
         # The type's own reading of code 0 and code 1 tells the grid, whatever its scales look like.
-        zero, one = (self._read(blocks, code)[order - start] for code in self._probes())
+        zero, one = (self._read_code(blocks, code)[order - start] for code in self._choose_probes())
         if self._levels is None:
             self._offset, self._step = zero, one - zero
         else:
             self._step = one
         self._first = first
 
-    def _probes(self) -> tuple[int, int]:
-        """Two codes that tell the grid: those of 0 and 1, or twice the one whose level is 1."""
+    def _choose_probes(self) -> tuple[int, int]:
+        """Return two codes that tell the grid: 0 and 1, or twice the one whose level is 1."""
         levels = self._layout.levels
         return (0, 1) if levels is None else (levels.index(1), levels.index(1))
 
-    def _read(self, blocks: Bytes, code: int) -> torch.Tensor:
-        """What a code means for each weight, float32 [width, rows]."""
+    def _read_code(self, blocks: Bytes, code: int) -> torch.Tensor:
+        """Return what a code means for each weight, float32 [width, rows]."""
         codes = np.full((len(blocks), self._layout.width), code, np.int16)
         packed = pack(blocks, codes, self._layout)
         return torch.from_numpy(dequantize(packed, self._kind, codes.shape)).T
 
-    def _settle(self, column: int, found: torch.Tensor) -> torch.Tensor:
+    def _round_column(self, column: int, found: torch.Tensor) -> torch.Tensor:
         place = column - self._first
         step = self._step[place]
         inverse = torch.where(step == 0, 0, 1 / step)
@@ -190,7 +190,7 @@ def pack(blocks: Bytes, codes: npt.NDArray[np.int16], layout: Layout) -> Bytes:
     return packed
 
 
-def batches_of(sequences: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
+def batch_sequences(sequences: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
     """Return token ids as batches of sequences of one length: nothing is padded."""
     by_length: dict[int, list[Sequence[int]]] = {}
     for sequence in sequences:
@@ -249,7 +249,7 @@ def round_file(
 
 @dataclass(frozen=True)
 class _Part:
-    """A matrix of a tensor: what is written over, its exact values, and what is known of its inputs."""
+    """Matrix of a tensor: what is written over, its exact values, and the statistics of its inputs."""
 
     kind: str
     stored: Any
@@ -277,9 +277,9 @@ class _Rounding:
 
     def visit(self, seen: Mapping[Key, InputStatistics], pool: Pool) -> None:
         """Round what a block has, by what was seen of its inputs."""
-        pool.map(_Part.round, list(self._parts(seen)))
+        pool.map(_Part.round, list(self._list_parts(seen)))
 
-    def _parts(self, seen: Mapping[Key, InputStatistics]) -> Iterator[_Part]:
+    def _list_parts(self, seen: Mapping[Key, InputStatistics]) -> Iterator[_Part]:
         for key, inputs in seen.items():
             name = self._names.get(key.parameter)
             kind = self._made[name].tensor_type.name.lower() if name else None

@@ -1,6 +1,6 @@
 """Weights on the grids of GGUF's types: rounded by ggml itself, row by row, so that bytes are those of llama.cpp.
 
-The packed form of a weight [out, in] is `out` rows of blocks; a block holds `block_size` weights of a row.
+The packed form of a weight [out, in] is `out` rows of blocks; a block holds `get_block_size` weights of a row.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compressknow.gguf.choice import NEED_IMPORTANCE, tensor_types
-from compressknow.gguf.llama_cpp.native import native
+from compressknow.gguf.choice import NEED_IMPORTANCE, list_tensor_types
+from compressknow.gguf.llama_cpp.native import load_native
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -36,26 +36,26 @@ _DEQUANTIZE = "void dequantize_row_{name}(const void * x, float * y, int64_t k);
 _PIECE = 1 << 18
 
 
-def legal_types(columns: int, types: Sequence[str] = CANDIDATES) -> tuple[str, ...]:
-    """Those of `types` whose blocks divide a row of so many weights.
+def list_legal_types(columns: int, types: Sequence[str] = CANDIDATES) -> tuple[str, ...]:
+    """Return those of `types` whose blocks divide a row of so many weights.
 
-    >>> legal_types(576)
+    >>> list_legal_types(576)
     ('q8_0', 'q5_0', 'iq4_nl', 'q4_0')
     """
-    return tuple(name for name in types if columns % block_size(name) == 0)
+    return tuple(name for name in types if columns % get_block_size(name) == 0)
 
 
 @cache
-def block_size(type: str) -> int:
-    """Weights of a row that share a block: 32, or 256."""
-    return int(_library()[1].ggml_blck_size(tensor_types()[type]))
+def get_block_size(type: str) -> int:
+    """Return how many weights of a row share a block: 32, or 256."""
+    return int(_load_ggml()[1].ggml_blck_size(list_tensor_types()[type]))
 
 
-def type_bytes(type: str, shape: Sequence[int]) -> int:
-    """Bytes of a weight [..., in] of this type. Raises ValueError where blocks do not divide its rows."""
+def get_nbytes(type: str, shape: Sequence[int]) -> int:
+    """Return the bytes of a weight [..., in] of this type. Raises ValueError where blocks do not divide its rows."""
     *rows, columns = shape
     _check_fit(type, columns)
-    return int(np.prod(rows, dtype=np.int64)) * int(_library()[1].ggml_row_size(tensor_types()[type], columns))
+    return int(np.prod(rows, dtype=np.int64)) * int(_load_ggml()[1].ggml_row_size(list_tensor_types()[type], columns))
 
 
 def quantize(weight: Floats, type: str, importance: Floats | None = None) -> Bytes:
@@ -66,19 +66,19 @@ def quantize(weight: Floats, type: str, importance: Floats | None = None) -> Byt
     importance : float32 [in], the mean squares of what each column is multiplied with.
     """
     rows, columns = weight.shape
-    packed = np.empty((rows, type_bytes(type, (1, columns))), np.uint8)
+    packed = np.empty((rows, get_nbytes(type, (1, columns))), np.uint8)
     weight = np.ascontiguousarray(weight, np.float32)
     if importance is None and type in NEED_IMPORTANCE:
         importance = np.ones(columns, np.float32)
-    ffi, library = _library()
-    number = tensor_types()[type]
-    matrix = ffi.NULL if importance is None else ffi.from_buffer("float[]", _checked(importance, columns))
+    ffi, library = _load_ggml()
+    number = list_tensor_types()[type]
+    matrix = ffi.NULL if importance is None else ffi.from_buffer("float[]", _check_importance(importance, columns))
 
     def round_rows(piece: slice) -> None:
         source, target = ffi.from_buffer("float[]", weight[piece]), ffi.from_buffer(packed[piece])
         library.ggml_quantize_chunk(number, source, target, 0, piece.stop - piece.start, columns, matrix)
 
-    _each_piece(round_rows, rows, columns)
+    _run_in_pieces(round_rows, rows, columns)
     return packed
 
 
@@ -87,14 +87,14 @@ def dequantize(packed: Bytes, type: str, shape: Sequence[int]) -> Floats:
     rows, columns = shape
     packed = np.ascontiguousarray(packed).reshape(rows, -1)
     weight = np.empty((rows, columns), np.float32)
-    ffi, library = _library()
-    unpack = getattr(library, f"dequantize_row_{_spelled(type)}")
+    ffi, library = _load_ggml()
+    unpack = getattr(library, f"dequantize_row_{_spell(type)}")
 
     def unpack_rows(piece: slice) -> None:
         target = ffi.from_buffer("float[]", weight[piece])
         unpack(ffi.from_buffer(packed[piece]), target, (piece.stop - piece.start) * columns)
 
-    _each_piece(unpack_rows, rows, columns)
+    _run_in_pieces(unpack_rows, rows, columns)
     return weight
 
 
@@ -103,7 +103,7 @@ def roundtrip(weight: Floats, type: str, importance: Floats | None = None) -> Fl
     return dequantize(quantize(weight, type, importance), type, weight.shape)
 
 
-def _checked(importance: Floats, columns: int) -> Floats:
+def _check_importance(importance: Floats, columns: int) -> Floats:
     importance = np.ascontiguousarray(importance, np.float32)
     if importance.shape != (columns,):
         raise ValueError(f"an importance of shape {importance.shape} for {columns} columns")
@@ -111,11 +111,13 @@ def _checked(importance: Floats, columns: int) -> Floats:
 
 
 def _check_fit(type: str, columns: int) -> None:
-    if columns % block_size(type):
-        raise ValueError(f"rows of {columns} weights are no multiple of the {block_size(type)} in a block of {type}")
+    if columns % get_block_size(type):
+        raise ValueError(
+            f"rows of {columns} weights are no multiple of the {get_block_size(type)} in a block of {type}"
+        )
 
 
-def _each_piece(work: Any, rows: int, columns: int) -> None:
+def _run_in_pieces(work: Any, rows: int, columns: int) -> None:
     # ggml computes outside of Python's lock.
     pieces = list(_pieces(rows, max(1, _PIECE // columns)))
     if len(pieces) == 1:
@@ -130,22 +132,22 @@ def _pieces(rows: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _spelled(type: str) -> str:
-    """The name of a type in ggml's functions: ``q4_K`` for ``q4_k``."""
+def _spell(type: str) -> str:
+    """Return the name of a type in ggml's functions: ``q4_K`` for ``q4_k``."""
     return f"{type[:-2]}_K" if type.endswith("_k") else type
 
 
 @cache
-def _library() -> tuple[Any, Any]:
+def _load_ggml() -> tuple[Any, Any]:
     import llama_cpp_py_sync
 
     folder = Path(llama_cpp_py_sync.__file__).parent
-    ffi: Any = type(native().ffi)()
-    ffi.cdef(_HEADER + "".join(_DEQUANTIZE.format(name=_spelled(name)) for name in _unpacked()))
+    ffi: Any = type(load_native().ffi)()
+    ffi.cdef(_HEADER + "".join(_DEQUANTIZE.format(name=_spell(name)) for name in _list_unpacked()))
     library = next(path for path in sorted(folder.iterdir()) if "ggml-base" in path.name)
     return ffi, ffi.dlopen(str(library))
 
 
-def _unpacked() -> list[str]:
-    """The types that ggml unpacks by a function of their own."""
-    return [name for name in tensor_types() if name not in ("f32", "f16", "bf16")]
+def _list_unpacked() -> list[str]:
+    """List the types that ggml unpacks by a function of their own."""
+    return [name for name in list_tensor_types() if name not in ("f32", "f16", "bf16")]

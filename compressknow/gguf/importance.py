@@ -1,4 +1,4 @@
-"""The importance matrix: how much each input channel of a weight counts when llama.cpp rounds it.
+"""Importance matrix: how much each input channel of a weight counts when llama.cpp rounds it.
 
 It is the mean of the squares of what the channel is multiplied with, the diagonal of X^T X over the tokens: the same
 sums that Wanda goes by. llama.cpp's tools keep it in a GGUF file of their own (llama.cpp, tools/imatrix/imatrix.cpp).
@@ -36,7 +36,7 @@ _MOST_ENTRIES, _MOST_NAME = 1 << 16, 1 << 10
 
 @dataclass(frozen=True)
 class Importance:
-    """The matrix of a model.
+    """Importance matrix of a model.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Importance:
     models: tuple[str, ...] = ()
 
     def means(self) -> dict[str, Floats]:
-        """By tensor name, float32 [matrices * in], contiguous: what llama.cpp takes."""
+        """Return float32 [matrices * in] by tensor name, contiguous: what llama.cpp takes."""
         found = {}
         for name, sums in self.sums.items():
             counts = self.counts[name].reshape(-1, 1)
@@ -85,7 +85,7 @@ def write_importance(importance: Importance, path: Path) -> None:
 
 
 def read_importance(path: Path) -> Importance:
-    """The matrix in a file of llama.cpp's: GGUF, or the form of before (``.dat``).
+    """Read a matrix of llama.cpp's: GGUF, or the earlier form (``.dat``).
 
     Raises UsageError where there is no such file, CheckpointError where it holds no importance matrix.
     """
@@ -123,7 +123,7 @@ def _read_gguf(path: Path) -> Importance:
 
 
 def _read_dat(path: Path) -> Importance:
-    """Entries of a name, the calls, and the means times these; then, maybe, what text it was."""
+    """Read entries of a name, the calls, and the means times these. A name of the text may follow."""
     sums: dict[str, Floats] = {}
     counts: dict[str, Floats] = {}
     with open_regular(path) as file:
@@ -146,7 +146,7 @@ def _read_dat(path: Path) -> Importance:
     return Importance(sums, counts)
 
 
-def refuse_other_source(importance: Importance, sources: Sequence[str], path: str) -> None:
+def check_source(importance: Importance, sources: Sequence[str], path: str) -> None:
     """Raise CheckpointError where a matrix says which model it was made of, and that is neither this one nor made of
     the same original."""
     if importance.models and not set(importance.models) & set(sources):
@@ -157,7 +157,7 @@ def refuse_other_source(importance: Importance, sources: Sequence[str], path: st
         )
 
 
-def refuse_other_model(importance: Importance, tensors: Mapping[str, Tensor], path: str) -> None:
+def check_model(importance: Importance, tensors: Mapping[str, Tensor], path: str) -> None:
     """Raise CheckpointError where a matrix was made of another model: of other layers, or of other widths."""
     fitting = [name for name in importance.sums if name in tensors]
     for name in fitting:

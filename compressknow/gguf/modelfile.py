@@ -1,4 +1,4 @@
-"""A Modelfile for Ollama, beside a GGUF file: where the weights lie, how a chat is written, and where an answer ends.
+"""Modelfile for Ollama, beside a GGUF file: where the weights lie, how a chat is written, and where an answer ends.
 
 Ollama's templates are those of Go, a tokenizer's are Jinja's. What the tokenizer writes around a system message, a
 question and an answer is read off what it makes of such a chat.
@@ -39,7 +39,7 @@ def check_modelfile(path: Path, output: Path, text: str, *, overwrite: bool) -> 
         raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
 
 
-def modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_code: bool = False) -> str:
+def build_modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_code: bool = False) -> str:
     """Return the text of a Modelfile.
 
     Parameters
@@ -52,10 +52,12 @@ def modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_code: b
     tokenizer: Any = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     weights = os.path.relpath(file.absolute(), place.absolute().parent).replace(os.sep, "/")
     lines = [f"{_FROM}{weights if weights.startswith('.') else f'./{weights}'}"]
-    if template := go_template(tokenizer):
+    if template := build_go_template(tokenizer):
         lines.append(f'TEMPLATE """{template}"""')
-    settings = _generation_config(checkpoint)
-    ends = tokenizer.convert_ids_to_tokens([each for each in _ids(settings.get("eos_token_id")) if each is not None])
+    settings = _read_generation_config(checkpoint)
+    ends = tokenizer.convert_ids_to_tokens(
+        [each for each in _list_ids(settings.get("eos_token_id")) if each is not None]
+    )
     stops = dict.fromkeys([*ends, *([tokenizer.eos_token] if tokenizer.eos_token else [])])
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
     said = {**settings, "repeat_penalty": settings.get("repetition_penalty")}
@@ -63,14 +65,14 @@ def modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_code: b
     return "\n".join([*lines, ""])
 
 
-def go_template(tokenizer: Any) -> str | None:
+def build_go_template(tokenizer: Any) -> str | None:
     """Return the chat template of a tokenizer as one of Go; None where it has none, or none that Go could have."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     user, system = {"role": "user", "content": _USER}, {"role": "system", "content": _SYSTEM}
-    alone = _written(tokenizer, [user], ask=True)
-    answered = _written(tokenizer, [user, {"role": "assistant", "content": _ASSISTANT}], ask=False)
-    whole = _written(tokenizer, [system, user], ask=True)
+    alone = _render_chat(tokenizer, [user], ask=True)
+    answered = _render_chat(tokenizer, [user, {"role": "assistant", "content": _ASSISTANT}], ask=False)
+    whole = _render_chat(tokenizer, [system, user], ask=True)
     if alone is None or alone.count(_USER) != 1:
         return None
     before, after = alone.split(_USER)
@@ -90,9 +92,9 @@ def go_template(tokenizer: Any) -> str | None:
     return None if any("{{" in text or '"""' in text for text in texts) else template
 
 
-def _written(tokenizer: Any, chat: list[dict[str, str]], *, ask: bool) -> str | None:
-    """What a tokenizer makes of a chat, without the token that begins a text, which llama.cpp adds; None where its
-    template refuses such a chat."""
+def _render_chat(tokenizer: Any, chat: list[dict[str, str]], *, ask: bool) -> str | None:
+    """Return a chat as a tokenizer writes it, without the token that begins a text, which llama.cpp adds; None where
+    its template refuses such a chat."""
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask))
     except Exception:  # A template is a program of whoever wrote the model.
@@ -105,12 +107,12 @@ def _adds_bos(tokenizer: Any) -> bool:
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def _generation_config(checkpoint: Path) -> dict[str, Any]:
+def _read_generation_config(checkpoint: Path) -> dict[str, Any]:
     from compressknow.model.checkpoint import read_json
 
     path = checkpoint / "generation_config.json"
     return dict(read_json(path)) if path.is_file() else {}
 
 
-def _ids(value: Any) -> list[int]:
+def _list_ids(value: Any) -> list[int]:
     return value if isinstance(value, list) else [value] if isinstance(value, int) else []

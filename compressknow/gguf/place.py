@@ -1,4 +1,4 @@
-"""Where a GGUF file appears, whole or not at all, and its record beside it."""
+"""Place of a GGUF file, which appears whole or not at all, and of its record beside it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SUFFIX = ".gguf"
 RECORD = ".json"
 
 
-def record_of(output: Path) -> Path:
-    """Where the record of a GGUF file lies."""
+def get_record_path(output: Path) -> Path:
+    """Return where the record of a GGUF file lies."""
     return output.with_name(output.name + RECORD)
 
 
-def refuse_no_record(output: Path) -> None:
+def check_recorded(output: Path) -> None:
     """Raise CheckpointError where a GGUF file has no record beside it."""
-    record = record_of(output)
+    record = get_record_path(output)
     if not record.is_file():
         raise CheckpointError(
             f"{output} has no {record.name} beside it.", hint="Give a file that `compressknow export` wrote."
@@ -40,8 +40,8 @@ def refuse_no_record(output: Path) -> None:
 
 
 class Place(Staging):
-    """A folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, and its record, out of
-    it to their places.
+    """Folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, and its record, out of it
+    to their places.
 
     Parameters
     ----------
@@ -50,11 +50,11 @@ class Place(Staging):
 
     def __init__(self, output: Path, *, overwrite: bool, source: Path, importance: Path | None = None) -> None:
         self._importance = importance
-        super().__init__(output, overwrite=overwrite, source=source, refuse=refuse_file)
+        super().__init__(output, overwrite=overwrite, source=source, refuse=check_destination)
 
     @property
     def file(self) -> Path:
-        """The GGUF file before it is moved."""
+        """Return the path of the GGUF file before it is moved."""
         return self.folder / self.output.name
 
     def commit(self) -> None:
@@ -67,17 +67,17 @@ class Place(Staging):
         sync_folder(self.folder)
         with uninterrupted():
             try:
-                with _importance_at(self._importance, self.folder):
+                with _place_importance(self._importance, self.folder):
                     self._move_file()
             finally:
                 if self._committed:
-                    move(record_of(self.file), record_of(self.output))
+                    move(get_record_path(self.file), get_record_path(self.output))
                     sync_folder(self.output.parent)
 
     def _move_file(self) -> None:
         try:
-            if record_of(self.output).exists():
-                move(record_of(self.output), self.folder / OLD_RECORD)
+            if get_record_path(self.output).exists():
+                move(get_record_path(self.output), self.folder / OLD_RECORD)
             move(self.file, self.output)
             self._committed = True
         except OSError:
@@ -85,14 +85,14 @@ class Place(Staging):
             raise
 
     def finish(self, folder: Path) -> None:
-        """See `finish`."""
+        """Finish what a dead run had begun: see `finish`."""
         finish(self.output, folder, self._importance)
 
 
 @contextmanager
-def _importance_at(place: Path | None, folder: Path) -> Iterator[None]:
-    """The importance matrix that lies in the folder, at its place once the context ends without an error: its bytes are
-    on the disk before."""
+def _place_importance(place: Path | None, folder: Path) -> Iterator[None]:
+    """Put the folder's importance matrix at its place once the context ends without an error: its bytes are on the disk
+    before."""
     if place is None:
         yield
         return
@@ -106,7 +106,7 @@ def _importance_at(place: Path | None, folder: Path) -> Iterator[None]:
 def finish(output: Path, folder: Path, importance: Path | None) -> None:
     """End what a run that is dead was amid of: where it had moved its file to `output`, all else follows; where it had
     only taken the old file's record away, that is put back."""
-    made, old, record = record_of(folder / output.name), folder / OLD_RECORD, record_of(output)
+    made, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
     if os.path.lexists(record) or not output.is_file():
         return
     if made.is_file() and not (folder / output.name).exists():
@@ -117,13 +117,13 @@ def finish(output: Path, folder: Path, importance: Path | None) -> None:
         move(old, record)
 
 
-def refuse_file(output: Path, *, overwrite: bool, source: Path | None) -> None:
+def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> None:
     """Raise OutputError where writing a GGUF file would lose something of the user's, UsageError where its name is of
     no GGUF file."""
     if output.suffix != SUFFIX:
         raise UsageError(f"{output} is no name of a GGUF file.", hint=f"Name it {output.name}{SUFFIX}.")
     refuse_overlap(output, source)
-    record = record_of(output)
+    record = get_record_path(output)
     if not os.path.lexists(output):
         if os.path.lexists(record) and not overwrite:
             raise OutputError(f"{record} exists already.", hint="Choose another OUTPUT, or pass --overwrite.")
@@ -137,7 +137,7 @@ def refuse_file(output: Path, *, overwrite: bool, source: Path | None) -> None:
         )
 
 
-def refuse_no_room(output: Path, needed: int) -> None:
+def check_room(output: Path, needed: int) -> None:
     """Raise OutputError where the disk of an output has less room than the work takes."""
     folder = next(path for path in (Path.cwd() / output).parents if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as plain floats, as llama.cpp's converter reads them: what was quantized is unpacked."""
+"""Plain floats of a checkpoint's weights, as llama.cpp's converter reads them: what was quantized is unpacked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _INTEGERS = ("I64", "I32", "I16", "U8", "BOOL")
 
 @dataclass(frozen=True)
 class Plain:
-    """One tensor to write: its name in the files, and its values. Integers become float32, in which they are multiplied
+    """Tensor to write: its name in the files, and its values. Integers become float32, in which they are multiplied
     with their scale; all else stays as it is."""
 
     name: str
@@ -43,8 +43,8 @@ class Plain:
         return prod(self.shape) * 4 if self.values.scale else self.values.tensor.nbytes
 
 
-def plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
-    """What a checkpoint comes to without quantization, by its stored names, in their order.
+def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
+    """Return a checkpoint's tensors without quantization, by its stored names, in their order.
 
     Raises UnsupportedError where values cannot be read: another tool has packed them.
     """
@@ -67,7 +67,8 @@ def plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
 
 
 def is_plain(checkpoint: Checkpoint) -> bool:
-    """Whether the converter reads a folder as it is: floats in safetensors, all of which belong to the checkpoint."""
+    """Return whether the converter reads a folder as it is: floats in safetensors, all of which belong to the
+    checkpoint."""
     files = {path.name for path in checkpoint.folder.glob("model*.safetensors")}
     return (
         checkpoint.revision is None
@@ -77,8 +78,8 @@ def is_plain(checkpoint: Checkpoint) -> bool:
     )
 
 
-def float_type(tensors: list[Plain]) -> str:
-    """The smallest of ``F16``, ``BF16`` and ``F32`` that holds every matrix exactly."""
+def choose_float_type(tensors: list[Plain]) -> str:
+    """Return the smallest of ``F16``, ``BF16`` and ``F32`` that holds every matrix exactly."""
     dtypes = {each.dtype for each in tensors if len(each.shape) > 1 and each.dtype in FLOAT_DTYPES}
     return dtypes.pop() if len(dtypes) == 1 else "F32"
 

@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import compressknow
 from compressknow.base.progress import Advance
-from compressknow.gguf.children import refuse_failure, run_python, tail
+from compressknow.gguf.children import check_exit, join_packages, read_tail, run_python
 
 _COUNTED = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
 _PLANNED = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-.*?type =\s*(\w+)(?:.*\((\w+)\))?\s*$", re.MULTILINE)
@@ -21,12 +20,12 @@ _PLANNED = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-.*?type =\s*(\w+)(?:.*\((\
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be done.
+    """Quantization of a file.
 
     Attributes
     ----------
     source, output : GGUF files.
-    file_type : a name of `compressknow.gguf.choice.file_types`.
+    file_type : a name of `compressknow.gguf.choice.list_file_types`.
     types : the type of single tensors, by name.
     importance : a GGUF file with the importance matrix.
     """
@@ -45,41 +44,40 @@ def quantize(request: Request, scratch: Path, advance: Advance | None = None) ->
 
     Raises CompressknowError, with llama.cpp's reason, where it fails.
     """
-    said, log = scratch / "quantize.json", scratch / "quantize.log"
-    said.write_text(json.dumps(asdict(request)), "utf-8")
-    packages = [str(Path(compressknow.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    file, log = scratch / "quantize.json", scratch / "quantize.log"
+    file.write_text(json.dumps(asdict(request)), "utf-8")
 
     def look() -> None:
-        if advance and (counted := _COUNTED.findall(tail(log))):
+        if advance and (counted := _COUNTED.findall(read_tail(log))):
             advance(*map(int, counted[-1]))
 
     code = run_python(
-        ["-m", __name__, said],
+        ["-m", __name__, file],
         log,
-        environment={**os.environ, "PYTHONPATH": os.pathsep.join(packages)},
+        environment={**os.environ, "PYTHONPATH": join_packages(Path(__file__).parents[2])},
         look=look,
     )
-    refuse_failure(f"llama.cpp could not quantize to {request.file_type}", log, code, "Choose another --type.")
+    check_exit(f"llama.cpp could not quantize to {request.file_type}", log, code, "Choose another --type.")
 
 
-def planned_types(scratch: Path) -> dict[str, str]:
-    """The type of each tensor, by name, as the log of a dry run tells it."""
+def read_planned_types(scratch: Path) -> dict[str, str]:
+    """Return the type of each tensor, by name, from the log of a dry run."""
     log = (scratch / "quantize.log").read_text("utf-8", "replace")
     return {name: (chosen or kept).lower() for name, kept, chosen in _PLANNED.findall(log)}
 
 
-def _quantize(request: Request) -> int:
-    """Call llama.cpp; its exit code."""
-    from compressknow.gguf.choice import bindings, file_types, tensor_types
+def _call_llama_cpp(request: Request) -> int:
+    """Call llama.cpp, and return its exit code."""
+    from compressknow.gguf.choice import list_file_types, list_tensor_types, load_bindings
 
-    ffi, library = bindings().get_ffi(), bindings().get_lib()
+    ffi, library = load_bindings().get_ffi(), load_bindings().get_lib()
     # What is handed over lives as long as it is named here.
     kept: list[Any] = []
     parameters = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
-    parameters.ftype = file_types()[request.file_type]
+    parameters.ftype = list_file_types()[request.file_type]
     parameters.nthread, parameters.dry_run = request.threads, request.dry_run
     if request.types:
-        numbers = tensor_types()
+        numbers = list_tensor_types()
         overrides = ffi.new("struct llama_model_tensor_override[]", len(request.types) + 1)
         for place, (name, chosen) in enumerate(request.types.items()):
             kept.append(ffi.new("char[]", f"^{re.escape(name)}$".encode()))
@@ -88,13 +86,13 @@ def _quantize(request: Request) -> int:
         overrides[len(request.types)].pattern = ffi.NULL
         parameters.tt_overrides = overrides
     if request.importance:
-        kept.append(_importance(ffi, request.importance, kept))
+        kept.append(_build_matrix(ffi, request.importance, kept))
         parameters.imatrix = kept[-1]
     return int(library.llama_model_quantize(os.fsencode(request.source), os.fsencode(request.output), parameters))
 
 
-def _importance(ffi: Any, path: str, kept: list[Any]) -> Any:
-    """The list of llama.cpp's struct, which an entry without a name ends."""
+def _build_matrix(ffi: Any, path: str, kept: list[Any]) -> Any:
+    """Return llama.cpp's list of structs, which an entry without a name ends."""
     from compressknow.gguf.importance import read_importance
 
     matrices = read_importance(Path(path)).means()
@@ -107,6 +105,6 @@ def _importance(ffi: Any, path: str, kept: list[Any]) -> Any:
 
 
 if __name__ == "__main__":
-    code = _quantize(Request(**json.loads(Path(sys.argv[1]).read_text("utf-8"))))
+    code = _call_llama_cpp(Request(**json.loads(Path(sys.argv[1]).read_text("utf-8"))))
     sys.stdout.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""A GGUF file and its record beside it: whole or not at all, what it was made of, and whether it still is that."""
+"""Record beside a GGUF file: what the file was made of, and whether it still is that."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compressknow.compress.manifest import versions
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.verify import Difference, Verification
-from compressknow.gguf.place import record_of, refuse_no_record
+from compressknow.gguf.place import check_recorded, get_record_path
 from compressknow.model.checkpoint import read_json
 from compressknow.model.gguf_file import check_gguf
 
@@ -39,7 +39,7 @@ FORM = {
 
 
 class ExportRecord(Shown, dict[str, Any]):
-    """What an export was made of and did: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
+    """Record of an export: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
 
     A dict, which its properties read by name. `is_new` is False where the same export had made the file before.
     `answer` is a prompt and what the file answered in llama.cpp, where it was asked.
@@ -50,17 +50,17 @@ class ExportRecord(Shown, dict[str, Any]):
 
     @property
     def setup(self) -> str:
-        """What was done to the original, and the type: ``Att_GPQ 20% + q4_k_m``."""
+        """Return what was done to the original, and the type: ``Att_GPQ 20% + q4_k_m``."""
         return str(self["setup"])
 
     @property
     def groups(self) -> dict[str, dict[str, dict[str, int]]]:
-        """By group of layers and by type in it: ``tensors``, ``parameters`` and ``bytes``."""
+        """Return ``tensors``, ``parameters`` and ``bytes`` by group of layers and by type in it."""
         return dict(self["groups"])
 
     @property
     def totals(self) -> dict[str, int]:
-        """Tensors, parameters and bytes of all weights."""
+        """Return the tensors, parameters and bytes of all weights."""
         return dict(self["totals"])
 
     def _summary(self) -> Summary:
@@ -75,8 +75,8 @@ class ExportRecord(Shown, dict[str, Any]):
         return Summary(title, verdict, ("Group", "Type", "Parameters", "Size"), rows)
 
 
-def tool_versions(converter: str) -> dict[str, str]:
-    """Of all that has a share in an export."""
+def collect_versions(converter: str) -> dict[str, str]:
+    """Return the versions of all that has a share in an export."""
     from llama_cpp_py_sync._version import __llama_cpp_tag__
 
     return {
@@ -87,14 +87,14 @@ def tool_versions(converter: str) -> dict[str, str]:
     }
 
 
-def totals_of(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, int]:
-    """The sums over all groups and types."""
+def sum_groups(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, int]:
+    """Sum the counts over all groups and types."""
     every = [counts for types in groups.values() for counts in types.values()]
     return {key: sum(counts[key] for counts in every) for key in _COUNTS}
 
 
-def metadata_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """What the GGUF file itself says, by key."""
+def build_metadata(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata that an export adds to the GGUF file, by key."""
     source = record["source"]
     recipe = {key: record[key] for key in ("type", "types", "importance") if record.get(key)}
     said = {
@@ -106,7 +106,7 @@ def metadata_of(record: Mapping[str, Any]) -> dict[str, str]:
     return {f"{PREFIX}.{key}": value for key, value in said.items() if value}
 
 
-def write_with(metadata: Mapping[str, str], source: Path, output: Path) -> None:
+def write_with_metadata(metadata: Mapping[str, str], source: Path, output: Path) -> None:
     """Write a GGUF file once more, with further metadata; its tensors keep their bytes and their order."""
     import gguf
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
@@ -121,8 +121,8 @@ def write_with(metadata: Mapping[str, str], source: Path, output: Path) -> None:
         copy_with_new_metadata(reader, writer, said, [])
 
 
-def may_be_made(output: Path, choice: Choice) -> bool:
-    """Whether a file is there whose record says the types of a choice."""
+def is_recorded(output: Path, choice: Choice) -> bool:
+    """Return whether a file is there whose record has the types of a choice."""
     try:
         record = read_record(output)
     except CheckpointError:
@@ -132,9 +132,9 @@ def may_be_made(output: Path, choice: Choice) -> bool:
 
 
 def read_record(output: Path) -> dict[str, Any]:
-    """The record beside a GGUF file. Raises CheckpointError where there is none, or one of another form."""
-    refuse_no_record(output)
-    path = record_of(output)
+    """Read the record beside a GGUF file. Raises CheckpointError where there is none, or one of another form."""
+    check_recorded(output)
+    path = get_record_path(output)
     record = read_json(path, MANIFEST)
     if record.get("schema") != SCHEMA:
         raise CheckpointError(
@@ -157,12 +157,12 @@ def compare_to_record(path: str | Path, *, advance: Advance | None = None) -> Ve
     with Pool(1) as pool:
         sha256 = hash_file(pool, path, counted(advance, nbytes))
     different = sha256 != record.get("sha256")
-    found = [Difference(path.name, None, "its bytes differ (sha256)")] if different else list(_edited(path, record))
+    found = [Difference(path.name, None, "its bytes differ (sha256)")] if different else list(_find_edits(path, record))
     return Verification(record["totals"]["tensors"], 1, nbytes, tuple(found))
 
 
-def _edited(path: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
-    """What the record says otherwise than the file, whose bytes are as they were."""
+def _find_edits(path: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
+    """Yield how the record differs from the file, whose bytes are as they were."""
     import gguf
 
     try:
@@ -170,7 +170,7 @@ def _edited(path: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
         reader = gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}.", hint="Export it again.") from None
-    for key, value in metadata_of(record).items():
+    for key, value in build_metadata(record).items():
         field = reader.get_field(key)
         if field is None or field.contents() != value:
-            yield Difference(record_of(path).name, None, f"it was edited: {key} is another in the file")
+            yield Difference(get_record_path(path).name, None, f"it was edited: {key} is another in the file")

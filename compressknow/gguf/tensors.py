@@ -1,4 +1,4 @@
-"""Which tensor of a GGUF file holds which weight of a checkpoint: by the name map of llama.cpp's own gguf package."""
+"""Tensors of a GGUF file, and the weights of a checkpoint in each, by the name map of llama.cpp's gguf package."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UsageError, did_you_mean
-from compressknow.compress.weights import Side
 from compressknow.model.gguf_file import EMBEDDING, NOT_LINEAR, ORDER, UNPLACED, Tensor, tensors_of
 from compressknow.model.scopes import SCOPES, Pattern, scope_names, select
-from compressknow.model.structure import LinearWeight
+
+if TYPE_CHECKING:
+    from compressknow.compress.weights import Side
+    from compressknow.model.structure import LinearWeight
 
 # Experts that are stored one by one are one tensor in GGUF.
 _EXPERT = re.compile(r"experts\.\d+\.")
 _SUFFIXES = (".weight", ".bias")
+# Of a file, beside what the one in between has: what llama.cpp adds of its own, and our keys.
+_METADATA, _RULE = 4096, 48
+ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """What a GGUF file holds, and the weights of the checkpoint that it was made of.
+    """Content of a GGUF file, and the weights of the checkpoint that it was made of.
 
     Attributes
     ----------
@@ -37,23 +42,23 @@ class Tensors:
 
     @cached_property
     def groups(self) -> dict[str, str]:
-        """The group of each tensor: of the Linear weights theirs; a tied embedding is the final layer too."""
-        return {name: self._group(tensor) for name, tensor in self.tensors.items()}
+        """Return the group of each tensor: Linear weights have theirs; a tied embedding is the final layer too."""
+        return {name: self._get_group(tensor) for name, tensor in self.tensors.items()}
 
-    def _group(self, tensor: Tensor) -> str:
+    def _get_group(self, tensor: Tensor) -> str:
         if tensor.name in self.weights:
             return self.weights[tensor.name][0].group or UNPLACED
         if tensor.name.startswith("token_embd."):
             return EMBEDDING
         return NOT_LINEAR if len(tensor.shape) < 2 else UNPLACED
 
-    def of_scope(self, scope: str) -> list[str]:
-        """The tensors that a scope takes. Raises UsageError where it takes none."""
+    def find_by_scope(self, scope: str) -> list[str]:
+        """Return the tensors that a scope takes. Raises UsageError where it takes none."""
         taken = {weight.parameter for weight in select(self.side.structure, (scope,), "quantize")}
         return [name for name, own in self.weights.items() if any(weight.parameter in taken for weight in own)]
 
-    def of_pattern(self, text: str) -> list[str]:
-        """The tensors whose name a regular expression matches. Raises UsageError where it matches none."""
+    def find_by_pattern(self, text: str) -> list[str]:
+        """Return the tensors whose name a regular expression matches. Raises UsageError where it matches none."""
         pattern = Pattern("--type-of", text)
         found = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
         if not found:
@@ -67,25 +72,27 @@ class Tensors:
         return found
 
 
-def chosen_types(tensors: Tensors, types: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The type of each tensor that a rule names; of several the last holds. Raises what `of_scope` and `of_pattern`
-    do."""
+def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the type of each tensor that a rule names; of several rules the last holds.
+
+    Raises UsageError for a rule that names none.
+    """
     return {
         name: chosen
         for which, chosen in types
-        for name in (tensors.of_scope(which) if which in SCOPES else tensors.of_pattern(which))
+        for name in (tensors.find_by_scope(which) if which in SCOPES else tensors.find_by_pattern(which))
     }
 
 
 def read_tensors(path: Path, side: Side) -> Tensors:
-    """What a GGUF file holds; its weights are not read."""
+    """Read what a GGUF file holds, but for its weights."""
     import gguf
 
     reader = gguf.GGUFReader(path)
     tensors = tensors_of(reader)
     weights: dict[str, list[LinearWeight]] = {}
     stored: dict[str, dict[str, None]] = {}
-    for weight, name, places in _mapped(_name_map(reader), side, tensors):
+    for weight, name, places in _map_weights(_get_name_map(reader), side, tensors):
         weights.setdefault(name, []).append(weight)
         stored.setdefault(name, {}).update(dict.fromkeys(places))
     return Tensors(
@@ -96,8 +103,8 @@ def read_tensors(path: Path, side: Side) -> Tensors:
     )
 
 
-def _name_map(reader: Any) -> Any:
-    """That of the file's architecture; None where this gguf package does not know it."""
+def _get_name_map(reader: Any) -> Any:
+    """Return the map of the file's architecture; None where this gguf package does not know it."""
     import gguf
 
     name = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
@@ -106,8 +113,10 @@ def _name_map(reader: Any) -> Any:
     return gguf.get_tensor_name_map(arch, max(blocks, default=0)) if arch is not None else None
 
 
-def _mapped(name_map: Any, side: Side, tensors: Mapping[str, Tensor]) -> Iterator[tuple[LinearWeight, str, list[str]]]:
-    """Each Linear weight with a tensor that holds it, or a part of it, and the names under which that is stored."""
+def _map_weights(
+    name_map: Any, side: Side, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[LinearWeight, str, list[str]]]:
+    """Yield each Linear weight with a tensor that holds it or a part of it, and the names by which that is stored."""
     parts: dict[str, list[str]] = {}
     for stored, parameter in side.loaded_to.items():
         parts.setdefault(parameter, []).append(stored)
@@ -116,20 +125,20 @@ def _mapped(name_map: Any, side: Side, tensors: Mapping[str, Tensor]) -> Iterato
         own = parts.get(weight.parameter) or ([supplier.name] if supplier else [])
         found: dict[str, list[str]] = {}
         for name in own:
-            if (there := _there(name_map, (name, weight.parameter), tensors)) is not None:
+            if (there := _find_tensor(name_map, (name, weight.parameter), tensors)) is not None:
                 found.setdefault(there, []).append(name)
         for there, names in found.items():
             yield weight, there, names
 
 
-def _there(name_map: Any, names: Iterable[str], tensors: Mapping[str, Tensor]) -> str | None:
-    """The first tensor of the file that one of these names is mapped to."""
+def _find_tensor(name_map: Any, names: Iterable[str], tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the first tensor of the file that one of these names is mapped to."""
     mapped = (name_map.get_name(_EXPERT.sub("experts.", name), try_suffixes=_SUFFIXES) for name in names)
     return next((name for name in mapped if name in tensors), None)
 
 
-def by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> dict[str, dict[str, dict[str, int]]]:
-    """Of each group and each type in it: tensors, parameters and bytes. `types` are those that a dry run has chosen."""
+def count_by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> dict[str, dict[str, dict[str, int]]]:
+    """Count tensors, parameters and bytes by group and type. `types` are those that a dry run has chosen."""
     import gguf
 
     summed: dict[str, dict[str, dict[str, int]]] = {}
@@ -146,3 +155,28 @@ def by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> dict[s
         counts["parameters"] += tensor.numel
         counts["bytes"] += nbytes
     return {group: summed[group] for group in ORDER if group in summed}
+
+
+def align(nbytes: int) -> int:
+    """Return the bytes that a tensor takes in a file.
+
+    >>> align(18), align(64)
+    (32, 64)
+    """
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def is_matrix(tensors: Tensors, name: str) -> bool:
+    """Return whether llama.cpp rounds a tensor: the Linear weights, and the embedding of tokens."""
+    return name in tensors.weights or name == "token_embd.weight"
+
+
+def measure_overhead(exact: Path, tensors: Tensors) -> int:
+    """Return bytes of a file beside its matrices, no fewer than they will be: vocabulary, norms and metadata, which
+    includes the rules for its types."""
+    import gguf
+
+    names = [name for name in tensors.tensors if is_matrix(tensors, name)]
+    others = sum(align(each.nbytes) for name, each in tensors.tensors.items() if name not in names)
+    rules = sum(len(name) + _RULE for name in names)
+    return int(gguf.GGUFReader(exact).data_offset) + others + rules + _METADATA

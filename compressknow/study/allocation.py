@@ -1,4 +1,4 @@
-"""A type for each tensor of a file, so that all of them fit a number of bytes and lose the least.
+"""Choose a type for each tensor of a file, so that all of them fit a number of bytes and lose the least.
 
 What a tensor's rounding costs is known apart from all others (`compressknow.study.sensitivity`), and adds up. So this
 is the knapsack problem with one choice per tensor, which dynamic programming solves: for every number of bytes above
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import floor, gcd
 from typing import NamedTuple
 
 import numpy as np
@@ -17,21 +17,26 @@ import numpy.typing as npt
 
 from compressknow.base.errors import UsageError
 from compressknow.base.format import size
+from compressknow.gguf.choice import Fitted, Rounding, check_types
+from compressknow.gguf.grids import CANDIDATES, get_nbytes, list_legal_types
+from compressknow.gguf.tensors import Tensors, align, is_matrix, resolve_types
+from compressknow.study.sensitivity import GUIDES, Guidance, Guide, Sensitivity
 
 # Numbers of bytes that are told apart. Sizes of real models have a large common divisor, and need fewer.
 STEPS = 1 << 15
 # Tensors that a message about the smallest file names.
 _NAMED = 3
+_MOST_BITS = 16
 
 
-def refuse_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
+def check_below_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
     """Raise UsageError for a budget that a model does not pass with all weights as they are."""
     if budget >= whole:
         raise UsageError(f"{size(budget)} is no less than the model has in full, {size(whole)}.", hint=hint)
 
 
 class Option(NamedTuple):
-    """What a type makes of a tensor: its bytes in the file, and the loss that is predicted of it (KL, nats)."""
+    """Bytes of a tensor in the file, stored as one type, and the loss that is predicted of it (KL, nats)."""
 
     nbytes: int
     loss: float
@@ -42,7 +47,7 @@ OptionTable = Mapping[str, Mapping[str, Option]]
 
 @dataclass(frozen=True)
 class Allocation:
-    """A type for each tensor, the bytes of the whole file, and the predicted loss (KL, nats)."""
+    """Type for each tensor, the bytes of the whole file, and the predicted loss (KL, nats)."""
 
     types: Mapping[str, str]
     nbytes: int
@@ -67,16 +72,16 @@ def allocate(
     >>> allocate({"one": one, "two": two}, 13, overhead=1).types
     {'one': 'q8', 'two': 'q4'}
     """
-    units = units_of(table, together)
+    units = build_units(table, together)
     floor = overhead + sum(min(option.nbytes for option in options.values()) for _, options in units)
     if budget < floor:
         raise UsageError(
             f"{size(budget)} cannot be kept: the smallest file has {size(floor)}.",
-            why=_what_makes(units, overhead),
+            why=_explain_floor(units, overhead),
             hint="Give more, or take back a --must.",
         )
     chosen = _solve([options for _, options in units], budget - floor)
-    _fill([options for _, options in units], chosen, budget - overhead)
+    _spend_rest([options for _, options in units], chosen, budget - overhead)
     found = [(names, kind, options[kind]) for (names, options), kind in zip(units, chosen, strict=True)]
     types = {name: kind for names, kind, _ in found for name in names}
     return Allocation(
@@ -89,7 +94,7 @@ def allocate(
 _Unit = tuple[tuple[str, ...], dict[str, Option]]
 
 
-def units_of(table: OptionTable, together: Iterable[Sequence[str]] = ()) -> list[_Unit]:
+def build_units(table: OptionTable, together: Iterable[Sequence[str]] = ()) -> list[_Unit]:
     """Return what is chosen at once, and its options: those that all its tensors have."""
     joined = {name: tuple(names) for names in together for name in names if name in table}
     units: list[_Unit] = []
@@ -108,8 +113,8 @@ def units_of(table: OptionTable, together: Iterable[Sequence[str]] = ()) -> list
     return units
 
 
-def _what_makes(units: Sequence[_Unit], overhead: int) -> str:
-    """What the smallest file is made of, its largest parts by name."""
+def _explain_floor(units: Sequence[_Unit], overhead: int) -> str:
+    """Return what the smallest file is made of, its largest parts by name."""
     smallest = [(names, *min(((each.nbytes, kind) for kind, each in options.items()))) for names, options in units]
     smallest.sort(key=lambda each: -each[1])
     parts = [f"{', '.join(names)} ({kind}) {size(nbytes)}" for names, nbytes, kind in smallest[:_NAMED]]
@@ -119,7 +124,7 @@ def _what_makes(units: Sequence[_Unit], overhead: int) -> str:
 
 
 def _solve(units: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
-    """The best choice within `spare` bytes above the smallest; bytes are counted in steps, rounded up."""
+    """Return the best choice within `spare` bytes above the smallest; bytes are counted in steps, rounded up."""
     least = [min(option.nbytes for option in options.values()) for options in units]
     extra = [
         {kind: option.nbytes - low for kind, option in options.items() if option.nbytes - low <= spare}
@@ -151,7 +156,7 @@ def _solve(units: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
     return chosen[::-1]
 
 
-def _fill(units: Sequence[Mapping[str, Option]], chosen: list[str], room: int) -> None:
+def _spend_rest(units: Sequence[Mapping[str, Option]], chosen: list[str], room: int) -> None:
     """Spend what rounding to steps has left over: the change that saves most per byte, as long as one fits."""
     spare = room - sum(options[kind].nbytes for options, kind in zip(units, chosen, strict=True))
     while True:
@@ -166,3 +171,133 @@ def _fill(units: Sequence[Mapping[str, Option]], chosen: list[str], room: int) -
         _, place, name = max(changes, key=lambda change: change[0])
         spare -= units[place][name].nbytes - units[place][chosen[place]].nbytes
         chosen[place] = name
+
+
+@dataclass(frozen=True)
+class Target:
+    """Size of a file, and what decides which weights have more bits.
+
+    Attributes
+    ----------
+    size : bytes of the file; or `bits`, per weight, all of the file counted.
+    must : rules, as of ``--type-of``, for weights that get this type in any case.
+    guide : ``facts``, ``text`` or ``both``.
+    rounding : ``gptq`` or ``nearest``.
+
+    Raises UsageError for what is none of these.
+    """
+
+    size: int | None = None
+    bits: float | None = None
+    must: tuple[tuple[str, str], ...] = ()
+    guide: Guide = "both"
+    rounding: Rounding = "gptq"
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.bits is None):
+            raise UsageError("Give --size or --bits, not both: each says how large the file is to be.")
+        if self.bits is not None and not 1 <= self.bits < _MOST_BITS:
+            raise UsageError(f"--bits {self.bits:g}: give bits per weight, from 1 to less than {_MOST_BITS}.")
+        if self.guide not in GUIDES:
+            raise UsageError(f"--guide {self.guide}: there is {', '.join(GUIDES)}.")
+        object.__setattr__(self, "must", check_types(self.must))
+
+    def budget(self, numel: int) -> int:
+        """Return the bytes of a file with so many weights."""
+        return self.size if self.size is not None else floor(numel * (self.bits or 0) / 8)
+
+    @property
+    def label(self) -> str:
+        """Return ``90.0 MB by facts and text, gptq``, ``4.5 bits by facts, nearest``."""
+        amount = size(self.size) if self.size is not None else f"{self.bits:g} bits"
+        told = [f"{which} {chosen}" for which, chosen in self.must]
+        by = {"both": "facts and text"}.get(self.guide, self.guide)
+        return f"{amount} by {', '.join([by, self.rounding, *told])}"
+
+
+def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> None:
+    """Raise UsageError, before anything is measured, for a budget that no file of weights of these `shapes` keeps to,
+    or that the model in full, of `whole` bytes, does not pass."""
+    matrices = (shape for shape in shapes if len(shape) > 1)
+    least = sum(min(get_nbytes(kind, shape) for kind in list_legal_types(shape[-1]) or ("bf16",)) for shape in matrices)
+    if budget < least:
+        raise UsageError(
+            f"{size(budget)} cannot be kept: in the fewest bits that llama.cpp has for them, the weights alone take "
+            f"{size(least)}.",
+            hint="Give more.",
+        )
+    check_below_whole(budget, whole)
+
+
+def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: Target) -> Fitted:
+    """Choose a type for each matrix of a file.
+
+    Parameters
+    ----------
+    tensors : what the file holds in 32 or 16 bits.
+    overhead : bytes of the file beside its matrices.
+
+    Raises UsageError where no choice is that small, or all is smaller in full.
+    """
+    table = build_table(sensitivity, tensors, target.guide)
+    budget = target.budget(sum(each.numel for each in tensors.tensors.values()))
+    whole = overhead + sum(options[tensors.tensors[name].type].nbytes for name, options in table.items())
+    check_below_whole(budget, whole, f"Give less, or export it with --type {tensors.tensors[next(iter(table))].type}.")
+    found = allocate(pin_types(table, tensors, target.must), budget, overhead=overhead)
+    return describe_fit(found, budget, target, sensitivity.guidance)
+
+
+def describe_fit(found: Allocation, budget: int, target: Target, guidance: Guidance) -> Fitted:
+    """Return the types that were chosen, and what a record says of the choice."""
+    record = {
+        **{"budget": budget, "guide": target.guide, "rounding": target.rounding},
+        **{"must": [list(rule) for rule in target.must], "predicted_kl": found.loss},
+        **{"facts": guidance.facts, "facts_sha256": guidance.fingerprint},
+        **{"tokens": guidance.tokens, "text_sha256": guidance.text},
+    }
+    return Fitted(found.types, record)
+
+
+def build_table(sensitivity: Sensitivity | None, tensors: Tensors, guide: Guide) -> OptionTable:
+    """Return what each matrix of a file takes and loses by type, its own included, which loses nothing; without a
+    sensitivity none does.
+
+    Of a tensor that was made of several weights, what they lose adds up; one of which nothing was measured has 8 bits.
+    """
+    rows = sensitivity.kl(guide) if sensitivity else {}
+    table: dict[str, dict[str, Option]] = {}
+    for name, tensor in tensors.tensors.items():
+        if not is_matrix(tensors, name):
+            continue
+        own = [rows[key] for key in _list_parameters(sensitivity, tensors, name) if key in rows]
+        kinds: Sequence[str] = [kind for kind in own[0] if all(kind in each for each in own)] if own else ["q8_0"]
+        kinds = kinds if sensitivity else CANDIDATES
+        shape = tensor.shape[::-1]
+        table[name] = {
+            kind: Option(align(get_nbytes(kind, shape)), sum(each[kind] for each in own))
+            for kind in list_legal_types(shape[-1], kinds)
+        }
+        table[name][tensor.type] = Option(align(tensor.nbytes), 0.0)
+    return table
+
+
+def _list_parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: str) -> Iterable[str]:
+    """Return the weights that a tensor is made of, by the names of the sensitivity."""
+    if name in tensors.weights:
+        tied = tensors.side.structure.tied
+        own = [weight.parameter for weight in tensors.weights[name]]
+        return dict.fromkeys([*own, *(tied[parameter] for parameter in own if parameter in tied)])
+    return [row.name for row in (sensitivity.rows if sensitivity else ()) if row.group == "embedding"]
+
+
+def pin_types(table: OptionTable, tensors: Tensors, must: Sequence[tuple[str, str]]) -> OptionTable:
+    """Return the table without a choice where rules name a type. Raises UsageError for a type that is not in it."""
+    pins: Mapping[str, str] = resolve_types(tensors, must)
+    for name, kind in pins.items():
+        if name in table and kind not in table[name]:
+            raise UsageError(
+                f"--must {kind}: {name} cannot be of that type.",
+                f"Its rows have {tensors.tensors[name].shape[0]} weights.",
+                f"It can be {', '.join(table[name])}.",
+            )
+    return {name: {pins[name]: options[pins[name]]} if name in pins else options for name, options in table.items()}

@@ -1,4 +1,4 @@
-"""The cells of a study, evaluated: each probe's answers in a folder of its own, so that a study resumes to the fact."""
+"""Evaluate the cells of a study: each probe's answers in a folder of its own, so that a study resumes to the fact."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ if TYPE_CHECKING:
 # What else the original is run in, to see what that alone changes.
 NoiseFloor = Literal["precision", "runtime"]
 _PRECISION: tuple[NoiseFloor, ...] = ("precision",)
+_NOISE = {"precision": add_noise_floor, "runtime": add_runtime_noise_floor}
 
 
 class StudyModel:
-    """The original of a study, found and opened once: it, and every cell, is evaluated from here.
+    """Original of a study, found and opened once: it, and every cell, is evaluated from here.
 
     Parameters
     ----------
@@ -78,7 +79,7 @@ class StudyModel:
 
     @cached_property
     def maker(self) -> VariantMaker:
-        """Makes the cells; it is opened when it is first needed, for it needs torch."""
+        """Return the maker of cells; it is opened when it is first needed, for it needs torch."""
         from compressknow.compress.convert import VariantMaker
 
         return VariantMaker(self.original.located.path, trust_remote_code=self._trusted, texts=self._texts)
@@ -101,10 +102,10 @@ class StudyModel:
         noise_floors: Collection[NoiseFloor] = _PRECISION,
         whole: bool = True,
     ) -> Answers:
-        """The original's answers, kept in `folder`, with these noise floors; `whole`, with its distributions kept for
-        what is compared with it."""
-        of = self._whole if whole else None
-        return _evaluate(self.original, probes, folder, None, of, on_progress, noise_floors=noise_floors)
+        """Return the original's answers, kept in `folder`, with these noise floors; `whole`, with its distributions
+        kept for what is compared with it."""
+        distributions = self._whole if whole else None
+        return _evaluate(self.original, probes, folder, None, distributions, on_progress, noise_floors=noise_floors)
 
     def evaluate(
         self,
@@ -116,7 +117,7 @@ class StudyModel:
         *,
         whole: bool = True,
     ) -> Answers:
-        """The answers of a model that was made of the original, kept in `folder`."""
+        """Return the answers of a model that was made of the original, kept in `folder`."""
         return _evaluate(handle, probes, folder, reference, self._whole if whole else None, on_progress)
 
     def evaluate_cell(
@@ -127,23 +128,20 @@ class StudyModel:
         reference: Answers,
         on_progress: Listener | None = None,
     ) -> Answers:
-        """A cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or evaluated."""
-        return self.evaluate(self._handle(cell), probes, cells / self.folder_of(cell), reference, on_progress)
+        """Return a cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or run."""
+        return self.evaluate(self._handle(cell), probes, cells / self.name_folder(cell), reference, on_progress)
 
     def is_answered(self, cell: Cell, probe: Opened, cells: Path, reference: Answers) -> bool:
-        """Whether `ask_cell` would find these answers there."""
-        folder = cells / self.folder_of(cell) / folder_of(probe.name)
+        """Return whether `evaluate_cell` would find these answers there."""
+        folder = cells / self.name_folder(cell) / name_folder(probe.name)
         return is_answered(self._handle(cell), probe, folder, reference)
 
-    def folder_of(self, cell: Cell) -> str:
-        """A name for a cell's folder. Another recipe may have had its key in an earlier grid of the same study."""
+    def name_folder(self, cell: Cell) -> str:
+        """Return a name for a cell's folder. Another recipe may have had its key in an earlier grid of a study."""
         return f"{cell.key}-{self._handle(cell).sha256[:8]}"
 
     def _handle(self, cell: Cell) -> CellHandle:
         return CellHandle(self.original, cell, self.maker, self.tokenizer, self._written)
-
-
-_NOISE = {"precision": add_noise_floor, "runtime": add_runtime_noise_floor}
 
 
 def _evaluate(
@@ -156,37 +154,36 @@ def _evaluate(
     *,
     noise_floors: Collection[NoiseFloor] = (),
 ) -> Answers:
-    watched, context = staged(on_progress, facts=count_facts(probes)), Context(reference, whole=whole)
+    on_progress, context = staged(on_progress, facts=count_facts(probes)), Context(reference, whole=whole)
+    places = {probe.name: folder / name_folder(probe.name) for probe in probes}
     if whole and reference:
         # Before the first is evaluated: then the original need not be in memory beside the cell.
         facts = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
-        whole.complete(
-            [p for p in facts if find_missing(handle, [p], folder / folder_of(p.name), context)],
-            reference,
-            watched,
-        )
+        missing = [probe for probe in facts if find_missing(handle, [probe], places[probe.name], context)]
+        whole.complete(missing, reference, on_progress)
     try:
-        places = {probe.name: folder / folder_of(probe.name) for probe in probes}
-        parts = [probe_model(handle, [p], places[p.name], context, on_progress=watched) for p in probes]
+        parts = [probe_model(handle, [each], places[each.name], context, on_progress=on_progress) for each in probes]
         for name in noise_floors:
-            asked = zip(probes, parts, strict=True)
-            parts = [_NOISE[name](handle, [p], a, places[p.name], watched, whole=whole) for p, a in asked]
-        return merged(parts)
+            parts = [
+                _NOISE[name](handle, [probe], answers, places[probe.name], on_progress, whole=whole)
+                for probe, answers in zip(probes, parts, strict=True)
+            ]
+        return merge_answers(parts)
     finally:
         handle.release()
 
 
-def merged(parts: Sequence[Answers]) -> Answers:
-    """The answers of one model to several probes, evaluated apart."""
+def merge_answers(parts: Sequence[Answers]) -> Answers:
+    """Merge the answers of one model to several probes, evaluated one by one."""
     probes = {name: entry for part in parts for name, entry in part.record.probes.items()}
     texts = {name: chunks for part in parts for name, chunks in part.texts.items()}
     return Answers(replace(parts[0].record, probes=probes), tuple(a for part in parts for a in part.answers), texts)
 
 
-def folder_of(probe: str) -> str:
-    """The name of the folder that holds the answers to a probe: readable, and of that probe alone.
+def name_folder(probe: str) -> str:
+    """Return the name of the folder that holds the answers to a probe: readable, and of that probe alone.
 
-    >>> folder_of("lama:trex")
+    >>> name_folder("lama:trex")
     'lama-trex-18e0'
     """
     digest = hashlib.sha256(probe.encode()).hexdigest()[:4]
@@ -195,7 +192,7 @@ def folder_of(probe: str) -> str:
 
 
 class CellHandle(ModelHandle):
-    """The original of a study, converted by a cell's recipe.
+    """Original of a study, converted by a cell's recipe.
 
     Parameters
     ----------
@@ -221,9 +218,9 @@ class CellHandle(ModelHandle):
 
     @cached_property
     def sha256(self) -> str:
-        """A hash of what the model is made of: no file holds it."""
-        made_of = [__version__, self.contents.sha256, self._cell.recipe.to_dict()]
-        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+        """Return a hash of what the model is made of: no file holds it."""
+        parts = [__version__, self.contents.sha256, self._cell.recipe.to_dict()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
     def loaded(self) -> LoadedInTransformers:
@@ -258,7 +255,7 @@ def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
     from compressknow.compress.convert import convert
     from compressknow.pages.model_card import model_card_for
 
-    folder = models / study_model.folder_of(cell)
+    folder = models / study_model.name_folder(cell)
     if not folder.exists():
         models.mkdir(exist_ok=True)
         maker, recipe = study_model.maker, cell.recipe

@@ -1,4 +1,4 @@
-"""The folder of a study and what its cells came to: of one model and one version, in use by one run."""
+"""Folder of a study, of one model and one version, in use by one run; and what its cells came to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compressknow.base.reading import misfit
 from compressknow.comparison.intervals import proportion
 from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.compress.steps import Calibration, Prune, Quantize
-from compressknow.evaluate.answers import Answer, Answers
+from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.pages.card.make import compare, method_of, model_facts
@@ -26,8 +26,8 @@ from compressknow.pages.study.records import FailedCell, Study, StudyCell, Study
 from compressknow.study.grid import Cell
 
 
-def judged(answers: Answers, known: str) -> Answers:
-    """One answer a fact, right where the fact is known in this reading; of several wordings by majority.
+def grade(answers: Answers, known: str) -> Answers:
+    """Return one answer per fact, right where the fact is known in this reading; of several wordings by majority.
 
     Raises CompressknowError where the answers do not tell what is ``produced``.
     """
@@ -36,8 +36,8 @@ def judged(answers: Answers, known: str) -> Answers:
 
 @dataclass(frozen=True)
 class CellResult:
-    """What came of a cell: its answers beside the original's, or why there are none; `refused` where the model cannot
-    have it, and trying again changes nothing."""
+    """Result of a cell: its answers beside the original's, or why there are none; `refused` where the model cannot have
+    it, and trying again changes nothing."""
 
     cell: Cell
     original: Answers = field(repr=False)
@@ -47,16 +47,16 @@ class CellResult:
 
     @property
     def setup(self) -> str:
-        """The paper's name of what was done, such as ``Att_GPQ 20%``."""
+        """Return the paper's name of what was done, such as ``Att_GPQ 20%``."""
         return self.cell.recipe.setup
 
-    def judged(self, original: Answers, known: str) -> CellResult:
-        """The same by fact, in this reading of known, beside the original's answers so judged."""
-        return replace(self, original=original, answers=None if self.answers is None else judged(self.answers, known))
+    def grade(self, original: Answers, known: str) -> CellResult:
+        """Return the same by fact, in this reading of known, beside the original's answers so graded."""
+        return replace(self, original=original, answers=None if self.answers is None else grade(self.answers, known))
 
     @property
     def kept(self) -> Estimate:
-        """The share of the original's knowledge that is kept; without a value where there are no answers."""
+        """Return the share of the original's knowledge that is kept; without a value where there are no answers."""
         if self.answers is None:
             return Estimate(None)
         knew = {(answer.probe, answer.fact_id) for answer in self.original.answers if answer.correct}
@@ -64,24 +64,21 @@ class CellResult:
         return proportion(sum((answer.probe, answer.fact_id) in knew for answer in right), len(knew))
 
 
-def study_of(
+def build_study(
     original: Answers, results: Sequence[CellResult], *, known: str = RECOGNIZED, command: str | None = None
 ) -> Study:
-    """The records of a study, in the order of its grid, of answers that are `judged` so."""
-    made = [result.cell for result in results if result.answers is not None]
-    texts = {cell.recipe.calibration for cell in made} - {None}
-    cells = tuple(
-        study_cell(original, r.cell, r.answers, several_texts=len(texts) > 1) for r in results if r.answers is not None
-    )
-    without = [result for result in results if result.answers is None]
-    lacking = [(r.refused, FailedCell(r.cell.key, r.setup, r.why or "unknown")) for r in without]
+    """Return the records of a study, in the order of its grid, of answers that are graded so."""
+    answered = [(result.cell, result.answers) for result in results if result.answers is not None]
+    has_texts = len({cell.recipe.calibration for cell, _ in answered} - {None}) > 1
+    cells = tuple(_build_cell(original, cell, answers, has_texts=has_texts) for cell, answers in answered)
+    lacking = [result for result in results if result.answers is None]
     comparisons = [cell.comparison for cell in cells]
     return Study(
         original=model_facts(original.record.model),
-        probes=_probes(original, comparisons),
+        probes=_build_probes(original, comparisons),
         cells=cells,
-        failed=tuple(cell for refused, cell in lacking if not refused),
-        refused=tuple(cell for refused, cell in lacking if refused),
+        failed=tuple(_build_failed(result) for result in lacking if not result.refused),
+        refused=tuple(_build_failed(result) for result in lacking if result.refused),
         versions=dict(original.record.versions),
         command=command,
         method=method_of(original, comparisons),
@@ -89,13 +86,17 @@ def study_of(
     )
 
 
-def study_cell(original: Answers, cell: Cell, answers: Answers, *, several_texts: bool = False) -> StudyCell:
-    """A cell's record, all figures included; with the calibration text told wherever there are several."""
+def _build_failed(result: CellResult) -> FailedCell:
+    return FailedCell(result.cell.key, result.setup, result.why or "unknown")
+
+
+def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: bool) -> StudyCell:
+    """Return a cell's record, all figures included; with its calibration text where cells have several."""
     totals, steps = answers.record.model.totals, cell.recipe.steps
     prune = next((step for step in steps if isinstance(step, Prune)), None)
     quantize = next((step for step in steps if isinstance(step, Quantize)), None)
-    text = _in_words(cell.recipe.calibration)
-    on = f" on {text}" if text and several_texts else ""
+    text = _describe_text(cell.recipe.calibration)
+    on = f" on {text}" if text and has_texts else ""
     return StudyCell(
         key=cell.key,
         setup=cell.recipe.setup,
@@ -114,30 +115,30 @@ def study_cell(original: Answers, cell: Cell, answers: Answers, *, several_texts
         bytes=answers.record.model.bytes or 0,
         sparse_bytes=totals["sparse_bytes"],
         comparison=compare(original, answers, show_facts=False),
-        correct={p: _correct(answers, p, original.of(p)) for p in answers.probes if p not in answers.texts},
+        correct={p: _list_correct(answers, original, p) for p in answers.probes if p not in answers.texts},
     )
 
 
-def _in_words(calibration: Calibration | None) -> str | None:
-    """Text, tokens and, where it is not the usual one, the seed."""
+def _describe_text(calibration: Calibration | None) -> str | None:
+    """Return text, tokens and, where it is not the usual one, the seed."""
     if calibration is None:
         return None
     seed = f", seed {calibration.seed}" if calibration.seed else ""
     return f"{calibration.text}, {count(calibration.tokens)} tokens{seed}"
 
 
-def _correct(answers: Answers, probe: str, order: Sequence[Answer]) -> tuple[bool, ...]:
-    """By fact, in the order of the original's answers."""
+def _list_correct(answers: Answers, original: Answers, probe: str) -> tuple[bool, ...]:
+    """Return which facts are right, in the order of the original's answers."""
     right = {answer.fact_id: answer.correct for answer in answers.of(probe)}
-    return tuple(right[answer.fact_id] for answer in order)
+    return tuple(right[answer.fact_id] for answer in original.of(probe))
 
 
-def _probes(original: Answers, comparisons: Sequence[Comparison]) -> tuple[StudyProbe, ...]:
-    figures: dict[str, ProbeFigures] = {p.probe: p for c in reversed(comparisons) for p in c.probes}
-    return tuple(_probe(original, figures[name]) for name in original.probes if name in figures)
+def _build_probes(original: Answers, comparisons: Sequence[Comparison]) -> tuple[StudyProbe, ...]:
+    figures = {probe.probe: probe for each in reversed(comparisons) for probe in each.probes}
+    return tuple(_build_probe(original, figures[name]) for name in original.probes if name in figures)
 
 
-def _probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
+def _build_probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
     accuracy = figures.macro_original if figures.average == "macro" else figures.accuracy_original
     return StudyProbe(
         name=figures.probe,
@@ -160,11 +161,15 @@ SEARCH = 2
 RECORD_FORM = {"schema": int, "version": str, "model": str, "sha256": str, "known?": str, "search?": int}
 
 
-def refuse_foreign(folder: Path) -> None:
+def check_study_folder(folder: Path) -> None:
     """Raise OutputError where a folder is a file, or holds something that is no study."""
     if is_no_folder(folder):
         raise OutputError(f"{folder} is a file.", hint="A study is kept in a folder; choose another name.")
-    if _foreign(folder):
+    if not folder.is_dir():
+        return
+    names = {path.name for path in folder.iterdir()}
+    # A run that was killed before it wrote its record leaves these.
+    if RECORD not in names and any(name != LOCK and not name.startswith(f".{RECORD}.") for name in names):
         raise OutputError(f"{folder} exists already, and is no study.", hint="Choose a new folder for the study.")
 
 
@@ -180,63 +185,48 @@ def claim(folder: Path, original: ModelHandle, known: str | None = None, search:
     Raises OutputError where it is a file, holds something else, a study of another model or version, an older search or
     one by another reading of known, or is in use.
     """
-    refuse_foreign(folder)
+    check_study_folder(folder)
     record = folder / RECORD
     with own_folder(folder, wait=False, worthless=(RECORD,)):
-        said = {"schema": SCHEMA_VERSION, "version": __version__, **_identity(original)}
-        said |= {"known": known, "search": search} if search else {}
+        values = {"schema": SCHEMA_VERSION, "version": __version__}
+        values |= {"model": original.located.name, "sha256": original.sha256}
+        values |= {"known": known, "search": search} if search else {}
         if record.is_file():
-            _refuse_other(record, said)
+            _check_record(record, values)
         else:
-            write_whole(record, (json.dumps(said, indent=1) + "\n").encode())
+            write_whole(record, (json.dumps(values, indent=1) + "\n").encode())
         yield
 
 
-def _foreign(folder: Path) -> bool:
-    """Whether a folder is neither a study nor what is left of a run that was killed before it wrote its record."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    return RECORD not in names and any(name != LOCK and not name.startswith(f".{RECORD}.") for name in names)
-
-
-def _identity(original: ModelHandle) -> dict[str, str]:
-    return {"model": original.located.name, "sha256": original.sha256}
-
-
-def _refuse_other(record: Path, said: Mapping[str, object]) -> None:
+def _check_record(record: Path, values: Mapping[str, object]) -> None:
+    """Raise OutputError where a record cannot be read, or is of another study than `values`."""
     try:
-        found = reading.read_json(record, reading.RECORD)
+        stored = reading.read_json(record, reading.RECORD)
     except (OSError, ValueError) as error:
         raise OutputError(f"{record} cannot be read: {error}.", hint="Choose a new folder for the study.") from None
-    if wrong := misfit(found, RECORD_FORM):
+    if wrong := misfit(stored, RECORD_FORM):
         raise OutputError(f"{record} is damaged: {wrong}.", hint="Choose a new folder for the study.")
-    if found.get("search") != said.get("search"):
-        what = (
-            "an older search"
-            if "known" in found and "search" in said
-            else "a search"
-            if "known" in found
-            else "a sweep"
-        )
-        raise OutputError(f"{record.parent} is of {what}: nothing was changed.", hint="Choose a new folder.")
-    differs = next((key for key in ("sha256", "version", "schema") if found[key] != said[key]), None)
-    if differs == "sha256":
+    if stored.get("search") != values.get("search"):
+        kind = "a sweep"
+        if "known" in stored:
+            kind = "an older search" if "search" in values else "a search"
+        raise OutputError(f"{record.parent} is of {kind}: nothing was changed.", hint="Choose a new folder.")
+    if stored["sha256"] != values["sha256"]:
         raise OutputError(
-            f"{record.parent} is a study of another model ({found.get('model')}).",
+            f"{record.parent} is a study of another model ({stored['model']}).",
             why="Or the model's files have changed since then.",
             hint="Choose a new folder for the study.",
         )
-    if differs:
+    if any(stored[key] != values[key] for key in ("version", "schema")):
         raise OutputError(
-            f"{record.parent} is a study by another version ({found['version']}, this is {said['version']}).",
+            f"{record.parent} is a study by another version ({stored['version']}, this is {values['version']}).",
             why="Cells of two versions could not be compared.",
             hint="Choose a new folder for the study, or go on with that version.",
         )
-    counted = found.get("known", RECOGNIZED)
-    if said.get("known", counted) != counted:
+    known = stored.get("known", RECOGNIZED)
+    if values.get("known", known) != known:
         raise OutputError(
-            f"{record.parent} is a search by --known {counted}.",
+            f"{record.parent} is a search by --known {known}.",
             why="What counts as known decides what a search tries, and which facts it was held to.",
-            hint=f"Choose a new folder for the search, or give --known {counted}.",
+            hint=f"Choose a new folder for the search, or give --known {known}.",
         )

@@ -1,4 +1,4 @@
-"""What a search chooses from: at every size the types predicted to lose least, in a file made when it is needed."""
+"""Files that a search chooses from: at every size the types predicted to lose least, made when it is needed."""
 
 from __future__ import annotations
 
@@ -29,21 +29,31 @@ from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.engine.identity import Located, describe
 from compressknow.engine.language_model import CPU
 from compressknow.evaluate.handle import ModelHandle
-from compressknow.gguf.choice import check_types
+from compressknow.gguf.choice import Choice, Fit, Rounding, check_types
+from compressknow.gguf.converter import find_converter
+from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.model.scopes import SCOPES, Pattern
 from compressknow.pages.search import Trial
-from compressknow.study.allocation import Allocation, Option, OptionTable, allocate, refuse_whole, units_of
+from compressknow.study.allocation import (
+    Allocation,
+    Option,
+    OptionTable,
+    Target,
+    allocate,
+    build_table,
+    build_units,
+    check_below_whole,
+    describe_fit,
+    pin_types,
+)
 from compressknow.study.sensitivity import Guide, check_guide
 
 if TYPE_CHECKING:
     from compressknow.evaluate.runtimes import Loaded
     from compressknow.gguf.export import Export
-    from compressknow.gguf.fit import Rounding
-    from compressknow.gguf.tensors import Tensors
     from compressknow.model.structure import LinearWeight
     from compressknow.study.cells import StudyModel
-    from compressknow.study.fitting import Target
     from compressknow.study.guides import Guides
     from compressknow.study.roundings import Roundings
 
@@ -65,7 +75,7 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Request:
-    """What a search is asked for.
+    """Options of a search.
 
     Attributes
     ----------
@@ -111,14 +121,12 @@ class Request:
 
     @property
     def target(self) -> Target:
-        """The same for a GGUF file; of a share, its size is to be chosen."""
-        from compressknow.study.fitting import Target
-
+        """Return the same for a GGUF file; of a share, its size is to be chosen."""
         return Target(self.size or 1, None, self.must, self.guide, self.rounding or "gptq")
 
 
 class Form(ABC):
-    """What files of one kind can be made of a model, and how.
+    """Kind of file that can be made of a model.
 
     Attributes
     ----------
@@ -141,71 +149,71 @@ class Form(ABC):
 
     @property
     def tables(self) -> list[OptionTable]:
-        """Those of which one is to be chosen, and then by it."""
+        """Return the tables of which one is to be chosen, and then types by it."""
         return [self.table]
 
     @property
     def floor(self) -> int:
-        """Bytes of the smallest file."""
+        """Return the bytes of the smallest file."""
         return self.overhead + min(sum(own[0] for own in sizes) for sizes in self._sizes)
 
     @property
     def ceiling(self) -> int:
-        """Bytes of a file with 8 bits per weight: the next largest to each weight as it is."""
+        """Return the bytes of a file with 8 bits per weight: the next largest to each weight as it is."""
         return self.overhead + max(sum(own[-2:][0] for own in sizes) for sizes in self._sizes)
 
     @property
     def whole(self) -> int:
-        """Bytes of a file with all weights as they are."""
+        """Return the bytes of a file with all weights as they are."""
         return self.overhead + max(sum(own[-1] for own in sizes) for sizes in self._sizes)
 
     @property
     def _sizes(self) -> list[list[list[int]]]:
-        """By table, the bytes that each choice may have, the fewest first."""
+        """Return by table the bytes that each choice may have, the fewest first."""
         return [
-            [sorted(option.nbytes for option in options.values()) for _, options in units_of(table, self.together)]
+            [sorted(option.nbytes for option in options.values()) for _, options in build_units(table, self.together)]
             for table in self.tables
         ]
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """What decided the types, and how weights are rounded."""
+        """Return what decided the types, and how weights are rounded."""
 
     def check(self, budget: int) -> None:
         """Raise UsageError where no file has so few bytes, or all is smaller as it is."""
-        refuse_whole(budget, self.whole)
+        check_below_whole(budget, self.whole)
         self.choose(budget)
 
     def choose(self, budget: int) -> Allocation:
         """Return the types that are predicted to lose least in so many bytes. Raises UsageError where none fit."""
         if budget not in self._chosen:
-            found: list[Allocation] = []
+            possible: list[Allocation] = []
             for table in self.tables:
                 try:
-                    found.append(allocate(table, budget, overhead=self.overhead, together=self.together))
+                    possible.append(allocate(table, budget, overhead=self.overhead, together=self.together))
                 except UsageError:
                     if budget < self.floor:
                         raise
-            self._chosen[budget] = min(found, key=lambda each: (each.loss, each.nbytes))
+            self._chosen[budget] = min(possible, key=lambda each: (each.loss, each.nbytes))
         return self._chosen[budget]
 
     def learn(self, guides: Guides) -> None:
         """Take what rounding loses for the table."""
-        self.table = self._table(guides)
+        self.table = self._learn_table(guides)
         self._chosen.clear()
 
     def mix(self, types: Mapping[str, str]) -> str:
-        """Which types have how many of the weights: ``62.1 % q4_k, 20.0 % q3_k, 9.1 % q6_k, ...``."""
-        of = Counter[str]()
+        """Return which types have how many of the weights: ``62.1 % q4_k, 20.0 % q3_k, 9.1 % q6_k, ...``."""
+        numel = Counter[str]()
         for name, kind in types.items():
-            of[kind] += self.numel[name]
-        parts = [f"{share(number / of.total())} {kind}" for kind, number in of.most_common(_NAMED)]
-        return ", ".join([*parts, *(["..."] if len(of) > _NAMED else [])])
+            numel[kind] += self.numel[name]
+        parts = [f"{share(number / numel.total())} {kind}" for kind, number in numel.most_common(_NAMED)]
+        return ", ".join([*parts, *(["..."] if len(numel) > _NAMED else [])])
 
     @abstractmethod
-    def _table(self, guides: Guides) -> OptionTable:
-        """What each weight takes and loses by type."""
+    def _learn_table(self, guides: Guides) -> OptionTable:
+        """Return what each weight takes and loses by type."""
 
     @abstractmethod
     def decides(self) -> list[Any]:
@@ -233,24 +241,22 @@ class GgufForm(Form):
     name, place = GGUF, "model.gguf"
 
     def __init__(self, job: Export, tensors: Tensors, overhead: int, target: Target) -> None:
-        from compressknow.study.fitting import pinned, table_of
         from compressknow.study.roundings import GgufRoundings
 
         self.roundings = GgufRoundings()
         self._job, self._tensors, self._target = job, tensors, target
         self._guides: Guides | None = None
-        table = pinned(table_of(None, tensors, target.guide), tensors, target.must)
+        table = pin_types(build_table(None, tensors, target.guide), tensors, target.must)
         super().__init__(table, overhead, {name: tensors.tensors[name].numel for name in table})
 
     @property
     def label(self) -> str:
-        return _label(self._target.guide, "by GPTQ" if self._target.rounding == "gptq" else "by llama.cpp")
+        return _describe_rounding(self._target.guide, "by GPTQ" if self._target.rounding == "gptq" else "by llama.cpp")
 
-    def _table(self, guides: Guides) -> OptionTable:
-        from compressknow.study.fitting import pinned, table_of
-
+    def _learn_table(self, guides: Guides) -> OptionTable:
         self._guides = guides
-        return pinned(table_of(guides.sensitivity, self._tensors, self._target.guide), self._tensors, self._target.must)
+        table = build_table(guides.sensitivity, self._tensors, self._target.guide)
+        return pin_types(table, self._tensors, self._target.must)
 
     def decides(self) -> list[Any]:
         assert self._guides is not None
@@ -259,26 +265,26 @@ class GgufForm(Form):
 
     def make(self, found: Allocation, place: Path, begin: Begin) -> None:
         from compressknow.gguf.export import write
-        from compressknow.gguf.fit import Fit
-        from compressknow.study.fitting import fitted_of
 
         assert self._guides is not None
         # What it was asked to fit is no part of a file: two budgets may make one.
         target = replace(self._target, size=found.nbytes, bits=None)
-        fitted = fitted_of(found, found.nbytes, target, self._guides.sensitivity.guidance)
+        fitted = describe_fit(found, found.nbytes, target, self._guides.sensitivity.guidance)
         fit = Fit(target.label, found.nbytes, lambda *_: fitted, target.rounding, self._guides.texts)
         write(replace(self._job, fit=fit), place, begin=begin)
 
     def recipe(self, found: Allocation) -> str:
-        from compressknow.gguf.export import type_of_most
+        from compressknow.gguf.export import find_main_type
 
-        rules = [[pattern, kind] for kind, patterns in rules_of(found.types).items() for pattern in patterns]
-        values: dict[str, Any] = {"type": type_of_most(found.types, self._tensors)}
+        values: dict[str, Any] = {"type": find_main_type(found.types, self._tensors)}
         if text := self._job.choice.calibration:
             values["calibration"] = asdict(text)
-        lines = to_toml({**values, "steps": []})
-        table = "\n".join(f"{json.dumps(pattern)} = {json.dumps(kind)}" for pattern, kind in rules)
-        return f"[{EXPORT}]\n{lines}\n\n[{EXPORT}.types]\n{table}"
+        table = "\n".join(
+            f"{json.dumps(pattern)} = {json.dumps(kind)}"
+            for kind, patterns in build_rules(found.types).items()
+            for pattern in patterns
+        )
+        return f"[{EXPORT}]\n{to_toml({**values, 'steps': []})}\n\n[{EXPORT}.types]\n{table}"
 
 
 class CheckpointForm(Form):
@@ -315,26 +321,26 @@ class CheckpointForm(Form):
         }
         header = _HEADER * (len(stored) + _PARTS * len(exact)) + sum(len(each.name) for each in stored)
         header += sum((_PARTS + 1) * len(module) for module in exact)
-        table = {module: self._options(weight, exact[module]) for module, weight in self._weights.items()}
+        table = {module: self._list_options(weight, exact[module]) for module, weight in self._weights.items()}
         super().__init__(
-            _pinned(table, self._weights, must),
+            _pin_modules(table, self._weights, must),
             sum(each.nbytes for each in stored) - sum(exact.values()) + header,
             {module: prod(weight.shape) for module, weight in self._weights.items()},
-            _joined(self._weights),
+            _list_joined(self._weights),
         )
         self._is_uniform = not self._takes_several()
         # What cannot be converted is told before anything is measured.
-        maker.plan(Recipe.from_dict(_steps(self.choose(self.floor).types)))
+        maker.plan(Recipe.from_dict(_build_steps(self.choose(self.floor).types)))
 
     def _takes_several(self) -> bool:
-        """Whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""
-        units = [units for units, options in units_of(self.table, self.together) if len(options) > 2]
+        """Return whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""
+        units = [units for units, options in build_units(self.table, self.together) if len(options) > 2]
         if len(units) < 2:
             return True
         first, last = (dict.fromkeys(names, kind) for names, kind in zip((units[0], units[-1]), (-1, 1), strict=True))
         types = {name: list(self.table[name])[at] for name, at in (first | last).items()}
         try:
-            self._model.maker.plan(Recipe.from_dict(_steps(types)))
+            self._model.maker.plan(Recipe.from_dict(_build_steps(types)))
         except UnsupportedError:
             return False
         return True
@@ -354,14 +360,14 @@ class CheckpointForm(Form):
 
     @property
     def label(self) -> str:
-        return _label(self._guide, "to nearest")
+        return _describe_rounding(self._guide, "to nearest")
 
-    def _options(self, weight: LinearWeight, exact: int) -> dict[str, Option]:
+    def _list_options(self, weight: LinearWeight, exact: int) -> dict[str, Option]:
         shape = weight.shape[::-1] if weight.transposed else weight.shape
-        own = {kind: self.roundings.nbytes(kind, shape) + _SHAPE for kind in self.roundings.legal(shape)}
+        own = {kind: self.roundings.nbytes(kind, shape) + _SHAPE for kind in self.roundings.list_legal(shape)}
         return {NONE: Option(exact, 0.0), **{kind: Option(nbytes, 0.0) for kind, nbytes in own.items()}}
 
-    def _table(self, guides: Guides) -> OptionTable:
+    def _learn_table(self, guides: Guides) -> OptionTable:
         rows = guides.sensitivity.kl(self._guide)
         table = {}
         for module, options in self.table.items():
@@ -378,32 +384,32 @@ class CheckpointForm(Form):
         from compressknow.compress.convert import convert
         from compressknow.pages.model_card import model_card_for
 
-        recipe = Recipe.from_dict(_steps(found.types))
+        recipe = Recipe.from_dict(_build_steps(found.types))
         convert(self._model.maker.checkpoint.folder, place, recipe, render_card=model_card_for)
 
     def recipe(self, found: Allocation) -> str:
-        return to_toml(_steps(found.types))
+        return to_toml(_build_steps(found.types))
 
 
-def _label(guide: Guide, rounding: str) -> str:
+def _describe_rounding(guide: Guide, rounding: str) -> str:
     return f"{'facts and text' if guide == 'both' else guide}, rounded {rounding}"
 
 
-def _steps(types: Mapping[str, str]) -> dict[str, Any]:
-    """The recipe of a type for each module."""
-    from compressknow.study.roundings import scheme_of
+def _build_steps(types: Mapping[str, str]) -> dict[str, Any]:
+    """Return the recipe of a type for each module."""
+    from compressknow.study.roundings import parse_scheme
 
     steps = [
         Quantize(scheme.name, Where(("blocks",), tuple(patterns)), scheme.values())
-        for kind, patterns in rules_of(types).items()
+        for kind, patterns in build_rules(types).items()
         if kind != NONE
-        for scheme in [scheme_of(kind)]
+        for scheme in [parse_scheme(kind)]
     ]
     return Recipe(tuple(steps)).to_dict()
 
 
-def _joined(weights: Mapping[str, LinearWeight]) -> list[list[str]]:
-    """Modules that are parts of one matrix in vLLM."""
+def _list_joined(weights: Mapping[str, LinearWeight]) -> list[list[str]]:
+    """List modules that are parts of one matrix in vLLM."""
     found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for module in weights:
         parent, _, leaf = module.rpartition(".")
@@ -413,7 +419,9 @@ def _joined(weights: Mapping[str, LinearWeight]) -> list[list[str]]:
     return [modules for modules in found.values() if len(modules) > 1]
 
 
-def _pinned(table: OptionTable, weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]) -> OptionTable:
+def _pin_modules(
+    table: OptionTable, weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]
+) -> OptionTable:
     pins: dict[str, str] = {}
     for which, kind in must:
         pattern = None if which in SCOPES else Pattern("--must", which)
@@ -436,10 +444,10 @@ def _pinned(table: OptionTable, weights: Mapping[str, LinearWeight], must: Seque
     return {name: {pins[name]: options[pins[name]]} if name in pins else options for name, options in table.items()}
 
 
-def rules_of(types: Mapping[str, str]) -> dict[str, list[str]]:
+def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
     """Return regular expressions by type: names that differ in the number of their block share one.
 
-    >>> rules_of({"a.0.x": "q4_k", "a.1.x": "q4_k", "a.0.y": "q4_k", "a.1.y": "q4_k", "z": "q6_k"})
+    >>> build_rules({"a.0.x": "q4_k", "a.1.x": "q4_k", "a.0.y": "q4_k", "a.1.y": "q4_k", "z": "q6_k"})
     {'q6_k': ['^z$'], 'q4_k': ['^a\\\\.(0|1)\\\\.(x|y)$']}
     """
     blocks: dict[tuple[str, str, str], list[str]] = {}
@@ -461,7 +469,7 @@ def rules_of(types: Mapping[str, str]) -> dict[str, list[str]]:
 
 @contextmanager
 def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -> Iterator[Form]:
-    """What files of a model can be; the file in between of GGUF files lies in `folder` meanwhile.
+    """Yield the form of a search; the file in between of GGUF files lies in `folder` meanwhile.
 
     Raises CompressknowError where there can be none.
     """
@@ -473,11 +481,7 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
         yield CheckpointForm(model, request.guide, request.must)
         return
     require(*NEEDED)
-    from compressknow.gguf.choice import Choice
-    from compressknow.gguf.converter import find_converter
     from compressknow.gguf.export import prepare, write_floats
-    from compressknow.gguf.fit import overhead_of
-    from compressknow.gguf.tensors import read_tensors
 
     target, original = request.target, model.original
     # llama.cpp rounds with an importance matrix of the text, GPTQ without.
@@ -487,7 +491,7 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
     with scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
         tensors = read_tensors(floats, job.side)
-        yield GgufForm(replace(job, floats=floats), tensors, overhead_of(floats, tensors), target)
+        yield GgufForm(replace(job, floats=floats), tensors, measure_overhead(floats, tensors), target)
 
 
 # In the folder of a file, how large it is; beside these folders, which of them has become the winner.
@@ -495,7 +499,7 @@ BYTES, PLACED = "bytes", "placed"
 
 
 class Candidates:
-    """The files of a search, in a folder of its own.
+    """Files of a search, in a folder of its own.
 
     Parameters
     ----------
@@ -530,8 +534,8 @@ class Candidates:
         made = handle.make()
         clean(target)
         remove(target)
-        if _record_of(made).exists():  # First: what has no record is made again.
-            move(_record_of(made), _record_of(target))
+        if _get_record_path(made).exists():  # First: what has no record is made again.
+            move(_get_record_path(made), _get_record_path(target))
         move(made, target)
         write_whole(placed, handle.sha256.encode("ascii"))
 
@@ -544,20 +548,16 @@ class Candidates:
 
 
 class CandidateHandle(ModelHandle):
-    """A file that is made when it is first needed: answers are found by what it would be made of."""
+    """File that is made when it is first needed: answers are found by what it would be made of."""
 
     def __init__(self, candidates: Candidates, found: Allocation) -> None:
         self._candidates, self._found = candidates, found
         form, original = candidates.form, candidates.original
-        made_of: list[Any] = [__version__, original.sha256, form.name, *form.decides(), sorted(found.types.items())]
-        self._key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-        self.made = candidates.folder / self._key[:16] / form.place
+        # No file is needed to tell one from another: the hash is of what it is made of.
+        parts: list[Any] = [__version__, original.sha256, form.name, *form.decides(), sorted(found.types.items())]
+        self.sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        self.made = candidates.folder / self.sha256[:16] / form.place
         super().__init__(Located(form.name, self.made), candidates.settings)
-
-    @cached_property
-    def sha256(self) -> str:
-        """A hash of what it is made of."""
-        return self._key
 
     def make(self) -> Path:
         """Make it unless it is there."""
@@ -570,7 +570,7 @@ class CandidateHandle(ModelHandle):
 
     @cached_property
     def loaded(self) -> Loaded:
-        """It, made and in memory."""
+        """Return it, made and in memory."""
         self.make()
         return super().loaded
 
@@ -578,13 +578,13 @@ class CandidateHandle(ModelHandle):
         """Do nothing: it was made of what is sound."""
 
     def described(self) -> dict[str, Any]:
-        """What its files tell, while they are there."""
+        """Return what its files tell, while they are there."""
         return describe(self.located) if self.made.exists() else {}
 
 
 def is_made(place: Path) -> bool:
-    """Whether a file, or folder, is one that was made here."""
-    return _record_of(place).is_file() if place.suffix else (place / MANIFEST_NAME).is_file()
+    """Return whether a file, or folder, is one that was made here."""
+    return _get_record_path(place).is_file() if place.suffix else (place / MANIFEST_NAME).is_file()
 
 
 def remove(place: Path) -> None:
@@ -593,9 +593,9 @@ def remove(place: Path) -> None:
         discard(place)
     else:
         place.unlink(missing_ok=True)
-    _record_of(place).unlink(missing_ok=True)
+    _get_record_path(place).unlink(missing_ok=True)
 
 
-def _record_of(place: Path) -> Path:
-    """What an export writes beside its file; a folder has none."""
+def _get_record_path(place: Path) -> Path:
+    """Return the path of the record that an export writes beside its file; a folder has none."""
     return place.with_name(f"{place.name}.json")

@@ -1,4 +1,4 @@
-"""The cells of a study: the recipes that a grid stands for."""
+"""Cells of a study: the recipes that a grid stands for."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ prune = 0.5"""
 
 @dataclass(frozen=True)
 class Cell:
-    """A recipe of a study. `key` is unique in it and names its folder: letters, digits, dots and hyphens."""
+    """Recipe of a study. `key` is unique in it and names its folder: letters, digits, dots and hyphens."""
 
     key: str
     recipe: Recipe
 
     @property
     def plain(self) -> bool:
-        """Whether scope, `pruning`, amount and `quantization` say it all: the cells that figures draw."""
+        """Return whether scope, `pruning`, amount and `quantization` say it all: figures draw such cells."""
         wheres = {step.where for step in self.recipe.steps}
         narrowed = any(replace(where, scope=DEFAULT_SCOPES) != Where() for where in wheres)
         kinds = [type(step) for step in self.recipe.steps]
@@ -67,7 +67,7 @@ class Cell:
 
     @property
     def pruning(self) -> str | None:
-        """The pruning method with what is not as usual of it, but for the seed, such as ``wanda pattern 2:4``."""
+        """Return the pruning method with its unusual parameters, but for the seed, such as ``wanda pattern 2:4``."""
         step = next((step for step in self.recipe.steps if isinstance(step, Prune)), None)
         if step is None:
             return None
@@ -76,15 +76,15 @@ class Cell:
 
     @property
     def quantization(self) -> str | None:
-        """The scheme with what is not as usual of it, such as ``int4 group_size 64 gptq``."""
+        """Return the scheme with its unusual parameters, such as ``int4 group_size 64 gptq``."""
         step = next((step for step in self.recipe.steps if isinstance(step, Quantize)), None)
         return None if step is None else " ".join([step.scheme, *step.further])
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the recipe says, by the names of a grid's axes; of several steps that differ, what each says."""
+        """Return all that the recipe says, by the names of a grid's axes; of steps that differ, what each says."""
         values: dict[str, list[Any]] = {}
-        for name, value in (pair for step in self.recipe.steps for pair in _settings_of(step)):
+        for name, value in (pair for step in self.recipe.steps for pair in _list_settings(step)):
             values.setdefault(name, []).append(value)
         values["module_map"] = [self.recipe.module_map]
         if (text := self.recipe.calibration) is not None:
@@ -93,7 +93,7 @@ class Cell:
         return {name: each[0] if len(set(each)) == 1 else " + ".join(map(str, each)) for name, each in values.items()}
 
 
-def _settings_of(step: Step) -> Iterator[tuple[str, Any]]:
+def _list_settings(step: Step) -> Iterator[tuple[str, Any]]:
     if isinstance(step, DropBlocks | DropNeurons):
         yield ("drop_blocks", step.blocks) if isinstance(step, DropBlocks) else ("drop_neurons", step.amount)
         return
@@ -111,21 +111,21 @@ def _settings_of(step: Step) -> Iterator[tuple[str, Any]]:
 
 
 class Opened(Protocol):
-    """What a grid may need to know of a model: see `compressknow.compress.convert.VariantMaker`."""
+    """Model as a grid needs it: see `compressknow.compress.convert.VariantMaker`."""
 
     def structure(self, module_map: ModuleMap = ...) -> Structure:
-        """Its Linear weights."""
+        """Return its Linear weights."""
         ...
 
     def plan(self, recipe: Recipe) -> object:
-        """Raises UnsupportedError where it cannot have what a recipe makes."""
+        """Raise UnsupportedError where it cannot have what a recipe makes."""
         ...
 
 
 @dataclass(frozen=True)
 class GridOptions:
-    """What the built-in grids leave open: `module_map` of both, `scheme` of the paper's, the rest of that of methods.
-    A grid file says all of it."""
+    """Options that the built-in grids leave open: `module_map` of both, `scheme` of the paper's, the rest of that of
+    methods. A grid file says all of it."""
 
     module_map: ModuleMap | None = None
     scheme: str | None = None
@@ -146,8 +146,8 @@ class GridOptions:
             check_text(self.calibration, self.calibration_tokens or TOKENS)
 
 
-def grid_cells(grid: str | Path, opened: Callable[[], Opened], options: GridOptions | None = None) -> tuple[Cell, ...]:
-    """The cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed.
+def list_cells(grid: str | Path, opened: Callable[[], Opened], options: GridOptions | None = None) -> tuple[Cell, ...]:
+    """Return the cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed.
 
     Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `check_text`
     does of its calibration texts.
@@ -156,9 +156,9 @@ def grid_cells(grid: str | Path, opened: Callable[[], Opened], options: GridOpti
     options.check(grid)
     chosen = options.module_map or "paper"
     if str(grid) == PAPER:
-        return paper_grid(opened().structure(chosen), module_map=chosen, scheme=options.scheme or PAPER_SCHEME)
+        return build_paper_grid(opened().structure(chosen), module_map=chosen, scheme=options.scheme or PAPER_SCHEME)
     if str(grid) == METHODS_GRID:
-        return methods_grid(opened(), options)
+        return build_methods_grid(opened(), options)
     cells = read_grid(Path(grid))
     for text in dict.fromkeys(cell.recipe.calibration for cell in cells):
         if text is not None:
@@ -166,11 +166,12 @@ def grid_cells(grid: str | Path, opened: Callable[[], Opened], options: GridOpti
     return cells
 
 
-def paper_grid(
+def build_paper_grid(
     structure: Structure, *, module_map: ModuleMap = "paper", scheme: str = PAPER_SCHEME
 ) -> tuple[Cell, ...]:
-    """The paper's grid: GP 10-90 %, GQ, GPQ 20/40 % of attention, feed-forward and overall, the final layer pruned by
-    20/40 % (L1-structured and L1-unstructured), and of an encoder-decoder model each kind of attention (figure 8).
+    """Return the paper's grid: GP 10-90 %, GQ, GPQ 20/40 % of attention, feed-forward and overall, the final layer
+    pruned by 20/40 % (L1-structured and L1-unstructured), and of an encoder-decoder model each kind of attention
+    (figure 8).
 
     Parameters
     ----------
@@ -178,7 +179,7 @@ def paper_grid(
     module_map, scheme : by default those of the authors' code; the scheme is as near as can be to its defaults for all
         layers.
     """
-    quantized: dict[str, Any] = {"quantize": scheme, "parameters": fitting(structure, scheme) or {}}
+    quantized: dict[str, Any] = {"quantize": scheme, "parameters": fit_parameters(structure, scheme) or {}}
 
     def recipe(scope: str, **options: Any) -> Recipe:
         return recipe_of(Where((scope,)), module_map=module_map, **options)
@@ -191,23 +192,23 @@ def paper_grid(
     for method in ("ln-structured", "l1-unstructured"):
         recipes += [recipe("final", prune=amount, prune_method=method) for amount in FEW_AMOUNTS]
     here = set(scope_names(structure))
-    return _cells((None, r) for r in recipes if set(r.steps[0].where.scope) <= here)
+    return _build_cells((None, r) for r in recipes if set(r.steps[0].where.scope) <= here)
 
 
-def methods_grid(model: Opened, options: GridOptions) -> tuple[Cell, ...]:
-    """The paper's question, asked of other methods: attention, feed-forward and overall, each pruned by 20 to 60 % (L1,
-    Wanda, SparseGPT), quantized (int8, int8 smoothed, int4 to nearest and by GPTQ), and pruned by half and then
+def build_methods_grid(model: Opened, options: GridOptions) -> tuple[Cell, ...]:
+    """Return the paper's question for other methods: attention, feed-forward and overall, each pruned by 20 to 60 %
+    (L1, Wanda, SparseGPT), quantized (int8, int8 smoothed, int4 to nearest and by GPTQ), and pruned by half and then
     quantized to int4 by GPTQ.
 
     int4 has the largest groups that divide all layers. What the model cannot have in this form is left out.
     """
     module_map = options.module_map or "paper"
     structure = model.structure(module_map)
-    groups = fitting(structure, "int4")
+    groups = fit_parameters(structure, "int4")
 
     def recipe(scope: str, **given: Any) -> Recipe:
-        looks = _looks_at_activations(given.get("prune_method", METHODS.first)) or given.keys() & set(ROUNDED)
-        said = _only(vars(options), *CALIBRATED) if looks else {}
+        looks = _needs_activations(given.get("prune_method", METHODS.first)) or given.keys() & set(ROUNDED)
+        said = _select(vars(options), *CALIBRATED) if looks else {}
         return recipe_of(Where((scope,)), module_map=module_map, **given, **said)
 
     scopes = [scope for scope in MODULES if scope in scope_names(structure)]
@@ -219,17 +220,17 @@ def methods_grid(model: Opened, options: GridOptions) -> tuple[Cell, ...]:
         gptq = int4 | {"rounding": "gptq"}
         ways += [int4, gptq, *({"prune": HALF, "prune_method": method} | gptq for method in PRUNED_BY)]
     recipes += [recipe(scope, **way) for way, scope in product(ways, scopes)]
-    return _cells((None, each) for each in recipes if _can_have(model, each))
+    return _build_cells((None, each) for each in recipes if _is_possible(model, each))
 
 
-def fitting(structure: Structure, scheme: str) -> dict[str, Any] | None:
-    """Parameters of a scheme by which all of a model's layers can be stored; None where there are none."""
+def fit_parameters(structure: Structure, scheme: str) -> dict[str, Any] | None:
+    """Return parameters of a scheme by which all of a model's layers can be stored; None where there are none."""
     shapes = {weight.shape for weight in structure.linears if weight.group not in (None, "vision")}
     with SCHEMES.answering(scheme):
         return SCHEMES[scheme].fit(shapes)
 
 
-def _can_have(model: Opened, recipe: Recipe) -> bool:
+def _is_possible(model: Opened, recipe: Recipe) -> bool:
     try:
         model.plan(recipe)
     except UnsupportedError:
@@ -238,7 +239,7 @@ def _can_have(model: Opened, recipe: Recipe) -> bool:
 
 
 def read_grid(path: Path) -> tuple[Cell, ...]:
-    """The cells of a grid file (TOML): the product of its axes, and the cells that it names.
+    """Read the cells of a grid file (TOML): the product of its axes, and the cells that it names.
 
     Raises UsageError where it cannot be read, is empty, contradicts itself or says what no recipe knows.
     """
@@ -253,32 +254,34 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
     axes, named = values.get("axes", {}), values.get("cells", [])
     if not isinstance(axes, dict) or not isinstance(named, list) or not all(isinstance(cell, dict) for cell in named):
         raise UsageError(f"{path}: [axes] is a table, and [[cells]] are tables.", hint=FORMAT)
-    cells = _cells([*_product(axes, path), *(_named(cell, f"{path}, cell {i}") for i, cell in enumerate(named, 1))])
+    cells = _build_cells(
+        [*_expand_axes(axes, path), *(_parse_cell(cell, f"{path}, cell {i}") for i, cell in enumerate(named, 1))]
+    )
     if not cells:
         raise UsageError(f"{path} has no cell: nothing is pruned or quantized in it.", hint=FORMAT)
     return cells
 
 
-def _product(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Recipe]]:
-    there = (*AXES, *_parameters())
+def _expand_axes(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Recipe]]:
+    there = (*AXES, *_list_parameters())
     if unknown := sorted(set(axes) - set(there)):
         near = did_you_mean(unknown[0], there)
         raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"{near}There is {', '.join(there)}.")
     for name, axis in axes.items():
         if not isinstance(axis, list) or not axis:
             raise UsageError(f"{path}: the axis {name} must be a list, and not empty.", hint=FORMAT)
-    _refuse_contradiction(axes, path)
+    _check_axes(axes, path)
     for values in product(*axes.values()):
-        point = _applying(dict(zip(axes, values, strict=True)))
-        if _does_something(point):
-            yield None, _recipe(point, f"{path}, [axes]")
+        point = _drop_idle(dict(zip(axes, values, strict=True)))
+        if _has_effect(point):
+            yield None, _build_recipe(point, f"{path}, [axes]")
 
 
-def _refuse_contradiction(axes: Mapping[str, Any], path: Path) -> None:
-    """Axes that say how to prune, quantize or calibrate where no cell does."""
+def _check_axes(axes: Mapping[str, Any], path: Path) -> None:
+    """Raise UsageError for axes that say how to prune, quantize or calibrate where no cell does."""
     prunes, quantizes = (any(map(_is_given, axes.get(name, ()))) for name in ("prune", "quantize"))
     methods = axes.get("method", (METHODS.first,)) if prunes else ()
-    calibrated = any(map(_looks_at_activations, methods))
+    calibrated = any(map(_needs_activations, methods))
     calibrated |= any(value in ROUNDINGS[1:] for value in axes.get("rounding", ()))
     calibrated |= any(map(_is_given, axes.get("smooth", ())))
     for names, does, what, hint in (
@@ -289,49 +292,49 @@ def _refuse_contradiction(axes: Mapping[str, Any], path: Path) -> None:
     ):
         if idle := [name for name in names if name in axes and not does]:
             raise UsageError(f"{path}: the axis {idle[0]} applies to {what}.", hint=hint)
-    has = set().union(*(_parameters_of(name) for name in (*methods, *axes.get("quantize", ()))))
+    has = set().union(*(_get_parameters(name) for name in (*methods, *axes.get("quantize", ()))))
     if idle := sorted(set(axes) - set(AXES) - has):
-        raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {_owners(idle[0])} it is one.")
+        raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {_name_owners(idle[0])} it is one.")
 
 
-def _looks_at_activations(method: Any) -> bool:
+def _needs_activations(method: Any) -> bool:
     return method in METHODS and METHODS[method].needs in ("norms", "products")
 
 
-def _applying(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A point of the axes without what its scheme and its method do not have."""
+def _drop_idle(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a point of the axes without what its scheme and its method do not have."""
     scheme = SCHEMES[point["quantize"]] if point.get("quantize") in SCHEMES else None
     idle = {"rounding"} if scheme and scheme.rounds == "batch" else set()
     idle |= {"smooth"} if scheme and scheme.rounds != "token" else set()
     idle |= set() if _is_given(point.get("quantize")) else set(ROUNDED)
     left = {name: value for name, value in point.items() if name not in idle}
-    return left if _calibrates(left) else {name: left[name] for name in left if name not in CALIBRATED}
+    return left if _is_calibrated(left) else {name: left[name] for name in left if name not in CALIBRATED}
 
 
-def _calibrates(point: Mapping[str, Any]) -> bool:
-    prunes = _is_given(point.get("prune")) and _looks_at_activations(point.get("method", METHODS.first))
+def _is_calibrated(point: Mapping[str, Any]) -> bool:
+    prunes = _is_given(point.get("prune")) and _needs_activations(point.get("method", METHODS.first))
     return prunes or point.get("rounding") in ROUNDINGS[1:] or _is_given(point.get("smooth"))
 
 
-def _parameters() -> list[str]:
-    """All parameters that a method or a scheme has, and that are no axes of every grid."""
+def _list_parameters() -> list[str]:
+    """List all parameters that a method or a scheme has, and that are no axes of every grid."""
     things = (*METHODS.usable()[0].values(), *SCHEMES.usable()[0].values())
     return [
         name for name in dict.fromkeys(each.name for thing in things for each in thing.parameters()) if name not in AXES
     ]
 
 
-def _parameters_of(name: Any) -> set[str]:
-    """Of the method or scheme of that name; none of what is neither."""
+def _get_parameters(name: Any) -> set[str]:
+    """Return the parameters of the method or scheme of that name; none of what is neither."""
     things = [registry[name] for registry in (METHODS, SCHEMES) if name in registry]
     return {each.name for thing in things for each in thing.parameters()}
 
 
-def _owners(parameter: str) -> str:
-    return ", ".join(name for name in (*METHODS, *SCHEMES) if parameter in _parameters_of(name))
+def _name_owners(parameter: str) -> str:
+    return ", ".join(name for name in (*METHODS, *SCHEMES) if parameter in _get_parameters(name))
 
 
-def _named(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe]:
+def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe]:
     point = dict(cell)
     name = point.pop("name", None)
     if name is not None and not isinstance(name, str):
@@ -339,104 +342,107 @@ def _named(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe]:
     if "steps" in point:
         return name, Recipe.from_dict(point, where)
     chosen = (point.get("method", METHODS.first) if _is_given(point.get("prune")) else None, point.get("quantize"))
-    there = [*AXES, *(name for name in _parameters() if name in set().union(*map(_parameters_of, chosen)))]
+    there = [*AXES, *(name for name in _list_parameters() if name in set().union(*map(_get_parameters, chosen)))]
     if unknown := sorted(set(point) - set(there)):
         near = did_you_mean(unknown[0], there)
         raise UsageError(
             f"{where}: unknown key {unknown[0]!r}.",
             hint=f"{near}There is name, {', '.join(there)}, or the steps of a recipe.",
         )
-    if not _does_something(point):
+    if not _has_effect(point):
         raise UsageError(f"{where}: it neither prunes nor quantizes.", hint=FORMAT)
     if not _is_given(point.get("quantize")) and (idle := [key for key in ROUNDED if _is_given(point.get(key))]):
         raise UsageError(f"{where}: {idle[0]} applies to quantization, and it does not quantize.", hint="Add quantize.")
-    return name, _recipe(point, where)
+    return name, _build_recipe(point, where)
 
 
-def _recipe(point: Mapping[str, Any], where: str) -> Recipe:
+def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
     given = {name: value for name, value in point.items() if _is_given(value) or name == "seed"}
     # What may be nothing is a text where there is something: "none" is nothing.
     said = {name: value for name, value in point.items() if value != "none"}
-    shared = _only(given, "layers") | {"scope": given.get("scope", list(DEFAULT_SCOPES))}
+    shared = _select(given, "layers") | {"scope": given.get("scope", list(DEFAULT_SCOPES))}
     steps = []
     if "prune" in given:
-        of_method = _parameters_of(given.get("method", METHODS.first)).difference(AXES)
-        steps.append(_only(given, "prune", "method", "seed") | _only(said, *of_method) | shared)
+        of_method = _get_parameters(given.get("method", METHODS.first)).difference(AXES)
+        steps.append(_select(given, "prune", "method", "seed") | _select(said, *of_method) | shared)
     if "quantize" in given:
-        of_scheme = _parameters_of(given["quantize"])
-        steps.append(_only(given, "quantize", *ROUNDED) | _only(said, *of_scheme) | shared)
-    more = _only(given, "module_map") | _calibration(given, where)
+        of_scheme = _get_parameters(given["quantize"])
+        steps.append(_select(given, "quantize", *ROUNDED) | _select(said, *of_scheme) | shared)
+    more = _select(given, "module_map") | _build_calibration(given, where)
     try:
         return Recipe.from_dict({"steps": steps} | more, where)
     except CompressknowError as error:
         raise UsageError(f"{where}: {error.what}", error.why, error.hint) from None
 
 
-def _calibration(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a recipe says of its calibration: the text, or a table of what `Calibration` has."""
+def _build_calibration(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a recipe's entry of its calibration: the text, or a table of what `Calibration` has."""
     said = given.get("calibration", {})
     table = dict(said) if isinstance(said, Mapping) else {"text": said}
     for name, key in (("tokens", "calibration_tokens"), ("seed", "seed")):
         if key in given and name in table:
             raise UsageError(f"{where}: calibration has {name} already.", hint=f"Leave out {key}.")
         table |= {name: given[key]} if key in given else {}
-    return {"calibration": table} if table and (_calibrates(given) or given.keys() & set(CALIBRATED)) else {}
+    return {"calibration": table} if table and (_is_calibrated(given) or given.keys() & set(CALIBRATED)) else {}
 
 
-def _only(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def _select(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}
 
 
-def _does_something(point: Mapping[str, Any]) -> bool:
+def _has_effect(point: Mapping[str, Any]) -> bool:
     return _is_given(point.get("prune")) or _is_given(point.get("quantize"))
 
 
 def _is_given(value: Any) -> bool:
-    """Lists of TOML cannot hold nothing: 0 prunes none, and "none" quantizes none."""
+    """Return whether a value says anything. Lists of TOML cannot hold nothing: 0 prunes none, and "none" quantizes
+    none."""
     return value is not None and value != "none" and not (isinstance(value, (int, float)) and value == 0)
 
 
-def _cells(recipes: Iterator[tuple[str | None, Recipe]] | Sequence[tuple[str | None, Recipe]]) -> tuple[Cell, ...]:
-    """Cells of recipes, each recipe once, under keys that are unique."""
+def _build_cells(
+    recipes: Iterator[tuple[str | None, Recipe]] | Sequence[tuple[str | None, Recipe]],
+) -> tuple[Cell, ...]:
+    """Return cells of recipes, each recipe once, under keys that are unique."""
     cells: dict[Recipe, Cell] = {}
     taken: set[str] = set()
     for name, recipe in recipes:
         if recipe in cells:
             continue
-        key = _slug(name) if name else key_of(recipe)
-        number = next(n for n in range(1, len(taken) + 2) if _numbered(key, n) not in taken)
-        cells[recipe] = Cell(_numbered(key, number), recipe)
-        taken.add(_numbered(key, number))
+        key = _slugify(name) if name else name_recipe(recipe)
+        number = next(n for n in range(1, len(taken) + 2) if _number(key, n) not in taken)
+        cells[recipe] = Cell(_number(key, number), recipe)
+        taken.add(_number(key, number))
     return tuple(cells.values())
 
 
-def _numbered(key: str, number: int) -> str:
+def _number(key: str, number: int) -> str:
     return key if number == 1 else f"{key}-{number}"
 
 
-def key_of(recipe: Recipe) -> str:
-    """A name for a recipe's folder.
+def name_recipe(recipe: Recipe) -> str:
+    """Return a name for a recipe's folder.
 
-    >>> key_of(recipe_of(Where(("attention",)), prune=0.2, quantize="int8"))
+    >>> name_recipe(recipe_of(Where(("attention",)), prune=0.2, quantize="int8"))
     'att-gpq-20-int8'
     """
     schemes = [step.scheme for step in recipe.steps if isinstance(step, Quantize) and not step.is_named]
-    return "-".join([_slug(recipe.setup), *dict.fromkeys(schemes), *_said_of(recipe.calibration)])
+    return "-".join([_slugify(recipe.setup), *dict.fromkeys(schemes), *_describe_calibration(recipe.calibration)])
 
 
-def _said_of(calibration: Calibration | None) -> Iterator[str]:
-    """What is not as usual of a calibration, for a key."""
+def _describe_calibration(calibration: Calibration | None) -> Iterator[str]:
+    """Yield what is not as usual of a calibration, for a key."""
     usual = Calibration()
     if calibration is None or calibration == usual:
         return
     if calibration.text != usual.text:
-        yield _slug(Path(calibration.text).name)
+        yield _slugify(Path(calibration.text).name)
     if calibration.tokens != usual.tokens:
         yield f"{calibration.tokens}-tokens"
     if calibration.seed != usual.seed:
         yield f"seed-{calibration.seed}"
 
 
-def _slug(text: str) -> str:
+def _slugify(text: str) -> str:
     # Of a folder whose name gets a number and a hash: no name is longer than 255 bytes.
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:240] or "cell"

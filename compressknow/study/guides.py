@@ -1,4 +1,4 @@
-"""What a size is fitted by: facts that a model knows, its own text, and how its weights are sensitive to both.
+"""Guides of a size: facts that a model knows, its own text, and how its weights are sensitive to both.
 
 Answers, text and sensitivity are kept: another size of the same model begins where types are chosen.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.facts import Fact, Probe
     from compressknow.evaluate.handle import ModelHandle
     from compressknow.model.checkpoint import Checkpoint
-    from compressknow.study.questions import Asked
+    from compressknow.study.batches import ScoredFact
     from compressknow.study.roundings import Roundings
 
 # Facts that guide, and the fewest that tell one weight from another.
@@ -48,14 +48,14 @@ _MOST_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Guides:
-    """The sensitivity of weights, and token ids as batches, which GPTQ runs over: those of facts with their objects, if
-    any are known to a causal model, and those of the text."""
+    """Sensitivity of weights, and token ids as batches, which GPTQ runs over: those of facts with their objects, if any
+    are known to a causal model, and those of the text."""
 
     sensitivity: Sensitivity
     texts: tuple[Batches, ...]
 
 
-def guides_of(
+def measure_guides(
     handle: ModelHandle,
     probes: Sequence[Probe],
     calibration: Calibration,
@@ -86,7 +86,7 @@ def guides_of(
         folder = default_answers_folder() / handle.sha256[:16]
         answers = probe_model(handle, probes, folder, Context(), on_progress=on_progress, wait=True)
         handle.release()
-    facts = known_facts(answers, probes)
+    facts = select_known_facts(answers, probes)
     if (known := sum(map(len, facts.values()))) < FEWEST:
         if guide != "text":
             raise UsageError(
@@ -95,10 +95,10 @@ def guides_of(
             )
         facts = {}
     checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
-    text = _text(handle, tree, calibration, on_progress)
-    asked = _asked(model.path, tree, answers, probes, facts, trusted)
-    sensitivity = _sensitivity(handle, checkpoint, tree, roundings, asked, facts, text, on_progress)
-    return Guides(sensitivity, (*_batches(asked), text.batches))
+    text = _get_text(handle, tree, calibration, on_progress)
+    asked = _score_facts(model.path, tree, answers, probes, facts, trusted)
+    sensitivity = _get_sensitivity(handle, checkpoint, tree, roundings, asked, facts, text, on_progress)
+    return Guides(sensitivity, (*_batch_facts(asked), text.batches))
 
 
 def open_facts(names: str | Sequence[str] | None) -> list[Probe]:
@@ -119,7 +119,7 @@ def open_facts(names: str | Sequence[str] | None) -> list[Probe]:
     return [each for each in opened if isinstance(each, Probe)]
 
 
-def known_facts(answers: Answers, probes: Iterable[Probe], most: int = FACTS) -> dict[str, list[Fact]]:
+def select_known_facts(answers: Answers, probes: Iterable[Probe], most: int = FACTS) -> dict[str, list[Fact]]:
     """Return facts with candidates that a model answered right, by probe: evenly over relations, the first of each in
     the probe's order; at most so many in all."""
     right = {(answer.probe, answer.fact_id) for answer in answers.answers if answer.correct}
@@ -138,43 +138,43 @@ def known_facts(answers: Answers, probes: Iterable[Probe], most: int = FACTS) ->
     return found
 
 
-def fingerprint_of_facts(facts: Mapping[str, Sequence[Fact]]) -> str:
-    """A hash of their ids, prompts and candidates."""
+def hash_facts(facts: Mapping[str, Sequence[Fact]]) -> str:
+    """Return a hash of their ids, prompts and candidates."""
     told = [(name, fact.id, fact.prompt, fact.candidates) for name, own in facts.items() for fact in own]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def _sensitivity(
+def _get_sensitivity(
     handle: ModelHandle,
     checkpoint: Checkpoint,
     tree: PreTrainedModel,
     roundings: Roundings,
-    asked: Sequence[Asked],
+    asked: Sequence[ScoredFact],
     facts: Mapping[str, Sequence[Fact]],
     text: CalibrationText,
     on_progress: Listener | None,
 ) -> Sensitivity:
-    """That of a checkpoint, measured now, or as it was stored when it was measured."""
+    """Measure the sensitivity of a checkpoint, or read it as it was stored when it was measured."""
     from compressknow.compress.calibrate.forward import NotApart
     from compressknow.engine.language_model import family_of, load_whole_tokenizer
+    from compressknow.study.batches import batch_facts, batch_text
     from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, measure
-    from compressknow.study.questions import fact_questions, text_batches
 
     guidance = Guidance(
         roundings.form,
         roundings.types,
         facts=len(asked),
-        fingerprint=fingerprint_of_facts(facts) if asked else None,
+        fingerprint=hash_facts(facts) if asked else None,
         tokens=min(text.tokens, TOKENS),
         text=text.sha256,
     )
-    place = _place_of(handle.sha256, guidance)
+    place = _get_place(handle.sha256, guidance)
     if (stored := read_sensitivity(place, handle.sha256, guidance)) is not None:
         return stored
     model, trusted = handle.located, handle.settings.trust_remote_code
     mask = load_whole_tokenizer(model.path, trust_remote_code=trusted).mask_token_id
-    texts = text_batches(_beginning(text), family_of(tree) or "", mask, text.seed)
-    questions = fact_questions(asked) if asked else None
+    texts = batch_text(_cut_text(text), family_of(tree) or "", mask, text.seed)
+    questions = batch_facts(asked) if asked else None
     try:
         with begun(on_progress, Stage("sensitivity", model.name)) as advance:
             measured = measure(checkpoint, tree, roundings, questions, texts, advance)
@@ -185,15 +185,15 @@ def _sensitivity(
     domains = [each.query.fact.subject for each in asked]
     rows = measured.rows(roundings, domains)
     told = {name: known for name, known in Counter(domains).items() if known >= FEWEST_OF_A_DOMAIN}
-    others = _numel(tree) - sum(prod(row.shape) for row in rows)
+    others = _count_weights(tree) - sum(prod(row.shape) for row in rows)
     found = Sensitivity(handle.sha256, guidance, rows, told, others)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_sensitivity(found, place)
     return found
 
 
-def _numel(tree: PreTrainedModel) -> int:
-    """How many weights a model has, those that share their storage once."""
+def _count_weights(tree: PreTrainedModel) -> int:
+    """Count the weights of a model, those that share their storage once."""
     from compressknow.model.groups import structure_of
 
     structure = structure_of(tree)
@@ -201,44 +201,44 @@ def _numel(tree: PreTrainedModel) -> int:
     return sum(prod(shape) for name, shape in structure.parameters.items() if name not in others)
 
 
-def _place_of(sha256: str, guidance: Guidance) -> Path:
+def _get_place(sha256: str, guidance: Guidance) -> Path:
     key = hashlib.sha256(repr(guidance).encode()).hexdigest()
     return cache_folder() / "sensitivity" / f"{sha256[:16]}-{key[:16]}.json"
 
 
-def _asked(
+def _score_facts(
     folder: Path,
     tree: PreTrainedModel,
     answers: Answers,
     probes: Sequence[Probe],
     facts: Mapping[str, Sequence[Fact]],
     trusted: bool,
-) -> list[Asked]:
-    """The facts as the model reads them, and what it answered."""
+) -> list[ScoredFact]:
+    """Return the facts as the model reads them, and what it answered."""
     from compressknow.engine.language_model import family_of, load_whole_tokenizer
     from compressknow.evaluate.scoring.families import scorer_for
-    from compressknow.study.questions import Asked
+    from compressknow.study.batches import ScoredFact
 
     tokenizer = load_whole_tokenizer(folder, trust_remote_code=trusted)
-    asked: list[Asked] = []
+    asked: list[ScoredFact] = []
     for probe in probes:
         scorer = scorer_for(tree, tokenizer, family_of(tree) or "", probe)
         own = {answer.fact_id: answer for answer in answers.of(probe.name)}
         queries = [scorer.query(fact) for fact in facts.get(probe.name, ())]
-        asked += [Asked(scorer, query, own[query.fact.id]) for query in queries if not isinstance(query, str)]
+        asked += [ScoredFact(scorer, query, own[query.fact.id]) for query in queries if not isinstance(query, str)]
     return asked
 
 
-def _batches(asked: Sequence[Asked]) -> list[Batches]:
-    """Token ids of facts with their objects, but for the last token, after which nothing is predicted."""
-    from compressknow.gguf.gptq import batches_of
+def _batch_facts(asked: Sequence[ScoredFact]) -> list[Batches]:
+    """Return token ids of facts with their objects, but for the last token, after which nothing is predicted."""
+    from compressknow.gguf.gptq import batch_sequences
 
     sequences = [[*each.query.prompt, *each.query.gold[:-1]] for each in asked if each.scorer.family == "causal"]
-    return [batches_of(sequences)] if sequences else []
+    return [batch_sequences(sequences)] if sequences else []
 
 
-def _beginning(text: CalibrationText) -> list[dict[str, torch.Tensor]]:
-    """Batches of the first tokens of a text."""
+def _cut_text(text: CalibrationText) -> list[dict[str, torch.Tensor]]:
+    """Return batches of the first tokens of a text."""
     found: list[dict[str, torch.Tensor]] = []
     left = TOKENS
     for batch in text.batches:
@@ -250,15 +250,15 @@ def _beginning(text: CalibrationText) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def _text(
+def _get_text(
     handle: ModelHandle, tree: PreTrainedModel, calibration: Calibration, on_progress: Listener | None
 ) -> CalibrationText:
-    """The text, which a model that writes its own writes once."""
+    """Return the text, which a model that writes its own writes once."""
     from compressknow.compress.calibrate.text import calibration_text
 
     key = hashlib.sha256(json.dumps([handle.sha256, asdict(calibration)]).encode()).hexdigest()
     file = cache_folder() / "texts" / f"{key[:32]}.json"
-    if calibration.text == "self" and (stored := _stored_text(file)) is not None:
+    if calibration.text == "self" and (stored := _read_text(file)) is not None:
         return stored
     folder, trusted = handle.located.path, handle.settings.trust_remote_code
     with begun(on_progress, Stage(calibration.work, handle.located.name)) as advance:
@@ -279,7 +279,7 @@ def _text(
     return text
 
 
-def _stored_text(file: Path) -> CalibrationText | None:
+def _read_text(file: Path) -> CalibrationText | None:
     import torch
 
     from compressknow.compress.calibrate.text import CalibrationText, sha256_of_batches

@@ -1,4 +1,4 @@
-"""A sensitivity as a map: what each layer and module bears, what the next MB buys, and the page that shows it."""
+"""Map of a sensitivity: what rounding each layer and module costs, what the next MB buys, and the page of both."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Map:
-    """The sensitivity of a model, by layer, module and domain.
+    """Sensitivity of a model, by layer, module and domain.
 
     Attributes
     ----------
@@ -81,22 +81,24 @@ class Map:
 
     @cached_property
     def ranked(self) -> list[TensorSensitivity]:
-        """The weights, those first that bear least for what 4 bits of them save."""
+        """Return the weights, the most sensitive for what 4 bits of them save first."""
         return self.sensitivity.ranked(self.guide)
 
     def by_layer(self) -> dict[str, Weights]:
-        """The weights of each layer, and of each group outside the layers."""
-        return _grouped(sorted(self.sensitivity.rows, key=_order), lambda row: row.place)
+        """Return the weights of each layer, and of each group outside the layers."""
+        return _group(sorted(self.sensitivity.rows, key=_rank_place), lambda row: row.place)
 
     def by_module(self) -> dict[str, Weights]:
-        """The weights of each kind of module."""
-        return _grouped(
-            sorted(self.sensitivity.rows, key=_order), lambda row: row.module if _is_inside(row) else row.group
+        """Return the weights of each kind of module."""
+        return _group(
+            sorted(self.sensitivity.rows, key=_rank_place), lambda row: row.module if _is_inside(row) else row.group
         )
 
     def grid(self, figure: Callable[[Weights], float | None]) -> Grid:
-        """A figure of the weights of each layer and module; of a weight outside the layers a row of its own."""
-        modules = [*dict.fromkeys(row.module for row in sorted(self.sensitivity.rows, key=_order) if _is_inside(row))]
+        """Return a figure of the weights of each layer and module; a weight outside the layers has a row of its own."""
+        modules = [
+            *dict.fromkeys(row.module for row in sorted(self.sensitivity.rows, key=_rank_place) if _is_inside(row))
+        ]
         cells = []
         for rows in self.by_layer().values():
             own = [[row for row in rows if row.module == module] for module in modules]
@@ -107,12 +109,12 @@ class Map:
 
     @property
     def others(self) -> int:
-        """Bytes of what has 16 bits whatever is chosen: norms, biases, weights that were not measured."""
+        """Return the bytes of what has 16 bits whatever is chosen: norms, biases, weights that were not measured."""
         return 2 * self.sensitivity.others
 
     @cached_property
     def table(self) -> OptionTable:
-        """What each weight takes and loses by type."""
+        """Return what each weight takes and loses by type."""
         return {
             row.name: {name: Option(each.bytes, each.kl(self.guide)) for name, each in row.by_type.items()}
             for row in self.sensitivity.rows
@@ -120,19 +122,19 @@ class Map:
 
     @cached_property
     def frontier(self) -> tuple[Size, ...]:
-        """The least KL at sizes from the smallest to the largest, a type for each weight."""
+        """Return the least KL at sizes from the smallest to the largest, a type for each weight."""
         low, high = (
             self.others + sum(end(option.nbytes for option in options.values()) for options in self.table.values())
             for end in (min, max)
         )
         budgets = {round(low * (high / low) ** (step / (BUDGETS - 1))) for step in range(BUDGETS)}
-        found = {Size(each.nbytes, each.loss) for each in map(self._fitted, sorted(budgets))}
+        found = {Size(each.nbytes, each.loss) for each in map(self._fit, sorted(budgets))}
         return tuple(sorted(found))
 
     @cached_property
     def uniform(self) -> tuple[Size, ...]:
-        """All weights of one type each, the largest first: those types that all rows fit, or llama.cpp's fallback of
-        them does."""
+        """Return all weights of one type each, the largest first: those types that all rows fit, or llama.cpp's
+        fallback of them does."""
         found = []
         for type in self.sensitivity.guidance.types:
             kinds = (type, _FALLBACKS.get(type, type))
@@ -146,16 +148,17 @@ class Map:
         return tuple(found)
 
     def at(self, nbytes: int) -> Size:
-        """The least KL within so many bytes."""
-        found = self._fitted(nbytes)
+        """Return the least KL within so many bytes."""
+        found = self._fit(nbytes)
         return Size(found.nbytes, found.loss)
 
-    def _fitted(self, nbytes: int) -> Allocation:
+    def _fit(self, nbytes: int) -> Allocation:
         return allocate(self.table, nbytes, overhead=self.others)
 
 
-def kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
-    """The KL of some weights for each MB that they save, all of them rounded to 4 bits; that of a domain's facts."""
+def compute_kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
+    """Return the KL of some weights for each MB that they save, all of them rounded to 4 bits; that of a domain's
+    facts."""
     kl = sum(
         row.by_type[row.compared].kl(guide) * (1.0 if domain is None else row.by_domain.get(domain, 1.0))
         for row in rows
@@ -163,17 +166,17 @@ def kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
     return kl / sum(row.saved for row in rows) * 1e6
 
 
-def at_risk(rows: Weights) -> float | None:
-    """The share of facts that rounding some weights to 4 bits is expected to make the model forget: the sum, 1 at most.
-    None where no facts guided."""
+def compute_risk(rows: Weights) -> float | None:
+    """Return the share of facts that rounding some weights to 4 bits is expected to make the model forget: the sum, 1
+    at most. None where no facts guided."""
     shares = [row.by_type[row.compared].at_risk for row in rows]
     return None if None in shares else min(1.0, sum(share for share in shares if share is not None))
 
 
-def millinats(kl: float) -> str:
-    """A KL in thousandths of a nat, to two digits.
+def format_millinats(kl: float) -> str:
+    """Format a KL in thousandths of a nat, to two digits.
 
-    >>> millinats(0.16433), millinats(0.05582), millinats(0.0000123), millinats(0.0)
+    >>> format_millinats(0.16433), format_millinats(0.05582), format_millinats(0.0000123), format_millinats(0.0)
     ('164', '56', '0.012', '0')
     """
     value = 1000 * kl
@@ -184,12 +187,12 @@ def _is_inside(row: TensorSensitivity) -> bool:
     return row.layer is not None
 
 
-def _order(row: TensorSensitivity) -> tuple[bool, str, int]:
-    """Encoder, decoder, then what lies outside; measured was from the last layer to the first."""
+def _rank_place(row: TensorSensitivity) -> tuple[bool, str, int]:
+    """Sort encoder, decoder, then what lies outside; weights were measured from the last layer to the first."""
     return row.layer is None, {"encoder": "", None: ""}.get(row.stack, "decoder"), row.layer or 0
 
 
-def _grouped(rows: Iterable[TensorSensitivity], key: Callable[[TensorSensitivity], str]) -> dict[str, Weights]:
+def _group(rows: Iterable[TensorSensitivity], key: Callable[[TensorSensitivity], str]) -> dict[str, Weights]:
     found: dict[str, list[TensorSensitivity]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
@@ -197,20 +200,20 @@ def _grouped(rows: Iterable[TensorSensitivity], key: Callable[[TensorSensitivity
 
 
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
-    """Write it in the formats that the names of the files ask for."""
+    """Write the map in the formats that the names of the files ask for."""
 
     written: Mapping[str, Callable[[Map], str]] = {
         **{".html": render_map_html, ".md": render_map_markdown},
-        **{".csv": _csv, ".json": _json},
+        **{".csv": _to_csv, ".json": _to_json},
     }
     write_formats(lambda path: written[path.suffix.lower()](map), files, overwrite=overwrite)
 
 
-def _json(map: Map) -> str:
+def _to_json(map: Map) -> str:
 
     sensitivity = map.sensitivity.as_json()
     values = {
-        **{"schema": sensitivity["schema"], "verdict": verdict(map), "model": map.model, "guide": map.guide},
+        **{"schema": sensitivity["schema"], "verdict": write_verdict(map), "model": map.model, "guide": map.guide},
         **sensitivity,
         "frontier": [{"bytes": size.nbytes, "kl": size.kl} for size in map.frontier],
         "uniform": [{"type": size.type, "bytes": size.nbytes, "kl": size.kl} for size in map.uniform],
@@ -219,15 +222,15 @@ def _json(map: Map) -> str:
     return json.dumps(values, indent=1) + "\n"
 
 
-def _csv(map: Map) -> str:
+def _to_csv(map: Map) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows(_rows(map.sensitivity))
+    writer.writerows(_list_rows(map.sensitivity))
     return text.getvalue()
 
 
-def _rows(sensitivity: Sensitivity) -> Iterator[tuple[object, ...]]:
+def _list_rows(sensitivity: Sensitivity) -> Iterator[tuple[object, ...]]:
     for row in sensitivity.rows:
         place = row.name, row.group, row.stack, row.layer, row.module, *row.shape
         for name, rounding in row.by_type.items():
@@ -253,25 +256,25 @@ _CURVE_NOTE = (
 
 
 def render_map_html(map: Map) -> str:
-    """The page: the same sensitivity gives the same bytes."""
-    return html_page("sections.html.j2", page=map_page(map, charts=True))
+    """Render the page: the same sensitivity gives the same bytes."""
+    return html_page("sections.html.j2", page=build_page(map, charts=True))
 
 
 def render_map_markdown(map: Map) -> str:
-    """The same as GitHub-flavoured Markdown, without its charts and the tables of domains."""
-    return markdown_page("sections.md.j2", page=map_page(map, charts=False))
+    """Render the same as GitHub-flavoured Markdown, without its charts and the tables of domains."""
+    return markdown_page("sections.md.j2", page=build_page(map, charts=False))
 
 
-def map_page(map: Map, *, charts: bool) -> Page:
-    """The map as text, with its charts."""
+def build_page(map: Map, *, charts: bool) -> Page:
+    """Return the map as text, with its charts."""
     parts: Mapping[tuple[str, str], Iterator[Part]] = {
-        ("maps", "Where the knowledge sits"): _maps(map),
-        ("risk", "Facts at risk"): _risk(map),
-        ("weights", "The most and the least sensitive"): _extremes(map),
-        ("layers", "Layers and modules"): _sums(map),
-        ("sizes", "What the next MB buys"): _sizes(map),
-        ("method", "Method and limits"): iter([Sentences(_method(map))]),
-        ("run", "The run"): iter([Entries(_run(map))]),
+        ("maps", "Where the knowledge sits"): _build_maps(map),
+        ("risk", "Facts at risk"): _build_risk(map),
+        ("weights", "The most and the least sensitive"): _list_extremes(map),
+        ("layers", "Layers and modules"): _tabulate_sums(map),
+        ("sizes", "What the next MB buys"): _plot_sizes(map),
+        ("method", "Method and limits"): iter([Sentences(_describe_method(map))]),
+        ("run", "The run"): iter([Entries(_list_run(map))]),
     }
     shown = (
         Shown(id, title, tuple(drawn(found, id, charts)), look="text" if id in ("method", "run") else "wide")
@@ -279,38 +282,38 @@ def map_page(map: Map, *, charts: bool) -> Page:
     )
     return Page(
         kind="map",
-        title=f"{headline(map)}: {plain(map.model, 60)}",
+        title=f"{write_headline(map)}: {plain(map.model, 60)}",
         models=plain(map.model, 80),
-        headline=headline(map),
-        verdict=verdict(map),
+        headline=write_headline(map),
+        verdict=write_verdict(map),
         warnings=(),
         sections=tuple(section for section in shown if section.parts),
         unlisted=0,
     )
 
 
-def headline(map: Map) -> str:
-    """What stands above everything."""
-    first = name_of(map.ranked[0])
+def write_headline(map: Map) -> str:
+    """Return the line that stands above everything."""
+    first = name_weight(map.ranked[0])
     return f"{first[0].upper()}{first[1:]} matters most for its size"
 
 
-def verdict(map: Map) -> str:
-    """Which weights and layers matter most, in figures."""
+def write_verdict(map: Map) -> str:
+    """Return which weights and layers matter most, in figures."""
     first, figures = map.ranked[0], [row.per_mb(map.guide) for row in map.ranked]
     middle = median(figures)
     times = f", {number(figures[0] / middle, 0)} times the median weight" if middle else ""
-    layers = {name: kl_per_mb(rows, map.guide) for name, rows in map.by_layer().items()}
+    layers = {name: compute_kl_per_mb(rows, map.guide) for name, rows in map.by_layer().items()}
+    most, least = max(layers, key=layers.__getitem__), min(layers, key=layers.__getitem__)
     return (
-        f"Rounding it to {first.compared} costs a KL of {millinats(figures[0])} {_UNIT} saved{times}. The tenth of the "
-        f"bytes that matters most makes {share(_share_of_a_tenth(map))} of the loss. For its size, "
-        f"{max(layers, key=layers.__getitem__)} matters most of all layers, and {min(layers, key=layers.__getitem__)} "
-        "least."
+        f"Rounding it to {first.compared} costs a KL of {format_millinats(figures[0])} {_UNIT} saved{times}. The tenth "
+        f"of the bytes that matters most makes {share(_share_of_top_tenth(map))} of the loss. For its size, {most} "
+        f"matters most of all layers, and {least} least."
     )
 
 
-def _share_of_a_tenth(map: Map) -> float:
-    """The share of the loss at 4 bits that the most sensitive tenth of the bytes makes, of a weight in part."""
+def _share_of_top_tenth(map: Map) -> float:
+    """Return the share of the loss at 4 bits that the most sensitive tenth of the bytes makes, of a weight in part."""
     losses = [row.by_type[row.compared].kl(map.guide) for row in map.ranked]
     left, found = sum(row.saved for row in map.ranked) / 10, 0.0
     for row, loss in zip(map.ranked, losses, strict=True):
@@ -319,25 +322,25 @@ def _share_of_a_tenth(map: Map) -> float:
     return found / sum(losses) if sum(losses) else 0.0
 
 
-def name_of(row: TensorSensitivity) -> str:
-    """Layer and module."""
+def name_weight(row: TensorSensitivity) -> str:
+    """Return layer and module."""
     return f"{row.place} {plain(row.module, 60)}"
 
 
-def _maps(map: Map) -> Iterator[Part]:
-    grids = dict(_grids(map))
+def _build_maps(map: Map) -> Iterator[Part]:
+    grids = dict(_list_grids(map))
     figures = [figure for grid in grids.values() for figure in grid.figures]
     if not figures:
         return
     bounds = bounds_of(figures)
     svgs = {
-        name: heat_map(grid, f"map-{i}", f"KL per MB saved: {name}", bounds=bounds, write=millinats, form=NARROW)
+        name: heat_map(grid, f"map-{i}", f"KL per MB saved: {name}", bounds=bounds, write=format_millinats, form=NARROW)
         for i, (name, grid) in enumerate(grids.items())
     }
     yield Charts(tuple(Drawn(Markup(svg), title=name) for name, svg in svgs.items() if svg))
     yield Note("", drawn=_MAP_NOTE)
     tables = tuple(
-        _grid_table(f"KL of {name[0].lower()}{name[1:]} by layer and module, {_UNIT} saved", grid, millinats)
+        _tabulate_grid(f"KL of {name[0].lower()}{name[1:]} by layer and module, {_UNIT} saved", grid, format_millinats)
         for name, grid in grids.items()
     )
     yield Folded("The first map as a table", tables[:1])
@@ -345,37 +348,37 @@ def _maps(map: Map) -> Iterator[Part]:
         yield Folded("The other maps as tables", tables[1:], in_text=False)
 
 
-def _grids(map: Map) -> Iterator[tuple[str, Grid]]:
-    """Of all facts, of text, and of each domain's facts, the largest first."""
+def _list_grids(map: Map) -> Iterator[tuple[str, Grid]]:
+    """Yield the map of all facts, of text, and of each domain's facts, the largest first."""
     guidance = map.sensitivity.guidance
     if guidance.facts:
-        yield f"All {count(guidance.facts)} facts", map.grid(partial(kl_per_mb, guide="facts"))
+        yield f"All {count(guidance.facts)} facts", map.grid(partial(compute_kl_per_mb, guide="facts"))
     if guidance.tokens:
-        yield "Text", map.grid(partial(kl_per_mb, guide="text"))
+        yield "Text", map.grid(partial(compute_kl_per_mb, guide="text"))
     for domain, known in sorted(map.sensitivity.domains.items(), key=lambda each: (-each[1], each[0])):
         name = plain(domain, 40)
         yield (
             f"{name[:1].upper()}{name[1:]}: {count(known)} facts",
-            map.grid(partial(kl_per_mb, guide="facts", domain=domain)),
+            map.grid(partial(compute_kl_per_mb, guide="facts", domain=domain)),
         )
 
 
-def _risk(map: Map) -> Iterator[Part]:
+def _build_risk(map: Map) -> Iterator[Part]:
     if not map.sensitivity.guidance.facts:
         return
-    grid = map.grid(at_risk)
+    grid = map.grid(compute_risk)
     if svg := heat_map(grid, "risk-map", "Facts at risk by layer and module", write=share, form=NARROW):
         yield Charts((Drawn(Markup(svg)),))
         yield Note("", drawn=_RISK_NOTE)
     if not grid.figures:
         yield Text("None: the model is so sure of what it knows that no single weight at 4 bits changes an answer.")
         return
-    table = _grid_table("Facts at risk by layer and module, each rounded to 4 bits alone", grid, share)
+    table = _tabulate_grid("Facts at risk by layer and module, each rounded to 4 bits alone", grid, share)
     yield Folded("The map as a table", (table,))
 
 
-def _grid_table(caption: str, grid: Grid, write: Callable[[float], str]) -> Table:
-    """The map as figures; those of rows of one figure have a column of their own."""
+def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> Table:
+    """Return the map as figures; those of rows of one figure have a column of their own."""
     alone = any(len(cells) != len(grid.columns) for cells in grid.cells)
     columns = (*grid.columns, *(["outside"] if alone else []))
     rows = []
@@ -389,28 +392,34 @@ def _grid_table(caption: str, grid: Grid, write: Callable[[float], str]) -> Tabl
 WEIGHT_COLUMNS = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Mostly of")
 
 
-def _extremes(map: Map) -> Iterator[Part]:
+def _list_extremes(map: Map) -> Iterator[Part]:
     shown = min(SHOWN, -(-len(map.ranked) // 2))
-    yield _weights_table(
+    yield _tabulate_weights(
         f"The {count(shown)} most sensitive weights, by {_BY[map.guide]}", map.ranked[:shown], map.guide
     )
     if least := map.ranked[shown:][-shown:][::-1]:
-        yield _weights_table(f"The {count(len(least))} least sensitive weights", least, map.guide)
+        yield _tabulate_weights(f"The {count(len(least))} least sensitive weights", least, map.guide)
     yield Note(f"KL in {_UNIT} that rounding to 4 bits saves, against 16.")
 
 
-def _weights_table(caption: str, rows: Weights, guide: Guide) -> Table:
-    return Table(caption, WEIGHT_COLUMNS, tuple(_weight_row(row, guide) for row in rows))
+def _tabulate_weights(caption: str, rows: Weights, guide: Guide) -> Table:
+    return Table(caption, WEIGHT_COLUMNS, tuple(_describe_weight(row, guide) for row in rows))
 
 
-def _weight_row(row: TensorSensitivity, guide: Guide) -> tuple[str, ...]:
+def _describe_weight(row: TensorSensitivity, guide: Guide) -> tuple[str, ...]:
     kind = row.by_type[row.compared]
     domain = max(row.by_domain, key=row.by_domain.__getitem__, default=None)
     mostly = f"{plain(domain, 40)} (x {row.by_domain[domain]:.1f})" if domain else "-"
-    return name_of(row), millinats(row.per_mb(guide)), share(kind.at_risk), f"{size(kind.bytes)} {row.compared}", mostly
+    return (
+        name_weight(row),
+        format_millinats(row.per_mb(guide)),
+        share(kind.at_risk),
+        f"{size(kind.bytes)} {row.compared}",
+        mostly,
+    )
 
 
-def _sums(map: Map) -> Iterator[Part]:
+def _tabulate_sums(map: Map) -> Iterator[Part]:
     saved = sum(row.saved for row in map.sensitivity.rows)
     for caption, kind, groups in (
         ("Modules, over all layers", "Module", map.by_module()),
@@ -419,8 +428,8 @@ def _sums(map: Map) -> Iterator[Part]:
         rows = tuple(
             (
                 plain(name, 60),
-                millinats(kl_per_mb(own, map.guide)),
-                share(at_risk(own)),
+                format_millinats(compute_kl_per_mb(own, map.guide)),
+                share(compute_risk(own)),
                 share(sum(row.saved for row in own) / saved),
             )
             for name, own in groups.items()
@@ -431,16 +440,20 @@ def _sums(map: Map) -> Iterator[Part]:
         yield table if kind == "Module" else Folded("By layer", (table,))
 
 
-def _sizes(map: Map) -> Iterator[Part]:
+def _plot_sizes(map: Map) -> Iterator[Part]:
     sizes = tuple(
         (each.type, size(each.nbytes), number(each.kl), number(map.at(each.nbytes).kl)) for each in map.uniform
     )
     columns = ("All weights of one type", "Size of the weights", "Predicted KL", "A type for each")
-    curve = Chart("Predicted KL by size", _told(map), partial(_draw_curve, map=map), height=260)
+    curve = Chart("Predicted KL by size", _describe_curve(map), partial(_draw_curve, map=map), height=260)
     yield Beside(curve, Table("What one type for all loses, and what a choice at the same size does", columns, sizes))
     yield Note("", drawn=_CURVE_NOTE)
     steps = [
-        (size(here.nbytes), number(here.kl), millinats((here.kl - there.kl) / (there.nbytes - here.nbytes) * 1e6))
+        (
+            size(here.nbytes),
+            number(here.kl),
+            format_millinats((here.kl - there.kl) / (there.nbytes - here.nbytes) * 1e6),
+        )
         for here, there in pairwise(map.frontier)
     ]
     last = [(size(each.nbytes), number(each.kl), "-") for each in map.frontier[-1:]]
@@ -449,7 +462,7 @@ def _sizes(map: Map) -> Iterator[Part]:
     yield Folded("The line as a table", (line,))
 
 
-def _told(map: Map) -> str:
+def _describe_curve(map: Map) -> str:
     ends = " to ".join(f"{number(each.kl)} at {size(each.nbytes)}" for each in (map.frontier[0], map.frontier[-1]))
     return f"From {ends}. The table beside the chart has the sizes of single types."
 
@@ -470,7 +483,7 @@ def _draw_curve(plot: Axes, *, map: Map) -> None:
     draw_labels(plot, marks)
 
 
-def _method(map: Map) -> tuple[str, ...]:
+def _describe_method(map: Map) -> tuple[str, ...]:
     guidance = map.sensitivity.guidance
     facts = (
         f"{count(guidance.facts)} facts that the model knows, evenly over relations, and the five best candidates of "
@@ -490,17 +503,17 @@ def _method(map: Map) -> tuple[str, ...]:
         "changes much is underestimated.",
         *(facts if guidance.facts else ()),
         *(text if guidance.tokens else ()),
-        f"A weight is compared by {_compared(map)}, and what that saves against 16 bits. One type predicts for another "
-        "by their squared errors.",
-        *_of_llama_cpp(map),
+        f"A weight is compared by {_name_compared(map)}, and what that saves against 16 bits. One type predicts for "
+        "another by their squared errors.",
+        *_explain_fallbacks(map),
     )
 
 
-def _compared(map: Map) -> str:
+def _name_compared(map: Map) -> str:
     return " or ".join(sorted({row.compared for row in map.sensitivity.rows}))
 
 
-def _of_llama_cpp(map: Map) -> Iterator[str]:
+def _explain_fallbacks(map: Map) -> Iterator[str]:
     if map.sensitivity.guidance.form == "gguf":
         yield (
             "All weights of one type are what llama-quantize --pure writes, a fallback of llama.cpp's where a row does "
@@ -509,18 +522,18 @@ def _of_llama_cpp(map: Map) -> Iterator[str]:
         )
 
 
-def _run(map: Map) -> tuple[Entry, ...]:
+def _list_run(map: Map) -> tuple[Entry, ...]:
     sensitivity, guidance = map.sensitivity, map.sensitivity.guidance
     entries = [
         Entry("Model", plain(map.model, 120), code=True),
-        _hash("SHA-256", sensitivity.sha256),
-        _hash("Facts", guidance.fingerprint),
-        _hash("Text", guidance.text),
+        _build_hash("SHA-256", sensitivity.sha256),
+        _build_hash("Facts", guidance.fingerprint),
+        _build_hash("Text", guidance.text),
         Entry("Ranked by", _BY[map.guide]),
         Entry("Versions", f"compressknow {__version__}"),
     ]
     return tuple(entry for entry in entries if entry)
 
 
-def _hash(label: str, sha256: str | None) -> Entry | None:
+def _build_hash(label: str, sha256: str | None) -> Entry | None:
     return Entry(label, sha256[:12], code=True, full=sha256) if sha256 else None

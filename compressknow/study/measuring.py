@@ -1,11 +1,11 @@
-"""Measuring a sensitivity: to first order, what rounding each weight alone changes of scores, and what KL that makes.
+"""Measure a sensitivity: to first order, what rounding each weight alone changes of scores, and what KL that makes.
 
 Of every weight W and type, D is what rounding takes W to, less W. The change of a score is the sum of g . D x over the
 tokens, where x is what W is multiplied with and g the gradient of the score at the product: one backward pass for all
 weights and types. With the changes dz of the log-probabilities of a fact's best candidates, p their softmax, the KL
 divergence of their distribution is 1/2 dz' (diag p - p p') dz, to second order. A fact is at risk by the probability
 that its margin, the score of its object less that of the best other candidate, changes its sign, where the change is
-normal with the mean square that was measured. For text see `compressknow.study.questions`.
+normal with the mean square that was measured. For text see `compressknow.study.batches`.
 
 Means over text are robust: where a piece begins, models keep attention sinks with activations of hundreds of times the
 usual size. To first order rounding there changes everything, in truth little, for what reads a sink is normalized. So
@@ -29,7 +29,7 @@ from compressknow.compress.sources import Sources
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import OpenFiles
-from compressknow.study.questions import Questions
+from compressknow.study.batches import FactBatches
 from compressknow.study.roundings import Roundings
 from compressknow.study.sensitivity import Rounding, TensorSensitivity
 
@@ -51,7 +51,7 @@ FEWEST_OF_A_DOMAIN = 5
 
 
 class Weight(NamedTuple):
-    """Where a weight lies, and its shape [out, in]."""
+    """Place of a weight, and its shape [out, in]."""
 
     group: str
     layer: int | None
@@ -60,8 +60,8 @@ class Weight(NamedTuple):
 
 
 class PerError(NamedTuple):
-    """What each fact bears per squared error of a weight, float64 [facts], the mean over the types that were tried: KL
-    in nats, and the square of the change of its margin."""
+    """Loss of each fact per squared error of a weight, float64 [facts], the mean over the types that were tried: KL in
+    nats, and the square of the change of its margin."""
 
     kl: torch.Tensor
     moved: torch.Tensor
@@ -94,22 +94,22 @@ class Measured:
         """Return the sensitivity of each weight; `domains` are those of the facts."""
         found = []
         for name, weight in self.weights.items():
-            tried = roundings.tried(weight.shape)
-            facts, per_token = self.per_error(name, tried), self._text_per_error(name, tried)
+            tried = roundings.list_measured(weight.shape)
+            facts, per_token = self.compute_per_error(name, tried), self._compute_text_per_error(name, tried)
             types = {}
-            for type in roundings.legal(weight.shape):
+            for type in roundings.list_legal(weight.shape):
                 error = self.errors[name, type]
                 kl = None if facts is None else float(facts.kl.mean()) * error
                 text = None if per_token is None else per_token * error
-                risk = None if facts is None else self._at_risk(facts.moved * error)
+                risk = None if facts is None else self._estimate_risk(facts.moved * error)
                 types[type] = Rounding(roundings.nbytes(type, weight.shape), kl, text, risk)
-            by_domain = _by_domain(facts.kl, domains) if facts is not None else {}
+            by_domain = _compare_domains(facts.kl, domains) if facts is not None else {}
             place = (weight.stack, module_in_block(name), by_domain)
             found.append(TensorSensitivity(name, weight.shape, weight.group, weight.layer, types, *place))
         return tuple(found)
 
-    def per_error(self, name: str, tried: Sequence[str]) -> PerError | None:
-        """What facts bear per squared error of a weight; None where there are no facts.
+    def compute_per_error(self, name: str, tried: Sequence[str]) -> PerError | None:
+        """Return the loss of facts per squared error of a weight; None where there are no facts.
 
         What one rounding happens to change of some facts is a matter of luck: types are told apart by their errors,
         weights by what all types do.
@@ -121,27 +121,29 @@ class Measured:
         changes = torch.stack([self.facts[name, type] for type in own], 1).double()
         objects, others, _ = self.margins
         return PerError(
-            (divergence(self.scores, changes, self.owners) / errors).mean(1),
+            (compute_divergence(self.scores, changes, self.owners) / errors).mean(1),
             ((changes[objects] - changes[others]).square() / errors).mean(1),
         )
 
     @cached_property
     def margins(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each fact the number of its object and of the best other candidate, and how far apart their scores are."""
+        """Return the numbers of each fact's object and best other candidate, and how far apart their scores are."""
         objects = torch.searchsorted(self.owners, torch.arange(int(self.owners[-1]) + 1))
         others = self.scores.double().index_fill(0, objects, -torch.inf)
         order = others.argsort(descending=True)
         best = order[self.owners[order].argsort(stable=True)][objects]
         return objects, best, self.scores.double()[objects] - others[best]
 
-    def _at_risk(self, squares: torch.Tensor) -> float:
-        """The mean probability that the margin of a fact changes its sign, where its change has this mean square."""
+    def _estimate_risk(self, squares: torch.Tensor) -> float:
+        """Return the mean probability that the margin of a fact changes its sign, where its change has this mean
+        square."""
         *_, margins = self.margins
         return float(torch.special.ndtr(-margins / squares.sqrt().clamp_min(1e-12)).mean())
 
-    def _text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
-        """KL of text per squared error of a weight, the mean over what was tried; None where there is no text."""
-        divergences = {type: self.kl_of_text(name, type) for type in tried}
+    def _compute_text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
+        """Return the KL of text per squared error of a weight, the mean over what was tried; None where there is no
+        text."""
+        divergences = {type: self.compute_text_kl(name, type) for type in tried}
         found = [
             kl / self.errors[name, type]
             for type, kl in divergences.items()
@@ -149,15 +151,15 @@ class Measured:
         ]
         return sum(found) / len(found) if found else None if None in divergences.values() else 0.0
 
-    def kl_of_facts(self, name: str, type: str) -> float | None:
-        """The mean over facts, nats, of a type that was tried; None where there are no facts."""
+    def compute_fact_kl(self, name: str, type: str) -> float | None:
+        """Return the mean over facts, nats, of a type that was tried; None where there are no facts."""
         changes = self.facts.get((name, type))
         if changes is None:
             return None
-        return float(divergence(self.scores, changes, self.owners).mean())
+        return float(compute_divergence(self.scores, changes, self.owners).mean())
 
-    def kl_of_text(self, name: str, type: str) -> float | None:
-        """The robust mean over rows, nats per token; None where there is no text."""
+    def compute_text_kl(self, name: str, type: str) -> float | None:
+        """Return the robust mean over rows, nats per token; None where there is no text."""
         changes = self.text.get((name, type))
         if changes is None:
             return None
@@ -165,8 +167,8 @@ class Measured:
         return float(rows[: max(1, round(len(rows) * (1 - TRIMMED)))].mean())
 
 
-def _by_domain(divergences: torch.Tensor, domains: Sequence[str]) -> dict[str, float]:
-    """How many times the mean the mean of each domain's facts is, where there are enough of it."""
+def _compare_domains(divergences: torch.Tensor, domains: Sequence[str]) -> dict[str, float]:
+    """Return how many times the mean the mean of each domain's facts is, where there are enough of it."""
     counts, whole = Counter(domains), float(divergences.mean())
     if not whole:
         return {}
@@ -177,9 +179,9 @@ def _by_domain(divergences: torch.Tensor, domains: Sequence[str]) -> dict[str, f
     }
 
 
-def divergence(scores: torch.Tensor, changes: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
-    """KL divergences by which changes of log-scores move each fact's distribution over its candidates, to second order:
-    float64 [facts], or [facts, types] where `changes` are [candidates, types]."""
+def compute_divergence(scores: torch.Tensor, changes: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    """Return KL divergences by which changes of log-scores move each fact's distribution over its candidates, to second
+    order: float64 [facts], or [facts, types] where `changes` are [candidates, types]."""
     count = int(owners.max()) + 1
     scores, changes = scores.double(), changes.double()
 
@@ -196,7 +198,7 @@ def measure(
     checkpoint: Checkpoint,
     tree: PreTrainedModel,
     roundings: Roundings,
-    questions: Questions | None,
+    questions: FactBatches | None,
     texts: Sequence[Batch] = (),
     advance: Advance | None = None,
 ) -> Measured:
@@ -217,7 +219,7 @@ def measure(
 
 
 class _Measuring:
-    """Visits blocks, and adds up what rounding their weights changes."""
+    """Visitor of blocks that adds up what rounding their weights changes."""
 
     def __init__(
         self,
@@ -225,7 +227,7 @@ class _Measuring:
         structure: Structure,
         weights: Sequence[LinearWeight],
         roundings: Roundings,
-        questions: Questions | None,
+        questions: FactBatches | None,
         texts: Sequence[Batch],
         advance: Advance | None,
     ) -> None:
@@ -243,14 +245,14 @@ class _Measuring:
         self._done = 0
 
     def visit(self, module: str, products: Mapping[str, Sequence[Product]]) -> None:
-        """See `compressknow.compress.calibrate.backward.Visit`."""
+        """Add what rounding the weights of a module changes: see `compressknow.compress.calibrate.backward.Visit`."""
         for parameter, own in products.items():
             if not own:
                 continue
             weight = self._streamed.model.get_parameter(parameter).detach()
             if own[0].inputs.is_floating_point():
                 self._add_linear(self._linears[parameter], weight, own)
-            elif self._roundings.form == "gguf" and self._roundings.legal(weight.shape):
+            elif self._roundings.form == "gguf" and self._roundings.list_legal(weight.shape):
                 scale = getattr(self._streamed.model.get_submodule(module), "embed_scale", 1.0)
                 self._add_lookups(parameter, weight, own, float(scale))
         self._done += 1
@@ -262,21 +264,21 @@ class _Measuring:
             # To round a head that is the embedding too would untie it.
             return
         weight = weight.T.contiguous() if linear.transposed else weight
-        if not self._roundings.legal(weight.shape):
+        if not self._roundings.list_legal(weight.shape):
             return
-        name = self._name(linear.parameter)
+        name = self._get_name(linear.parameter)
         place = linear.group or "other", linear.layer, linear.stack
         self._found.setdefault(name, Weight(*place, tuple(weight.shape)))
-        importance = self._importance_of(name, products)
+        importance = self._add_importance(name, products)
         # Inputs count by the gradients at their tokens: those of attention sinks are large, and change nothing.
         squares = [each.gradients.float().square().sum(1).flatten(0, 1) for each in products]
-        of_rows = self._halves(products, [each.sum(0) for each in squares])
+        of_rows = self._sum_halves(products, [each.sum(0) for each in squares])
         columns = zip(products, squares, strict=True)
-        of_columns = self._halves(
+        of_columns = self._sum_halves(
             products, [own.sum(1) @ each.inputs.flatten(0, 1).float().square() for each, own in columns]
         )
         self._add_errors(name, weight, importance, of_rows, of_columns)
-        types = self._roundings.tried(weight.shape)
+        types = self._roundings.list_measured(weight.shape)
         inputs = [each.inputs.to(self._dtype) for each in products]
         for start in range(0, len(weight), BAND):
             band = weight[start : start + BAND]
@@ -285,7 +287,7 @@ class _Measuring:
             change = (rounded - band[:, None]).to(self._dtype).flatten(0, 1)
             for product, x in zip(products, inputs, strict=True):
                 seen = product.gradients[..., start : start + BAND].to(self._dtype)
-                self._add(name, types, product.batch, _contract(seen, x @ change.T, len(types)))
+                self._add_changes(name, types, product.batch, _contract(seen, x @ change.T, len(types)))
 
     def _add_errors(
         self,
@@ -295,23 +297,23 @@ class _Measuring:
         of_rows: torch.Tensor,
         of_columns: torch.Tensor,
     ) -> None:
-        """Squared errors of a weight [out, in] by type, weighted by row [out] and column [in]; of the rows that count
-        most and some of the others."""
+        """Add squared errors of a weight [out, in] by type, weighted by row [out] and column [in]; of the rows that
+        count most and some of the others."""
         order = of_rows.argsort(descending=True, stable=True)
         own = torch.cat([order[:FIRST_ROWS], order[FIRST_ROWS::STRIDE]])
         rows = weight[own]
-        for type in self._roundings.legal(weight.shape):
+        for type in self._roundings.list_legal(weight.shape):
             squares = (self._roundings.roundtrip(rows, type, importance) - rows).square()
             self._errors[name, type] = float(of_rows[own] @ squares @ of_columns)
 
     def _add_lookups(self, parameter: str, weight: torch.Tensor, products: Sequence[Product], scale: float) -> None:
-        name = self._name(parameter)
+        name = self._get_name(parameter)
         self._found.setdefault(name, Weight("embedding", None, None, tuple(weight.shape)))
         tokens, places = torch.unique(torch.cat([each.inputs.flatten() for each in products]), return_inverse=True)
         rows, importance = weight[tokens], self._importance.get(name)
         if importance is None:
             self._add_errors(name, rows, None, torch.ones(len(rows)), torch.ones(rows.shape[1]))
-        types = self._roundings.tried(weight.shape)
+        types = self._roundings.list_measured(weight.shape)
         rounded = torch.stack([self._roundings.roundtrip(rows, type, importance) for type in types], 2)
         change = ((rounded - rows[:, :, None]) * scale).to(self._dtype)
         start = 0
@@ -319,19 +321,21 @@ class _Measuring:
             own = change[places[start : start + product.inputs.numel()]]
             start += product.inputs.numel()
             of_rows = own.reshape(*product.inputs.shape, -1)
-            self._add(name, types, product.batch, _contract(product.gradients.to(self._dtype), of_rows, len(types)))
+            self._add_changes(
+                name, types, product.batch, _contract(product.gradients.to(self._dtype), of_rows, len(types))
+            )
 
-    def _name(self, parameter: str) -> str:
+    def _get_name(self, parameter: str) -> str:
         return self._structure.tied.get(parameter, parameter)
 
-    def _importance_of(self, name: str, products: Sequence[Product]) -> torch.Tensor:
-        """Mean squares of the inputs, [in]."""
+    def _add_importance(self, name: str, products: Sequence[Product]) -> torch.Tensor:
+        """Return mean squares of the inputs, [in]."""
         squares = [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
-        self._importance[name] = self._halves(products, squares)
+        self._importance[name] = self._sum_halves(products, squares)
         return self._importance[name]
 
-    def _halves(self, products: Sequence[Product], values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sum of a vector of each product, normalized; those of facts and of text count alike."""
+    def _sum_halves(self, products: Sequence[Product], values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the sum of a vector of each product, normalized; those of facts and of text count alike."""
         halves = []
         for is_text in (False, True):
             own = [
@@ -344,8 +348,8 @@ class _Measuring:
                 halves.append(total / total.mean())
         return torch.stack(halves).mean(0)
 
-    def _add(self, name: str, types: Sequence[str], batch: int, changes: torch.Tensor) -> None:
-        """Changes of a batch's scores, [rows, directions, types]."""
+    def _add_changes(self, name: str, types: Sequence[str], batch: int, changes: torch.Tensor) -> None:
+        """Add changes of a batch's scores, [rows, directions, types]."""
         for type, own in zip(types, changes.unbind(2), strict=True):
             if batch < self._fact_batches:
                 assert self._questions is not None
@@ -357,7 +361,7 @@ class _Measuring:
             known[self._starts[number] : self._starts[number + 1]] += own
 
     def measured(self, scores: Sequence[torch.Tensor]) -> Measured:
-        """What was found, where these are the scores of all batches."""
+        """Return what was found, where these are the scores of all batches."""
         facts = self._questions.facts if self._questions else torch.empty(0, dtype=torch.long)
         own = torch.zeros(len(facts))
         for batch, owners in zip(scores, self._questions.owners if self._questions else (), strict=False):
@@ -366,6 +370,6 @@ class _Measuring:
 
 
 def _contract(gradients: torch.Tensor, products: torch.Tensor, types: int) -> torch.Tensor:
-    """The sums of g . y over tokens: of [rows, directions, tokens, out] and [rows, tokens, out x types], float32 [rows,
+    """Sum g . y over tokens: of [rows, directions, tokens, out] and [rows, tokens, out x types], float32 [rows,
     directions, types]."""
     return torch.bmm(gradients.flatten(2), products.reshape(len(products), -1, types)).float()

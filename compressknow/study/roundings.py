@@ -1,4 +1,4 @@
-"""What a weight may be rounded to: the types of a GGUF file, or the schemes of a checkpoint."""
+"""Roundings of a weight: to the types of a GGUF file, or to the schemes of a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Roundings(ABC):
     form: ClassVar[Literal["gguf", "checkpoint"]]
 
     @abstractmethod
-    def legal(self, shape: Sequence[int]) -> tuple[str, ...]:
-        """Those that a weight's rows fit."""
+    def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
+        """Return the types that a weight's rows fit."""
 
-    def tried(self, shape: Sequence[int]) -> tuple[str, ...]:
-        """Those by which a weight's sensitivity is measured."""
-        return self.legal(shape)
+    def list_measured(self, shape: Sequence[int]) -> tuple[str, ...]:
+        """Return the types by which a weight's sensitivity is measured."""
+        return self.list_legal(shape)
 
     @abstractmethod
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
-        """What a weight takes, its scales included."""
+        """Return the bytes that a weight takes, its scales included."""
 
     @abstractmethod
     def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
@@ -54,15 +54,15 @@ class GgufRoundings(Roundings):
     types: tuple[str, ...] = grids.CANDIDATES
     form = "gguf"
 
-    def legal(self, shape: Sequence[int]) -> tuple[str, ...]:
-        return grids.legal_types(shape[-1], self.types)
+    def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
+        return grids.list_legal_types(shape[-1], self.types)
 
-    def tried(self, shape: Sequence[int]) -> tuple[str, ...]:
-        own = self.legal(shape)
+    def list_measured(self, shape: Sequence[int]) -> tuple[str, ...]:
+        own = self.list_legal(shape)
         return tuple(name for name in own if name in _AT_ONCE) or own
 
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
-        return grids.type_bytes(name, shape)
+        return grids.get_nbytes(name, shape)
 
     def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
         matrix = None if importance is None else importance.numpy()
@@ -76,25 +76,25 @@ class SchemeRoundings(Roundings):
     types: tuple[str, ...] = ("int8-weights", *(f"int4/{size}" for size in GROUP_SIZES))
     form = "checkpoint"
 
-    def legal(self, shape: Sequence[int]) -> tuple[str, ...]:
-        return tuple(name for name in self.types if scheme_of(name).misfit(tuple(shape)) is None)
+    def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
+        return tuple(name for name in self.types if parse_scheme(name).misfit(tuple(shape)) is None)
 
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
-        scheme, own = scheme_of(name), tuple(shape)
+        scheme, own = parse_scheme(name), tuple(shape)
         # Scales are of the dtype of the weight: of 16 bits in what people compress.
         stored = [each for each in scheme.stored(own, "BF16") if each.dtype != "I64"]
         # Eight bits are packed too, four to an integer of 32.
         return sum(prod(each.shape) * SIZE_OF[each.dtype] for each in stored)
 
     def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG002
-        scheme = scheme_of(name)
+        scheme = parse_scheme(name)
         per = scheme.scale_per
         groups = weight.reshape(len(weight), -1, per) if isinstance(per, int) else weight[:, None]
         scales = scheme.scales(groups.abs().amax(2))
         return scheme.dequantize(nearest(weight, scales, scheme), scales)
 
 
-def scheme_of(name: str) -> Scheme:
-    """The scheme that a type of a checkpoint names."""
+def parse_scheme(name: str) -> Scheme:
+    """Return the scheme that a type of a checkpoint names."""
     kind, _, size = name.partition("/")
     return SCHEMES[kind].with_values({"group_size": int(size)}) if size else SCHEMES[kind]

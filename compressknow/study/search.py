@@ -1,4 +1,4 @@
-"""The search for the smallest file that keeps enough: some facts steer it, others select, a third part grades."""
+"""Search for the smallest file that keeps enough: some facts steer it, others select, a third part grades."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from compressknow.pages.card.method import kept_by_rounding
 from compressknow.pages.search import Search, Trial
 from compressknow.study.allocation import Allocation
 from compressknow.study.cells import NoiseFloor, StudyModel
-from compressknow.study.folder import CELLS, ORIGINAL, judged
+from compressknow.study.folder import CELLS, ORIGINAL, grade
 from compressknow.study.forms import Form, Request
 
 
 class Parts(NamedTuple):
-    """The facts of a probe, each in one part.
+    """Facts of a probe, each in one part.
 
     Attributes
     ----------
@@ -44,11 +44,11 @@ class Parts(NamedTuple):
 
     @property
     def held_out(self) -> Probe:
-        """What is held out, where nothing is to be chosen by it."""
+        """Return what is held out, where nothing is to be chosen by it."""
         return replace(self.grading, facts=(*self.selection.facts, *self.grading.facts))
 
 
-def parts_of(probe: Opened, seed: int) -> Parts:
+def split_facts(probe: Opened, seed: int) -> Parts:
     """Return a third of the facts to search with, a third to select by and a third to grade by, drawn by the seed.
 
     Whole relations, of each domain as many facts, where each third gets enough of them: facts of one relation are lost
@@ -77,7 +77,7 @@ def _deal(facts: Sequence[Fact], number: int, seed: int, *, whole: bool) -> list
     """
     units: dict[tuple[str, str], set[str]] = {}
     for fact in facts:
-        name = _named(fact)
+        name = _get_id(fact)
         units.setdefault((fact.subject or "", fact.relation) if whole else (fact.relation, name), set()).add(name)
     by_group: dict[str, list[set[str]]] = {}
     for (group, _), names in sorted(units.items()):
@@ -88,11 +88,11 @@ def _deal(facts: Sequence[Fact], number: int, seed: int, *, whole: bool) -> list
         for names in members:
             # The smallest part, the first of several: what comes next evens out.
             min(parts, key=len).update(names)
-    return [tuple(fact for fact in facts if _named(fact) in part) for part in parts]
+    return [tuple(fact for fact in facts if _get_id(fact) in part) for part in parts]
 
 
-def _named(fact: Fact) -> str:
-    """The id of the fact, whatever its wording."""
+def _get_id(fact: Fact) -> str:
+    """Return the id of the fact, whatever its wording."""
     return fact.id if fact.template is None else strip_wording(fact.id)
 
 
@@ -130,20 +130,20 @@ class EvaluationSet:
         reference = study_model.evaluate_original(
             probes, folder / ORIGINAL, on_progress, noise_floors=noise_floors, whole=bool(noise_floors)
         )
-        return cls(study_model, tuple(probes), folder, reference, judged(reference, known), known)
+        return cls(study_model, tuple(probes), folder, reference, grade(reference, known), known)
 
     @property
     def facts(self) -> list[Probe]:
-        """The probes of facts."""
+        """Return the probes of facts."""
         return [probe for probe in self.probes if isinstance(probe, Probe)]
 
     @property
     def known(self) -> int:
-        """How many facts the original knows."""
+        """Count the facts that the original knows."""
         return sum(answer.correct for answer in self.original.answers)
 
     def answers(self, handle: ModelHandle, on_progress: Listener | None, *, whole: bool = False) -> Answers:
-        """A model's answers as they were given, and what it read, like `reference`.
+        """Return a model's answers as they were given, and what it read, like `reference`.
 
         Raises CompressknowError where it cannot be evaluated.
         """
@@ -151,8 +151,8 @@ class EvaluationSet:
         return self.study_model.evaluate(handle, self.probes, folder, self.reference, on_progress, whole=whole)
 
     def kept(self, answers: Answers, level: float = 0.95) -> Estimate:
-        """The share of the original's knowledge that these answers keep, with its interval of that level."""
-        return compare(self.original, judged(answers, self.known_as), show_facts=False).kept_at(level)
+        """Return the share of the original's knowledge that these answers keep, with its interval of that level."""
+        return compare(self.original, grade(answers, self.known_as), show_facts=False).kept_at(level)
 
 
 # Sizes that are evaluated: so many halvings of the predicted loss, and then an end that was not reached.
@@ -170,14 +170,14 @@ LEVEL = 1 - 0.01 / CONFIRMED
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file that was evaluated: its types, and its record."""
+    """File that was evaluated: its types, and its record."""
 
     found: Allocation
     trial: Trial
 
 
 class SizeSearch:
-    """What a search has tried so far, and what comes of it. It reads and writes nothing.
+    """Trials of a search, and what comes of them. It reads and writes nothing.
 
     Parameters
     ----------
@@ -201,34 +201,34 @@ class SizeSearch:
 
     @property
     def winner(self) -> Candidate | None:
-        """The smallest that keeps enough of the held-out facts too."""
-        return next((each for each in self.confirmed if meets(each.trial.held_out, self.keep)), None)
+        """Return the smallest that keeps enough of the held-out facts too."""
+        return next((each for each in self.confirmed if keeps_enough(each.trial.held_out, self.keep)), None)
 
     def explore(self, floor: int, ceiling: int) -> None:
         """Halve the predicted losses between those of two sizes, towards the largest that keeps enough."""
         worst, best = ends = self._choose(floor), self._choose(ceiling)
         for _ in range(HALVINGS):
-            found = self._losing(sqrt(worst.loss * best.loss), worst.nbytes, best.nbytes)
+            found = self._find_losing(sqrt(worst.loss * best.loss), worst.nbytes, best.nbytes)
             if any(each.found.types == found.types for each in self.tried):
                 break
-            if self._try(found):
+            if self._try_file(found):
                 best = found
             else:
                 worst = found
         if best is ends[1]:
-            self._try(best)
+            self._try_file(best)
         elif worst is ends[0]:
-            self._try(worst)
+            self._try_file(worst)
 
     def confirm(self, confirm: Callable[[Allocation], Estimate]) -> None:
         """Put the promising files to the held-out facts, the smallest first, until one keeps enough there too."""
-        for each in promising(self.tried, self.keep):
+        for each in select_promising(self.tried, self.keep):
             self.confirmed.append(replace(each, trial=replace(each.trial, held_out=confirm(each.found))))
             if self.winner:
                 return
 
-    def _losing(self, loss: float, low: int, high: int) -> Allocation:
-        """The smallest file between two sizes that loses no more."""
+    def _find_losing(self, loss: float, low: int, high: int) -> Allocation:
+        """Return the smallest file between two sizes that loses no more."""
         while high - low > CLOSE * low:
             middle = (low + high) // 2
             if self._choose(middle).loss <= loss:
@@ -237,38 +237,37 @@ class SizeSearch:
                 low = middle
         return self._choose(high)
 
-    def _try(self, found: Allocation) -> bool:
+    def _try_file(self, found: Allocation) -> bool:
         if not any(each.found.types == found.types for each in self.tried):
             self.tried.append(Candidate(found, self._evaluate(found)))
         trial = next(each.trial for each in self.tried if each.found.types == found.types)
-        return meets(trial.kept, self.keep)
+        return keeps_enough(trial.kept, self.keep)
 
 
-def promising(tried: Sequence[Candidate], keep: float) -> list[Candidate]:
-    """Those to confirm on held-out facts, the smallest first: they keep enough of the facts of the search. Where none
-    does, the one that keeps most, to be told.
-    """
+def select_promising(tried: Sequence[Candidate], keep: float) -> list[Candidate]:
+    """Return the candidates to confirm on held-out facts, the smallest first: they keep enough of the facts of the
+    search. Where none does, the one that keeps most, to be told."""
     known = [each for each in tried if each.trial.kept.low is not None]
     chosen: list[Candidate] = []
     for each in sorted(known, key=lambda each: each.found.nbytes):
         apart = not chosen or each.found.loss <= APART * chosen[-1].found.loss
-        if meets(each.trial.kept, keep) and apart and len(chosen) < CONFIRMED:
+        if keeps_enough(each.trial.kept, keep) and apart and len(chosen) < CONFIRMED:
             chosen.append(each)
-    return chosen or sorted(known, key=_lowest, reverse=True)[:1]
+    return chosen or sorted(known, key=_get_lowest, reverse=True)[:1]
 
 
-def _lowest(each: Candidate) -> float:
-    """What a file keeps at least."""
+def _get_lowest(each: Candidate) -> float:
+    """Return the least that a file keeps."""
     kept = each.trial.held_out or each.trial.kept
     return kept.low or 0.0
 
 
-def meets(kept: Estimate | None, keep: float) -> bool:
-    """Whether as much is kept for sure."""
+def keeps_enough(kept: Estimate | None, keep: float) -> bool:
+    """Return whether as much is kept for sure."""
     return kept is not None and kept.low is not None and kept.low >= keep
 
 
-def refuse_too_few(selection: EvaluationSet, keep: float) -> None:
+def check_enough_known(selection: EvaluationSet, keep: float) -> None:
     """Raise GateNotMet where no outcome at all could show that as much is kept."""
     best = proportion(selection.known, selection.known, LEVEL).low or 0.0
     if best < keep:
@@ -280,7 +279,7 @@ def refuse_too_few(selection: EvaluationSet, keep: float) -> None:
         )
 
 
-def search_of(
+def build_search(
     request: Request,
     form: Form,
     search: SizeSearch | None,
@@ -294,7 +293,7 @@ def search_of(
     """Return the record of a search, but for its winner; without a search and facts that select, of a size."""
     original, itself = guided.original, compare(grading.original, grading.original, show_facts=False)
     confirmed = search.confirmed if search else []
-    nearest = max(confirmed, key=_lowest, default=None)
+    nearest = max(confirmed, key=_get_lowest, default=None)
     return Search(
         original=model_facts(original.record.model),
         form=form.name,

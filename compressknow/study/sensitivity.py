@@ -1,4 +1,4 @@
-"""Where a model's knowledge sits: what rounding each weight alone to each type adds to the divergence of its answers.
+"""Sensitivity of a model: what rounding each weight alone to each type adds to the divergence of its answers.
 
 A `Sensitivity` is measured once (`compressknow.study.measuring`) and stored; sizes are fitted by it.
 """
@@ -28,7 +28,7 @@ FOUR_BITS = ("q4_0", "int4/64", "int4/32", "int4/128")
 
 @dataclass(frozen=True)
 class Rounding:
-    """A weight rounded to one type, all others as they are.
+    """Effect of rounding one weight to one type, all others as they are.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class TensorSensitivity:
-    """One weight.
+    """Sensitivity of one weight.
 
     Attributes
     ----------
@@ -84,12 +84,12 @@ class TensorSensitivity:
 
     @property
     def compared(self) -> str:
-        """The type that it is compared with others by: one of 4 bits, where there is one."""
+        """Return the type that it is compared with others by: one of 4 bits, where there is one."""
         return next((name for name in FOUR_BITS if name in self.by_type), [*self.by_type][-1])
 
     @property
     def saved(self) -> int:
-        """Bytes that this type saves, against 16 bits per weight."""
+        """Return the bytes that this type saves, against 16 bits per weight."""
         return 2 * prod(self.shape) - self.by_type[self.compared].bytes
 
     def per_mb(self, guide: Guide = "both") -> float:
@@ -98,13 +98,13 @@ class TensorSensitivity:
 
     @property
     def place(self) -> str:
-        """Where it lies: ``layer 3``, ``encoder 3``, ``final``, ``embedding``."""
+        """Return where it lies: ``layer 3``, ``encoder 3``, ``final``, ``embedding``."""
         return self.group if self.layer is None else f"{self.stack or 'layer'} {self.layer}"
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What a sensitivity was measured with.
+    """Facts, text and types that a sensitivity was measured with.
 
     Attributes
     ----------
@@ -126,7 +126,7 @@ class Guidance:
 
 @dataclass(frozen=True, repr=False)
 class Sensitivity(notebook.Shown):
-    """What rounding each weight of a model to each type does to facts that it knows, and to text.
+    """Effects of rounding each weight of a model to each type on facts that it knows, and on text.
 
     Attributes
     ----------
@@ -145,7 +145,7 @@ class Sensitivity(notebook.Shown):
 
     @property
     def guides(self) -> Guide:
-        """What was measured, of which predictions are made."""
+        """Return what was measured, of which predictions are made."""
         facts, text = self.guidance.facts, self.guidance.tokens
         return "both" if facts and text else "facts" if facts else "text"
 
@@ -206,7 +206,7 @@ def check_guide(guide: str) -> None:
 
 
 def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
-    """Store it, whole or not at all."""
+    """Store a sensitivity, whole or not at all."""
     write_whole(path, json.dumps(sensitivity.as_json(), separators=(",", ":")).encode())
 
 

@@ -369,11 +369,11 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little room is refused before work."""
-    from compressknow.gguf.place import refuse_no_room
+    from compressknow.gguf.place import check_room
 
-    refuse_no_room(tmp_path / "out.gguf", 1)
+    check_room(tmp_path / "out.gguf", 1)
     with pytest.raises(OutputError, match="of disk while it is made"):
-        refuse_no_room(tmp_path / "new" / "out.gguf", 1 << 60)
+        check_room(tmp_path / "new" / "out.gguf", 1 << 60)
 
 
 def test_no_gguf_name(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_a_full_disk_is_called_that(room: str, what: str, tmp_path: Path, monkey
     disk.mkdir()
     if os.geteuid() or not shutil.which("mount") or mount(disk, room).returncode:
         pytest.skip("a small file system cannot be mounted here")
-    monkeypatch.setattr("compressknow.gguf.export.refuse_no_room", lambda *_: None)
+    monkeypatch.setattr("compressknow.gguf.export.check_room", lambda *_: None)
     try:
         with pytest.raises(OutputError, match=f"{what}.*: no space left"):
             compressknow.export(source, disk / "out.gguf")

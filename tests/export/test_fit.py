@@ -21,14 +21,13 @@ pytest.importorskip("llama_cpp_py_sync")
 import compressknow
 from compressknow.base.files import cache_folder
 from compressknow.cli import main
-from compressknow.gguf.choice import Choice
+from compressknow.gguf.choice import Choice, Fit
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.export import prepare, write
-from compressknow.gguf.fit import Fit
-from compressknow.gguf.gptq import batches_of
-from compressknow.gguf.grids import legal_types, roundtrip, type_bytes
+from compressknow.gguf.gptq import batch_sequences
+from compressknow.gguf.grids import get_nbytes, list_legal_types, roundtrip
 from compressknow.gguf.record import read_record
-from compressknow.study.fitting import Target, fit_types
+from compressknow.study.allocation import Target, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 from tests.export.making import (
     as_llama_cpp,
@@ -45,8 +44,8 @@ from tests.long import one_in
 from tests.probe.layouts import write_jsonl
 
 TEXTS = [
-    batches_of(torch.randint(0, 400, (24, 40), generator=torch.Generator().manual_seed(0)).tolist()),
-    batches_of(torch.randint(0, 400, (60, 9), generator=torch.Generator().manual_seed(1)).tolist()),
+    batch_sequences(torch.randint(0, 400, (24, 40), generator=torch.Generator().manual_seed(0)).tolist()),
+    batch_sequences(torch.randint(0, 400, (60, 9), generator=torch.Generator().manual_seed(1)).tolist()),
 ]
 
 
@@ -57,8 +56,8 @@ def sensitivity_of(side) -> Sensitivity:
         name = side.structure.tied.get(weight.parameter, weight.parameter)
         exact = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(rows))).numpy()
         by_type = {
-            kind: Rounding(type_bytes(kind, weight.shape), float(np.square(roundtrip(exact, kind) - exact).mean()), 0.0)
-            for kind in legal_types(weight.shape[-1])
+            kind: Rounding(get_nbytes(kind, weight.shape), float(np.square(roundtrip(exact, kind) - exact).mean()), 0.0)
+            for kind in list_legal_types(weight.shape[-1])
         }
         rows.append(TensorSensitivity(name, weight.shape, weight.group, weight.layer, by_type))
     return Sensitivity("0" * 64, Guidance("gguf", ("q8_0",), 40, "1" * 64, 1000, "2" * 64), tuple(rows))

@@ -175,11 +175,11 @@ def test_types_that_need_one(world: Path, tmp_path: Path) -> None:
 def test_every_type_that_needs_one_is_known_and_no_other(world: Path, tmp_path: Path) -> None:
     """llama.cpp itself is asked, of each type that it has."""
     from compressknow.base.errors import CompressknowError
-    from compressknow.gguf.choice import NEED_IMPORTANCE, file_types
+    from compressknow.gguf.choice import NEED_IMPORTANCE, list_file_types
     from compressknow.gguf.quantizing import Request, quantize
 
     compressknow.export(world / "model", tmp_path / "exact.gguf", type="f32")
-    for number, kind in enumerate(file_types()):
+    for number, kind in enumerate(list_file_types()):
         request = Request(str(tmp_path / "exact.gguf"), str(tmp_path / f"{number}.gguf"), kind)
         refused = ""
         try:
@@ -248,8 +248,8 @@ def test_the_models_own_text(world: Path, tmp_path: Path) -> None:
 def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
     """A tensor whose input channels the converter has put into another order is no match."""
     from compressknow.compress.weights import side_of
-    from compressknow.gguf.calibration import same_channels
-    from compressknow.gguf.plain import plain_tensors
+    from compressknow.gguf.calibration import find_same_channels
+    from compressknow.gguf.plain import list_plain_tensors
     from compressknow.gguf.tensors import read_tensors
 
     compressknow.export(world / "model", tmp_path / "exact.gguf", type="f32")
@@ -264,9 +264,9 @@ def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    plain = plain_tensors(side, loaded)
+    plain = list_plain_tensors(side, loaded)
     tensors = read_tensors(tmp_path / "turned.gguf", side)
-    same = same_channels(tmp_path / "turned.gguf", tensors, plain)
+    same = find_same_channels(tmp_path / "turned.gguf", tensors, plain)
     assert set(tensors.weights) - set(same) == turned
 
 

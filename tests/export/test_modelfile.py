@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import compressknow
 from compressknow.base.errors import CompressknowError, OutputError, UsageError
 from compressknow.cli import main
-from compressknow.gguf.modelfile import go_template
+from compressknow.gguf.modelfile import build_go_template
 from tests.export.making import checkpoint, needs_converter
 
 pytest.importorskip("llama_cpp_py_sync")
@@ -62,7 +62,7 @@ def evaluated(template: str, **values: str) -> str:
 @pytest.mark.parametrize(("template", "takes_system"), [(CHATML, True), (LLAMA2, True), (GEMMA, False)])
 def test_the_template_writes_what_the_tokenizer_does(template: str, takes_system: bool) -> None:
     made = tokenizer(template)
-    go = go_template(made)
+    go = build_go_template(made)
     assert go is not None
     for system in ["", *(["Be brief."] if takes_system else [])]:
         chat = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": "Who?"}]
@@ -76,7 +76,7 @@ def test_the_template_writes_what_the_tokenizer_does(template: str, takes_system
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('never') }}", "{{ '{{' }}{{ messages[0].content }}"])
 def test_a_template_that_go_could_not_have_is_left_out(template: str | None) -> None:
-    assert go_template(tokenizer(template)) is None
+    assert build_go_template(tokenizer(template)) is None
 
 
 @needs_converter

@@ -10,7 +10,7 @@ pytest.importorskip("llama_cpp_py_sync")
 
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.gguf.gptq import LAYOUTS, pack, round_gptq
-from compressknow.gguf.grids import block_size, dequantize, quantize, type_bytes
+from compressknow.gguf.grids import dequantize, get_block_size, get_nbytes, quantize
 
 ROWS, COLUMNS = 24, 512
 
@@ -44,8 +44,8 @@ def error(made: np.ndarray, exact: torch.Tensor, inputs: InputStatistics) -> flo
 def test_codes_stand_where_llama_cpp_reads_them(kind: str) -> None:
     """Its own bytes, with the codes that its own reading tells, are its own bytes again; and with any other codes it
     reads these."""
-    layout, width = LAYOUTS[kind], block_size(kind)
-    blocks = quantize(weight().numpy(), kind).reshape(-1, type_bytes(kind, (1, width)))
+    layout, width = LAYOUTS[kind], get_block_size(kind)
+    blocks = quantize(weight().numpy(), kind).reshape(-1, get_nbytes(kind, (1, width)))
     assert layout.width == width
     first, last = layout.codes
     meanings = [
@@ -68,7 +68,7 @@ def test_codes_stand_where_llama_cpp_reads_them(kind: str) -> None:
 def test_it_loses_less_than_llama_cpp_with_an_importance_matrix(kind: str) -> None:
     exact, inputs = weight(), statistics()
     packed = round_gptq(exact, kind, inputs)
-    assert packed.shape == (ROWS, type_bytes(kind, (1, COLUMNS)))
+    assert packed.shape == (ROWS, get_nbytes(kind, (1, COLUMNS)))
     made = dequantize(packed, kind, exact.shape)
     theirs = dequantize(quantize(exact.numpy(), kind, (inputs.squares / inputs.tokens).numpy()), kind, exact.shape)
     assert error(made, exact, inputs) < 0.7 * error(theirs, exact, inputs)
@@ -85,8 +85,8 @@ def test_inputs_that_do_not_depend_on_each_other_leave_nothing_to_make_up_for(ki
         round_gptq(exact, kind, InputStatistics("layer", 100, alone.diagonal().clone(), None, alone)), kind, exact.shape
     )
     packed = quantize(exact.numpy(), kind, np.ones(COLUMNS, np.float32))
-    width = block_size(kind)
-    blocks = packed.reshape(-1, type_bytes(kind, (1, width)))
+    width = get_block_size(kind)
+    blocks = packed.reshape(-1, get_nbytes(kind, (1, width)))
     grid = np.stack(
         [
             dequantize(pack(blocks, np.full((len(blocks), width), code, np.int16), LAYOUTS[kind]), kind, exact.shape)

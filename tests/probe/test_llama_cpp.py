@@ -102,7 +102,7 @@ class Plain:
         ids, new = self.tokenizer(prompt)["input_ids"], []
         for _ in range(tokens):
             new.append(int(self.log_probs([*ids, *new])[-1].argmax()))
-            if self.tokenizer.ends(new[-1]):
+            if self.tokenizer.is_end(new[-1]):
                 break
         return self.tokenizer.decode(new).strip()
 

@@ -14,6 +14,7 @@ from compressknow import Progress, Settings, report
 from compressknow.evaluate.answers import SEAL, Answers, read_answers
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.gguf import export as exporting
+from compressknow.gguf.llama_cpp.native import load_native
 from compressknow.pages.parts import identity
 from tests.engine.gguf_files import Q8_0, write_gguf
 from tests.export.making import checkpoint, needs_converter
@@ -21,9 +22,8 @@ from tests.knowing import facts_file, knowing
 
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
 
-from compressknow.gguf.llama_cpp.native import native
 
-RAN_IN = f"llama.cpp {native().build}"
+RAN_IN = f"llama.cpp {load_native().build}"
 
 
 class Place(NamedTuple):
@@ -120,7 +120,7 @@ def test_it_is_kept_with_the_answers_and_has_stages_of_its_own(
     first, second = sorted(stored, key=lambda folder: len(folder.name))
     assert report(first, second).comparisons[0].probes[0].runtime_noise_floor is not None
     path = second / "probe.json"
-    record = json.loads(path.read_text(encoding="utf-8").replace(native().build, "b1"))
+    record = json.loads(path.read_text(encoding="utf-8").replace(load_native().build, "b1"))
     # As of another build, and without the hash of what it was.
     del record[SEAL]
     path.write_text(json.dumps(record), encoding="utf-8")

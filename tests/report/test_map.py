@@ -16,12 +16,12 @@ from compressknow.study.map import (
     FORMATS,
     Map,
     Size,
-    at_risk,
-    kl_per_mb,
+    compute_kl_per_mb,
+    compute_risk,
     render_map_html,
     render_map_markdown,
-    verdict,
     write_map,
+    write_verdict,
 )
 from compressknow.study.sensitivity import Sensitivity
 from tests.report.hostile import TEXTS
@@ -103,11 +103,11 @@ def test_a_type_that_some_rows_do_not_fit_is_llama_cpps_fallback_or_left_out() -
 
 def test_figures_of_several_weights_are_those_of_all_of_them() -> None:
     one, other = sensitivity_of().rows[1:3]
-    assert kl_per_mb([one], "both") == pytest.approx(one.per_mb())
-    both = kl_per_mb([one, other], "both")
+    assert compute_kl_per_mb([one], "both") == pytest.approx(one.per_mb())
+    both = compute_kl_per_mb([one, other], "both")
     assert both == pytest.approx((one.per_mb() + other.per_mb()) / 2)
-    assert kl_per_mb([one], "facts", "geography") == pytest.approx(1.5 * one.per_mb("facts"))
-    assert at_risk([one, other]) == pytest.approx(one.by_type["q4_0"].at_risk + other.by_type["q4_0"].at_risk)  # type: ignore[operator]
+    assert compute_kl_per_mb([one], "facts", "geography") == pytest.approx(1.5 * one.per_mb("facts"))
+    assert compute_risk([one, other]) == pytest.approx(one.by_type["q4_0"].at_risk + other.by_type["q4_0"].at_risk)  # type: ignore[operator]
 
 
 def test_without_facts_there_is_a_map_of_text_alone() -> None:
@@ -136,7 +136,7 @@ def test_layers_of_two_stacks_are_told_apart() -> None:
         if stack == "decoder" or "Self" in name
     )
     map = map_of(rows=rows)
-    grid = map.grid(lambda own: kl_per_mb(own, "both"))
+    grid = map.grid(lambda own: compute_kl_per_mb(own, "both"))
     assert grid.rows == ("encoder 0", "encoder 1", "decoder 0", "decoder 1")
     assert grid.columns == ("SelfAttention.q", "EncDecAttention.q")
     assert [cell is None for cell in grid.cells[0]] == [False, True]
@@ -148,7 +148,7 @@ def test_all_formats_are_written_and_known_again(tmp_path: Path) -> None:
     check_outputs(files, overwrite=True, formats=FORMATS)
     found = json.loads((tmp_path / "map.json").read_text())
     assert Sensitivity.from_json(found) == sensitivity_of()
-    assert found["verdict"] == verdict(map_of())
+    assert found["verdict"] == write_verdict(map_of())
     assert len(found["uniform"]) == 5
     rows = list(csv.DictReader(io.StringIO((tmp_path / "map.csv").read_text())))
     assert len(rows) == len(sensitivity_of().rows) * len(TYPES)

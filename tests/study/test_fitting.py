@@ -13,12 +13,11 @@ import compressknow
 from compressknow.base.errors import UsageError
 from compressknow.base.format import parse_size
 from compressknow.compress.weights import side_of
-from compressknow.gguf.fit import padded
-from compressknow.gguf.grids import legal_types, type_bytes
-from compressknow.gguf.tensors import Tensors
+from compressknow.gguf.grids import get_nbytes, list_legal_types
+from compressknow.gguf.tensors import Tensors, align
 from compressknow.model.gguf_file import Tensor
 from compressknow.model.loading import open_complete
-from compressknow.study.fitting import Target, fit_types
+from compressknow.study.allocation import Target, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 from tests.export.making import checkpoint, name_in_llama_cpp
 
@@ -53,9 +52,9 @@ def sensitivity(tensors: Tensors) -> Sensitivity:
     for (weight,) in tensors.weights.values():
         facts, text = (8.0, 0.1) if weight.group == "attention" else (0.1, 8.0)
         by_type = {
-            kind: Rounding(type_bytes(kind, weight.shape), facts / nbytes, text / nbytes)
-            for kind in legal_types(weight.shape[-1])
-            for nbytes in [type_bytes(kind, weight.shape) / prod(weight.shape)]
+            kind: Rounding(get_nbytes(kind, weight.shape), facts / nbytes, text / nbytes)
+            for kind in list_legal_types(weight.shape[-1])
+            for nbytes in [get_nbytes(kind, weight.shape) / prod(weight.shape)]
         }
         name = tensors.side.structure.tied.get(weight.parameter, weight.parameter)
         rows.append(TensorSensitivity(name, weight.shape, weight.group or "other", weight.layer, by_type))
@@ -64,7 +63,7 @@ def sensitivity(tensors: Tensors) -> Sensitivity:
 
 def bits(fitted, tensors: Tensors, group: str) -> float:
     own = [tensors.tensors[name] for name in fitted.types if tensors.groups[name] == group]
-    return sum(8 * type_bytes(fitted.types[each.name], each.shape[::-1]) for each in own) / sum(e.numel for e in own)
+    return sum(8 * get_nbytes(fitted.types[each.name], each.shape[::-1]) for each in own) / sum(e.numel for e in own)
 
 
 def test_the_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tensors) -> None:
@@ -82,7 +81,7 @@ def test_what_must_be_is(sensitivity: Sensitivity, tensors: Tensors) -> None:
     assert chosen.pop("blk.0.attn_v.weight") == "q6_k"
     assert set(chosen.values()) == {"q8_0"}
     assert fitted.record["must"] == [["attention", "q8_0"], ["blk.0.attn_v", "q6_k"]]
-    used = sum(padded(type_bytes(kind, tensors.tensors[name].shape[::-1])) for name, kind in fitted.types.items())
+    used = sum(align(get_nbytes(kind, tensors.tensors[name].shape[::-1])) for name, kind in fitted.types.items())
     assert 0.98 * 800_000 < OVERHEAD + used <= 800_000
 
 

@@ -14,8 +14,8 @@ from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, Where
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import ModuleMap, Structure
-from compressknow.study.cells import folder_of
-from compressknow.study.grid import AMOUNTS, Cell, GridOptions, fitting, grid_cells, paper_grid, read_grid
+from compressknow.study.cells import name_folder
+from compressknow.study.grid import AMOUNTS, Cell, GridOptions, build_paper_grid, fit_parameters, list_cells, read_grid
 from tests.models import tiny, tiny_of_groups
 
 
@@ -25,7 +25,7 @@ def grid(path: Path, text: str) -> tuple[Cell, ...]:
 
 
 def setups(architecture: str) -> list[str]:
-    return [cell.recipe.setup for cell in paper_grid(structure_of(tiny(architecture), "paper"))]
+    return [cell.recipe.setup for cell in build_paper_grid(structure_of(tiny(architecture), "paper"))]
 
 
 def test_the_papers_grid_has_every_setup_of_sections_2_3_to_2_6() -> None:
@@ -44,11 +44,11 @@ def test_encoder_decoder_models_also_get_the_attentions_of_figure_8() -> None:
 def test_the_papers_grid_is_that_of_its_authors_unless_told_otherwise() -> None:
     structure = structure_of(tiny("bert"), "paper")
     schemes = {
-        step.scheme for cell in paper_grid(structure) for step in cell.recipe.steps if isinstance(step, Quantize)
+        step.scheme for cell in build_paper_grid(structure) for step in cell.recipe.steps if isinstance(step, Quantize)
     }
     assert schemes == {"int8-paper"}
-    assert {cell.recipe.module_map for cell in paper_grid(structure)} == {"paper"}
-    other = paper_grid(structure, module_map="structural", scheme="int8")
+    assert {cell.recipe.module_map for cell in build_paper_grid(structure)} == {"paper"}
+    other = build_paper_grid(structure, module_map="structural", scheme="int8")
     assert {cell.recipe.module_map for cell in other} == {"structural"}
     assert len({cell.key for cell in other}) == len(other) == 40
     assert all(cell.plain for cell in other)
@@ -69,7 +69,7 @@ class Opened:
 
 
 def test_the_grid_of_methods_asks_the_same_of_each() -> None:
-    cells = grid_cells("methods", lambda: Opened("llama"), GridOptions(calibration_tokens=512))
+    cells = list_cells("methods", lambda: Opened("llama"), GridOptions(calibration_tokens=512))
     pruned = {(c.pruning, step.amount) for c in cells if c.quantization is None for step in c.recipe.steps}
     assert pruned == {(m, a / 10) for m in ("l1-unstructured", "wanda", "sparsegpt") for a in range(2, 7)}
     gptq = "int4 group_size 32 gptq"
@@ -82,19 +82,19 @@ def test_the_grid_of_methods_asks_the_same_of_each() -> None:
 
 
 def test_the_papers_grid_in_int4_has_the_largest_groups_that_divide_all_layers() -> None:
-    cells = grid_cells("paper", lambda: Opened("llama"), GridOptions(scheme="int4"))
+    cells = list_cells("paper", lambda: Opened("llama"), GridOptions(scheme="int4"))
     assert {cell.quantization for cell in cells} == {None, "int4 group_size 32"}
     # One that has none is refused cell by cell.
-    narrow = paper_grid(structure_of(tiny("bert"), "paper"), scheme="int4")
+    narrow = build_paper_grid(structure_of(tiny("bert"), "paper"), scheme="int4")
     assert {cell.quantization for cell in narrow} == {None, "int4"}
 
 
 def test_the_grid_of_methods_leaves_out_what_the_model_cannot_have() -> None:
-    cells = grid_cells("methods", lambda: Opened("llama", without="int4"))
+    cells = list_cells("methods", lambda: Opened("llama", without="int4"))
     assert len(cells) == 3 * (15 + 2)
     assert not any("int4" in cell.key for cell in cells)
     # Inputs of 48 make no groups.
-    assert fitting(structure_of(tiny("bert")), "int4") is None
+    assert fit_parameters(structure_of(tiny("bert")), "int4") is None
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_the_grid_of_methods_leaves_out_what_the_model_cannot_have() -> None:
 )
 def test_options_that_a_grid_does_not_have_are_refused(name: str, options: GridOptions) -> None:
     with pytest.raises(UsageError, match=f"does not apply to the grid {name}"):
-        grid_cells(name, lambda: Opened("llama"), options)
+        list_cells(name, lambda: Opened("llama"), options)
 
 
 def test_amounts_are_what_they_are_called() -> None:
@@ -231,7 +231,7 @@ def test_setups_and_keys_tell_methods_schemes_and_texts_apart(tmp_path: Path) ->
 def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Path) -> None:
     long = "".join(f'[[cells]]\nname = "{"long:" * 80}{number}"\nprune = 0.{number}\n' for number in range(1, 4))
     folders = [f"{cell.key}-{'0' * 8}" for cell in grid(tmp_path / "grid.toml", long)]
-    folders += [folder_of(f"facts:{'é' * 120}.jsonl"), folder_of(f"facts:{'x' * 249}.jsonl")]
+    folders += [name_folder(f"facts:{'é' * 120}.jsonl"), name_folder(f"facts:{'x' * 249}.jsonl")]
     for folder in folders:
         (tmp_path / folder).mkdir()
         assert re.fullmatch(r"[A-Za-z0-9.-]+", folder)

@@ -24,8 +24,8 @@ from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.sources import Options, open_probe
 from compressknow.pages.search import Trial
 from compressknow.study.folder import RECORD
-from compressknow.study.guides import fingerprint_of_facts, known_facts
-from compressknow.study.search import parts_of
+from compressknow.study.guides import hash_facts, select_known_facts
+from compressknow.study.search import split_facts
 from tests.export.making import knowing_llama, needs_converter, text_file, types
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 from tests.long import one_in
@@ -161,9 +161,9 @@ def test_the_recipe_gives_the_winner_again(place: Place, tmp_path: Path) -> None
 def test_facts_that_were_not_held_out_alone_guide(gguf: Place) -> None:
     folder, record = gguf.folder / "found", json.loads((gguf.folder / "found" / "model.gguf.json").read_text())
     (searched,) = (read_answers(f) for f in (folder / "searched" / "original").iterdir())
-    part = parts_of(open_probe(gguf.probe), 0).search
-    known = known_facts(searched, [part])
-    assert record["fit"]["facts_sha256"] == fingerprint_of_facts(known)
+    part = split_facts(open_probe(gguf.probe), 0).search
+    known = select_known_facts(searched, [part])
+    assert record["fit"]["facts_sha256"] == hash_facts(known)
     assert record["fit"]["facts"] == sum(map(len, known.values())) == 22
     assert gguf.found("found")["winner"]["types"] == {
         rule[0].replace("\\", "").strip("^$"): rule[1] for rule in record["types"]
@@ -360,7 +360,7 @@ def test_a_search_in_several_wordings_holds_facts_out_and_judges_by_most_of_them
 
 
 def test_all_wordings_of_a_fact_are_in_one_part() -> None:
-    single, several = (parts_of(open_probe("atlas", Options(templates=number)), 0) for number in (1, 3))
+    single, several = (split_facts(open_probe("atlas", Options(templates=number)), 0) for number in (1, 3))
     for one, other in zip(single, several, strict=True):
         wordings = [(strip_wording(fact.id), fact.template) for fact in other.facts]
         assert sorted(wordings) == sorted((fact.id, number) for fact in one.facts for number in (1, 2, 3))
@@ -471,7 +471,7 @@ def test_python_names_forms_and_minimizes_bytes(llama: Place, undisturbed: dict[
 
 def test_parts_share_no_fact_and_no_relation_where_there_are_many() -> None:
     probe = open_probe("atlas")
-    parts = parts_of(probe, 0)
+    parts = split_facts(probe, 0)
     ids = [{fact.id for fact in part.facts} for part in parts]
     assert sum(map(len, ids)) == len(set().union(*ids)) == len(probe.facts)
     thirds = [{fact.relation for fact in part.facts} for part in parts]
@@ -481,13 +481,13 @@ def test_parts_share_no_fact_and_no_relation_where_there_are_many() -> None:
     sizes = [len(part.facts) for part in parts]
     assert max(sizes) - min(sizes) <= largest
     assert [part.name for part in parts] == ["atlas"] * 3
-    assert parts_of(probe, 0) == parts
-    assert parts_of(probe, 1).grading.facts != parts.grading.facts
+    assert split_facts(probe, 0) == parts
+    assert split_facts(probe, 1).grading.facts != parts.grading.facts
     assert {fact.id for fact in parts.held_out.facts} == ids[1] | ids[2]
 
 
 def test_parts_split_each_relation_where_there_are_few(llama: Place) -> None:
-    parts = parts_of(open_probe(llama.probe), 0)
+    parts = split_facts(open_probe(llama.probe), 0)
     for relation in {fact.relation for fact in KNOWN_FACTS}:
         numbers = [sum(fact.relation == relation for fact in part.facts) for part in parts]
         assert sum(numbers) == 16

@@ -13,7 +13,7 @@ from compressknow.comparison.records import Estimate
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.pages.search import Trial
 from compressknow.study.allocation import Allocation
-from compressknow.study.search import APART, CONFIRMED, LEVEL, Candidate, SizeSearch, parts_of
+from compressknow.study.search import APART, CONFIRMED, LEVEL, Candidate, SizeSearch, split_facts
 from tests.report.test_clusters import shares
 
 
@@ -31,7 +31,7 @@ def split(relations: int, facts: int, seed: int) -> Split:
         for relation in range(relations)
         for fact in range(facts)
     )
-    parts = parts_of(Probe("drawn", "drawn", tuple(made)), seed)
+    parts = split_facts(Probe("drawn", "drawn", tuple(made)), seed)
     return Split(*(_by_relation(each.facts, relations) for each in parts))
 
 

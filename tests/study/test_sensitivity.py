@@ -21,8 +21,8 @@ from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.sources import open_probe
 from compressknow.model.loading import open_complete
-from compressknow.study.measuring import Measured, divergence, measure
-from compressknow.study.questions import Asked, Questions, fact_questions, text_batches
+from compressknow.study.batches import FactBatches, ScoredFact, batch_facts, batch_text
+from compressknow.study.measuring import Measured, compute_divergence, measure
 from compressknow.study.roundings import GgufRoundings, Roundings, SchemeRoundings
 from compressknow.study.sensitivity import (
     Guidance,
@@ -42,7 +42,7 @@ GGUF = GgufRoundings(("q8_0", "q5_0", "q4_0", "q3_k"))
 class Known(NamedTuple):
     folder: Path
     model: Any
-    questions: Questions
+    questions: FactBatches
     logp: torch.Tensor
     domains: list[str]
 
@@ -60,10 +60,10 @@ def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Known]
             scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)
             prompts = make_prompts(scorer)
             answers = {answer.fact_id: answer for batch in evaluate(prompts) for answer in batch}
-            asked = [Asked(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
+            asked = [ScoredFact(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
             logp = torch.tensor([value for each in asked for value in each.answer.top5_logp])
             domains = [each.query.fact.subject for each in asked]
-            made[family] = Known(path, loaded.model, fact_questions(asked), logp, domains)
+            made[family] = Known(path, loaded.model, batch_facts(asked), logp, domains)
         return made[family]
 
     return of
@@ -136,7 +136,7 @@ def test_the_predicted_divergence_of_mixes_ranks_them_as_the_measured_one(known_
         after = scores_of(known)
         for name, weight in kept.items():
             parameters[name].data = weight
-        predicted.append(sum(measured.kl_of_facts(name, type) or 0 for name, type in mix.items()))
+        predicted.append(sum(measured.compute_fact_kl(name, type) or 0 for name, type in mix.items()))
         real.append(float(exact_divergence(before, after, measured.owners).mean()))
     assert spearmanr(predicted, real).statistic > 0.9
 
@@ -199,7 +199,7 @@ def test_a_divergence_to_second_order_is_the_exact_one_of_small_changes() -> Non
     torch.manual_seed(0)
     owners = torch.tensor([0, 0, 0, 1, 1])
     scores, changes = torch.randn(5), torch.randn(5) * 1e-3
-    near = divergence(scores, changes, owners)
+    near = compute_divergence(scores, changes, owners)
     torch.testing.assert_close(near, exact_divergence(scores, (scores + changes).double(), owners), rtol=0.02, atol=0)
 
 
@@ -226,7 +226,7 @@ def text_of(known: Known, family: str) -> list[Batch]:
     picked = [{name: ids[:16] for name, ids in inputs.items() if name != "attention_mask"} for inputs in rows]
     kind = {"llama": "causal", "bert": "masked", "t5": "seq2seq"}[family]
     mask = 4 if family == "bert" else None
-    return text_batches(picked, kind, mask, seed=0)
+    return batch_text(picked, kind, mask, seed=0)
 
 
 # Measures a model of some blocks on text, and says the most memory that the process had.
@@ -234,11 +234,11 @@ PEAK = """
 import sys, torch
 from compressknow.model.loading import open_complete
 from compressknow.study.measuring import measure
-from compressknow.study.questions import text_batches
-from compressknow.study.sensitivity import SchemeRoundings
+from compressknow.study.batches import batch_text
+from compressknow.study.roundings import SchemeRoundings
 from compressknow.base.system import peak_memory
 text = [{"input_ids": torch.arange(256).reshape(4, 64)}]
-texts = text_batches(text, "causal", None, 0)
+texts = batch_text(text, "causal", None, 0)
 measured = measure(*open_complete(sys.argv[1]), SchemeRoundings(("int8-weights",)), None, texts)
 print(len(measured.weights), peak_memory())
 """

@@ -9,7 +9,7 @@ import pytest
 from compressknow.comparison.records import Estimate
 from compressknow.pages.search import Trial
 from compressknow.study.allocation import Allocation
-from compressknow.study.search import APART, CONFIRMED, HALVINGS, SizeSearch, promising
+from compressknow.study.search import APART, CONFIRMED, HALVINGS, SizeSearch, select_promising
 
 FLOOR, CEILING = 1_000_000, 3_000_000
 
@@ -53,7 +53,7 @@ def test_the_ends_are_tried_where_all_or_none_keeps_enough() -> None:
     assert explored(0)[1].given[-1] == choose(FLOOR)
     search, evaluated = explored(2 * CEILING)
     assert evaluated.given[-1] == choose(CEILING)
-    assert [each.found for each in promising(search.tried, 0.9)] != []
+    assert [each.found for each in select_promising(search.tried, 0.9)] != []
 
 
 def test_the_smallest_is_put_to_the_held_out_facts_first_and_others_far_from_it_then() -> None:

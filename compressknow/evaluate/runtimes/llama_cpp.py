@@ -45,9 +45,9 @@ class LlamaCpp(Runtime):
 
     def key(self) -> tuple[str, ...]:
         """Return name and build: another build may compute otherwise."""
-        from compressknow.gguf.llama_cpp.native import native
+        from compressknow.gguf.llama_cpp.native import load_native
 
-        return self.name, native().build
+        return self.name, load_native().build
 
     def open(self, located: Located, settings: Settings) -> LoadedInLlamaCpp:  # noqa: ARG002
         return LoadedInLlamaCpp(located)
@@ -104,9 +104,9 @@ class LoadedInLlamaCpp(Loaded):
 
     @cached_property
     def _record(self) -> Mapping[str, Any]:
-        from compressknow.gguf.llama_cpp.model import types_of
+        from compressknow.gguf.llama_cpp.model import count_types
 
-        types = types_of(self._model.path)
+        types = count_types(self._model.path)
         return {"name": LlamaCpp.name, "build": self._model.native.build, "types": types}
 
     def release(self) -> None:

@@ -121,7 +121,7 @@ class LlamaCppScorer(CausalScorer):
         return written
 
     def ends(self, token: int) -> bool:
-        return bool(self.tokenizer.ends(token))
+        return bool(self.tokenizer.is_end(token))
 
     @property
     def device(self) -> torch.device:
@@ -169,14 +169,14 @@ class GgufReader:
 
     @cached_property
     def bos(self) -> int | None:
-        return self._tokenizer.bos_token_id if self._tokenizer.begins_texts else None
+        return self._tokenizer.bos_token_id if self._tokenizer.adds_bos else None
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
         """Tokenize; names of special tokens are text like any other. None for bytes where the pieces do not spell the
         text, as where the tokenizer puts a space before it.
         """
-        ids = self._tokenizer.ids(text, special=False, parse_special=False)
-        pieces = [self._tokenizer.piece(number) for number in ids]
+        ids = self._tokenizer.encode(text, special=False, parse_special=False)
+        pieces = [self._tokenizer.decode_token(number) for number in ids]
         return ids, list(accumulate(map(len, pieces))) if b"".join(pieces) == text.encode() else None
 
     def log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
@@ -189,7 +189,7 @@ class GgufReader:
         return [self._continue(prompt, tokens) for prompt in prompts]
 
     def ends(self, token: int) -> bool:
-        return self._tokenizer.ends(token)
+        return self._tokenizer.is_end(token)
 
     def _continue(self, prompt: Sequence[int], tokens: int) -> list[int]:
         context = self._get_memory(len(prompt) + tokens)
@@ -198,7 +198,7 @@ class GgufReader:
         fed, place = list(prompt), 0
         while len(written) < tokens:
             written.append(int(context.read([Span(0, place, fed, 1)])[0].argmax()))
-            if self._tokenizer.ends(written[-1]):
+            if self._tokenizer.is_end(written[-1]):
                 return written + written[-1:] * (tokens - len(written))
             fed, place = written[-1:], place + len(fed)
         return written

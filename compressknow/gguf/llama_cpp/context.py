@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +14,12 @@ from numpy.typing import NDArray
 
 from compressknow.base.errors import CompressknowError
 from compressknow.gguf.llama_cpp.model import GgufModel
-from compressknow.gguf.llama_cpp.native import errors_logged, interruptible
+from compressknow.gguf.llama_cpp.native import collect_errors, make_interruptible
 
 # enum llama_flash_attn_type of llama.h.
 _NO_FLASH_ATTENTION = 0
+# Of a context that reads one token, to see whether a file crashes llama.cpp.
+_TRIAL_CELLS = 8
 
 
 class Span(NamedTuple):
@@ -52,7 +56,7 @@ class Context:
         # float32 depend on the batch by up to 0.011, without it by 0.000002.
         parameters.flash_attn_type = _NO_FLASH_ATTENTION
         parameters.n_threads = parameters.n_threads_batch = threads
-        with errors_logged() as errors:
+        with collect_errors() as errors:
             self._handle: Any = self._lib.llama_init_from_model(model.handle, parameters)
         if self._handle == self._ffi.NULL:
             self._handle = None
@@ -61,7 +65,7 @@ class Context:
             )
         self._memory = self._lib.llama_get_memory(self._handle)
         # Called between the steps of a pass.
-        self._stops, self._raised = interruptible("bool(void *)", go_on=False)
+        self._stops, self._raised = make_interruptible("bool(void *)", go_on=False)
         self._lib.llama_set_abort_callback(self._handle, self._stops, self._ffi.NULL)
 
     def close(self) -> None:
@@ -83,7 +87,8 @@ class Context:
         self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def read(self, spans: Sequence[Span]) -> NDArray[np.float32]:
-        """Logits where they are wanted, in the order of the spans, [wanted, vocabulary]; valid until the next call.
+        """Return logits where they are wanted, in the order of the spans, [wanted, vocabulary]; valid until the next
+        call.
 
         Raises CompressknowError where the memory has no room, or a kernel fails; KeyboardInterrupt without waiting for
         the end of the pass.
@@ -102,7 +107,7 @@ class Context:
         batch.n_seq_id = ffi.cast("int32_t *", counts.ctypes.data)
         batch.seq_id = ffi.cast("llama_seq_id **", addresses.ctypes.data)
         batch.logits = ffi.cast("int8_t *", wanted.ctypes.data)
-        with errors_logged() as errors:
+        with collect_errors() as errors:
             failed = self._lib.llama_decode(self._handle, batch[0])
         if self._raised:
             raise self._raised.pop()
@@ -119,7 +124,7 @@ _NONE = -1
 
 
 class GgufTokenizer:
-    """Splits texts as llama.cpp does where the file is deployed."""
+    """Tokenizer that splits texts as llama.cpp does where the file is deployed."""
 
     def __init__(self, model: GgufModel) -> None:
         self._model, self._vocab = model, model.vocab
@@ -129,14 +134,13 @@ class GgufTokenizer:
         return self._model.rows
 
     def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> dict[str, list[int]]:  # noqa: ARG002
-        """Ids of a text, with what the file says that every text begins or ends with, if `add_special_tokens`."""
+        """Return ids of a text, with the tokens that begin and end every text if `add_special_tokens`."""
         # Special tokens that a text spells are read as such, as tokenizers of transformers do.
-        return {"input_ids": self.ids(text, special=add_special_tokens, parse_special=True)}
+        return {"input_ids": self.encode(text, special=add_special_tokens, parse_special=True)}
 
-    def ids(self, text: str, *, special: bool, parse_special: bool) -> list[int]:
-        """Ids of a text, with what every text begins or ends with if `special`; names of special tokens in it are these
-        tokens if `parse_special`.
-        """
+    def encode(self, text: str, *, special: bool, parse_special: bool) -> list[int]:
+        """Return ids of a text, with the tokens that begin and end every text if `special`; names of special tokens in
+        it are these tokens if `parse_special`."""
         encoded = text.encode("utf-8", "replace")
         size = len(encoded) + 8
         while True:
@@ -147,7 +151,7 @@ class GgufTokenizer:
             size = -count
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of ids; bytes that make no letter are replaced."""
+        """Return the text of ids; bytes that make no letter are replaced."""
         given = [int(number) for number in ids]
         size = 16 * len(given) + 16
         while True:
@@ -159,8 +163,8 @@ class GgufTokenizer:
                 return bytes(self._ffi.buffer(text, count)).decode("utf-8", "replace")
             size = -count
 
-    def piece(self, token: int) -> bytes:
-        """The bytes that a token stands for."""
+    def decode_token(self, token: int) -> bytes:
+        """Return the bytes that a token stands for."""
         size = 256
         while True:
             text = self._ffi.new("char[]", size)
@@ -170,36 +174,36 @@ class GgufTokenizer:
             size = -count
 
     @property
-    def begins_texts(self) -> bool:
-        """Whether `bos_token_id` is put before every text."""
+    def adds_bos(self) -> bool:
+        """Return whether `bos_token_id` is put before every text."""
         return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
 
-    def ends(self, token: int) -> bool:
-        """Whether llama.cpp stops at this token: an end of text, of a turn, of a message."""
+    def is_end(self, token: int) -> bool:
+        """Return whether llama.cpp stops at this token: an end of text, of a turn, of a message."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     @cached_property
     def bos_token_id(self) -> int | None:
-        """What a text begins with, where anything."""
-        return _token(self._lib.llama_vocab_bos(self._vocab))
+        """Return the token that begins a text, if any."""
+        return _optional_token(self._lib.llama_vocab_bos(self._vocab))
 
     @cached_property
     def eos_token_id(self) -> int | None:
-        """What a text ends with."""
-        return _token(self._lib.llama_vocab_eos(self._vocab))
+        """Return the token that ends a text, if any."""
+        return _optional_token(self._lib.llama_vocab_eos(self._vocab))
 
     @cached_property
     def unk_token_id(self) -> int | None:
-        """What stands for a text that the vocabulary cannot spell."""
+        """Return the token for a text that the vocabulary cannot spell, if any."""
         found = self._model.meta("tokenizer.ggml.unknown_token_id")
         return int(found) if found is not None else None
 
 
-def _token(number: int) -> int | None:
+def _optional_token(number: int) -> int | None:
     return None if number == _NONE else int(number)
 
 
-def answer(path: Path, prompt: str, tokens: int = 8) -> str:
+def complete_prompt(path: Path, prompt: str, tokens: int = 8) -> str:
     """Return what llama.cpp writes after a prompt, the likeliest token each time; it may end early.
 
     The file is taken as sound: one that llama.cpp has just written.
@@ -222,7 +226,7 @@ def answer(path: Path, prompt: str, tokens: int = 8) -> str:
             if not np.isfinite(logits).all():
                 raise CompressknowError(f"{path.name} computes no numbers in llama.cpp (NaN).")
             start, given = start + len(given), [int(logits.argmax())]
-            if tokenizer.ends(given[0]):
+            if tokenizer.is_end(given[0]):
                 break
             written += given
         return tokenizer.decode(written)
@@ -230,3 +234,17 @@ def answer(path: Path, prompt: str, tokens: int = 8) -> str:
         if context is not None:
             context.close()
         model.close()
+
+
+def _try_file(path: Path) -> None:
+    """Read a token, in a process that `compressknow.gguf.llama_cpp.model` starts, for it may crash."""
+    context = Context(GgufModel(path, trial=True), cells=_TRIAL_CELLS, sequences=1, threads=1)
+    context.read([Span(0, 0, [0], 1)])
+
+
+if __name__ == "__main__":
+    try:
+        _try_file(Path(sys.argv[1]))
+    finally:
+        # An error of Python's comes again where the file is loaded, and is raised there.
+        os._exit(0)

@@ -1,4 +1,4 @@
-"""A GGUF file that llama.cpp has opened, memory-mapped; what cannot be evaluated is refused with the reason."""
+"""Open a GGUF file in llama.cpp, memory-mapped; what cannot be evaluated is refused with the reason."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import compressknow
 from compressknow.base.errors import CheckpointError, UnsupportedError
-from compressknow.gguf.llama_cpp.native import Native, errors_logged, interruptible, native
+from compressknow.gguf.children import join_packages
+from compressknow.gguf.llama_cpp.native import Native, collect_errors, load_native, make_interruptible
 from compressknow.model.gguf_file import NAMED, PART, gguf_parts
 
 # Of gguf.h and ggml.h, which llama-cpp-py-sync binds no part of.
@@ -33,8 +33,8 @@ size_t ggml_type_size(int type);
 """
 
 
-def types_of(path: Path) -> dict[str, dict[str, int]]:
-    """Numbers of parameters by group of layers and by type: ``{"attention": {"Q4_K": 7077888}}``, most first.
+def count_types(path: Path) -> dict[str, dict[str, int]]:
+    """Count parameters by group of layers and by type: ``{"attention": {"Q4_K": 7077888}}``, most first.
 
     Parameters
     ----------
@@ -42,26 +42,26 @@ def types_of(path: Path) -> dict[str, dict[str, int]]:
     """
     found: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in NAMED), "other")}
     for part in gguf_parts(path):
-        for name, kind, parameters in _tensors(part):
+        for name, kind, parameters in _list_tensors(part):
             group = next((group for group, named in NAMED if named.match(name)), "other")
             found[group][kind] += parameters
     return {group: dict(types.most_common()) for group, types in found.items() if types}
 
 
-def _tensors(path: Path) -> list[tuple[str, str, int]]:
-    """Name, type and number of parameters of each tensor."""
+def _list_tensors(path: Path) -> list[tuple[str, str, int]]:
+    """List name, type and number of parameters of each tensor."""
     ffi, lib = _reader()
     parameters = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
     file = lib.gguf_init_from_file(str(path).encode("utf-8", "surrogateescape"), parameters[0])
     if file == ffi.NULL:
         return []
     try:
-        return [_tensor(ffi, lib, file, number) for number in range(lib.gguf_get_n_tensors(file))]
+        return [_describe_tensor(ffi, lib, file, number) for number in range(lib.gguf_get_n_tensors(file))]
     finally:
         lib.gguf_free(file)
 
 
-def _tensor(ffi: Any, lib: Any, file: Any, number: int) -> tuple[str, str, int]:
+def _describe_tensor(ffi: Any, lib: Any, file: Any, number: int) -> tuple[str, str, int]:
     kind = lib.gguf_get_tensor_type(file, number)
     blocks = lib.gguf_get_tensor_size(file, number) // lib.ggml_type_size(kind)
     name = ffi.string(lib.gguf_get_tensor_name(file, number)).decode("utf-8", "replace")
@@ -75,7 +75,7 @@ def _reader() -> tuple[Any, Any]:
     import llama_cpp_py_sync
 
     folder = Path(llama_cpp_py_sync.__file__).parent
-    ffi: Any = type(native().ffi)()
+    ffi: Any = type(load_native().ffi)()
     ffi.cdef(_HEADER)
     library = next(path for path in sorted(folder.iterdir()) if "ggml-base" in path.name)
     return ffi, ffi.dlopen(str(library))
@@ -83,16 +83,15 @@ def _reader() -> tuple[Any, Any]:
 
 # What llama.cpp prints before it ends: the file and the line of its source, and what did not hold.
 _ASSERTED = re.compile(r"GGML_ASSERT\(.*\) failed")
-_TOKENS = 8
 
 
-def refuse_crash(path: Path) -> None:
+def check_no_crash(path: Path) -> None:
     """Raise CheckpointError where a process in which llama.cpp loads the file and reads a token of it ends there.
 
     All else that is wrong with a file is no matter of this: llama.cpp says it where it is loaded.
     """
     status = path.stat()
-    code, said = _tried(path.absolute(), status.st_size, status.st_mtime_ns)
+    code, said = _run_trial(path.absolute(), status.st_size, status.st_mtime_ns)
     if code == 0:
         return
     found = _ASSERTED.search(said)
@@ -101,12 +100,11 @@ def refuse_crash(path: Path) -> None:
 
 
 @cache
-def _tried(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
-    """How such a process ended, and what it printed; `size` and `changed` tell one state of a file from another."""
-    packages = [str(Path(compressknow.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
+def _run_trial(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
+    """Return the exit code and output of such a process; `size` and `changed` tell one state of a file from another."""
+    environment = {**os.environ, "PYTHONPATH": join_packages(Path(__file__).parents[3])}
     ended = subprocess.run(
-        [sys.executable, "-m", __name__, path],
+        [sys.executable, "-m", f"{__package__}.context", path],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -116,27 +114,12 @@ def _tried(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG
     return ended.returncode, ended.stdout.decode("utf-8", "replace")
 
 
-def _try(path: Path) -> None:
-    from compressknow.gguf.llama_cpp.context import Context, Span
-
-    context = Context(GgufModel(path, trial=True), cells=_TOKENS, sequences=1, threads=1)
-    context.read([Span(0, 0, [0], 1)])
-
-
-if __name__ == "__main__":
-    try:
-        _try(Path(sys.argv[1]))
-    finally:
-        # What Python meets here it meets again where the file is loaded, and is told there.
-        os._exit(0)
-
-
 # A value of the metadata that is read is a name, a number or a flag.
 _META_BYTES = 1 << 10
 
 
 class GgufModel:
-    """A decoder of text with its vocabulary.
+    """Decoder of text with its vocabulary.
 
     Parameters
     ----------
@@ -150,14 +133,14 @@ class GgufModel:
 
     def __init__(self, path: Path, *, trial: bool = False) -> None:
         self.path = path
-        self.native: Native = native()
-        _refuse_later_part(path)
+        self.native: Native = load_native()
+        _check_parts(path)
         if not trial:
-            refuse_crash(path)
-        self._handle = _opened(path, self.native, copies=not trial)
+            check_no_crash(path)
+        self._handle = _open_model(path, self.native, copies=not trial)
         self.vocab = self.native.lib.llama_model_get_vocab(self._handle)
         try:
-            _refuse_others(self)
+            _check_decoder(self)
         except UnsupportedError:
             self.close()
             raise
@@ -170,17 +153,17 @@ class GgufModel:
 
     @property
     def handle(self) -> Any:
-        """llama.cpp's own, ``struct llama_model *``."""
+        """Return llama.cpp's ``struct llama_model *``."""
         return self._handle
 
     @cached_property
     def architecture(self) -> str:
-        """As the file names it: ``llama``, ``qwen2``."""
+        """Return the architecture as the file names it: ``llama``, ``qwen2``."""
         return self.meta("general.architecture") or "unknown"
 
     @cached_property
     def file_type(self) -> str:
-        """llama.cpp's name for how most weights are stored: ``Q4_K - Medium``."""
+        """Return llama.cpp's name for how most weights are stored: ``Q4_K - Medium``."""
         ffi, lib, _ = self.native
         name = ffi.string(lib.llama_ftype_name(lib.llama_model_ftype(self._handle))).decode("utf-8", "replace")
         # Said of a file whose metadata does not name its type: its tensors tell.
@@ -188,22 +171,22 @@ class GgufModel:
 
     @cached_property
     def parameters(self) -> int:
-        """How many it stores; a head that is tied to the embedding counts once."""
+        """Count the stored parameters; a head that is tied to the embedding counts once."""
         return int(self.native.lib.llama_model_n_params(self._handle))
 
     @cached_property
     def rows(self) -> int:
-        """The number of tokens that it reads."""
+        """Return the number of tokens that it reads."""
         return int(self.native.lib.llama_vocab_n_tokens(self.vocab))
 
     @cached_property
     def most_tokens(self) -> int:
-        """The length of text that it was trained for."""
+        """Return the length of text that it was trained for."""
         return int(self.native.lib.llama_model_n_ctx_train(self._handle))
 
     @cached_property
     def vocabulary(self) -> str:
-        """The hash that `compressknow.engine.language_model.LanguageModel.vocabulary` gives of the same tokens."""
+        """Return the hash that `engine.language_model.LanguageModel.vocabulary` gives of the same tokens."""
         ffi, lib, _ = self.native
         texts = (ffi.string(lib.llama_vocab_get_text(self.vocab, number)) for number in range(self.rows))
         named = ((text.decode("utf-8", "replace"), number) for number, text in enumerate(texts))
@@ -212,13 +195,13 @@ class GgufModel:
         return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
 
     def meta(self, key: str) -> str | None:
-        """A value of the file's metadata as text, or None."""
+        """Return a value of the file's metadata as text, or None."""
         buffer = self.native.ffi.new("char[]", _META_BYTES)
         length = self.native.lib.llama_model_meta_val_str(self._handle, key.encode(), buffer, _META_BYTES)
         return None if length < 0 else self.native.ffi.string(buffer).decode("utf-8", "replace")
 
 
-def _refuse_later_part(path: Path) -> None:
+def _check_parts(path: Path) -> None:
     named = PART.fullmatch(path.name)
     if named is None:
         return
@@ -237,22 +220,22 @@ def _refuse_later_part(path: Path) -> None:
         )
 
 
-def _opened(path: Path, llama: Native, *, copies: bool) -> Any:
+def _open_model(path: Path, llama: Native, *, copies: bool) -> Any:
     parameters = llama.lib.llama_model_default_params()
     # What is measured is what runs on this processor.
     parameters.n_gpu_layers = 0
     # Of weights in the order that its fastest kernels want, which takes longer to make than one token to read.
     parameters.use_extra_bufts = copies
     # Called before each tensor.
-    goes_on, raised = interruptible("bool(float, void *)", go_on=True)
+    goes_on, raised = make_interruptible("bool(float, void *)", go_on=True)
     parameters.progress_callback = goes_on
-    with errors_logged() as errors:
+    with collect_errors() as errors:
         handle = llama.lib.llama_model_load_from_file(str(path).encode("utf-8", "surrogateescape"), parameters)
     if raised:
         raise raised.pop()
     if handle != llama.ffi.NULL:
         return handle
-    raise _unreadable(path, errors)
+    raise _explain_failure(path, errors)
 
 
 # Signs of what is wrong, in llama.cpp's words, and what is said then.
@@ -264,17 +247,17 @@ _CUT = re.compile(
 _NO_GGUF = re.compile(r"invalid magic")
 
 
-def _unreadable(path: Path, errors: list[str]) -> CheckpointError | UnsupportedError:
+def _explain_failure(path: Path, errors: list[str]) -> CheckpointError | UnsupportedError:
     text = "".join(errors)
-    why = _first_reason(errors)
+    why = _find_first_reason(errors)
     if found := _UNKNOWN_ARCHITECTURE.search(text):
         return UnsupportedError(
-            f"{path}: llama.cpp {native().build} does not know the architecture {found[1]!r}.",
+            f"{path}: llama.cpp {load_native().build} does not know the architecture {found[1]!r}.",
             hint="A newer one may: pip install --upgrade llama-cpp-py-sync; or pass --runtime transformers.",
         )
     if _NEWER.search(text):
         return CheckpointError(
-            f"{path} is a GGUF file of a version that llama.cpp {native().build} does not read.",
+            f"{path} is a GGUF file of a version that llama.cpp {load_native().build} does not read.",
             why=why,
             hint="Convert the model anew, or upgrade llama.cpp: pip install --upgrade llama-cpp-py-sync",
         )
@@ -285,13 +268,13 @@ def _unreadable(path: Path, errors: list[str]) -> CheckpointError | UnsupportedE
     return CheckpointError(f"llama.cpp cannot load {path}.", why=why)
 
 
-def _first_reason(errors: list[str]) -> str | None:
-    """The first error, for those after it follow from it; without the names of llama.cpp's functions before it."""
+def _find_first_reason(errors: list[str]) -> str | None:
+    """Return the first error, from which the others follow, without the names of llama.cpp's functions before it."""
     said = next((line.strip() for line in errors if line.strip()), None)
     return said and re.sub(r"^(?:\w+: |error loading model: )+", "", said)
 
 
-def _refuse_others(model: GgufModel) -> None:
+def _check_decoder(model: GgufModel) -> None:
     lib, handle, name = model.native.lib, model.handle, model.architecture
     if lib.llama_model_has_encoder(handle) or not lib.llama_model_has_decoder(handle):
         kind = "has an encoder"

@@ -1,4 +1,4 @@
-"""The library itself, bound by llama-cpp-py-sync (CFFI over ``llama.h``); what it logs is kept, not printed."""
+"""Library of llama.cpp, bound by llama-cpp-py-sync (CFFI over ``llama.h``); what it logs is kept, not printed."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ _kept: list[Any] = []
 
 
 def is_there() -> bool:
-    """Whether the extra is installed; imports nothing."""
+    """Return whether the extra is installed, without importing anything."""
     return is_installed(MODULE)
 
 
 @cache
-def native() -> Native:
-    """The library, loaded once. Raises CompressknowError where it is not installed, or does not load here."""
+def load_native() -> Native:
+    """Return the library, loaded once. Raises CompressknowError where it is not installed, or does not load here."""
     require(MODULE)
     # Where it ends the process, it would first have a debugger print where it was, if there is one.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
@@ -80,21 +80,21 @@ def native() -> Native:
     return Native(ffi, lib, str(getattr(_version, "__llama_cpp_tag__", "") or version("llama-cpp-py-sync")))
 
 
-def interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:
+def make_interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:
     """Return a callback in which llama.cpp asks whether to go on, and the list of what was raised in it: Python, which
     sees to signals there, raises KeyboardInterrupt, and llama.cpp is told to stop. `go_on` is the answer that means
     yes.
     """
     raised: list[BaseException] = []
-    callback = native().ffi.callback(
+    callback = load_native().ffi.callback(
         declaration, lambda *_: go_on, error=not go_on, onerror=lambda _, error, __: raised.append(error)
     )
     return callback, raised
 
 
 @contextmanager
-def errors_logged() -> Iterator[list[str]]:
-    """What llama.cpp logs as errors meanwhile: the list is filled as it does, a message an entry."""
+def collect_errors() -> Iterator[list[str]]:
+    """Collect what llama.cpp logs as errors meanwhile: the list is filled as it does, one message per entry."""
     before, _log.lines = _log.lines, []
     try:
         yield _log.lines

@@ -31,7 +31,7 @@ TEXT_LENGTH, TEXT_POSITIONS, TEXT_DRAWS = 64, 16, 4
 
 @dataclass(frozen=True)
 class Row:
-    """What a model reads once.
+    """Input that a model reads once.
 
     Attributes
     ----------
@@ -47,8 +47,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Batches, and whose scores theirs are.
+class FactBatches:
+    """Batches, and the candidates that their scores are of.
 
     Attributes
     ----------
@@ -61,30 +61,30 @@ class Questions:
     facts: torch.Tensor
 
 
-class Asked(NamedTuple):
-    """A fact with candidates, as a model reads it, and what it answered: its best candidates are scored."""
+class ScoredFact(NamedTuple):
+    """Fact with candidates, as a model reads it, and what it answered: its best candidates are scored."""
 
     scorer: Scorer
     query: Query
     answer: Answer
 
 
-def fact_questions(asked: Sequence[Asked]) -> Questions:
+def batch_facts(asked: Sequence[ScoredFact]) -> FactBatches:
     """Return the questions of facts to one model, one or more."""
     rows: list[Row] = []
     facts: list[int] = []
     for number, (scorer, query, answer) in enumerate(asked):
         assert query.fact.candidates is not None
         options = [query.options[query.fact.candidates.index(text)] for text in answer.top5]
-        rows += _rows_of(scorer, query, dict(enumerate(options, start=len(facts))))
+        rows += _build_rows(scorer, query, dict(enumerate(options, start=len(facts))))
         facts += [number] * len(options)
     family = asked[0].scorer.family
-    groups = _grouped(rows, fills=family != "masked")
-    batches, owners = zip(*(_fact_batch(group, family) for group in groups), strict=True)
-    return Questions(batches, owners, torch.tensor(facts))
+    groups = _group_rows(rows, fills=family != "masked")
+    batches, owners = zip(*(_build_batch(group, family) for group in groups), strict=True)
+    return FactBatches(batches, owners, torch.tensor(facts))
 
 
-def _rows_of(scorer: Scorer, query: Query, options: Mapping[int, Ids]) -> Iterator[Row]:
+def _build_rows(scorer: Scorer, query: Query, options: Mapping[int, Ids]) -> Iterator[Row]:
     if isinstance(scorer, MaskedScorer):
         steps: dict[tuple[Ids, int], list[tuple[int, Ids]]] = {}
         for number, ids in options.items():
@@ -106,8 +106,8 @@ def _rows_of(scorer: Scorer, query: Query, options: Mapping[int, Ids]) -> Iterat
             yield Row((*query.prompt, *read), None, len(query.prompt) - 1, tuple(wanted))
 
 
-def _grouped(rows: Iterable[Row], *, fills: bool) -> list[list[Row]]:
-    """Rows that run together: of as many scores, and of one length, or nearly so where they can be filled up."""
+def _group_rows(rows: Iterable[Row], *, fills: bool) -> list[list[Row]]:
+    """Group rows that run together: of as many scores, and of one length, or nearly so where they can be filled up."""
     groups: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
         step = SPREAD if fills else 1
@@ -116,41 +116,39 @@ def _grouped(rows: Iterable[Row], *, fills: bool) -> list[list[Row]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def _fact_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]:
+def _build_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]:
     width = max(len(ids) for row in rows for _, ids in row.wanted)
-    targets = torch.tensor([[_filled(ids, width) for _, ids in row.wanted] for row in rows])
+    targets = torch.tensor([[_fill(ids, width) for _, ids in row.wanted] for row in rows])
     real = torch.tensor([[[place < len(ids) for place in range(width)] for _, ids in row.wanted] for row in rows])
-    inputs = _inputs([row.ids for row in rows], [row.decoder for row in rows if row.decoder is not None], family)
+    inputs = _build_inputs([row.ids for row in rows], [row.decoder for row in rows if row.decoder is not None], family)
     last = next(iter(reversed(inputs.values()))).shape[1] - 1
     positions = torch.tensor([[min(row.start + place, last) for place in range(width)] for row in rows])
     owners = torch.tensor([[number for number, _ in row.wanted] for row in rows])
-    return Batch(inputs, owners.shape[1], positions, partial(_log_probability, targets, real)), owners
+    return Batch(inputs, owners.shape[1], positions, partial(_sum_log_probabilities, targets, real)), owners
 
 
-def _inputs(ids: Sequence[Ids], decoders: Sequence[Ids], family: str) -> dict[str, torch.Tensor]:
+def _build_inputs(ids: Sequence[Ids], decoders: Sequence[Ids], family: str) -> dict[str, torch.Tensor]:
     longest = max(map(len, ids))
-    inputs = {"input_ids": torch.tensor([_filled(row, longest) for row in ids])}
+    inputs = {"input_ids": torch.tensor([_fill(row, longest) for row in ids])}
     if family != "causal":
         inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
     if decoders:
         longest = max(map(len, decoders))
-        inputs["decoder_input_ids"] = torch.tensor([_filled(row, longest) for row in decoders])
+        inputs["decoder_input_ids"] = torch.tensor([_fill(row, longest) for row in decoders])
     return inputs
 
 
-def _filled(ids: Ids, length: int) -> Ids:
+def _fill(ids: Ids, length: int) -> Ids:
     return ids + ids[-1:] * (length - len(ids))
 
 
-def _log_probability(targets: torch.Tensor, real: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Of the tokens [rows, directions, positions], where they are real, summed over positions."""
+def _sum_log_probabilities(targets: torch.Tensor, real: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return that of the tokens [rows, directions, positions], where they are real, summed over positions."""
     log_probs: torch.Tensor = logits.gather(3, targets[..., None]).squeeze(3) - logits.logsumexp(3)
     return log_probs.where(real, 0.0).sum(2)
 
 
-def text_batches(
-    batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int
-) -> list[Batch]:
+def batch_text(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int) -> list[Batch]:
     """Return batches of text, the text that a checkpoint is calibrated on: pieces of it for a causal model, whole
     sequences for others, for these are made of what is hidden in them. The draws are seeded."""
     generator = torch.Generator().manual_seed(seed)
@@ -162,29 +160,31 @@ def text_batches(
             # The first positions of a piece say little of the text: they have read too few tokens.
             length = min(TEXT_LENGTH, ids.shape[1])
             inputs = {"input_ids": ids[:, : ids.shape[1] // length * length].reshape(-1, length)}
-            positions = _drawn(torch.ones_like(inputs["input_ids"], dtype=torch.bool)[:, length // 4 :], generator)
+            positions = _draw_positions(
+                torch.ones_like(inputs["input_ids"], dtype=torch.bool)[:, length // 4 :], generator
+            )
             positions += length // 4
         elif family == "masked":
-            positions = _drawn(ids.eq(mask if mask is not None else -1), generator)
+            positions = _draw_positions(ids.eq(mask if mask is not None else -1), generator)
         else:
-            positions = _drawn(torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool), generator)
+            positions = _draw_positions(torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool), generator)
         if family != "causal":
             inputs = {"attention_mask": torch.ones_like(ids), **inputs}
-        found.append(Batch(inputs, TEXT_DRAWS, positions, partial(_sketched, generator)))
+        found.append(Batch(inputs, TEXT_DRAWS, positions, partial(_sketch, generator)))
     return found
 
 
-def _drawn(allowed: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Positions of each row that are allowed, [rows, positions]: as many as every row has, at most those wanted."""
+def _draw_positions(allowed: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw positions of each row that are allowed, [rows, positions]: as many as every row has, at most as wanted."""
     count = min(TEXT_POSITIONS, int(allowed.sum(1).min()))
     keys = torch.rand(allowed.shape, generator=generator).where(allowed, -1.0)
     return keys.topk(max(count, 1), 1).indices.sort(1).values
 
 
-def _sketched(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
-    """A random sum of log-probabilities, each centred and weighted by the root of its probability p, with a random
-    sign: the mean of the squares of its changes is dz' (diag p - p p') dz. Those of all positions are added, for their
-    signs are independent, and divided so that squares are means over positions."""
+def _sketch(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
+    """Return a random sum of log-probabilities, each centred and weighted by the root of its probability p, with a
+    random sign: the mean of the squares of its changes is dz' (diag p - p p') dz. Those of all positions are added, for
+    their signs are independent, and divided so that squares are means over positions."""
     with torch.no_grad():
         p = logits.detach().softmax(3)
         signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8)
