@@ -87,7 +87,7 @@ class Probe:
     read : the number of facts that the set has, those dropped and those beyond a limit included.
     limit, seed : the sample that was drawn, if one was.
     most_frequent : each relation's most frequent object, of all the facts that `facts` may be a sample of.
-    examples : each relation's first facts with different objects, of all these facts; see `example`.
+    examples : each relation's first facts with different objects, of all these facts; see `find_example`.
     templates : in how many wordings each fact is put, where they are several; each wording is a fact of its own then.
     """
 
@@ -130,13 +130,13 @@ class Probe:
         digest.update(json.dumps(list(candidates)).encode())
         return digest.hexdigest()
 
-    def example(self, fact: Fact) -> Fact | None:
+    def find_example(self, fact: Fact) -> Fact | None:
         """Return another fact of the relation in the same wording, the first of another subject and object, or None."""
         alike = (each for each in self.examples.get(fact.relation, ()) if each.template == fact.template)
         others = (each for each in alike if each.sub_label != fact.sub_label)
         return next((each for each in others if each.obj_label.casefold() != fact.obj_label.casefold()), None)
 
-    def limited(self, limit: int | None, seed: int = 0) -> Probe:
+    def sample(self, limit: int | None, seed: int = 0) -> Probe:
         """Return a sample of at most `limit` facts, drawn by relation in proportion to its size (each relation keeps
         one at least, as far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the
         proportions allow.

@@ -127,11 +127,11 @@ def _find_rows(
     """Return the original's distributions of a sample: those that this run has kept of the whole probe, or computed
     now.
     """
-    kept = whole.of(probe) if whole else None
+    kept = whole.find_rows(probe) if whole else None
     if kept is not None and kept.holds(answer.fact_id for answer in sample.answers.answers):
         return kept
     own.complete([sample.probe], sample.answers, on_progress)
-    return own.of(sample.probe)
+    return own.find_rows(sample.probe)
 
 
 def _answer_samples(
@@ -152,7 +152,7 @@ def _answer_samples(
             batches = evaluate(
                 prompts,
                 reference=find_first_ids(own, sample, prompts) if alike else None,
-                whole=rows[name].divergence if alike else None,
+                whole=rows[name].measure if alike else None,
                 advance=advance,
             )
             again = replace(own, answers=tuple(answer for batch in batches for answer in batch))

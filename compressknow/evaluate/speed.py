@@ -114,7 +114,7 @@ def _measure_tokens(handle: ModelHandle) -> float | None:
 
     def written() -> int:
         # Each token is one number on its way to the processor: nothing is left to be waited for.
-        (row,) = reader.continued([prompt], tokens)
+        (row,) = reader.continue_texts([prompt], tokens)
         return next((place for place, token in enumerate(row, start=1) if reader.ends(token)), tokens)
 
     return _measure_rate(written)

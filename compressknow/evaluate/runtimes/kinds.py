@@ -96,11 +96,11 @@ class Served(abc.ABC):
         """Return token ids, with those that begin every text if `special`."""
 
     @abc.abstractmethod
-    def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
+    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
         """Return what may follow the prompt: the likeliest tokens, and the `wanted` ones where they can be had."""
 
     @abc.abstractmethod
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
+    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
         """Add the log-probabilities of `ids` after the prompt to `score`; of fewer where that falls below `bar`."""
 
     def write(self, prompt: Ids, tokens: int) -> str:
@@ -167,14 +167,14 @@ class LlamaServer(Served):
         asked = {"content": text, "add_special": special, "model": self.model}
         return tuple(map(self.check_token, self.client.post("/tokenize", asked, _TOKENS)["tokens"]))
 
-    def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
+    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
         found = self._find_likeliest(prompt, LLAMA_TOKENS)
         if found.whole or all(number in found.logp for number in wanted):
             return found
         # A second request for all tokens: a second of work, and 5 MB, seldom needed.
         return self._find_likeliest(prompt, self._vocabulary)
 
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
+    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
         for place, number in enumerate(ids):
             score += self._score_next((*prompt, *ids[:place]), number)
             if score < bar:
@@ -240,7 +240,7 @@ class Vllm(Served):
         asked = {"prompt": text, "add_special_tokens": special, "model": self.model}
         return tuple(map(self.check_token, self.client.post("/tokenize", asked, _TOKENS)["tokens"]))
 
-    def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
+    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
         how = {"logprobs": SERVER_TOKENS, "return_tokens_as_token_ids": True}
         top = self._request_logprobs(prompt, {"top_logprobs": [{str: float}]}, how)["top_logprobs"]
         if not top:
@@ -255,7 +255,7 @@ class Vllm(Served):
             raise self.make_error(f"holds {name[:40]!r} for a token")
         return self.check_token(int(digits))
 
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
+    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
         form, how = {"token_logprobs": [(float, None)]}, {"logprobs": 1, "echo": True}
         read = self._request_logprobs((*prompt, *ids), form, how)["token_logprobs"]
         end = len(prompt) + len(ids)
@@ -280,10 +280,10 @@ class Writing(Served):
     def _make_prompt(self, prompt: Ids) -> Any:
         return "".join(map(chr, prompt))
 
-    def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
+    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
         return First()
 
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
+    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
         raise NotImplementedError
 
 
@@ -293,7 +293,7 @@ class Echoing(Writing):
     name = "a server that echoes"
     scores = True
 
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
+    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
         found = self._request_logprobs((*prompt, *ids), _ECHO, {"logprobs": 1, "echo": True})
         tokens, values, offsets = (found[key] for key in _ECHO)
         if not len(tokens) == len(values) == len(offsets) > 0:

@@ -90,7 +90,7 @@ class LoadedInLlamaCpp(Loaded):
         self._readers.append(reader)
         return reader
 
-    def record(self) -> Mapping[str, Any]:
+    def make_record(self) -> Mapping[str, Any]:
         """Name, build, and how each group of layers is stored."""
         return self._record
 

@@ -93,7 +93,7 @@ class LoadedFromServer(Loaded):
         """Return whether the server gives log-probabilities."""
         return self._served.scores
 
-    def record(self) -> Mapping[str, Any]:
+    def make_record(self) -> Mapping[str, Any]:
         """Return name and build, the address, the model's name there, and what the server tells of answers: ``scores``
         (log-probabilities of candidates) and ``distribution`` (of the first token).
         """

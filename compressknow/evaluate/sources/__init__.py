@@ -241,7 +241,7 @@ def _open_by_name(name: str, options: Options, *, only_taken: bool) -> Opened:
     opened = _check_opened(
         kind, full, _open_source(kind, source, full, part, _select_options(full, source, options, only_taken))
     )
-    return opened.limited(options.limit, options.seed) if isinstance(opened, Probe) else opened
+    return opened.sample(options.limit, options.seed) if isinstance(opened, Probe) else opened
 
 
 def _open_in_wordings(full: str, name: str, source: ProbeSource, options: Options) -> Probe:
