@@ -270,7 +270,7 @@ def shorten(log_probs: np.ndarray) -> np.ndarray:
 def lengthen(stored: np.ndarray) -> np.ndarray:
     """Return what `shorten` stored, as float32.
 
-    >>> lengthened(shortened(np.array([0.0, -2.0, np.nan], dtype=np.float32))).round(3)
+    >>> lengthen(shorten(np.array([0.0, -2.0, np.nan], dtype=np.float32))).round(3)
     array([-0., -2., nan], dtype=float32)
     """
     roots = stored.astype(np.float32) / np.float32(_STEPS)

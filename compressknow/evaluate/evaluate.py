@@ -182,13 +182,13 @@ def put_after_example(fact: Fact, probe: Probe) -> Fact | None:
 
 def check_facts(reference: Answers, probe: Opened) -> None:
     """Raise UsageError where the original was not evaluated on this probe, or on other prompts of it."""
-    asked = reference.record.probes.get(probe.name)
-    if asked is None and not isinstance(probe, Task):
+    entry = reference.record.probes.get(probe.name)
+    if entry is None and not isinstance(probe, Task):
         raise UsageError(
             f"The original was not evaluated on {probe.name}, but its most likely tokens are needed.",
             hint="Probe the original with the same -p PROBE first.",
         )
-    if asked and asked.fingerprint != probe.fingerprint():
+    if entry and entry.fingerprint != probe.fingerprint():
         raise UsageError(
             f"The original was evaluated on other facts or prompts of {probe.name}.",
             hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --context, "

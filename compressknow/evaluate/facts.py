@@ -153,7 +153,7 @@ class Probe:
 def strip_wording(identifier: str) -> str:
     """Return the id of a fact, given that of one of its wordings.
 
-    >>> fact_of("capital/france@2"), fact_of("capital/france")
+    >>> strip_wording("capital/france@2"), strip_wording("capital/france")
     ('capital/france', 'capital/france')
     """
     return re.sub(r"@[0-9]+$", "", identifier)
@@ -238,7 +238,7 @@ def compute_chance(choices: Iterable[int | None]) -> float | None:
     """Return the expected accuracy of guessing: the mean of 1 / number of possible answers; None where any text may be
     given.
 
-    >>> chance([2, 4]), chance([2, None]), chance([])
+    >>> compute_chance([2, 4]), compute_chance([2, None]), compute_chance([])
     (0.375, None, None)
     """
     numbers = list(choices)
@@ -265,7 +265,7 @@ def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str]) -> float
 def map_relations(relations: Mapping[str, str]) -> dict[str, str]:
     """Map relations to domains; each domain's relations are named in one text, with spaces between them.
 
-    >>> by_relation({"science": "P101 P105"})
+    >>> map_relations({"science": "P101 P105"})
     {'P101': 'science', 'P105': 'science'}
     """
     return {relation: domain for domain, names in relations.items() for relation in names.split()}
@@ -287,7 +287,7 @@ WIKIDATA = map_relations(
 def find_domain(relation: str, domains: Mapping[str, str]) -> str:
     """Return the domain of a relation, `GENERAL` for one that is not in the table; of a path its last name counts.
 
-    >>> domain_of("P36", WIKIDATA), domain_of("/location/P36", WIKIDATA), domain_of("P361", WIKIDATA)
+    >>> find_domain("P36", WIKIDATA), find_domain("/location/P36", WIKIDATA), find_domain("P361", WIKIDATA)
     ('geography', 'geography', 'general')
     """
     return domains.get(relation.rpartition("/")[2].replace(" ", "_"), GENERAL)

@@ -113,11 +113,11 @@ def _draw_sample(probe: Probe, answers: Answers) -> _Sample:
     answered = {answer.fact_id: answer for answer in answers.of(probe.name)}
     # A user's own id may end like that of a wording.
     whole = strip_wording if probe.templates else str
-    asked = [fact for fact in probe.facts if fact.id in answered]
-    facts = list(dict.fromkeys(whole(fact.id) for fact in asked))
+    facts_answered = [fact for fact in probe.facts if fact.id in answered]
+    facts = list(dict.fromkeys(whole(fact.id) for fact in facts_answered))
     wanted = min(len(facts), MOST_FACTS, max(LEAST_FACTS, round(PART * len(facts))))
     chosen = set(random.Random(_SEED).sample(facts, wanted))
-    sample = tuple(fact for fact in asked if whole(fact.id) in chosen)
+    sample = tuple(fact for fact in facts_answered if whole(fact.id) in chosen)
     return _Sample(replace(probe, facts=sample), Answers(answers.record, tuple(answered[fact.id] for fact in sample)))
 
 

@@ -368,9 +368,9 @@ def _read_folder(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Ans
     record, located = read_record(folder), handle.located
     model = record.model
     if located.url is None:
-        said = handle.describe()
-        model = replace(model, name=located.name, revision=located.revision, changed=said.get("changed"))
-        model = replace(model, source=said.get("source", model.source))
+        described = handle.describe()
+        model = replace(model, name=located.name, revision=located.revision, changed=described.get("changed"))
+        model = replace(model, source=described.get("source", model.source))
     record = replace(record, model=model, probes={name: record.probes[name] for name in names})
     rows = tuple(answer for answer in read_stored(folder) if answer.probe in record.probes)
     answers = Answers(record, rows, read_texts(folder, record))

@@ -87,8 +87,8 @@ def _measure_rate(work: Callable[[], int]) -> float:
     """Return the median, over some rounds, of how many the work says it did; one that takes long tells enough alone."""
     work()
     rates: list[float] = []
-    begun = time.perf_counter()
-    while len(rates) < ROUNDS and (not rates or time.perf_counter() - begun < LONG):
+    first = time.perf_counter()
+    while len(rates) < ROUNDS and (not rates or time.perf_counter() - first < LONG):
         start = time.perf_counter()
         done = work()
         rates.append(done / (time.perf_counter() - start))

@@ -143,7 +143,7 @@ class Chunks:
 def find_first_scored(context: int) -> int:
     """Return the place of the token after which the first one is scored.
 
-    >>> first_scored(512), 512 - 1 - first_scored(512)
+    >>> find_first_scored(512), 512 - 1 - find_first_scored(512)
     (256, 255)
     """
     return context // 2

@@ -214,7 +214,7 @@ class DecodingScorer(Scorer):
         """Find out by two queries how this model may read."""
         # No longer than the prompts, where these are long: they may end at the last position that there is.
         prefix = ids[:, :-TRIED] if ids.shape[1] > TRIED else ids
-        more = torch.tensor([(asked.gold + asked.prompt * TRIED)[:TRIED] for asked in batch], device=ids.device)
+        more = torch.tensor([(query.gold + query.prompt * TRIED)[:TRIED] for query in batch], device=ids.device)
 
         def forward(ids: torch.Tensor, cache: Any, keep: int, cached: bool) -> tuple[torch.Tensor, Any]:
             self._reading = Reading(cached=cached, spans=True)
@@ -267,7 +267,7 @@ def judge(text: str, gold: str) -> tuple[str, bool]:
     """Cut a free answer at its end, and return whether it is the object: it begins with it, as whole words, whatever
     their case and the article or quotes before it.
 
-    >>> judged("Paris, the city of", "Paris"), judged("Parisian food", "Paris"), judged("the Nile. It", "Nile")
+    >>> judge("Paris, the city of", "Paris"), judge("Parisian food", "Paris"), judge("the Nile. It", "Nile")
     (('Paris, the city of', True), ('Parisian food', False), ('the Nile', True))
     """
     text = text.strip()

@@ -294,8 +294,8 @@ class Seq2SeqScorer(DecodingScorer):
         device = self.model.device
         ids = torch.tensor([query.prompt for query in batch], device=device)
         encoder = self.model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))
-        begun = torch.tensor([self.begin(query.fact) for query in batch], device=device)
-        return self.read(batch, begun, Encoded(ids, encoder).rows(slice(None)))
+        beginnings = torch.tensor([self.begin(query.fact) for query in batch], device=device)
+        return self.read(batch, beginnings, Encoded(ids, encoder).rows(slice(None)))
 
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
         assert encoder is not None

@@ -201,8 +201,8 @@ class Scorer(ABC):
                 *self._answer_by_word(batch, log_probs),
                 *self.answer_freely(batch, log_probs, state, texts),
             ]
-            said = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
-            found = [add_grade(answer, *said[answer.fact_id], self.encoder.spelled) for answer in found]
+            by_id = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
+            found = [add_grade(answer, *by_id[answer.fact_id], self.encoder.spelled) for answer in found]
             return self._add_distributions(batch, found, log_probs, reference, whole)
 
     def say(self, batch: Sequence[Query]) -> list[str | None]:
@@ -211,10 +211,9 @@ class Scorer(ABC):
         """
         with torch.inference_mode():
             texts = self.produce(batch, *self._begin(batch))
-        told = zip(batch, texts, strict=True)
         return [
             text if text is None else find_choice(text, list_choices(query.fact), self.encoder.spelled)
-            for query, text in told
+            for query, text in zip(batch, texts, strict=True)
         ]
 
     def answer_anew(
