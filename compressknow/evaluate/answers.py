@@ -409,5 +409,5 @@ def _is_foreign(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     ours = {LOCK, PARTS, TABLE} if LOCK in names else {PARTS}
-    begun = _UNFINISHED if LOCK not in names else (*_UNFINISHED, TEXTS, f".{TEXTS}")
-    return RECORD not in names and any(name not in ours and not name.startswith(begun) for name in names)
+    unfinished = _UNFINISHED if LOCK not in names else (*_UNFINISHED, TEXTS, f".{TEXTS}")
+    return RECORD not in names and any(name not in ours and not name.startswith(unfinished) for name in names)

@@ -50,7 +50,7 @@ class Distributions:
         self._original, self._folder = original, folder
         self._rows: dict[str, Rows] = {}
 
-    def of(self, probe: Probe | RunningText) -> Rows:
+    def find_rows(self, probe: Probe | RunningText) -> Rows:
         """Return the rows of a probe, by its content: a search has two splits of one name."""
         key = probe.fingerprint()
         if key not in self._rows:
@@ -68,10 +68,10 @@ class Distributions:
         The original is in memory no longer than that.
         """
         kept = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
-        lacking = [probe for probe in kept if not self.of(probe).holds(_list_keys(probe, answers))]
+        lacking = [probe for probe in kept if not self.find_rows(probe).holds(_list_keys(probe, answers))]
         try:
             for probe in lacking:
-                if self.of(probe).gave_up:
+                if self.find_rows(probe).gave_up:
                     continue
                 if isinstance(probe, RunningText):
                     self._read_text(probe, answers, on_progress)
@@ -87,7 +87,7 @@ class Distributions:
         with begun(on_progress, stage) as advance:
             reader = original.reader()
             context = choose_context(reader, text, answers.record.probes.get(text.name))
-            rows, chunks = self.of(text), cut_chunks(reader, text, context)
+            rows, chunks = self.find_rows(text), cut_chunks(reader, text, context)
             for number in range(len(chunks.ids)):
                 if rows.gave_up:
                     return
@@ -97,7 +97,7 @@ class Distributions:
                     advance(number + 1, len(chunks.ids))
 
     def _evaluate_facts(self, probe: Probe, answers: Answers, on_progress: Listener | None) -> None:
-        original, rows = self._original, self.of(probe)
+        original, rows = self._original, self.find_rows(probe)
         name, device = original.located.name, original.settings.device
         stage = Stage("evaluate", name, probe.name, len(probe.facts), device, again=True)
         with begun(on_progress, stage) as advance:
@@ -147,12 +147,12 @@ class Context:
         ran = self.reference.record.model.runtime if self.reference else None
         return str(ran["name"]) if ran else None
 
-    def of_batches(self, probe: Probe | RunningText) -> Whole | None:
+    def choose_callback(self, probe: Probe | RunningText) -> Whole | None:
         """Return what each batch's distributions go to: the original's are kept, others are compared with them."""
         if self.whole is None:
             return None
-        rows = self.whole.of(probe)
-        return rows.divergence if self.reference else rows.keep
+        rows = self.whole.find_rows(probe)
+        return rows.measure if self.reference else rows.keep
 
 
 def _list_keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
@@ -198,7 +198,7 @@ class Rows:
                 self.give_up()
         return [None] * len(facts)
 
-    def divergence(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
+    def measure(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
         """Compute KL(original || model) in nats, over the whole vocabulary in float64, of each fact; `log_probs` are
         the model's, [facts, vocabulary]. None for all where one is not kept, or the vocabulary has another size.
         """
@@ -270,7 +270,7 @@ def shorten(log_probs: np.ndarray) -> np.ndarray:
 def lengthen(stored: np.ndarray) -> np.ndarray:
     """Return what `shorten` stored, as float32.
 
-    >>> lengthened(shortened(np.array([0.0, -2.0, np.nan], dtype=np.float32))).round(3)
+    >>> lengthen(shorten(np.array([0.0, -2.0, np.nan], dtype=np.float32))).round(3)
     array([-0., -2., nan], dtype=float32)
     """
     roots = stored.astype(np.float32) / np.float32(_STEPS)

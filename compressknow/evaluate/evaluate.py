@@ -53,12 +53,12 @@ def make_prompts(scorer: Scorer, batch_size: int = BATCH_SIZE) -> Prompts:
     queries: list[Query] = []
     dropped: Counter[str] = Counter(scorer.probe.dropped)
     for fact in scorer.probe.facts:
-        query = scorer.query(fact)
+        query = scorer.make_query(fact)
         if isinstance(query, str):
             dropped[query] += 1
         else:
             queries.append(query)
-    parts = chain.from_iterable(map(scorer.parts, batch_by_shape(queries, batch_size)))
+    parts = chain.from_iterable(map(scorer.split, batch_by_shape(queries, batch_size)))
     return Prompts(scorer, tuple(parts), dict(dropped))
 
 
@@ -96,7 +96,7 @@ def evaluate(
             return prompts.scorer.answer(batch, wanted, whole)
         return prompts.scorer.answer_anew(batch, [known[query.fact.id] for query in batch], wanted, whole)
 
-    for batch, answers in prompts.scorer.each(answer, left):
+    for batch, answers in prompts.scorer.run_each(answer, left):
         yield answers
         answered += len(batch)
         pace.add(_estimate_cost(prompts.scorer, batch))
@@ -159,9 +159,9 @@ def _say_after_examples(scorer: Scorer, facts: Sequence[Fact]) -> Iterator[tuple
     object.
     """
     shown = [shown for fact in facts if (shown := put_after_example(fact, scorer.probe)) is not None]
-    queries = [query for query in map(scorer.query, shown) if not isinstance(query, str)]
-    batches = chain.from_iterable(map(scorer.parts, batch_by_shape(queries)))
-    for batch, texts in scorer.each(scorer.say, batches):
+    queries = [query for query in map(scorer.make_query, shown) if not isinstance(query, str)]
+    batches = chain.from_iterable(map(scorer.split, batch_by_shape(queries)))
+    for batch, texts in scorer.run_each(scorer.say, batches):
         for query, text in zip(batch, texts, strict=True):
             if text is not None:
                 yield query.fact.id, text
@@ -172,7 +172,7 @@ def put_after_example(fact: Fact, probe: Probe) -> Fact | None:
 
     The example is the first of another subject and object, so that it does not give the answer away.
     """
-    example = probe.example(fact)
+    example = probe.find_example(fact)
     if example is None:
         return None
     solved = example.prompt.replace(BLANK, example.obj_label).rstrip()
@@ -182,13 +182,13 @@ def put_after_example(fact: Fact, probe: Probe) -> Fact | None:
 
 def check_facts(reference: Answers, probe: Opened) -> None:
     """Raise UsageError where the original was not evaluated on this probe, or on other prompts of it."""
-    asked = reference.record.probes.get(probe.name)
-    if asked is None and not isinstance(probe, Task):
+    entry = reference.record.probes.get(probe.name)
+    if entry is None and not isinstance(probe, Task):
         raise UsageError(
             f"The original was not evaluated on {probe.name}, but its most likely tokens are needed.",
             hint="Probe the original with the same -p PROBE first.",
         )
-    if asked and asked.fingerprint != probe.fingerprint():
+    if entry and entry.fingerprint != probe.fingerprint():
         raise UsageError(
             f"The original was evaluated on other facts or prompts of {probe.name}.",
             hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --context, "
@@ -203,7 +203,7 @@ def check_model(reference: Answers, name: str, loaded: Loaded) -> None:
     before = reference.record.model
     keys: list[tuple[str, object, object]] = [("family", before.family, loaded.family)]
     # Where another runtime than transformers gives the answers of either, they are compared as texts.
-    if before.runtime is None and loaded.record() is None:
+    if before.runtime is None and loaded.make_record() is None:
         keys.append(("vocabulary", before.vocabulary, loaded.vocabulary))
     for key, known, value in keys:
         if None not in (known, value) and known != value:

@@ -87,7 +87,7 @@ class Probe:
     read : the number of facts that the set has, those dropped and those beyond a limit included.
     limit, seed : the sample that was drawn, if one was.
     most_frequent : each relation's most frequent object, of all the facts that `facts` may be a sample of.
-    examples : each relation's first facts with different objects, of all these facts; see `example`.
+    examples : each relation's first facts with different objects, of all these facts; see `find_example`.
     templates : in how many wordings each fact is put, where they are several; each wording is a fact of its own then.
     """
 
@@ -130,13 +130,13 @@ class Probe:
         digest.update(json.dumps(list(candidates)).encode())
         return digest.hexdigest()
 
-    def example(self, fact: Fact) -> Fact | None:
+    def find_example(self, fact: Fact) -> Fact | None:
         """Return another fact of the relation in the same wording, the first of another subject and object, or None."""
         alike = (each for each in self.examples.get(fact.relation, ()) if each.template == fact.template)
         others = (each for each in alike if each.sub_label != fact.sub_label)
         return next((each for each in others if each.obj_label.casefold() != fact.obj_label.casefold()), None)
 
-    def limited(self, limit: int | None, seed: int = 0) -> Probe:
+    def sample(self, limit: int | None, seed: int = 0) -> Probe:
         """Return a sample of at most `limit` facts, drawn by relation in proportion to its size (each relation keeps
         one at least, as far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the
         proportions allow.
@@ -153,7 +153,7 @@ class Probe:
 def strip_wording(identifier: str) -> str:
     """Return the id of a fact, given that of one of its wordings.
 
-    >>> fact_of("capital/france@2"), fact_of("capital/france")
+    >>> strip_wording("capital/france@2"), strip_wording("capital/france")
     ('capital/france', 'capital/france')
     """
     return re.sub(r"@[0-9]+$", "", identifier)
@@ -238,7 +238,7 @@ def compute_chance(choices: Iterable[int | None]) -> float | None:
     """Return the expected accuracy of guessing: the mean of 1 / number of possible answers; None where any text may be
     given.
 
-    >>> chance([2, 4]), chance([2, None]), chance([])
+    >>> compute_chance([2, 4]), compute_chance([2, None]), compute_chance([])
     (0.375, None, None)
     """
     numbers = list(choices)
@@ -265,7 +265,7 @@ def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str]) -> float
 def map_relations(relations: Mapping[str, str]) -> dict[str, str]:
     """Map relations to domains; each domain's relations are named in one text, with spaces between them.
 
-    >>> by_relation({"science": "P101 P105"})
+    >>> map_relations({"science": "P101 P105"})
     {'P101': 'science', 'P105': 'science'}
     """
     return {relation: domain for domain, names in relations.items() for relation in names.split()}
@@ -287,7 +287,7 @@ WIKIDATA = map_relations(
 def find_domain(relation: str, domains: Mapping[str, str]) -> str:
     """Return the domain of a relation, `GENERAL` for one that is not in the table; of a path its last name counts.
 
-    >>> domain_of("P36", WIKIDATA), domain_of("/location/P36", WIKIDATA), domain_of("P361", WIKIDATA)
+    >>> find_domain("P36", WIKIDATA), find_domain("/location/P36", WIKIDATA), find_domain("P361", WIKIDATA)
     ('geography', 'geography', 'general')
     """
     return domains.get(relation.rpartition("/")[2].replace(" ", "_"), GENERAL)

@@ -48,7 +48,7 @@ def find_opening(text: str) -> str:
     """Return what stands before a text's first word: articles, quotes and other punctuation, which SQuAD's
     normalization of answers drops too (Rajpurkar et al. 2016).
 
-    >>> opening_of(' the "South America"'), opening_of("another")
+    >>> find_opening(' the "South America"'), find_opening("another")
     (' the "', '')
     """
     opening = _OPENING.match(text)
@@ -59,7 +59,7 @@ def find_end(text: str, label: str) -> int | None:
     """Return where a label ends with which the text begins, as whole words, whatever their case and what opens either;
     None where it does not.
 
-    >>> end_of("Paris, the city", "paris"), end_of("Parisian food", "Paris"), end_of('"Gambia"', "the Gambia")
+    >>> find_end("Paris, the city", "paris"), find_end("Parisian food", "Paris"), find_end('"Gambia"', "the Gambia")
     (5, None, 7)
     """
     if (end := _match_label(text, label)) is not None:
@@ -96,7 +96,7 @@ def find_choice(text: str, choices: Sequence[str], spelled: Callable[[str], str]
     ----------
     spelled : a choice as the model's tokenizer gives it back ("são tomé" as "sao tome").
 
-    >>> said("New York City, of course", ["New York", "New York City"]), said("a city. It", ["Paris"])
+    >>> find_choice("New York City, of course", ["New York", "New York City"]), find_choice("a city. It", ["Paris"])
     ('New York City', 'a city')
     """
     text = text.strip()
@@ -238,16 +238,16 @@ def _find_middle_grade(wordings: Sequence[Answer]) -> str | None:
     return GRADES[median_high(grades)] if len(grades) == len(wordings) else None
 
 
-def _find_majority(said: Sequence[str], gold: str) -> str | None:
-    if not said:
+def _find_majority(texts: Sequence[str], gold: str) -> str | None:
+    if not texts:
         return None
-    return gold if 2 * said.count(gold) > len(said) else next((text for text in said if text != gold), gold)
+    return gold if 2 * texts.count(gold) > len(texts) else next((text for text in texts if text != gold), gold)
 
 
 def _average(values: Iterable[float | None]) -> float | None:
-    given = list(values)
-    known = [value for value in given if value is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(given) else None
+    numbers = list(values)
+    known = [value for value in numbers if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(numbers) else None
 
 
 def _count_by_fact(entry: ProbeEntry, facts: int) -> ProbeEntry:

@@ -135,7 +135,7 @@ class ModelHandle:
         changed = {"changed": True} if self.contents.changed else {}
         return describe(self.located) | changed
 
-    def record(self) -> ModelRecord:
+    def make_record(self) -> ModelRecord:
         """Return the "model" entry of ``probe.json``."""
         loaded = self.loaded
         evaluated: dict[str, Any] = {
@@ -147,7 +147,7 @@ class ModelHandle:
             "device": self.where,
             "computed_in": loaded.computed_in,
         }
-        if runtime := loaded.record():
+        if runtime := loaded.make_record():
             evaluated["runtime"] = runtime
         known = {key: value for key, value in evaluated.items() if value is not None}
         return ModelRecord.from_dict(self.describe() | dict(loaded.describe()) | known)

@@ -113,11 +113,11 @@ def _draw_sample(probe: Probe, answers: Answers) -> _Sample:
     answered = {answer.fact_id: answer for answer in answers.of(probe.name)}
     # A user's own id may end like that of a wording.
     whole = strip_wording if probe.templates else str
-    asked = [fact for fact in probe.facts if fact.id in answered]
-    facts = list(dict.fromkeys(whole(fact.id) for fact in asked))
+    facts_answered = [fact for fact in probe.facts if fact.id in answered]
+    facts = list(dict.fromkeys(whole(fact.id) for fact in facts_answered))
     wanted = min(len(facts), MOST_FACTS, max(LEAST_FACTS, round(PART * len(facts))))
     chosen = set(random.Random(_SEED).sample(facts, wanted))
-    sample = tuple(fact for fact in asked if whole(fact.id) in chosen)
+    sample = tuple(fact for fact in facts_answered if whole(fact.id) in chosen)
     return _Sample(replace(probe, facts=sample), Answers(answers.record, tuple(answered[fact.id] for fact in sample)))
 
 
@@ -127,11 +127,11 @@ def _find_rows(
     """Return the original's distributions of a sample: those that this run has kept of the whole probe, or computed
     now.
     """
-    kept = whole.of(probe) if whole else None
+    kept = whole.find_rows(probe) if whole else None
     if kept is not None and kept.holds(answer.fact_id for answer in sample.answers.answers):
         return kept
     own.complete([sample.probe], sample.answers, on_progress)
-    return own.of(sample.probe)
+    return own.find_rows(sample.probe)
 
 
 def _answer_samples(
@@ -152,7 +152,7 @@ def _answer_samples(
             batches = evaluate(
                 prompts,
                 reference=find_first_ids(own, sample, prompts) if alike else None,
-                whole=rows[name].divergence if alike else None,
+                whole=rows[name].measure if alike else None,
                 advance=advance,
             )
             again = replace(own, answers=tuple(answer for batch in batches for answer in batch))

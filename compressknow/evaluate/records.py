@@ -84,8 +84,8 @@ class NoiseFloor:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build it from a JSON object whose form was checked; other keys are left out."""
         produced = values.get("produced")
-        given = {each.name: values[each.name] for each in fields(cls) if each.name != "produced"}
-        return cls(**given, produced=cls.from_dict(produced) if produced else None)
+        values_by_name = {each.name: values[each.name] for each in fields(cls) if each.name != "produced"}
+        return cls(**values_by_name, produced=cls.from_dict(produced) if produced else None)
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ class Chunk:
 def text_file_name(name: str) -> str:
     """Return the name of the file for a probe's tokens: no two probes of an answers folder share one.
 
-    >>> file_of("text:wiki.txt")
+    >>> text_file_name("text:wiki.txt")
     'text-8d05bc96caa7.parquet'
     """
     return f"{FILES}{hashlib.sha256(name.encode()).hexdigest()[:12]}.parquet"

@@ -151,7 +151,7 @@ def find_missing(handle: ModelHandle, probes: Sequence[Opened], folder: Path, co
         with _explain_damage(folder):
             bare = alike & {answer.probe for answer in read_stored(folder) if answer.first_kl is None}
         bare |= {name for name, entry in entries.items() if entry.text and entry.text["divergence"] in (ALONE, NO_ROOM)}
-        possible = (probe for probe in probes if not isinstance(probe, Task) and not whole.of(probe).gave_up)
+        possible = (probe for probe in probes if not isinstance(probe, Task) and not whole.find_rows(probe).gave_up)
         missing |= bare & {probe.name for probe in possible}
     return [probe for probe in probes if probe.name in missing]
 
@@ -236,7 +236,7 @@ class _Run:
             reader, text, choose_context(reader, text, original.probes[text.name] if original else None)
         )
         same_tokens = original is None or original.model.vocabulary in (None, self._handle.loaded.vocabulary)
-        whole = context.of_batches(text) if same_tokens else None
+        whole = context.choose_callback(text) if same_tokens else None
         read = {chunk.number: chunk for path in sorted(parts.glob("*.parquet")) for chunk in read_chunks(path)}
         if original and whole:
             read = {number: chunk for number, chunk in read.items() if chunk.kl is not None}
@@ -254,7 +254,7 @@ class _Run:
             write_chunks(parts / f"{len(read):08}.parquet", part)
             read |= {chunk.number: chunk for chunk in part}
         all_read = tuple(read[number] for number in sorted(read))
-        gave_up = context.whole.of(text).gave_up if context.whole else None
+        gave_up = context.whole.find_rows(text).gave_up if context.whole else None
         compared = describe_divergence(
             all_read, reference=original is not None, same_tokens=same_tokens, gave_up=gave_up
         )
@@ -277,7 +277,7 @@ class _Run:
             reference=find_first_ids(reference, probe, prompts) if reference else None,
             done=frozenset(answer.fact_id for answer in answers),
             known={answer.fact_id: answer for answer in known.of(probe.name)} if known else None,
-            whole=context.of_batches(probe),
+            whole=context.choose_callback(probe),
             advance=advance,
         )
         for part in _gather_parts(batches):
@@ -291,7 +291,7 @@ class _Run:
 
     def _store(self, name: str, answers: Sequence[Answer], entry: ProbeEntry, chunks: Sequence[Chunk]) -> None:
         record, folder = self._record, self._folder
-        model = self._handle.record()
+        model = self._handle.make_record()
         # Nothing is kept of files that are not those that were hashed.
         self._handle.check_unchanged()
         others = [a for a in read_stored(folder) if a.probe != name and a.probe in record.probes]
@@ -368,9 +368,9 @@ def _read_folder(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Ans
     record, located = read_record(folder), handle.located
     model = record.model
     if located.url is None:
-        said = handle.describe()
-        model = replace(model, name=located.name, revision=located.revision, changed=said.get("changed"))
-        model = replace(model, source=said.get("source", model.source))
+        described = handle.describe()
+        model = replace(model, name=located.name, revision=located.revision, changed=described.get("changed"))
+        model = replace(model, source=described.get("source", model.source))
     record = replace(record, model=model, probes={name: record.probes[name] for name in names})
     rows = tuple(answer for answer in read_stored(folder) if answer.probe in record.probes)
     answers = Answers(record, rows, read_texts(folder, record))

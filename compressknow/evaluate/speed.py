@@ -87,8 +87,8 @@ def _measure_rate(work: Callable[[], int]) -> float:
     """Return the median, over some rounds, of how many the work says it did; one that takes long tells enough alone."""
     work()
     rates: list[float] = []
-    begun = time.perf_counter()
-    while len(rates) < ROUNDS and (not rates or time.perf_counter() - begun < LONG):
+    first = time.perf_counter()
+    while len(rates) < ROUNDS and (not rates or time.perf_counter() - first < LONG):
         start = time.perf_counter()
         done = work()
         rates.append(done / (time.perf_counter() - start))
@@ -114,7 +114,7 @@ def _measure_tokens(handle: ModelHandle) -> float | None:
 
     def written() -> int:
         # Each token is one number on its way to the processor: nothing is left to be waited for.
-        (row,) = reader.continued([prompt], tokens)
+        (row,) = reader.continue_texts([prompt], tokens)
         return next((place for place, token in enumerate(row, start=1) if reader.ends(token)), tokens)
 
     return _measure_rate(written)

@@ -143,7 +143,7 @@ class Chunks:
 def find_first_scored(context: int) -> int:
     """Return the place of the token after which the first one is scored.
 
-    >>> first_scored(512), 512 - 1 - first_scored(512)
+    >>> find_first_scored(512), 512 - 1 - find_first_scored(512)
     (256, 255)
     """
     return context // 2
@@ -227,7 +227,7 @@ def read_chunk(reader: TextReader, chunks: Chunks, number: int, whole: Whole | N
 
     first = find_first_scored(chunks.context)
     ids = chunks.ids[number]
-    log_probs, scored = reader.log_probs(ids.tolist(), first), ids[first + 1 :]
+    log_probs, scored = reader.compute_log_probs(ids.tolist(), first), ids[first + 1 :]
     places = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
     divergences = whole(list_keys(number, chunks.context), log_probs) if whole else [None]
     return Chunk(
@@ -284,7 +284,7 @@ def _continue_first(
     new = [number for number in numbers if number not in written]
     prompts = [chunks.ids[number, : find_first_scored(chunks.context)].tolist() for number in new]
     room = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - find_first_scored(chunks.context))
-    return written | dict(zip(new, reader.continued(prompts, room) if new else [], strict=True))
+    return written | dict(zip(new, reader.continue_texts(prompts, room) if new else [], strict=True))
 
 
 def _count_bytes(ends: list[int] | None, number: int, context: int) -> tuple[int, ...] | None:

@@ -100,7 +100,7 @@ def _build_rows(scorer: Scorer, query: Query, options: Mapping[int, Ids]) -> Ite
         beginnings.setdefault(held, []).append((number, ids))
     for read, wanted in beginnings.items():
         if isinstance(scorer, Seq2SeqScorer):
-            begun = scorer.beginning(query.fact)
+            begun = scorer.begin(query.fact)
             yield Row(query.prompt, (*begun, *read), len(begun) - 1, tuple(wanted))
         else:
             yield Row((*query.prompt, *read), None, len(query.prompt) - 1, tuple(wanted))

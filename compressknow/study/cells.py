@@ -246,7 +246,7 @@ class CellHandle(ModelHandle):
             # The model would stay in memory beside the next one.
             prompts.scorer.release()
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return self._described
 
 

@@ -577,7 +577,7 @@ class CandidateHandle(ModelHandle):
     def check_sound(self) -> None:
         """Do nothing: it was made of what is sound."""
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Return what its files tell, while they are there."""
         return describe(self.located) if self.made.exists() else {}
 

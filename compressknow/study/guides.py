@@ -82,7 +82,7 @@ def measure_guides(
 
     model, trusted = handle.located, handle.settings.trust_remote_code
     if answers is None:
-        probes = [probe.limited(max(1, ASKED // len(probes))) for probe in probes]
+        probes = [probe.sample(max(1, ASKED // len(probes))) for probe in probes]
         folder = default_answers_folder() / handle.sha256[:16]
         answers = probe_model(handle, probes, folder, Context(), on_progress=on_progress, wait=True)
         handle.release()
@@ -224,7 +224,7 @@ def _score_facts(
     for probe in probes:
         scorer = scorer_for(tree, tokenizer, family_of(tree) or "", probe)
         own = {answer.fact_id: answer for answer in answers.of(probe.name)}
-        queries = [scorer.query(fact) for fact in facts.get(probe.name, ())]
+        queries = [scorer.make_query(fact) for fact in facts.get(probe.name, ())]
         asked += [ScoredFact(scorer, query, own[query.fact.id]) for query in queries if not isinstance(query, str)]
     return asked
 

@@ -143,11 +143,11 @@ def theirs(language: LanguageModel, folder: Path, relation: str, template: int, 
 def ours(language: LanguageModel, probe: Probe, fact: Fact) -> np.ndarray:
     """The scores of all candidates, those included that an answer can do without."""
     scorer = scorer_for(language.model, language.tokenizer, language.family, probe)
-    query = scorer.query(fact)
+    query = scorer.make_query(fact)
     assert isinstance(query, Query)
     with torch.inference_mode():
-        log_probs, state = scorer.first([query])
-        firsts = scorer.bounds([query], log_probs)[0]
+        log_probs, state = scorer.read_first([query])
+        firsts = scorer.bound_options([query], log_probs)[0]
         return scorer.finish(state, [(0, ids) for ids in query.options], firsts, np.full(len(firsts), -np.inf))
 
 

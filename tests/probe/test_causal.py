@@ -205,10 +205,10 @@ def test_every_architecture_agrees_with_the_plain_reference(name: str) -> None:
     check_same(backwards, answers)
     scorer = scorer_for(model, tokenizer, "causal", as_probe(facts))
     assert isinstance(scorer, DecodingScorer)
-    query = scorer.query(facts[0])
+    query = scorer.make_query(facts[0])
     assert isinstance(query, Query)
     with torch.inference_mode():
-        _, prefix = scorer.first([query])
+        _, prefix = scorer.read_first([query])
     assert (prefix.cache is None) == (name in KEEP_NO_CACHE)
 
 

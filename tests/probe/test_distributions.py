@@ -181,12 +181,12 @@ def test_a_disk_that_fills_midway_frees_what_was_kept(tmp_path: Path, limited: C
     rows = Rows(tmp_path, most=64)
     log_probs = torch.randn(8, 1000).log_softmax(-1)
     assert rows.keep([f"{n}" for n in range(8)], log_probs) == [None] * 8
-    assert rows.divergence(["3"], log_probs[3:4]) == [0.0]
+    assert rows.measure(["3"], log_probs[3:4]) == [0.0]
     limited(40_000)
     rows.keep([f"{n}" for n in range(8, 16)], log_probs)
     assert rows.gave_up
     assert not rows.holds(["3"])
-    assert rows.divergence(["3"], log_probs[3:4]) == [None]
+    assert rows.measure(["3"], log_probs[3:4]) == [None]
 
 
 @pytest.fixture
@@ -235,8 +235,8 @@ def test_nothing_stays_on_the_disk(place: Path, tmp_path: Path) -> None:
     assert not [name for name in names if name not in (".lock", TABLE, "probe.json") and "." in name]
     with Distributions(None, tmp_path) as kept:  # type: ignore[arg-type]
         probe = run_probe(place)
-        kept.of(probe).keep([probe.facts[0].id], torch.zeros(1, 5))
-        held = kept.of(probe)._file
+        kept.find_rows(probe).keep([probe.facts[0].id], torch.zeros(1, 5))
+        held = kept.find_rows(probe)._file
     assert held.closed
     assert not list(tmp_path.glob("tmp*"))
 

@@ -99,7 +99,7 @@ def test_a_sample_has_the_size_asked_for_and_the_relations_in_proportion(
     sizes: dict[str, int], limit: int, seed: int
 ) -> None:
     probe = probe_of(sizes)
-    sample = probe.limited(limit, seed)
+    sample = probe.sample(limit, seed)
     total = len(probe.facts)
     assert len(sample.facts) == min(limit, total)
     drawn = Counter(fact.relation for fact in sample.facts)
@@ -117,13 +117,13 @@ def test_a_sample_has_the_size_asked_for_and_the_relations_in_proportion(
     places = {fact.id: place for place, fact in enumerate(probe.facts)}
     assert [places[fact.id] for fact in sample.facts] == sorted(places[fact.id] for fact in sample.facts)
     assert (sample.read, sample.dropped) == (total + 3, {"too long": 3})
-    assert sample.limited(limit, seed).facts == sample.facts
+    assert sample.sample(limit, seed).facts == sample.facts
 
 
 @settings(deadline=None)
 @given(SIZES, st.integers(1, 60), st.integers(1, 60))
 def test_within_a_relation_a_larger_sample_holds_a_smaller_one(sizes: dict[str, int], one: int, other: int) -> None:
-    small, large = (probe_of(sizes).limited(limit) for limit in sorted((one, other)))
+    small, large = (probe_of(sizes).sample(limit) for limit in sorted((one, other)))
     for relation in sizes:
         few, many = ({fact.id for fact in sample.facts if fact.relation == relation} for sample in (small, large))
         assert few <= many or many <= few
@@ -131,21 +131,21 @@ def test_within_a_relation_a_larger_sample_holds_a_smaller_one(sizes: dict[str, 
 
 def test_of_a_single_relation_samples_are_nested_and_differ_by_seed() -> None:
     probe = probe_of({"capital": 100})
-    samples = [{fact.id for fact in probe.limited(limit, seed=1).facts} for limit in (1, 10, 50, 99)]
+    samples = [{fact.id for fact in probe.sample(limit, seed=1).facts} for limit in (1, 10, 50, 99)]
     assert all(few < many for few, many in pairwise(samples))
-    assert samples[1] == {fact.id for fact in probe.limited(10, seed=1).facts}
-    assert samples[1] != {fact.id for fact in probe.limited(10, seed=2).facts}
-    assert (probe.limited(10, seed=2).limit, probe.limited(10, seed=2).seed) == (10, 2)
+    assert samples[1] == {fact.id for fact in probe.sample(10, seed=1).facts}
+    assert samples[1] != {fact.id for fact in probe.sample(10, seed=2).facts}
+    assert (probe.sample(10, seed=2).limit, probe.sample(10, seed=2).seed) == (10, 2)
 
 
 def test_a_sample_says_so_and_a_limit_that_limits_nothing_does_not() -> None:
     probe = probe_of({"capital": 5})
-    assert probe.limited(5) is probe
-    assert probe.limited(500) is probe
-    assert probe.limited(None) is probe
+    assert probe.sample(5) is probe
+    assert probe.sample(500) is probe
+    assert probe.sample(None) is probe
     for limit in (0, -1):
         with pytest.raises(UsageError, match="--limit"):
-            probe.limited(limit)
+            probe.sample(limit)
 
 
 def test_a_fact_is_split_at_its_blank() -> None:
@@ -174,7 +174,7 @@ def test_the_majority_is_of_each_relation() -> None:
 def test_the_majority_of_a_sample_is_that_of_all_facts() -> None:
     places = ("Paris", "Rome", "Oslo", "Bern")
     probe = Probe("p", "p", tuple(fact(i, obj_label=places[i % 4], candidates=places) for i in range(40)))
-    for sample in (probe.limited(1, seed) for seed in range(8)):
+    for sample in (probe.sample(1, seed) for seed in range(8)):
         (only,) = sample.facts
         assert compute_majority(sample.facts, sample.most_frequent) == (only.obj_label == "Paris")
     assert compute_majority(probe.facts, probe.most_frequent) == 1 / 4

@@ -215,7 +215,7 @@ def test_a_greedy_text_goes_on_past_what_opens_it(tmp_path: Path) -> None:
     language = load_language_model(knowing("llama", tmp_path / "model"))
     scorer = scorer_for(language.model, language.tokenizer, "causal", as_probe(known_facts()))
     assert isinstance(scorer, DecodingScorer)
-    (query, *_) = (query for query in map(scorer.query, known_facts()) if not isinstance(query, str))
+    (query, *_) = (query for query in map(scorer.make_query, known_facts()) if not isinstance(query, str))
     room = max(map(len, query.options)) + 1
     article, other = (scorer.encoder.ids(text)[:1] for text in ("the", query.fact.sub_label))
     assert scorer.encoder.decode(article) == "the"
@@ -278,7 +278,7 @@ def test_an_example_is_another_fact_of_the_relation_with_another_answer() -> Non
 
 def test_an_example_is_of_all_facts_of_the_probe_not_of_its_sample() -> None:
     facts = [fact(n, f"Land {n}", ("Paris", "Rome")[n % 2], relation=f"r{n // 2}") for n in range(8)]
-    sample = as_probe(facts).limited(4)
+    sample = as_probe(facts).sample(4)
     assert len({each.relation for each in sample.facts}) == len(sample.facts) == 4
     assert all(put_after_example(each, sample) for each in sample.facts)
 

@@ -52,11 +52,11 @@ def test_the_best_five_the_rank_and_the_score_are_those_of_brute_force(data: st.
     rank_candidates(rankings, finish)
     for ranking, whole in zip(rankings, wholes, strict=True):
         best = np.argsort(-whole, kind="stable")
-        assert list(ranking.order()[:TOP]) == list(best[:TOP])
+        assert list(ranking.sort()[:TOP]) == list(best[:TOP])
         assert list(ranking.scores[best[:TOP]]) == list(whole[best[:TOP]])
         assert ranking.scores[ranking.gold] == whole[ranking.gold]
         assert find_rank(ranking.gold, ranking.scores) == list(best).index(ranking.gold) + 1
-        assert sum_logs(whole) - 1.01 * TAIL <= ranking.total() <= sum_logs(whole) + 1e-12
+        assert sum_logs(whole) - 1.01 * TAIL <= ranking.compute_total() <= sum_logs(whole) + 1e-12
 
 
 def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_left_alone() -> None:
@@ -70,7 +70,7 @@ def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_left_alone
 
     rank_candidates([ranking], finish)
     assert sorted(finished) == [0, 1, 2, 3, 4]
-    assert ranking.total() is None
+    assert ranking.compute_total() is None
 
 
 def test_for_the_sum_those_finish_that_may_be_more_than_their_part_of_the_tail() -> None:
@@ -79,7 +79,7 @@ def test_for_the_sum_those_finish_that_may_be_more_than_their_part_of_the_tail()
     rank_candidates([ranking], lambda pairs, _: np.array([bounds[candidate] for _, candidate in pairs]))
     # Of a sum of 0.58, a hundredth of a thousandth is e^-12.05.
     assert np.flatnonzero(ranking.finished).tolist() == list(range(12))
-    assert np.exp(ranking.total()) == pytest.approx(1 / (np.e - 1), rel=TAIL)
+    assert np.exp(ranking.compute_total()) == pytest.approx(1 / (np.e - 1), rel=TAIL)
 
 
 def test_an_unlikely_object_makes_those_finish_that_may_outrank_it() -> None:

@@ -101,7 +101,7 @@ class Loaded(abc.ABC):
             hint="Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",
         )
 
-    def record(self) -> Mapping[str, Any] | None:
+    def make_record(self) -> Mapping[str, Any] | None:
         """Return the "runtime" entry of ``probe.json``: "name", "build" and, where it stores types of its own, "types":
         {group of layers: {type: parameters}}. None for transformers.
         """

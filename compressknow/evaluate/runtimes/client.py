@@ -107,14 +107,18 @@ class Client:
         return content
 
     def _explain_refusal(self, status: int, content: Any) -> Refused:
-        said = self._find_message(content)
+        message = self._find_message(content)
         if status in (401, 403):
             what = "does not take the key" if self._key else "wants a key"
-            return Refused(status, f"{self.url} {what} (HTTP {status}).", said, f"Set {KEYS[0]} to the server's key.")
+            return Refused(
+                status, f"{self.url} {what} (HTTP {status}).", message, f"Set {KEYS[0]} to the server's key."
+            )
         if 300 <= status < 400:
-            return Refused(status, f"{self.url} sends requests elsewhere (HTTP {status}).", said, "Give that address.")
+            return Refused(
+                status, f"{self.url} sends requests elsewhere (HTTP {status}).", message, "Give that address."
+            )
         hint = "Wait, lower --parallel, or look at the server's log." if status in PASSING else None
-        return Refused(status, f"{self.url} answers with an error (HTTP {status}).", said, hint)
+        return Refused(status, f"{self.url} answers with an error (HTTP {status}).", message, hint)
 
     def _explain_failure(self, error: Exception) -> CompressknowError:
         # The text of these errors names addresses and objects, and says no more than their kind.
@@ -218,10 +222,10 @@ class _Patience(Retry):
     """Retries that give a server that asks for a pause of hours a minute."""
 
     def get_retry_after(self, response: Any) -> float | None:
-        asked = None
+        pause = None
         with contextlib.suppress(Exception):  # A header that is no date and no number.
-            asked = super().get_retry_after(response)
-        return None if asked is None else min(asked, LONGEST_PAUSE)
+            pause = super().get_retry_after(response)
+        return None if pause is None else min(pause, LONGEST_PAUSE)
 
 
 def _make_retries() -> Retry:

@@ -96,29 +96,29 @@ class Served(abc.ABC):
         """Return token ids, with those that begin every text if `special`."""
 
     @abc.abstractmethod
-    def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
+    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
         """Return what may follow the prompt: the likeliest tokens, and the `wanted` ones where they can be had."""
 
     @abc.abstractmethod
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
+    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
         """Add the log-probabilities of `ids` after the prompt to `score`; of fewer where that falls below `bar`."""
 
     def write(self, prompt: Ids, tokens: int) -> str:
         """Return what the model writes greedily, of at most so many tokens."""
-        asked = {"prompt": self._make_prompt(prompt), "max_tokens": tokens}
-        text = _mend(self._complete(asked, _WRITTEN)["text"])
+        body = {"prompt": self._make_prompt(prompt), "max_tokens": tokens}
+        text = _mend(self._complete(body, _WRITTEN)["text"])
         if len(text) > LONGEST_TEXT:
             raise self.make_error(f"has a text of {len(text):,} characters for a few tokens")
         return text
 
     def _request_logprobs(self, prompt: Ids, form: Mapping[str, Any], how: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what is told beside one token that the model writes, or of the prompt, in that form."""
-        asked = {"prompt": self._make_prompt(prompt), "max_tokens": 1, **how}
-        found = self._complete(asked, {"choices": [{"logprobs": form}], "model?": (str, None)})
+        body = {"prompt": self._make_prompt(prompt), "max_tokens": 1, **how}
+        found = self._complete(body, {"choices": [{"logprobs": form}], "model?": (str, None)})
         return dict(found["logprobs"])
 
-    def _complete(self, asked: Mapping[str, Any], form: Mapping[str, Any]) -> Mapping[str, Any]:
-        answer = self.client.post("/v1/completions", {"model": self.model, "temperature": 0, **asked}, form)
+    def _complete(self, body: Mapping[str, Any], form: Mapping[str, Any]) -> Mapping[str, Any]:
+        answer = self.client.post("/v1/completions", {"model": self.model, "temperature": 0, **body}, form)
         if not answer["choices"]:
             raise self.make_error("has no choices")
         # A date may follow the name.
@@ -164,17 +164,17 @@ class LlamaServer(Served):
         return int(self.about["default_generation_settings"]["n_ctx"])
 
     def _encode(self, text: str, special: bool) -> Ids:
-        asked = {"content": text, "add_special": special, "model": self.model}
-        return tuple(map(self.check_token, self.client.post("/tokenize", asked, _TOKENS)["tokens"]))
+        body = {"content": text, "add_special": special, "model": self.model}
+        return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
 
-    def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
+    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
         found = self._find_likeliest(prompt, LLAMA_TOKENS)
         if found.whole or all(number in found.logp for number in wanted):
             return found
         # A second request for all tokens: a second of work, and 5 MB, seldom needed.
         return self._find_likeliest(prompt, self._vocabulary)
 
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
+    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
         for place, number in enumerate(ids):
             score += self._score_next((*prompt, *ids[:place]), number)
             if score < bar:
@@ -237,10 +237,10 @@ class Vllm(Served):
         return self.about.get("max_model_len")
 
     def _encode(self, text: str, special: bool) -> Ids:
-        asked = {"prompt": text, "add_special_tokens": special, "model": self.model}
-        return tuple(map(self.check_token, self.client.post("/tokenize", asked, _TOKENS)["tokens"]))
+        body = {"prompt": text, "add_special_tokens": special, "model": self.model}
+        return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
 
-    def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
+    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
         how = {"logprobs": SERVER_TOKENS, "return_tokens_as_token_ids": True}
         top = self._request_logprobs(prompt, {"top_logprobs": [{str: float}]}, how)["top_logprobs"]
         if not top:
@@ -255,7 +255,7 @@ class Vllm(Served):
             raise self.make_error(f"holds {name[:40]!r} for a token")
         return self.check_token(int(digits))
 
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
+    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
         form, how = {"token_logprobs": [(float, None)]}, {"logprobs": 1, "echo": True}
         read = self._request_logprobs((*prompt, *ids), form, how)["token_logprobs"]
         end = len(prompt) + len(ids)
@@ -280,10 +280,10 @@ class Writing(Served):
     def _make_prompt(self, prompt: Ids) -> Any:
         return "".join(map(chr, prompt))
 
-    def first(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
+    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
         return First()
 
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
+    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
         raise NotImplementedError
 
 
@@ -293,7 +293,7 @@ class Echoing(Writing):
     name = "a server that echoes"
     scores = True
 
-    def rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
+    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
         found = self._request_logprobs((*prompt, *ids), _ECHO, {"logprobs": 1, "echo": True})
         tokens, values, offsets = (found[key] for key in _ECHO)
         if not len(tokens) == len(values) == len(offsets) > 0:
@@ -316,7 +316,7 @@ def _find_spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> lis
     """Return where in the text each token begins and ends. A token that begins every text, and is not in it, counts in
     the offsets of some servers.
 
-    >>> _spans("a b", ["<s>", "a", " b"], [0, 3, 4])
+    >>> _find_spans("a b", ["<s>", "a", " b"], [0, 3, 4])
     [(-3, 0), (0, 1), (1, 3)]
     """
     begins = [offset - offsets[0] for offset in offsets]
@@ -356,10 +356,10 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
 def _try_completion(client: Client, model: str) -> Served:
     """Find out by a completion: the server echoes log-probabilities, or it writes."""
     echoing, writing = Echoing(client, model, {}), Writing(client, model, {})
-    asked = {"prompt": TRIAL, "max_tokens": 1, "logprobs": 1, "echo": True}
+    body = {"prompt": TRIAL, "max_tokens": 1, "logprobs": 1, "echo": True}
     form = {"choices": [{"logprobs?": (_MAYBE_ECHO, None)}], "model?": (str, None)}
     try:
-        found = echoing._complete(asked, form).get("logprobs") or {}
+        found = echoing._complete(body, form).get("logprobs") or {}
         if len(found.get("token_logprobs") or ()) > 2 and found.get("text_offset"):
             return echoing
     except Refused as refused:

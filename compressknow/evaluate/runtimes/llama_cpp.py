@@ -90,7 +90,7 @@ class LoadedInLlamaCpp(Loaded):
         self._readers.append(reader)
         return reader
 
-    def record(self) -> Mapping[str, Any]:
+    def make_record(self) -> Mapping[str, Any]:
         """Name, build, and how each group of layers is stored."""
         return self._record
 
@@ -98,8 +98,8 @@ class LoadedInLlamaCpp(Loaded):
         """Return how most weights are stored, and what an export of compressknow says that it was made from."""
         from compressknow.gguf.record import PREFIX, SOURCE
 
-        said = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in SOURCE}
-        source = {key: value for key, value in said.items() if value}
+        values = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in SOURCE}
+        source = {key: value for key, value in values.items() if value}
         return {"quantization": f"GGUF {self._model.file_type}", **({"source": source} if source else {})}
 
     @cached_property

@@ -93,7 +93,7 @@ class LoadedFromServer(Loaded):
         """Return whether the server gives log-probabilities."""
         return self._served.scores
 
-    def record(self) -> Mapping[str, Any]:
+    def make_record(self) -> Mapping[str, Any]:
         """Return name and build, the address, the model's name there, and what the server tells of answers: ``scores``
         (log-probabilities of candidates) and ``distribution`` (of the first token).
         """
@@ -104,9 +104,9 @@ class LoadedFromServer(Loaded):
 
     def describe(self) -> Mapping[str, Any]:
         """Name, size and quantization, as far as the server tells them."""
-        told = {"bytes": self._find_about("size", int), "dtype": self._type, "quantization": self._type}
+        known = {"bytes": self._find_about("size", int), "dtype": self._type, "quantization": self._type}
         name = self._served.model.rpartition("/")[2] or self._served.model
-        return {"name": plain(name, 80), **{key: value for key, value in told.items() if value is not None}}
+        return {"name": plain(name, 80), **{key: value for key, value in known.items() if value is not None}}
 
     def release(self) -> None:
         """Close the connections."""
@@ -129,10 +129,10 @@ class LoadedFromServer(Loaded):
         size there, and what it writes greedily to a few prompts.
         """
         served = self._served
-        told = [served.client.url, served.model, served.name, served.build]
-        told += [self._find_about(key, int) for key in ("n_params", "size")] + [self._type]
-        told += [served.write(served.encode(prompt, True), WRITTEN_TOKENS) for prompt in PROMPTS]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        identity = [served.client.url, served.model, served.name, served.build]
+        identity += [self._find_about(key, int) for key in ("n_params", "size")] + [self._type]
+        identity += [served.write(served.encode(prompt, True), WRITTEN_TOKENS) for prompt in PROMPTS]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def choose_model(client: Client, named: str | None) -> tuple[str, Mapping[str, Any]]:

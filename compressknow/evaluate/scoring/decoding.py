@@ -82,7 +82,7 @@ class DecodingScorer(Scorer):
     def ends(self, token: int) -> bool:
         """Return whether a free answer ends with this token."""
 
-    def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
+    def bound_options(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
         heads = [torch.tensor([ids[0] for ids in query.options], device=log_probs.device) for query in batch]
         return [row[head].double().cpu().numpy() for row, head in zip(log_probs, heads, strict=True)]
 
@@ -113,7 +113,7 @@ class DecodingScorer(Scorer):
             places = [n for n, row in enumerate(walking) if known < len(rows[row][1]) and not scores[row] < bars[row]]
             walking = [walking[place] for place in places]
 
-    def written(
+    def answer_freely(
         self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any, texts: Sequence[str | None]
     ) -> list[Answer]:
         chosen = [index for index, query in enumerate(batch) if not query.options and not self.one_token]
@@ -134,7 +134,7 @@ class DecodingScorer(Scorer):
             answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, None, correct=known))
         return answers
 
-    def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:
+    def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:
         return [self.encoder.decode(self._cut_end(ids)) for ids in self.generate(batch, log_probs, state)]
 
     def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:
@@ -171,7 +171,7 @@ class DecodingScorer(Scorer):
                 first = self.encoder.decode(written[:1])
                 room += OPENING_TOKENS if find_opening(f"{first} ").strip() == first.strip() else 0
         elif self.one_token:
-            (ids,) = self.options(query.fact, [query.fact.obj_label], rest=False)
+            (ids,) = self.encode_options(query.fact, [query.fact.obj_label], rest=False)
             room = len(ids) + 1
         else:
             room = len(query.gold) + SLACK_TOKENS
@@ -214,7 +214,7 @@ class DecodingScorer(Scorer):
         """Find out by two queries how this model may read."""
         # No longer than the prompts, where these are long: they may end at the last position that there is.
         prefix = ids[:, :-TRIED] if ids.shape[1] > TRIED else ids
-        more = torch.tensor([(asked.gold + asked.prompt * TRIED)[:TRIED] for asked in batch], device=ids.device)
+        more = torch.tensor([(query.gold + query.prompt * TRIED)[:TRIED] for query in batch], device=ids.device)
 
         def forward(ids: torch.Tensor, cache: Any, keep: int, cached: bool) -> tuple[torch.Tensor, Any]:
             self._reading = Reading(cached=cached, spans=True)
@@ -267,7 +267,7 @@ def judge(text: str, gold: str) -> tuple[str, bool]:
     """Cut a free answer at its end, and return whether it is the object: it begins with it, as whole words, whatever
     their case and the article or quotes before it.
 
-    >>> judged("Paris, the city of", "Paris"), judged("Parisian food", "Paris"), judged("the Nile. It", "Nile")
+    >>> judge("Paris, the city of", "Paris"), judge("Parisian food", "Paris"), judge("the Nile. It", "Nile")
     (('Paris, the city of', True), ('Parisian food', False), ('the Nile', True))
     """
     text = text.strip()

@@ -41,7 +41,7 @@ class MaskedScorer(Scorer):
     # Whether the head gives the same where it sees the masked positions alone; None until it is tried.
     _head_alone: bool | None = None
 
-    def prompt(self, fact: Fact) -> Ids:
+    def encode_prompt(self, fact: Fact) -> Ids:
         ids = self.encoder.ids(fact.prompt.replace(BLANK, self.tokenizer.mask_token), True)
         if ids.count(self.tokenizer.mask_token_id) != 1:
             raise CheckpointError(
@@ -50,21 +50,21 @@ class MaskedScorer(Scorer):
             )
         return self._drop_space(ids) if fact.gap else ids
 
-    def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:  # noqa: ARG002
+    def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:  # noqa: ARG002
         # What follows is in sight anyway.
         return tuple(self.encoder.answer(fact.before, text, fact.gap) for text in texts)
 
-    def unaskable(self, fact: Fact) -> str | None:  # noqa: ARG002
+    def find_obstacle(self, fact: Fact) -> str | None:  # noqa: ARG002
         return None
 
     @cached_property
     def one_token(self) -> bool:
         return True
 
-    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+    def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         return self._compute_log_probs([(query.prompt, self._find_blank(query)) for query in batch]), batch
 
-    def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
+    def bound_options(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
         scores = [np.empty(len(query.options)) for query in batch]
         groups = [group_by_length(query.options) for query in batch]
         for length in sorted({length for group in groups for length in group}):
@@ -94,7 +94,7 @@ class MaskedScorer(Scorer):
             place += 1
         return scores
 
-    def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:  # noqa: ARG002
+    def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:  # noqa: ARG002
         """Return the first of the whole vocabulary at the mask; where the object has several tokens, at as many masks
         from left to right: its length is told to the model, as candidates' lengths are where they are scored.
         """
@@ -207,18 +207,18 @@ class CausalScorer(DecodingScorer):
 
     family = "causal"
 
-    def prompt(self, fact: Fact) -> Ids:
+    def encode_prompt(self, fact: Fact) -> Ids:
         if not fact.before:
             return (self._start,)
         ids = self.encoder.ids(fact.before, True)
         # Some tokenizers close each text.
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
-    def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
+    def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
         after, context = fact.after if rest else "", self._choose_context(fact)
         return tuple(self.encoder.answer(context, text + after, fact.gap) for text in texts)
 
-    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+    def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         read = self.read(batch, torch.tensor([query.prompt for query in batch], device=self.model.device))
         if self.reads_ahead and getattr(self.model.config, "is_decoder", None) is False:
             raise UnsupportedError(
@@ -273,29 +273,29 @@ class Seq2SeqScorer(DecodingScorer):
 
     family = "seq2seq"
 
-    def prompt(self, fact: Fact) -> Ids:
+    def encode_prompt(self, fact: Fact) -> Ids:
         blank = FIRST_SENTINEL if self._has_sentinels else self.tokenizer.mask_token
         return self.encoder.ids(fact.prompt.replace(BLANK, blank), True)
 
-    def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
+    def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
         if self._has_sentinels:
             close = (self._find_id(NEXT_SENTINEL),) if rest else ()
             return tuple(self.encoder.answer(fact.before, text, fact.gap) + close for text in texts)
         after = fact.after if rest else ""
         return tuple(self.encoder.answer(fact.before, text + after, fact.gap) for text in texts)
 
-    def shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:
-        return len(prompt), len(self.beginning(fact))
+    def find_shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:
+        return len(prompt), len(self.begin(fact))
 
-    def unaskable(self, fact: Fact) -> str | None:
-        return None if self._has_sentinels else super().unaskable(fact)
+    def find_obstacle(self, fact: Fact) -> str | None:
+        return None if self._has_sentinels else super().find_obstacle(fact)
 
-    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+    def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         device = self.model.device
         ids = torch.tensor([query.prompt for query in batch], device=device)
         encoder = self.model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))
-        begun = torch.tensor([self.beginning(query.fact) for query in batch], device=device)
-        return self.read(batch, begun, Encoded(ids, encoder).rows(slice(None)))
+        beginnings = torch.tensor([self.begin(query.fact) for query in batch], device=device)
+        return self.read(batch, beginnings, Encoded(ids, encoder).rows(slice(None)))
 
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
         assert encoder is not None
@@ -324,7 +324,7 @@ class Seq2SeqScorer(DecodingScorer):
             )
         return False
 
-    def beginning(self, fact: Fact) -> Ids:
+    def begin(self, fact: Fact) -> Ids:
         """Return what the decoder has written before the answer."""
         start = (self._start,)
         if self._has_sentinels:

@@ -50,12 +50,12 @@ class LlamaCppScorer(CausalScorer):
             self._held = None
         super().release()
 
-    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
+    def split(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
         """Cut a batch, all of one length, into few enough prompts that all find room."""
         size = max(1, min(PROMPTS, PROMPT_TOKENS // len(batch[0].prompt)))
         return [batch[start : start + size] for start in range(0, len(batch), size)]
 
-    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+    def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         """Read the prompts; the batch itself is the state from which scoring goes on."""
         context = self._get_memory(batch)
         context.clear()
@@ -179,13 +179,13 @@ class GgufReader:
         pieces = [self._tokenizer.decode_token(number) for number in ids]
         return ids, list(accumulate(map(len, pieces))) if b"".join(pieces) == text.encode() else None
 
-    def log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
+    def compute_log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
         context = self._get_memory(len(ids))
         context.clear()
         logits = torch.from_numpy(context.read([Span(0, 0, ids, len(ids) - first)]))
         return logits[:-1].log_softmax(-1)
 
-    def continued(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    def continue_texts(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         return [self._continue(prompt, tokens) for prompt in prompts]
 
     def ends(self, token: int) -> bool:

@@ -33,7 +33,7 @@ def fill(template: str, subject: str) -> str:
 def capitalize(text: str) -> str:
     """Return the text with its first letter in upper case, the others as they are.
 
-    >>> capitalized("the North Sea")
+    >>> capitalize("the North Sea")
     'The North Sea'
     """
     return text[:1].upper() + text[1:]
@@ -51,7 +51,7 @@ def is_open(prompt: str) -> bool:
     """Return whether a prompt without a blank is the beginning of a sentence, so that its object comes next: it ends in
     a word or a comma, and marks no other place.
 
-    >>> [ends_open(prompt) for prompt in ("The capital of France is", "Paris is the capital of .", "___ is in France")]
+    >>> [is_open(prompt) for prompt in ("The capital of France is", "Paris is the capital of .", "___ is in France")]
     [True, False, False]
     """
     marked = re.search(r"\[\w+\]|<[^<>\s]+>|_{2,}|\{\w*\}|\.{3}|…", prompt)
@@ -61,7 +61,7 @@ def is_open(prompt: str) -> bool:
 def add_blank(prompt: str) -> str:
     """Return the prompt with a blank at its end.
 
-    >>> with_blank("The capital of France is"), with_blank('France calls its capital "')
+    >>> add_blank("The capital of France is"), add_blank('France calls its capital "')
     ('The capital of France is [MASK]', 'France calls its capital "[MASK]')
     """
     prompt = prompt.rstrip()

@@ -39,7 +39,7 @@ class Ranking:
     gold: int
     summed: bool = True
 
-    def bar(self) -> float | None:
+    def compute_bar(self) -> float | None:
         """Return what a candidate must reach to matter: the lowest of the object's score, that of the fifth best and,
         for the sum, an even part of the tail of what is finished. None while they are not known. It only rises.
         """
@@ -49,25 +49,25 @@ class Ranking:
         bar = np.fmin(self.scores[self.gold], np.sort(known)[-min(TOP, len(known))])
         return float(np.fmin(bar, sum_logs(known) + math.log(TAIL / len(self.scores))) if self.summed else bar)
 
-    def total(self) -> float | None:
+    def compute_total(self) -> float | None:
         """Return the logarithm of the sum of all candidates' probabilities, short of `TAIL` of it at most; None where
         that is not known. Which candidates are finished depends on their scores alone, so that it is the same in any
         batch.
         """
         return sum_logs(self.scores[self.finished]) if self.summed or self.finished.all() else None
 
-    def wanted(self) -> NDArray[np.intp]:
+    def find_wanted(self) -> NDArray[np.intp]:
         """Return candidates that must be scored further: the object and the leaders; then all that reach the bar. Empty
         when all of this is certain.
         """
-        if (bar := self.bar()) is not None:
+        if (bar := self.compute_bar()) is not None:
             return np.flatnonzero(~self.finished & (self.scores >= bar))
         leaders = np.zeros(len(self.scores), dtype=bool)
-        leaders[self.order()[:TOP]] = True
+        leaders[self.sort()[:TOP]] = True
         leaders[self.gold] = True
         return np.flatnonzero(leaders & ~self.finished)
 
-    def order(self) -> NDArray[np.intp]:
+    def sort(self) -> NDArray[np.intp]:
         """Return candidates from the most likely one down; equal ones in their own order."""
         return np.argsort(-self.scores, kind="stable")
 
@@ -92,8 +92,8 @@ def rank_candidates(rankings: Sequence[Ranking], finish: Finish) -> None:
     """Score as few tokens as make the best five, the object's rank and the sum certain in each contest, changed in
     place.
     """
-    while pairs := [(index, int(place)) for index, ranking in enumerate(rankings) for place in ranking.wanted()]:
-        known = {index: rankings[index].bar() for index, _ in pairs}
+    while pairs := [(index, int(place)) for index, ranking in enumerate(rankings) for place in ranking.find_wanted()]:
+        known = {index: rankings[index].compute_bar() for index, _ in pairs}
         bars = np.array([-np.inf if (bar := known[index]) is None else bar for index, _ in pairs])
         scores = finish(pairs, bars)
         # One that has fallen below its bar may not be whole, and need not be.
@@ -113,11 +113,11 @@ def find_best(scores: Scores) -> Any:
 
 def make_choice(fact: Fact, ranking: Ranking) -> Answer:
     assert fact.candidates is not None
-    best = ranking.order()[:TOP]
+    best = ranking.sort()[:TOP]
     words = tuple(fact.candidates[index] for index in best)
     logp = float(ranking.scores[ranking.gold])
     rank = find_rank(ranking.gold, ranking.scores)
-    choices, total = len(fact.candidates), ranking.total()
+    choices, total = len(fact.candidates), ranking.compute_total()
     return make_answer(fact, words, ranking.scores[best], rank, logp, choices, total, correct=rank == 1)
 
 

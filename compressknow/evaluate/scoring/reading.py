@@ -44,12 +44,12 @@ class TextReader(Protocol):
         the tokenizer does not tell.
         """
 
-    def log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
+    def compute_log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
         """Return log-probabilities of what follows each token from `first` to the last but one: float32, [tokens - 1 -
         first, vocabulary].
         """
 
-    def continued(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    def continue_texts(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """Continue each of the prompts, which are of one length, with the likeliest token each time: [prompts][tokens];
         whatever follows the end of the text is the end again, and takes no time.
         """
@@ -88,14 +88,14 @@ class TransformersReader:
         return ids, _count_bytes(text, [end for _, end in encoded["offset_mapping"]]) if fast else None
 
     @torch.inference_mode()
-    def log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
+    def compute_log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
         if not self._checked:
             self._check_causal(ids)
             self._checked = True
         return self._compute_logits(self._make_row(ids), len(ids) - first)[0, :-1].float().log_softmax(-1)
 
     @torch.inference_mode()
-    def continued(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    def continue_texts(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         together = _TOGETHER if self._cuts_logits else 1
         groups = (prompts[start : start + together] for start in range(0, len(prompts), together))
         return [row for group in groups for row in self._continue(torch.tensor(group), tokens)]

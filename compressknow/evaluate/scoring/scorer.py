@@ -100,19 +100,19 @@ class Scorer(ABC):
     # What a family defines.
 
     @abstractmethod
-    def prompt(self, fact: Fact) -> Ids:
+    def encode_prompt(self, fact: Fact) -> Ids:
         """Return what the model reads first. Raise CompressknowError where a prompt cannot be used at all."""
 
     @abstractmethod
-    def options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
+    def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
         """Return the ids that are scored for each of these answers; with what follows the blank if `rest`."""
 
     @abstractmethod
-    def first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
+    def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         """Return log-probabilities at the answer's first position, [batch, vocabulary], and the state for `finish`."""
 
     @abstractmethod
-    def bounds(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
+    def bound_options(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
         """Return the log-probabilities of the first tokens of each query's options, [options]."""
 
     @abstractmethod
@@ -123,43 +123,43 @@ class Scorer(ABC):
         """
 
     @abstractmethod
-    def produced(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> Sequence[str | None]:
+    def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> Sequence[str | None]:
         """Return what the model says to each query, decoded greedily; None where it cannot write."""
 
-    def written(
+    def answer_freely(
         self,
         batch: Sequence[Query],  # noqa: ARG002
         log_probs: torch.Tensor,  # noqa: ARG002
         state: Any,  # noqa: ARG002
         texts: Sequence[str | None],  # noqa: ARG002
     ) -> list[Answer]:
-        """Answer the queries where any text may be answered, by what is `produced`; families that only choose have
+        """Answer the queries where any text may be answered, by what it writes; families that only choose have
         none.
         """
         return []
 
-    def unaskable(self, fact: Fact) -> str | None:
+    def find_obstacle(self, fact: Fact) -> str | None:
         """Return why this family cannot be evaluated on such a fact, or None."""
         last = fact.before and not re.search(r"\w", fact.after)
         return None if fact.candidates or last else BLANK_NOT_LAST
 
-    def shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
+    def find_shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
         return (len(prompt),)
 
     # What they share.
 
-    def query(self, fact: Fact) -> Query | str:
+    def make_query(self, fact: Fact) -> Query | str:
         """Return the query that a fact makes, or the reason why it is dropped."""
-        if reason := self.unaskable(fact):
+        if reason := self.find_obstacle(fact):
             return reason
-        prompt = self.prompt(fact)
+        prompt = self.encode_prompt(fact)
         options: tuple[Ids, ...] = ()
         aliases: tuple[int, ...] = ()
         if fact.candidates:
             rest = self.probe.score_rest or bool(re.search(r"\w", fact.after))
-            options = self.options(fact, fact.candidates, rest=rest)
+            options = self.encode_options(fact, fact.candidates, rest=rest)
             if not rest and _is_prefix_of_another(options):
-                options = self.options(fact, fact.candidates, rest=True)
+                options = self.encode_options(fact, fact.candidates, rest=True)
             gold = options[fact.candidates.index(fact.obj_label)]
         elif self.one_token:
             aliases = self._find_aliases(fact)
@@ -167,15 +167,15 @@ class Scorer(ABC):
             if not gold and not self.probe.keep_unanswerable:
                 return NOT_IN_VOCABULARY if self.probe.vocabulary == "words" else SEVERAL_TOKENS
         else:
-            (gold,) = self.options(fact, [fact.obj_label], rest=False)
-        query = Query(fact, prompt, options, gold, aliases, self.shape(fact, prompt))
+            (gold,) = self.encode_options(fact, [fact.obj_label], rest=False)
+        query = Query(fact, prompt, options, gold, aliases, self.find_shape(fact, prompt))
         return self._find_misfit(query) or query
 
-    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
+    def split(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
         """Cut a batch into what is answered at a time."""
         return [batch]
 
-    def each(
+    def run_each(
         self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
     ) -> Iterator[tuple[Sequence[Query], T]]:
         """Yield each batch with what `work` makes of it, as it comes."""
@@ -195,14 +195,14 @@ class Scorer(ABC):
         with torch.inference_mode():
             log_probs, state = self._begin(batch)
             free = not self.one_token and not all(query.options for query in batch)
-            texts = self.produced(batch, log_probs, state) if self.says or free else [None] * len(batch)
+            texts = self.produce(batch, log_probs, state) if self.says or free else [None] * len(batch)
             found = [
                 *self._answer_closed(batch, log_probs, state),
                 *self._answer_by_word(batch, log_probs),
-                *self.written(batch, log_probs, state, texts),
+                *self.answer_freely(batch, log_probs, state, texts),
             ]
-            said = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
-            found = [add_grade(answer, *said[answer.fact_id], self.encoder.spelled) for answer in found]
+            by_id = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
+            found = [add_grade(answer, *by_id[answer.fact_id], self.encoder.spelled) for answer in found]
             return self._add_distributions(batch, found, log_probs, reference, whole)
 
     def say(self, batch: Sequence[Query]) -> list[str | None]:
@@ -210,11 +210,10 @@ class Scorer(ABC):
         it cannot write.
         """
         with torch.inference_mode():
-            texts = self.produced(batch, *self._begin(batch))
-        told = zip(batch, texts, strict=True)
+            texts = self.produce(batch, *self._begin(batch))
         return [
             text if text is None else find_choice(text, list_choices(query.fact), self.encoder.spelled)
-            for query, text in told
+            for query, text in zip(batch, texts, strict=True)
         ]
 
     def answer_anew(
@@ -235,7 +234,7 @@ class Scorer(ABC):
         self._check_ids(batch)
         if not self._tried:
             try:
-                self.first(batch[:2])
+                self.read_first(batch[:2])
             except (CompressknowError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
@@ -245,7 +244,7 @@ class Scorer(ABC):
                     hint="It may need an input beside the text, or a setting in its config.json.",
                 ) from error
             self._tried = True
-        return self.first(batch)
+        return self.read_first(batch)
 
     def _check_ids(self, batch: Sequence[Query]) -> None:
         """Raise CheckpointError for ids beyond the embedding: a tokenizer may have few tokens, and yet a number for one
@@ -354,7 +353,9 @@ class Scorer(ABC):
             return []
         rankings = [
             Ranking(first, np.array([len(ids) == 1 for ids in batch[index].options]), _find_gold(batch[index].fact))
-            for index, first in zip(chosen, self.bounds([batch[i] for i in chosen], log_probs[chosen]), strict=True)
+            for index, first in zip(
+                chosen, self.bound_options([batch[i] for i in chosen], log_probs[chosen]), strict=True
+            )
         ]
         firsts = [ranking.scores.copy() for ranking in rankings]
 

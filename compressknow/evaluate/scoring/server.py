@@ -74,17 +74,17 @@ class ServedScorer(CausalScorer):
     def release(self) -> None:
         """Do nothing: nothing is held."""
 
-    def query(self, fact: Fact) -> Query | str:
+    def make_query(self, fact: Fact) -> Query | str:
         """Return the query of any causal model; where the server only writes, candidates are not told to it."""
         if self._served.scores or not fact.candidates:
-            return super().query(fact)
-        if reason := self.unaskable(replace(fact, candidates=None)):
+            return super().make_query(fact)
+        if reason := self.find_obstacle(replace(fact, candidates=None)):
             return reason
-        prompt = self.prompt(fact)
-        (gold,) = self.options(fact, [fact.obj_label], rest=False)
+        prompt = self.encode_prompt(fact)
+        (gold,) = self.encode_options(fact, [fact.obj_label], rest=False)
         return Query(fact, prompt, (), gold, (), ())
 
-    def shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
+    def find_shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
         """Return one shape for all: nothing is padded."""
         return ()
 
@@ -95,11 +95,11 @@ class ServedScorer(CausalScorer):
     def _most(self) -> int | None:
         return self._served.longest
 
-    def parts(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
+    def split(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
         """Take each fact alone: it is counted and stored as soon as it is answered."""
         return [(query,) for query in batch]
 
-    def each(
+    def run_each(
         self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
     ) -> Iterator[tuple[Sequence[Query], T]]:
         """Send the requests of several batches at the same time; those of one batch follow one another."""
@@ -158,7 +158,7 @@ class ServedScorer(CausalScorer):
         return self._served.write(query.prompt, count + slack)
 
     def _read_first(self, query: Query, wanted: Ids | None) -> First:
-        return self._served.first(query.prompt, () if wanted is None else [int(number) for number in wanted])
+        return self._served.predict(query.prompt, () if wanted is None else [int(number) for number in wanted])
 
     def _choose(self, query: Query, first: First) -> Answer:
         """Rank the candidates: those that begin with a token that the server told are bounded by it, all others by the
@@ -182,10 +182,10 @@ class ServedScorer(CausalScorer):
     def _score(self, query: Query, ids: Ids, first: First, bar: float) -> float:
         head = first.logp.get(ids[0])
         if head is None:
-            return self._served.rest(query.prompt, ids, bar=bar)
+            return self._served.score_rest(query.prompt, ids, bar=bar)
         if len(ids) == 1 or head < bar:
             return head
-        return self._served.rest((*query.prompt, ids[0]), ids[1:], head, bar)
+        return self._served.score_rest((*query.prompt, ids[0]), ids[1:], head, bar)
 
     def _judge(self, query: Query, first: First, text: str) -> Answer:
         """Judge a free answer. Its rank is that of the object's first token, where the server told it."""

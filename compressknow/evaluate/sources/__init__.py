@@ -241,7 +241,7 @@ def _open_by_name(name: str, options: Options, *, only_taken: bool) -> Opened:
     opened = _check_opened(
         kind, full, _open_source(kind, source, full, part, _select_options(full, source, options, only_taken))
     )
-    return opened.limited(options.limit, options.seed) if isinstance(opened, Probe) else opened
+    return opened.sample(options.limit, options.seed) if isinstance(opened, Probe) else opened
 
 
 def _open_in_wordings(full: str, name: str, source: ProbeSource, options: Options) -> Probe:
@@ -282,20 +282,20 @@ def _normalize_part(source: ProbeSource, part: str) -> str:
 def _select_options(name: str, source: ProbeSource, options: Options, only_taken: bool) -> Options:
     """Return the options that a source takes; of others it gets the defaults, or they are refused."""
     takes = source.takes | {"limit", "seed", "data"} | ({"protocol"} if source.protocols else set())
-    given = [option for option in options.list_changed() if option not in takes]
-    if given and not only_taken:
-        kinds = [kind for kind, source in list_usable() if given[0] in source.takes]
+    refused = [option for option in options.list_changed() if option not in takes]
+    if refused and not only_taken:
+        kinds = [kind for kind, source in list_usable() if refused[0] in source.takes]
         raise UsageError(
-            f"{name} has no {given[0]} {getattr(options, given[0])}.",
+            f"{name} has no {refused[0]} {getattr(options, refused[0])}.",
             hint=f"Only {' and '.join(kinds)} can be given one.",
         )
     default = Options()
-    kept = replace(options, **{option: getattr(default, option) for option in given})
+    remaining = replace(options, **{option: getattr(default, option) for option in refused})
     if not source.protocols or options.protocol in source.protocols:
-        return kept
+        return remaining
     if not only_taken and "protocol" in options.list_changed():
         raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"There is {' and '.join(source.protocols)}.")
-    return replace(kept, protocol=source.protocols[0])
+    return replace(remaining, protocol=source.protocols[0])
 
 
 def _check_protocol(options: Options) -> None:

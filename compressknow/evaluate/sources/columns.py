@@ -213,20 +213,22 @@ def check_key(key: str) -> None:
         raise UsageError(f"--map: unknown key {key!r}.", hint=f"{near}The keys are {', '.join(KEYS)}.")
 
 
-def choose_columns(there: Iterable[str], given: Mapping[str, str], where: str) -> Columns:
-    """Choose the columns of a table that has those `there`: as for a table that is known, but what is `given` comes
+def choose_columns(there: Iterable[str], wanted: Mapping[str, str], where: str) -> Columns:
+    """Choose the columns of a table that has those `there`: as for a table that is known, but what is `wanted` comes
     first.
 
     Raises UsageError, which lists the columns there are, where one is not there or too few are named to make facts.
     """
     present = set(there)
-    for key in given:
+    for key in wanted:
         check_key(key)
     chosen = _recognise(present)
     # Who names a prompt or a template does not want that of the known table.
-    asked = {"prompt", "template"} & set(given)
-    kept = {key: name for key, name in chosen.of.items() if not (asked and key in ("prompt", "template"))}
-    columns = Columns({**kept, **given}, {} if asked else chosen.templates, chosen.known_as)
+    has_own_prompt = {"prompt", "template"} & set(wanted)
+    recognized = {
+        key: name for key, name in chosen.of.items() if not (has_own_prompt and key in ("prompt", "template"))
+    }
+    columns = Columns({**recognized, **wanted}, {} if has_own_prompt else chosen.templates, chosen.known_as)
     listing = f"Its columns are {', '.join(sorted(present))}." if present else "It has no columns."
     missing = [name for name in columns.names if name not in present]
     if missing:

@@ -294,16 +294,16 @@ def _select_facts(
     probe: str, rows: Iterator[dict[str, Any]], columns: Columns
 ) -> tuple[tuple[Fact, ...], dict[str, int]]:
     facts, dropped, unique = [], Counter[str](), UniqueIds()
-    asked: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str]] = set()
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}
     for number, row in enumerate(rows):
         fact = _make_hub_fact(probe, number, row, columns)
-        if isinstance(fact, Fact) and (fact.prompt, fact.obj_label) in asked:
+        if isinstance(fact, Fact) and (fact.prompt, fact.obj_label) in seen:
             fact = "same sentence and object"
         if isinstance(fact, str):
             dropped[fact] += 1
             continue
-        asked.add((fact.prompt, fact.obj_label))
+        seen.add((fact.prompt, fact.obj_label))
         candidates = shared.setdefault(fact.candidates, fact.candidates) if fact.candidates else None
         facts.append(replace(fact, id=unique(fact.id), candidates=candidates))
     return tuple(facts), dict(dropped)

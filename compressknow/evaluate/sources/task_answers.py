@@ -156,7 +156,7 @@ def _find_golds(task: Any, sample: Mapping[str, Any], choices: Sequence[str]) ->
 def _shorten(choices: Sequence[str], contexts: Sequence[str], continuation: str | None) -> tuple[list[str], str]:
     """Return texts of the choices and of the item; contexts that are chosen from without the words they all begin with.
 
-    >>> _shown([], ["She saw Ann, so Ann", "She saw Ann, so Bea"], " ran.")
+    >>> _shorten([], ["She saw Ann, so Ann", "She saw Ann, so Bea"], " ran.")
     (['Ann', 'Bea'], 'She saw Ann, so … ran.')
     """
     if continuation is None:
@@ -191,9 +191,9 @@ _UNRANKED: dict[str, Any] = {"rank": None, "top5": (), "top5_logp": ()}
 def cut_tail(text: str) -> str:
     """Return the last words of a text, `SHOWN` characters at most, with single spaces and without LAMA's blank.
 
-    >>> tail("Question:  who?\\nAnswer:")
+    >>> cut_tail("Question:  who?\\nAnswer:")
     'Question: who? Answer:'
-    >>> len(tail("word " * 100)), tail("word " * 100)[:6]
+    >>> len(cut_tail("word " * 100)), cut_tail("word " * 100)[:6]
     (296, '… word')
     """
     words = text.replace(BLANK, _GAP).split()

@@ -238,7 +238,7 @@ def test_a_token_beyond_all_numbers_is_not_believed(served: Callable[[str], Mode
     server = served("vllm")
     server.faults["/tokenize"] = [b'{"tokens": [1e999]}']
     with pytest.raises(CompressknowError, match=r"tokens\[0\] is no whole number"):
-        ModelHandle(locate(server.url), FAST).loaded.scorer(as_probe(known_facts()[:1])).query(known_facts()[0])
+        ModelHandle(locate(server.url), FAST).loaded.scorer(as_probe(known_facts()[:1])).make_query(known_facts()[0])
 
 
 def test_half_a_letter_that_a_server_writes_is_stored_as_none(
@@ -411,7 +411,7 @@ def test_models_by_name(served: Callable[[str], ModelServer]) -> None:
     with pytest.raises(UsageError, match="has no model 'known-fact'") as wrong:
         _ = ModelHandle(locate(server.url), Settings(model="known-fact")).loaded
     assert wrong.value.hint == f"Did you mean {NAME}? It has {NAME}, other."
-    assert ModelHandle(locate(f"{server.url}/v1/"), Settings(model=NAME)).loaded.record()["model"] == NAME
+    assert ModelHandle(locate(f"{server.url}/v1/"), Settings(model=NAME)).loaded.make_record()["model"] == NAME
     server.models = []
     with pytest.raises(CompressknowError, match="does not say which models it has"):
         _ = ModelHandle(locate(server.url), FAST).loaded
