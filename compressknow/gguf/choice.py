@@ -11,7 +11,7 @@ from typing import Any
 from compressknow.base.errors import UsageError, did_you_mean
 from compressknow.base.libraries import require
 from compressknow.base.reading import MANIFEST, read_json, read_toml
-from compressknow.compress.recipe import EXPORT, calibration_from
+from compressknow.compress.recipe import EXPORT, read_calibration
 from compressknow.compress.steps import Calibration
 from compressknow.model.scopes import SCOPES, Pattern
 
@@ -191,7 +191,7 @@ def _choice_from(values: Mapping[str, Any], origin: str) -> Choice:
     texts = [values.get("type", DEFAULT), *([matrix] if matrix is not None else [])]
     if not isinstance(pairs, list) or not all(isinstance(text, str) for text in texts) or not all(map(_is_rule, pairs)):
         raise UsageError(f"{origin}: type and imatrix are texts, types a table of texts.")
-    calibration = calibration_from(values.get("calibration"), f"{origin}, calibration")
+    calibration = read_calibration(values.get("calibration"), f"{origin}, calibration")
     rules = tuple((which, chosen) for which, chosen in pairs)
     return Choice(texts[0], rules, calibration, None if matrix is None else Path(matrix))
 

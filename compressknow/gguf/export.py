@@ -23,7 +23,7 @@ from compressknow.compress.output import carried_files
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.staging import scratch
-from compressknow.compress.weights import Side, side_of
+from compressknow.compress.weights import Side, read_side
 from compressknow.engine.contents import read_contents
 from compressknow.engine.identity import locate, source_of
 from compressknow.engine.load import family_of_class
@@ -150,7 +150,7 @@ def prepare(
     """
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
     _refuse_links_out(checkpoint.folder)
-    side = side_of(checkpoint, trust_remote_code=trust_remote_code)
+    side = read_side(checkpoint, trust_remote_code=trust_remote_code)
     _refuse_headless(side.structure.architecture)
     refuse_unknown(side.structure.architecture, known_architectures(converter))
     tensors = plain_tensors(side, checkpoint)
