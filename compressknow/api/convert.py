@@ -1,4 +1,4 @@
-"""convert: a checkpoint pruned and quantized into a new folder."""
+"""Function `convert`: prune and quantize a checkpoint into a new folder."""
 
 from __future__ import annotations
 
@@ -90,9 +90,12 @@ def convert(
     ------
     compressknow.CompressknowError : with what is wrong, why, and what to try.
     """
-    chosen = _chosen(locals())
-    _refuse_before_work(model, Path(output), overwrite=overwrite, writes=not dry_run)
-    _refuse_no_text(chosen)
+    chosen = _choose_recipe(locals())
+    _check_places(model, Path(output), overwrite=overwrite, writes=not dry_run)
+    if chosen.calibration is not None:
+        from compressknow.compress.calibrate.text import check_text
+
+        check_text(chosen.calibration.text, chosen.calibration.tokens)
     from compressknow.base.progress import Stage, begun, listener
     from compressknow.compress.calibrate.trial import refuse_unsmoothable
     from compressknow.compress.convert import carry_out, make_text, prepare
@@ -116,37 +119,38 @@ def convert(
     )
 
 
-# Those of built-in methods and schemes.
+# Parameters of built-in methods and schemes.
 _PARAMETERS = ("pattern", "group_size")
 
 
-def _chosen(given: dict[str, Any]) -> Recipe:
-    """The recipe that the arguments of `convert` say: the one given, or one made of the options."""
+def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
+    """Return the recipe that the arguments of `convert` give, or the one that its options say."""
     from inspect import signature
 
-    from compressknow.compress.options import RECIPE_OPTIONS, recipe_of, refuse_beside_recipe
+    from compressknow.compress.recipe import RECIPE_OPTIONS, build_recipe, check_beside_recipe
     from compressknow.compress.steps import Where
 
-    if given["recipe"] is not None:
-        said = signature(convert).parameters
-        refuse_beside_recipe(given, {name: said[name].default for name in (*RECIPE_OPTIONS, *_PARAMETERS)})
-        return _as_recipe(given["recipe"])
-    options = {name: given[name] for name in RECIPE_OPTIONS}
-    named = {name: given[name] for name in _PARAMETERS if given[name] is not None}
-    options["parameters"] = {**(options["parameters"] or {}), **named}
+    if (recipe := arguments["recipe"]) is not None:
+        parameters = signature(convert).parameters
+        names = (*RECIPE_OPTIONS, *_PARAMETERS)
+        check_beside_recipe(arguments, {name: parameters[name].default for name in names})
+        return _read(recipe)
+    options = {name: arguments[name] for name in RECIPE_OPTIONS}
+    built_in = {name: arguments[name] for name in _PARAMETERS if arguments[name] is not None}
+    options["parameters"] = {**(options["parameters"] or {}), **built_in}
     layers = options.pop("layers")
     # One text is one name or pattern, and not its letters.
     scope, include, exclude = (
-        (each,) if isinstance(each, str) else tuple(each)
-        for each in (options.pop(name) for name in ("scope", "include", "exclude"))
+        (value,) if isinstance(value, str) else tuple(value)
+        for value in (options.pop(name) for name in ("scope", "include", "exclude"))
     )
-    return recipe_of(Where(scope, include, exclude, None if layers is None else str(layers)), **options)
+    return build_recipe(Where(scope, include, exclude, None if layers is None else str(layers)), **options)
 
 
-def _refuse_before_work(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:
-    """What is wrong with the two places is said before torch is imported, which takes seconds."""
+def _check_places(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:
+    """Raise what is wrong with the two places before torch is imported, which takes seconds."""
     from compressknow.base.files import refuse_broken_links
-    from compressknow.compress.staging import clean, refuse_output
+    from compressknow.compress.staging import check_output, clean
     from compressknow.model.checkpoint import refuse_no_checkpoint
 
     refuse_no_checkpoint(model)
@@ -154,17 +158,10 @@ def _refuse_before_work(model: str | Path, output: Path, *, overwrite: bool, wri
     if writes:
         # What a dead run has left goes, whatever becomes of this one.
         clean(output)
-    refuse_output(output, overwrite=overwrite, source=Path(model))
+    check_output(output, overwrite=overwrite, source=Path(model))
 
 
-def _refuse_no_text(recipe: Recipe) -> None:
-    if recipe.calibration is not None:
-        from compressknow.compress.calibrate.text import check_text
-
-        check_text(recipe.calibration.text, recipe.calibration.tokens)
-
-
-def _as_recipe(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:
+def _read(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:
     from compressknow.compress.recipe import Recipe, read_recipe
 
     if isinstance(recipe, Recipe):

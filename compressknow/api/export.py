@@ -218,12 +218,12 @@ _RECIPE: dict[str, Any] = {
 def _chosen(given: Mapping[str, Any]) -> Choice:
     """What the arguments of `export` say of types and calibration."""
     from compressknow.compress.calibrate.text import check_text
-    from compressknow.compress.options import refuse_beside_recipe
+    from compressknow.compress.recipe import check_beside_recipe
     from compressknow.gguf.choice import Choice, read_choice
     from compressknow.study.guides import FIT_TOKENS
 
     if given["recipe"] is not None:
-        refuse_beside_recipe(given, _RECIPE)
+        check_beside_recipe(given, _RECIPE)
         choice = read_choice(Path(given["recipe"]))
     else:
         rules = given["type_of"].items() if isinstance(given["type_of"], Mapping) else given["type_of"]

@@ -27,9 +27,9 @@ from compressknow.cli.options import (
 from compressknow.cli.push import push_options, upload_of
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, duration, show, show_json
-from compressknow.compress.options import RECIPE_OPTIONS
 from compressknow.compress.parameters import Parameter, Parametric
 from compressknow.compress.pruning import METHODS
+from compressknow.compress.recipe import RECIPE_OPTIONS
 from compressknow.compress.schemes import SCHEMES, known, word_of
 from compressknow.compress.steps import ROUNDINGS, SHARED
 from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words

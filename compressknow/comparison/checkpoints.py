@@ -18,7 +18,7 @@ from compressknow.comparison.weights import Lost, aligned, deviation, dropped_bl
 from compressknow.compress.blocks import Reader
 from compressknow.compress.pool import Pool
 from compressknow.compress.sources import target_count
-from compressknow.compress.weights import Side, Values, side_of
+from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import Located
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, weight_files
 from compressknow.model.manifest import MANIFEST_NAME, read_manifest
@@ -65,7 +65,7 @@ def difference(
     CheckpointError : one of them has no weights, or its config describes no model that can be built.
     CompressknowError : they are of different architectures.
     """
-    side_a, side_b = (side_of(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
+    side_a, side_b = (read_side(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
     _refuse_other_architecture(side_a, side_b)
     manifests = [_manifest(checkpoint.folder) for checkpoint in (a, b)]
     lost = [lost_neurons(manifest, side) for manifest, side in zip(manifests, (side_a, side_b), strict=True)]

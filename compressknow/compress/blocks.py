@@ -28,7 +28,7 @@ INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 class BitLayout(NamedTuple):
-    """A float's bits as an integer: without the sign they order as the magnitudes do, infinity and NaN last."""
+    """Bits of a float as an integer: without the sign they order as the magnitudes do, infinity and NaN last."""
 
     integer: torch.dtype
     bits: int
@@ -47,7 +47,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Reader:
-    """What a pass over tensors needs: threads, open files, and whom to tell how many bytes were read."""
+    """Reader of tensors: its threads, open files, and what is called with the number of bytes after each read."""
 
     pool: Pool
     files: OpenFiles
@@ -61,15 +61,26 @@ class Reader:
         columns: int | None = None,
         rows: Sequence[int] | None = None,
     ) -> Iterator[Block]:
-        """The blocks of a tensor (of a dtype in READABLE), in order, or all of it as one; ends with Stopped where the
-        pool was stopped.
+        """Yield the blocks of a tensor (of a dtype in READABLE), in order, or all of it as one; ends with Stopped where
+        the pool was stopped.
 
         Parameters
         ----------
         columns : blocks have as many rows as those of a tensor that is so wide.
         rows : those of its rows alone, numbered anew.
         """
-        for block in _blocks(self.files, tensor, whole, columns, rows):
+        count, width = matrix_shape(tensor.shape)
+        count = count if rows is None else len(rows)
+        height = max(1, count if whole else min(count, BLOCK_ELEMENTS // max(columns or width, 1)))
+        buffer = torch.empty(height, width, dtype=torch_dtype(tensor.dtype))
+        raw, row_bytes = byte_view(buffer), width * tensor.itemsize
+        for first in range(0, count, height):
+            last = min(first + height, count)
+            if rows is None:
+                self.files.read_into(tensor, raw[: (last - first) * row_bytes], first * row_bytes)
+            for i, row in enumerate(rows[first:last] if rows else ()):
+                self.files.read_into(tensor, raw[i * row_bytes : (i + 1) * row_bytes], row * row_bytes)
+            block = Block(first, buffer[: last - first])
             self.pool.check()
             yield block
             self.progress(block.values.nbytes)
@@ -89,42 +100,26 @@ class Block:
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor as one matrix: columns are its last dimension, stacked matrices in turn."""
+    """Return rows and columns of a tensor as one matrix: columns are its last dimension, stacked matrices in turn."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
-def _blocks(
-    files: OpenFiles, tensor: StoredTensor, whole: bool, as_wide_as: int | None, picked: Sequence[int] | None
-) -> Iterator[Block]:
-    rows, columns = matrix_shape(tensor.shape)
-    rows = rows if picked is None else len(picked)
-    height = max(1, rows if whole else min(rows, BLOCK_ELEMENTS // max(as_wide_as or columns, 1)))
-    buffer = torch.empty(height, columns, dtype=torch_dtype(tensor.dtype))
-    raw = byte_view(buffer)
-    row_bytes = columns * tensor.itemsize
-    for first in range(0, rows, height):
-        count = min(height, rows - first)
-        if picked is None:
-            files.read_into(tensor, raw[: count * row_bytes], first * row_bytes)
-        for i, row in enumerate(picked[first : first + count] if picked else ()):
-            files.read_into(tensor, raw[i * row_bytes : (i + 1) * row_bytes], row * row_bytes)
-        yield Block(first, buffer[:count])
-
-
 def bits_of(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
-    """The bits of a block as integers, in the same memory. (On integers and masks numpy is several times faster.)"""
+    """View the bits of a block as integers, in the same memory. (On integers and masks numpy is several times
+    faster.)"""
     return values.view(BIT_LAYOUTS[values.dtype].integer).numpy()
 
 
 def magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
-    """Non-negative integers that order as the magnitudes of `values` do, of the same shape."""
+    """Return non-negative integers that order as the magnitudes of `values` do, of the same shape."""
     bits = bits_of(values)
     keys: npt.NDArray[np.signedinteger] = bits & bits.dtype.type((1 << BIT_LAYOUTS[values.dtype].bits) - 1)
     return keys
 
 
 def raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:
-    """An integer an element of `raw` bytes in a safetensors dtype: 0 where the element is zero, of either sign."""
+    """Return an integer per element of `raw` bytes in a safetensors dtype: 0 where the element is zero, of either
+    sign."""
     size = DTYPE_SIZES[dtype]
     elements = np.frombuffer(raw, dtype=INTEGERS[size])
     return elements & INTEGERS[size]((1 << (8 * size - 1)) - 1) if dtype in FLOATS else elements

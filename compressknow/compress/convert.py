@@ -21,7 +21,7 @@ from compressknow.compress.proof import build_config, prove
 from compressknow.compress.pruning import Mask
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.smaller import Removal, remove
-from compressknow.compress.staging import clean, refuse_output
+from compressknow.compress.staging import check_output, clean
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
 from compressknow.engine.load import Variant
 from compressknow.model.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ def convert(
     OutputError : the output exists, overlaps the input, or cannot be written.
     """
     clean(Path(output))
-    refuse_output(Path(output), overwrite=overwrite, source=Path(model))
+    check_output(Path(output), overwrite=overwrite, source=Path(model))
     plan = prepare(model, recipe)
     text = text or make_text(plan)
     folder = NewFolder(output, plan.checkpoint, overwrite=overwrite, render_card=render_card)

@@ -31,8 +31,8 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter: `kind` is bool, int, float or str; `must` says what its value must be beside that, and `fits`
-    whether it is."""
+    """Parameter of a method or scheme: `kind` is bool, int, float or str; `must` says what its value must be beside
+    that, and `fits` whether it is."""
 
     name: str
     kind: type
@@ -43,11 +43,11 @@ class Parameter:
 
     @property
     def option(self) -> str:
-        """How the command line calls it."""
+        """Return how the command line calls it."""
         return f"--{self.name.replace('_', '-')}"
 
     def check(self, value: Any) -> Any:
-        """The value, ``inf`` as a number. Raises UsageError where it is of another kind, or does not fit."""
+        """Return the value, ``inf`` as a number. Raises UsageError where it is of another kind, or does not fit."""
         if self.kind is float and value == "inf":
             value = math.inf
         if value is None and self.default is None:
@@ -65,14 +65,15 @@ def parameter(
     must: str = "",
     fits: Callable[[Any], bool] = lambda _: True,
 ) -> Any:
-    """A field that is a parameter. Its kind is that of the default, unless it is given; None is allowed where it is the
-    default."""
+    """Declare a field that is a parameter. Its kind is that of the default, unless it is given; None is allowed where
+    it is the default."""
     return field(default=default, metadata={"parameter": (kind or type(default), help, must, fits)})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,))
 class Parametric:
-    """What has a name and parameters, which are the fields of its class. Every subclass is a frozen dataclass."""
+    """Base of what has a name and parameters, which are the fields of its class. Every subclass is a frozen
+    dataclass."""
 
     name = ""
     help = ""
@@ -88,7 +89,7 @@ class Parametric:
 
     @classmethod
     def parameters(cls) -> tuple[Parameter, ...]:
-        """In the order in which they are declared."""
+        """List its parameters in the order in which they are declared."""
         declared = []
         for each in fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
             if "parameter" not in each.metadata:
@@ -98,15 +99,15 @@ class Parametric:
         return tuple(declared)
 
     def values(self) -> dict[str, Any]:
-        """By name, the value of each parameter."""
+        """Return the value of each parameter, by name."""
         return {each.name: getattr(self, each.name) for each in self.parameters()}
 
     def changed(self) -> dict[str, Any]:
-        """By name, the values that are not the default."""
+        """Return the values that are not the default, by name."""
         return {p.name: value for p in self.parameters() if (value := getattr(self, p.name)) != p.default}
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
-        """The same with these values. Raises UsageError where one has no such parameter, or does not fit."""
+        """Return a copy with these values. Raises UsageError where one has no such parameter, or does not fit."""
         known = {each.name: each for each in self.parameters()}
         if unknown := sorted(set(values) - set(known)):
             there = f"It has {', '.join(known)}." if known else "It has none."

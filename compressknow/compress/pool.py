@@ -22,18 +22,18 @@ Result = TypeVar("Result")
 
 
 class Map(Protocol):
-    """Applies a task to items, results in their order."""
+    """Function that applies a task to items and returns the results in their order."""
 
     def __call__(self, task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]: ...
 
 
 def in_turn(task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]:
-    """One item after the other, in the calling thread."""
+    """Apply a task to one item after the other, in the calling thread."""
     return [task(item) for item in items]
 
 
 class Pool:
-    """A thread pool whose first error stops the rest: long tasks call `check` between two blocks.
+    """Thread pool whose first error stops the rest: long tasks call `check` between two blocks.
 
     A signal may raise between any two steps of the main thread, and a lock that is written in Python would stay taken:
     who needs it next would wait for ever. So the main thread touches no such lock, only queues that are written in C.
@@ -43,9 +43,9 @@ class Pool:
         self.threads = min(threads or available_cores(), MOST_THREADS)
         self._stopped = False
         self._torch_threads = torch.get_num_threads()
-        self._crew = _Crew(self.threads)
+        self._workers = _Workers(self.threads)
         # For a signal that comes before the first step of `__exit__`.
-        finalize(self, self._crew.dismiss)
+        finalize(self, self._workers.dismiss)
 
     def __enter__(self) -> Pool:
         return self
@@ -59,8 +59,10 @@ class Pool:
             torch.set_num_threads(self._torch_threads)
 
     def map(self, task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]:
-        """Results in the order of `items`; a task begins after those before it have begun. Raises the first error,
-        after the tasks under way have ended; then the pool is of no more use."""
+        """Return results in the order of `items`; a task begins after those before it have begun.
+
+        Raises the first error, after the tasks under way have ended; then the pool is of no more use.
+        """
         self.check()
         results: dict[int, Result] = {}
 
@@ -70,7 +72,7 @@ class Pool:
 
         try:
             jobs = [partial(run, place, item) for place, item in enumerate(items)]
-            self._crew.work(jobs)
+            self._workers.work(jobs)
         except BaseException:
             self._end()
             raise
@@ -83,36 +85,36 @@ class Pool:
 
     def _end(self) -> None:
         self._stopped = True
-        self._crew.dismiss()
-        self._crew.wait()
+        self._workers.dismiss()
+        self._workers.wait()
 
 
 class Stopped(Exception):
-    """Ends a task whose result nobody waits for any more."""
+    """End of a task whose result nobody waits for any more."""
 
 
-class _Crew:
-    """Worker threads, and a foreman, who starts them: `Thread.start` waits for a lock that is written in Python."""
+class _Workers:
+    """Worker threads, and one that starts them: `Thread.start` waits for a lock that is written in Python."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         # What the main thread waits for: a job has ended (None), or will not (an error).
-        self._told: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._left: SimpleQueue[None] = SimpleQueue()
-        self._foremen: list[int] = []
-        self._workers: list[Thread] = []
-        self._gone = False
+        self._outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._ended: SimpleQueue[None] = SimpleQueue()
+        self._starters: list[int] = []
+        self._threads_started: list[Thread] = []
+        self._all_ended = False
 
     def work(self, jobs: list[partial[None]]) -> None:
         """Do the jobs. Raises the first error, while others are under way."""
-        if jobs and not self._foremen:
+        if jobs and not self._starters:
             # Begun and listed in one step, between whose halves no signal comes.
-            self._foremen.extend(map(start_new_thread, (self._lead,), ((),)))
+            self._starters.extend(map(start_new_thread, (self._start_workers,), ((),)))
         for job in jobs:
             self._jobs.put(job)
         for _ in jobs:
-            error = self._told.get()
+            error = self._outcomes.get()
             if error is not None:
                 raise error
 
@@ -121,39 +123,39 @@ class _Crew:
         self._jobs.put(None)
 
     def wait(self) -> None:
-        """Until all workers that were dismissed have ended."""
+        """Wait until all workers that were dismissed have ended."""
         # A signal may come after a message was taken and before it was seen: the attribute says it too.
-        while self._foremen and not self._gone:
-            self._told.get()
-        for worker in self._workers:
+        while self._starters and not self._all_ended:
+            self._outcomes.get()
+        for worker in self._threads_started:
             worker.join()
 
-    def _lead(self) -> None:
+    def _start_workers(self) -> None:
         try:
             for _ in range(self._threads):
                 worker = Thread(target=self._work, daemon=True)
                 worker.start()
-                self._workers.append(worker)
+                self._threads_started.append(worker)
         except BaseException as error:
-            self._told.put(error)
-        for _ in self._workers:
-            self._left.get()
-        self._gone = True
-        self._told.put(Stopped())
+            self._outcomes.put(error)
+        for _ in self._threads_started:
+            self._ended.get()
+        self._all_ended = True
+        self._outcomes.put(Stopped())
 
     def _work(self) -> None:
         try:
             torch.set_num_threads(1)
             for job in iter(self._jobs.get, None):
-                self._told.put(_outcome(job))
+                self._outcomes.put(_run_job(job))
                 # Not kept, with all that it holds, until the next one comes.
                 del job
         finally:
             self._jobs.put(None)
-            self._left.put(None)
+            self._ended.put(None)
 
 
-def _outcome(job: Callable[[], None]) -> BaseException | None:
+def _run_job(job: Callable[[], None]) -> BaseException | None:
     try:
         job()
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""The inner loop: one tensor from its source file to its output file, block by block, measured on the way."""
+"""Inner loop of a conversion: one tensor from its source file to its output, block by block, measured on the way."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALLEST_ENERGY = 1e-24
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found and done in one tensor.
+    """Counts and hashes of what was found and done in one tensor.
 
     `norm` is ||original|| (Frobenius; 0 of a tensor that holds no floats), `relative_error` ||written - original|| /
     ||original||, the written weights dequantized; `sha256` is that of the written values, `beside` those of its scales
@@ -57,7 +57,7 @@ class Measured:
 
 
 class TensorWriter:
-    """Puts a tensor's bytes, in order, from `offset` on, hashing them."""
+    """Writer of a tensor's bytes, in order, from `offset` on, which hashes them."""
 
     def __init__(self, put: Callable[[memoryview, int], None], offset: int) -> None:
         self._put, self._position = put, offset
@@ -84,7 +84,7 @@ class Writers(Protocol):
 
 @dataclass(frozen=True)
 class Work(Reader):
-    """A reader that writes what it makes of a tensor into the output.
+    """Reader that writes what it makes of a tensor into the output.
 
     Attributes
     ----------
@@ -101,8 +101,11 @@ class Work(Reader):
         return self._copy(planned)
 
     def _compress(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment) -> Measured:
-        unfitted = self._unfitted(planned.source, whole=treatment.whole)
-        tally, writer = _Tally(planned.source, mask, unfitted), self._writer(planned, planned.stored[0])
+        before = self.unfitted.get(planned.source.name)
+        silent = Reader(self.pool, self.files, lambda _: None)
+        unfitted = None if before is None else silent.blocks(before, whole=treatment.whole)
+        tally = _Tally(planned.source, mask, unfitted)
+        writer = self.output.writer(planned.names(planned.stored[0])[0])
         if planned.scheme is None:
             for block in self.blocks(planned.source, whole=treatment.whole):
                 tally.prune(block)
@@ -116,12 +119,6 @@ class Work(Reader):
             writer.write(coder.code(block, absmax, tally))
         return tally.measured(writer.sha256, dict(self._write_beside(planned, coder.beside())))
 
-    def _unfitted(self, source: StoredTensor, *, whole: bool) -> Iterator[Block] | None:
-        """The blocks of what a source was before it was fitted; None where it was not."""
-        if (before := self.unfitted.get(source.name)) is None:
-            return None
-        return Reader(self.pool, self.files, lambda _: None).blocks(before, whole=whole)
-
     def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> Measured:
         """Write a tensor that others make up for: `values` of its dtype, which times `factors` are what it was."""
         original = next(self.blocks(planned.source, whole=True)).values.reshape(values.shape)
@@ -133,7 +130,7 @@ class Work(Reader):
         return Measured(zeros[0], zeros[1], 0, math.sqrt(energy), relative, writer.sha256)
 
     def _tensor_scale(self, planned: PlannedTensor, scheme: Scheme, mask: Mask | None) -> torch.Tensor | None:
-        """The one scale [1] of a tensor whose scheme has one, which takes a pass of its own."""
+        """Compute the one scale [1] of a tensor whose scheme has one, which takes a pass of its own."""
         if scheme.scale_per != "tensor":
             return None
         tally, largest = _Tally(planned.source, mask), torch.zeros(1, dtype=torch_dtype(planned.source.dtype))
@@ -143,15 +140,12 @@ class Work(Reader):
             return scheme.scales(largest)
 
     def _write_beside(self, planned: PlannedTensor, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
-        """Write scales and the like; gives their hashes by suffix."""
+        """Write scales and the like; yield their hashes by suffix."""
         for part in planned.stored[1:]:
             for name in planned.names(part):
                 writer = self.output.writer(name)
                 writer.write(tensors[part.suffix])
                 yield part.suffix, writer.sha256
-
-    def _writer(self, planned: PlannedTensor, part: Stored) -> TensorWriter:
-        return self.output.writer(planned.names(part)[0])
 
     def _copy(self, planned: PlannedTensor) -> Measured:
         source, writer, zeros, energy = planned.source, self.output.writer(planned.name), 0, 0.0
@@ -172,7 +166,7 @@ class Work(Reader):
 
 @dataclass(frozen=True)
 class Treatment:
-    """How a tensor is compressed, where that is not as for all.
+    """Way to compress a tensor, where that is not as for all.
 
     Attributes
     ----------
@@ -180,7 +174,8 @@ class Treatment:
     whole : as one block: what is done to a row needs what was learned of all, or takes long to begin.
     factors : what its input channels [columns] are multiplied with before they are rounded (see
         `compressknow.compress.calibrate.smooth`).
-    see : told the rows and the values (those that were rounded dequantized, float32) of each block that was written.
+    see : called with the rows and the values (those that were rounded dequantized, float32) of each block that was
+        written.
     """
 
     rounding: Rounding = nearest
@@ -190,7 +185,7 @@ class Treatment:
 
 
 class _Coder:
-    """Turns the blocks of a tensor into what its scheme stores, and keeps their scales."""
+    """Coder of a tensor's blocks into what its scheme stores, which keeps their scales."""
 
     def __init__(self, planned: PlannedTensor, whole_scale: torch.Tensor | None, treatment: Treatment) -> None:
         assert planned.scheme is not None
@@ -200,11 +195,11 @@ class _Coder:
 
     @property
     def span(self) -> int | None:
-        """How many columns share a scale; None for all."""
+        """Return how many columns share a scale; None for all."""
         return self._scheme.scale_per if isinstance(self._scheme.scale_per, int) else None
 
     def code(self, block: Block, absmax: torch.Tensor, tally: _Tally) -> torch.Tensor:
-        """The rows to be stored."""
+        """Return the rows to be stored."""
         values, factors = block.values, self._treatment.factors
         if factors is not None:
             values = (values.to(torch.float32) * factors).to(values.dtype)
@@ -217,24 +212,24 @@ class _Coder:
         if self._treatment.see:
             self._treatment.see(block.rows, self._scheme.dequantize(codes, scales))
         self._scales.append(scales)
-        return self._fit(rows, self._planned.stored[0], len(values))
+        return self._check(rows, self._planned.stored[0], len(values))
 
     def beside(self) -> dict[str, torch.Tensor]:
-        """What is stored beside the rows, by suffix; called once, after the last block."""
+        """Return what is stored beside the rows, by suffix; called once, after the last block."""
         with SCHEMES.answering(self._scheme.name):
             made = dict(self._scheme.constants(self._planned.source.shape))
         made[SCALE] = scales = torch.cat(self._scales) if self._whole is None else self._whole
         if not bool((scales > 0).all() & torch.isfinite(scales).all()):
             raise CompressknowError(f"The scheme {self._scheme.name!r} gives scales that are zero or no numbers.")
-        return {part.suffix: self._fit(made[part.suffix], part, part.shape[0]) for part in self._planned.stored[1:]}
+        return {part.suffix: self._check(made[part.suffix], part, part.shape[0]) for part in self._planned.stored[1:]}
 
-    def _fit(self, made: torch.Tensor, part: Stored, rows: int) -> torch.Tensor:
-        """What was made, if it is of the shape and dtype that was said: else it would not fit its place in the file."""
-        said = (torch_dtype(part.dtype), (rows, *part.shape[1:]))
-        if (made.dtype, tuple(made.shape)) != said:
+    def _check(self, made: torch.Tensor, part: Stored, rows: int) -> torch.Tensor:
+        """Return what was made. Raises CompressknowError where it would not fit its place in the file."""
+        dtype, shape = torch_dtype(part.dtype), (rows, *part.shape[1:])
+        if made.dtype != dtype or tuple(made.shape) != shape:
             raise CompressknowError(
                 f"The scheme {self._scheme.name!r} does not store what it says of {self._planned.name}.",
-                why=f"It makes {list(made.shape)} of {made.dtype} where it says {list(said[1])} of {said[0]}.",
+                why=f"It makes {list(made.shape)} of {made.dtype} where it says {list(shape)} of {dtype}.",
             )
         return made
 
@@ -250,8 +245,8 @@ class _Tally:
         self._original: torch.Tensor | None = None
 
     def prune(self, block: Block, span: int | None = None) -> torch.Tensor:
-        """Zero a block's pruned weights in place; the largest magnitudes [rows, groups] after that, of each `span`
-        columns of a row, by default all."""
+        """Zero a block's pruned weights in place; return the largest magnitudes [rows, groups] after that, of each
+        `span` columns of a row, by default all."""
         values = block.values
         keys = magnitude_keys(values)
         largest = _largest(keys, span)
@@ -261,11 +256,11 @@ class _Tally:
         self.zeros_before += before.size - int(np.count_nonzero(before))
         self.energy += _energy(values if self._original is None else self._original)
         if self._mask is not None:
-            found = self._mask(block)
-            pruned = found.mask if isinstance(found, Pruned) else found
+            chosen = self._mask(block)
+            pruned = chosen.mask if isinstance(chosen, Pruned) else chosen
             self.pruned += int(np.count_nonzero(pruned))
-            if isinstance(found, Pruned):
-                replaced = _replace(values, found, self._source)
+            if isinstance(chosen, Pruned):
+                replaced = _replace(values, chosen, self._source)
                 self._original = replaced if self._original is None else self._original
             elif self._original is not None:
                 _take(values, pruned)
@@ -320,23 +315,23 @@ class _Tally:
 
 
 def _largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.NDArray[np.signedinteger]:
-    """The largest keys [rows, groups] of each `span` columns, by default of all."""
+    """Return the largest keys [rows, groups] of each `span` columns, by default of all."""
     groups = keys[:, None] if span is None else keys.reshape(len(keys), -1, span)
-    found: npt.NDArray[np.signedinteger] = groups.max(axis=2, initial=0)
-    return found
+    largest: npt.NDArray[np.signedinteger] = groups.max(axis=2, initial=0)
+    return largest
 
 
-def _replace(values: torch.Tensor, found: Pruned, source: StoredTensor) -> torch.Tensor:
-    """Give a block its new values, the pruned ones zero; those that it had."""
+def _replace(values: torch.Tensor, pruned: Pruned, source: StoredTensor) -> torch.Tensor:
+    """Give a block its new values, the pruned ones zero; return those that it had."""
     before = values.clone()
-    values.copy_(found.values).masked_fill_(torch.from_numpy(found.mask), 0)
+    values.copy_(pruned.values).masked_fill_(torch.from_numpy(pruned.mask), 0)
     if not bool(torch.isfinite(values).all()):
         raise CompressknowError(f"What pruning makes of {source.name} holds NaN or an infinity.")
     return before
 
 
 def _take(values: torch.Tensor, pruned: npt.NDArray[np.bool_]) -> torch.Tensor:
-    """Zero the pruned weights of a block; a copy that holds only them."""
+    """Zero the pruned weights of a block; return a copy that holds only them."""
     # As a product with the inverted mask, on bits: a masked copy of so irregular a mask takes ten times as long.
     bits = bits_of(values)
     taken = bits.copy()
@@ -346,14 +341,14 @@ def _take(values: torch.Tensor, pruned: npt.NDArray[np.bool_]) -> torch.Tensor:
 
 
 def _energy(values: torch.Tensor) -> float:
-    """The sum of squares of a block [rows, columns]."""
+    """Return the sum of squares of a block [rows, columns]."""
     energy = float(torch.linalg.vector_norm(values.to(torch.float32), dim=1).to(torch.float64).square_().sum())
     in_range = SMALLEST_ENERGY < energy < math.inf
     return energy if in_range else float(values.to(torch.float64).square_().sum())
 
 
 def hash_file(pool: Pool, path: Path, progress: Progress | None = None) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
     with open_regular(path) as file:
         while count := file.readinto(buffer):

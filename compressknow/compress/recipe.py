@@ -1,10 +1,10 @@
-"""Steps in order, read from TOML or from a manifest, stored in one, named as the paper names them."""
+"""Recipes: steps in order, said by options, TOML or a manifest, and named as the paper names them."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,38 +12,21 @@ from typing import Any, get_args
 from compressknow.base.errors import UsageError, did_you_mean
 from compressknow.base.reading import MANIFEST, read_json, read_toml
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.steps import SHARED, Calibration, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
+from compressknow.compress.steps import (
+    ROUNDINGS,
+    SHARED,
+    SIDES,
+    Calibration,
+    DropBlocks,
+    DropNeurons,
+    Prune,
+    Quantize,
+    Step,
+    Where,
+)
 from compressknow.model.manifest import MANIFEST_NAME
+from compressknow.model.scopes import DEFAULT_SCOPES
 from compressknow.model.structure import ModuleMap
-
-
-def to_toml(recipe: dict[str, Any]) -> str:
-    """The recipe as TOML; keys that hold nothing are left out.
-
-    >>> print(to_toml({"module_map": "paper", "steps": [{"prune": 0.2, "scope": ["attention"], "include": []}]}))
-    module_map = "paper"
-    <BLANKLINE>
-    [[steps]]
-    prune = 0.2
-    scope = ["attention"]
-    """
-    settings = {key: value for key, value in recipe.items() if key != "steps"}
-    steps = [line for step in recipe["steps"] for line in ["", "[[steps]]", *_lines(step)]]
-    return "\n".join(_lines(settings) + steps).strip()
-
-
-def _lines(table: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_value(value)}" for key, value in table.items() if value is not None and value != []]
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_value, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(_lines(dict(value)))}}}"
-    # Numbers, booleans and texts are written as in JSON, but that TOML wants DEL escaped too.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
 
 # The table of a recipe's file that says how a GGUF file is made: see `compressknow.gguf.choice`.
 EXPORT = "export"
@@ -94,51 +77,57 @@ class Recipe:
 
     @property
     def removals(self) -> tuple[DropBlocks | DropNeurons, ...]:
-        """The steps that make the model smaller."""
+        """Return the steps that make the model smaller."""
         return tuple(step for step in self.steps if isinstance(step, DropBlocks | DropNeurons))
 
     @property
     def smooths(self) -> bool:
-        """Whether a step moves outliers of activations into weights."""
+        """Tell whether a step moves outliers of activations into weights."""
         return any(isinstance(step, Quantize) and step.smooth is not None for step in self.steps)
 
     @property
     def setup(self) -> str:
-        """The paper's name where the recipe is one of its setups (`Att_GPQ 20%`, `FLP L1-structured 40%`), else a
-        description by the same words."""
-        return " + ".join(_setup_parts(self.steps))
+        """Return the paper's name where the recipe is one of its setups (`Att_GPQ 20%`, `FLP L1-structured 40%`), else
+        a description by the same words."""
+        removals = [step.label for step in self.removals]
+        prunes = [step for step in self.steps if isinstance(step, Prune)]
+        quantizes = [step for step in self.steps if isinstance(step, Quantize)]
+        return " + ".join([*removals, *_name_of_weights(prunes, quantizes)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; `from_dict` takes them back."""
+        """Return plain values, for JSON; `from_dict` takes them back."""
         calibration = {} if self.calibration is None else {"calibration": asdict(self.calibration)}
         return {"module_map": self.module_map, **calibration, "steps": [_step_to_dict(step) for step in self.steps]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> Recipe:
-        """Raises UsageError where a key is unknown, missing or of the wrong type; `origin` names the file."""
+        """Read plain values; `origin` names the file.
+
+        Raises UsageError where a key is unknown, missing or of the wrong type.
+        """
         unknown = sorted(set(values) - {"module_map", "steps", "calibration"})
         steps = values.get("steps")
         if unknown or not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
             wrong = f"unknown key {unknown[0]!r}" if unknown else "no list of [[steps]]"
             raise UsageError(f"{origin}: {wrong}.", hint="See examples/recipes for the format.")
         parsed = tuple(_step_from_dict(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps))
-        calibration = calibration_from(values.get("calibration"), f"{origin}, calibration")
+        calibration = read_calibration(values.get("calibration"), f"{origin}, calibration")
         return cls(parsed, values.get("module_map", "structural"), calibration)
 
 
-def calibration_from(values: Any, origin: str) -> Calibration | None:
-    """Of a recipe's key; a text alone says which text. Raises UsageError where it is of another form."""
+def read_calibration(values: Any, origin: str) -> Calibration | None:
+    """Read a recipe's `calibration`; a text alone says which text. Raises UsageError where it is of another form."""
     if values is None:
         return None
     known = {each.name for each in fields(Calibration)}
-    given = {"text": values} if isinstance(values, str) else values
-    if not isinstance(given, dict) or set(given) - known:
+    values = {"text": values} if isinstance(values, str) else values
+    if not isinstance(values, dict) or set(values) - known:
         raise UsageError(f"{origin}: there is {', '.join(sorted(known))}.")
-    return Calibration(**given)
+    return Calibration(**values)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe from a TOML file, a manifest, or a converted folder that holds one."""
+    """Read a recipe from a TOML file, a manifest, or a converted folder that holds one."""
     if path.is_dir():
         path = path / MANIFEST_NAME
     try:
@@ -157,7 +146,10 @@ def read_recipe(path: Path) -> Recipe:
 
 def _step_to_dict(step: Step) -> dict[str, Any]:
     if isinstance(step, DropBlocks | DropNeurons):
-        return _removal_to_dict(step)
+        scope = {"scope": list(step.where.scope)} if step.where != Where() else {}
+        if isinstance(step, DropBlocks):
+            return {"drop_blocks": step.blocks, **scope}
+        return {"drop_neurons": step.amount, **({} if step.multiple is None else {"multiple": step.multiple}), **scope}
     action = {"prune": step.amount} if isinstance(step, Prune) else {"quantize": step.scheme}
     values = {"method": step.method, **{n: getattr(step, n) for n in SHARED}} if isinstance(step, Prune) else {}
     values |= step.parameters
@@ -165,19 +157,11 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
         values |= {} if step.rounding == "nearest" else {"rounding": step.rounding}
         values |= {} if step.smooth is None else {"smooth": step.smooth}
     where = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(step.where).items()}
-    return {**action, **{key: _plain(value) for key, value in (values | where).items() if value is not None}}
+    return {**action, **{key: _without_infinity(value) for key, value in (values | where).items() if value is not None}}
 
 
-def _removal_to_dict(step: DropBlocks | DropNeurons) -> dict[str, Any]:
-    scope = {"scope": list(step.where.scope)} if step.where != Where() else {}
-    if isinstance(step, DropBlocks):
-        return {"drop_blocks": step.blocks, **scope}
-    multiple = {} if step.multiple is None else {"multiple": step.multiple}
-    return {"drop_neurons": step.amount, **multiple, **scope}
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity."""
+def _without_infinity(value: Any) -> Any:
+    # JSON has no infinity.
     return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
@@ -189,34 +173,33 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
             f"{origin}: a step has either prune = AMOUNT or quantize = SCHEME, or drop_blocks or drop_neurons."
         )
     names = {f.name for f in fields(Where)}
-    where = Where(**{key: _strings(values.pop(key), key, origin) for key in sorted(names & set(values))})
+    where = Where(**{key: _parse_strings(values.pop(key), key, origin) for key in sorted(names & set(values))})
     if actions[0].startswith("drop_"):
         return _removal_from_dict(actions[0], values, where, origin)
+    own = ("method", *SHARED) if "prune" in values else ("rounding", "smooth")
+    options = {key: values.pop(key) for key in own if key in values}
     if "prune" in values:
-        amount, said = values.pop("prune"), {key: values.pop(key) for key in ("method", *SHARED) if key in values}
-        if not isinstance(said.get("per_layer", False), bool):
+        if not isinstance(options.get("per_layer", False), bool):
             raise UsageError(f"{origin}: per_layer must be true or false.")
-        empty: Prune | Quantize = Prune(amount, where=where, **said)
+        step: Prune | Quantize = Prune(values.pop("prune"), where=where, **options)
     else:
-        said = {key: values.pop(key) for key in ("rounding", "smooth") if key in values}
-        empty = Quantize(values.pop("quantize"), where, **said)
-    known = {each.name for each in empty.chosen.parameters()}
-    known |= {"method", *SHARED} if isinstance(empty, Prune) else {"rounding", "smooth"}
+        step = Quantize(values.pop("quantize"), where, **options)
+    known = {*own, *(each.name for each in step.chosen.parameters())}
     if unknown := sorted(set(values) - known):
         near = did_you_mean(unknown[0], sorted(known | names))
         hint = f"{near}There is {', '.join(sorted(known | names))}."
         raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
-    return replace(empty, parameters=values)
+    return replace(step, parameters=values)
 
 
 def _removal_from_dict(action: str, values: dict[str, Any], where: Where, origin: str) -> Step:
-    what, multiple = values.pop(action), values.pop("multiple", None) if action == "drop_neurons" else None
+    amount, multiple = values.pop(action), values.pop("multiple", None) if action == "drop_neurons" else None
     if values:
         raise UsageError(f"{origin}: unknown key {min(values)!r}.", hint=f"{did_you_mean(min(values), ['scope'])}")
-    return DropBlocks(what, where) if action == "drop_blocks" else DropNeurons(what, multiple, where)
+    return DropBlocks(amount, where) if action == "drop_blocks" else DropNeurons(amount, multiple, where)
 
 
-def _strings(value: Any, key: str, origin: str) -> Any:
+def _parse_strings(value: Any, key: str, origin: str) -> Any:
     if key == "layers" and isinstance(value, (str, int)):
         return str(value)
     if isinstance(value, str):
@@ -226,32 +209,182 @@ def _strings(value: Any, key: str, origin: str) -> Any:
     raise UsageError(f"{origin}: {key} must be {'text such as 0-5' if key == 'layers' else 'a list of text'}.")
 
 
-def _setup_parts(steps: tuple[Step, ...]) -> list[str]:
-    prunes = [step for step in steps if isinstance(step, Prune)]
-    quantizes = [step for step in steps if isinstance(step, Quantize)]
-    removals = [step.label for step in steps if isinstance(step, DropBlocks | DropNeurons)]
-    return removals + _of_weights(prunes, quantizes)
-
-
-def _of_weights(prunes: list[Prune], quantizes: list[Quantize]) -> list[str]:
+def _name_of_weights(prunes: list[Prune], quantizes: list[Quantize]) -> list[str]:
     if len(prunes) == 1 and len(quantizes) == 1 and prunes[0].where == quantizes[0].where and prunes[0].is_global:
         quantized = quantizes[0].label.removeprefix("GQ")
-        return [f"{prunes[0].where.label}_GPQ {_prune_text(prunes[0])}{quantized}"]
-    return [_prune_setup(step) for step in prunes] + [f"{step.where.label}_{step.label}" for step in quantizes]
+        return [f"{prunes[0].where.label}_GPQ {_name_amount(prunes[0])}{quantized}"]
+    return [_name_prune(step) for step in prunes] + [f"{step.where.label}_{step.label}" for step in quantizes]
 
 
-def _prune_setup(step: Prune) -> str:
+def _name_prune(step: Prune) -> str:
     if step.where == Where(("final",)):
         return f"FLP {step.label} {_percent(step)}"
     if step.is_global:
-        return f"{step.where.label}_GP {_prune_text(step)}"
+        return f"{step.where.label}_GP {_name_amount(step)}"
     return f"{step.where.label} {step.label}{' per layer' if step.per_layer else ''} {_percent(step)}"
 
 
-def _prune_text(step: Prune) -> str:
+def _name_amount(step: Prune) -> str:
     # The paper's own method goes without saying.
     return _percent(step) if step.chosen == METHODS[METHODS.first] else f"{step.label} {_percent(step)}"
 
 
 def _percent(step: Prune) -> str:
     return f"{step.amount * 100:.6g}%"
+
+
+# Options of `convert`, in Python and on the command line, that a recipe says instead.
+RECIPE_OPTIONS = (
+    *("scope", "include", "exclude", "layers", "drop_blocks", "drop_neurons", "prune", "prune_method", *SHARED),
+    *("quantize", "rounding", "smooth", "calibration", "calibration_tokens", "module_map", "parameters"),
+)
+
+
+def build_recipe(
+    where: Where,
+    *,
+    drop_blocks: int | str | None = None,
+    drop_neurons: float | None = None,
+    prune: float | None = None,
+    prune_method: str = METHODS.first,
+    quantize: str | None = None,
+    rounding: str | None = None,
+    smooth: float | None = None,
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
+    module_map: ModuleMap = "structural",
+    parameters: Mapping[str, Any] | None = None,
+    **shared: Any,
+) -> Recipe:
+    """Build the recipe of single options: at most one step of a kind, all in one place.
+
+    Parameters
+    ----------
+    parameters : of the method and of the scheme; each takes those that it has.
+    shared : `per_layer`, `norm`, `dim` and `seed`, see `Prune`.
+    """
+    # Of a scope, only the sides of an encoder-decoder model narrow what is left out.
+    side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()
+    removals: list[Step] = [] if drop_blocks is None else [DropBlocks(drop_blocks, side)]
+    removals += [] if drop_neurons is None else [DropNeurons(drop_neurons, where=side)]
+    steps: list[Prune | Quantize] = [] if prune is None else [Prune(prune, prune_method, where, **shared)]
+    if quantize is not None:
+        steps.append(Quantize(quantize, where, rounding=rounding or ROUNDINGS[0], smooth=smooth))
+    elif smooth is not None or rounding not in (None, ROUNDINGS[0]):
+        raise UsageError("There is nothing to round.", hint="--rounding and --smooth go with --quantize SCHEME.")
+    text: dict[str, Any] = {"text": calibration, "tokens": calibration_tokens}
+    text = {name: value for name, value in text.items() if value is not None}
+    calibrates = text or any(step.calibrated for step in (*removals, *steps))
+    parameters = parameters or {}
+    _check_parameters(parameters, steps)
+    with_parameters = (
+        replace(step, parameters={p.name: parameters[p.name] for p in step.chosen.parameters() if p.name in parameters})
+        for step in steps
+    )
+    return Recipe(
+        (*removals, *with_parameters),
+        module_map,
+        Calibration(**text, seed=shared.get("seed", 0)) if calibrates else None,
+    )
+
+
+def check_beside_recipe(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise UsageError where an option that a recipe says instead is not what it is when left out; several values may
+    come as any kind of sequence."""
+    if beside := [name for name, default in defaults.items() if _unify(options[name]) != _unify(default)]:
+        raise UsageError(f"A recipe cannot be combined with {', '.join(beside)}.")
+
+
+def _unify(value: Any) -> Any:
+    # One scope is as good as a sequence of it, and nothing chosen is None; zero is a choice.
+    if isinstance(value, list | tuple | dict):
+        return tuple(value) or None
+    return (value,) if isinstance(value, str) else value
+
+
+def format_options(recipe: Recipe) -> list[str] | None:
+    """Return the options of `convert` that give this recipe; None where these cannot say it, and a file must.
+
+    >>> format_options(Recipe((Prune(0.1, where=Where(("attention",))), Quantize("int8", Where(("attention",))))))
+    ['--scope', 'attention', '--prune', '0.1', '--quantize', 'int8']
+    """
+    options = {name: value for step in recipe.steps for name, value in _step_to_options(step).items()}
+    if recipe.calibration:
+        options |= {"calibration": recipe.calibration.text, "calibration_tokens": recipe.calibration.tokens}
+    parameters = {name: options.pop(name) for name in list(options) if name not in RECIPE_OPTIONS}
+    where = next((step.where for step in recipe.steps if isinstance(step, Prune | Quantize)), recipe.steps[0].where)
+    try:
+        if build_recipe(where, module_map=recipe.module_map, parameters=parameters, **options) != recipe:
+            return None
+    except UsageError:
+        return None
+    place = {"scope": where.scope, "include": where.include, "exclude": where.exclude, "layers": where.layers}
+    options = place | {"module_map": recipe.module_map} | options | parameters
+    changed = ((name, value) for name, value in options.items() if value != _DEFAULTS.get(name))
+    return [word for name, value in changed for word in _format_option(name, value)]
+
+
+_DEFAULTS: dict[str, Any] = {
+    **{"scope": DEFAULT_SCOPES, "module_map": "structural", "prune_method": METHODS.first, "rounding": ROUNDINGS[0]},
+    **{"calibration": Calibration.text, "calibration_tokens": Calibration.tokens},
+    **{"per_layer": False, "norm": 1, "dim": 0, "seed": 0},
+}
+
+
+def _step_to_options(step: Step) -> dict[str, Any]:
+    """Return what says one step, by the names of `build_recipe`, with the parameters of its method or scheme among
+    them."""
+    if isinstance(step, DropBlocks):
+        return {"drop_blocks": step.blocks}
+    if isinstance(step, DropNeurons):
+        return {"drop_neurons": step.amount}
+    if isinstance(step, Quantize):
+        return {"quantize": step.scheme, "rounding": step.rounding, "smooth": step.smooth, **step.chosen.changed()}
+    shared = {name: getattr(step, name) for name in SHARED}
+    return {"prune": step.amount, "prune_method": step.method, **step.chosen.changed(), **shared}
+
+
+def _format_option(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option] if value else []
+    values = value if isinstance(value, tuple) else () if value is None else (value,)
+    return [word for each in values for word in (option, f"{each:g}" if isinstance(each, float) else str(each))]
+
+
+def _check_parameters(parameters: Mapping[str, Any], steps: Sequence[Prune | Quantize]) -> None:
+    """Raise UsageError where a parameter is of no step."""
+    known = {each.name for step in steps for each in step.chosen.parameters()}
+    if unknown := sorted(set(parameters) - known):
+        names = " and ".join(step.chosen.name for step in steps)
+        near = did_you_mean(unknown[0], known)
+        hint = f"{near}There is {', '.join(sorted(known))}." if known else None
+        raise UsageError(f"{unknown[0]!r} is no parameter of {names}.", hint=hint)
+
+
+def to_toml(recipe: dict[str, Any]) -> str:
+    """Return the recipe as TOML; keys that hold nothing are left out.
+
+    >>> print(to_toml({"module_map": "paper", "steps": [{"prune": 0.2, "scope": ["attention"], "include": []}]}))
+    module_map = "paper"
+    <BLANKLINE>
+    [[steps]]
+    prune = 0.2
+    scope = ["attention"]
+    """
+    settings = {key: value for key, value in recipe.items() if key != "steps"}
+    steps = [line for step in recipe["steps"] for line in ["", "[[steps]]", *_toml_lines(step)]]
+    return "\n".join(_toml_lines(settings) + steps).strip()
+
+
+def _toml_lines(table: dict[str, Any]) -> list[str]:
+    return [f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None and value != []]
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(_toml_lines(dict(value)))}}}"
+    # Numbers, booleans and texts are written as in JSON, but that TOML wants DEL escaped too.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

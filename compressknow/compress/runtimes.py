@@ -1,4 +1,4 @@
-"""What runs a converted checkpoint, told from its manifest, and why vLLM does not where it does not."""
+"""Runtimes of a converted checkpoint, told from its manifest, and why vLLM is none of them where it is not."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """What loads a converted checkpoint and computes what it says."""
+    """Return what loads a converted checkpoint and computes what it says."""
     return (TRANSFORMERS, ENGINE, *([] if vllm_obstacle(manifest) else [VLLM]))
 
 
 def vllm_limit(manifest: Mapping[str, Any]) -> str | None:
-    """Where or how alone vLLM runs a checkpoint; None where it does not, and where there is no such limit."""
+    """Return where or how alone vLLM runs a checkpoint; None where it does not, and where there is no such limit."""
     if vllm_obstacle(manifest):
         return None
     shapes = _shapes(manifest)
@@ -37,7 +37,7 @@ def vllm_limit(manifest: Mapping[str, Any]) -> str | None:
 
 
 def vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
-    """Why vLLM does not run a checkpoint, as the end of "It does not run in vLLM: "; None where it does."""
+    """Return why vLLM does not run a checkpoint, as the end of "It does not run in vLLM: "; None where it does."""
     architecture = str(manifest["source"]["architecture"])
     if architecture not in VLLM_ARCHITECTURES:
         return f"{architecture} is not among the text generation models that are known to run there"
@@ -57,7 +57,7 @@ def vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
         if name:
             return f"{what} ({name}) is {word}, but vLLM supports it only in floating point"
     modules = {_module(row) for row in manifest["tensors"] if row["name"].endswith(".weight")}
-    return next((f"it fuses {split}" for split in _split(modules, quantized, word)), None)
+    return next((f"it fuses {split}" for split in _describe_split(modules, quantized, word)), None)
 
 
 def _quantized(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -65,7 +65,7 @@ def _quantized(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _shapes(manifest: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
-    """By scheme, the shapes of the weights that it stores."""
+    """Return the shapes of the weights that each scheme stores."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for row in _quantized(manifest):
         shapes.setdefault(row["scheme"], []).append(tuple(row["shape"]))
@@ -76,8 +76,8 @@ def _module(row: Mapping[str, Any]) -> str:
     return str(row["name"]).removesuffix(".weight")
 
 
-def _split(modules: set[str], quantized: Mapping[str, Mapping[str, Any]], word: str) -> Iterator[str]:
-    """Layers that stand side by side, would be joined, and are not all quantized in one way."""
+def _describe_split(modules: set[str], quantized: Mapping[str, Mapping[str, Any]], word: str) -> Iterator[str]:
+    """Describe layers that stand side by side, would be joined, and are not all quantized in one way."""
     ways = {module: (row["scheme"], row.get("parameters")) for module, row in quantized.items()}
     for module, way in ways.items():
         parent, _, leaf = module.rpartition(".")

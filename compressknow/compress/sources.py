@@ -1,4 +1,4 @@
-"""Names: which stored tensors hold the weight of which module, and what config.json calls quantized layers.
+"""Names: the stored tensors that hold the weight of each module, and what config.json calls quantized layers.
 
 A target that begins with ``re:`` is a pattern, matched from the start of a module's name (by transformers and by vLLM);
 any other is a whole name, or the class of a module. Patterns here hold with and without the base model's prefix: what
@@ -37,7 +37,7 @@ NO_FORM = {
 
 
 class Sources:
-    """The stored tensors of a checkpoint by the parameters of its module tree, with ties resolved.
+    """Stored tensors of a checkpoint by the parameters of its module tree, with ties resolved.
 
     Raises
     ------
@@ -46,11 +46,14 @@ class Sources:
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> None:
-        _refuse_unusable(checkpoint)
+        from torch import nn
+
+        _check_usable(checkpoint)
         self._tensors = dict(checkpoint.tensors)
         self._naming = Naming(model)
         self._shapes = structure.parameters
-        self._embeddings = _embedding_parameters(model)
+        modules = model.named_modules(remove_duplicate=False)
+        self._embeddings = sorted(f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding))
         self.weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._position = {name: i for i, name in enumerate(checkpoint.tensors)}
         self.bound: dict[str, Binding] = self._naming.bind(checkpoint.tensors)
@@ -66,13 +69,14 @@ class Sources:
         self.supply = suppliers(checkpoint, whole, structure.tied)
 
     def of(self, weight: LinearWeight) -> list[StoredTensor]:
-        """The stored tensors that make up a weight: one, but for fused weights that are stored in parts."""
+        """Return the stored tensors that make up a weight: one, but for fused weights that are stored in parts."""
         if weight.parameter in self._parts:
             return self._parts[weight.parameter]
         return [self.tensor(weight.parameter)] if weight.parameter in self.supply else []
 
     def siblings(self, weight: LinearWeight) -> tuple[str, ...]:
-        """The parameters that are stored in one tensor with a weight and split off it on loading, its own included."""
+        """Return the parameters that are stored in one tensor with a weight and split off it on loading, its own
+        included."""
         stored = self._parts.get(weight.parameter, [])
         several = [binding.parameters for part in stored if len((binding := self.bound[part.name]).parameters) > 1]
         return several[0] if several else ()
@@ -93,15 +97,15 @@ class Sources:
         return True
 
     def tensor(self, parameter: str) -> StoredTensor:
-        """The stored tensor that gives a parameter its values."""
+        """Return the stored tensor that gives a parameter its values."""
         return self._tensors[self.supply[parameter]]
 
     def supplied(self, parameter: str) -> bool:
-        """Whether the checkpoint holds its values, under its own name or a tied one."""
+        """Tell whether the checkpoint holds its values, under its own name or a tied one."""
         return parameter in self._parts or parameter in self.supply
 
     def values(self, parameter: str, read: Callable[[StoredTensor], torch.Tensor]) -> torch.Tensor:
-        """A parameter as its module holds it, made of what `read` gives of its stored tensors."""
+        """Return a parameter as its module holds it, made of what `read` gives of its stored tensors."""
         parts = self._parts.get(parameter) or [self.tensor(parameter)]
         converted = any(self.bound[part.name].reshaped for part in parts if part.name in self.bound)
         if not converted:
@@ -109,7 +113,7 @@ class Sources:
         return self._naming.made(parameter, {part.name: read(part) for part in parts})
 
     def matrix_of(self, stored: StoredTensor, parameter: str) -> int:
-        """Which matrix of a stack a stored tensor is a part of; 0 of a parameter that is one matrix.
+        """Return which matrix of a stack a stored tensor is a part of; 0 of a parameter that is one matrix.
 
         Experts that are stored one by one have their number in their names, and are stacked by it.
         """
@@ -122,7 +126,7 @@ class Sources:
         return parameter in self._parts
 
     def is_borrowed(self, weight: LinearWeight, stored: StoredTensor) -> bool:
-        """Whether the bytes of a weight are those of another parameter, not its own beside them."""
+        """Tell whether the bytes of a weight are those of another parameter, not its own beside them."""
         own = self.bound.get(stored.name)
         if own is None or weight.parameter not in own.parameters:
             return True
@@ -130,18 +134,19 @@ class Sources:
         return supplier != stored.name and _place(self._tensors[supplier]) == _place(stored)
 
     def is_transposed_on_loading(self, stored: StoredTensor) -> bool:
-        """Whether transformers swaps the axes of a stored matrix, or of each of a stack, when it loads it."""
+        """Tell whether transformers swaps the axes of a stored matrix, or of each of a stack, when it loads it."""
         binding = self.bound.get(stored.name)
         return binding is not None and self._naming.transposes(stored.name, stored.shape, binding.parameter)
 
     def tied_embedding(self, weight: LinearWeight) -> str | None:
-        """The embedding that a weight shares its values with, if it does."""
+        """Return the embedding that a weight shares its values with, if it does."""
         supplier = self.supply.get(weight.parameter)
         tied = [p for p in self._embeddings if supplier and self.supply.get(p) == supplier]
         return min(tied, key=lambda p: not self.is_stored(p), default=None)
 
     def distinct(self) -> Iterator[StoredTensor]:
-        """Stored tensors, but of those that are one storage under several names the one that supplies the others."""
+        """Yield the stored tensors, but of those that are one storage under several names the one that supplies the
+        others."""
         seen: dict[tuple[Any, ...], str] = {}
         for stored in self.supply.values():
             seen.setdefault(_place(self._tensors[stored]), stored)
@@ -150,7 +155,8 @@ class Sources:
                 yield tensor
 
     def order(self, source: StoredTensor, created: bool, name: str) -> tuple[int, bool, str]:
-        """Sorts output tensors as their sources are stored, created ones behind what they were tied to."""
+        """Return a key that sorts output tensors as their sources are stored, created ones behind what they were tied
+        to."""
         return self._position[source.name], created, name
 
     def check(self, weight: LinearWeight, scheme: Scheme | None, alike: Iterable[tuple[int, ...]] = ()) -> None:
@@ -164,27 +170,17 @@ class Sources:
             )
         reshaped = any(self.bound[part.name].reshaped for part in parts if part.name in self.bound)
         for part in parts:
-            self._check_part(weight, part, reshaped)
-        if scheme and (reason := self._no_form(weight, parts[0], reshaped, scheme)):
-            word, others = scheme.word, _kind(weight.module)
+            _check_dtype(part)
+            if not reshaped:
+                self._check_shape(part, weight.parameter)
+        if scheme and (reason := self._find_obstacle(weight, parts[0], reshaped, scheme)):
+            word, others = scheme.word, _kind_pattern(weight.module)
             raise UnsupportedError(
                 f"{weight.module} ({parts[0].name}) cannot be quantized to {word}.",
                 why=reason,
-                hint=f"{_fitting(scheme, alike)}Prune it only, or narrow --scope to what has an {word} form: "
+                hint=f"{_suggest_options(scheme, alike)}Prune it only, or narrow --scope to what has an {word} form: "
                 f"--exclude '{others}'.",
             )
-
-    def _check_part(self, weight: LinearWeight, part: StoredTensor, reshaped: bool) -> None:
-        if part.dtype not in FLOAT_DTYPES:
-            raise UnsupportedError(
-                f"{part.name} is stored as {part.dtype}.",
-                why="Weights of 32 or 16 bits (F32, F16, BF16) can be compressed; this looks quantized already."
-                if part.itemsize == 1
-                else f"Only {', '.join(FLOAT_DTYPES)} can be compressed.",
-                hint="Start from the original checkpoint, or save it in one of these dtypes.",
-            )
-        if not reshaped:
-            self._check_shape(part, weight.parameter)
 
     def _check_shape(self, stored: StoredTensor, parameter: str) -> None:
         if stored.shape != self._shapes[parameter]:
@@ -193,11 +189,15 @@ class Sources:
                 hint="The config and the weights do not match: download or save both again.",
             )
 
-    def _no_form(self, weight: LinearWeight, part: StoredTensor, reshaped: bool, scheme: Scheme) -> str | None:
+    def _find_obstacle(self, weight: LinearWeight, part: StoredTensor, reshaped: bool, scheme: Scheme) -> str | None:
         if weight.kind != "linear":
             return NO_FORM[weight.kind].format(word=scheme.word)
-        if reshaped or (part.name in self.bound and not self._scale_follows(weight, part)):
+        if reshaped:
             return NO_FORM["reshaped"]
+        if part.name in self.bound:
+            name = part.name if self.bound[part.name].parameter == weight.parameter else weight.parameter
+            if not self._naming.scale_follows(name, weight.parameter):
+                return NO_FORM["reshaped"]
         if self._read.keys() & set(weight.modules):
             return NO_FORM["read"]
         with SCHEMES.answering(scheme.name):
@@ -205,27 +205,36 @@ class Sources:
 
     @cached_property
     def _read(self) -> dict[str, Read]:
-        """Modules whose weight is taken for what it is; to cast to its dtype is no harm (see `compressknow.load`)."""
+        """Return the modules whose weight is taken for what it is; to cast to its dtype is no harm (see
+        `compressknow.load`)."""
         return {module: read for module, read in direct_reads(self._model).items() if read == "values"}
 
-    def _scale_follows(self, weight: LinearWeight, part: StoredTensor) -> bool:
-        name = part.name if self.bound[part.name].parameter == weight.parameter else weight.parameter
-        return self._naming.scale_follows(name, weight.parameter)
+
+def _check_dtype(part: StoredTensor) -> None:
+    if part.dtype not in FLOAT_DTYPES:
+        raise UnsupportedError(
+            f"{part.name} is stored as {part.dtype}.",
+            why="Weights of 32 or 16 bits (F32, F16, BF16) can be compressed; this looks quantized already."
+            if part.itemsize == 1
+            else f"Only {', '.join(FLOAT_DTYPES)} can be compressed.",
+            hint="Start from the original checkpoint, or save it in one of these dtypes.",
+        )
 
 
-def _fitting(scheme: Scheme, shapes: Iterable[tuple[int, ...]]) -> str:
-    """The options by which weights of all these shapes can be stored; nothing where none are needed, or none help."""
+def _suggest_options(scheme: Scheme, shapes: Iterable[tuple[int, ...]]) -> str:
+    """Return the options by which weights of all these shapes can be stored; nothing where none are needed, or none
+    help."""
     with SCHEMES.answering(scheme.name):
         fit = scheme.fit(shapes) or {}
     changed = {name: value for name, value in fit.items() if value != scheme.values()[name]}
-    given = " ".join(f"{each.option} {changed[each.name]}" for each in scheme.parameters() if each.name in changed)
-    return f"With {given} all layers in scope can be stored. " if given else ""
+    options = " ".join(f"{each.option} {changed[each.name]}" for each in scheme.parameters() if each.name in changed)
+    return f"With {options} all layers in scope can be stored. " if options else ""
 
 
-def _kind(module: str) -> str:
-    """A pattern of the modules that differ from one in the numbers of blocks alone.
+def _kind_pattern(module: str) -> str:
+    """Return a pattern of the modules that differ from one in the numbers of blocks alone.
 
-    >>> _kind("backbone.layers.0.mixer.dt_proj")
+    >>> _kind_pattern("backbone.layers.0.mixer.dt_proj")
     'backbone\\\\.layers\\\\.\\\\d+\\\\.mixer\\\\.dt_proj$'
     """
     return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module)) + "$"
@@ -235,14 +244,7 @@ def _place(tensor: StoredTensor) -> tuple[Any, ...]:
     return tensor.file, tensor.offset, tensor.nbytes, tensor.name if not tensor.nbytes else ""
 
 
-def _embedding_parameters(model: PreTrainedModel) -> list[str]:
-    from torch import nn
-
-    modules = model.named_modules(remove_duplicate=False)
-    return sorted(f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding))
-
-
-def _refuse_unusable(checkpoint: Checkpoint) -> None:
+def _check_usable(checkpoint: Checkpoint) -> None:
     if not checkpoint.tensors:
         raise CheckpointError(
             f"{checkpoint.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
@@ -264,7 +266,8 @@ _NUMBERS = re.compile(r"\(\?:(\d+(?:\|\d+)*)\)")
 
 
 def target_patterns(modules: Iterable[str], prefix: str, others: Iterable[str] = ()) -> list[str]:
-    """Patterns that match the named modules and none of the `others`, one for all that differ in their numbers alone.
+    """Return patterns that match the named modules and none of the `others`, one for all that differ in their numbers
+    alone.
 
     Parameters
     ----------
@@ -285,14 +288,15 @@ def target_patterns(modules: Iterable[str], prefix: str, others: Iterable[str] =
         kind = ("" if exact else f"(?:{re.escape(start)})?", *("" if _is_number(p) else re.escape(p) for p in parts))
         kinds.setdefault(kind, set()).add(tuple(int(part) for part in parts if _is_number(part)))
     return [
-        f"{PATTERN}^{kind[0]}{_filled(kind[1:], choices)}$"
+        f"{PATTERN}^{kind[0]}{_fill(kind[1:], choices)}$"
         for kind in sorted(kinds)
-        for choices in _products(sorted(kinds[kind]))
+        for choices in _factor(sorted(kinds[kind]))
     ]
 
 
 def target_count(targets: Iterable[str]) -> int:
-    """How many modules targets name, as `target_patterns` writes them; a pattern of others, or a class, counts as one.
+    """Count the modules that targets name, as `target_patterns` writes them; a pattern of others, or a class, counts as
+    one.
 
     >>> target_count(["lm_head", *target_patterns(["layers.0.mlp.up", "layers.1.mlp.up"], "model")])
     3
@@ -305,17 +309,14 @@ def _is_number(part: str) -> bool:
     return part.isascii() and part.isdecimal()
 
 
-def _filled(kind: tuple[str, ...], choices: Sequence[Sequence[int]]) -> str:
-    numbers = iter(choices)
-    return r"\.".join(part or _either(next(numbers)) for part in kind)
+def _fill(kind: tuple[str, ...], choices: Sequence[Sequence[int]]) -> str:
+    """Write numbers, or the choice of several, where a kind of module has them: its empty parts."""
+    numbers = (str(one[0]) if len(one) == 1 else f"(?:{'|'.join(map(str, one))})" for one in choices)
+    return r"\.".join(part or next(numbers) for part in kind)
 
 
-def _either(numbers: Sequence[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"(?:{'|'.join(map(str, numbers))})"
-
-
-def _products(numbers: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
-    """Tuples of one length, sorted, as few products of choices at each position: layers 0-2 x experts 0-7."""
+def _factor(numbers: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
+    """Yield tuples of one length, sorted, as few products of choices at each position: layers 0-2 x experts 0-7."""
     if not numbers[0]:
         yield []
         return
@@ -326,15 +327,15 @@ def _products(numbers: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
     for first, those in rests.items():
         alike.setdefault(tuple(those), []).append(first)
     for tails, firsts in alike.items():
-        for inner in _products(tails):
+        for inner in _factor(tails):
             yield [firsts, *inner]
 
 
 def quantization_config(
     targets: Mapping[Scheme, Sequence[str]], ignore: Sequence[str], version: str, prefix: str = ""
 ) -> dict[str, Any]:
-    """`quantization_config` of config.json: exactly the named modules of each scheme, and by name each Linear module
-    that stays as it is (vLLM refuses a Linear that it finds in neither list).
+    """Return `quantization_config` of config.json: exactly the named modules of each scheme, and by name each Linear
+    module that stays as it is (vLLM refuses a Linear that it finds in neither list).
 
     `prefix` is that of the base model, which the names may do without: see `target_patterns`.
     """

@@ -1,4 +1,4 @@
-"""An output folder that appears whole or not at all: its weight files laid out first, renamed at the end.
+"""Output folder that appears whole or not at all: written beside its place, renamed at the end.
 
 A run that dies leaves its staging folder behind, and beside it a lock that nobody holds any more; the next run for the
 same output removes both, and puts back what an interrupted `--overwrite` had moved aside.
@@ -27,11 +27,11 @@ COPY_BYTES = 1 << 20
 
 
 class Staging:
-    """A folder to write an output into; `commit` moves it to its place.
+    """Folder to write an output into; `commit` moves it to its place.
 
     Parameters
     ----------
-    refuse : called as `refuse_output`, which it is by default, to say what must not be overwritten.
+    check : called as `check_output`, which it is by default, to say what must not be overwritten.
 
     Raises
     ------
@@ -39,13 +39,13 @@ class Staging:
     """
 
     def __init__(
-        self, output: Path, *, overwrite: bool, source: Path, refuse: Callable[..., None] | None = None
+        self, output: Path, *, overwrite: bool, source: Path, check: Callable[..., None] | None = None
     ) -> None:
         self.output = Path.cwd() / output
-        self._overwrite, self._refuse = overwrite, refuse or refuse_output
+        self._overwrite, self._check = overwrite, check or check_output
         self._committed = False
         self._sizes: dict[str, int] = {}
-        self._refuse(self.output, overwrite=overwrite, source=source)
+        self._check(self.output, overwrite=overwrite, source=source)
         refuse_broken_links(self.output.parent)
         self._made = [parent for parent in self.output.parents if not parent.exists()]
         self._locked: tuple[Path, int] | None = None
@@ -54,7 +54,7 @@ class Staging:
                 self.output.parent.mkdir(parents=True, exist_ok=True)
                 clean(self.output, self.finish)
                 # An interrupted run's old output may have been put back just now.
-                self._refuse(self.output, overwrite=overwrite, source=source)
+                self._check(self.output, overwrite=overwrite, source=source)
                 self._locked = new_locked_file(self.output.parent, _prefix(self.output, "lock"))
                 self.folder = _twin(self.output, self._locked[0], "new")
                 self.folder.mkdir()
@@ -80,7 +80,7 @@ class Staging:
             ) from None
 
     def write(self, name: str, content: bytes) -> str:
-        """Write a small file durably; returns its SHA-256 in hexadecimal."""
+        """Write a small file durably; return its SHA-256 in hexadecimal."""
         with self._new(name).open("xb") as file:
             file.write(content)
             file.flush()
@@ -89,7 +89,7 @@ class Staging:
         return hashlib.sha256(content).hexdigest()
 
     def copy(self, source: Path, name: str) -> str:
-        """Copy a file durably; returns its SHA-256 in hexadecimal."""
+        """Copy a file durably; return its SHA-256 in hexadecimal."""
         digest, size = hashlib.sha256(), 0
         with open_regular(source) as original, self._new(name).open("xb") as copy:
             while piece := original.read(COPY_BYTES):
@@ -114,8 +114,8 @@ class Staging:
 
         Raises OutputError where the output has come to exist, or where the folder has lost what was written into it.
         """
-        self._refuse(self.output, overwrite=self._overwrite, source=None)
-        self._refuse_losses()
+        self._check(self.output, overwrite=self._overwrite, source=None)
+        self._check_complete()
         sync_folder(self.folder)
         aside = _twin(self.output, self.folder, "old")
         try:
@@ -135,8 +135,8 @@ class Staging:
                 stop.add_note(f"{self.output} is whole.")
             raise
 
-    def _refuse_losses(self) -> None:
-        """A cleaner of old files may have removed some: they would be missing in an output that looks whole."""
+    def _check_complete(self) -> None:
+        """Raise OutputError where files are missing or cut short: a cleaner of old files may have removed some."""
         for name, size in self._sizes.items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != size:
@@ -147,8 +147,8 @@ class Staging:
                 )
 
     def finish(self, folder: Path) -> None:
-        """End what a run that is dead was amid of, which has left this staging folder: nothing, where one rename is
-        all. It is removed then."""
+        """End what a dead run was amid of, which has left this staging folder: nothing, where one rename is all. It is
+        removed then."""
 
     def _remove(self) -> None:
         """Remove all that was made but the output; where there is none, the folders above it too."""
@@ -161,7 +161,7 @@ class Staging:
                     parent.rmdir()
 
 
-def refuse_overlap(output: Path, source: Path | None) -> None:
+def check_overlap(output: Path, source: Path | None) -> None:
     """Raise OutputError where an output is, lies in or holds its source. A source that is no folder here (a hub id) is
     in nobody's way."""
     if source is not None and source.exists():
@@ -175,10 +175,10 @@ def refuse_overlap(output: Path, source: Path | None) -> None:
             raise OutputError(f"OUTPUT {output} {relation}.", hint="Choose a folder beside it.")
 
 
-def refuse_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
+def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
     """Raise OutputError where writing `output` would lose something of the user's; `source` as for
-    `refuse_overlap`."""
-    refuse_overlap(output, source)
+    `check_overlap`."""
+    check_overlap(output, source)
     if not os.path.lexists(output):
         return
     if not overwrite:
@@ -187,15 +187,12 @@ def refuse_output(output: Path, *, overwrite: bool, source: Path | None) -> None
         raise OutputError(
             f"{output} is a link: not overwritten.", hint="Give the folder that it leads to, or remove it."
         )
-    if not output.is_dir() or not _is_ours(output):
+    is_ours = output.is_dir() and ((output / MANIFEST_NAME).is_file() or not any(output.iterdir()))
+    if not is_ours:
         raise OutputError(
             f"{output} was not written by compressknow (it has no {MANIFEST_NAME}): not overwritten.",
             hint="Remove it yourself, or choose another OUTPUT.",
         )
-
-
-def _is_ours(folder: Path) -> bool:
-    return (folder / MANIFEST_NAME).is_file() or not any(folder.iterdir())
 
 
 def _prefix(output: Path, kind: str) -> str:
@@ -203,22 +200,23 @@ def _prefix(output: Path, kind: str) -> str:
 
 
 def _twin(output: Path, path: Path, kind: str) -> Path:
-    """What is of another kind and belongs to the same run: its lock, its new folder, the old output moved aside."""
+    """Return the path of another kind that belongs to the same run: its lock, its new folder, or the old output moved
+    aside."""
     return output.with_name(_prefix(output, kind) + path.name.rpartition("-")[2])
 
 
-def _of_kind(output: Path, kind: str) -> list[Path]:
+def _list_kind(output: Path, kind: str) -> list[Path]:
     return list(output.parent.glob(glob.escape(_prefix(output, kind)) + "*"))
 
 
 def clean(output: Path, finish: Callable[[Path], None] | None = None) -> None:
-    """Remove what dead runs for the same output left, and put back what one of them had moved aside; `finish` is told
-    each staging folder before."""
-    for lock_file in _of_kind(output, "lock"):
+    """Remove what dead runs for the same output left, and put back what one of them had moved aside; `finish` is called
+    with each staging folder before."""
+    for lock_file in _list_kind(output, "lock"):
         with dead(lock_file) as ended:
             if ended:
                 _clean_one(output, lock_file, finish)
-    for path in (*_of_kind(output, "old"), *_of_kind(output, "new")):
+    for path in (*_list_kind(output, "old"), *_list_kind(output, "new")):
         # A run takes its lock first and removes it last: without one it has ended.
         if not _twin(output, path, "lock").exists():
             _clean_one(output, path, finish)
@@ -226,11 +224,11 @@ def clean(output: Path, finish: Callable[[Path], None] | None = None) -> None:
 
 @contextmanager
 def scratch(place: Path) -> Iterator[Path]:
-    """A folder beside `place` for what is of use only meanwhile. Those that dead runs left are removed.
+    """Make a folder beside `place` for what is of use only meanwhile. Those that dead runs left are removed.
 
     Raises OutputError as `Staging` does.
     """
-    with Staging(place, overwrite=False, source=place, refuse=lambda *_, **__: None) as staging:
+    with Staging(place, overwrite=False, source=place, check=lambda *_, **__: None) as staging:
         yield staging.folder
 
 

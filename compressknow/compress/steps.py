@@ -1,4 +1,4 @@
-"""What is done to a checkpoint: steps, where each acts, and the text that some of them look at."""
+"""Steps that a conversion is made of, where each acts, and the text that some of them look at."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PAPER_SCOPES = {
 
 @dataclass(frozen=True)
 class Where:
-    """The Linear weights that a step acts on: a union of scopes, narrowed by module names and block numbers.
+    """Linear weights that a step acts on: a union of scopes, narrowed by module names and block numbers.
 
     A text of `scope` may name several, with commas between them. What no model could have is refused here, before any
     is looked at.
@@ -72,12 +72,12 @@ class Where:
     def label(self) -> str:
         named = "+".join(PAPER_SCOPES.get(scope, scope) for scope in self.scope)
         narrowed = [f"layers {self.layers}"] if self.layers else []
-        narrowed += [*_patterns_label("include", self.include), *_patterns_label("exclude", self.exclude)]
+        narrowed += [*_name_patterns("include", self.include), *_name_patterns("exclude", self.exclude)]
         return named + (f"[{', '.join(narrowed)}]" if narrowed else "")
 
 
-def _patterns_label(word: str, patterns: tuple[str, ...]) -> list[str]:
-    """The patterns, or how many there are where they would make a name too long to read."""
+def _name_patterns(word: str, patterns: tuple[str, ...]) -> list[str]:
+    """Return the patterns, or how many there are where they would make a name too long to read."""
     if sum(map(len, patterns)) > _LONGEST:
         return [f"{word} {len(patterns)} pattern{'s' if len(patterns) > 1 else ''}"]
     return [f"{word} {pattern}" for pattern in patterns]
@@ -87,16 +87,9 @@ def _patterns_label(word: str, patterns: tuple[str, ...]) -> list[str]:
 SIDES = ("encoder", "decoder")
 
 
-def _refuse_too_many(blocks: str) -> None:
-    """Raise UsageError where a text names no blocks, or some that no model has: who lists them all would not end."""
-    last = max(numbers[-1] for numbers in layer_ranges(blocks).values())
-    if last >= MOST_BLOCKS:
-        raise UsageError(f"There is no block {last:,}, which {blocks!r} names.", hint="Write 20-23, 3 or 0-2,5.")
-
-
 @dataclass(frozen=True)
 class DropBlocks:
-    """Leave whole transformer blocks out, of each stack by itself.
+    """Step that leaves whole transformer blocks out, of each stack by itself.
 
     `blocks` is how many (those whose output is most like their input on the calibration text), or a text that names
     them by number: ``20-23``, ``0-2,5``, ``7``. `where` has the scope ``encoder`` or ``decoder``, or is as it is by
@@ -108,35 +101,40 @@ class DropBlocks:
 
     def __post_init__(self) -> None:
         if isinstance(self.blocks, str):
-            _refuse_too_many(self.blocks)
+            # Who lists blocks that no model has would not end.
+            last = max(numbers[-1] for numbers in layer_ranges(self.blocks).values())
+            if last >= MOST_BLOCKS:
+                raise UsageError(
+                    f"There is no block {last:,}, which {self.blocks!r} names.", hint="Write 20-23, 3 or 0-2,5."
+                )
         elif not _is_whole(self.blocks) or self.blocks < 1:
             raise UsageError(
                 f"{self.blocks!r} is no number of blocks to drop.", hint="Give a number such as 4, or blocks: 20-23."
             )
-        _refuse_narrow(self.where, "drop_blocks")
+        _check_sides(self.where, "drop_blocks")
 
     @property
     def calibrated(self) -> bool:
-        """Whether the calibration text decides which blocks go."""
+        """Tell whether the calibration text decides which blocks go."""
         return self.named is None
 
     @property
     def named(self) -> tuple[int, ...] | None:
-        """The blocks that it names, ascending; None where it says how many."""
+        """Return the blocks that it names, ascending; None where it says how many."""
         if not isinstance(self.blocks, str):
             return None
         return tuple(sorted({number for numbers in layer_ranges(self.blocks).values() for number in numbers}))
 
     @property
     def label(self) -> str:
-        """`Drop4`: how many blocks go."""
-        return f"Drop{self.blocks if self.named is None else len(self.named)}{_side(self.where)}"
+        """Name it by how many blocks go: `Drop4`."""
+        return f"Drop{self.blocks if self.named is None else len(self.named)}{_name_side(self.where)}"
 
 
 @dataclass(frozen=True)
 class DropNeurons:
-    """Leave hidden units of the feed-forward blocks out: `amount` (0-1, both excluded) of them, the same number in each
-    block.
+    """Step that leaves hidden units of the feed-forward blocks out: `amount` (0-1, both excluded) of them, the same
+    number in each block.
 
     What is kept is rounded to the nearest multiple of `multiple`. By default that is the largest power of two up to 128
     that divides the width at least eight times, so that what took columns in groups before (int4, kernels) still can.
@@ -151,26 +149,26 @@ class DropNeurons:
         if not _is_number(self.amount) or not 0 < self.amount < 1:
             raise UsageError(
                 f"The amount of neurons to drop must be greater than 0 and less than 1: {self.amount!r}.",
-                hint=f"{_as_a_share(self.amount)}0.2 drops 20 % of the neurons of each feed-forward block.",
+                hint=f"{_suggest_share(self.amount)}0.2 drops 20 % of the neurons of each feed-forward block.",
             )
         if self.multiple is not None and (not _is_whole(self.multiple) or self.multiple < 1):
             raise UsageError(
                 f"multiple must be a whole number of at least 1: {self.multiple!r}.", hint="1 is the exact amount."
             )
-        _refuse_narrow(self.where, "drop_neurons")
+        _check_sides(self.where, "drop_neurons")
 
     @property
     def calibrated(self) -> bool:
-        """The calibration text decides which neurons go."""
+        """Return True: the calibration text decides which neurons go."""
         return True
 
     @property
     def label(self) -> str:
-        """`DropNeurons 20%`."""
-        return f"DropNeurons{_side(self.where)} {self.amount * 100:.6g}%"
+        """Name it by the share that goes: `DropNeurons 20%`."""
+        return f"DropNeurons{_name_side(self.where)} {self.amount * 100:.6g}%"
 
 
-def _refuse_narrow(where: Where, key: str) -> None:
+def _check_sides(where: Where, key: str) -> None:
     if where != Where() and (where != Where(where.scope) or not set(where.scope) <= set(SIDES)):
         raise UsageError(
             f"{key} takes no other scope than encoder or decoder, and no include, exclude or layers.",
@@ -178,7 +176,7 @@ def _refuse_narrow(where: Where, key: str) -> None:
         )
 
 
-def _side(where: Where) -> str:
+def _name_side(where: Where) -> str:
     return "" if where == Where() else f"[{'+'.join(where.scope)}]"
 
 
@@ -188,7 +186,8 @@ def _is_whole(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Prune:
-    """Zero `amount` (0-1, both excluded) of the weights, which `method` chooses: see `compressknow.compress.pruning`.
+    """Step that zeroes `amount` (0-1, both excluded) of the weights, which `method` chooses: see
+    `compressknow.compress.pruning`.
 
     `l1-unstructured` and `random-unstructured` choose single weights, over all of the scope together or, with
     `per_layer`, in each tensor by itself. The structured methods take whole output channels (`dim` 0) or input channels
@@ -210,50 +209,51 @@ class Prune:
         if not _is_number(self.amount) or not 0 < self.amount < 1:
             raise UsageError(
                 f"The pruning amount must be greater than 0 and less than 1: {self.amount!r}.",
-                hint=f"{_as_a_share(self.amount)}0.2 prunes 20 % of the weights; leave pruning out to prune none.",
+                hint=f"{_suggest_share(self.amount)}0.2 prunes 20 % of the weights; leave pruning out to prune none.",
             )
         if self.method not in METHODS:
             near = did_you_mean(str(self.method), METHODS)
             raise UsageError(f"Unknown pruning method {self.method!r}.", hint=f"{near}There is {', '.join(METHODS)}.")
-        given = dict(self.parameters)
+        parameters = dict(self.parameters)
         for each in _shared_parameters():
-            object.__setattr__(self, each.name, each.check(given.pop(each.name, getattr(self, each.name))))
-        object.__setattr__(self, "parameters", given)
-        object.__setattr__(self, "parameters", _own(self.chosen))
+            object.__setattr__(self, each.name, each.check(parameters.pop(each.name, getattr(self, each.name))))
+        # `chosen` is made of these, and fills in the defaults.
+        object.__setattr__(self, "parameters", parameters)
+        object.__setattr__(self, "parameters", _unshared_values(self.chosen))
         with METHODS.answering(self.method):
             self.chosen.check(self.amount)
 
     @cached_property
     def chosen(self) -> PruningMethod:
-        """The method, with its parameters."""
+        """Return the method, with its parameters."""
         method = METHODS[self.method]
         has = {each.name for each in method.parameters()}
         return method.with_values({name: getattr(self, name) for name in SHARED if name in has} | dict(self.parameters))
 
     @property
     def calibrated(self) -> bool:
-        """Whether it looks at activations."""
+        """Tell whether it looks at activations."""
         return self.chosen.needs in ("norms", "products")
 
     @property
     def structured(self) -> bool:
-        """Whether whole channels fall."""
+        """Tell whether whole channels fall."""
         return self.chosen.structured
 
     @property
     def is_global(self) -> bool:
-        """Whether one choice is made over all tensors of the scope together."""
+        """Tell whether one choice is made over all tensors of the scope together."""
         return self.chosen.over_scope
 
     @property
     def label(self) -> str:
-        """`L1-structured`, `L1-unstructured` as the paper writes them."""
+        """Name the method as the paper does: `L1-structured`, `L1-unstructured`."""
         return self.chosen.label
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Store weights by one of the schemes of `compressknow.compress.schemes`, with its `parameters` by name.
+    """Step that stores weights by one of the schemes of `compressknow.compress.schemes`, with its `parameters` by name.
 
     `rounding` brings them to its grid: ``nearest``, or ``gptq`` (Frantar et al. 2022), column by column, the error
     carried on to what is not yet rounded. `smooth` (0-1, of schemes that round activations by token) moves that much of
@@ -270,7 +270,7 @@ class Quantize:
         if self.scheme not in SCHEMES:
             hint = f"{did_you_mean(str(self.scheme), SCHEMES)}There is {', '.join(SCHEMES)}."
             raise UsageError(f"Unknown scheme {self.scheme!r}.", hint=hint)
-        object.__setattr__(self, "parameters", _own(self.chosen))
+        object.__setattr__(self, "parameters", _unshared_values(self.chosen))
         self._check_rounding()
         self._check_smooth()
 
@@ -296,35 +296,34 @@ class Quantize:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it looks at activations."""
+        """Tell whether it looks at activations."""
         return self.rounding != "nearest" or self.smooth is not None
 
     @cached_property
     def chosen(self) -> Scheme:
-        """The scheme, with its parameters."""
+        """Return the scheme, with its parameters."""
         return SCHEMES[self.scheme].with_values(self.parameters)
 
     @property
     def label(self) -> str:
-        """What the paper calls it, and what is not as usual. It says no scheme: a scheme of 8 bits goes without
-        saying."""
+        """Name it as the paper does, with what is not as usual. A scheme of 8 bits goes without saying."""
         return " ".join(["GQ", *([self.scheme] if self.is_named else []), *self.further])
 
     @property
     def is_named(self) -> bool:
-        """Whether the setup says the scheme."""
+        """Tell whether the setup says the scheme."""
         return self.chosen.bits != PAPER_BITS
 
     @property
     def further(self) -> list[str]:
-        """What is not as usual beside the scheme, in words."""
+        """Return what is not as usual beside the scheme, in words."""
         further = [f"{name} {value}" for name, value in self.chosen.changed().items()]
         further += [self.rounding] if self.rounding != ROUNDINGS[0] else []
         return further + ([f"smooth {self.smooth:g}"] if self.smooth is not None else [])
 
 
-def _own(chosen: PruningMethod | Scheme) -> dict[str, Any]:
-    """The parameters that a step says only where its method or scheme has them."""
+def _unshared_values(chosen: PruningMethod | Scheme) -> dict[str, Any]:
+    """Return the parameters that a step says only where its method or scheme has them."""
     return {name: value for name, value in chosen.values().items() if name not in SHARED}
 
 
@@ -336,7 +335,7 @@ def _shared_parameters() -> tuple[Parameter, ...]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that the model runs over, for steps that look at activations.
+    """Text that the model runs over, for steps that look at activations.
 
     `text` is ``self`` (the model's own samples), the path of a .txt or .jsonl file, or ``hf:DATASET``; `tokens` of it
     are taken, drawn by `seed`.
@@ -348,7 +347,7 @@ class Calibration:
 
     @property
     def work(self) -> Literal["sample", "text"]:
-        """The stage that gives the text: the model writes it, or it is read."""
+        """Name the stage that gives the text: the model writes it, or it is read."""
         return "sample" if self.text == "self" else "text"
 
     def __post_init__(self) -> None:
@@ -365,8 +364,8 @@ class Calibration:
 Step = DropBlocks | DropNeurons | Prune | Quantize
 
 
-def _as_a_share(amount: Any) -> str:
-    """A number that was meant as percent."""
+def _suggest_share(amount: Any) -> str:
+    """Return a hint where a number was meant as percent."""
     return f"Did you mean {amount:g}%, which is {amount / 100:g}? " if _is_number(amount) and 1 <= amount < 100 else ""
 
 

@@ -1,4 +1,4 @@
-"""verify: whether a converted checkpoint still is what its manifest says."""
+"""Verification of a converted checkpoint against its manifest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNSEALED = (
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that is not as the manifest says: in which file, and in which tensor where it is one."""
+    """Difference from the manifest: in which file, and in which tensor where it is one."""
 
     file: str
     tensor: str | None
@@ -45,7 +45,7 @@ class Difference:
 
 @dataclass(frozen=True, repr=False)
 class Verification(Shown):
-    """What was compared, every difference found, and what could not be compared (`notes`)."""
+    """Result of a verification: what was compared, every difference, and what could not be compared (`notes`)."""
 
     tensors: int
     files: int
@@ -55,19 +55,19 @@ class Verification(Shown):
 
     def _summary(self) -> Summary:
         compared = f"{count(self.tensors)} tensors and {count(self.files)} files ({size(self.bytes)})"
-        found = f"differ in {count(len(self.differences))} places" if self.differences else "are as in the manifest"
+        result = f"differ in {count(len(self.differences))} places" if self.differences else "are as in the manifest"
         rows = tuple((d.file, d.tensor or "-", d.what) for d in self.differences)
-        return Summary("Verification", f"{compared} {found}.", ("File", "Tensor", "Difference"), rows)
+        return Summary("Verification", f"{compared} {result}.", ("File", "Tensor", "Difference"), rows)
 
 
 def raise_if_different(folder: str | Path, result: Verification) -> None:
     """Raise VerificationError listing the differences where there are any."""
     if result.differences:
-        shown = [str(difference) for difference in result.differences[:SHOWN]]
-        more = len(result.differences) - len(shown)
+        lines = [str(difference) for difference in result.differences[:SHOWN]]
+        more = len(result.differences) - len(lines)
         raise VerificationError(
             f"{folder} differs from its manifest in {len(result.differences)} places.",
-            why="\n".join(shown + ([f"and {more} more: see --json"] if more else [])),
+            why="\n".join(lines + ([f"and {more} more: see --json"] if more else [])),
             hint="Convert it again: the manifest holds the recipe (--recipe).",
         )
 
@@ -86,14 +86,14 @@ def compare_to_manifest(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    places = _places(folder)
-    stored, differences = _stored(folder, places)
+    places = _read_index(folder)
+    stored, differences = _read_stored(folder, places)
     rows = expected_tensors(manifest)
     total = sum(tensor.nbytes for tensor in stored.values())
     report = counted(advance, total)
     with Pool(threads) as pool, OpenFiles() as files:
         checks = pool.map(
-            lambda name: _compare(
+            lambda name: _compare_tensor(
                 pool, files, stored.get(name), name, places.get(name, SAFETENSORS), rows.get(name), report
             ),
             rows | stored,
@@ -102,7 +102,7 @@ def compare_to_manifest(
     # Tensors last: a file that is missing takes all of its own with it.
     differences += [difference for check in copied for difference in check]
     differences += _compare_counts(manifest)
-    differences += [Difference(name, None, "not in the manifest") for name in _added(folder, manifest, places)]
+    differences += [Difference(name, None, "not in the manifest") for name in _find_added(folder, manifest, places)]
     if SEAL in manifest and manifest[SEAL] != seal_of(manifest):
         what = "it was edited: its sha256 does not match its contents"
         differences.append(Difference(MANIFEST_NAME, None, what))
@@ -111,8 +111,9 @@ def compare_to_manifest(
     return Verification(len(rows), len(manifest["files"]), total, tuple(differences), notes)
 
 
-def _added(folder: Path, manifest: Mapping[str, Any], places: Mapping[str, str]) -> Iterator[str]:
-    """Files that convert did not write, but the model card, and hidden ones (what a hub's download or Git keeps)."""
+def _find_added(folder: Path, manifest: Mapping[str, Any], places: Mapping[str, str]) -> Iterator[str]:
+    """Yield the files that convert did not write, but the model card, and hidden ones (what a hub's download or Git
+    keeps)."""
     known = {*manifest["files"], *(set(places.values()) or {SAFETENSORS}), MANIFEST_NAME, CARD_NAME}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -121,8 +122,8 @@ def _added(folder: Path, manifest: Mapping[str, Any], places: Mapping[str, str])
             yield name.as_posix()
 
 
-def _places(folder: Path) -> dict[str, str]:
-    """The weight file of each tensor by the folder's index; nothing where there is one file for all."""
+def _read_index(folder: Path) -> dict[str, str]:
+    """Return the weight file of each tensor by the folder's index; nothing where there is one file for all."""
     if (folder / SAFETENSORS).is_file() or not (folder / SAFETENSORS_INDEX).is_file():
         return {}
     weight_map = read_json(folder / SAFETENSORS_INDEX, INDEX).get("weight_map")
@@ -130,8 +131,8 @@ def _places(folder: Path) -> dict[str, str]:
     return {name: file for name, file in places if isinstance(file, str) and not is_outside(file)}
 
 
-def _stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, StoredTensor], list[Difference]]:
-    """The tensors in the weight files, and what is wrong with these files."""
+def _read_stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, StoredTensor], list[Difference]]:
+    """Return the tensors in the weight files, and what is wrong with these files."""
     stored: dict[str, StoredTensor] = {}
     differences = []
     for file in sorted(set(places.values()) or {SAFETENSORS}):
@@ -150,7 +151,7 @@ def _stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, StoredTe
     return stored, differences
 
 
-def _compare(
+def _compare_tensor(
     pool: Pool,
     files: OpenFiles,
     tensor: StoredTensor | None,
@@ -163,8 +164,7 @@ def _compare(
         return [Difference(place, name, "missing")]
     if expected is None:
         return [Difference(tensor.file.name, name, "not in the manifest")]
-    found: dict[str, Any] = {"dtype": tensor.dtype, "shape": list(tensor.shape)}
-    if found != {"dtype": expected["dtype"], "shape": expected["shape"]}:
+    if (tensor.dtype, list(tensor.shape)) != (expected["dtype"], expected["shape"]):
         what = f"{tensor.dtype} {list(tensor.shape)}, expected {expected['dtype']} {expected['shape']}"
         return [Difference(tensor.file.name, name, what)]
     digest, zeros = hashlib.sha256(), 0
@@ -192,11 +192,11 @@ def _compare_counts(manifest: dict[str, Any]) -> list[Difference]:
     rows, left_out = manifest["tensors"], manifest.get("removed", {}).get("tensors", [])
     sums = {"totals": (manifest["totals"], count_weights(rows, left_out))}
     for group, counts in manifest["groups"].items():
-        of_group = ([row for row in those if row["group"] == group] for those in (rows, left_out))
+        of_group = ([row for row in all_rows if row["group"] == group] for all_rows in (rows, left_out))
         sums[f"groups.{group}"] = (counts, count_weights(*of_group))
     return [
-        Difference(MANIFEST_NAME, None, f"{where}.{key} is {said.get(key)}, its tensors add up to {count}")
-        for where, (said, counted) in sums.items()
-        for key, count in counted.items()
-        if said.get(key) != count
+        Difference(MANIFEST_NAME, None, f"{where}.{key} is {counts.get(key)}, its tensors add up to {count}")
+        for where, (counts, sums_of_rows) in sums.items()
+        for key, count in sums_of_rows.items()
+        if counts.get(key) != count
     ]

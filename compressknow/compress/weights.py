@@ -1,4 +1,4 @@
-"""One checkpoint's parameters, whoever stores them, and their values as floats."""
+"""Parameters of a checkpoint, whoever stores them, and their values as floats."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.meta import meta_model
 from compressknow.model.naming import Naming, suppliers
-from compressknow.model.packed import NAMES, Packed, packed_weights
+from compressknow.model.packed import NAMES, packed_weights
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 
 
 @dataclass(frozen=True)
 class Values:
-    """A parameter's values as a checkpoint stores them: a tensor and, of low bits, its scale; `packed` is where those
+    """Values of a parameter as a checkpoint stores them: a tensor and, of low bits, its scale; `packed` is where those
     lie that are several in an integer. Along `axis` these `numbers` alone are compared, if any are named."""
 
     tensor: StoredTensor
@@ -33,7 +33,7 @@ class Values:
 
     @property
     def stored(self) -> StoredTensor:
-        """What is read."""
+        """Return what is read."""
         return self.packed or self.tensor
 
     @property
@@ -42,49 +42,50 @@ class Values:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is compared."""
+        """Return the shape of what is compared."""
         whole = self.tensor.shape
         return (*whole[: self.axis], len(self.numbers), *whole[self.axis + 1 :]) if self.numbers else whole
 
     @property
     def rows(self) -> tuple[int, ...] | None:
-        """The rows that are compared; None for all."""
+        """Return the rows that are compared; None for all."""
         return self.numbers if self.numbers and self.axis < len(self.tensor.shape) - 1 else None
 
     @property
     def columns(self) -> list[int] | None:
-        """The columns that are compared; None for all."""
+        """Return the columns that are compared; None for all."""
         return list(self.numbers) if self.numbers and self.rows is None else None
 
     @property
     def bytes_read(self) -> int:
-        """Scales not included."""
+        """Count the bytes that are read, without scales."""
         rows = matrix_shape(self.shape)[0]
         return self.stored.nbytes // max(matrix_shape(self.tensor.shape)[0], 1) * rows
 
     def blocks(self, reader: Reader, columns: int) -> Iterator[Block]:
-        """As `Reader.blocks`, of what is compared: with as many rows in each as a tensor of so many columns has."""
+        """Yield blocks as `Reader.blocks` does, of what is compared: with as many rows in each as a tensor of so many
+        columns has."""
         own = matrix_shape(self.tensor.shape)[1]
         for block in reader.blocks(self.stored, columns=columns, rows=self.rows):
-            values = block.values if self.packed is None else _unpacked(block.values, own, self.tensor.dtype)
+            values = block.values if self.packed is None else _unpack(block.values, own, self.tensor.dtype)
             yield Block(block.first_row, values if self.columns is None else values[:, self.columns])
 
     def floats(self, reader: Reader) -> Iterator[tuple[Block, torch.Tensor]]:
-        """Each block, and its values dequantized, float64, which the next block does not overwrite."""
+        """Yield each block, and its values dequantized, float64, which the next block does not overwrite."""
         scale = read_scales(reader, self)
         for block in self.blocks(reader, matrix_shape(self.tensor.shape)[1]):
             yield block, dequantize_block(self, block, scale)
 
 
 def is_scale_of(scale: StoredTensor, tensor: StoredTensor) -> bool:
-    """Whether a scale is one number for the tensor, one for each of its rows, or one for each group of columns."""
+    """Tell whether a scale is one number for the tensor, one for each of its rows, or one for each group of columns."""
     rows, columns = matrix_shape(tensor.shape)
     per_group = len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not columns % scale.shape[1]
     return scale.dtype in FLOAT_DTYPES and (scale.numel in (1, rows) or bool(per_group))
 
 
-def _unpacked(packed: torch.Tensor, columns: int, dtype: str) -> torch.Tensor:
-    """int8 [rows, columns] of int32 [rows, columns / 8] or [rows, columns / 4]."""
+def _unpack(packed: torch.Tensor, columns: int, dtype: str) -> torch.Tensor:
+    """Unpack int8 [rows, columns] from int32 [rows, columns / 8] or [rows, columns / 4]."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     bits = next(bits for bits, name in NAMES.items() if name == dtype)
@@ -93,7 +94,7 @@ def _unpacked(packed: torch.Tensor, columns: int, dtype: str) -> torch.Tensor:
 
 
 def read_scales(reader: Reader, values: Values) -> torch.Tensor | None:
-    """float32 scales, [rows, groups], [rows, 1] or [1, 1], of the rows that are compared."""
+    """Read float32 scales, [rows, groups], [rows, 1] or [1, 1], of the rows that are compared."""
     if values.scale is None:
         return None
     rows = matrix_shape(values.tensor.shape)[0] if values.scale.numel > 1 else 1
@@ -104,6 +105,7 @@ def read_scales(reader: Reader, values: Values) -> torch.Tensor | None:
 
 
 def dequantize_block(values: Values, block: Block, scale: torch.Tensor | None) -> torch.Tensor:
+    """Return float64 values of a block; `scale` as `read_scales` gives it."""
     if scale is None:
         return block.values.to(torch.float64)
     of_rows = scale if len(scale) == 1 else scale[block.rows]
@@ -114,7 +116,8 @@ def dequantize_block(values: Values, block: Block, scale: torch.Tensor | None) -
 
 @dataclass(frozen=True)
 class Side:
-    """What a checkpoint stores, by parameter; a tensor that is loaded to none, or fused with others, by its own name.
+    """Stored values of a checkpoint, by parameter; a tensor that is loaded to none, or fused with others, by its own
+    name.
 
     Attributes
     ----------
@@ -143,11 +146,11 @@ class Side:
         return {weight.parameter: weight for weight in self.structure.linears}
 
     def linear(self, key: str) -> LinearWeight | None:
-        """The Linear weight that a tensor is, or is a part of."""
+        """Return the Linear weight that a tensor is, or is a part of."""
         return self.linears.get(self.loaded_to.get(key, key))
 
     def values(self, key: str) -> Values | None:
-        """A parameter's values; None where it has none, or none that can be read."""
+        """Return a parameter's values; None where it has none, or none that can be read."""
         tensor = self.supply.get(key)
         if tensor and tensor.name in self.unpacked:
             return self.unpacked[tensor.name]
@@ -155,10 +158,13 @@ class Side:
             return None
         if self.linear(key) is None or tensor.dtype in (*FLOAT_DTYPES, "F64"):
             return Values(tensor)
-        return self._dequantizable(tensor)
+        # Low bits can be read where they are 8 and have a scale.
+        scale = _find_scale(self.parts.get(tensor.name.removesuffix(".weight"), {}), tensor)
+        return Values(tensor, scale) if tensor.dtype in ("I8", "F8_E4M3") and scale else None
 
     def packed(self, key: str) -> str | None:
-        """How a tensor is stored whose values cannot be read; None where they can, or where it is not stored."""
+        """Describe how a tensor is stored whose values cannot be read; None where they can, or where it is not
+        stored."""
         if self.values(key) is not None:
             return None
         tensor, module = self.supply.get(key), key.removesuffix(".weight")
@@ -169,34 +175,23 @@ class Side:
         return " + ".join(names) if stored else None
 
     def packed_weights(self) -> Iterator[str]:
-        """Linear weights that have packed values in place of a tensor of their own name."""
+        """Yield the Linear weights that have packed values in place of a tensor of their own name."""
         return (name for name in self.linears if name not in self.supply and self.packed(name))
 
-    def _dequantizable(self, tensor: StoredTensor) -> Values | None:
-        """A weight of 8 bits with a scale."""
-        scale = _scale_in(self.parts.get(tensor.name.removesuffix(".weight"), {}), tensor)
-        return Values(tensor, scale) if tensor.dtype in ("I8", "F8_E4M3") and scale else None
 
-
-def _scale_in(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> StoredTensor | None:
-    """The scale of a low-bit weight in the layout of compressed-tensors, symmetric, as `is_scale_of` says."""
+def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> StoredTensor | None:
+    """Return the scale of a low-bit weight in the layout of compressed-tensors, symmetric, as `is_scale_of` says."""
     scale = parts.get(f"{tensor.name}_scale")
     # A zero point, or groups of columns that are no neighbours.
     more = any(f"{tensor.name}_{part}" in parts for part in ("zero_point", "g_idx"))
     return scale if scale and not more and is_scale_of(scale, tensor) else None
 
 
-def _unpackable(
-    packed: Mapping[str, Packed], parts: Mapping[str, StoredTensor], structure: Structure
-) -> Iterator[tuple[str, Values]]:
-    """By parameter, the packed weights whose values can be told."""
-    for weight in structure.linears:
-        if (found := packed.get(weight.parameter)) is not None and (scale := _scale_in(parts, found.values)):
-            yield weight.parameter, Values(found.values, scale, found.stored)
+def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
+    """Read what a checkpoint stores from its headers.
 
-
-def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
-    """Read a checkpoint's headers. Raises CheckpointError where it has no weights, or its config builds no model."""
+    Raises CheckpointError where it has no weights, or its config builds no model.
+    """
     if not checkpoint.tensors:
         raise CheckpointError(
             f"{checkpoint.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
@@ -218,13 +213,18 @@ def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
         if binding and not binding.reshaped and binding.parameter not in own:
             own[binding.parameter] = tensor
             whole[name] = binding.parameter
-        elif binding is None and quantized and (module := _module_of(name, modules)):
+        elif binding is None and quantized and (module := _find_module(name, modules)):
             parts.setdefault(module, {})[name] = tensor
         else:
             own[name] = tensor
             if binding:
                 loaded_to[name] = binding.parameter
-    unpacked = dict(_unpackable(packed, checkpoint.tensors, structure)) if packed else {}
+    unpacked = {
+        weight.parameter: Values(found.values, scale, found.stored)
+        for weight in structure.linears
+        if (found := packed.get(weight.parameter)) is not None
+        and (scale := _find_scale(checkpoint.tensors, found.values))
+    }
     of_low_bits = {parameter: values.tensor for parameter, values in unpacked.items()}
     own |= of_low_bits
     stored = suppliers(checkpoint, whole, structure.tied)
@@ -234,8 +234,8 @@ def side_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
     return Side(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts, by_name)
 
 
-def _module_of(name: str, modules: set[str]) -> str | None:
-    """The innermost module that a name lies in."""
+def _find_module(name: str, modules: set[str]) -> str | None:
+    """Return the innermost module that a name lies in."""
     while name := name.rpartition(".")[0]:
         if name in modules:
             return name

@@ -12,7 +12,7 @@ from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.base.format import size
 from compressknow.base.libraries import require
 from compressknow.base.reading import MANIFEST, misfit, read_json, read_toml
-from compressknow.compress.recipe import EXPORT, calibration_from
+from compressknow.compress.recipe import EXPORT, read_calibration
 from compressknow.compress.steps import Calibration
 from compressknow.model.scopes import SCOPES, Pattern
 
@@ -187,7 +187,7 @@ def _parse_choice(values: Mapping[str, Any], origin: str) -> Choice:
     if wrong or any(len(rule) != 2 for rule in rules):
         raise UsageError(f"{origin}: type and imatrix are texts, types a table of texts.")
     pairs = tuple((which, chosen) for which, chosen in rules)
-    calibration = calibration_from(values.get("calibration"), f"{origin}, calibration")
+    calibration = read_calibration(values.get("calibration"), f"{origin}, calibration")
     return Choice(kind, pairs, calibration, None if matrix is None else Path(matrix))
 
 

@@ -98,7 +98,7 @@ def _fetch(on_progress: Listener | None) -> Converter:
         if not (folder / SCRIPT).is_file():
             with (
                 begun(on_progress, Stage("fetch", str(folder))),
-                Staging(folder, overwrite=True, source=folder, refuse=lambda *_, **__: None) as staging,
+                Staging(folder, overwrite=True, source=folder, check=lambda *_, **__: None) as staging,
             ):
                 _install(staging.folder)
                 staging.commit()

@@ -23,7 +23,7 @@ from compressknow.compress.output import carried_files
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.staging import scratch
-from compressknow.compress.weights import Side, side_of
+from compressknow.compress.weights import Side, read_side
 from compressknow.engine.contents import read_contents
 from compressknow.engine.identity import locate, source_of
 from compressknow.engine.load import family_of_class
@@ -154,7 +154,7 @@ def prepare(
     """
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
     _check_links(checkpoint.folder)
-    side = side_of(checkpoint, trust_remote_code=trust_remote_code)
+    side = read_side(checkpoint, trust_remote_code=trust_remote_code)
     _check_family(side.structure.architecture)
     check_architecture(side.structure.architecture, list_architectures(converter))
     tensors = list_plain_tensors(side, checkpoint)

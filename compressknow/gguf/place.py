@@ -12,7 +12,7 @@ from compressknow.base.errors import CheckpointError, OutputError, UsageError
 from compressknow.base.files import write_whole, written
 from compressknow.base.format import size
 from compressknow.base.system import move, sync_folder, uninterrupted
-from compressknow.compress.staging import Staging, refuse_overlap
+from compressknow.compress.staging import Staging, check_overlap
 
 # Names in the folder to work in: the importance matrix, and the record of the file that is overwritten.
 IMPORTANCE, OLD_RECORD = "importance", "old"
@@ -50,7 +50,7 @@ class Place(Staging):
 
     def __init__(self, output: Path, *, overwrite: bool, source: Path, importance: Path | None = None) -> None:
         self._importance = importance
-        super().__init__(output, overwrite=overwrite, source=source, refuse=check_destination)
+        super().__init__(output, overwrite=overwrite, source=source, check=check_destination)
 
     @property
     def file(self) -> Path:
@@ -62,8 +62,8 @@ class Place(Staging):
 
         Raises OutputError as `Staging.commit` does.
         """
-        self._refuse(self.output, overwrite=self._overwrite, source=None)
-        self._refuse_losses()
+        self._check(self.output, overwrite=self._overwrite, source=None)
+        self._check_complete()
         sync_folder(self.folder)
         with uninterrupted():
             try:
@@ -122,7 +122,7 @@ def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> 
     no GGUF file."""
     if output.suffix != SUFFIX:
         raise UsageError(f"{output} is no name of a GGUF file.", hint=f"Name it {output.name}{SUFFIX}.")
-    refuse_overlap(output, source)
+    check_overlap(output, source)
     record = get_record_path(output)
     if not os.path.lexists(output):
         if os.path.lexists(record) and not overwrite:

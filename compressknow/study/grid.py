@@ -13,9 +13,8 @@ from typing import Any, Protocol
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
 from compressknow.base.reading import read_toml
 from compressknow.compress.calibrate.text import TOKENS, check_text
-from compressknow.compress.options import recipe_of
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import Recipe
+from compressknow.compress.recipe import Recipe, build_recipe
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import ROUNDINGS, Calibration, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
@@ -182,7 +181,7 @@ def build_paper_grid(
     quantized: dict[str, Any] = {"quantize": scheme, "parameters": fit_parameters(structure, scheme) or {}}
 
     def recipe(scope: str, **options: Any) -> Recipe:
-        return recipe_of(Where((scope,)), module_map=module_map, **options)
+        return build_recipe(Where((scope,)), module_map=module_map, **options)
 
     recipes = [recipe(scope, prune=amount) for scope in MODULES for amount in AMOUNTS]
     kinds = ATTENTIONS if "cross-attention" in scope_names(structure) else ()
@@ -209,7 +208,7 @@ def build_methods_grid(model: Opened, options: GridOptions) -> tuple[Cell, ...]:
     def recipe(scope: str, **given: Any) -> Recipe:
         looks = _needs_activations(given.get("prune_method", METHODS.first)) or given.keys() & set(ROUNDED)
         said = _select(vars(options), *CALIBRATED) if looks else {}
-        return recipe_of(Where((scope,)), module_map=module_map, **given, **said)
+        return build_recipe(Where((scope,)), module_map=module_map, **given, **said)
 
     scopes = [scope for scope in MODULES if scope in scope_names(structure)]
     pruned = product(PRUNED_BY, scopes, METHOD_AMOUNTS)
@@ -423,7 +422,7 @@ def _number(key: str, number: int) -> str:
 def name_recipe(recipe: Recipe) -> str:
     """Return a name for a recipe's folder.
 
-    >>> name_recipe(recipe_of(Where(("attention",)), prune=0.2, quantize="int8"))
+    >>> name_recipe(build_recipe(Where(("attention",)), prune=0.2, quantize="int8"))
     'att-gpq-20-int8'
     """
     schemes = [step.scheme for step in recipe.steps if isinstance(step, Quantize) and not step.is_named]

@@ -17,8 +17,7 @@ import compressknow
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.cli import main
 from compressknow.compress.convert import VariantMaker
-from compressknow.compress.options import recipe_of
-from compressknow.compress.recipe import Recipe, read_recipe
+from compressknow.compress.recipe import Recipe, build_recipe, read_recipe
 from compressknow.compress.steps import DropBlocks, DropNeurons, Prune, Where
 from compressknow.compress.verify import compare_to_manifest
 from compressknow.engine.identity import describe, locate
@@ -143,13 +142,13 @@ def test_a_recipe_repeats_it_with_the_same_bytes(checkpoints: dict[str, Path], t
 
 
 def test_a_variant_in_memory_is_what_is_written(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    recipe = recipe_of(Where(), drop_blocks="1", quantize="int8")
+    recipe = build_recipe(Where(), drop_blocks="1", quantize="int8")
     compressknow.convert(checkpoints["llama"], tmp_path / "out", recipe=recipe)
     maker = VariantMaker(checkpoints["llama"])
     # A variant before and after, which must not be given tensors of other blocks under the same names.
-    plain = [maker.make(maker.plan(recipe_of(Where(), prune=0.2))) for _ in range(2)]
+    plain = [maker.make(maker.plan(build_recipe(Where(), prune=0.2))) for _ in range(2)]
     variant = maker.make(maker.plan(recipe))
-    again = maker.make(maker.plan(recipe_of(Where(), prune=0.2)))
+    again = maker.make(maker.plan(build_recipe(Where(), prune=0.2)))
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == variant.tensors.keys()
     assert all(torch.equal(tensor, variant.tensors[name]) for name, tensor in written.items())
@@ -281,8 +280,8 @@ def test_steps_that_make_no_sense(step: dict[str, Any], said: str) -> None:
 
 
 def test_scope_of_options_narrows_only_as_a_side() -> None:
-    assert recipe_of(Where(("attention",)), drop_blocks=2, prune=0.1).steps[0] == DropBlocks(2)
-    assert recipe_of(Where(("encoder",)), drop_blocks=2).steps == (DropBlocks(2, Where(("encoder",))),)
+    assert build_recipe(Where(("attention",)), drop_blocks=2, prune=0.1).steps[0] == DropBlocks(2)
+    assert build_recipe(Where(("encoder",)), drop_blocks=2).steps == (DropBlocks(2, Where(("encoder",))),)
 
 
 def test_pages_say_what_is_gone(

@@ -24,9 +24,8 @@ from compressknow.compress import blocks
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import VariantMaker, carry_out, prepare
 from compressknow.compress.manifest import Manifest, dry_run
-from compressknow.compress.options import recipe_of
 from compressknow.compress.output import NewFolder
-from compressknow.compress.recipe import Recipe
+from compressknow.compress.recipe import Recipe, build_recipe
 from compressknow.compress.removal.calibrated import blocks_to_drop, fit, neurons_to_keep
 from compressknow.compress.steps import DropBlocks, DropNeurons, Where
 from compressknow.compress.verify import compare_to_manifest
@@ -188,7 +187,7 @@ def cut_rows(module: nn.Module, stay: torch.Tensor, width: int) -> None:
 
 @pytest.mark.parametrize("name", one_in(2, NETWORKS))
 def test_logits_are_those_of_the_model_narrowed_by_hand(tmp_path: Path, name: str) -> None:
-    manifest = convert(save(name, tmp_path / "in"), tmp_path / "out", recipe_of(Where(), drop_neurons=0.25))
+    manifest = convert(save(name, tmp_path / "in"), tmp_path / "out", build_recipe(Where(), drop_neurons=0.25))
     kept = NETWORKS[name].width * 3 // 4
     found = logits(load(tmp_path / "out"))
     torch.testing.assert_close(found, logits(narrowed_by_hand(name, kept)), rtol=1e-3, atol=2e-4)
@@ -201,7 +200,7 @@ def test_logits_are_those_of_the_model_narrowed_by_hand(tmp_path: Path, name: st
 
 def test_sides_of_different_widths_are_narrowed_apart(tmp_path: Path) -> None:
     source = save_deep("bart", tmp_path / "in")
-    convert(source, tmp_path / "out", recipe_of(Where(("decoder",)), drop_neurons=0.25))
+    convert(source, tmp_path / "out", build_recipe(Where(("decoder",)), drop_neurons=0.25))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["encoder_ffn_dim"], config["decoder_ffn_dim"]) == (48, 48)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
@@ -222,7 +221,7 @@ def test_the_fit_brings_the_output_nearer_to_the_original(name: str) -> None:
 @pytest.mark.parametrize("name", one_in(2, [name for name in BUILDERS if name != "bart"]))
 def test_blocks_go_by_how_little_they_change(tmp_path: Path, name: str) -> None:
     model, text = deep(name), text_for(deep(name))
-    manifest = convert(save_deep(name, tmp_path / "in"), tmp_path / "out", recipe_of(Where(), drop_blocks=2))
+    manifest = convert(save_deep(name, tmp_path / "in"), tmp_path / "out", build_recipe(Where(), drop_blocks=2))
     dropped: dict[str, Sequence[int]] = {}
     for entry in manifest["removed"]["blocks"]:
         stack = entry["stack"]
@@ -254,7 +253,7 @@ def cosine_of(model: PreTrainedModel, block: str, text: CalibrationText) -> floa
 def test_neurons_of_the_blocks_that_are_left(tmp_path: Path) -> None:
     """Which blocks go, then which neurons, then what is pruned and quantized: each sees what those before it left."""
     steps = {"drop_blocks": "1", "drop_neurons": 0.25, "prune": 0.3, "quantize": "int8"}
-    manifest = convert(save_deep("llama", tmp_path / "in"), tmp_path / "out", recipe_of(Where(), **steps))
+    manifest = convert(save_deep("llama", tmp_path / "in"), tmp_path / "out", build_recipe(Where(), **steps))
     assert manifest.setup == "Drop1 + DropNeurons 25% + Blocks_GPQ 30%"
     source = load_file(tmp_path / "in" / "model.safetensors")
     rows = {row["name"]: row for row in manifest.tensors}
@@ -270,7 +269,7 @@ def test_neurons_of_the_blocks_that_are_left(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["t5", "llama", "gpt2"])
 def test_the_same_bytes_with_any_number_of_threads(tmp_path: Path, name: str) -> None:
-    source, recipe = save_deep(name, tmp_path / "in"), recipe_of(Where(), drop_blocks=1, drop_neurons=0.25)
+    source, recipe = save_deep(name, tmp_path / "in"), build_recipe(Where(), drop_blocks=1, drop_neurons=0.25)
     for threads in (1, 3):
         convert(source, tmp_path / str(threads), recipe, threads=threads)
     for file in ("model.safetensors", "compressknow.json"):
@@ -280,7 +279,7 @@ def test_the_same_bytes_with_any_number_of_threads(tmp_path: Path, name: str) ->
 def test_16_bit_weights_stay_in_their_dtype(tmp_path: Path) -> None:
     source = tmp_path / "in"
     copy.deepcopy(deep("llama")).to(torch.bfloat16).save_pretrained(source, max_shard_size="30KB")
-    convert(source, tmp_path / "out", recipe_of(Where(), drop_blocks=2, drop_neurons=0.25))
+    convert(source, tmp_path / "out", build_recipe(Where(), drop_blocks=2, drop_neurons=0.25))
     assert {p.dtype for p in load(tmp_path / "out").parameters()} == {torch.bfloat16}
     assert not compare_to_manifest(tmp_path / "out").differences
 
@@ -288,7 +287,7 @@ def test_16_bit_weights_stay_in_their_dtype(tmp_path: Path) -> None:
 def test_a_variant_in_memory_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, recipe = (
         save_deep("llama", tmp_path / "in"),
-        recipe_of(Where(), drop_blocks=1, drop_neurons=0.25, prune=0.2),
+        build_recipe(Where(), drop_blocks=1, drop_neurons=0.25, prune=0.2),
     )
     manifest = convert(source, tmp_path / "out", recipe)
     maker = VariantMaker(source)
@@ -305,8 +304,8 @@ def test_a_variant_in_memory_is_what_is_written(tmp_path: Path, monkeypatch: pyt
 
 def test_a_dry_run_says_what_will_go_but_not_which(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "in")
-    planned = dry_run(prepare(source, recipe_of(Where(), drop_blocks=1, drop_neurons=0.25)))
-    done = convert(source, tmp_path / "out", recipe_of(Where(), drop_blocks=1, drop_neurons=0.25))
+    planned = dry_run(prepare(source, build_recipe(Where(), drop_blocks=1, drop_neurons=0.25)))
+    done = convert(source, tmp_path / "out", build_recipe(Where(), drop_blocks=1, drop_neurons=0.25))
     for key in ("bytes_before", "bytes_after", "parameters"):
         assert planned.totals[key] == done.totals[key]
     assert planned["removed"]["blocks"][0]["dropped"] == []
@@ -332,7 +331,7 @@ def test_what_is_left_is_compared_with_the_same_rows_and_columns(
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 8)
     source, network = save(name, tmp_path / "in"), NETWORKS[name]
     for folder, amount in (("a", 0.25), ("b", 0.5)):
-        convert(source, tmp_path / folder, recipe_of(Where(), drop_neurons=amount))
+        convert(source, tmp_path / folder, build_recipe(Where(), drop_neurons=amount))
     stored = {folder: load_file(tmp_path / folder / "model.safetensors") for folder in ("in", "a", "b")}
     opened = {folder: open_checkpoint(tmp_path / folder) for folder in stored}
     whole, narrow = difference(opened["in"], opened["a"]), difference(opened["b"], opened["a"])
@@ -389,8 +388,8 @@ def assert_error(found: Difference, name: str, a: torch.Tensor, b: torch.Tensor)
 def test_narrower_layers_are_compared_whatever_their_type(tmp_path: Path, scheme: Any) -> None:
     source = tmp_path / "in"
     wide_of_groups("llama").save_pretrained(source)
-    convert(source, tmp_path / "a", recipe_of(Where(), drop_neurons=0.25))
-    convert(source, tmp_path / "b", recipe_of(Where(), drop_neurons=0.5, **scheme))
+    convert(source, tmp_path / "a", build_recipe(Where(), drop_neurons=0.25))
+    convert(source, tmp_path / "b", build_recipe(Where(), drop_neurons=0.5, **scheme))
     opened = {folder: open_checkpoint(tmp_path / folder) for folder in ("in", "a", "b")}
     for a, b in (("in", "b"), ("a", "b"), ("b", "a"), ("b", "in")):
         found = difference(opened[a], opened[b])
@@ -416,7 +415,7 @@ def test_the_error_of_what_was_fitted_anew_is_measured_from_what_it_was(
     # Blocks of a few rows.
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 8)
     source = save(name, tmp_path / "in")
-    manifest = convert(source, tmp_path / "out", recipe_of(Where(), drop_neurons=0.25, **more))
+    manifest = convert(source, tmp_path / "out", build_recipe(Where(), drop_neurons=0.25, **more))
     found = difference(open_checkpoint(source), open_checkpoint(tmp_path / "out"))
     assert manifest["groups"]["feed-forward"]["relative_error"] > 0.01
     assert manifest["totals"]["relative_error"] == pytest.approx(found.total.relative_error, rel=1e-5)
@@ -436,7 +435,7 @@ def wide_of_groups(name: str) -> PreTrainedModel:
 )
 def test_a_manifest_that_does_not_say_which_neurons_went_is_damaged(tmp_path: Path, told: list[str]) -> None:
     source = save_tiny("llama", tmp_path / "in")
-    manifest = convert(source, tmp_path / "out", recipe_of(Where(), drop_neurons=0.25))
+    manifest = convert(source, tmp_path / "out", build_recipe(Where(), drop_neurons=0.25))
     manifest["removed"]["neurons"][0]["dropped"] = told
     (tmp_path / "out" / "compressknow.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"removed.neurons\[0\].dropped does not say 12 neurons a module"):
@@ -463,13 +462,13 @@ def told_by(source: Path, output: Path, recipe: Recipe) -> dict[str, list[tuple[
 
 def test_what_is_chosen_and_what_is_written_are_stages_of_one_total_each(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "in")
-    told = told_by(source, tmp_path / "a", recipe_of(Where(), drop_blocks=1, drop_neurons=0.25, prune=0.2))
+    told = told_by(source, tmp_path / "a", build_recipe(Where(), drop_blocks=1, drop_neurons=0.25, prune=0.2))
     assert list(told) == ["choose", "convert"]
     # 4 blocks for what goes, and the 3 that are left for their neurons.
     assert list(dict.fromkeys(told["choose"])) == [(done, 7) for done in range(1, 8)]
     assert told["convert"][-1][0] == told["convert"][-1][1] > 0
     assert len({total for _, total in told["convert"]}) == 1
-    wanda = recipe_of(Where(), drop_neurons=0.25, prune=0.2, prune_method="wanda")
+    wanda = build_recipe(Where(), drop_neurons=0.25, prune=0.2, prune_method="wanda")
     told = told_by(source, tmp_path / "b", wanda)
     assert list(told) == ["choose", "calibrate"]
     assert list(dict.fromkeys(told["choose"])) == [(done, 4) for done in range(1, 5)]
@@ -483,7 +482,7 @@ def test_nan_is_told_with_its_block_and_nothing_is_left(tmp_path: Path) -> None:
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     for options in ({"drop_blocks": 1}, {"drop_neurons": 0.25}):
         with pytest.raises(CompressknowError, match=r"model\.layers\.2 gives NaN"):
-            convert(source, tmp_path / "out", recipe_of(Where(), **options))
+            convert(source, tmp_path / "out", build_recipe(Where(), **options))
         assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -511,9 +510,9 @@ def test_what_cannot_go_is_refused_before_work(tmp_path: Path, step: Any, error:
 
 def test_one_width_of_two_sides_is_narrowed_in_both_or_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="one width, d_ff"):
-        prepare(save_deep("t5", tmp_path / "in"), recipe_of(Where(("encoder",)), drop_neurons=0.25))
+        prepare(save_deep("t5", tmp_path / "in"), build_recipe(Where(("encoder",)), drop_neurons=0.25))
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="mixture of experts"):
-        prepare(save_deep("mixtral", tmp_path / "in"), recipe_of(Where(), drop_neurons=0.25))
+        prepare(save_deep("mixtral", tmp_path / "in"), build_recipe(Where(), drop_neurons=0.25))

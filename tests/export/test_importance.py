@@ -247,14 +247,14 @@ def test_the_models_own_text(world: Path, tmp_path: Path) -> None:
 @needs_converter
 def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
     """A tensor whose input channels the converter has put into another order is no match."""
-    from compressknow.compress.weights import side_of
+    from compressknow.compress.weights import read_side
     from compressknow.gguf.calibration import find_same_channels
     from compressknow.gguf.plain import list_plain_tensors
     from compressknow.gguf.tensors import read_tensors
 
     compressknow.export(world / "model", tmp_path / "exact.gguf", type="f32")
     loaded, _ = open_complete(world / "model")
-    side = side_of(loaded)
+    side = read_side(loaded)
     turned = {"blk.0.attn_output.weight"}
     writer = gguf.GGUFWriter(tmp_path / "turned.gguf", "llama")
     writer.add_block_count(2)

@@ -12,7 +12,7 @@ pytest.importorskip("llama_cpp_py_sync")
 import compressknow
 from compressknow.base.errors import UsageError
 from compressknow.base.format import parse_size
-from compressknow.compress.weights import side_of
+from compressknow.compress.weights import read_side
 from compressknow.gguf.grids import get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align
 from compressknow.model.gguf_file import Tensor
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tensors(model: Path) -> Tensors:
     """What the tiny model's file holds in 16 bits."""
-    side = side_of(open_complete(model)[0])
+    side = read_side(open_complete(model)[0])
     weights = {
         "token_embd.weight" if weight.group == "final" else name_in_llama_cpp(weight.module): (weight,)
         for weight in side.structure.linears

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import UnsupportedError, UsageError
-from compressknow.compress.options import recipe_of
-from compressknow.compress.recipe import Recipe
+from compressknow.compress.recipe import Recipe, build_recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, Where
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import ModuleMap, Structure
@@ -138,7 +137,7 @@ def test_a_grid_file_is_the_product_of_its_axes_and_the_cells_it_names(tmp_path:
     )
     # 2 x 2 x 2, but for the two that do nothing; and two by name.
     assert len(cells) == 8
-    assert cells[0].recipe == recipe_of(Where(("attention",)), quantize="int8")
+    assert cells[0].recipe == build_recipe(Where(("attention",)), quantize="int8")
     assert cells[3].recipe.steps[0].where.scope == ("feed-forward", "final")
     assert (cells[6].key, cells[6].recipe.steps[0]) == (
         "first-block",

@@ -89,7 +89,7 @@ class EachBlock:
 
 
 class PruningMethod(Parametric, abc.ABC):
-    """A way to choose the weights to zero; its parameters are its fields (`compressknow.compress.options`).
+    """A way to choose the weights to zero; its parameters are its fields (`compressknow.compress.recipe`).
 
     Attributes
     ----------

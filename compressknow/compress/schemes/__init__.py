@@ -31,7 +31,7 @@ class Stored(NamedTuple):
 
 
 class Scheme(Parametric, abc.ABC):
-    """A way to store weights [rows, columns]; its parameters are its fields (`compressknow.compress.options`).
+    """A way to store weights [rows, columns]; its parameters are its fields (`compressknow.compress.recipe`).
 
     Attributes
     ----------

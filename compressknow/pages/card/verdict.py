@@ -16,8 +16,7 @@ from compressknow.comparison.intervals import SIGNIFICANT, proportion
 from compressknow.comparison.paired import domain_order
 from compressknow.comparison.power import SMALL, facts_to_decide
 from compressknow.comparison.records import Certainty, Counts, EarlyStop, Estimate, ProbeFigures
-from compressknow.compress.options import convert_options
-from compressknow.compress.recipe import Recipe
+from compressknow.compress.recipe import Recipe, format_options
 from compressknow.compress.steps import (
     PAPER_BITS,
     PAPER_SCOPES,
@@ -346,7 +345,7 @@ def _compress_less(comparison: Comparison, reason: str, path: str | None) -> str
     name = plain(str((model.source or {}).get("name") or ""), 120)
     # The name of a folder alone would lead nowhere.
     source = path or (name if "/" in name else "MODEL")
-    options = convert_options(found.recipe)
+    options = format_options(found.recipe)
     command = f": compressknow convert {shlex.join([source, 'OUTPUT', *options])}" if options else ""
     return f"Next: {reason}; {found.change}{command}"
 

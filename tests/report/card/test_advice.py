@@ -11,8 +11,7 @@ import pytest
 from compressknow.cli.convert import convert
 from compressknow.comparison.power import facts_to_decide
 from compressknow.comparison.records import EarlyStop, Estimate
-from compressknow.compress.options import convert_options, recipe_of
-from compressknow.compress.recipe import Recipe
+from compressknow.compress.recipe import Recipe, build_recipe, format_options
 from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Prune, Quantize, Where
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.pages.card.make import make_card
@@ -166,14 +165,14 @@ RECIPES = [
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.setup)
 def test_the_options_of_convert_give_the_recipe(recipe: Recipe) -> None:
-    words = convert_options(recipe)
+    words = format_options(recipe)
     assert words is not None
     given = convert.make_context("convert", ["MODEL", "OUTPUT", *words], resilient_parsing=False).params
     where = Where(tuple(given["scope"]) or Where().scope, given["include"], given["exclude"], given["layers"])
     shared = {name: given[name] for name in ("per_layer", "norm", "dim", "seed", "rounding", "smooth") if name in given}
     taken = {name: given[name] for name in ("drop_blocks", "drop_neurons", "calibration", "calibration_tokens")}
     parameters = {name: given[name] for name in ("group_size", "pattern") if given.get(name) is not None}
-    made = recipe_of(
+    made = build_recipe(
         where,
         prune=given["prune"],
         prune_method=given["prune_method"],
@@ -186,7 +185,7 @@ def test_the_options_of_convert_give_the_recipe(recipe: Recipe) -> None:
 
 
 def test_steps_in_two_places_are_no_options() -> None:
-    assert convert_options(Recipe((Prune(0.2, where=ATTENTION), Quantize("int8", BOTH)))) is None
+    assert format_options(Recipe((Prune(0.2, where=ATTENTION), Quantize("int8", BOTH)))) is None
     found = of(500, 500, recipe=Recipe((Prune(0.2, where=ATTENTION), Quantize("int8", BOTH)))).next
     assert found.endswith("prune 10 % of the weights in place of 20 %")
 

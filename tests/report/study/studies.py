@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from compressknow.compress.options import recipe_of
-from compressknow.compress.recipe import Recipe
+from compressknow.compress.recipe import Recipe, build_recipe
 from compressknow.compress.steps import Prune, Quantize, Where
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.make import compare, method_of, model_facts
@@ -126,7 +125,7 @@ def _probe(name: str, asked: Asked) -> StudyProbe:
 
 
 def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell:
-    recipe = cell.recipe or recipe_of(
+    recipe = cell.recipe or build_recipe(
         Where((cell.scope,)),
         prune=cell.amount,
         prune_method=cell.method or "l1-unstructured",  # type: ignore[arg-type]
