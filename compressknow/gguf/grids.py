@@ -5,17 +5,16 @@ The packed form of a weight [out, in] is `out` rows of blocks; a block holds `ge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from compressknow.gguf.choice import NEED_IMPORTANCE, list_tensor_types
-from compressknow.gguf.llama_cpp.native import load_native
+from compressknow.gguf.llama_cpp.native import open_ggml
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -54,7 +53,8 @@ def get_block_size(type: str) -> int:
 def get_nbytes(type: str, shape: Sequence[int]) -> int:
     """Return the bytes of a weight [..., in] of this type. Raises ValueError where blocks do not divide its rows."""
     *rows, columns = shape
-    _check_fit(type, columns)
+    if columns % (width := get_block_size(type)):
+        raise ValueError(f"rows of {columns} weights are no multiple of the {width} in a block of {type}")
     return int(np.prod(rows, dtype=np.int64)) * int(_load_ggml()[1].ggml_row_size(list_tensor_types()[type], columns))
 
 
@@ -70,9 +70,13 @@ def quantize(weight: Floats, type: str, importance: Floats | None = None) -> Byt
     weight = np.ascontiguousarray(weight, np.float32)
     if importance is None and type in NEED_IMPORTANCE:
         importance = np.ones(columns, np.float32)
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+        if importance.shape != (columns,):
+            raise ValueError(f"an importance of shape {importance.shape} for {columns} columns")
     ffi, library = _load_ggml()
     number = list_tensor_types()[type]
-    matrix = ffi.NULL if importance is None else ffi.from_buffer("float[]", _check_importance(importance, columns))
+    matrix = ffi.NULL if importance is None else ffi.from_buffer("float[]", importance)
 
     def round_rows(piece: slice) -> None:
         source, target = ffi.from_buffer("float[]", weight[piece]), ffi.from_buffer(packed[piece])
@@ -103,33 +107,15 @@ def roundtrip(weight: Floats, type: str, importance: Floats | None = None) -> Fl
     return dequantize(quantize(weight, type, importance), type, weight.shape)
 
 
-def _check_importance(importance: Floats, columns: int) -> Floats:
-    importance = np.ascontiguousarray(importance, np.float32)
-    if importance.shape != (columns,):
-        raise ValueError(f"an importance of shape {importance.shape} for {columns} columns")
-    return importance
-
-
-def _check_fit(type: str, columns: int) -> None:
-    if columns % get_block_size(type):
-        raise ValueError(
-            f"rows of {columns} weights are no multiple of the {get_block_size(type)} in a block of {type}"
-        )
-
-
-def _run_in_pieces(work: Any, rows: int, columns: int) -> None:
+def _run_in_pieces(work: Callable[[slice], None], rows: int, columns: int) -> None:
     # ggml computes outside of Python's lock.
-    pieces = list(_pieces(rows, max(1, _PIECE // columns)))
+    step = max(1, _PIECE // columns)
+    pieces = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     if len(pieces) == 1:
         work(pieces[0])
         return
     with ThreadPoolExecutor() as pool:
         list(pool.map(work, pieces))
-
-
-def _pieces(rows: int, step: int) -> Iterator[slice]:
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _spell(type: str) -> str:
@@ -139,15 +125,6 @@ def _spell(type: str) -> str:
 
 @cache
 def _load_ggml() -> tuple[Any, Any]:
-    import llama_cpp_py_sync
-
-    folder = Path(llama_cpp_py_sync.__file__).parent
-    ffi: Any = type(load_native().ffi)()
-    ffi.cdef(_HEADER + "".join(_DEQUANTIZE.format(name=_spell(name)) for name in _list_unpacked()))
-    library = next(path for path in sorted(folder.iterdir()) if "ggml-base" in path.name)
-    return ffi, ffi.dlopen(str(library))
-
-
-def _list_unpacked() -> list[str]:
-    """List the types that ggml unpacks by a function of their own."""
-    return [name for name in list_tensor_types() if name not in ("f32", "f16", "bf16")]
+    # Floats have no function of their own.
+    packed = (_spell(name) for name in list_tensor_types() if name not in ("f32", "f16", "bf16"))
+    return open_ggml(_HEADER + "".join(_DEQUANTIZE.format(name=name) for name in packed))

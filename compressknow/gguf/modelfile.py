@@ -15,6 +15,7 @@ from typing import Any
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import refuse_broken_links
 from compressknow.engine.load import load_tokenizer
+from compressknow.model.checkpoint import read_json
 
 # What stands for the three in a chat: no template has a character of the private use area.
 _SYSTEM, _USER, _ASSISTANT = "\ue000", "\ue001", "\ue002"
@@ -54,14 +55,16 @@ def build_modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_c
     lines = [f"{_FROM}{weights if weights.startswith('.') else f'./{weights}'}"]
     if template := build_go_template(tokenizer):
         lines.append(f'TEMPLATE """{template}"""')
-    settings = _read_generation_config(checkpoint)
-    ends = tokenizer.convert_ids_to_tokens(
-        [each for each in _list_ids(settings.get("eos_token_id")) if each is not None]
-    )
+    path = checkpoint / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    ids = settings.get("eos_token_id")
+    ends = tokenizer.convert_ids_to_tokens([each for each in _list_ids(ids) if each is not None])
     stops = dict.fromkeys([*ends, *([tokenizer.eos_token] if tokenizer.eos_token else [])])
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
-    said = {**settings, "repeat_penalty": settings.get("repetition_penalty")}
-    lines += [f"PARAMETER {name} {said[name]:g}" for name in _SAMPLING if isinstance(said.get(name), int | float)]
+    settings = {**settings, "repeat_penalty": settings.get("repetition_penalty")}
+    lines += [
+        f"PARAMETER {name} {settings[name]:g}" for name in _SAMPLING if isinstance(settings.get(name), int | float)
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -99,19 +102,8 @@ def _render_chat(tokenizer: Any, chat: list[dict[str, str]], *, ask: bool) -> st
         text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask))
     except Exception:  # A template is a program of whoever wrote the model.
         return None
-    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and _adds_bos(tokenizer) else text
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    ids = tokenizer("").input_ids
-    return bool(ids) and ids[0] == tokenizer.bos_token_id
-
-
-def _read_generation_config(checkpoint: Path) -> dict[str, Any]:
-    from compressknow.model.checkpoint import read_json
-
-    path = checkpoint / "generation_config.json"
-    return dict(read_json(path)) if path.is_file() else {}
+    adds_bos = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
 
 def _list_ids(value: Any) -> list[int]:

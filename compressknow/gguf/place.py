@@ -16,18 +16,12 @@ from compressknow.compress.staging import Staging, check_overlap
 
 # Names in the folder to work in: the importance matrix, and the record of the file that is overwritten.
 IMPORTANCE, OLD_RECORD = "importance", "old"
-
-
 SUFFIX = ".gguf"
-
-
-# The record of a file is called as the file, with this behind.
-RECORD = ".json"
 
 
 def get_record_path(output: Path) -> Path:
     """Return where the record of a GGUF file lies."""
-    return output.with_name(output.name + RECORD)
+    return output.with_name(f"{output.name}.json")
 
 
 def check_recorded(output: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -48,7 +47,7 @@ def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
 
     Raises UnsupportedError where values cannot be read: another tool has packed them.
     """
-    found: dict[str, Plain] = {}
+    plain: dict[str, Plain] = {}
     for key, tensor in side.own.items():
         values = side.values(key)
         if values is None or not (values.scale or values.tensor.dtype in (*FLOAT_DTYPES, *_INTEGERS)):
@@ -56,14 +55,14 @@ def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
                 f"{tensor.name} is stored as {side.packed(key) or tensor.dtype}, which cannot be unpacked here.",
                 hint="Export the original, or what `compressknow convert` wrote.",
             )
-        found[tensor.name] = Plain(tensor.name, values)
+        plain[tensor.name] = Plain(tensor.name, values)
     for name in side.packed_weights():
         raise UnsupportedError(
             f"{name} is stored as {side.packed(name)}, which cannot be unpacked here.",
             hint="Export the original, or what `compressknow convert` wrote.",
         )
     place = {name: number for number, name in enumerate(checkpoint.tensors)}
-    return sorted(found.values(), key=lambda each: place.get(each.values.stored.name, len(place)))
+    return sorted(plain.values(), key=lambda each: place.get(each.values.stored.name, len(place)))
 
 
 def is_plain(checkpoint: Checkpoint) -> bool:
@@ -97,19 +96,13 @@ def write_plain(checkpoint: Checkpoint, tensors: list[Plain], reader: Reader, fo
     with (folder / SAFETENSORS).open("xb") as file:
         file.write(lay_out_file([(each.name, each.dtype, each.shape) for each in ordered])[0])
         for tensor in ordered:
-            for piece in _pieces(tensor, reader):
-                _write(file, piece)
+            for piece in _read_pieces(tensor, reader):
+                file.write(byte_view(piece.contiguous()))
 
 
-def _pieces(tensor: Plain, reader: Reader) -> Iterator[torch.Tensor]:
+def _read_pieces(tensor: Plain, reader: Reader) -> Iterator[torch.Tensor]:
     if not prod(tensor.shape):
-        return
+        return iter(())
     if tensor.values.scale is None:
-        yield from (block.values for block in reader.blocks(tensor.values.stored))
-        return
-    for _, floats in tensor.values.floats(reader):
-        yield floats.to(torch.float32)
-
-
-def _write(file: BinaryIO, values: torch.Tensor) -> None:
-    file.write(byte_view(values.contiguous()))
+        return (block.values for block in reader.blocks(tensor.values.stored))
+    return (floats.to(torch.float32) for _, floats in tensor.values.floats(reader))

@@ -97,13 +97,13 @@ def build_metadata(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the metadata that an export adds to the GGUF file, by key."""
     source = record["source"]
     recipe = {key: record[key] for key in ("type", "types", "importance") if record.get(key)}
-    said = {
+    values = {
         "version": record["versions"]["compressknow"],
         "setup": record["setup"],
         **{f"source.{key}": source.get(key) for key in SOURCE},
         "recipe": json.dumps({**record.get("recipe", {}), "export": recipe}, sort_keys=True),
     }
-    return {f"{PREFIX}.{key}": value for key, value in said.items() if value}
+    return {f"{PREFIX}.{key}": value for key, value in values.items() if value}
 
 
 def write_with_metadata(metadata: Mapping[str, str], source: Path, output: Path) -> None:
@@ -116,9 +116,9 @@ def write_with_metadata(metadata: Mapping[str, str], source: Path, output: Path)
     writer = gguf.GGUFWriter(output, architecture, endianess=reader.endianess)
     if (alignment := reader.get_field(gguf.Keys.General.ALIGNMENT)) is not None:
         writer.data_alignment = alignment.contents()
-    said = {key: MetadataDetails(gguf.GGUFValueType.STRING, value) for key, value in metadata.items()}
+    details = {key: MetadataDetails(gguf.GGUFValueType.STRING, value) for key, value in metadata.items()}
     with quiet():
-        copy_with_new_metadata(reader, writer, said, [])
+        copy_with_new_metadata(reader, writer, details, [])
 
 
 def is_recorded(output: Path, choice: Choice) -> bool:
@@ -156,9 +156,11 @@ def compare_to_record(path: str | Path, *, advance: Advance | None = None) -> Ve
     nbytes = path.stat().st_size
     with Pool(1) as pool:
         sha256 = hash_file(pool, path, counted(advance, nbytes))
-    different = sha256 != record.get("sha256")
-    found = [Difference(path.name, None, "its bytes differ (sha256)")] if different else list(_find_edits(path, record))
-    return Verification(record["totals"]["tensors"], 1, nbytes, tuple(found))
+    if sha256 != record.get("sha256"):
+        differences = [Difference(path.name, None, "its bytes differ (sha256)")]
+    else:
+        differences = list(_find_edits(path, record))
+    return Verification(record["totals"]["tensors"], 1, nbytes, tuple(differences))
 
 
 def _find_edits(path: Path, record: Mapping[str, Any]) -> Iterator[Difference]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import product
+from itertools import chain, count, product
 from math import inf
 from pathlib import Path
 from typing import Any, Protocol
@@ -318,9 +318,8 @@ def _is_calibrated(point: Mapping[str, Any]) -> bool:
 def _list_parameters() -> list[str]:
     """List all parameters that a method or a scheme has, and that are no axes of every grid."""
     things = (*METHODS.usable()[0].values(), *SCHEMES.usable()[0].values())
-    return [
-        name for name in dict.fromkeys(each.name for thing in things for each in thing.parameters()) if name not in AXES
-    ]
+    names = dict.fromkeys(each.name for thing in things for each in thing.parameters())
+    return [name for name in names if name not in AXES]
 
 
 def _get_parameters(name: Any) -> set[str]:
@@ -400,7 +399,7 @@ def _is_given(value: Any) -> bool:
 
 
 def _build_cells(
-    recipes: Iterator[tuple[str | None, Recipe]] | Sequence[tuple[str | None, Recipe]],
+    recipes: Iterable[tuple[str | None, Recipe]],
 ) -> tuple[Cell, ...]:
     """Return cells of recipes, each recipe once, under keys that are unique."""
     cells: dict[Recipe, Cell] = {}
@@ -409,14 +408,11 @@ def _build_cells(
         if recipe in cells:
             continue
         key = _slugify(name) if name else name_recipe(recipe)
-        number = next(n for n in range(1, len(taken) + 2) if _number(key, n) not in taken)
-        cells[recipe] = Cell(_number(key, number), recipe)
-        taken.add(_number(key, number))
+        numbered = (f"{key}-{number}" for number in count(2))
+        unique = next(each for each in chain([key], numbered) if each not in taken)
+        cells[recipe] = Cell(unique, recipe)
+        taken.add(unique)
     return tuple(cells.values())
-
-
-def _number(key: str, number: int) -> str:
-    return key if number == 1 else f"{key}-{number}"
 
 
 def name_recipe(recipe: Recipe) -> str:

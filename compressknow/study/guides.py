@@ -140,8 +140,8 @@ def select_known_facts(answers: Answers, probes: Iterable[Probe], most: int = FA
 
 def hash_facts(facts: Mapping[str, Sequence[Fact]]) -> str:
     """Return a hash of their ids, prompts and candidates."""
-    told = [(name, fact.id, fact.prompt, fact.candidates) for name, own in facts.items() for fact in own]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    values = [(name, fact.id, fact.prompt, fact.candidates) for name, own in facts.items() for fact in own]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _get_sensitivity(
@@ -168,7 +168,8 @@ def _get_sensitivity(
         tokens=min(text.tokens, TOKENS),
         text=text.sha256,
     )
-    place = _get_place(handle.sha256, guidance)
+    key = hashlib.sha256(repr(guidance).encode()).hexdigest()
+    place = cache_folder() / "sensitivity" / f"{handle.sha256[:16]}-{key[:16]}.json"
     if (stored := read_sensitivity(place, handle.sha256, guidance)) is not None:
         return stored
     model, trusted = handle.located, handle.settings.trust_remote_code
@@ -199,11 +200,6 @@ def _count_weights(tree: PreTrainedModel) -> int:
     structure = structure_of(tree)
     others = {*structure.tied, *structure.buffers}
     return sum(prod(shape) for name, shape in structure.parameters.items() if name not in others)
-
-
-def _get_place(sha256: str, guidance: Guidance) -> Path:
-    key = hashlib.sha256(repr(guidance).encode()).hexdigest()
-    return cache_folder() / "sensitivity" / f"{sha256[:16]}-{key[:16]}.json"
 
 
 def _score_facts(

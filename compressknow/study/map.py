@@ -37,7 +37,7 @@ from compressknow.pages.parts import (
     drawn,
 )
 from compressknow.pages.tradeoff import NARROW, Grid, bounds_of, draw_labels, heat_map
-from compressknow.study.allocation import Allocation, Option, OptionTable, allocate
+from compressknow.study.allocation import Option, OptionTable, allocate
 from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity
 
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ if TYPE_CHECKING:
 
 
 FORMATS = (".html", ".md", ".json", ".csv")
-COLUMNS = (
-    *("name", "group", "stack", "layer", "module", "rows", "columns", "type", "bytes"),
-    *("kl_facts", "kl_text", "at_risk"),
-)
+COLUMNS = "name group stack layer module rows columns type bytes kl_facts kl_text at_risk".split()
 # Sizes on the curve, in equal ratios from the smallest to the largest.
 BUDGETS = 20
 # What llama.cpp gives a weight whose rows a type does not fit; that of q5_k is none of our candidates.
@@ -84,26 +81,33 @@ class Map:
         """Return the weights, the most sensitive for what 4 bits of them save first."""
         return self.sensitivity.ranked(self.guide)
 
+    @cached_property
+    def _placed(self) -> list[TensorSensitivity]:
+        """Return the weights by place: encoder, decoder, then what lies outside; the last layer was measured first."""
+        stacks = {"encoder": "", None: ""}
+        return sorted(
+            self.sensitivity.rows,
+            key=lambda row: (row.layer is None, stacks.get(row.stack, "decoder"), row.layer or 0),
+        )
+
     def by_layer(self) -> dict[str, Weights]:
         """Return the weights of each layer, and of each group outside the layers."""
-        return _group(sorted(self.sensitivity.rows, key=_rank_place), lambda row: row.place)
+        return _group(self._placed, lambda row: row.place)
 
     def by_module(self) -> dict[str, Weights]:
         """Return the weights of each kind of module."""
-        return _group(
-            sorted(self.sensitivity.rows, key=_rank_place), lambda row: row.module if _is_inside(row) else row.group
-        )
+        return _group(self._placed, lambda row: row.group if row.layer is None else row.module)
 
     def grid(self, figure: Callable[[Weights], float | None]) -> Grid:
         """Return a figure of the weights of each layer and module; a weight outside the layers has a row of its own."""
-        modules = [
-            *dict.fromkeys(row.module for row in sorted(self.sensitivity.rows, key=_rank_place) if _is_inside(row))
-        ]
-        cells = []
+        modules = [*dict.fromkeys(row.module for row in self._placed if row.layer is not None)]
+        cells: list[tuple[float | None, ...]] = []
         for rows in self.by_layer().values():
-            own = [[row for row in rows if row.module == module] for module in modules]
-            inside = _is_inside(rows[0]) and modules
-            cells.append(tuple(figure(each) if each else None for each in own) if inside else (figure(rows),))
+            if rows[0].layer is None or not modules:
+                cells.append((figure(rows),))
+                continue
+            by_module = [[row for row in rows if row.module == module] for module in modules]
+            cells.append(tuple(figure(own) if own else None for own in by_module))
         names = tuple(plain(name, 40) for name in short_names(tuple(modules))) or ("",)
         return Grid(tuple(self.by_layer()), names, tuple(cells))
 
@@ -128,32 +132,25 @@ class Map:
             for end in (min, max)
         )
         budgets = {round(low * (high / low) ** (step / (BUDGETS - 1))) for step in range(BUDGETS)}
-        found = {Size(each.nbytes, each.loss) for each in map(self._fit, sorted(budgets))}
-        return tuple(sorted(found))
+        return tuple(sorted({self.at(budget) for budget in budgets}))
 
     @cached_property
     def uniform(self) -> tuple[Size, ...]:
         """Return all weights of one type each, the largest first: those types that all rows fit, or llama.cpp's
         fallback of them does."""
-        found = []
+        sizes = []
         for type in self.sensitivity.guidance.types:
-            kinds = (type, _FALLBACKS.get(type, type))
-            chosen = [
-                next((options[kind] for kind in kinds if kind in options), None) for options in self.table.values()
-            ]
-            if all(chosen):
-                own = [option for option in chosen if option]
-                size = self.others + sum(option.nbytes for option in own)
-                found.append(Size(size, sum(option.loss for option in own), type))
-        return tuple(found)
+            chosen = [options.get(type) or options.get(_FALLBACKS.get(type, type)) for options in self.table.values()]
+            fitting = [option for option in chosen if option is not None]
+            if len(fitting) == len(chosen):
+                nbytes = self.others + sum(option.nbytes for option in fitting)
+                sizes.append(Size(nbytes, sum(option.loss for option in fitting), type))
+        return tuple(sizes)
 
     def at(self, nbytes: int) -> Size:
         """Return the least KL within so many bytes."""
-        found = self._fit(nbytes)
+        found = allocate(self.table, nbytes, overhead=self.others)
         return Size(found.nbytes, found.loss)
-
-    def _fit(self, nbytes: int) -> Allocation:
-        return allocate(self.table, nbytes, overhead=self.others)
 
 
 def compute_kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
@@ -183,15 +180,6 @@ def format_millinats(kl: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
-def _is_inside(row: TensorSensitivity) -> bool:
-    return row.layer is not None
-
-
-def _rank_place(row: TensorSensitivity) -> tuple[bool, str, int]:
-    """Sort encoder, decoder, then what lies outside; weights were measured from the last layer to the first."""
-    return row.layer is None, {"encoder": "", None: ""}.get(row.stack, "decoder"), row.layer or 0
-
-
 def _group(rows: Iterable[TensorSensitivity], key: Callable[[TensorSensitivity], str]) -> dict[str, Weights]:
     found: dict[str, list[TensorSensitivity]] = {}
     for row in rows:
@@ -201,16 +189,11 @@ def _group(rows: Iterable[TensorSensitivity], key: Callable[[TensorSensitivity],
 
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
     """Write the map in the formats that the names of the files ask for."""
-
-    written: Mapping[str, Callable[[Map], str]] = {
-        **{".html": render_map_html, ".md": render_map_markdown},
-        **{".csv": _to_csv, ".json": _to_json},
-    }
-    write_formats(lambda path: written[path.suffix.lower()](map), files, overwrite=overwrite)
+    renderers = {".html": render_map_html, ".md": render_map_markdown, ".csv": _to_csv, ".json": _to_json}
+    write_formats(lambda path: renderers[path.suffix.lower()](map), files, overwrite=overwrite)
 
 
 def _to_json(map: Map) -> str:
-
     sensitivity = map.sensitivity.as_json()
     values = {
         **{"schema": sensitivity["schema"], "verdict": write_verdict(map), "model": map.model, "guide": map.guide},
@@ -226,15 +209,11 @@ def _to_csv(map: Map) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows(_list_rows(map.sensitivity))
-    return text.getvalue()
-
-
-def _list_rows(sensitivity: Sensitivity) -> Iterator[tuple[object, ...]]:
-    for row in sensitivity.rows:
+    for row in map.sensitivity.rows:
         place = row.name, row.group, row.stack, row.layer, row.module, *row.shape
-        for name, rounding in row.by_type.items():
-            yield *place, name, rounding.bytes, rounding.facts, rounding.text, rounding.at_risk
+        for name, each in row.by_type.items():
+            writer.writerow((*place, name, each.bytes, each.facts, each.text, each.at_risk))
+    return text.getvalue()
 
 
 # Weights in each of the two tables.
@@ -383,9 +362,9 @@ def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> T
     columns = (*grid.columns, *(["outside"] if alone else []))
     rows = []
     for name, cells in zip(grid.rows, grid.cells, strict=True):
-        told = ["" if cell is None else write(cell) for cell in cells]
-        room = [""] * (len(columns) - len(told))
-        rows.append((name, *told, *room) if len(cells) == len(grid.columns) else (name, *room, *told))
+        texts = ["" if cell is None else write(cell) for cell in cells]
+        room = [""] * (len(columns) - len(texts))
+        rows.append((name, *texts, *room) if len(cells) == len(grid.columns) else (name, *room, *texts))
     return Table(caption, ("Layer", *columns), tuple(rows))
 
 
@@ -445,7 +424,9 @@ def _plot_sizes(map: Map) -> Iterator[Part]:
         (each.type, size(each.nbytes), number(each.kl), number(map.at(each.nbytes).kl)) for each in map.uniform
     )
     columns = ("All weights of one type", "Size of the weights", "Predicted KL", "A type for each")
-    curve = Chart("Predicted KL by size", _describe_curve(map), partial(_draw_curve, map=map), height=260)
+    ends = " to ".join(f"{number(each.kl)} at {size(each.nbytes)}" for each in (map.frontier[0], map.frontier[-1]))
+    text = f"From {ends}. The table beside the chart has the sizes of single types."
+    curve = Chart("Predicted KL by size", text, partial(_draw_curve, map=map), height=260)
     yield Beside(curve, Table("What one type for all loses, and what a choice at the same size does", columns, sizes))
     yield Note("", drawn=_CURVE_NOTE)
     steps = [
@@ -460,11 +441,6 @@ def _plot_sizes(map: Map) -> Iterator[Part]:
     buys = f"The next MB saves, {_UNIT.removesuffix(' per MB')}"
     line = Table("The least predicted loss by size", ("Size of the weights", "Predicted KL", buys), (*steps, *last))
     yield Folded("The line as a table", (line,))
-
-
-def _describe_curve(map: Map) -> str:
-    ends = " to ".join(f"{number(each.kl)} at {size(each.nbytes)}" for each in (map.frontier[0], map.frontier[-1]))
-    return f"From {ends}. The table beside the chart has the sizes of single types."
 
 
 def _draw_curve(plot: Axes, *, map: Map) -> None:
@@ -497,29 +473,21 @@ def _describe_method(map: Map) -> tuple[str, ...]:
         f"{count(guidance.tokens)} tokens of text: KL is that of the next token's distribution, in the mean over "
         "tokens; the tenth of the pieces of text that a weight changes most is left out.",
     )
+    fallbacks = (
+        "All weights of one type are what llama-quantize --pure writes, a fallback of llama.cpp's where a row does not "
+        "fit the type (q5_0 for q4_k, q8_0 for q6_k, iq4_nl for q3_k and q2_k): mixtures such as q4_k_m are others.",
+    )
+    compared = " or ".join(sorted({row.compared for row in map.sensitivity.rows}))
     return (
         "Estimates to first order in the weights, from one pass forward and one back: what changes is the gradient of "
         "each score times the error of rounding. Figures of single weights add up to those of many. Rounding that "
         "changes much is underestimated.",
         *(facts if guidance.facts else ()),
         *(text if guidance.tokens else ()),
-        f"A weight is compared by {_name_compared(map)}, and what that saves against 16 bits. One type predicts for "
+        f"A weight is compared by {compared}, and what that saves against 16 bits. One type predicts for "
         "another by their squared errors.",
-        *_explain_fallbacks(map),
+        *(fallbacks if guidance.form == "gguf" else ()),
     )
-
-
-def _name_compared(map: Map) -> str:
-    return " or ".join(sorted({row.compared for row in map.sensitivity.rows}))
-
-
-def _explain_fallbacks(map: Map) -> Iterator[str]:
-    if map.sensitivity.guidance.form == "gguf":
-        yield (
-            "All weights of one type are what llama-quantize --pure writes, a fallback of llama.cpp's where a row does "
-            "not fit the type (q5_0 for q4_k, q8_0 for q6_k, iq4_nl for q3_k and q2_k): mixtures such as q4_k_m are "
-            "others."
-        )
 
 
 def _list_run(map: Map) -> tuple[Entry, ...]:

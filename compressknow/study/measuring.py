@@ -92,7 +92,7 @@ class Measured:
 
     def rows(self, roundings: Roundings, domains: Sequence[str] = ()) -> tuple[TensorSensitivity, ...]:
         """Return the sensitivity of each weight; `domains` are those of the facts."""
-        found = []
+        rows = []
         for name, weight in self.weights.items():
             tried = roundings.list_measured(weight.shape)
             facts, per_token = self.compute_per_error(name, tried), self._compute_text_per_error(name, tried)
@@ -105,8 +105,8 @@ class Measured:
                 types[type] = Rounding(roundings.nbytes(type, weight.shape), kl, text, risk)
             by_domain = _compare_domains(facts.kl, domains) if facts is not None else {}
             place = (weight.stack, module_in_block(name), by_domain)
-            found.append(TensorSensitivity(name, weight.shape, weight.group, weight.layer, types, *place))
-        return tuple(found)
+            rows.append(TensorSensitivity(name, weight.shape, weight.group, weight.layer, types, *place))
+        return tuple(rows)
 
     def compute_per_error(self, name: str, tried: Sequence[str]) -> PerError | None:
         """Return the loss of facts per squared error of a weight; None where there are no facts.
@@ -266,10 +266,12 @@ class _Measuring:
         weight = weight.T.contiguous() if linear.transposed else weight
         if not self._roundings.list_legal(weight.shape):
             return
-        name = self._get_name(linear.parameter)
+        name = self._structure.tied.get(linear.parameter, linear.parameter)
         place = linear.group or "other", linear.layer, linear.stack
         self._found.setdefault(name, Weight(*place, tuple(weight.shape)))
-        importance = self._add_importance(name, products)
+        importance = self._importance[name] = self._sum_halves(
+            products, [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
+        )
         # Inputs count by the gradients at their tokens: those of attention sinks are large, and change nothing.
         squares = [each.gradients.float().square().sum(1).flatten(0, 1) for each in products]
         of_rows = self._sum_halves(products, [each.sum(0) for each in squares])
@@ -307,7 +309,7 @@ class _Measuring:
             self._errors[name, type] = float(of_rows[own] @ squares @ of_columns)
 
     def _add_lookups(self, parameter: str, weight: torch.Tensor, products: Sequence[Product], scale: float) -> None:
-        name = self._get_name(parameter)
+        name = self._structure.tied.get(parameter, parameter)
         self._found.setdefault(name, Weight("embedding", None, None, tuple(weight.shape)))
         tokens, places = torch.unique(torch.cat([each.inputs.flatten() for each in products]), return_inverse=True)
         rows, importance = weight[tokens], self._importance.get(name)
@@ -324,15 +326,6 @@ class _Measuring:
             self._add_changes(
                 name, types, product.batch, _contract(product.gradients.to(self._dtype), of_rows, len(types))
             )
-
-    def _get_name(self, parameter: str) -> str:
-        return self._structure.tied.get(parameter, parameter)
-
-    def _add_importance(self, name: str, products: Sequence[Product]) -> torch.Tensor:
-        """Return mean squares of the inputs, [in]."""
-        squares = [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
-        self._importance[name] = self._sum_halves(products, squares)
-        return self._importance[name]
 
     def _sum_halves(self, products: Sequence[Product], values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the sum of a vector of each product, normalized; those of facts and of text count alike."""

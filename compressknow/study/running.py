@@ -72,9 +72,11 @@ def open_runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterato
             for number, cell in enumerate(batch.cells, start=2)
         )
         return
-
-    with connect(ray) as run:
-        yield run
+    cluster = _start_ray(ray)
+    try:
+        yield partial(_run_on_ray, cluster, ray)
+    finally:
+        cluster.shutdown()
 
 
 def _evaluate(batch: Batch, cell: Cell, on_progress: Listener | None = None) -> CellResult:
@@ -118,16 +120,6 @@ class Job:
     cell: Cell
     settings: Settings
     threads: int
-
-
-@contextmanager
-def connect(where: RayOptions) -> Iterator[Run]:
-    """Yield what runs batches on a cluster. Raises CompressknowError where no cluster answers."""
-    ray = _start_ray(where)
-    try:
-        yield partial(_run_on_ray, ray, where)
-    finally:
-        ray.shutdown()
 
 
 def _run_on_ray(ray: Any, where: RayOptions, batch: Batch) -> Generator[CellResult]:

@@ -152,12 +152,12 @@ class GgufTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ids; bytes that make no letter are replaced."""
-        given = [int(number) for number in ids]
-        size = 16 * len(given) + 16
+        tokens = [int(number) for number in ids]
+        size = 16 * len(tokens) + 16
         while True:
             text = self._ffi.new("char[]", size)
             count = self._lib.llama_detokenize(
-                self._vocab, given, len(given), text, size, False, not skip_special_tokens
+                self._vocab, tokens, len(tokens), text, size, False, not skip_special_tokens
             )
             if count >= 0:
                 return bytes(self._ffi.buffer(text, count)).decode("utf-8", "replace")
@@ -220,15 +220,15 @@ def complete_prompt(path: Path, prompt: str, tokens: int = 8) -> str:
         read: list[int] = tokenizer(prompt)["input_ids"] or [0]
         context = Context(model, cells=len(read) + tokens, sequences=1, threads=1)
         written: list[int] = []
-        start, given = 0, read
+        start, following = 0, read
         while len(written) < tokens:
-            logits = context.read([Span(0, start, given, 1)])[0]
+            logits = context.read([Span(0, start, following, 1)])[0]
             if not np.isfinite(logits).all():
                 raise CompressknowError(f"{path.name} computes no numbers in llama.cpp (NaN).")
-            start, given = start + len(given), [int(logits.argmax())]
-            if tokenizer.is_end(given[0]):
+            start, following = start + len(following), [int(logits.argmax())]
+            if tokenizer.is_end(following[0]):
                 break
-            written += given
+            written += following
         return tokenizer.decode(written)
     finally:
         if context is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.gguf.children import join_packages
-from compressknow.gguf.llama_cpp.native import Native, collect_errors, load_native, make_interruptible
+from compressknow.gguf.llama_cpp.native import Native, collect_errors, load_native, make_interruptible, open_ggml
 from compressknow.model.gguf_file import NAMED, PART, gguf_parts
 
 # Of gguf.h and ggml.h, which llama-cpp-py-sync binds no part of.
@@ -40,17 +40,22 @@ def count_types(path: Path) -> dict[str, dict[str, int]]:
     ----------
     path : a GGUF file that llama.cpp has opened, or the first part of one.
     """
-    found: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in NAMED), "other")}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in NAMED), "other")}
     for part in gguf_parts(path):
         for name, kind, parameters in _list_tensors(part):
-            group = next((group for group, named in NAMED if named.match(name)), "other")
-            found[group][kind] += parameters
-    return {group: dict(types.most_common()) for group, types in found.items() if types}
+            group = next((group for group, pattern in NAMED if pattern.match(name)), "other")
+            counts[group][kind] += parameters
+    return {group: dict(types.most_common()) for group, types in counts.items() if types}
+
+
+@cache
+def _open_gguf() -> tuple[Any, Any]:
+    return open_ggml(_HEADER)
 
 
 def _list_tensors(path: Path) -> list[tuple[str, str, int]]:
     """List name, type and number of parameters of each tensor."""
-    ffi, lib = _reader()
+    ffi, lib = _open_gguf()
     parameters = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
     file = lib.gguf_init_from_file(str(path).encode("utf-8", "surrogateescape"), parameters[0])
     if file == ffi.NULL:
@@ -70,17 +75,6 @@ def _describe_tensor(ffi: Any, lib: Any, file: Any, number: int) -> tuple[str, s
     return name, named, int(blocks * lib.ggml_blck_size(kind))
 
 
-@cache
-def _reader() -> tuple[Any, Any]:
-    import llama_cpp_py_sync
-
-    folder = Path(llama_cpp_py_sync.__file__).parent
-    ffi: Any = type(load_native().ffi)()
-    ffi.cdef(_HEADER)
-    library = next(path for path in sorted(folder.iterdir()) if "ggml-base" in path.name)
-    return ffi, ffi.dlopen(str(library))
-
-
 # What llama.cpp prints before it ends: the file and the line of its source, and what did not hold.
 _ASSERTED = re.compile(r"GGML_ASSERT\(.*\) failed")
 
@@ -91,11 +85,11 @@ def check_no_crash(path: Path) -> None:
     All else that is wrong with a file is no matter of this: llama.cpp says it where it is loaded.
     """
     status = path.stat()
-    code, said = _run_trial(path.absolute(), status.st_size, status.st_mtime_ns)
+    code, output = _run_trial(path.absolute(), status.st_size, status.st_mtime_ns)
     if code == 0:
         return
-    found = _ASSERTED.search(said)
-    why = f"llama.cpp says: {found[0]}" if found else f"The process that tried it ended with {code}."
+    assertion = _ASSERTED.search(output)
+    why = f"llama.cpp says: {assertion[0]}" if assertion else f"The process that tried it ended with {code}."
     raise CheckpointError(f"{path} makes llama.cpp crash.", why, "Download it again: it is damaged, or not sound.")
 
 
@@ -103,7 +97,7 @@ def check_no_crash(path: Path) -> None:
 def _run_trial(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
     """Return the exit code and output of such a process; `size` and `changed` tell one state of a file from another."""
     environment = {**os.environ, "PYTHONPATH": join_packages(Path(__file__).parents[3])}
-    ended = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", f"{__package__}.context", path],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -111,7 +105,7 @@ def _run_trial(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa:
         env=environment,
         check=False,
     )
-    return ended.returncode, ended.stdout.decode("utf-8", "replace")
+    return done.returncode, done.stdout.decode("utf-8", "replace")
 
 
 # A value of the metadata that is read is a name, a number or a flag.
@@ -249,7 +243,9 @@ _NO_GGUF = re.compile(r"invalid magic")
 
 def _explain_failure(path: Path, errors: list[str]) -> CheckpointError | UnsupportedError:
     text = "".join(errors)
-    why = _find_first_reason(errors)
+    # Errors after the first follow from it; before it stand names of llama.cpp's functions.
+    first = next((line.strip() for line in errors if line.strip()), None)
+    why = first and re.sub(r"^(?:\w+: |error loading model: )+", "", first)
     if found := _UNKNOWN_ARCHITECTURE.search(text):
         return UnsupportedError(
             f"{path}: llama.cpp {load_native().build} does not know the architecture {found[1]!r}.",
@@ -266,12 +262,6 @@ def _explain_failure(path: Path, errors: list[str]) -> CheckpointError | Unsuppo
     if _CUT.search(text):
         return CheckpointError(f"{path} is cut short or damaged.", why=why, hint="Download it again.")
     return CheckpointError(f"llama.cpp cannot load {path}.", why=why)
-
-
-def _find_first_reason(errors: list[str]) -> str | None:
-    """Return the first error, from which the others follow, without the names of llama.cpp's functions before it."""
-    said = next((line.strip() for line in errors if line.strip()), None)
-    return said and re.sub(r"^(?:\w+: |error loading model: )+", "", said)
 
 
 def _check_decoder(model: GgufModel) -> None:

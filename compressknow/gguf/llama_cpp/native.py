@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from compressknow.base.errors import CompressknowError
@@ -78,6 +79,16 @@ def load_native() -> Native:
     lib.llama_log_set(logged, ffi.NULL)
     lib.llama_backend_init()
     return Native(ffi, lib, str(getattr(_version, "__llama_cpp_tag__", "") or version("llama-cpp-py-sync")))
+
+
+def open_ggml(declarations: str) -> tuple[Any, Any]:
+    """Open ggml itself, which llama-cpp-py-sync binds no part of; return CFFI's two halves of these C declarations."""
+    import llama_cpp_py_sync
+
+    ffi: Any = type(load_native().ffi)()
+    ffi.cdef(declarations)
+    folder = Path(llama_cpp_py_sync.__file__).parent
+    return ffi, ffi.dlopen(str(next(path for path in sorted(folder.iterdir()) if "ggml-base" in path.name)))
 
 
 def make_interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:
