@@ -97,10 +97,10 @@ def convert(
     from compressknow.compress.convert import planned_files, prepare, text_for, write
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
-    from compressknow.pages.model_card import model_card_for
+    from compressknow.pages.model_card import make_model_card
 
     listening, wanted = listener(on_progress), chosen.calibration
-    how: dict[str, Any] = {"overwrite": overwrite, "threads": threads, "render_card": model_card_for}
+    how: dict[str, Any] = {"overwrite": overwrite, "threads": threads, "render_card": make_model_card}
     with begun(listening, Stage(wanted.work if wanted else "convert", str(model))) as advance:
         conversion = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:

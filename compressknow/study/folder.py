@@ -20,7 +20,7 @@ from compressknow.compress.steps import Calibration, Prune, Quantize
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.grades import RECOGNIZED, by_majority, known_as
 from compressknow.evaluate.handle import ModelHandle
-from compressknow.pages.card.make import compare, method_of, model_facts
+from compressknow.pages.card.make import compare, describe_method, read_model_facts
 from compressknow.pages.records import Comparison
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study.grid import Cell
@@ -77,14 +77,14 @@ def study_of(
     lacking = [(r.refused, FailedCell(r.cell.key, r.setup, r.why or "unknown")) for r in without]
     comparisons = [cell.comparison for cell in cells]
     return Study(
-        original=model_facts(original.record.model),
+        original=read_model_facts(original.record.model),
         probes=_probes(original, comparisons),
         cells=cells,
         failed=tuple(cell for refused, cell in lacking if not refused),
         refused=tuple(cell for refused, cell in lacking if refused),
         versions=dict(original.record.versions),
         command=command,
-        method=method_of(original, comparisons),
+        method=describe_method(original, comparisons),
         known=known,
     )
 
